@@ -1,0 +1,1 @@
+"""Experiments (folders of YAML files, one a stage), their typed schema, and the loader."""

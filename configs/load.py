@@ -1,0 +1,149 @@
+"""YAML (+ `base:`) + command line -> a checked dataclass. Prints the resolved config as a program:
+
+    python -m configs.load configs/demo/flowtok.yaml training.max_steps=100
+
+`base: FILE` (relative to the YAML) is read first and overridden. Command-line values are `key.subkey=value`, as YAML.
+Unknown keys, wrong types and impossible combinations raise ValueError, naming the key and the nearest valid one.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import STAGES, StageConfig, check
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
+    """A YAML file merged over its `base:`, as an OmegaConf node."""
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"base: files refer to each other in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
+    if not path.is_file():
+        folder = path.parent
+        names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
+        raise ValueError(f"config file {path} does not exist; in its folder: {', '.join(sorted(names)) or 'no YAML'}")
+    try:
+        node = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not OmegaConf.is_dict(node):
+        raise ValueError(f"{path} must hold a mapping of keys to values")
+    base = node.pop("base", None)
+    return OmegaConf.merge(read_yaml(path.parent / base, (*seen, path)), node) if base else node
+
+
+def valid_keys(schema: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a dataclass."""
+    keys = []
+    for f in dataclasses.fields(schema):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.type):
+            keys += valid_keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def check_keys(node: Any, schema: type, origin: str, prefix: str = "") -> None:
+    """Refuse keys that the schema lacks, naming the nearest valid one."""
+    fields = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key in node:
+        name = f"{prefix}{key}"
+        if key not in fields:
+            valid = valid_keys(schema, prefix)
+            near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+            by_leaf = [v for v in valid if v.rsplit(".", 1)[-1] == str(key)]
+            hint = f"did you mean {(by_leaf or near)[0]!r}?" if (by_leaf or near) else f"valid: {', '.join(fields)}"
+            raise ValueError(f"{origin}: unknown key {name!r}; {hint}")
+        if dataclasses.is_dataclass(fields[key]):
+            child = node._get_node(key)
+            if not OmegaConf.is_dict(child):
+                raise ValueError(f"{origin}: {name!r} is a group of keys ({', '.join(valid_keys(fields[key]))})")
+            check_keys(child, fields[key], origin, f"{name}.")
+
+
+def parse_overrides(overrides: list[str]) -> Any:
+    """`key=value` strings -> an OmegaConf node."""
+    for item in overrides:
+        if "=" not in item.lstrip("=") or item.startswith("="):
+            raise ValueError(f"command line: {item!r} is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"command line: cannot read {' '.join(overrides)}: {error}") from error
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, stage: str | None = None) -> StageConfig:
+    """Read, merge, type and check one stage's config.
+
+    Args:
+        path: the YAML file, or a run folder's saved config.yaml.
+        overrides: command-line `key=value` strings.
+        stage: the stage that the caller runs; another one in the file is an error.
+
+    Raises:
+        ValueError: anything wrong, in one line.
+    """
+    node = read_yaml(Path(path))
+    name = node.get("stage")
+    if name not in STAGES:
+        raise ValueError(f"{path}: key 'stage' is {name!r}; valid: {', '.join(STAGES)}")
+    if stage is not None and name != stage:
+        raise ValueError(f"{path} configures stage {name!r}, this program runs stage {stage!r}")
+    schema = STAGES[name]
+    changes = parse_overrides(overrides or [])
+    check_keys(node, schema, str(path))
+    check_keys(changes, schema, "command line")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), node, changes)
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, TypeError) as error:
+        key = getattr(error, "full_key", "") or ""
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: {key + ': ' if key else ''}{reason}") from error
+    check(config)
+    return config
+
+
+def resolved(config: StageConfig) -> dict:
+    """Plain nested values of a config, as saved in the run folder."""
+    return dataclasses.asdict(config)
+
+
+def parse_stage_args(stage: str, description: str | None) -> StageConfig:
+    """Command line of a stage script: --config FILE key=value ...; a bad config ends with one line and status 2."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="YAML file of this stage")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the file's")
+    args = parser.parse_args()
+    return exit_on_error(lambda: load_config(args.config, args.overrides, stage))
+
+
+def exit_on_error(action):
+    """Run `action`; a user's error (ValueError) ends the program with its message and status 2."""
+    try:
+        return action()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def main() -> None:
+    """Print the resolved config of a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    config = exit_on_error(lambda: load_config(args.file, args.overrides))
+    print(yaml.safe_dump(resolved(config), sort_keys=False), end="")
+
+
+if __name__ == "__main__":
+    main()

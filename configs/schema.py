@@ -1,0 +1,173 @@
+"""One dataclass a stage, composed of the parts' own dataclasses, and the checks across parts.
+
+The parts' fields, with units and meaning, stand beside the code that reads them: modeling/, data/, training/, eval/.
+"""
+
+from dataclasses import dataclass, field
+
+from data.image_text import ImageTextConfig
+from data.token_text import TokenTextConfig
+from modeling.flow import FlowConfig
+from modeling.flowtok import FlowTokConfig
+from modeling.image_tokenizer import ImageTokenizerConfig
+from modeling.losses import ReconstructionLossConfig, SourceLossConfig
+from modeling.pipeline import SamplingConfig
+from modeling.samplers import make_grid
+from modeling.text_encoder import TextEncoderConfig
+from modeling.text_projector import TextProjectorConfig
+from training.loop import TrainingConfig
+from training.metrics import LoggingConfig
+from training.optim import OptimizerConfig
+
+
+@dataclass
+class PictureConfig:
+    """The picture of samples that a stage writes."""
+
+    num_samples: int = 16
+    shards: list[str] = field(default_factory=list)  # images to reconstruct in stage 1; empty: the training shards
+    captions: list[str] = field(default_factory=list)  # prompts in stage 3
+
+
+@dataclass
+class ClipSizeConfig:
+    """Sizes of a small CLIP trained from scratch."""
+
+    image_size: int = 64  # pixels
+    patch_size: int = 16  # pixels
+    context_length: int = 77  # L
+    embed_dim: int = 256
+    text_width: int = 192
+    text_layers: int = 4
+    text_heads: int = 6
+    vision_width: int = 192
+    vision_layers: int = 4
+
+
+@dataclass
+class StageConfig:
+    """What every stage has."""
+
+    stage: str = ""  # which stage this file configures: one of STAGES
+    experiment_dir: str = "runs/experiment"  # the stage's own folder is experiment_dir/stage
+
+    @property
+    def run_dir(self) -> str:
+        """Folder of this stage's run."""
+        return f"{self.experiment_dir}/{self.stage}"
+
+
+@dataclass
+class TextEncoderStage(StageConfig):
+    """scripts/train_text_encoder.py: a small CLIP from scratch, where no pretrained one can be had."""
+
+    clip: ClipSizeConfig = field(default_factory=ClipSizeConfig)
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class TokenizerStage(StageConfig):
+    """train_tokenizer.py."""
+
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+
+
+@dataclass
+class TokensStage(StageConfig):
+    """scripts/encode_tokens.py: image shards -> token shards with a trained tokenizer."""
+
+    tokenizer_run: str = "${experiment_dir}/tokenizer"
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    batch_size: int = 64  # images per pass and process
+    # Also store the text states (L x T float16 a sample): later stages then never run the text tower. Worth it for small
+    # sets seen many times; at ViT-L/14 it costs 118 kB a sample.
+    store_text_states: bool = False
+
+
+@dataclass
+class TextProjectorStage(StageConfig):
+    """train_text_projector.py."""
+
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    tokenizer_run: str = "${experiment_dir}/tokenizer"  # decodes the pictures when image_regression_weight > 0
+    projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
+    data: TokenTextConfig = field(default_factory=TokenTextConfig)
+    losses: SourceLossConfig = field(default_factory=SourceLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+
+
+@dataclass
+class FlowTokStage(StageConfig):
+    """train_flowtok.py."""
+
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    tokenizer_run: str = "${experiment_dir}/tokenizer"
+    projector_run: str = "${experiment_dir}/text_projector"  # empty: the projector starts from random weights
+    projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
+    flowtok: FlowTokConfig = field(default_factory=FlowTokConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: TokenTextConfig = field(default_factory=TokenTextConfig)
+    losses: SourceLossConfig = field(default_factory=SourceLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+
+
+@dataclass
+class ReportStage(StageConfig):
+    """eval/demo.py: reconstruction and retrieval figures of an experiment, without downloads."""
+
+    train_shards: list[str] = field(default_factory=list)  # images whose captions were trained on
+    heldout_shards: list[str] = field(default_factory=list)  # images never trained on
+    distractor_shards: list[str] = field(default_factory=list)  # further images in the retrieval pool
+    num_train_captions: int = 256  # the first of the training shards, in their order
+    batch_size: int = 64
+    seed: int = 0
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "text_encoder": TextEncoderStage,
+    "tokenizer": TokenizerStage,
+    "tokens": TokensStage,
+    "text_projector": TextProjectorStage,
+    "flowtok": FlowTokStage,
+    "report": ReportStage,
+}
+
+
+def check(config: StageConfig) -> None:
+    """Checks that concern more than one part.
+
+    Raises:
+        ValueError: naming the keys, what was given and what is expected.
+    """
+    if isinstance(config, FlowTokStage):
+        make_grid(config.sampling.sampler, config.sampling.steps)
+        tokens = (config.projector.text_tokens, config.projector.token_channels)
+        if tokens != (config.flowtok.num_tokens, config.flowtok.token_channels):
+            raise ValueError(
+                f"projector.text_tokens x token_channels = {tokens} must equal flowtok.num_tokens x token_channels = "
+                f"{(config.flowtok.num_tokens, config.flowtok.token_channels)}: text flows into image token by token"
+            )
+        if config.flow.projector == "frozen" and not config.projector_run:
+            raise ValueError("flow.projector=frozen needs a trained projector: set projector_run")
+    if isinstance(config, ReportStage) and not (config.train_shards and config.heldout_shards):
+        raise ValueError("the report needs train_shards and heldout_shards")
+    data = getattr(config, "data", None)
+    if data is not None and not data.shards:
+        raise ValueError("data.shards is empty: name the training shards (README, 'Data')")

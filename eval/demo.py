@@ -1,0 +1,158 @@
+"""The report of a small experiment, without downloads: reconstruction and retrieval figures, and pictures.
+
+    python -m eval.demo --config configs/demo/report.yaml [key=value ...]
+
+Retrieval: is the image made for a caption nearest to that caption's true image among all images of the experiment?
+Nearest by the tokenizer's latent means, and by 16 x 16 pixels. Pixel-identical images count as the same image.
+Writes EXPERIMENT/report.json, report_train.png and report_heldout.png (true image left, generated right).
+"""
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.load import exit_on_error, parse_stage_args
+from configs.schema import ReportStage
+from data.image_text import ImageTextConfig, read_images
+from eval.loading import load_pipeline, read_run_config
+from eval.pictures import caption_grid, pair_rows, save_png
+from eval.reconstruction import psnr
+from modeling.pipeline import SamplingConfig, TextToImage
+
+PIXEL_SIZE = 16  # side to which images are shrunk for retrieval by pixels
+PICTURE_SAMPLES = 48
+
+
+def main(config: ReportStage) -> None:
+    """Measure and write; deterministic, a few minutes on a CPU."""
+    experiment = Path(config.experiment_dir)
+    parts, sampling = load_pipeline(experiment, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    train = read_all(config, parts, config.train_shards)
+    heldout = read_all(config, parts, config.heldout_shards)
+    distractors = read_all(config, parts, config.distractor_shards) if config.distractor_shards else None
+    pool = build_pool(config, parts, [s for s in (train, heldout, distractors) if s is not None])
+    number = min(config.num_train_captions, len(train["caption"]))
+    chosen = torch.linspace(0, len(train["caption"]) - 1, number).round().long().tolist()
+    report = {
+        "num_train_captions": len(train["caption"]),
+        "num_pool_images": len(pool["latents"]),
+        "sampling": asdict(sampling),
+        "seed": config.seed,
+        "training_steps": read_run_config(experiment / "flowtok").training.max_steps,
+        "tokenizer": {
+            "heldout_psnr_db": reconstruction_psnr(config, parts, heldout),
+            "train_psnr_db": reconstruction_psnr(config, parts, take(train, chosen)),
+        },
+    }
+    sets = {"train": (take(train, chosen), chosen), "heldout": (heldout, None)}
+    for name, (samples, indices) in sets.items():
+        offset = 0 if name == "train" else len(train["caption"])
+        own = torch.tensor(indices if indices is not None else range(len(samples["caption"]))) + offset
+        report[name] = evaluate(config, parts, sampling, samples, own, pool, experiment / f"report_{name}.png")
+        no_flow = evaluate(config, parts, sampling, samples, own, pool, None)
+        report[f"{name}_source_without_flow"] = no_flow
+    path = experiment / "report.json"
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.rename(path)
+    print(json.dumps(report, indent=2))
+    print(f"{path}: written, pictures beside it")
+
+
+def read_all(config: ReportStage, parts: TextToImage, shards: list[str]) -> dict:
+    """All images of some shards, in order: image N x 3 x R x R in [0, 1], caption, text_states N x L x T."""
+    size = parts.tokenizer.config.image_size
+    batches = list(read_images(ImageTextConfig(shards=shards), size, None, config.batch_size))
+    captions = [caption for batch in batches for caption in batch["caption"]]
+    return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
+
+
+def take(samples: dict, indices: list[int]) -> dict:
+    """Some of the samples."""
+    return {"image": samples["image"][indices], "caption": [samples["caption"][i] for i in indices]}
+
+
+@torch.no_grad()
+def encode(config: ReportStage, parts: TextToImage, images: Tensor) -> Tensor:
+    """Latent means N x K x C on the CPU."""
+    return torch.cat([parts.tokenizer.encode(x.to(parts.device)).mean.cpu() for x in images.split(config.batch_size)])
+
+
+def shrink(images: Tensor) -> Tensor:
+    """N x 3 x R x R -> N x 3 x 16 x 16 by area."""
+    return F.interpolate(images, size=(PIXEL_SIZE, PIXEL_SIZE), mode="area")
+
+
+def build_pool(config: ReportStage, parts: TextToImage, sets: list[dict]) -> dict:
+    """Retrieval pool: latent means, small images, and a group number that pixel-identical images share."""
+    images = torch.cat([s["image"] for s in sets])
+    numbers: dict[bytes, int] = {}
+    groups = [numbers.setdefault(image.numpy().tobytes(), len(numbers)) for image in images]
+    return {"latents": encode(config, parts, images), "pixels": shrink(images), "groups": torch.tensor(groups)}
+
+
+def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
+    """Share of queries whose own image (pool index `own`) is nearest, or among the five nearest, by Euclidean distance."""
+    distances = torch.cdist(queries.flatten(1).double(), pool.flatten(1).double())
+    nearest = groups[distances.topk(5, largest=False).indices]  # N x 5
+    hits = nearest == groups[own][:, None]
+    return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(dim=1).double().mean().item()}
+
+
+@torch.no_grad()
+def reconstruction_psnr(config: ReportStage, parts: TextToImage, samples: dict) -> float:
+    """Mean PSNR per image of posterior-mean reconstructions with the true captions, dB."""
+    values = []
+    for start in range(0, len(samples["caption"]), config.batch_size):
+        images = samples["image"][start : start + config.batch_size].to(parts.device)
+        states = parts.encode_text(samples["caption"][start : start + config.batch_size])
+        values.append(psnr(images, parts.decode(parts.tokenizer.encode(images).mean, states)))
+    return torch.cat(values).mean().item()
+
+
+def evaluate(
+    config: ReportStage,
+    parts: TextToImage,
+    sampling: SamplingConfig,
+    samples: dict,
+    own: Tensor,
+    pool: dict,
+    picture: Path | None,
+) -> dict:
+    """Generate for the samples' captions and compare with their true images.
+
+    With `picture` None the flow is left out: the projector's output is decoded as if it were the image latent.
+    """
+    images, latents = [], []
+    start_time = time.perf_counter()
+    for start in range(0, len(samples["caption"]), config.batch_size):
+        captions = samples["caption"][start : start + config.batch_size]
+        indices = list(range(start, start + len(captions)))
+        states = parts.encode_text(captions)
+        source = parts.source(states, replace(sampling), config.seed, indices)
+        latent = source / parts.flow.latent_scale if picture is None else parts.transport(source, sampling)
+        images.append(parts.decode(latent, states).cpu())
+        latents.append(latent.cpu())
+    seconds = time.perf_counter() - start_time
+    images, latents = torch.cat(images), torch.cat(latents)
+    if picture is not None:
+        shown = slice(0, PICTURE_SAMPLES)
+        rows = pair_rows(samples["image"][shown], images[shown])
+        save_png(caption_grid(rows, samples["caption"][shown], columns=8), picture)
+    return {
+        "captions": len(images),
+        "latent": retrieval(latents, pool["latents"], pool["groups"], own),
+        "pixels_16x16": retrieval(shrink(images), pool["pixels"], pool["groups"], own),
+        "psnr_db": psnr(samples["image"], images).mean().item(),
+        "images_per_second": len(images) / seconds,
+    }
+
+
+if __name__ == "__main__":
+    stage = parse_stage_args("report", __doc__)
+    exit_on_error(lambda: main(stage))

@@ -1,0 +1,166 @@
+"""Run folders -> loaded parts, always with EMA weights; and what the stored tokens say about themselves.
+
+A run folder's config.yaml alone says how its network is built; the newest complete checkpoint has the weights.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from modeling.flowtok import FlowTokConfig
+from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_projector import TextProjector, TextProjectorConfig
+from modeling.text_to_image import TextToImageFlow
+from training.checkpoint import EMA_FILE, latest_checkpoint, load_weights
+from training.run import CONFIG_FILE
+
+TOKENS_INFO_FILE = "tokens.json"
+T = TypeVar("T")
+
+
+def read_run_config(run_dir: str | Path) -> DictConfig:
+    """The resolved config of a run.
+
+    Raises:
+        ValueError: no run there; names what the folder holds.
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else path.parent.parent
+        found = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+        raise ValueError(
+            f"{run_dir} is no run folder (no {CONFIG_FILE}); {folder} holds: {', '.join(found) or 'nothing'}"
+        )
+    return OmegaConf.load(path)
+
+
+def section(config: DictConfig, key: str, schema: type[T]) -> T:
+    """One part of a run's config as its dataclass."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config[key]))
+
+
+def load_ema(module: nn.Module, run_dir: str | Path) -> nn.Module:
+    """Fill a module with the EMA weights of a run's newest checkpoint; frozen, in eval mode.
+
+    Raises:
+        ValueError: no checkpoint yet, or one of another network.
+    """
+    latest = latest_checkpoint(Path(run_dir))
+    if latest is None:
+        raise ValueError(f"{run_dir} has no checkpoint yet: run its stage first")
+    load_weights(module, latest[1] / EMA_FILE)
+    return module.eval().requires_grad_(False)
+
+
+def load_tokenizer(run_dir: str | Path) -> tuple[ImageTokenizer, TextEncoderConfig]:
+    """The image tokenizer of a stage-1 run and the text tower that guides its decoder."""
+    config = read_run_config(run_dir)
+    tokenizer = ImageTokenizer(section(config, "tokenizer", ImageTokenizerConfig))
+    return load_ema(tokenizer, run_dir), section(config, "text_encoder", TextEncoderConfig)
+
+
+def load_projector(run_dir: str | Path) -> TextProjector:
+    """The text projector of a stage-2 run."""
+    config = read_run_config(run_dir)
+    return load_ema(TextProjector(section(config, "projector", TextProjectorConfig)), run_dir)
+
+
+def load_pipeline(run_dir: str | Path, device: torch.device) -> tuple[TextToImage, SamplingConfig]:
+    """All parts of an experiment for generation, and its default sampling.
+
+    Args:
+        run_dir: an experiment folder (with flowtok/ in it) or a stage-3 run folder.
+    """
+    run_dir = Path(run_dir)
+    flow_dir = run_dir / "flowtok" if (run_dir / "flowtok").is_dir() else run_dir
+    config = read_run_config(flow_dir)
+    if "flowtok" not in config:
+        raise ValueError(f"{flow_dir} is a run of stage {config.get('stage')!r}; sampling needs a flowtok run")
+    flow = TextToImageFlow(section(config, "projector", TextProjectorConfig), section(config, "flowtok", FlowTokConfig))
+    text_config = section(config, "text_encoder", TextEncoderConfig)
+    tokenizer, _ = load_tokenizer(config.tokenizer_run)
+    parts = TextToImage(
+        tokenize=TextTokenizer(text_config),
+        text_encoder=load_text_encoder(text_config).to(device),
+        tokenizer=tokenizer.to(device),
+        flow=load_ema(flow, flow_dir).to(device),
+    )
+    return parts, section(config, "sampling", SamplingConfig)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits over names, shapes and values of a module's state: equal weights, equal fingerprint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class TokensInfo:
+    """What scripts/encode_tokens.py writes next to its shards."""
+
+    num_samples: int
+    num_tokens: int  # K
+    token_channels: int  # C
+    latent_scale: float  # 1 / deviation of the sampled latents: z_I = latent_scale * latent
+    channel_mean: list[float]  # per channel, of the means
+    channel_std: list[float]
+    tokenizer_fingerprint: str
+    text_encoder_fingerprint: str
+    has_text_states: bool
+
+    def save(self, folder: Path) -> None:
+        """Write aside and rename; this file marks the folder as complete."""
+        partial = folder / (TOKENS_INFO_FILE + ".tmp")
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        partial.rename(folder / TOKENS_INFO_FILE)
+
+    @staticmethod
+    def load(folder: Path) -> "TokensInfo":
+        """Read the file of a folder of token shards.
+
+        Raises:
+            ValueError: missing or of another form.
+        """
+        path = folder / TOKENS_INFO_FILE
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: write the token shards with scripts/encode_tokens.py first")
+        try:
+            return TokensInfo(**json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is not what scripts/encode_tokens.py writes: {error}") from error
+
+
+def load_tokens_info(shards: list[str], num_tokens: int, token_channels: int, tokenizer_run: str) -> TokensInfo:
+    """The info of the folder that holds the shards, checked against the model and the tokenizer.
+
+    Raises:
+        ValueError: several folders, other token counts, or tokens of another tokenizer than `tokenizer_run`'s.
+    """
+    folders = {Path(pattern).parent for pattern in shards}
+    if len(folders) != 1:
+        raise ValueError(f"data.shards must lie in one folder (one latent scale), got {sorted(map(str, folders))}")
+    folder = folders.pop()
+    info = TokensInfo.load(folder)
+    if (info.num_tokens, info.token_channels) != (num_tokens, token_channels):
+        raise ValueError(
+            f"{folder} holds {info.num_tokens} x {info.token_channels} tokens, the config expects "
+            f"{num_tokens} x {token_channels} (projector.text_tokens x token_channels)"
+        )
+    actual = fingerprint(load_tokenizer(tokenizer_run)[0])
+    if info.tokenizer_fingerprint != actual:
+        raise ValueError(
+            f"{folder} was written with another tokenizer ({info.tokenizer_fingerprint}) than {tokenizer_run} ({actual}): "
+            "delete the folder and run scripts/encode_tokens.py again"
+        )
+    return info

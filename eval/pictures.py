@@ -1,0 +1,59 @@
+"""Pictures that people look at: grids of images with captions. PNG files are written aside and renamed."""
+
+import textwrap
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL_WIDTH_MIN = 128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
+MARGIN, LINE_HEIGHT, CAPTION_LINES = 6, 13, 3
+FONT_SIZE, CHARACTER_WIDTH = 11, 6
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """3 x R x R in [0, 1] -> PIL image, rounded to 8 bits."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
+
+
+def caption_grid(images: Tensor, captions: list[str], columns: int) -> Image.Image:
+    """Images with their captions below, row by row.
+
+    Args:
+        images: B x 3 x R x W in [0, 1].
+        captions: B strings; wrapped to three lines and cut.
+    """
+    factor = max(1, -(-CELL_WIDTH_MIN // images.shape[-1]))
+    width, height = images.shape[-1] * factor, images.shape[-2] * factor
+    cell_width, cell_height = width + MARGIN, height + CAPTION_LINES * LINE_HEIGHT + MARGIN
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = MARGIN + index % columns * cell_width, MARGIN + index // columns * cell_height
+        sheet.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        lines = textwrap.wrap(caption, width // CHARACTER_WIDTH)[:CAPTION_LINES]
+        for line_index, line in enumerate(lines):
+            draw.text((x, y + height + line_index * LINE_HEIGHT), line, fill="black", font=font)
+    return sheet
+
+
+def pair_rows(first: Tensor, second: Tensor) -> Tensor:
+    """Put each image of `second` right of its partner in `first`: B x 3 x R x 2R."""
+    return torch.cat([first.float().cpu(), second.float().cpu()], dim=-1)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG aside and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    image.save(partial, format="PNG")
+    partial.rename(path)
+
+
+def sample_path(run_dir: Path, step: int) -> Path:
+    """Where a stage writes its picture of a step."""
+    return run_dir / "samples" / f"step_{step:08d}.png"

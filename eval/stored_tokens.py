@@ -1,0 +1,78 @@
+"""Stored tokens as stages 2 and 3 use them: a loader, text states in the run's precision, the image posterior."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from data.token_text import TokenTextConfig, build_token_loader, read_tokens
+from eval.loading import TokensInfo, fingerprint
+from modeling.posterior import Posterior
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_projector import TextProjectorConfig
+from training.loop import TrainingConfig, batch_per_pass
+from training.run import Run
+
+
+@dataclass
+class StoredTokens:
+    """Batches of stored tokens and what they mean. The text tower is only there when its states are not stored."""
+
+    run: Run
+    loader: object
+    data: TokenTextConfig
+    info: TokensInfo
+    tokenize: TextTokenizer | None
+    text_encoder: TextEncoder | None
+
+    def text_states(self, batch: dict) -> Tensor:
+        """Text states of a batch, B x L x T on the device: as stored (then float32), else encoded now."""
+        if self.text_encoder is None:
+            return batch["text_states"].to(self.run.device, non_blocking=True).float()
+        with self.run.accelerator.autocast():
+            return self.text_encoder(batch["token_ids"].to(self.run.device, non_blocking=True))
+
+    def image_posterior(self, batch: dict) -> Posterior:
+        """Posterior of the image latents in the tokenizer's own scale, B x K x C on the device."""
+        mean, logvar = (batch[key].to(self.run.device, non_blocking=True) for key in ("latent_mean", "latent_logvar"))
+        return Posterior(mean, logvar)
+
+    def first(self, number: int) -> dict:
+        """The first `number` samples in the order of the shards, as one batch."""
+        shape = (self.info.num_tokens, self.info.token_channels)
+        return next(read_tokens(self.data, *shape, self.tokenize, number, limit=number))
+
+
+def open_stored_tokens(run: Run, config, info: TokensInfo) -> StoredTokens:
+    """Open the shards of a stage-2 or stage-3 config for this process.
+
+    Raises:
+        ValueError: the text tower is not the projector's, or not the one of the stored states.
+    """
+    text_config: TextEncoderConfig = config.text_encoder
+    projector: TextProjectorConfig = config.projector
+    training: TrainingConfig = config.training
+    encoder = load_text_encoder(text_config)
+    if (encoder.context_length, encoder.width) != (projector.text_tokens, projector.text_width):
+        raise ValueError(
+            f"{text_config.model} gives {encoder.context_length} x {encoder.width} text states, the config expects "
+            f"projector.text_tokens x text_width = {projector.text_tokens} x {projector.text_width}"
+        )
+    if info.has_text_states and info.text_encoder_fingerprint != fingerprint(encoder):
+        raise ValueError(
+            f"the stored text states come from another text tower than {text_config.model}: delete the token shards and "
+            "run scripts/encode_tokens.py again"
+        )
+    tokenize = None if info.has_text_states else TextTokenizer(text_config)
+    loader = build_token_loader(
+        config.data,
+        info.num_tokens,
+        info.token_channels,
+        tokenize,
+        batch_per_pass(run, training),
+        training.seed,
+        run.accelerator.process_index,
+        run.accelerator.num_processes,
+        pin_memory=run.device.type == "cuda",
+    )
+    encoder = None if info.has_text_states else encoder.to(run.device)
+    return StoredTokens(run, loader, config.data, info, tokenize, encoder)

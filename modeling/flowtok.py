@@ -1,0 +1,104 @@
+"""FlowTok's velocity network: a DiT over 1D tokens, conditioned on time and the null indicator only (paper, Sec. 3.3).
+
+In: tokens on the path B x K x C, times B in [0, 1] (t = 0 text, t = 1 image), null indicator B (bool).
+Out: velocity B x K x C. Text enters only as the start of the flow: no cross-attention, no concatenation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modeling.layers import Attention, init_linear_, sincos_position_table, timestep_sinusoids
+
+TIME_SINUSOIDS = 256
+
+
+@dataclass
+class FlowTokConfig:
+    """Sizes of the DiT. B 768/12/12, XL 1152/28/16, H 1280/36/20 (width/depth/num_heads)."""
+
+    num_tokens: int = 77  # K
+    token_channels: int = 16  # C
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self):
+        if self.width % self.num_heads or self.width % 2:
+            raise ValueError(f"flowtok.width {self.width} must be even and divisible by num_heads {self.num_heads}")
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, with shift and scale B x W over tokens B x K x W."""
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1], B -> B x W: 256 sinusoids of t itself, linear, SiLU, linear."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_sinusoids(t, TIME_SINUSOIDS))
+
+
+class FlowTokBlock(nn.Module):
+    """adaLN-Zero block: x += gate * attn(modulated ln(x)); x += gate * mlp(modulated ln(x)). B x K x W."""
+
+    def __init__(self, config: FlowTokConfig):
+        super().__init__()
+        width, hidden = config.width, int(config.mlp_ratio * config.width)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.norm_attention = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(width, config.num_heads)
+        self.norm_mlp = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """`condition` is SiLU(c), B x W."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)  # B x W each
+        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(modulate(self.norm_attention(x), shift_a, scale_a)))
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m)))
+
+
+class FlowTok(nn.Module):
+    """The velocity network v(z_t, t, null)."""
+
+    def __init__(self, config: FlowTokConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Linear(config.token_channels, config.width)
+        positions = sincos_position_table(config.num_tokens, config.width)
+        self.register_buffer("positions", positions, persistent=False)
+        self.embed_time = TimeEmbedding(config.width)
+        self.embed_null = nn.Embedding(2, config.width)  # row 1: the indicator is on, the flow is unconditional
+        self.blocks = nn.ModuleList(FlowTokBlock(config) for _ in range(config.depth))
+        self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+        self.modulation_out = nn.Linear(config.width, 2 * config.width)
+        self.to_velocity = nn.Linear(config.width, config.token_channels)
+        self.init_weights()
+
+    def forward(self, tokens: Tensor, t: Tensor, null: Tensor) -> Tensor:
+        """Tokens B x K x C, t B float in [0, 1], null B bool -> velocity B x K x C."""
+        x = self.embed_tokens(tokens) + self.positions  # B x K x W
+        condition = F.silu(self.embed_time(t) + self.embed_null(null.long()))  # B x W
+        for block in self.blocks:
+            x = block(x, condition)
+        shift, scale = self.modulation_out(condition).chunk(2, dim=-1)
+        return self.to_velocity(modulate(self.norm_out(x), shift, scale))
+
+    def init_weights(self) -> None:
+        """Xavier uniform; normal 0.02 for the conditions; every modulation and the last layer start at zero."""
+        for module in self.modules():
+            init_linear_(module)
+        nn.init.normal_(self.embed_time.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.embed_time.mlp[2].weight, std=0.02)
+        nn.init.normal_(self.embed_null.weight, std=0.02)
+        for module in [*(block.modulation for block in self.blocks), self.modulation_out, self.to_velocity]:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,158 @@
+"""Every loss term as a function of tensors; weights are applied by the stages (paper, Sec. 3.2-3.3, Eq. of L).
+
+All terms are computed in float32 whatever the autocast precision, and are scalars.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from modeling.text_projector import flatten_normalize
+
+KLForm = Literal["gaussian", "wall"]
+KLReduction = Literal["sample", "batch", "mean"]
+
+
+def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the velocity, B x K x C."""
+    return F.mse_loss(velocity.float(), target.float())
+
+
+def kl_loss(mean: Tensor, logvar: Tensor, form: KLForm = "gaussian", reduction: KLReduction = "sample") -> Tensor:
+    """KL of N(mean, exp(logvar)) to N(0, 1), mean and logvar B x K x C.
+
+    form "gaussian": -1/2 (1 + logvar - mean^2 - exp(logvar)). form "wall": the release's (0.3 mean)^6 for mean^2, a wall
+    around |mean| = 3 more than a KL. reduction "sample": sum over tokens and channels, mean over the batch; "batch": sum
+    over everything (the release; its weight then depends on the batch size); "mean": mean over everything.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
+    kl = -0.5 * (1 + logvar - square - logvar.exp())
+    if reduction == "mean":
+        return kl.mean()
+    return kl.sum() / (len(mean) if reduction == "sample" else 1)
+
+
+def contrastive_loss(latents: Tensor, targets: Tensor, log_temperature: Tensor) -> Tensor:
+    """Symmetric cross-entropy between text latents and alignment targets, both B x L x C (paper, Sec. 3.3).
+
+    Rows are flattened and normalised; the negatives are the rows of all processes, with gradient. Each process scores
+    its own rows against all, so that DDP's average of gradients is the gradient of the global loss.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        z, a = flatten_normalize(latents), flatten_normalize(targets)  # B x LC
+        z_all, a_all = gather_rows(z), gather_rows(a)  # (processes * B) x LC
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        labels = torch.arange(len(z), device=z.device) + rank * len(z)
+        scale = log_temperature.float().exp()
+        return (F.cross_entropy(scale * z @ a_all.T, labels) + F.cross_entropy(scale * a @ z_all.T, labels)) / 2
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Concatenate x of all processes along the rows; gradients flow back to each process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return torch.cat(dist_nn.all_gather(x))
+
+
+def latent_regression_loss(text_mean: Tensor, image_mean: Tensor) -> Tensor:
+    """Mean squared error of z_T's mean to z_I's mean, B x K x C: puts the flow's source near its target (not in the paper)."""
+    return F.mse_loss(text_mean.float(), image_mean.float())
+
+
+def reconstruction_losses(images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+    """L2, L1 and the L1 of horizontal and vertical pixel differences, for B x 3 x R x R in [0, 1]."""
+    difference = reconstructions.float() - images.float()
+    horizontal, vertical = difference.diff(dim=-1).abs().mean(), difference.diff(dim=-2).abs().mean()
+    return {"l2": difference.square().mean(), "l1": difference.abs().mean(), "gradient": (horizontal + vertical) / 2}
+
+
+def latent_statistics(mean: Tensor) -> dict[str, Tensor]:
+    """Deviation of z_T's mean over everything, and between captions: B x L x C -> scalars.
+
+    `between` is the root of the variance over the batch at each token and channel, averaged. Near 0 means that z_T is the
+    same for every caption: the collapse that the flow loss does not show.
+    """
+    mean = mean.detach().float()
+    between = mean.var(dim=0, correction=0).mean().sqrt()
+    return {"z_text_std": mean.std(correction=0), "z_text_between_captions_std": between}
+
+
+@dataclass
+class SourceLossConfig:
+    """Losses on the source of the flow, z_T (stages 2 and 3)."""
+
+    alignment_weight: float = 1.0  # contrastive, z_T to MLP(text states)
+    kl_weight: float = 1e-4
+    kl_form: KLForm = "gaussian"
+    kl_reduction: KLReduction = "sample"
+    # Regression of z_T's mean onto z_I's mean. 0 in the paper; starting the flow near its target speeds small runs up
+    # several times (README, "The demo's recipe").
+    image_regression_weight: float = 0.0
+
+    def __post_init__(self):
+        for name in ("alignment_weight", "kl_weight", "image_regression_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"losses.{name} must not be negative, got {getattr(self, name)}")
+
+
+def source_losses(
+    config: SourceLossConfig,
+    text: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    alignment: Tensor,
+    log_temperature: Tensor,
+    image_mean: Tensor,
+) -> dict[str, Tensor]:
+    """The terms of weight > 0, unweighted, and "source", their weighted sum. All latents B x K x C; image_mean is scaled."""
+    terms: dict[str, Tensor] = {}
+    if config.alignment_weight:
+        terms["alignment"] = contrastive_loss(text, alignment, log_temperature)
+    if config.kl_weight:
+        terms["kl"] = kl_loss(mean, logvar, config.kl_form, config.kl_reduction)
+    if config.image_regression_weight:
+        terms["image_regression"] = latent_regression_loss(mean, image_mean)
+    weights = {
+        "alignment": config.alignment_weight,
+        "kl": config.kl_weight,
+        "image_regression": config.image_regression_weight,
+    }
+    terms["source"] = sum((weights[name] * term for name, term in terms.items()), start=mean.new_zeros(()))
+    return terms
+
+
+@dataclass
+class ReconstructionLossConfig:
+    """Losses of stage 1. Perceptual and adversarial terms join here with their own weights when they are built."""
+
+    l2_weight: float = 1.0
+    l1_weight: float = 0.0
+    gradient_weight: float = 0.0  # L1 of pixel differences: sharper edges in short runs
+    kl_weight: float = 1e-6  # on the KL summed over tokens and channels, mean over the batch
+
+    def __post_init__(self):
+        if not (self.l2_weight or self.l1_weight):
+            raise ValueError("losses: l2_weight and l1_weight are both 0, nothing would be reconstructed")
+
+
+def tokenizer_losses(
+    config: ReconstructionLossConfig, images: Tensor, reconstructions: Tensor, mean: Tensor, logvar: Tensor
+) -> dict[str, Tensor]:
+    """The terms of stage 1, unweighted, and "loss", their weighted sum."""
+    terms = reconstruction_losses(images, reconstructions) | {"kl": kl_loss(mean, logvar)}
+    weights = {
+        "l2": config.l2_weight,
+        "l1": config.l1_weight,
+        "gradient": config.gradient_weight,
+        "kl": config.kl_weight,
+    }
+    terms["loss"] = sum(
+        (weights[name] * term for name, term in terms.items() if weights[name]), start=mean.new_zeros(())
+    )
+    return terms

@@ -1,0 +1,120 @@
+"""The text projector: text states to the distribution of text latents z_T, with its alignment head (paper, Sec. 3.3).
+
+In: text states B x L x T of the frozen tower. Out: posterior of B x L x C latents, the source of the flow.
+The alignment head maps the same text states to a target A (B x L x C) for the contrastive loss.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modeling.layers import Attention, init_linear_
+from modeling.posterior import Posterior, split_moments
+
+
+@dataclass
+class TextProjectorConfig:
+    """Sizes of the projector; the defaults are the release's (the paper says: six blocks)."""
+
+    text_tokens: int = 77  # L
+    text_width: int = 768  # T
+    width: int = 768  # of the blocks; another value than text_width puts a linear layer first
+    depth: int = 6
+    num_heads: int = 8
+    mlp_width: int = 1024
+    dropout: float = 0.1
+    pre_norm: bool = False  # x + f(ln(x)) instead of the release's ln(x + f(x)); learns faster in short runs
+    token_channels: int = 16  # C
+    alignment_width: int = 512  # hidden width of the alignment MLP
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"projector.width {self.width} is not divisible by num_heads {self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"projector.dropout must be in [0, 1), got {self.dropout}")
+
+
+class ProjectorBlock(nn.Module):
+    """Post-norm: y = LN(x + drop(attn(x))), LN(y + drop(ffn(y))); or pre-norm. B x L x W."""
+
+    def __init__(self, config: TextProjectorConfig):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.attention = Attention(config.width, config.num_heads)
+        self.norm_attention = nn.LayerNorm(config.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, config.mlp_width), nn.ReLU(), nn.Linear(config.mlp_width, config.width)
+        )
+        self.norm_mlp = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.norm_attention(x)))
+            return x + self.dropout(self.mlp(self.norm_mlp(x)))
+        x = self.norm_attention(x + self.dropout(self.attention(x)))
+        return self.norm_mlp(x + self.dropout(self.mlp(x)))
+
+
+class AlignmentHead(nn.Module):
+    """Target A = MLP(T) of the contrastive alignment and its temperature tau, which starts at log(1 / 0.07)."""
+
+    def __init__(self, config: TextProjectorConfig):
+        super().__init__()
+        hidden = config.alignment_width
+        self.mlp = nn.Sequential(
+            nn.Linear(config.text_width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, config.token_channels),
+        )
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, text_states: Tensor) -> Tensor:
+        """Text states B x L x T -> alignment target B x L x C."""
+        return self.mlp(text_states)
+
+
+class TextProjector(nn.Module):
+    """Text states -> posterior of the text latents; holds the alignment head, which only training uses."""
+
+    def __init__(self, config: TextProjectorConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.text_width, config.width) if config.width != config.text_width else nn.Identity()
+        self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.depth))
+        self.norm_out = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
+        self.to_moments = nn.Linear(config.width, 2 * config.token_channels)
+        self.alignment = AlignmentHead(config)
+        for module in self.modules():
+            init_linear_(module)
+
+    def posterior(self, text_states: Tensor) -> Posterior:
+        """Text states B x L x T -> posterior of B x L x C latents (float32).
+
+        Raises:
+            ValueError: if the text states have another shape than the projector was built for.
+        """
+        expected = (self.config.text_tokens, self.config.text_width)
+        if text_states.shape[1:] != expected:
+            raise ValueError(
+                f"text states are B x {tuple(text_states.shape[1:])}, the projector expects B x {expected}"
+            )
+        x = self.embed(text_states)  # B x L x W
+        for block in self.blocks:
+            x = block(x)
+        return split_moments(self.to_moments(self.norm_out(x)))
+
+    def forward(self, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Training pass: (mean, logvar, alignment target, log temperature). One call, so that DDP sees every weight."""
+        posterior = self.posterior(text_states)
+        return *posterior, self.alignment(text_states), self.alignment.log_temperature
+
+
+def flatten_normalize(x: Tensor) -> Tensor:
+    """B x L x C -> B x (L C), rows of length 1, float32."""
+    return F.normalize(x.float().flatten(1), dim=-1)

@@ -1,0 +1,329 @@
+"""Builds the demo data: Noto emoji as 64x64 image-caption shards, from the npm package emoji-datasource-google 16.0.0.
+
+    npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz     # unpacks to ./package
+    python scripts/make_demo_data.py --package package --output assets/noto_emoji
+
+In:  the unpacked package (emoji.json, img/google/64/*.png, LICENSE) and the committed list of held-out base emoji.
+Out: webdataset shards of {key}.png (64x64 RGB, the emoji on white), {key}.txt (caption, UTF-8) and {key}.json;
+     manifest.json; the package's licence. A key is the emoji's code points in lower-case hex ("1f600", "1f44d-1f3fb").
+Shards are gzip-compressed tar (14 MB; plain tar would be 24 MB, the rest headers and padding around small files).
+webdataset and tarfile recognise the compression by themselves.
+The same package gives the same bytes with the same Pillow and zlib; content_sha256 in the manifest covers captions and
+pixels only, so it agrees with every version of them.
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+PACKAGE_NAME, PACKAGE_VERSION = "emoji-datasource-google", "16.0.0"
+NUM_IMAGES = 3786  # base emoji and skin-tone variants in that version
+NUM_HELDOUT = 150  # base emoji
+SAMPLES_PER_SHARD = 512
+SHUFFLE_SEED = "noto-emoji"
+IMAGE_SIZE = 64
+DEFAULT_HELDOUT = Path(__file__).resolve().parents[1] / "assets" / "noto_emoji" / "heldout.txt"
+
+TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
+
+# Names whose "black" or "white" means filled or outlined (Unicode's old usage), or whose "red" is another design's: the
+# picture has another colour, so the word is left out of the caption.
+MISLEADING_COLOUR = {
+    "black right-pointing double triangle",
+    "black left-pointing double triangle",
+    "black up-pointing double triangle",
+    "black down-pointing double triangle",
+    "black right-pointing triangle",
+    "black left-pointing triangle",
+    "up-pointing small red triangle",
+    "down-pointing small red triangle",
+    "playing card black joker",
+    "black sun with rays",
+    "white up pointing index",
+    "white up pointing backhand index",
+    "white down pointing backhand index",
+    "white left pointing backhand index",
+    "white right pointing backhand index",
+    "white smiling face",
+    "black telephone",
+    "black heart suit",
+    "black diamond suit",
+    "black universal recycling symbol",
+    "black scissors",
+    "black nib",
+    "eight pointed black star",
+    "white medium star",
+    "black question mark ornament",
+    "black rightwards arrow",
+    "leftwards black arrow",
+    "upwards black arrow",
+    "downwards black arrow",
+}
+RENAMED = {
+    "heavy black heart": "red heart",
+    "hash key": "keycap #",
+    "womans hat": "woman's hat",
+    "womans clothes": "woman's clothes",
+    "womans sandal": "woman's sandal",
+    "womans boots": "woman's boots",
+    "womens symbol": "women's symbol",
+    "mans shoe": "man's shoe",
+    "mens symbol": "men's symbol",
+}
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One sample's description: exactly the fields of its .json."""
+
+    key: str
+    name: str
+    subcategory: str
+    category: str
+    base: str  # key of the emoji without skin tones; its own key for a base emoji
+    tone: str | None  # "dark", "light and dark"; None for a base emoji
+    caption: str
+
+
+def natural_name(name: str) -> str:
+    """'KISS: MAN, WOMAN' -> 'kiss of man and woman', 'MAN: RED HAIR' -> 'man with red hair'; lower case throughout."""
+    name = name.lower().replace("’", "'").replace("oclock", "o'clock").replace("ideograph-", "ideograph ")
+    name = RENAMED.get(name, name)
+    if name in MISLEADING_COLOUR:
+        name = re.sub(r"\b(black|white|red) ", "", name)
+    head, colon, rest = name.partition(": ")
+    if not colon:
+        return name
+    if head == "keycap":
+        return f"{head} {rest}"
+    if head in ("man", "woman", "person"):
+        return f"{rest} {head}" if rest == "bald" else f"{head} with {rest}"
+    *first, last = rest.split(", ")
+    group, _, attribute = head.partition(" ")  # "couple", "with heart"
+    return f"{group} of {', '.join(first)} and {last} {attribute}".rstrip()
+
+
+def tone_name(variation: str) -> str:
+    """'1F3FB' -> 'light', '1F3FB-1F3FF' -> 'light and dark', '1F3FB-1F3FB' -> 'light'."""
+    tones = [TONES[code] for code in variation.lower().split("-")]
+    return " and ".join(dict.fromkeys(tones))
+
+
+def describe_emoji(entries: list[dict]) -> list[Emoji]:
+    """Entries of emoji.json -> every base emoji and skin-tone variant, in the package's order."""
+    name_counts = Counter(entry["name"] for entry in entries)
+    emoji = []
+    for entry in entries:
+        base = entry["unified"].lower()
+        # Where the package gives two emoji one name ("MAN IN TUXEDO"), its short names still differ.
+        is_shared = name_counts[entry["name"]] > 1
+        name = entry["short_name"].replace("_", " ") if is_shared else natural_name(entry["name"])
+        if base in TONES:
+            name = f"{TONES[base]} skin tone"
+        subcategory = entry["subcategory"].replace("-", " ").lower()
+        fields = {"name": name, "subcategory": subcategory, "category": entry["category"].lower(), "base": base}
+        emoji.append(Emoji(key=base, tone=None, caption=f"{name}, {subcategory}", **fields))
+        for variation, variant in entry.get("skin_variations", {}).items():
+            tone = tone_name(variation)
+            caption = f"{name}, {subcategory}, {tone} skin tone"
+            emoji.append(Emoji(key=variant["unified"].lower(), tone=tone, caption=caption, **fields))
+    return emoji
+
+
+def load_package(package: Path, num_images: int = NUM_IMAGES) -> list[Emoji]:
+    """Reads and checks the unpacked package. ValueError names what is missing or differs."""
+    for file in ("package.json", "emoji.json", "LICENSE"):
+        if not (package / file).is_file():
+            raise ValueError(f"{package / file} is missing: --package must be the unpacked {PACKAGE_NAME} package")
+    about = json.loads((package / "package.json").read_text(encoding="utf-8"))
+    given, expected = (about.get("name"), about.get("version")), (PACKAGE_NAME, PACKAGE_VERSION)
+    if given != expected:
+        raise ValueError(f"{package} holds {given[0]} {given[1]}, expected {expected[0]} {expected[1]}")
+    emoji = describe_emoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
+    if len({item.key for item in emoji}) != num_images or len(emoji) != num_images:
+        raise ValueError(f"{package / 'emoji.json'} describes {len(emoji)} emoji, expected {num_images} different ones")
+    listed, found = {item.key for item in emoji}, {path.stem for path in image_folder(package).glob("*.png")}
+    if listed != found:
+        missing, unknown = sorted(listed - found), sorted(found - listed)
+        raise ValueError(
+            f"{image_folder(package)} holds {len(found)} images, expected {num_images}: "
+            f"{len(missing)} missing {missing[:3]}, {len(unknown)} not in emoji.json {unknown[:3]}"
+        )
+    return emoji
+
+
+def image_folder(package: Path) -> Path:
+    return package / "img" / "google" / str(IMAGE_SIZE)
+
+
+def load_image(path: Path) -> Image.Image:
+    """The package's RGBA image composited on white: 64x64 RGB."""
+    try:
+        with Image.open(path) as image:
+            rgba = image.convert("RGBA")
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable image: {error}") from error
+    if rgba.size != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"{path} is {rgba.width}x{rgba.height}, expected {IMAGE_SIZE}x{IMAGE_SIZE}")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def load_heldout(path: Path, emoji: list[Emoji], num_heldout: int = NUM_HELDOUT) -> set[str]:
+    """The list of held-out base keys, one a line."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: it lists the {num_heldout} held-out base emoji, one key a line")
+    keys = path.read_text(encoding="utf-8").split()
+    unknown = sorted(set(keys) - {item.base for item in emoji})
+    if unknown:
+        raise ValueError(f"{path}: {len(unknown)} keys are no base emoji of the package: {unknown[:3]}")
+    if len(keys) != num_heldout or len(set(keys)) != num_heldout:
+        raise ValueError(
+            f"{path} lists {len(keys)} keys ({len(set(keys))} different), expected {num_heldout} different"
+        )
+    return set(keys)
+
+
+def shuffle_rank(item: Emoji) -> str:
+    """Sorting by this is a fixed shuffle, the same in every Python version."""
+    return hashlib.sha256(f"{SHUFFLE_SEED}:{item.key}".encode()).hexdigest()
+
+
+def plan_shards(emoji: list[Emoji], heldout: set[str], samples_per_shard: int) -> dict[str, list[Emoji]]:
+    """File name -> its samples in order. Held-out emoji fill one shard each for base and variants."""
+    split = {"train-base": [], "train-tone": [], "heldout": [], "heldout-tone": []}
+    for item in sorted(emoji, key=shuffle_rank):
+        prefix = "heldout" if item.base in heldout else "train"
+        suffix = "-tone" if item.tone else "-base" if prefix == "train" else ""
+        split[prefix + suffix].append(item)
+    shards = {}
+    for name, items in split.items():
+        size = samples_per_shard if name.startswith("train") else max(len(items), 1)
+        for index, start in enumerate(range(0, len(items), size)):
+            shards[f"{name}-{index:06d}.tar.gz"] = items[start : start + size]
+    return shards
+
+
+def describe_json(item: Emoji) -> bytes:
+    """The sample's .json file."""
+    return json.dumps(asdict(item), sort_keys=True, ensure_ascii=False).encode()
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Lossless RGB PNG; a palette would help only the few images of 256 colours or less."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
+    """One gzip-compressed tar without times, owners or host details."""
+    buffer = io.BytesIO()
+    with (
+        gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for item in items:
+            members = {"png": png_bytes(images[item.key]), "txt": item.caption.encode(), "json": describe_json(item)}
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{item.key}.{extension}")  # TarInfo starts with mtime, uid and gid 0
+                info.size, info.mode = len(data), 0o644
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def content_sha256(described: list[bytes], pixels: list[bytes]) -> str:
+    """Hash over each sample's .json and RGB pixels in order: independent of the PNG and gzip encoders."""
+    digest = hashlib.sha256()
+    for description, rgb in zip(described, pixels, strict=True):
+        digest.update(description + b"\n" + rgb)
+    return digest.hexdigest()
+
+
+def describe_shard(file: str, data: bytes, items: list[Emoji], images: dict[str, Image.Image]) -> dict:
+    """The shard's row in manifest.json."""
+    content = content_sha256([describe_json(item) for item in items], [images[item.key].tobytes() for item in items])
+    return {
+        "file": file,
+        "samples": len(items),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "content_sha256": content,
+    }
+
+
+def make_manifest(shards: list[dict], emoji: list[Emoji], images: dict[str, Image.Image]) -> dict:
+    totals = {
+        "samples": sum(shard["samples"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "distinct_captions": len({item.caption for item in emoji}),
+        "distinct_images": len({image.tobytes() for image in images.values()}),
+    }
+    return {"package": f"{PACKAGE_NAME} {PACKAGE_VERSION}", "shards": shards, "totals": totals}
+
+
+def write_files(output: Path, files: dict[str, bytes]) -> None:
+    """Writes all files aside, then renames them into place in the given order."""
+    output.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".building-", dir=output))
+    try:
+        for name, data in files.items():
+            (aside / name).write_bytes(data)
+        for name in files:
+            os.replace(aside / name, output / name)
+    finally:
+        shutil.rmtree(aside)
+
+
+def build(
+    package: Path,
+    output: Path,
+    heldout_list: Path = DEFAULT_HELDOUT,
+    num_images: int = NUM_IMAGES,
+    num_heldout: int = NUM_HELDOUT,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+) -> dict:
+    """Checks the input, then writes shards, manifest.json and the licence copy to `output`; returns the manifest."""
+    emoji = load_package(package, num_images)
+    heldout = load_heldout(heldout_list, emoji, num_heldout)
+    images = {item.key: load_image(image_folder(package) / f"{item.key}.png") for item in emoji}
+    plan = plan_shards(emoji, heldout, samples_per_shard)
+    files = {file: shard_bytes(items, images) for file, items in plan.items()}
+    shards = [describe_shard(file, files[file], items, images) for file, items in plan.items()]
+    manifest = make_manifest(shards, emoji, images)
+    files["LICENSE-emoji-datasource"] = (package / "LICENSE").read_bytes()
+    files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
+    write_files(output, files)
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--package", type=Path, required=True, help="folder of the unpacked npm package")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards, made if missing")
+    heldout_help = "list of held-out base keys, one a line (default: assets/noto_emoji/heldout.txt)"
+    parser.add_argument("--heldout", type=Path, default=DEFAULT_HELDOUT, help=heldout_help)
+    args = parser.parse_args(argv)
+    try:
+        manifest = build(args.package, args.output, args.heldout)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    for shard in manifest["shards"]:
+        print(f"{shard['file']}: {shard['samples']} samples, {shard['bytes']} bytes")
+    print(f"wrote {manifest['totals']} to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
