@@ -127,8 +127,8 @@ def main(args: argparse.Namespace) -> None:
         for index, image in enumerate(images):
             save_png(to_pil(image), args.save_dir / f"{index:05d}.png")
     print(
-        f"{args.output}: {len(images)} images, {sampling.steps} steps, guidance {sampling.guidance:g}, seed {args.seed}, "
-        f"{len(images) / seconds:.1f} images/s"
+        f"{args.output}: {len(images)} images, {sampling.steps} steps, guidance {sampling.guidance:g}, "
+        f"seed {args.seed}, {len(images) / seconds:.1f} images/s"
     )
 
 

@@ -3,7 +3,8 @@
     accelerate launch train_flowtok.py --config configs/demo/flowtok.yaml [key=value ...]
 
 In: token shards, the projector of stage 2. Out: a run folder that sample.py and evaluation read.
-L = L_fm + the weighted terms of modeling/losses.py, source_losses; `flow.projector` says which of them reach the projector.
+L = L_fm + the weighted terms of modeling/losses.py, source_losses; `flow.projector` says which of them reach the
+projector.
 Watch z_text_std and z_text_between_captions_std: the flow loss falls while they collapse (README).
 The same command resumes, and does nothing when the run is complete.
 """

@@ -188,7 +188,7 @@ stopped() { # STAGE STATUS
 }
 
 run_stage() { # STAGE KEY=VALUE ...
-    local stage=$1 overrides program
+    local stage=$1 start=$SECONDS overrides program
     overrides_of "$@"
     case $stage in
         text_encoder) program=("${launch[@]}" --module scripts.train_text_encoder) ;;
@@ -198,6 +198,16 @@ run_stage() { # STAGE KEY=VALUE ...
     esac
     echo "== $experiment: $stage"
     run "${program[@]}" --config "configs/$experiment/$stage.yaml" "${overrides[@]}" || stopped "stage $stage" $?
+    echo "== $experiment: $stage took $((SECONDS - start)) s"
+}
+
+draw_samples() { # unless the picture is newer than every checkpoint of stage flowtok
+    local picture=$experiment_dir/samples.png
+    if [[ -f $picture && -z $(find "$experiment_dir/flowtok/checkpoints" -newer "$picture" -print -quit) ]]; then
+        echo "$picture: complete, nothing to do"
+    else
+        run "$PYTHON" sample.py --run "$experiment_dir" --output "$picture" || stopped sample.py $?
+    fi
 }
 
 list_results() {
@@ -228,8 +238,6 @@ for stage in "${stages[@]}"; do
     if [[ $stage != report || $MACHINE_RANK == 0 ]]; then run_stage "$stage" "$@"; fi
 done
 if [[ $MACHINE_RANK == 0 ]]; then
-    if contains flowtok "${stages[@]}"; then
-        run "$PYTHON" sample.py --run "$experiment_dir" --output "$experiment_dir/samples.png" || stopped sample.py $?
-    fi
+    if contains flowtok "${stages[@]}"; then draw_samples; fi
     [[ ${DRY_RUN:-0} != 0 ]] || list_results
 fi

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -32,11 +32,16 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     try:
         node = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+        raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not OmegaConf.is_dict(node):
         raise ValueError(f"{path} must hold a mapping of keys to values")
     base = node.pop("base", None)
     return OmegaConf.merge(read_yaml(path.parent / base, (*seen, path)), node) if base else node
+
+
+def one_line(error: Exception) -> str:
+    """A parser's message without its line breaks."""
+    return " ".join(str(error).split())
 
 
 def valid_keys(schema: type, prefix: str = "") -> list[str]:
@@ -49,22 +54,54 @@ def valid_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def check_keys(node: Any, schema: type, origin: str, prefix: str = "") -> None:
+def nearest_key(name: str, valid: list[str]) -> str | None:
+    """The valid key that an unknown one was probably meant to be, or None.
+
+    By its last part: the same one elsewhere, the initials of one (lr: learning_rate), a similar spelling. Among several
+    the one most like the whole name.
+    """
+
+    def leaf(key: str) -> str:
+        return key.rsplit(".", 1)[-1]
+
+    def initials(key: str) -> str:
+        return "".join(word[:1] for word in leaf(key).split("_"))
+
+    similar = difflib.get_close_matches(leaf(name), {leaf(key) for key in valid}, n=1)
+    candidates = (
+        [key for key in valid if leaf(key) == leaf(name)]
+        or [key for key in valid if "_" in leaf(key) and initials(key) == leaf(name)]
+        or [key for key in valid if leaf(key) in similar]
+    )
+    return max(candidates, key=lambda key: difflib.SequenceMatcher(None, name, key).ratio(), default=None)
+
+
+def is_list_or_reference(node: Any, key: str) -> bool:
+    """Whether the value of a key is a list, or ${...} for one that is only known after merging."""
+    return OmegaConf.is_list(node._get_node(key)) or OmegaConf.is_interpolation(node, key)
+
+
+def check_keys(node: Any, schema: type, origin: str) -> None:
     """Refuse keys that the schema lacks, naming the nearest valid one."""
-    fields = {f.name: f.type for f in dataclasses.fields(schema)}
-    for key in node:
-        name = f"{prefix}{key}"
-        if key not in fields:
-            valid = valid_keys(schema, prefix)
-            near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-            by_leaf = [v for v in valid if v.rsplit(".", 1)[-1] == str(key)]
-            hint = f"did you mean {(by_leaf or near)[0]!r}?" if (by_leaf or near) else f"valid: {', '.join(fields)}"
-            raise ValueError(f"{origin}: unknown key {name!r}; {hint}")
-        if dataclasses.is_dataclass(fields[key]):
-            child = node._get_node(key)
-            if not OmegaConf.is_dict(child):
-                raise ValueError(f"{origin}: {name!r} is a group of keys ({', '.join(valid_keys(fields[key]))})")
-            check_keys(child, fields[key], origin, f"{name}.")
+    valid = valid_keys(schema)
+
+    def check_group(node: Any, schema: type, prefix: str) -> None:
+        fields = {f.name: f.type for f in dataclasses.fields(schema)}
+        for key in node:
+            name = f"{prefix}{key}"
+            if key not in fields:
+                near = nearest_key(name, valid)
+                hint = f"did you mean {near!r}?" if near else f"valid: {', '.join(fields)}"
+                raise ValueError(f"{origin}: unknown key {name!r}; {hint}")
+            if dataclasses.is_dataclass(fields[key]):
+                child = node._get_node(key)
+                if not OmegaConf.is_dict(child):
+                    raise ValueError(f"{origin}: {name!r} is a group of keys ({', '.join(valid_keys(fields[key]))})")
+                check_group(child, fields[key], f"{name}.")
+            elif get_origin(fields[key]) is list and not is_list_or_reference(node, key):
+                raise ValueError(f"{origin}: {name!r} is a list, as in {name}=[first,second]; got {node[key]!r}")
+
+    check_group(node, schema, "")
 
 
 def parse_overrides(overrides: list[str]) -> Any:
@@ -75,7 +112,7 @@ def parse_overrides(overrides: list[str]) -> Any:
     try:
         return OmegaConf.from_dotlist(overrides)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"command line: cannot read {' '.join(overrides)}: {error}") from error
+        raise ValueError(f"command line: cannot read {' '.join(overrides)}: {one_line(error)}") from error
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, stage: str | None = None) -> StageConfig:
@@ -106,6 +143,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None, stage: str
         key = getattr(error, "full_key", "") or ""
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: {key + ': ' if key else ''}{reason}") from error
+    if config.stage != name:
+        raise ValueError(f"command line: stage={config.stage}, but {path} configures stage {name!r}")
     check(config)
     return config
 

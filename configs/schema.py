@@ -28,6 +28,10 @@ class PictureConfig:
     shards: list[str] = field(default_factory=list)  # images to reconstruct in stage 1; empty: the training shards
     captions: list[str] = field(default_factory=list)  # prompts in stage 3
 
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"pictures.num_samples must be at least 1, got {self.num_samples}")
+
 
 @dataclass
 class ClipSizeConfig:
@@ -89,8 +93,8 @@ class TokensStage(StageConfig):
     tokenizer_run: str = "${experiment_dir}/tokenizer"
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
     batch_size: int = 64  # images per pass and process
-    # Also store the text states (L x T float16 a sample): later stages then never run the text tower. Worth it for small
-    # sets seen many times; at ViT-L/14 it costs 118 kB a sample.
+    # Also store the text states (L x T float16 a sample): later stages then never run the text tower. Worth it for
+    # small sets seen many times; at ViT-L/14 it costs 118 kB a sample.
     store_text_states: bool = False
 
 
@@ -150,6 +154,11 @@ STAGES: dict[str, type[StageConfig]] = {
 }
 
 
+def teaches_source(losses: SourceLossConfig) -> bool:
+    """Whether any loss on the flow's source is on."""
+    return bool(losses.alignment_weight or losses.kl_weight or losses.image_regression_weight)
+
+
 def check(config: StageConfig) -> None:
     """Checks that concern more than one part.
 
@@ -166,8 +175,17 @@ def check(config: StageConfig) -> None:
             )
         if config.flow.projector == "frozen" and not config.projector_run:
             raise ValueError("flow.projector=frozen needs a trained projector: set projector_run")
+        if config.flow.projector == "detached" and not teaches_source(config.losses):
+            raise ValueError(
+                "flow.projector=detached leaves the projector without any loss: set losses, or take frozen"
+            )
+    if isinstance(config, TextProjectorStage) and not teaches_source(config.losses):
+        raise ValueError("losses: alignment_weight, kl_weight and image_regression_weight are all 0")
     if isinstance(config, ReportStage) and not (config.train_shards and config.heldout_shards):
         raise ValueError("the report needs train_shards and heldout_shards")
     data = getattr(config, "data", None)
-    if data is not None and not data.shards:
-        raise ValueError("data.shards is empty: name the training shards (README, 'Data')")
+    if data is not None:
+        try:
+            data.validate()
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from error

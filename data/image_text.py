@@ -13,7 +13,8 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.captions import Tokenize, caption_of, check_caption_keys, collate_text
-from data.shards import BadSample, ShardStream, build_loader, expand_shards, read_batches
+from data.shards import BadSample, ShardStream, build_loader, read_batches
+from data.tar import expand_shards
 from data.transforms import decode_image, train_crop
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif")

@@ -24,7 +24,8 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.captions import Tokenize, caption_of, check_caption_keys, collate_text
-from data.shards import BadSample, ShardStream, build_loader, expand_shards, read_batches
+from data.shards import BadSample, ShardStream, build_loader, read_batches
+from data.tar import expand_shards
 
 NPY_MAGIC = b"\x93NUMPY"
 

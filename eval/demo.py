@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import ReportStage
 from data.image_text import ImageTextConfig, read_images
-from eval.loading import load_pipeline, read_run_config
+from eval.loading import fingerprint, load_pipeline
 from eval.pictures import caption_grid, pair_rows, save_png
 from eval.reconstruction import psnr
 from modeling.pipeline import SamplingConfig, TextToImage
@@ -32,6 +32,16 @@ def main(config: ReportStage) -> None:
     """Measure and write; deterministic, a few minutes on a CPU."""
     experiment = Path(config.experiment_dir)
     parts, sampling = load_pipeline(experiment, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    path = experiment / "report.json"
+    inputs = {
+        "config": asdict(config),
+        "sampling": asdict(sampling),
+        "tokenizer_fingerprint": fingerprint(parts.tokenizer),
+        "flow_fingerprint": fingerprint(parts.flow),
+    }
+    if path.is_file() and json.loads(path.read_text()).get("inputs") == inputs:
+        print(f"{path}: complete, nothing to do")
+        return
     train = read_all(config, parts, config.train_shards)
     heldout = read_all(config, parts, config.heldout_shards)
     distractors = read_all(config, parts, config.distractor_shards) if config.distractor_shards else None
@@ -39,11 +49,9 @@ def main(config: ReportStage) -> None:
     number = min(config.num_train_captions, len(train["caption"]))
     chosen = torch.linspace(0, len(train["caption"]) - 1, number).round().long().tolist()
     report = {
+        "inputs": inputs,
         "num_train_captions": len(train["caption"]),
         "num_pool_images": len(pool["latents"]),
-        "sampling": asdict(sampling),
-        "seed": config.seed,
-        "training_steps": read_run_config(experiment / "flowtok").training.max_steps,
         "tokenizer": {
             "heldout_psnr_db": reconstruction_psnr(config, parts, heldout),
             "train_psnr_db": reconstruction_psnr(config, parts, take(train, chosen)),
@@ -56,11 +64,10 @@ def main(config: ReportStage) -> None:
         report[name] = evaluate(config, parts, sampling, samples, own, pool, experiment / f"report_{name}.png")
         no_flow = evaluate(config, parts, sampling, samples, own, pool, None)
         report[f"{name}_source_without_flow"] = no_flow
-    path = experiment / "report.json"
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(report, indent=2) + "\n")
     partial.rename(path)
-    print(json.dumps(report, indent=2))
+    print(json.dumps({name: value for name, value in report.items() if name != "inputs"}, indent=2))
     print(f"{path}: written, pictures beside it")
 
 
@@ -97,7 +104,7 @@ def build_pool(config: ReportStage, parts: TextToImage, sets: list[dict]) -> dic
 
 
 def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
-    """Share of queries whose own image (pool index `own`) is nearest, or among the five nearest, by Euclidean distance."""
+    """Share of queries whose own image (pool index `own`) is the nearest, or among the five nearest, by Euclid."""
     distances = torch.cdist(queries.flatten(1).double(), pool.flatten(1).double())
     nearest = groups[distances.topk(5, largest=False).indices]  # N x 5
     hits = nearest == groups[own][:, None]

@@ -160,7 +160,7 @@ def load_tokens_info(shards: list[str], num_tokens: int, token_channels: int, to
     actual = fingerprint(load_tokenizer(tokenizer_run)[0])
     if info.tokenizer_fingerprint != actual:
         raise ValueError(
-            f"{folder} was written with another tokenizer ({info.tokenizer_fingerprint}) than {tokenizer_run} ({actual}): "
-            "delete the folder and run scripts/encode_tokens.py again"
+            f"{folder} was written with another tokenizer ({info.tokenizer_fingerprint}) than {tokenizer_run} "
+            f"({actual}): delete the folder and run scripts/encode_tokens.py again"
         )
     return info

@@ -59,8 +59,8 @@ def open_stored_tokens(run: Run, config, info: TokensInfo) -> StoredTokens:
         )
     if info.has_text_states and info.text_encoder_fingerprint != fingerprint(encoder):
         raise ValueError(
-            f"the stored text states come from another text tower than {text_config.model}: delete the token shards and "
-            "run scripts/encode_tokens.py again"
+            f"the stored text states come from another text tower than {text_config.model}: delete the token shards "
+            "and run scripts/encode_tokens.py again"
         )
     tokenize = None if info.has_text_states else TextTokenizer(text_config)
     loader = build_token_loader(

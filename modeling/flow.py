@@ -25,8 +25,8 @@ class FlowConfig:
     # z_T and z_I drawn from their posteriors; False takes the means, which learns faster but gives one image a caption.
     sample_text_latent: bool = True
     sample_image_latent: bool = True
-    # joint: the flow's gradient reaches the projector (paper). detached: the projector learns from its other losses only.
-    # frozen: it does not learn. Joint training at small scale lets z_T collapse, see the README.
+    # joint: the flow's gradient reaches the projector (paper). detached: the projector learns from its other losses
+    # only. frozen: it does not learn. Joint training at small scale lets z_T collapse, see the README.
     projector: Literal["joint", "detached", "frozen"] = "joint"
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ def drop_to_null(image: Tensor, null_probability: float) -> tuple[Tensor, Tensor
 def guided_velocity(network: Callable[[Tensor, Tensor, Tensor], Tensor], guidance: float) -> VelocityFn:
     """v = v_null + guidance * (v_cond - v_null), both branches in one batched pass; one branch where one is enough.
 
-    `network(x, t, null)` is the velocity network. Guidance 1 costs one pass per step (v_cond alone), 0 likewise (v_null).
+    `network(x, t, null)` is the velocity network. Guidance 1 (v_cond alone) and 0 (v_null alone) halve the work.
     """
 
     def one_branch(x: Tensor, t: Tensor) -> Tensor:

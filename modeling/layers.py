@@ -1,6 +1,6 @@
 """Transformer parts shared by the networks: attention with optional axial RoPE, SwiGLU, sinusoidal tables, init.
 
-Sources: RoPE as TA-TiTok with RoPE uses it (spec: axial, row half first, adjacent channel pairs), SwiGLU of Shazeer 2020,
+Sources: RoPE as TA-TiTok with RoPE uses it (axial, row half first, adjacent channel pairs), SwiGLU of Shazeer 2020,
 adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
 """
 

@@ -26,9 +26,9 @@ def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
 def kl_loss(mean: Tensor, logvar: Tensor, form: KLForm = "gaussian", reduction: KLReduction = "sample") -> Tensor:
     """KL of N(mean, exp(logvar)) to N(0, 1), mean and logvar B x K x C.
 
-    form "gaussian": -1/2 (1 + logvar - mean^2 - exp(logvar)). form "wall": the release's (0.3 mean)^6 for mean^2, a wall
-    around |mean| = 3 more than a KL. reduction "sample": sum over tokens and channels, mean over the batch; "batch": sum
-    over everything (the release; its weight then depends on the batch size); "mean": mean over everything.
+    form "gaussian": -1/2 (1 + logvar - mean^2 - exp(logvar)). form "wall": the release's (0.3 mean)^6 for mean^2, a
+    wall around |mean| = 3 more than a KL. reduction "sample": sum over tokens and channels, mean over the batch;
+    "batch": sum over everything (the release; its weight then depends on the batch size); "mean": mean over everything.
     """
     mean, logvar = mean.float(), logvar.float()
     square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
@@ -61,7 +61,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def latent_regression_loss(text_mean: Tensor, image_mean: Tensor) -> Tensor:
-    """Mean squared error of z_T's mean to z_I's mean, B x K x C: puts the flow's source near its target (not in the paper)."""
+    """Mean squared error of z_T's mean to z_I's mean, B x K x C: the flow starts near its target (not in the paper)."""
     return F.mse_loss(text_mean.float(), image_mean.float())
 
 
@@ -75,8 +75,8 @@ def reconstruction_losses(images: Tensor, reconstructions: Tensor) -> dict[str, 
 def latent_statistics(mean: Tensor) -> dict[str, Tensor]:
     """Deviation of z_T's mean over everything, and between captions: B x L x C -> scalars.
 
-    `between` is the root of the variance over the batch at each token and channel, averaged. Near 0 means that z_T is the
-    same for every caption: the collapse that the flow loss does not show.
+    `between` is the root of the variance over the batch at each token and channel, averaged. Near 0 means that z_T is
+    the same for every caption: the collapse that the flow loss does not show.
     """
     mean = mean.detach().float()
     between = mean.var(dim=0, correction=0).mean().sqrt()
@@ -110,7 +110,7 @@ def source_losses(
     log_temperature: Tensor,
     image_mean: Tensor,
 ) -> dict[str, Tensor]:
-    """The terms of weight > 0, unweighted, and "source", their weighted sum. All latents B x K x C; image_mean is scaled."""
+    """The terms of weight > 0, unweighted, and "source", their weighted sum. Latents B x K x C; image_mean scaled."""
     terms: dict[str, Tensor] = {}
     if config.alignment_weight:
         terms["alignment"] = contrastive_loss(text, alignment, log_temperature)

@@ -6,6 +6,7 @@ function of (seed, its index), not of the batch it was made in.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +29,12 @@ class SamplingConfig:
 
 
 def text_noise(shape: tuple[int, int], seed: int, indices: list[int]) -> Tensor:
-    """Unit noise of shape len(indices) x K x C, each row a function of (seed, index) alone. CPU float32."""
-    generator = torch.Generator()
-    rows = [torch.randn(shape, generator=generator.manual_seed((seed << 32) + index)) for index in indices]
-    return torch.stack(rows)
+    """Unit noise of shape len(indices) x K x C, each row a function of (seed, index) alone. CPU float32.
+
+    NumPy's generator, because torch's CPU generator uses only the low 32 bits of its seed.
+    """
+    generators = [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,))) for index in indices]
+    return torch.from_numpy(np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators]))
 
 
 @dataclass

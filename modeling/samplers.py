@@ -1,6 +1,6 @@
-"""Solvers of the flow's ODE: velocity_fn, x at t = 0 -> x at t = 1. They know no network and no data (paper, Sec. 3.1).
+"""Solvers of the flow's ODE: velocity_fn, x at t = 0 -> x at t = 1; without networks and data (paper, Sec. 3.1).
 
-A grid is a list of (time at which the velocity is evaluated, step size). GRIDS names them for configs and the command line.
+A grid is a list of (time at which the velocity is evaluated, step size). GRIDS names them for configs and commands.
 """
 
 from collections.abc import Callable

@@ -52,9 +52,11 @@ class TextTokenizer:
     def decode(self, token_ids: Tensor) -> str:
         """The text that a row of ids stands for, without start, end and padding."""
         tokenizer = self._load()
-        ids = [i for i in token_ids.tolist() if i not in (0, tokenizer.sot_token_id)]
-        if tokenizer.eot_token_id in ids:
+        ids = [i for i in token_ids.tolist() if i != tokenizer.sot_token_id]
+        if tokenizer.eot_token_id in ids:  # padding follows the end token; a 0 before it is an exclamation mark
             ids = ids[: ids.index(tokenizer.eot_token_id)]
+        else:  # predicted ids may lack the end token
+            ids = [i for i in ids if i != 0]
         return tokenizer.decode(ids).strip()
 
 
@@ -129,7 +131,7 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     if not local and not config.pretrained:
         raise ValueError("text_encoder.pretrained is empty: a frozen tower needs weights (an open_clip tag or a file)")
     try:
-        clip = open_clip.create_model(config.model, None if local else config.pretrained, require_pretrained=not local)
+        clip = open_clip.create_model(config.model, None if local else config.pretrained, require_pretrained=True)
     except (RuntimeError, OSError, FileNotFoundError) as error:
         raise ValueError(
             f"cannot load the text tower {config.model!r}, pretrained {config.pretrained!r}: {error}. Without network: "
@@ -144,7 +146,7 @@ def build_clip(model_config: dict) -> nn.Module:
 
 
 def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:
-    """Write a CLIP model as the folder that `model: local-dir:FOLDER` reads. The config file, written last, marks it whole."""
+    """Write a CLIP model as the folder that `model: local-dir:FOLDER` reads; the config file, written last, ends it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()}, folder / WEIGHTS_FILE)
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}

@@ -1,4 +1,4 @@
-"""Projector and velocity network as one module: what stage 3 trains, saves and what sampling loads (paper, Sec. 3.3)."""
+"""Projector and velocity network as one module: stage 3 trains and saves it, sampling loads it (paper, Sec. 3.3)."""
 
 from typing import NamedTuple
 

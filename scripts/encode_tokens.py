@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import TokensStage
 from data.image_text import read_images
-from data.shards import expand_shards, write_shard
+from data.tar import expand_shards, write_shard
 from data.token_text import TokenTextConfig, read_tokens
 from eval.loading import TokensInfo, fingerprint, load_tokenizer
 from modeling.image_tokenizer import ImageTokenizer

@@ -12,7 +12,8 @@ from PIL import Image
 
 from data.captions import caption_of, check_caption_keys, clean_caption
 from data.image_text import ImageTextConfig, build_image_loader, read_images
-from data.shards import BadSample, write_shard
+from data.shards import BadSample
+from data.tar import write_shard
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import write_shard
+from data.tar import write_shard
 from data.token_text import TokenTextConfig, build_token_loader, read_tokens
 
 torch.set_num_threads(1)

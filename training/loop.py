@@ -81,7 +81,7 @@ def is_due(step: int, every: int, max_steps: int) -> bool:
 
 
 class Trainer:
-    """State of one stage's training: what is saved and resumed is model, ema, optimizer, step and the loader's position."""
+    """State of one stage's training. Saved and resumed: model, ema, optimizer, step and the loader's position."""
 
     def __init__(self, run: Run, config: TrainingConfig, optimizer: OptimizerConfig, model: nn.Module, loader):
         self.run, self.config, self.optimizer_config, self.loader = run, config, optimizer, loader
@@ -113,7 +113,10 @@ class Trainer:
             self.run.say(f"data starts over: the run had {num_processes} processes before")
             return
         path = folder / ckpt.loader_file(self.run.accelerator.process_index)
-        self.loader.load_state_dict(torch.load(path, weights_only=True))
+        try:
+            self.loader.load_state_dict(torch.load(path, weights_only=True))
+        except ValueError as error:
+            self.run.say(f"data starts over: {error}")
 
     def save(self) -> None:
         """Write a checkpoint of the current step; all processes take part."""

@@ -1,0 +1,79 @@
+"""What several test files share: one CPU thread, a tiny CLIP on disk, a few shards of drawn shapes with captions."""
+
+import io
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from data.tar import write_shard
+from modeling.text_encoder import build_clip, save_clip
+
+torch.set_num_threads(1)
+
+TINY_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+SHAPES = ("circle", "square", "triangle")
+COLOURS = ("red", "green", "blue", "black")
+NUM_SHARDS, SAMPLES_PER_SHARD, PIXELS = 2, 24, 32
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test's random numbers do not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(tmp_path_factory) -> Path:
+    """A CLIP with random weights: text_encoder.model=local-dir:PATH gives text states of 16 tokens x 32 channels."""
+    folder = tmp_path_factory.mktemp("clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_clip(build_clip(TINY_CLIP), TINY_CLIP, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory) -> Path:
+    """Folder with train-00000.tar and train-00001.tar, 24 samples each: 32 x 32 PNG and its caption in .txt."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(NUM_SHARDS):
+        numbers = range(shard * SAMPLES_PER_SHARD, (shard + 1) * SAMPLES_PER_SHARD)
+        write_shard(folder / f"train-{shard:05d}.tar", [shape_sample(number) for number in numbers])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, tiny_shards):
+    """A tiny experiment whose stages have all run, and its samples; tests leave its folder as it is."""
+    from tiny_experiment import MAIN, Experiment, draw  # imports every stage: not for the tests that need none
+
+    experiment = Experiment(tmp_path_factory.mktemp("chain"), tiny_shards)
+    for stage in MAIN:
+        experiment.run(stage)
+    draw(experiment.folder, "--output", experiment.folder / "samples.png")
+    return experiment
+
+
+def shape_sample(number: int) -> dict:
+    """Raw sample of one coloured shape on white, a function of its number; captions repeat, pictures do not."""
+    colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number // len(COLOURS) % len(SHAPES)]
+    draw_random = random.Random(number)
+    x, y, size = draw_random.randint(1, 9), draw_random.randint(1, 9), draw_random.randint(12, 20)
+    image = Image.new("RGB", (PIXELS, PIXELS), "white")
+    draw, box = ImageDraw.Draw(image), [x, y, x + size, y + size]
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    else:
+        draw.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill=colour)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return {"__key__": f"{number:05d}", "png": buffer.getvalue(), "txt": f"a {colour} {shape}"}

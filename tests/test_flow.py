@@ -1,0 +1,167 @@
+"""modeling/flow.py: path and velocity in float64, time distributions, targets of the null flow, guidance."""
+
+import pytest
+import torch
+
+from modeling.flow import (
+    FlowConfig,
+    drop_to_null,
+    guided_velocity,
+    interpolate,
+    sample_times,
+    target_velocity,
+)
+
+B, K, C, SIGMA = 4, 5, 3, 1e-5
+CPU = torch.device("cpu")
+
+
+def latents():
+    return torch.randn(2, B, K, C, dtype=torch.float64)
+
+
+def numbered_latents(batch):
+    """Latent of sample i holds i everywhere."""
+    return torch.arange(batch).float().view(-1, 1, 1).expand(-1, K, C)
+
+
+def test_path_runs_from_text_to_image_with_sigma_min_of_text_left():
+    text, image = latents()
+    zero, one = torch.zeros(B, dtype=torch.float64), torch.ones(B, dtype=torch.float64)
+    assert torch.equal(interpolate(text, image, zero, SIGMA), text)
+    torch.testing.assert_close(interpolate(text, image, one, SIGMA), image + SIGMA * text, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("sigma_min", [0.0, SIGMA, 0.3])
+def test_velocity_is_the_paths_derivative_at_every_time(sigma_min):
+    text, image = latents()
+    t = torch.rand(B, dtype=torch.float64)
+    _, derivative = torch.autograd.functional.jvp(
+        lambda t: interpolate(text, image, t, sigma_min), t, torch.ones_like(t)
+    )
+    torch.testing.assert_close(target_velocity(text, image, sigma_min), derivative, rtol=0, atol=1e-14)
+
+
+def test_each_sample_is_at_its_own_time():
+    text, image = latents()
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    path = interpolate(text, image, t, 0.0)
+    for i in range(B):
+        torch.testing.assert_close(path[i], (1 - t[i]) * text[i] + t[i] * image[i])
+
+
+@pytest.mark.parametrize(
+    ("config", "cumulative"),
+    [
+        (FlowConfig(), lambda t: t),
+        (FlowConfig(time_distribution="logit_normal"), lambda t: torch.special.ndtr(torch.logit(t))),
+        (FlowConfig(time_distribution="power", time_power=3.0), lambda t: t ** (1 / 3)),
+        (FlowConfig(time_distribution="power", time_power=0.5), lambda t: t**2),
+    ],
+    ids=["uniform", "logit_normal", "power 3", "power 0.5"],
+)
+def test_times_follow_their_distribution(config, cumulative):
+    number = 20_000
+    t = sample_times(config, number, CPU)
+    assert t.shape == (number,) and t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
+    empirical = (torch.arange(number) + 0.5) / number
+    assert (
+        cumulative(t.double().sort().values) - empirical
+    ).abs().max() < 1.95 / number**0.5  # Kolmogorov-Smirnov, 0.1%
+
+
+def test_chosen_samples_take_another_samples_latent_and_the_others_keep_theirs():
+    own = torch.arange(1000)
+    null, targets = drop_to_null(numbered_latents(1000), 0.3)
+    assert null.dtype == torch.bool and targets.shape == (1000, K, C)
+    taken = targets[:, 0, 0].long()
+    assert (targets == taken.view(-1, 1, 1)).all()  # whole latents, never mixtures
+    assert torch.equal(taken != own, null)
+
+
+def test_share_of_chosen_samples_is_the_null_probability():
+    for probability in (0.1, 0.5):
+        null, _ = drop_to_null(numbered_latents(20_000), probability)
+        assert null.float().mean().item() == pytest.approx(probability, abs=0.012)
+
+
+def test_every_other_sample_can_be_the_target():
+    seen = {i: set() for i in range(4)}
+    for _ in range(200):
+        null, targets = drop_to_null(numbered_latents(4), 0.9)
+        for i in null.nonzero().flatten().tolist():
+            seen[i].add(int(targets[i, 0, 0]))
+    assert seen == {i: {0, 1, 2, 3} - {i} for i in range(4)}
+
+
+def test_one_chosen_sample_of_two_takes_the_other_ones_latent():
+    lonely = 0
+    for _ in range(100):
+        null, targets = drop_to_null(numbered_latents(2), 0.3)
+        assert targets[:, 0, 0].tolist() == [1.0 if null[0] else 0.0, 0.0 if null[1] else 1.0]
+        lonely += null.sum() == 1
+    assert lonely > 10
+
+
+def test_a_batch_of_one_keeps_its_latent():
+    chosen = [drop_to_null(torch.ones(1, K, C), 0.5) for _ in range(50)]
+    assert all(torch.equal(targets, torch.ones(1, K, C)) for _, targets in chosen)
+    assert {bool(null) for null, _ in chosen} == {False, True}
+
+
+def test_null_probability_zero_changes_nothing():
+    null, targets = drop_to_null(numbered_latents(100), 0.0)
+    assert not null.any() and torch.equal(targets, numbered_latents(100))
+
+
+def test_dropping_leaves_the_given_latents_as_they_are():
+    image = numbered_latents(50).clone()
+    drop_to_null(image, 0.9)
+    assert torch.equal(image, numbered_latents(50))
+
+
+def recording_network(calls):
+    """v = 3 x + t where the flow is conditional, -x where it is not."""
+
+    def network(x, t, null):
+        assert null.dtype == torch.bool and len(x) == len(t) == len(null)
+        calls.append((len(x), null.tolist()))
+        return torch.where(null.view(-1, 1, 1), -x, 3 * x + t.view(-1, 1, 1))
+
+    return network
+
+
+@pytest.mark.parametrize(("guidance", "indicators"), [(0, [True] * B), (1, [False] * B), (1.0, [False] * B)])
+def test_guidance_zero_and_one_cost_one_pass_over_the_batch(guidance, indicators):
+    calls, (x, _) = [], latents()
+    t = torch.full((B,), 0.25, dtype=torch.float64)
+    velocity = guided_velocity(recording_network(calls), guidance)(x, t)
+    assert calls == [(B, indicators)]
+    assert torch.equal(velocity, -x if guidance == 0 else 3 * x + 0.25)
+
+
+@pytest.mark.parametrize("guidance", [0.5, 1.5, 2.0, 7.5])
+def test_guidance_extrapolates_from_null_to_conditional_in_one_call(guidance):
+    calls, (x, _) = [], latents()
+    t = torch.full((B,), 0.25, dtype=torch.float64)
+    velocity = guided_velocity(recording_network(calls), guidance)(x, t)
+    assert calls == [(2 * B, [False] * B + [True] * B)]
+    torch.testing.assert_close(velocity, -x + guidance * (3 * x + 0.25 + x))
+
+
+def test_guidance_does_not_matter_where_both_branches_agree():
+    x, t = torch.randn(B, K, C), torch.rand(B)
+    torch.testing.assert_close(guided_velocity(lambda x, t, null: 2 * x, 5.0)(x, t), 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"null_probability": 1.0}, "flow.null_probability must be in \\[0, 1\\), got 1.0"),
+        ({"null_probability": -0.1}, "flow.null_probability must be in"),
+        ({"time_power": 0.0}, "flow.time_power must be positive, got 0.0"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FlowConfig(**options)

@@ -1,0 +1,169 @@
+"""modeling/flowtok.py: the paper's sizes, the adaLN-Zero start, block formulas, conditions, gradients."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modeling.flowtok import FlowTok, FlowTokBlock, FlowTokConfig, TimeEmbedding
+from modeling.layers import sincos_position_table
+from modeling.text_projector import TextProjector, TextProjectorConfig
+
+B, K, C, W = 3, 5, 4, 24
+CONFIG = FlowTokConfig(num_tokens=K, token_channels=C, width=W, depth=2, num_heads=3)
+
+
+def build(**options):
+    return FlowTok(replace(CONFIG, **options))
+
+
+def perturbed(module, std=0.1):
+    """Away from adaLN-Zero's start, where most of the network does nothing."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module
+
+
+def inputs(batch=B):
+    return torch.randn(batch, K, C), torch.rand(batch), torch.zeros(batch, dtype=torch.bool)
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "num_heads", "millions"),
+    [(768, 12, 12, 153.93), (1152, 28, 16, 698.08), (1280, 36, 20, 1092.10)],
+    ids=["B", "XL", "H"],
+)
+def test_presets_with_projector_have_the_papers_weights(width, depth, num_heads, millions):
+    with torch.device("meta"):
+        flowtok = FlowTok(FlowTokConfig(width=width, depth=depth, num_heads=num_heads))
+        projector = TextProjector(TextProjectorConfig())
+    total = count(flowtok) + flowtok.positions.numel() + count(projector)  # the release stores its position table
+    assert round(total / 1e6, 2) == millions
+
+
+def test_velocity_is_zero_at_the_start():
+    tokens, t, null = inputs()
+    assert torch.equal(build()(tokens, t, null), torch.zeros(B, K, C))
+
+
+def test_blocks_start_as_the_identity():
+    block, x = build().blocks[0], torch.randn(B, K, W)
+    assert torch.equal(block(x, torch.randn(B, W)), x)
+
+
+def test_block_equals_its_formula():
+    block = perturbed(FlowTokBlock(CONFIG)).double()
+    x, condition = torch.randn(B, K, W, dtype=torch.float64), torch.randn(B, W, dtype=torch.float64)
+
+    def norm(y):
+        centred = y - y.mean(dim=-1, keepdim=True)
+        return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+    vectors = (condition @ block.modulation.weight.T + block.modulation.bias)[:, None]
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (vectors[..., i * W : (i + 1) * W] for i in range(6))
+    y = x + gate_a * block.attention(norm(x) * (1 + scale_a) + shift_a)
+    first, _, last = block.mlp
+    hidden = (norm(y) * (1 + scale_m) + shift_m) @ first.weight.T + first.bias
+    hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    torch.testing.assert_close(block(x, condition), y + gate_m * (hidden @ last.weight.T + last.bias))
+
+
+def test_network_equals_its_parts_composed_by_hand():
+    network = perturbed(build())
+    tokens, t, null = inputs()
+    null[1] = True
+    condition = F.silu(network.embed_time(t) + network.embed_null.weight[null.long()])
+    x = network.embed_tokens(tokens) + sincos_position_table(K, W)
+    for block in network.blocks:
+        x = block(x, condition)
+    shift, scale = network.modulation_out(condition)[:, None].split(W, dim=-1)
+    expected = network.to_velocity(F.layer_norm(x, (W,), eps=1e-6) * (1 + scale) + shift)
+    torch.testing.assert_close(network(tokens, t, null), expected)
+
+
+def test_time_embedding_is_two_linears_with_silu_on_256_sinusoids_of_the_unscaled_time():
+    embed = perturbed(TimeEmbedding(W)).double()
+    t = torch.tensor([0.0, 0.3, 1.0])
+    angles = t.double()[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
+    first, _, last = embed.float().mlp
+    hidden = sinusoids.float() @ first.weight.T + first.bias
+    expected = hidden * torch.sigmoid(hidden) @ last.weight.T + last.bias
+    torch.testing.assert_close(embed(t), expected)
+
+
+def test_null_indicator_and_time_change_the_velocity():
+    network = perturbed(build())
+    tokens, t, null = inputs()
+    velocity = network(tokens, t, null)
+    assert not torch.allclose(network(tokens, t, ~null), velocity, atol=1e-4)
+    assert not torch.allclose(network(tokens, 1 - t, null), velocity, atol=1e-4)
+
+
+def test_indicator_and_time_are_a_samples_own():
+    network = perturbed(build())
+    tokens, t, null = inputs()
+    velocity = network(tokens, t, null)
+    other_null, other_t = null.clone(), t.clone()
+    other_null[0], other_t[2] = True, 1 - t[2]
+    changed = network(tokens, other_t, other_null) - velocity
+    assert changed[0].abs().max() > 1e-4 and changed[2].abs().max() > 1e-4
+    assert changed[1].abs().max() < 1e-6
+
+
+def test_tokens_have_positions():
+    network = perturbed(build())
+    tokens, t, null = inputs()
+    assert not torch.allclose(network(tokens.flip(1), t, null), network(tokens, t, null).flip(1), atol=1e-4)
+
+
+def test_gradient_reaches_every_parameter_away_from_the_zero_start():
+    network = build()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    tokens, t, null = inputs()
+    null[0] = True
+    target = torch.randn(B, K, C)
+
+    def silent():
+        optimizer.zero_grad()
+        F.mse_loss(network(tokens, t, null), target).backward()
+        return {n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
+
+    before = silent()
+    assert before == {n for n, _ in network.named_parameters()} - {"to_velocity.weight", "to_velocity.bias"}
+    for _ in range(3):  # first the last layer, then its modulation and the blocks', then all
+        optimizer.step()
+        after = silent()
+    assert after == set()
+
+
+def test_positions_are_not_in_the_checkpoint():
+    network = build()
+    assert "positions" not in network.state_dict()
+    assert torch.equal(network.positions, sincos_position_table(K, W))
+
+
+def test_init_misses_no_parameter():
+    network = build()
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    network.init_weights()
+    assert not [name for name, p in network.named_parameters() if p.isnan().any()]
+
+
+def test_mlp_ratio_sets_the_hidden_size():
+    assert build().blocks[0].mlp[0].out_features == 4 * W
+    assert build(mlp_ratio=2.5).blocks[0].mlp[0].out_features == 60
+
+
+@pytest.mark.parametrize("options", [{"num_heads": 5}, {"width": 21, "num_heads": 3}])
+def test_impossible_widths_are_refused(options):
+    with pytest.raises(ValueError, match="must be even and divisible by num_heads"):
+        replace(CONFIG, **options)

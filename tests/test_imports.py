@@ -1,0 +1,122 @@
+"""Imports point one way: entry points -> configs -> eval -> modeling | data; read from the source with ast."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("configs", "data", "eval", "modeling", "scripts", "tests", "training")
+ENTRY_POINTS = ("sample", "train_flowtok", "train_text_projector", "train_tokenizer")
+OURS = {*FOLDERS, *ENTRY_POINTS}
+# What a file of each folder may import of ours. Entry points, scripts and tests: everything.
+ALLOWED = {
+    "modeling": {"modeling"},
+    "data": {"data"},
+    "training": {"training"},
+    "eval": {"eval", "modeling", "data", "training"},
+    "configs": {"configs", "eval", "modeling", "data", "training"},
+}
+OPEN_CLIP_USER = "modeling/text_encoder.py"
+
+
+def sources():
+    """Path from the root -> text, of all our Python files."""
+    paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def imported_modules(nodes):
+    """(dotted name, is `import x` rather than `from x import y`) of the import statements among syntax nodes."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, True) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), False
+
+
+def run_on_import(tree):
+    """All nodes outside functions: what importing the file executes."""
+    waiting = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
+def is_runnable(tree):
+    """Whether the file has `if __name__ == "__main__":`."""
+    return any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree.body)
+
+
+def faults(path, text):
+    """What is wrong with the imports of one file, as short strings."""
+    tree, folder = ast.parse(text), path.split("/")[0]
+    allowed = ALLOWED.get(folder, OURS)
+    if folder == "eval" and is_runnable(tree):
+        allowed = {*allowed, "configs"}  # the entry points among the evaluations read configs
+    found = []
+    for name, is_plain in imported_modules(ast.walk(tree)):
+        top = name.split(".")[0]
+        if name.startswith("."):
+            found.append("relative import")
+        if top in OURS - allowed:
+            found.append(f"{folder} imports {top}")
+        if top == "eval" and is_plain:
+            found.append("import eval")  # would hide the builtin
+        if top == "open_clip" and path != OPEN_CLIP_USER:
+            found.append("open_clip")
+    if any(name.split(".")[0] == "wandb" for name, _ in imported_modules(run_on_import(tree))):
+        found.append("wandb on import")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(sources()))
+def test_imports_point_one_way(path):
+    assert faults(path, sources()[path]) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "fault"),
+    [
+        ("modeling/x.py", "from data.shards import read_shard", "modeling imports data"),
+        ("modeling/x.py", "def f():\n    import training.loop", "modeling imports training"),
+        ("data/x.py", "from modeling import flow", "data imports modeling"),
+        ("data/x.py", "from configs.schema import check", "data imports configs"),
+        ("training/x.py", "from eval.loading import load_ema", "training imports eval"),
+        ("training/x.py", "import modeling.flow", "training imports modeling"),
+        ("eval/x.py", "from configs.load import resolved", "eval imports configs"),
+        ("eval/x.py", "import train_flowtok", "eval imports train_flowtok"),
+        ("configs/x.py", "from scripts.encode_tokens import main", "configs imports scripts"),
+        ("modeling/x.py", "from .flow import FlowConfig", "relative import"),
+        ("sample.py", "import eval.loading", "import eval"),
+        ("sample.py", "if True:\n    import eval as e", "import eval"),
+        ("data/x.py", "import open_clip", "open_clip"),
+        ("scripts/x.py", "def f():\n    from open_clip import tokenizer", "open_clip"),
+        ("training/x.py", "try:\n    import wandb\nexcept ImportError:\n    pass", "wandb on import"),
+        ("training/x.py", "class A:\n    from wandb import init", "wandb on import"),
+    ],
+)
+def test_a_wrong_import_is_seen(path, text, fault):
+    assert faults(path, text) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("eval/x.py", "from configs.load import resolved\nif __name__ == '__main__':\n    pass"),
+        ("training/x.py", "def log():\n    import wandb"),
+        (OPEN_CLIP_USER, "import open_clip"),
+        ("train_flowtok.py", "from eval.loading import load_ema\nfrom modeling import flow\nimport data.shards"),
+        ("modeling/x.py", "import torch\nfrom dataclasses import dataclass"),
+    ],
+)
+def test_a_right_import_passes(path, text):
+    assert faults(path, text) == []
+
+
+def test_every_file_is_read():
+    found = set(sources())
+    assert {"sample.py", "train_flowtok.py", OPEN_CLIP_USER, "eval/demo.py", "tests/test_imports.py"} <= found
+    assert {f"{name}.py" for name in ENTRY_POINTS} == {name for name in found if "/" not in name}

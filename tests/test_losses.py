@@ -1,0 +1,267 @@
+"""modeling/losses.py: every term against a closed form, two processes against one, what each weight switches."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from torch.multiprocessing import start_processes
+
+from modeling.losses import (
+    ReconstructionLossConfig,
+    SourceLossConfig,
+    contrastive_loss,
+    flow_matching_loss,
+    kl_loss,
+    latent_regression_loss,
+    latent_statistics,
+    reconstruction_losses,
+    source_losses,
+    tokenizer_losses,
+)
+
+B, L, C = 4, 5, 3
+LOG_TEMPERATURE = math.log(1 / 0.07)
+
+
+def moments():
+    return torch.randn(B, L, C), torch.randn(B, L, C)
+
+
+def closed_form_kl(mean, logvar):
+    return kl_divergence(Normal(mean.double(), (0.5 * logvar.double()).exp()), Normal(0.0, 1.0))
+
+
+def test_flow_matching_loss_is_the_mean_squared_error_in_float32():
+    velocity, target = torch.randn(2, B, L, C)
+    torch.testing.assert_close(flow_matching_loss(velocity, target), ((velocity - target) ** 2).mean())
+    half = flow_matching_loss(velocity.bfloat16(), target)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, ((velocity.bfloat16().float() - target) ** 2).mean())
+
+
+def test_gaussian_kl_equals_torch_distributions():
+    mean, logvar = moments()
+    torch.testing.assert_close(kl_loss(mean, logvar).double(), closed_form_kl(mean, logvar).sum() / B)
+
+
+def test_kl_reductions_differ_in_what_they_divide_by():
+    mean, logvar = moments()
+    total = closed_form_kl(mean, logvar).sum().item()
+    for reduction, divisor in (("sample", B), ("batch", 1), ("mean", B * L * C)):
+        assert kl_loss(mean, logvar, reduction=reduction).item() == pytest.approx(total / divisor, rel=1e-5)
+
+
+def test_only_the_batch_reduction_changes_with_the_batch_size():
+    mean, logvar = moments()
+    twice = torch.cat([mean, mean]), torch.cat([logvar, logvar])
+    for reduction, factor in (("sample", 1), ("mean", 1), ("batch", 2)):
+        once = kl_loss(mean, logvar, "gaussian", reduction)
+        torch.testing.assert_close(kl_loss(*twice, "gaussian", reduction), factor * once)
+
+
+def test_wall_kl_is_the_releases_formula_flat_inside_three_and_steep_outside():
+    mean, logvar = moments()
+    expected = -0.5 * (1 + logvar - (0.3 * mean) ** 6 - logvar.exp()).sum()
+    torch.testing.assert_close(kl_loss(mean, logvar, "wall", "batch"), expected)
+
+    def at(value):
+        return kl_loss(torch.tensor([[[value]]]), torch.zeros(1, 1, 1), "wall", "mean").item()
+
+    assert at(1.0) < 0.001 and at(10 / 3) == pytest.approx(0.5, rel=1e-5) and at(6.0) > 10
+
+
+def manual_contrastive(latents, targets, log_temperature):
+    """Row by row in float64."""
+    z, a = (x.double().reshape(len(x), -1) for x in (latents, targets))
+    z, a = z / z.norm(dim=1, keepdim=True), a / a.norm(dim=1, keepdim=True)
+    loss = 0.0
+    for i in range(len(z)):
+        for own, others in ((z, a), (a, z)):
+            logits = [math.exp(log_temperature) * (own[i] * other).sum().item() for other in others]
+            loss += (math.log(sum(math.exp(x) for x in logits)) - logits[i]) / (2 * len(z))
+    return loss
+
+
+def test_contrastive_loss_is_the_symmetric_cross_entropy_of_normalised_rows():
+    latents, targets = moments()
+    for log_temperature in (0.0, LOG_TEMPERATURE):
+        loss = contrastive_loss(latents, targets, torch.tensor(log_temperature))
+        assert loss.item() == pytest.approx(manual_contrastive(latents, targets, log_temperature), rel=1e-5)
+
+
+def test_contrastive_loss_is_symmetric_and_blind_to_lengths():
+    latents, targets = moments()
+    loss = contrastive_loss(latents, targets, torch.tensor(2.0))
+    torch.testing.assert_close(contrastive_loss(targets, latents, torch.tensor(2.0)), loss)
+    torch.testing.assert_close(contrastive_loss(3 * latents, targets / 5, torch.tensor(2.0)), loss)
+
+
+def test_contrastive_loss_is_zero_for_orthogonal_matches_and_large_for_swapped_ones():
+    rows = torch.eye(B).view(B, 2, 2)
+    assert contrastive_loss(rows, rows, torch.tensor(5.0)) < 1e-3
+    assert contrastive_loss(rows, rows.roll(1, 0), torch.tensor(5.0)) > 100
+
+
+def test_contrastive_loss_gives_gradients_to_both_sides_and_the_temperature():
+    leaves = [*(x.requires_grad_() for x in moments()), torch.tensor(LOG_TEMPERATURE, requires_grad=True)]
+    contrastive_loss(*leaves).backward()
+    assert all(leaf.grad.abs().max() > 0 for leaf in leaves)
+
+
+def test_contrastive_loss_is_float32_under_autocast():
+    latents, targets = moments()
+    expected = contrastive_loss(latents, targets, torch.tensor(LOG_TEMPERATURE))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(contrastive_loss(latents, targets, torch.tensor(LOG_TEMPERATURE)), expected)
+
+
+def shared_weights_loss(model, log_temperature, x):
+    z, a = model(x).view(-1, L, 2 * C).split(C, dim=-1)
+    return contrastive_loss(z, a, log_temperature)
+
+
+def two_process_setup():
+    torch.manual_seed(5)
+    return nn.Linear(6, L * 2 * C), nn.Parameter(torch.tensor(1.0)), torch.randn(2 * B, 6)
+
+
+def run_one_process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model, log_temperature, x = two_process_setup()
+    loss = shared_weights_loss(model, log_temperature, x[rank * B : (rank + 1) * B])
+    loss.backward()
+    values = [*(p.grad for p in model.parameters()), log_temperature.grad, loss.detach()]
+    for value in values:  # as DDP averages gradients
+        dist.all_reduce(value)
+    torch.save([value / 2 for value in values], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradient_of_one_process_with_the_joined_batch(tmp_path):
+    start_processes(run_one_process, (str(tmp_path),), nprocs=2, start_method="spawn")
+    model, log_temperature, x = two_process_setup()
+    loss = shared_weights_loss(model, log_temperature, x)
+    loss.backward()
+    expected = [*(p.grad for p in model.parameters()), log_temperature.grad, loss.detach()]
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
+    halves = [shared_weights_loss(model, log_temperature, half) for half in x.split(B)]
+    assert abs(sum(halves) / 2 - loss) > 0.1  # negatives of one process only would be another loss
+
+
+def test_latent_regression_is_the_mean_squared_error():
+    text, image = moments()
+    torch.testing.assert_close(latent_regression_loss(text, image), ((text - image) ** 2).mean())
+
+
+def test_reconstruction_losses_of_a_constant_error():
+    images = torch.rand(B, 3, 8, 8)
+    losses = reconstruction_losses(images, images + 0.5)
+    assert losses["l2"].item() == pytest.approx(0.25) and losses["l1"].item() == pytest.approx(0.5)
+    assert losses["gradient"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_gradient_loss_averages_the_errors_of_both_directions():
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8)  # grows by 1 a column
+    assert reconstruction_losses(torch.zeros_like(ramp), ramp)["gradient"].item() == pytest.approx(0.5)
+    assert reconstruction_losses(torch.zeros_like(ramp), 3 * ramp.mT)["gradient"].item() == pytest.approx(1.5)
+
+
+def test_latent_statistics_show_a_collapse_that_the_deviation_hides():
+    spread = torch.randn(200, L, C)
+    collapsed = torch.randn(1, L, C).expand(200, -1, -1)
+    assert latent_statistics(collapsed)["z_text_between_captions_std"] == 0
+    assert latent_statistics(collapsed)["z_text_std"] > 0.3
+    assert latent_statistics(spread)["z_text_between_captions_std"].item() == pytest.approx(1, rel=0.05)
+
+
+def test_latent_statistics_are_population_deviations_without_gradient():
+    mean = torch.randn(B, L, C, requires_grad=True)
+    statistics = latent_statistics(mean)
+    values = mean.detach().double()
+    between = ((values - values.mean(dim=0)) ** 2).mean().sqrt()
+    assert statistics["z_text_between_captions_std"].item() == pytest.approx(between.item(), rel=1e-5)
+    overall = ((values - values.mean()) ** 2).mean().sqrt()
+    assert statistics["z_text_std"].item() == pytest.approx(overall.item(), rel=1e-5)
+    assert not any(value.requires_grad for value in statistics.values())
+
+
+def source_inputs():
+    text, mean, logvar, alignment, image = torch.randn(5, B, L, C)
+    return text, mean.requires_grad_(), logvar, alignment, torch.tensor(1.0), image
+
+
+def test_source_losses_are_the_weighted_sum_of_the_terms_in_use():
+    inputs = source_inputs()
+    text, mean, logvar, alignment, log_temperature, image = inputs
+    config = SourceLossConfig(0.3, 0.02, "wall", "batch", image_regression_weight=2.0)
+    terms = source_losses(config, *inputs)
+    assert set(terms) == {"alignment", "kl", "image_regression", "source"}
+    torch.testing.assert_close(terms["alignment"], contrastive_loss(text, alignment, log_temperature))
+    torch.testing.assert_close(terms["kl"], kl_loss(mean, logvar, "wall", "batch"))
+    torch.testing.assert_close(terms["image_regression"], latent_regression_loss(mean, image))
+    expected = 0.3 * terms["alignment"] + 0.02 * terms["kl"] + 2 * terms["image_regression"]
+    torch.testing.assert_close(terms["source"], expected)
+
+
+def test_source_losses_of_weight_zero_are_left_out():
+    inputs = source_inputs()
+    terms = source_losses(SourceLossConfig(0.0, 0.0), *inputs)
+    assert set(terms) == {"source"} and terms["source"] == 0
+    assert set(source_losses(SourceLossConfig(0.0, 1.0), *inputs)) == {"kl", "source"}
+    assert set(source_losses(SourceLossConfig(1.0, 0.0), *inputs)) == {"alignment", "source"}
+    assert set(source_losses(SourceLossConfig(0.0, 0.0, image_regression_weight=1.0), *inputs)) == {
+        "image_regression",
+        "source",
+    }
+
+
+def test_default_source_weights_are_the_papers():
+    config = SourceLossConfig()
+    assert (config.alignment_weight, config.kl_weight, config.image_regression_weight) == (1.0, 1e-4, 0.0)
+    assert (config.kl_form, config.kl_reduction) == ("gaussian", "sample")
+
+
+@pytest.mark.parametrize("name", ["alignment_weight", "kl_weight", "image_regression_weight"])
+def test_negative_source_weights_are_refused(name):
+    with pytest.raises(ValueError, match=f"losses.{name} must not be negative, got -1.0"):
+        SourceLossConfig(**{name: -1.0})
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {},
+        {"l2_weight": 0.0, "l1_weight": 2.0},
+        {"gradient_weight": 0.5, "kl_weight": 0.0},
+        {"l1_weight": 0.3, "gradient_weight": 0.7, "kl_weight": 0.01},
+    ],
+)
+def test_tokenizer_loss_is_the_weighted_sum_of_its_terms(weights):
+    images, reconstructions = torch.rand(2, B, 3, 8, 8)
+    config = ReconstructionLossConfig(**weights)
+    terms = tokenizer_losses(config, images, reconstructions, *moments())
+    assert set(terms) == {"l2", "l1", "gradient", "kl", "loss"}
+    named = {"l2": config.l2_weight, "l1": config.l1_weight, "gradient": config.gradient_weight, "kl": config.kl_weight}
+    assert terms["loss"].item() == pytest.approx(sum(w * terms[name].item() for name, w in named.items()), rel=1e-5)
+
+
+def test_tokenizer_loss_ignores_a_term_of_weight_zero_even_where_it_overflows():
+    images, reconstructions = torch.rand(2, B, 3, 8, 8)
+    mean, logvar = torch.full((B, L, C), 1e30), torch.zeros(B, L, C)
+    terms = tokenizer_losses(ReconstructionLossConfig(kl_weight=0.0), images, reconstructions, mean, logvar)
+    assert terms["kl"].isinf() and terms["loss"].isfinite()
+
+
+def test_default_tokenizer_weights_are_the_recipes():
+    config = ReconstructionLossConfig()
+    assert (config.l2_weight, config.l1_weight, config.gradient_weight, config.kl_weight) == (1.0, 0.0, 0.0, 1e-6)
+
+
+def test_reconstruction_without_l1_and_l2_is_refused():
+    with pytest.raises(ValueError, match="l2_weight and l1_weight are both 0"):
+        ReconstructionLossConfig(l2_weight=0.0)

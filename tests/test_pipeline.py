@@ -1,0 +1,152 @@
+"""modeling/pipeline.py: an image depends on caption, seed and index, not on its batch; guidance; scale; ranges."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from modeling.flowtok import FlowTokConfig
+from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
+from modeling.pipeline import SamplingConfig, TextToImage, text_noise
+from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_projector import TextProjectorConfig
+from modeling.text_to_image import TextToImageFlow
+
+K, C, T, PIXELS = 16, 4, 32, 16
+CAPTIONS = ["a red circle", "a green square", "a blue triangle", "a black circle", "a red square"]
+SAMPLING = SamplingConfig(steps=4, guidance=2.0)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_clip_dir):
+    """All parts with random weights that do something."""
+    torch.manual_seed(1)
+    config = TextEncoderConfig(model=f"local-dir:{tiny_clip_dir}")
+    size = TransformerSize(width=16, depth=1, num_heads=2)
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(PIXELS, 4, K, C, size, size, text_tokens=K, text_width=T))
+    projector = TextProjectorConfig(K, T, width=T, depth=1, num_heads=2, mlp_width=32, token_channels=C)
+    flow = TextToImageFlow(projector, FlowTokConfig(num_tokens=K, token_channels=C, width=16, depth=2, num_heads=2))
+    for parameter in [*tokenizer.parameters(), *flow.flowtok.parameters()]:
+        nn.init.normal_(parameter, std=0.3)
+    flow.latent_scale.fill_(1.5)
+    return TextToImage(TextTokenizer(config), load_text_encoder(config), tokenizer.eval(), flow.eval())
+
+
+@pytest.fixture
+def network_calls(parts):
+    """Batch size of every call of the velocity network."""
+    calls = []
+    hook = parts.flow.flowtok.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    yield calls
+    hook.remove()
+
+
+def test_same_seed_gives_the_same_images_for_any_batch_size(parts):
+    together, latents = parts.generate(CAPTIONS, SAMPLING, seed=3)
+    assert together.std() > 0.05
+    for size in (1, 2, 3):
+        numbers = torch.arange(len(CAPTIONS)).split(size)
+        chunks = [parts.generate([CAPTIONS[i] for i in n], SAMPLING, 3, n.tolist()) for n in numbers]
+        torch.testing.assert_close(torch.cat([c[0] for c in chunks]), together, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat([c[1] for c in chunks]), latents, rtol=1e-5, atol=1e-4)  # latents reach 5
+
+
+def test_the_same_call_gives_the_same_bits_and_ignores_the_global_generator(parts):
+    first = parts.generate(CAPTIONS, SAMPLING, seed=3)[0]
+    torch.manual_seed(99)
+    assert torch.equal(parts.generate(CAPTIONS, SAMPLING, seed=3)[0], first)
+
+
+def test_seed_index_and_caption_each_change_the_image(parts):
+    def latent(caption, seed, index):
+        return parts.generate([caption], SAMPLING, seed, [index])[1]
+
+    base = latent(CAPTIONS[0], 0, 0)
+    for other in (latent(CAPTIONS[1], 0, 0), latent(CAPTIONS[0], 1, 0), latent(CAPTIONS[0], 0, 1)):
+        assert (other - base).abs().max() > 1e-3
+
+
+def test_images_are_numbered_from_zero_by_default(parts):
+    given = parts.generate(CAPTIONS, SAMPLING, 5, list(range(len(CAPTIONS))))[0]
+    assert torch.equal(parts.generate(CAPTIONS, SAMPLING, 5)[0], given)
+
+
+def test_images_are_clamped_to_the_unit_range_in_their_shape(parts):
+    images, latents = parts.generate(CAPTIONS, SAMPLING)
+    assert images.shape == (5, 3, PIXELS, PIXELS) and latents.shape == (5, K, C)
+    assert images.dtype == torch.float32 and images.min() == 0 and images.max() == 1  # both ends are clamped here
+    assert not images.requires_grad
+
+
+def test_noise_is_a_function_of_seed_and_index_alone():
+    together = text_noise((K, C), 7, [0, 1, 5, 2**33])
+    assert together.shape == (4, K, C) and together.dtype == torch.float32
+    for row, index in zip(together, [0, 1, 5, 2**33]):
+        assert torch.equal(text_noise((K, C), 7, [index])[0], row)
+
+
+def test_noise_differs_between_all_seeds_and_indices():
+    cases = [(s, i) for s in (0, 1, 2, 2**31, 2**32, 2**40) for i in (0, 1, 2, 3)]
+    rows = torch.stack([text_noise((K, C), seed, [index])[0] for seed, index in cases]).flatten(1)
+    distances = torch.cdist(rows, rows) + 100 * torch.eye(len(cases))
+    assert distances.min() > 5
+
+
+def test_noise_is_standard_normal():
+    noise = text_noise((K, C), 0, list(range(500)))
+    assert noise.mean().abs() < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
+    assert torch.corrcoef(noise.flatten(1)[:20]).fill_diagonal_(0).abs().max() < 0.6
+
+
+def test_source_is_the_posterior_sampled_with_that_noise(parts):
+    states = parts.encode_text(CAPTIONS)
+    mean, logvar = parts.flow.projector.posterior(states)
+    expected = mean + torch.exp(logvar / 2) * text_noise((K, C), 4, [3, 1, 4, 1, 5])
+    torch.testing.assert_close(parts.source(states, SAMPLING, 4, [3, 1, 4, 1, 5]), expected)
+
+
+def test_mean_source_is_the_posteriors_mean_whatever_the_seed(parts):
+    states, config = parts.encode_text(CAPTIONS), replace(SAMPLING, sample_text_latent=False)
+    source = parts.source(states, config, 0, [0] * 5)
+    assert torch.equal(source, parts.flow.projector.posterior(states).mean)
+    assert torch.equal(parts.source(states, config, 9, [8] * 5), source)
+
+
+@pytest.mark.parametrize(("guidance", "batch"), [(1.0, 5), (0.0, 5), (2.0, 10)])
+def test_each_step_costs_one_pass_of_one_branch_without_guidance_and_two_with(parts, network_calls, guidance, batch):
+    parts.generate(CAPTIONS, replace(SAMPLING, guidance=guidance))
+    assert network_calls == [batch] * SAMPLING.steps
+
+
+def test_steps_guidance_and_sampler_each_change_the_latents(parts):
+    base = parts.generate(CAPTIONS, SAMPLING)[1]
+    for options in ({"steps": 5}, {"guidance": 1.0}, {"sampler": "euler_release"}, {"sample_text_latent": False}):
+        assert (parts.generate(CAPTIONS, replace(SAMPLING, **options))[1] - base).abs().max() > 1e-4
+
+
+def test_transport_is_euler_on_the_guided_field_divided_by_the_latent_scale(parts):
+    x = source = parts.source(parts.encode_text(CAPTIONS), SAMPLING, 0, list(range(5)))
+    off, on = torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)
+    with torch.no_grad():
+        for i in range(4):
+            t = torch.full((5,), i / 4)
+            conditional, unconditional = parts.flow.flowtok(x, t, off), parts.flow.flowtok(x, t, on)
+            x = x + (unconditional + 2.0 * (conditional - unconditional)) / 4
+    torch.testing.assert_close(parts.transport(source, SAMPLING), x / 1.5, rtol=1e-4, atol=1e-5)
+
+
+def test_text_states_are_the_towers_for_the_tokenized_captions(parts):
+    states = parts.encode_text(CAPTIONS)
+    assert states.dtype == torch.float32
+    assert torch.equal(states, parts.text_encoder(parts.tokenize(CAPTIONS)))
+
+
+def test_decoder_reads_the_captions_own_text_states(parts):
+    states, latents = parts.encode_text(CAPTIONS), torch.randn(5, K, C)
+    assert not torch.allclose(parts.decode(latents, states), parts.decode(latents, states.flip(0)), atol=1e-3)
+
+
+def test_unknown_sampler_is_refused(parts):
+    with pytest.raises(ValueError, match="unknown sampler 'heun'"):
+        parts.generate(CAPTIONS, replace(SAMPLING, sampler="heun"))

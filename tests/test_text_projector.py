@@ -1,0 +1,157 @@
+"""modeling/text_projector.py: block formulas, moments, dropout, alignment head, gradients, errors."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from modeling.losses import contrastive_loss, kl_loss
+from modeling.posterior import Posterior
+from modeling.text_projector import ProjectorBlock, TextProjector, TextProjectorConfig, flatten_normalize
+
+B, L, T, C = 3, 5, 24, 4
+CONFIG = TextProjectorConfig(L, T, width=T, depth=2, num_heads=2, mlp_width=20, token_channels=C, alignment_width=16)
+
+
+def build(**options):
+    return TextProjector(replace(CONFIG, **options))
+
+
+def states(batch=B):
+    return torch.randn(batch, L, T)
+
+
+def perturb_norms(module):
+    for norm in module.modules():
+        if isinstance(norm, nn.LayerNorm):
+            nn.init.normal_(norm.weight, 1, 0.3)
+            nn.init.normal_(norm.bias, 0, 0.3)
+
+
+def layer_norm(x, norm):
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def mlp(block, x):
+    first, _, last = block.mlp
+    return (x @ first.weight.T + first.bias).clamp(min=0) @ last.weight.T + last.bias
+
+
+def test_post_norm_block_equals_its_formula():
+    block = ProjectorBlock(CONFIG).double().eval()
+    perturb_norms(block)
+    x = states().double()
+    y = layer_norm(x + block.attention(x), block.norm_attention)
+    torch.testing.assert_close(block(x), layer_norm(y + mlp(block, y), block.norm_mlp))
+
+
+def test_pre_norm_block_equals_its_formula():
+    block = ProjectorBlock(replace(CONFIG, pre_norm=True)).double().eval()
+    perturb_norms(block)
+    x = states().double()
+    y = x + block.attention(layer_norm(x, block.norm_attention))
+    torch.testing.assert_close(block(x), y + mlp(block, layer_norm(y, block.norm_mlp)))
+
+
+def test_dropout_acts_on_both_branches_in_training_only():
+    block = ProjectorBlock(replace(CONFIG, pre_norm=True, dropout=0.5))
+    x = states()
+    assert torch.equal(block.eval()(x), block(x))
+    assert not torch.equal(block.train()(x), block(x))
+    for silenced in (block.attention.out, block.mlp[2]):  # one branch off: the other one still varies
+        saved = [p.detach().clone() for p in silenced.parameters()]
+        for parameter in silenced.parameters():
+            nn.init.zeros_(parameter)
+        assert not torch.equal(block(x), block(x))
+        with torch.no_grad():
+            for parameter, value in zip(silenced.parameters(), saved):
+                parameter.copy_(value)
+
+
+def test_posterior_is_the_last_linear_split_into_mean_and_log_variance():
+    projector, text = build(dropout=0.0), states()
+    x = text
+    for block in projector.blocks:
+        x = block(x)
+    moments = projector.to_moments(x)
+    posterior = projector.posterior(text)
+    torch.testing.assert_close(posterior.mean, moments[..., :C])
+    torch.testing.assert_close(posterior.logvar, moments[..., C:])
+    assert posterior.mean.shape == (B, L, C)
+
+
+def test_another_width_than_the_text_states_puts_a_linear_first():
+    assert isinstance(build(width=32).embed, nn.Linear) and isinstance(build().embed, nn.Identity)
+    assert build(width=32).posterior(states()).mean.shape == (B, L, C)
+
+
+def test_training_pass_is_the_posterior_and_the_alignment_head():
+    projector, text = build(dropout=0.0), states()
+    mean, logvar, alignment, log_temperature = projector(text)
+    posterior = projector.posterior(text)
+    assert torch.equal(mean, posterior.mean) and torch.equal(logvar, posterior.logvar)
+    assert alignment.shape == (B, L, C)
+    assert torch.equal(alignment, projector.alignment.mlp(text))
+    assert log_temperature.item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_tokens_see_each_other_and_samples_do_not():
+    projector, text = build().eval(), states()
+    changed = text.clone()
+    changed[0, 0] += 1
+    before, after = projector.posterior(text).mean, projector.posterior(changed).mean
+    assert torch.equal(before[1:], after[1:])
+    assert ((before[0] - after[0]).abs().amax(dim=-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "width": 32}])
+def test_gradient_reaches_every_parameter(options):
+    projector = build(**options)
+    mean, logvar, alignment, log_temperature = projector(states())
+    text = Posterior(mean, logvar).sample()
+    (contrastive_loss(text, alignment, log_temperature) + kl_loss(mean, logvar)).backward()
+    silent = [n for n, p in projector.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not silent
+
+
+def test_init_misses_no_parameter(monkeypatch):
+    def unset(layer):
+        for parameter in layer.parameters(recurse=False):
+            nn.init.constant_(parameter, float("nan"))
+
+    monkeypatch.setattr(nn.Linear, "reset_parameters", unset)  # what PyTorch starts with must not be what is left
+    assert not [name for name, p in build(pre_norm=True, width=32).named_parameters() if p.isnan().any()]
+
+
+def test_half_precision_states_give_float32_moments():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        posterior = build().posterior(states())
+    assert posterior.mean.dtype == posterior.logvar.dtype == torch.float32
+
+
+def test_text_states_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="text states are B x \\(5, 23\\), the projector expects B x \\(5, 24\\)"):
+        build().posterior(torch.randn(B, L, T - 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 5}, "projector.width 24 is not divisible by num_heads 5"),
+        ({"dropout": 1.0}, "projector.dropout must be in \\[0, 1\\), got 1.0"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **options)
+
+
+def test_flattened_rows_have_length_one_and_keep_their_direction():
+    x = torch.randn(B, L, C, dtype=torch.float64)
+    rows = flatten_normalize(x)
+    assert rows.shape == (B, L * C) and rows.dtype == torch.float32
+    expected = x.reshape(B, -1) / x.reshape(B, -1).square().sum(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(rows, expected.float())

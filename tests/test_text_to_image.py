@@ -1,0 +1,124 @@
+"""modeling/text_to_image.py: what one training pass computes, and which losses may teach the projector."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import modeling.text_to_image as module
+from modeling.flow import FlowConfig
+from modeling.flowtok import FlowTokConfig
+from modeling.losses import SourceLossConfig, flow_matching_loss, source_losses
+from modeling.text_projector import TextProjectorConfig
+from modeling.text_to_image import TextToImageFlow
+
+B, K, C, T = 4, 5, 3, 16
+PROJECTOR = TextProjectorConfig(K, T, width=T, depth=1, num_heads=2, mlp_width=16, token_channels=C, alignment_width=8)
+FLOWTOK = FlowTokConfig(num_tokens=K, token_channels=C, width=16, depth=1, num_heads=2)
+
+
+def build():
+    flow = TextToImageFlow(PROJECTOR, FLOWTOK)
+    for parameter in flow.flowtok.parameters():  # away from the zero start, where no gradient gets through the network
+        nn.init.normal_(parameter, std=0.2)
+    return flow
+
+
+def inputs():
+    return torch.randn(B, K, T), torch.randn(B, K, C)
+
+
+def flow_loss(result):
+    return flow_matching_loss(result.velocity, result.target)
+
+
+def taught(part):
+    return {name for name, p in part.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+@pytest.fixture
+def fixed_times(monkeypatch):
+    """t, and the second sample on the null flow with the first one's latent."""
+    t, null = torch.tensor([0.0, 0.25, 0.5, 1.0]), torch.tensor([False, True, False, False])
+    monkeypatch.setattr(module, "sample_times", lambda config, batch_size, device: t)
+    monkeypatch.setattr(module, "drop_to_null", lambda image, probability: (null, image[[0, 0, 2, 3]]))
+    return t, null
+
+
+def test_pass_predicts_the_velocity_on_the_path_from_the_text_latent(fixed_times):
+    flow, (states, image) = build().eval(), inputs()
+    (t, null), image_used, s = fixed_times, image[[0, 0, 2, 3]], 0.1
+    result = flow(states, image, FlowConfig(sigma_min=s))
+    text, time = result.text_latents, t.view(-1, 1, 1)
+    torch.testing.assert_close(result.target, image_used - (1 - s) * text)
+    on_path = (1 - (1 - s) * time) * text + time * image_used
+    torch.testing.assert_close(result.velocity, flow.flowtok(on_path, t, null))
+    mean, logvar, alignment, log_temperature = flow.projector(states)
+    for given, expected in zip(result[3:], (mean, logvar, alignment, log_temperature)):
+        assert torch.equal(given, expected)
+
+
+def test_text_latent_is_sampled_or_the_mean():
+    flow, (states, image) = build().eval(), inputs()
+    at_mean = flow(states, image, FlowConfig(sample_text_latent=False))
+    assert torch.equal(at_mean.text_latents, at_mean.mean)
+    first, second = (flow(states, image, FlowConfig()) for _ in range(2))
+    assert torch.equal(first.mean, second.mean) and not torch.equal(first.text_latents, second.text_latents)
+    noise = (first.text_latents - first.mean) * torch.exp(-0.5 * first.logvar)
+    assert 0.6 < noise.std() < 1.4
+
+
+def test_joint_flow_loss_teaches_the_whole_posterior_and_the_network():
+    flow, (states, image) = build(), inputs()
+    flow_loss(flow(states, image, FlowConfig(projector="joint", null_probability=0.5))).backward()
+    assert taught(flow.flowtok) == {name for name, _ in flow.flowtok.named_parameters()}
+    posterior_weights = {name for name, _ in flow.projector.named_parameters() if "alignment" not in name}
+    assert taught(flow.projector) == posterior_weights
+
+
+def test_detached_flow_loss_teaches_the_network_only():
+    flow, (states, image) = build(), inputs()
+    flow_loss(flow(states, image, FlowConfig(projector="detached"))).backward()
+    assert taught(flow.flowtok) and not taught(flow.projector)
+
+
+def test_detached_projector_still_learns_from_its_own_losses():
+    flow, (states, image) = build(), inputs()
+    result = flow(states, image, FlowConfig(projector="detached"))
+    source_losses(SourceLossConfig(), *result[2:], image)["source"].backward()
+    assert taught(flow.projector) == {name for name, _ in flow.projector.named_parameters()}
+
+
+def test_frozen_projector_gets_no_gradient_and_keeps_no_graph():
+    flow, (states, image) = build(), inputs()
+    flow.freeze_projector()
+    result = flow(states, image, FlowConfig(projector="frozen"))
+    assert not any(x.requires_grad for x in result[2:])
+    flow_loss(result).backward()
+    assert taught(flow.flowtok) and all(p.grad is None and not p.requires_grad for p in flow.projector.parameters())
+
+
+def test_frozen_projector_stays_in_eval_mode_while_the_network_trains():
+    flow = build()
+    assert flow.train().projector.training
+    flow.freeze_projector()
+    flow.train()
+    assert flow.training and flow.flowtok.training
+    assert not any(part.training for part in flow.projector.modules())
+    assert not flow.eval().flowtok.training
+
+
+def test_latent_scale_is_saved_and_loaded_with_the_weights():
+    flow, other = build(), build()
+    assert flow.latent_scale == 1
+    flow.latent_scale.fill_(1.7)
+    other.load_state_dict(flow.state_dict())
+    assert other.latent_scale.item() == pytest.approx(1.7)
+
+
+def test_projector_and_network_of_different_token_shapes_are_refused():
+    with pytest.raises(
+        ValueError, match="the projector gives \\(5, 3\\) tokens x channels, flowtok expects \\(6, 3\\)"
+    ):
+        TextToImageFlow(PROJECTOR, replace(FLOWTOK, num_tokens=6))

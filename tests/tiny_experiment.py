@@ -1,0 +1,165 @@
+"""An experiment of tiny sizes, whose stages several test files run: the real main() of each, in this process."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import eval.demo
+import sample
+import train_flowtok
+import train_text_projector
+import train_tokenizer
+from configs.load import load_config
+from scripts import encode_tokens, train_text_encoder
+from training import checkpoint as ckpt
+
+MAIN = {  # in the order of train_flowtok.sh
+    "text_encoder": train_text_encoder.main,
+    "tokenizer": train_tokenizer.main,
+    "tokens": encode_tokens.main,
+    "text_projector": train_text_projector.main,
+    "flowtok": train_flowtok.main,
+    "report": eval.demo.main,
+}
+TIMES = ("samples_per_second", "data_wait_share")  # of the metrics: differ between equal runs
+
+
+def stage_configs(shards: Path) -> dict[str, dict]:
+    """Configs of all stages on the images of a folder; 16 tokens of 4 channels, 4 steps."""
+    size = {"width": 16, "depth": 1, "num_heads": 2}
+    reading = {"num_workers": 0, "shuffle_buffer": 16}
+    images, tokens = {"shards": [f"{shards}/*.tar"]}, {"shards": ["${experiment_dir}/tokens/*.tar"]}
+    projector = size | {
+        "text_tokens": 16,
+        "text_width": 32,
+        "mlp_width": 32,
+        "token_channels": 4,
+        "alignment_width": 16,
+    }
+    clip = {
+        "image_size": 32,
+        "context_length": 16,
+        "embed_dim": 24,
+        "text_width": 32,
+        "text_layers": 1,
+        "text_heads": 2,
+    }
+    tokenizer = {"image_size": 32, "patch_size": 8, "num_tokens": 16, "token_channels": 4, "encoder": size}
+    training = {"max_steps": 4, "batch_size": 8, "ema_decay": 0.9, "log_every_steps": 2, "checkpoint_every_steps": 2}
+    common = {
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "cosine"},
+        "training": training | {"sample_every_steps": 2},
+    }
+    text_encoder = {"text_encoder": {"model": "local-dir:${experiment_dir}/text_encoder/clip"}}
+    return {
+        "text_encoder": {"clip": clip | {"vision_width": 64, "vision_layers": 1}, "data": images | reading, **common},
+        "tokenizer": {
+            "tokenizer": tokenizer | {"decoder": size, "text_tokens": 16, "text_width": 32},
+            "data": images | reading,
+            "pictures": {"num_samples": 4},
+            **text_encoder,
+            **common,
+        },
+        "tokens": {"data": images, "batch_size": 10, "store_text_states": True},
+        "text_projector": {
+            "projector": projector,
+            "data": tokens | reading,
+            "losses": {"image_regression_weight": 1.0},
+            "pictures": {"num_samples": 4},
+            **text_encoder,
+            **common,
+        },
+        "flowtok": {
+            "projector": projector,
+            "flowtok": size | {"num_tokens": 16, "token_channels": 4},
+            "sampling": {"steps": 3},
+            "data": tokens | reading,
+            "pictures": {"captions": ["a red circle", "a blue square"]},
+            **text_encoder,
+            **common,
+        },
+        "report": {
+            "train_shards": [f"{shards}/train-00000.tar"],
+            "heldout_shards": [f"{shards}/train-00001.tar"],
+            "num_train_captions": 6,
+            "batch_size": 16,
+        },
+    }
+
+
+class Experiment:
+    """A folder of configs and results."""
+
+    def __init__(self, folder: Path, shards: Path):
+        self.folder = folder
+        (folder / "configs").mkdir()
+        for stage, values in stage_configs(shards).items():
+            self.config_file(stage).write_text(
+                yaml.safe_dump({"stage": stage, "experiment_dir": str(folder), **values})
+            )
+
+    def config_file(self, stage: str) -> Path:
+        return self.folder / "configs" / f"{stage}.yaml"
+
+    def inputs(self, stage: str) -> list[str]:
+        """Overrides with which a stage in another folder reads this experiment's earlier stages."""
+        tokenizer = [f"text_encoder.model=local-dir:{self.folder}/text_encoder/clip"]
+        tokens = [f"tokenizer_run={self.folder}/tokenizer"]
+        text_projector = [*tokenizer, *tokens, f"data.shards=[{self.folder}/tokens/*.tar]"]
+        return {
+            "text_encoder": [],
+            "tokenizer": tokenizer,
+            "tokens": tokens,
+            "text_projector": text_projector,
+            "flowtok": [*text_projector, f"projector_run={self.folder}/text_projector"],
+        }[stage]
+
+    def config(self, stage: str, *overrides: str):
+        return load_config(self.config_file(stage), list(overrides), stage)
+
+    def run(self, stage: str, *overrides: str) -> Path:
+        """Run a stage as its script does; returns its folder."""
+        reset_accelerate()
+        config = self.config(stage, *overrides)
+        MAIN[stage](config)
+        return Path(config.run_dir)
+
+    def run_in(self, folder: Path, stage: str, *overrides: str) -> Path:
+        """Run a stage into another folder, on this experiment's earlier stages."""
+        return self.run(stage, *self.inputs(stage), f"experiment_dir={folder}", *overrides)
+
+
+def reset_accelerate() -> None:
+    """Let this process start another program: accelerate keeps its settings, precision among them, per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def draw(run: Path, *arguments) -> None:
+    """sample.py with arguments."""
+    sample.main(sample.parse_args(["--run", str(run), "--device", "cpu", *map(str, arguments)]))
+
+
+def metrics(run: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def weights(run: Path, file: str = ckpt.MODEL_FILE) -> dict[str, torch.Tensor]:
+    """Tensors of the newest checkpoint."""
+    return load_file(ckpt.latest_checkpoint(run)[1] / file)
+
+
+def equal(a, b) -> bool:
+    """Whether nested dicts and lists of tensors and values are the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
