@@ -49,9 +49,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     Raises:
         ValueError: none found, or one is empty.
     """
-    if args.interpolate:
-        return args.interpolate
-    prompts = args.prompts
+    prompts = args.prompts or args.interpolate
     if args.prompts_file:
         if not args.prompts_file.is_file():
             raise ValueError(f"--prompts-file {args.prompts_file} does not exist")
@@ -60,7 +58,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         flow_dir = args.run / "flowtok" if (args.run / "flowtok").is_dir() else args.run
         prompts = list(read_run_config(flow_dir).pictures.captions)
     if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError("no prompt, or an empty one: give --prompts or --prompts-file")
+        raise ValueError("no prompt, or an empty one: give --prompts, --prompts-file or --interpolate")
     return prompts
 
 

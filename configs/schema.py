@@ -139,7 +139,7 @@ class ReportStage(StageConfig):
     train_shards: list[str] = field(default_factory=list)  # images whose captions were trained on
     heldout_shards: list[str] = field(default_factory=list)  # images never trained on
     distractor_shards: list[str] = field(default_factory=list)  # further images in the retrieval pool
-    num_train_captions: int = 256  # the first of the training shards, in their order
+    num_train_captions: int = 256  # how many of them are drawn as images, evenly spaced over the shards
     batch_size: int = 64
     seed: int = 0
 

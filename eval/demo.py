@@ -9,7 +9,7 @@ Writes EXPERIMENT/report.json, report_train.png and report_heldout.png (true ima
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def main(config: ReportStage) -> None:
 
 
 def read_all(config: ReportStage, parts: TextToImage, shards: list[str]) -> dict:
-    """All images of some shards, in order: image N x 3 x R x R in [0, 1], caption, text_states N x L x T."""
+    """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions."""
     size = parts.tokenizer.config.image_size
     batches = list(read_images(ImageTextConfig(shards=shards), size, None, config.batch_size))
     captions = [caption for batch in batches for caption in batch["caption"]]
@@ -106,7 +106,7 @@ def build_pool(config: ReportStage, parts: TextToImage, sets: list[dict]) -> dic
 def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
     """Share of queries whose own image (pool index `own`) is the nearest, or among the five nearest, by Euclid."""
     distances = torch.cdist(queries.flatten(1).double(), pool.flatten(1).double())
-    nearest = groups[distances.topk(5, largest=False).indices]  # N x 5
+    nearest = groups[distances.topk(min(5, len(pool)), largest=False).indices]  # N x 5
     hits = nearest == groups[own][:, None]
     return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(dim=1).double().mean().item()}
 
@@ -141,7 +141,7 @@ def evaluate(
         captions = samples["caption"][start : start + config.batch_size]
         indices = list(range(start, start + len(captions)))
         states = parts.encode_text(captions)
-        source = parts.source(states, replace(sampling), config.seed, indices)
+        source = parts.source(states, sampling, config.seed, indices)
         latent = source / parts.flow.latent_scale if picture is None else parts.transport(source, sampling)
         images.append(parts.decode(latent, states).cpu())
         latents.append(latent.cpu())

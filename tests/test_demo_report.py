@@ -11,7 +11,7 @@ from modeling.posterior import Posterior
 
 N = 12
 POOL = torch.arange(N).float().view(N, 1, 1) * torch.ones(1, 2, 3)  # point i at distance |i - j| sqrt(6) of point j
-UNIQUE = torch.arange(N)
+UNIQUE = torch.arange(N) + 100  # group numbers are no positions in the pool
 
 
 def fake_parts(seen=None):
@@ -56,7 +56,7 @@ def test_finding_a_pixel_identical_image_is_finding_the_image():
     groups = UNIQUE.clone()
     groups[7] = groups[2]
     assert retrieval(pool[own], pool, groups, own)["top1"] == 1.0
-    groups[2] = 99  # the same place, but another image: a tie, and 2 comes first or 7 does
+    groups[2] = 999  # the same place, but another image: a tie, and 2 comes first or 7 does
     assert retrieval(pool[own], pool, groups, own)["top5"] == 1.0
 
 

@@ -62,11 +62,10 @@ def test_field_is_called_once_a_step_with_one_time_for_each_sample():
     assert torch.equal(torch.stack(times), torch.tensor([0.0, 0.25, 0.5, 0.75])[:, None].expand(4, 3))
 
 
-def test_state_stays_float32_in_half_precision_networks():
+def test_state_is_float32_whatever_the_precision_of_start_and_network():
     steps = 1000  # each step is below bfloat16's resolution of the state
-    end = integrate(
-        lambda x, t: torch.ones_like(x, dtype=torch.bfloat16), torch.full(SHAPE, 8.0), make_grid("euler", steps)
-    )
+    start = torch.full(SHAPE, 8.0, dtype=torch.bfloat16)
+    end = integrate(lambda x, t: torch.ones_like(x, dtype=torch.bfloat16), start, make_grid("euler", steps))
     assert end.dtype == torch.float32
     torch.testing.assert_close(end, torch.full(SHAPE, 9.0), rtol=0, atol=1e-3)
 

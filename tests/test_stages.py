@@ -42,10 +42,8 @@ def test_pictures_are_png_files(chain, stage):
 
 
 def test_the_flow_stages_log_whether_the_text_latents_collapse(chain):
-    for stage in ("text_projector", "flowtok"):
-        assert all(
-            {"z_text_std", "z_text_between_captions_std"} <= line.keys() for line in metrics(chain.folder / stage)
-        )
+    lines = [*metrics(chain.folder / "text_projector"), *metrics(chain.folder / "flowtok")]
+    assert all({"z_text_std", "z_text_between_captions_std"} <= line.keys() for line in lines)
 
 
 def test_stored_tokens_hold_every_sample_and_their_measured_scale(chain, tiny_shards):
@@ -59,7 +57,7 @@ def test_stored_tokens_hold_every_sample_and_their_measured_scale(chain, tiny_sh
 
 def test_the_report_has_its_figures_and_pictures(chain):
     report = json.loads((chain.folder / "report.json").read_text())
-    assert (report["num_train_captions"], report["num_pool_images"], report["training_steps"]) == (24, 48, 4)
+    assert (report["num_train_captions"], report["num_pool_images"]) == (24, 48)
     assert report["train"]["captions"] == 6 and report["heldout"]["captions"] == 24
     assert report["tokenizer"]["heldout_psnr_db"] > 0
     for part in ("train", "heldout"):
@@ -85,10 +83,12 @@ def few(tmp_path_factory, chain):
 
 
 OVERFIT = ["training.batch_size=4", "training.log_every_steps=10", "training.sample_every_steps=0"]
-OVERFIT += ["optimizer.learning_rate=0.005", "training.checkpoint_every_steps=1000"]
+OVERFIT += ["training.checkpoint_every_steps=1000", "optimizer.learning_rate=0.005"]
+WIDE = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.init_std=0"]
+WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=1"]
 LONG = {
-    "text_encoder": [*OVERFIT, "training.max_steps=30", "data.flip_probability=0"],
-    "tokenizer": [*OVERFIT, "training.max_steps=150", "data.flip_probability=0"],
+    "text_encoder": [*OVERFIT, "training.max_steps=50", "data.flip_probability=0", "optimizer.learning_rate=0.002"],
+    "tokenizer": [*OVERFIT, "training.max_steps=150", "data.flip_probability=0", *WIDE],
     "text_projector": [*OVERFIT, "training.max_steps=100", "projector.dropout=0", "losses.kl_weight=0"],
     "flowtok": [*OVERFIT, "training.max_steps=150", "projector.dropout=0"],
 }
@@ -106,7 +106,7 @@ def test_one_batch_is_overfitted_by_the_text_encoder(few):
 
 
 def test_one_batch_is_overfitted_by_the_tokenizer(few):
-    assert fall(few.folder / "tokenizer", "l2") < 0.2
+    assert fall(few.folder / "tokenizer", "l2") < 0.4
 
 
 def test_one_batch_is_overfitted_by_the_projector(few):
@@ -178,11 +178,10 @@ def test_options_of_the_flow_stage_run_and_change_the_weights(chain, tmp_path, o
 
 @pytest.mark.parametrize("form", ["gaussian", "wall"])
 def test_both_kl_forms_run_in_every_reduction_and_change_the_weights(chain, tmp_path, form):
-    options = [
-        f"losses.kl_form={form} losses.kl_weight=0.01 losses.kl_reduction={r}" for r in ("sample", "batch", "mean")
-    ]
-    other = "losses.kl_form=" + ("wall" if form == "gaussian" else "gaussian") + " losses.kl_weight=0.01"
-    assert all_different(last_weights(chain, tmp_path, "text_projector", [*options, other]))
+    kl = f"losses.kl_weight=0.01 losses.kl_form={form} losses.kl_reduction"
+    other = kl.replace(form, {"gaussian": "wall", "wall": "gaussian"}[form])
+    options = [f"{kl}=sample", f"{kl}=batch", f"{kl}=mean", f"{other}=sample"]
+    assert all_different(last_weights(chain, tmp_path, "text_projector", options))
 
 
 def test_the_projector_is_trained_with_and_without_the_image_regression(chain, tmp_path):

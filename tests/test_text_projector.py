@@ -56,8 +56,9 @@ def test_pre_norm_block_equals_its_formula():
     torch.testing.assert_close(block(x), y + mlp(block, layer_norm(y, block.norm_mlp)))
 
 
-def test_dropout_acts_on_both_branches_in_training_only():
-    block = ProjectorBlock(replace(CONFIG, pre_norm=True, dropout=0.5))
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_dropout_acts_on_both_branches_in_training_only(pre_norm):
+    block = ProjectorBlock(replace(CONFIG, pre_norm=pre_norm, dropout=0.5))
     x = states()
     assert torch.equal(block.eval()(x), block(x))
     assert not torch.equal(block.train()(x), block(x))

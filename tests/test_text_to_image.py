@@ -93,7 +93,7 @@ def test_detached_projector_still_learns_from_its_own_losses():
 def test_frozen_projector_gets_no_gradient_and_keeps_no_graph():
     flow, (states, image) = build(), inputs()
     flow.freeze_projector()
-    result = flow(states, image, FlowConfig(projector="frozen"))
+    result = flow(states.requires_grad_(), image, FlowConfig(projector="frozen"))
     assert not any(x.requires_grad for x in result[2:])
     flow_loss(result).backward()
     assert taught(flow.flowtok) and all(p.grad is None and not p.requires_grad for p in flow.projector.parameters())
@@ -107,6 +107,12 @@ def test_frozen_projector_stays_in_eval_mode_while_the_network_trains():
     assert flow.training and flow.flowtok.training
     assert not any(part.training for part in flow.projector.modules())
     assert not flow.eval().flowtok.training
+
+
+def test_pass_without_gradients_keeps_no_graph():
+    flow, (states, image) = build(), inputs()
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in flow(states, image, FlowConfig())[:-1])
 
 
 def test_latent_scale_is_saved_and_loaded_with_the_weights():

@@ -33,22 +33,17 @@ def stage_configs(shards: Path) -> dict[str, dict]:
     size = {"width": 16, "depth": 1, "num_heads": 2}
     reading = {"num_workers": 0, "shuffle_buffer": 16}
     images, tokens = {"shards": [f"{shards}/*.tar"]}, {"shards": ["${experiment_dir}/tokens/*.tar"]}
-    projector = size | {
+    projector = {
         "text_tokens": 16,
         "text_width": 32,
         "mlp_width": 32,
         "token_channels": 4,
         "alignment_width": 16,
+        **size,
     }
-    clip = {
-        "image_size": 32,
-        "context_length": 16,
-        "embed_dim": 24,
-        "text_width": 32,
-        "text_layers": 1,
-        "text_heads": 2,
-    }
+    clip = {"image_size": 32, "context_length": 16, "embed_dim": 24, "vision_width": 64, "vision_layers": 1}
     tokenizer = {"image_size": 32, "patch_size": 8, "num_tokens": 16, "token_channels": 4, "encoder": size}
+    tokenizer |= {"decoder": size, "text_tokens": 16, "text_width": 32, "init_std": 0}
     training = {"max_steps": 4, "batch_size": 8, "ema_decay": 0.9, "log_every_steps": 2, "checkpoint_every_steps": 2}
     common = {
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "cosine"},
@@ -56,9 +51,13 @@ def stage_configs(shards: Path) -> dict[str, dict]:
     }
     text_encoder = {"text_encoder": {"model": "local-dir:${experiment_dir}/text_encoder/clip"}}
     return {
-        "text_encoder": {"clip": clip | {"vision_width": 64, "vision_layers": 1}, "data": images | reading, **common},
+        "text_encoder": {
+            "clip": clip | {"text_width": 32, "text_layers": 1, "text_heads": 2},
+            "data": images | reading,
+            **common,
+        },
         "tokenizer": {
-            "tokenizer": tokenizer | {"decoder": size, "text_tokens": 16, "text_width": 32},
+            "tokenizer": tokenizer,
             "data": images | reading,
             "pictures": {"num_samples": 4},
             **text_encoder,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,8 @@ def batch_per_pass(run: Run, config: TrainingConfig) -> int:
 
 def seed_step(seed: int, rank: int, step: int) -> None:
     """Make the randomness of a step a function of (seed, rank, step)."""
-    torch.manual_seed((seed * 1_000_003 + rank) * 10_000_019 + step)
+    mixed = np.random.SeedSequence(seed, spawn_key=(rank, step)).generate_state(1, np.uint32)
+    torch.manual_seed(int(mixed[0]))
 
 
 def is_due(step: int, every: int, max_steps: int) -> bool:

@@ -1,0 +1,289 @@
+"""Stops and restarts: resuming bit for bit, complete runs, non-finite losses, killed programs, two processes."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_experiment import MAIN, equal, metrics, weights
+
+import train_flowtok
+import train_tokenizer
+from scripts import encode_tokens
+from training import checkpoint as ckpt
+
+ROOT = Path(__file__).parents[1]
+MODULES = {"tokenizer": train_tokenizer, "flowtok": train_flowtok}
+TRAINED = ("text_encoder", "tokenizer", "text_projector", "flowtok")
+
+
+class Stop(Exception):
+    """What the tests interrupt a run with."""
+
+
+def spoil(monkeypatch, stage, call, action):
+    """Let `action` change the terms of the call-th call of a stage's losses."""
+    module, calls = MODULES[stage], []
+    original = module.compute_losses
+
+    def spoiled(*args):
+        calls.append(1)
+        terms = original(*args)
+        return action(terms) if len(calls) == call else terms
+
+    monkeypatch.setattr(module, "compute_losses", spoiled)
+
+
+def stop(terms):
+    raise Stop
+
+
+def state(run):
+    """All of the newest checkpoint."""
+    folder = ckpt.latest_checkpoint(run)[1]
+    saved = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+    return saved | {"model": weights(run), "ema": weights(run, ckpt.EMA_FILE), "state": ckpt.read_state(folder)}
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(("stage", "num_workers"), [("tokenizer", 1), ("flowtok", 0)])
+def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(
+    chain, tmp_path, monkeypatch, capsys, stage, num_workers
+):
+    options = ["training.max_steps=9", "training.checkpoint_every_steps=3", "training.log_every_steps=1"]
+    options += ["training.gradient_accumulation=2", f"data.num_workers={num_workers}"]
+    whole = chain.run_in(tmp_path / "whole", stage, *options)
+    with monkeypatch.context() as patch:
+        spoil(patch, stage, call=2 * 4 + 2, action=stop)  # in the second pass of step 5
+        with pytest.raises(Stop):
+            chain.run_in(tmp_path / "parts", stage, *options)
+    with monkeypatch.context() as patch:
+        spoil(patch, stage, call=2 * 4 + 1, action=stop)  # a resumed run can be stopped too: in step 8
+        with pytest.raises(Stop):
+            chain.run_in(tmp_path / "parts", stage, *options)
+    capsys.readouterr()
+    parts = chain.run_in(tmp_path / "parts", stage, *options)
+    assert f"{parts}: resuming at step 6" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(parts)] == list(range(1, 10))
+    assert metrics(parts) == metrics(whole)
+    assert equal(state(parts), state(whole))
+    assert state(parts)["state"] == {"step": 9, "ema_updates": 9, "num_processes": 1}
+
+
+def test_a_longer_run_continues_a_complete_one(chain, tmp_path, capsys):
+    options = ["optimizer.schedule=constant", "training.log_every_steps=1"]
+    whole = chain.run_in(tmp_path / "whole", "tokenizer", *options, "training.max_steps=6")
+    chain.run_in(tmp_path / "parts", "tokenizer", *options, "training.max_steps=3")
+    parts = chain.run_in(tmp_path / "parts", "tokenizer", *options, "training.max_steps=6")
+    assert "config changed since the last start: training.max_steps: 3 -> 6" in capsys.readouterr().out
+    assert equal(weights(parts), weights(whole)) and metrics(parts) == metrics(whole)
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(chain, tmp_path):
+    run = chain.run_in(tmp_path, "tokenizer", "training.max_steps=2")
+    (run / "checkpoints" / "step_00000003.tmp").mkdir()
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=3")
+    assert list(ckpt.checkpoint_folders(run)) == [2, 3]
+    assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_another_network_is_refused_when_resuming_and_another_batch_size_restarts_the_data(chain, tmp_path, capsys):
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=1")
+    with pytest.raises(ValueError, match="another network: tokenizer.encoder.width: 16 -> 32"):
+        chain.run_in(tmp_path, "tokenizer", "tokenizer.encoder.width=32")
+    capsys.readouterr()
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=2", "training.batch_size=4")
+    printed = capsys.readouterr().out
+    assert "config changed since the last start: training.batch_size: 8 -> 4" in printed
+    assert "data starts over: the saved data position does not fit this run: batch_size was 8, is 4" in printed
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.parametrize("file", [ckpt.OPTIMIZER_FILE, ckpt.loader_file(0)])
+def test_a_checkpoint_executes_nothing(chain, tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    run = chain.run_in(tmp_path, "tokenizer", "training.max_steps=1")
+    torch.save(Evil(), ckpt.latest_checkpoint(run)[1] / file)
+    with pytest.raises(pickle.UnpicklingError, match="(?i)weights.only"):
+        chain.run_in(tmp_path, "tokenizer", "training.max_steps=2")
+    assert not (tmp_path / "executed").exists()
+
+
+# Complete runs
+
+
+def files(folder):
+    """When each file was written; not the saved config, which each start writes anew."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"]
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.parametrize("stage", MAIN)
+def test_a_complete_stage_does_nothing_and_says_so(chain, capsys, stage):
+    before = files(chain.folder)
+    chain.run(stage)
+    assert files(chain.folder) == before
+    printed = capsys.readouterr().out
+    assert "complete" in printed and printed.strip().endswith("nothing to do")
+
+
+# Non-finite losses
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "flowtok"])
+def test_a_non_finite_loss_stops_naming_the_step_and_leaves_the_last_checkpoint(chain, tmp_path, monkeypatch, stage):
+    options = ["training.max_steps=8", "training.log_every_steps=4", "training.checkpoint_every_steps=2"]
+    with monkeypatch.context() as patch:
+        spoil(patch, stage, call=3, action=lambda terms: terms | {"loss": terms["loss"] * float("nan")})
+        with pytest.raises(FloatingPointError, match="non-finite at step 3; the last checkpoint is from before"):
+            chain.run_in(tmp_path, stage, *options)
+    run = tmp_path / stage
+    assert list(ckpt.checkpoint_folders(run)) == [2]
+    assert all(torch.isfinite(x).all() for x in weights(run).values())
+    chain.run_in(tmp_path, stage, *options)
+    assert [line["step"] for line in metrics(run)] == [4, 8]
+
+
+# Interrupted encoding
+
+
+def test_interrupted_encoding_finishes_with_identical_bytes(chain, tmp_path, monkeypatch):
+    original, written = encode_tokens.write_shard, []
+
+    def stop_at_the_second(path, samples):
+        if written:
+            raise Stop
+        written.append(path)
+        return original(path, samples)
+
+    folder = tmp_path / "tokens"
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_tokens, "write_shard", stop_at_the_second)
+        with pytest.raises(Stop):
+            chain.run_in(tmp_path, "tokens")
+    assert sorted(path.name for path in folder.iterdir()) == ["source.json", "train-00000.tar"]
+    first = folder / "train-00000.tar"
+    before = first.stat().st_mtime_ns
+    chain.run_in(tmp_path, "tokens")
+    assert first.stat().st_mtime_ns == before
+    assert contents(folder) == contents(chain.folder / "tokens")
+
+
+def test_lost_tokens_are_encoded_again_with_identical_bytes(chain, tmp_path):
+    folder = chain.run_in(tmp_path, "tokens")
+    expected = contents(folder)
+    (folder / "tokens.json").unlink()
+    (folder / "train-00001.tar").unlink()
+    chain.run_in(tmp_path, "tokens")
+    assert contents(folder) == expected
+
+
+def test_unfinished_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
+    other = chain.run_in(tmp_path, "tokenizer", "training.seed=1", "training.max_steps=1")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "source.json").write_text('{"tokenizer": "a", "text_encoder": "b"}')
+    with pytest.raises(ValueError, match="unfinished tokens of another tokenizer"):
+        chain.run_in(tmp_path, "tokens", f"tokenizer_run={other}")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# Programs
+
+
+def program(chain, folder, stage, *overrides):
+    """Arguments of a stage's script."""
+    overrides = [*chain.inputs(stage), f"experiment_dir={folder}", *overrides]
+    return ["--config", str(chain.config_file(stage)), *overrides]
+
+
+def environment(**variables):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **variables}
+
+
+def start(command, **variables):
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_a_killed_program_run_again_ends_like_an_undisturbed_one(chain, tmp_path):
+    options = ["training.max_steps=150", "training.checkpoint_every_steps=10", "training.log_every_steps=10"]
+    options += ["training.sample_every_steps=0"]
+    command = [sys.executable, "train_tokenizer.py", *program(chain, tmp_path / "killed", "tokenizer", *options)]
+    run = tmp_path / "killed" / "tokenizer"
+    process = start(command)
+    deadline = time.monotonic() + 200
+    while ckpt.latest_checkpoint(run) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 10 <= ckpt.latest_checkpoint(run)[0] < 150
+    assert "resuming at step" in finish(start(command))
+    whole = chain.run_in(tmp_path / "whole", "tokenizer", *options)
+    assert equal(state(run), state(whole))
+    assert metrics(run) == metrics(whole)
+
+
+def launch(*program):
+    """Two gloo processes on the CPU, as train_flowtok.sh starts them."""
+    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
+    flags += " --dynamo_backend no --num_cpu_threads_per_process 1"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *program]
+    return finish(start(command, ACCELERATE_USE_CPU="true"))
+
+
+def test_two_processes_train_the_tokenizer_and_one_can_go_on(chain, tmp_path, capsys):
+    output = launch("train_tokenizer.py", *program(chain, tmp_path, "tokenizer"))
+    run = tmp_path / "tokenizer"
+    assert output.count("now complete") == 1  # one process talks
+    newest = ckpt.latest_checkpoint(run)[1]
+    assert sorted(path.name for path in newest.glob("loader_*")) == [ckpt.loader_file(0), ckpt.loader_file(1)]
+    assert ckpt.read_state(newest) == {"step": 4, "ema_updates": 4, "num_processes": 2}
+    readers = [torch.load(newest / ckpt.loader_file(rank), weights_only=True)["settings"]["rank"] for rank in (0, 1)]
+    assert readers == [0, 1]
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=6")
+    assert "data starts over: the run had 2 processes before" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(run)] == [2, 4, 6]
+
+
+STAGES_IN_TURN = """
+import sys
+from configs.load import load_config
+from tiny_experiment import MAIN
+for stage, *arguments in (argument.split("|") for argument in sys.argv[1:]):
+    MAIN[stage](load_config(arguments[1], arguments[2:], stage))
+"""
+
+
+def test_two_processes_run_the_other_stages(chain, tmp_path):
+    script = tmp_path / "stages.py"
+    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{STAGES_IN_TURN}")
+    stages = ["text_encoder", "tokens", "text_projector", "flowtok"]
+    launch(str(script), *("|".join([stage, *program(chain, tmp_path, stage)]) for stage in stages))
+    assert contents(tmp_path / "tokens") == contents(chain.folder / "tokens")
+    for stage in ("text_encoder", "text_projector", "flowtok"):
+        assert ckpt.read_state(ckpt.latest_checkpoint(tmp_path / stage)[1])["num_processes"] == 2
+        assert [line["step"] for line in metrics(tmp_path / stage)] == [2, 4]
+        assert not list((tmp_path / stage).rglob("*.tmp"))
