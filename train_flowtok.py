@@ -36,15 +36,15 @@ def main(config: FlowTokStage) -> None:
     shape = (config.projector.text_tokens, config.projector.token_channels)
     info = load_tokens_info(config.data.shards, *shape, config.tokenizer_run)
     tokens = open_stored_tokens(run, config, info)
-    model = build_model(config, info)
+    model = build_model(config, tokens)
     trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader)
     trainer.train(partial(compute_losses, config, info, tokens), config.logging, partial(save_samples, config, run))
 
 
-def build_model(config: FlowTokStage, info: TokensInfo) -> TextToImageFlow:
+def build_model(config: FlowTokStage, tokens: StoredTokens) -> TextToImageFlow:
     """Projector from stage 2 and a fresh DiT, with the measured latent scale; freezes what has no gradient."""
     model = TextToImageFlow(config.projector, config.flowtok)
-    model.latent_scale.fill_(info.latent_scale)
+    model.latent_scale.fill_(tokens.info.latent_scale)
     if config.projector_run:
         source = load_projector(config.projector_run)
         if source.config != config.projector:
@@ -52,6 +52,8 @@ def build_model(config: FlowTokStage, info: TokensInfo) -> TextToImageFlow:
                 f"projector of {config.projector_run} is {source.config}, this config says {config.projector}"
             )
         model.projector.load_state_dict(source.state_dict())
+    else:
+        tokens.fit_whitening(model.projector)
     if config.flow.projector == "frozen":
         model.freeze_projector()
     elif not config.losses.alignment_weight:

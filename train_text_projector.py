@@ -32,6 +32,7 @@ def main(config: TextProjectorStage) -> None:
     info = load_tokens_info(config.data.shards, *shape, config.tokenizer_run)
     tokens = open_stored_tokens(run, config, info)
     model = TextProjector(config.projector)
+    tokens.fit_whitening(model)
     if not config.losses.alignment_weight:
         model.alignment.requires_grad_(False)  # else DDP waits for gradients that never come
     trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader)

@@ -57,13 +57,14 @@ def main(config: ReportStage) -> None:
             "train_psnr_db": reconstruction_psnr(config, parts, take(train, chosen)),
         },
     }
-    sets = {"train": (take(train, chosen), chosen), "heldout": (heldout, None)}
-    for name, (samples, indices) in sets.items():
-        offset = 0 if name == "train" else len(train["caption"])
-        own = torch.tensor(indices if indices is not None else range(len(samples["caption"]))) + offset
-        report[name] = evaluate(config, parts, sampling, samples, own, pool, experiment / f"report_{name}.png")
-        no_flow = evaluate(config, parts, sampling, samples, own, pool, None)
-        report[f"{name}_source_without_flow"] = no_flow
+    own = {"train": torch.tensor(chosen), "heldout": torch.arange(len(heldout["caption"])) + len(train["caption"])}
+    for name, samples in (("train", take(train, chosen)), ("heldout", heldout)):
+        for flow, suffix in ((True, ""), (False, "_source_without_flow")):
+            images, latents, rate = generate(config, parts, sampling, samples["caption"], flow)
+            report[name + suffix] = compare(samples["image"], images, latents, pool, own[name])
+            if flow:
+                report[name]["images_per_second"] = rate
+                save_pairs(samples, images, experiment / f"report_{name}.png")
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(report, indent=2) + "\n")
     partial.rename(path)
@@ -122,42 +123,40 @@ def reconstruction_psnr(config: ReportStage, parts: TextToImage, samples: dict) 
     return torch.cat(values).mean().item()
 
 
-def evaluate(
-    config: ReportStage,
-    parts: TextToImage,
-    sampling: SamplingConfig,
-    samples: dict,
-    own: Tensor,
-    pool: dict,
-    picture: Path | None,
-) -> dict:
-    """Generate for the samples' captions and compare with their true images.
+def generate(
+    config: ReportStage, parts: TextToImage, sampling: SamplingConfig, captions: list[str], flow: bool
+) -> tuple[Tensor, Tensor, float]:
+    """Images N x 3 x R x R, latents N x K x C (both on the CPU) and images/s; image i has randomness (seed, i).
 
-    With `picture` None the flow is left out: the projector's output is decoded as if it were the image latent.
+    Without `flow`, the start of the flow is decoded as if it were its end: what the projector alone achieves.
     """
-    images, latents = [], []
-    start_time = time.perf_counter()
-    for start in range(0, len(samples["caption"]), config.batch_size):
-        captions = samples["caption"][start : start + config.batch_size]
-        indices = list(range(start, start + len(captions)))
-        states = parts.encode_text(captions)
-        source = parts.source(states, sampling, config.seed, indices)
-        latent = source / parts.flow.latent_scale if picture is None else parts.transport(source, sampling)
+    images, latents, start_time = [], [], time.perf_counter()
+    for start in range(0, len(captions), config.batch_size):
+        chunk = captions[start : start + config.batch_size]
+        states = parts.encode_text(chunk)
+        source = parts.source(states, sampling, config.seed, list(range(start, start + len(chunk))))
+        latent = parts.transport(source, sampling) if flow else source / parts.flow.latent_scale
         images.append(parts.decode(latent, states).cpu())
         latents.append(latent.cpu())
-    seconds = time.perf_counter() - start_time
-    images, latents = torch.cat(images), torch.cat(latents)
-    if picture is not None:
-        shown = slice(0, PICTURE_SAMPLES)
-        rows = pair_rows(samples["image"][shown], images[shown])
-        save_png(caption_grid(rows, samples["caption"][shown], columns=8), picture)
+    rate = len(captions) / (time.perf_counter() - start_time)
+    return torch.cat(images), torch.cat(latents), rate
+
+
+def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tensor) -> dict:
+    """Retrieval and PSNR of generated images against the true ones."""
     return {
         "captions": len(images),
         "latent": retrieval(latents, pool["latents"], pool["groups"], own),
         "pixels_16x16": retrieval(shrink(images), pool["pixels"], pool["groups"], own),
-        "psnr_db": psnr(samples["image"], images).mean().item(),
-        "images_per_second": len(images) / seconds,
+        "psnr_db": psnr(true, images).mean().item(),
     }
+
+
+def save_pairs(samples: dict, images: Tensor, path: Path) -> None:
+    """Picture: true image left, generated right; evenly spaced samples."""
+    shown = torch.linspace(0, len(images) - 1, min(PICTURE_SAMPLES, len(images))).round().long().tolist()
+    pairs = pair_rows(samples["image"][shown], images[shown])
+    save_png(caption_grid(pairs, [samples["caption"][i] for i in shown], columns=8), path)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from data.token_text import TokenTextConfig, build_token_loader, read_tokens
 from eval.loading import TokensInfo, fingerprint
 from modeling.posterior import Posterior
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
-from modeling.text_projector import TextProjectorConfig
+from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.loop import TrainingConfig, batch_per_pass
 from training.run import Run
+
+WHITENING_SAMPLES = 10_000  # captions on which the text states' covariance is measured
 
 
 @dataclass
@@ -35,6 +37,14 @@ class StoredTokens:
         """Posterior of the image latents in the tokenizer's own scale, B x K x C on the device."""
         mean, logvar = (batch[key].to(self.run.device, non_blocking=True) for key in ("latent_mean", "latent_logvar"))
         return Posterior(mean, logvar)
+
+    def fit_whitening(self, projector: TextProjector) -> None:
+        """Measure the projector's whitening of text states on the first samples, if it has one."""
+        if not projector.config.whiten_text:
+            return
+        shape = (self.info.num_tokens, self.info.token_channels)
+        batches = read_tokens(self.data, *shape, self.tokenize, 100, limit=WHITENING_SAMPLES)
+        projector.whitening.fit(self.text_states(batch).cpu() for batch in batches)
 
     def first(self, number: int) -> dict:
         """The first `number` samples in the order of the shards, as one batch."""

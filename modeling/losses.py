@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,11 +52,27 @@ def contrastive_loss(latents: Tensor, targets: Tensor, log_temperature: Tensor) 
         return (F.cross_entropy(scale * z @ a_all.T, labels) + F.cross_entropy(scale * a @ z_all.T, labels)) / 2
 
 
+class _GatherRows(torch.autograd.Function):
+    """Rows of all processes, B x D -> (processes * B) x D; the gradient of each row comes back summed to its owner."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """Concatenate x of all processes along the rows; gradients flow back to each process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    return torch.cat(dist_nn.all_gather(x))
+    return _GatherRows.apply(x)
 
 
 def latent_regression_loss(text_mean: Tensor, image_mean: Tensor) -> Tensor:

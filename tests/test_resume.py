@@ -77,10 +77,11 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(
     assert state(parts)["state"] == {"step": 9, "ema_updates": 9, "num_processes": 1}
 
 
-def test_a_longer_run_continues_a_complete_one(chain, tmp_path, capsys):
+def test_a_longer_run_continues_a_complete_one_whose_last_step_is_saved(chain, tmp_path, capsys):
     options = ["optimizer.schedule=constant", "training.log_every_steps=1"]
     whole = chain.run_in(tmp_path / "whole", "tokenizer", *options, "training.max_steps=6")
-    chain.run_in(tmp_path / "parts", "tokenizer", *options, "training.max_steps=3")
+    parts = chain.run_in(tmp_path / "parts", "tokenizer", *options, "training.max_steps=3")
+    assert list(ckpt.checkpoint_folders(parts)) == [2, 3]  # every 2 steps, and the last
     parts = chain.run_in(tmp_path / "parts", "tokenizer", *options, "training.max_steps=6")
     assert "config changed since the last start: training.max_steps: 3 -> 6" in capsys.readouterr().out
     assert equal(weights(parts), weights(whole)) and metrics(parts) == metrics(whole)
@@ -141,9 +142,11 @@ def test_a_complete_stage_does_nothing_and_says_so(chain, capsys, stage):
 # Non-finite losses
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "flowtok"])
-def test_a_non_finite_loss_stops_naming_the_step_and_leaves_the_last_checkpoint(chain, tmp_path, monkeypatch, stage):
-    options = ["training.max_steps=8", "training.log_every_steps=4", "training.checkpoint_every_steps=2"]
+@pytest.mark.parametrize(("stage", "log_every"), [("tokenizer", 1), ("flowtok", 8)])  # the log or the save finds it
+def test_a_non_finite_loss_stops_naming_the_step_and_leaves_the_last_checkpoint(
+    chain, tmp_path, monkeypatch, stage, log_every
+):
+    options = ["training.max_steps=8", f"training.log_every_steps={log_every}", "training.checkpoint_every_steps=2"]
     with monkeypatch.context() as patch:
         spoil(patch, stage, call=3, action=lambda terms: terms | {"loss": terms["loss"] * float("nan")})
         with pytest.raises(FloatingPointError, match="non-finite at step 3; the last checkpoint is from before"):
@@ -152,7 +155,7 @@ def test_a_non_finite_loss_stops_naming_the_step_and_leaves_the_last_checkpoint(
     assert list(ckpt.checkpoint_folders(run)) == [2]
     assert all(torch.isfinite(x).all() for x in weights(run).values())
     chain.run_in(tmp_path, stage, *options)
-    assert [line["step"] for line in metrics(run)] == [4, 8]
+    assert [line["step"] for line in metrics(run)] == list(range(log_every, 9, log_every))
 
 
 # Interrupted encoding
@@ -281,9 +284,11 @@ def test_two_processes_run_the_other_stages(chain, tmp_path):
     script = tmp_path / "stages.py"
     script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{STAGES_IN_TURN}")
     stages = ["text_encoder", "tokens", "text_projector", "flowtok"]
-    launch(str(script), *("|".join([stage, *program(chain, tmp_path, stage)]) for stage in stages))
+    runs = [[stage, *program(chain, tmp_path, stage)] for stage in stages]
+    runs.append(["flowtok", *program(chain, tmp_path / "frozen", "flowtok", "flow.projector=frozen")])
+    launch(str(script), *("|".join(words) for words in runs))
     assert contents(tmp_path / "tokens") == contents(chain.folder / "tokens")
-    for stage in ("text_encoder", "text_projector", "flowtok"):
+    for stage in ("text_encoder", "text_projector", "flowtok", "frozen/flowtok"):
         assert ckpt.read_state(ckpt.latest_checkpoint(tmp_path / stage)[1])["num_processes"] == 2
         assert [line["step"] for line in metrics(tmp_path / stage)] == [2, 4]
         assert not list((tmp_path / stage).rglob("*.tmp"))

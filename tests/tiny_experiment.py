@@ -8,12 +8,12 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import eval.demo
 import sample
 import train_flowtok
 import train_text_projector
 import train_tokenizer
 from configs.load import load_config
+from eval.demo import main as write_report
 from scripts import encode_tokens, train_text_encoder
 from training import checkpoint as ckpt
 
@@ -23,7 +23,7 @@ MAIN = {  # in the order of train_flowtok.sh
     "tokens": encode_tokens.main,
     "text_projector": train_text_projector.main,
     "flowtok": train_flowtok.main,
-    "report": eval.demo.main,
+    "report": write_report,
 }
 TIMES = ("samples_per_second", "data_wait_share")  # of the metrics: differ between equal runs
 
