@@ -30,6 +30,8 @@ class TextProjectorConfig:
     mlp_width: int = 1024
     dropout: float = 0.1
     pre_norm: bool = False  # x + f(ln(x)) instead of the release's ln(x + f(x))
+    # Not in the paper: a learned position for each token, where the text states alone say too little about theirs.
+    learned_positions: bool = False
     # Not in the paper: decorrelate the channels of the text states first, by a fixed linear map measured on the captions.
     # CLIP's states differ between captions mostly along a few directions; the others are learned slowly without it.
     whiten_text: bool = False
@@ -124,6 +126,10 @@ class TextProjector(nn.Module):
         self.config = config
         self.whitening = TextWhitening(config.text_width) if config.whiten_text else nn.Identity()
         self.embed = nn.Linear(config.text_width, config.width) if config.width != config.text_width else nn.Identity()
+        self.positions = None
+        if config.learned_positions:
+            self.positions = nn.Parameter(torch.empty(config.text_tokens, config.width))
+            nn.init.normal_(self.positions, std=0.5)
         self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
         self.to_moments = nn.Linear(config.width, 2 * config.token_channels)
@@ -143,6 +149,8 @@ class TextProjector(nn.Module):
                 f"text states are B x {tuple(text_states.shape[1:])}, the projector expects B x {expected}"
             )
         x = self.embed(self.whitening(text_states))  # B x L x W
+        if self.positions is not None:
+            x = x + self.positions
         for block in self.blocks:
             x = block(x)
         return split_moments(self.to_moments(self.norm_out(x)))
