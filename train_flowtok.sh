@@ -8,10 +8,11 @@
 # A finished stage is skipped, an interrupted one resumes: run the same command again.
 #
 #   bash train_flowtok.sh                                            the demo: one CPU or GPU, no downloads of data
-#   bash train_flowtok.sh flowtok_b experiment_dir=/data/runs/b      8 A100s of this machine: all GPUs are found
-#   CUDA_VISIBLE_DEVICES=0,1 bash train_flowtok.sh flowtok_b         two of them; CUDA_VISIBLE_DEVICES= for the CPU
-#   STAGES="tokenizer tokens" bash train_flowtok.sh flowtok_b        some of the stages
-#   DRY_RUN=1 bash train_flowtok.sh flowtok_b                        prints the commands, runs nothing
+#   bash train_flowtok.sh mine experiment_dir=/data/runs/mine        8 A100s of this machine: all GPUs are found
+#   CUDA_VISIBLE_DEVICES=0,1 bash train_flowtok.sh mine              two of them; CUDA_VISIBLE_DEVICES= for the CPU
+#   STAGES="tokenizer tokens" bash train_flowtok.sh mine             some of the stages
+#   DRY_RUN=1 bash train_flowtok.sh mine                             prints the commands, runs nothing
+# (mine: a folder configs/mine that you made, e.g. a copy of configs/demo)
 # Overrides:
 #   key=value        goes to every chosen stage, e.g. experiment_dir=DIR, the folder of all results (default:
 #                    runs/EXPERIMENT; relative paths start at this file's folder)
@@ -20,9 +21,9 @@
 #
 # Several machines: the same command once on each, with the repository, data and experiment_dir on a shared file system.
 #   Two nodes x 8 GPUs, Slurm (here or inside sbatch); everything below is read from Slurm's variables:
-#     srun --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --cpus-per-task 64 bash train_flowtok.sh flowtok_xl
+#     srun --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --cpus-per-task 64 bash train_flowtok.sh mine
 #   Two nodes by hand; the second with MACHINE_RANK=1:
-#     NUM_MACHINES=2 MACHINE_RANK=0 MAIN_PROCESS_IP=node0 bash train_flowtok.sh flowtok_xl
+#     NUM_MACHINES=2 MACHINE_RANK=0 MAIN_PROCESS_IP=node0 bash train_flowtok.sh mine
 # Variables; where one is not set: Slurm's or torchrun's (WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_*), then
 #   NUM_MACHINES=1  MACHINE_RANK=0
 #   MAIN_PROCESS_IP    host of machine rank 0
@@ -100,8 +101,9 @@ check_overrides() { # KEY=VALUE ... -> experiment_dir
 overrides_of() { # STAGE KEY=VALUE ... -> overrides: the stage's own, in the order given
     local stage=$1 override target
     shift
-    overrides=()
+    overrides=("experiment_dir=$experiment_dir")
     for override in "$@"; do
+        [[ $override != experiment_dir=* ]] || continue
         target=$(stage_of_override "$override")
         case $target in
             "") overrides+=("$override") ;;
@@ -187,6 +189,15 @@ stopped() { # STAGE STATUS
     exit "$2"
 }
 
+check_experiment() { # KEY=VALUE ... : every stage's config, before the first one runs
+    local stage group=()
+    for stage in "${stages[@]}"; do
+        overrides_of "$stage" "$@"
+        group+=(-- "configs/$experiment/$stage.yaml" "${overrides[@]}")
+    done
+    run "$PYTHON" -m configs.check "$NUM_PROCESSES" "${group[@]:1}" || exit $?
+}
+
 run_stage() { # STAGE KEY=VALUE ...
     local stage=$1 start=$SECONDS overrides program
     overrides_of "$@"
@@ -232,6 +243,7 @@ check_overrides "$@"
 find_machines
 set_up_environment requirements.txt
 prepare_launch
+check_experiment "$@"
 
 for stage in "${stages[@]}"; do
     # One process writes the report.

@@ -19,23 +19,27 @@ from eval.stored_tokens import StoredTokens, open_stored_tokens
 from modeling.losses import latent_statistics, source_losses
 from modeling.posterior import Posterior
 from modeling.text_projector import TextProjector
+from training.checkpoint import latest_checkpoint
 from training.loop import Trainer, is_complete
-from training.run import Run, start_run
+from training.run import Run, save_config, start_run
 
 
 def main(config: TextProjectorStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
-    run = start_run(config.run_dir, resolved(config), config.training.precision, ["projector"], config.training.seed)
-    if is_complete(run, config.training):
-        return
+    run = start_run(config.run_dir, config.training.precision, config.training.seed)
     shape = (config.projector.text_tokens, config.projector.token_channels)
     info = load_tokens_info(config.data.shards, *shape, config.tokenizer_run)
+    if is_complete(run, config.training, info.inputs()):
+        return
+    started = latest_checkpoint(run.folder) is not None
     tokens = open_stored_tokens(run, config, info)
     model = TextProjector(config.projector)
-    tokens.fit_whitening(model)
+    if not started:
+        tokens.fit_whitening(model)
     if not config.losses.alignment_weight:
         model.alignment.requires_grad_(False)  # else DDP waits for gradients that never come
-    trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader)
+    save_config(run, resolved(config), ["projector", "text_encoder"], started)
+    trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, info.inputs())
     trainer.train(
         partial(compute_losses, config, info, tokens), config.logging, partial(save_decoded, config, run, info, tokens)
     )

@@ -15,24 +15,29 @@ from torch import Tensor, nn
 from configs.load import exit_on_error, parse_stage_args, resolved
 from configs.schema import TokenizerStage
 from data.image_text import build_image_loader, read_images
+from data.tar import expand_shards
+from eval.loading import fingerprint
 from eval.pictures import caption_grid, pair_rows, sample_path, save_png
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.losses import tokenizer_losses
 from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
+from training.checkpoint import latest_checkpoint
 from training.loop import Trainer, batch_per_pass, is_complete
-from training.run import Run, start_run
+from training.run import Run, save_config, start_run
 
 
 def main(config: TokenizerStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
-    run = start_run(config.run_dir, resolved(config), config.training.precision, ["tokenizer"], config.training.seed)
-    if is_complete(run, config.training):
-        return
+    run = start_run(config.run_dir, config.training.precision, config.training.seed)
     guided = config.tokenizer.text_guidance
     tokenize = TextTokenizer(config.text_encoder) if guided else None
     text_encoder = load_text_encoder(config.text_encoder).to(run.device) if guided else None
     if guided:
         check_text_shape(config, text_encoder)
+    inputs = {"text_encoder": fingerprint(text_encoder)} if guided else {}
+    if is_complete(run, config.training, inputs):
+        return
+    expand_shards(picture_shards(config))
     loader = build_image_loader(
         config.data,
         config.tokenizer.image_size,
@@ -44,9 +49,15 @@ def main(config: TokenizerStage) -> None:
         pin_memory=run.device.type == "cuda",
     )
     model = ImageTokenizer(config.tokenizer)
-    trainer = Trainer(run, config.training, config.optimizer, model, loader)
+    save_config(run, resolved(config), ["tokenizer"], latest_checkpoint(run.folder) is not None)
+    trainer = Trainer(run, config.training, config.optimizer, model, loader, inputs)
     loss_fn = partial(compute_losses, config, run, text_encoder)
     trainer.train(loss_fn, config.logging, partial(save_reconstructions, config, run, text_encoder, tokenize))
+
+
+def picture_shards(config: TokenizerStage) -> list[str]:
+    """Shards whose first images are reconstructed in the pictures."""
+    return config.pictures.shards or config.data.shards
 
 
 def check_text_shape(config: TokenizerStage, text_encoder: TextEncoder) -> None:
@@ -88,8 +99,8 @@ def save_reconstructions(
 ) -> None:
     """Picture: originals left, EMA reconstructions (posterior mean) right."""
     number = config.pictures.num_samples
-    shards = config.pictures.shards or config.data.shards
-    batch = next(read_images(config.data, config.tokenizer.image_size, tokenize, number, shards=shards, limit=number))
+    size, shards = config.tokenizer.image_size, picture_shards(config)
+    batch = next(read_images(config.data, size, tokenize, number, shards=shards, limit=number))
     images = to_unit(batch["image"], run.device)
     reconstructions = model.decode(model.encode(images).mean, encode_text(run, text_encoder, batch))
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)

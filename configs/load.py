@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -170,7 +171,8 @@ def exit_on_error(action):
     try:
         return action()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"error: {error}\n  (raised at {Path(frame.filename).name}:{frame.lineno})", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -22,15 +22,31 @@ from training.optim import OptimizerConfig
 
 @dataclass
 class PictureConfig:
-    """The picture of samples that a stage writes."""
+    """The picture that stages 1 and 2 write: the first samples, true left, reconstructed right."""
 
     num_samples: int = 16
-    shards: list[str] = field(default_factory=list)  # images to reconstruct in stage 1; empty: the training shards
-    captions: list[str] = field(default_factory=list)  # prompts in stage 3
 
     def __post_init__(self):
         if self.num_samples < 1:
             raise ValueError(f"pictures.num_samples must be at least 1, got {self.num_samples}")
+
+
+@dataclass
+class ReconstructionPictureConfig(PictureConfig):
+    """The picture of stage 1."""
+
+    shards: list[str] = field(default_factory=list)  # whose images; empty: the training shards
+
+
+@dataclass
+class CaptionPictureConfig:
+    """The picture of stage 3, which sample.py also draws when no prompt is given."""
+
+    captions: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not all(caption.strip() for caption in self.captions):
+            raise ValueError("pictures.captions has an empty caption")
 
 
 @dataclass
@@ -83,7 +99,7 @@ class TokenizerStage(StageConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    pictures: PictureConfig = field(default_factory=PictureConfig)
+    pictures: ReconstructionPictureConfig = field(default_factory=ReconstructionPictureConfig)
 
 
 @dataclass
@@ -129,7 +145,7 @@ class FlowTokStage(StageConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    pictures: PictureConfig = field(default_factory=PictureConfig)
+    pictures: CaptionPictureConfig = field(default_factory=CaptionPictureConfig)
 
 
 @dataclass
@@ -139,6 +155,8 @@ class ReportStage(StageConfig):
     train_shards: list[str] = field(default_factory=list)  # images whose captions were trained on
     heldout_shards: list[str] = field(default_factory=list)  # images never trained on
     distractor_shards: list[str] = field(default_factory=list)  # further images in the retrieval pool
+    caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])  # as in the other stages
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB behind transparent pixels
     num_train_captions: int = 256  # how many of them are drawn as images, evenly spaced over the shards
     batch_size: int = 64
     seed: int = 0
@@ -173,6 +191,8 @@ def check(config: StageConfig) -> None:
                 f"projector.text_tokens x token_channels = {tokens} must equal flowtok.num_tokens x token_channels = "
                 f"{(config.flowtok.num_tokens, config.flowtok.token_channels)}: text flows into image token by token"
             )
+        if not config.pictures.captions:
+            raise ValueError("pictures.captions is empty: name the captions of the sample pictures")
         if config.flow.projector == "frozen" and not config.projector_run:
             raise ValueError("flow.projector=frozen needs a trained projector: set projector_run")
         if config.flow.projector == "detached" and not teaches_source(config.losses):

@@ -163,6 +163,11 @@ def read_shard(path: str | Path) -> Iterator[dict[str, Any]]:
         yield sample
 
 
+def count_samples(path: str | Path) -> int:
+    """Samples in one tar; reads headers only."""
+    return sum(1 for _ in scan_shard(str(path), offset=0, ordinal=0, reader=-1, readers=1))
+
+
 def scan_shard(
     path: str, offset: int, ordinal: int, reader: int, readers: int
 ) -> Iterator[tuple[dict[str, Any] | None, int]]:

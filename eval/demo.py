@@ -75,7 +75,8 @@ def main(config: ReportStage) -> None:
 def read_all(config: ReportStage, parts: TextToImage, shards: list[str]) -> dict:
     """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions."""
     size = parts.tokenizer.config.image_size
-    batches = list(read_images(ImageTextConfig(shards=shards), size, None, config.batch_size))
+    data = ImageTextConfig(shards=shards, caption_keys=config.caption_keys, background=config.background)
+    batches = list(read_images(data, size, None, config.batch_size))
     captions = [caption for batch in batches for caption in batch["caption"]]
     return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
 

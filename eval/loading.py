@@ -5,7 +5,7 @@ A run folder's config.yaml alone says how its network is built; the newest compl
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +16,10 @@ from torch import nn
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.pipeline import SamplingConfig, TextToImage
-from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from modeling.text_to_image import TextToImageFlow
-from training.checkpoint import EMA_FILE, latest_checkpoint, load_weights
+from training.checkpoint import EMA_FILE, latest_checkpoint, load_weights, read_state
 from training.run import CONFIG_FILE
 
 TOKENS_INFO_FILE = "tokens.json"
@@ -85,15 +85,53 @@ def load_pipeline(run_dir: str | Path, device: torch.device) -> tuple[TextToImag
     if "flowtok" not in config:
         raise ValueError(f"{flow_dir} is a run of stage {config.get('stage')!r}; sampling needs a flowtok run")
     flow = TextToImageFlow(section(config, "projector", TextProjectorConfig), section(config, "flowtok", FlowTokConfig))
+    load_ema(flow, flow_dir)
+    trained_on = read_state(latest_checkpoint(flow_dir)[1])["inputs"]
     text_config = section(config, "text_encoder", TextEncoderConfig)
-    tokenizer, _ = load_tokenizer(config.tokenizer_run)
+    text_config.model, text_encoder = find_text_encoder(flow_dir, text_config, trained_on["text_encoder"])
     parts = TextToImage(
         tokenize=TextTokenizer(text_config),
-        text_encoder=load_text_encoder(text_config).to(device),
-        tokenizer=tokenizer.to(device),
-        flow=load_ema(flow, flow_dir).to(device),
+        text_encoder=text_encoder.to(device),
+        tokenizer=find_tokenizer(flow_dir, config.tokenizer_run, trained_on["tokenizer"]).to(device),
+        flow=flow.to(device),
     )
     return parts, section(config, "sampling", SamplingConfig)
+
+
+def find_tokenizer(flow_dir: Path, tokenizer_run: str, wanted: str) -> ImageTokenizer:
+    """The tokenizer that a flow was trained with: where its config says, or beside the flow if the folder was moved.
+
+    Raises:
+        ValueError: neither has the weights with the fingerprint `wanted`.
+    """
+    runs = [run for run in (Path(tokenizer_run), flow_dir.parent / "tokenizer") if (run / CONFIG_FILE).is_file()]
+    for run in runs:
+        tokenizer = load_tokenizer(run)[0]
+        if fingerprint(tokenizer) == wanted:
+            return tokenizer
+    tried = ", ".join(map(str, runs)) or f"nothing at {tokenizer_run}"
+    raise ValueError(
+        f"{flow_dir} was trained with the tokenizer {wanted}, which is not there any more (found: {tried})"
+    )
+
+
+def find_text_encoder(flow_dir: Path, config: TextEncoderConfig, wanted: str) -> tuple[str, TextEncoder]:
+    """(model, tower) that a flow was trained with: as its config says, or beside the flow if the folder was moved.
+
+    Raises:
+        ValueError: neither has the weights with the fingerprint `wanted`.
+    """
+    beside = flow_dir.parent / "text_encoder" / "clip"
+    models = [config.model] + ([f"local-dir:{beside}"] if beside.is_dir() else [])
+    if len(models) == 2 and not Path(config.model.removeprefix("local-dir:")).is_dir():
+        models.reverse()
+    for model in models:
+        tower = load_text_encoder(replace(config, model=model))
+        if fingerprint(tower) == wanted:
+            return model, tower
+    raise ValueError(
+        f"{flow_dir} was trained with the text tower {wanted}, which {' and '.join(models)} is not any more"
+    )
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -118,6 +156,12 @@ class TokensInfo:
     tokenizer_fingerprint: str
     text_encoder_fingerprint: str
     has_text_states: bool
+    shards: list[str]  # names of the token shards
+
+    def inputs(self) -> dict:
+        """What a stage that trains on these tokens depends on."""
+        names = ("tokenizer", "text_encoder")
+        return {name: getattr(self, f"{name}_fingerprint") for name in names} | {"latent_scale": self.latent_scale}
 
     def save(self, folder: Path) -> None:
         """Write aside and rename; this file marks the folder as complete."""
@@ -147,7 +191,7 @@ def load_tokens_info(shards: list[str], num_tokens: int, token_channels: int, to
     Raises:
         ValueError: several folders, other token counts, or tokens of another tokenizer than `tokenizer_run`'s.
     """
-    folders = {Path(pattern).parent for pattern in shards}
+    folders = {Path(pattern).expanduser().parent for pattern in shards}
     if len(folders) != 1:
         raise ValueError(f"data.shards must lie in one folder (one latent scale), got {sorted(map(str, folders))}")
     folder = folders.pop()

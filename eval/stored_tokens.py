@@ -67,10 +67,10 @@ def open_stored_tokens(run: Run, config, info: TokensInfo) -> StoredTokens:
             f"{text_config.model} gives {encoder.context_length} x {encoder.width} text states, the config expects "
             f"projector.text_tokens x text_width = {projector.text_tokens} x {projector.text_width}"
         )
-    if info.has_text_states and info.text_encoder_fingerprint != fingerprint(encoder):
+    if info.text_encoder_fingerprint != fingerprint(encoder):
         raise ValueError(
-            f"the stored text states come from another text tower than {text_config.model}: delete the token shards "
-            "and run scripts/encode_tokens.py again"
+            f"the token shards and their tokenizer were made with another text tower than {text_config.model}; "
+            "set text_encoder as in the tokenizer's config, or delete the token shards and encode them again"
         )
     tokenize = None if info.has_text_states else TextTokenizer(text_config)
     loader = build_token_loader(

@@ -93,11 +93,9 @@ class FlowTok(nn.Module):
         return self.to_velocity(modulate(self.norm_out(x), shift, scale))
 
     def init_weights(self) -> None:
-        """Xavier uniform; normal 0.02 for the conditions; every modulation and the last layer start at zero."""
+        """Xavier uniform; normal 0.02 for the indicator; every modulation and the last layer start at zero."""
         for module in self.modules():
             init_linear_(module)
-        nn.init.normal_(self.embed_time.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.embed_time.mlp[2].weight, std=0.02)
         nn.init.normal_(self.embed_null.weight, std=0.02)
         for module in [*(block.modulation for block in self.blocks), self.modulation_out, self.to_velocity]:
             nn.init.zeros_(module.weight)

@@ -152,6 +152,9 @@ class ReconstructionLossConfig:
     kl_weight: float = 1e-6  # on the KL summed over tokens and channels, mean over the batch
 
     def __post_init__(self):
+        for name in ("l2_weight", "l1_weight", "gradient_weight", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"losses.{name} must not be negative, got {getattr(self, name)}")
         if not (self.l2_weight or self.l1_weight):
             raise ValueError("losses: l2_weight and l1_weight are both 0, nothing would be reconstructed")
 

@@ -6,6 +6,7 @@ or from a folder that `save_clip` wrote (`model: local-dir:PATH`), as scripts/tr
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class TextTokenizer:
         if self._tokenizer is None:
             check_local_dir(self.model)
             self._tokenizer = open_clip.get_tokenizer(self.model)
+            if not hasattr(self._tokenizer, "sot_token_id"):
+                raise ValueError(f"text_encoder.model {self.model} has no CLIP BPE tokenizer; choose a CLIP model")
         return self._tokenizer
 
     def __getstate__(self):
@@ -146,8 +149,12 @@ def build_clip(model_config: dict) -> nn.Module:
 
 
 def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:
-    """Write a CLIP model as the folder that `model: local-dir:FOLDER` reads; the config file, written last, ends it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()}, folder / WEIGHTS_FILE)
+    """Write a CLIP model as the folder that `model: local-dir:FOLDER` reads: aside, then renamed over an older one."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()}, partial / WEIGHTS_FILE)
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    (folder / CONFIG_FILE).write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": preprocess}, indent=2))
+    (partial / CONFIG_FILE).write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": preprocess}, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

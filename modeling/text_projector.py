@@ -32,7 +32,7 @@ class TextProjectorConfig:
     pre_norm: bool = False  # x + f(ln(x)) instead of the release's ln(x + f(x))
     # Not in the paper: a learned position for each token, where the text states alone say too little about theirs.
     learned_positions: bool = False
-    # Not in the paper: decorrelate the channels of the text states first, by a fixed linear map measured on the captions.
+    # Not in the paper: decorrelate the channels of the text states first, by a linear map measured on the captions.
     # CLIP's states differ between captions mostly along a few directions; the others are learned slowly without it.
     whiten_text: bool = False
     token_channels: int = 16  # C

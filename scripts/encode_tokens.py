@@ -10,21 +10,22 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import TokensStage
 from data.image_text import read_images
-from data.tar import expand_shards, write_shard
+from data.tar import count_samples, expand_shards, write_shard
 from data.token_text import TokenTextConfig, read_tokens
-from eval.loading import TokensInfo, fingerprint, load_tokenizer
+from eval.loading import TOKENS_INFO_FILE, TokensInfo, fingerprint, load_tokenizer
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
+from training.run import start_accelerator
 
 SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
 STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples at most
@@ -32,13 +33,18 @@ STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples
 
 def main(config: TokensStage) -> None:
     """Encode what is not there yet, then measure and write tokens.json."""
-    accelerator = Accelerator()
+    accelerator = start_accelerator("fp32")
     folder = Path(config.run_dir)
     tokenizer, text_config = load_tokenizer(config.tokenizer_run)
     text_encoder = load_text_encoder(text_config)
-    source = {"tokenizer": fingerprint(tokenizer), "text_encoder": fingerprint(text_encoder)}
     outputs = output_paths(expand_shards(config.data.shards), folder)
-    if is_complete(folder, source, list(outputs.values())):
+    source = {
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "text_encoder_fingerprint": fingerprint(text_encoder),
+        "has_text_states": config.store_text_states,
+        "shards": [path.name for path in outputs.values()],
+    }
+    if is_complete(folder, source):
         accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
         return
     if accelerator.is_main_process:
@@ -57,7 +63,7 @@ def main(config: TokensStage) -> None:
         print(f"[{accelerator.process_index}] {token_shard}: {count} samples, {left:.0f} s left", flush=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        info = measure(config, outputs, tokenizer, source)
+        info = measure(outputs, tokenizer, source)
         info.save(folder)
         (folder / SOURCE_FILE).unlink()
         print(f"{folder}: {info.num_samples} samples, latent scale {info.latent_scale:.4f}", flush=True)
@@ -70,33 +76,42 @@ def output_paths(image_shards: list[str], folder: Path) -> dict[str, Path]:
     Raises:
         ValueError: two image shards have the same name.
     """
-    outputs = {shard: folder / (Path(shard).name.split(".")[0] + ".tar") for shard in image_shards}
+    outputs = {
+        shard: folder / (Path(shard).name.removesuffix(".gz").removesuffix(".tar") + ".tar") for shard in image_shards
+    }
     if len(set(outputs.values())) != len(outputs):
         raise ValueError(f"data.shards has files of the same name in several folders: {', '.join(image_shards)}")
     return outputs
 
 
-def is_complete(folder: Path, source: dict, outputs: list[Path]) -> bool:
+def is_complete(folder: Path, source: dict) -> bool:
     """True if the folder holds all tokens of this source.
 
     Raises:
-        ValueError: it holds tokens of another tokenizer or text tower.
+        ValueError: it holds tokens of another tokenizer, text tower, list of shards or option.
     """
-    if not (folder / "tokens.json").is_file():
+    if not (folder / TOKENS_INFO_FILE).is_file():
         return False
-    info = TokensInfo.load(folder)
-    if source != {"tokenizer": info.tokenizer_fingerprint, "text_encoder": info.text_encoder_fingerprint}:
-        raise ValueError(f"{folder} holds tokens of another tokenizer or text tower: delete it and run this again")
-    return all(path.exists() for path in outputs)
+    check_source(folder, asdict(TokensInfo.load(folder)), source)
+    return True
+
+
+def check_source(folder: Path, found: dict, source: dict) -> None:
+    """Refuse to mix what differs."""
+    changed = [f"{key} was {found.get(key)}, is {value}" for key, value in source.items() if found.get(key) != value]
+    if changed:
+        raise ValueError(f"{folder} holds tokens of another source: {'; '.join(changed)}. Delete it and run this again")
 
 
 def claim_folder(folder: Path, source: dict) -> None:
-    """Write down whose tokens go into the folder, so that a continued run can't mix two tokenizers."""
+    """Write down whose tokens go into the folder, so that a continued run can't mix two."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SOURCE_FILE
-    if path.is_file() and json.loads(path.read_text()) != source:
-        raise ValueError(f"{folder} holds unfinished tokens of another tokenizer or text tower: delete it first")
-    path.write_text(json.dumps(source))
+    if path.is_file():
+        check_source(folder, json.loads(path.read_text()), source)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(source))
+    partial.rename(path)
 
 
 def to_npy(array: torch.Tensor) -> bytes:
@@ -122,7 +137,7 @@ def encode_shard(
             yield sample if state is None else sample | {"text.npy": to_npy(state)}
 
 
-def measure(config: TokensStage, outputs: dict[str, Path], tokenizer: ImageTokenizer, source: dict) -> TokensInfo:
+def measure(outputs: dict[str, Path], tokenizer: ImageTokenizer, source: dict) -> TokensInfo:
     """Deviation of the sampled latents, and per-channel statistics of the means, from the written shards."""
     shards = TokenTextConfig(shards=[str(path) for path in outputs.values()])
     shape = (tokenizer.config.num_tokens, tokenizer.config.token_channels)
@@ -131,15 +146,13 @@ def measure(config: TokensStage, outputs: dict[str, Path], tokenizer: ImageToken
     logvar = torch.cat([b["latent_logvar"] for b in batches]).double()
     deviation = (mean.var(correction=0) + logvar.exp().mean()).sqrt()
     return TokensInfo(
-        num_samples=sum(len(b["key"]) for b in read_tokens(shards, *shape, None, 1000)),
+        num_samples=sum(count_samples(path) for path in outputs.values()),
         num_tokens=shape[0],
         token_channels=shape[1],
         latent_scale=1 / deviation.item(),
         channel_mean=mean.mean(dim=(0, 1)).tolist(),
         channel_std=mean.std(dim=(0, 1)).tolist(),
-        tokenizer_fingerprint=source["tokenizer"],
-        text_encoder_fingerprint=source["text_encoder"],
-        has_text_states=config.store_text_states,
+        **source,
     )
 
 

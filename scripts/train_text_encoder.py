@@ -18,20 +18,22 @@ from data.image_text import build_image_loader
 from eval.loading import load_ema
 from modeling.losses import contrastive_loss
 from modeling.text_encoder import build_clip, clip_tokenizer, save_clip
+from training.checkpoint import latest_checkpoint
 from training.loop import Trainer, batch_per_pass, is_complete
-from training.run import Run, start_run
+from training.run import Run, save_config, start_run
 
 MAX_SHIFT = 4  # pixels; random shift of the images
 
 
 def main(config: TextEncoderStage) -> None:
     """Run the stage from start or checkpoint to its last step, then write the CLIP folder."""
-    run = start_run(config.run_dir, resolved(config), config.training.precision, ["clip"], config.training.seed)
+    run = start_run(config.run_dir, config.training.precision, config.training.seed)
     clip_config = open_clip_config(config.clip)
     folder = run.folder / "clip"
     if not is_complete(run, config.training):
         train(config, run, clip_config)
-    if run.is_main and not (folder / "open_clip_config.json").is_file():
+    newest = latest_checkpoint(run.folder)[1]
+    if run.is_main and not (folder.is_dir() and folder.stat().st_mtime >= newest.stat().st_mtime):
         save_clip(load_ema(ClipPair(clip_config), run.folder).clip, clip_config, folder)
         run.say(f"text encoder written to {folder}")
     run.accelerator.wait_for_everyone()
@@ -79,6 +81,7 @@ def train(config: TextEncoderStage, run: Run, clip_config: dict) -> None:
         run.accelerator.num_processes,
         pin_memory=run.device.type == "cuda",
     )
+    save_config(run, resolved(config), ["clip"], latest_checkpoint(run.folder) is not None)
     trainer = Trainer(run, config.training, config.optimizer, ClipPair(clip_config), loader)
     trainer.train(partial(compute_losses, run), config.logging, lambda model, step: None)
 

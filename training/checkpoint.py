@@ -93,3 +93,22 @@ def write_shared_state(folder: Path, model: nn.Module, ema: nn.Module, optimizer
 def read_state(folder: Path) -> dict:
     """The plain values of a checkpoint: step, EMA updates, number of processes."""
     return json.loads((folder / STATE_FILE).read_text())
+
+
+def check_inputs(folder: Path, inputs: dict) -> None:
+    """Compare what a checkpoint was trained on with what earlier stages give now.
+
+    Raises:
+        ValueError: naming each difference.
+    """
+    trained = read_state(folder)["inputs"]
+    changed = [
+        f"{k} was {trained.get(k)}, is {inputs.get(k)}"
+        for k in {**trained, **inputs}
+        if trained.get(k) != inputs.get(k)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder.parents[1]} was trained on what an earlier stage gave before it changed: {'; '.join(changed)}. "
+            "Delete the folder to train it again"
+        )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training import checkpoint as ckpt
 from training.ema import EMA
 from training.metrics import LoggingConfig, MetricLog, MetricSums
-from training.optim import OptimizerConfig, build_optimizer, learning_rate
+from training.optim import OptimizerConfig, build_optimizer, learning_rate, load_optimizer
 from training.run import Run
 
 LossFn = Callable[[nn.Module, dict], dict[str, Tensor]]  # (model, batch) -> terms; "loss" is what is minimised
@@ -45,15 +45,24 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
         if self.keep_checkpoints < 1:
             raise ValueError(f"training.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        for name in ("max_gradient_norm", "sample_every_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} must not be negative, got {getattr(self, name)}")
 
 
-def is_complete(run: Run, config: TrainingConfig) -> bool:
-    """True if the run has a checkpoint of its last step; says so."""
+def is_complete(run: Run, config: TrainingConfig, inputs: dict | None = None) -> bool:
+    """True if the run has a checkpoint of its last step; says so.
+
+    Raises:
+        ValueError: its checkpoints were trained on other `inputs` (what earlier stages gave).
+    """
     latest = ckpt.latest_checkpoint(run.folder)
-    done = latest is not None and latest[0] >= config.max_steps
-    if done:
+    if latest is None:
+        return False
+    ckpt.check_inputs(latest[1], inputs or {})
+    if latest[0] >= config.max_steps:
         run.say(f"{run.folder}: complete at step {latest[0]}, nothing to do")
-    return done
+    return latest[0] >= config.max_steps
 
 
 def batch_per_pass(run: Run, config: TrainingConfig) -> int:
@@ -83,10 +92,22 @@ def is_due(step: int, every: int, max_steps: int) -> bool:
 
 
 class Trainer:
-    """State of one stage's training. Saved and resumed: model, ema, optimizer, step and the loader's position."""
+    """State of one stage's training. Saved and resumed: model, ema, optimizer, step and the loader's position.
 
-    def __init__(self, run: Run, config: TrainingConfig, optimizer: OptimizerConfig, model: nn.Module, loader):
+    `inputs` says what earlier stages gave (fingerprints); it is kept in each checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: TrainingConfig,
+        optimizer: OptimizerConfig,
+        model: nn.Module,
+        loader,
+        inputs: dict | None = None,
+    ):
         self.run, self.config, self.optimizer_config, self.loader = run, config, optimizer, loader
+        self.inputs = inputs or {}
         self.model = model.to(run.device)
         self.ema = EMA(self.model, config.ema_decay)
         self.optimizer = build_optimizer(self.model, optimizer)
@@ -102,8 +123,7 @@ class Trainer:
         folder = latest[1]
         ckpt.load_weights(self.model, folder / ckpt.MODEL_FILE)
         ckpt.load_weights(self.ema.average, folder / ckpt.EMA_FILE)
-        optimizer_state = torch.load(folder / ckpt.OPTIMIZER_FILE, map_location=self.run.device, weights_only=True)
-        self.optimizer.load_state_dict(optimizer_state)
+        load_optimizer(self.optimizer, folder / ckpt.OPTIMIZER_FILE)
         state = ckpt.read_state(folder)
         self.step, self.ema.num_updates = state["step"], state["ema_updates"]
         self._resume_loader(folder, state["num_processes"])
@@ -129,10 +149,9 @@ class Trainer:
         partial = run_dir / "checkpoints" / f"{ckpt.PREFIX}{self.step:08d}{ckpt.PARTIAL_SUFFIX}"
         torch.save(self.loader.state_dict(), partial / ckpt.loader_file(accelerator.process_index))
         if self.run.is_main:
-            counts = {"ema_updates": self.ema.num_updates, "num_processes": accelerator.num_processes}
-            ckpt.write_shared_state(
-                partial, self.model, self.ema.average, self.optimizer, {"step": self.step, **counts}
-            )
+            state = {"step": self.step, "ema_updates": self.ema.num_updates, "inputs": self.inputs}
+            state["num_processes"] = accelerator.num_processes
+            ckpt.write_shared_state(partial, self.model, self.ema.average, self.optimizer, state)
         accelerator.wait_for_everyone()
         if self.run.is_main:
             ckpt.commit_checkpoint(partial, self.config.keep_checkpoints)
@@ -189,11 +208,11 @@ class Trainer:
                 sums.check_finite()
                 sums.reset()
                 mark, marked_step = now, self.step
-            if is_due(self.step, config.checkpoint_every_steps, config.max_steps):
-                sums.check_finite()
-                self.save()
             if is_due(self.step, config.sample_every_steps, config.max_steps) and run.is_main:
                 save_samples(self.ema.average, self.step)
+            if is_due(self.step, config.checkpoint_every_steps, config.max_steps):
+                sums.check_finite()
+                self.save()  # after the picture: a complete run has its last one
         run.accelerator.wait_for_everyone()
         log.close()
         run.say(f"{run.folder}: {self.step - first_step} steps in {time.perf_counter() - start:.0f} s, now complete")

@@ -1,8 +1,8 @@
 """Metrics: summed on the device, read only when reported; one log for console, metrics.jsonl and wandb."""
 
 import json
-import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -92,7 +92,7 @@ class MetricLog:
         """Report one line."""
         if not self.enabled:
             return
-        left = time.strftime("%H:%M:%S", time.gmtime(max(0, seconds_left)))
+        left = timedelta(seconds=max(0, round(seconds_left)))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(f"step {step}/{max_steps}  {shown}  left {left}", flush=True)
         with self.path.open("a") as file:

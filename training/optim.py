@@ -6,6 +6,7 @@ scheduler state to save, and accelerate can't step it twice.
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -59,3 +60,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     """Fused AdamW over the trainable weights of `model`."""
     groups = decay_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Restore the moments; betas and weight decay stay those of the current config, not of the file.
+
+    Raises:
+        ValueError: the file belongs to another set of trainable weights.
+    """
+    kept = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is of another set of trainable weights ({error}): options that freeze or add parts "
+            "(flow.projector, losses.alignment_weight 0 or not) can't change in a started run"
+        ) from error
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        group.update(values)
