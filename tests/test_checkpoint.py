@@ -107,6 +107,19 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         ckpt.load_weights(nn.Linear(2, 2), path)
 
 
+def test_inputs_are_compared_with_those_of_the_checkpoint(tmp_path):
+    partial = ckpt.begin_checkpoint(tmp_path, 1)
+    model = nn.Linear(2, 2)
+    state = {"step": 1, "inputs": {"a": "1", "b": 2.5, "lost": "x"}}
+    ckpt.write_shared_state(partial, model, model, build_optimizer(model, OptimizerConfig()), state)
+    folder = ckpt.commit_checkpoint(partial, 1)
+    ckpt.check_inputs(folder, {"lost": "x", "b": 2.5, "a": "1"})
+    with pytest.raises(ValueError) as caught:
+        ckpt.check_inputs(folder, {"a": "2", "b": 2.5, "new": "y"})
+    assert str(caught.value).startswith(f"{tmp_path} was trained on")
+    assert "changed: a was 1, is 2; lost was x, is None; new was None, is y. Delete" in str(caught.value)
+
+
 def test_weights_are_stored_contiguous_on_the_cpu(tmp_path):
     model = nn.Linear(3, 2)
     model.weight = nn.Parameter(torch.arange(6.0).view(3, 2).T)  # not contiguous

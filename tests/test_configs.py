@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "data", "eval", "modeling", "scripts", "training")
 STAGE_FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "stage:" in path.read_text())
 FLOWTOK, TOKENIZER = ROOT / "configs/demo/flowtok.yaml", ROOT / "configs/demo/tokenizer.yaml"
+PROJECTOR = ROOT / "configs/demo/text_projector.yaml"
 
 
 def write(path, **values):
@@ -57,12 +59,14 @@ def test_the_printed_config_loads_again(tmp_path, capsys, monkeypatch):
     assert load_config(tmp_path / "printed.yaml") == load_config(FLOWTOK, ["training.max_steps=7"])
 
 
-def test_the_program_ends_with_one_line_and_status_2(capsys, monkeypatch):
+def test_the_program_ends_with_the_error_its_place_and_status_2(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["configs.load", str(FLOWTOK), "lr=1"])
     with pytest.raises(SystemExit) as stop:
         load.main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: command line: unknown key 'lr'; did you mean 'optimizer.learning_rate'?\n"
+    error, place = capsys.readouterr().err.splitlines()
+    assert error == "error: command line: unknown key 'lr'; did you mean 'optimizer.learning_rate'?"
+    assert re.fullmatch(r"  \(raised at load\.py:\d+\)", place)
 
 
 def config_classes(schema):
@@ -214,6 +218,13 @@ def test_another_stage_is_refused(tmp_path):
         (TOKENIZER, "training.keep_checkpoints=0", "training.keep_checkpoints must be at least 1, got 0"),
         (TOKENIZER, "optimizer.betas=[0.9]", "two betas"),
         (TOKENIZER, "pictures.num_samples=0", "pictures.num_samples must be at least 1, got 0"),
+        (FLOWTOK, "pictures.captions=[]", "pictures.captions is empty"),
+        (FLOWTOK, "pictures.captions=[a, ' ']", "pictures.captions has an empty caption"),
+        (FLOWTOK, "pictures.num_samples=3", "unknown key 'pictures.num_samples'"),
+        (PROJECTOR, "pictures.captions=[a]", "unknown key 'pictures.captions'"),
+        (PROJECTOR, "pictures.shards=[a]", "unknown key 'pictures.shards'"),
+        (TOKENIZER, "losses.kl_weight=-1", "losses.kl_weight must not be negative, got -1.0"),
+        (TOKENIZER, "training.max_gradient_norm=-1", "training.max_gradient_norm must not be negative, got -1.0"),
         (FLOWTOK, "projector.text_tokens=77", "projector.text_tokens x token_channels = (77, 16) must equal flowtok"),
         (FLOWTOK, "flowtok.token_channels=8", "(32, 8): text flows into image token by token"),
         (FLOWTOK, "projector_run=", "flow.projector=frozen needs a trained projector: set projector_run"),
@@ -229,14 +240,14 @@ def test_impossible_settings_are_refused_with_both_sides(path, override, message
 
 
 def test_a_batch_that_processes_and_accumulation_do_not_divide_is_refused(tmp_path):
-    run = start_run(tmp_path, {}, "fp32", [], seed=0)
+    run = start_run(tmp_path, "fp32", seed=0)
     assert batch_per_pass(run, TrainingConfig(batch_size=12, gradient_accumulation=3)) == 4
     with pytest.raises(ValueError, match="training.batch_size 10 is not divisible by .* = 1 x 3"):
         batch_per_pass(run, TrainingConfig(batch_size=10, gradient_accumulation=3))
 
 
 def test_stored_tokens_of_another_shape_or_place_are_refused(tmp_path):
-    TokensInfo(10, 32, 16, 1.0, [0.0], [1.0], "a", "b", False).save(tmp_path)
+    TokensInfo(10, 32, 16, 1.0, [0.0], [1.0], "a", "b", False, ["a.tar"]).save(tmp_path)
     with pytest.raises(ValueError, match="holds 32 x 16 tokens, the config expects 77 x 16"):
         load_tokens_info([f"{tmp_path}/*.tar"], 77, 16, "no run")
     with pytest.raises(ValueError, match="must lie in one folder"):

@@ -1,11 +1,15 @@
 """eval/demo.py and reconstruction.py: retrieval and PSNR on made-up cases whose answers are known."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from eval.demo import PIXEL_SIZE, build_pool, encode, retrieval, shrink, take
+from configs.schema import ReportStage
+from data.tar import write_shard
+from eval.demo import PIXEL_SIZE, build_pool, encode, read_all, retrieval, shrink, take
 from eval.reconstruction import psnr
 from modeling.posterior import Posterior
 
@@ -88,6 +92,22 @@ def test_shrinking_averages_areas():
     images = torch.rand(2, 3, 32, 32)
     expected = images.view(2, 3, PIXEL_SIZE, 2, PIXEL_SIZE, 2).mean(dim=(3, 5))
     torch.testing.assert_close(shrink(images), expected)
+
+
+def test_images_and_captions_are_read_with_the_configured_background_and_keys(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(buffer, format="PNG")
+    sample = {"__key__": "0", "png": buffer.getvalue(), "txt": "one", "json": b'{"title": "two"}'}
+    write_shard(tmp_path / "a.tar", [sample])
+    parts = SimpleNamespace(tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=8)))
+    for options, caption, colour in [
+        ({}, "one", [1, 1, 1]),
+        ({"caption_keys": ["json:title"], "background": [255, 0, 51]}, "two", [1, 0, 0.2]),
+    ]:
+        config = ReportStage(stage="report", **options)
+        found = read_all(config, parts, [str(tmp_path / "a.tar")])
+        assert found["caption"] == [caption]
+        torch.testing.assert_close(found["image"], torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 8, 8).float())
 
 
 def test_taking_samples_keeps_images_and_captions_together():

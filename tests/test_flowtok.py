@@ -158,6 +158,14 @@ def test_init_misses_no_parameter():
     assert not [name for name, p in network.named_parameters() if p.isnan().any()]
 
 
+def test_time_embedding_starts_xavier_uniform():
+    for layer in (build().embed_time.mlp[0], build().embed_time.mlp[2]):
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not layer.bias.any()
+
+
 def test_mlp_ratio_sets_the_hidden_size():
     assert build().blocks[0].mlp[0].out_features == 4 * W
     assert build(mlp_ratio=2.5).blocks[0].mlp[0].out_features == 60

@@ -58,11 +58,17 @@ class Copy:
             text=True,
         )
 
-    def commands(self, *args, **variables):
-        """The commands of a dry run, as strings."""
+    def all_commands(self, *args, **variables):
+        """The commands of a dry run, as strings: the check of the configs, then the stages."""
         result = self.bash(self.root / "train_flowtok.sh", *args, DRY_RUN=1, **variables)
         assert result.returncode == 0, result.stderr
         return [line.removeprefix("+ ") for line in result.stdout.splitlines() if line.startswith("+ ")]
+
+    def commands(self, *args, **variables):
+        """Those after the check."""
+        check, *others = self.all_commands(*args, **variables)
+        assert " -m configs.check " in check and not any("configs.check" in command for command in others)
+        return others
 
     def error(self, *args, **variables):
         """The message of a run that is refused before any command."""
@@ -138,14 +144,26 @@ def test_plain_overrides_reach_every_chosen_stage_and_prefixed_ones_their_own(co
     commands = copy.commands("small", "seed=1", "flowtok.flowtok.width=768", "tokenizer.seed=2", "text=a b")
     tails = {stage_of(c): shlex.split(c.split(".yaml ")[-1]) for c in commands[:2]}
     assert tails == {
-        "tokenizer": ["seed=1", "seed=2", "text=a b"],
-        "flowtok": ["seed=1", "flowtok.width=768", "text=a b"],
+        "tokenizer": ["experiment_dir=runs/small", "seed=1", "seed=2", "text=a b"],
+        "flowtok": ["experiment_dir=runs/small", "seed=1", "flowtok.width=768", "text=a b"],
     }
+
+
+def test_every_stage_is_checked_with_its_overrides_before_the_first_runs(copy):
+    arguments = ["small", "tokenizer.seed=2", "text=a b", "experiment_dir=/some/dir"]
+    check, *stages = copy.all_commands(*arguments, NUM_PROCESSES=2)
+    words = shlex.split(check)
+    assert words[:4] == [".venv/bin/python", "-m", "configs.check", "2"]
+    tokenizer, flowtok = " ".join(words[4:]).split(" -- ")
+    assert tokenizer == "configs/small/tokenizer.yaml experiment_dir=/some/dir seed=2 text=a b"
+    assert flowtok == "configs/small/flowtok.yaml experiment_dir=/some/dir text=a b"
+    for group, command in zip((tokenizer, flowtok), stages, strict=False):
+        assert " ".join(shlex.split(command)).endswith(f"--config {group}")
 
 
 def test_a_plain_key_that_begins_like_a_stage_is_no_prefix(copy):
     for command in copy.commands("small", "tokens=3", "tokenizer_run=x")[:2]:
-        assert command.endswith(".yaml tokens=3 tokenizer_run=x")
+        assert command.endswith(".yaml experiment_dir=runs/small tokens=3 tokenizer_run=x")
 
 
 def test_the_experiment_can_be_left_out(copy):
@@ -156,7 +174,7 @@ def test_the_experiment_can_be_left_out(copy):
 
 def test_experiment_dir_reaches_the_stages_and_the_samples(copy):
     *stages, sample = copy.commands("small", "experiment_dir=/some/dir")
-    assert all(c.endswith("experiment_dir=/some/dir") for c in stages)
+    assert all(c.endswith(".yaml experiment_dir=/some/dir") for c in stages)
     assert sample.endswith("sample.py --run /some/dir --output /some/dir/samples.png")
 
 
@@ -299,7 +317,14 @@ def test_the_first_failure_stops_the_run_and_says_how_to_resume(copy, tmp_path):
     assert result.returncode == 3
     assert "stage tokens failed (exit status 3)" in result.stderr
     assert "run the same command again: bash train_flowtok.sh demo tokens.batch_size=4" in result.stderr
-    assert "encode_tokens" in result.stdout and "text_projector" not in result.stdout
+    assert "encode_tokens" in result.stdout and "train_text_projector.py" not in result.stdout
+
+
+def test_a_failed_check_stops_before_the_first_stage(copy, tmp_path):
+    write_program(tmp_path / "env/bin/python", STAND_IN.format(failing="configs.check"))
+    result = copy.bash("train_flowtok.sh", "small", VIRTUAL_ENV=tmp_path / "env")
+    assert result.returncode == 3
+    assert "configs.check" in result.stdout and "train_tokenizer" not in result.stdout
 
 
 def test_a_finished_run_lists_its_results(copy, tmp_path):
@@ -334,6 +359,7 @@ accelerator.end_training()
 
 def test_two_cpu_processes_really_form_one_group(copy, tmp_path):
     (copy.root / "requirements.txt").touch()
+    (copy.root / "configs/check.py").touch()
     (copy.root / "train_tokenizer.py").write_text(GATHER)
     result = copy.bash(
         "train_flowtok.sh",
@@ -345,7 +371,10 @@ def test_two_cpu_processes_really_form_one_group(copy, tmp_path):
         CUDA_VISIBLE_DEVICES="",
     )
     assert result.returncode == 0, result.stderr
-    assert "ranks [0, 1] threads 1 ['--config', 'configs/small/tokenizer.yaml', 'seed=1']" in result.stdout
+    assert (
+        "ranks [0, 1] threads 1 ['--config', 'configs/small/tokenizer.yaml', 'experiment_dir=runs/small', 'seed=1']"
+        in result.stdout
+    )
 
 
 # --- scripts/environment.sh ---

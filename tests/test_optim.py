@@ -10,7 +10,7 @@ from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.text_projector import TextProjectorConfig
 from modeling.text_to_image import TextToImageFlow
-from training.optim import OptimizerConfig, build_optimizer, decay_groups, learning_rate
+from training.optim import OptimizerConfig, build_optimizer, decay_groups, learning_rate, load_optimizer
 
 
 def tokenizer():
@@ -95,6 +95,31 @@ def test_the_optimizer_decays_the_first_group_only():
     optimizer.step()
     torch.testing.assert_close(layer.weight, before["weight"] * (1 - 0.1 * 0.5))
     assert torch.equal(layer.bias, before["bias"])
+
+
+def stepped(config, layer):
+    optimizer = build_optimizer(layer, config)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def test_loading_keeps_the_moments_of_the_file_and_betas_and_decay_of_the_config(tmp_path):
+    old = stepped(OptimizerConfig(betas=[0.8, 0.9], weight_decay=0.5), nn.Linear(2, 2))
+    torch.save(old.state_dict(), tmp_path / "optimizer.pt")
+    new = build_optimizer(nn.Linear(2, 2), OptimizerConfig(betas=[0.7, 0.6], weight_decay=0.25))
+    load_optimizer(new, tmp_path / "optimizer.pt")
+    assert [(tuple(g["betas"]), g["weight_decay"]) for g in new.param_groups] == [((0.7, 0.6), 0.25), ((0.7, 0.6), 0.0)]
+    for before, after in zip(old.state_dict()["state"].values(), new.state_dict()["state"].values(), strict=True):
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_loading_the_state_of_other_trainable_weights_names_the_file_and_the_options(tmp_path):
+    torch.save(stepped(OptimizerConfig(), nn.Linear(2, 2)).state_dict(), tmp_path / "optimizer.pt")
+    optimizer = build_optimizer(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), OptimizerConfig())
+    with pytest.raises(ValueError, match="optimizer.pt is of another set of trainable weights .*flow.projector"):
+        load_optimizer(optimizer, tmp_path / "optimizer.pt")
 
 
 @pytest.mark.parametrize(

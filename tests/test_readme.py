@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import check
 from configs.load import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,11 @@ def check_python(words, monkeypatch):
     else:
         path, arguments = ROOT / words[0], words[1:]
     assert path.is_file(), f"{path} does not exist"
+    if words[1] == "configs.check":  # takes its arguments as they are
+        with monkeypatch.context() as patch:
+            patch.chdir(ROOT)
+            check.main(arguments)
+        return
     parsed = parse_arguments(path, arguments, monkeypatch)
     if not hasattr(parsed, "overrides"):
         return

@@ -1,19 +1,25 @@
 """Stops and restarts: resuming bit for bit, complete runs, non-finite losses, killed programs, two processes."""
 
+import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from tiny_experiment import MAIN, equal, metrics, weights
 
 import train_flowtok
 import train_tokenizer
+from eval.loading import TokensInfo, fingerprint, load_projector
 from scripts import encode_tokens
 from training import checkpoint as ckpt
 
@@ -50,6 +56,14 @@ def state(run):
     return saved | {"model": weights(run), "ema": weights(run, ckpt.EMA_FILE), "state": ckpt.read_state(folder)}
 
 
+def inputs_of(chain, stage):
+    """What a checkpoint must say of the earlier stages."""
+    info = TokensInfo.load(chain.folder / "tokens")
+    if stage == "tokenizer":
+        return {"text_encoder": info.text_encoder_fingerprint}
+    return info.inputs() | {"projector": fingerprint(load_projector(chain.folder / "text_projector"))}
+
+
 # Resuming
 
 
@@ -74,7 +88,8 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(
     assert [line["step"] for line in metrics(parts)] == list(range(1, 10))
     assert metrics(parts) == metrics(whole)
     assert equal(state(parts), state(whole))
-    assert state(parts)["state"] == {"step": 9, "ema_updates": 9, "num_processes": 1}
+    expected = {"step": 9, "ema_updates": 9, "num_processes": 1, "inputs": inputs_of(chain, stage)}
+    assert state(parts)["state"] == expected
 
 
 def test_a_longer_run_continues_a_complete_one_whose_last_step_is_saved(chain, tmp_path, capsys):
@@ -125,9 +140,8 @@ def test_a_checkpoint_executes_nothing(chain, tmp_path, monkeypatch, file):
 
 
 def files(folder):
-    """When each file was written; not the saved config, which each start writes anew."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"]
-    return {path: path.stat().st_mtime_ns for path in found}
+    """When each file was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("stage", MAIN)
@@ -195,9 +209,99 @@ def test_lost_tokens_are_encoded_again_with_identical_bytes(chain, tmp_path):
 def test_unfinished_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
     other = chain.run_in(tmp_path, "tokenizer", "training.seed=1", "training.max_steps=1")
     (tmp_path / "tokens").mkdir()
-    (tmp_path / "tokens" / "source.json").write_text('{"tokenizer": "a", "text_encoder": "b"}')
-    with pytest.raises(ValueError, match="unfinished tokens of another tokenizer"):
+    source = asdict(TokensInfo.load(chain.folder / "tokens"))
+    (tmp_path / "tokens" / "source.json").write_text(json.dumps(source))
+    with pytest.raises(ValueError, match="of another source: tokenizer_fingerprint was .*, is .* Delete it"):
         chain.run_in(tmp_path, "tokens", f"tokenizer_run={other}")
+    assert not list((tmp_path / "tokens").glob("*.tar"))
+
+
+def test_tokens_with_other_options_are_refused_finished_or_not(chain, tmp_path):
+    with pytest.raises(ValueError, match="of another source: has_text_states was True, is False. Delete it"):
+        chain.run("tokens", "store_text_states=false")
+    with pytest.raises(ValueError, match=r"of another source: shards was \[.*00001.tar'\], is \['train-00000.tar'\]"):
+        shards = chain.config("tokens").data.shards[0].replace("*.tar", "train-00000.tar")
+        chain.run("tokens", f"data.shards=[{shards}]")
+    info = asdict(TokensInfo.load(chain.folder / "tokens"))
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "source.json").write_text(json.dumps(info | {"has_text_states": False}))
+    with pytest.raises(ValueError, match="has_text_states was False, is True"):
+        chain.run_in(tmp_path, "tokens")
+
+
+# Stale inputs
+
+
+def alter(run):
+    """Change the weights of a finished run, as training it anew would."""
+    path = ckpt.latest_checkpoint(run)[1] / ckpt.EMA_FILE
+    tensors = load_file(path)
+    save_file({name: x + 1e-3 if x.is_floating_point() else x for name, x in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("max_steps", [4, 6])  # a complete run, a run to be resumed
+@pytest.mark.parametrize("stage", ["text_projector", "flowtok"])
+def test_a_run_on_tokens_that_were_made_anew_is_refused_naming_what_changed(chain, tmp_path, stage, max_steps):
+    folder = tmp_path / "experiment"
+    shutil.copytree(chain.folder, folder)
+    paths = [path.replace(str(chain.folder), str(folder)) for path in chain.inputs(stage)]
+
+    def run():
+        return chain.run(stage, *paths, f"experiment_dir={folder}", f"training.max_steps={max_steps}")
+
+    alter(folder / "tokenizer")
+    shutil.rmtree(folder / "tokens")
+    chain.run("tokens", f"tokenizer_run={folder}/tokenizer", f"experiment_dir={folder}")
+    before = files(folder / stage)
+    with pytest.raises(ValueError, match=f"{stage} was trained on .*: tokenizer was .*; latent_scale was .*Delete the"):
+        run()
+    assert files(folder / stage) == before
+
+
+def test_a_flow_on_a_projector_that_was_trained_anew_is_refused(chain, tmp_path):
+    projector = tmp_path / "text_projector"
+    shutil.copytree(chain.folder / "text_projector", projector)
+    options = [f"projector_run={projector}", "training.sample_every_steps=0"]
+    chain.run_in(tmp_path, "flowtok", *options)
+    alter(projector)
+    with pytest.raises(
+        ValueError, match="flowtok was trained on .* it changed: projector was [0-9a-f]{16}, is .{16}. "
+    ):
+        chain.run_in(tmp_path, "flowtok", *options, "training.max_steps=6")
+
+
+def test_a_tokenizer_of_another_text_encoder_is_refused(chain, tmp_path, tiny_clip_dir):
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=1")
+    with pytest.raises(ValueError, match="tokenizer was trained on .*: text_encoder was .*, is "):
+        chain.run_in(tmp_path, "tokenizer", f"text_encoder.model=local-dir:{tiny_clip_dir}")
+
+
+# What a first start and a resumed one take from the config
+
+
+def test_a_first_start_that_fails_does_not_hold_its_config(chain, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoil(patch, "tokenizer", call=1, action=stop)
+        with pytest.raises(Stop):
+            chain.run_in(tmp_path, "tokenizer")
+    assert ckpt.latest_checkpoint(tmp_path / "tokenizer") is None
+    run = chain.run_in(tmp_path, "tokenizer", "tokenizer.encoder.width=32", "training.max_steps=1")
+    assert yaml.safe_load((run / "config.yaml").read_text())["tokenizer"]["encoder"]["width"] == 32
+
+
+def test_the_config_of_a_complete_run_is_not_rewritten(chain, tmp_path):
+    run = chain.run_in(tmp_path, "tokenizer", "training.max_steps=1")
+    before = files(run), (run / "config.yaml").read_text()
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=1", "optimizer.learning_rate=0.5", "data.shuffle_buffer=9")
+    assert (files(run), (run / "config.yaml").read_text()) == before
+
+
+def test_changed_betas_and_weight_decay_take_effect_on_resume(chain, tmp_path):
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=1")
+    new = ["optimizer.betas=[0.5,0.6]", "optimizer.weight_decay=0.25"]
+    run = chain.run_in(tmp_path, "tokenizer", "training.max_steps=2", *new)
+    groups = state(run)[ckpt.OPTIMIZER_FILE]["param_groups"]
+    assert [(tuple(g["betas"]), g["weight_decay"]) for g in groups] == [((0.5, 0.6), 0.25), ((0.5, 0.6), 0.0)]
 
 
 def contents(folder):
@@ -263,7 +367,8 @@ def test_two_processes_train_the_tokenizer_and_one_can_go_on(chain, tmp_path, ca
     assert output.count("now complete") == 1  # one process talks
     newest = ckpt.latest_checkpoint(run)[1]
     assert sorted(path.name for path in newest.glob("loader_*")) == [ckpt.loader_file(0), ckpt.loader_file(1)]
-    assert ckpt.read_state(newest) == {"step": 4, "ema_updates": 4, "num_processes": 2}
+    expected = {"step": 4, "ema_updates": 4, "num_processes": 2, "inputs": inputs_of(chain, "tokenizer")}
+    assert ckpt.read_state(newest) == expected
     readers = [torch.load(newest / ckpt.loader_file(rank), weights_only=True)["settings"]["rank"] for rank in (0, 1)]
     assert readers == [0, 1]
     chain.run_in(tmp_path, "tokenizer", "training.max_steps=6")

@@ -3,21 +3,36 @@
 import pytest
 import yaml
 
-from training.run import CONFIG_FILE, list_changes, start_run
+from training.run import CONFIG_FILE, list_changes, save_config, start_run
 
 CONFIG = {"model": {"width": 8, "sizes": [1, 2]}, "optimizer": {"learning_rate": 0.1}, "training": {"max_steps": 5}}
 
 
-def start(folder, config):
-    return start_run(folder, config, "fp32", ["model"], seed=0)
+def start(folder, config, has_checkpoint=True):
+    run = start_run(folder, "fp32", seed=0)
+    save_config(run, config, ["model"], has_checkpoint)
+    return run
 
 
 def changed(**parts):
     return {name: values | parts.get(name, {}) for name, values in CONFIG.items()}
 
 
+def test_starting_alone_writes_nothing(tmp_path):
+    start_run(tmp_path / "a", "fp32", seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_without_a_checkpoint_is_replaced_by_any_other(tmp_path, capsys):
+    start(tmp_path, CONFIG, has_checkpoint=False)
+    config = changed(model={"width": 16})
+    start(tmp_path, config, has_checkpoint=False)
+    assert yaml.safe_load((tmp_path / CONFIG_FILE).read_text()) == config
+    assert not capsys.readouterr().out
+
+
 def test_a_first_start_makes_the_folder_with_the_resolved_config(tmp_path, capsys):
-    run = start(tmp_path / "a" / "b", CONFIG)
+    run = start(tmp_path / "a" / "b", CONFIG, has_checkpoint=False)
     assert run.folder == tmp_path / "a" / "b" and run.is_main and run.device.type in ("cpu", "cuda", "mps")
     assert [path.name for path in run.folder.iterdir()] == [CONFIG_FILE]
     assert yaml.safe_load((run.folder / CONFIG_FILE).read_text()) == CONFIG

@@ -1,9 +1,11 @@
 """sample.py on a tiny experiment: prompts in, pictures out, the same for the same seed."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_experiment import draw
+from tiny_experiment import Experiment, draw
 
 import sample
 from modeling.flowtok import FlowTok
@@ -100,6 +102,40 @@ def test_the_release_sampler_can_be_chosen(chain, tmp_path):
     draw(chain.folder, "--sampler", "euler_release", "--output", tmp_path / "x.png")
     with pytest.raises(ValueError, match="unknown sampler 'heun'; valid: euler, euler_release"):
         draw(chain.folder, "--sampler", "heun", "--output", tmp_path / "x.png")
+
+
+def test_a_moved_experiment_still_samples_with_its_own_parts(tmp_path, tiny_shards, capsys):
+    (tmp_path / "old").mkdir()
+    experiment = Experiment(tmp_path / "old", tiny_shards)
+    for stage in ("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"):
+        experiment.run(stage, *([] if stage == "tokens" else ["training.max_steps=1"]))
+    arguments = ["--prompts", "a red circle", "--output", tmp_path / "x.png", "--save-dir"]
+    draw(tmp_path / "old", *arguments, tmp_path / "before")
+    (tmp_path / "old").rename(tmp_path / "new")
+    draw(tmp_path / "new", *arguments, tmp_path / "after")
+    assert close(images(tmp_path / "after"), images(tmp_path / "before"))
+    shutil.rmtree(tmp_path / "new" / "tokenizer")
+    with pytest.raises(ValueError, match="was trained with the tokenizer [0-9a-f]{16}, which is not there any more"):
+        draw(tmp_path / "new", *arguments, tmp_path / "none")
+
+
+def test_other_weights_where_the_config_points_are_not_used(chain, tmp_path, tiny_clip_dir):
+    flow = tmp_path / "flowtok"
+    shutil.copytree(chain.folder / "flowtok", flow)
+    config = flow / "config.yaml"
+    original = config.read_text()
+    other = chain.run_in(tmp_path / "other", "tokenizer", "training.seed=1", "training.max_steps=1")
+    arguments = ["--prompts", "a cat", "--output", tmp_path / "x.png", "--save-dir"]
+    config.write_text(original.replace(f"tokenizer_run: {chain.folder}/tokenizer", f"tokenizer_run: {other}"))
+    with pytest.raises(ValueError, match=f"was trained with the tokenizer .*{other}"):
+        draw(tmp_path, *arguments, tmp_path / "a")
+    config.write_text(original.replace(f"{chain.folder}/text_encoder/clip", str(tiny_clip_dir)))
+    with pytest.raises(ValueError, match="was trained with the text tower .* is not any more"):
+        draw(tmp_path, *arguments, tmp_path / "a")
+    shutil.copytree(chain.folder / "text_encoder", tmp_path / "text_encoder")  # beside the flow: found
+    draw(tmp_path, *arguments, tmp_path / "a")
+    draw(chain.folder, *arguments, tmp_path / "b")
+    assert close(images(tmp_path / "a"), images(tmp_path / "b"))
 
 
 @pytest.mark.parametrize(

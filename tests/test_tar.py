@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from data.tar import expand_shards, read_shard, write_shard
+from data.tar import count_samples, expand_shards, read_shard, write_shard
 
 
 def make_shards(folder, sizes):
@@ -18,6 +18,11 @@ def make_shards(folder, sizes):
         write_shard(paths[-1], [{"__key__": f"{i:05d}", "txt": f"sample {i}"} for i in range(number, number + size)])
         number += size
     return paths
+
+
+def test_samples_are_counted(tmp_path):
+    first, second = make_shards(tmp_path, [3, 1])
+    assert (count_samples(first), count_samples(second)) == (3, 1)
 
 
 # names

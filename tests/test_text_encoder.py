@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,31 @@ def test_folder_round_trip_gives_the_same_states(tmp_path, tokenize):
     save_clip(clip, TINY_CLIP, tmp_path / "new" / "clip")
     loaded = load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path / 'new' / 'clip'}"))
     assert torch.equal(loaded(tokenize(CAPTIONS)), TextEncoder(clip)(tokenize(CAPTIONS)))
+
+
+def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(tmp_path, tokenize, monkeypatch):
+    folder = tmp_path / "clip"
+    old, new = build_clip(TINY_CLIP), build_clip(TINY_CLIP)
+    save_clip(old, TINY_CLIP, folder)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling.text_encoder.save_file", stop)
+        with pytest.raises(KeyboardInterrupt):
+            save_clip(new, TINY_CLIP, folder)
+    model = TextEncoderConfig(model=f"local-dir:{folder}")
+    assert torch.equal(load_text_encoder(model)(tokenize(CAPTIONS)), TextEncoder(old)(tokenize(CAPTIONS)))
+    save_clip(new, TINY_CLIP, folder)
+    assert torch.equal(load_text_encoder(model)(tokenize(CAPTIONS)), TextEncoder(new)(tokenize(CAPTIONS)))
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
+
+
+def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
+    monkeypatch.setattr("open_clip.get_tokenizer", lambda model: SimpleNamespace(context_length=64))  # as HFTokenizer
+    with pytest.raises(ValueError, match="text_encoder.model ViT-B-16-SigLIP has no CLIP BPE tokenizer"):
+        TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP"))
 
 
 def test_ids_are_those_of_the_clip_vocabulary_at_the_folders_context_length(tokenize):

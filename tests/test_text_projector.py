@@ -9,7 +9,14 @@ from torch import nn
 
 from modeling.losses import contrastive_loss, kl_loss
 from modeling.posterior import Posterior
-from modeling.text_projector import ProjectorBlock, TextProjector, TextProjectorConfig, flatten_normalize
+from modeling.text_projector import (
+    WHITENING_FLOOR,
+    ProjectorBlock,
+    TextProjector,
+    TextProjectorConfig,
+    TextWhitening,
+    flatten_normalize,
+)
 
 B, L, T, C = 3, 5, 24, 4
 CONFIG = TextProjectorConfig(L, T, width=T, depth=2, num_heads=2, mlp_width=20, token_channels=C, alignment_width=16)
@@ -108,7 +115,10 @@ def test_tokens_see_each_other_and_samples_do_not():
     assert ((before[0] - after[0]).abs().amax(dim=-1) > 1e-4).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "width": 32}])
+FULL = {"pre_norm": True, "width": 32, "learned_positions": True, "whiten_text": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "width": 32}, FULL])
 def test_gradient_reaches_every_parameter(options):
     projector = build(**options)
     mean, logvar, alignment, log_temperature = projector(states())
@@ -124,7 +134,70 @@ def test_init_misses_no_parameter(monkeypatch):
             nn.init.constant_(parameter, float("nan"))
 
     monkeypatch.setattr(nn.Linear, "reset_parameters", unset)  # what PyTorch starts with must not be what is left
-    assert not [name for name, p in build(pre_norm=True, width=32).named_parameters() if p.isnan().any()]
+    assert not [name for name, p in build(**FULL).named_parameters() if p.isnan().any()]
+
+
+def correlated():
+    """Text states with correlated channels of unlike deviations around a mean, float64."""
+    mix = torch.randn(T, T, dtype=torch.float64) + 3 * torch.eye(T, dtype=torch.float64)
+    return torch.randn(200, L, T, dtype=torch.float64) @ mix + torch.linspace(-5, 5, T, dtype=torch.float64)
+
+
+def test_whitened_states_have_zero_mean_unit_variance_and_no_correlation(monkeypatch):
+    monkeypatch.setattr("modeling.text_projector.WHITENING_FLOOR", 0.0)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # forward rounds to float32 else
+    text, whitening = correlated(), TextWhitening(T).double()
+    whitening.fit(text.split(64))  # the last batch is smaller
+    rows = whitening(text).flatten(0, 1)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(T).double(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(T).double(), rtol=0, atol=1e-10)
+
+
+def test_the_floor_shrinks_the_smallest_directions_only():
+    text = correlated()
+    text[..., 0] = text[..., 1]  # a direction without variance
+    whitening = TextWhitening(T)
+    whitening.fit([text])
+    rows = whitening(text).flatten(0, 1)
+    centred = text.flatten(0, 1) - text.flatten(0, 1).mean(0)
+    variances = torch.linalg.eigvalsh(centred.T @ centred / len(centred))
+    expected = (variances / (variances + WHITENING_FLOOR * variances.mean())).float()
+    torch.testing.assert_close(rows.T @ rows / len(rows), torch.diag(expected), rtol=0, atol=1e-3)
+    assert rows.dtype == torch.float32 and expected[0] < 1e-6 < 0.9 < expected[-1]
+
+
+def test_whitening_is_the_identity_until_fitted_and_is_kept_in_the_state_dict():
+    projector, text = build(whiten_text=True).eval(), states()
+    plain = build().eval()
+    plain.load_state_dict({k: v for k, v in projector.state_dict().items() if "whitening" not in k})
+    assert torch.equal(projector.posterior(text).mean, plain.posterior(text).mean)
+    projector.whitening.fit([correlated().float()])
+    assert not torch.allclose(projector.posterior(text).mean, plain.posterior(text).mean, atol=1e-3)
+    assert {"whitening.mean", "whitening.matrix"} <= projector.state_dict().keys()
+    assert not any("whitening" in name for name, _ in projector.named_parameters())
+    loaded = build(whiten_text=True).eval()
+    loaded.load_state_dict(projector.state_dict())
+    assert torch.equal(loaded.posterior(text).mean, projector.posterior(text).mean)
+
+
+def test_whitening_is_float32_under_autocast():
+    whitening, text = TextWhitening(T), states()
+    whitening.fit([correlated()])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(whitening(text), whitening(text.float())) and whitening(text).dtype == torch.float32
+    assert torch.equal(whitening(text), (text - whitening.mean) @ whitening.matrix)
+
+
+def test_learned_positions_tell_equal_tokens_apart():
+    same = torch.randn(1, 1, T).expand(B, L, T)
+    blind, placed = build().eval(), build(learned_positions=True).eval()
+    assert blind.positions is None and placed.positions.shape == (L, T)
+    spread = [model.posterior(same).mean.std(dim=1).max() for model in (blind, placed)]
+    assert spread[0] < 1e-5 and spread[1] > 1e-2
+    before = placed.posterior(same).mean
+    with torch.no_grad():
+        placed.positions.copy_(placed.positions.roll(1, dims=0))
+    torch.testing.assert_close(placed.posterior(same).mean, before.roll(1, dims=1))
 
 
 def test_half_precision_states_give_float32_moments():

@@ -1,0 +1,119 @@
+"""configs/check.py: what is wrong in any stage is found before the first runs, naming stage and values."""
+
+from pathlib import Path
+
+import pytest
+from tiny_experiment import Experiment
+
+from configs import check
+from configs.load import exit_on_error, load_config
+
+ROOT = Path(__file__).parents[1]
+ORDER = ("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "report")
+EXPERIMENTS = sorted(path.name for path in (ROOT / "configs").iterdir() if list(path.glob("*.yaml")))
+
+
+def groups(folder, overrides=()):
+    """Arguments for the stages of a folder of configs, as train_flowtok.sh gives them; overrides: STAGE.key=value."""
+    words = []
+    for stage in ORDER:
+        own = [o.removeprefix(f"{stage}.") for o in overrides if o.startswith(f"{stage}.")]
+        if (folder / f"{stage}.yaml").is_file():
+            words += ["--", str(folder / f"{stage}.yaml"), *own]
+    return words[1:]
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_shards):
+    """Folder of the configs of a tiny experiment."""
+    Experiment(tmp_path, tiny_shards)
+    return tmp_path / "configs"
+
+
+def error_of(folder, *overrides, num_processes=1):
+    with pytest.raises(ValueError) as caught:
+        check.main([str(num_processes), *groups(folder, overrides)])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_shipped_experiments_fit_together(experiment, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    configs = [load_config(path) for path in (ROOT / "configs" / experiment).glob("*.yaml") if path.stem in ORDER]
+    assert configs
+    check.check_batches(configs, 1)
+    check.check_sizes(configs)
+
+
+def test_the_demo_passes_with_its_images(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check.main(["1", *groups(ROOT / "configs" / "demo")])
+
+
+def test_a_tiny_experiment_passes_before_any_stage_has_run(tiny):
+    check.main(["4", *groups(tiny)])
+    assert sorted(path.name for path in tiny.parent.iterdir()) == ["configs"]
+
+
+@pytest.mark.parametrize("stage", ["text_encoder", "tokenizer", "text_projector", "flowtok"])
+def test_a_batch_that_does_not_divide_names_stage_and_values(tiny, stage):
+    message = error_of(tiny, f"{stage}.training.gradient_accumulation=3", num_processes=2)
+    assert message == (
+        f"stage {stage}: training.batch_size 8 is not divisible by processes x gradient_accumulation = 2 x 3"
+    )
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["text_encoder.data.shards", "tokenizer.data.shards", "tokenizer.pictures.shards", "tokens.data.shards"]
+    + [f"report.{part}_shards" for part in ("train", "heldout", "distractor")],
+)
+def test_missing_images_name_stage_and_file(tiny, key):
+    message = error_of(tiny, f"{key}=[/nowhere/missing.tar]")
+    assert message.startswith(f"stage {key.split('.')[0]}: ") and "/nowhere/missing.tar" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["tokenizer.tokenizer.text_tokens=8"],
+            "text tokens: stage text_encoder has 16, stage tokenizer has 8; they must agree",
+        ),
+        (
+            ["tokenizer.tokenizer.text_width=64"],
+            "text width: stage text_encoder has 32, stage tokenizer has 64; they must agree",
+        ),
+        (
+            ["text_projector.projector.text_width=48"],
+            "text width: stage text_encoder has 32, stage text_projector has 48; they must agree",
+        ),
+        (
+            ["text_projector.projector.token_channels=8"],
+            "channels: stage tokenizer has 4, stage text_projector has 8; they must agree",
+        ),
+        (
+            ["tokenizer.tokenizer.num_tokens=9"],
+            "image tokens: stage tokenizer has 9, stage text_projector has 16; they must agree",
+        ),
+        (
+            ["flowtok.projector.token_channels=8", "flowtok.flowtok.token_channels=8"],
+            "channels: stage tokenizer has 4, stage flowtok has 8; they must agree",
+        ),
+    ],
+)
+def test_sizes_that_differ_name_both_stages_and_values(tiny, overrides, message):
+    assert error_of(tiny, *overrides) == message
+
+
+def test_without_text_guidance_the_decoder_has_no_text_states_to_compare(tiny):
+    overrides = ["tokenizer.tokenizer.text_guidance=false", "tokenizer.tokenizer.text_tokens=8"]
+    check.main(["1", *groups(tiny, overrides)])
+
+
+def test_a_typo_in_the_last_stage_ends_the_program_with_status_2(tiny, capsys):
+    arguments = ["1", *groups(tiny, ["report.batch_siz=4"])]
+    with pytest.raises(SystemExit) as stop:
+        exit_on_error(lambda: check.main(arguments))
+    assert stop.value.code == 2
+    assert "unknown key 'batch_siz'; did you mean 'batch_size'?" in capsys.readouterr().err
