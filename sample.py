@@ -1,7 +1,7 @@
 """Prompts + a run folder -> an image grid with captions (paper, Sec. 3.1: 20 Euler steps from text to image).
 
     python sample.py --run runs/demo --prompts "pineapple, food fruit" "black cat, animal mammal" --output grid.png
-    python sample.py --run runs/demo --interpolate "red heart, emotion" "blue heart, emotion" --frames 8
+    python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport" --frames 8
 
 EMA weights. Without prompts, the captions of the run's own pictures. The same seed gives the same image whatever the
 batch size; sampling defaults (steps, guidance) are the run's.
