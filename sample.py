@@ -4,7 +4,7 @@
     python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport" --frames 8
 
 EMA weights. Without prompts, the captions of the run's own pictures. The same seed gives the same image whatever the
-batch size; sampling defaults (steps, guidance) are the run's.
+batch size (up to float rounding); sampling defaults (steps, guidance) are the run's.
 """
 
 import argparse

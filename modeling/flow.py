@@ -22,7 +22,7 @@ class FlowConfig:
     time_distribution: Literal["uniform", "logit_normal", "power"] = "uniform"  # logit_normal(0, 1) in the release
     time_power: float = 3.0  # of "power": t = u^time_power looks more at low t, where the caption decides (demo)
     null_probability: float = 0.1  # share of samples that train the unconditional flow
-    # z_T and z_I drawn from their posteriors; False takes the means, which learns faster but gives one image a caption.
+    # z_T and z_I drawn from their posteriors; False takes the means: one image a caption, less noise.
     sample_text_latent: bool = True
     sample_image_latent: bool = True
     # joint: the flow's gradient reaches the projector (paper). detached: the projector learns from its other losses

@@ -40,8 +40,8 @@ class ImageTokenizerConfig:
     text_tokens: int = 77  # L of the text states
     text_width: int = 768  # channels of the text states
     # Not in the paper: give latent token k a RoPE position at the centre of its cell of a rows x columns grid over the
-    # image. With query_key_bias > 0 attention is local from the first step, the largest gain of all at small scale
-    # (docs: README, "The demo's recipe"). Empty: latents carry no position, as in the paper.
+    # image. With query_key_bias > 0 attention is local from the first step, which short runs need
+    # (README, "The demo's recipe"). Empty: latents carry no position, as in the paper.
     latent_grid: list[int] = field(default_factory=list)  # [rows, columns], rows * columns = num_tokens
     query_key_bias: float = 0.0  # initial value of the biases of q and k; 0 in the paper
     init_std: float = 0.02  # of linear layers, TA-TiTok's; 0: Xavier uniform, which narrow networks need

@@ -107,7 +107,7 @@ class SourceLossConfig:
     kl_form: KLForm = "gaussian"
     kl_reduction: KLReduction = "sample"
     # Regression of z_T's mean onto z_I's mean. 0 in the paper; starting the flow near its target speeds small runs up
-    # several times (README, "The demo's recipe").
+    # much (README, "The demo's recipe").
     image_regression_weight: float = 0.0
 
     def __post_init__(self):
