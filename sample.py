@@ -2,6 +2,9 @@
 
     python sample.py --run runs/demo --prompts "pineapple, food fruit" "black cat, animal mammal" --output grid.png
     python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport" --frames 8
+    python sample.py --run runs/released_xl --prompts "a corgi in the snow" --sampler euler_release
+
+The last one: the published weights, as scripts/convert_checkpoint.py writes them, on their own time grid.
 
 EMA weights. Without prompts, the captions of the run's own pictures. The same seed gives the same image whatever the
 batch size (up to float rounding); sampling defaults (steps, guidance) are the run's.
@@ -25,7 +28,7 @@ from modeling.samplers import make_grid
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, help="experiment folder, or the folder of its flowtok stage")
+    parser.add_argument("--run", required=True, type=Path, help="experiment folder, or a stage-3 run folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompts", nargs="+", metavar="TEXT")
     source.add_argument("--prompts-file", type=Path, help="one prompt a line")

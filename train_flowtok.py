@@ -9,60 +9,91 @@ Watch z_text_std and z_text_between_captions_std: the flow loss falls while they
 The same command resumes, and does nothing when the run is complete.
 """
 
+from dataclasses import asdict
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from configs.load import exit_on_error, parse_stage_args, resolved
+from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import FlowTokStage
-from eval.loading import TokensInfo, fingerprint, load_projector, load_tokenizer, load_tokens_info
+from eval.loading import fingerprint, load_flow, load_projector, load_tokenizer
 from eval.pictures import caption_grid, sample_path, save_png
 from eval.stored_tokens import StoredTokens, open_stored_tokens
-from modeling.losses import flow_matching_loss, latent_statistics, source_losses
+from eval.tokens_info import TokensInfo, load_tokens_info
+from modeling.losses import flow_matching_loss, freeze_unused_alignment, latent_statistics, source_losses
 from modeling.pipeline import TextToImage
 from modeling.text_encoder import TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
 from modeling.text_to_image import TextToImageFlow
 from training.checkpoint import latest_checkpoint
 from training.loop import Trainer, is_complete
-from training.run import Run, save_config, start_run
+from training.run import Run, list_changes, save_config, start_run
 
 
 def main(config: FlowTokStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
-    run = start_run(config.run_dir, config.training.precision, config.training.seed)
+    training = config.training
+    run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     shape = (config.projector.text_tokens, config.projector.token_channels)
-    info = load_tokens_info(config.data.shards, *shape, config.tokenizer_run)
-    source = load_projector(config.projector_run) if config.projector_run else None
-    inputs = info.inputs() | {"projector": fingerprint(source) if source else "none"}
+    origin = config.tokenizer_run, config.latent_scale, config.any_tokenizer
+    info = load_tokens_info(config.data, *shape, *origin)
+    started = latest_checkpoint(run.folder) is not None
+    source = load_source(config)
+    start = "init_from" if config.init_from else "projector"
+    inputs = info.inputs() | {start: fingerprint(source) if source else "none"}
     if is_complete(run, config.training, inputs):
         return
-    started = latest_checkpoint(run.folder) is not None
     tokens = open_stored_tokens(run, config, info)
     model = build_model(config, info, source)
     if not (source or started):
         tokens.fit_whitening(model.projector)
+    del source  # a second copy of all weights, on every process
     network_keys = ["projector", "flowtok", "text_encoder", "tokenizer_run"]
-    save_config(run, resolved(config), network_keys, started)
+    save_config(run, resolved(config), default_values(config), network_keys, started)
     trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, inputs)
     trainer.train(partial(compute_losses, config, info, tokens), config.logging, partial(save_samples, config, run))
 
 
-def build_model(config: FlowTokStage, info: TokensInfo, source: TextProjector | None) -> TextToImageFlow:
-    """Projector of stage 2, if any, and a fresh DiT, with the measured latent scale; freezes what has no gradient."""
+def load_source(config: FlowTokStage) -> TextProjector | TextToImageFlow | None:
+    """Trained weights to start from, EMA: the projector of stage 2, all of another stage-3 run, or nothing.
+
+    Raises:
+        ValueError: that run has another network than this config.
+    """
+    if not (config.init_from or config.projector_run):
+        return None
+    if config.init_from:
+        source = load_flow(config.init_from)
+        changes = list_changes(asdict(source.flowtok.config), asdict(config.flowtok), "flowtok")
+        projector = source.projector
+    else:
+        source = projector = load_projector(config.projector_run)
+        changes = []
+    changes += list_changes(asdict(projector.config), asdict(config.projector), "projector")
+    if changes:
+        raise ValueError(
+            f"the network of {config.init_from or config.projector_run} is not this config's (there -> here): "
+            + "; ".join(line for _, line in changes)
+        )
+    return source
+
+
+def build_model(
+    config: FlowTokStage, info: TokensInfo, source: TextProjector | TextToImageFlow | None
+) -> TextToImageFlow:
+    """Projector and DiT, with the weights of `source` and the measured latent scale; freezes what has no gradient."""
     model = TextToImageFlow(config.projector, config.flowtok)
-    model.latent_scale.fill_(info.latent_scale)
-    if source is not None:
-        if source.config != config.projector:
-            raise ValueError(
-                f"projector of {config.projector_run} is {source.config}, this config says {config.projector}"
-            )
+    if isinstance(source, TextToImageFlow):
+        model.load_state_dict(source.state_dict())
+    elif source is not None:
         model.projector.load_state_dict(source.state_dict())
+    model.latent_scale.fill_(info.latent_scale)
+    model.flowtok.recompute = config.activation_checkpointing
     if config.flow.projector == "frozen":
         model.freeze_projector()
-    elif not config.losses.alignment_weight:
-        model.projector.alignment.requires_grad_(False)
+    else:
+        freeze_unused_alignment(model.projector, config.losses)
     return model
 
 

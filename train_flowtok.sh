@@ -4,11 +4,15 @@
 #   bash train_flowtok.sh [EXPERIMENT] [key=value ...]
 #
 # EXPERIMENT is a folder of configs/ (default: demo). Its stages are the YAML files in it, always run in this order:
-#   text_encoder  tokenizer  tokens  text_projector  flowtok  report
+#   text_encoder  tokenizer  tokens  text_projector  flowtok             the rounds of the paper:
+#   tokens_finetune  flowtok_finetune                                    fine-tuning on other data
+#   tokenizer_512  tokens_512  flowtok_512                               at 512 px
+#   report
 # A finished stage is skipped, an interrupted one resumes: run the same command again.
 #
 #   bash train_flowtok.sh                                            the demo: one CPU or GPU, no downloads of data
-#   bash train_flowtok.sh mine experiment_dir=/data/runs/mine        8 A100s of this machine: all GPUs are found
+#   bash train_flowtok.sh flowtok_xl data_dir=/data/shards           8 A100s of this machine: all GPUs are found
+#   bash train_flowtok.sh mine experiment_dir=/data/runs/mine        an experiment of your own
 #   CUDA_VISIBLE_DEVICES=0,1 bash train_flowtok.sh mine              two of them; CUDA_VISIBLE_DEVICES= for the CPU
 #   STAGES="tokenizer tokens" bash train_flowtok.sh mine             some of the stages
 #   DRY_RUN=1 bash train_flowtok.sh mine                             prints the commands, runs nothing
@@ -29,12 +33,16 @@
 #   MAIN_PROCESS_IP    host of machine rank 0
 #   MAIN_PROCESS_PORT  29500 for several machines; 0, a free port, for one
 #   NUM_PROCESSES      of the whole job, all machines together: one a GPU; without GPUs, one a machine with all its cores
+#
+# SIGUSR1 (Slurm's warning), SIGTERM or Ctrl-C: the training stage finishes its step, writes a checkpoint, and this command
+# ends with status 75: run it again to go on (scripts/slurm.sbatch requeues itself). A second signal ends it at once.
 set -euo pipefail
 command_line="bash train_flowtok.sh$([[ $# -eq 0 ]] || printf ' %q' "$@")"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/environment.sh
 
-ALL_STAGES=(text_encoder tokenizer tokens text_projector flowtok report)
+ALL_STAGES=(text_encoder tokenizer tokens text_projector flowtok tokens_finetune flowtok_finetune
+    tokenizer_512 tokens_512 flowtok_512 report)
 
 fail() {
     echo "train_flowtok.sh: $*" >&2
@@ -183,6 +191,43 @@ prepare_launch() { # -> launch: the command in front of a training script
 
 # --- Run ---
 
+pass_on() { # CHILD: the first signal asks the trainers to stop after their step, the next ones end them
+    interrupted=$((interrupted + 1))
+    case $interrupted in
+        1) kill -s USR1 -- "-$1" ;;
+        2) kill -s TERM -- "-$1" ;;
+        *) kill -s KILL -- "-$1" ;;
+    esac 2>/dev/null || true
+}
+
+run_stoppable() { # COMMAND ...: like run, and passes signals on to all processes of the command
+    local words child status waited=0
+    [[ ${DRY_RUN:-0} == 0 ]] || { run "$@"; return; }
+    printf -v words ' %q' "$@"
+    echo "+$words"
+    interrupted=0
+    set -m # its own process group; launchers and data workers in it ignore the signal, the trainers catch it
+    (trap '' USR1; exec "$@") &
+    set +m
+    child=$!
+    # shellcheck disable=SC2064
+    trap "pass_on $child" USR1 TERM INT HUP
+    while :; do
+        status=0
+        wait "$child" || status=$?
+        ((waited < interrupted)) || break # else a signal, not the end of the child, ended the waiting
+        waited=$interrupted
+    done
+    trap - USR1 TERM INT HUP
+    return "$status"
+}
+
+stopped_cleanly() { # STAGE: whether its training left the note of a clean stop
+    local folder
+    folder=$("$PYTHON" -m configs.load "configs/$experiment/$1.yaml" "${overrides[@]}" | sed -n 's/^run_dir: //p')
+    [[ -f $folder/stopped ]]
+}
+
 stopped() { # STAGE STATUS
     echo "train_flowtok.sh: $1 failed (exit status $2); the reason is above." >&2
     echo "Its results so far are in $experiment_dir. To resume, run the same command again: $command_line" >&2
@@ -199,32 +244,40 @@ check_experiment() { # KEY=VALUE ... : every stage's config, before the first on
 }
 
 run_stage() { # STAGE KEY=VALUE ...
-    local stage=$1 start=$SECONDS overrides program
+    local stage=$1 start=$SECONDS overrides program status
     overrides_of "$@"
     case $stage in
         text_encoder) program=("${launch[@]}" --module scripts.train_text_encoder) ;;
-        tokens) program=("${launch[@]}" --module scripts.encode_tokens) ;;
+        tokens*) program=("${launch[@]}" --module scripts.encode_tokens) ;;
         report) program=("$PYTHON" -m eval.demo) ;;
-        *) program=("${launch[@]}" "train_$stage.py") ;;
+        text_projector) program=("${launch[@]}" train_text_projector.py) ;;
+        *) program=("${launch[@]}" "train_${stage%%_*}.py") ;; # tokenizer, flowtok and their further rounds
     esac
     echo "== $experiment: $stage"
-    run "${program[@]}" --config "configs/$experiment/$stage.yaml" "${overrides[@]}" || stopped "stage $stage" $?
+    run_stoppable "${program[@]}" --config "configs/$experiment/$stage.yaml" "${overrides[@]}" || {
+        status=$?
+        if stopped_cleanly "$stage"; then
+            echo "train_flowtok.sh: stage $stage stopped cleanly; to go on, run the same command again: $command_line"
+            exit 75
+        fi
+        stopped "stage $stage" "$status"
+    }
     echo "== $experiment: $stage took $((SECONDS - start)) s"
 }
 
-draw_samples() { # unless the picture is newer than every checkpoint of stage flowtok
-    local picture=$experiment_dir/samples.png
-    if [[ -f $picture && -z $(find "$experiment_dir/flowtok/checkpoints" -newer "$picture" -print -quit) ]]; then
+draw_samples() { # STAGE: a flowtok round; nothing to do if the picture is newer than its checkpoints
+    local folder=$experiment_dir/$1 picture=$experiment_dir/samples${1#flowtok}.png
+    if [[ -f $picture && -z $(find "$folder/checkpoints" -newer "$picture" -print -quit) ]]; then
         echo "$picture: complete, nothing to do"
     else
-        run "$PYTHON" sample.py --run "$experiment_dir" --output "$picture" || stopped sample.py $?
+        run "$PYTHON" sample.py --run "$folder" --output "$picture" || stopped sample.py $?
     fi
 }
 
 list_results() {
     local path
     echo "Results in $experiment_dir:"
-    for path in samples.png report.json "${ALL_STAGES[@]}"; do
+    for path in samples{,_finetune,_512}.png report.json "${ALL_STAGES[@]}"; do
         if [[ -e $experiment_dir/$path ]]; then echo "  $experiment_dir/$path"; fi
     done
 }
@@ -250,6 +303,8 @@ for stage in "${stages[@]}"; do
     if [[ $stage != report || $MACHINE_RANK == 0 ]]; then run_stage "$stage" "$@"; fi
 done
 if [[ $MACHINE_RANK == 0 ]]; then
-    if contains flowtok "${stages[@]}"; then draw_samples; fi
+    for stage in "${stages[@]}"; do
+        if [[ $stage == flowtok* ]]; then draw_samples "$stage"; fi
+    done
     [[ ${DRY_RUN:-0} != 0 ]] || list_results
 fi

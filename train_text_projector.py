@@ -11,12 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from configs.load import exit_on_error, parse_stage_args, resolved
+from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import TextProjectorStage
-from eval.loading import TokensInfo, load_tokenizer, load_tokens_info
+from eval.loading import load_tokenizer
 from eval.pictures import caption_grid, pair_rows, sample_path, save_png
 from eval.stored_tokens import StoredTokens, open_stored_tokens
-from modeling.losses import latent_statistics, source_losses
+from eval.tokens_info import TokensInfo, load_tokens_info
+from modeling.losses import freeze_unused_alignment, latent_statistics, source_losses
 from modeling.posterior import Posterior
 from modeling.text_projector import TextProjector
 from training.checkpoint import latest_checkpoint
@@ -26,9 +27,11 @@ from training.run import Run, save_config, start_run
 
 def main(config: TextProjectorStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
-    run = start_run(config.run_dir, config.training.precision, config.training.seed)
+    training = config.training
+    run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     shape = (config.projector.text_tokens, config.projector.token_channels)
-    info = load_tokens_info(config.data.shards, *shape, config.tokenizer_run)
+    origin = config.tokenizer_run, config.latent_scale, config.any_tokenizer
+    info = load_tokens_info(config.data, *shape, *origin)
     if is_complete(run, config.training, info.inputs()):
         return
     started = latest_checkpoint(run.folder) is not None
@@ -36,9 +39,8 @@ def main(config: TextProjectorStage) -> None:
     model = TextProjector(config.projector)
     if not started:
         tokens.fit_whitening(model)
-    if not config.losses.alignment_weight:
-        model.alignment.requires_grad_(False)  # else DDP waits for gradients that never come
-    save_config(run, resolved(config), ["projector", "text_encoder"], started)
+    freeze_unused_alignment(model, config.losses)
+    save_config(run, resolved(config), default_values(config), ["projector", "text_encoder"], started)
     trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, info.inputs())
     trainer.train(
         partial(compute_losses, config, info, tokens), config.logging, partial(save_decoded, config, run, info, tokens)

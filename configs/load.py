@@ -17,8 +17,11 @@ from typing import Any, get_origin
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed import DistError
 
 from configs.schema import STAGES, StageConfig, check
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
@@ -155,6 +158,11 @@ def resolved(config: StageConfig) -> dict:
     return dataclasses.asdict(config)
 
 
+def default_values(config: StageConfig) -> dict:
+    """Plain nested values of a config of the same stage in which nothing was set."""
+    return resolved(type(config)())
+
+
 def parse_stage_args(stage: str, description: str | None) -> StageConfig:
     """Command line of a stage script: --config FILE key=value ...; a bad config ends with one line and status 2."""
     parser = argparse.ArgumentParser(
@@ -167,13 +175,26 @@ def parse_stage_args(stage: str, description: str | None) -> StageConfig:
 
 
 def exit_on_error(action):
-    """Run `action`; a user's error (ValueError) ends the program with its message and status 2."""
+    """Run `action`; a user's error, numbers gone wild, a failing disk or group end the program: a line and status 2."""
     try:
         return action()
-    except ValueError as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"error: {error}\n  (raised at {Path(frame.filename).name}:{frame.lineno})", file=sys.stderr)
+    except (ValueError, FloatingPointError, OSError, DistError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next(filter(is_ours, reversed(frames)), frames[-1])
+        message = escape(one_line(error)) or type(error).__name__
+        print(f"error: {message}\n  (raised at {Path(frame.filename).name}:{frame.lineno})", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def is_ours(frame: traceback.FrameSummary) -> bool:
+    """Whether a line of a traceback is in this repository, not in a package."""
+    path = Path(frame.filename)
+    return ROOT in path.parents and "site-packages" not in path.parts
+
+
+def escape(text: str) -> str:
+    """What data or an argument may have in it and a terminal would obey, or can't print, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def main() -> None:

@@ -4,14 +4,19 @@ The parts' fields, with units and meaning, stand beside the code that reads them
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from data.image_text import ImageTextConfig
 from data.token_text import TokenTextConfig
+from modeling.adversarial import AdversarialConfig
+from modeling.discriminator import DiscriminatorConfig
 from modeling.flow import FlowConfig
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.losses import ReconstructionLossConfig, SourceLossConfig
+from modeling.perceptual import PerceptualConfig
 from modeling.pipeline import SamplingConfig
+from modeling.recompute import Recompute
 from modeling.samplers import make_grid
 from modeling.text_encoder import TextEncoderConfig
 from modeling.text_projector import TextProjectorConfig
@@ -69,12 +74,9 @@ class StageConfig:
     """What every stage has."""
 
     stage: str = ""  # which stage this file configures: one of STAGES
-    experiment_dir: str = "runs/experiment"  # the stage's own folder is experiment_dir/stage
-
-    @property
-    def run_dir(self) -> str:
-        """Folder of this stage's run."""
-        return f"{self.experiment_dir}/{self.stage}"
+    experiment_dir: str = "runs/experiment"  # what the experiment makes
+    run_dir: str = "${experiment_dir}/${stage}"  # folder of this stage's run; a second round of a stage has its own
+    data_dir: str = "datasets"  # where the full-size experiments look for image shards; their data.shards start with it
 
 
 @dataclass
@@ -94,9 +96,17 @@ class TokenizerStage(StageConfig):
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    activation_checkpointing: Recompute = "none"  # see modeling/recompute.py
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    # Weights to start from, a stage-1 run's EMA, of any size: what does not fit starts afresh and is listed.
+    init_from: str = ""
+    freeze_encoder: bool = False  # train the decoder alone: the latents stay what they are
     losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     pictures: ReconstructionPictureConfig = field(default_factory=ReconstructionPictureConfig)
@@ -109,6 +119,9 @@ class TokensStage(StageConfig):
     tokenizer_run: str = "${experiment_dir}/tokenizer"
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
     batch_size: int = 64  # images per pass and process
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast of the encoder; latents are stored as float16 either way
+    flip: bool = False  # also store every image mirrored, as a sample KEY-flip
+    num_crops: int = 1  # 1: the centre; more: so many along the longer side, as samples KEY-crop0, KEY-crop1, ...
     # Also store the text states (L x T float16 a sample): later stages then never run the text tower. Worth it for
     # small sets seen many times; at ViT-L/14 it costs 118 kB a sample.
     store_text_states: bool = False
@@ -119,7 +132,10 @@ class TextProjectorStage(StageConfig):
     """train_text_projector.py."""
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    tokenizer_run: str = "${experiment_dir}/tokenizer"  # decodes the pictures when image_regression_weight > 0
+    # whose token shards are expected; decodes the pictures when image_regression_weight > 0
+    tokenizer_run: str = "${experiment_dir}/tokenizer"
+    any_tokenizer: bool = False  # accept token shards that another tokenizer made, or nobody knows which
+    latent_scale: float = 0.0  # z_I = latent_scale * latent; 0: as measured when the tokens were written
     projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
     data: TokenTextConfig = field(default_factory=TokenTextConfig)
     losses: SourceLossConfig = field(default_factory=SourceLossConfig)
@@ -135,10 +151,16 @@ class FlowTokStage(StageConfig):
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     tokenizer_run: str = "${experiment_dir}/tokenizer"
-    projector_run: str = "${experiment_dir}/text_projector"  # empty: the projector starts from random weights
+    any_tokenizer: bool = False  # accept token shards that another tokenizer made, or nobody knows which
+    latent_scale: float = 0.0  # z_I = latent_scale * latent; 0: as measured when the tokens were written
+    # Where the weights come from: none of the two (random), a stage-2 run for the projector, or a stage-3 run for
+    # everything (fine-tuning: its EMA weights, with a fresh optimiser and step 0; to continue a run is no option).
+    projector_run: str = "${experiment_dir}/text_projector"
+    init_from: str = ""
     projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
     flowtok: FlowTokConfig = field(default_factory=FlowTokConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    activation_checkpointing: Recompute = "none"  # of the DiT, see modeling/recompute.py
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: TokenTextConfig = field(default_factory=TokenTextConfig)
     losses: SourceLossConfig = field(default_factory=SourceLossConfig)
@@ -193,12 +215,43 @@ def check(config: StageConfig) -> None:
             )
         if not config.pictures.captions:
             raise ValueError("pictures.captions is empty: name the captions of the sample pictures")
-        if config.flow.projector == "frozen" and not config.projector_run:
-            raise ValueError("flow.projector=frozen needs a trained projector: set projector_run")
+        if config.init_from and config.projector_run:
+            raise ValueError(
+                f"init_from={config.init_from} already has a projector, and projector_run={config.projector_run} names "
+                'another: leave one of them empty (projector_run: "")'
+            )
+        if config.flow.projector == "frozen" and not (config.projector_run or config.init_from):
+            raise ValueError("flow.projector=frozen needs a trained projector: set projector_run or init_from")
         if config.flow.projector == "detached" and not teaches_source(config.losses):
             raise ValueError(
                 "flow.projector=detached leaves the projector without any loss: set losses, or take frozen"
             )
+    if isinstance(config, TokenizerStage):
+        start, end = config.adversarial.start_step, config.training.max_steps
+        if config.adversarial.weight and start >= end:
+            raise ValueError(
+                f"adversarial.start_step={start} is not before the end, training.max_steps={end}: lower it, or turn "
+                "the adversarial loss off by adversarial.weight=0"
+            )
+        if config.freeze_encoder and not config.init_from:
+            raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
+        if config.freeze_encoder and config.losses.kl_weight:
+            raise ValueError(
+                f"freeze_encoder=true: the KL of a frozen encoder teaches nothing, set losses.kl_weight=0 (it is "
+                f"{config.losses.kl_weight})"
+            )
+    if isinstance(config, TokensStage):
+        several = [key for source in config.data.full_sources().values() for key in source.caption_keys if ":" in key]
+        recaptioned = config.data.recaption_keys
+        if config.store_text_states and (recaptioned or "json:captions" in several):
+            raise ValueError(
+                "store_text_states=true stores the states of one caption; with several (json:captions, recaption_keys) "
+                "set it to false"
+            )
+        if config.num_crops < 1 or config.batch_size < 1:
+            raise ValueError(f"num_crops {config.num_crops} and batch_size {config.batch_size} must be at least 1")
+    if getattr(config, "latent_scale", 0.0) < 0:
+        raise ValueError(f"latent_scale must not be negative, got {config.latent_scale}")
     if isinstance(config, TextProjectorStage) and not teaches_source(config.losses):
         raise ValueError("losses: alignment_weight, kl_weight and image_regression_weight are all 0")
     if isinstance(config, ReportStage) and not (config.train_shards and config.heldout_shards):

@@ -4,43 +4,70 @@ Who reads what: readers = world_size x dataloader workers. With at least as many
 shards r, r + readers, ... of the epoch's order; with fewer, every reader walks all shards and keeps sample j of the
 epoch when j % readers == r. Either way each sample is read once per epoch over all readers.
 
-Position: samples are shuffled inside blocks. A state holds the number of samples consumed in the epoch and where in
-the tars the current block starts, so that a resume re-reads at most one block and decodes nothing that it skips.
+Several sources: each goes through its own epochs in that way; a reader draws by weight which source gives its next
+usable sample.
+
+Determinism: what a reader reads in an epoch, in which order, is a pure function of (seed, epoch), of the shards and of
+rank, world_size, num_workers and shuffle_buffer; what is drawn for a sample (data.draws) of (seed, epoch, key) alone.
+Which source comes next is one of (seed, reader, number of the sample) and of the weights. Nothing depends on time, on
+how fast who reads, or on a global generator.
+
+Position: samples are shuffled inside blocks. A state holds, for each source, the number of samples consumed in the
+epoch and where in the tars the current block starts, so that a resume re-reads at most one block of each source and
+decodes nothing that it skips.
+
+A shard that breaks off or cannot be read takes one place in the order, as a bad sample in place of all it did not give.
+So it is counted once, by the reader whose turn it is, and positions stay exact, if it fails again as it did before.
 """
 
 import itertools
 import os
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data.tar import read_shard, scan_shard
+from data.bad_samples import BadSample, SampleCounter
+from data.draws import SampleDraws
+from data.storage import ShardError, check_first_remote
+from data.tar import scan_shard
 
 PREFETCH_BATCHES = 2  # batches that each worker keeps ready
+DRAWS_PER_BLOCK = 1024  # of sources, made at once
+LOST_EPOCHS = 10  # in a row in which a reader can read none of its shards; in each it has others
+WORKER_ERROR = "Caught ValueError in DataLoader worker process"  # how torch begins the text of one
+
+# (raw sample, its random numbers; None: read in order, nothing is drawn) -> decoded sample; may raise BadSample
+Decode = Callable[[dict[str, Any], SampleDraws | None], dict[str, Any]]
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
-class BadSample(Exception):
-    """A sample that cannot be used. `reason` is counted by the stream, so it names a class of faults, not a sample."""
+@dataclass(frozen=True)
+class Source:
+    """One data set: its shards, how its samples are decoded, and its share (over the sum of all weights)."""
 
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+    name: str
+    shards: tuple[str, ...]
+    decode: Decode
+    weight: float = 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------- stream
+class NoUsableSample(ValueError):
+    """Shards were read to their end and gave nothing. skipped: {reason: count}."""
+
+    def __init__(self, message: str, skipped: dict[str, int]):
+        super().__init__(message)
+        self.skipped = skipped
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where a reader stands: after `consumed` of its samples of `epoch`; the rest says where its block starts."""
+class Position(NamedTuple):
+    """Where a reader stands in a source: after `consumed` samples of `epoch`; the rest says where its block starts."""
 
     epoch: int = 0
     consumed: int = 0  # samples of this reader, in the shuffled order, bad ones included
@@ -49,69 +76,94 @@ class Position:
     ordinal: int = 0  # samples that lie before it in the epoch, other readers' included
 
 
+class Fault(NamedTuple):
+    """In place of the raw samples that a shard did not give."""
+
+    reason: str
+    message: str
+
+
+# ---------------------------------------------------------------------------------------------------------- stream
+
+
 class ShardStream(IterableDataset):
     """An endless, seeded, resumable stream of batches; what one rank reads, split among its dataloader workers.
 
-    decode(raw sample, generator) -> dict: raises BadSample for a sample that cannot be used, which is then skipped and
-        counted. The generator depends on (seed, epoch, key) only: a sample's crop is the same whoever reads it.
+    sources: a sample for which `decode` raises BadSample is skipped and counted. What is drawn for a sample depends on
+        (seed, epoch, key) only: its crop is the same whoever reads it.
     collate(list of decoded samples) -> batch dict. To it the stream adds "skipped": {reason: count} since the last
         batch of this reader.
     shuffle_buffer: raw samples per block, which is held in memory by each worker and permuted; up to 1 is in order.
+    max_bad_share: see data.bad_samples.
 
-    Batches go on across epochs, so all have batch_size samples. ValueError while iterating: an epoch in which this
-    reader finds no usable sample.
+    Batches go on across epochs, so all have batch_size samples. ValueError while iterating: an epoch of a source in
+    which this reader finds no usable sample, or too many bad ones.
     """
 
     def __init__(
         self,
-        shards: list[str],
-        decode: Callable[[dict[str, Any], np.random.Generator], dict[str, Any] | None],
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        sources: Sequence[Source],
+        collate: Collate,
         batch_size: int,
         seed: int,
         rank: int,
         world_size: int,
         shuffle_buffer: int,
+        max_bad_share: float,
     ):
-        if not shards:
-            raise ValueError("a stream needs at least one shard")
+        if not sources or not all(source.shards for source in sources):
+            raise ValueError("a stream needs at least one shard of each source")
         if batch_size < 1 or seed < 0:
             raise ValueError(f"expected batch_size >= 1 and seed >= 0, given {batch_size} and {seed}")
         if not 0 <= rank < world_size:
             raise ValueError(f"expected 0 <= rank < world_size, given rank {rank} of {world_size}")
-        self.shards, self.decode, self.collate = list(shards), decode, collate
+        self.sources, self.collate = list(sources), collate
         self.batch_size, self.seed, self.shuffle_buffer = batch_size, seed, shuffle_buffer
-        self.rank, self.world_size = rank, world_size
-        self._position, self._resumed = Position(), False
+        self.rank, self.world_size, self.max_bad_share = rank, world_size, max_bad_share
+        names = "\n".join(os.path.basename(path) for source in sources for path in source.shards)
+        self._names_crc32 = zlib.crc32(names.encode("utf-8", "surrogateescape"))
+        self._start_over()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # not a generator itself: the state asked for before the first batch must already be the right one
-        self._position, self._resumed = (self._position if self._resumed else Position()), False
-        return self._batches(self._position)
+        if not self._resumed:
+            self._start_over()
+        self._resumed = False
+        return self._batches(self._drawn, self._positions)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out, and the settings under which it means anything."""
-        return {**asdict(self._position), **self.settings(max(self._workers(), 1)), "reader": self._reader()}
+        positions = [position._asdict() for position in self._positions]
+        settings = self.settings(max(self._workers(), 1))
+        return {"drawn": self._drawn, "positions": positions, **settings, "reader": self._reader()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there at the next iter(). ValueError: a state that was saved under other settings."""
         check_settings(state, {**self.settings(max(self._workers(), 1)), "reader": self._reader()})
-        self._position = Position(**{name: state[name] for name in Position.__dataclass_fields__})
+        self._drawn, self._positions = state["drawn"], [Position(**position) for position in state["positions"]]
         self._resumed = True
 
     def settings(self, num_workers: int) -> dict[str, Any]:
-        """What decides the order. The shards' names count, not their folder: the data may be moved."""
-        names = "\n".join(os.path.basename(path) for path in self.shards)
+        """What decides the order, but for the weights: another mixture goes on where each source stands.
+
+        The shards' names count, not their folder: the data may be moved.
+        """
         return {
             "seed": self.seed,
-            "num_shards": len(self.shards),
-            "shard_names_crc32": zlib.crc32(names.encode("utf-8", "surrogateescape")),
+            "num_sources": len(self.sources),
+            "num_shards": sum(len(source.shards) for source in self.sources),
+            "shard_names_crc32": self._names_crc32,
             "rank": self.rank,
             "world_size": self.world_size,
             "num_workers": num_workers,
             "batch_size": self.batch_size,
             "shuffle_buffer": self.shuffle_buffer,
         }
+
+    def _start_over(self) -> None:
+        self._drawn = 0  # samples handed out by this reader
+        self._positions = [Position()] * len(self.sources)
+        self._resumed = False
 
     def _workers(self) -> int:
         info = get_worker_info()
@@ -121,47 +173,86 @@ class ShardStream(IterableDataset):
         info = get_worker_info()
         return self.rank * info.num_workers + info.id if info else self.rank
 
-    def _batches(self, start: Position) -> Iterator[dict[str, Any]]:
-        batch, skipped = [], Counter()
-        for sample, position in self._decoded(start, skipped):
+    def _batches(self, drawn: int, positions: list[Position]) -> Iterator[dict[str, Any]]:
+        reader, readers = self._reader(), self.world_size * max(self._workers(), 1)
+        counter = SampleCounter(self.max_bad_share, f"reader {reader} of {readers}")
+        samples = [
+            SourceReader(source, self.seed, index, reader, readers, self.shuffle_buffer, counter).samples(position)
+            for index, (source, position) in enumerate(zip(self.sources, positions, strict=True))
+        ]
+        batch, positions = [], list(positions)
+        for index in self._draw_sources(drawn, reader):
+            sample, positions[index] = next(samples[index])
             batch.append(sample)
             if len(batch) == self.batch_size:
-                self._position = position
-                yield {**self.collate(batch), "skipped": dict(skipped)}
+                drawn += len(batch)
+                self._drawn, self._positions = drawn, list(positions)
+                yield {**self.collate(batch), "skipped": counter.take_skipped()}
                 batch = []
-                skipped.clear()
 
-    def _decoded(self, start: Position, skipped: Counter) -> Iterator[tuple[dict[str, Any], Position]]:
-        reader, readers = self._reader(), self.world_size * max(self._workers(), 1)
+    def _draw_sources(self, drawn: int, reader: int) -> Iterator[int]:
+        """Index of the source of this reader's samples number `drawn`, `drawn` + 1, ..."""
+        if len(self.sources) == 1:
+            yield from itertools.repeat(0)
+        weights = np.array([source.weight for source in self.sources], dtype=np.float64)
+        bounds = weights.cumsum()[:-1] / weights.sum()
+        for block in itertools.count(drawn // DRAWS_PER_BLOCK):
+            # the 2 keeps these seeds apart from those of shards and blocks
+            numbers = np.random.default_rng((self.seed, block, reader, 2)).random(DRAWS_PER_BLOCK)
+            yield from np.searchsorted(bounds, numbers, side="right")[drawn % DRAWS_PER_BLOCK :].tolist()
+            drawn = 0
+
+
+class SourceReader:
+    """What one reader reads of one source. index: the source's number in the mixture."""
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        index: int,
+        reader: int,
+        readers: int,
+        shuffle_buffer: int,
+        counter: SampleCounter,
+    ):
+        self.source, self.seed, self.counter = source, seed, counter
+        self.reader, self.readers, self.block_size = reader, readers, max(shuffle_buffer, 1)
+        # A sample draws by the run's seed; the order is another in each source, though some may be made alike.
+        self.order_seed = seed if index == 0 else int(np.random.SeedSequence((seed, index, 3)).generate_state(1)[0])
+
+    def samples(self, start: Position) -> Iterator[tuple[dict[str, Any], Position]]:
+        """(decoded sample, position after it), endless."""
+        lost_epochs = 0
         while True:
             usable = start.consumed  # a position is taken after a usable sample, so > 0 means that there was one
-            epoch = start.epoch
-            for raw, position in self._read_epoch(start, reader, readers):
-                # Philox is keyed directly: a generator per sample without hashing a seed
-                key = (self.seed, epoch << 32 | zlib.crc32(raw["__key__"].encode("utf-8", "surrogateescape")))
-                sample = _try_decode(self.decode, raw, np.random.Generator(np.random.Philox(key=key)), skipped)
+            epoch, kinds = start.epoch, set()
+            for raw, position in self._read_epoch(start):
+                kinds.add(type(raw))
+                draws = None if isinstance(raw, Fault) else SampleDraws(self.seed, epoch, raw["__key__"])
+                sample = _decoded(raw, draws, self.source, self.counter)
                 if sample is not None:
                     usable += 1
                     yield sample, position
-            if not usable:
+            lost_epochs = lost_epochs + 1 if kinds == {Fault} else 0
+            if not usable and lost_epochs in (0, LOST_EPOCHS):
                 raise ValueError(
-                    f"reader {reader} of {readers} found no usable sample in epoch {epoch}: "
-                    f"{len(self.shards)} shards from {self.shards[0]} on, skipped {dict(skipped) or 'none'}; "
+                    f"reader {self.reader} of {self.readers} found no usable sample in epoch {epoch}: "
+                    f"{len(self.source.shards)} shards from {self.source.shards[0]} on, {self.counter.describe()}; "
                     f"there must be at least one sample for each of the world_size x num_workers readers"
                 )
             start = Position(epoch=epoch + 1)
 
-    def _read_epoch(self, position: Position, reader: int, readers: int) -> Iterator[tuple[dict[str, Any], Position]]:
+    def _read_epoch(self, position: Position) -> Iterator[tuple[dict[str, Any] | Fault, Position]]:
         """(raw sample, position after it) from `position` to the end of its epoch, shuffled in blocks."""
-        epoch, consumed = position.epoch, position.consumed
-        block_size = max(self.shuffle_buffer, 1)
-        start = (position.shard, position.offset, position.ordinal)
-        source = self._read_shards(epoch, start, reader, readers)
-        while block := list(itertools.islice(source, block_size)):
+        epoch, consumed, *start = position
+        block_size = self.block_size
+        shards = self._read_shards(epoch, *start)
+        while block := list(itertools.islice(shards, block_size)):
             samples, after = [sample for sample, _ in block], block[-1][1]
             order = range(len(samples))
             if block_size > 1:  # the 1 keeps these seeds apart from the shards' (trailing zeros do not count there)
-                seed = (self.seed, epoch, consumed // block_size, reader, 1)
+                seed = (self.order_seed, epoch, consumed // block_size, self.reader, 1)
                 order = np.random.default_rng(seed).permutation(len(samples)).tolist()
             del block
             for i in range(consumed % block_size, len(samples)):
@@ -171,31 +262,47 @@ class ShardStream(IterableDataset):
             start = after
 
     def _read_shards(
-        self, epoch: int, start: tuple[int, int, int], reader: int, readers: int
-    ) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
-        """(raw sample, (shard, offset, ordinal) after it) of one reader, in the order of its tars."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
-        whole_shards = len(order) >= readers
-        mine = order[reader::readers] if whole_shards else order
-        first, offset, ordinal = start
-        share = (0, 1) if whole_shards else (reader, readers)
+        self, epoch: int, first: int, offset: int, ordinal: int
+    ) -> Iterator[tuple[dict[str, Any] | Fault, tuple[int, int, int]]]:
+        """(raw sample, (shard, offset, ordinal) after it), in the order of the tars."""
+        shards = self.source.shards
+        order = np.random.default_rng((self.order_seed, epoch)).permutation(len(shards))
+        whole_shards = len(order) >= self.readers
+        mine = order[self.reader :: self.readers] if whole_shards else order
+        share = (0, 1) if whole_shards else (self.reader, self.readers)
         for index in range(first, len(mine)):
-            for sample, end in scan_shard(self.shards[mine[index]], offset, ordinal, *share):
+            for sample, end in _scan(shards[mine[index]], offset, ordinal, *share):
                 ordinal += 1
                 if sample is not None:
-                    yield sample, (index, end, ordinal)
+                    yield sample, ((index, end, ordinal) if end is not None else (index + 1, 0, ordinal))
             offset = 0
 
 
-def _try_decode(decode: Callable, raw: dict[str, Any], rng: np.random.Generator, skipped: Counter) -> dict | None:
-    """decode(raw, rng), or None and a count in `skipped`. A decode that returns None has dropped the sample itself."""
+def _scan(
+    path: str, offset: int, ordinal: int, reader: int, readers: int
+) -> Iterator[tuple[dict[str, Any] | Fault | None, int | None]]:
+    """scan_shard, in which all that could not be read is one more sample, without an end."""
     try:
-        sample = decode(raw, rng)
-    except BadSample as error:
-        skipped[error.reason] += 1
+        for sample, end in scan_shard(path, offset, ordinal, reader, readers):
+            ordinal += 1
+            yield sample, end
+    except ShardError as error:
+        yield (Fault(f"shard: {error.reason}", str(error)) if ordinal % readers == reader else None), None
+
+
+def _decoded(
+    raw: dict[str, Any] | Fault, draws: SampleDraws | None, source: Source, counter: SampleCounter
+) -> dict[str, Any] | None:
+    """The decoded sample, or None for one that is skipped; counted either way."""
+    if isinstance(raw, Fault):
+        counter.skip(raw.message, raw.reason)
         return None
-    if sample is None:
-        skipped["dropped"] += 1
+    try:
+        sample = source.decode(raw, draws)
+    except BadSample as error:
+        counter.skip(f"{source.name}: {raw['__key__']}" if source.name else raw["__key__"], error.reason)
+        return None
+    counter.usable()
     return sample
 
 
@@ -207,42 +314,55 @@ def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> Non
         raise ValueError(f"the saved data position does not fit this run: {'; '.join(changed)}")
 
 
-def read_batches(
-    shards: Sequence[str], decode: Callable, collate: Callable, batch_size: int, limit: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """One pass over the shards in order, in this process; at most `limit` usable samples, the last batch may be short.
+# --------------------------------------------------------------------------------------------------------- in order
 
-    Batches are those of ShardStream. ValueError: no usable sample at all.
+
+def read_batches(
+    sources: Sequence[Source], collate: Collate, batch_size: int, max_bad_share: float, limit: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """One pass over all sources and shards in order, in this process, with nothing drawn: `decode` gets None for it.
+
+    At most `limit` usable samples; batches are those of ShardStream, the last one may be short. ValueError: no usable
+    sample at all, or too many bad ones.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, given {batch_size}")
-    batch, skipped, count = [], Counter(), 0
-    rng = np.random.default_rng(0)
-    for raw in itertools.chain.from_iterable(map(read_shard, shards)):
+    counter = SampleCounter(max_bad_share, "reading in order")
+    batch, count = [], 0
+    for source, raw in _read_in_order(sources):
         if limit is not None and count >= limit:
             break
-        sample = _try_decode(decode, raw, rng, skipped)
+        sample = _decoded(raw, None, source, counter)
         if sample is None:
             continue
         if len(batch) == batch_size:  # only now, so that the last batch also counts the bad samples after it
-            yield {**collate(batch), "skipped": dict(skipped)}
+            yield {**collate(batch), "skipped": counter.take_skipped()}
             batch = []
-            skipped.clear()
         batch.append(sample)
         count += 1
     if count == 0 and limit != 0:
-        raise ValueError(
-            f"no usable sample in {len(shards)} shards from {shards[0]} on, skipped {dict(skipped) or 'none'}"
-        )
+        names = [path for source in sources for path in source.shards]
+        text = f"no usable sample in {len(names)} shards from {names[0]} on, {counter.describe()}"
+        raise NoUsableSample(text, counter.take_skipped())
     if batch:
-        yield {**collate(batch), "skipped": dict(skipped)}
+        yield {**collate(batch), "skipped": counter.take_skipped()}
+
+
+def _read_in_order(sources: Sequence[Source]) -> Iterator[tuple[Source, dict[str, Any] | Fault]]:
+    for source in sources:
+        for path in source.shards:
+            for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1):
+                yield source, raw
 
 
 # ---------------------------------------------------------------------------------------------------------- loader
 
 
 class ShardLoader(StatefulDataLoader):
-    """StatefulDataLoader that refuses a state of other settings at once and not from inside a worker."""
+    """StatefulDataLoader that refuses a state of other settings at once, and whose workers' errors read as our own."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return _with_short_errors(super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "settings": self.dataset.settings(self.num_workers)}
@@ -252,15 +372,29 @@ class ShardLoader(StatefulDataLoader):
         super().load_state_dict(state)
 
 
+def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same batches; torch puts a worker's whole traceback into the text of its error, here only its message is."""
+    try:
+        yield from batches
+    except ValueError as error:
+        text = str(error)
+        if not text.startswith(WORKER_ERROR):
+            raise
+        raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from error
+
+
 def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False) -> StatefulDataLoader:
     """The stream behind worker processes (0: in this process), one torch thread each (torchdata sets that).
 
     One iter() serves the whole run; a second one starts again at epoch 0, or at a state that was loaded in between.
     state_dict() is the position after the last batch handed out, whatever the workers have prefetched; a small dict
     of numbers, per rank. Do not pass the loader to accelerator.prepare: the stream splits by rank itself.
+    ValueError: the first URL or pipe of a source cannot be read.
     """
     if num_workers < 0:
         raise ValueError(f"expected num_workers >= 0, given {num_workers}")
+    for source in stream.sources:
+        check_first_remote(source.shards)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on newer torch
         return ShardLoader(

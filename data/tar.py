@@ -1,7 +1,8 @@
 """Tar shards (webdataset layout): how they are named, written and read.
 
 A sample is a run of consecutive tar members with one key: `{key}.{ext}`, the key ending at the first dot of the
-file name. Raw samples are {"__key__": key, ext: bytes}. Plain tars, and `.gz` read only.
+file name. Raw samples are {"__key__": key, ext: bytes}. Plain local tars are written; whatever data/storage.py opens is
+read.
 
 The tars are parsed here and not by `webdataset`, whose readers cannot resume inside an epoch, or by `tarfile`, which
 takes a tar cut between two members for a complete one.
@@ -9,7 +10,6 @@ takes a tar cut between two members for a complete one.
 
 import difflib
 import glob
-import gzip
 import io
 import json
 import os
@@ -17,39 +17,54 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from data.storage import READ_BUFFER, ShardError, is_pipe, is_remote, open_shard
+
 TAR_BLOCK = 512  # bytes; headers and the padding of members come in these
-READ_BUFFER = 1 << 20  # bytes; small members are served from one read
+ADLER_MODULUS = 65521  # of Adler-32, whose low half is 1 + the sum of the bytes
 
 
 # ---------------------------------------------------------------------------------------------------------- naming
 
 
-def expand_shards(patterns: Sequence[str]) -> list[str]:
+def expand_shards(patterns: Sequence[str], allow_pipe: bool = False) -> list[str]:
     """Paths, `~`, brace patterns (`x-{000..010}.tar`, `{a,b}.tar`) and globs -> paths, sorted inside each pattern.
 
-    ValueError: a pattern that matches nothing or names a missing file, or a file that two patterns name.
+    URLs and pipes: braces only, and nothing is looked up. ValueError: a pattern that matches nothing or names a
+    missing file, a shard that two patterns name, or a `pipe:`, which runs a shell, without allow_pipe.
     """
     if isinstance(patterns, str):
         raise ValueError(f"shards must be a list of patterns, given the single string {patterns!r}")
     if not patterns:
         raise ValueError("shards is empty: expected at least one path or pattern of .tar files")
+    check_pipes(patterns, allow_pipe)
     paths, seen = [], {}
     for pattern in patterns:
         for path in sorted(_expand_pattern(str(pattern))):
-            if os.path.abspath(path) in seen:
-                raise ValueError(f"shard {path} is listed twice: by {seen[os.path.abspath(path)]!r} and by {pattern!r}")
-            seen[os.path.abspath(path)] = pattern
+            name = path if is_remote(path) else os.path.abspath(path)
+            if name in seen:
+                raise ValueError(f"shard {path} is listed twice: by {seen[name]!r} and by {pattern!r}")
+            seen[name] = pattern
             paths.append(path)
     return paths
 
 
+def check_pipes(patterns: Sequence[str], allow_pipe: bool) -> None:
+    """ValueError for a `pipe:` without allow_pipe."""
+    for pattern in patterns:
+        if is_pipe(str(pattern)) and not allow_pipe:
+            raise ValueError(
+                f"shards: {str(pattern)!r} runs a shell command; if you trust whoever wrote it, set allow_pipe: true"
+            )
+
+
 def _expand_pattern(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        return _expand_braces(pattern, is_pipe(pattern))
     paths = []
     for name in _expand_braces(os.path.expanduser(pattern)):
         matches = glob.glob(name) if glob.has_magic(name) and not os.path.exists(name) else [name]
@@ -60,9 +75,12 @@ def _expand_pattern(pattern: str) -> list[str]:
     return paths
 
 
-def _expand_braces(text: str) -> list[str]:
-    """`{003..010}` keeps the zero padding of its first number; `{a,b}` lists; nested lists are not supported."""
-    match = re.search(r"\{([^{}]*)\}", text)
+def _expand_braces(text: str, in_command: bool = False) -> list[str]:
+    """`{003..010}` keeps the zero padding of its first number; `{a,b}` lists; nested lists are not supported.
+
+    in_command: braces that are neither stay, they belong to the command, as in `awk '{print}'`.
+    """
+    match = re.search(r"\{(\d+\.\.\d+|[^{}\s;]*,[^{}\s;]*)\}" if in_command else r"\{([^{}]*)\}", text)
     if match is None:
         return [text]
     inner = match.group(1)
@@ -76,7 +94,8 @@ def _expand_braces(text: str) -> list[str]:
         raise ValueError(
             f"shards: braces {{{inner}}} in {text!r} are neither a range like {{000..010}} nor a list {{a,b}}"
         )
-    return [text[: match.start()] + choice + rest for choice in choices for rest in _expand_braces(text[match.end() :])]
+    rests = _expand_braces(text[match.end() :], in_command)
+    return [text[: match.start()] + choice + rest for choice in choices for rest in rests]
 
 
 def _explain_missing(path: str) -> str:
@@ -174,15 +193,17 @@ def scan_shard(
     """(sample, byte offset of the next one) for every sample from byte `offset` on.
 
     The samples count up from `ordinal`; one with ordinal % readers != reader comes as None, its bytes unread.
+    ShardError: the tar breaks off, or cannot be read. The sample before the break is then not given, as it may lack
+    members, whether its bytes were to be read or not.
     """
     sample, current, keep = None, None, True
-    with _open_shard(path) as file:
+    with open_shard(path) as file:
         for name, start, data, size in _members(file, path, offset):
-            folder, _, base = name.rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if not stem or not dot or base.startswith("__"):
+            slash = name.rfind("/") + 1
+            dot = name.find(".", slash)
+            if dot <= slash or name.startswith("__", slash):
                 continue  # "._x.jpg" of macOS, members without an extension, webdataset's own "__meta__" files
-            key = f"{folder}/{stem}" if folder else stem
+            key = name[:dot]
             if key != current:
                 if current is not None:
                     yield sample, start
@@ -190,70 +211,80 @@ def scan_shard(
                 sample, current, ordinal = ({"__key__": key} if keep else None), key, ordinal + 1
             offset = data + size
             if keep:
-                extension = extension.lower()
+                extension = name[dot + 1 :].lower()
                 if extension in sample:
-                    raise ValueError(f"{path}: two members are named {name} in a row, sample keys must differ")
-                file.seek(data)
+                    message = f"{path}: two members are named {name} in a row, sample keys must differ"
+                    raise ShardError("unreadable", message)
                 sample[extension] = file.read(size)
                 if len(sample[extension]) != size:
-                    raise ValueError(f"{path}: truncated tar, member {name} ends before its {size} bytes")
+                    raise ShardError("truncated", f"{path}: truncated tar, member {name} ends before its {size} bytes")
+        while file.read(READ_BUFFER):
+            pass  # a pipe shows only at its end whether its command failed, gzip whether its checksum fits
     if current is not None:
         yield sample, _padded(offset)
 
 
-@contextmanager
-def _open_shard(path: str) -> Iterator[BinaryIO]:
-    """A tar as a seekable file of plain bytes; `.gz` is unpacked while reading, so a resume inside costs that again."""
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb", buffering=READ_BUFFER) as file:
-        try:
-            yield file
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: truncated or broken gzip: {error}") from None
-
-
 def _members(file: BinaryIO, path: str, offset: int) -> Iterator[tuple[str, int, int, int]]:
-    """(name, byte where its headers start, byte where its data starts, bytes) of each regular file of a tar."""
+    """(name, byte where its headers start, byte where its data starts, bytes) of each regular file of a tar.
+
+    The file stands at the data when a member is given.
+    """
     start, long_name = offset, None
     while True:
         file.seek(offset)
         header = file.read(TAR_BLOCK)
         if len(header) < TAR_BLOCK:
-            raise ValueError(f"{path}: truncated tar, it stops at byte {offset} without an end-of-archive mark")
-        if not header.strip(b"\0"):
+            raise ShardError(
+                "truncated", f"{path}: truncated tar, it stops at byte {offset} without an end-of-archive mark"
+            )
+        if not header[0] and not header.strip(b"\0"):
             return
-        size, kind = _member_size(header, path, offset), header[156:157]
+        size, kind = _member_size(header, path, offset), header[156]
         data, offset = offset + TAR_BLOCK, _padded(offset + TAR_BLOCK + size)
-        if kind in (b"x", b"L"):  # the name of the next member, if it does not fit its own header
+        if kind in b"xL":  # the name of the next member, if it does not fit its own header
             extended = file.read(size)
             if len(extended) != size:
-                raise ValueError(f"{path}: truncated tar, a header ends before its {size} bytes")
-            long_name = _pax_path(extended) if kind == b"x" else _text(extended)
+                raise ShardError("truncated", f"{path}: truncated tar, a header ends before its {size} bytes")
+            try:
+                long_name = _pax_path(extended) if kind == ord("x") else _text(extended)
+            except ValueError:
+                raise ShardError("unreadable", f"{path}: broken pax header at byte {start}") from None
             continue
-        if kind in (b"0", b"\0"):
+        if kind in b"0\0":
             yield long_name or _member_name(header), start, data, size
         start, long_name = offset, None
 
 
 def _member_size(header: bytes, path: str, offset: int) -> int:
+    """Bytes of a member. ShardError: no size, or a checksum that does not fit."""
+    field = header[148:156]
     try:
-        # the checksum counts its own eight bytes as spaces
-        if int(header[148:156].strip(b"\0 "), 8) == sum(header) - sum(header[148:156]) + 8 * 32:
-            return int(header[124:136].strip(b"\0 "), 8)
+        # The checksum is the sum of all bytes, its own eight counted as spaces. The low half of Adler-32 has that sum
+        # modulo a prime, in a tenth of the time of sum().
+        total = int(field.strip(b"\0 "), 8) + sum(field) - 8 * ord(" ")
+        size = int(header[124:136].strip(b"\0 "), 8)
+        if zlib.adler32(header) & 0xFFFF == (total + 1) % ADLER_MODULUS and size >= 0:
+            return size
     except ValueError:
         pass
     hint = " (gzip: its name must end in .gz)" if header[:2] == b"\x1f\x8b" else ""
-    raise ValueError(f"{path}: not a tar header at byte {offset}{hint}")
+    raise ShardError("unreadable", f"{path}: not a tar header at byte {offset}{hint}")
 
 
 def _member_name(header: bytes) -> str:
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+    name = _text(header[:100])
+    return f"{_text(header[345:500])}/{name}" if header[345] and header[257:263] == b"ustar\0" else name
 
 
 def _pax_path(records: bytes) -> str | None:
-    """The path of a pax header, whose records are `{length} {key}={value}` and a line feed; None without one."""
+    """The path of a pax header, whose records are `{length} {key}={value}` and a line feed; None without one.
+
+    ValueError: no length where one should be.
+    """
     while records:
         length = int(records.partition(b" ")[0])
+        if length < 1:
+            raise ValueError(f"record of {length} bytes")
         key, _, value = records[:length].partition(b" ")[2].partition(b"=")
         if key == b"path":
             return _text(value[:-1])

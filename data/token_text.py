@@ -15,41 +15,26 @@ import ast
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data.captions import Tokenize, caption_of, check_caption_keys, collate_text
+from data.captions import CaptionChoice, Tokenize, collate_text
+from data.draws import SampleDraws
+from data.filters import SampleFilter
+from data.mixture import ReaderConfig, SourceConfig, check_metadata, open_sources
 from data.shards import BadSample, ShardStream, build_loader, read_batches
-from data.tar import expand_shards
 
 NPY_MAGIC = b"\x93NUMPY"
 
 
 @dataclass
-class TokenTextConfig:
-    # tar files: paths, `x-{000..010}.tar`, globs
-    shards: list[str] = field(default_factory=list)
-    # where the caption lies, tried in order: an extension, or json:field
-    caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
-    # samples; each worker shuffles within blocks of so many and holds one in memory (5 kB each at 77 x 16, 120 kB
-    # with stored text states). 1: in order
-    shuffle_buffer: int = 2000
-    # worker processes per rank; 0: read in the training process
-    num_workers: int = 4
-
-    def validate(self) -> None:
-        """ValueError naming the field, the value and what is expected. Whether the files exist is not looked at."""
-        if not self.shards:
-            raise ValueError(f"shards: given {self.shards!r}, expected at least one path or pattern")
-        for name in ("shuffle_buffer", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: given {getattr(self, name)}, expected >= 0")
-        check_caption_keys(self.caption_keys)
+class TokenTextConfig(ReaderConfig):
+    """Token shards. Of the filters, those on captions and on the sample's JSON apply."""
 
 
 def build_token_loader(
@@ -70,16 +55,15 @@ def build_token_loader(
     "skipped": {reason: count} since the last batch of the same worker.
     ValueError while iterating: arrays of another shape or type, text states in only some samples of a batch.
     """
-    cfg.validate()
     stream = ShardStream(
-        expand_shards(cfg.shards),
-        TokenDecode(num_tokens, token_channels, tuple(cfg.caption_keys)),
+        open_sources(cfg, partial(_decoder, num_tokens, token_channels)),
         TokenCollate(tokenize),
         batch_size,
         seed=seed,
         rank=rank,
         world_size=world_size,
         shuffle_buffer=cfg.shuffle_buffer,
+        max_bad_share=cfg.max_bad_share,
     )
     return build_loader(stream, cfg.num_workers, pin_memory)
 
@@ -93,14 +77,17 @@ def read_tokens(
     shards: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One pass in order, in this process; batches as above, the last one may be short.
+    """One pass in order, first caption, in this process; batches as above, the last one may be short.
 
-    shards: patterns to read instead of cfg.shards, for example one rank's part. limit: samples at most.
+    shards: patterns to read instead of the config's, for example one rank's part; with the captions and filters of the
+    config itself, whatever its sources say. limit: samples at most.
     """
-    cfg.validate()
-    decode = TokenDecode(num_tokens, token_channels, tuple(cfg.caption_keys))
-    paths = expand_shards(cfg.shards if shards is None else shards)
-    return read_batches(paths, decode, TokenCollate(tokenize), batch_size, limit)
+    sources = open_sources(cfg, partial(_decoder, num_tokens, token_channels), shards)
+    return read_batches(sources, TokenCollate(tokenize), batch_size, cfg.max_bad_share, limit)
+
+
+def _decoder(num_tokens: int, token_channels: int, source: SourceConfig) -> "TokenDecode":
+    return TokenDecode(num_tokens, token_channels, source.caption_choice(), SampleFilter(source.filters))
 
 
 @dataclass(frozen=True)
@@ -109,10 +96,12 @@ class TokenDecode:
 
     num_tokens: int
     token_channels: int
-    caption_keys: tuple[str, ...]
+    captions: CaptionChoice
+    filters: SampleFilter
 
-    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        caption = caption_of(sample, self.caption_keys)
+    def __call__(self, sample: dict[str, Any], draws: SampleDraws | None) -> dict[str, Any]:
+        caption = self.captions(sample, draws)
+        check_metadata(self.filters, sample, caption)
         latent = self._latent(sample)
         if not np.isfinite(latent).all():
             raise BadSample("latent: not finite")

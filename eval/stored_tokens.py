@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data.token_text import TokenTextConfig, build_token_loader, read_tokens
-from eval.loading import TokensInfo, fingerprint
+from eval.loading import fingerprint
+from eval.tokens_info import TokensInfo
 from modeling.posterior import Posterior
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
@@ -67,7 +68,7 @@ def open_stored_tokens(run: Run, config, info: TokensInfo) -> StoredTokens:
             f"{text_config.model} gives {encoder.context_length} x {encoder.width} text states, the config expects "
             f"projector.text_tokens x text_width = {projector.text_tokens} x {projector.text_width}"
         )
-    if info.text_encoder_fingerprint != fingerprint(encoder):
+    if info.text_encoder_fingerprint not in ("unknown", fingerprint(encoder)):
         raise ValueError(
             f"the token shards and their tokenizer were made with another text tower than {text_config.model}; "
             "set text_encoder as in the tokenizer's config, or delete the token shards and encode them again"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling.layers import Attention, init_linear_, sincos_position_table, timestep_sinusoids
+from modeling.recompute import Recompute, run_block
 
 TIME_SINUSOIDS = 256
 
@@ -72,6 +73,7 @@ class FlowTok(nn.Module):
     def __init__(self, config: FlowTokConfig):
         super().__init__()
         self.config = config
+        self.recompute: Recompute = "none"  # activation checkpointing; training sets it, the weights don't depend on it
         self.embed_tokens = nn.Linear(config.token_channels, config.width)
         positions = sincos_position_table(config.num_tokens, config.width)
         self.register_buffer("positions", positions, persistent=False)
@@ -88,7 +90,7 @@ class FlowTok(nn.Module):
         x = self.embed_tokens(tokens) + self.positions  # B x K x W
         condition = F.silu(self.embed_time(t) + self.embed_null(null.long()))  # B x W
         for block in self.blocks:
-            x = block(x, condition)
+            x = run_block(block, self.recompute, x, condition)
         shift, scale = self.modulation_out(condition).chunk(2, dim=-1)
         return self.to_velocity(modulate(self.norm_out(x), shift, scale))
 

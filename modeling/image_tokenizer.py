@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modeling.layers import Attention, SwiGLU, axial_rope_table, init_linear_
 from modeling.posterior import Posterior, split_moments
+from modeling.recompute import Recompute, run_block
 
 
 @dataclass
@@ -88,6 +89,7 @@ class RopeTransformer(nn.Module):
 
     def __init__(self, size: TransformerSize, angles: Tensor):
         super().__init__()
+        self.recompute: Recompute = "none"  # activation checkpointing; training sets it
         self.norm_in = nn.LayerNorm(size.width)
         self.blocks = nn.ModuleList(TokenizerBlock(size.width, size.num_heads) for _ in range(size.depth))
         self.norm_out = nn.LayerNorm(size.width)
@@ -98,7 +100,7 @@ class RopeTransformer(nn.Module):
         """Run the blocks and return the tokens in `kept`, normalised."""
         x = self.norm_in(x)
         for block in self.blocks:
-            x = block(x, (self.rope_cos, self.rope_sin))
+            x = run_block(block, self.recompute, x, (self.rope_cos, self.rope_sin))
         return self.norm_out(x[:, kept])
 
 
@@ -194,6 +196,10 @@ class ImageTokenizer(nn.Module):
     def decode(self, tokens: Tensor, text_states: Tensor | None) -> Tensor:
         """Tokens B x K x C and text states B x L x T -> images B x 3 x R x R, not clamped to [0, 1]."""
         return self.decoder(tokens, text_states)
+
+    def set_recompute(self, mode: Recompute) -> None:
+        """Choose the activation checkpointing of both transformers."""
+        self.encoder.transformer.recompute = self.decoder.transformer.recompute = mode
 
     def forward(self, images: Tensor, text_states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass with a sampled posterior: (reconstructions, mean, logvar)."""

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeling.text_projector import flatten_normalize
+from modeling.text_projector import TextProjector, flatten_normalize
 
 KLForm = Literal["gaussian", "wall"]
 KLReduction = Literal["sample", "batch", "mean"]
+AlignmentForm = Literal["contrastive", "cosine_margin"]
 
 
 def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
@@ -50,6 +51,15 @@ def contrastive_loss(latents: Tensor, targets: Tensor, log_temperature: Tensor) 
         labels = torch.arange(len(z), device=z.device) + rank * len(z)
         scale = log_temperature.float().exp()
         return (F.cross_entropy(scale * z @ a_all.T, labels) + F.cross_entropy(scale * a @ z_all.T, labels)) / 2
+
+
+def cosine_margin_loss(latents: Tensor, targets: Tensor, margin: float) -> Tensor:
+    """Mean over the batch of max(0, 1 - margin - cos) between flattened latents and targets, both B x L x C.
+
+    Pairs above a similarity of 1 - margin are left alone; there are no negatives (paper, Sec. 5.3, loss ablation).
+    """
+    similarity = (flatten_normalize(latents) * flatten_normalize(targets)).sum(-1)  # B
+    return F.relu(1 - margin - similarity).mean()
 
 
 class _GatherRows(torch.autograd.Function):
@@ -102,7 +112,9 @@ def latent_statistics(mean: Tensor) -> dict[str, Tensor]:
 class SourceLossConfig:
     """Losses on the source of the flow, z_T (stages 2 and 3)."""
 
-    alignment_weight: float = 1.0  # contrastive, z_T to MLP(text states)
+    alignment_weight: float = 1.0  # z_T to MLP(text states), or to projector.alignment_target
+    alignment_form: AlignmentForm = "contrastive"  # or cosine_margin, without negatives (paper, Sec. 5.3)
+    alignment_margin: float = 0.5  # of cosine_margin; the paper gives no value, 0.5 is VA-VAE's, which it follows
     kl_weight: float = 1e-4
     kl_form: KLForm = "gaussian"
     kl_reduction: KLReduction = "sample"
@@ -114,6 +126,16 @@ class SourceLossConfig:
         for name in ("alignment_weight", "kl_weight", "image_regression_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"losses.{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.alignment_margin < 2:
+            raise ValueError(f"losses.alignment_margin must be in [0, 2), got {self.alignment_margin}")
+
+
+def freeze_unused_alignment(projector: TextProjector, config: SourceLossConfig) -> None:
+    """Freeze what the alignment loss gives no gradient, or DDP waits for it: all at weight 0, tau without negatives."""
+    if not config.alignment_weight:
+        projector.alignment.requires_grad_(False)
+    elif config.alignment_form == "cosine_margin":
+        projector.alignment.log_temperature.requires_grad_(False)
 
 
 def source_losses(
@@ -128,7 +150,10 @@ def source_losses(
     """The terms of weight > 0, unweighted, and "source", their weighted sum. Latents B x K x C; image_mean scaled."""
     terms: dict[str, Tensor] = {}
     if config.alignment_weight:
-        terms["alignment"] = contrastive_loss(text, alignment, log_temperature)
+        if config.alignment_form == "contrastive":
+            terms["alignment"] = contrastive_loss(text, alignment, log_temperature)
+        else:
+            terms["alignment"] = cosine_margin_loss(text, alignment, config.alignment_margin)
     if config.kl_weight:
         terms["kl"] = kl_loss(mean, logvar, config.kl_form, config.kl_reduction)
     if config.image_regression_weight:
@@ -144,33 +169,47 @@ def source_losses(
 
 @dataclass
 class ReconstructionLossConfig:
-    """Losses of stage 1. Perceptual and adversarial terms join here with their own weights when they are built."""
+    """Losses of stage 1, but for the adversarial one (modeling/adversarial.py). A term of weight 0 is not computed."""
 
     l2_weight: float = 1.0
     l1_weight: float = 0.0
     gradient_weight: float = 0.0  # L1 of pixel differences: sharper edges in short runs
+    perceptual_weight: float = 0.0  # 1.1 in the recipe; its parts and their weights files: `perceptual`
     kl_weight: float = 1e-6  # on the KL summed over tokens and channels, mean over the batch
 
     def __post_init__(self):
-        for name in ("l2_weight", "l1_weight", "gradient_weight", "kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"losses.{name} must not be negative, got {getattr(self, name)}")
+        for name, weight in reconstruction_weights(self).items():
+            if weight < 0:
+                raise ValueError(f"losses.{name}_weight must not be negative, got {weight}")
         if not (self.l2_weight or self.l1_weight):
             raise ValueError("losses: l2_weight and l1_weight are both 0, nothing would be reconstructed")
 
 
-def tokenizer_losses(
-    config: ReconstructionLossConfig, images: Tensor, reconstructions: Tensor, mean: Tensor, logvar: Tensor
-) -> dict[str, Tensor]:
-    """The terms of stage 1, unweighted, and "loss", their weighted sum."""
-    terms = reconstruction_losses(images, reconstructions) | {"kl": kl_loss(mean, logvar)}
-    weights = {
+def reconstruction_weights(config: ReconstructionLossConfig) -> dict[str, float]:
+    """Weight of each term of stage 1 by its name."""
+    return {
         "l2": config.l2_weight,
         "l1": config.l1_weight,
         "gradient": config.gradient_weight,
+        "perceptual": config.perceptual_weight,
         "kl": config.kl_weight,
     }
-    terms["loss"] = sum(
-        (weights[name] * term for name, term in terms.items() if weights[name]), start=mean.new_zeros(())
-    )
-    return terms
+
+
+def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    """The terms, those of weight > 0 also as "weighted/NAME", and "loss", the sum of these."""
+    weighted = {name: weight * terms[name] for name, weight in weights.items() if weight}
+    return terms | {f"weighted/{name}": term for name, term in weighted.items()} | {"loss": sum(weighted.values())}
+
+
+def posterior_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+    """How far the latents are used, B x K x C moments -> scalars without gradient: a posterior collapse shows at once.
+
+    `posterior_std/C` is channel C's deviation, averaged; `channels_in_use` the share of channels whose mean varies over
+    samples and tokens with a variance above 0.01 (active units, Burda et al. 2016).
+    """
+    mean, deviation = mean.detach().float(), torch.exp(0.5 * logvar.detach().float())
+    per_channel = deviation.mean(dim=(0, 1))  # C
+    used = (mean.var(dim=(0, 1), correction=0) > 0.01).float().mean()
+    statistics = {"latent_std": mean.std(correction=0), "posterior_std": per_channel.mean(), "channels_in_use": used}
+    return statistics | {f"posterior_std/{channel}": value for channel, value in enumerate(per_channel.unbind())}

@@ -3,19 +3,38 @@
 In: token ids B x L (from `TextTokenizer`, which cuts and pads). Out: text states B x L x T, the last hidden states
 after the final LayerNorm, causal mask kept, no projection. Weights come from open_clip's hub tags, from a local file,
 or from a folder that `save_clip` wrote (`model: local-dir:PATH`), as scripts/train_text_encoder.py does.
+
+The trap: OpenAI's weights (DFN's and MetaCLIP's too) want QuickGELU, most others the exact GELU, and the wrong one
+gives states that are slightly off, without any error. The model's name says which (-quickgelu), or `exact_gelu`; where
+neither does, loading stops.
+Precision: the weights stay float32. Under a run's bf16 autocast the matrix products are bf16, LayerNorms and the sum
+over the blocks float32; a tower cast to bf16 would lose the latter and win only the cast of its weights.
 """
 
 import json
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 import torch
+from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+OLDER_WEIGHTS_FILE = "open_clip_pytorch_model.bin"  # of hub repositories without safetensors
+QUICK = "-quickgelu"
+HUB, HUB_TIMEOUT = huggingface_hub.constants.ENDPOINT, 10  # seconds
+TORCHSCRIPT_ADVICE = (
+    "is a TorchScript archive (the form of OpenAI's own files): a program, which is not run here. If it comes from "
+    "OpenAI, take out its weights once: "
+    """python -c "import torch, safetensors.torch as s; s.save_file({k: v for k, v in torch.jit.load('FILE', """
+    """map_location='cpu').state_dict().items() if v.is_floating_point()}, 'FILE.safetensors')" """
+    "and set text_encoder.pretrained=FILE.safetensors"
+)
 
 
 @dataclass
@@ -24,6 +43,8 @@ class TextEncoderConfig:
 
     model: str = "ViT-L-14-336-quickgelu"  # an open_clip name, hf-hub:ORG/REPO, or local-dir:FOLDER
     pretrained: str = "openai"  # an open_clip tag or a weights file; ignored for hf-hub: and local-dir:
+    # Only with a weights file of a model that exists with and without -quickgelu: the file wants the one without.
+    exact_gelu: bool = False
 
 
 class TextTokenizer:
@@ -95,6 +116,11 @@ class TextEncoder(nn.Module):
         """T, channels of the text states."""
         return self.positional_embedding.shape[1]
 
+    @property
+    def quick_gelu(self) -> bool:
+        """Whether the activation is QuickGELU; part of a tower's identity that its weights don't show."""
+        return any(isinstance(module, QuickGELU) for module in self.transformer.modules())
+
     def train(self, mode: bool = True) -> "TextEncoder":
         """Stay in eval mode: the tower is frozen."""
         return super().train(False)
@@ -121,26 +147,123 @@ def check_local_dir(model: str) -> None:
         )
 
 
-def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Load the frozen text tower.
+def check_text_encoder(config: TextEncoderConfig) -> None:
+    """Refuse a tower that can't be loaded, or whose activation is not said, without loading or downloading anything.
 
     Raises:
-        ValueError: unknown model, missing file, or weights that can neither be found nor downloaded.
+        ValueError: unknown model or tag, missing file or folder, QuickGELU or not left open or wrong.
     """
     check_local_dir(config.model)
-    local = ":" in config.model
-    if not local and config.model not in open_clip.list_models():
+    if ":" in config.model:
+        if config.exact_gelu:
+            raise ValueError(f"text_encoder.exact_gelu: the config of {config.model} says its activation; leave it out")
+        return
+    if config.model not in open_clip.list_models():
         raise ValueError(f"text_encoder.model: unknown open_clip model {config.model!r}; see open_clip.list_models()")
-    if not local and not config.pretrained:
+    if not config.pretrained:
         raise ValueError("text_encoder.pretrained is empty: a frozen tower needs weights (an open_clip tag or a file)")
-    try:
-        clip = open_clip.create_model(config.model, None if local else config.pretrained, require_pretrained=True)
-    except (RuntimeError, OSError, FileNotFoundError) as error:
+    tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    if not tag and not Path(config.pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
         raise ValueError(
-            f"cannot load the text tower {config.model!r}, pretrained {config.pretrained!r}: {error}. Without network: "
-            "download the weights elsewhere and set text_encoder.pretrained=/path/to/file"
-        ) from error
+            f"text_encoder.pretrained={config.pretrained} is neither a file nor a tag of {config.model} (tags: {tags})"
+        )
+    check_activation(config, tag)
+
+
+def check_activation(config: TextEncoderConfig, tag: dict) -> None:
+    """Refuse a tower whose activation is wrong (the tag knows) or not said (a file can't tell). tag: {} for a file."""
+    twin = config.model + QUICK
+    has_twin = twin in open_clip.list_models()
+    if tag or not has_twin:
+        if config.exact_gelu:
+            raise ValueError(
+                f"text_encoder.exact_gelu is for a weights file of a model that exists with and without {QUICK}; "
+                f"{config.model} with pretrained {config.pretrained} says its activation already: leave it out"
+            )
+        if has_twin and tag.get("quick_gelu", False):
+            raise ValueError(
+                f"text_encoder: the weights {config.pretrained} want QuickGELU, {config.model} has the exact GELU: set "
+                f"text_encoder.model={twin}"
+            )
+    elif not config.exact_gelu:
+        raise ValueError(
+            f"text_encoder: {config.pretrained} does not say its activation, and {config.model} exists with two. "
+            f"Weights of OpenAI, DFN or MetaCLIP: set text_encoder.model={twin}. Weights trained with the exact GELU "
+            "(LAION, DataComp): set text_encoder.exact_gelu=true"
+        )
+
+
+def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+    """Load the frozen text tower, in float32.
+
+    Raises:
+        ValueError: see check_text_encoder; or weights that can neither be read nor downloaded.
+    """
+    check_text_encoder(config)
+    weights = None if ":" in config.model else find_weights(config)
+    try:
+        clip = open_clip.create_model(config.model, weights, require_pretrained=True)
+    except Exception as error:  # open_clip, the hub, torch, pickle and safetensors have their own types
+        raise cannot_load(config, " ".join(str(error).split())[:300]) from error
     return TextEncoder(clip)
+
+
+def find_weights(config: TextEncoderConfig) -> str:
+    """What open_clip.create_model is to load: the given file, the hub's file if it is cached, or the tag to download.
+
+    A cached file is used without asking the hub, and one request tells whether the hub answers: without network,
+    huggingface_hub alone retries for three quarters of a minute.
+
+    Raises:
+        ValueError: a TorchScript file; or nothing is cached and the hub does not answer.
+    """
+    tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    if not tag and is_torchscript(config.pretrained):
+        raise cannot_load(config, f"it {TORCHSCRIPT_ADVICE.replace('FILE', config.pretrained)}")
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if not repository:
+        return config.pretrained
+    names = [str(Path(file).with_suffix(".safetensors")), file] if file else [WEIGHTS_FILE, OLDER_WEIGHTS_FILE]
+    cached = [huggingface_hub.try_to_load_from_cache(repository, name) for name in names]
+    for path in cached:
+        if isinstance(path, str):
+            return path
+    try:
+        huggingface_hub.get_session().head(HUB, timeout=HUB_TIMEOUT)
+    except Exception as error:  # of requests or httpx, by the version of huggingface_hub
+        reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else f"{HUB} does not answer"
+        raise cannot_load(config, f"it is not in the hub's cache on this machine, and {reason}") from error
+    return config.pretrained
+
+
+def cannot_load(config: TextEncoderConfig, reason: str) -> ValueError:
+    """The error that says why, and for weights of the hub what to download elsewhere and how to say where it lies."""
+    tag = {} if ":" in config.model else open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    message = f"cannot load the text tower {config.model}" + ("" if ":" in config.model else f", {config.pretrained}")
+    message += f": {reason}"
+    if config.model.startswith("hf-hub:"):
+        message += (
+            f". Without network: download {CONFIG_FILE} and {WEIGHTS_FILE} of "
+            f"{HUB}/{config.model.removeprefix('hf-hub:')} elsewhere, put them into one folder here and set "
+            "text_encoder.model=local-dir:FOLDER"
+        )
+    if tag:
+        repository, _, file = tag.get("hf_hub", "").rpartition("/")
+        source = f"{file or WEIGHTS_FILE} of {HUB}/{repository}" if repository else tag["url"]
+        message += (
+            f". Without network: download {source} elsewhere, copy it here and set "
+            f"text_encoder.pretrained=PATH_OF_THE_FILE; text_encoder.model stays {config.model}"
+        )
+    return ValueError(message)
+
+
+def is_torchscript(path: str) -> bool:
+    """Whether a file is a TorchScript archive instead of saved tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
 
 
 def build_clip(model_config: dict) -> nn.Module:

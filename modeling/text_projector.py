@@ -7,6 +7,7 @@ The alignment head maps the same text states to a target A (B x L x C) for the c
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,16 @@ class TextProjectorConfig:
     whiten_text: bool = False
     token_channels: int = 16  # C
     alignment_width: int = 512  # hidden width of the alignment MLP
+    # What the text latents are aligned to: an MLP of the text states, or their channels averaged in C groups of
+    # neighbours (paper, Sec. 5.3, ablation of the target; no weights).
+    alignment_target: Literal["mlp", "average_pool"] = "mlp"
 
     def __post_init__(self):
+        if self.alignment_target == "average_pool" and self.text_width % self.token_channels:
+            raise ValueError(
+                f"projector.alignment_target=average_pool: text_width {self.text_width} is not divisible by "
+                f"token_channels {self.token_channels}"
+            )
         if self.width % self.num_heads:
             raise ValueError(f"projector.width {self.width} is not divisible by num_heads {self.num_heads}")
         if not 0 <= self.dropout < 1:
@@ -98,19 +107,33 @@ class ProjectorBlock(nn.Module):
         return self.norm_mlp(x + self.dropout(self.mlp(x)))
 
 
+class ChannelPool(nn.Module):
+    """Text states B x L x T -> B x L x C: each channel the mean of T / C neighbouring ones."""
+
+    def __init__(self, token_channels: int):
+        super().__init__()
+        self.token_channels = token_channels
+
+    def forward(self, text_states: Tensor) -> Tensor:
+        return text_states.unflatten(-1, (self.token_channels, -1)).mean(-1)
+
+
 class AlignmentHead(nn.Module):
-    """Target A = MLP(T) of the contrastive alignment and its temperature tau, which starts at log(1 / 0.07)."""
+    """Target A = MLP(T), or pooled T, of the alignment, and the contrastive temperature tau, from log(1 / 0.07) on."""
 
     def __init__(self, config: TextProjectorConfig):
         super().__init__()
         hidden = config.alignment_width
-        self.mlp = nn.Sequential(
-            nn.Linear(config.text_width, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, config.token_channels),
-        )
+        if config.alignment_target == "average_pool":
+            self.mlp = ChannelPool(config.token_channels)
+        else:
+            self.mlp = nn.Sequential(
+                nn.Linear(config.text_width, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, config.token_channels),
+            )
         self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, text_states: Tensor) -> Tensor:

@@ -2,47 +2,56 @@
 
     accelerate launch --module scripts.encode_tokens --config configs/demo/tokens.yaml [key=value ...]
 
-Shards are split over the processes, written aside and renamed; run the same command again to go on after a stop.
-EXPERIMENT/tokens/tokens.json, written last, has the measured latent scale and the tokenizer's fingerprint.
+A sample keeps its text members (captions, JSON); its latents are the posterior's mean and log-variance as float16.
+Shards are split over processes and reading workers, written aside and renamed; run the same command again to go on
+after a stop. Written last: latent_stats.json with the latent scale, and tokens.json with the tokenizer's fingerprint.
 """
 
-import io
 import json
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import TokensStage
-from data.image_text import read_images
-from data.tar import count_samples, expand_shards, write_shard
+from data.encoding import build_encoding_loader, encoding_sources
+from data.shards import Source
+from data.tar import count_samples, write_shard
 from data.token_text import TokenTextConfig, read_tokens
-from eval.loading import TOKENS_INFO_FILE, TokensInfo, fingerprint, load_tokenizer
+from eval.loading import fingerprint, load_tokenizer
+from eval.tokens_info import TOKENS_INFO_FILE, LatentStats, TokensInfo
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from training.run import start_accelerator
 
 SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
+COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
 STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples at most
+REPORT_SECONDS = 10.0
 
 
 def main(config: TokensStage) -> None:
     """Encode what is not there yet, then measure and write tokens.json."""
-    accelerator = start_accelerator("fp32")
+    accelerator = start_accelerator(config.precision)
     folder = Path(config.run_dir)
     tokenizer, text_config = load_tokenizer(config.tokenizer_run)
     text_encoder = load_text_encoder(text_config)
-    outputs = output_paths(expand_shards(config.data.shards), folder)
+    images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
+    outputs = output_paths([image.shards[0] for image in images], folder)
     source = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "text_encoder_fingerprint": fingerprint(text_encoder),
         "has_text_states": config.store_text_states,
-        "shards": [path.name for path in outputs.values()],
+        "flip": config.flip,
+        "num_crops": config.num_crops,
+        "shards": [path.name for path in outputs],
     }
     if is_complete(folder, source):
         accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
@@ -50,36 +59,33 @@ def main(config: TokensStage) -> None:
     if accelerator.is_main_process:
         claim_folder(folder, source)
     accelerator.wait_for_everyone()
-    tokenizer, text_encoder = tokenizer.to(accelerator.device), text_encoder.to(accelerator.device)
-    tokenize = TextTokenizer(text_config)
-    mine = list(outputs.items())[accelerator.process_index :: accelerator.num_processes]
-    start = time.perf_counter()
-    for index, (image_shard, token_shard) in enumerate(mine):
-        if token_shard.exists():
-            continue
-        samples = encode_shard(config, image_shard, tokenizer, text_encoder, tokenize)
-        count = write_shard(token_shard, samples)
-        left = (time.perf_counter() - start) / (index + 1) * (len(mine) - index - 1)
-        print(f"[{accelerator.process_index}] {token_shard}: {count} samples, {left:.0f} s left", flush=True)
+    left = [(image, path) for image, path in zip(images, outputs, strict=True) if not path.exists()]
+    mine = left[accelerator.process_index :: accelerator.num_processes]
+    encoder = Encoder(config, accelerator, tokenizer, text_encoder, text_config)
+    encode_shards(encoder, mine)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        info = measure(outputs, tokenizer, source)
+        info = describe(outputs, tokenizer, source)
         info.save(folder)
-        (folder / SOURCE_FILE).unlink()
-        print(f"{folder}: {info.num_samples} samples, latent scale {info.latent_scale:.4f}", flush=True)
+        for path in [folder / SOURCE_FILE, *map(count_file, outputs)]:
+            path.unlink(missing_ok=True)
+        print(
+            f"{folder}: {info.num_samples} samples, skipped {info.skipped or 'none'}, latent scale "
+            f"{info.latent_scale:.4f} (over {info.stats.num_samples} samples)",
+            flush=True,
+        )
     accelerator.wait_for_everyone()
 
 
-def output_paths(image_shards: list[str], folder: Path) -> dict[str, Path]:
-    """Image shard -> token shard, by file name.
+def output_paths(image_shards: list[str], folder: Path) -> list[Path]:
+    """Token shard of each image shard, by file name.
 
     Raises:
         ValueError: two image shards have the same name.
     """
-    outputs = {
-        shard: folder / (Path(shard).name.removesuffix(".gz").removesuffix(".tar") + ".tar") for shard in image_shards
-    }
-    if len(set(outputs.values())) != len(outputs):
+    names = [Path(shard.split("?")[0]).name.split(" ")[0] for shard in image_shards]
+    outputs = [folder / (name.removesuffix(".gz").removesuffix(".tar") + ".tar") for name in names]
+    if len(set(outputs)) != len(outputs):
         raise ValueError(f"data.shards has files of the same name in several folders: {', '.join(image_shards)}")
     return outputs
 
@@ -92,7 +98,8 @@ def is_complete(folder: Path, source: dict) -> bool:
     """
     if not (folder / TOKENS_INFO_FILE).is_file():
         return False
-    check_source(folder, asdict(TokensInfo.load(folder)), source)
+    info = TokensInfo.load(folder)
+    check_source(folder, {key: getattr(info, key) for key in source}, source)
     return True
 
 
@@ -109,50 +116,128 @@ def claim_folder(folder: Path, source: dict) -> None:
     path = folder / SOURCE_FILE
     if path.is_file():
         check_source(folder, json.loads(path.read_text()), source)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(source))
+    write_json(path, source)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write aside and rename."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(values))
     partial.rename(path)
 
 
-def to_npy(array: torch.Tensor) -> bytes:
-    """float16 .npy bytes."""
-    buffer = io.BytesIO()
-    np.save(buffer, array.to(torch.float16).cpu().numpy())
-    return buffer.getvalue()
+def count_file(token_shard: Path) -> Path:
+    """Where the counts of a finished token shard wait for tokens.json."""
+    return token_shard.with_name(token_shard.name + COUNT_SUFFIX)
 
 
-@torch.no_grad()
-def encode_shard(
-    config: TokensStage, shard: str, tokenizer: ImageTokenizer, text_encoder: TextEncoder, tokenize: TextTokenizer
-) -> Iterator[dict]:
-    """Samples of one token shard, in the order of the image shard."""
-    device = next(tokenizer.parameters()).device
-    image_size = tokenizer.config.image_size
-    for batch in read_images(config.data, image_size, tokenize, config.batch_size, shards=[shard]):
-        posterior = tokenizer.encode(batch["image"].to(device).float() / 255)
-        latents = torch.stack([*posterior], dim=1)  # B x 2 x K x C
-        states = text_encoder(batch["token_ids"].to(device)) if config.store_text_states else [None] * len(latents)
-        for key, caption, latent, state in zip(batch["key"], batch["caption"], latents, states, strict=True):
-            sample = {"__key__": key, "latent.npy": to_npy(latent), "txt": caption}
-            yield sample if state is None else sample | {"text.npy": to_npy(state)}
+@dataclass
+class Encoder:
+    """The frozen networks on this process's device: a batch of images in, samples of a token shard out."""
+
+    config: TokensStage
+    accelerator: Accelerator
+    tokenizer: ImageTokenizer
+    text_encoder: TextEncoder
+    text_config: TextEncoderConfig
+
+    def __post_init__(self):
+        self.tokenizer.to(self.accelerator.device)
+        self.text_encoder.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict) -> Iterator[dict]:
+        """{"image": B x V x 3 x R x R uint8, ...} -> B x V samples, twice as many with flip."""
+        latents, states = self.latents(batch["image"]), None
+        if self.config.store_text_states:
+            with self.accelerator.autocast():
+                states = to_half(self.text_encoder(batch["token_ids"].to(self.accelerator.device)))
+        for index, key in enumerate(batch["key"]):
+            text = {"txt": batch["caption"][index].encode()} | batch["members"][index]
+            if states is not None:
+                text["text.npy"] = states[index]
+            for name, latent in latents.items():
+                yield {"__key__": key + name, "latent.npy": latent[index], **text}
+
+    def latents(self, images: Tensor) -> dict:
+        """View's name ("", "-flip", "-crop0", ...) -> moments B x 2 x K x C, float16."""
+        images = images.to(self.accelerator.device, non_blocking=True).float().div_(255)
+        names = [""] if self.config.num_crops == 1 else [f"-crop{i}" for i in range(self.config.num_crops)]
+        views = dict(zip(names, images.unbind(1), strict=True))
+        if self.config.flip:
+            views |= {f"{name}-flip": view.flip(-1) for name, view in views.items()}
+        with self.accelerator.autocast():
+            moments = {name: torch.stack([*self.tokenizer.encode(view)], dim=1) for name, view in views.items()}
+        return {name: to_half(values) for name, values in moments.items()}
 
 
-def measure(outputs: dict[str, Path], tokenizer: ImageTokenizer, source: dict) -> TokensInfo:
-    """Deviation of the sampled latents, and per-channel statistics of the means, from the written shards."""
-    shards = TokenTextConfig(shards=[str(path) for path in outputs.values()])
-    shape = (tokenizer.config.num_tokens, tokenizer.config.token_channels)
-    batches = list(islice(read_tokens(shards, *shape, None, 100), STATISTICS_SAMPLES // 100))
+def to_half(values: Tensor):
+    """float16 array on the CPU."""
+    return values.to(torch.float16).cpu().numpy()
+
+
+def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
+    """Encode pairs of image and token shard, several at a time in the reading workers; reports rate and time left."""
+    if not shards:
+        return
+    config, rank = encoder.config, encoder.accelerator.process_index
+    tokenize = TextTokenizer(encoder.text_config) if config.store_text_states else None
+    sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
+    loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
+    samples: dict[int, list[dict]] = defaultdict(list)
+    start = reported = time.perf_counter()
+    num_images = num_done = 0
+    for item in loader:
+        index = item["shard"]
+        if "end" not in item:
+            num_images += len(item["key"])
+            samples[index] += encoder(item)
+            continue
+        token_shard, made = shards[index][1], samples.pop(index, [])
+        write_json(count_file(token_shard), {"num_samples": len(made), "skipped": item["end"]})
+        write_shard(token_shard, made)
+        num_done += 1
+        now = time.perf_counter()
+        if now - reported > REPORT_SECONDS or num_done == len(shards):
+            reported, rate = now, num_images / (now - start)
+            left = (now - start) / num_done * (len(shards) - num_done)
+            progress = f"{num_done}/{len(shards)} shards, {num_images} images, {rate:.1f} images/s, {left:.0f} s left"
+            print(f"[{rank}] {token_shard.parent}: {progress}", flush=True)
+
+
+def describe(outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> TokensInfo:
+    """What the folder holds, from the counts of its shards and the first latents."""
+    num_samples, skipped = 0, Counter()
+    for path in outputs:
+        if count_file(path).is_file():
+            counts = json.loads(count_file(path).read_text())
+            skipped.update(counts["skipped"])
+        else:  # of an earlier, complete run whose tokens.json is gone
+            counts = {"num_samples": count_samples(path)}
+        num_samples += counts["num_samples"]
+    config = tokenizer.config
+    return TokensInfo(
+        num_samples=num_samples,
+        num_tokens=config.num_tokens,
+        token_channels=config.token_channels,
+        skipped=dict(skipped),
+        stats=measure(outputs, config.num_tokens, config.token_channels),
+        **source,
+    )
+
+
+def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:
+    """Deviation of the sampled latents, and per-channel statistics of the means, over the first samples."""
+    shards = TokenTextConfig(shards=[str(path) for path in outputs])
+    batches = list(islice(read_tokens(shards, num_tokens, token_channels, None, 100), STATISTICS_SAMPLES // 100))
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C
     logvar = torch.cat([b["latent_logvar"] for b in batches]).double()
     deviation = (mean.var(correction=0) + logvar.exp().mean()).sqrt()
-    return TokensInfo(
-        num_samples=sum(count_samples(path) for path in outputs.values()),
-        num_tokens=shape[0],
-        token_channels=shape[1],
-        latent_scale=1 / deviation.item(),
+    return LatentStats(
+        num_samples=len(mean),
         channel_mean=mean.mean(dim=(0, 1)).tolist(),
         channel_std=mean.std(dim=(0, 1)).tolist(),
-        **source,
+        latent_scale=1 / deviation.item(),
     )
 
 

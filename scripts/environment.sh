@@ -65,7 +65,7 @@ EOF
 
 fill_own_environment() {
     local requirements=$1 stamp=.venv/installed-$1.cksum wanted
-    wanted=$(cat requirements.txt "$requirements" | cksum)
+    wanted=$(cat requirements*.txt | cksum)
     [[ -x $PYTHON && $(cat "$stamp" 2>/dev/null) == "$wanted" ]] && return
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         echo "Python >= 3.10 is needed; python3 is $(python3 --version 2>&1 || echo missing)." >&2

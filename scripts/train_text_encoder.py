@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.load import exit_on_error, parse_stage_args, resolved
+from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import ClipSizeConfig, TextEncoderStage
 from data.image_text import build_image_loader
 from eval.loading import load_ema
@@ -27,7 +27,8 @@ MAX_SHIFT = 4  # pixels; random shift of the images
 
 def main(config: TextEncoderStage) -> None:
     """Run the stage from start or checkpoint to its last step, then write the CLIP folder."""
-    run = start_run(config.run_dir, config.training.precision, config.training.seed)
+    training = config.training
+    run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     clip_config = open_clip_config(config.clip)
     folder = run.folder / "clip"
     if not is_complete(run, config.training):
@@ -81,7 +82,7 @@ def train(config: TextEncoderStage, run: Run, clip_config: dict) -> None:
         run.accelerator.num_processes,
         pin_memory=run.device.type == "cuda",
     )
-    save_config(run, resolved(config), ["clip"], latest_checkpoint(run.folder) is not None)
+    save_config(run, resolved(config), default_values(config), ["clip"], latest_checkpoint(run.folder) is not None)
     trainer = Trainer(run, config.training, config.optimizer, ClipPair(clip_config), loader)
     trainer.train(partial(compute_losses, run), config.logging, lambda model, step: None)
 

@@ -1,6 +1,7 @@
-"""What several test files share: one CPU thread, a tiny CLIP on disk, a few shards of drawn shapes with captions."""
+"""What several test files share: one CPU thread, a tiny CLIP on disk, shards of drawn shapes with captions, weights."""
 
 import io
+import math
 import random
 from pathlib import Path
 
@@ -47,6 +48,57 @@ def tiny_shards(tmp_path_factory) -> Path:
         numbers = range(shard * SAMPLES_PER_SHARD, (shard + 1) * SAMPLES_PER_SHARD)
         write_shard(folder / f"train-{shard:05d}.tar", [shape_sample(number) for number in numbers])
     return folder
+
+
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory) -> Path:
+    """Random weights of VGG16's convs under torchvision's names, and one of its classifier's."""
+    from torchvision import models
+
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in models.vgg16().features.named_parameters(prefix="features")}
+    generator = torch.Generator().manual_seed(0)
+    state = {"classifier.6.bias": torch.zeros(1000)}
+    for name, shape in shapes.items():
+        fan_in = math.prod(shape[1:]) if len(shape) == 4 else 100
+        state[name] = torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
+    file = tmp_path_factory.mktemp("weights") / "vgg16-made-up.pth"
+    torch.save(state, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory) -> Path:
+    """Random weights of torch-fidelity's InceptionV3 under its names; activations keep their size from layer to layer.
+
+    All convs are views of one storage: 9 MB on disk instead of 95.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unfilled(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with torch.device("meta"):
+        shapes = {name: x.shape for name, x in Unfilled("made-up", ["2048"], nothing).state_dict().items()}
+    storage = torch.randn(max(map(math.prod, shapes.values())), generator=torch.Generator().manual_seed(2))
+    state = {name: storage[: shape.numel()].view(shape) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if name.endswith("bn.weight"):
+            fan_in = math.prod(shapes[name.replace("bn.weight", "conv.weight")][1:])
+            state[name] = torch.full(shape, (2 / fan_in) ** 0.5)
+        elif name.endswith(("bn.bias", "running_mean")):
+            state[name] = state[name] / 10
+        elif name.endswith("running_var"):
+            state[name] = torch.ones(shape)
+        elif name.endswith("num_batches_tracked"):
+            state[name] = torch.zeros((), dtype=torch.int64)
+    file = tmp_path_factory.mktemp("weights") / "inception-made-up.pth"
+    torch.save(state, file)
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_experiment import Experiment
 
 from configs import check
 from configs.load import exit_on_error, load_config
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "report")
+ORDER = ("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "flowtok_finetune", "report")
 EXPERIMENTS = sorted(path.name for path in (ROOT / "configs").iterdir() if list(path.glob("*.yaml")))
 
 
@@ -39,10 +40,12 @@ def error_of(folder, *overrides, num_processes=1):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_shipped_experiments_fit_together(experiment, monkeypatch):
     monkeypatch.chdir(ROOT)
-    configs = [load_config(path) for path in (ROOT / "configs" / experiment).glob("*.yaml") if path.stem in ORDER]
-    assert configs
-    check.check_batches(configs, 1)
-    check.check_sizes(configs)
+    paths = [path for path in (ROOT / "configs" / experiment).glob("*.yaml") if path.stem != "common"]
+    stages = {path.stem: load_config(path) for path in paths}
+    assert stages
+    check.check_batches(stages, 8)
+    check.check_run_dirs(stages)
+    check.check_sizes(stages)
 
 
 def test_the_demo_passes_with_its_images(monkeypatch):
@@ -117,3 +120,54 @@ def test_a_typo_in_the_last_stage_ends_the_program_with_status_2(tiny, capsys):
         exit_on_error(lambda: check.main(arguments))
     assert stop.value.code == 2
     assert "unknown key 'batch_siz'; did you mean 'batch_size'?" in capsys.readouterr().err
+
+
+# Runs that a stage reads
+
+
+def add_round(folder, name="flowtok_finetune", **values):
+    """A further round of stage flowtok."""
+    values = {"run_dir": "${experiment_dir}/" + name, "projector_run": ""} | values
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"base": "flowtok.yaml", **values}))
+
+
+def test_a_round_may_start_from_a_run_that_an_earlier_stage_makes(tiny):
+    add_round(tiny, init_from="${experiment_dir}/flowtok")
+    check.main(["1", *groups(tiny)])
+
+
+def test_a_run_that_nobody_makes_names_stage_key_and_folder(tiny):
+    add_round(tiny, init_from="${experiment_dir}/../other/flowtok")
+    expected = f"stage flowtok_finetune: init_from={tiny.parents[1]}/other/flowtok does not exist"
+    assert error_of(tiny).startswith(expected)
+    assert error_of(tiny, "flowtok.tokenizer_run=/nowhere").startswith("stage flowtok: tokenizer_run=/nowhere does not")
+
+
+def test_two_stages_in_one_folder_are_refused(tiny):
+    add_round(tiny, run_dir="${experiment_dir}/flowtok")
+    assert "stages flowtok and flowtok_finetune have the same run_dir" in error_of(tiny)
+
+
+def test_a_flow_round_whose_folder_has_another_name_is_refused(tiny):
+    add_round(tiny, run_dir="${experiment_dir}/second")
+    assert f"stage flowtok_finetune: run_dir is {tiny.parent}/second, expected" in error_of(tiny)
+
+
+def test_a_finished_stage_needs_its_images_no_more(chain):
+    folder, gone = chain.folder / "configs", "data.shards=[/nowhere/missing.tar]"
+    check.main(["1", *groups(folder, [f"{stage}.{gone}" for stage in ("text_encoder", "tokenizer", "tokens")])])
+    longer = "tokenizer.training.max_steps=5"
+    with pytest.raises(ValueError, match="stage tokenizer: .*missing"):
+        check.main(["1", *groups(folder, [f"tokenizer.{gone}", longer])])
+
+
+def test_a_full_size_experiment_without_data_says_what_to_set_and_how_to_make_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    message = error_of(ROOT / "configs" / "flowtok_xl", "tokenizer.data_dir=/nowhere/shards")
+    assert message.startswith("stage tokenizer: shards: '/nowhere/shards/tokenizer/*.tar' matches no file")
+    for hint in (
+        "scripts/make_shards.py",
+        "data_dir=FOLDER (now /nowhere/shards)",
+        "tokenizer.data.shards=[FOLDER/*.tar]",
+    ):
+        assert hint in message

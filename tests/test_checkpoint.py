@@ -15,7 +15,10 @@ def write(run_dir, step, keep=9, model=None):
     model = model or nn.Linear(2, 2)
     partial = ckpt.begin_checkpoint(run_dir, step)
     optimizer = build_optimizer(model, OptimizerConfig())
-    ckpt.write_shared_state(partial, model, EMA(model, 0.9).average, optimizer, {"step": step, "ema_updates": 3})
+    ckpt.save_weights(model, partial / ckpt.MODEL_FILE)
+    ckpt.save_weights(EMA(model, 0.9).average, partial / ckpt.EMA_FILE)
+    torch.save(optimizer.state_dict(), partial / ckpt.OPTIMIZER_FILE)
+    ckpt.write_state(partial, {"step": step, "ema_updates": 3})
     return ckpt.commit_checkpoint(partial, keep)
 
 
@@ -24,7 +27,7 @@ def test_a_committed_checkpoint_has_its_files_and_is_read_back(tmp_path):
     folder = write(tmp_path, 7, model=model)
     assert folder == tmp_path / "checkpoints" / "step_00000007"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE]
+        [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE, ckpt.MANIFEST_FILE]
     )
     assert ckpt.read_state(folder) == {"step": 7, "ema_updates": 3}
     other = nn.Linear(2, 2)
@@ -109,9 +112,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 
 def test_inputs_are_compared_with_those_of_the_checkpoint(tmp_path):
     partial = ckpt.begin_checkpoint(tmp_path, 1)
-    model = nn.Linear(2, 2)
-    state = {"step": 1, "inputs": {"a": "1", "b": 2.5, "lost": "x"}}
-    ckpt.write_shared_state(partial, model, model, build_optimizer(model, OptimizerConfig()), state)
+    ckpt.write_state(partial, {"step": 1, "inputs": {"a": "1", "b": 2.5, "lost": "x"}})
     folder = ckpt.commit_checkpoint(partial, 1)
     ckpt.check_inputs(folder, {"lost": "x", "b": 2.5, "a": "1"})
     with pytest.raises(ValueError) as caught:
@@ -127,3 +128,90 @@ def test_weights_are_stored_contiguous_on_the_cpu(tmp_path):
     other = nn.Linear(3, 2)
     ckpt.load_weights(other, tmp_path / "x.safetensors")
     assert torch.equal(other.weight, model.weight)
+
+
+# Damage, rotation, the background
+
+
+def spoil(path, how):
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "gone":
+        path.unlink()
+    else:  # another byte, the same size
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", [ckpt.MODEL_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE])
+@pytest.mark.parametrize(
+    ("how", "reason"), [("cut", "bytes instead of"), ("gone", "missing"), ("byte", "other contents")]
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, file, how, reason):
+    write(tmp_path, 1)
+    spoil(write(tmp_path, 2) / file, how)
+    assert ckpt.latest_checkpoint(tmp_path, verify_contents=True)[0] == 1
+    message = capsys.readouterr().err
+    assert "step_00000002 is damaged" in message and file in message and reason in message
+    if how == "byte":  # only reading every byte shows it
+        assert ckpt.latest_checkpoint(tmp_path)[0] == 2
+
+
+@pytest.mark.parametrize("text", ["", "[3]", '{"model.safetensors": 3}', "{}", "\x00"])
+def test_a_folder_without_a_sound_manifest_is_no_checkpoint(tmp_path, text):
+    (write(tmp_path, 2) / ckpt.MANIFEST_FILE).write_text(text)
+    with pytest.raises(ValueError, match="no checkpoint of .* is whole"):
+        ckpt.latest_checkpoint(tmp_path)
+
+
+def test_latest_points_to_the_newest_and_rotation_keeps_every_mth(tmp_path):
+    for step in range(1, 8):
+        partial = ckpt.begin_checkpoint(tmp_path, step)
+        ckpt.write_state(partial, {"step": step})
+        ckpt.commit_checkpoint(partial, keep=2, keep_every_steps=3)
+        assert ckpt.read_state(tmp_path / "checkpoints" / ckpt.LATEST_LINK)["step"] == step
+    assert list(ckpt.checkpoint_folders(tmp_path)) == [3, 6, 7]
+
+
+def test_a_rotation_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
+    folder = write(tmp_path, 1)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ckpt.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ckpt.delete(folder)
+    monkeypatch.undo()
+    assert not ckpt.checkpoint_folders(tmp_path) and list(folder.parent.glob("*.tmp"))
+    write(tmp_path, 2)
+    assert not list(folder.parent.glob("*.tmp"))
+
+
+def test_a_snapshot_is_not_changed_by_later_steps():
+    weight = torch.ones(2, 3)
+    state = {"state": {0: {"w": weight, "step": 3}}, "groups": [weight.T, (1, "x")]}
+    copy = ckpt.snapshot(state)
+    weight.zero_()
+    assert copy["state"][0]["step"] == 3 and torch.equal(copy["state"][0]["w"], torch.ones(2, 3))
+    assert torch.equal(copy["groups"][0], torch.ones(3, 2)) and copy["groups"][0].is_contiguous()
+
+
+def test_the_background_writer_writes_in_turn_and_raises_what_went_wrong():
+    done = []
+
+    def fail():
+        raise OSError("disk full")
+
+    with ckpt.BackgroundWriter() as writer:
+        writer.start(lambda: done.append(1))
+        writer.start(lambda: done.append(2))
+        writer.wait()
+        assert done == [1, 2]
+        writer.start(fail)
+        with pytest.raises(OSError, match="disk full"):
+            writer.wait()
+        writer.wait()  # said once
+        writer.start(lambda: done.append(3))
+    assert done == [1, 2, 3]

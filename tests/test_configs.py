@@ -12,7 +12,9 @@ import yaml
 from configs import load
 from configs.load import load_config, resolved, valid_keys
 from configs.schema import STAGES
-from eval.loading import TokensInfo, load_tokens_info
+from data.mixture import SourceConfig
+from data.token_text import TokenTextConfig
+from eval.tokens_info import LatentStats, TokensInfo, load_tokens_info
 from training.loop import TrainingConfig, batch_per_pass
 from training.run import start_run
 
@@ -247,10 +249,32 @@ def test_a_batch_that_processes_and_accumulation_do_not_divide_is_refused(tmp_pa
 
 
 def test_stored_tokens_of_another_shape_or_place_are_refused(tmp_path):
-    TokensInfo(10, 32, 16, 1.0, [0.0], [1.0], "a", "b", False, ["a.tar"]).save(tmp_path)
+    stats = LatentStats(10, [0.0], [1.0], 1.0)
+    TokensInfo(10, 32, 16, "a", "b", False, False, 1, ["a.tar"], {}, stats).save(tmp_path)
+    data = TokenTextConfig(shards=[f"{tmp_path}/*.tar"])
     with pytest.raises(ValueError, match="holds 32 x 16 tokens, the config expects 77 x 16"):
-        load_tokens_info([f"{tmp_path}/*.tar"], 77, 16, "no run")
-    with pytest.raises(ValueError, match="must lie in one folder"):
-        load_tokens_info([f"{tmp_path}/a.tar", "elsewhere/b.tar"], 32, 16, "no run")
-    with pytest.raises(ValueError, match="write the token shards with scripts/encode_tokens.py first"):
-        load_tokens_info([f"{tmp_path}/none/*.tar"], 32, 16, "no run")
+        load_tokens_info(data, 77, 16, "no run", any_tokenizer=True)
+    for shards in ([f"{tmp_path}/none/*.tar"], ["https://host/{0..3}.tar"]):
+        with pytest.raises(
+            ValueError, match="tokens.json.* does not exist: .* any_tokenizer=true and"
+        ):
+            load_tokens_info(TokenTextConfig(shards=shards), 32, 16, "no run", any_tokenizer=True)
+
+
+def test_tokens_of_unknown_origin_need_consent_and_a_scale(tmp_path):
+    info = load_tokens_info(TokenTextConfig(shards=["elsewhere/*.tar"]), 32, 16, "no run", 1.0143, any_tokenizer=True)
+    assert (info.latent_scale, info.tokenizer_fingerprint, info.has_text_states) == (1.0143, "unknown", False)
+
+
+def test_the_scale_over_several_folders_is_that_of_all_samples(tmp_path):
+    data = TokenTextConfig(sources={name: SourceConfig([f"{tmp_path}/{name}/*.tar"]) for name in "ab"})
+    for name, count, deviation in (("a", 30, 1.0), ("b", 10, 3.0)):
+        (tmp_path / name).mkdir()
+        stats = LatentStats(count, [0.0], [1.0], 1 / deviation)
+        TokensInfo(count, 32, 16, "t", "e", False, False, 1, [], {}, stats).save(tmp_path / name)
+    info = load_tokens_info(data, 32, 16, "no run", any_tokenizer=True)
+    assert info.num_samples == 40 and info.latent_scale == pytest.approx((0.75 * 1 + 0.25 * 9) ** -0.5)
+    assert load_tokens_info(data, 32, 16, "no run", 2.0, True).latent_scale == 2.0
+    TokensInfo(10, 32, 16, "t", "other", False, False, 1, [], {}, stats).save(tmp_path / "b")
+    with pytest.raises(ValueError, match="text_encoder_fingerprint is e in .*/a, other in .*/b"):
+        load_tokens_info(data, 32, 16, "no run", any_tokenizer=True)

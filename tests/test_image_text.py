@@ -1,7 +1,6 @@
-"""data/image_text.py and data/captions.py: batches of images with captions, filters, hostile samples, resuming."""
+"""data/image_text.py: batches of images with captions, filters, hostile samples, resuming."""
 
 import io
-import json
 import pickle
 from collections import Counter
 
@@ -10,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.captions import caption_of, check_caption_keys, clean_caption
+from data.filters import FilterConfig
 from data.image_text import ImageTextConfig, build_image_loader, read_images
-from data.shards import BadSample
+from data.mixture import SourceConfig
 from data.tar import write_shard
 
 torch.set_num_threads(1)
@@ -114,13 +113,83 @@ def test_one_pass_is_in_order_centre_cropped_and_ends_short(shards):
     batches = list(read_images(config(shards), 16, tokenize, batch_size=8))
     assert [len(batch["key"]) for batch in batches] == [8, 8, 4]
     assert [key for batch in batches for key in batch["key"]] == [f"{i}{j}" for i in range(2) for j in range(10)]
-    plain = build_image_loader(
-        config(shards, random_crop=False, flip_probability=0.0, shuffle_buffer=1), 16, tokenize, 20, seed=0
-    )
-    stream = next(iter(plain))
-    order = sorted(range(20), key=lambda i: stream["key"][i])
-    assert torch.equal(torch.cat([batch["image"] for batch in batches]), stream["image"][order])
     same(next(read_images(config(shards), 16, tokenize, 8)), batches[0])
+    for resize in ("exact", "fast"):
+        plain = config(shards, random_crop=False, flip_probability=0.0, shuffle_buffer=1, resize=resize)
+        stream = next(iter(build_image_loader(plain, 16, tokenize, 20, seed=0)))
+        order = sorted(range(20), key=lambda i: stream["key"][i])
+        (batch,) = read_images(config(shards), 16, tokenize, 20, resize=resize)
+        assert torch.equal(batch["image"], stream["image"][order])
+
+
+def test_reading_in_order_is_exact_and_training_fast_unless_it_is_asked_otherwise(tmp_path):
+    write_shard(tmp_path / "0.tar", [{"__key__": "a", "jpg": jpeg(200, 200), "txt": "x"}])
+    options = {"random_crop": False, "flip_probability": 0.0}
+    plain, exact = (config(str(tmp_path / "0.tar"), **options, **more) for more in ({}, {"resize": "exact"}))
+
+    def trained(cfg):
+        return next(iter(build_image_loader(cfg, 32, None, 1, seed=0)))["image"]
+
+    (ordered,) = read_images(plain, 32, None, 1)
+    assert torch.equal(ordered["image"], trained(exact))
+    assert not torch.equal(ordered["image"], trained(plain))
+    assert (ordered["image"].int() - trained(plain)).abs().float().mean() < 1.5
+
+
+# captions and sources
+
+
+def test_a_caption_is_drawn_anew_in_each_epoch_and_leaves_the_crops_alone(tmp_path):
+    texts = {"json": {"captions": ["one", "two", "three"], "recap": "long"}}
+    samples = [{"__key__": f"{i}", "jpg": jpeg(60, 24, seed=i), **texts} for i in range(8)]
+    write_shard(tmp_path / "0.tar", samples)
+
+    def two_epochs(**options):
+        batches = iter(build_image_loader(config(str(tmp_path / "0.tar"), **options), 16, None, 8, seed=0))
+        return [next(batches) for _ in range(2)]
+
+    several = two_epochs(caption_keys=["json:captions"])
+    assert set(several[0]["caption"]) == {"one", "two", "three"}
+    captions = [dict(zip(batch["key"], batch["caption"], strict=True)) for batch in several]
+    assert captions[0] != captions[1]
+    assert [batch["caption"] for batch in two_epochs(caption_keys=["json:captions"])] == [
+        batch["caption"] for batch in several
+    ]
+    recaptioned = two_epochs(caption_keys=["json:captions"], recaption_keys=["json:recap"], recaption_probability=0.5)
+    for batch, other in zip(several, recaptioned, strict=True):
+        assert torch.equal(batch["image"], other["image"])  # one draw does not change another
+        pairs = list(zip(batch["caption"], other["caption"], strict=True))
+        assert {after for _, after in pairs} > {"long"}
+        assert all(after in (before, "long") for before, after in pairs)
+
+
+def test_each_source_has_its_own_captions_and_filters(tmp_path):
+    for name in "ab":
+        samples = [
+            {"__key__": f"{name}{i}", "jpg": jpeg(20 + i, 20, seed=i), "txt": "plain", "alt": "other"} for i in range(9)
+        ]
+        write_shard(tmp_path / f"{name}.tar", samples)
+    sources = {
+        "first": SourceConfig([str(tmp_path / "a.tar")]),
+        "second": SourceConfig([str(tmp_path / "b.tar")], caption_keys=["alt"], filters=FilterConfig()),
+    }
+    cfg = ImageTextConfig(sources=sources, num_workers=0, filters=FilterConfig(min_longer_side=24))
+    batch = next(iter(build_image_loader(cfg, 16, None, 60, seed=0)))
+    found = set(zip(batch["key"], batch["caption"], strict=True))
+    assert found == {(f"a{i}", "plain") for i in range(4, 9)} | {(f"b{i}", "other") for i in range(9)}
+    batches = list(read_images(cfg, 16, None, 20))
+    assert batches[0]["key"] == [f"a{i}" for i in range(4, 9)] + [f"b{i}" for i in range(9)]
+
+
+def test_scores_are_looked_at_before_the_image(tmp_path):
+    samples = [
+        {"__key__": "low", "jpg": b"no image", "txt": "x", "json": {"aesthetic": 4.0}},
+        {"__key__": "high", "jpg": jpeg(20, 20), "txt": "x", "json": {"aesthetic": 6.0}},
+    ]
+    write_shard(tmp_path / "0.tar", samples)
+    cfg = config(str(tmp_path / "0.tar"), filters=FilterConfig(min_aesthetic_score=5.0))
+    (batch,) = read_images(cfg, 16, None, 8)
+    assert batch["key"] == ["high"] and batch["skipped"] == {"filter: min_aesthetic_score": 1}
 
 
 def test_one_pass_can_be_limited_and_given_other_shards(shards, tmp_path):
@@ -154,7 +223,8 @@ def test_small_and_elongated_images_are_filtered_at_their_limits(tmp_path):
     sizes = {"small": (31, 31), "atside": (32, 20), "atratio": (80, 40), "long": (40, 81)}
     write_shard(tmp_path / "0.tar", ({"__key__": k, "jpg": jpeg(*s), "txt": k} for k, s in sizes.items()))
     path = str(tmp_path / "0.tar")
-    (batch,) = read_images(config(path, min_longer_side=32, max_aspect_ratio=2.0), 16, None, 8)
+    filters = FilterConfig(min_longer_side=32, max_aspect_ratio=2.0)
+    (batch,) = read_images(config(path, filters=filters), 16, None, 8)
     assert batch["key"] == ["atside", "atratio"]
     assert batch["skipped"] == {"filter: min_longer_side": 1, "filter: max_aspect_ratio": 1}
     assert len(next(read_images(config(path), 16, None, 8))["key"]) == 4
@@ -173,8 +243,8 @@ def test_transparency_shows_the_configured_background(tmp_path):
     [
         ({"shards": []}, "shards"),
         ({"flip_probability": 1.5}, "flip_probability: given 1.5, expected 0..1"),
-        ({"min_longer_side": -1}, "min_longer_side"),
-        ({"max_aspect_ratio": 0.5}, "max_aspect_ratio"),
+        ({"filters": FilterConfig(max_aspect_ratio=0.5)}, "filters.max_aspect_ratio: given 0.5"),
+        ({"resize": "slow"}, "resize: given 'slow', expected fast or exact"),
         ({"background": [0, 0]}, "background"),
         ({"shuffle_buffer": -1}, "shuffle_buffer"),
         ({"num_workers": -1}, "num_workers"),
@@ -185,36 +255,3 @@ def test_transparency_shows_the_configured_background(tmp_path):
 def test_a_wrong_field_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         ImageTextConfig(**{"shards": ["a.tar"], **options}).validate()
-
-
-# captions
-
-
-def test_caption_keys_are_tried_in_order():
-    sample = {"txt": b"plain", "json": json.dumps({"caption": "other", "n": 3}).encode()}
-    assert caption_of(sample, ["txt", "json:caption"]) == "plain"
-    assert caption_of(sample, ["json:caption", "txt"]) == "other"
-    assert caption_of(sample, ["recap", "json:n", "json:absent", "txt"]) == "plain"
-
-
-@pytest.mark.parametrize(
-    "sample",
-    [{}, {"txt": b""}, {"txt": b"\x00\n"}, {"txt": b"\xff\xfe\xfa"}, {"json": b"[1]"}, {"json": b"{"}]
-    + [{"json": b"[" * 100000}, {"json": b'{"caption": null}'}, {"json": b'{"caption": "\\ud83d"}'}],
-)
-def test_a_sample_without_a_readable_caption_is_bad(sample):
-    with pytest.raises(BadSample, match="^caption: missing$"):
-        caption_of(sample, ["txt", "json:caption"])
-
-
-def test_captions_lose_control_characters_and_outer_space():
-    assert clean_caption("  a\x00dog\t on\r\n the \x7f beach \n") == "a dog on the beach"
-    assert clean_caption("\ufeffünï 犬 🐕") == "ünï 犬 🐕"
-    assert clean_caption("half \ud83d pair").encode() == b"half pair"
-
-
-def test_caption_keys_that_match_nothing_are_refused():
-    check_caption_keys(["txt", "json:caption"])
-    for keys in ([], "txt", [""], ["txt:caption"], [":x"]):
-        with pytest.raises(ValueError, match="caption_keys"):
-            check_caption_keys(keys)

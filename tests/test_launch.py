@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-STAGES = ["text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "report"]
+STAGES = ["text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "report"]  # of the demo
+ROUNDS = ["tokens_finetune", "flowtok_finetune", "tokenizer_512", "tokens_512", "flowtok_512"]  # after flowtok
 PROGRAMS = {
     "text_encoder": "--module scripts.train_text_encoder",
     "tokenizer": "train_tokenizer.py",
@@ -101,7 +102,7 @@ def test_all_stages_of_the_demo_run_in_order_then_samples_are_drawn(copy):
     for stage, command in zip(STAGES, commands, strict=False):
         assert f"{PROGRAMS[stage]} --config configs/demo/{stage}.yaml" in command
         assert ("accelerate.commands.launch" in command) == (stage != "report")
-    assert commands[-1] == ".venv/bin/python sample.py --run runs/demo --output runs/demo/samples.png"
+    assert commands[-1] == ".venv/bin/python sample.py --run runs/demo/flowtok --output runs/demo/samples.png"
 
 
 def test_a_dry_run_leaves_nothing_behind(copy):
@@ -112,6 +113,21 @@ def test_a_dry_run_leaves_nothing_behind(copy):
 
 def test_an_experiment_runs_the_stages_that_it_configures(copy):
     assert [stage_of(c) for c in copy.commands("small")] == ["tokenizer", "flowtok", "sample.py"]
+
+
+def test_further_rounds_run_their_stages_program_and_each_flow_draws_samples(copy):
+    for stage in ("tokenizer", "tokens", "flowtok", *ROUNDS):
+        (copy.root / "configs" / "none" / f"{stage}.yaml").touch()
+    commands = copy.commands("none", "flowtok_512.a.b=1", "tokens_finetune.c=2")
+    samples = [c.split("sample.py ")[1] for c in commands[-3:]]
+    assert samples == [
+        f"--run runs/none/flowtok{x} --output runs/none/samples{x}.png" for x in ("", "_finetune", "_512")
+    ]
+    stages = dict(zip(["tokenizer", "tokens", "flowtok", *ROUNDS], commands[:-3], strict=True))
+    for stage, command in stages.items():
+        assert f"{PROGRAMS[stage.split('_')[0]]} --config configs/none/{stage}.yaml" in command
+    assert [stage for stage, command in stages.items() if command.endswith(" a.b=1")] == ["flowtok_512"]
+    assert [stage for stage, command in stages.items() if command.endswith(" c=2")] == ["tokens_finetune"]
 
 
 def test_chosen_stages_keep_their_order_and_only_flowtok_draws_samples(copy):
@@ -175,7 +191,7 @@ def test_the_experiment_can_be_left_out(copy):
 def test_experiment_dir_reaches_the_stages_and_the_samples(copy):
     *stages, sample = copy.commands("small", "experiment_dir=/some/dir")
     assert all(c.endswith(".yaml experiment_dir=/some/dir") for c in stages)
-    assert sample.endswith("sample.py --run /some/dir --output /some/dir/samples.png")
+    assert sample.endswith("sample.py --run /some/dir/flowtok --output /some/dir/samples.png")
 
 
 # --- Errors name the valid choices ---
@@ -188,7 +204,7 @@ def test_an_unknown_experiment_lists_those_that_have_stages(copy):
 
 
 def test_an_unknown_or_missing_stage_lists_the_valid_ones(copy):
-    assert f"valid: {' '.join(STAGES)}" in copy.error(STAGES="tokeniser")
+    assert f"valid: {' '.join([*STAGES[:-1], *ROUNDS, STAGES[-1]])}" in copy.error(STAGES="tokeniser")
     assert "small has no tokens.yaml; its stages: tokenizer flowtok" in copy.error("small", STAGES="tokens")
     assert "the stages of small: tokenizer flowtok" in copy.error("small", STAGES=" ")
 

@@ -13,14 +13,19 @@ from modeling.losses import (
     ReconstructionLossConfig,
     SourceLossConfig,
     contrastive_loss,
+    cosine_margin_loss,
     flow_matching_loss,
+    freeze_unused_alignment,
     kl_loss,
     latent_regression_loss,
     latent_statistics,
+    posterior_statistics,
     reconstruction_losses,
+    reconstruction_weights,
     source_losses,
-    tokenizer_losses,
+    weighted_sum,
 )
+from modeling.text_projector import TextProjector, TextProjectorConfig
 
 B, L, C = 4, 5, 3
 LOG_TEMPERATURE = math.log(1 / 0.07)
@@ -153,6 +158,35 @@ def test_two_processes_give_the_gradient_of_one_process_with_the_joined_batch(tm
     assert abs(sum(halves) / 2 - loss) > 0.1  # negatives of one process only would be another loss
 
 
+def test_cosine_margin_loss_pulls_pairs_up_to_the_margin_only():
+    targets = torch.eye(3, 4, dtype=torch.float64).view(3, 2, 2)
+    angles = torch.tensor([0.0, 60.0, 90.0], dtype=torch.float64).deg2rad()  # cosines 1, 1/2, 0
+    other = targets.flatten(1).roll(1, dims=1)
+    latents = angles.cos().view(3, 1, 1) * targets + angles.sin().view(3, 1, 1) * other.view(3, 2, 2)
+    torch.testing.assert_close(cosine_margin_loss(5 * latents, targets, 0.0).item(), 0.5, rtol=1e-6, atol=0)
+    torch.testing.assert_close(cosine_margin_loss(latents, targets, 0.25).item(), 1 / 3, rtol=1e-6, atol=0)
+    latents.requires_grad_(True)
+    cosine_margin_loss(latents, targets, 0.75).backward()
+    assert [bool(g.abs().sum() > 1e-9) for g in latents.grad] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("config", "head", "temperature"),
+    [
+        (SourceLossConfig(), True, True),
+        (SourceLossConfig(alignment_form="cosine_margin"), True, False),
+        (SourceLossConfig(alignment_weight=0.0), False, False),
+    ],
+)
+def test_alignment_weights_without_gradient_are_frozen(config, head, temperature):
+    projector = TextProjector(TextProjectorConfig(5, 16, 16, 1, 2, 16, token_channels=4, alignment_width=8))
+    freeze_unused_alignment(projector, config)
+    frozen = projector.alignment
+    assert all(p.requires_grad == head for p in frozen.mlp.parameters())
+    assert frozen.log_temperature.requires_grad == temperature
+    assert projector.to_moments.weight.requires_grad
+
+
 def test_latent_regression_is_the_mean_squared_error():
     text, image = moments()
     torch.testing.assert_close(latent_regression_loss(text, image), ((text - image) ** 2).mean())
@@ -198,7 +232,7 @@ def source_inputs():
 def test_source_losses_are_the_weighted_sum_of_the_terms_in_use():
     inputs = source_inputs()
     text, mean, logvar, alignment, log_temperature, image = inputs
-    config = SourceLossConfig(0.3, 0.02, "wall", "batch", image_regression_weight=2.0)
+    config = SourceLossConfig(0.3, kl_weight=0.02, kl_form="wall", kl_reduction="batch", image_regression_weight=2.0)
     terms = source_losses(config, *inputs)
     assert set(terms) == {"alignment", "kl", "image_regression", "source"}
     torch.testing.assert_close(terms["alignment"], contrastive_loss(text, alignment, log_temperature))
@@ -210,11 +244,11 @@ def test_source_losses_are_the_weighted_sum_of_the_terms_in_use():
 
 def test_source_losses_of_weight_zero_are_left_out():
     inputs = source_inputs()
-    terms = source_losses(SourceLossConfig(0.0, 0.0), *inputs)
+    terms = source_losses(SourceLossConfig(0.0, kl_weight=0.0), *inputs)
     assert set(terms) == {"source"} and terms["source"] == 0
-    assert set(source_losses(SourceLossConfig(0.0, 1.0), *inputs)) == {"kl", "source"}
-    assert set(source_losses(SourceLossConfig(1.0, 0.0), *inputs)) == {"alignment", "source"}
-    assert set(source_losses(SourceLossConfig(0.0, 0.0, image_regression_weight=1.0), *inputs)) == {
+    assert set(source_losses(SourceLossConfig(0.0, kl_weight=1.0), *inputs)) == {"kl", "source"}
+    assert set(source_losses(SourceLossConfig(1.0, kl_weight=0.0), *inputs)) == {"alignment", "source"}
+    assert set(source_losses(SourceLossConfig(0.0, kl_weight=0.0, image_regression_weight=1.0), *inputs)) == {
         "image_regression",
         "source",
     }
@@ -232,34 +266,27 @@ def test_negative_source_weights_are_refused(name):
         SourceLossConfig(**{name: -1.0})
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        {},
-        {"l2_weight": 0.0, "l1_weight": 2.0},
-        {"gradient_weight": 0.5, "kl_weight": 0.0},
-        {"l1_weight": 0.3, "gradient_weight": 0.7, "kl_weight": 0.01},
-    ],
-)
-def test_tokenizer_loss_is_the_weighted_sum_of_its_terms(weights):
-    images, reconstructions = torch.rand(2, B, 3, 8, 8)
-    config = ReconstructionLossConfig(**weights)
-    terms = tokenizer_losses(config, images, reconstructions, *moments())
-    assert set(terms) == {"l2", "l1", "gradient", "kl", "loss"}
-    named = {"l2": config.l2_weight, "l1": config.l1_weight, "gradient": config.gradient_weight, "kl": config.kl_weight}
-    assert terms["loss"].item() == pytest.approx(sum(w * terms[name].item() for name, w in named.items()), rel=1e-5)
+def test_the_weighted_sum_keeps_raw_and_weighted_terms_and_leaves_weight_zero_out():
+    terms = {"a": torch.tensor(2.0), "b": torch.tensor(3.0), "off": torch.tensor(float("inf"))}
+    result = weighted_sum(terms, {"a": 0.5, "b": 2.0, "off": 0.0})
+    assert {name: value.item() for name, value in result.items()} == {
+        **{"a": 2.0, "b": 3.0, "off": float("inf"), "weighted/a": 1.0, "weighted/b": 6.0, "loss": 7.0}
+    }
 
 
-def test_tokenizer_loss_ignores_a_term_of_weight_zero_even_where_it_overflows():
-    images, reconstructions = torch.rand(2, B, 3, 8, 8)
-    mean, logvar = torch.full((B, L, C), 1e30), torch.zeros(B, L, C)
-    terms = tokenizer_losses(ReconstructionLossConfig(kl_weight=0.0), images, reconstructions, mean, logvar)
-    assert terms["kl"].isinf() and terms["loss"].isfinite()
+def test_posterior_statistics_show_channels_that_carry_nothing():
+    mean = torch.randn(64, L, 4) * torch.tensor([1.0, 0.5, 0.05, 0.0])
+    logvar = torch.tensor([-4.0, -2.0, 0.0, 0.0]).expand(64, L, 4)
+    statistics = posterior_statistics(mean.requires_grad_(), logvar)
+    assert statistics["channels_in_use"] == 0.5
+    assert statistics["posterior_std/0"].item() == pytest.approx(math.exp(-2))
+    assert statistics["posterior_std"].item() == pytest.approx((math.exp(-2) + math.exp(-1) + 2) / 4)
+    assert not any(value.requires_grad for value in statistics.values())
 
 
 def test_default_tokenizer_weights_are_the_recipes():
     config = ReconstructionLossConfig()
-    assert (config.l2_weight, config.l1_weight, config.gradient_weight, config.kl_weight) == (1.0, 0.0, 0.0, 1e-6)
+    assert reconstruction_weights(config) == {"l2": 1.0, "l1": 0.0, "gradient": 0.0, "perceptual": 0.0, "kl": 1e-6}
 
 
 def test_reconstruction_without_l1_and_l2_is_refused():

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from training.metrics import LoggingConfig, MetricLog, MetricSums
+from training.metrics import LoggingConfig, MetricLog, MetricWindow
 
 CPU = torch.device("cpu")
 
@@ -25,46 +25,63 @@ def open_log(folder, start_step, **options):
 
 
 def test_means_are_over_the_steps_since_the_last_reset():
-    sums = MetricSums(CPU)
+    window = MetricWindow()
     for step, value in enumerate([1.0, 2.0, 6.0]):
-        sums.add(step, {"a": torch.tensor(value), "b": torch.tensor(-value)})
-    assert sums.means(same) == {"a": 3.0, "b": -3.0}
-    sums.reset()
-    sums.add(3, {"a": torch.tensor(7.0), "b": torch.tensor(8.0)})
-    assert sums.means(same) == {"a": 7.0, "b": 8.0}
+        window.add(step, {"a": torch.tensor(value), "b": torch.tensor(-value)}, [])
+    assert window.means(same) == {"a": 3.0, "b": -3.0}
+    window.reset()
+    window.add(3, {"a": torch.tensor(7.0), "b": torch.tensor(8.0)}, [])
+    assert window.means(same) == {"a": 7.0, "b": 8.0}
 
 
 def test_one_reduction_serves_all_values():
-    sums = MetricSums(CPU)
-    sums.add(1, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
+    window = MetricWindow()
+    window.add(1, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, [])
     calls = []
 
     def with_another_process(x):  # whose values are 3 and 4
         calls.append(x)
         return (x + torch.tensor([3.0, 4.0])) / 2
 
-    assert sums.means(with_another_process) == {"a": 2.0, "b": 3.0}
+    assert window.means(with_another_process) == {"a": 2.0, "b": 3.0}
     assert len(calls) == 1
 
 
 def test_values_are_summed_in_float32_without_a_graph():
-    sums = MetricSums(CPU)
+    window = MetricWindow()
     weight = torch.ones((), requires_grad=True)
     for step in range(300):
-        sums.add(step, {"a": (weight * 1).bfloat16()})  # bfloat16 sums would stop at 256
-    assert sums.means(same) == {"a": 1.0}
+        window.add(step, {"a": (weight * 1).bfloat16()}, [])  # bfloat16 window would stop at 256
+    assert window.means(same) == {"a": 1.0}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_bad_step_is_named_even_after_a_reset(bad):
-    sums = MetricSums(CPU)
-    sums.add(4, {"a": torch.tensor(1.0), "b": torch.tensor(0.0)})
-    sums.check_finite()
-    sums.add(5, {"a": torch.tensor(1.0), "b": torch.tensor(bad)})
-    sums.add(6, {"a": torch.tensor(bad), "b": torch.tensor(bad)})
-    sums.reset()
-    with pytest.raises(FloatingPointError, match="non-finite at step 5"):
-        sums.check_finite()
+def test_bad_steps_are_listed_with_terms_and_keys_and_left_out_of_the_means(bad):
+    window = MetricWindow()
+    window.add(4, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, ["x"])
+    assert window.bad_steps() == []
+    window.add(5, {"a": torch.tensor(5.0), "b": torch.tensor(bad)}, ["y", "z"])
+    window.add(6, {"a": torch.tensor(3.0), "b": torch.tensor(4.0)}, ["w"])
+    (step, terms, keys) = window.bad_steps()[0]
+    assert (step, keys, terms["a"], len(window.bad_steps())) == (5, ["y", "z"], 5.0, 1)
+    assert terms["b"] == bad or terms["b"] != terms["b"]
+    assert window.means(same) == {"a": 2.0, "b": 3.0}
+
+
+def test_a_value_that_only_some_steps_have_is_averaged_over_these():
+    window = MetricWindow()
+    window.add(1, {"a": torch.tensor(1.0)}, [])
+    window.add(2, {"a": torch.tensor(2.0), "late": torch.tensor(5.0)}, [])
+    assert window.means(same) == {"a": 1.5, "late": 5.0}
+
+
+def test_a_window_goes_on_where_its_state_was_saved():
+    first, second = MetricWindow(), MetricWindow()
+    first.add(1, {"a": torch.tensor(1.0)}, ["k"])
+    second.load_state_dict(first.state_dict(), CPU)
+    for window in (first, second):
+        window.add(2, {"a": torch.tensor(0.3)}, ["k"])
+    assert first.means(same) == second.means(same)
 
 
 def test_the_log_has_a_line_a_step_on_the_console_and_in_the_file(tmp_path, capsys):

@@ -1,8 +1,8 @@
 """Stops and restarts: resuming bit for bit, complete runs, non-finite losses, killed programs, two processes."""
 
 import json
+import math
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -19,12 +19,13 @@ from tiny_experiment import MAIN, equal, metrics, weights
 
 import train_flowtok
 import train_tokenizer
-from eval.loading import TokensInfo, fingerprint, load_projector
+from eval.loading import fingerprint, load_projector
+from eval.tokens_info import TokensInfo
 from scripts import encode_tokens
 from training import checkpoint as ckpt
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"tokenizer": train_tokenizer, "flowtok": train_flowtok}
+LOSSES = {"tokenizer": (train_tokenizer.TokenizerLosses, "__call__"), "flowtok": (train_flowtok, "compute_losses")}
 TRAINED = ("text_encoder", "tokenizer", "text_projector", "flowtok")
 
 
@@ -34,15 +35,15 @@ class Stop(Exception):
 
 def spoil(monkeypatch, stage, call, action):
     """Let `action` change the terms of the call-th call of a stage's losses."""
-    module, calls = MODULES[stage], []
-    original = module.compute_losses
+    (owner, name), calls = LOSSES[stage], []
+    original = getattr(owner, name)
 
     def spoiled(*args):
         calls.append(1)
         terms = original(*args)
         return action(terms) if len(calls) == call else terms
 
-    monkeypatch.setattr(module, "compute_losses", spoiled)
+    monkeypatch.setattr(owner, name, spoiled)
 
 
 def stop(terms):
@@ -88,7 +89,7 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(
     assert [line["step"] for line in metrics(parts)] == list(range(1, 10))
     assert metrics(parts) == metrics(whole)
     assert equal(state(parts), state(whole))
-    expected = {"step": 9, "ema_updates": 9, "num_processes": 1, "inputs": inputs_of(chain, stage)}
+    expected = {"step": 9, "ema_updates": 9, "bad_steps": [], "num_processes": 1, "inputs": inputs_of(chain, stage)}
     assert state(parts)["state"] == expected
 
 
@@ -126,12 +127,18 @@ class Evil:
         return (os.mkdir, ("executed",))
 
 
-@pytest.mark.parametrize("file", [ckpt.OPTIMIZER_FILE, ckpt.loader_file(0)])
+@pytest.mark.parametrize("file", [ckpt.OPTIMIZER_FILE, ckpt.rank_file(0)])
 def test_a_checkpoint_executes_nothing(chain, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     run = chain.run_in(tmp_path, "tokenizer", "training.max_steps=1")
-    torch.save(Evil(), ckpt.latest_checkpoint(run)[1] / file)
-    with pytest.raises(pickle.UnpicklingError, match="(?i)weights.only"):
+    folder = ckpt.latest_checkpoint(run)[1]
+    torch.save(Evil(), folder / file)
+    with pytest.raises(ValueError, match="no checkpoint of .* is whole .*; to start over, delete .*checkpoints"):
+        chain.run_in(tmp_path, "tokenizer", "training.max_steps=2")
+    manifest = json.loads((folder / ckpt.MANIFEST_FILE).read_text())
+    manifest[file] = {"bytes": (folder / file).stat().st_size, "sha256": ckpt.file_hash(folder / file)}
+    (folder / ckpt.MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"{file} holds more than tensors and plain values, or is broken: refused"):
         chain.run_in(tmp_path, "tokenizer", "training.max_steps=2")
     assert not (tmp_path / "executed").exists()
 
@@ -163,13 +170,69 @@ def test_a_non_finite_loss_stops_naming_the_step_and_leaves_the_last_checkpoint(
     options = ["training.max_steps=8", f"training.log_every_steps={log_every}", "training.checkpoint_every_steps=2"]
     with monkeypatch.context() as patch:
         spoil(patch, stage, call=3, action=lambda terms: terms | {"loss": terms["loss"] * float("nan")})
-        with pytest.raises(FloatingPointError, match="non-finite at step 3; the last checkpoint is from before"):
+        with pytest.raises(
+            FloatingPointError,
+            match="at step 3, rank 0: .*samples: .*last checkpoint .* is from before it",
+        ):
             chain.run_in(tmp_path, stage, *options)
     run = tmp_path / stage
     assert list(ckpt.checkpoint_folders(run)) == [2]
     assert all(torch.isfinite(x).all() for x in weights(run).values())
     chain.run_in(tmp_path, stage, *options)
     assert [line["step"] for line in metrics(run)] == list(range(log_every, 9, log_every))
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "flowtok"])
+def test_up_to_max_bad_steps_are_left_out_and_change_nothing(chain, tmp_path, monkeypatch, capsys, stage):
+    options = ["training.max_steps=4", "training.log_every_steps=2", "training.checkpoint_every_steps=1"]
+    options += ["training.keep_checkpoints=9", "training.max_bad_steps=1"]
+    with monkeypatch.context() as patch:
+        spoil(patch, stage, call=2, action=lambda terms: terms | {"loss": terms["loss"] * float("nan")})
+        run = chain.run_in(tmp_path, stage, *options)
+    assert "left out: non-finite loss or gradient at step 2, rank 0" in capsys.readouterr().out
+    one, two, three = (load_file(ckpt.checkpoint_folders(run)[step] / ckpt.MODEL_FILE) for step in (1, 2, 3))
+    assert equal(one, two) and not equal(two, three)
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [2, 4] and all(math.isfinite(line["loss"]) for line in lines)
+    assert ckpt.read_state(ckpt.latest_checkpoint(run)[1])["bad_steps"] == [2]
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="at step 5"):
+        spoil(patch, stage, call=1, action=lambda terms: terms | {"loss": terms["loss"] * float("nan")})
+        chain.run_in(tmp_path, stage, *options, "training.max_steps=6")  # the second of the last 1000 steps
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(chain, tmp_path, capsys):
+    options = ["training.max_steps=4", "training.checkpoint_every_steps=2", "optimizer.schedule=constant"]
+    run = chain.run_in(tmp_path, "tokenizer", *options)
+    path = ckpt.latest_checkpoint(run)[1] / ckpt.MODEL_FILE
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    chain.run_in(tmp_path, "tokenizer", *options, "training.max_steps=5")
+    output = capsys.readouterr()
+    assert "step_00000004 is damaged (model.safetensors has other contents" in output.err
+    assert "resuming at step 2" in output.out
+    whole = chain.run_in(tmp_path / "whole", "tokenizer", *options, "training.max_steps=5")
+    assert equal(state(run), state(whole))
+
+
+def test_a_full_disk_while_a_checkpoint_is_written_ends_with_an_error_and_a_whole_last_checkpoint(
+    chain, tmp_path, monkeypatch
+):
+    options = ["training.max_steps=6", "training.checkpoint_every_steps=2"]
+    original, calls = ckpt.save_file, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            chain.run_in(tmp_path, "tokenizer", *options)
+    run = tmp_path / "tokenizer"
+    assert list(ckpt.checkpoint_folders(run)) == [2] and ckpt.latest_checkpoint(run, verify_contents=True)[0] == 2
+    chain.run_in(tmp_path, "tokenizer", *options)
+    assert ckpt.latest_checkpoint(run)[0] == 6
 
 
 # Interrupted encoding
@@ -189,7 +252,7 @@ def test_interrupted_encoding_finishes_with_identical_bytes(chain, tmp_path, mon
         patch.setattr(encode_tokens, "write_shard", stop_at_the_second)
         with pytest.raises(Stop):
             chain.run_in(tmp_path, "tokens")
-    assert sorted(path.name for path in folder.iterdir()) == ["source.json", "train-00000.tar"]
+    assert sorted(path.name for path in folder.glob("*.tar")) == ["train-00000.tar"]
     first = folder / "train-00000.tar"
     before = first.stat().st_mtime_ns
     chain.run_in(tmp_path, "tokens")
@@ -366,10 +429,18 @@ def test_two_processes_train_the_tokenizer_and_one_can_go_on(chain, tmp_path, ca
     run = tmp_path / "tokenizer"
     assert output.count("now complete") == 1  # one process talks
     newest = ckpt.latest_checkpoint(run)[1]
-    assert sorted(path.name for path in newest.glob("loader_*")) == [ckpt.loader_file(0), ckpt.loader_file(1)]
-    expected = {"step": 4, "ema_updates": 4, "num_processes": 2, "inputs": inputs_of(chain, "tokenizer")}
+    assert sorted(path.name for path in newest.glob("rank_*")) == [ckpt.rank_file(0), ckpt.rank_file(1)]
+    expected = {
+        "step": 4,
+        "ema_updates": 4,
+        "bad_steps": [],
+        "num_processes": 2,
+        "inputs": inputs_of(chain, "tokenizer"),
+    }
     assert ckpt.read_state(newest) == expected
-    readers = [torch.load(newest / ckpt.loader_file(rank), weights_only=True)["settings"]["rank"] for rank in (0, 1)]
+    readers = [
+        torch.load(newest / ckpt.rank_file(rank), weights_only=True)["loader"]["settings"]["rank"] for rank in (0, 1)
+    ]
     assert readers == [0, 1]
     chain.run_in(tmp_path, "tokenizer", "training.max_steps=6")
     assert "data starts over: the run had 2 processes before" in capsys.readouterr().out

@@ -8,9 +8,9 @@ from training.run import CONFIG_FILE, list_changes, save_config, start_run
 CONFIG = {"model": {"width": 8, "sizes": [1, 2]}, "optimizer": {"learning_rate": 0.1}, "training": {"max_steps": 5}}
 
 
-def start(folder, config, has_checkpoint=True):
+def start(folder, config, has_checkpoint=True, defaults=None):
     run = start_run(folder, "fp32", seed=0)
-    save_config(run, config, ["model"], has_checkpoint)
+    save_config(run, config, defaults or {}, ["model"], has_checkpoint)
     return run
 
 
@@ -53,6 +53,17 @@ def test_another_network_is_refused_by_its_keys_and_the_folder_is_left_as_it_was
     assert "model.width: 8 -> 16" in message and "model.sizes: [1, 2] -> [1, 3]" in message
     assert str(tmp_path) in message and "max_steps" not in message
     assert yaml.safe_load((tmp_path / CONFIG_FILE).read_text()) == CONFIG
+
+
+def test_a_network_key_that_did_not_exist_yet_counts_as_its_default(tmp_path, capsys):
+    start(tmp_path, CONFIG)
+    defaults = {"model": {"width": 1, "new": False}, "other": {"x": 1}}
+    new = changed(model={"new": False}) | {"other": {"x": 1}}
+    start(tmp_path, new, defaults=defaults)
+    assert not capsys.readouterr().out
+    start(tmp_path, CONFIG, has_checkpoint=False)
+    with pytest.raises(ValueError, match="model.new: False -> True"):
+        start(tmp_path, changed(model={"new": True}), defaults=defaults)
 
 
 def test_other_changes_are_printed_and_saved(tmp_path, capsys):

@@ -3,21 +3,24 @@
 import gzip
 import pickle
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from data.shards import BadSample, ShardStream, build_loader, read_batches
-from data.tar import write_shard
+from data.bad_samples import BadSample, SampleCounter
+from data.shards import ShardStream, Source, build_loader, read_batches
+from data.tar import scan_shard, write_shard
 
 torch.set_num_threads(1)
 
 
-def decode(sample, rng):
+def decode(sample, draws):
     """Key and one random number; a sample without a text is bad."""
     if "txt" not in sample:
         raise BadSample("text: missing")
-    return {"key": sample["__key__"], "draw": rng.random()}
+    return {"key": sample["__key__"], "draw": draws.crop_x if draws else 0.0}
 
 
 def collate(samples):
@@ -42,8 +45,24 @@ def make_shards(folder, sizes, bad=()):
     return paths
 
 
-def make_stream(paths, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7):
-    return ShardStream(paths, decode, collate, batch_size, seed, rank, world_size, shuffle_buffer)
+def one_source(paths, decode=decode):
+    return [Source("", tuple(paths), decode)]
+
+
+def make_stream(paths, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7, max_bad_share=1.0):
+    return mixed_stream(one_source(paths), batch_size, seed, rank, world_size, shuffle_buffer, max_bad_share)
+
+
+def mixed_stream(sources, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7, max_bad_share=1.0):
+    return ShardStream(sources, collate, batch_size, seed, rank, world_size, shuffle_buffer, max_bad_share)
+
+
+def read(paths, batch_size, max_bad_share=1.0, limit=None):
+    return read_batches(one_source(paths), collate, batch_size, max_bad_share, limit)
+
+
+def epoch_of(state):
+    return state["positions"][0]["epoch"]
 
 
 def take(iterator, count):
@@ -55,7 +74,7 @@ def epoch_of_reader(stream, epochs=1):
     keys, batches = [[] for _ in range(epochs)], iter(stream)
     while True:
         batch = next(batches)
-        epoch = stream.state_dict()["epoch"]
+        epoch = epoch_of(stream.state_dict())
         if epoch == epochs:
             return keys
         keys[epoch] += batch["key"]
@@ -106,6 +125,20 @@ def test_the_order_changes_with_epoch_and_seed_and_is_the_same_for_the_same_seed
     assert epoch_of_reader(make_stream(paths, seed=1))[0] != first
 
 
+@pytest.mark.parametrize(
+    ("rank", "world_size", "keys", "draw"),
+    [
+        (1, 2, [20, 17, 16, 18, 19, 15, 14, 3, 21, 0, 1, 2, 4, 6, 7, 8], 0.25859724700961184),
+        (4, 5, [3, 14, 7, 19, 12, 9, 14, 4, 24, 19, 14, 4, 7, 19, 12, 2], 0.3580176680949253),
+    ],
+)
+def test_the_order_stays_what_it_was_when_earlier_runs_were_made(tmp_path, rank, world_size, keys, draw):
+    paths = make_shards(tmp_path, [5, 9, 8, 4])
+    batches = take(iter(make_stream(paths, seed=3, rank=rank, world_size=world_size)), 16)
+    assert [int(key) for key in keys_of(batches)] == keys
+    assert batches[-1]["draw"].item() == draw
+
+
 def test_a_shuffle_buffer_of_one_keeps_the_order_inside_a_shard(tmp_path):
     (keys,) = epoch_of_reader(make_stream(make_shards(tmp_path, [10, 10]), shuffle_buffer=1))
     assert sorted([keys[:10], keys[10:]]) == [[f"{i:05d}" for i in range(10)], [f"{i:05d}" for i in range(10, 20)]]
@@ -117,7 +150,7 @@ def test_the_draws_of_a_sample_depend_on_its_epoch_and_not_on_who_reads_it(tmp_p
     def draws(epochs, **options):
         stream = make_stream(paths, **options)
         batches = iter(stream)
-        pairs = ((batch, stream.state_dict()["epoch"]) for batch in batches)
+        pairs = ((batch, epoch_of(stream.state_dict())) for batch in batches)
         found = {}
         for batch, epoch in pairs:
             if epoch == epochs:
@@ -146,7 +179,7 @@ def test_resuming_after_any_batch_continues_exactly(tmp_path):
     for _ in range(24):
         expected.append(next(batches))
         states.append(whole.state_dict())
-    assert states[-1]["epoch"] == 3
+    assert epoch_of(states[-1]) == 3
     for k in range(20):
         resumed = make_stream(paths, batch_size=3)
         resumed.load_state_dict(states[k])
@@ -208,11 +241,11 @@ def test_resuming_decodes_nothing_that_it_skips_and_reads_no_shard_before_its_bl
     (tmp_path / f"s-{int(order[0]) // 10:03d}.tar").unlink()
     decoded = []
 
-    def counting(sample, rng):
+    def counting(sample, draws):
         decoded.append(sample["__key__"])
-        return decode(sample, rng)
+        return decode(sample, draws)
 
-    resumed = ShardStream(paths, counting, collate, 2, 0, 0, 1, 10)
+    resumed = mixed_stream(one_source(paths, counting), batch_size=2, shuffle_buffer=10)
     resumed.load_state_dict(state)
     same([next(iter(resumed))], [expected])
     assert decoded == expected["key"]
@@ -272,10 +305,10 @@ def test_every_bad_sample_is_counted_once(tmp_path, num_workers):
 
 def test_an_epoch_without_a_usable_sample_stops_with_the_counts(tmp_path):
     paths = make_shards(tmp_path, [3], bad={0, 1, 2})
-    with pytest.raises(ValueError, match="no usable sample in epoch 0.*'text: missing': 3"):
+    with pytest.raises(ValueError, match="no usable sample in epoch 0.*text: missing: 3"):
         next(iter(make_stream(paths)))
-    with pytest.raises(ValueError, match="'text: missing': 3"):
-        next(read_batches(paths, decode, collate, batch_size=2))
+    with pytest.raises(ValueError, match="no usable sample in 1 shards.*text: missing: 3; the first bad: 00000, 0"):
+        next(read(paths, batch_size=2))
 
 
 def test_a_reader_without_samples_stops_and_does_not_hang(tmp_path):
@@ -292,11 +325,262 @@ def test_an_error_in_a_worker_reaches_the_training_process(tmp_path):  # 5 s: to
 
 def test_one_pass_reads_in_order_with_a_short_last_batch_and_counts_all_bad_samples(tmp_path):
     paths = make_shards(tmp_path, [4, 4], bad={0, 6, 7})
-    batches = list(read_batches(paths, decode, collate, batch_size=2))
+    batches = list(read(paths, batch_size=2))
     assert [batch["key"] for batch in batches] == [["00001", "00002"], ["00003", "00004"], ["00005"]]
     assert [batch["skipped"] for batch in batches] == [{"text: missing": 1}, {}, {"text: missing": 2}]
-    limited = list(read_batches(paths, decode, collate, batch_size=2, limit=3))
+    limited = list(read(paths, batch_size=2, limit=3))
     assert [batch["key"] for batch in limited] == [["00001", "00002"], ["00003"]]
+
+
+# several sources
+
+
+def make_sources(folder, sizes, weights, bad=()):
+    """Sources "a", "b", ... of shards of these sizes; keys begin with the source's name."""
+    sources = []
+    for name, shards, weight in zip("abc", sizes, weights, strict=False):
+        (folder / name).mkdir()
+        paths, number = [], 0
+        for size in shards:
+            keys = [f"{name}{i:03d}" for i in range(number, number + size)]
+            paths.append(str(folder / name / f"{name}{number:03d}.tar"))
+            write_shard(paths[-1], ({"__key__": key, ("cls" if key in bad else "txt"): "x"} for key in keys))
+            number += size
+        sources.append(Source(name, tuple(paths), decode, weight))
+    return sources
+
+
+def keys_of(batches):
+    return [key for batch in batches for key in batch["key"]]
+
+
+def reweighted(sources, *weights):
+    return [replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True)]
+
+
+def test_each_sample_of_each_source_once_per_epoch_over_two_ranks_and_two_workers(tmp_path):
+    sources = make_sources(tmp_path, [[5] * 8, [10, 10]], [3.0, 1.0])  # of "a" whole shards, of "b" every fourth sample
+    epochs = {"a": [Counter(), Counter()], "b": [Counter(), Counter()]}
+    for rank in range(2):
+        batches = take(iter(build_loader(mixed_stream(sources, rank=rank, world_size=2), num_workers=2)), 140)
+        for worker in range(2):
+            mine = keys_of(batch for batch in batches if batch["worker"] == worker)
+            for name, per_epoch in (("a", 10), ("b", 5)):
+                keys = [key for key in mine if key[0] == name]
+                assert len(keys) >= 2 * per_epoch
+                epochs[name][0].update(keys[:per_epoch])
+                epochs[name][1].update(keys[per_epoch : 2 * per_epoch])
+    for name, size in (("a", 40), ("b", 20)):
+        assert epochs[name] == [Counter(f"{name}{i:03d}" for i in range(size))] * 2
+
+
+def test_a_source_gives_its_share_of_the_usable_samples(tmp_path):
+    bad = {f"a{i:03d}" for i in range(30)}  # 3 of 4
+    sources = make_sources(tmp_path, [[20, 20], [15], [9]], [5.0, 3.0, 2.0], bad=bad)
+    counts = Counter(key[0] for key in keys_of(take(iter(mixed_stream(sources, batch_size=10)), 400)))
+    assert [round(counts[name] / 4000, 1) for name in "abc"] == [0.5, 0.3, 0.2]
+    none = Counter(key[0] for key in keys_of(take(iter(mixed_stream(reweighted(sources, 1, 0, 3))), 200)))
+    assert set(none) == {"a", "c"}
+
+
+def test_the_mixture_is_the_same_for_the_same_seed_and_another_for_another(tmp_path):
+    sources = make_sources(tmp_path, [[9, 9], [9, 9]], [1.0, 1.0])
+    first = take(iter(mixed_stream(sources)), 60)
+    same(take(iter(mixed_stream(sources)), 60), first)
+    other = keys_of(take(iter(mixed_stream(sources, seed=1)), 60))
+    assert [key[0] for key in other] != [key[0] for key in keys_of(first)]
+
+
+def test_the_order_inside_a_source_does_not_depend_on_the_others(tmp_path):
+    sources = make_sources(tmp_path, [[9, 9], [9, 9]], [1.0, 1.0])
+
+    def order(*sources):
+        keys = keys_of(take(iter(mixed_stream(sources)), 80))
+        return [[key for key in keys if key[0] == name] for name in "ab"]
+
+    (a, b), (more_a, less_b), (only_a, _) = order(*sources), order(*reweighted(sources, 5, 1)), order(sources[0])
+    assert more_a[: len(a)] == a and only_a[: len(a)] == a
+    assert b[: len(less_b)] == less_b
+    assert [key[1:] for key in b] != [key[1:] for key in a[: len(b)]]  # though the two are made alike
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_mixture_resumes_exactly_after_any_batch(tmp_path, num_workers):
+    sources = make_sources(tmp_path, [[5, 9, 8], [11]], [2.0, 1.0], bad={"a003", "a011", "b004"})
+    cut(sources[0].shards[1])
+
+    def loader():
+        return build_loader(mixed_stream(sources, batch_size=3), num_workers)
+
+    whole, states, expected = loader(), [], []
+    batches = iter(whole)
+    for _ in range(30):
+        states.append(pickle.loads(pickle.dumps(whole.state_dict())))
+        expected.append(next(batches))
+    assert {"shard: truncated", "text: missing"} == set().union(*(batch["skipped"] for batch in expected))
+    for step in range(0, 24, 1 if num_workers == 0 else 7):
+        resumed = loader()
+        resumed.load_state_dict(states[step])
+        same(take(iter(resumed), 6), expected[step : step + 6])
+
+
+def test_a_mixture_resumes_with_other_weights_where_each_source_stands(tmp_path):
+    sources = make_sources(tmp_path, [[9, 9], [9, 9]], [1.0, 1.0])
+    stream = mixed_stream(sources)
+    seen = keys_of(take(iter(stream), 12))
+    resumed = mixed_stream(reweighted(sources, 3, 1))
+    resumed.load_state_dict(stream.state_dict())
+    seen += keys_of(take(iter(resumed), 40))
+    assert Counter(key for key in seen if key[0] == "a")["a000"] >= 1
+    for name in "ab":
+        keys = [key for key in seen if key[0] == name]
+        assert len(set(keys[:18])) == len(keys[:18])
+    with pytest.raises(ValueError, match="num_sources was 2, is 1"):
+        mixed_stream(sources[:1]).load_state_dict(stream.state_dict())
+
+
+# shards that break off
+
+
+def cut(path, damage="cut"):
+    """Break a tar: inside its third sample, so that two are left, at the third's first byte (one is), or wholly."""
+    data = bytearray(Path(path).read_bytes())
+    third = [end for _, end in scan_shard(path, offset=0, ordinal=0, reader=0, readers=1)][1]
+    if damage == "cut":
+        Path(path).write_bytes(data[: third + 600])
+    elif damage == "overwritten":
+        data[third : third + 512] = b"\xff" * 512
+        Path(path).write_bytes(data)
+    else:
+        Path(path).unlink()
+
+
+@pytest.mark.parametrize(("sizes", "readers"), [([6] * 8, 2), ([12] * 2, 3)], ids=["more_shards", "fewer_shards"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "overwritten"])
+def test_the_rest_of_a_broken_shard_is_one_bad_sample_and_all_else_is_read_once(tmp_path, sizes, readers, damage):
+    paths = make_shards(tmp_path, sizes)
+    cut(paths[1], damage)
+    left = {"cut": 2, "overwritten": 1, "missing": 0}[damage]
+    lost = range(sizes[0] + left, 2 * sizes[0])
+    seen, skipped = Counter(), Counter()
+    for rank in range(readers):
+        stream = make_stream(paths, rank=rank, world_size=readers, shuffle_buffer=5)
+        batches = iter(stream)
+        batch = next(batches)
+        while epoch_of(stream.state_dict()) < 3:
+            seen.update(batch["key"])
+            skipped.update(batch["skipped"])
+            batch = next(batches)
+        skipped.update(batch["skipped"])  # what was skipped behind the last usable sample of its epoch
+    assert seen == {f"{i:05d}": 3 for i in range(sum(sizes)) if i not in lost}
+    reason = "shard: truncated" if damage == "cut" else "shard: unreadable"
+    # in each epoch, and perhaps at the start of the fourth
+    assert set(skipped) == {reason} and 3 <= skipped.total() <= 4
+
+
+def test_a_reader_whose_only_shard_is_lost_goes_on_in_the_next_epoch(tmp_path):
+    paths = make_shards(tmp_path, [3, 3])
+    Path(paths[0]).unlink()
+    for rank in range(2):
+        keys = keys_of(take(iter(make_stream(paths, rank=rank, world_size=2)), 6))
+        assert set(keys) == {"00003", "00004", "00005"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("sizes", [[5, 9, 8], [22]], ids=["more_shards", "fewer_shards"])
+def test_a_stream_with_a_broken_shard_resumes_exactly(tmp_path, num_workers, sizes):
+    paths = make_shards(tmp_path, sizes, bad={3})
+    cut(paths[len(paths) // 2])
+
+    def loader():
+        return build_loader(make_stream(paths, batch_size=2), num_workers)
+
+    whole, states, expected = loader(), [], []
+    batches = iter(whole)
+    for _ in range(24):
+        states.append(whole.state_dict())
+        expected.append(next(batches))
+    assert sum(batch["skipped"].get("shard: truncated", 0) for batch in expected) >= 2
+    for step in range(0, 20, 1 if num_workers == 0 else 6):
+        resumed = loader()
+        resumed.load_state_dict(states[step])
+        same(take(iter(resumed), 4), expected[step : step + 4])
+
+
+def test_one_pass_goes_on_behind_a_broken_shard(tmp_path):
+    paths = make_shards(tmp_path, [4, 4, 4])
+    cut(paths[1])
+    (batch,) = read(paths, batch_size=20)
+    assert batch["key"] == [f"{i:05d}" for i in (0, 1, 2, 3, 4, 5, 8, 9, 10, 11)]
+    assert batch["skipped"] == {"shard: truncated": 1}
+
+
+def test_a_stream_of_shards_that_all_cannot_be_read_stops_naming_one(tmp_path):
+    with pytest.raises(ValueError, match=r"no usable sample in epoch 9.*shard: unreadable: 10; .*x.tar: No such file"):
+        next(iter(make_stream([str(tmp_path / "x.tar")])))
+
+
+# too many bad samples
+
+
+def share_stream(tmp_path, bad, max_bad_share, reason="text: missing"):
+    """200 samples in order, of which those in `bad` are skipped for a reason."""
+
+    def decode_or_skip(sample, draws):
+        if int(sample["__key__"]) in bad:
+            raise BadSample(reason)
+        return decode(sample, draws)
+
+    paths = make_shards(tmp_path, [200])
+    return mixed_stream(one_source(paths, decode_or_skip), shuffle_buffer=1, max_bad_share=max_bad_share)
+
+
+def test_more_bad_samples_than_allowed_stop_the_run_with_counts_and_keys(tmp_path):
+    message = (
+        r"reader 0 of 1: 6 of the last 100 samples are bad, more than max_bad_share = 0.05 allows "
+        r"\(text: missing: 6\); the first: 00003, 00005, 00020, 00030, 00050. Repair the data, or raise max_bad_share"
+    )
+    with pytest.raises(ValueError, match=message):
+        take(iter(share_stream(tmp_path, {3, 5, 20, 30, 50, 70}, 0.05)), 150)
+
+
+def test_as_many_bad_samples_as_allowed_do_not_stop_it(tmp_path):
+    take(iter(share_stream(tmp_path, {3, 5, 20, 30, 50}, 0.05)), 400)
+
+
+def test_filtered_samples_are_not_bad_and_a_share_of_one_never_stops(tmp_path):
+    most = set(range(200)) - {7}
+    take(iter(share_stream(tmp_path, most, 0.05, reason="filter: min_longer_side")), 2)
+    take(iter(share_stream(tmp_path, most, 1.0)), 2)
+    with pytest.raises(ValueError, match="99 of the last 100 samples are bad"):
+        take(iter(share_stream(tmp_path, most, 0.9)), 2)
+
+
+def test_only_the_recent_samples_count(tmp_path):
+    counter = SampleCounter(0.05, "reader")
+    for i in range(5):
+        counter.skip(str(i), "x")
+    for _ in range(3):
+        for _ in range(980):
+            counter.usable()
+        for i in range(40):
+            counter.skip(str(i), "x")
+    with pytest.raises(ValueError, match="51 of the last 1000"):
+        for i in range(12):
+            counter.skip(str(i), "x")
+
+
+def test_reading_in_order_stops_at_too_many_bad_samples_too(tmp_path):
+    paths = make_shards(tmp_path, [200], bad=set(range(0, 200, 10)))
+    with pytest.raises(ValueError, match="10 of the last 100 samples are bad.*text: missing"):
+        list(read(paths, batch_size=5, max_bad_share=0.05))
+    assert sum(len(batch["key"]) for batch in read(paths, batch_size=5, max_bad_share=0.2)) == 180
+
+
+def test_what_stops_a_worker_reads_as_in_the_same_process(tmp_path):  # 5 s: torch joins the failed worker so long
+    paths = make_shards(tmp_path, [200], bad=set(range(0, 200, 10)))
+    with pytest.raises(ValueError, match=r"^reader 0 of 1: 10 of the last 100 .* \(1 never stops\)$"):
+        take(iter(build_loader(make_stream(paths, shuffle_buffer=1, max_bad_share=0.05), 1)), 150)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"seed": -1}, {"rank": 1}, {"rank": -1}])

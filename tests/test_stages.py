@@ -1,6 +1,7 @@
 """The real main() of every stage on tiny sizes: what a chain leaves behind, that losses fall, that options act."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from tiny_experiment import Experiment, equal, metrics, reset_accelerate, weight
 
 from configs.load import load_config
 from data.tar import read_shard, write_shard
-from eval.loading import TokensInfo, load_tokens_info
 from eval.stored_tokens import open_stored_tokens
+from eval.tokens_info import TokensInfo, load_tokens_info
 from modeling.posterior import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.run import start_run
@@ -176,6 +177,65 @@ def test_options_of_the_flow_stage_run_and_change_the_weights(chain, tmp_path, o
     assert all_different(last_weights(chain, tmp_path, "flowtok", options))
 
 
+def test_the_ablations_of_the_alignment_run_and_change_the_weights(chain, tmp_path):
+    base = weights(chain.run_in(tmp_path / "base", "flowtok", "projector_run=''"))
+    cosine = weights(
+        chain.run_in(tmp_path / "cosine", "flowtok", "projector_run=''", "losses.alignment_form=cosine_margin")
+    )
+    assert not equal(base, cosine)
+    name = "projector.alignment.log_temperature"
+    assert not torch.equal(base[name], cosine[name])
+    pool = ("projector_run=''", "projector.alignment_target=average_pool")
+    pooled = weights(chain.run_in(tmp_path / "pool", "flowtok", *pool))
+    assert not any("alignment.mlp" in key for key in pooled) and not equal(base, pooled)
+
+
+def test_fine_tuning_starts_from_ema_weights_at_step_0_and_resumes_from_itself(chain, tmp_path):
+    pretrained = chain.folder / "flowtok"
+    options = (
+        "projector_run=''",
+        f"init_from={pretrained}",
+        "optimizer.learning_rate=1e-30",
+        "optimizer.warmup_steps=0",
+    )
+    run = chain.run_in(tmp_path, "flowtok", *options, "training.max_steps=2", "optimizer.weight_decay=0")
+    start, tuned = weights(pretrained, EMA_FILE), weights(run)
+    assert all(torch.allclose(tuned[name], start[name], atol=1e-6) for name in start)  # a learning rate of nothing
+    assert [line["step"] for line in metrics(run)] == [2]
+    more = chain.run_in(tmp_path, "flowtok", *options, "training.max_steps=4")  # resume: not from init_from again
+    assert [line["step"] for line in metrics(more)] == [2, 4]
+    assert list(checkpoint_folders(more)) == [2, 4]
+
+
+def test_weights_of_another_network_or_from_two_sources_are_refused(chain, tmp_path):
+    source = f"init_from={chain.folder}/flowtok"
+    with pytest.raises(ValueError, match="flowtok is not this config's .*: flowtok.depth: 1 -> 2$"):
+        chain.run_in(tmp_path, "flowtok", "projector_run=''", source, "flowtok.depth=2")
+    with pytest.raises(ValueError, match="already has a projector, and projector_run="):
+        chain.run_in(tmp_path, "flowtok", source)
+    with pytest.raises(ValueError, match="is a run of stage 'tokenizer', not of stage 'flowtok'"):
+        chain.run_in(tmp_path, "flowtok", "projector_run=''", f"init_from={chain.folder}/tokenizer")
+
+
+def test_a_fine_tuned_run_is_refused_when_its_start_was_trained_anew(chain, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(chain.folder / "flowtok", start)
+    options = ("projector_run=''", f"init_from={start}")
+    chain.run_in(tmp_path, "flowtok", *options)
+    shutil.rmtree(start)
+    other = chain.run_in(tmp_path / "other", "flowtok", "training.seed=5")
+    shutil.copytree(other, start)
+    with pytest.raises(ValueError, match="was trained on what an earlier stage gave before it changed: init_from was"):
+        chain.run_in(tmp_path, "flowtok", *options)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "flowtok"])
+def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(chain, tmp_path, stage):
+    for mode in ("selective", "full"):
+        run = chain.run_in(tmp_path / mode, stage, f"activation_checkpointing={mode}")
+        assert equal(weights(run), weights(chain.folder / stage))
+
+
 @pytest.mark.parametrize("form", ["gaussian", "wall"])
 def test_both_kl_forms_run_in_every_reduction_and_change_the_weights(chain, tmp_path, form):
     kl = f"losses.kl_weight=0.01 losses.kl_form={form} losses.kl_reduction"
@@ -229,7 +289,7 @@ def test_text_states_are_the_same_stored_or_encoded(chain, tmp_path):
         reset_accelerate()
         config = chain.config("flowtok", f"data.shards=[{folder}/tokens/*.tar]")
         run = start_run(tmp_path / "run", "fp32", seed=0)
-        tokens = open_stored_tokens(run, config, load_tokens_info(config.data.shards, 16, 4, config.tokenizer_run))
+        tokens = open_stored_tokens(run, config, load_tokens_info(config.data, 16, 4, config.tokenizer_run))
         assert (tokens.text_encoder is None) == (folder == chain.folder)
         batch = next(iter(tokens.loader))
         states.append((batch["key"], tokens.text_states(batch)))
@@ -253,7 +313,11 @@ def test_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
         ("tokenizer", "tokenizer.text_tokens=8", "tokenizer.text_tokens x text_width = 8 x 32, but .* gives 16 x 32"),
         ("text_projector", "projector.text_width=16", "gives 16 x 32 text states, the config expects"),
         ("text_projector", "projector.token_channels=8", "holds 16 x 4 tokens, the config expects 16 x 8"),
-        ("flowtok", "projector.width=32", "projector of .* is .*width=16.*, this config says .*width=32"),
+        (
+            "flowtok",
+            "projector.width=32",
+            "text_projector is not this config's .there -> here.: projector.width: 16 -> 32$",
+        ),
         ("flowtok", "data.shards=[nowhere/*.tar]", "nowhere/tokens.json does not exist"),
         ("tokenizer", "data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),
         ("tokenizer", "training.batch_size=9 training.gradient_accumulation=2", "9 is not divisible by processes"),

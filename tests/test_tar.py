@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from data.storage import ShardError
 from data.tar import count_samples, expand_shards, read_shard, write_shard
 
 
@@ -58,6 +59,23 @@ def test_a_missing_shard_names_pattern_folder_and_nearest_files(tmp_path):
         expand_shards([str(tmp_path / "trian" / "000.tar")])
     with pytest.raises(ValueError, match="names the folder"):
         expand_shards([str(tmp_path)])
+
+
+def test_urls_and_pipes_expand_by_braces_and_are_not_looked_up():
+    assert expand_shards(["https://h/x-{08..10}.tar?a=*"]) == [f"https://h/x-{i}.tar?a=*" for i in ("08", "09", "10")]
+    command = "pipe:aws s3 cp s3://b/{a,b}-{0..1}.tar - | awk '{print $1, $2}'"
+    expected = [f"pipe:aws s3 cp s3://b/{x}-{i}.tar - | awk '{{print $1, $2}}'" for x in "ab" for i in range(2)]
+    assert expand_shards([command], allow_pipe=True) == expected
+    with pytest.raises(ValueError, match="listed twice"):
+        expand_shards(["http://h/a.tar", "http://h/{a,b}.tar"])
+
+
+def test_a_pipe_is_refused_unless_allowed_and_other_stores_with_advice():
+    with pytest.raises(ValueError, match="'pipe:ls' runs a shell command.*allow_pipe: true"):
+        expand_shards(["pipe:ls"])
+    for pattern in ("s3://bucket/a.tar", "gs://bucket/a.tar"):
+        with pytest.raises(ValueError, match=r"neither a file, http\(s\) nor a pipe.*pipe:aws s3 cp"):
+            expand_shards([pattern], allow_pipe=True)
 
 
 def test_empty_lists_strings_and_odd_braces_are_refused(tmp_path):
@@ -148,6 +166,46 @@ def test_files_that_are_no_tars_are_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + b"z" * 2000)
     with pytest.raises(ValueError, match="x.tar: not a tar header at byte 0 .*gzip"):
         list(read_shard(tmp_path / "x.tar"))
+
+
+def test_a_changed_header_is_refused_wherever_the_change_lies(tmp_path):
+    make_shards(tmp_path, [2])
+    whole = (tmp_path / "s-000.tar").read_bytes()
+    for position in (0, 50, 130, 150, 160, 344, 511):
+        broken = bytearray(whole)
+        broken[1024 + position] ^= 1
+        (tmp_path / "x.tar").write_bytes(broken)
+        with pytest.raises(ShardError, match="x.tar: not a tar header at byte 1024"):
+            list(read_shard(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("records", [b"0 path=x\n", b"-3 path=x\n", b"path=x\n", b"\xff" * 9])
+def test_a_broken_pax_header_is_refused(tmp_path, records):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(records)
+    (tmp_path / "x.tar").write_bytes(info.tobuf() + records.ljust(512, b"\0") + bytes(1024))
+    with pytest.raises(ShardError, match="broken pax header at byte 0"):
+        list(read_shard(tmp_path / "x.tar"))
+
+
+def test_a_negative_size_is_refused(tmp_path):
+    header = bytearray(tarfile.TarInfo("a.txt").tobuf())
+    header[124:136] = b"-0000000777\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "x.tar").write_bytes(header + bytes(2048))
+    with pytest.raises(ShardError, match="not a tar header at byte 0"):
+        list(read_shard(tmp_path / "x.tar"))
+
+
+def test_two_members_of_one_name_in_a_row_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.txt", "b.txt", "b.TXT"):
+            tar.addfile(tarfile.TarInfo(name))
+    samples = read_shard(tmp_path / "x.tar")
+    assert next(samples) == {"__key__": "a", "txt": b""}
+    with pytest.raises(ShardError, match="x.tar: two members are named b.TXT in a row"):
+        next(samples)
 
 
 def test_folders_and_foreign_members_are_passed_over(tmp_path):

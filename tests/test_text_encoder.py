@@ -1,15 +1,20 @@
 """modeling/text_encoder.py: the states are open_clip's own, frozen; captions to ids and back; folders; errors."""
 
 import copy
+import json
 import pickle
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY_CLIP
+from safetensors.torch import save_file
 
+from modeling import text_encoder
 from modeling.text_encoder import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     TextEncoder,
     TextEncoderConfig,
     TextTokenizer,
@@ -162,7 +167,7 @@ def test_named_model_without_weights_is_refused():
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ValueError, match="cannot load the text tower 'ViT-B-32', pretrained 'opena1'"):
+    with pytest.raises(ValueError, match="pretrained=opena1 is neither a file nor a tag of ViT-B-32 .tags: openai, "):
         load_text_encoder(TextEncoderConfig(model="ViT-B-32", pretrained="opena1"))
 
 
@@ -188,3 +193,163 @@ def test_folder_without_weights_is_refused_instead_of_giving_a_random_tower(tmp_
 def test_model_without_a_token_embedding_is_refused():
     with pytest.raises(ValueError, match="Linear is no CLIP text transformer"):
         TextEncoder(torch.nn.Linear(2, 2))
+
+
+PLAIN, QUICK = "tiny-for-tests", "tiny-for-tests-quickgelu"
+REPOSITORY = "nobody/tiny_clip.openai"
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """The tiny CLIP under two names, as OpenAI's: with exact GELU and with QuickGELU; a file with weights for both."""
+    folder = tmp_path_factory.mktemp("named")
+    (folder / "configs").mkdir()
+    for name, config in ((PLAIN, TINY_CLIP), (QUICK, TINY_CLIP | {"quick_gelu": True})):
+        (folder / "configs" / f"{name}.json").write_text(json.dumps(config))
+    text_encoder.open_clip.add_model_config(folder / "configs")
+    save_file(build_clip(TINY_CLIP).state_dict(), folder / WEIGHTS_FILE)
+    return folder
+
+
+@pytest.fixture
+def hub(named, monkeypatch):
+    """The tiny CLIP as the tag `openai` of both names; downloads give the file, are counted, and need no network."""
+    tag = {"openai": {"hf_hub": f"{REPOSITORY}/", "quick_gelu": True}}
+    for name in (PLAIN, QUICK):
+        monkeypatch.setitem(text_encoder.open_clip.pretrained._PRETRAINED, name, tag)
+    downloads = []
+
+    def download(repo_id, filename, **options):
+        downloads.append(f"{repo_id}/{filename}")
+        return str(named / filename)
+
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
+    return downloads
+
+
+def states_of(tokenize, *arguments, **options):
+    """Text states of some captions by the tower of a config."""
+    return load_text_encoder(TextEncoderConfig(*arguments, **options))(tokenize(CAPTIONS))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "float16"])
+def test_a_local_file_gives_the_same_states_as_the_hubs_name(named, hub, tokenize, tmp_path, form):
+    file = named / WEIGHTS_FILE
+    clip = build_clip(TINY_CLIP)
+    if form == "float16":  # as OpenAI's are
+        clip.half()
+    save_file(clip.state_dict(), file)
+    if form == "pickle":
+        file = tmp_path / "clip.bin"
+        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in clip.state_dict().items()}}, file)
+    from_hub, from_file = states_of(tokenize, QUICK, "openai"), states_of(tokenize, QUICK, str(file))
+    assert torch.equal(from_hub, from_file) and from_hub.dtype == torch.float32
+    assert hub == [f"{REPOSITORY}/{WEIGHTS_FILE}"]
+
+
+def test_the_name_or_the_option_says_the_activation_of_a_file(named, tokenize):
+    file = str(named / WEIGHTS_FILE)
+    quick = load_text_encoder(TextEncoderConfig(QUICK, file))
+    exact = load_text_encoder(TextEncoderConfig(PLAIN, file, exact_gelu=True))
+    assert (quick.quick_gelu, exact.quick_gelu) == (True, False)
+    assert not torch.allclose(quick(tokenize(CAPTIONS)), exact(tokenize(CAPTIONS)), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError) as error:
+        load_text_encoder(TextEncoderConfig(PLAIN, file))
+    assert f"OpenAI, DFN or MetaCLIP: set text_encoder.model={QUICK}." in str(error.value)
+    assert "set text_encoder.exact_gelu=true" in str(error.value)
+
+
+def test_a_tag_whose_weights_want_the_other_activation_is_refused(hub):
+    with pytest.raises(ValueError, match=f"the weights openai want QuickGELU, .*: set text_encoder.model={QUICK}"):
+        load_text_encoder(TextEncoderConfig(PLAIN, "openai"))
+    with pytest.raises(ValueError, match="set text_encoder.model=ViT-L-14-336-quickgelu"):
+        load_text_encoder(TextEncoderConfig("ViT-L-14-336", "openai"))
+    assert not hub
+
+
+def test_exact_gelu_is_refused_where_the_activation_is_said_already(named, hub, tiny_clip_dir):
+    for model, pretrained in (
+        (QUICK, str(named / WEIGHTS_FILE)),
+        (QUICK, "openai"),
+        (f"local-dir:{tiny_clip_dir}", ""),
+    ):
+        with pytest.raises(ValueError, match="text_encoder.exact_gelu.*: leave it out|; leave it out"):
+            load_text_encoder(TextEncoderConfig(model, pretrained, exact_gelu=True))
+
+
+def test_weights_in_the_hubs_cache_are_used_without_asking_the_hub(named, hub, tokenize, tmp_path, monkeypatch):
+    snapshot = tmp_path / f"models--{REPOSITORY.replace('/', '--')}"
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs" / "main").write_text("abc")
+    (snapshot / "snapshots" / "abc").mkdir(parents=True)
+    save_file(build_clip(TINY_CLIP).state_dict(), snapshot / "snapshots" / "abc" / WEIGHTS_FILE)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_session", None)
+    cached = states_of(tokenize, QUICK, "openai")
+    assert torch.equal(cached, states_of(tokenize, QUICK, str(snapshot / "snapshots" / "abc" / WEIGHTS_FILE)))
+    assert not hub
+
+
+@pytest.mark.parametrize(("offline", "reason"), [(True, "HF_HUB_OFFLINE is set"), (False, "does not answer")])
+def test_without_network_the_error_says_what_to_download_and_how_to_name_it(hub, monkeypatch, offline, reason):
+    def head(url, timeout):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(head=head))
+    with pytest.raises(ValueError) as error:
+        load_text_encoder(TextEncoderConfig(QUICK, "openai"))
+    message = str(error.value)
+    assert f"cannot load the text tower {QUICK}, openai: it is not in the hub's cache on this machine" in message
+    assert reason in message and "\n" not in message and not hub
+    assert f"download {WEIGHTS_FILE} of https://huggingface.co/{REPOSITORY} elsewhere" in message
+    assert f"set text_encoder.pretrained=PATH_OF_THE_FILE; text_encoder.model stays {QUICK}" in message
+
+
+def test_a_repository_that_cannot_be_had_is_named_with_the_way_to_use_its_files(monkeypatch):
+    def download(*arguments, **options):
+        raise OSError("no route")
+
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
+    with pytest.raises(
+        ValueError, match="hf-hub:a/b: .*of https://huggingface.co/a/b elsewhere.*model=local-dir:FOLDER"
+    ):
+        load_text_encoder(TextEncoderConfig("hf-hub:a/b"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")  # torch gives TorchScript up
+def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_readable(tokenize, named, tmp_path):
+    clip = build_clip(TINY_CLIP).eval().half()
+    rounded = copy.deepcopy(clip).float()
+    clip.register_buffer("attn_mask", None)  # the state dict of OpenAI's files has no mask, but three numbers
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        vars(clip).pop(name, None)
+        clip.register_buffer(name, torch.tensor(7))
+    file = tmp_path / "ViT-L-14-336px.pt"
+    example = (torch.randn(1, 3, 32, 32).half(), tokenize(CAPTIONS[:1]))
+    torch.jit.trace(clip, example, check_trace=False, strict=False).save(str(file))
+    with pytest.raises(ValueError, match="is a TorchScript archive") as error:
+        load_text_encoder(TextEncoderConfig(QUICK, str(file)))
+    assert "\n" not in str(error.value)
+    exec(re.search(r'python -c "(.+?)" and', str(error.value))[1], {})
+    states = states_of(tokenize, PLAIN, f"{file}.safetensors", exact_gelu=True)
+    assert torch.equal(states, TextEncoder(rounded)(tokenize(CAPTIONS)))
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04"])
+@pytest.mark.parametrize("name", ["clip.pt", "clip.safetensors"])
+def test_a_broken_weights_file_is_named_in_one_line(named, tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"cannot load the text tower {QUICK}, {file}: ") as error:
+        load_text_encoder(TextEncoderConfig(QUICK, str(file)))
+    assert "\n" not in str(error.value)
+
+
+def test_under_bf16_autocast_the_weights_and_the_final_norm_stay_float32(encoder, tokenize):
+    with torch.autocast("cpu", torch.bfloat16):
+        states = encoder(tokenize(CAPTIONS))
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32} and states.dtype == torch.float32
+    exact = encoder(tokenize(CAPTIONS))
+    assert 0 < (states - exact).abs().max() < 0.1

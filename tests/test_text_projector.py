@@ -229,3 +229,13 @@ def test_flattened_rows_have_length_one_and_keep_their_direction():
     assert rows.shape == (B, L * C) and rows.dtype == torch.float32
     expected = x.reshape(B, -1) / x.reshape(B, -1).square().sum(dim=1, keepdim=True).sqrt()
     torch.testing.assert_close(rows, expected.float())
+
+
+def test_the_pooled_target_averages_neighbouring_channels_and_has_no_weights():
+    config = TextProjectorConfig(2, 8, 8, 1, 2, 8, token_channels=4, alignment_target="average_pool")
+    head = TextProjector(config).alignment
+    states = torch.arange(16.0).view(1, 2, 8)
+    torch.testing.assert_close(head(states), torch.tensor([[[0.5, 2.5, 4.5, 6.5], [8.5, 10.5, 12.5, 14.5]]]))
+    assert [name for name, _ in head.named_parameters()] == ["log_temperature"]
+    with pytest.raises(ValueError, match="text_width 8 is not divisible by token_channels 3"):
+        TextProjectorConfig(2, 8, 8, 1, 2, 8, token_channels=3, alignment_target="average_pool")

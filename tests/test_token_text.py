@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.filters import FilterConfig
+from data.mixture import SourceConfig
 from data.tar import write_shard
 from data.token_text import TokenTextConfig, build_token_loader, read_tokens
 
@@ -179,6 +181,37 @@ def test_one_pass_can_be_limited_and_given_other_shards(tmp_path):
     second = write(tmp_path, [sample(10 + i) for i in range(4)], "1.tar")
     batches = read(first, batch_size=2, shards=[second], limit=3)
     assert [batch["key"] for batch in batches] == [["010", "011"], ["012"]]
+
+
+def test_each_source_has_its_own_captions_filters_and_share(tmp_path):
+    first = [sample(i, json={"aesthetic": 4 + i % 3}, recap_txt="The image shows more") for i in range(12)]
+    second = [sample(100 + i, json={"captions": ["one", "two"]}) for i in range(12)]
+    sources = {
+        "first": SourceConfig([write(tmp_path, first, "0.tar")], 3.0, recaption_keys=["recap_txt"]),
+        "second": SourceConfig([write(tmp_path, second, "1.tar")], filters=FilterConfig()),
+    }
+    filters = FilterConfig(min_aesthetic_score=5.0)
+    cfg = TokenTextConfig(sources=sources, caption_keys=["json:captions", "txt"], filters=filters, num_workers=0)
+    batches = iter(build_token_loader(cfg, K, C, None, 100, seed=0))
+    captions, keys, skipped = Counter(), Counter(), Counter()
+    for batch in (next(batches) for _ in range(4)):
+        captions.update(caption if caption in ("more", "one", "two") else "ordinary" for caption in batch["caption"])
+        keys.update(batch["key"])
+        skipped.update(batch["skipped"])
+    assert captions["more"] > 250 and captions["ordinary"] > 0 and captions["one"] > 20 and captions["two"] > 20
+    assert set(keys) == {f"{i:03d}" for i in range(12) if i % 3} | {f"{100 + i:03d}" for i in range(12)}
+    assert set(skipped) == {"filter: min_aesthetic_score"}
+    ordered = next(read_tokens(cfg, K, C, None, 100))
+    assert ordered["caption"][:1] + ordered["caption"][-1:] == ["text 1", "one"]
+
+
+def test_a_crowd_of_broken_latents_stops_the_run(tmp_path):
+    path = write(tmp_path, [sample(i, **({"latent.npy": b""} if i % 9 == 0 else {})) for i in range(120)])
+    for batches in (read_tokens(config(path), K, C, None, 8), iter(build_token_loader(config(path), K, C, None, 8, 0))):
+        with pytest.raises(ValueError, match="samples are bad.*max_bad_share = 0.05.*latent: not an npy file"):
+            for _ in range(20):
+                next(batches)
+    assert len(list(read_tokens(config(path, max_bad_share=1.0), K, C, None, 8))) == 14
 
 
 @pytest.mark.parametrize("options", [{"shards": []}, {"caption_keys": []}, {"shuffle_buffer": -1}, {"num_workers": -2}])

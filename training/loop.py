@@ -4,22 +4,30 @@ A stage gives a model, a data loader and a function batch -> loss terms. The ran
 (seed, rank, step), so that no random state has to be saved; the data position is part of the checkpoint.
 """
 
-import contextlib
+import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial as partial_function
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from training import checkpoint as ckpt
 from training.ema import EMA
-from training.metrics import LoggingConfig, MetricLog, MetricSums
-from training.optim import OptimizerConfig, build_optimizer, learning_rate, load_optimizer
-from training.run import Run
+from training.faults import explain_faults, outlive_requests
+from training.metrics import LoggingConfig, MetricLog, MetricWindow
+from training.optim import OptimizerConfig, load_optimizer
+from training.player import Opponent, Player
+from training.run import TIMEOUT_MINUTES, Run, lock_run
+from training.stop import STOPPED_STATUS, StopRequest, clear_mark, mark_stopped
 
+BAD_STEPS_WINDOW = 1000  # steps
 LossFn = Callable[[nn.Module, dict], dict[str, Tensor]]  # (model, batch) -> terms; "loss" is what is minimised
 
 
@@ -37,6 +45,11 @@ class TrainingConfig:
     log_every_steps: int = 50
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2  # newest ones kept
+    keep_every_steps: int = 0  # those of steps that are a multiple of this are kept, too; 0: none
+    max_hours: float = 0.0  # wall clock; then stop cleanly, before the queue does it. 0: no limit
+    # a process that waits longer for another one stops with an error; pictures and checkpoints must be done by then
+    timeout_minutes: float = TIMEOUT_MINUTES
+    max_bad_steps: int = 0  # of 1000 steps, those with a non-finite loss or gradient that are left out; more: stop
     sample_every_steps: int = 0  # picture of samples; 0: only at the end
 
     def __post_init__(self):
@@ -45,7 +58,10 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
         if self.keep_checkpoints < 1:
             raise ValueError(f"training.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
-        for name in ("max_gradient_norm", "sample_every_steps", "seed"):
+        if not 0 < self.timeout_minutes < math.inf:
+            raise ValueError(f"training.timeout_minutes must be positive, got {self.timeout_minutes}")
+        names = ("max_gradient_norm", "sample_every_steps", "seed", "keep_every_steps", "max_hours", "max_bad_steps")
+        for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name} must not be negative, got {getattr(self, name)}")
 
@@ -91,10 +107,24 @@ def is_due(step: int, every: int, max_steps: int) -> bool:
     return step == max_steps or (every > 0 and step % every == 0)
 
 
+def printable(key: str) -> str:
+    """A sample's key from data of unknown origin, short and on one line."""
+    return key if key.isprintable() and len(key) <= 100 else ascii(key[:100])
+
+
+def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[str]) -> str:
+    """One line on a step with a non-finite value, with the samples if the loss of this process is the cause."""
+    own_fault = any(not math.isfinite(v) for name, v in terms.items() if not name.endswith("gradient_norm"))
+    samples = f"samples: {', '.join(map(printable, keys))}" if own_fault else "the loss of this process is finite"
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+    return f"non-finite loss or gradient at step {step}, rank {rank}: {shown}; {samples}"
+
+
 class Trainer:
     """State of one stage's training. Saved and resumed: model, ema, optimizer, step and the loader's position.
 
-    `inputs` says what earlier stages gave (fingerprints); it is kept in each checkpoint.
+    `inputs` says what earlier stages gave (fingerprints); it is kept in each checkpoint. The weights and the optimiser
+    of an opponent are kept as well; its metrics are named "discriminator/...".
     """
 
     def __init__(
@@ -105,117 +135,203 @@ class Trainer:
         model: nn.Module,
         loader,
         inputs: dict | None = None,
+        opponent: Opponent | None = None,
     ):
-        self.run, self.config, self.optimizer_config, self.loader = run, config, optimizer, loader
+        self.run, self.config, self.loader, self.opponent = run, config, loader, opponent
         self.inputs = inputs or {}
-        self.model = model.to(run.device)
-        self.ema = EMA(self.model, config.ema_decay)
-        self.optimizer = build_optimizer(self.model, optimizer)
+        self.player = Player(run, model, optimizer)
+        self.ema = EMA(self.player.model, config.ema_decay)
         self.step = 0
+        self.bad_steps: list[int] = []  # recent steps with a non-finite loss or gradient
+        self.window = MetricWindow()
+        self.writer = ckpt.BackgroundWriter()
         self._resume()
-        self.wrapped, self.wrapped_optimizer = run.accelerator.prepare(self.model, self.optimizer)
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        for player in self._players().values():
+            player.prepare()
+
+    def _players(self) -> dict[str, Player]:
+        """The players by the prefix of their files in a checkpoint."""
+        return {"": self.player} | ({"discriminator_": self.opponent.player} if self.opponent else {})
 
     def _resume(self) -> None:
-        latest = ckpt.latest_checkpoint(self.run.folder)
-        if latest is None:
+        folder = self._newest_checkpoint()
+        if folder is None:
             return
-        folder = latest[1]
-        ckpt.load_weights(self.model, folder / ckpt.MODEL_FILE)
+        for prefix, player in self._players().items():
+            ckpt.load_weights(player.model, folder / (prefix + ckpt.MODEL_FILE))
+            load_optimizer(player.optimizer, folder / (prefix + ckpt.OPTIMIZER_FILE))
         ckpt.load_weights(self.ema.average, folder / ckpt.EMA_FILE)
-        load_optimizer(self.optimizer, folder / ckpt.OPTIMIZER_FILE)
-        state = ckpt.read_state(folder)
-        self.step, self.ema.num_updates = state["step"], state["ema_updates"]
-        self._resume_loader(folder, state["num_processes"])
+        state = ckpt.read_state(folder, ("step", "ema_updates", "bad_steps", "num_processes"))
+        self.step, self.ema.num_updates, self.bad_steps = state["step"], state["ema_updates"], state["bad_steps"]
+        self._resume_rank(folder, state["num_processes"])
         self.run.say(f"{self.run.folder}: resuming at step {self.step}")
 
-    def _resume_loader(self, folder, num_processes: int) -> None:
+    def _newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose contents are whole, as the main process finds it."""
+        found = [ckpt.latest_checkpoint(self.run.folder, verify_contents=True)] if self.run.is_main else [None]
+        latest = broadcast_object_list(found)[0]
+        return latest[1] if latest else None
+
+    def _resume_rank(self, folder: Path, num_processes: int) -> None:
         """Restore the data position; with another number of processes or batch size it can't be, and that is said."""
         if num_processes != self.run.accelerator.num_processes:
             self.run.say(f"data starts over: the run had {num_processes} processes before")
             return
-        path = folder / ckpt.loader_file(self.run.accelerator.process_index)
+        state = ckpt.load_plain(folder / ckpt.rank_file(self.run.accelerator.process_index))
+        self.window.load_state_dict(state["metrics"], self.run.device)
         try:
-            self.loader.load_state_dict(torch.load(path, weights_only=True))
+            self.loader.load_state_dict(state["loader"])
         except ValueError as error:
             self.run.say(f"data starts over: {error}")
 
     def save(self) -> None:
-        """Write a checkpoint of the current step; all processes take part."""
+        """Start writing a checkpoint of the current step in the background; all processes take part."""
         accelerator, run_dir = self.run.accelerator, self.run.folder
         if self.run.is_main:
+            self.writer.wait()
             ckpt.begin_checkpoint(run_dir, self.step)
         accelerator.wait_for_everyone()
         partial = run_dir / "checkpoints" / f"{ckpt.PREFIX}{self.step:08d}{ckpt.PARTIAL_SUFFIX}"
-        torch.save(self.loader.state_dict(), partial / ckpt.loader_file(accelerator.process_index))
-        if self.run.is_main:
-            state = {"step": self.step, "ema_updates": self.ema.num_updates, "inputs": self.inputs}
-            state["num_processes"] = accelerator.num_processes
-            ckpt.write_shared_state(partial, self.model, self.ema.average, self.optimizer, state)
+        own = {"loader": self.loader.state_dict(), "metrics": self.window.state_dict()}
+        with ckpt.writing(partial):
+            torch.save(own, partial / ckpt.rank_file(accelerator.process_index))
         accelerator.wait_for_everyone()
         if self.run.is_main:
-            ckpt.commit_checkpoint(partial, self.config.keep_checkpoints)
-        accelerator.wait_for_everyone()
+            weights = {ckpt.EMA_FILE: ckpt.snapshot(self.ema.average.state_dict())}
+            optimizers = {}
+            for prefix, player in self._players().items():
+                weights[prefix + ckpt.MODEL_FILE] = ckpt.snapshot(player.model.state_dict())
+                optimizers[prefix + ckpt.OPTIMIZER_FILE] = ckpt.snapshot(player.optimizer.state_dict())
+            state = {"step": self.step, "ema_updates": self.ema.num_updates, "bad_steps": self.bad_steps}
+            state |= {"inputs": self.inputs, "num_processes": accelerator.num_processes}
+            keep = self.config.keep_checkpoints, self.config.keep_every_steps
+            self.writer.start(partial_function(ckpt.write_checkpoint, partial, weights, optimizers, state, *keep))
 
-    def optimizer_step(self, batches: Iterator[dict], loss_fn: LossFn) -> dict[str, Tensor]:
-        """One optimiser step over `gradient_accumulation` passes; returns the mean terms, on the device."""
-        passes = self.config.gradient_accumulation
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.optimizer_config, self.step, self.config.max_steps)
+    def check_finite(self) -> None:
+        """Count the steps since the last report that had a non-finite value; they changed no weights.
+
+        Raises:
+            FloatingPointError: more of the last 1000 steps than training.max_bad_steps; names step, rank, terms, keys.
+        """
+        bad = [entry for entry in self.window.bad_steps() if entry[0] not in self.bad_steps]
+        self.bad_steps = [step for step in self.bad_steps if step > self.step - BAD_STEPS_WINDOW] + [b[0] for b in bad]
+        for step, terms, keys in bad:
+            text = describe_bad_step(step, self.run.accelerator.process_index, terms, keys)
+            if len(self.bad_steps) > self.config.max_bad_steps:
+                raise FloatingPointError(
+                    f"{text}. The last checkpoint of {self.run.folder} is from before it. Lower the learning rate or "
+                    f"training.max_gradient_norm, or let training.max_bad_steps of {BAD_STEPS_WINDOW} steps be left out"
+                )
+            print(f"left out: {text}", flush=True)
+
+    def optimizer_step(self, batches: Iterator[dict], loss_fn: LossFn) -> None:
+        """One optimiser step over `gradient_accumulation` passes; the mean terms go to the window, on the device."""
+        passes, opponent = self.config.gradient_accumulation, self.opponent
+        is_game = opponent is not None and self.step >= opponent.start_step
         sums: dict[str, Tensor] = {}
+        keys: list[str] = []
         for index in range(passes):
-            batch = next(batches)
-            last = index == passes - 1
-            with contextlib.nullcontext() if last else self.run.accelerator.no_sync(self.wrapped):
-                terms = loss_fn(self.wrapped, batch)
-                self.run.accelerator.backward(terms["loss"] / passes)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach() / passes
-        limit = self.config.max_gradient_norm or float("inf")
-        sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.trainable, limit, foreach=True)
-        self.wrapped_optimizer.step()
-        self.wrapped_optimizer.zero_grad(set_to_none=True)
+            batch, is_last = next(batches), index == passes - 1
+            keys += batch["key"]
+            terms = self.player.backward(lambda model, batch=batch: loss_fn(model, batch), passes, is_last)
+            if is_game:
+                others = opponent.player.backward(opponent.loss_fn, passes, is_last)
+                terms |= {f"discriminator/{name}": value for name, value in others.items()}
+            sums = {name: value + sums[name] if name in sums else value for name, value in terms.items()}
+        sums["gradient_norm"] = self.player.update(self.step, self.config.max_steps, self.config.max_gradient_norm)
         self.ema.update()
-        return sums
+        if is_game:
+            own_step, own_steps = self.step - opponent.start_step, self.config.max_steps - opponent.start_step
+            norm = opponent.player.update(own_step, own_steps, self.config.max_gradient_norm)
+            sums["discriminator/gradient_norm"] = norm
+            opponent.after_step()
+        self.step += 1
+        self.window.add(self.step, sums, keys)
 
     def train(self, loss_fn: LossFn, logging: LoggingConfig, save_samples: Callable[[nn.Module, int], None]) -> None:
         """Run to max_steps. `save_samples(ema_model, step)` makes a picture; called on the main process only.
 
         Raises:
-            FloatingPointError: a loss or gradient became non-finite.
+            FloatingPointError: losses or gradients became non-finite.
+            SystemExit: status STOPPED_STATUS, after a checkpoint, on a signal or when max_hours are over.
+            OSError: what another process or the disk did, see training/faults.py.
         """
+        clear_mark(self.run.folder)
+        for player in self._players().values():
+            player.wrapped.train()
+        with explain_faults(self.config.timeout_minutes) as workers:
+            batches = self._start_reading()  # before the lock: workers of a killed trainer would go on holding it
+            workers += multiprocessing.active_children()
+            with lock_run(self.run):
+                self._run_steps(loss_fn, batches, logging, save_samples)
+
+    def _start_reading(self) -> "TimedIterator":
+        """The batches; their workers outlive what is sent to all processes, and are waited for in vain only so long."""
+        self.loader.worker_init_fn = outlive_requests
+        self.loader.timeout = 60 * self.config.timeout_minutes if self.loader.num_workers else 0
+        return TimedIterator(iter(self.loader))
+
+    def _run_steps(self, loss_fn: LossFn, batches: "TimedIterator", logging: LoggingConfig, save_samples) -> None:
+        """The steps that are left, with all that happens between them."""
         config, run = self.config, self.run
-        self.wrapped.train()
-        sums = MetricSums(run.device)
         log = MetricLog(run.folder, logging, run.is_main, str(run.folder), self.step)
-        batches = TimedIterator(iter(self.loader))
-        start, mark = time.perf_counter(), time.perf_counter()
-        first_step, marked_step = self.step, self.step
-        while self.step < config.max_steps:
-            seed_step(config.seed, run.accelerator.process_index, self.step)
-            terms = self.optimizer_step(batches, loss_fn)
-            self.step += 1
-            sums.add(self.step, terms)
-            if is_due(self.step, config.log_every_steps, config.max_steps):
-                means = sums.means(lambda x: run.accelerator.reduce(x, reduction="mean"))
-                now = time.perf_counter()
-                means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-                means["samples_per_second"] = (self.step - marked_step) * config.batch_size / (now - mark)
-                means["data_wait_share"] = batches.take_seconds() / (now - mark)
-                means |= {f"skipped/{reason}": count for reason, count in batches.take_skipped().items()}
-                left = (now - start) / (self.step - first_step) * (config.max_steps - self.step)
-                log.log(self.step, config.max_steps, means, left)
-                sums.check_finite()
-                sums.reset()
-                mark, marked_step = now, self.step
-            if is_due(self.step, config.sample_every_steps, config.max_steps) and run.is_main:
-                save_samples(self.ema.average, self.step)
-            if is_due(self.step, config.checkpoint_every_steps, config.max_steps):
-                sums.check_finite()
-                self.save()  # after the picture: a complete run has its last one
-        run.accelerator.wait_for_everyone()
+        report = Progress(self, batches)
+        with StopRequest(config.max_hours, run.started, config.timeout_minutes) as stop, self.writer:
+            while self.step < config.max_steps:
+                seed_step(config.seed, run.accelerator.process_index, self.step)
+                self.optimizer_step(batches, loss_fn)
+                reason = stop.reason()
+                if is_due(self.step, config.log_every_steps, config.max_steps):
+                    self.check_finite()
+                    log.log(self.step, config.max_steps, *report.take())
+                    self.window.reset()
+                if is_due(self.step, config.sample_every_steps, config.max_steps) and run.is_main:
+                    save_samples(self.ema.average, self.step)
+                if is_due(self.step, config.checkpoint_every_steps, config.max_steps) or reason:
+                    self.check_finite()
+                    log.flush()
+                    self.save()  # after the picture: a complete run has its last one
+                self.writer.check()
+                if reason and self.step < config.max_steps:
+                    self._stop(log, reason)
+            self.writer.wait()
+            run.accelerator.wait_for_everyone()
         log.close()
-        run.say(f"{run.folder}: {self.step - first_step} steps in {time.perf_counter() - start:.0f} s, now complete")
+        run.say(f"{run.folder}: {report.summary()}, now complete")
+
+    def _stop(self, log: MetricLog, reason: str) -> None:
+        """End the program once the checkpoint is on disk."""
+        self.writer.wait()
+        self.run.accelerator.wait_for_everyone()
+        log.close()
+        if self.run.is_main:
+            mark_stopped(self.run.folder, reason)
+        self.run.say(f"{self.run.folder}: stopped at step {self.step} ({reason}); run the same command again to go on")
+        raise SystemExit(STOPPED_STATUS)
+
+
+class Progress:
+    """Means, rates and the time left, for a report."""
+
+    def __init__(self, trainer: Trainer, batches: "TimedIterator"):
+        self.trainer, self.batches = trainer, batches
+        self.start = self.mark = time.perf_counter()
+        self.first_step = self.marked_step = trainer.step
+
+    def take(self) -> tuple[dict[str, float], float]:
+        """(values, seconds left); the rates are those since the last call."""
+        trainer, config, now = self.trainer, self.trainer.config, time.perf_counter()
+        values = trainer.window.means(lambda x: trainer.run.accelerator.reduce(x, reduction="mean"))
+        values["learning_rate"] = trainer.player.optimizer.param_groups[0]["lr"]
+        values["samples_per_second"] = (trainer.step - self.marked_step) * config.batch_size / (now - self.mark)
+        values["data_wait_share"] = self.batches.take_seconds() / (now - self.mark)
+        values |= {f"skipped/{reason}": count for reason, count in self.batches.take_skipped().items()}
+        self.mark, self.marked_step = now, trainer.step
+        return values, (now - self.start) / (trainer.step - self.first_step) * (config.max_steps - trainer.step)
+
+    def summary(self) -> str:
+        """Steps and seconds of this start."""
+        return f"{self.trainer.step - self.first_step} steps in {time.perf_counter() - self.start:.0f} s"
 
 
 class TimedIterator:

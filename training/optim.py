@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from training.checkpoint import load_plain
+
 
 @dataclass
 class OptimizerConfig:
@@ -69,9 +71,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         ValueError: the file belongs to another set of trainable weights.
     """
     kept = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    state = load_plain(path, mmap=True)
     try:
-        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except ValueError as error:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # all but the first: another file
         raise ValueError(
             f"{path} is of another set of trainable weights ({error}): options that freeze or add parts "
             "(flow.projector, losses.alignment_weight 0 or not) can't change in a started run"

@@ -3,6 +3,12 @@
 RUN/  config.yaml (resolved; rebuilds the model alone)  metrics.jsonl  checkpoints/step_*/  samples/step_*.png
 """
 
+import errno
+import fcntl
+import os
+import socket
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +19,11 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 
-CONFIG_FILE = "config.yaml"
+from training.checkpoint import flush
+
+CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
 # How long a process waits for the others: pictures, checkpoints and uneven shards take longer than NCCL's ten minutes.
-WAIT_LIMIT = timedelta(hours=2)
+TIMEOUT_MINUTES = 120.0
 
 
 @dataclass
@@ -24,6 +32,7 @@ class Run:
 
     folder: Path
     accelerator: Accelerator
+    started: float  # time.monotonic()
 
     @property
     def device(self) -> torch.device:
@@ -41,25 +50,53 @@ class Run:
             print(text, flush=True)
 
 
-def start_accelerator(precision: str) -> Accelerator:
+def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) -> Accelerator:
     """Join the other processes, if any. precision is "fp32" or "bf16" (autocast)."""
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32 on a GPU; the CPU ignores it
-    handlers = [InitProcessGroupKwargs(timeout=WAIT_LIMIT), DistributedDataParallelKwargs(broadcast_buffers=False)]
+    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))
+    handlers = [timeout, DistributedDataParallelKwargs(broadcast_buffers=False)]
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers)
 
 
-def start_run(folder: str | Path, precision: str, seed: int) -> Run:
+def start_run(folder: str | Path, precision: str, seed: int, timeout_minutes: float = TIMEOUT_MINUTES) -> Run:
     """Start accelerate and seed everything that is random before the first step. Writes nothing."""
-    accelerator = start_accelerator(precision)
+    started = time.monotonic()
+    accelerator = start_accelerator(precision, timeout_minutes)
     set_seed(seed, device_specific=False)
-    return Run(Path(folder), accelerator)
+    return Run(Path(folder), accelerator, started)
 
 
-def save_config(run: Run, resolved_config: dict, network_keys: list[str], has_checkpoint: bool) -> None:
+@contextmanager
+def lock_run(run: Run):
+    """Hold the run folder while training in it: two trainings would overwrite each other's checkpoints.
+
+    Raises:
+        ValueError: another process holds it; says which.
+    """
+    if not run.is_main:
+        yield
+        return
+    with (run.folder / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                yield  # a file system without locks
+                return
+            file.seek(0)
+            raise ValueError(f"{run.folder} is being trained by another process: {file.read().strip()}") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def save_config(run: Run, resolved_config: dict, defaults: dict, network_keys: list[str], has_checkpoint: bool) -> None:
     """Write the resolved config into the run folder, checked against the one that its checkpoints were trained with.
 
     Args:
         resolved_config: plain values; what changed since an earlier start is printed.
+        defaults: what a key means that the earlier config lacks, because the code did not have it yet.
         network_keys: top-level keys that define the network; these must not change once there is a checkpoint.
 
     Raises:
@@ -67,7 +104,7 @@ def save_config(run: Run, resolved_config: dict, network_keys: list[str], has_ch
     """
     path = run.folder / CONFIG_FILE
     if path.is_file() and has_checkpoint:
-        changes = list_changes(yaml.safe_load(path.read_text()) or {}, resolved_config)
+        changes = list_changes(fill_in(yaml.safe_load(path.read_text()) or {}, defaults), resolved_config)
         fatal = [line for key, line in changes if key.split(".")[0] in network_keys]
         if fatal:
             raise ValueError(
@@ -81,8 +118,16 @@ def save_config(run: Run, resolved_config: dict, network_keys: list[str], has_ch
         run.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
         partial.write_text(yaml.safe_dump(resolved_config, sort_keys=False))
+        flush(partial)  # without it, nothing says which network the checkpoints are of
         partial.rename(path)
     run.accelerator.wait_for_everyone()
+
+
+def fill_in(values: dict, defaults: dict) -> dict:
+    """Nested values with the keys that they lack taken from `defaults`."""
+    missing = {key: value for key, value in defaults.items() if key not in values}
+    groups = [key for key in values if isinstance(values[key], dict) and isinstance(defaults.get(key), dict)]
+    return values | {key: fill_in(values[key], defaults[key]) for key in groups} | missing
 
 
 def list_changes(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:

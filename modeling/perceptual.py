@@ -1,0 +1,224 @@
+"""Perceptual distance of stage 1: LPIPS with VGG16, and the squared error of ConvNeXt-Small's logits (TA-TiTok recipe).
+
+In: reconstruction and target, B x 3 x R x R in [0, 1], R >= 16; values outside are not cut. Out: scalars. The nets are
+frozen and always in eval mode, run in float32 whatever the autocast precision, and give a gradient to the
+reconstruction only. Weights are torchvision's files, from a path or from torch's cache, where they are downloaded to;
+LPIPS' five linear heads come with the lpips package. `check_weights` looks at the files before any net is built.
+
+LPIPS: Zhang et al. 2018, version 0.1; `LPIPS` alone is the metric, one distance per image.
+"""
+
+import hashlib
+import pickle
+import re
+import textwrap
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import models
+
+VGG16_URL = models.VGG16_Weights.IMAGENET1K_V1.url
+CONVNEXT_URL = models.ConvNeXt_Small_Weights.IMAGENET1K_V1.url
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
+CONVNEXT_SIZE = 224  # pixels
+
+LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
+LPIPS_LAYERS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the layers of vgg16().features
+NORM_EPSILON = 1e-8  # added to a squared norm
+
+
+@dataclass
+class PerceptualConfig:
+    """Parts of the perceptual distance. A part of weight 0 is not built, downloaded or looked for."""
+
+    lpips_weight: float = 1.0
+    convnext_weight: float = 0.1
+    vgg_weights: str = ""  # path of vgg16-397923af.pth; empty: torch's cache, downloaded to it if absent
+    convnext_weights: str = ""  # path of convnext_small-0c510722.pth; empty: the same
+
+    def __post_init__(self):
+        for name in ("lpips_weight", "convnext_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"perceptual.{name} must not be negative, got {getattr(self, name)}")
+
+
+def check_weights(config: PerceptualConfig) -> dict[str, Path]:
+    """Weights file of each part in use, "lpips" and "convnext"; builds nothing. Call it before any long work.
+
+    A file whose name carries its hash, as torchvision's do, is checked against it (a second per file).
+
+    Raises:
+        ValueError: if a file is absent and can't be downloaded, is not what its name says, or both weights are 0.
+    """
+    files = {}
+    if config.lpips_weight:
+        files["lpips"] = _find_weights("vgg_weights", config.vgg_weights, VGG16_URL)
+    if config.convnext_weight:
+        files["convnext"] = _find_weights("convnext_weights", config.convnext_weights, CONVNEXT_URL)
+    if not files:
+        raise ValueError("perceptual: lpips_weight and convnext_weight are both 0, nothing would be compared")
+    return files
+
+
+def _find_weights(option: str, path: str, url: str) -> Path:
+    """The file at `path`, or torch's cached copy of `url`, downloaded if absent; its hash is right."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    file = Path(path).expanduser() if path else cache / Path(url).name
+    way_out = f"Fetch {url}, then put it into {cache} ($TORCH_HOME/hub/checkpoints) or set perceptual.{option} to it."
+    if not path and not file.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=_hash_in_name(file))
+        except (OSError, RuntimeError) as error:  # no network, no disk, broken transfer
+            raise ValueError(f"{file} is absent and was not downloaded ({error}). {way_out}") from error
+    if not file.is_file():
+        raise ValueError(f"perceptual.{option}: no file {file}. {way_out}")
+    expected = _hash_in_name(file)
+    if expected and not (found := file_sha256(file)).startswith(expected):
+        raise ValueError(
+            f"perceptual.{option}: {file} is damaged or another file: its SHA-256 should start with {expected}, as its "
+            f"name says, but is {found}. {way_out}"
+        )
+    return file
+
+
+def _hash_in_name(file: Path) -> str | None:
+    """First digits of the SHA-256 in a name like vgg16-397923af.pth, torch.hub's convention, or None."""
+    match = re.search(r"-([0-9a-f]{8,})\.", file.name)
+    return match and match[1]
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _load_into(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
+    """Give a net on the meta device the tensors under `prefix` of a weights file, in float32.
+
+    Raises:
+        ValueError: if the file is no weights file, or not of this net.
+    """
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        net.load_state_dict(tensors, assign=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise ValueError(f"{file} has no weights for this net: {textwrap.shorten(str(error), 300)}") from error
+    return net.float()
+
+
+class FrozenDistance(nn.Module, ABC):
+    """Base of the two parts: describe both images with a frozen net, then compare; B x 3 x R x R in [0, 1] -> B."""
+
+    @abstractmethod
+    def describe(self, images: Tensor):
+        """What the net sees in B x 3 x R x R."""
+
+    @abstractmethod
+    def compare(self, found, expected) -> Tensor:
+        """Distances B of two descriptions."""
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(reconstruction.device.type, enabled=False):
+            with torch.no_grad():
+                expected = self.describe(target.float())
+            return self.compare(self.describe(reconstruction.float()), expected)
+
+    def freeze(self) -> None:
+        """No gradients, eval mode; last in __init__."""
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "FrozenDistance":
+        """Stay in eval mode: ConvNeXt drops whole blocks in train mode."""
+        return super().train(False)
+
+
+class LPIPS(FrozenDistance):
+    """Sum over five layers of VGG16 of the weighted squared difference of unit-length features, mean over positions."""
+
+    def __init__(self, vgg_weights: Path):
+        super().__init__()
+        import lpips  # here: it takes scipy along, and its five heads are all that is used of it
+
+        with torch.device("meta"):  # no random initialisation, no random numbers drawn
+            features = models.vgg16().features[: LPIPS_LAYERS[-1] + 1]
+        self.features = _load_into(features, vgg_weights, prefix="features.")
+        heads_file = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+        heads = torch.load(heads_file, map_location="cpu", weights_only=True)
+        names = [f"lin{index}.model.1.weight" for index in range(len(LPIPS_LAYERS))]
+        self.heads = nn.ParameterList(heads[name] for name in names)  # 1 x C x 1 x 1 each
+        self.register_buffer("shift", torch.tensor(LPIPS_SHIFT)[:, None, None])
+        self.register_buffer("scale", torch.tensor(LPIPS_SCALE)[:, None, None])
+        self.freeze()
+
+    def describe(self, images: Tensor) -> list[Tensor]:
+        """Unit-length features of the five layers, B x C x H x W each."""
+        x, described = (images * 2 - 1 - self.shift) / self.scale, []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in LPIPS_LAYERS:
+                described.append(unit_length(x))
+        return described
+
+    def compare(self, found: list[Tensor], expected: list[Tensor]) -> Tensor:
+        layers = zip(self.heads, found, expected)
+        return sum(F.conv2d((a - b).square(), head).mean(dim=(1, 2, 3)) for head, a, b in layers)
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """Each position's channels at length 1, B x C x H x W. Differs from the lpips package, which adds its epsilon
+    outside the root: at all-zero features the root's gradient is infinite there and its product with 0 is NaN."""
+    return features / (features.square().sum(dim=1, keepdim=True) + NORM_EPSILON).sqrt()
+
+
+class ConvNeXtDistance(FrozenDistance):
+    """Mean squared error of ConvNeXt-Small's 1000 ImageNet logits, images resized to 224 px (bilinear, antialiased)."""
+
+    def __init__(self, convnext_weights: Path):
+        super().__init__()
+        with torch.device("meta"):
+            convnext = models.convnext_small()
+        self.convnext = _load_into(convnext, convnext_weights)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+        self.freeze()
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Logits, B x 1000."""
+        images = F.interpolate(images, size=(CONVNEXT_SIZE, CONVNEXT_SIZE), mode="bilinear", antialias=True)
+        return self.convnext((images - self.mean) / self.std)
+
+    def compare(self, found: Tensor, expected: Tensor) -> Tensor:
+        return (found - expected).square().mean(dim=1)
+
+
+class PerceptualLoss(nn.Module):
+    """The parts in use, unweighted, and "perceptual", their weighted mean: all scalars, means over the batch.
+
+    perceptual = (lpips_weight LPIPS + convnext_weight MSE) / (lpips_weight + convnext_weight), as TA-TiTok's
+    "lpips-convnext_s-1.0-0.1": its perceptual weight of 1.1 on this mean is LPIPS + 0.1 MSE. It has no trainable
+    parameter, so that it is neither wrapped in DDP nor part of a checkpoint.
+
+    Raises:
+        ValueError: as `check_weights`, or if a file has other weights than the net's.
+    """
+
+    def __init__(self, config: PerceptualConfig):
+        super().__init__()
+        build = {"lpips": LPIPS, "convnext": ConvNeXtDistance}
+        self.parts = nn.ModuleDict({name: build[name](file) for name, file in check_weights(config).items()})
+        self.weights = {"lpips": config.lpips_weight, "convnext": config.convnext_weight}
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        terms = {name: part(reconstruction, target).mean() for name, part in self.parts.items()}
+        total = sum(self.weights[name] * term for name, term in terms.items())
+        return terms | {"perceptual": total / sum(self.weights[name] for name in terms)}

@@ -1,0 +1,158 @@
+"""Measure the parts of training on this machine.
+
+    python scripts/benchmark.py data configs/demo/tokenizer.yaml [key=value ...] [--seconds 20] [--consume 500] [--json]
+    python scripts/benchmark.py readers [--json]
+
+data: how fast a stage's reader gives batches: samples/s, per worker, MB/s of shards; with --consume RATE also the share
+of the time that a training of RATE samples/s waits for it (`samples_per_second` in the run's metrics.jsonl).
+readers: decoding of photos against Pillow + torchvision, token shards against webdataset; made-up data, one thread.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
+
+from configs.load import exit_on_error, load_config
+from configs.schema import StageConfig, TextEncoderStage, TokenizerStage
+from data.image_text import ImageTextConfig, build_image_loader
+from data.storage import is_remote
+from data.tar import count_samples, expand_shards
+from data.token_text import build_token_loader
+from modeling.text_encoder import TextTokenizer, clip_tokenizer
+from scripts.benchmark_readers import compare_readers
+
+WARM_UP_BATCHES = 4  # workers start and fill their first block
+COUNTED_SHARDS = 4  # whose bytes per sample stand for all
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    data = parts.add_parser("data", help="a stage's reader")
+    data.add_argument("config", help="YAML file of a stage that trains")
+    data.add_argument("overrides", nargs="*", metavar="key=value")
+    data.add_argument("--seconds", type=float, default=20.0, help="length of each measurement")
+    data.add_argument("--consume", type=float, metavar="RATE", help="samples/s that the training takes")
+    readers = parts.add_parser("readers", help="our readers and the plain ways, side by side")
+    for part in (data, readers):
+        part.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args(arguments)
+
+
+def build_loader(config: StageConfig):
+    """The reader of one process of a stage, as its training builds it, without the frozen networks.
+
+    Raises:
+        ValueError: a stage that does not train.
+    """
+    training = getattr(config, "training", None)
+    if training is None:
+        raise ValueError(f"stage {config.stage!r} has no training reader; choose a stage that trains")
+    batch_size, seed = training.batch_size, training.seed
+    if isinstance(config.data, ImageTextConfig):
+        if isinstance(config, TokenizerStage):
+            size, guided = config.tokenizer.image_size, config.tokenizer.text_guidance
+            tokenize = text_tokenizer(config) if guided else None
+        elif isinstance(config, TextEncoderStage):
+            size, tokenize = config.clip.image_size, clip_tokenizer(config.clip.context_length)
+        return build_image_loader(config.data, size, tokenize, batch_size, seed)
+    shape = config.projector.text_tokens, config.projector.token_channels
+    return build_token_loader(config.data, *shape, text_tokenizer(config), batch_size, seed)
+
+
+def text_tokenizer(config: StageConfig):
+    """The run's own tokenizer; CLIP's at the configured length where the small tower is not trained yet."""
+    model = config.text_encoder.model
+    if model.startswith("local-dir:") and not Path(model.removeprefix("local-dir:")).is_dir():
+        part = getattr(config, "tokenizer", None) or config.projector
+        return clip_tokenizer(part.text_tokens)
+    return TextTokenizer(config.text_encoder)
+
+
+def bytes_per_sample(config: StageConfig) -> float:
+    """Size of the first local shards on disk over their samples; 0 if all are remote."""
+    shards = expand_shards(config.data.all_shards(), config.data.allow_pipe)
+    local = [path for path in shards if not is_remote(path)][:COUNTED_SHARDS]
+    samples = sum(map(count_samples, local))
+    return sum(map(os.path.getsize, local)) / samples if samples else 0.0
+
+
+def measure(loader, seconds: float, consume: float | None, batch_size: int) -> dict[str, float]:
+    """Read for so long, at full speed or as a training that takes `consume` samples/s; rate and share of waiting."""
+    batches = iter(loader)
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+    start, waited, count = time.perf_counter(), 0.0, 0
+    while (now := time.perf_counter()) - start < seconds or not count:
+        next(batches)
+        waited += time.perf_counter() - now
+        count += 1
+        if consume:
+            time.sleep(batch_size / consume)
+    elapsed = time.perf_counter() - start
+    return {"samples_per_second": count * batch_size / elapsed, "wait_share": waited / elapsed}
+
+
+def benchmark_data(args: argparse.Namespace) -> dict:
+    """Figures of a stage's reader."""
+    config = load_config(args.config, args.overrides)
+    loader = build_loader(config)
+    batch_size, workers = config.training.batch_size, config.data.num_workers
+    rate = measure(loader, args.seconds, None, batch_size)["samples_per_second"]
+    result = {
+        "config": args.config,
+        "num_workers": workers,
+        "batch_size": batch_size,
+        "samples_per_second": rate,
+        "samples_per_second_per_worker": rate / max(workers, 1),
+        "megabytes_per_second": rate * bytes_per_sample(config) / 1e6,
+        "cpu_count": os.cpu_count(),
+    }
+    if args.consume:
+        paced = measure(build_loader(config), args.seconds, args.consume, batch_size)
+        result |= {"consumed_samples_per_second": args.consume, "wait_share": paced["wait_share"]}
+    return result
+
+
+def show_readers(result: dict) -> None:
+    """Print the comparisons."""
+    for content, row in result["images"].items():
+        print(
+            f"photos, {content}: {row['fast_images_per_second']:.0f} images/s, {row['fast_over_plain']:.2f} times the "
+            f"plain way, difference {row['mean_difference_255ths']:.2f}/255"
+        )
+    tokens = result["tokens"]
+    print(f"tokens: {tokens['samples_per_second']:.0f} samples/s, {tokens['over_webdataset']:.2f} times webdataset's")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    result = compare_readers() if args.part == "readers" else benchmark_data(args)
+    if args.json:
+        print(json.dumps(result))
+    elif args.part == "readers":
+        show_readers(result)
+    else:
+        show_data(args, result)
+
+
+def show_data(args: argparse.Namespace, result: dict) -> None:
+    """Print the figures of a stage's reader."""
+    print(
+        f"{result['config']}: {result['samples_per_second']:.0f} samples/s with {result['num_workers']} workers on "
+        f"{result['cpu_count']} cores ({result['samples_per_second_per_worker']:.0f} a worker, "
+        f"{result['megabytes_per_second']:.1f} MB/s of shards)"
+    )
+    if args.consume:
+        print(f"a training that takes {args.consume:g} samples/s waits {100 * result['wait_share']:.1f}% of its time")
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    exit_on_error(lambda: main(arguments))

@@ -1,0 +1,293 @@
+"""modeling/discriminator.py and modeling/adversarial.py: each layer and loss against its closed form, two processes
+against one, and a discriminator that learns."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing import start_processes
+from torch.nn import functional as F
+
+from modeling.adversarial import (
+    AdversarialConfig,
+    LeCam,
+    generator_loss,
+    hinge_discriminator_loss,
+    is_active,
+)
+from modeling.discriminator import BlurPool, Discriminator, DiscriminatorConfig
+
+NARROW = DiscriminatorConfig(hidden_channels=32)
+B = 3
+
+
+def test_the_default_size_has_the_weights_of_the_recipe():
+    with torch.device("meta"):
+        net = Discriminator(DiscriminatorConfig())
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in convs] == [
+        (3, 128, 5),
+        (128, 128, 3),
+        (128, 256, 3),
+        (256, 512, 3),
+        (512, 512, 1),
+        (512, 1, 5),
+    ]
+    assert sum(p.numel() for p in net.parameters()) == 1_909_889
+
+
+def blur_pool_by_hand(x):
+    """Each output as the weighted sum of its 4 x 4 window, zeros outside; x is H x W."""
+    taps, (h, w) = (1, 3, 3, 1), x.shape
+    out = torch.zeros((h + 1) // 2, (w + 1) // 2, dtype=x.dtype)
+    for row in range(out.shape[0]):
+        for column in range(out.shape[1]):
+            for i in range(4):
+                for j in range(4):
+                    y, z = 2 * row + i - 1, 2 * column + j - 1
+                    if 0 <= y < h and 0 <= z < w:
+                        out[row, column] += taps[i] * taps[j] * x[y, z] / 64
+    return out
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 5)])
+def test_blur_pool_is_the_window_sum_of_one_three_three_one_in_each_channel(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = torch.stack([torch.stack([blur_pool_by_hand(channel) for channel in image]) for image in x])
+    torch.testing.assert_close(BlurPool().double()(x), expected)
+
+
+def logits_by_hand(net, x):
+    """The recipe's order of operations with the net's weights, for three stages."""
+    p = dict(net.named_parameters())
+
+    def conv(x, name):
+        weight = p[f"{name}.weight"]
+        return F.conv2d(x, weight, p[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    kernel = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype)
+    kernel = kernel.outer(kernel) / 64
+    x = F.leaky_relu(conv(x, "stem.0"), 0.1)
+    for stage in range(3):
+        x = conv(x, f"stages.{stage}.0")
+        x = F.conv2d(x, kernel.repeat(x.shape[1], 1, 1, 1), stride=2, padding=1, groups=x.shape[1])
+        x = F.group_norm(x, 32, p[f"stages.{stage}.2.weight"], p[f"stages.{stage}.2.bias"])
+        x = F.leaky_relu(x, 0.1)
+    x = F.adaptive_max_pool2d(x, 16)
+    return conv(F.leaky_relu(conv(x, "head.0"), 0.1), "head.2")
+
+
+def test_the_order_of_operations_is_the_recipes():
+    net = Discriminator(NARROW).double()
+    for parameter in net.parameters():  # norms start at 1 and 0, which would hide a missing one
+        nn.init.normal_(parameter, std=0.3)
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(net(images), logits_by_hand(net, images))
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_logits_are_one_map_of_16_x_16_at_every_resolution(size):
+    with torch.no_grad():
+        assert Discriminator(NARROW)(torch.rand(1, 3, size, size)).shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_a_finite_gradient_reaches_every_parameter_and_the_images(num_stages):
+    net = Discriminator(DiscriminatorConfig(32, num_stages))
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    generator_loss(net(images)).backward()
+    for gradient in (images.grad, *(p.grad for p in net.parameters())):
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_samples_do_not_influence_each_other():
+    net, real, fake = Discriminator(NARROW), *torch.rand(2, B, 3, 32, 32)
+    joint = net(torch.cat([real, fake])).chunk(2)
+    torch.testing.assert_close(joint, (net(real), net(fake)))
+
+
+def test_init_misses_no_parameter_and_keeps_its_bounds():
+    net = Discriminator(NARROW)
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    net.init_weights()
+    assert not [name for name, p in net.named_parameters() if p.isnan().any()]
+    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
+        bound = (conv.in_channels * conv.kernel_size[0] ** 2) ** -0.5
+        assert 0.9 * bound < conv.weight.abs().max() <= bound
+        assert conv.bias.abs().max() <= bound
+
+
+def test_the_state_dict_holds_what_is_learned_only():
+    net = Discriminator(NARROW)
+    assert set(net.state_dict()) == {name for name, _ in net.named_parameters()}
+
+
+def test_logits_are_float32_under_autocast_and_near_those_in_float32():
+    net, images = Discriminator(NARROW), torch.rand(B, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = net(images)
+    assert found.dtype == torch.float32
+    difference = (found - expected).abs().max()
+    assert 0 < difference < 0.1 * expected.std()  # the stages did run in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_channels": 48}, "discriminator.hidden_channels must be a multiple of 32, got 48"),
+        ({"hidden_channels": 0}, "discriminator.hidden_channels must be a multiple of 32, got 0"),
+        ({"num_stages": 0}, "discriminator.num_stages must be at least 1, got 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DiscriminatorConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -0.1}, "adversarial.weight must not be negative, got -0.1"),
+        ({"start_step": -1}, "adversarial.start_step must not be negative, got -1"),
+        ({"lecam_weight": -1.0}, "adversarial.lecam_weight must not be negative"),
+        ({"lecam_decay": 1.0}, "adversarial.lecam_decay must be in \\[0, 1\\), got 1.0"),
+    ],
+)
+def test_impossible_adversarial_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdversarialConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("weight", "start", "step", "expected"),
+    [(0.1, 5, 4, False), (0.1, 5, 5, True), (0.1, 0, 0, True), (0.0, 0, 10, False)],
+)
+def test_active_from_the_start_step_on_unless_the_weight_is_zero(weight, start, step, expected):
+    assert is_active(AdversarialConfig(weight=weight, start_step=start), step) is expected
+
+
+def test_hinge_losses_equal_their_closed_forms():
+    real, fake = 2 * torch.randn(2, B, 1, 16, 16, dtype=torch.float64)
+    expected = sum(max(0.0, 1 - x) for x in real.flatten().tolist()) / real.numel()
+    expected += sum(max(0.0, 1 + x) for x in fake.flatten().tolist()) / fake.numel()
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(expected / 2, rel=1e-6)
+    assert generator_loss(fake).item() == pytest.approx(-fake.mean().item(), rel=1e-6)
+
+
+def test_the_hinge_is_one_without_an_opinion_and_zero_beyond_the_margins():
+    zeros = torch.zeros(B, 1, 16, 16)
+    assert hinge_discriminator_loss(zeros, zeros) == 1
+    assert hinge_discriminator_loss(zeros + 1, zeros - 1) == 0
+    assert hinge_discriminator_loss(zeros - 1, zeros + 1) == 2  # the sides are not swapped
+
+
+def test_losses_of_half_precision_logits_are_float32():
+    real, fake = torch.randn(2, B, 1, 16, 16).bfloat16()
+    losses = (hinge_discriminator_loss(real, fake), generator_loss(fake), LeCam().penalty(real, fake))
+    assert {loss.dtype for loss in losses} == {torch.float32}
+    expected = hinge_discriminator_loss(real.double(), fake.double())
+    torch.testing.assert_close(losses[0], expected)
+
+
+def lecam(ema_real, ema_fake, decay=0.9):
+    net = LeCam(decay)
+    net.ema_real.fill_(ema_real)
+    net.ema_fake.fill_(ema_fake)
+    return net
+
+
+@pytest.mark.parametrize(("ema_real", "ema_fake"), [(0.5, -0.7), (-2.0, 3.0), (0.0, 0.0)])
+def test_the_lecam_penalty_equals_its_closed_form(ema_real, ema_fake):
+    real, fake = torch.randn(2, B, 1, 16, 16, dtype=torch.float64)
+    expected = max(0.0, real.mean().item() - ema_fake) ** 2 + max(0.0, ema_real - fake.mean().item()) ** 2
+    assert lecam(ema_real, ema_fake).penalty(real, fake).item() == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+def test_the_gradient_of_the_lecam_penalty_equals_its_closed_form():
+    net, real, fake = lecam(0.5, -0.7), torch.rand(B, 4, requires_grad=True), torch.rand(B, 4).neg().requires_grad_()
+    penalty = net.penalty(real, fake)
+    net.update(real.mean(), fake.mean())  # before the backward pass: it must not disturb the graph
+    penalty.backward()
+    expected = 2 * (real.mean().item() + 0.7) / real.numel()
+    torch.testing.assert_close(real.grad, torch.full_like(real, expected))
+    expected = -2 * (0.5 - fake.mean().item()) / fake.numel()
+    torch.testing.assert_close(fake.grad, torch.full_like(fake, expected))
+
+
+def test_lecam_averages_decay_towards_the_means():
+    net, real, fake = LeCam(0.9), [1.0, 2.0, -1.0], [-3.0, 0.5, 4.0]
+    for r, f in zip(real, fake):
+        net.update(torch.tensor(r, requires_grad=True), torch.tensor(f))
+    for name, values in (("ema_real", real), ("ema_fake", fake)):
+        expected = sum(0.1 * 0.9 ** (2 - i) * value for i, value in enumerate(values))
+        assert getattr(net, name).item() == pytest.approx(expected, rel=1e-5)
+        assert not getattr(net, name).requires_grad
+
+
+def test_lecam_averages_travel_in_the_state_dict():
+    other = LeCam()
+    other.load_state_dict(lecam(0.25, -0.5).state_dict())
+    assert (other.ema_real.item(), other.ema_fake.item()) == (0.25, -0.5)
+
+
+def two_process_setup():
+    torch.manual_seed(5)
+    return nn.Linear(4, 1), torch.randn(2, 2 * B, 4), lecam(2.0, -3.0)
+
+
+def lecam_step(model, real, fake, averages):
+    real_logits, fake_logits = model(real), model(fake)
+    penalty = averages.penalty(real_logits, fake_logits)
+    penalty.backward()
+    averages.update(real_logits.mean(), fake_logits.mean())
+    return [p.grad for p in model.parameters()], [penalty.detach(), averages.ema_real, averages.ema_fake]
+
+
+def run_one_process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model, x, averages = two_process_setup()
+    gradients, values = lecam_step(model, *x[:, rank * B : (rank + 1) * B], averages)
+    for gradient in gradients:  # as DDP averages gradients
+        dist.all_reduce(gradient)
+    torch.save([*(gradient / 2 for gradient in gradients), *values], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_lecam_on_two_processes_is_that_of_one_process_with_the_joined_batch(tmp_path):
+    start_processes(run_one_process, (str(tmp_path),), nprocs=2, start_method="spawn")
+    model, x, averages = two_process_setup()
+    gradients, values = lecam_step(model, *x, averages)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(found[0], [*gradients, *values])
+    assert torch.equal(found[0][-2], found[1][-2]) and torch.equal(found[0][-1], found[1][-1])  # to the last bit
+    model, x, averages = two_process_setup()
+    _, alone = lecam_step(model, *x[:, :B], averages)
+    assert (alone[0] - values[0]).abs() > 0.01  # half of the batch alone would be another penalty
+
+
+def test_a_discriminator_learns_to_tell_two_distributions_apart():
+    net = Discriminator(DiscriminatorConfig(32, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    column = torch.arange(16).remainder(2).float()
+
+    def draw():  # noise, and noise with upright stripes: the same brightness
+        noise = torch.rand(2, 4, 3, 16, 16)
+        return noise[0], noise[1] * 0.5 + column * 0.5
+
+    losses = []
+    for _ in range(15):
+        real, fake = draw()
+        loss = hinge_discriminator_loss(*net(torch.cat([real, fake])).chunk(2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(1.0, abs=0.2)
+    assert losses[-1] < 0.3
+    with torch.no_grad():
+        real_logits, fake_logits = (net(images).mean(dim=(1, 2, 3)) for images in draw())
+    assert real_logits.min() > fake_logits.max()  # on images that it has not seen

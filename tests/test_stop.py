@@ -1,0 +1,124 @@
+"""training/stop.py: a signal or the time limit lets the step finish, and leaves a checkpoint and a status."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_resume import ROOT, environment, program, start, state
+from tiny_experiment import equal, metrics
+
+from training import checkpoint as ckpt
+from training.stop import STOPPED_FILE, STOPPED_STATUS, StopRequest
+
+LONG = ["training.max_steps=100000", "training.checkpoint_every_steps=100000", "training.log_every_steps=7"]
+LONG += ["training.sample_every_steps=0", "optimizer.schedule=constant"]
+
+
+def test_without_a_signal_or_limit_nothing_stops():
+    with StopRequest(0.0, time.monotonic() - 1e6) as stop:
+        assert stop.reason() == ""
+
+
+def test_the_time_limit_counts_from_the_start():
+    with StopRequest(1.0, time.monotonic() - 3599) as stop:
+        assert stop.reason() == ""
+    with StopRequest(1.0, time.monotonic() - 3601) as stop:
+        assert stop.reason() == "training.max_hours=1 are over"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_a_reason_and_the_old_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopRequest(0.0, 0.0) as stop:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGUSR1)  # the same request, passed on by someone else
+        assert stop.reason() == f"signal {signal.Signals(number).name}"
+    assert signal.getsignal(number) is before
+
+
+SECOND_SIGNAL = """
+import os, signal, time
+from training.stop import StopRequest
+with StopRequest(0.0, time.monotonic()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("goes on", flush=True)
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("never")
+"""
+
+
+def test_a_second_signal_ends_at_once_unless_it_comes_with_the_first():
+    command = [sys.executable, "-c", SECOND_SIGNAL]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.returncode) == ("goes on\n", 128 + signal.SIGTERM)
+
+
+def wait_for_steps(run, process):
+    """Until the first line of the log is there."""
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signalled_training_checkpoints_and_ends_with_its_status_and_goes_on_like_an_undisturbed_one(
+    chain, tmp_path, number
+):
+    folder = tmp_path / "stopped"
+    command = [sys.executable, "train_tokenizer.py", *program(chain, folder, "tokenizer", *LONG, "data.num_workers=1")]
+    process, run = start(command), folder / "tokenizer"
+    wait_for_steps(run, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == STOPPED_STATUS, output
+    stopped_at = ckpt.latest_checkpoint(run)[0]
+    assert 7 <= stopped_at < 100000
+    assert f"stopped at step {stopped_at} (signal {signal.Signals(number).name})" in output
+    assert (run / STOPPED_FILE).is_file()
+    last = stopped_at + 10
+    options = [*LONG, f"training.max_steps={last}"]
+    chain.run_in(folder, "tokenizer", *options, "data.num_workers=1")
+    assert not (run / STOPPED_FILE).exists()
+    whole = chain.run_in(tmp_path / "whole", "tokenizer", *options, "data.num_workers=1")
+    assert equal(state(run), state(whole))
+    assert metrics(run) == metrics(whole)  # the window of the log, too, went on inside
+
+
+def test_max_hours_stops_cleanly(chain, tmp_path):
+    options = [*LONG, "training.max_hours=1e-7"]
+    with pytest.raises(SystemExit) as stop:
+        chain.run_in(tmp_path, "tokenizer", *options)
+    assert stop.value.code == STOPPED_STATUS
+    assert list(ckpt.checkpoint_folders(tmp_path / "tokenizer")) == [1]
+
+
+def test_two_processes_stop_together_when_one_is_told_to(chain, tmp_path):
+    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
+    flags += " --dynamo_backend no --num_cpu_threads_per_process 1"
+    words = ["train_tokenizer.py", *program(chain, tmp_path, "tokenizer", *LONG)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *words]
+    process, run = start(command, ACCELERATE_USE_CPU="true"), tmp_path / "tokenizer"
+    wait_for_steps(run, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGUSR1)  # one of the two trainers
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    step = ckpt.latest_checkpoint(run)[0]
+    assert f"stopped at step {step}" in output and (run / STOPPED_FILE).is_file()
+    states = [ckpt.latest_checkpoint(run)[1] / ckpt.rank_file(rank) for rank in (0, 1)]
+    assert all(path.is_file() for path in states)
+
+
+def test_a_run_that_is_being_trained_is_not_trained_twice(chain, tmp_path):
+    command = [sys.executable, "train_tokenizer.py", *program(chain, tmp_path, "tokenizer", *LONG)]
+    process = start(command)
+    wait_for_steps(tmp_path / "tokenizer", process)
+    with pytest.raises(ValueError, match=rf"is being trained by another process: process {process.pid} on "):
+        chain.run_in(tmp_path, "tokenizer", *LONG)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
