@@ -79,7 +79,7 @@ def check_python(words, monkeypatch):
     if not hasattr(parsed, "overrides"):
         return
     stage = re.search(r'parse_stage_args\("(\w+)"', path.read_text())
-    file = ROOT / (parsed.config if stage else parsed.file)
+    file = ROOT / (parsed.config if hasattr(parsed, "config") else parsed.file)
     load_config(file, parsed.overrides, stage and stage.group(1))
 
 
