@@ -34,7 +34,7 @@
 #   MAIN_PROCESS_PORT  29500 for several machines; 0, a free port, for one
 #   NUM_PROCESSES      of the whole job, all machines together: one a GPU; without GPUs, one a machine with all its cores
 #
-# SIGUSR1 (Slurm's warning), SIGTERM or Ctrl-C: the training stage finishes its step, writes a checkpoint, and this command
+# SIGUSR1 (Slurm's warning), SIGTERM or Ctrl-C: the running stage finishes its step, writes a checkpoint, and this command
 # ends with status 75: run it again to go on (scripts/slurm.sbatch requeues itself). A second signal ends it at once.
 set -euo pipefail
 command_line="bash train_flowtok.sh$([[ $# -eq 0 ]] || printf ' %q' "$@")"
@@ -194,38 +194,53 @@ prepare_launch() { # -> launch: the command in front of a training script
 pass_on() { # CHILD: the first signal asks the trainers to stop after their step, the next ones end them
     interrupted=$((interrupted + 1))
     case $interrupted in
-        1) kill -s USR1 -- "-$1" ;;
+        1) (while kill -s USR1 -- "-$1"; do sleep 5; done) >/dev/null & ;; # again: one that starts up does not hear it
         2) kill -s TERM -- "-$1" ;;
         *) kill -s KILL -- "-$1" ;;
     esac 2>/dev/null || true
 }
 
 run_stoppable() { # COMMAND ...: like run, and passes signals on to all processes of the command
-    local words child status waited=0
+    local words child status waited
     [[ ${DRY_RUN:-0} == 0 ]] || { run "$@"; return; }
     printf -v words ' %q' "$@"
     echo "+$words"
-    interrupted=0
     set -m # its own process group; launchers and data workers in it ignore the signal, the trainers catch it
     (trap '' USR1; exec "$@") &
     set +m
     child=$!
     # shellcheck disable=SC2064
     trap "pass_on $child" USR1 TERM INT HUP
+    if ((interrupted > 0)); then # just before the trap
+        interrupted=0
+        pass_on "$child"
+    fi
+    waited=$interrupted
     while :; do
         status=0
         wait "$child" || status=$?
         ((waited < interrupted)) || break # else a signal, not the end of the child, ended the waiting
         waited=$interrupted
     done
-    trap - USR1 TERM INT HUP
+    trap - TERM INT HUP
+    note_warnings
     return "$status"
 }
 
-stopped_cleanly() { # STAGE: whether its training left the note of a clean stop
+note_warnings() { # while no stage runs, Slurm's warning only keeps the next one from starting
+    trap 'interrupted=1' USR1
+}
+
+stop_if_warned() {
+    ((interrupted > 0)) || return 0
+    echo "train_flowtok.sh: told to stop before stage $1; to go on, run the same command again: $command_line"
+    exit 75
+}
+
+stopped_cleanly() { # STAGE FILE: whether its training left the note of a clean stop, after FILE was made
     local folder
     folder=$("$PYTHON" -m configs.load "configs/$experiment/$1.yaml" "${overrides[@]}" | sed -n 's/^run_dir: //p')
-    [[ -f $folder/stopped ]]
+    [[ $folder/stopped -nt $2 ]]
 }
 
 stopped() { # STAGE STATUS
@@ -240,12 +255,14 @@ check_experiment() { # KEY=VALUE ... : every stage's config, before the first on
         overrides_of "$stage" "$@"
         group+=(-- "configs/$experiment/$stage.yaml" "${overrides[@]}")
     done
-    run "$PYTHON" -m configs.check "$NUM_PROCESSES" "${group[@]:1}" || exit $?
+    (trap '' USR1 && run "$PYTHON" -m configs.check "$NUM_PROCESSES" "${group[@]:1}") || exit $?
 }
 
 run_stage() { # STAGE KEY=VALUE ...
-    local stage=$1 start=$SECONDS overrides program status
+    local stage=$1 start=$SECONDS overrides program status before
+    stop_if_warned "$stage"
     overrides_of "$@"
+    before=$(mktemp)
     case $stage in
         text_encoder) program=("${launch[@]}" --module scripts.train_text_encoder) ;;
         tokens*) program=("${launch[@]}" --module scripts.encode_tokens) ;;
@@ -256,12 +273,15 @@ run_stage() { # STAGE KEY=VALUE ...
     echo "== $experiment: $stage"
     run_stoppable "${program[@]}" --config "configs/$experiment/$stage.yaml" "${overrides[@]}" || {
         status=$?
-        if stopped_cleanly "$stage"; then
+        if stopped_cleanly "$stage" "$before"; then
+            rm -f "$before"
             echo "train_flowtok.sh: stage $stage stopped cleanly; to go on, run the same command again: $command_line"
             exit 75
         fi
+        rm -f "$before"
         stopped "stage $stage" "$status"
     }
+    rm -f "$before"
     echo "== $experiment: $stage took $((SECONDS - start)) s"
 }
 
@@ -270,7 +290,7 @@ draw_samples() { # STAGE: a flowtok round; nothing to do if the picture is newer
     if [[ -f $picture && -z $(find "$folder/checkpoints" -newer "$picture" -print -quit) ]]; then
         echo "$picture: complete, nothing to do"
     else
-        run "$PYTHON" sample.py --run "$folder" --output "$picture" || stopped sample.py $?
+        (trap '' USR1 && run "$PYTHON" sample.py --run "$folder" --output "$picture") || stopped sample.py $?
     fi
 }
 
@@ -291,11 +311,14 @@ if [[ $# -gt 0 && $1 != *=* ]]; then
     experiment=$1
     shift
 fi
+interrupted=0 # how often this was told to stop
+trap '' USR1  # and so do the commands of the set-up
 choose_stages
 check_overrides "$@"
 find_machines
 set_up_environment requirements.txt
 prepare_launch
+note_warnings
 check_experiment "$@"
 
 for stage in "${stages[@]}"; do

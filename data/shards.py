@@ -122,6 +122,7 @@ class ShardStream(IterableDataset):
         self.rank, self.world_size, self.max_bad_share = rank, world_size, max_bad_share
         names = "\n".join(os.path.basename(path) for source in sources for path in source.shards)
         self._names_crc32 = zlib.crc32(names.encode("utf-8", "surrogateescape"))
+        self._first_epochs = [0] * len(self.sources)
         self._start_over()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -162,8 +163,24 @@ class ShardStream(IterableDataset):
 
     def _start_over(self) -> None:
         self._drawn = 0  # samples handed out by this reader
-        self._positions = [Position()] * len(self.sources)
+        self._positions = [Position(epoch=epoch) for epoch in self._first_epochs]
         self._resumed = False
+
+    def start_next_epoch(self, states: Sequence[Any]) -> list[int]:
+        """Begin each source at the epoch after the last one that a reader of these loader states has begun.
+
+        For another number of readers or another batch size, which would cut an epoch in other parts: the rest of the
+        epoch is left out, and no sample is seen twice in one. Returns the epochs. ValueError: states of other data.
+        """
+        found = [position for state in states for position in _readers_of(state)]
+        for state in found:
+            for name in ("seed", "num_sources", "num_shards", "shard_names_crc32"):
+                if state[name] != self.settings(1)[name]:
+                    raise ValueError(f"{name} was {state[name]}, is {self.settings(1)[name]}")
+        epochs = [[position["epoch"] for position in state["positions"]] for state in found]
+        self._first_epochs = [max(each) + 1 for each in zip(*epochs, strict=True)] or self._first_epochs
+        self._start_over()
+        return self._first_epochs
 
     def _workers(self) -> int:
         info = get_worker_info()
@@ -370,6 +387,20 @@ class ShardLoader(StatefulDataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_settings(state.get("settings", {}), self.dataset.settings(self.num_workers))
         super().load_state_dict(state)
+
+    def start_next_epoch(self, states: Sequence[dict[str, Any]]) -> list[int]:
+        """Go on with the epoch after those of other loaders' states, see ShardStream."""
+        return self.dataset.start_next_epoch(states)
+
+
+def _readers_of(state: Any) -> Iterator[dict[str, Any]]:
+    """The states of the streams in a loader's state, which nests them by worker."""
+    if isinstance(state, dict):
+        if "positions" in state and "drawn" in state:
+            yield state
+        else:
+            for value in state.values():
+                yield from _readers_of(value)
 
 
 def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

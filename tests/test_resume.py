@@ -119,7 +119,8 @@ def test_another_network_is_refused_when_resuming_and_another_batch_size_restart
     chain.run_in(tmp_path, "tokenizer", "training.max_steps=2", "training.batch_size=4")
     printed = capsys.readouterr().out
     assert "config changed since the last start: training.batch_size: 8 -> 4" in printed
-    assert "data starts over: the saved data position does not fit this run: batch_size was 8, is 4" in printed
+    assert "data goes on with epoch 1 (from 0), so that no epoch shows a sample twice: the saved data" in printed
+    assert "does not fit this run: batch_size was 8, is 4" in printed
 
 
 class Evil:
@@ -443,7 +444,10 @@ def test_two_processes_train_the_tokenizer_and_one_can_go_on(chain, tmp_path, ca
     ]
     assert readers == [0, 1]
     chain.run_in(tmp_path, "tokenizer", "training.max_steps=6")
-    assert "data starts over: the run had 2 processes before" in capsys.readouterr().out
+    expected = (
+        "data goes on with epoch 1 (from 0), so that no epoch shows a sample twice: the run had 2 processes before"
+    )
+    assert expected in capsys.readouterr().out
     assert [line["step"] for line in metrics(run)] == [2, 4, 6]
 
 

@@ -587,3 +587,44 @@ def test_what_stops_a_worker_reads_as_in_the_same_process(tmp_path):  # 5 s: tor
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ValueError, match="expected"):
         make_stream(["a.tar"], **options)
+
+
+# Another number of readers
+
+
+@pytest.mark.parametrize("sizes", [[20] * 6, [50]])  # more and fewer shards than readers
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_with_other_readers_the_next_epoch_begins_and_is_seen_once(tmp_path, sizes, num_workers):
+    paths, total = make_shards(tmp_path, sizes), sum(sizes)
+    loaders = [build_loader(make_stream(paths, rank=rank, world_size=2), num_workers) for rank in range(2)]
+    for loader, count in zip(loaders, (3, 7), strict=True):
+        batches = iter(loader)
+        for _ in range(count):
+            next(batches)
+    alone = build_loader(make_stream(paths), num_workers)
+    assert alone.start_next_epoch([loader.state_dict() for loader in loaders]) == [1]
+    batches = iter(alone)
+    keys = [next(batches)["key"][0] for _ in range(total)]
+    assert len(set(keys)) == total
+    undisturbed = iter(build_loader(make_stream(paths), num_workers))
+    two_epochs = [next(undisturbed)["key"][0] for _ in range(2 * total)]
+    assert keys == two_epochs[total:]
+
+
+def test_after_such_a_start_the_position_is_saved_and_restored_as_ever(tmp_path):
+    paths = make_shards(tmp_path, [20] * 4)
+    first, second = (build_loader(make_stream(paths), 0) for _ in range(2))
+    first.start_next_epoch([build_loader(make_stream(paths, rank=1, world_size=2), 0).state_dict()])
+    batches = iter(first)
+    for _ in range(5):
+        next(batches)
+    second.load_state_dict(first.state_dict())
+    again = iter(second)
+    assert [next(batches)["key"] for _ in range(90)] == [next(again)["key"] for _ in range(90)]
+
+
+def test_states_of_other_data_do_not_set_the_epoch(tmp_path):
+    paths = make_shards(tmp_path, [4, 4])
+    other = build_loader(make_stream(paths[:1], rank=1, world_size=2), 0)
+    with pytest.raises(ValueError, match="num_shards was 1, is 2"):
+        build_loader(make_stream(paths), 0).start_next_epoch([other.state_dict()])

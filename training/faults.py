@@ -1,62 +1,105 @@
-"""What other processes do to this one: data workers that die, training processes that die or hang.
+"""What other processes and machines do to a training process: they die, or they hang.
 
-Each ends the training with one line that names the cause, as an OSError; the last checkpoint is whole, and running the
-same command again goes on from it.
+Each ends the training with one line that says so; the last checkpoint is whole, and the same command goes on from it.
 """
 
-import multiprocessing.connection
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch.distributed as dist
 
 GO_ON = "Run the same command again to go on"
+LOOKS = 20  # of the watchdog, in the time after which it bites
+HUNG_STATUS = 2
 
 
 @contextmanager
-def explain_faults(timeout_minutes: float) -> Iterator[list[BaseProcess]]:
-    """Turn errors that another process caused into one line. The caller puts its data workers into the list it gets.
+def explain_faults() -> Iterator[list[BaseProcess]]:
+    """Name the cause of an error that another process's death caused. The caller lists its data workers.
 
     Raises:
         ChildProcessError: a data worker died.
         ConnectionError: another training process died.
-        TimeoutError: one of both was silent for `timeout_minutes`.
     """
     workers: list[BaseProcess] = []
     try:
         yield workers
     except (RuntimeError, OSError, EOFError) as error:  # of a dead worker: whatever was being read from it
-        text = str(error)
-        if reason := describe_dead_worker(error, workers):
+        if reason := describe_dead_worker(str(error), workers):
             raise ChildProcessError(f"{reason}. {GO_ON}") from error
-        from_worker, from_trainer = text.startswith("DataLoader"), "gloo/" in text or isinstance(error, dist.DistError)
-        if not (from_worker or from_trainer):
-            raise
-        if "timed out" in text.lower():
-            who = "the data workers gave no batch" if from_worker else "another process of this training did not answer"
-            reason = f"{who} for training.timeout_minutes={timeout_minutes:g}: it hangs, or storage or a machine does"
-            raise TimeoutError(f"{reason}. {GO_ON}") from error
-        raise ConnectionError(f"another process of this training ended; its own output says why. {GO_ON}") from error
+        if "gloo/" in str(error) or isinstance(error, dist.DistError):
+            raise ConnectionError(f"another training process ended; its own output says why. {GO_ON}") from error
+        raise
 
 
-def describe_dead_worker(error: Exception, workers: list[BaseProcess]) -> str:
-    """One line on the first data worker that is dead, "" if all live."""
-    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1) if workers else []
+def describe_dead_worker(text: str, workers: list[BaseProcess]) -> str:
+    """One line on the first data worker that is dead, "" if all live. text: of the error that may come from it."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises, here a second time
+    ended = wait([worker.sentinel for worker in workers], timeout=1) if workers else []
+    signal.signal(signal.SIGCHLD, handler)
     dead = [worker for worker in workers if worker.sentinel in ended]
-    if dead:
-        dead[0].join()
-        name, status = f"a data worker (process {dead[0].pid})", dead[0].exitcode
-        if status == -signal.SIGKILL:
-            return (
-                f"{name} was killed (SIGKILL), as the system does when memory runs out: if so, lower data.num_workers "
-                "or data.shuffle_buffer"
-            )
-        return f"{name} ended with {f'signal {-status}' if status < 0 else f'status {status}'}"
-    return str(error) if str(error).startswith("DataLoader worker") else ""
+    if not dead:
+        return text if text.startswith("DataLoader worker") else ""
+    dead[0].join()
+    name, status = f"a data worker (process {dead[0].pid})", dead[0].exitcode
+    if status == -signal.SIGKILL:
+        advice = "as the system does when memory runs out: if so, lower data.num_workers or data.shuffle_buffer"
+        return f"{name} was killed (SIGKILL), {advice}"
+    return f"{name} ended with {f'signal {-status}' if status < 0 else f'status {status}'}"
+
+
+class Watchdog:
+    """Ends the program, with one line, when it is not patted for so many minutes. Use as a context.
+
+    From a thread of its own: the main one may wait for a rank, a data worker, a disk or a device, where nothing else
+    reaches it. Time in which the whole program was suspended does not count.
+    """
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+        self._patted, self._done = False, threading.Event()
+        self._owner = threading.get_ident()
+
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._done.set()
+
+    def pat(self) -> None:
+        """Say that a step is done."""
+        self._patted = True
+
+    def _watch(self) -> None:
+        looks = 0
+        while not self._done.wait(60 * self.minutes / LOOKS):
+            looks, self._patted = (0 if self._patted else looks + 1), False
+            if looks == LOOKS:
+                self._bite()
+
+    def _bite(self) -> None:
+        frame = sys._current_frames()[self._owner]
+        while frame.f_back is not None and Path(frame.f_code.co_filename).parent != Path(__file__).parent:
+            frame = frame.f_back
+        where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}"
+        print(
+            f"error: no step for training.timeout_minutes={self.minutes:g}: another process, the storage or a device "
+            f"hangs; this one waits in {where}. {GO_ON}",
+            file=sys.stderr,
+            flush=True,
+        )
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(HUNG_STATUS)
 
 
 def outlive_requests(worker: int) -> None:

@@ -15,12 +15,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from training import checkpoint as ckpt
 from training.ema import EMA
-from training.faults import explain_faults, outlive_requests
+from training.faults import Watchdog, explain_faults, outlive_requests
 from training.metrics import LoggingConfig, MetricLog, MetricWindow
 from training.optim import OptimizerConfig, load_optimizer
 from training.player import Opponent, Player
@@ -47,8 +47,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2  # newest ones kept
     keep_every_steps: int = 0  # those of steps that are a multiple of this are kept, too; 0: none
     max_hours: float = 0.0  # wall clock; then stop cleanly, before the queue does it. 0: no limit
-    # a process that waits longer for another one stops with an error; pictures and checkpoints must be done by then
-    timeout_minutes: float = TIMEOUT_MINUTES
+    timeout_minutes: float = TIMEOUT_MINUTES  # a process that gets no step done for so long, pictures included, ends
     max_bad_steps: int = 0  # of 1000 steps, those with a non-finite loss or gradient that are left out; more: stop
     sample_every_steps: int = 0  # picture of samples; 0: only at the end
 
@@ -58,8 +57,8 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
         if self.keep_checkpoints < 1:
             raise ValueError(f"training.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
-        if not 0 < self.timeout_minutes < math.inf:
-            raise ValueError(f"training.timeout_minutes must be positive, got {self.timeout_minutes}")
+        if not 0 < self.timeout_minutes < 1e6:
+            raise ValueError(f"training.timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}")
         names = ("max_gradient_norm", "sample_every_steps", "seed", "keep_every_steps", "max_hours", "max_bad_steps")
         for name in names:
             if getattr(self, name) < 0:
@@ -173,14 +172,21 @@ class Trainer:
         return latest[1] if latest else None
 
     def _resume_rank(self, folder: Path, num_processes: int) -> None:
-        """Restore the data position; with another number of processes or batch size it can't be, and that is said."""
-        if num_processes != self.run.accelerator.num_processes:
-            self.run.say(f"data starts over: the run had {num_processes} processes before")
-            return
-        state = ckpt.load_plain(folder / ckpt.rank_file(self.run.accelerator.process_index))
-        self.window.load_state_dict(state["metrics"], self.run.device)
+        """Restore the data position exactly; with other processes, workers or batches, go on with the next epoch."""
+        if num_processes == self.run.accelerator.num_processes:
+            state = ckpt.load_plain(folder / ckpt.rank_file(self.run.accelerator.process_index))
+            self.window.load_state_dict(state["metrics"], self.run.device)
+            try:
+                self.loader.load_state_dict(state["loader"])
+                return
+            except ValueError as error:
+                reason = str(error)
+        else:
+            reason = f"the run had {num_processes} processes before"
+        states = [ckpt.load_plain(folder / ckpt.rank_file(rank))["loader"] for rank in range(num_processes)]
         try:
-            self.loader.load_state_dict(state["loader"])
+            epochs = ", ".join(map(str, self.loader.start_next_epoch(states)))
+            self.run.say(f"data goes on with epoch {epochs} (from 0), so that no epoch shows a sample twice: {reason}")
         except ValueError as error:
             self.run.say(f"data starts over: {error}")
 
@@ -259,24 +265,20 @@ class Trainer:
         clear_mark(self.run.folder)
         for player in self._players().values():
             player.wrapped.train()
-        with explain_faults(self.config.timeout_minutes) as workers:
-            batches = self._start_reading()  # before the lock: workers of a killed trainer would go on holding it
+        self.loader.worker_init_fn = outlive_requests
+        with explain_faults() as workers:
+            batches = TimedIterator(iter(self.loader))  # before the lock: workers of a killed trainer would hold it
             workers += multiprocessing.active_children()
             with lock_run(self.run):
                 self._run_steps(loss_fn, batches, logging, save_samples)
-
-    def _start_reading(self) -> "TimedIterator":
-        """The batches; their workers outlive what is sent to all processes, and are waited for in vain only so long."""
-        self.loader.worker_init_fn = outlive_requests
-        self.loader.timeout = 60 * self.config.timeout_minutes if self.loader.num_workers else 0
-        return TimedIterator(iter(self.loader))
 
     def _run_steps(self, loss_fn: LossFn, batches: "TimedIterator", logging: LoggingConfig, save_samples) -> None:
         """The steps that are left, with all that happens between them."""
         config, run = self.config, self.run
         log = MetricLog(run.folder, logging, run.is_main, str(run.folder), self.step)
         report = Progress(self, batches)
-        with StopRequest(config.max_hours, run.started, config.timeout_minutes) as stop, self.writer:
+        watchdog = Watchdog(config.timeout_minutes)
+        with watchdog, StopRequest(config.max_hours, run.started, config.timeout_minutes) as stop, self.writer:
             while self.step < config.max_steps:
                 seed_step(config.seed, run.accelerator.process_index, self.step)
                 self.optimizer_step(batches, loss_fn)
@@ -292,6 +294,7 @@ class Trainer:
                     log.flush()
                     self.save()  # after the picture: a complete run has its last one
                 self.writer.check()
+                watchdog.pat()
                 if reason and self.step < config.max_steps:
                     self._stop(log, reason)
             self.writer.wait()
@@ -325,7 +328,9 @@ class Progress:
         values["learning_rate"] = trainer.player.optimizer.param_groups[0]["lr"]
         values["samples_per_second"] = (trainer.step - self.marked_step) * config.batch_size / (now - self.mark)
         values["data_wait_share"] = self.batches.take_seconds() / (now - self.mark)
-        values |= {f"skipped/{reason}": count for reason, count in self.batches.take_skipped().items()}
+        for skipped in gather_object([self.batches.take_skipped()]):  # of all processes
+            for reason, count in skipped.items():
+                values[f"skipped/{reason}"] = values.get(f"skipped/{reason}", 0) + count
         self.mark, self.marked_step = now, trainer.step
         return values, (now - self.start) / (trainer.step - self.first_step) * (config.max_steps - trainer.step)
 

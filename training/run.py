@@ -22,8 +22,8 @@ from accelerate.utils import set_seed
 from training.checkpoint import flush
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
-# How long a process waits for the others: pictures, checkpoints and uneven shards take longer than NCCL's ten minutes.
-TIMEOUT_MINUTES = 120.0
+# Without a step; NCCL's own ten minutes are too short for pictures, checkpoints and uneven shards.
+TIMEOUT_MINUTES = 60.0
 
 
 @dataclass
@@ -50,11 +50,16 @@ class Run:
             print(text, flush=True)
 
 
+def patience(timeout_minutes: float) -> timedelta:
+    """How long a process waits for the others: until the watchdog (training/faults.py), which says more, has bitten."""
+    return timedelta(minutes=2 * timeout_minutes)
+
+
 def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) -> Accelerator:
     """Join the other processes, if any. precision is "fp32" or "bf16" (autocast)."""
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32 on a GPU; the CPU ignores it
-    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))
-    handlers = [timeout, DistributedDataParallelKwargs(broadcast_buffers=False)]
+    waiting = InitProcessGroupKwargs(timeout=patience(timeout_minutes))
+    handlers = [waiting, DistributedDataParallelKwargs(broadcast_buffers=False)]
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers)
 
 

@@ -8,11 +8,14 @@ once, but not one that comes together with the first: queue, launcher and torchr
 import os
 import signal
 import time
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from training.run import TIMEOUT_MINUTES, patience
 
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 STOPPED_FILE = "stopped"  # in the run folder: why it stopped. torchrun turns every exit status into 1
@@ -21,15 +24,12 @@ SAME_REQUEST = 1.0  # seconds
 
 
 class StopRequest:
-    """Whether the run is to stop after this step, and why. Use as a context: the old signal handlers come back.
+    """Whether the run is to stop after this step, and why. Use as a context: the old signal handlers come back."""
 
-    The processes agree on it in every step, so that one which hangs is found after `timeout_minutes`.
-    """
-
-    def __init__(self, max_hours: float, started: float, timeout_minutes: float = 120.0):
+    def __init__(self, max_hours: float, started: float, timeout_minutes: float = TIMEOUT_MINUTES):
         self._deadline = started + 3600 * max_hours if max_hours else float("inf")
         self._max_hours = max_hours
-        self._timeout = timedelta(minutes=timeout_minutes)
+        self._patience = patience(timeout_minutes)
         self._reason = ""
         self._signalled: float | None = None  # when the first signal came
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
@@ -38,7 +38,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(timeout=self._timeout, backend="gloo")  # on the CPU: no device sync
+            self._group = dist.new_group(timeout=self._patience, backend="gloo")  # on the CPU: no device sync
         return self
 
     def __exit__(self, *error) -> None:
@@ -69,6 +69,32 @@ class StopRequest:
         flag = torch.tensor([float(bool(self._reason))])
         self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return (self._reason or "another process was told to") if agreed else ""
+
+
+@contextmanager
+def stop_at_once(run_dir: Path) -> Iterator[None]:
+    """For work that is written whole, piece by piece: a signal ends the program with STOPPED_STATUS, after a note.
+
+    Processes that are forked inside don't listen: what is sent to the whole group is for this one.
+    """
+    clear_mark(run_dir)
+    owner = os.getpid()
+
+    def on_signal(number: int, frame) -> None:
+        if os.getpid() == owner:
+            for other in SIGNALS:
+                signal.signal(other, signal.SIG_IGN if other == signal.SIGUSR1 else signal.SIG_DFL)
+            reason = f"signal {signal.Signals(number).name}"
+            mark_stopped(run_dir, reason)
+            print(f"{run_dir}: stopped ({reason}); run the same command again to go on", flush=True)
+            raise SystemExit(STOPPED_STATUS)
+
+    handlers = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def mark_stopped(run_dir: Path, reason: str) -> None:
