@@ -13,14 +13,15 @@ batch size (up to float rounding); sampling defaults (steps, guidance) are the r
 import argparse
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from configs.load import exit_on_error
+from eval.gallery import write_gallery
 from eval.loading import load_pipeline, read_run_config
-from eval.pictures import caption_grid, save_png, to_pil
+from eval.pictures import caption_grid, png_bytes, save_png, to_pil
 from modeling.pipeline import SamplingConfig, TextToImage
 from modeling.samplers import make_grid
 
@@ -36,6 +37,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=8, help="images of --interpolate, ends included")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid, a PNG")
     parser.add_argument("--save-dir", type=Path, help="also write each image as its own PNG here")
+    parser.add_argument("--gallery", type=Path, help="also write a page with images, captions and settings here")
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--guidance", type=float, help="1: no guidance, half the work")
     parser.add_argument("--sampler", help="euler, or euler_release for the release's time grid")
@@ -124,6 +126,9 @@ def main(args: argparse.Namespace) -> None:
     columns = len(images) if args.interpolate else args.images_per_prompt
     columns = columns if columns > 1 else min(8, len(images))
     save_png(caption_grid(images, captions, columns), args.output)
+    if args.gallery:
+        settings = {"run": args.run.name, **asdict(sampling), "seed": args.seed}
+        write_gallery(args.gallery, "Samples", zip(map(png_bytes, images), captions), settings)
     if args.save_dir:
         for index, image in enumerate(images):
             save_png(to_pil(image), args.save_dir / f"{index:05d}.png")

@@ -4,7 +4,7 @@
 
 Heusel et al. 2017 on Inception features: FID. Everything is float64. The trace of the root is the sum of the roots of
 the eigenvalues of C1 C2, as torch-fidelity computes it. Files are npz with `mu`, `sigma`, `count` and `description`;
-those of other codes, which have `mu` and `sigma` only, are read, too.
+those of other codes, which have `mu` and `sigma` only, are read, too. `features` (N x D) is there if it was kept.
 """
 
 import json
@@ -93,8 +93,16 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     return (shift + first.covariance.trace() + second.covariance.trace() - 2 * root_trace).item()
 
 
-def save_statistics(path: Path, gaussian: Gaussian, description: dict[str, Any]) -> None:
-    """Write a statistics file, aside and then renamed. description: plain values, what the features are of."""
+def save_statistics(
+    path: Path, gaussian: Gaussian, description: dict[str, Any], features: Tensor | None = None
+) -> None:
+    """Write a statistics file, aside and then renamed.
+
+    Args:
+        description: plain values, what the features are of.
+        features: N x D, also kept if given: kernel distance, precision and recall need them.
+    """
+    kept = {} if features is None else {"features": features.numpy()}
     partial = path.with_name(path.name + ".tmp")
     try:
         with partial.open("wb") as file:
@@ -104,6 +112,7 @@ def save_statistics(path: Path, gaussian: Gaussian, description: dict[str, Any])
                 sigma=gaussian.covariance.numpy(),
                 count=-1 if gaussian.count is None else gaussian.count,
                 description=json.dumps(description),
+                **kept,
             )
             file.flush()
             os.fsync(file.fileno())
@@ -128,3 +137,16 @@ def load_statistics(path: Path) -> tuple[Gaussian, dict[str, Any]]:
             return Gaussian(mean, covariance, None if count < 0 else count), description
     except Exception as error:  # numpy, zip and zlib raise their own types
         raise ValueError(f"{path} is no statistics file, or cut short: {error}") from error
+
+
+def load_features(path: Path) -> Tensor | None:
+    """The features that a statistics file keeps, N x D; None if it keeps none.
+
+    Raises:
+        ValueError: cut short.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return torch.from_numpy(arrays["features"]) if "features" in arrays else None
+    except Exception as error:  # numpy, zip and zlib raise their own types
+        raise ValueError(f"{path}: its features cannot be read: {error}") from error

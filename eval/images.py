@@ -20,6 +20,8 @@ from data.image_text import IMAGE_KEYS
 from data.sources import folder_entries, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 
+RESIZE_RULE = "shorter side resized to image_size (Pillow, bicubic, antialiased), centre square"
+
 
 def list_images(data: Sequence[str]) -> list[Entry]:
     """Images of folders (with sub-folders) and local tar shards (paths, braces, globs), in the order given.

@@ -111,6 +111,11 @@ class InceptionFeatures(nn.Module):
         with torch.autocast(images.device.type, enabled=False), full_precision:
             return self.net(images)[0]
 
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """B x 2048 -> B x 1008 without bias, as the inception score takes them: float64, which no TF32 rounds."""
+        return features.to(self.net.fc.weight.device).double() @ self.net.fc.weight.double().T
+
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Tensors by name of a file that torch.save wrote; nothing in it is executed.

@@ -1,5 +1,6 @@
 """Pictures that people look at: grids of images with captions. PNG files are written aside and renamed."""
 
+import io
 import textwrap
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def caption_grid(images: Tensor, captions: list[str], columns: int) -> Image.Ima
 def pair_rows(first: Tensor, second: Tensor) -> Tensor:
     """Put each image of `second` right of its partner in `first`: B x 3 x R x 2R."""
     return torch.cat([first.float().cpu(), second.float().cpu()], dim=-1)
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """3 x R x R in [0, 1] -> a PNG file's content."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def save_png(image: Image.Image, path: Path) -> None:

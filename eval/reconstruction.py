@@ -10,14 +10,11 @@ weights are absent is null, with the reason. The images are split over the proce
 """
 
 import argparse
-import json
-import os
 import time
 from collections import Counter
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,11 @@ from torch.nn import functional as F
 
 from configs.load import exit_on_error
 from eval.frechet import FeatureStatistics, frechet_distance, sum_over_processes
-from eval.images import ImageSet, iterate_images, list_images
+from eval.images import RESIZE_RULE, ImageSet, iterate_images, list_images
 from eval.inception import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.loading import find_text_encoder, fingerprint, load_tokenizer, read_run_config
 from eval.pictures import caption_grid, pair_rows, save_png
+from eval.report import describe_file, device_name, package_versions, write_json
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.perceptual import LPIPS, file_sha256
 from modeling.text_encoder import TextEncoder, TextTokenizer
@@ -43,7 +41,6 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
 PICTURE_PAIRS = 16
 PROGRESS_SECONDS = 10
-PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy", "pillow", "accelerate", "open_clip_torch")
 
 
 # ---------------------------------------------------------------------------------------------------------- measures
@@ -276,8 +273,8 @@ def main(args: argparse.Namespace) -> None:
         "protocol": describe_protocol(args, images, reconstruct),
         "model": describe_model(run, reconstruct),
         "weights": {name: describe_file(file) for name, file in files.items() if file},
-        "versions": {name: package_version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else "cpu",
+        "versions": package_versions(),
+        "device": device_name(state.device),
         "num_processes": state.num_processes,
         "seconds": round(seconds, 3),
         "images_per_second": round(len(images) / seconds, 3),
@@ -348,7 +345,7 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet, reconstruct: R
         "data": args.data,
         "limit": args.limit,
         "image_size": images.image_size,
-        "crop": "shorter side resized to image_size (Pillow, bicubic, antialiased), centre square",
+        "crop": RESIZE_RULE,
         "background": list(images.background),
         "reconstruction": f"EMA weights, mean of the posterior, {args.precision}",
         "text_guidance": "each image's caption, else the empty caption" if reconstruct.tokenize else None,
@@ -373,34 +370,6 @@ def describe_model(run: Path, reconstruct: Reconstructor) -> dict[str, Any]:
         "tokenizer_fingerprint": fingerprint(reconstruct.tokenizer),
         "text_encoder_fingerprint": fingerprint(text_encoder) if text_encoder else None,
     }
-
-
-def describe_file(file: Path) -> dict[str, str]:
-    """Name and hash."""
-    return {"file": file.name, "sha256": file_sha256(file)}
-
-
-def package_version(name: str) -> str | None:
-    """Version of an installed package, or None."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write aside, flush and rename."""
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def print_summary(report: dict[str, Any], path: Path) -> None:

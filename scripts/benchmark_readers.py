@@ -1,7 +1,8 @@
 """Our readers side by side with the plain ways, on made-up data, alternately in one process with one thread.
 
 Images: JPEG bytes -> 256 px crop, against Pillow + torchvision (open, convert, Resize bicubic antialiased,
-CenterCrop, ToTensor). Tokens: shards of 77 x 16 latents -> batches of 100, against webdataset (tarfile_to_samples, decode, batched).
+CenterCrop, ToTensor). Tokens: shards of 77 x 16 latents -> batches of 100, against webdataset (tarfile_to_samples,
+decode, batched).
 """
 
 import io

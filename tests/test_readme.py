@@ -53,7 +53,8 @@ def parse_arguments(path, arguments, monkeypatch):
         raise Parsed(original(self, args, namespace))
 
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, parse)
         patch.setattr(sys, "argv", [str(path), *arguments])
         with pytest.raises(Parsed) as caught:
             runpy.run_path(str(path), run_name="__main__")
@@ -76,7 +77,7 @@ def check_python(words, monkeypatch):
             check.main(arguments)
         return
     parsed = parse_arguments(path, arguments, monkeypatch)
-    if not hasattr(parsed, "overrides"):
+    if not (hasattr(parsed, "overrides") and (hasattr(parsed, "config") or hasattr(parsed, "file"))):
         return
     stage = re.search(r'parse_stage_args\("(\w+)"', path.read_text())
     file = ROOT / (parsed.config if hasattr(parsed, "config") else parsed.file)

@@ -1,0 +1,50 @@
+"""A page of images with captions and settings: one HTML file that needs nothing beside it, and no network."""
+
+import base64
+import html
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.report import write_text
+
+STYLE = """
+body { font: 14px sans-serif; margin: 16px; color: #222; background: #fff; }
+dl { display: grid; grid-template-columns: max-content auto; gap: 2px 12px; }
+dt { color: #666; } dd { margin: 0; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 12px; }
+figure { margin: 0; } img { width: 100%; image-rendering: auto; } figcaption { overflow-wrap: anywhere; }
+"""
+# The browser itself refuses scripts and anything from elsewhere.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def gallery(title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]) -> str:
+    """The page's text.
+
+    Args:
+        pictures: (PNG file's bytes, caption) of each image.
+        settings: shown above them.
+    """
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in settings.items())
+    figures = "".join(
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt="{escape(caption)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+        for data, caption in pictures
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f"<dl>\n{rows}</dl>\n<main>\n{figures}</main>\n</body>\n</html>\n"
+    )
+
+
+def escape(value: Any) -> str:
+    """Text in which nothing is markup; what no page can hold (lone surrogates) is replaced."""
+    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
+
+
+def write_gallery(path: Path, title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]) -> None:
+    """Write the page aside and rename it."""
+    write_text(gallery(title, pictures, settings), path)

@@ -1,0 +1,55 @@
+"""What every evaluation's json has beside its numbers: library versions, files by hash, the device; writing it."""
+
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling.perceptual import file_sha256
+
+PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy", "pillow", "accelerate", "open_clip_torch")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that a number can depend on; None for one that is not installed."""
+    return {name: package_version(name) for name in PACKAGES}
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe_file(file: Path) -> dict[str, str]:
+    """Name and hash."""
+    return {"file": file.name, "sha256": file_sha256(file)}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write aside, flush and rename."""
+    write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file aside, flush and rename; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
