@@ -30,6 +30,7 @@ from eval.tokens_info import TOKENS_INFO_FILE, LatentStats, TokensInfo
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from training.run import start_accelerator
+from training.stop import stop_at_once
 
 SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
 COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
@@ -62,7 +63,8 @@ def main(config: TokensStage) -> None:
     left = [(image, path) for image, path in zip(images, outputs, strict=True) if not path.exists()]
     mine = left[accelerator.process_index :: accelerator.num_processes]
     encoder = Encoder(config, accelerator, tokenizer, text_encoder, text_config)
-    encode_shards(encoder, mine)
+    with stop_at_once(folder):
+        encode_shards(encoder, mine)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         info = describe(outputs, tokenizer, source)

@@ -1,0 +1,125 @@
+"""Programs in real processes that start in milliseconds: forked from a server that has imported everything.
+
+The server only imports, so what is forked is what `python SCRIPT ARGUMENTS` has after its imports: a process of its
+own, in a process group of its own, with its output in a file. A signal to it is a real signal.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import forkserver
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACE = 0.0005  # seconds between two looks
+
+
+class Program:
+    """A started script, or module if it has no ".py". `variables`: of its environment, on top of this process's."""
+
+    def __init__(self, log: Path, script: str, *arguments: str, **variables: str):
+        self.log = log
+        self.process = server().Process(target=run_script, args=(log, script, arguments, variables))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id, and that of its group."""
+        return self.process.pid
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def children(self) -> list[int]:
+        """Process ids of its data workers."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Exit status; negative: the signal that ended it."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.kill_group()
+            raise AssertionError(f"still running after {seconds} s:\n{self.output}")
+        return self.process.exitcode
+
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 120.0) -> bool:
+        """Look until `holds()`; False if the program ended before."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            if self.process.exitcode is not None:
+                return False
+            if time.monotonic() > deadline:
+                self.kill_group()
+                raise AssertionError(f"waited {seconds} s for nothing:\n{self.output}")
+            time.sleep(PACE)
+        return True
+
+    def signal_group(self, number: int) -> None:
+        """To all processes of its group, as Ctrl-C in a terminal does."""
+        os.killpg(self.pid, number)
+
+    def kill(self) -> int:
+        """SIGKILL to the program alone, whose data workers notice by themselves; returns the exit status."""
+        os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
+    def kill_group(self) -> int:
+        """SIGKILL to all processes of its group that are left; returns the exit status."""
+        with suppress(ProcessLookupError):
+            self.signal_group(signal.SIGKILL)
+        self.process.join()
+        return self.process.exitcode
+
+
+def server() -> multiprocessing.context.BaseContext:
+    """The context whose processes are forked from the server, which is started at the first call."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_experiment"])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return context
+
+
+def run_script(log: Path, script: str, arguments: tuple[str, ...], variables: dict[str, str]) -> None:
+    """In the new process: become `python SCRIPT ARGUMENTS`."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as in a program of its own
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    os.chdir(ROOT)
+    os.environ.update(variables)
+    sys.argv = [script, *arguments]
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+def start_ranks(log: Path, number: int, script: str, *arguments: str) -> list[Program]:
+    """Processes that form one gloo group, by the variables that torchrun sets; their logs are log.0, log.1, ..."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    programs = []
+    for rank in range(number):
+        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        own_log = log.with_name(f"{log.name}.{rank}")
+        programs.append(Program(own_log, script, *arguments, ACCELERATE_USE_CPU="true", **own))
+    return programs
