@@ -255,9 +255,7 @@ def test_stored_tokens_of_another_shape_or_place_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds 32 x 16 tokens, the config expects 77 x 16"):
         load_tokens_info(data, 77, 16, "no run", any_tokenizer=True)
     for shards in ([f"{tmp_path}/none/*.tar"], ["https://host/{0..3}.tar"]):
-        with pytest.raises(
-            ValueError, match="tokens.json.* does not exist: .* any_tokenizer=true and"
-        ):
+        with pytest.raises(ValueError, match="tokens.json.* does not exist: .* any_tokenizer=true and"):
             load_tokens_info(TokenTextConfig(shards=shards), 32, 16, "no run", any_tokenizer=True)
 
 

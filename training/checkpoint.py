@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +257,12 @@ def writing(partial: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        free = ""
+        with suppress(OSError):  # torch's error does not say that the disk is full
+            free = f"; {shutil.disk_usage(partial).free / 1e6:.1f} MB are free there"
         shutil.rmtree(partial, ignore_errors=True)
-        reason = " ".join(str(error).split())
-        raise OSError(f"cannot write checkpoint {partial.with_suffix('')}: {reason}; those before are kept") from error
+        message = f"cannot write checkpoint {partial.with_suffix('')}: {error}{free}; those before are kept"
+        raise OSError(message) from error
 
 
 def write_state(folder: Path, state: dict) -> None:
