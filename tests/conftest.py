@@ -68,6 +68,20 @@ def vgg_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def convnext_file(tmp_path_factory) -> Path:
+    """Random weights of ConvNeXt-Small under torchvision's names, views of one storage: 9 MB on disk, not 200."""
+    from torchvision import models
+
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in models.convnext_small().named_parameters()}
+    longest = max(shape.numel() for shape in shapes.values())
+    storage = torch.randn(longest, generator=torch.Generator().manual_seed(1)) * 0.1
+    file = tmp_path_factory.mktemp("weights") / "convnext-made-up.pth"
+    torch.save({name: storage[: shape.numel()].view(shape) for name, shape in shapes.items()}, file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def inception_file(tmp_path_factory) -> Path:
     """Random weights of torch-fidelity's InceptionV3 under its names; activations keep their size from layer to layer.
 

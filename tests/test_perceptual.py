@@ -19,18 +19,6 @@ from modeling.perceptual import LPIPS, PerceptualConfig, PerceptualLoss, check_w
 SIZE = 32
 
 
-@pytest.fixture(scope="module")
-def convnext_file(tmp_path_factory):
-    """Random weights under torchvision's names. All tensors are views of one storage: 9 MB on disk instead of 200."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in models.convnext_small().named_parameters()}
-    longest = max(shape.numel() for shape in shapes.values())
-    storage = torch.randn(longest, generator=torch.Generator().manual_seed(1)) * 0.1
-    file = tmp_path_factory.mktemp("weights") / "convnext-made-up.pth"
-    torch.save({name: storage[: shape.numel()].view(shape) for name, shape in shapes.items()}, file)
-    return file
-
-
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """An empty cache of torch's, and downloads that fail; returns the cache's folder."""

@@ -73,6 +73,22 @@ def test_a_game_that_is_stopped_resumes_bit_for_bit(chain, tmp_path, monkeypatch
     assert metrics(parts) == metrics(whole)
 
 
+def test_a_tokenizer_with_all_losses_on_resumes_bit_for_bit(chain, tmp_path, monkeypatch, vgg_file, convnext_file):
+    options = [*GAME, "training.batch_size=2", "losses.perceptual_weight=1.1", "losses.l1_weight=0.1"]
+    options += [f"perceptual.vgg_weights={vgg_file}", f"perceptual.convnext_weights={convnext_file}"]
+    whole = chain.run_in(tmp_path / "whole", "tokenizer", *options)
+    with monkeypatch.context() as patch:
+        spoil(patch, "tokenizer", call=4, action=stop)
+        with pytest.raises(Stop):
+            chain.run_in(tmp_path / "parts", "tokenizer", *options)
+    parts = chain.run_in(tmp_path / "parts", "tokenizer", *options)
+    assert equal(state(parts), state(whole)) and equal(discriminator_at(parts, 4), discriminator_at(whole, 4))
+    assert metrics(parts) == metrics(whole)
+    assert {"weighted/perceptual", "weighted/adversarial", "lpips", "convnext", "discriminator/lecam"} <= {
+        *metrics(whole)[-1]
+    }
+
+
 def test_the_discriminators_schedule_begins_at_its_start(chain, tmp_path):
     options = ("discriminator_optimizer.warmup_steps=1000", "discriminator_optimizer.weight_decay=0")
     run = chain.run_in(tmp_path, "tokenizer", *GAME, *options, "discriminator_optimizer.learning_rate=1.0")
