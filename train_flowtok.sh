@@ -191,12 +191,25 @@ prepare_launch() { # -> launch: the command in front of a training script
 
 # --- Run ---
 
+processes_of() { # PID -> it and all that it has started; a group would not do: torchrun gives each trainer its own
+    local pid
+    echo "$1"
+    for pid in $(pgrep -P "$1" || grep -ls "^PPid:[[:space:]]*$1\$" /proc/[0-9]*/status | cut -d/ -f3); do
+        processes_of "$pid"
+    done
+}
+
+send() { # SIGNAL PID: to all processes of the command
+    # shellcheck disable=SC2046
+    kill -s "$1" $(processes_of "$2")
+}
+
 pass_on() { # CHILD: the first signal asks the trainers to stop after their step, the next ones end them
     interrupted=$((interrupted + 1))
     case $interrupted in
-        1) (while kill -s USR1 -- "-$1"; do sleep 5; done) >/dev/null & ;; # again: one that starts up does not hear it
-        2) kill -s TERM -- "-$1" ;;
-        *) kill -s KILL -- "-$1" ;;
+        1) (while send USR1 "$1"; do sleep 5; done) >/dev/null & ;; # again: one that starts up does not hear it
+        2) send TERM "$1" ;;
+        *) send KILL "$1" ;;
     esac 2>/dev/null || true
 }
 

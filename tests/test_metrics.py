@@ -134,13 +134,18 @@ def test_wandb_gets_the_same_values_and_one_run_id_over_resumes(tmp_path, monkey
 
     fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or FakeRun())
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "other").mkdir()
     log = open_log(tmp_path, 0, wandb="offline", wandb_project="mine")
     log.log(3, 5, {"loss": 2.0}, 0)
     log.close()
     options, *rest = calls
     assert rest == [(3, {"loss": 2.0}), "finish"]
     assert (options["mode"], options["project"], options["resume"]) == ("offline", "mine", "allow")
-    assert options["id"] == "runs-x-tokenizer" and options["dir"] == tmp_path
+    assert options["name"] == "runs/x/tokenizer" and options["dir"] == tmp_path
+    open_log(tmp_path, 3, wandb="offline").close()  # resumed
+    assert calls[-2]["id"] == options["id"]
+    open_log(tmp_path / "other", 0, wandb="offline").close()
+    assert calls[-2]["id"] != options["id"]
 
 
 def test_wandb_is_not_imported_when_it_is_off(tmp_path, monkeypatch):
