@@ -35,11 +35,13 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         raise ValueError(f"config file {path} does not exist; in its folder: {', '.join(sorted(names)) or 'no YAML'}")
     try:
         node = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not OmegaConf.is_dict(node):
         raise ValueError(f"{path} must hold a mapping of keys to values")
     base = node.pop("base", None)
+    if not isinstance(base, str | None):
+        raise ValueError(f"{path}: base names one file, got {base}")
     return OmegaConf.merge(read_yaml(path.parent / base, (*seen, path)), node) if base else node
 
 
@@ -130,14 +132,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None, stage: str
     Raises:
         ValueError: anything wrong, in one line.
     """
-    node = read_yaml(Path(path))
+    try:
+        return _load(Path(path), overrides or [], stage)
+    except RecursionError as error:
+        raise ValueError(f"{path} or the command line is nested too deeply") from error
+
+
+def _load(path: Path, overrides: list[str], stage: str | None) -> StageConfig:
+    node = read_yaml(path)
     name = node.get("stage")
-    if name not in STAGES:
+    if not isinstance(name, str) or name not in STAGES:
         raise ValueError(f"{path}: key 'stage' is {name!r}; valid: {', '.join(STAGES)}")
     if stage is not None and name != stage:
         raise ValueError(f"{path} configures stage {name!r}, this program runs stage {stage!r}")
     schema = STAGES[name]
-    changes = parse_overrides(overrides or [])
+    changes = parse_overrides(overrides)
     check_keys(node, schema, str(path))
     check_keys(changes, schema, "command line")
     try:
