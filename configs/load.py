@@ -22,6 +22,7 @@ from torch.distributed import DistError
 from configs.schema import STAGES, StageConfig, check
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST_MESSAGE = 5000  # characters; a hostile name or value in it may be longer
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
@@ -190,7 +191,7 @@ def exit_on_error(action):
     except (ValueError, FloatingPointError, OSError, DistError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = next(filter(is_ours, reversed(frames)), frames[-1])
-        message = escape(one_line(error)) or type(error).__name__
+        message = escape(one_line(error)[:LONGEST_MESSAGE]) or type(error).__name__
         print(f"error: {message}\n  (raised at {Path(frame.filename).name}:{frame.lineno})", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -79,5 +79,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
             f"{path} is of another set of trainable weights ({error}): options that freeze or add parts "
             "(flow.projector, losses.alignment_weight 0 or not) can't change in a started run"
         ) from error
+    for weight, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.ndim and moment.shape != weight.shape:
+                raise ValueError(f"{path}: {name} is {list(moment.shape)} for a weight of {list(weight.shape)}")
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)

@@ -109,7 +109,7 @@ def save_config(run: Run, resolved_config: dict, defaults: dict, network_keys: l
     """
     path = run.folder / CONFIG_FILE
     if path.is_file() and has_checkpoint:
-        changes = list_changes(fill_in(yaml.safe_load(path.read_text()) or {}, defaults), resolved_config)
+        changes = list_changes(fill_in(read_saved(path), defaults), resolved_config)
         fatal = [line for key, line in changes if key.split(".")[0] in network_keys]
         if fatal:
             raise ValueError(
@@ -126,6 +126,22 @@ def save_config(run: Run, resolved_config: dict, defaults: dict, network_keys: l
         flush(partial)  # without it, nothing says which network the checkpoints are of
         partial.rename(path)
     run.accelerator.wait_for_everyone()
+
+
+def read_saved(path: Path) -> dict:
+    """The config that a run was trained with.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        values = error
+    if not isinstance(values, dict):
+        reason = values if isinstance(values, Exception) else f"it holds a {type(values).__name__}"
+        raise ValueError(f"{path} is damaged ({reason}); if your config is still that of the run, delete this file")
+    return values
 
 
 def fill_in(values: dict, defaults: dict) -> dict:

@@ -1,0 +1,559 @@
+"""Hostile inputs: each ends in a clear error of ours or a right result; no other exception, no hang, no left-over file.
+
+Seeded, so that a failure comes again. What the inputs are made from is read from the tiny experiment.
+"""
+
+import contextlib
+import copy
+import gzip
+import io
+import json
+import pickle
+import random
+import shutil
+import signal
+import struct
+import tarfile
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import shape_sample
+from PIL import Image
+from tiny_experiment import stage_configs
+
+import sample
+from configs.load import load_config
+from configs.schema import STAGES
+from data.image_text import ImageTextConfig, read_images
+from data.tar import write_shard
+from data.token_text import TokenTextConfig, read_tokens
+from eval.loading import load_pipeline
+from eval.pictures import caption_grid, save_png
+from modeling.image_tokenizer import ImageTokenizer
+from scripts import check_run
+from training import checkpoint as ckpt
+from training.optim import OptimizerConfig, build_optimizer, load_optimizer
+
+REFUSALS = (ValueError, OSError, FloatingPointError)  # what exit_on_error prints in one line
+CPU_SECONDS = 10.0  # an input may take
+TEXTS = [  # captions, prompts, keys, config values
+    "",
+    " ",
+    "\0",
+    "a\0b",
+    "\x1b[2J\x1b]0;owned\x07",
+    "line\nbreak\r\ttab",
+    "\u202eright to left",
+    "\ud800",
+    "\udcff\udc80",
+    "\ufeff",
+    "\U0001f9d1\u200d\U0001f680" * 40,
+    "e\u0301" + "\u0301" * 3000,
+    "a" * 100_000,
+    "word " * 20_000,
+    "<script>alert(1)</script><img src=x onerror=y>",
+    "../../../etc/passwd",
+    "/etc/passwd",
+    "C:\\windows\\system32",
+    "$(touch pwned)`touch pwned`;touch pwned",
+    "{{7*7}}${7*7}%s%n%x",
+    "' OR 1=1 --",
+    "NaN",
+    "null",
+    "\u0000\uffff\ufffe",
+    "漢字" * 500,
+    "<|startoftext|><|endoftext|>" * 10,
+    "!" * 300,
+]
+
+
+class Hung(BaseException):
+    """An input took too long."""
+
+
+class Tally:
+    """Tries inputs and counts how they end."""
+
+    def __init__(self, what):
+        self.what, self.outcomes, self.failures = what, Counter(), []
+
+    def __call__(self, action, shown, is_right=lambda result: True):
+        """Run `action` on an input, which is `shown` if it ends in neither an error of ours nor a right result."""
+
+        def on_time(number, frame):
+            raise Hung
+
+        handler = signal.signal(signal.SIGVTALRM, on_time)
+        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+        try:
+            result = action()
+        except REFUSALS as error:
+            outcome = "refused" if str(error) else "an error without a message"
+        except (Exception, Hung, SystemExit) as error:
+            outcome = f"{type(error).__name__}: {error!s:.300}"
+        else:
+            outcome = "right" if is_right(result) else "a wrong result"
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, handler)
+        if outcome not in ("refused", "right"):
+            self.failures.append(f"{outcome} for {shown!r:.300}")
+            outcome = "failed"
+        self.outcomes[outcome] += 1
+
+    def finish(self, record_property, at_least):
+        """Print the count; it is not for nothing that all were tried."""
+        text = f"{self.what}: {self.outcomes.total()} inputs, " + ", ".join(
+            f"{count} {name}" for name, count in sorted(self.outcomes.items())
+        )
+        print(text)
+        record_property("counted", text)
+        assert not self.failures, "\n".join([text, *self.failures])
+        assert self.outcomes.total() >= at_least and self.outcomes["refused"] >= at_least // 5, text
+
+
+def flip_bits(draw, data, number):
+    """Some bits turned over."""
+    data = bytearray(data)
+    for _ in range(number):
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    return bytes(data)
+
+
+def spoil_bytes(draw, data):
+    """A damaged or foreign file in place of `data`."""
+    kinds = [
+        lambda: data[: draw.randrange(len(data))],
+        lambda: data[: draw.randrange(min(200, len(data)))],
+        lambda: flip_bits(draw, data, 1),
+        lambda: flip_bits(draw, data, 30),
+        lambda: flip_bits(draw, data[: len(data) // 8], 5) + data[len(data) // 8 :],
+        lambda: draw.randbytes(draw.choice([1, 7, 8, 100, 5000])),
+        lambda: b"",
+        lambda: b"\0" * len(data),
+        lambda: data + draw.randbytes(100),
+        lambda: gzip.compress(data),
+        lambda: pickle.dumps({"a": [1, 2]}),
+        lambda: pickle.dumps(Evil()),
+        lambda: b'{"a":' * 50_000,
+        lambda: b"[" * 100_000,
+        lambda: struct.pack("<Q", 1 << 60) + data,
+    ]
+    return draw.choice(kinds)()
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self):
+        return (open, ("pwned", "w"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_executed(tmp_path, monkeypatch):
+    """In a folder of its own, where nobody makes the file that the inputs ask for."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.rglob("pwned"))
+
+
+# Configs and the command line
+
+VALUES = [None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**30, [], {}, [[1], {"a": 2}], {"a": {"b": {}}}, "1"]
+VALUES += ["${nowhere}", "${", "${oc.env:HOME}", "${run_dir}", "${experiment_dir}${stage}", "${.}", "${..a}", "???"]
+VALUES += [text for text in TEXTS if len(text) < 1000]
+RAW = [
+    "",
+    "- a\n- b\n",
+    "stage: tokenizer\nstage: tokenizer\n",
+    "stage: [tokenizer]\n",
+    "stage: !!python/object/apply:os.system ['touch pwned']\n",
+    "!!python/object/new:type {args: [z, !!python/tuple [], {extend: !!python/name:exec }]}\n",
+    "a: &a\n  b: *a\n",
+    "stage: tokenizer\n? {a: b}\n: c\n",
+    "stage: tokenizer\n1: 2\n",
+    "stage: tokenizer\nnull: 2\n",
+    "stage: tokenizer\ndata: &d {shards: *d}\n",
+    "base: config.yaml\nstage: tokenizer\n",
+    "base: /etc/passwd\n",
+    "base: /dev/zero\n",
+    "base: [a, b]\n",
+    "base: 3\n",
+    "base: .\n",
+    "base: {a: b}\n",
+    "base: 'a\\0b'\n",
+    "stage: 'a\tb\n",
+    "\tstage: tokenizer\n",
+    "stage: tokenizer\ntraining: {" * 400,
+    "[" * 3000,
+    "stage: " + "{a: " * 300 + "1" + "}" * 300,
+    "%YAML 9.9\n---\nstage: tokenizer\n",
+    "--- 1\n--- 2\n",
+    "stage: 2020-01-01\n",
+    "stage: tokenizer\ntraining: 2020-01-01\n",
+    "stage: tokenizer\ntraining: {max_steps: 1e999}\n",
+    "stage: tokenizer\ntraining: {max_steps: 0o17, seed: 0b1}\n",
+    "stage: tokenizer\ndata: {shards: !!binary aGVsbG8=}\n",
+    "stage: tokenizer\ndata: {shards: !!set {a, b}}\n",
+]
+
+
+def yaml_bomb(levels, width):
+    """`width` ** `levels` values by aliases."""
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels + 1)]
+    return "\n".join([*lines, "stage: tokenizer", ""])
+
+
+def leaves(values, path=()):
+    """Paths of all values of nested dicts, groups included."""
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+
+
+def spoil_config(draw, values):
+    """A config with some values of another kind, lost, or never heard of."""
+    values = copy.deepcopy(values)
+    for _ in range(draw.choice([1, 1, 2, 5])):
+        *parents, last = draw.choice(list(leaves(values)))
+        group = values
+        for key in parents:
+            group = group[key]
+        change = draw.randrange(5)
+        if change == 0:
+            del group[last]
+        elif change == 1:
+            group[draw.choice(["x", 3, "max_step", "", "a.b", "a b", "\x1b[2J"])] = draw.choice(VALUES)
+        else:
+            group[last] = draw.choice(VALUES)
+    return values
+
+
+def test_hostile_configs(tmp_path, tiny_shards, record_property):
+    draw, tally, path = random.Random(0), Tally("configs"), tmp_path / "config.yaml"
+    stages = stage_configs(tiny_shards)
+
+    def load(text):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+        return lambda: load_config(path)
+
+    for text in [*RAW, yaml_bomb(4, 9), yaml_bomb(9, 9), yaml_bomb(30, 2)]:
+        tally(load(text), text)
+    for _ in range(150):
+        stage = draw.choice(list(stages))
+        values = {"stage": stage, "experiment_dir": "runs/x", **stages[stage]}
+        text = yaml.safe_dump(spoil_config(draw, values), allow_unicode=True)
+        tally(load(text), text, lambda config: isinstance(config, tuple(STAGES.values())))
+    whole = yaml.safe_dump({"stage": "flowtok", **stages["flowtok"]}).encode()
+    for _ in range(60):
+        data = spoil_bytes(draw, whole)[:20_000]  # libyaml takes a minute for 100,000 brackets
+        tally(load(data), data)
+    for encoding in ("utf-16", "utf-8-sig", "latin-1"):
+        tally(load(whole.decode().encode(encoding)), encoding)
+    assert list(tmp_path.iterdir()) == [path]
+    tally.finish(record_property, 200)
+
+
+def test_hostile_overrides(tmp_path, tiny_shards, record_property):
+    draw, tally, path = random.Random(1), Tally("overrides"), tmp_path / "config.yaml"
+    values = {"stage": "flowtok", "experiment_dir": "runs/x", **stage_configs(tiny_shards)["flowtok"]}
+    path.write_text(yaml.safe_dump(values))
+    valid = [".".join(map(str, leaf)) for leaf in leaves(values)]
+    words = ["", "=", "==", "a", "a=", "=b", ".=1", "..=1", "a.=1", ".a=1", "training..seed=1", "training[0]=1"]
+    words += ["data.shards=[", "data.shards={", "data.shards=]", "training={a: 1}", "training=[1]", "[]=1", "\udcff=1"]
+    words += ["stage=tokenizer", "stage=", "base=x.yaml", "training.seed=*a", "training.seed=!!python/name:os.system"]
+    words += ["data.sources.x.weight=nan", "data.sources={a: {shards: [b]}}", "training.seed=&a 1"]
+    words += [f"{'a.' * 500}b=1", f"{'x' * 50_000}=1", f"training.seed={'[' * 2000}", f"training.seed={'9' * 6000}"]
+    for _ in range(100):
+        value = draw.choice(VALUES)
+        words.append(f"{draw.choice(valid)}={value if isinstance(value, str) else yaml.safe_dump(value).strip()}")
+    for word in words:
+        tally(lambda word=word: load_config(path, [word]), word)
+    tally.finish(record_property, 100)
+
+
+# Prompts
+
+
+def test_hostile_prompts(chain, tmp_path, record_property):
+    draw, tally = random.Random(2), Tally("prompts")
+    parts, default = load_pipeline(chain.folder, torch.device("cpu"))
+    prompts = [*TEXTS, *("".join(draw.choices(TEXTS[1:12], k=3)) for _ in range(10))]
+    for _ in range(30):
+        codes = [draw.choice([draw.randrange(0x300), draw.randrange(0x110000)]) for _ in range(40)]
+        prompts.append("".join(map(chr, codes)))
+    arguments = ["--run", str(chain.folder), "--steps", "1", "--device", "cpu"]
+
+    def draw_one(prompt):
+        args = sample.parse_args([*arguments, "--prompts", prompt])
+        captions = sample.read_prompts(args)
+        sampling = sample.sampling_of(args, default)
+        with contextlib.redirect_stderr(io.StringIO()):
+            sample.warn_of_cuts(parts, captions)
+        images, captions = sample.generate(parts, args, sampling, captions)
+        save_png(caption_grid(images, captions, 1), tmp_path / "out" / "x.png")
+        return Image.open(tmp_path / "out" / "x.png")
+
+    for prompt in prompts:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        tally(lambda prompt=prompt: draw_one(prompt), prompt, lambda image: image.size[0] > 100)
+        left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+        assert left in ([], ["x.png"]), (prompt, left)
+    tally.finish(record_property, 0)
+
+
+# Checkpoints
+
+
+def rehash(folder):
+    """A manifest that vouches for what is there: what a hostile author would write."""
+    files = [path for path in folder.iterdir() if path.name != ckpt.MANIFEST_FILE]
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": ckpt.file_hash(path)} for path in files}
+    (folder / ckpt.MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+def test_hostile_checkpoints(chain, tmp_path, record_property):
+    draw, tally = random.Random(3), Tally("checkpoints")
+    config = chain.config("tokenizer").tokenizer
+    run, pristine = tmp_path / "tokenizer", chain.folder / "tokenizer"
+    step = "checkpoints/step_00000004"
+    network = ImageTokenizer(config)
+    optimizer = build_optimizer(network, OptimizerConfig())
+    files = sorted(path.name for path in (pristine / step).iterdir())
+
+    def read(name):
+        path = run / step / name
+        if name == ckpt.MANIFEST_FILE or name == ckpt.STATE_FILE:
+            latest = ckpt.latest_checkpoint(run, verify_contents=True)
+            return ckpt.check_inputs(latest[1], ckpt.read_state(latest[1], ("inputs",))["inputs"])
+        if name.endswith(".safetensors"):
+            return ckpt.load_weights(network, path)
+        return load_optimizer(optimizer, path) if name == ckpt.OPTIMIZER_FILE else ckpt.load_plain(path)
+
+    texts = ["null", "[]", "3", '"x"', "{}", '{"step": "4"}', '{"step": 1e400}', '{"step": ' + "9" * 5000 + "}"]
+    texts += ['{"../../x": {"bytes": 0, "sha256": ""}}', '{"state.json": []}', '{"state.json": {"bytes": []}}']
+    shutil.copytree(pristine, run, symlinks=True)
+    for number in range(170):
+        name = draw.choice(files)
+        original = (pristine / step / name).read_bytes()
+        data = spoil_bytes(draw, original)
+        if name.endswith(".json") and number % 2:
+            data = draw.choice(texts).encode()
+        (run / step / name).unlink()  # not overwritten: the optimiser that was loaded from it is mapped
+        (run / step / name).write_bytes(data)
+        if draw.random() < 0.5 and name != ckpt.MANIFEST_FILE:
+            rehash(run / step)
+        shown = (name, len(data), data[:60])
+        tally(lambda name=name: read(name), shown)
+        if number % 4 == 0:
+            tally(
+                lambda: check_run.check_folder(run, quick=False), ("check_run", *shown), lambda report: report.problems
+            )
+        shutil.rmtree(run / step)
+        shutil.copytree(pristine / step, run / step)
+    for number, state in enumerate(foreign_optimizers(optimizer)):
+        torch.save(state, tmp_path / f"{number}.pt")
+        tally(lambda number=number: load_optimizer(optimizer, tmp_path / f"{number}.pt"), state, lambda result: False)
+    tally.finish(record_property, 200)
+
+
+def foreign_optimizers(optimizer):
+    """What is no state of this optimiser, though it looks like one."""
+    whole = optimizer.state_dict()
+    yield from ([], {}, {"state": {}}, {"state": [], "param_groups": []}, {"state": {}, "param_groups": [{}]})
+    yield {**whole, "param_groups": whole["param_groups"][:1]}
+    yield {**whole, "param_groups": 3}
+    yield {**whole, "state": {0: 3}}
+    moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(1)}
+    yield {**whole, "state": {0: moments}}
+
+
+def test_hostile_checkpoints_are_not_trained_on(chain, tmp_path, record_property, capsys):
+    draw, tally = random.Random(4), Tally("resumes")
+    run = tmp_path / "tokenizer"
+    step = "checkpoints/step_00000004"
+    names = [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE, ckpt.rank_file(0), "config.yaml"]
+    for _ in range(40):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(chain.folder / "tokenizer", run, symlinks=True)
+        name = draw.choice(names)
+        path = run / name if name == "config.yaml" else run / step / name
+        data = spoil_bytes(draw, path.read_bytes())
+        path.write_bytes(data)
+        if draw.random() < 0.7:
+            rehash(run / step)
+        options = ["training.max_steps=5", "training.sample_every_steps=0"]
+        tally(lambda options=options: chain.run_in(tmp_path, "tokenizer", *options), (name, len(data), data[:60]))
+        assert ckpt.latest_checkpoint(run)[0] in (2, 4, 5)
+        assert not list(run.glob("checkpoints/step_*.tmp"))
+    tally.finish(record_property, 40)
+
+
+# Shards
+
+
+def tar_of(members):
+    """Bytes of a tar of (name or TarInfo, bytes)."""
+    file, names = io.BytesIO(), {"encoding": "utf-8", "errors": "surrogateescape"}
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, **names) as tar:
+        for name, data in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def special(name, kind, target="../../../etc/passwd"):
+    """A tar member that is no file."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def claim_size(data, size):
+    """The first header says another size, with a checksum that fits."""
+    header = bytearray(data[:512])
+    header[124:136] = f"{size:011o} ".encode()[:12] if size >= 0 else b"-0000000001 "
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return bytes(header) + data[512:]
+
+
+def png(size, shown_size=None, **options):
+    """A PNG, whose header may claim another size."""
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, format="PNG", **options)
+    data = bytearray(file.getvalue())
+    if shown_size:
+        data[16:24] = struct.pack(">II", *shown_size)
+    return bytes(data)
+
+
+def npy(array, allow_pickle=False):
+    """Bytes of an .npy file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=allow_pickle)
+    return file.getvalue()
+
+
+def hostile_image_shards(draw, good):
+    """Shards by name: some members are hostile, or the archive is."""
+    good_png, bomb, flat = png((32, 32)), png((32, 32), (60_000, 60_000)), png((32, 32), (0, 5))
+    samples = [("0.png", good_png), ("0.txt", b"a red square")]
+
+    def with_members(*members):
+        return "x.tar", tar_of([*members, *samples])
+
+    for name in (
+        "../../evil",
+        "/etc/evil",
+        "a/../../b",
+        "..",
+        "a" * 5000,
+        "a\x1b[2Jb",
+        "a\nb",
+        "\udcff\udc80",
+        "-rf",
+        "~root",
+    ):
+        yield with_members((f"{name}.png", good_png), (f"{name}.txt", b"a red square"))
+    for text in TEXTS:
+        yield with_members(("a.png", good_png), ("a.txt", text.encode("utf-8", "surrogatepass")))
+    for data in (b"", b"x", good_png[:60], bomb, flat, b"\x89PNG\r\n\x1a\n", png((4000, 1))):
+        yield with_members(("a.png", data), ("a.txt", b"a"))
+    yield with_members(("a.gif", b"GIF89a" + b"\xff" * 100), ("a.jpg", b"\xff\xd8\xff" + b"\0" * 50))
+    for document in (
+        "[" * 100_000,
+        "{}",
+        "null",
+        '{"caption": 3}',
+        '{"caption": ["a", null]}',
+        '{"caption": "\\ud800"}',
+    ):
+        yield with_members(("a.png", good_png), ("a.json", document.encode()))
+    yield with_members(("a.png", good_png), ("a.pkl", pickle.dumps(Evil())), ("a.txt", b"a"))
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"S", b"z"):
+        yield with_members((special("a.png", kind), b""), ("a.txt", b"a"))
+    yield with_members(("a.png", good_png), ("a.png", good_png))
+    yield "x.tar", tar_of([("noextension", b"x"), (".hidden", b"y"), ("__meta__.json", b"{}")])
+    for size in (-1, 1 << 32, 8**11 - 1, 3):
+        yield "x.tar", claim_size(good, size)
+    packed = gzip.compress(good)
+    for data in (gzip.compress(packed), packed[:-20], good, gzip.compress(b"\0" * 50_000_000)):
+        yield "x.tar.gz", data
+    for _ in range(80):
+        yield "x.tar", spoil_bytes(draw, good)
+
+
+def hostile_latents():
+    """Bytes in place of an .npy of (2, 16, 4) float16."""
+    good = np.zeros((2, 16, 4), np.float16)
+    yield from (npy(good)[:-1], npy(good)[:70], npy(good) + b"x", b"", b"\x93NUMPY", npy(good.astype(np.float32)))
+    yield from (npy(np.full_like(good, np.nan)), npy(good[:, :, :3]), npy(np.asfortranarray(good)), npy(good[0, 0, 0]))
+    yield from (npy(np.array([Evil(), None], dtype=object), True), pickle.dumps(Evil()))
+    for old, new in (
+        ("(2, 16, 4)", "(-1,16, 4)"),
+        ("(2, 16, 4)", "(2**99999)"),
+        ("'<f2'", "'|O8'"),
+        ("False", "True "),
+    ):
+        yield npy(good).replace(old.encode(), new.encode())
+    for text in ("__import__('os').system('touch pwned')", "{'descr': open('pwned', 'w')}", "{" * 5000, "9" * 9000):
+        yield b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+    yield b"\x93NUMPY\x02\x00" + struct.pack("<I", 1 << 31) + b"{}"
+
+
+def are_image_batches(batches):
+    """What read_images promises."""
+    captions = [caption for batch in batches for caption in batch["caption"]]
+    has_control = any(unicodedata.category(c) == "Cc" for caption in captions for c in caption)
+    shapes = all(batch["image"].shape == (len(batch["key"]), 3, 32, 32) for batch in batches)
+    return shapes and all(map(str.strip, captions)) and not has_control
+
+
+def are_token_batches(batches):
+    """What read_tokens promises."""
+    finite = [torch.isfinite(batch[f"latent_{part}"]).all() for batch in batches for part in ("mean", "logvar")]
+    return all(finite) and all(batch["latent_mean"].shape == (len(batch["key"]), 16, 4) for batch in batches)
+
+
+def test_hostile_shards(tmp_path, record_property):
+    draw, tally = random.Random(5), Tally("shards")
+    write_shard(tmp_path / "good.tar", [shape_sample(number) for number in range(8)])
+    good = (tmp_path / "good.tar").read_bytes()
+    for name, data in hostile_image_shards(draw, good):
+        (tmp_path / name).write_bytes(data)
+        config = ImageTextConfig(shards=[str(tmp_path / name)], caption_keys=["txt", "json:caption"])
+        shown = name, len(data), data[:60]
+        tally(lambda config=config: list(read_images(config, 32, None, 4)), shown, are_image_batches)
+        (tmp_path / name).unlink()
+    config = TokenTextConfig(shards=[str(tmp_path / "x.tar")])
+    sound = {"__key__": "0", "latent.npy": npy(np.zeros((2, 16, 4), np.float16)), "txt": "a"}
+    for latent in hostile_latents():
+        write_shard(tmp_path / "x.tar", [{**sound, "__key__": "1", "latent.npy": latent}, sound])
+        tally(lambda: list(read_tokens(config, 16, 4, None, 4)), latent[:80], are_token_batches)
+    write_shard(tmp_path / "x.tar", [{**sound, "__key__": str(number)} for number in range(8)])
+    good = (tmp_path / "x.tar").read_bytes()
+    for _ in range(40):
+        data = spoil_bytes(draw, good)
+        (tmp_path / "x.tar").write_bytes(data)
+        tally(lambda: list(read_tokens(config, 16, 4, None, 4)), (len(data), data[:60]), are_token_batches)
+    assert {path.name for path in tmp_path.iterdir()} == {"good.tar", "x.tar"}
+    tally.finish(record_property, 200)
+
+
+def test_keys_from_data_name_no_file(chain, tmp_path):
+    shards = tmp_path / "images"
+    shards.mkdir()
+    samples = [shape_sample(number) | {"__key__": f"../../out{number}/../{number}"} for number in range(4)]
+    write_shard(shards / "train.tar", samples)
+    chain.run_in(tmp_path / "inside", "tokens", f"data.shards=[{shards}/*.tar]")
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    names = ("train.tar", "tokens.json", "latent_stats.json")
+    assert written == {"images/train.tar", *(f"inside/tokens/{name}" for name in names)}

@@ -1,0 +1,139 @@
+"""Real trainings in real processes, ended by SIGKILL at random moments: they end bit for bit like undisturbed ones.
+
+As `python train_tokenizer.py` runs them (tests/forks.py): with a data worker, checkpoints written in the background.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from forks import Program, start_ranks
+from test_resume import program, state
+from tiny_experiment import equal, metrics
+
+from training import checkpoint as ckpt
+from training.metrics import step_of
+
+KILLS, KILLS_INSIDE = 20, 6  # at random moments; of these, inside the writing of a checkpoint at least
+MAX_STEPS, EVERY_STEPS = 240, 4
+OPTIONS = [f"training.max_steps={MAX_STEPS}", f"training.checkpoint_every_steps={EVERY_STEPS}"]
+OPTIONS += ["training.log_every_steps=3", "training.sample_every_steps=100", "training.gradient_accumulation=2"]
+
+pytestmark = pytest.mark.slow
+
+
+def logged_step(run):
+    """The last step in the log; 0 if there is none."""
+    path = run / "metrics.jsonl"
+    steps = map(step_of, path.read_text().splitlines()) if path.is_file() else []
+    return max((step for step in steps if step is not None), default=0)
+
+
+def is_writing(run):
+    """Whether a checkpoint is begun and not yet whole."""
+    folder = run / "checkpoints"
+    return folder.is_dir() and any(name.startswith("step_") and name.endswith(".tmp") for name in os.listdir(folder))
+
+
+def kill_somewhere(running, run, draw):
+    """Kill the program at a drawn moment; returns (where, whether a checkpoint was being written, its exit status)."""
+    where = draw.choice(["at the start", "between steps", "in a checkpoint", "in a checkpoint"])
+    if where != "at the start":
+        target = min(logged_step(run) + draw.randint(1, 12), MAX_STEPS - 40)
+        assert running.wait_until(lambda: logged_step(run) >= target), running.output
+    if where == "in a checkpoint":
+        assert running.wait_until(lambda: is_writing(run)), running.output
+        time.sleep(draw.uniform(0, 0.01))
+    else:
+        time.sleep(draw.uniform(0, 1.0 if where == "at the start" else 0.05))
+    status = running.kill() if draw.random() < 0.5 else running.kill_group()  # out of memory, or the machine died
+    return where, is_writing(run), status
+
+
+def compare(run, whole):
+    """Assert that two runs ended alike; returns the bytes that were compared."""
+    assert metrics(run) == metrics(whole)
+    assert equal(state(run), state(whole))
+    folders = [ckpt.latest_checkpoint(one, verify_contents=True)[1] for one in (run, whole)]
+    for name in (ckpt.MODEL_FILE, ckpt.EMA_FILE):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    return sum(path.stat().st_size for path in folders[0].iterdir()) + len(json.dumps(metrics(run)))
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(chain, tmp_path, record_property):
+    def start(name):
+        arguments = program(chain, tmp_path / name, "tokenizer", *OPTIONS, "data.num_workers=1")
+        return Program(tmp_path / f"{name}.log", "train_tokenizer.py", *arguments), tmp_path / name / "tokenizer"
+
+    running, whole = start("whole")
+    assert running.wait() == 0, running.output
+    draw, kills, inside = random.Random(0), 0, 0
+    while kills < KILLS or inside < KILLS_INSIDE:
+        running, run = start("killed")
+        where, was_writing, status = kill_somewhere(running, run, draw)
+        assert status == -signal.SIGKILL, (where, running.output)
+        kills += 1
+        inside += was_writing
+        assert kills < 3 * KILLS, f"only {inside} inside the writing of a checkpoint"
+    assert logged_step(run) < MAX_STEPS - 30  # there was something left to kill, up to the end
+    running, run = start("killed")
+    assert running.wait() == 0, running.output
+    assert not is_writing(run)
+    size = compare(run, whole)
+    text = f"{kills} kills, {inside} of them while a checkpoint was being written; {size} bytes compared, no difference"
+    print(text)
+    record_property("counted", text)
+
+
+def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(chain, tmp_path, record_property):
+    def start(name):
+        arguments = program(chain, tmp_path / name, "tokenizer", *OPTIONS, "training.max_steps=60")
+        return start_ranks(tmp_path / f"{name}.log", 2, "train_tokenizer.py", *arguments), tmp_path / name / "tokenizer"
+
+    ranks, whole = start("whole")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
+    draw = random.Random(1)
+    for victims in ((0, 1), (1,), (0,)):
+        ranks, run = start("killed")
+        target = logged_step(run) + draw.randint(4, 12)
+        assert ranks[0].wait_until(lambda run=run, target=target: logged_step(run) >= target), ranks[0].output
+        time.sleep(draw.uniform(0, 0.05))
+        for victim in victims:
+            assert ranks[victim].kill() == -signal.SIGKILL
+        for survivor in {0, 1} - set(victims):
+            assert ranks[survivor].wait() == 2
+            assert "error: another training process ended" in ranks[survivor].output
+            assert "Traceback" not in ranks[survivor].output
+    assert logged_step(run) < 60
+    ranks, run = start("killed")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
+    size = compare(run, whole)
+    text = f"2 processes: 4 kills in 3 runs; {size} bytes compared, no difference"
+    print(text)
+    record_property("counted", text)
+
+
+def test_a_killed_run_whose_newest_checkpoint_is_also_damaged_changes_no_bit(chain, tmp_path):
+    options = [*OPTIONS, "training.max_steps=40", "training.keep_checkpoints=1"]
+
+    def start(name):
+        arguments = program(chain, tmp_path / name, "tokenizer", *options, "data.num_workers=1")
+        return Program(tmp_path / f"{name}.log", "train_tokenizer.py", *arguments), tmp_path / name / "tokenizer"
+
+    running, whole = start("whole")
+    assert running.wait() == 0, running.output
+    running, run = start("killed")
+    assert running.wait_until(lambda: logged_step(run) >= 20), running.output
+    running.kill()
+    newest = max(ckpt.checkpoint_folders(run))
+    damaged = run / "checkpoints" / f"{ckpt.PREFIX}{newest + EVERY_STEPS:08d}"  # one more, newer and not whole
+    shutil.copytree(ckpt.checkpoint_folders(run)[newest], damaged)
+    (damaged / ckpt.MODEL_FILE).write_bytes(b"half")
+    running, run = start("killed")
+    assert running.wait() == 0, running.output
+    assert f"{damaged.name} is damaged" in running.output and f"resuming at step {newest}" in running.output
+    compare(run, whole)
