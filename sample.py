@@ -1,29 +1,39 @@
-"""Prompts + a run folder -> an image grid with captions (paper, Sec. 3.1: 20 Euler steps from text to image).
+"""Prompts + a run folder -> an image grid with captions (paper, Sec. 3.1: 20 Euler steps from text to image), and back.
 
     python sample.py --run runs/demo --prompts "pineapple, food fruit" "black cat, animal mammal" --output grid.png
     python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport" --frames 8
     python sample.py --run runs/released_xl --prompts "a corgi in the snow" --sampler euler_release
+    python sample.py --run runs/demo --caption photo.jpg other.png
+    python sample.py --run runs/demo --caption FOLDER --output captions.jsonl
 
-The last one: the published weights, as scripts/convert_checkpoint.py writes them, on their own time grid.
+The third: the published weights, as scripts/convert_checkpoint.py writes them, on their own time grid. The last two:
+image to text, printed and as a contact sheet, or as a line an image; an unreadable image in a folder is left out, named
+and counted.
 
-EMA weights. Without prompts, the captions of the run's own pictures. The same seed gives the same image whatever the
-batch size (up to float rounding); sampling defaults (steps, guidance) are the run's.
+EMA weights. Without prompts or images, the captions or images of the run's own pictures. The same seed gives the same
+image whatever the batch size (up to float rounding); sampling defaults (steps, guidance) are the run's.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from configs.load import exit_on_error
+from configs.load import escape, exit_on_error
+from data.entries import Entry
+from eval.captioning import Captioned, caption_images, choose_images, list_pictures, sheet_of, write_captions
 from eval.gallery import write_gallery
-from eval.loading import load_pipeline, read_run_config
+from eval.images import image_name
+from eval.loading import captioning_run, direction_of, flow_folder, load_captioner, load_pipeline, read_run_config
 from eval.pictures import caption_grid, png_bytes, save_png, to_pil
 from modeling.pipeline import SamplingConfig, TextToImage
-from modeling.samplers import make_grid
+from modeling.samplers import SOLVERS
+
+SHEET_IMAGES = 60  # of a caption's contact sheet
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,14 +43,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompts", nargs="+", metavar="TEXT")
     source.add_argument("--prompts-file", type=Path, help="one prompt a line")
+    source.add_argument(
+        "--caption", nargs="+", metavar="IMAGE", help="images, folders or tar shards to make captions of"
+    )
     source.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="walk between the latents of two prompts")
     parser.add_argument("--frames", type=int, default=8, help="images of --interpolate, ends included")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid, a PNG")
+    parser.add_argument(
+        "--output", type=Path, default=Path("samples.png"), help="the grid, a PNG; of captions also a .jsonl"
+    )
     parser.add_argument("--save-dir", type=Path, help="also write each image as its own PNG here")
     parser.add_argument("--gallery", type=Path, help="also write a page with images, captions and settings here")
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--guidance", type=float, help="1: no guidance, half the work")
-    parser.add_argument("--sampler", help="euler, or euler_release for the release's time grid")
+    parser.add_argument("--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release")
+    parser.add_argument("--time-shift", type=float, help="above 1: smaller steps near text")
+    parser.add_argument(
+        "--guidance-interval", nargs=2, type=float, metavar=("START", "END"), help="times with guidance"
+    )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of velocity network and decoder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images-per-prompt", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
@@ -60,8 +80,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             raise ValueError(f"--prompts-file {args.prompts_file} does not exist")
         prompts = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if prompts is None:
-        flow_dir = args.run / "flowtok" if (args.run / "flowtok").is_dir() else args.run
-        prompts = list(read_run_config(flow_dir).pictures.captions)
+        prompts = list(read_run_config(flow_folder(args.run)).pictures.captions)
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError("no prompt, or an empty one: give --prompts, --prompts-file or --interpolate")
     return prompts
@@ -72,14 +91,14 @@ def check_args(args: argparse.Namespace) -> None:
     for name, smallest in (("frames", 2), ("images_per_prompt", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(args, name) < smallest:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(args, name)}")
+    if args.caption and (args.save_dir or args.gallery or args.images_per_prompt > 1):
+        raise ValueError("--save-dir, --gallery and --images-per-prompt are for prompts, not for --caption")
 
 
 def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
     """The run's sampling with what the command line changes."""
-    given = {name: getattr(args, name) for name in ("steps", "guidance", "sampler") if getattr(args, name) is not None}
-    sampling = replace(default, **given)
-    make_grid(sampling.sampler, sampling.steps)
-    return sampling
+    names = ("steps", "guidance", "sampler", "time_shift", "guidance_interval", "precision")
+    return replace(default, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
 
 
 def warn_of_cuts(parts: TextToImage, prompts: list[str]) -> None:
@@ -98,7 +117,7 @@ def interpolate(parts: TextToImage, args: argparse.Namespace, sampling: Sampling
     starts = parts.source(states, sampling, args.seed, indices=[0, 0])
     weights = torch.linspace(0, 1, args.frames, device=parts.device).view(-1, 1, 1)
     latents = parts.transport(torch.lerp(starts[:1], starts[1:], weights), sampling)
-    images = parts.decode(latents, torch.lerp(states[:1], states[1:], weights))
+    images = parts.decode(latents, torch.lerp(states[:1], states[1:], weights), sampling.precision)
     captions = [prompts[0], *(f"{w:.2f}" for w in weights.flatten()[1:-1].tolist()), prompts[1]]
     return images.cpu(), captions
 
@@ -113,9 +132,62 @@ def generate(parts: TextToImage, args: argparse.Namespace, sampling: SamplingCon
     return torch.cat(images), captions
 
 
+def only_captions(run: Path) -> bool:
+    """Whether a run, or an experiment's only stage 3, flows from image to text alone."""
+    run = flow_folder(run) if (run / "flowtok").is_dir() else captioning_run(run)
+    return direction_of(read_run_config(run)) == "image_to_text"
+
+
+def caption(args: argparse.Namespace) -> None:
+    """Caption the images of the command line, or those of the run's own pictures."""
+    if args.caption:
+        entries = list_pictures(args.caption)
+    else:
+        pictures = read_run_config(captioning_run(args.run)).pictures
+        entries = choose_images(pictures.images, pictures.num_images)
+    parts, default = load_captioner(args.run, torch.device(args.device))
+    sampling = sampling_of(args, default)
+    start = time.perf_counter()
+    batches = tell_skipped(caption_images(parts, entries, sampling, args.batch_size))
+    if args.output.suffix == ".jsonl":
+        number, skipped = write_captions(args.output, entries, batches)
+    else:
+        number, skipped = print_captions(args.output, entries, batches)
+    print(
+        f"{args.output}: {number} captions, {sampling.steps} steps, guidance {sampling.guidance:g}, "
+        f"{number / (time.perf_counter() - start):.1f} images/s" + (f"; {skipped} unreadable images" if skipped else "")
+    )
+
+
+def tell_skipped(batches: Iterator[Captioned]) -> Iterator[Captioned]:
+    """The same batches; what could not be read is said at once."""
+    for batch in batches:
+        for name, reason in batch.skipped:
+            print(escape(f"left out: {name}: {reason}"), file=sys.stderr)
+        yield batch
+
+
+def print_captions(path: Path, entries: list[Entry], batches: Iterator[Captioned]) -> tuple[int, int]:
+    """Print each caption and save a sheet of the first ones. Returns (captions, skipped images)."""
+    images, captions, number, skipped = [], [], 0, 0
+    for batch in batches:
+        for index, text in zip(batch.index, batch.captions, strict=True):
+            print(escape(f"{image_name(entries[index])}: {text}"), flush=True)
+        left = SHEET_IMAGES - len(captions)
+        images.append(batch.images[:left])  # nothing once the sheet is full
+        captions += batch.captions[:left]
+        number, skipped = number + len(batch.captions), skipped + len(batch.skipped)
+    save_png(sheet_of(images, captions), path)
+    return number, skipped
+
+
 def main(args: argparse.Namespace) -> None:
     """Load, generate, write."""
     check_args(args)
+    is_left_open = not (args.prompts or args.prompts_file or args.interpolate)
+    if args.caption or (is_left_open and only_captions(args.run)):
+        caption(args)
+        return
     prompts = read_prompts(args)
     parts, default = load_pipeline(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)

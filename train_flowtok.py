@@ -17,17 +17,22 @@ from torch import Tensor, nn
 
 from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import FlowTokStage
-from eval.loading import fingerprint, load_flow, load_projector, load_tokenizer
+from data.entries import Entry
+from eval.captioning import caption_sheet, choose_images
+from eval.during_training import FlowEvaluation
+from eval.generation import load_protocol
+from eval.loading import fingerprint, load_autoencoder, load_flow, load_projector, load_tokenizer
 from eval.pictures import caption_grid, sample_path, save_png
 from eval.stored_tokens import StoredTokens, open_stored_tokens
 from eval.tokens_info import TokensInfo, load_tokens_info
+from modeling.image_to_text import ImageToText
 from modeling.losses import flow_matching_loss, freeze_unused_alignment, latent_statistics, source_losses
 from modeling.pipeline import TextToImage
 from modeling.text_encoder import TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
 from modeling.text_to_image import TextToImageFlow
 from training.checkpoint import latest_checkpoint
-from training.loop import Trainer, is_complete
+from training.loop import Evaluation, Trainer, is_complete
 from training.run import Run, list_changes, save_config, start_run
 
 
@@ -44,6 +49,9 @@ def main(config: FlowTokStage) -> None:
     inputs = info.inputs() | {start: fingerprint(source) if source else "none"}
     if is_complete(run, config.training, inputs):
         return
+    check_text_decoder(config, source)
+    evaluation = build_evaluation(config, run)
+    to_caption = pictures_to_caption(config)
     tokens = open_stored_tokens(run, config, info)
     model = build_model(config, info, source)
     if not (source or started):
@@ -52,7 +60,22 @@ def main(config: FlowTokStage) -> None:
     network_keys = ["projector", "flowtok", "text_encoder", "tokenizer_run"]
     save_config(run, resolved(config), default_values(config), network_keys, started)
     trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, inputs)
-    trainer.train(partial(compute_losses, config, info, tokens), config.logging, partial(save_samples, config, run))
+    save_pictures = partial(save_samples, config, run, to_caption)
+    trainer.train(partial(compute_losses, config, info, tokens), config.logging, save_pictures, evaluation)
+
+
+def build_evaluation(config: FlowTokStage, run: Run) -> Evaluation | None:
+    """What is measured on the way, with its inputs read; None if nothing is.
+
+    Raises:
+        ValueError: a protocol, captions, reference or weights that are absent or can't serve.
+    """
+    every = config.evaluation.every_steps
+    if not every:
+        return None
+    protocol = load_protocol(config.evaluation.protocol, config.evaluation.overrides)
+    origin = config.tokenizer_run, config.text_encoder, config.sampling
+    return Evaluation(every, FlowEvaluation(config.evaluation, protocol, run.folder, *origin))
 
 
 def load_source(config: FlowTokStage) -> TextProjector | TextToImageFlow | None:
@@ -65,7 +88,9 @@ def load_source(config: FlowTokStage) -> TextProjector | TextToImageFlow | None:
         return None
     if config.init_from:
         source = load_flow(config.init_from)
-        changes = list_changes(asdict(source.flowtok.config), asdict(config.flowtok), "flowtok")
+        there = asdict(source.flowtok.config)
+        there["two_way"] |= config.flowtok.two_way  # one direction's weights do for both: the embedding starts at zero
+        changes = list_changes(there, asdict(config.flowtok), "flowtok")
         projector = source.projector
     else:
         source = projector = load_projector(config.projector_run)
@@ -79,13 +104,38 @@ def load_source(config: FlowTokStage) -> TextProjector | TextToImageFlow | None:
     return source
 
 
+def check_text_decoder(config: FlowTokStage, source: TextProjector | TextToImageFlow | None) -> None:
+    """Refuse a text decoder that was trained on another projector's z_T than the one that a flow to text ends in.
+
+    Raises:
+        ValueError: naming both runs and the ways out.
+    """
+    if config.flow.direction == "text_to_image":
+        return
+    autoencoder = load_autoencoder(config.text_decoder_run)
+    projector = getattr(source, "projector", source)
+    if fingerprint(autoencoder.projector) != fingerprint(projector):
+        raise ValueError(
+            f"the text decoder of {config.text_decoder_run} reads another projector's z_T than that of "
+            f"{config.init_from or config.projector_run}: set projector_run={config.text_decoder_run}, or train the "
+            "text decoder with freeze_projector=true on that one"
+        )
+
+
+def pictures_to_caption(config: FlowTokStage) -> list[Entry]:
+    """Images whose captions a flow to text shows; listed now, so that absent ones are not first missed after hours."""
+    if config.flow.direction == "text_to_image":
+        return []
+    return choose_images(config.pictures.images, config.pictures.num_images)
+
+
 def build_model(
     config: FlowTokStage, info: TokensInfo, source: TextProjector | TextToImageFlow | None
 ) -> TextToImageFlow:
     """Projector and DiT, with the weights of `source` and the measured latent scale; freezes what has no gradient."""
     model = TextToImageFlow(config.projector, config.flowtok)
     if isinstance(source, TextToImageFlow):
-        model.load_state_dict(source.state_dict())
+        model.load_state_dict(model.state_dict() | source.state_dict())  # all but an embed_direction it lacks
     elif source is not None:
         model.projector.load_state_dict(source.state_dict())
     model.latent_scale.fill_(info.latent_scale)
@@ -114,10 +164,17 @@ def compute_losses(
 
 
 @torch.no_grad()
-def save_samples(config: FlowTokStage, run: Run, model: TextToImageFlow, step: int) -> None:
-    """Picture of images for the configured captions, with EMA weights."""
-    captions = config.pictures.captions
+def save_samples(config: FlowTokStage, run: Run, to_caption: list[Entry], model: TextToImageFlow, step: int) -> None:
+    """Pictures with EMA weights: images for the configured captions, captions for the configured images."""
     tokenizer = load_tokenizer(config.tokenizer_run)[0].to(run.device)
+    if to_caption:
+        decoder = load_autoencoder(config.text_decoder_run).decoder.to(run.device)
+        captioner = ImageToText(TextTokenizer(config.text_encoder), tokenizer, model, decoder)
+        path = sample_path(run.folder, step)
+        save_png(caption_sheet(captioner, to_caption, config.sampling), path.with_stem(f"{path.stem}_captions"))
+    if config.flow.direction == "image_to_text":
+        return
+    captions = config.pictures.captions
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
     parts = TextToImage(TextTokenizer(config.text_encoder), text_encoder, tokenizer, model)
     images, _ = parts.generate(captions, config.sampling)

@@ -7,6 +7,7 @@
 #   text_encoder  tokenizer  tokens  text_projector  flowtok             the rounds of the paper:
 #   tokens_finetune  flowtok_finetune                                    fine-tuning on other data
 #   tokenizer_512  tokens_512  flowtok_512                               at 512 px
+#   text_decoder  flowtok_caption                                        image to text
 #   report
 # A finished stage is skipped, an interrupted one resumes: run the same command again.
 #
@@ -42,7 +43,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/environment.sh
 
 ALL_STAGES=(text_encoder tokenizer tokens text_projector flowtok tokens_finetune flowtok_finetune
-    tokenizer_512 tokens_512 flowtok_512 report)
+    tokenizer_512 tokens_512 flowtok_512 text_decoder flowtok_caption report)
 
 fail() {
     echo "train_flowtok.sh: $*" >&2
@@ -280,7 +281,7 @@ run_stage() { # STAGE KEY=VALUE ...
         text_encoder) program=("${launch[@]}" --module scripts.train_text_encoder) ;;
         tokens*) program=("${launch[@]}" --module scripts.encode_tokens) ;;
         report) program=("$PYTHON" -m eval.demo) ;;
-        text_projector) program=("${launch[@]}" train_text_projector.py) ;;
+        text_projector | text_decoder) program=("${launch[@]}" "train_$stage.py") ;;
         *) program=("${launch[@]}" "train_${stage%%_*}.py") ;; # tokenizer, flowtok and their further rounds
     esac
     echo "== $experiment: $stage"
@@ -298,7 +299,7 @@ run_stage() { # STAGE KEY=VALUE ...
     echo "== $experiment: $stage took $((SECONDS - start)) s"
 }
 
-draw_samples() { # STAGE: a flowtok round; nothing to do if the picture is newer than its checkpoints
+draw_samples() { # STAGE: a flowtok round, images or captions; nothing to do if the picture is newer than its checkpoints
     local folder=$experiment_dir/$1 picture=$experiment_dir/samples${1#flowtok}.png
     if [[ -f $picture && -z $(find "$folder/checkpoints" -newer "$picture" -print -quit) ]]; then
         echo "$picture: complete, nothing to do"
@@ -310,7 +311,7 @@ draw_samples() { # STAGE: a flowtok round; nothing to do if the picture is newer
 list_results() {
     local path
     echo "Results in $experiment_dir:"
-    for path in samples{,_finetune,_512}.png report.json "${ALL_STAGES[@]}"; do
+    for path in samples{,_finetune,_512,_caption}.png report.json "${ALL_STAGES[@]}"; do
         if [[ -e $experiment_dir/$path ]]; then echo "  $experiment_dir/$path"; fi
     done
 }

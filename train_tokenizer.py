@@ -18,6 +18,8 @@ from configs.load import default_values, exit_on_error, parse_stage_args, resolv
 from configs.schema import TokenizerStage
 from data.image_text import build_image_loader, read_images
 from data.tar import expand_shards
+from eval.during_training import ReconstructionEvaluation
+from eval.images import ImageSet, list_images
 from eval.loading import fingerprint, load_tokenizer
 from eval.pictures import caption_grid, pair_rows, sample_path, save_png
 from modeling.adversarial import Adversary, generator_loss, hinge_discriminator_loss, is_active
@@ -32,7 +34,7 @@ from modeling.losses import (
 from modeling.perceptual import PerceptualLoss
 from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
 from training.checkpoint import latest_checkpoint
-from training.loop import Trainer, batch_per_pass, is_complete
+from training.loop import Evaluation, Trainer, batch_per_pass, is_complete
 from training.player import Opponent, Player
 from training.run import Run, save_config, start_run
 
@@ -49,6 +51,7 @@ def main(config: TokenizerStage) -> None:
     inputs = {"text_encoder": fingerprint(text_encoder)} if guided else {}
     if is_complete(run, config.training, inputs):
         return
+    evaluation = build_evaluation(config, text_encoder, tokenize)
     started = latest_checkpoint(run.folder) is not None
     perceptual = build_perceptual(config, run)
     expand_shards(picture_shards(config) or config.data.all_shards(), config.data.allow_pipe)
@@ -67,7 +70,24 @@ def main(config: TokenizerStage) -> None:
     losses = TokenizerLosses(config, run, text_encoder, perceptual)
     trainer = Trainer(run, config.training, config.optimizer, model, loader, inputs, losses.opponent)
     save_pictures = partial(save_reconstructions, config, run, text_encoder, tokenize)
-    trainer.train(lambda model, batch: losses(model, batch, trainer.step), config.logging, save_pictures)
+    trainer.train(lambda model, batch: losses(model, batch, trainer.step), config.logging, save_pictures, evaluation)
+
+
+def build_evaluation(
+    config: TokenizerStage, text_encoder: TextEncoder | None, tokenize: TextTokenizer | None
+) -> Evaluation | None:
+    """What is measured on the way, with its images listed; None if nothing is.
+
+    Raises:
+        ValueError: no such images.
+    """
+    part, data = config.evaluation, config.data
+    if not part.every_steps:
+        return None
+    entries = list_images(part.shards or config.pictures.shards)[: part.num_images or None]
+    images = ImageSet(entries, config.tokenizer.image_size, tuple(data.caption_keys), tuple(data.background))
+    bf16 = config.training.precision == "bf16"
+    return Evaluation(part.every_steps, ReconstructionEvaluation(part, images, text_encoder, tokenize, bf16))
 
 
 def build_perceptual(config: TokenizerStage, run: Run) -> PerceptualLoss | None:

@@ -16,6 +16,7 @@ from configs.schema import (
     FlowTokStage,
     ReportStage,
     StageConfig,
+    TextDecoderStage,
     TextEncoderStage,
     TextProjectorStage,
     TokenizerStage,
@@ -57,6 +58,8 @@ def check_shards(stages: Stages) -> None:
             patterns += config.data.all_shards()
         if isinstance(config, TokenizerStage):
             patterns += config.pictures.shards
+        if isinstance(config, TextDecoderStage):
+            patterns += config.heldout_shards
         if isinstance(config, ReportStage):
             patterns += config.train_shards + config.heldout_shards + config.distractor_shards
         try:
@@ -76,7 +79,7 @@ def check_runs(stages: Stages) -> None:
     """The runs that a stage reads are there, or an earlier stage of this command makes them."""
     made: set[str] = set()
     for stage, config in stages.items():
-        for key in ("tokenizer_run", "projector_run", "init_from"):
+        for key in ("tokenizer_run", "projector_run", "init_from", "text_decoder_run"):
             folder = getattr(config, key, "")
             if folder and os.path.normpath(folder) not in made and not Path(folder).is_dir():
                 raise ValueError(
@@ -111,7 +114,7 @@ def check_sizes(stages: Stages) -> None:
             found = {"image tokens": part.num_tokens, "channels": part.token_channels}
             if part.text_guidance:
                 found |= {"text tokens": part.text_tokens, "text width": part.text_width}
-        if isinstance(config, TextProjectorStage | FlowTokStage):
+        if isinstance(config, TextProjectorStage | TextDecoderStage | FlowTokStage):
             part = config.projector
             found = {"text tokens": part.text_tokens, "text width": part.text_width, "channels": part.token_channels}
             found["image tokens"] = part.text_tokens  # text flows into image token by token

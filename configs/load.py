@@ -9,6 +9,7 @@ Unknown keys, wrong types and impossible combinations raise ValueError, naming t
 import argparse
 import dataclasses
 import difflib
+import os.path
 import sys
 import traceback
 from pathlib import Path
@@ -152,7 +153,8 @@ def _load(path: Path, overrides: list[str], stage: str | None) -> StageConfig:
     check_keys(changes, schema, "command line")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), node, changes)
-        config = OmegaConf.to_object(merged)
+        values = without_detours(OmegaConf.to_container(merged, resolve=True), f"{merged.experiment_dir}/../")
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", "") or ""
         reason = str(error).splitlines()[0]
@@ -161,6 +163,15 @@ def _load(path: Path, overrides: list[str], stage: str | None) -> StageConfig:
         raise ValueError(f"command line: stage={config.stage}, but {path} configures stage {name!r}")
     check(config)
     return config
+
+
+def without_detours(value: Any, prefix: str) -> Any:
+    """Nested values in which "runs/mine/../other" is "runs/other": there may be no runs/mine yet, or it is a link."""
+    if isinstance(value, dict):
+        return {key: without_detours(item, prefix) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_detours(item, prefix) for item in value]
+    return os.path.normpath(value) if isinstance(value, str) and value.startswith(prefix) else value
 
 
 def resolved(config: StageConfig) -> dict:

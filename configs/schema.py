@@ -6,8 +6,11 @@ The parts' fields, with units and meaning, stand beside the code that reads them
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.caption_text import CaptionTextConfig
 from data.image_text import ImageTextConfig
 from data.token_text import TokenTextConfig
+from eval.during_training import EvaluationConfig, ReconstructionEvaluationConfig
+from eval.protocol import protocol_file
 from modeling.adversarial import AdversarialConfig
 from modeling.discriminator import DiscriminatorConfig
 from modeling.flow import FlowConfig
@@ -17,7 +20,7 @@ from modeling.losses import ReconstructionLossConfig, SourceLossConfig
 from modeling.perceptual import PerceptualConfig
 from modeling.pipeline import SamplingConfig
 from modeling.recompute import Recompute
-from modeling.samplers import make_grid
+from modeling.text_decoder import TextDecoderConfig, TextDecoderLossConfig
 from modeling.text_encoder import TextEncoderConfig
 from modeling.text_projector import TextProjectorConfig
 from training.loop import TrainingConfig
@@ -45,11 +48,15 @@ class ReconstructionPictureConfig(PictureConfig):
 
 @dataclass
 class CaptionPictureConfig:
-    """The picture of stage 3, which sample.py also draws when no prompt is given."""
+    """The pictures of stage 3, which sample.py also draws when neither prompt nor image is given."""
 
-    captions: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)  # to make images of
+    images: list[str] = field(default_factory=list)  # folders or image shards to make captions of
+    num_images: int = 24  # so many of them, evenly spaced
 
     def __post_init__(self):
+        if self.num_images < 1:
+            raise ValueError(f"pictures.num_images must be at least 1, got {self.num_images}")
         if not all(caption.strip() for caption in self.captions):
             raise ValueError("pictures.captions has an empty caption")
 
@@ -110,6 +117,7 @@ class TokenizerStage(StageConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     pictures: ReconstructionPictureConfig = field(default_factory=ReconstructionPictureConfig)
+    evaluation: ReconstructionEvaluationConfig = field(default_factory=ReconstructionEvaluationConfig)
 
 
 @dataclass
@@ -146,6 +154,23 @@ class TextProjectorStage(StageConfig):
 
 
 @dataclass
+class TextDecoderStage(StageConfig):
+    """train_text_decoder.py: projector and text decoder as an autoencoder of captions, for image to text."""
+
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    projector_run: str = ""  # a run with a trained projector to start from; empty: random weights
+    freeze_projector: bool = False  # train the decoder alone, on the z_T that projector_run gives
+    projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
+    text_decoder: TextDecoderConfig = field(default_factory=TextDecoderConfig)
+    data: CaptionTextConfig = field(default_factory=CaptionTextConfig)
+    heldout_shards: list[str] = field(default_factory=list)  # captions to measure on, never trained on; empty: none
+    losses: TextDecoderLossConfig = field(default_factory=TextDecoderLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
 class FlowTokStage(StageConfig):
     """train_flowtok.py."""
 
@@ -157,6 +182,7 @@ class FlowTokStage(StageConfig):
     # everything (fine-tuning: its EMA weights, with a fresh optimiser and step 0; to continue a run is no option).
     projector_run: str = "${experiment_dir}/text_projector"
     init_from: str = ""
+    text_decoder_run: str = ""  # of a flow to text: what reads its z_T; its projector is the flow's
     projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
     flowtok: FlowTokConfig = field(default_factory=FlowTokConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -168,6 +194,7 @@ class FlowTokStage(StageConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     pictures: CaptionPictureConfig = field(default_factory=CaptionPictureConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 @dataclass
@@ -189,6 +216,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "tokenizer": TokenizerStage,
     "tokens": TokensStage,
     "text_projector": TextProjectorStage,
+    "text_decoder": TextDecoderStage,
     "flowtok": FlowTokStage,
     "report": ReportStage,
 }
@@ -199,6 +227,36 @@ def teaches_source(losses: SourceLossConfig) -> bool:
     return bool(losses.alignment_weight or losses.kl_weight or losses.image_regression_weight)
 
 
+def check_direction(config: FlowTokStage) -> None:
+    """Refuse a flow to text that could not be trained or read, and a network that can't tell the directions apart.
+
+    Raises:
+        ValueError: naming the keys, what was given and what is expected.
+    """
+    direction, two_way = config.flow.direction, config.flowtok.two_way
+    if two_way != (direction == "joint"):
+        raise ValueError(
+            f"flow.direction={direction} needs flowtok.two_way={str(direction == 'joint').lower()}: the embedding of "
+            "the direction is there for joint training alone"
+        )
+    if direction == "text_to_image":
+        return
+    if config.flow.projector != "frozen":
+        raise ValueError(
+            f"flow.direction={direction} needs flow.projector=frozen (it is {config.flow.projector}): z_T is what the "
+            "text decoder has learned to read"
+        )
+    if teaches_source(config.losses):
+        raise ValueError(
+            f"flow.direction={direction}: no loss but the flow's, set losses.alignment_weight, kl_weight and "
+            "image_regression_weight to 0"
+        )
+    if not config.text_decoder_run:
+        raise ValueError(f"flow.direction={direction} needs a text decoder: set text_decoder_run")
+    if not config.pictures.images:
+        raise ValueError("pictures.images is empty: name folders or image shards to make captions of")
+
+
 def check(config: StageConfig) -> None:
     """Checks that concern more than one part.
 
@@ -206,14 +264,13 @@ def check(config: StageConfig) -> None:
         ValueError: naming the keys, what was given and what is expected.
     """
     if isinstance(config, FlowTokStage):
-        make_grid(config.sampling.sampler, config.sampling.steps)
         tokens = (config.projector.text_tokens, config.projector.token_channels)
         if tokens != (config.flowtok.num_tokens, config.flowtok.token_channels):
             raise ValueError(
                 f"projector.text_tokens x token_channels = {tokens} must equal flowtok.num_tokens x token_channels = "
                 f"{(config.flowtok.num_tokens, config.flowtok.token_channels)}: text flows into image token by token"
             )
-        if not config.pictures.captions:
+        if config.flow.direction != "image_to_text" and not config.pictures.captions:
             raise ValueError("pictures.captions is empty: name the captions of the sample pictures")
         if config.init_from and config.projector_run:
             raise ValueError(
@@ -226,6 +283,19 @@ def check(config: StageConfig) -> None:
             raise ValueError(
                 "flow.projector=detached leaves the projector without any loss: set losses, or take frozen"
             )
+        check_direction(config)
+        if config.evaluation.every_steps:
+            protocol_file(config.evaluation.protocol)
+            if config.flow.direction == "image_to_text":
+                raise ValueError("evaluation.every_steps: a flow to text alone makes no images to measure, set it to 0")
+    if isinstance(config, TextDecoderStage) and config.freeze_projector:
+        if not config.projector_run:
+            raise ValueError("freeze_projector=true needs a trained projector: set projector_run")
+        if config.losses.kl_weight:
+            raise ValueError(
+                f"freeze_projector=true: the KL of a frozen projector teaches nothing, set losses.kl_weight=0 (it is "
+                f"{config.losses.kl_weight})"
+            )
     if isinstance(config, TokenizerStage):
         start, end = config.adversarial.start_step, config.training.max_steps
         if config.adversarial.weight and start >= end:
@@ -233,6 +303,8 @@ def check(config: StageConfig) -> None:
                 f"adversarial.start_step={start} is not before the end, training.max_steps={end}: lower it, or turn "
                 "the adversarial loss off by adversarial.weight=0"
             )
+        if config.evaluation.every_steps and not (config.evaluation.shards or config.pictures.shards):
+            raise ValueError("evaluation.every_steps needs images: set evaluation.shards (or pictures.shards)")
         if config.freeze_encoder and not config.init_from:
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
         if config.freeze_encoder and config.losses.kl_weight:
@@ -256,6 +328,12 @@ def check(config: StageConfig) -> None:
         raise ValueError("losses: alignment_weight, kl_weight and image_regression_weight are all 0")
     if isinstance(config, ReportStage) and not (config.train_shards and config.heldout_shards):
         raise ValueError("the report needs train_shards and heldout_shards")
+    training = getattr(config, "training", None)
+    if training is not None and training.compile and getattr(config, "activation_checkpointing", "") == "selective":
+        raise ValueError(
+            "training.compile=true chooses itself what is kept for the backward pass: set activation_checkpointing to "
+            "none or full"
+        )
     data = getattr(config, "data", None)
     if data is not None:
         try:

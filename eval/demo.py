@@ -21,7 +21,7 @@ from configs.schema import ReportStage
 from data.image_text import ImageTextConfig, read_images
 from eval.loading import fingerprint, load_pipeline
 from eval.pictures import caption_grid, pair_rows, save_png
-from eval.reconstruction import psnr
+from eval.reconstruction_metrics import psnr
 from modeling.pipeline import SamplingConfig, TextToImage
 
 PIXEL_SIZE = 16  # side to which images are shrunk for retrieval by pixels
@@ -137,7 +137,7 @@ def generate(
         states = parts.encode_text(chunk)
         source = parts.source(states, sampling, config.seed, list(range(start, start + len(chunk))))
         latent = parts.transport(source, sampling) if flow else source / parts.flow.latent_scale
-        images.append(parts.decode(latent, states).cpu())
+        images.append(parts.decode(latent, states, sampling.precision).cpu())
         latents.append(latent.cpu())
     rate = len(captions) / (time.perf_counter() - start_time)
     return torch.cat(images), torch.cat(latents), rate

@@ -13,29 +13,32 @@ from torch import Tensor
 
 from eval.dinov2 import DinoFeatures
 from eval.frechet import FeatureStatistics
-from eval.images import ImageSet, iterate_images
+from eval.images import ImageSet, ResizeRule, iterate_images
 from eval.inception import INCEPTION, INCEPTION_WIDTH, InceptionFeatures, Precision
 from eval.loading import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.perceptual import file_sha256
+from modeling.published import file_sha256
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """B x 3 x R x R uint8 -> B x D float32 on the device, and what it is."""
+    """B x 3 x R x R uint8 (float32 by the rule "clean") -> B x D float32 on the device, and what it is."""
 
     features: Callable[[Tensor], Tensor]
     width: int  # D
     identity: dict[str, Any]  # plain values; features of equal ones may be compared
-    logits: Callable[[Tensor], Tensor] | None  # B x D -> B x classes, of a classifier
+    logits: Callable[[Tensor], Tensor] | None = None  # B x D -> B x classes, of a classifier
+    rule: ResizeRule = "crop"  # how images are to be resized for it
 
     @property
     def name(self) -> str:
         """For files."""
-        return "-".join(str(value)[:12] for value in self.identity.values())
+        return "-".join(str(value)[:12] for value in (*self.identity.values(), *([self.rule] * (self.rule != "crop"))))
 
 
-def inception_extractor(weights: Path, precision: Precision, device: torch.device) -> Extractor:
+def inception_extractor(
+    weights: Path, precision: Precision, device: torch.device, rule: ResizeRule = "crop"
+) -> Extractor:
     """torch-fidelity's InceptionV3.
 
     Raises:
@@ -43,7 +46,7 @@ def inception_extractor(weights: Path, precision: Precision, device: torch.devic
     """
     net = InceptionFeatures(weights, precision).to(device)
     identity = {"features": "inception", "weights_sha256": file_sha256(weights), "precision": precision}
-    return Extractor(net, INCEPTION_WIDTH, identity, net.logits)
+    return Extractor(net, INCEPTION_WIDTH, identity, net.logits, rule)
 
 
 def dinov2_extractor(weights: Path, device: torch.device) -> Extractor:
@@ -53,7 +56,7 @@ def dinov2_extractor(weights: Path, device: torch.device) -> Extractor:
         ValueError: the file holds other weights.
     """
     net = DinoFeatures(weights).to(device)
-    return Extractor(net, net.net.num_features, {"features": "dinov2", "weights_sha256": file_sha256(weights)}, None)
+    return Extractor(net, net.net.num_features, {"features": "dinov2", "weights_sha256": file_sha256(weights)})
 
 
 def tokenizer_extractor(tokenizer: ImageTokenizer) -> Extractor:
@@ -64,7 +67,7 @@ def tokenizer_extractor(tokenizer: ImageTokenizer) -> Extractor:
         return tokenizer.encode(images.float() / 255).mean.flatten(1).float()
 
     width = tokenizer.config.num_tokens * tokenizer.config.token_channels
-    return Extractor(features, width, {"features": "tokenizer", "weights_sha256": fingerprint(tokenizer)}, None)
+    return Extractor(features, width, {"features": "tokenizer", "weights_sha256": fingerprint(tokenizer)})
 
 
 def inception_reason() -> str:

@@ -4,11 +4,13 @@
 
 Heusel et al. 2017 on Inception features: FID. Everything is float64. The trace of the root is the sum of the roots of
 the eigenvalues of C1 C2, as torch-fidelity computes it. Files are npz with `mu`, `sigma`, `count` and `description`;
-those of other codes, which have `mu` and `sigma` only, are read, too. `features` (N x D) is there if it was kept.
+those of other codes, which have `mu` and `sigma` only, are read, too. `features` (N x D) and `categories` (N names) are
+there if they were kept.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,15 +96,20 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
 
 def save_statistics(
-    path: Path, gaussian: Gaussian, description: dict[str, Any], features: Tensor | None = None
+    path: Path,
+    gaussian: Gaussian,
+    description: dict[str, Any],
+    features: Tensor | None = None,
+    categories: Sequence[str] = (),
 ) -> None:
     """Write a statistics file, aside and then renamed.
 
     Args:
         description: plain values, what the features are of.
         features: N x D, also kept if given: kernel distance, precision and recall need them.
+        categories: N names of what each image is of, kept beside them.
     """
-    kept = {} if features is None else {"features": features.numpy()}
+    kept = {} if features is None else {"features": features.numpy(), "categories": np.array(categories, dtype=np.str_)}
     partial = path.with_name(path.name + ".tmp")
     try:
         with partial.open("wb") as file:
@@ -139,14 +146,17 @@ def load_statistics(path: Path) -> tuple[Gaussian, dict[str, Any]]:
         raise ValueError(f"{path} is no statistics file, or cut short: {error}") from error
 
 
-def load_features(path: Path) -> Tensor | None:
-    """The features that a statistics file keeps, N x D; None if it keeps none.
+def load_features(path: Path) -> tuple[Tensor, list[str]] | None:
+    """The features that a statistics file keeps, N x D, and their categories, N or none; None if it keeps none.
 
     Raises:
         ValueError: cut short.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return torch.from_numpy(arrays["features"]) if "features" in arrays else None
+            if "features" not in arrays:
+                return None
+            categories = arrays["categories"].astype(np.str_).tolist() if "categories" in arrays else []
+            return torch.from_numpy(arrays["features"]), categories
     except Exception as error:  # numpy, zip and zlib raise their own types
         raise ValueError(f"{path}: its features cannot be read: {error}") from error

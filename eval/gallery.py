@@ -13,7 +13,8 @@ body { font: 14px sans-serif; margin: 16px; color: #222; background: #fff; }
 dl { display: grid; grid-template-columns: max-content auto; gap: 2px 12px; }
 dt { color: #666; } dd { margin: 0; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 12px; }
-figure { margin: 0; } img { width: 100%; image-rendering: auto; } figcaption { overflow-wrap: anywhere; }
+figure { margin: 0; } figcaption { overflow-wrap: anywhere; unicode-bidi: isolate; }
+img { display: block; width: 100%; margin-bottom: 4px; outline: 1px solid #ddd; }
 """
 # The browser itself refuses scripts and anything from elsewhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -26,7 +27,7 @@ def gallery(title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping
         pictures: (PNG file's bytes, caption) of each image.
         settings: shown above them.
     """
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in settings.items())
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(show(value))}</dd>\n" for name, value in settings.items())
     figures = "".join(
         f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt="{escape(caption)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>\n"
@@ -38,6 +39,11 @@ def gallery(title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
         f"<dl>\n{rows}</dl>\n<main>\n{figures}</main>\n</body>\n</html>\n"
     )
+
+
+def show(value: Any) -> Any:
+    """A setting as people read it: six digits of a number."""
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def escape(value: Any) -> str:

@@ -6,7 +6,6 @@ one that all of them see.
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from eval.pictures import encode_png
 from eval.protocol import Caption, Protocol
+from eval.report import write_bytes
+
+FEATURES = "features"  # folder
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ImageStore:
     protocol: Protocol
     captions: Sequence[Caption]
     keep_images: bool
-    features_name: str | None  # None: no features are kept
+    measures: tuple[str, ...]  # what is kept of each image: names of features
 
     @property
     def num_images(self) -> int:
@@ -54,14 +57,14 @@ class ImageStore:
         caption, sample = divmod(number, self.protocol.images_per_caption)
         return self.folder / "images" / f"{caption:05d}" / "samples" / f"{sample:04d}.png"
 
-    def features_file(self, group: int) -> Path:
+    def features_file(self, measure: str, group: int) -> Path:
         """features/NAME/000012.npy."""
-        return self.folder / "features" / str(self.features_name) / f"{group:06d}.npy"
+        return self.folder / FEATURES / measure / f"{group:06d}.npy"
 
     def is_finished(self, group: int) -> bool:
         """Whether nothing of a group is left to do."""
         files = [self.image_file(number) for number in self.numbers(group) if self.keep_images]
-        files += [self.features_file(group)] if self.features_name else []
+        files += [self.features_file(measure, group) for measure in self.measures]
         return bool(files) and all(file.is_file() for file in files)
 
     def read_images(self, group: int) -> Tensor | None:
@@ -78,38 +81,23 @@ class ImageStore:
     def write_images(self, group: int, images: Tensor) -> None:
         """B x 3 x R x R uint8; beside them what the layout wants of their captions."""
         for number, image in zip(self.numbers(group), images, strict=True):
-            buffer = io.BytesIO()
-            Image.fromarray(rearrange(image, "c h w -> h w c").numpy()).save(buffer, format="PNG")
+            picture = Image.fromarray(rearrange(image, "c h w -> h w c").numpy())
             file = self.image_file(number)
             if self.protocol.layout == "geneval":
                 record = json.dumps(self.caption(number).record) + "\n"
                 write_bytes(record.encode(), file.parent.parent / "metadata.jsonl")
-            write_bytes(buffer.getvalue(), file)
+            write_bytes(encode_png(picture), file)
 
-    def read_features(self, group: int) -> Tensor:
+    def read_features(self, measure: str, group: int) -> Tensor:
         """B x D float32."""
-        return torch.from_numpy(np.load(self.features_file(group), allow_pickle=False))
+        return torch.from_numpy(np.load(self.features_file(measure, group), allow_pickle=False))
 
-    def write_features(self, group: int, features: Tensor) -> None:
+    def write_features(self, measure: str, group: int, features: Tensor) -> None:
         """B x D float32 of a group's images."""
         buffer = io.BytesIO()
         np.save(buffer, features.cpu().numpy())
-        write_bytes(buffer.getvalue(), self.features_file(group))
+        write_bytes(buffer.getvalue(), self.features_file(measure, group))
 
-    def all_features(self) -> Tensor:
+    def all_features(self, measure: str) -> Tensor:
         """N x D float32, in the images' order."""
-        return torch.cat([self.read_features(group) for group in range(self.num_groups)])
-
-
-def write_bytes(data: bytes, path: Path) -> None:
-    """Write aside, flush and rename; processes may write the same file at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        return torch.cat([self.read_features(measure, group) for group in range(self.num_groups)])

@@ -7,10 +7,11 @@ evaluation before it starts. Process r of P reads the images r, r + P, ...: none
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data.bad_samples import BadSample
@@ -20,7 +21,11 @@ from data.image_text import IMAGE_KEYS
 from data.sources import folder_entries, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 
+ResizeRule = Literal["crop", "clean"]
 RESIZE_RULE = "shorter side resized to image_size (Pillow, bicubic, antialiased), centre square"
+CLEAN_RULE = "clean-fid's: the whole image to 299 x 299 (Pillow, bicubic, antialiased, float32 channels), not rounded"
+RULES = {"crop": RESIZE_RULE, "clean": CLEAN_RULE}
+CLEAN_SIZE = 299  # pixels, Inception's own
 
 
 def list_images(data: Sequence[str]) -> list[Entry]:
@@ -49,14 +54,16 @@ def image_name(entry: Entry) -> str:
 class ImageSet(Dataset):
     """Images by number: {"index", "image": 3 x R x R uint8, "caption"}, or {"index", "name", "reason"} if unreadable.
 
-    Centre crop of R pixels, resized exactly (data/transforms.py). The caption is the first one under the first of
-    `caption_keys` that has any, in the sample's members or in files beside the image; "" without one.
+    Centre crop of R pixels, resized exactly (data/transforms.py), or what `clean_resize` gives. The caption is the
+    first one under the first of `caption_keys` that has any, in the sample's members or in files beside the image; ""
+    without one.
     """
 
     entries: Sequence[Entry]
     image_size: int
     caption_keys: tuple[str, ...]
     background: tuple[int, ...]  # RGB, 0..255, behind transparent pixels
+    rule: ResizeRule = "crop"
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -75,8 +82,22 @@ class ImageSet(Dataset):
         data = next((parts[key] for key in IMAGE_KEYS if key in parts), None)
         if data is None:
             raise BadSample("image: missing")
-        pixels = center_crop(load_picture(open_image(data), self.background), self.image_size, "exact")
+        picture = load_picture(open_image(data), self.background)
+        if self.rule == "clean":
+            pixels = clean_resize(np.asarray(picture.image))
+        else:
+            pixels = center_crop(picture, self.image_size, "exact")
         return {"image": pixels, "caption": next(iter(captions_of(parts, self.caption_keys)), "")}
+
+
+def clean_resize(image: np.ndarray) -> np.ndarray:
+    """H x W x 3 uint8 -> 3 x 299 x 299 float32 in [0, 255], as clean-fid resizes (Parmar et al. 2022, mode "clean").
+
+    Each channel by Pillow in float32, bicubic and antialiased, whatever the aspect; cut to the range, not rounded.
+    """
+    channels = [Image.fromarray(image[:, :, channel].astype(np.float32)) for channel in range(3)]
+    resized = [channel.resize((CLEAN_SIZE, CLEAN_SIZE), Image.Resampling.BICUBIC) for channel in channels]
+    return np.stack([np.asarray(channel) for channel in resized]).clip(0, 255)
 
 
 def iterate_images(
@@ -84,8 +105,8 @@ def iterate_images(
 ) -> Iterator[dict[str, Any]]:
     """This process's images in order; the last batch may be short.
 
-    "image": B x 3 x R x R uint8 in [0, 255]; "index": B numbers; "caption": B strings; "skipped": [(name, reason)] of
-    the unreadable ones in between. B counts the readable ones and may be 0.
+    "image": B x 3 x R x R uint8 (float32 by the rule "clean") in [0, 255]; "index": B numbers; "caption": B strings;
+    "skipped": [(name, reason)] of the unreadable ones in between. B counts the readable ones and may be 0.
     """
     return iter(
         DataLoader(

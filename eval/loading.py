@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from modeling.flowtok import FlowTokConfig
+from modeling.image_to_text import ImageToText
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.text_decoder import TextAutoencoder, TextDecoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from modeling.text_to_image import TextToImageFlow
@@ -55,6 +57,11 @@ def load_ema(module: nn.Module, run_dir: str | Path) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def flow_folder(run_dir: Path) -> Path:
+    """The stage-3 run of an experiment folder; the folder itself if it is no experiment's."""
+    return run_dir / "flowtok" if (run_dir / "flowtok").is_dir() else run_dir
+
+
 def newest_checkpoint(run_dir: str | Path) -> Path:
     """Folder of a run's newest checkpoint.
 
@@ -77,8 +84,12 @@ def load_tokenizer(run_dir: str | Path) -> tuple[ImageTokenizer, TextEncoderConf
 
 
 def load_projector(run_dir: str | Path) -> TextProjector:
-    """The text projector of a stage-2 run."""
+    """The text projector of a stage-2 run, of a text decoder's or of a flow's."""
     config = read_run_config(run_dir)
+    if "flowtok" in config:
+        return load_flow(run_dir).projector
+    if "text_decoder" in config:
+        return load_autoencoder(run_dir).projector
     return load_ema(TextProjector(section(config, "projector", TextProjectorConfig)), run_dir)
 
 
@@ -95,6 +106,84 @@ def load_flow(run_dir: str | Path) -> TextToImageFlow:
     return load_ema(flow, run_dir)
 
 
+def load_autoencoder(run_dir: str | Path) -> TextAutoencoder:
+    """The projector and the text decoder of a text_decoder run.
+
+    Raises:
+        ValueError: the folder is no such run.
+    """
+    config = read_run_config(run_dir)
+    if "text_decoder" not in config:
+        raise ValueError(f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'text_decoder'")
+    sizes = section(config, "projector", TextProjectorConfig), section(config, "text_decoder", TextDecoderConfig)
+    return load_ema(TextAutoencoder(*sizes), run_dir)
+
+
+def direction_of(config: DictConfig) -> str:
+    """Which way a stage-3 run flows; runs from before there was a choice make images of text."""
+    return OmegaConf.select(config, "flow.direction", default="text_to_image")
+
+
+def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[ImageToText, SamplingConfig]:
+    """All parts of an experiment for captions, and its default sampling.
+
+    Args:
+        run_dir: an experiment folder (with flowtok_caption/ or flowtok/ in it) or a stage-3 run folder.
+
+    Raises:
+        ValueError: a flow that does not go from image to text, or a part that is not there any more.
+    """
+    flow_dir = captioning_run(run_dir)
+    config = read_run_config(flow_dir)
+    if "flowtok" not in config:
+        raise ValueError(f"{flow_dir} is a run of stage {config.get('stage')!r}; captions need a flowtok run")
+    if direction_of(config) == "text_to_image":
+        raise ValueError(
+            f"{flow_dir} flows from text to image only: captions need a run with flow.direction=image_to_text or joint"
+        )
+    trained_on = read_state(newest_checkpoint(flow_dir))["inputs"]
+    text_config = section(config, "text_encoder", TextEncoderConfig)
+    beside = flow_dir.parent / "text_encoder" / "clip"
+    folder = text_config.model.removeprefix("local-dir:")
+    if text_config.model != folder and beside.is_dir() and not Path(folder).is_dir():
+        text_config.model = f"local-dir:{beside}"  # the experiment was moved; only the tower's tokenizer is used
+    flow = load_flow(flow_dir)
+    parts = ImageToText(
+        tokenize=TextTokenizer(text_config),
+        tokenizer=find_tokenizer(flow_dir, config.tokenizer_run, trained_on.get("tokenizer")).to(device),
+        flow=flow.to(device),
+        decoder=find_text_decoder(flow_dir, config.text_decoder_run, flow.projector).to(device),
+    )
+    return parts, section(config, "sampling", SamplingConfig)
+
+
+def captioning_run(run_dir: str | Path) -> Path:
+    """The stage-3 run that makes an experiment's captions, or the run folder itself."""
+    run_dir = Path(run_dir)
+    return next((run_dir / name for name in ("flowtok_caption", "flowtok") if (run_dir / name).is_dir()), run_dir)
+
+
+def find_text_decoder(flow_dir: Path, text_decoder_run: str, projector: TextProjector) -> TextDecoder:
+    """What reads a flow's z_T: where its config says, or beside the flow if the folder was moved.
+
+    Args:
+        projector: the flow's; a decoder that was trained on another one's z_T would read nonsense.
+
+    Raises:
+        ValueError: none for this projector is there.
+    """
+    wanted = fingerprint(projector)
+    runs = [run for run in (Path(text_decoder_run), flow_dir.parent / "text_decoder") if (run / CONFIG_FILE).is_file()]
+    for run in runs:
+        autoencoder = load_autoencoder(run)
+        if fingerprint(autoencoder.projector) == wanted:
+            return autoencoder.decoder
+    tried = ", ".join(map(str, runs)) or f"nothing at {text_decoder_run}"
+    raise ValueError(
+        f"{flow_dir} ends in the z_T of the projector {wanted}, and no text decoder for it is there (found: {tried})"
+    )
+
+
 def load_pipeline(run_dir: str | Path, device: torch.device) -> tuple[TextToImage, SamplingConfig]:
     """All parts of an experiment for generation, and its default sampling.
 
@@ -102,10 +191,12 @@ def load_pipeline(run_dir: str | Path, device: torch.device) -> tuple[TextToImag
         run_dir: an experiment folder (with flowtok/ in it) or a stage-3 run folder.
     """
     run_dir = Path(run_dir)
-    flow_dir = run_dir / "flowtok" if (run_dir / "flowtok").is_dir() else run_dir
+    flow_dir = flow_folder(run_dir)
     config = read_run_config(flow_dir)
     if "flowtok" not in config:
         raise ValueError(f"{flow_dir} is a run of stage {config.get('stage')!r}; sampling needs a flowtok run")
+    if direction_of(config) == "image_to_text":
+        raise ValueError(f"{flow_dir} flows from image to text: it makes captions (sample.py --caption), no images")
     trained_on = read_state(newest_checkpoint(flow_dir))["inputs"]  # empty for a converted run
     text_config = section(config, "text_encoder", TextEncoderConfig)
     text_config.model, text_encoder = find_text_encoder(flow_dir, text_config, trained_on.get("text_encoder"))

@@ -9,6 +9,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from eval.report import write_bytes
+
 CELL_WIDTH_MIN = 128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
 MARGIN, LINE_HEIGHT, CAPTION_LINES = 6, 13, 3
 FONT_SIZE, CHARACTER_WIDTH = 11, 6
@@ -49,17 +51,19 @@ def pair_rows(first: Tensor, second: Tensor) -> Tensor:
 
 def png_bytes(image: Tensor) -> bytes:
     """3 x R x R in [0, 1] -> a PNG file's content."""
+    return encode_png(to_pil(image))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """A PNG file's content."""
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG aside and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    image.save(partial, format="PNG")
-    partial.rename(path)
+    write_bytes(encode_png(image), path)
 
 
 def sample_path(run_dir: Path, step: int) -> Path:

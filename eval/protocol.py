@@ -16,14 +16,14 @@ import numpy as np
 from data.bad_samples import BadSample
 from data.captions import captions_of
 from data.entries import load_json, read_parts, strings
-from eval.images import image_name, list_images
+from eval.images import ResizeRule, image_name, list_images
 from eval.inception import Precision
 from modeling.pipeline import SamplingConfig
-from modeling.samplers import make_grid
+from modeling.text_encoder import ClipConfig
 
 FOLDER = Path(__file__).parent / "protocols"
 INCEPTION_ONLY = ("inception_score",)
-METRICS = ("frechet", "kid", "inception_score", "precision_recall", "retrieval")
+METRICS = ("frechet", "frechet_by_category", "kid", "inception_score", "precision_recall", "retrieval", "clip_score")
 
 
 @dataclass
@@ -48,6 +48,9 @@ class Protocol:
     autocast: bool = False  # networks in bf16 where that is safe; False: float32
     rounding: Literal["round", "truncate"] = "round"  # of [0, 1] to uint8
     image_size: int = 0  # pixels before features: resized by Pillow, bicubic, antialiased; 0: as generated
+    # How images come to the feature network, generated and real ones: crop: at image_size, the real ones' centre;
+    # clean: clean-fid's rule, whole images to 299 px without rounding (eval/images.py), for features=inception
+    resize: ResizeRule = "crop"
     layout: Literal["flat", "geneval"] = "flat"  # of the images; geneval: the folders that GenEval's scorer reads
     # one statistics file (.npz), or folders, or shards, whose images are cropped to the centre; []: none
     reference: list[str] = field(default_factory=list)
@@ -59,6 +62,7 @@ class Protocol:
     kid_subset_size: int = 1000  # images
     inception_splits: int = 10
     neighbours: int = 3  # of precision and recall
+    clip: ClipConfig = field(default_factory=ClipConfig)  # of the CLIP score
 
     def __post_init__(self):
         positive = ("images_per_caption", "group_size", "kid_subsets", "kid_subset_size", "inception_splits")
@@ -74,10 +78,17 @@ class Protocol:
         wrong = [name for name in self.metrics if name in INCEPTION_ONLY and self.features != "inception"]
         if wrong:
             raise ValueError(f"protocol: {', '.join(wrong)} needs features=inception, got features={self.features}")
+        if self.resize == "clean" and (self.features != "inception" or self.image_size):
+            raise ValueError("protocol: resize=clean goes with features=inception and image_size=0")
         if self.choice in ("first", "random", "spread") and not self.num_captions:
             raise ValueError(f"protocol: choice={self.choice} needs num_captions")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ValueError(f"protocol: background must be 3 numbers in 0..255, got {self.background}")
+
+    @property
+    def feature_metrics(self) -> list[str]:
+        """Those that need the feature network."""
+        return [name for name in self.metrics if name != "clip_score"]
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
         """The run's sampling with what the protocol changes.
@@ -86,9 +97,7 @@ class Protocol:
             ValueError: unknown sampler, or no step.
         """
         given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
-        sampling = replace(default, **{name: value for name, value in given.items() if value is not None})
-        make_grid(sampling.sampler, sampling.steps)
-        return sampling
+        return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,13 @@ class Caption:
 
     text: str
     source: str | None = None  # name of the image it belongs to, as eval.images.image_name says it
-    record: dict[str, Any] = field(default_factory=dict)  # its row of a jsonl
+    record: dict[str, Any] = field(default_factory=dict)  # its row of a jsonl, or of MJHQ-30K's meta_data.json
+
+    @property
+    def category(self) -> str:
+        """Of MJHQ-30K; "" of others."""
+        category = self.record.get("category")
+        return category if isinstance(category, str) else ""
 
 
 def protocol_file(name: str) -> Path:
@@ -110,7 +125,7 @@ def protocol_file(name: str) -> Path:
     path = ours if ours.is_file() else Path(name)
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-        raise ValueError(f"--protocol {name} is neither a YAML file nor one of {names}")
+        raise ValueError(f"protocol {name} is neither a YAML file nor one of {names}")
     return path
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.features import Extractor, measure_images
 from eval.frechet import Gaussian, load_features, load_statistics
-from eval.images import RESIZE_RULE, ImageSet, image_name, list_images
+from eval.images import RULES, ImageSet, ResizeRule, image_name, list_images
 
 MAKE = "scripts/reference_stats.py makes one"
 
@@ -22,6 +22,7 @@ class Reference:
 
     gaussian: Gaussian
     features: Tensor | None  # M x D on the CPU; None: the statistics file keeps none
+    categories: list[str]  # M names of folders that the images lie in; [] if that is not known
     rows: dict[str, int]  # name of an image -> its row; {} of a statistics file
     groups: Tensor | None  # M numbers, equal for pixel-identical images
     description: dict[str, Any]  # plain values
@@ -33,7 +34,7 @@ def describe_images(data: Sequence[str], images: ImageSet, extractor: Extractor,
         **extractor.identity,
         "data": list(data),
         "image_size": images.image_size,
-        "resize": RESIZE_RULE,
+        "resize": RULES[images.rule],
         "background": list(images.background),
         "images_sha256": images_sha256,
     }
@@ -56,11 +57,13 @@ def read_reference(path: Path, extractor: Extractor | None, image_size: int) -> 
         )
     if extractor:
         check_features(path, width, description, extractor)
-    features = load_features(path)
+    features, categories = load_features(path) or (None, [])
     if features is not None and features.shape != (gaussian.count, width):
         raise ValueError(f"{path}: features {tuple(features.shape)}, expected {(gaussian.count, width)}")
+    if categories and len(categories) != gaussian.count:
+        raise ValueError(f"{path}: {len(categories)} categories, expected {gaussian.count}")
     described = {"file": str(path), "num_images": gaussian.count, **description}
-    return Reference(gaussian, features, {}, None, described)
+    return Reference(gaussian, features, categories, {}, None, described)
 
 
 def check_features(path: Path, width: int, description: dict[str, Any], extractor: Extractor) -> None:
@@ -70,6 +73,9 @@ def check_features(path: Path, width: int, description: dict[str, Any], extracto
     for key, value in extractor.identity.items():
         if key != "precision" and description.get(key, value) != value:
             raise ValueError(f"{path} has {key} {description[key]}, expected {value}; {MAKE}")
+    rule = RULES[extractor.rule]
+    if description.get("resize", rule) != rule:
+        raise ValueError(f"{path} is of images resized so: {description['resize']}; expected: {rule}; {MAKE}")
 
 
 def measure_reference(
@@ -88,7 +94,14 @@ def measure_reference(
     description = describe_images(data, images, extractor, found.images_sha256)
     description |= {"num_images": len(names), "num_skipped": len(found.skipped)}
     rows = {name: row for row, name in enumerate(names)}
-    return Reference(found.statistics.gaussian(), found.features, rows, groups, description)
+    categories = categories_of(images, found.numbers)
+    return Reference(found.statistics.gaussian(), found.features, categories, rows, groups, description)
+
+
+def categories_of(images: ImageSet, numbers: Sequence[int]) -> list[str]:
+    """Names of the folders that images of a set lie in (MJHQ-30K has one a category); [] if some are in shards."""
+    entries = [images.entries[number] for number in numbers]
+    return [] if any(entry.span for entry in entries) else [Path(entry.path).parent.name for entry in entries]
 
 
 def is_statistics_file(reference: Sequence[str]) -> bool:
@@ -103,10 +116,10 @@ def is_statistics_file(reference: Sequence[str]) -> bool:
     return bool(files)
 
 
-def list_reference(data: Sequence[str], image_size: int, background: Sequence[int]) -> ImageSet:
+def list_reference(data: Sequence[str], image_size: int, background: Sequence[int], rule: ResizeRule) -> ImageSet:
     """The images of folders and shards, listed before anything is read.
 
     Raises:
         ValueError: no such folder or shard, or no image there.
     """
-    return ImageSet(list_images(data), image_size, (), tuple(background))
+    return ImageSet(list_images(data), image_size, (), tuple(background), rule)

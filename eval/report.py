@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modeling.perceptual import file_sha256
+from modeling.published import file_sha256
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy", "pillow", "accelerate", "open_clip_torch")
 
@@ -42,12 +42,17 @@ def write_json(report: dict[str, Any], path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text file aside, flush and rename; its folder is made."""
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Write aside, flush and rename; its folder is made. Processes may write the same file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)

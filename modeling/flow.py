@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (x B x K x C, t B) -> velocity B x K x C
+VelocityFn = Callable[[Tensor, float], Tensor]  # (x B x K x C, t in [0, 1]) -> velocity B x K x C
+# (x B x K x C, t, null indicators of G branches) -> velocity of each branch at the same points, G B x K x C
+BranchesFn = Callable[[Tensor, float, tuple[bool, ...]], Tensor]
 
 
 @dataclass
@@ -28,6 +30,9 @@ class FlowConfig:
     # joint: the flow's gradient reaches the projector (paper). detached: the projector learns from its other losses
     # only. frozen: it does not learn. Joint training at small scale lets z_T collapse, see the README.
     projector: Literal["joint", "detached", "frozen"] = "joint"
+    # What flows into what. image_to_text: z_I at t = 0, z_T at t = 1 (paper, Sec. 4.1; captions). joint: one network
+    # for both, each sample of a batch draws its direction, which flowtok.two_way tells the network (not in the paper).
+    direction: Literal["text_to_image", "image_to_text", "joint"] = "text_to_image"
 
     def __post_init__(self):
         if not 0 <= self.null_probability < 1:
@@ -74,18 +79,20 @@ def drop_to_null(image: Tensor, null_probability: float) -> tuple[Tensor, Tensor
     return null, image[torch.where(null, other, own)]
 
 
-def guided_velocity(network: Callable[[Tensor, Tensor, Tensor], Tensor], guidance: float) -> VelocityFn:
-    """v = v_null + guidance * (v_cond - v_null), both branches in one batched pass; one branch where one is enough.
+def guided_velocity(branches: BranchesFn, guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> VelocityFn:
+    """v = v_null + guidance * (v_cond - v_null) for t inside the interval; both branches in one batched pass.
 
-    `network(x, t, null)` is the velocity network. Guidance 1 (v_cond alone) and 0 (v_null alone) halve the work.
+    One branch where one is enough, at half the work: guidance 1 (v_cond alone) and 0 (v_null alone), and v_cond outside
+    the interval (Kynkaanniemi et al. 2024: guidance helps in the middle of the way only).
     """
+    start, end = interval
 
-    def one_branch(x: Tensor, t: Tensor) -> Tensor:
-        return network(x, t, torch.full_like(t, guidance == 0, dtype=torch.bool))
-
-    def both_branches(x: Tensor, t: Tensor) -> Tensor:
-        null = torch.cat([torch.zeros_like(t, dtype=torch.bool), torch.ones_like(t, dtype=torch.bool)])
-        conditional, unconditional = network(torch.cat([x, x]), torch.cat([t, t]), null).chunk(2)
+    def velocity(x: Tensor, time: float) -> Tensor:
+        if not start <= time <= end:
+            return branches(x, time, (False,))
+        if guidance in (0, 1):
+            return branches(x, time, (guidance == 0,))
+        conditional, unconditional = branches(x, time, (False, True)).chunk(2)
         return torch.lerp(unconditional, conditional, guidance)
 
-    return one_branch if guidance in (0, 1) else both_branches
+    return velocity

@@ -26,6 +26,7 @@ class FlowTokConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
+    two_way: bool = False  # also from image to text, told by an embedding: for flow.direction=joint
 
     def __post_init__(self):
         if self.width % self.num_heads or self.width % 2:
@@ -33,7 +34,7 @@ class FlowTokConfig:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, with shift and scale B x W over tokens B x K x W."""
+    """x * (1 + scale) + shift, with shift and scale G x W over tokens G x N x W."""
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
@@ -62,8 +63,16 @@ class FlowTokBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """`condition` is SiLU(c), B x W."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)  # B x W each
-        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(modulate(self.norm_attention(x), shift_a, scale_a)))
+        return self.transform(x, self.modulation(condition), x.shape[1])
+
+    def transform(self, x: Tensor, modulation: Tensor, num_tokens: int) -> Tensor:
+        """The block with known modulations, G x 6 W: one for each sample, or for a group of samples that share theirs.
+
+        x is G x (B / G * K) x W, of K = num_tokens tokens a sample; attention stays inside a sample.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)  # G x W each
+        inner = modulate(self.norm_attention(x), shift_a, scale_a).view(-1, num_tokens, x.shape[-1])
+        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(inner).view(x.shape))
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m)))
 
 
@@ -79,19 +88,35 @@ class FlowTok(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
         self.embed_time = TimeEmbedding(config.width)
         self.embed_null = nn.Embedding(2, config.width)  # row 1: the indicator is on, the flow is unconditional
+        self.embed_direction = nn.Embedding(2, config.width) if config.two_way else None  # row 1: from image to text
         self.blocks = nn.ModuleList(FlowTokBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(config.width, 2 * config.width)
         self.to_velocity = nn.Linear(config.width, config.token_channels)
         self.init_weights()
 
-    def forward(self, tokens: Tensor, t: Tensor, null: Tensor) -> Tensor:
-        """Tokens B x K x C, t B float in [0, 1], null B bool -> velocity B x K x C."""
+    def forward(self, tokens: Tensor, t: Tensor, null: Tensor, to_text: Tensor | None = None) -> Tensor:
+        """Tokens B x K x C, t B float in [0, 1], null B bool -> velocity B x K x C.
+
+        to_text: B bool, only of a two-way network: the samples that flow from image to text; None: none.
+        """
         x = self.embed_tokens(tokens) + self.positions  # B x K x W
-        condition = F.silu(self.embed_time(t) + self.embed_null(null.long()))  # B x W
+        condition = self.condition(t, null, to_text)
         for block in self.blocks:
             x = run_block(block, self.recompute, x, condition)
-        shift, scale = self.modulation_out(condition).chunk(2, dim=-1)
+        return self.project_out(x, self.modulation_out(condition))
+
+    def condition(self, t: Tensor, null: Tensor, to_text: Tensor | None = None) -> Tensor:
+        """SiLU(c), B x W: all that the blocks know beside the tokens."""
+        condition = self.embed_time(t) + self.embed_null(null.long())
+        if self.embed_direction is not None:
+            to_text = torch.zeros_like(null) if to_text is None else to_text
+            condition = condition + self.embed_direction(to_text.long())
+        return F.silu(condition)
+
+    def project_out(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Last norm and linear: x G x N x W, modulation G x 2 W -> G x N x C."""
+        shift, scale = modulation.chunk(2, dim=-1)
         return self.to_velocity(modulate(self.norm_out(x), shift, scale))
 
     def init_weights(self) -> None:
@@ -99,6 +124,41 @@ class FlowTok(nn.Module):
         for module in self.modules():
             init_linear_(module)
         nn.init.normal_(self.embed_null.weight, std=0.02)
+        if self.embed_direction is not None:
+            nn.init.zeros_(self.embed_direction.weight)  # weights of one direction (init_from) work on as they are
         for module in [*(block.modulation for block in self.blocks), self.modulation_out, self.to_velocity]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+class TimeTable:
+    """FlowTok at a few known times, for sampling: the modulations of all times and branches are computed once.
+
+    They depend on time and indicator alone, so that samples share them; a third of the weights is read once for all
+    steps instead of once a step. Same results as the network's own forward, up to rounding.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: FlowTok, times: list[float], to_text: bool = False):
+        self.network, self.rows = network, {time: row for row, time in enumerate(times)}
+        t = torch.tensor(times, dtype=torch.float32, device=network.positions.device)
+        null = torch.tensor([False, True], device=t.device)
+        t, null = t.repeat_interleave(2), null.repeat(len(times))
+        condition = network.condition(t, null, torch.full_like(null, to_text))  # 2 T x W
+        layers = [*(block.modulation for block in network.blocks), network.modulation_out]
+        self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]  # T x 2 x 6 W; the last 2 W
+
+    def __call__(self, x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:
+        """Velocity of each branch at the same points (modeling/flow.py, BranchesFn): B x K x C -> G B x K x C.
+
+        Raises:
+            KeyError: `time` is not one of those given at the start.
+        """
+        network, row, num_tokens = self.network, self.rows[time], x.shape[1]
+        branches = slice(int(null[0]), int(null[-1]) + 1)
+        embedded = (network.embed_tokens(x) + network.positions).flatten(0, 1)
+        hidden = embedded.expand(len(null), -1, -1)  # G x B K x W
+        for block, modulation in zip(network.blocks, self.modulations):
+            hidden = block.transform(hidden, modulation[row, branches], num_tokens)
+        velocity = network.project_out(hidden, self.modulations[-1][row, branches])
+        return velocity.reshape(len(null) * len(x), num_tokens, -1)

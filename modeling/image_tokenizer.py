@@ -79,8 +79,10 @@ class TokenizerBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = SwiGLU(width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), rope)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kept: slice | None = None) -> Tensor:
+        """`kept`: compute these tokens alone, from all; the last block's others are never read."""
+        attended = self.attention(self.norm_attention(x), rope, kept)
+        x = attended + (x if kept is None else x[:, kept])
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -99,9 +101,10 @@ class RopeTransformer(nn.Module):
     def forward(self, x: Tensor, kept: slice) -> Tensor:
         """Run the blocks and return the tokens in `kept`, normalised."""
         x = self.norm_in(x)
-        for block in self.blocks:
-            x = run_block(block, self.recompute, x, (self.rope_cos, self.rope_sin))
-        return self.norm_out(x[:, kept])
+        rope = self.rope_cos, self.rope_sin
+        for block in self.blocks[:-1]:
+            x = run_block(block, self.recompute, x, rope)
+        return self.norm_out(run_block(self.blocks[-1], self.recompute, x, rope, kept))
 
 
 def rope_angles(config: ImageTokenizerConfig, size: TransformerSize, num_unrotated: int) -> Tensor:

@@ -51,13 +51,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads).unbind(0)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, kept: slice | None = None) -> Tensor:
+        """rope: cosines and sines, N x D / 2. kept: the tokens that are computed, from all of them."""
+        q, k, v = self.split(x) if kept is None else self.split_kept(x, kept)
         if rope is not None:
             cos, sin = (table.to(q.dtype) for table in rope)
-            q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+            k = rotate_pairs(k, cos, sin)
+            q = rotate_pairs(q, cos, sin) if kept is None else rotate_pairs(q, cos[kept], sin[kept])
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of all tokens, B x H x N x D each."""
+        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads).unbind(0)
+
+    def split_kept(self, x: Tensor, kept: slice) -> tuple[Tensor, ...]:
+        """As `split`, with the queries of the kept tokens alone."""
+        width = x.shape[-1]
+        q = F.linear(x[:, kept], self.qkv.weight[:width], self.qkv.bias[:width])
+        kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])
+        k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.num_heads).unbind(0)
+        return rearrange(q, "b n (h d) -> b h n d", h=self.num_heads), k, v
 
 
 class SwiGLU(nn.Module):

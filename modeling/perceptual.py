@@ -8,9 +8,7 @@ LPIPS' five linear heads come with the lpips package. `check_weights` looks at t
 LPIPS: Zhang et al. 2018, version 0.1; `LPIPS` alone is the metric, one distance per image.
 """
 
-import hashlib
 import pickle
-import re
 import textwrap
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -21,8 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
+from modeling.published import PublishedWeights
+
 VGG16_URL = models.VGG16_Weights.IMAGENET1K_V1.url
 CONVNEXT_URL = models.ConvNeXt_Small_Weights.IMAGENET1K_V1.url
+VGG16_FILE = PublishedWeights("VGG16", VGG16_URL, "perceptual.vgg_weights")
+CONVNEXT_FILE = PublishedWeights("ConvNeXt-Small", CONVNEXT_URL, "perceptual.convnext_weights")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
 CONVNEXT_SIZE = 224  # pixels
 
@@ -56,49 +58,12 @@ def check_weights(config: PerceptualConfig) -> dict[str, Path]:
     """
     files = {}
     if config.lpips_weight:
-        files["lpips"] = _find_weights("vgg_weights", config.vgg_weights, VGG16_URL)
+        files["lpips"] = VGG16_FILE.find(config.vgg_weights, download=True)
     if config.convnext_weight:
-        files["convnext"] = _find_weights("convnext_weights", config.convnext_weights, CONVNEXT_URL)
+        files["convnext"] = CONVNEXT_FILE.find(config.convnext_weights, download=True)
     if not files:
         raise ValueError("perceptual: lpips_weight and convnext_weight are both 0, nothing would be compared")
     return files
-
-
-def _find_weights(option: str, path: str, url: str) -> Path:
-    """The file at `path`, or torch's cached copy of `url`, downloaded if absent; its hash is right."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    file = Path(path).expanduser() if path else cache / Path(url).name
-    way_out = f"Fetch {url}, then put it into {cache} ($TORCH_HOME/hub/checkpoints) or set perceptual.{option} to it."
-    if not path and not file.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), hash_prefix=_hash_in_name(file))
-        except (OSError, RuntimeError) as error:  # no network, no disk, broken transfer
-            raise ValueError(f"{file} is absent and was not downloaded ({error}). {way_out}") from error
-    if not file.is_file():
-        raise ValueError(f"perceptual.{option}: no file {file}. {way_out}")
-    expected = _hash_in_name(file)
-    if expected and not (found := file_sha256(file)).startswith(expected):
-        raise ValueError(
-            f"perceptual.{option}: {file} is damaged or another file: its SHA-256 should start with {expected}, as its "
-            f"name says, but is {found}. {way_out}"
-        )
-    return file
-
-
-def _hash_in_name(file: Path) -> str | None:
-    """First digits of the SHA-256 in a name like vgg16-397923af.pth, torch.hub's convention, or None."""
-    match = re.search(r"-([0-9a-f]{8,})\.", file.name)
-    return match and match[1]
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _load_into(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:

@@ -4,18 +4,22 @@ In: captions or token ids. Out: image latents B x K x C, images B x 3 x R x R in
 function of (seed, its index), not of the batch it was made in.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modeling.flow import guided_velocity
+from modeling.flowtok import TimeTable
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.posterior import Posterior
-from modeling.samplers import integrate, make_grid
+from modeling.samplers import SOLVERS, check_solver, evaluation_times, integrate, make_times
 from modeling.text_encoder import TextEncoder, TextTokenizer
 from modeling.text_to_image import TextToImageFlow
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass
@@ -24,8 +28,16 @@ class SamplingConfig:
 
     steps: int = 20
     guidance: float = 2.0
-    sampler: str = "euler"  # euler, or euler_release for the release's numbers
+    sampler: str = "euler"  # one of modeling/samplers.py; euler_release for the release's numbers
+    time_shift: float = 1.0  # above 1: smaller steps near text
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # of t; outside it there is no guidance
     sample_text_latent: bool = True  # False: start at z_T's mean (one image per caption)
+    precision: Precision = "fp32"  # autocast of velocity network and decoder; the solver's state is fp32
+
+    def __post_init__(self):
+        check_solver(self.sampler, self.steps, self.time_shift)
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be [start, end] within [0, 1], got {self.guidance_interval}")
 
 
 def text_noise(shape: tuple[int, int], seed: int, indices: list[int]) -> Tensor:
@@ -51,6 +63,10 @@ class TextToImage:
         """Where the flow lives."""
         return self.flow.latent_scale.device
 
+    def autocast(self, precision: Precision) -> torch.autocast:
+        """The context in which networks run in a precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
         """Captions -> text states B x L x T."""
@@ -68,13 +84,17 @@ class TextToImage:
     @torch.no_grad()
     def transport(self, source: Tensor, config: SamplingConfig) -> Tensor:
         """Start of the flow -> image latents in the tokenizer's own scale, B x K x C."""
-        grid = make_grid(config.sampler, config.steps)
-        return integrate(guided_velocity(self.flow.flowtok, config.guidance), source, grid) / self.flow.latent_scale
+        solver, times = SOLVERS[config.sampler], make_times(config.steps, config.time_shift)
+        with self.autocast(config.precision):
+            table = TimeTable(self.flow.flowtok, evaluation_times(solver, times))
+            velocity = guided_velocity(table, config.guidance, tuple(config.guidance_interval))
+            return integrate(velocity, source, solver, times) / self.flow.latent_scale
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, text_states: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, text_states: Tensor, precision: Precision = "fp32") -> Tensor:
         """Image latents -> images B x 3 x R x R, clamped to [0, 1], float32."""
-        return self.tokenizer.decode(latents, text_states).float().clamp(0, 1)
+        with self.autocast(precision):
+            return self.tokenizer.decode(latents, text_states).float().clamp(0, 1)
 
     @torch.no_grad()
     def generate(self, captions: list[str], config: SamplingConfig, seed: int = 0, indices: list[int] | None = None):
@@ -85,4 +105,4 @@ class TextToImage:
         indices = list(range(len(captions))) if indices is None else indices
         text_states = self.encode_text(captions)
         latents = self.transport(self.source(text_states, config, seed, indices), config)
-        return self.decode(latents, text_states), latents
+        return self.decode(latents, text_states, config.precision), latents

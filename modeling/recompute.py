@@ -33,7 +33,7 @@ def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(block: nn.Module, mode: Recompute, *inputs: Tensor | tuple) -> Tensor:
+def run_block(block: nn.Module, mode: Recompute, *inputs: Tensor | tuple | slice) -> Tensor:
     """block(*inputs), with its activations kept for the backward pass as `mode` says."""
     if mode == "none" or not torch.is_grad_enabled():
         return block(*inputs)

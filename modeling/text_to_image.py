@@ -1,4 +1,8 @@
-"""Projector and velocity network as one module: stage 3 trains and saves it, sampling loads it (paper, Sec. 3.3)."""
+"""Projector and velocity network as one module: stage 3 trains and saves it, sampling loads it (paper, Sec. 3.3).
+
+Either way round, or both (flow.direction): t = 0 is the source, t = 1 the target; "text" and "image" in
+modeling/flow.py then stand for source and target.
+"""
 
 from typing import NamedTuple
 
@@ -48,7 +52,7 @@ class TextToImageFlow(nn.Module):
         return self
 
     def forward(self, text_states: Tensor, image_latents: Tensor, flow: FlowConfig) -> FlowPass:
-        """Training pass: draw z_T, t and the null indicator, predict the velocity on the path.
+        """Training pass: draw z_T, t, the null indicator and in the joint case the direction; predict the velocity.
 
         Args:
             text_states: B x L x T.
@@ -59,7 +63,23 @@ class TextToImageFlow(nn.Module):
         text = Posterior(mean, logvar).sample() if flow.sample_text_latent else mean
         source = text if flow.projector == "joint" else text.detach()
         t = sample_times(flow, len(text), text.device)
-        null, image = drop_to_null(image_latents, flow.null_probability)
-        velocity = self.flowtok(interpolate(source, image, t, flow.sigma_min), t, null)
-        target = target_velocity(source, image, flow.sigma_min)
+        start, null, end, to_text = draw_ends(source, image_latents, flow)
+        velocity = self.flowtok(interpolate(start, end, t, flow.sigma_min), t, null, to_text)
+        target = target_velocity(start, end, flow.sigma_min)
         return FlowPass(velocity, target, text, mean, logvar, alignment, log_temperature)
+
+
+def draw_ends(text: Tensor, image: Tensor, flow: FlowConfig) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Text and image latents B x K x C -> (start, null indicator B, end, samples that flow to text B or None).
+
+    A sample whose indicator is on gets another sample's latent as its end, of the same kind as its own.
+    """
+    if flow.direction == "text_to_image":
+        return text, *drop_to_null(image, flow.null_probability), None
+    if flow.direction == "image_to_text":
+        return image, *drop_to_null(text, flow.null_probability), None
+    null, others = drop_to_null(torch.cat([text, image], dim=-1), flow.null_probability)
+    other_text, other_image = others.chunk(2, dim=-1)
+    to_text = torch.rand(len(text), device=text.device) < 0.5
+    chosen = to_text.view(-1, 1, 1)
+    return torch.where(chosen, image, text), null, torch.where(chosen, other_text, other_image), to_text

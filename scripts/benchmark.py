@@ -1,8 +1,20 @@
-"""Measure the parts of training on this machine.
+"""Measure the parts of training and sampling on this machine.
 
-    python scripts/benchmark.py data configs/demo/tokenizer.yaml [key=value ...] [--seconds 20] [--consume 500] [--json]
-    python scripts/benchmark.py readers [--json]
+    python scripts/benchmark.py train --config configs/flowtok_b/flowtok.yaml [key=value ...] [--batch-size 16]
+        [--baseline] [--memory] [--text-tower]
+    python scripts/benchmark.py sample --config configs/flowtok_b/flowtok.yaml [key=value ...] [--baseline]
+    python scripts/benchmark.py tokenizer --config configs/tokenizer_bl77_256/tokenizer.yaml [key=value ...]
+    python scripts/benchmark.py text [--config ...]            the frozen text tower
+    python scripts/benchmark.py growth [--config ...]          time against batch, tokens and depth
+    python scripts/benchmark.py all [--baseline]               train, sample, tokenizer, text of several configs
+    python scripts/benchmark.py data configs/demo/tokenizer.yaml [key=value ...] [--seconds 20] [--consume 500]
+    python scripts/benchmark.py readers
 
+Each takes --json (one object). The first six need no data and no weights, which are made up, and take --seconds (length
+of each measurement), --repeats (rounds) and --precision (default: fp32 on the CPU, the config's on a GPU). They run
+the programs' own code (benchmark_training.py, benchmark_sampling.py), and give samples/s, peak memory, time by part and
+the share: useful FLOPs by time, by the rate of torch.mm measured in turn in the same dtype. A range is that of the
+rounds. --baseline times the plain way of the same maths (benchmark_plain.py) in the same rounds.
 data: how fast a stage's reader gives batches: samples/s, per worker, MB/s of shards; with --consume RATE also the share
 of the time that a training of RATE samples/s waits for it (`samples_per_second` in the run's metrics.jsonl).
 readers: decoding of photos against Pillow + torchvision, token shards against webdataset; made-up data, one thread.
@@ -17,6 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
 
+import torch
+
 from configs.load import exit_on_error, load_config
 from configs.schema import StageConfig, TextEncoderStage, TokenizerStage
 from data.image_text import ImageTextConfig, build_image_loader
@@ -24,8 +38,22 @@ from data.storage import is_remote
 from data.tar import count_samples, expand_shards
 from data.token_text import build_token_loader
 from modeling.text_encoder import TextTokenizer, clip_tokenizer
+from scripts.benchmark_growth import measure_growth
 from scripts.benchmark_readers import compare_readers
+from scripts.benchmark_report import about, measure_all, show
+from scripts.benchmark_sampling import measure_sampling, measure_text, measure_tokenizer
+from scripts.benchmark_training import measure_training
 
+ROOT = Path(__file__).resolve().parents[1]
+FLOWTOK_B, TOKENIZER = ROOT / "configs/flowtok_b/flowtok.yaml", ROOT / "configs/tokenizer_bl77_256/tokenizer.yaml"
+# part -> (what it measures, default config, default batch size)
+NETWORKS = {
+    "train": (measure_training, FLOWTOK_B, 16),
+    "sample": (measure_sampling, FLOWTOK_B, 16),
+    "tokenizer": (measure_tokenizer, TOKENIZER, 8),
+    "text": (measure_text, FLOWTOK_B, 16),
+    "growth": (measure_growth, FLOWTOK_B, 16),
+}
 WARM_UP_BATCHES = 4  # workers start and fill their first block
 COUNTED_SHARDS = 4  # whose bytes per sample stand for all
 
@@ -34,15 +62,57 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
+    networks = {name: parts.add_parser(name) for name in (*NETWORKS, "all")}
+    for name, part in networks.items():
+        part.add_argument("--seconds", type=float, default=30.0, help="length of each measurement")
+        part.add_argument("--repeats", type=int, default=5, help="rounds that it is cut into")
+        part.add_argument("--precision", choices=["fp32", "bf16"], help="default: fp32 on the CPU, else the config's")
+        if name in NETWORKS:
+            _, config, batch_size = NETWORKS[name]
+            part.add_argument("--config", default=str(config), help="YAML file (default: %(default)s)")
+            part.add_argument("overrides", nargs="*", metavar="key=value")
+        if name in NETWORKS and name != "growth":
+            part.add_argument("--batch-size", type=int, default=batch_size)
+        if name in ("train", "sample", "all"):
+            part.add_argument("--baseline", action="store_true", help="also time the plain way of the same maths")
+    for name in ("train", "tokenizer"):
+        networks[name].add_argument(
+            "--memory", action="store_true", help="also what each activation checkpointing keeps"
+        )
+    networks["train"].add_argument("--text-tower", action="store_true", help="run the text tower in each step")
+    networks["tokenizer"].set_defaults(baseline=False, text_tower=False)
     data = parts.add_parser("data", help="a stage's reader")
     data.add_argument("config", help="YAML file of a stage that trains")
     data.add_argument("overrides", nargs="*", metavar="key=value")
     data.add_argument("--seconds", type=float, default=20.0, help="length of each measurement")
     data.add_argument("--consume", type=float, metavar="RATE", help="samples/s that the training takes")
     readers = parts.add_parser("readers", help="our readers and the plain ways, side by side")
-    for part in (data, readers):
+    for part in (*networks.values(), data, readers):
         part.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
+
+
+def benchmark_networks(args: argparse.Namespace) -> dict:
+    """One part of NETWORKS.
+
+    Raises:
+        ValueError: a bad config or number, or a stage that the part does not measure.
+    """
+    for name in ("batch_size", "repeats"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    precision = args.precision or (None if torch.cuda.is_available() else "fp32")
+    stage = load_config(args.config, args.overrides)
+    if not hasattr(stage, "training"):
+        raise ValueError(f"{args.config}: stage {stage.stage!r} does not train; choose a stage that does")
+    own = ["training.gradient_accumulation=1"]
+    own += [f"training.batch_size={args.batch_size}"] if hasattr(args, "batch_size") else []
+    for group in ("training", "sampling"):
+        own += [f"{group}.precision={precision}"] if precision and hasattr(stage, group) else []
+    overrides = [*own, *args.overrides]
+    config = load_config(args.config, overrides)
+    measure, *_ = NETWORKS[args.part]
+    return {"part": args.part, "config": args.config, "overrides": overrides} | measure(config, Path(args.config), args)
 
 
 def build_loader(config: StageConfig):
@@ -133,13 +203,20 @@ def show_readers(result: dict) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Measure and print."""
-    result = compare_readers() if args.part == "readers" else benchmark_data(args)
+    if args.part in NETWORKS:
+        result = benchmark_networks(args) | about(args)
+    elif args.part == "all":
+        result = measure_all(args) | about(args)
+    else:
+        result = compare_readers() if args.part == "readers" else benchmark_data(args)
     if args.json:
         print(json.dumps(result))
     elif args.part == "readers":
         show_readers(result)
-    else:
+    elif args.part == "data":
         show_data(args, result)
+    else:
+        show(result)
 
 
 def show_data(args: argparse.Namespace, result: dict) -> None:

@@ -30,6 +30,7 @@ from configs.schema import (
     STAGES,
     FlowTokStage,
     StageConfig,
+    TextDecoderStage,
     TextEncoderStage,
     TextProjectorStage,
     TokenizerStage,
@@ -39,6 +40,7 @@ from eval.released import check_shapes
 from eval.tokens_info import TOKENS_INFO_FILE, TokensInfo
 from modeling.adversarial import Adversary
 from modeling.image_tokenizer import ImageTokenizer
+from modeling.text_decoder import TextAutoencoder
 from modeling.text_projector import TextProjector
 from modeling.text_to_image import TextToImageFlow
 from scripts.train_text_encoder import ClipPair, open_clip_config
@@ -206,6 +208,8 @@ def build_networks(config: StageConfig) -> dict[str, nn.Module]:
             return networks
         if isinstance(config, TextProjectorStage):
             return {"": TextProjector(config.projector)}
+        if isinstance(config, TextDecoderStage):
+            return {"": TextAutoencoder(config.projector, config.text_decoder)}
         if isinstance(config, FlowTokStage):
             return {"": TextToImageFlow(config.projector, config.flowtok)}
     raise ValueError(f"stage {config.stage} trains no network, but there are checkpoints")

@@ -15,18 +15,27 @@ from torch import Tensor, nn
 from torchvision import models
 
 import train_flowtok
+import train_text_decoder
 import train_tokenizer
 from configs.load import load_config
-from configs.schema import FlowTokStage, StageConfig, TextEncoderStage, TextProjectorStage, TokenizerStage
+from configs.schema import (
+    FlowTokStage,
+    StageConfig,
+    TextDecoderStage,
+    TextEncoderStage,
+    TextProjectorStage,
+    TokenizerStage,
+)
 from eval.loading import read_run_config, section
 from eval.planning import Terms, Workload, autocast
+from eval.stored_captions import StoredCaptions
 from eval.stored_tokens import StoredTokens
 from modeling.adversarial import is_active
-from modeling.flow import guided_velocity
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.losses import contrastive_loss, freeze_unused_alignment
 from modeling.perceptual import LPIPS, LPIPS_LAYERS, ConvNeXtDistance, PerceptualConfig, PerceptualLoss
+from modeling.text_decoder import TextAutoencoder
 from modeling.text_encoder import CONFIG_FILE, TextEncoder, TextEncoderConfig, build_clip, open_clip
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from modeling.text_to_image import TextToImageFlow
@@ -56,6 +65,8 @@ def find_sizes(config: StageConfig, path: Path) -> Sizes:
     notes: list[str] = []
     if isinstance(config, TokenizerStage):
         tokenizer, text_encoder = config.tokenizer, config.text_encoder
+    elif isinstance(config, TextDecoderStage):
+        tokenizer, text_encoder = ImageTokenizerConfig(), config.text_encoder  # it works with no image
     else:
         tokenizer, text_encoder, where = find_tokenizer(config, path)
         text_encoder = getattr(config, "text_encoder", text_encoder)
@@ -219,6 +230,22 @@ def build_token_step(config: TextProjectorStage | FlowTokStage, sizes: Sizes, re
     return Workload(model, make_batch, partial(losses, config, info, tokens), [tower])
 
 
+def build_text_decoder_step(config: TextDecoderStage, sizes: Sizes, recompute: str, step: int) -> Workload:
+    """Stage text_decoder with the text tower in each step; an upper bound: every caption fills the whole context."""
+    tower, length = build_tower(sizes), config.projector.text_tokens
+    captions = StoredCaptions(stand_in_run(config.training.precision), None, config.data, None, tower, False)
+
+    def make_batch(batch_size: int) -> dict:
+        return {"token_ids": torch.zeros(batch_size, length, dtype=torch.int64)}
+
+    def losses(model: nn.Module, batch: dict) -> Terms:
+        counted = torch.arange(batch["token_ids"].numel())
+        return train_text_decoder.decoder_losses(config, captions, model, batch, counted)
+
+    model = train_text_decoder.build_model(config, None)
+    return Workload(model, make_batch, losses, [tower])
+
+
 def build_clip_step(config: TextEncoderStage, sizes: Sizes | None, recompute: str, step: int) -> Workload:
     """The training of a small CLIP, without its random shift: the shift is drawn on the CPU, fake tensors have none."""
 
@@ -234,6 +261,7 @@ TRAINING_STEPS = {
     TextEncoderStage: build_clip_step,
     TokenizerStage: build_tokenizer_step,
     TextProjectorStage: build_token_step,
+    TextDecoderStage: build_text_decoder_step,
     FlowTokStage: build_token_step,
 }
 
@@ -286,13 +314,15 @@ def build_projection(config: TextProjectorConfig) -> Workload:
 
 
 def build_velocity(config: FlowTokConfig, guidance: float) -> Workload:
-    """One step of the flow; guidance makes it two network passes."""
+    """One evaluation of the flow, two branches with guidance; modulations of each sample, which sampling shares."""
+    branches = 1 if guidance in (0, 1) else 2
 
     def make_batch(batch_size: int) -> dict:
-        return {"x": torch.zeros(batch_size, config.num_tokens, config.token_channels), "t": torch.zeros(batch_size)}
+        return {"x": torch.zeros(batch_size, config.num_tokens, config.token_channels)}
 
     def velocity(model: nn.Module, batch: dict) -> Terms:
-        return {"velocity": guided_velocity(model, guidance)(batch["x"], batch["t"])}
+        x = batch["x"].repeat(branches, 1, 1)
+        return {"velocity": model(x, torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.bool))}
 
     return Workload(FlowTok(config), make_batch, velocity)
 
@@ -308,6 +338,8 @@ def weights_by_part(work: Workload) -> dict[str, int]:
     if isinstance(projector, TextProjector):
         alignment = count(projector.alignment)
         parts |= {"projector": count(projector) - alignment, "alignment": alignment}
+    if isinstance(model, TextAutoencoder):
+        parts["text_decoder"] = count(model.decoder)
     if isinstance(model, TextToImageFlow):
         parts["dit"] = count(model.flowtok)
     if isinstance(model, ImageTokenizer):

@@ -1,11 +1,13 @@
 """Statistics of real images for eval/generation.py: made once, checked, used as `reference=[FILE.npz]`.
 
     python scripts/reference_stats.py coco.npz val2014 --image-size 256
-    python scripts/reference_stats.py mjhq.npz mjhq30k_imgs --image-size 256 --keep-features
+    python scripts/reference_stats.py mjhq.npz mjhq30k_imgs --clean --keep-features
     python scripts/reference_stats.py coco.npz val2014 --check
 
 DATA are folders of images or tar shards. The file says what it is of: features and their weights, image size, resize
-rule, a hash over the pixels after it. --check reads a file and says so; with DATA it measures them again and compares.
+rule, a hash over the pixels after it. --clean resizes as clean-fid does, for protocols with `resize: clean`; the folder
+of each image is kept beside its features, as its category. --check reads a file and says so; with DATA it measures them
+again and compares.
 """
 
 import argparse
@@ -22,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, P
 from configs.load import exit_on_error
 from eval.features import Extractor, inception_extractor, inception_reason, measure_images
 from eval.frechet import Gaussian, frechet_distance, load_features, load_statistics, save_statistics
-from eval.images import ImageSet, list_images
+from eval.images import CLEAN_RULE, CLEAN_SIZE, ResizeRule
 from eval.inception import INCEPTION
-from eval.reference import check_features, describe_images
+from eval.options import add_options, check_options
+from eval.reference import categories_of, check_features, describe_images, list_reference
 from training.run import TIMEOUT_MINUTES
 
 TOLERANCE = 1e-3  # of the distance between a file and its images measured again, as a share of the covariance's trace
@@ -36,15 +39,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("file", type=Path, metavar="FILE.npz")
     parser.add_argument("data", nargs="*", metavar="DATA", help="folder of images, or tar shards: paths, braces, globs")
     parser.add_argument("--image-size", type=int, help="pixels of the square that an image is resized and cropped to")
+    parser.add_argument("--clean", action="store_true", help="clean-fid's rule instead: the whole image to 299 px")
     parser.add_argument("--background", type=int, nargs=3, default=[255] * 3, help="RGB behind transparent pixels")
     parser.add_argument("--keep-features", action="store_true", help="8 kB an image: KID, precision, recall need them")
     parser.add_argument("--check", action="store_true", help="read FILE instead of writing it")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--num-workers", type=int, default=2)
-    parser.add_argument("--inception-weights", metavar="FILE", help="InceptionV3; default: torch's cache")
     parser.add_argument("--inception-precision", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--download", action="store_true", help="fetch absent weights into torch's cache")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_options(parser, 64, "images that Inception sees at once")
     return parser.parse_args(arguments)
 
 
@@ -52,19 +52,16 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse what can't be done before anything is read."""
     if not args.check and not args.data:
         raise ValueError("DATA is missing: a folder of images, or tar shards")
-    if not args.check and not args.image_size:
-        raise ValueError("--image-size is missing: the pixels at which generated images will be compared")
-    for name, smallest in (("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < smallest:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
+    if args.clean and args.image_size:
+        raise ValueError("--clean always resizes to 299 px: leave --image-size out")
+    if not (args.check or args.image_size or args.clean):
+        raise ValueError("--image-size is missing: the pixels at which generated images will be compared (or --clean)")
+    check_options(args, image_size=1)
     if args.file.suffix != ".npz":
         raise ValueError(f"{args.file}: expected a name that ends in .npz")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU")
 
 
-def build_extractor(args: argparse.Namespace, state: PartialState) -> Extractor:
+def build_extractor(args: argparse.Namespace, rule: ResizeRule, state: PartialState) -> Extractor:
     """Inception.
 
     Raises:
@@ -74,7 +71,7 @@ def build_extractor(args: argparse.Namespace, state: PartialState) -> Extractor:
         weights = INCEPTION.find(args.inception_weights, args.download)
     if weights is None:
         raise ValueError(inception_reason())
-    return inception_extractor(weights, args.inception_precision, state.device)
+    return inception_extractor(weights, args.inception_precision, state.device, rule)
 
 
 def check(args: argparse.Namespace, state: PartialState) -> None:
@@ -104,12 +101,13 @@ def compare(args: argparse.Namespace, state: PartialState, gaussian: Gaussian, d
     Raises:
         ValueError: another hash, or another distribution.
     """
-    size = args.image_size or description.get("image_size")
+    rule: ResizeRule = "clean" if args.clean or description.get("resize") == CLEAN_RULE else "crop"
+    size = CLEAN_SIZE if rule == "clean" else args.image_size or description.get("image_size")
     if size is None:
-        raise ValueError(f"{args.file} does not say its image size: give --image-size")
-    extractor = build_extractor(args, state)
+        raise ValueError(f"{args.file} does not say its image size: give --image-size, or --clean")
+    extractor = build_extractor(args, rule, state)
     check_features(args.file, len(gaussian.mean), description, extractor)
-    images = ImageSet(list_images(args.data), size, (), tuple(description.get("background", args.background)))
+    images = list_reference(args.data, size, description.get("background", args.background), rule)
     share = (state.process_index, state.num_processes)
     found = measure_images(images, extractor, False, args.batch_size, args.num_workers, state.device, share)
     if "images_sha256" in description:
@@ -123,8 +121,9 @@ def compare(args: argparse.Namespace, state: PartialState, gaussian: Gaussian, d
 
 def make(args: argparse.Namespace, state: PartialState) -> None:
     """Measure and write."""
-    images = ImageSet(list_images(args.data), args.image_size, (), tuple(args.background))
-    extractor, share = build_extractor(args, state), (state.process_index, state.num_processes)
+    rule: ResizeRule = "clean" if args.clean else "crop"
+    images = list_reference(args.data, CLEAN_SIZE if args.clean else args.image_size, args.background, rule)
+    extractor, share = build_extractor(args, rule, state), (state.process_index, state.num_processes)
     found = measure_images(
         images, extractor, args.keep_features, args.batch_size, args.num_workers, state.device, share
     )
@@ -132,8 +131,9 @@ def make(args: argparse.Namespace, state: PartialState) -> None:
         return
     description = describe_images(args.data, images, extractor, found.images_sha256)
     args.file.parent.mkdir(parents=True, exist_ok=True)
-    save_statistics(args.file, found.statistics.gaussian(), description, found.features)
-    print(f"{args.file}: {len(found.numbers)} images of {args.image_size} px")
+    categories = categories_of(images, found.numbers)
+    save_statistics(args.file, found.statistics.gaussian(), description, found.features, categories)
+    print(f"{args.file}: {len(found.numbers)} images of {images.image_size} px")
     for name, reason in found.skipped:
         print(f"  skipped {name}: {reason}")
 

@@ -127,6 +127,16 @@ def chain(tmp_path_factory, tiny_shards):
     return experiment
 
 
+@pytest.fixture(scope="session")
+def captioner(tmp_path_factory, chain, tiny_shards) -> Path:
+    """A stage-3 run of the chain's parts, from image to text; tests leave its folder as it is."""
+    from tiny_experiment import to_text
+
+    folder = tmp_path_factory.mktemp("captioner")
+    run = f"run_dir={folder}/flowtok_caption"
+    return chain.run_in(folder, "flowtok", run, *to_text(chain.folder, tiny_shards))
+
+
 def shape_sample(number: int) -> dict:
     """Raw sample of one coloured shape on white, a function of its number; captions repeat, pictures do not."""
     colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number // len(COLOURS) % len(SHAPES)]

@@ -10,8 +10,10 @@ from configs import check
 from configs.load import exit_on_error, load_config
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "flowtok_finetune", "report")
-EXPERIMENTS = sorted(path.name for path in (ROOT / "configs").iterdir() if list(path.glob("*.yaml")))
+ORDER = ("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "flowtok_finetune")
+ORDER += ("text_decoder", "flowtok_caption", "report")
+FOLDERS = {path.parent.name for path in (ROOT / "configs").glob("*/*.yaml")}
+EXPERIMENTS = sorted(FOLDERS - {"sweeps"})
 
 
 def groups(folder, overrides=()):
@@ -134,6 +136,28 @@ def add_round(folder, name="flowtok_finetune", **values):
 def test_a_round_may_start_from_a_run_that_an_earlier_stage_makes(tiny):
     add_round(tiny, init_from="${experiment_dir}/flowtok")
     check.main(["1", *groups(tiny)])
+
+
+def add_caption_round(folder, **values):
+    """A round of stage flowtok from image to text."""
+    run = "${experiment_dir}/text_decoder"
+    to_text = {"flow": {"direction": "image_to_text", "projector": "frozen"}, "pictures": {"images": ["x/*.tar"]}}
+    weights = {"losses": {"alignment_weight": 0, "kl_weight": 0}, "projector_run": run, "text_decoder_run": run}
+    folder_of = {"run_dir": "${experiment_dir}/flowtok_caption"}
+    add_round(folder, "flowtok_caption", **folder_of, **to_text, **weights, **values)
+
+
+def test_a_flow_to_text_reads_the_text_decoder_that_an_earlier_stage_makes(tiny):
+    add_caption_round(tiny)
+    check.main(["1", *groups(tiny)])
+    message = error_of(tiny, "flowtok_caption.text_decoder_run=/nowhere")
+    assert message.startswith("stage flowtok_caption: text_decoder_run=/nowhere does not exist")
+
+
+def test_a_text_decoder_of_other_sizes_or_without_its_held_out_captions_is_refused(tiny):
+    message = error_of(tiny, "text_decoder.projector.token_channels=8")
+    assert message == "channels: stage tokenizer has 4, stage text_decoder has 8; they must agree"
+    assert error_of(tiny, "text_decoder.heldout_shards=[nowhere.tar]").startswith("stage text_decoder: ")
 
 
 def test_a_run_that_nobody_makes_names_stage_key_and_folder(tiny):

@@ -45,7 +45,8 @@ def error_of(path, *overrides, stage=None):
 def test_every_shipped_file_loads_for_the_stage_that_it_is_named_after(path):
     config = load_config(path, stage=path.stem)
     assert isinstance(config, STAGES[path.stem])
-    assert config.experiment_dir == f"runs/{path.parent.name}"
+    name = path.parent.name.removesuffix("_caption")  # demo_caption adds to the demo's runs
+    assert config.experiment_dir == f"runs/{name}"
 
 
 @pytest.mark.parametrize("path", STAGE_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -231,7 +232,7 @@ def test_another_stage_is_refused(tmp_path):
         (FLOWTOK, "flowtok.token_channels=8", "(32, 8): text flows into image token by token"),
         (FLOWTOK, "projector_run=", "flow.projector=frozen needs a trained projector: set projector_run"),
         (FLOWTOK, "flow.projector=detached", "leaves the projector without any loss"),
-        (FLOWTOK, "sampling.sampler=heun", "unknown sampler 'heun'; valid: euler, euler_release"),
+        (FLOWTOK, "sampling.sampler=rk4", "unknown sampler 'rk4'; valid: euler, euler_release"),
         (FLOWTOK, "flow.null_probability=1", "flow.null_probability must be in [0, 1), got 1.0"),
         (ROOT / "configs/demo/report.yaml", "heldout_shards=[]", "needs train_shards and heldout_shards"),
     ],
@@ -276,3 +277,16 @@ def test_the_scale_over_several_folders_is_that_of_all_samples(tmp_path):
     TokensInfo(10, 32, 16, "t", "other", False, False, 1, [], {}, stats).save(tmp_path / "b")
     with pytest.raises(ValueError, match="text_encoder_fingerprint is e in .*/a, other in .*/b"):
         load_tokens_info(data, 32, 16, "no run", any_tokenizer=True)
+
+
+def test_a_way_through_a_folder_that_does_not_exist_yet_is_cut_short(tmp_path):
+    (tmp_path / "shared" / "tokens").mkdir(parents=True)
+    (tmp_path / "shared" / "tokens" / "a.tar").touch()
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"stage: flowtok\nexperiment_dir: {tmp_path}/new\ntokenizer_run: ${{experiment_dir}}/../shared/tokenizer\n"
+        "data: {shards: ['${experiment_dir}/../shared/tokens/*.tar']}\npictures: {captions: [a]}\n"
+    )
+    config = load_config(path)
+    assert config.tokenizer_run == f"{tmp_path}/shared/tokenizer"
+    assert config.data.shards == [f"{tmp_path}/shared/tokens/*.tar"]

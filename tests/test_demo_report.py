@@ -10,7 +10,7 @@ from PIL import Image
 from configs.schema import ReportStage
 from data.tar import write_shard
 from eval.demo import PIXEL_SIZE, build_pool, encode, read_all, retrieval, shrink, take
-from eval.reconstruction import psnr
+from eval.reconstruction_metrics import psnr
 from modeling.posterior import Posterior
 
 N = 12

@@ -120,38 +120,43 @@ def test_dropping_leaves_the_given_latents_as_they_are():
     assert torch.equal(image, numbered_latents(50))
 
 
-def recording_network(calls):
+def recording_branches(calls):
     """v = 3 x + t where the flow is conditional, -x where it is not."""
 
-    def network(x, t, null):
-        assert null.dtype == torch.bool and len(x) == len(t) == len(null)
-        calls.append((len(x), null.tolist()))
-        return torch.where(null.view(-1, 1, 1), -x, 3 * x + t.view(-1, 1, 1))
+    def branches(x, time, null):
+        calls.append((len(x), null))
+        return torch.cat([-x if off else 3 * x + time for off in null])
 
-    return network
+    return branches
 
 
-@pytest.mark.parametrize(("guidance", "indicators"), [(0, [True] * B), (1, [False] * B), (1.0, [False] * B)])
-def test_guidance_zero_and_one_cost_one_pass_over_the_batch(guidance, indicators):
+@pytest.mark.parametrize(("guidance", "null"), [(0, (True,)), (1, (False,)), (1.0, (False,))])
+def test_guidance_zero_and_one_cost_one_branch(guidance, null):
     calls, (x, _) = [], latents()
-    t = torch.full((B,), 0.25, dtype=torch.float64)
-    velocity = guided_velocity(recording_network(calls), guidance)(x, t)
-    assert calls == [(B, indicators)]
+    velocity = guided_velocity(recording_branches(calls), guidance)(x, 0.25)
+    assert calls == [(B, null)]
     assert torch.equal(velocity, -x if guidance == 0 else 3 * x + 0.25)
 
 
 @pytest.mark.parametrize("guidance", [0.5, 1.5, 2.0, 7.5])
 def test_guidance_extrapolates_from_null_to_conditional_in_one_call(guidance):
     calls, (x, _) = [], latents()
-    t = torch.full((B,), 0.25, dtype=torch.float64)
-    velocity = guided_velocity(recording_network(calls), guidance)(x, t)
-    assert calls == [(2 * B, [False] * B + [True] * B)]
+    velocity = guided_velocity(recording_branches(calls), guidance)(x, 0.25)
+    assert calls == [(B, (False, True))]
     torch.testing.assert_close(velocity, -x + guidance * (3 * x + 0.25 + x))
 
 
+@pytest.mark.parametrize(("time", "is_guided"), [(0.0, False), (0.19, False), (0.2, True), (0.7, True), (0.71, False)])
+def test_outside_its_interval_guidance_costs_nothing_and_changes_nothing(time, is_guided):
+    calls, (x, _) = [], latents()
+    velocity = guided_velocity(recording_branches(calls), 4.0, (0.2, 0.7))(x, time)
+    assert calls == [(B, (False, True) if is_guided else (False,))]
+    assert torch.equal(velocity, 3 * x + time) != is_guided
+
+
 def test_guidance_does_not_matter_where_both_branches_agree():
-    x, t = torch.randn(B, K, C), torch.rand(B)
-    torch.testing.assert_close(guided_velocity(lambda x, t, null: 2 * x, 5.0)(x, t), 2 * x)
+    x = torch.randn(B, K, C)
+    torch.testing.assert_close(guided_velocity(lambda x, time, null: 2 * x.repeat(len(null), 1, 1), 5.0)(x, 0.5), 2 * x)
 
 
 @pytest.mark.parametrize(

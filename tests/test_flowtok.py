@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling.flowtok import FlowTok, FlowTokBlock, FlowTokConfig, TimeEmbedding
+from modeling.flowtok import FlowTok, FlowTokBlock, FlowTokConfig, TimeEmbedding, TimeTable
 from modeling.layers import sincos_position_table
 from modeling.text_projector import TextProjector, TextProjectorConfig
 
@@ -175,3 +175,30 @@ def test_mlp_ratio_sets_the_hidden_size():
 def test_impossible_widths_are_refused(options):
     with pytest.raises(ValueError, match="must be even and divisible by num_heads"):
         replace(CONFIG, **options)
+
+
+def test_the_direction_is_told_by_an_embedding_that_starts_at_zero_and_changes_the_velocity():
+    network, (tokens, t, null) = perturbed(build(two_way=True)), inputs()
+    nn.init.zeros_(network.embed_direction.weight)
+    to_text = torch.tensor([False, True, True])
+    assert torch.equal(network(tokens, t, null, to_text), network(tokens, t, null))
+    nn.init.normal_(network.embed_direction.weight[1])
+    forth, back = network(tokens, t, null), network(tokens, t, null, to_text)
+    assert torch.equal(forth[0], back[0]) and not torch.isclose(forth[1:], back[1:]).all(dim=2).any()
+    assert not build(two_way=True).embed_direction.weight.any()
+
+
+def test_a_one_way_network_has_the_weights_it_always_had():
+    names = build().state_dict().keys()
+    assert build(two_way=True).state_dict().keys() - names == {"embed_direction.weight"} > names - names
+    tokens, t, null = inputs()
+    network = perturbed(build())
+    assert torch.equal(network(tokens, t, null, ~null), network(tokens, t, null))
+
+
+@pytest.mark.parametrize("to_text", [False, True])
+def test_the_time_table_flows_in_the_direction_it_was_made_for(to_text):
+    network, (tokens, _, null) = perturbed(build(two_way=True)).eval(), inputs()
+    with torch.no_grad():
+        expected = network(tokens, torch.full((B,), 0.25), null, torch.full((B,), to_text))
+    torch.testing.assert_close(TimeTable(network, [0.25], to_text)(tokens, 0.25, (False,)), expected)

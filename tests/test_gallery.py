@@ -1,14 +1,20 @@
 """eval/gallery.py and eval/plots.py: a page that needs nothing else and executes nothing; a chart with its points."""
 
 import base64
+import io
+import os
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from conftest import shape_sample
+from PIL import Image
 
 from eval.gallery import gallery, write_gallery
+from eval.pictures import encode_png
 from eval.plots import COLOURS, line_chart
 
 EVIL = """<script>alert(1)</script> " onerror='x' & é 😀"""
@@ -41,7 +47,7 @@ def test_images_captions_and_settings_are_in_the_page():
         kind, content = attrs["src"].split(",")
         assert kind == "data:image/png;base64" and base64.b64decode(content) == data and attrs["alt"] == caption
         assert caption in page.text
-    assert "steps20" in page.text.replace("\n", "") and "guidance2.0" in page.text.replace("\n", "")
+    assert "steps20" in page.text.replace("\n", "") and "guidance2" in page.text.replace("\n", "")
 
 
 def test_text_stays_text():
@@ -63,6 +69,42 @@ def test_a_caption_that_no_file_can_hold_is_written_all_the_same(tmp_path):
     write_gallery(tmp_path / "new" / "gallery.html", "demo", [(b"x", "a\ud800b")], {})
     assert "a?b" in (tmp_path / "new" / "gallery.html").read_text(encoding="utf-8")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["gallery.html"]
+
+
+@pytest.fixture(scope="module")
+def browse(tmp_path_factory):
+    """Runs a headless Chromium on a page, with further flags; what it prints. Skips where there is none."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium on PATH")
+    profile = tmp_path_factory.mktemp("profile")
+    flags = ["--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+    flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # it refuses to run as root otherwise
+
+    def run(page, *more):
+        command = [chromium, *flags, *more, page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return run
+
+
+def test_a_browser_shows_every_image_and_takes_captions_as_text(browse, tmp_path):
+    colours = [(255 * (n % 2), 85 * (n % 4), 28 * n) for n in range(9)]
+    captions = [*map(str, range(7)), EVIL, "<img src=x onerror=\"document.title='owned'\"><script>alert(1)</script>"]
+    pictures = [(encode_png(Image.new("RGB", (32, 32), colour)), caption) for colour, caption in zip(colours, captions)]
+    write_gallery(tmp_path / "gallery.html", "nine", pictures, {"steps": 20})
+    document = browse(tmp_path / "gallery.html", "--dump-dom")
+    page = Page(document)
+    shown = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert [attrs["alt"] for attrs in shown] == captions
+    for attrs, colour in zip(shown, colours):
+        image = Image.open(io.BytesIO(base64.b64decode(attrs["src"].partition(",")[2])))
+        assert image.getpixel((0, 0)) == colour
+    assert "script" not in {tag for tag, _ in page.tags} and "<title>nine</title>" in document and "owned" in page.text
+    browse(tmp_path / "gallery.html", f"--screenshot={tmp_path}/page.png", "--window-size=700,1200")
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3)
+    areas = [(pixels == colour).all(axis=1).sum() for colour in colours]
+    assert min(areas) > 0.9 * max(areas) > 20_000  # each is drawn, as large as the others
 
 
 def colour_columns(chart, number):

@@ -2,32 +2,30 @@
 its numbers against torch-fidelity's on the images that it wrote; errors before any image."""
 
 import json
-import os
+import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from evaluations import CAPTIONS, LIGHT, evaluate, launch, pngs, read, write_inputs
 from PIL import Image
 from tiny_experiment import reset_accelerate
 
 from eval.frechet import Gaussian, load_statistics, save_statistics
-from eval.generation import load_protocol, main, parse_args, resize
+from eval.generation import load_protocol, main, parse_args
 from eval.inception import INCEPTION_WIDTH
+from eval.making import resize
 from eval.protocol import FOLDER, Protocol, choose_captions
-from modeling.perceptual import file_sha256
 from modeling.pipeline import TextToImage
+from modeling.published import file_sha256
 from scripts import reference_stats
 from training.checkpoint import EMA_FILE, MODEL_FILE
 
 ROOT = Path(__file__).parents[1]
-CAPTIONS = 12
-LIGHT = ("features=tokenizer", "metrics=[frechet]")
 FIDELITY = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean"}
 FIDELITY |= {"kid_std": "kernel_inception_distance_std", "inception_score": "inception_score_mean"}
 FIDELITY |= {"inception_score_std": "inception_score_std", "precision": "precision", "recall": "recall"}
@@ -42,14 +40,7 @@ def empty_cache(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_shards):
     """Folder with captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
-    folder = tmp_path_factory.mktemp("inputs")
-    colours, shapes = ("red", "green", "blue"), ("circle", "square", "cat", "dog")
-    lines = [f"a {colour} {shape}" for colour in colours for shape in shapes]
-    (folder / "captions.txt").write_text("\n".join(lines) + "\n")
-    values = {"captions": [str(folder / "captions.txt")], "reference": [f"{tiny_shards}/train-00000.tar"]}
-    values |= {"group_size": 5, "kid_subsets": 4, "kid_subset_size": 8, "inception_splits": 3, "steps": 2}
-    (folder / "protocol.yaml").write_text(yaml.safe_dump(values))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"), tiny_shards)
 
 
 @pytest.fixture(scope="module")
@@ -68,71 +59,48 @@ def light(chain, inputs, tmp_path_factory):
     return folder
 
 
-def evaluate(run, inputs, output, *arguments):
-    """Run the program; its report, or None of a sweep."""
-    reset_accelerate()
-    words = [run, "--protocol", inputs / "protocol.yaml", "--output", output, "--device", "cpu", "--num-workers", 0]
-    main(parse_args([*map(str, words), *map(str, arguments)]))
-    return read(output) if (output / "evaluation.json").is_file() else None
-
-
-def read(folder):
-    return json.loads((folder / "evaluation.json").read_text())
-
-
-def pngs(folder):
-    """Bytes of each image by its name."""
-    root = folder / "images"
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.png"))}
-
-
-def launch(run, inputs, output, *arguments):
-    """The program in two processes."""
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
-    flags += " --dynamo_backend no --num_cpu_threads_per_process 1 --module eval.generation"
-    words = [run, "--protocol", inputs / "protocol.yaml", "--output", output, "--device", "cpu", *arguments]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *map(str, words)]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
-    environment = kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 # The numbers
 
 
-def test_the_numbers_are_those_of_torch_fidelity_on_the_images_written(whole, tiny_shards, inception_file, tmp_path):
+@pytest.fixture(scope="module")
+def fidelity(whole, tiny_shards, inception_file, tmp_path_factory):
+    """torch-fidelity's numbers on the images that the program wrote, under our names."""
     import torch_fidelity
 
     from eval.images import ImageSet, iterate_images, list_images
 
+    folder = tmp_path_factory.mktemp("reference")
     images = ImageSet(list_images([f"{tiny_shards}/train-00000.tar"]), 32, (), (255, 255, 255))
     for batch in iterate_images(images, 24, 0):
         for index, image in zip(batch["index"], batch["image"]):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index:03d}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:03d}.png")
     settings = {"cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False}
     settings |= {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(inception_file)}
     expected = torch_fidelity.calculate_metrics(
         input1=str(whole / "images"),
-        input2=str(tmp_path),
+        input2=str(folder),
         **dict.fromkeys(("fid", "kid", "isc", "prc"), True),
         **{"kid_subsets": 4, "kid_subset_size": 8, "isc_splits": 3},
         **settings,
     )
+    return {name: expected[theirs] for name, theirs in FIDELITY.items()}
+
+
+def test_the_numbers_are_those_of_torch_fidelity_on_the_images_written(whole, fidelity):
     found = read(whole)["metrics"]
-    assert found.keys() == FIDELITY.keys() and read(whole)["missing"] == {}
+    assert found.keys() == fidelity.keys() and read(whole)["missing"] == {}
     assert found["fid"] > 1 and found["kid"] > 1e-3
-    for name, theirs in FIDELITY.items():
-        assert found[name] == pytest.approx(expected[theirs], rel=1e-3, abs=1e-6), name
+    for name, expected in fidelity.items():
+        assert found[name] == pytest.approx(expected, rel=1e-3, abs=1e-6), name
 
 
-def test_two_processes_make_the_images_and_numbers_of_one(chain, inputs, whole, inception_file, tmp_path):
+def test_two_processes_make_the_images_and_numbers_of_one(chain, inputs, whole, fidelity, inception_file, tmp_path):
     output = launch(chain.folder, inputs, tmp_path, "--inception-weights", inception_file, "--num-workers", 1)
     assert output.count("evaluation.json: 12 images, 12 made now") == 1  # one process talks
     assert pngs(tmp_path) == pngs(whole)
     found, expected = read(tmp_path), read(whole)
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-8)
+    assert found["metrics"] == pytest.approx(fidelity, rel=1e-3, abs=1e-6)
     assert found["num_processes"] == 2
     same = ("protocol", "sampling", "reference", "model", "weights", "captions_sha256")
     assert {name: found[name] for name in same} == {name: expected[name] for name in same}
@@ -142,6 +110,12 @@ def test_a_set_has_no_distance_to_itself(chain, inputs, whole, tmp_path):
     arguments = ["features=tokenizer", "metrics=[frechet,precision_recall]", f"reference=[{whole}/images]"]
     metrics = evaluate(chain.folder, inputs, tmp_path, *arguments)["metrics"]
     assert abs(metrics["frechet_distance"]) < 1e-3 and (metrics["precision"], metrics["recall"]) == (1, 1)
+
+
+def test_the_fid_of_a_set_with_itself_is_zero(chain, inputs, whole, inception_file, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")  # with its features
+    arguments = [f"reference=[{whole}/images]", "metrics=[frechet]", "--inception-weights", inception_file]
+    assert abs(evaluate(chain.folder, inputs, tmp_path / "out", *arguments)["metrics"]["fid"]) < 1e-3
 
 
 def test_two_checkpoints_in_one_process_do_not_mix(chain, inputs, light, tmp_path):
@@ -289,8 +263,12 @@ def test_geneval_gets_its_folders(chain, inputs, tmp_path):
     main(parse_args([*map(str, words), "--output", str(tmp_path / "out"), "--device", "cpu"]))
     folders = sorted((tmp_path / "out" / "images").iterdir())
     assert [folder.name for folder in folders] == ["00000", "00001", "00002"]
+    # What evaluation/evaluate_images.py of djghosh13/geneval reads: every folder whose name is digits; its
+    # metadata.jsonl as one JSON object with tag, prompt, include (and exclude); samples/ with names of digits and .png.
     for folder, row in zip(folders, rows):
-        assert json.loads((folder / "metadata.jsonl").read_text()) == row
+        assert folder.name.isdigit() and {path.name for path in folder.iterdir()} == {"metadata.jsonl", "samples"}
+        assert json.loads((folder / "metadata.jsonl").read_text()) == row and {"tag", "prompt", "include"} <= row.keys()
+        assert all(re.fullmatch(r"\d+\.png", path.name) for path in (folder / "samples").iterdir())
         samples = sorted((folder / "samples").iterdir())
         assert [sample.name for sample in samples] == ["0000.png", "0001.png", "0002.png", "0003.png"]
         assert len({sample.read_bytes() for sample in samples}) == 4
@@ -423,9 +401,9 @@ def test_captions_are_chosen_by_the_protocol(tmp_path):
         (["captions=[/nowhere.txt]"], "captions file /nowhere.txt does not exist"),
         (["capttions=[a.txt]"], "unknown key 'capttions'; did you mean 'captions'?"),
         (["choice=best"], "choice"),
-        (["metrics=[fid]"], "unknown metrics fid; valid: frechet, kid"),
+        (["metrics=[fid]"], "unknown metrics fid; valid: frechet, frechet_by_category, kid"),
         (["steps=0"], "steps must be at least 1, got 0"),
-        (["sampler=heun"], "unknown sampler 'heun'"),
+        (["sampler=rk4"], "unknown sampler 'rk4'"),
         (["group_size=0"], "group_size must be at least 1"),
         (["reference=[/nowhere]"], "/nowhere"),
         (["reference=[/nowhere.npz]"], "statistics file /nowhere.npz does not exist"),

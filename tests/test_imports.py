@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("configs", "data", "eval", "modeling", "scripts", "tests", "training")
-ENTRY_POINTS = ("sample", "train_flowtok", "train_text_projector", "train_tokenizer")
+ENTRY_POINTS = ("sample", "train_flowtok", "train_text_decoder", "train_text_projector", "train_tokenizer")
 OURS = {*FOLDERS, *ENTRY_POINTS}
 # What a file of each folder may import of ours. Entry points, scripts and tests: everything.
 ALLOWED = {

@@ -12,11 +12,13 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 STAGES = ["text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "report"]  # of the demo
 ROUNDS = ["tokens_finetune", "flowtok_finetune", "tokenizer_512", "tokens_512", "flowtok_512"]  # after flowtok
+ROUNDS += ["text_decoder", "flowtok_caption"]
 PROGRAMS = {
     "text_encoder": "--module scripts.train_text_encoder",
     "tokenizer": "train_tokenizer.py",
     "tokens": "--module scripts.encode_tokens",
     "text_projector": "train_text_projector.py",
+    "text_decoder": "train_text_decoder.py",
     "flowtok": "train_flowtok.py",
     "report": "-m eval.demo",
 }
@@ -119,13 +121,14 @@ def test_further_rounds_run_their_stages_program_and_each_flow_draws_samples(cop
     for stage in ("tokenizer", "tokens", "flowtok", *ROUNDS):
         (copy.root / "configs" / "none" / f"{stage}.yaml").touch()
     commands = copy.commands("none", "flowtok_512.a.b=1", "tokens_finetune.c=2")
-    samples = [c.split("sample.py ")[1] for c in commands[-3:]]
+    samples = [c.split("sample.py ")[1] for c in commands[-4:]]
     assert samples == [
-        f"--run runs/none/flowtok{x} --output runs/none/samples{x}.png" for x in ("", "_finetune", "_512")
+        f"--run runs/none/flowtok{x} --output runs/none/samples{x}.png" for x in ("", "_finetune", "_512", "_caption")
     ]
-    stages = dict(zip(["tokenizer", "tokens", "flowtok", *ROUNDS], commands[:-3], strict=True))
+    stages = dict(zip(["tokenizer", "tokens", "flowtok", *ROUNDS], commands[:-4], strict=True))
     for stage, command in stages.items():
-        assert f"{PROGRAMS[stage.split('_')[0]]} --config configs/none/{stage}.yaml" in command
+        program = PROGRAMS.get(stage) or PROGRAMS[stage.split("_")[0]]
+        assert f"{program} --config configs/none/{stage}.yaml" in command
     assert [stage for stage, command in stages.items() if command.endswith(" a.b=1")] == ["flowtok_512"]
     assert [stage for stage, command in stages.items() if command.endswith(" c=2")] == ["tokens_finetune"]
 

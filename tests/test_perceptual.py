@@ -5,6 +5,7 @@ import hashlib
 import socket
 import urllib.error
 import warnings
+from dataclasses import replace
 
 import lpips
 import pytest
@@ -193,12 +194,13 @@ def test_an_absent_file_is_downloaded_to_the_cache_once_and_its_hash_is_asked_fo
         with open(file, "wb") as stream:
             stream.write(b"weights")
 
-    monkeypatch.setattr(perceptual, "VGG16_URL", "https://example.org/" + hashed_name(b"weights"))
+    url = "https://example.org/" + hashed_name(b"weights")
+    monkeypatch.setattr(perceptual, "VGG16_FILE", replace(perceptual.VGG16_FILE, url=url))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     config = PerceptualConfig(convnext_weight=0.0)
     expected = no_network / hashed_name(b"weights")
     assert check_weights(config) == check_weights(config) == {"lpips": expected}
-    assert calls == [(perceptual.VGG16_URL, hashlib.sha256(b"weights").hexdigest()[:8])]
+    assert calls == [(url, hashlib.sha256(b"weights").hexdigest()[:8])]
 
 
 def hashed_name(content):
@@ -217,7 +219,7 @@ def test_a_hash_in_the_name_is_checked(tmp_path):
 def test_a_damaged_file_in_the_cache_is_refused_too(no_network):
     no_network.mkdir(parents=True)
     (no_network / "convnext_small-0c510722.pth").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="should start with 0c510722"):
+    with pytest.raises(ValueError, match="starts with 0c510722, but it is"):
         check_weights(PerceptualConfig(lpips_weight=0.0))
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.flowtok import FlowTokConfig
+from modeling.flowtok import FlowTokConfig, TimeTable
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.pipeline import SamplingConfig, TextToImage, text_noise
+from modeling.samplers import SOLVERS
 from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjectorConfig
 from modeling.text_to_image import TextToImageFlow
@@ -35,9 +36,9 @@ def parts(tiny_clip_dir):
 
 @pytest.fixture
 def network_calls(parts):
-    """Batch size of every call of the velocity network."""
-    calls = []
-    hook = parts.flow.flowtok.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    """Batch size of every pass through the velocity network."""
+    calls, first = [], parts.flow.flowtok.blocks[0].attention
+    hook = first.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     yield calls
     hook.remove()
 
@@ -119,10 +120,45 @@ def test_each_step_costs_one_pass_of_one_branch_without_guidance_and_two_with(pa
     assert network_calls == [batch] * SAMPLING.steps
 
 
-def test_steps_guidance_and_sampler_each_change_the_latents(parts):
+def test_every_sampling_option_changes_the_latents(parts):
     base = parts.generate(CAPTIONS, SAMPLING)[1]
-    for options in ({"steps": 5}, {"guidance": 1.0}, {"sampler": "euler_release"}, {"sample_text_latent": False}):
-        assert (parts.generate(CAPTIONS, replace(SAMPLING, **options))[1] - base).abs().max() > 1e-4
+    changes = [
+        {"steps": 5},
+        {"guidance": 1.0},
+        {"sample_text_latent": False},
+        {"time_shift": 2.0},
+        {"precision": "bf16"},
+    ]
+    changes += [{"guidance_interval": [0.3, 1.0]}, *({"sampler": name} for name in SOLVERS if name != "euler")]
+    for options in changes:
+        assert (parts.generate(CAPTIONS, replace(SAMPLING, **options))[1] - base).abs().max() > 1e-4, options
+
+
+def test_guidance_outside_its_interval_costs_one_branch(parts, network_calls):
+    parts.generate(CAPTIONS, replace(SAMPLING, guidance_interval=[0.25, 0.5]))
+    assert network_calls == [5, 10, 10, 5]
+
+
+def test_bf16_is_close_to_fp32_and_keeps_images_and_latents_in_float32(parts):
+    images, latents = parts.generate(CAPTIONS, SAMPLING)
+    rough, rough_latents = parts.generate(CAPTIONS, replace(SAMPLING, precision="bf16"))
+    assert rough.dtype == rough_latents.dtype == torch.float32
+    assert 0 < (rough_latents - latents).std() < 0.05 * latents.std()
+
+
+def test_a_time_table_gives_the_networks_own_velocities_for_any_branches_and_shared_batches(parts):
+    network, times = parts.flow.flowtok, [0.0, 0.3, 0.95]
+    table, x = TimeTable(network, times), torch.randn(5, K, C)
+    for time in times:
+        t = torch.full((5,), time)
+        with torch.no_grad():
+            alone = [network(x, t, torch.full((5,), null)) for null in (False, True)]
+            for null in ((False,), (True,), (False, True)):
+                expected = torch.cat([alone[branch] for branch in null])
+                torch.testing.assert_close(table(x, time, null), expected, rtol=1e-5, atol=1e-4)
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    with pytest.raises(KeyError):
+        table(x, 0.5, (False,))
 
 
 def test_transport_is_euler_on_the_guided_field_divided_by_the_latent_scale(parts):
@@ -147,6 +183,15 @@ def test_decoder_reads_the_captions_own_text_states(parts):
     assert not torch.allclose(parts.decode(latents, states), parts.decode(latents, states.flip(0)), atol=1e-3)
 
 
-def test_unknown_sampler_is_refused(parts):
-    with pytest.raises(ValueError, match="unknown sampler 'heun'"):
-        parts.generate(CAPTIONS, replace(SAMPLING, sampler="heun"))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "rk4"}, "unknown sampler 'rk4'"),
+        ({"guidance_interval": [0.5]}, r"guidance_interval must be \[start, end\] within \[0, 1\], got \[0.5\]"),
+        ({"guidance_interval": [0.6, 0.5]}, "guidance_interval must be"),
+        ({"guidance_interval": [0.0, 1.5]}, "guidance_interval must be"),
+    ],
+)
+def test_impossible_sampling_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**options)

@@ -123,10 +123,10 @@ def check_command(words, monkeypatch):
         check_accelerate(words[2:], monkeypatch)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/recipe.md"])
 def test_every_command_of_the_documentation_would_run(page, monkeypatch):
     found = commands((ROOT / page).read_text())
-    assert len(found) > 5
+    assert found
     for words in found:
         check_command(words, monkeypatch)
 

@@ -24,8 +24,10 @@ from eval.frechet import FeatureStatistics, frechet_distance
 from eval.images import ImageSet, iterate_images, list_images
 from eval.inception import INCEPTION_WIDTH, InceptionFeatures
 from eval.loading import load_tokenizer
-from eval.reconstruction import main, parse_args, ssim
-from modeling.perceptual import LPIPS, file_sha256
+from eval.reconstruction import main, parse_args
+from eval.reconstruction_metrics import ssim
+from modeling.perceptual import LPIPS
+from modeling.published import file_sha256
 from modeling.text_encoder import TextTokenizer, load_text_encoder
 from training.checkpoint import EMA_FILE, MODEL_FILE
 
@@ -260,7 +262,7 @@ def test_what_cannot_be_read_is_skipped_counted_and_listed(run, tmp_path):
 
 
 def test_identical_pairs_are_counted_and_left_out_of_psnr(run, tmp_path, monkeypatch):
-    from eval.reconstruction import Reconstructor
+    from eval.reconstructor import Reconstructor
 
     def copy_all_but_the_first(self, images, captions):
         return torch.cat([255 - images[:1], images[1:]])
@@ -358,7 +360,7 @@ def test_the_json_goes_into_the_run_unless_it_is_told_otherwise(run, tiny_shards
 
 
 def test_progress_tells_rate_and_time_left(run, tiny_shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eval.reconstruction.PROGRESS_SECONDS", 0)
+    monkeypatch.setattr("eval.reconstructor.PROGRESS_SECONDS", 0)
     report(run, tiny_shards / "*.tar", tmp_path, "--limit", 4, "--batch-size", 3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("3/4 images, ") and lines[0].endswith(" s left")

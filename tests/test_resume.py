@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_experiment import MAIN, equal, metrics, weights
 
 import train_flowtok
+import train_text_decoder
 import train_tokenizer
 from eval.loading import fingerprint, load_projector
 from eval.tokens_info import TokensInfo
@@ -25,8 +26,12 @@ from scripts import encode_tokens
 from training import checkpoint as ckpt
 
 ROOT = Path(__file__).parents[1]
-LOSSES = {"tokenizer": (train_tokenizer.TokenizerLosses, "__call__"), "flowtok": (train_flowtok, "compute_losses")}
-TRAINED = ("text_encoder", "tokenizer", "text_projector", "flowtok")
+LOSSES = {
+    "tokenizer": (train_tokenizer.TokenizerLosses, "__call__"),
+    "text_decoder": (train_text_decoder, "compute_losses"),
+    "flowtok": (train_flowtok, "compute_losses"),
+}
+TRAINED = ("text_encoder", "tokenizer", "text_projector", "text_decoder", "flowtok")
 
 
 class Stop(Exception):
@@ -62,13 +67,15 @@ def inputs_of(chain, stage):
     info = TokensInfo.load(chain.folder / "tokens")
     if stage == "tokenizer":
         return {"text_encoder": info.text_encoder_fingerprint}
+    if stage == "text_decoder":
+        return {"text_encoder": info.text_encoder_fingerprint, "projector": "none"}
     return info.inputs() | {"projector": fingerprint(load_projector(chain.folder / "text_projector"))}
 
 
 # Resuming
 
 
-@pytest.mark.parametrize(("stage", "num_workers"), [("tokenizer", 1), ("flowtok", 0)])
+@pytest.mark.parametrize(("stage", "num_workers"), [("tokenizer", 1), ("text_decoder", 0), ("flowtok", 0)])
 def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(
     chain, tmp_path, monkeypatch, capsys, stage, num_workers
 ):
@@ -463,12 +470,12 @@ for stage, *arguments in (argument.split("|") for argument in sys.argv[1:]):
 def test_two_processes_run_the_other_stages(chain, tmp_path):
     script = tmp_path / "stages.py"
     script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{STAGES_IN_TURN}")
-    stages = ["text_encoder", "tokens", "text_projector", "flowtok"]
+    stages = ["text_encoder", "tokens", "text_projector", "text_decoder", "flowtok"]
     runs = [[stage, *program(chain, tmp_path, stage)] for stage in stages]
     runs.append(["flowtok", *program(chain, tmp_path / "frozen", "flowtok", "flow.projector=frozen")])
     launch(str(script), *("|".join(words) for words in runs))
     assert contents(tmp_path / "tokens") == contents(chain.folder / "tokens")
-    for stage in ("text_encoder", "text_projector", "flowtok", "frozen/flowtok"):
+    for stage in ("text_encoder", "text_projector", "text_decoder", "flowtok", "frozen/flowtok"):
         assert ckpt.read_state(ckpt.latest_checkpoint(tmp_path / stage)[1])["num_processes"] == 2
         assert [line["step"] for line in metrics(tmp_path / stage)] == [2, 4]
         assert not list((tmp_path / stage).rglob("*.tmp"))

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_experiment import Experiment, draw
 
 import sample
-from modeling.flowtok import FlowTok
+from modeling.flowtok import TimeTable
 
 
 def images(folder):
@@ -61,13 +61,13 @@ def test_images_per_prompt_differ_and_stand_in_one_row(chain, tmp_path):
 
 @pytest.mark.parametrize(("guidance", "rows"), [("1", 1), ("0", 1), ("1.5", 2)])
 def test_guidance_1_costs_one_pass_a_step(chain, tmp_path, monkeypatch, guidance, rows):
-    batches, forward = [], FlowTok.forward
+    batches, call = [], TimeTable.__call__
 
-    def counted(self, x, t, null):
-        batches.append(len(x))
-        return forward(self, x, t, null)
+    def counted(self, x, time, null):
+        batches.append(len(null) * len(x))
+        return call(self, x, time, null)
 
-    monkeypatch.setattr(FlowTok, "forward", counted)
+    monkeypatch.setattr(TimeTable, "__call__", counted)
     arguments = ["--prompts", "a cat", "--guidance", guidance, "--steps", "5", "--output", tmp_path / "x.png"]
     draw(chain.folder, *arguments)
     assert batches == [rows] * 5
@@ -100,8 +100,8 @@ def test_the_stage_folder_serves_as_well_as_the_experiment(chain, tmp_path, caps
 
 def test_the_release_sampler_can_be_chosen(chain, tmp_path):
     draw(chain.folder, "--sampler", "euler_release", "--output", tmp_path / "x.png")
-    with pytest.raises(ValueError, match="unknown sampler 'heun'; valid: euler, euler_release"):
-        draw(chain.folder, "--sampler", "heun", "--output", tmp_path / "x.png")
+    with pytest.raises(ValueError, match="unknown sampler 'rk4'; valid: euler, euler_release"):
+        draw(chain.folder, "--sampler", "rk4", "--output", tmp_path / "x.png")
 
 
 def test_a_moved_experiment_still_samples_with_its_own_parts(tmp_path, tiny_shards, capsys):

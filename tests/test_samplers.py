@@ -1,88 +1,130 @@
-"""modeling/samplers.py: Euler against closed-form solutions, both time grids, precision, errors."""
+"""modeling/samplers.py: each solver against closed forms, its order and evaluations, its times, precision, errors."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
-from modeling.samplers import GRIDS, integrate, make_grid
+from modeling.samplers import SOLVERS, check_solver, euler, evaluation_times, integrate, make_times
 
 SHAPE = (3, 5, 4)
+SECOND_ORDER = ("midpoint", "heun", "adams2")
 
 
-def decay(x, t):
+def decay(x, time):
     return -x
 
 
-def test_euler_of_exponential_decay_is_its_closed_form_and_converges_with_order_one():
-    x, errors = torch.randn(SHAPE), []
-    for steps in (10, 20, 40, 80):
-        end = integrate(decay, x, make_grid("euler", steps))
-        torch.testing.assert_close(end, x * (1 - 1 / steps) ** steps)
-        errors.append((end - x * math.exp(-1)).abs().max().item())
+def curved(x, time):
+    """x' = x (1 + 2 t): x(1) = x(0) exp(2)."""
+    return x * (1 + 2 * time)
+
+
+def solve(field, x, name, steps, shift=1.0):
+    return integrate(field, x, SOLVERS[name], make_times(steps, shift))
+
+
+def test_euler_of_exponential_decay_is_its_closed_form():
+    x = torch.randn(SHAPE)
+    for steps in (1, 10, 80):
+        torch.testing.assert_close(solve(decay, x, "euler", steps), x * (1 - 1 / steps) ** steps)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), *((name, 2) for name in SECOND_ORDER)])
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+@pytest.mark.parametrize(("field", "growth"), [(decay, math.exp(-1)), (curved, math.exp(2))])
+def test_solvers_converge_with_their_order_on_equal_and_shifted_steps(name, order, shift, field, growth):
+    def error(steps):  # in float64: rounding is far below
+        end = SOLVERS[name](field, torch.ones(1, dtype=torch.float64), make_times(steps, shift))
+        return (end - growth).abs().item()
+
+    errors = [error(steps) for steps in (64, 128, 256)]
     for coarse, fine in pairwise(errors):
-        assert coarse / fine == pytest.approx(2, abs=0.12)
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("name", list(GRIDS))
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_order_beats_euler_at_the_same_number_of_evaluations(name):
+    x = torch.ones(1)
+    evaluations = 12
+    steps = evaluations if name == "adams2" else evaluations // 2
+    errors = [(solve(curved, x, *case) - math.exp(2)).abs().item() for case in ((name, steps), ("euler", evaluations))]
+    assert errors[0] < errors[1] / 3
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
 @pytest.mark.parametrize("steps", [1, 7])
 def test_straight_field_is_exact_in_any_number_of_steps(name, steps):
     x, velocity = torch.randn(SHAPE), torch.randn(SHAPE)
-    end = integrate(lambda x, t: velocity, x, make_grid(name, steps))
-    torch.testing.assert_close(end, x + velocity)
+    torch.testing.assert_close(solve(lambda x, time: velocity, x, name, steps), x + velocity)
 
 
-def test_euler_evaluates_at_i_over_n_and_steps_one_over_n():
-    assert make_grid("euler", 4) == [(0, 0.25), (0.25, 0.25), (0.5, 0.25), (0.75, 0.25)]
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        ("euler", [0, 0.25, 0.5, 0.75]),
+        ("euler_release", [0, 1 / 3, 2 / 3, 1]),
+        ("adams2", [0, 0.25, 0.5, 0.75]),
+        ("midpoint", [0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875]),
+        ("heun", [0, 0.25, 0.5, 0.75, 1]),  # inner ones asked twice
+    ],
+)
+def test_evaluation_times_are_those_at_which_the_field_is_asked(name, times):
+    asked = []
 
-
-def test_release_grid_evaluates_at_i_over_n_minus_one_while_stepping_one_over_n():
-    times, sizes = zip(*make_grid("euler_release", 5))
-    assert times == (0, 0.25, 0.5, 0.75, 1) and sizes == (0.2,) * 5
-    assert make_grid("euler_release", 1) == [(0, 1)]
-
-
-def test_grids_differ_on_a_field_that_depends_on_time():
-    def ends(name):
-        return integrate(lambda x, t: 2 * t.view(-1, 1, 1).expand(SHAPE), torch.zeros(SHAPE), make_grid(name, 10))
-
-    torch.testing.assert_close(ends("euler"), torch.full(SHAPE, 0.9))  # sum of 2 i / N^2
-    torch.testing.assert_close(ends("euler_release"), torch.full(SHAPE, 1.0))
-
-
-def test_field_is_called_once_a_step_with_one_time_for_each_sample():
-    times = []
-
-    def field(x, t):
-        times.append(t)
+    def field(x, time):
+        asked.append(time)
         return x
 
-    integrate(field, torch.randn(SHAPE), make_grid("euler", 4))
-    assert torch.equal(torch.stack(times), torch.tensor([0.0, 0.25, 0.5, 0.75])[:, None].expand(4, 3))
+    solve(field, torch.randn(SHAPE), name, 4)
+    assert evaluation_times(SOLVERS[name], make_times(4)) == list(dict.fromkeys(asked)) == pytest.approx(times)
+    assert len(asked) == (8 if name in ("midpoint", "heun") else 4)
+
+
+def test_release_steps_one_over_n_from_times_i_over_n_minus_one():
+    end = solve(lambda x, time: torch.full(SHAPE, 2 * time), torch.zeros(SHAPE), "euler_release", 10)
+    torch.testing.assert_close(end, torch.full(SHAPE, 1.0))
+    end = solve(lambda x, time: torch.full(SHAPE, 2 * time), torch.zeros(SHAPE), "euler", 10)
+    torch.testing.assert_close(end, torch.full(SHAPE, 0.9))  # sum of 2 i / N^2
+
+
+def test_times_are_even_without_a_shift_and_denser_near_text_with_one_above_1():
+    assert make_times(4) == [0, 0.25, 0.5, 0.75, 1]
+    shifted = make_times(10, 3.0)
+    assert shifted[0] == 0 and shifted[-1] == 1
+    sizes = [after - time for time, after in pairwise(shifted)]
+    assert sizes == sorted(sizes) and sizes[-1] > 5 * sizes[0]
+    assert make_times(10, 1 / 3) == pytest.approx([1 - time for time in reversed(shifted)])
 
 
 def test_state_is_float32_whatever_the_precision_of_start_and_network():
-    steps = 1000  # each step is below bfloat16's resolution of the state
-    start = torch.full(SHAPE, 8.0, dtype=torch.bfloat16)
-    end = integrate(lambda x, t: torch.ones_like(x, dtype=torch.bfloat16), start, make_grid("euler", steps))
+    start = torch.full(SHAPE, 8.0, dtype=torch.bfloat16)  # each step is below bfloat16's resolution of the state
+    end = integrate(lambda x, time: torch.ones_like(x, dtype=torch.bfloat16), start, euler, make_times(1000))
     assert end.dtype == torch.float32
     torch.testing.assert_close(end, torch.full(SHAPE, 9.0), rtol=0, atol=1e-3)
 
 
-def test_integration_leaves_its_start_as_it_is_and_keeps_no_graph():
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_integration_leaves_its_start_as_it_is_and_keeps_no_graph(name):
     start = torch.randn(SHAPE, requires_grad=True)
     before = start.detach().clone()
-    assert not integrate(decay, start, make_grid("euler", 2)).requires_grad
+    assert not solve(decay, start, name, 2).requires_grad
     assert torch.equal(start.detach(), before)
 
 
-def test_unknown_sampler_is_refused_with_the_valid_names():
-    with pytest.raises(ValueError, match="unknown sampler 'heun'; valid: euler, euler_release"):
-        make_grid("heun", 4)
-
-
-@pytest.mark.parametrize("steps", [0, -3])
-def test_fewer_than_one_step_is_refused(steps):
-    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
-        make_grid("euler", steps)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rk4", 4), "unknown sampler 'rk4'; valid: euler, euler_release, midpoint, heun, adams2"),
+        (("euler", 0), "steps must be at least 1, got 0"),
+        (("heun", -3), "steps must be at least 1, got -3"),
+        (("euler", 4, 0.0), "time_shift must be positive, and 1 for euler_release, got 0.0 for euler"),
+        (("euler", 4, float("nan")), "time_shift must be positive"),
+        (("euler_release", 4, 2.0), "got 2.0 for euler_release"),
+    ],
+)
+def test_impossible_choices_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        partial(check_solver, *arguments)()

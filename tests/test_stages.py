@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import shape_sample
 from PIL import Image
-from tiny_experiment import Experiment, equal, metrics, reset_accelerate, weights
+from tiny_experiment import Experiment, equal, metrics, reset_accelerate, to_text, weights
 
 from configs.load import load_config
 from data.tar import read_shard, write_shard
@@ -17,7 +17,7 @@ from modeling.posterior import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.run import start_run
 
-TRAINED = ("text_encoder", "tokenizer", "text_projector", "flowtok")
+TRAINED = ("text_encoder", "tokenizer", "text_projector", "text_decoder", "flowtok")
 
 
 # What a chain leaves behind
@@ -277,6 +277,77 @@ def test_two_passes_of_half_the_batch_are_one_pass_of_the_whole(chain, tmp_path,
     for whole, halves in zip(metrics(one), metrics(two), strict=True):
         for name in ("loss", "l2", "kl", "gradient_norm"):
             assert halves[name] == pytest.approx(whole[name], rel=1e-3), name
+
+
+# Image to text
+
+
+def test_each_direction_of_the_flow_trains_other_weights(chain, captioner, tiny_shards, tmp_path):
+    shared = [option for option in to_text(chain.folder, tiny_shards) if not option.startswith("flow.direction")]
+    image = weights(chain.run_in(tmp_path / "image", "flowtok", *shared))
+    joint = weights(
+        chain.run_in(tmp_path / "joint", "flowtok", *shared, "flow.direction=joint", "flowtok.two_way=true")
+    )
+    text = weights(captioner)
+    assert image.keys() == text.keys() == joint.keys() - {"flowtok.embed_direction.weight"}
+    assert not any(
+        equal({name: a[name] for name in image}, b) for a, b in ((text, image), (joint, image), (joint, text))
+    )
+    directions = joint["flowtok.embed_direction.weight"]
+    assert directions.abs().max(dim=1).values.min() > 0  # both rows have learned
+
+
+def test_one_batch_is_overfitted_by_the_flow_to_text(few, tmp_path):
+    few.run("text_decoder", "projector.dropout=0", "losses.kl_weight=0", "training.batch_size=4", "heldout_shards=[]")
+    shards = few.config("tokens").data.shards[0].removesuffix("/*.tar")
+    options = [*to_text(few.folder, shards), "flow.sample_text_latent=false", "flow.sample_image_latent=false"]
+    run = few.run_in(tmp_path, "flowtok", *LONG["flowtok"], *options, "flow.null_probability=0")
+    assert fall(run, "flow_matching") < 0.5
+
+
+def test_one_directions_weights_can_go_on_in_both(chain, tiny_shards, tmp_path):
+    frozen = ["freeze_projector=true", "losses.kl_weight=0", f"projector_run={chain.folder}/flowtok"]
+    decoder = chain.run_in(tmp_path, "text_decoder", *frozen)  # it learns to read the flow's own z_T
+    options = [*to_text(chain.folder, tiny_shards), "flow.direction=joint", "flowtok.two_way=true"]
+    options += ["projector_run=''", f"init_from={chain.folder}/flowtok", f"text_decoder_run={decoder}"]
+    options += ["optimizer.learning_rate=1e-30", "optimizer.weight_decay=0", "training.max_steps=2"]
+    run = chain.run_in(tmp_path, "flowtok", *options)
+    start, tuned = weights(chain.folder / "flowtok", EMA_FILE), weights(run)
+    assert tuned.pop("flowtok.embed_direction.weight").abs().max() < 1e-6
+    assert all(torch.allclose(tuned[name], start[name], atol=1e-6) for name in start)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("flow.projector=joint", "direction=image_to_text needs flow.projector=frozen .it is joint."),
+        ("losses.kl_weight=0.1", "no loss but the flow's, set losses.alignment_weight, kl_weight and"),
+        ("text_decoder_run=''", "needs a text decoder: set text_decoder_run"),
+        ("pictures.images=[]", "pictures.images is empty: name folders or image shards"),
+        ("pictures.images=[nowhere.tar]", "nowhere.tar, which does not exist"),
+        ("pictures.num_images=0", "pictures.num_images must be at least 1"),
+        ("flowtok.two_way=true", "direction=image_to_text needs flowtok.two_way=false"),
+        ("flow.direction=joint", "direction=joint needs flowtok.two_way=true"),
+        ("projector_run=CHAIN/text_projector", "reads another projector's z_T than that of .*: set projector_run="),
+        ("text_decoder_run=CHAIN/flowtok", "is a run of stage 'flowtok', not of stage 'text_decoder'"),
+    ],
+)
+def test_a_flow_to_text_that_could_not_be_read_is_refused(chain, tiny_shards, tmp_path, option, message):
+    option = option.replace("CHAIN", str(chain.folder))
+    with pytest.raises(ValueError, match=message):
+        chain.run_in(tmp_path, "flowtok", *to_text(chain.folder, tiny_shards), option)
+    assert not list(tmp_path.rglob("step_*"))
+
+
+def test_a_flow_to_the_latents_of_a_projector_that_was_trained_anew_is_refused(chain, tiny_shards, tmp_path):
+    decoder = tmp_path / "text_decoder"
+    shutil.copytree(chain.folder / "text_decoder", decoder)
+    options = [o.replace(f"{chain.folder}/text_decoder", str(decoder)) for o in to_text(chain.folder, tiny_shards)]
+    chain.run_in(tmp_path, "flowtok", *options)
+    shutil.rmtree(decoder)
+    shutil.copytree(chain.run_in(tmp_path / "other", "text_decoder", "training.seed=5"), decoder)
+    with pytest.raises(ValueError, match="trained on what an earlier stage gave before it changed: .*projector was"):
+        chain.run_in(tmp_path, "flowtok", *options)
 
 
 # Stages fit together, or are refused

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import modeling.text_to_image as module
-from modeling.flow import FlowConfig
+from modeling.flow import FlowConfig, drop_to_null
 from modeling.flowtok import FlowTokConfig
 from modeling.losses import SourceLossConfig, flow_matching_loss, source_losses
 from modeling.text_projector import TextProjectorConfig
-from modeling.text_to_image import TextToImageFlow
+from modeling.text_to_image import TextToImageFlow, draw_ends
 
 B, K, C, T = 4, 5, 3, 16
 PROJECTOR = TextProjectorConfig(K, T, width=T, depth=1, num_heads=2, mlp_width=16, token_channels=C, alignment_width=8)
@@ -128,3 +128,47 @@ def test_projector_and_network_of_different_token_shapes_are_refused():
         ValueError, match="the projector gives \\(5, 3\\) tokens x channels, flowtok expects \\(6, 3\\)"
     ):
         TextToImageFlow(PROJECTOR, replace(FLOWTOK, num_tokens=6))
+
+
+# The other direction, and both
+
+
+def test_to_text_the_path_begins_at_the_image_and_ends_at_the_text_latent(monkeypatch):
+    t, null = torch.tensor([0.0, 0.25, 0.5, 1.0]), torch.tensor([False, True, False, False])
+    monkeypatch.setattr(module, "sample_times", lambda config, batch_size, device: t)
+    monkeypatch.setattr(module, "drop_to_null", lambda end, probability: (null, end[[0, 0, 2, 3]]))
+    flow, (states, image), s = build().eval(), inputs(), 0.1
+    result = flow(states, image, FlowConfig(sigma_min=s, direction="image_to_text", projector="frozen"))
+    text, time = result.text_latents[[0, 0, 2, 3]], t.view(-1, 1, 1)
+    torch.testing.assert_close(result.target, text - (1 - s) * image)
+    on_path = (1 - (1 - s) * time) * image + time * text
+    torch.testing.assert_close(result.velocity, flow.flowtok(on_path, t, null))
+
+
+def test_in_joint_training_each_sample_has_its_own_direction_and_no_end_is_of_the_wrong_kind():
+    text, image = torch.arange(200.0).view(200, 1, 1).expand(200, 2, 3), -1 - torch.arange(200.0).view(200, 1, 1)
+    image = image.expand(200, 2, 3)
+    start, null, end, to_text = draw_ends(text, image, FlowConfig(direction="joint", null_probability=0.3))
+    assert 60 < to_text.sum() < 140 and 30 < null.sum() < 90
+    assert torch.equal(start, torch.where(to_text.view(-1, 1, 1), image, text))
+    assert torch.equal(end[:, 0, 0] >= 0, to_text)  # text latents are the numbers from 0 on, image latents those below
+    number = torch.where(to_text, end[:, 0, 0], -1 - end[:, 0, 0])
+    assert torch.equal(number == torch.arange(200), ~null)
+
+
+def test_joint_training_tells_the_network_the_direction(monkeypatch):
+    flow = TextToImageFlow(PROJECTOR, replace(FLOWTOK, two_way=True))
+    told = []
+    monkeypatch.setattr(flow.flowtok, "forward", lambda x, t, null, to_text: told.append(to_text) or x)
+    flow(*inputs(), FlowConfig(direction="joint", projector="frozen"))
+    flow(*inputs(), FlowConfig())
+    assert told[0].dtype == torch.bool and told[0].shape == (B,) and told[1] is None
+
+
+def test_the_random_numbers_of_text_to_image_are_as_they_were():
+    text, image = torch.randn(6, 2, 3), torch.randn(6, 2, 3)
+    torch.manual_seed(3)
+    null, end = drop_to_null(image, 0.5)
+    torch.manual_seed(3)
+    start, drawn, target, to_text = draw_ends(text, image, FlowConfig(null_probability=0.5))
+    assert start is text and torch.equal(drawn, null) and torch.equal(target, end) and to_text is None

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import sample
 import train_flowtok
+import train_text_decoder
 import train_text_projector
 import train_tokenizer
 from configs.load import load_config
@@ -22,6 +23,7 @@ MAIN = {  # in the order of train_flowtok.sh
     "tokenizer": train_tokenizer.main,
     "tokens": encode_tokens.main,
     "text_projector": train_text_projector.main,
+    "text_decoder": train_text_decoder.main,
     "flowtok": train_flowtok.main,
     "report": write_report,
 }
@@ -72,6 +74,14 @@ def stage_configs(shards: Path) -> dict[str, dict]:
             **text_encoder,
             **common,
         },
+        "text_decoder": {
+            "projector": projector,
+            "text_decoder": size | {"mlp_width": 32, "vocabulary_size": 64},
+            "data": tokens | reading,
+            "heldout_shards": [f"{shards}/train-00001.tar"],
+            **text_encoder,
+            **common,
+        },
         "flowtok": {
             "projector": projector,
             "flowtok": size | {"num_tokens": 16, "token_channels": 4},
@@ -88,6 +98,15 @@ def stage_configs(shards: Path) -> dict[str, dict]:
             "batch_size": 16,
         },
     }
+
+
+def to_text(experiment: Path, shards: Path) -> list[str]:
+    """Overrides with which stage flowtok learns to flow from image to text, for an experiment's text decoder."""
+    run = f"{experiment}/text_decoder"
+    decoder = [f"projector_run={run}", f"text_decoder_run={run}", "flow.projector=frozen"]
+    losses = ["losses.alignment_weight=0", "losses.kl_weight=0"]
+    pictures = [f"pictures.images=[{shards}/*.tar]", "pictures.num_images=3"]
+    return ["flow.direction=image_to_text", *decoder, *losses, *pictures]
 
 
 class Experiment:
@@ -114,6 +133,7 @@ class Experiment:
             "tokenizer": tokenizer,
             "tokens": tokens,
             "text_projector": text_projector,
+            "text_decoder": [*tokenizer, f"data.shards=[{self.folder}/tokens/*.tar]"],
             "flowtok": [*text_projector, f"projector_run={self.folder}/text_projector"],
         }[stage]
 

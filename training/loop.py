@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial as partial_function
 from pathlib import Path
@@ -39,6 +40,7 @@ class TrainingConfig:
     batch_size: int = 256  # samples per optimiser step, over all processes and accumulation steps
     gradient_accumulation: int = 1  # passes per optimiser step
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; weights, optimiser and EMA stay float32
+    compile: bool = False  # torch.compile for each transformer block; a minute at the start, needs a C++ compiler
     seed: int = 0
     max_gradient_norm: float = 1.0  # clip; 0 turns clipping off
     ema_decay: float = 0.9999
@@ -47,7 +49,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2  # newest ones kept
     keep_every_steps: int = 0  # those of steps that are a multiple of this are kept, too; 0: none
     max_hours: float = 0.0  # wall clock; then stop cleanly, before the queue does it. 0: no limit
-    timeout_minutes: float = TIMEOUT_MINUTES  # a process that gets no step done for so long, pictures included, ends
+    timeout_minutes: float = TIMEOUT_MINUTES  # one that gets no step, picture, evaluation done for so long ends
     max_bad_steps: int = 0  # of 1000 steps, those with a non-finite loss or gradient that are left out; more: stop
     sample_every_steps: int = 0  # picture of samples; 0: only at the end
 
@@ -119,6 +121,14 @@ def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[
     return f"non-finite loss or gradient at step {step}, rank {rank}: {shown}; {samples}"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured on the EMA weights while a stage trains."""
+
+    every_steps: int
+    measure: Callable[[nn.Module, int], dict[str, float]]  # (ema_model, step) -> values to log; on all processes
+
+
 class Trainer:
     """State of one stage's training. Saved and resumed: model, ema, optimizer, step and the loader's position.
 
@@ -146,7 +156,7 @@ class Trainer:
         self.writer = ckpt.BackgroundWriter()
         self._resume()
         for player in self._players().values():
-            player.prepare()
+            player.prepare(config.compile)
 
     def _players(self) -> dict[str, Player]:
         """The players by the prefix of their files in a checkpoint."""
@@ -254,7 +264,13 @@ class Trainer:
         self.step += 1
         self.window.add(self.step, sums, keys)
 
-    def train(self, loss_fn: LossFn, logging: LoggingConfig, save_samples: Callable[[nn.Module, int], None]) -> None:
+    def train(
+        self,
+        loss_fn: LossFn,
+        logging: LoggingConfig,
+        save_samples: Callable[[nn.Module, int], None],
+        evaluation: Evaluation | None = None,
+    ) -> None:
         """Run to max_steps. `save_samples(ema_model, step)` makes a picture; called on the main process only.
 
         Raises:
@@ -270,9 +286,11 @@ class Trainer:
             batches = TimedIterator(iter(self.loader))  # before the lock: workers of a killed trainer would hold it
             workers += multiprocessing.active_children()
             with lock_run(self.run):
-                self._run_steps(loss_fn, batches, logging, save_samples)
+                self._run_steps(loss_fn, batches, logging, save_samples, evaluation)
 
-    def _run_steps(self, loss_fn: LossFn, batches: "TimedIterator", logging: LoggingConfig, save_samples) -> None:
+    def _run_steps(
+        self, loss_fn: LossFn, batches: "TimedIterator", logging: LoggingConfig, save_samples, evaluation
+    ) -> None:
         """The steps that are left, with all that happens between them."""
         config, run = self.config, self.run
         log = MetricLog(run.folder, logging, run.is_main, str(run.folder), self.step)
@@ -283,10 +301,17 @@ class Trainer:
                 seed_step(config.seed, run.accelerator.process_index, self.step)
                 self.optimizer_step(batches, loss_fn)
                 reason = stop.reason()
+                values = {}
                 if is_due(self.step, config.log_every_steps, config.max_steps):
                     self.check_finite()
-                    log.log(self.step, config.max_steps, *report.take())
+                    values |= report.take()
                     self.window.reset()
+                if evaluation and is_due(self.step, evaluation.every_steps, config.max_steps):
+                    self.check_finite()
+                    with report.pause():
+                        values |= evaluation.measure(self.ema.average, self.step)
+                if values:  # one line a step; before the checkpoint, so that a resumed run neither lacks nor repeats it
+                    log.log(self.step, config.max_steps, values, report.seconds_left())
                 if is_due(self.step, config.sample_every_steps, config.max_steps) and run.is_main:
                     save_samples(self.ema.average, self.step)
                 if is_due(self.step, config.checkpoint_every_steps, config.max_steps) or reason:
@@ -321,8 +346,8 @@ class Progress:
         self.start = self.mark = time.perf_counter()
         self.first_step = self.marked_step = trainer.step
 
-    def take(self) -> tuple[dict[str, float], float]:
-        """(values, seconds left); the rates are those since the last call."""
+    def take(self) -> dict[str, float]:
+        """Values; the rates are those since the last call."""
         trainer, config, now = self.trainer, self.trainer.config, time.perf_counter()
         values = trainer.window.means(lambda x: trainer.run.accelerator.reduce(x, reduction="mean"))
         values["learning_rate"] = trainer.player.optimizer.param_groups[0]["lr"]
@@ -332,7 +357,19 @@ class Progress:
             for reason, count in skipped.items():
                 values[f"skipped/{reason}"] = values.get(f"skipped/{reason}", 0) + count
         self.mark, self.marked_step = now, trainer.step
-        return values, (now - self.start) / (trainer.step - self.first_step) * (config.max_steps - trainer.step)
+        return values
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that does not count for the rates."""
+        start = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - start
+
+    def seconds_left(self) -> float:
+        """Until the last step, at the speed so far, pictures and evaluations included."""
+        done, left = self.trainer.step - self.first_step, self.trainer.config.max_steps - self.trainer.step
+        return (time.perf_counter() - self.start) / done * left
 
     def summary(self) -> str:
         """Steps and seconds of this start."""

@@ -22,8 +22,16 @@ class Player:
         self.optimizer = build_optimizer(self.model, optimizer)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
-    def prepare(self) -> None:
-        """Wrap for the other processes, once the weights are those to start from."""
+    def prepare(self, with_compile: bool = False) -> None:
+        """Wrap for the other processes, once the weights are those to start from; `with_compile` for speed.
+
+        Blocks are compiled one by one, all of a kind with the same code: quick to compile, and the names of the weights
+        stay what they are.
+        """
+        if with_compile:
+            for blocks in (m for m in self.model.modules() if isinstance(m, nn.ModuleList)):
+                for block in blocks:
+                    block.compile()
         self.wrapped, self.wrapped_optimizer = self.run.accelerator.prepare(self.model, self.optimizer)
 
     def backward(self, loss_fn: Callable[[nn.Module], dict[str, Tensor]], passes: int, is_last: bool) -> dict:

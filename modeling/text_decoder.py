@@ -1,0 +1,212 @@
+"""The text decoder of image to text: text latents z_T to CLIP token ids, all positions at once (paper, Sec. 4.1, 5.1).
+
+In: z_T B x L x C. Out: a distribution over token ids for each of the L positions. It is trained with the projector as
+an autoencoder of captions, by cross-entropy, then frozen.
+
+Only the positions up to and including a caption's end token count, in the loss and in the accuracies. The padding after
+it is most of a batch (a COCO caption fills 13 of 77 positions) and always the same: with it, the loss would be small
+before a word is right. It is never shown either: decoding cuts at the first end token. Leaving it out also keeps the
+vocabulary head, the largest matrix here, to the positions that count.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modeling.layers import init_linear_
+from modeling.losses import KLForm, KLReduction
+from modeling.posterior import Posterior
+from modeling.text_projector import ProjectorBlock, TextProjector, TextProjectorConfig
+
+CLIP_VOCABULARY = 49408
+
+
+@dataclass
+class TextDecoderConfig:
+    """Sizes of the decoder; the defaults are the projector's (the paper says: six blocks, similar to it)."""
+
+    width: int = 768
+    depth: int = 6
+    num_heads: int = 8
+    mlp_width: int = 1024
+    dropout: float = 0.1
+    pre_norm: bool = False  # x + f(ln(x)) instead of ln(x + f(x))
+    # Ids it can give. Below 49408, all of CLIP's: the most frequent ones of the training captions, which are measured
+    # at the start and kept with the weights. The head is most of the work of a narrow decoder.
+    vocabulary_size: int = CLIP_VOCABULARY
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"text_decoder.width {self.width} is not divisible by num_heads {self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"text_decoder.dropout must be in [0, 1), got {self.dropout}")
+        if not 2 <= self.vocabulary_size <= CLIP_VOCABULARY:
+            raise ValueError(
+                f"text_decoder.vocabulary_size must be in 2..{CLIP_VOCABULARY}, got {self.vocabulary_size}"
+            )
+
+
+@dataclass
+class TextDecoderLossConfig:
+    """Losses of stage text_decoder beside the cross-entropy. With a KL a draw of z_T is decoded, else its mean."""
+
+    kl_weight: float = 1e-4
+    kl_form: KLForm = "gaussian"
+    kl_reduction: KLReduction = "sample"
+    # Deviation of noise on the z_T that is decoded; not in the paper. A z_T at the end of a flow is never exact, and a
+    # frozen projector without a KL has no noise of its own.
+    latent_noise: float = 0.0
+
+    def __post_init__(self):
+        for name in ("kl_weight", "latent_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"losses.{name} must not be negative, got {getattr(self, name)}")
+
+
+class TextDecoder(nn.Module):
+    """z_T -> logits over its vocabulary; `token_ids` says which CLIP id each class is, in rising order."""
+
+    def __init__(self, config: TextDecoderConfig, text_tokens: int, token_channels: int):
+        super().__init__()
+        self.config = config
+        self.shape = (text_tokens, token_channels)
+        self.embed = nn.Linear(token_channels, config.width)
+        self.positions = nn.Parameter(torch.empty(text_tokens, config.width))
+        self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.depth))
+        self.norm_out = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
+        self.to_logits = nn.Linear(config.width, config.vocabulary_size)
+        self.register_buffer("token_ids", torch.arange(config.vocabulary_size))
+        for module in self.modules():
+            init_linear_(module)
+        nn.init.normal_(self.positions, std=0.5)
+        nn.init.normal_(self.to_logits.weight, std=0.02)
+
+    @property
+    def has_whole_vocabulary(self) -> bool:
+        """Whether it can give all of CLIP's ids."""
+        return len(self.token_ids) == CLIP_VOCABULARY
+
+    @torch.no_grad()
+    def fit_vocabulary(self, batches: Iterable[Tensor]) -> int:
+        """Choose the most frequent ids of batches of token ids of any shape. Returns how many ids did not fit.
+
+        Ties go to the smaller id; where fewer occur than fit, unused ids fill up.
+        """
+        counts = torch.zeros(CLIP_VOCABULARY, dtype=torch.int64)
+        for ids in batches:
+            counts += torch.bincount(ids.flatten().cpu(), minlength=CLIP_VOCABULARY)
+        order = torch.argsort(counts, descending=True, stable=True)
+        chosen, left_out = order[: self.config.vocabulary_size], order[self.config.vocabulary_size :]
+        self.token_ids.copy_(chosen.sort().values)
+        return int((counts[left_out] > 0).sum())
+
+    def hidden(self, latents: Tensor) -> Tensor:
+        """z_T B x L x C -> B x L x W, in front of the head.
+
+        Raises:
+            ValueError: latents of another shape than the decoder was built for.
+        """
+        if latents.shape[1:] != self.shape:
+            raise ValueError(f"text latents are B x {tuple(latents.shape[1:])}, the decoder expects B x {self.shape}")
+        x = self.embed(latents) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_out(x)
+
+    def classes_of(self, token_ids: Tensor) -> Tensor:
+        """CLIP token ids -> classes, of the same shape; -1 for an id that is not in the vocabulary."""
+        classes = torch.searchsorted(self.token_ids, token_ids).clamp(max=len(self.token_ids) - 1)
+        return torch.where(self.token_ids[classes] == token_ids, classes, -1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """z_T B x L x C -> the likeliest CLIP token ids, B x L."""
+        return self.token_ids[self.to_logits(self.hidden(latents)).argmax(-1)]
+
+
+class DecoderPass(NamedTuple):
+    """What the losses of stage text_decoder need; a named tuple, so that DDP sees its tensors."""
+
+    logits: Tensor  # N x V, of the counted positions
+    classes: Tensor  # N, -1 for ids that are not in the vocabulary
+    mean: Tensor  # B x L x C, of z_T
+    logvar: Tensor  # B x L x C
+
+
+class TextAutoencoder(nn.Module):
+    """Projector and text decoder: what stage text_decoder trains, and saves together."""
+
+    def __init__(self, projector: TextProjectorConfig, decoder: TextDecoderConfig):
+        super().__init__()
+        self.projector = TextProjector(projector)
+        self.projector.alignment.requires_grad_(False)  # no loss here: DDP would wait for its gradients
+        self.decoder = TextDecoder(decoder, projector.text_tokens, projector.token_channels)
+        self.projector_frozen = False
+
+    def freeze_projector(self) -> None:
+        """Let the projector learn no more; it stays in eval mode (no dropout)."""
+        self.projector_frozen = True
+        self.projector.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "TextAutoencoder":
+        """Training mode for all but a frozen projector."""
+        super().train(mode)
+        self.projector.train(mode and not self.projector_frozen)
+        return self
+
+    def forward(
+        self, text_states: Tensor, counted: Tensor, token_ids: Tensor, sample: bool, noise: float
+    ) -> DecoderPass:
+        """Training pass over the counted positions.
+
+        Args:
+            text_states: B x L x T.
+            counted: N indices into the B x L positions, see `counted_positions`.
+            token_ids: the N ids there.
+            sample: decode a draw of z_T instead of its mean.
+            noise: deviation of what is added to it.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.projector_frozen):
+            posterior: Posterior = self.projector.posterior(text_states)
+        latents = posterior.sample() if sample else posterior.mean
+        if noise:
+            latents = latents + noise * torch.randn_like(latents)
+        hidden = self.decoder.hidden(latents).flatten(0, 1)[counted]  # N x W
+        logits, classes = self.decoder.to_logits(hidden), self.decoder.classes_of(token_ids)
+        return DecoderPass(logits, classes, posterior.mean, posterior.logvar)
+
+
+def caption_lengths(token_ids: Tensor) -> Tensor:
+    """Tokens of each caption up to and including its end token, B x L ids -> B. CLIP's end token has the largest id."""
+    return token_ids.argmax(-1) + 1
+
+
+def counted_positions(token_ids: Tensor) -> Tensor:
+    """Indices into the flattened B x L positions of those up to and including the end tokens."""
+    inside = torch.arange(token_ids.shape[1], device=token_ids.device) < caption_lengths(token_ids)[:, None]
+    return inside.flatten().nonzero().squeeze(1)
+
+
+def caption_losses(logits: Tensor, classes: Tensor) -> dict[str, Tensor]:
+    """Mean cross-entropy and share of right tokens: logits N x V, classes N (-1: not in the vocabulary).
+
+    A token that is not in the vocabulary teaches nothing and counts as wrong.
+    """
+    total = F.cross_entropy(logits.float(), classes, ignore_index=-1, reduction="sum")
+    return {
+        "cross_entropy": total / (classes >= 0).sum().clamp(min=1),
+        "token_accuracy": (logits.argmax(-1) == classes).float().mean(),
+    }
+
+
+def correct_tokens(predicted: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(right tokens, counted tokens) of each caption: B x L ids each -> B each.
+
+    The start token, which is the same everywhere, is left out. A caption is right if all its tokens are.
+    """
+    places = torch.arange(token_ids.shape[1], device=token_ids.device)
+    inside = (places < caption_lengths(token_ids)[:, None]) & (places > 0)
+    return ((predicted == token_ids) & inside).sum(1), inside.sum(1)

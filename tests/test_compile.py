@@ -1,0 +1,37 @@
+"""training.compile: the blocks run compiled and train what they train without; what it refuses."""
+
+import shutil
+
+import pytest
+import torch
+from tiny_experiment import metrics, weights
+from torch._dynamo.utils import counters
+
+OPTION = "training.compile=true"
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "blocks"), [("flowtok", 2), ("tokenizer", 2)])
+def test_compiled_blocks_train_the_same_weights(chain, tmp_path, stage, blocks):
+    options = ["flow.projector=frozen"] if stage == "flowtok" else []  # no dropout: compiled, it draws other numbers
+    plain = chain.run_in(tmp_path / "plain", stage, *options)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = chain.run_in(tmp_path / "compiled", stage, OPTION, *options)
+    assert counters["stats"]["unique_graphs"] >= blocks and not counters["graph_break"]
+    for left, right in zip(metrics(plain), metrics(compiled), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+    before, after = weights(plain), weights(compiled)
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    chain.run_in(tmp_path / "compiled", stage, OPTION, *options, "training.max_steps=6")  # resumes
+    assert metrics(compiled)[-1]["step"] == 6
+
+
+def test_compiling_and_selective_checkpointing_are_refused_together(chain):
+    with pytest.raises(ValueError, match="set activation_checkpointing to none or full"):
+        chain.config("flowtok", OPTION, "activation_checkpointing=selective")
+    assert chain.config("flowtok", OPTION, "activation_checkpointing=full").training.compile

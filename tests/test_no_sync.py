@@ -1,0 +1,152 @@
+"""Between two log lines the training loop never waits for the device: no value is read, no .item(), bool(), float().
+
+On the CPU such reads are seen by the operators behind them (_local_scalar_dense; those whose output size is data) and
+by the methods that copy to the host, wherever they are called from. Samples are read in a worker process, as in a real
+run: what it does is not the loop's.
+"""
+
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from test_tokenizer_stage import GAME
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from training.loop import Trainer
+from training.metrics import MetricLog
+
+ROOT = Path(__file__).parents[1]
+ATEN = torch.ops.aten
+WAITING_OPS = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal, ATEN.is_nonzero}
+WAITING_OPS |= {ATEN._unique2, ATEN.unique_consecutive, ATEN.unique_dim}
+WAITING_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item}
+STAGES = ["tokenizer", "text_projector", "flowtok"]
+
+
+class Watch:
+    """Places of this repository from which a value was read while it is on."""
+
+    def __init__(self):
+        self.is_on = False
+        self.steps = 0
+        self.found: list[str] = []
+
+    def note(self, what) -> None:
+        if self.is_on:
+            ours = [f for f in traceback.extract_stack() if ROOT in Path(f.filename).parents and f.filename != __file__]
+            self.found.append(f"{what} at {Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}")
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket in WAITING_OPS:
+            self.watch.note(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Methods(TorchFunctionMode):
+    def __init__(self, watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in WAITING_METHODS:
+            self.watch.note(func)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watching(monkeypatch):
+    """Watch the steps of a training, from a step's begin to the next log line."""
+    watch, step, log = Watch(), Trainer.optimizer_step, MetricLog.log
+    check = Trainer.check_finite
+
+    def watched_step(self, *args):
+        watch.is_on, watch.steps = True, watch.steps + 1
+        step(self, *args)
+
+    def stop_watching(function):
+        def stopped(self, *args):
+            watch.is_on = False
+            function(self, *args)
+
+        return stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step", watched_step)
+        patch.setattr(Trainer, "check_finite", stop_watching(check))  # first of what happens for a log line
+        patch.setattr(MetricLog, "log", stop_watching(log))
+        with Operators(watch), Methods(watch):
+            yield watch
+
+
+def train(chain, folder, stage, monkeypatch, *options, steps=12, log_every=6):
+    """What is found in a run of so many steps."""
+    length = [f"training.max_steps={steps}", f"training.log_every_steps={log_every}", "training.sample_every_steps=0"]
+    length += [f"training.checkpoint_every_steps={steps}", "data.num_workers=1"]
+    with watching(monkeypatch) as watch:
+        chain.run_in(folder, stage, *length, *options)
+    assert watch.steps == steps
+    return watch.found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_step_between_log_lines_waits_for_the_device(chain, tmp_path, monkeypatch, stage):
+    assert train(chain, tmp_path, stage, monkeypatch) == []
+
+
+def test_nor_with_every_loss_of_stage_1(chain, tmp_path, monkeypatch, vgg_file, convnext_file):
+    options = [option for option in GAME if not option.startswith("training.")]
+    options += ["training.batch_size=2", "losses.perceptual_weight=1.1", f"perceptual.vgg_weights={vgg_file}"]
+    options += [f"perceptual.convnext_weights={convnext_file}", "activation_checkpointing=selective"]
+    assert train(chain, tmp_path, "tokenizer", monkeypatch, *options, steps=4, log_every=4) == []
+
+
+@pytest.mark.parametrize("options", [["training.precision=bf16"], ["training.gradient_accumulation=2"]])
+def test_nor_in_bf16_nor_with_accumulation_in_stage_3(chain, tmp_path, monkeypatch, options):
+    assert train(chain, tmp_path, "flowtok", monkeypatch, "activation_checkpointing=full", *options) == []
+
+
+READS = {
+    "item": lambda x: x.item(),
+    "float": float,
+    "int": int,
+    "bool": bool,
+    "if": lambda x: 1 if x > 0 else 2,
+    "index": lambda x: range(3)[x.long() * 0],
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "mask": lambda x: x[x > 0],
+    "isclose": lambda x: torch.equal(x, x),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_every_way_to_read_a_value_is_seen(read):
+    watch, value = Watch(), torch.tensor(1.0)
+    watch.note = lambda what: watch.found.append(what)
+    with Operators(watch), Methods(watch):
+        value * 2
+        assert not watch.found
+        READS[read](value)
+    assert watch.found
+
+
+def test_a_read_in_the_loop_is_found_and_its_place_is_named(chain, tmp_path, monkeypatch):
+    def step(self, *args, step=Trainer.optimizer_step):
+        step(self, *args)
+        self.player.trainable[0].sum().item()
+
+    monkeypatch.setattr(Trainer, "optimizer_step", step)
+    found = train(chain, tmp_path, "flowtok", monkeypatch)
+    assert len(found) == 2 * 12  # each item() and the operator behind it
+    assert all(" at training/loop.py:" in place for place in found)  # which called what this test put there

@@ -1,0 +1,280 @@
+"""modeling/text_decoder.py, train_text_decoder.py: what counts, the vocabulary, gradients, the stage's main()."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_experiment import equal, metrics, weights
+
+from data.bad_samples import BadSample
+from data.caption_text import read_states
+from eval.loading import load_autoencoder, load_projector
+from modeling.text_decoder import (
+    CLIP_VOCABULARY,
+    TextAutoencoder,
+    TextDecoder,
+    TextDecoderConfig,
+    caption_losses,
+    correct_tokens,
+    counted_positions,
+)
+from modeling.text_encoder import clip_tokenizer
+from modeling.text_projector import TextProjectorConfig
+from training.checkpoint import EMA_FILE
+
+L, T, C, V = 8, 24, 4, 40
+PROJECTOR = TextProjectorConfig(L, T, width=T, depth=1, num_heads=2, mlp_width=20, token_channels=C, dropout=0.0)
+DECODER = TextDecoderConfig(width=16, depth=1, num_heads=2, mlp_width=20, dropout=0.0, vocabulary_size=V)
+START, END = 49406, 49407
+
+
+def build(**options):
+    model = TextAutoencoder(PROJECTOR, replace(DECODER, **options))
+    model.decoder.fit_vocabulary([torch.tensor([[START, END, *range(100, 138)]])])
+    return model
+
+
+def ids(*words):
+    """Start token, words, end token, padding: L ids."""
+    return torch.tensor([START, *words, END] + [0] * (L - 2 - len(words)))
+
+
+# What counts
+
+
+def test_positions_count_up_to_the_end_token_and_padding_never_does():
+    batch = torch.stack([ids(100), ids(101, 0, 102), ids(*range(100, 106))])  # id 0 inside a caption is a "!"
+    assert counted_positions(batch).tolist() == [0, 1, 2, 8, 9, 10, 11, 12, *range(16, 24)]
+
+
+def test_the_end_token_has_the_largest_id_of_clips_tokenizer():
+    row = clip_tokenizer(L)(["hi !"])[0]
+    assert row.argmax() == 3 and row.max() == END == CLIP_VOCABULARY - 1
+
+
+def test_the_loss_is_the_cross_entropy_of_known_tokens():
+    logits = torch.randn(3, V, dtype=torch.float64)
+    terms = caption_losses(logits, torch.tensor([4, -1, 7]))
+    expected = -(logits.float().log_softmax(-1)[[0, 2], [4, 7]]).mean()
+    torch.testing.assert_close(terms["cross_entropy"], expected)
+    right = caption_losses(torch.eye(V)[:3], torch.tensor([0, -1, 2]))
+    assert right["token_accuracy"].item() == pytest.approx(2 / 3)
+    nothing = caption_losses(torch.zeros(2, V), torch.tensor([-1, -1]))
+    assert nothing["cross_entropy"] == 0 and nothing["token_accuracy"] == 0
+
+
+def test_a_caption_is_right_if_all_its_tokens_are_whatever_follows_the_end():
+    truth = torch.stack([ids(100, 101), ids(100, 101), ids(100)])
+    predicted = truth.clone()
+    predicted[0, 4:], predicted[0, 0] = 7, 7  # after the end, and the start token
+    predicted[1, 1] = 102
+    right, counted = correct_tokens(predicted, truth)
+    assert right.tolist() == [3, 2, 2] and counted.tolist() == [3, 3, 2]
+
+
+# The vocabulary
+
+
+def test_a_small_vocabulary_has_the_most_frequent_ids_in_rising_order():
+    decoder = TextDecoder(replace(DECODER, vocabulary_size=3), L, C)
+    assert decoder.fit_vocabulary([torch.tensor([[9, 5, 5], [7, 7, 1]]), torch.tensor([[5, 7, 2]])]) == 2
+    assert decoder.token_ids.tolist() == [1, 5, 7]  # of those that occur once, the smallest
+    assert decoder.classes_of(torch.tensor([[5, 9], [1, 2]])).tolist() == [[1, -1], [0, -1]]
+
+
+def test_the_whole_vocabulary_is_clips_own_order():
+    decoder = TextDecoder(replace(DECODER, vocabulary_size=CLIP_VOCABULARY), L, C)
+    assert decoder.has_whole_vocabulary
+    some = torch.tensor([0, 5, END])
+    assert torch.equal(decoder.classes_of(some), some)
+
+
+def test_the_decoder_gives_clip_ids_of_every_position():
+    model = build().eval()
+    found = model.decoder(torch.randn(3, L, C))
+    assert found.shape == (3, L) and set(found.flatten().tolist()) <= {START, END, *range(100, 138)}
+
+
+# Training pass
+
+
+def forward(model, sample=False, noise=0.0):
+    torch.manual_seed(1)
+    batch = torch.stack([ids(100, 101), ids(102)])
+    counted = counted_positions(batch)
+    return model(torch.randn(2, L, T), counted, batch.flatten()[counted], sample, noise)
+
+
+def test_gradients_reach_decoder_and_projector_but_not_the_unused_alignment():
+    model = build()
+    out = forward(model, sample=True)
+    (caption_losses(out.logits, out.classes)["cross_entropy"] + out.mean.sum() + out.logvar.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith("projector.alignment"), name
+
+
+def test_a_frozen_projector_gets_no_gradient_and_stays_in_eval_mode():
+    model = build()
+    model.freeze_projector()
+    model.train()
+    assert model.decoder.training and not any(module.training for module in model.projector.modules())
+    out = forward(model)
+    caption_losses(out.logits, out.classes)["cross_entropy"].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("decoder."), name
+
+
+def test_sampling_and_noise_change_what_is_decoded():
+    model = build()
+    plain, sampled, noisy = forward(model), forward(model, sample=True), forward(model, noise=0.5)
+    assert torch.equal(plain.mean, sampled.mean) and torch.equal(plain.mean, noisy.mean)
+    assert not torch.equal(plain.logits, sampled.logits) and not torch.equal(plain.logits, noisy.logits)
+    assert torch.equal(forward(model).logits, plain.logits)
+
+
+def test_the_logits_of_the_training_pass_are_those_of_decoding():
+    model = build().eval()
+    out, batch = forward(model), torch.stack([ids(100, 101), ids(102)])
+    counted = counted_positions(batch)
+    predicted = model.decoder(out.mean).flatten()[counted]
+    assert torch.equal(model.decoder.token_ids[out.logits.argmax(-1)], predicted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 15}, "text_decoder.width 15 is not divisible by num_heads 2"),
+        ({"dropout": 1.0}, "text_decoder.dropout must be in"),
+        ({"vocabulary_size": 1}, "text_decoder.vocabulary_size must be in 2..49408, got 1"),
+        ({"vocabulary_size": 50000}, "must be in 2..49408, got 50000"),
+    ],
+)
+def test_impossible_sizes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(DECODER, **options)
+
+
+def test_latents_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"text latents are B x \(5, 4\), the decoder expects B x \(8, 4\)"):
+        build().decoder(torch.randn(2, 5, C))
+
+
+# Stored text states
+
+
+def saved(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return {"text.npy": buffer.getvalue()}
+
+
+def test_stored_states_are_read_and_broken_ones_are_bad_samples():
+    states = np.arange(6, dtype=np.float16).reshape(2, 3)
+    assert np.array_equal(read_states(saved(states)), states)
+    broken = {"text.npy": saved(states)["text.npy"][:-2]}
+    for sample in ({}, broken, {"text.npy": b""}, saved(states.astype(float)), saved(states[0]), saved(np.array([{}]))):
+        with pytest.raises(BadSample, match="^text: "):
+            read_states(sample)
+
+
+# The stage
+
+
+def accuracy(run, step):
+    return json.loads((run / "samples" / f"step_{step:08d}.json").read_text())
+
+
+def test_accuracies_are_reported_while_training_and_on_held_out_captions(chain):
+    run = chain.folder / "text_decoder"
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(
+        {"cross_entropy", "kl", "token_accuracy", "z_text_between_captions_std"} <= line.keys() for line in lines
+    )
+    for step in (2, 4):
+        report = accuracy(run, step)
+        assert report["train"]["captions"] == 48 and report["heldout"]["captions"] == 24
+        assert {*report["heldout"]["examples"][0]} == {"caption", "decoded"}
+
+
+OVERFIT = ["training.max_steps=120", "training.log_every_steps=20", "training.checkpoint_every_steps=1000"]
+OVERFIT += ["training.sample_every_steps=0", "optimizer.learning_rate=0.01", "losses.kl_weight=0"]
+OVERFIT += ["projector.dropout=0", "text_decoder.dropout=0"]
+
+
+def test_captions_come_back_from_their_own_latents(chain, tmp_path):
+    run = chain.run_in(tmp_path, "text_decoder", *OVERFIT)
+    assert metrics(run)[-1]["cross_entropy"] < 0.2 * metrics(run)[0]["cross_entropy"]
+    report = accuracy(run, 120)
+    assert report["train"]["caption_accuracy"] == 1.0
+    assert all(e["caption"] == e["decoded"] for e in report["train"]["examples"])
+
+
+def test_the_saved_run_alone_rebuilds_the_decoder_with_its_vocabulary(chain):
+    model = load_autoencoder(chain.folder / "text_decoder")
+    saved = weights(chain.folder / "text_decoder", EMA_FILE)
+    assert equal(dict(model.state_dict()), saved)
+    words = clip_tokenizer(16)(["a red circle"])
+    assert (model.decoder.classes_of(words) >= 0).all()
+
+
+def test_stored_text_states_are_used_where_they_are_the_towers_own(chain, tmp_path):
+    stored = weights(chain.folder / "text_decoder")
+    chain.run_in(tmp_path / "tokens_of", "tokens", "store_text_states=false")
+    encoded = chain.run_in(tmp_path, "text_decoder", f"data.shards=[{tmp_path}/tokens_of/tokens/*.tar]")
+    for name, x in weights(encoded).items():
+        torch.testing.assert_close(x, stored[name], rtol=0.05, atol=5e-3)  # states stored as float16
+
+
+def test_captions_of_image_shards_serve_as_well(chain, tmp_path, tiny_shards):
+    run = chain.run_in(tmp_path, "text_decoder", f"data.shards=[{tiny_shards}/*.tar]", "heldout_shards=[]")
+    assert "heldout" not in accuracy(run, 4)
+
+
+def test_options_of_the_stage_run_and_change_the_weights(chain, tmp_path):
+    options = ["losses.kl_weight=0", "losses.kl_weight=0.1", "losses.latent_noise=0.5"]
+    options += ["text_decoder.dropout=0", "text_decoder.pre_norm=true", "text_decoder.vocabulary_size=49408"]
+    runs = [weights(chain.run_in(tmp_path / str(i), "text_decoder", option)) for i, option in enumerate(options)]
+    runs.append(weights(chain.folder / "text_decoder"))
+    assert not any(equal(a, b) for i, a in enumerate(runs) for b in runs[:i])
+
+
+def test_a_frozen_projector_is_that_of_the_run_bit_for_bit(chain, tmp_path):
+    source = chain.folder / "text_projector"
+    frozen = ["freeze_projector=true", "losses.kl_weight=0", f"projector_run={source}"]
+    run = chain.run_in(tmp_path, "text_decoder", *frozen)
+    assert equal(dict(load_projector(run).state_dict()), weights(source, EMA_FILE))
+    free = chain.run_in(tmp_path / "free", "text_decoder", f"projector_run={source}")
+    assert not equal(dict(load_projector(free).state_dict()), weights(source, EMA_FILE))
+
+
+def test_a_vocabulary_that_is_too_small_is_said(chain, tmp_path, capsys):
+    run = chain.run_in(tmp_path, "text_decoder", "text_decoder.vocabulary_size=5")
+    assert "text_decoder.vocabulary_size=5: the 5 rarest ids of the captions are left out" in capsys.readouterr().out
+    assert accuracy(run, 4)["train"]["token_accuracy"] < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("freeze_projector=true", "freeze_projector=true needs a trained projector: set projector_run"),
+        (
+            "freeze_projector=true projector_run=x",
+            "the KL of a frozen projector teaches nothing, set losses.kl_weight=0",
+        ),
+        ("losses.latent_noise=-1", "losses.latent_noise must not be negative"),
+        ("projector_run=PROJECTOR projector.depth=2", "the projector of .* is not this config's .*depth: 1 -> 2"),
+        ("projector.text_width=16", "gives 16 x 32 text states, the config expects projector.text_tokens"),
+        ("data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),
+        ("heldout_shards=[absent.tar]", "absent.tar, which does not exist"),
+        ("projector_run=nowhere", "nowhere is no run folder"),
+    ],
+)
+def test_what_can_not_be_trained_is_refused(chain, tmp_path, options, message):
+    options = options.replace("PROJECTOR", f"{chain.folder}/text_projector")
+    with pytest.raises(ValueError, match=message):
+        chain.run_in(tmp_path, "text_decoder", *options.split())
+    assert not list(tmp_path.rglob("step_*"))
