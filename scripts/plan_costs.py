@@ -25,6 +25,7 @@ from eval.budget import (
     resident_bytes,
 )
 from eval.planning import Cost, at_batch, measure_forward, measure_step
+from modeling.samplers import SOLVERS, evaluations_a_step
 from scripts.plan_stages import (
     TRAINING_STEPS,
     Sizes,
@@ -93,7 +94,7 @@ def plan_training(config: StageConfig, path: Path, machine: Machine) -> dict:
     if isinstance(config, TokenizerStage):
         encoder, decoder = gflop(build_encoding, sizes, False), gflop(build_decoding, sizes)
         plan["gflop_per_image"] = {"encoder": encoder, "decoder": decoder}
-    if isinstance(config, FlowTokStage):
+    if isinstance(config, FlowTokStage) and config.flow.direction == "text_to_image":
         plan["gflop_per_image"] = plan_image(config, sizes)
         costs = measure_modes(config, build, False) if accumulates else costs
         plan["paper"] = plan_paper(config, plan, costs, replace(resident, has_gradients=False))
@@ -181,10 +182,12 @@ def plan_time(config: StageConfig, build: Callable, costs: dict[str, Cost], run:
 
 def plan_image(config: FlowTokStage, sizes: Sizes) -> dict:
     """GFLOP of a generated image by part."""
+    sampling = config.sampling
+    evaluations = sampling.steps * evaluations_a_step(SOLVERS[sampling.sampler])
     parts = {
         "text_tower": gflop(build_tower_alone, sizes),
         "projector": gflop(build_projection, config.projector),
-        "flow": config.sampling.steps * gflop(build_velocity, config.flowtok, config.sampling.guidance),
+        "flow": evaluations * gflop(build_velocity, config.flowtok, sampling.guidance),
         "decoder": gflop(build_decoding, sizes),
     }
     return parts | {"total": sum(parts.values())}

@@ -130,6 +130,16 @@ def test_flops_of_the_tokenizer_are_those_counted_by_hand(image_size):
     assert found["gflop_per_sample"]["backward"] == pytest.approx((2 * rest - inputs + 2.5 * attended) / 1e9, rel=1e-3)
 
 
+def test_a_solver_of_two_evaluations_a_step_doubles_the_flow():
+    two, one = (plan_of("flowtok_b/flowtok.yaml", f"sampling.sampler={name}") for name in ("heun", "adams2"))
+    assert two["gflop_per_image"]["flow"] == pytest.approx(2 * one["gflop_per_image"]["flow"])
+
+
+def test_a_flow_to_text_has_no_images_and_not_the_papers_days():
+    found = plan_of("caption_xl/flowtok_caption.yaml")
+    assert "gflop_per_image" not in found and "paper" not in found
+
+
 def test_guidance_1_halves_the_flow():
     two, one = (plan_of("flowtok_b/flowtok.yaml", f"sampling.guidance={g}")["gflop_per_image"]["flow"] for g in (2, 1))
     assert two == pytest.approx(2 * one)
