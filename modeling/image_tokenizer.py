@@ -46,6 +46,7 @@ class ImageTokenizerConfig:
     latent_grid: list[int] = field(default_factory=list)  # [rows, columns], rows * columns = num_tokens
     query_key_bias: float = 0.0  # initial value of the biases of q and k; 0 in the paper
     init_std: float = 0.02  # of linear layers, TA-TiTok's; 0: Xavier uniform, which narrow networks need
+    initial_logvar: float = 0.0  # initial log-variance of the posterior; lower lets short runs use the latents at once
 
     def __post_init__(self):
         if self.patch_size <= 0 or self.image_size % self.patch_size:
@@ -212,6 +213,7 @@ class ImageTokenizer(nn.Module):
         """Normal for linear layers, normal width^-0.5 for tokens and positions, the smoothing conv at identity."""
         for module in self.modules():
             init_linear_(module, std=self.config.init_std or None)
+        nn.init.constant_(self.encoder.to_moments.bias[self.config.token_channels :], self.config.initial_logvar)
         for part in (self.encoder, self.decoder):
             for parameter in part.parameters(recurse=False):  # tokens and positions
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

@@ -91,9 +91,10 @@ def latent_regression_loss(text_mean: Tensor, image_mean: Tensor) -> Tensor:
 
 
 def reconstruction_losses(images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """L2 and L1, for B x 3 x R x R in [0, 1]."""
+    """L2, L1 and the L1 of horizontal and vertical pixel differences, for B x 3 x R x R in [0, 1]."""
     difference = reconstructions.float() - images.float()
-    return {"l2": difference.square().mean(), "l1": difference.abs().mean()}
+    horizontal, vertical = difference.diff(dim=-1).abs().mean(), difference.diff(dim=-2).abs().mean()
+    return {"l2": difference.square().mean(), "l1": difference.abs().mean(), "gradient": (horizontal + vertical) / 2}
 
 
 def latent_statistics(mean: Tensor) -> dict[str, Tensor]:
@@ -172,6 +173,7 @@ class ReconstructionLossConfig:
 
     l2_weight: float = 1.0
     l1_weight: float = 0.0
+    gradient_weight: float = 0.0  # L1 of pixel differences: sharper edges in short runs
     perceptual_weight: float = 0.0  # 1.1 in the recipe; its parts and their weights files: `perceptual`
     kl_weight: float = 1e-6  # on the KL summed over tokens and channels, mean over the batch
 
@@ -188,6 +190,7 @@ def reconstruction_weights(config: ReconstructionLossConfig) -> dict[str, float]
     return {
         "l2": config.l2_weight,
         "l1": config.l1_weight,
+        "gradient": config.gradient_weight,
         "perceptual": config.perceptual_weight,
         "kl": config.kl_weight,
     }

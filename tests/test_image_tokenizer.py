@@ -199,6 +199,12 @@ def test_query_key_bias_sets_the_biases_of_queries_and_keys_only():
             assert torch.equal(module.qkv.bias, expected)
 
 
+def test_initial_logvar_is_the_posteriors_before_training():
+    tokenizer, (images, _) = build(initial_logvar=-6.0), inputs()
+    posterior = tokenizer.encode(images)
+    assert (posterior.logvar + 6).abs().max() < 1 and posterior.mean.abs().max() < 1
+
+
 def test_smoothing_convolution_starts_as_the_identity():
     images, _ = inputs()
     assert torch.equal(build().decoder.smooth(images), images)
@@ -221,7 +227,7 @@ def test_sample_of_a_posterior_has_its_mean_and_deviation_and_follows_its_genera
 
 
 def test_four_images_of_one_caption_can_be_overfitted():
-    tokenizer = build(num_tokens=8, query_key_bias=1.0, latent_grid=[2, 4], init_std=0.0)
+    tokenizer = build(num_tokens=8, query_key_bias=1.0, latent_grid=[2, 4], init_std=0.0, initial_logvar=-6.0)
     plane = torch.linspace(0, 1, PIXELS)[:, None].expand(PIXELS, PIXELS)
     colour = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1)
     images = torch.stack([plane, plane.T, 1 - plane, (plane > 0.5).float()])[:, None] * colour

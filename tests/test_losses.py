@@ -196,6 +196,13 @@ def test_reconstruction_losses_of_a_constant_error():
     images = torch.rand(B, 3, 8, 8)
     losses = reconstruction_losses(images, images + 0.5)
     assert losses["l2"].item() == pytest.approx(0.25) and losses["l1"].item() == pytest.approx(0.5)
+    assert losses["gradient"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_gradient_loss_averages_the_errors_of_both_directions():
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8)  # grows by 1 a column
+    assert reconstruction_losses(torch.zeros_like(ramp), ramp)["gradient"].item() == pytest.approx(0.5)
+    assert reconstruction_losses(torch.zeros_like(ramp), 3 * ramp.mT)["gradient"].item() == pytest.approx(1.5)
 
 
 def test_latent_statistics_show_a_collapse_that_the_deviation_hides():
@@ -279,7 +286,7 @@ def test_posterior_statistics_show_channels_that_carry_nothing():
 
 def test_default_tokenizer_weights_are_the_recipes():
     config = ReconstructionLossConfig()
-    assert reconstruction_weights(config) == {"l2": 1.0, "l1": 0.0, "perceptual": 0.0, "kl": 1e-6}
+    assert reconstruction_weights(config) == {"l2": 1.0, "l1": 0.0, "gradient": 0.0, "perceptual": 0.0, "kl": 1e-6}
 
 
 def test_reconstruction_without_l1_and_l2_is_refused():

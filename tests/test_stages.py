@@ -86,7 +86,7 @@ def few(tmp_path_factory, chain):
 OVERFIT = ["training.batch_size=4", "training.log_every_steps=10", "training.sample_every_steps=0"]
 OVERFIT += ["training.checkpoint_every_steps=1000", "optimizer.learning_rate=0.005"]
 WIDE = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.init_std=0"]
-WIDE += ["tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=1"]
+WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=1"]
 LONG = {
     "text_encoder": [*OVERFIT, "training.max_steps=50", "data.flip_probability=0", "optimizer.learning_rate=0.002"],
     "tokenizer": [*OVERFIT, "training.max_steps=150", "data.flip_probability=0", *WIDE],
@@ -252,7 +252,7 @@ def test_the_projector_is_trained_with_and_without_the_image_regression(chain, t
 
 
 def test_options_of_the_tokenizer_stage_run_and_change_the_weights(chain, tmp_path):
-    losses = ["losses.l1_weight=1", "losses.kl_weight=0.1", "losses.l2_weight=0.5"]
+    losses = ["losses.l1_weight=1", "losses.gradient_weight=1", "losses.kl_weight=0.1", "losses.l2_weight=0.5"]
     sizes = ["tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=1", "tokenizer.text_guidance=false"]
     data = ["data.flip_probability=0", "data.shuffle_buffer=1"]
     assert all_different(last_weights(chain, tmp_path, "tokenizer", ["training.seed=0", *losses, *sizes, *data]))

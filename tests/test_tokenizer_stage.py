@@ -180,7 +180,7 @@ def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
     size = "{width: 64, depth: 2, num_heads: 2}"
     options = [f"data.shards=[{tmp_path}/shards/eight.tar]", "data.flip_probability=0", "data.random_crop=false"]
     options += [f"tokenizer.encoder={size}", f"tokenizer.decoder={size}", "tokenizer.token_channels=8"]
-    options += ["tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=2"]
+    options += ["tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=2", "tokenizer.initial_logvar=-6"]
     options += ["optimizer.learning_rate=3e-3", "optimizer.warmup_steps=10", "training.max_steps=300"]
     options += ["training.log_every_steps=300", "training.checkpoint_every_steps=300", "training.sample_every_steps=0"]
     run = chain.run_in(tmp_path / "run", "tokenizer", *options, "losses.kl_weight=1e-8")
