@@ -27,6 +27,11 @@ WAITING_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item}
 STAGES = ["tokenizer", "text_projector", "flowtok"]
 
 
+def is_ours(file: str) -> bool:
+    """Whether a file is this repository's, which may have the environment inside it, and not this test."""
+    return ROOT in Path(file).parents and "site-packages" not in file and file != __file__
+
+
 class Watch:
     """Places of this repository from which a value was read while it is on."""
 
@@ -37,7 +42,7 @@ class Watch:
 
     def note(self, what) -> None:
         if self.is_on:
-            ours = [f for f in traceback.extract_stack() if ROOT in Path(f.filename).parents and f.filename != __file__]
+            ours = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
             self.found.append(f"{what} at {Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}")
 
 
