@@ -29,6 +29,7 @@ from eval.caption_metrics import PACKAGE, CaptionScorer
 from eval.captioning import BACKGROUND
 from eval.images import RESIZE_RULE, ImageSet, image_name, iterate_images, list_images
 from eval.loading import captioning_run, fingerprint, load_captioner, newest_checkpoint
+from eval.options import numbers
 from eval.report import device_name, package_version, package_versions, write_json
 from modeling.image_to_text import ImageToText, join_punctuation
 from modeling.pipeline import SamplingConfig
@@ -57,16 +58,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_intermixed_args(arguments)
-
-
-def numbers(kind: type) -> Callable[[str], list]:
-    """A parser of numbers with commas between."""
-
-    def parse(text: str) -> list:
-        return [kind(word) for word in text.split(",")]
-
-    parse.__name__ = f"list of {kind.__name__}"
-    return parse
 
 
 def list_references(data: Sequence[str], keys: Sequence[str]) -> tuple[list[Entry], list[list[str]]]:

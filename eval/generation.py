@@ -13,7 +13,6 @@ each and a table.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +27,7 @@ from configs.load import check_keys, exit_on_error, parse_overrides, read_yaml
 from eval.evaluation import REPORT, Evaluation, evaluate, load_reference, read_captions, read_inputs
 from eval.loading import fingerprint, load_pipeline, newest_checkpoint
 from eval.networks import MeasuringConfig, load_networks
-from eval.options import add_options, check_options
+from eval.options import add_options, check_options, numbers
 from eval.protocol import Protocol, protocol_file
 from eval.sweep import write_sweep
 from modeling.pipeline import TextToImage
@@ -50,16 +49,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
     add_options(parser, 64, "images that a feature network sees at once")
     return parser.parse_intermixed_args(arguments)
-
-
-def numbers(kind: type) -> Callable[[str], list]:
-    """A parser of numbers with commas between."""
-
-    def parse(text: str) -> list:
-        return [kind(word) for word in text.split(",")]
-
-    parse.__name__ = f"list of {kind.__name__}"
-    return parse
 
 
 def check_args(args: argparse.Namespace) -> None:

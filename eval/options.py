@@ -1,8 +1,19 @@
 """Command-line options that the evaluations share, and their checks."""
 
 import argparse
+from collections.abc import Callable
 
 import torch
+
+
+def numbers(kind: type) -> Callable[[str], list]:
+    """A parser of numbers with commas between."""
+
+    def parse(text: str) -> list:
+        return [kind(word) for word in text.split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
 
 
 def add_options(parser: argparse.ArgumentParser, batch_size: int, batch_help: str) -> None:
