@@ -206,6 +206,7 @@ class ReportStage(StageConfig):
     distractor_shards: list[str] = field(default_factory=list)  # further images in the retrieval pool
     caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])  # as in the other stages
     background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB behind transparent pixels
+    caption_variant: str = ""  # regular expression of what may differ in captions of the same subject; empty: nothing
     num_train_captions: int = 256  # how many of them are drawn as images, evenly spaced over the shards
     batch_size: int = 64
     seed: int = 0

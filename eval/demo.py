@@ -3,12 +3,17 @@
     python -m eval.demo --config configs/demo/report.yaml [key=value ...]
 
 Retrieval: is the image made for a caption nearest to that caption's true image among all images of the experiment?
-Nearest by the tokenizer's latent means, and by 16 x 16 pixels. Pixel-identical images count as the same image.
+Nearest by the tokenizer's latent means, and by 16 x 16 pixels. Pixel-identical images count as the same image; under
+`same_subject` so do images whose captions differ only in what `caption_variant` matches. `among_own_set`: the pool is
+the set itself, not the whole experiment.
+Beside the flow stand what its source gives without it, and a kernel ridge from the same text states (eval/ridge.py).
 Writes EXPERIMENT/report.json, report_train.png and report_heldout.png (true image left, generated right).
 """
 
 import json
+import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,9 +24,12 @@ from torch.nn import functional as F
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import ReportStage
 from data.image_text import ImageTextConfig, read_images
+from eval.flow_statistics import describe_flow
+from eval.frechet import FeatureStatistics, frechet_distance
 from eval.loading import fingerprint, load_pipeline
 from eval.pictures import caption_grid, pair_rows, save_png
 from eval.reconstruction_metrics import psnr
+from eval.ridge import fit_ridge
 from modeling.pipeline import SamplingConfig, TextToImage
 
 PIXEL_SIZE = 16  # side to which images are shrunk for retrieval by pixels
@@ -58,13 +66,22 @@ def main(config: ReportStage) -> None:
         },
     }
     own = {"train": torch.tensor(chosen), "heldout": torch.arange(len(heldout["caption"])) + len(train["caption"])}
+    ridge = fit_ridge(encode_texts(config, parts, train["caption"]), pool["latents"][: len(train["caption"])])
+    report["ridge"] = {"strength": ridge.strength, "leave_one_out_mse": ridge.error}
     for name, samples in (("train", take(train, chosen)), ("heldout", heldout)):
-        for flow, suffix in ((True, ""), (False, "_source_without_flow")):
-            images, latents, rate = generate(config, parts, sampling, samples["caption"], flow)
-            report[name + suffix] = compare(samples["image"], images, latents, pool, own[name])
-            if flow:
-                report[name]["images_per_second"] = rate
-                save_pairs(samples, images, experiment / f"report_{name}.png")
+        states, start = encode_texts(config, parts, samples["caption"]), time.perf_counter()
+        source = parts.source(states.to(parts.device), sampling, config.seed, list(range(len(states))))
+        latents = in_batches(config, lambda x: parts.transport(x, sampling), source)
+        images = decode(config, parts, sampling, latents, states)
+        report[name] = compare(samples["image"], images, latents, pool, own[name])
+        report[name]["images_per_second"] = len(images) / (time.perf_counter() - start)
+        save_pairs(samples, images, experiment / f"report_{name}.png")
+        others = {"source_without_flow": source.cpu() / parts.flow.latent_scale.cpu(), "ridge": ridge(states)}
+        for suffix, latents in others.items():
+            images = decode(config, parts, sampling, latents, states)
+            report[f"{name}_{suffix}"] = compare(samples["image"], images, latents, pool, own[name])
+        scaled = pool["latents"][own[name]].to(parts.device) * parts.flow.latent_scale
+        report[f"{name}_flow"] = describe_flow(parts, states.to(parts.device), scaled, sampling, config.seed)
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(report, indent=2) + "\n")
     partial.rename(path)
@@ -98,11 +115,20 @@ def shrink(images: Tensor) -> Tensor:
 
 
 def build_pool(config: ReportStage, parts: TextToImage, sets: list[dict]) -> dict:
-    """Retrieval pool: latent means, small images, and a group number that pixel-identical images share."""
+    """Retrieval pool: latent means, small images, and group numbers of what counts as the same image, or subject."""
     images = torch.cat([s["image"] for s in sets])
-    numbers: dict[bytes, int] = {}
-    groups = [numbers.setdefault(image.numpy().tobytes(), len(numbers)) for image in images]
-    return {"latents": encode(config, parts, images), "pixels": shrink(images), "groups": torch.tensor(groups)}
+    pool = {"latents": encode(config, parts, images), "pixels": shrink(images)}
+    pool["groups"] = number_groups([image.numpy().tobytes() for image in images])
+    if config.caption_variant:
+        subjects = [re.sub(config.caption_variant, "", caption) for s in sets for caption in s["caption"]]
+        pool["subjects"] = number_groups(subjects)
+    return pool
+
+
+def number_groups(items: list) -> Tensor:
+    """The same number for equal items, counted from 0 in order of first appearance."""
+    numbers: dict = {}
+    return torch.tensor([numbers.setdefault(item, len(numbers)) for item in items])
 
 
 def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
@@ -124,33 +150,51 @@ def reconstruction_psnr(config: ReportStage, parts: TextToImage, samples: dict) 
     return torch.cat(values).mean().item()
 
 
-def generate(
-    config: ReportStage, parts: TextToImage, sampling: SamplingConfig, captions: list[str], flow: bool
-) -> tuple[Tensor, Tensor, float]:
-    """Images N x 3 x R x R, latents N x K x C (both on the CPU) and images/s; image i has randomness (seed, i).
+def encode_texts(config: ReportStage, parts: TextToImage, captions: list[str]) -> Tensor:
+    """Text states N x L x T on the CPU."""
+    chunks = [captions[i : i + config.batch_size] for i in range(0, len(captions), config.batch_size)]
+    return torch.cat([parts.encode_text(chunk).cpu() for chunk in chunks])
 
-    Without `flow`, the start of the flow is decoded as if it were its end: what the projector alone achieves.
-    """
-    images, latents, start_time = [], [], time.perf_counter()
-    for start in range(0, len(captions), config.batch_size):
-        chunk = captions[start : start + config.batch_size]
-        states = parts.encode_text(chunk)
-        source = parts.source(states, sampling, config.seed, list(range(start, start + len(chunk))))
-        latent = parts.transport(source, sampling) if flow else source / parts.flow.latent_scale
-        images.append(parts.decode(latent, states, sampling.precision).cpu())
-        latents.append(latent.cpu())
-    rate = len(captions) / (time.perf_counter() - start_time)
-    return torch.cat(images), torch.cat(latents), rate
+
+def in_batches(config: ReportStage, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Outputs of all rows on the CPU."""
+    return torch.cat([function(*rows).cpu() for rows in zip(*(x.split(config.batch_size) for x in tensors))])
+
+
+def decode(
+    config: ReportStage, parts: TextToImage, sampling: SamplingConfig, latents: Tensor, states: Tensor
+) -> Tensor:
+    """Latents in the tokenizer's own scale N x K x C -> images N x 3 x R x R on the CPU."""
+    device = parts.device
+    return in_batches(
+        config, lambda z, t: parts.decode(z.to(device), t.to(device), sampling.precision), latents, states
+    )
 
 
 def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tensor) -> dict:
-    """Retrieval and PSNR of generated images against the true ones."""
-    return {
+    """Retrieval, PSNR and Frechet distance of generated images against the true ones."""
+    within = torch.arange(len(own))
+    values = {
         "captions": len(images),
         "latent": retrieval(latents, pool["latents"], pool["groups"], own),
+        "latent_among_own_set": retrieval(latents, pool["latents"][own], pool["groups"][own], within),
         "pixels_16x16": retrieval(shrink(images), pool["pixels"], pool["groups"], own),
         "psnr_db": psnr(true, images).mean().item(),
+        "frechet_latent": latent_distance(latents, pool["latents"][own]),
     }
+    if "subjects" in pool:
+        values["latent_same_subject"] = retrieval(latents, pool["latents"], pool["subjects"], own)
+    return values
+
+
+def latent_distance(generated: Tensor, true: Tensor) -> float:
+    """Frechet distance of flattened latents, N x K x C each; depends on N: compare equal numbers."""
+    gaussians = []
+    for latents in (generated, true):
+        statistics = FeatureStatistics(latents[0].numel())
+        statistics.add(latents.flatten(1))
+        gaussians.append(statistics.gaussian())
+    return frechet_distance(*gaussians)
 
 
 def save_pairs(samples: dict, images: Tensor, path: Path) -> None:

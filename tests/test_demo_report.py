@@ -9,7 +9,7 @@ from PIL import Image
 
 from configs.schema import ReportStage
 from data.tar import write_shard
-from eval.demo import PIXEL_SIZE, build_pool, encode, read_all, retrieval, shrink, take
+from eval.demo import PIXEL_SIZE, build_pool, compare, encode, read_all, retrieval, shrink, take
 from eval.reconstruction_metrics import psnr
 from modeling.posterior import Posterior
 
@@ -29,7 +29,7 @@ def fake_parts(seen=None):
     return SimpleNamespace(tokenizer=SimpleNamespace(encode=encode_images), device=torch.device("cpu"))
 
 
-CONFIG = SimpleNamespace(batch_size=4)
+CONFIG = SimpleNamespace(batch_size=4, caption_variant="")
 
 
 def test_perfect_queries_are_found_first():
@@ -80,6 +80,28 @@ def test_pool_numbers_pixel_identical_images_as_one_group():
     assert pool["groups"].tolist() == [0, 1, 2, 3, 2, 4, 3, 5]
     assert pool["latents"].shape == (8, 3, 32 * 32) and pool["pixels"].shape == (8, 3, PIXEL_SIZE, PIXEL_SIZE)
     torch.testing.assert_close(pool["latents"][3:7].view(4, 3, 32, 32), second)
+
+
+def test_captions_that_differ_in_the_variant_alone_are_one_subject():
+    sets = [{"image": torch.rand(2, 3, 32, 32), "caption": ["hand, body", "hand, body, dark skin tone"]}]
+    sets += [{"image": torch.rand(1, 3, 32, 32), "caption": ["foot, body"]}]
+    config = SimpleNamespace(batch_size=4, caption_variant=", [^,]* skin tone$")
+    pool = build_pool(config, fake_parts(), sets)
+    assert pool["subjects"].tolist() == [0, 0, 1] and pool["groups"].tolist() == [0, 1, 2]
+    found = compare(sets[0]["image"], sets[0]["image"], pool["latents"][[1, 0]], pool, torch.tensor([0, 1]))
+    assert found["latent"]["top1"] == 0 and found["latent_same_subject"]["top1"] == 1
+
+
+def test_a_set_of_its_own_is_an_easier_pool_and_equal_sets_have_no_frechet_distance():
+    images = torch.rand(12, 3, 32, 32)
+    pool = build_pool(CONFIG, fake_parts(), [{"image": images}])
+    pool["latents"] = pool["latents"][:, :, :4]
+    own = torch.tensor([0, 1])
+    latents = pool["latents"][[5, 1]]  # the first looks like another set's image
+    found = compare(images[:2], images[:2], latents, pool, own)
+    assert found["latent"]["top1"] == 0.5 and "latent_same_subject" not in found
+    assert found["latent_among_own_set"]["top5"] == 1.0
+    assert compare(images[:2], images[:2], pool["latents"][:2], pool, own)["frechet_latent"] == pytest.approx(0, abs=1e-6)
 
 
 def test_pool_is_encoded_in_batches_in_order():
