@@ -26,7 +26,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -48,7 +47,7 @@ from scripts.shard_tasks import (
     Task,
     digest_task,
     index_path,
-    process_pool,
+    map_in_processes,
     progress_bar,
     run_tasks,
     write_array,
@@ -207,8 +206,7 @@ def find_entries(args: argparse.Namespace) -> Iterator[Entry]:
     elif args.workers == 1:
         yield from tar_entries(args.patterns)
     else:
-        with process_pool(args.workers) as pool:
-            yield from tar_entries(args.patterns, pool.map)
+        yield from tar_entries(args.patterns, lambda work, paths: map_in_processes([work] * args.workers, paths))
 
 
 def images_folder(args: argparse.Namespace) -> str:
@@ -272,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_shards(args)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    except BrokenProcessPool:
+    except ChildProcessError:
         parser.exit(1, "error: a worker was killed (out of memory?); the same command, with fewer --workers, goes on\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command goes on from here\n")

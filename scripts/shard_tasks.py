@@ -8,14 +8,16 @@ import json
 import os
 import sys
 import threading
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
-from itertools import islice
-from multiprocessing import Value, parent_process
+from multiprocessing import Pipe, Process, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
 
@@ -208,16 +210,17 @@ def run_tasks(work: Callable, tasks: Iterator[Task], num_samples: int, workers: 
             for task in tasks:
                 work(task, progress.update)
             return
-        count, running = Value("q", 0), set()
-        with process_pool(workers, count) as pool:
-            while True:
-                running |= {pool.submit(_in_worker, work, task) for task in islice(tasks, 2 * workers - len(running))}
-                if not running:
-                    return
-                done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
-                progress.update(count.value - progress.n)
-                for future in done:
-                    future.result()  # raises what its worker raised
+        counts = RawArray("q", workers)  # samples done; a lock could be held by a worker that is killed
+        functions = [partial(_work_and_count, work, counts, slot) for slot in range(workers)]
+        for _ in map_in_processes(functions, tasks, lambda: progress.update(sum(counts) - progress.n)):
+            pass
+
+
+def _work_and_count(work: Callable, counts: Any, slot: int, task: Task) -> None:
+    def tick(num_samples: int) -> None:
+        counts[slot] += num_samples
+
+    work(task, tick)
 
 
 def progress_bar(title: str, **options: Any) -> tqdm:
@@ -226,31 +229,85 @@ def progress_bar(title: str, **options: Any) -> tqdm:
     return tqdm(desc=title, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 30, **options)
 
 
+def map_in_processes(
+    functions: Sequence[Callable[[Any], Any]], items: Iterable[Any], look: Callable[[], Any] = lambda: None
+) -> Iterator[Any]:
+    """function(item) of each item, in order; one function for each process. look() is called every POLL_SECONDS.
+
+    Every process has a pipe of its own, and they share no lock and no queue: one that is killed, whatever it was
+    doing, holds nobody up. After an error the others finish what they have begun.
+
+    Raises:
+        ChildProcessError: a process was killed.
+    """
+    with _processes(functions) as pipes:
+        numbered, busy, done, num_given_back = enumerate(items), {}, {}, 0
+        while True:
+            for pipe, (number, item) in zip([pipe for pipe in pipes if pipe not in busy], numbered):
+                with _noticing_death():
+                    pipe.send(item)
+                busy[pipe] = number
+            if not busy:
+                return
+            for pipe in wait(list(busy), POLL_SECONDS):
+                with _noticing_death():
+                    result, error = pipe.recv()
+                if error is not None:
+                    raise error
+                done[busy.pop(pipe)] = result
+            look()
+            while num_given_back in done:
+                yield done.pop(num_given_back)
+                num_given_back += 1
+
+
 @contextmanager
-def process_pool(workers: int, count: Any = None) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, also if it is killed; what waits is given up after an error."""
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(count,))
+def _noticing_death() -> Iterator[None]:
+    """Around the use of a pipe."""
     try:
-        yield pool
+        yield
+    except (EOFError, OSError) as error:
+        raise ChildProcessError("a worker was killed") from error
+
+
+@contextmanager
+def _processes(functions: Sequence[Callable[[Any], Any]]) -> Iterator[list[Connection]]:
+    """Pipes to processes that end with this one, also if it is killed."""
+    pipes, processes = [], []
+    try:
+        for function in functions:
+            own, other = Pipe()
+            pipes.append(own)
+            processes.append(Process(target=_serve, args=(function, other, list(pipes))))
+            processes[-1].start()
+            other.close()  # so that the pipe ends with the process
+        yield pipes
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.join()
 
 
-def _start_worker(count: Any) -> None:
-    global _samples_done
-    _samples_done = count
+def _serve(function: Callable[[Any], Any], pipe: Connection, inherited: Sequence[Connection]) -> None:
+    """In a process: answer each item with (result, error), until the pipe ends."""
+    for other_end in inherited:
+        other_end.close()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, ConnectionError, KeyboardInterrupt):  # Ctrl-C reaches the parent, too, which says so
+        while True:
+            pipe.send(_result_or_error(function, pipe.recv()))
+
+
+def _result_or_error(function: Callable[[Any], Any], item: Any) -> tuple[Any, Exception | None]:
+    try:
+        return function(item), None
+    except Exception as error:
+        if not isinstance(error, ValueError):  # those are for users; a pipe carries no traceback
+            traceback.print_exc()
+        return None, error
 
 
 def _end_with_parent() -> None:
     parent_process().join()
     os._exit(1)  # a run that is started meanwhile writes the same files
-
-
-def _in_worker(work: Callable, task: Task) -> None:
-    work(task, _tick)
-
-
-def _tick(num_samples: int) -> None:
-    with _samples_done.get_lock():
-        _samples_done.value += num_samples

@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections import Counter
 from dataclasses import dataclass, fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from data.filters import FilterConfig
 from data.image_text import IMAGE_KEYS, ImageTextConfig, read_images
 from data.tar import read_shard, write_shard
 from data.transforms import decode_image
+from scripts import shard_tasks
 from scripts.make_shards import build_parser, filter_config, main
+from scripts.shard_tasks import map_in_processes, run_tasks
 
 
 @dataclass
@@ -625,6 +628,60 @@ def test_a_run_whose_worker_is_killed_ends_and_goes_on_later(photos, undisturbed
     assert process.exitcode == 1
     run(*arguments)
     assert outcome(tmp_path / "out") == undisturbed
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_half_an_answer(item):
+    def send_half(connection, data):
+        os.write(connection.fileno(), bytes(data[: len(data) // 2]))
+        die()
+
+    Connection._send = send_half  # in this process alone
+    return "x" * 100_000
+
+
+def die_unless_first(item):
+    return time.sleep(0.2) if item == 0 else die()
+
+
+@pytest.mark.parametrize("function", [die, die_after_half_an_answer, die_unless_first])
+def test_a_worker_that_is_killed_at_whatever_moment_holds_nobody_up(function):
+    with pytest.raises(ChildProcessError, match="a worker was killed"):
+        list(map_in_processes([function] * 3, range(20)))
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_before_it_begins_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(shard_tasks, "_serve", die)
+    with pytest.raises(ChildProcessError, match="a worker was killed"):
+        list(map_in_processes([abs] * 3, range(20)))
+
+
+def count_and_die(task, tick):
+    tick(1)
+    die() if task == 5 else tick(1)
+
+
+def test_a_worker_that_is_killed_between_its_counts_ends_the_run():
+    with pytest.raises(ChildProcessError, match="a worker was killed"):
+        run_tasks(count_and_die, iter(range(8)), 16, 2, "counting")
+
+
+def give_back_later(seconds):
+    time.sleep(seconds)
+    return 1 / seconds
+
+
+def test_processes_give_back_the_results_in_order_and_the_error_of_their_function():
+    items = [0.02, 0.001, 0.01, 0.002, 0.003]
+    assert list(map_in_processes([give_back_later] * 2, items)) == [1 / item for item in items]
+    with pytest.raises(ZeroDivisionError):
+        list(map_in_processes([give_back_later] * 2, [*items, 0]))
+    assert list(map_in_processes([abs] * 3, [])) == []
+    assert not multiprocessing.active_children()
 
 
 def test_finished_shards_stay_and_lost_ones_are_made_again(photos, undisturbed, tmp_path):
