@@ -55,7 +55,7 @@ def main(config: FlowTokStage) -> None:
     tokens = open_stored_tokens(run, config, info)
     model = build_model(config, info, source)
     if not (source or started):
-        tokens.fit_whitening(model.projector)
+        tokens.fit(model.projector)
     del source  # a second copy of all weights, on every process
     network_keys = ["projector", "flowtok", "text_encoder", "tokenizer_run"]
     save_config(run, resolved(config), default_values(config), network_keys, started)

@@ -38,7 +38,7 @@ def main(config: TextProjectorStage) -> None:
     tokens = open_stored_tokens(run, config, info)
     model = TextProjector(config.projector)
     if not started:
-        tokens.fit_whitening(model)
+        tokens.fit(model)
     freeze_unused_alignment(model, config.losses)
     save_config(run, resolved(config), default_values(config), ["projector", "text_encoder"], started)
     trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, info.inputs())

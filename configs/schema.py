@@ -289,6 +289,11 @@ def check(config: StageConfig) -> None:
             protocol_file(config.evaluation.protocol)
             if config.flow.direction == "image_to_text":
                 raise ValueError("evaluation.every_steps: a flow to text alone makes no images to measure, set it to 0")
+    if isinstance(config, TextDecoderStage) and config.projector.linear_start and not config.projector_run:
+        raise ValueError(
+            f"projector.linear_start={config.projector.linear_start} is a regression onto image latents, and this "
+            "stage has captions alone: set it to 0, or projector_run to a run that has it"
+        )
     if isinstance(config, TextDecoderStage) and config.freeze_projector:
         if not config.projector_run:
             raise ValueError("freeze_projector=true needs a trained projector: set projector_run")

@@ -6,7 +6,7 @@ Retrieval: is the image made for a caption nearest to that caption's true image 
 Nearest by the tokenizer's latent means, and by 16 x 16 pixels. Pixel-identical images count as the same image; under
 `same_subject` so do images whose captions differ only in what `caption_variant` matches. `among_own_set`: the pool is
 the set itself, not the whole experiment.
-Beside the flow stand what its source gives without it, and a kernel ridge from the same text states (eval/ridge.py).
+Beside the flow stand its source, decoded without it, and a kernel ridge from the same text states (modeling/ridge.py).
 Writes EXPERIMENT/report.json, report_train.png and report_heldout.png (true image left, generated right).
 """
 
@@ -29,8 +29,8 @@ from eval.frechet import FeatureStatistics, frechet_distance
 from eval.loading import fingerprint, load_pipeline
 from eval.pictures import caption_grid, pair_rows, save_png
 from eval.reconstruction_metrics import psnr
-from eval.ridge import fit_ridge
 from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.ridge import fit_ridge
 
 PIXEL_SIZE = 16  # side to which images are shrunk for retrieval by pixels
 PICTURE_SAMPLES = 48

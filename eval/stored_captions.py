@@ -9,7 +9,7 @@ from torch import Tensor
 from data.caption_text import CaptionTextConfig, build_caption_loader, read_captions
 from data.storage import is_remote
 from eval.loading import fingerprint
-from eval.stored_tokens import WHITENING_SAMPLES
+from eval.stored_tokens import MEASURED_SAMPLES
 from eval.tokens_info import TOKENS_INFO_FILE, TokensInfo
 from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
@@ -42,7 +42,7 @@ class StoredCaptions:
     def fit_whitening(self, projector: TextProjector) -> None:
         """Measure the projector's whitening of text states on the first captions, if it has one."""
         if projector.config.whiten_text:
-            projector.whitening.fit(self.text_states(batch).cpu() for batch in self.read(WHITENING_SAMPLES))
+            projector.whitening.fit(self.text_states(batch).cpu() for batch in self.read(MEASURED_SAMPLES))
 
 
 def open_stored_captions(run: Run, config) -> StoredCaptions:

@@ -1,7 +1,9 @@
 """Stored tokens as stages 2 and 3 use them: a loader, text states in the run's precision, the image posterior."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from data.token_text import TokenTextConfig, build_token_loader, read_tokens
@@ -13,7 +15,7 @@ from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.loop import TrainingConfig, batch_per_pass
 from training.run import Run
 
-WHITENING_SAMPLES = 10_000  # captions on which the text states' covariance is measured
+MEASURED_SAMPLES = 10_000  # on which a projector's whitening and linear start are measured
 
 
 @dataclass
@@ -39,18 +41,24 @@ class StoredTokens:
         mean, logvar = (batch[key].to(self.run.device, non_blocking=True) for key in ("latent_mean", "latent_logvar"))
         return Posterior(mean, logvar)
 
-    def fit_whitening(self, projector: TextProjector) -> None:
-        """Measure the projector's whitening of text states on the first samples, if it has one."""
-        if not projector.config.whiten_text:
-            return
-        shape = (self.info.num_tokens, self.info.token_channels)
-        batches = read_tokens(self.data, *shape, self.tokenize, 100, limit=WHITENING_SAMPLES)
-        projector.whitening.fit(self.text_states(batch).cpu() for batch in batches)
+    def fit(self, projector: TextProjector) -> None:
+        """Measure on the first samples what the projector measures: the whitening of text states, the linear start."""
+        if projector.config.whiten_text:
+            projector.whitening.fit(self.text_states(batch).cpu() for batch in self._read(100, MEASURED_SAMPLES))
+        if projector.linear_start is not None:
+            batches = [
+                (self.text_states(batch).cpu().float(), self.image_posterior(batch).mean.cpu() * self.info.latent_scale)
+                for batch in self._read(100, MEASURED_SAMPLES)
+            ]
+            projector.linear_start.fit(*(torch.cat(parts) for parts in zip(*batches)))
 
     def first(self, number: int) -> dict:
         """The first `number` samples in the order of the shards, as one batch."""
+        return next(self._read(number, number))
+
+    def _read(self, batch_size: int, limit: int) -> Iterator[dict]:
         shape = (self.info.num_tokens, self.info.token_channels)
-        return next(read_tokens(self.data, *shape, self.tokenize, number, limit=number))
+        return read_tokens(self.data, *shape, self.tokenize, batch_size, limit=limit)
 
 
 def open_stored_tokens(run: Run, config, info: TokensInfo) -> StoredTokens:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from modeling.layers import Attention, init_linear_
 from modeling.posterior import Posterior, split_moments
+from modeling.ridge import fit_ridge
 
 WHITENING_FLOOR = 1e-3
 
@@ -36,6 +37,10 @@ class TextProjectorConfig:
     # Not in the paper: decorrelate the channels of the text states first, by a linear map measured on the captions.
     # CLIP's states differ between captions mostly along a few directions; the others are learned slowly without it.
     whiten_text: bool = False
+    # Not in the paper: z_T's mean starts as the kernel ridge regression of this strength (modeling/ridge.py) from the
+    # text states to the image latents, in closed form, and the blocks learn what is to be added. 0: off. It has
+    # (L x T) x (L x C) weights: for thousands of captions and small towers.
+    linear_start: float = 0.0
     token_channels: int = 16  # C
     alignment_width: int = 512  # hidden width of the alignment MLP
     # What the text latents are aligned to: an MLP of the text states, or their channels averaged in C groups of
@@ -50,6 +55,8 @@ class TextProjectorConfig:
             )
         if self.width % self.num_heads:
             raise ValueError(f"projector.width {self.width} is not divisible by num_heads {self.num_heads}")
+        if self.linear_start < 0:
+            raise ValueError(f"projector.linear_start must not be negative, got {self.linear_start}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"projector.dropout must be in [0, 1), got {self.dropout}")
 
@@ -83,6 +90,31 @@ class TextWhitening(nn.Module):
         """B x L x T -> B x L x T, float32: the map has large factors."""
         with torch.autocast(text_states.device.type, enabled=False):
             return (text_states.float() - self.mean) @ self.matrix
+
+
+class LinearStart(nn.Module):
+    """Text states B x L x T -> latents B x L x C, by an affine map of all of them at once; zero until `fit`.
+
+    The measured map is part of the state dict and is not trained: weight decay would undo it.
+    """
+
+    def __init__(self, config: TextProjectorConfig):
+        super().__init__()
+        self.strength = config.linear_start
+        self.register_buffer("offset", torch.zeros(config.text_tokens, config.token_channels))
+        self.register_buffer("matrix", torch.zeros(config.text_tokens * config.text_width, self.offset.numel()))
+
+    @torch.no_grad()
+    def fit(self, states: Tensor, latents: Tensor) -> None:
+        """Regress scaled image latents N x L x C on text states N x L x T."""
+        ridge = fit_ridge(states, latents, [self.strength])
+        self.matrix.copy_(ridge.states.T @ ridge.coefficients)
+        self.offset.copy_(ridge.latent_mean - (ridge.state_mean.float() @ self.matrix).view_as(self.offset))
+
+    def forward(self, text_states: Tensor) -> Tensor:
+        """float32, whatever the autocast precision."""
+        with torch.autocast(text_states.device.type, enabled=False):
+            return (text_states.float().flatten(1) @ self.matrix).unflatten(1, self.offset.shape) + self.offset
 
 
 class ProjectorBlock(nn.Module):
@@ -157,8 +189,11 @@ class TextProjector(nn.Module):
         self.norm_out = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
         self.to_moments = nn.Linear(config.width, 2 * config.token_channels)
         self.alignment = AlignmentHead(config)
+        self.linear_start = LinearStart(config) if config.linear_start else None
         for module in self.modules():
             init_linear_(module)
+        if self.linear_start is not None:
+            nn.init.zeros_(self.to_moments.weight)  # at first the mean is the linear map's alone
 
     def posterior(self, text_states: Tensor) -> Posterior:
         """Text states B x L x T -> posterior of B x L x C latents (float32).
@@ -176,7 +211,8 @@ class TextProjector(nn.Module):
             x = x + self.positions
         for block in self.blocks:
             x = block(x)
-        return split_moments(self.to_moments(self.norm_out(x)))
+        mean, logvar = split_moments(self.to_moments(self.norm_out(x)))
+        return Posterior(mean if self.linear_start is None else mean + self.linear_start(text_states), logvar)
 
     def forward(self, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Training pass: (mean, logvar, alignment target, log temperature). One call, so that DDP sees every weight."""

@@ -1,8 +1,8 @@
-"""eval/ridge.py against the textbook's formula and against leaving samples out for real."""
+"""modeling/ridge.py against the textbook's formula and against leaving samples out for real."""
 
 import torch
 
-from eval.ridge import STRENGTHS, fit_ridge
+from modeling.ridge import STRENGTHS, fit_ridge
 
 
 def make_data(number=40, noise=0.3):

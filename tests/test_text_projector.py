@@ -9,6 +9,7 @@ from torch import nn
 
 from modeling.losses import contrastive_loss, kl_loss
 from modeling.posterior import Posterior
+from modeling.ridge import fit_ridge
 from modeling.text_projector import (
     WHITENING_FLOOR,
     ProjectorBlock,
@@ -186,6 +187,52 @@ def test_whitening_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(whitening(text), whitening(text.float())) and whitening(text).dtype == torch.float32
     assert torch.equal(whitening(text), (text - whitening.mean) @ whitening.matrix)
+
+
+LINEAR = {"pre_norm": True, "linear_start": 0.1}
+
+
+def test_a_linear_start_gives_the_ridge_and_the_blocks_add_to_it():
+    projector, text = build(**LINEAR).eval(), states(50)
+    latents = torch.randn(50, L, C) + 1
+    assert torch.equal(projector.posterior(text).mean, torch.zeros(50, L, C))  # nothing is measured yet
+    projector.linear_start.fit(text, latents)
+    queries = states(7)
+    torch.testing.assert_close(projector.posterior(queries).mean, fit_ridge(text, latents, [0.1])(queries))
+    nn.init.normal_(projector.to_moments.weight)
+    plain = build(pre_norm=True).eval()
+    plain.load_state_dict({k: v for k, v in projector.state_dict().items() if "linear_start" not in k})
+    added = projector.posterior(queries).mean - projector.linear_start(queries)
+    torch.testing.assert_close(added, plain.posterior(queries).mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_start_is_kept_in_the_state_dict_and_not_trained():
+    projector, text = build(**LINEAR).eval(), states(50)
+    projector.linear_start.fit(text, torch.randn(50, L, C))
+    assert not any("linear_start" in name for name, _ in projector.named_parameters())
+    loaded = build(**LINEAR).eval()
+    loaded.load_state_dict(projector.state_dict())
+    assert torch.equal(loaded.posterior(text).mean, projector.posterior(text).mean)
+
+
+def test_gradient_reaches_every_parameter_beside_a_linear_start_after_the_first_step():
+    projector = build(**FULL, linear_start=0.1)
+    projector.linear_start.fit(states(50), torch.randn(50, L, C))
+    optimizer = torch.optim.SGD(projector.parameters(), lr=0.1)
+    for _ in range(2):  # the layer that starts at zero lets no gradient through in the first
+        optimizer.zero_grad()
+        mean, logvar, alignment, log_temperature = projector(states())
+        (contrastive_loss(mean, alignment, log_temperature) + kl_loss(mean, logvar)).backward()
+        optimizer.step()
+    assert not [n for n, p in projector.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+
+
+def test_a_linear_start_is_float32_under_autocast():
+    projector, text = build(**LINEAR), states(20)
+    projector.linear_start.fit(text, torch.randn(20, L, C))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = projector.linear_start(text)
+    assert torch.equal(found, projector.linear_start(text)) and found.dtype == torch.float32
 
 
 def test_learned_positions_tell_equal_tokens_apart():
