@@ -67,7 +67,7 @@ def main(config: ReportStage) -> None:
     }
     own = {"train": torch.tensor(chosen), "heldout": torch.arange(len(heldout["caption"])) + len(train["caption"])}
     ridge = fit_ridge(encode_texts(config, parts, train["caption"]), pool["latents"][: len(train["caption"])])
-    report["ridge"] = {"strength": ridge.strength, "leave_one_out_mse": ridge.error}
+    report["ridge"] = {"strength": ridge.strength, "left_out_top5": ridge.top5, "left_out_mse": ridge.error}
     for name, samples in (("train", take(train, chosen)), ("heldout", heldout)):
         states, start = encode_texts(config, parts, samples["caption"]), time.perf_counter()
         source = parts.source(states.to(parts.device), sampling, config.seed, list(range(len(states))))

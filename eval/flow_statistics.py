@@ -35,13 +35,13 @@ def describe_flow(
 
 
 def loss_by_time(parts: TextToImage, source: Tensor, image_latents: Tensor) -> dict[str, float]:
-    """Mean squared error of the conditional velocity at the middle of each tenth of t, by that t."""
+    """Mean squared error of the conditional velocity at the middle of each tenth of t: t05, t15, ... t95."""
     target, null = target_velocity(source, image_latents, SIGMA_MIN), source.new_zeros(len(source), dtype=torch.bool)
     losses = {}
     for time in TIMES:
         t = torch.full((len(source),), time, device=source.device)
         velocity = parts.flow.flowtok(interpolate(source, image_latents, t, SIGMA_MIN), t, null)
-        losses[f"{time:.2f}"] = F.mse_loss(velocity, target).item()
+        losses[f"t{round(100 * time):02d}"] = F.mse_loss(velocity, target).item()
     return losses
 
 

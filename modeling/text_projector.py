@@ -41,6 +41,9 @@ class TextProjectorConfig:
     # text states to the image latents, in closed form, and the blocks learn what is to be added. 0: off. It has
     # (L x T) x (L x C) weights: for thousands of captions and small towers.
     linear_start: float = 0.0
+    # Not in the paper: z_T's deviation is this number and not learned: noise enough for several images of a caption,
+    # which a learned deviation without a KL to hold it up loses. 0: learned.
+    fixed_std: float = 0.0
     token_channels: int = 16  # C
     alignment_width: int = 512  # hidden width of the alignment MLP
     # What the text latents are aligned to: an MLP of the text states, or their channels averaged in C groups of
@@ -55,8 +58,9 @@ class TextProjectorConfig:
             )
         if self.width % self.num_heads:
             raise ValueError(f"projector.width {self.width} is not divisible by num_heads {self.num_heads}")
-        if self.linear_start < 0:
-            raise ValueError(f"projector.linear_start must not be negative, got {self.linear_start}")
+        for name in ("linear_start", "fixed_std"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"projector.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"projector.dropout must be in [0, 1), got {self.dropout}")
 
@@ -187,7 +191,7 @@ class TextProjector(nn.Module):
             nn.init.normal_(self.positions, std=0.5)
         self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
-        self.to_moments = nn.Linear(config.width, 2 * config.token_channels)
+        self.to_moments = nn.Linear(config.width, (1 if config.fixed_std else 2) * config.token_channels)
         self.alignment = AlignmentHead(config)
         self.linear_start = LinearStart(config) if config.linear_start else None
         for module in self.modules():
@@ -211,7 +215,10 @@ class TextProjector(nn.Module):
             x = x + self.positions
         for block in self.blocks:
             x = block(x)
-        mean, logvar = split_moments(self.to_moments(self.norm_out(x)))
+        moments = self.to_moments(self.norm_out(x))
+        if self.config.fixed_std:
+            moments = torch.cat([moments, torch.full_like(moments, 2 * math.log(self.config.fixed_std))], dim=-1)
+        mean, logvar = split_moments(moments)
         return Posterior(mean if self.linear_start is None else mean + self.linear_start(text_states), logvar)
 
     def forward(self, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

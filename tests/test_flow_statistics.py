@@ -29,8 +29,8 @@ def test_the_loss_is_that_of_each_time():
     parts = make_parts(lambda x, t, null: image - (1 - 1e-5) * text + t.view(-1, 1, 1))  # off by t
     losses = loss_by_time(parts, text, image)
     assert len(losses) == len(TIMES) == 10
-    for time, loss in losses.items():
-        assert loss == pytest.approx(float(time) ** 2, rel=1e-4)
+    for name, loss in losses.items():
+        assert loss == pytest.approx((int(name[1:]) / 100) ** 2, rel=1e-4)
 
 
 def test_a_source_that_is_the_same_for_every_caption_shows():

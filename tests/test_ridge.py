@@ -1,5 +1,6 @@
 """modeling/ridge.py against the textbook's formula and against leaving samples out for real."""
 
+import pytest
 import torch
 
 from modeling.ridge import STRENGTHS, fit_ridge
@@ -34,23 +35,29 @@ def test_predictions_are_those_of_the_primal_form():
     torch.testing.assert_close(ridge(queries), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_strength_with_the_least_error_on_left_out_samples_is_taken():
+def leave_out(states, latents, strength):
+    """Predictions for each sample from all others, centred; the closed form keeps the mean of all samples."""
+    x, y = states.flatten(1).double(), latents.flatten(1).double()
+    x, y, predictions = x - x.mean(0), y - y.mean(0), []
+    for i in range(len(x)):
+        kept = [j for j in range(len(x)) if j != i]
+        ridge = x[kept].T @ x[kept] + kernel_scale(states, strength) * torch.eye(x.shape[1]).double()
+        predictions.append(x[i] @ torch.linalg.solve(ridge, x[kept].T @ y[kept]))
+    return torch.stack(predictions), y
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_error_and_retrieval_are_those_of_samples_left_out(strength):
     states, latents = make_data(noise=3.0)
-    ridge, errors = fit_ridge(states, latents), {}
-    for strength in STRENGTHS:
-        scale, residuals = kernel_scale(states, strength), []
-        for i in range(len(states)):
-            kept = [j for j in range(len(states)) if j != i]
-            # the closed form keeps the mean of all samples
-            x, y = states.flatten(1).double(), latents.flatten(1).double()
-            centred, target = x - x.mean(0), y - y.mean(0)
-            a, b = centred[kept], target[kept]
-            weights = torch.linalg.solve(a.T @ a + scale * torch.eye(12).double(), a.T @ b)
-            residuals.append(centred[i] @ weights - target[i])
-        errors[strength] = torch.stack(residuals).square().mean().item()
-    assert ridge.strength == min(errors, key=errors.get)
-    assert abs(ridge.error - errors[ridge.strength]) < 1e-6 * ridge.error
+    ridge = fit_ridge(states, latents, [strength])
+    predictions, targets = leave_out(states, latents, strength)
+    assert ridge.error == pytest.approx((predictions - targets).square().mean().item())
+    ranks = [sorted(range(40), key=lambda j: (p - targets[j]).norm()).index(i) for i, p in enumerate(predictions)]
+    assert ridge.top5 == sum(rank < 5 for rank in ranks) / 40
 
 
-def test_noise_asks_for_more_strength():
-    assert fit_ridge(*make_data(noise=0.01)).strength < fit_ridge(*make_data(noise=10.0)).strength
+def test_the_strength_that_retrieves_best_is_taken():
+    states, latents = make_data(noise=3.0)
+    found = {strength: fit_ridge(states, latents, [strength]).top5 for strength in STRENGTHS}
+    assert len({*found.values()}) > 1
+    assert fit_ridge(states, latents).strength == max(found, key=found.get)

@@ -119,7 +119,7 @@ def test_tokens_see_each_other_and_samples_do_not():
 FULL = {"pre_norm": True, "width": 32, "learned_positions": True, "whiten_text": True}
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "width": 32}, FULL])
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "width": 32}, {"fixed_std": 0.5}, FULL])
 def test_gradient_reaches_every_parameter(options):
     projector = build(**options)
     mean, logvar, alignment, log_temperature = projector(states())
@@ -187,6 +187,16 @@ def test_whitening_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(whitening(text), whitening(text.float())) and whitening(text).dtype == torch.float32
     assert torch.equal(whitening(text), (text - whitening.mean) @ whitening.matrix)
+
+
+def test_a_fixed_deviation_is_that_of_every_token_and_leaves_the_mean_alone():
+    free, fixed, text = build().eval(), build(fixed_std=0.5).eval(), states()
+    weights = free.state_dict()
+    weights |= {name: weights[name][:C] for name in ("to_moments.weight", "to_moments.bias")}
+    fixed.load_state_dict(weights)
+    posterior = fixed.posterior(text)
+    torch.testing.assert_close(posterior.logvar.exp().sqrt(), torch.full((B, L, C), 0.5))
+    torch.testing.assert_close(posterior.mean, free.posterior(text).mean)
 
 
 LINEAR = {"pre_norm": True, "linear_start": 0.1}
@@ -262,6 +272,8 @@ def test_text_states_of_another_shape_are_refused():
     ("options", "message"),
     [
         ({"num_heads": 5}, "projector.width 24 is not divisible by num_heads 5"),
+        ({"linear_start": -0.1}, "projector.linear_start must not be negative, got -0.1"),
+        ({"fixed_std": -1.0}, "projector.fixed_std must not be negative, got -1.0"),
         ({"dropout": 1.0}, "projector.dropout must be in \\[0, 1\\), got 1.0"),
     ],
 )
