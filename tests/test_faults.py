@@ -38,12 +38,12 @@ class Lab:
     def __init__(self, chain, folder):
         self.chain, self.folder, self.started = chain, folder, []
 
-    def start(self, stage="tokenizer", *options, into=None, **variables):
-        """A program; `options` come after ENDLESS."""
+    def start(self, stage="tokenizer", *options, into=None, script=None, **variables):
+        """A program, the stage's own if `script` names no other; `options` come after ENDLESS."""
         arguments = program(self.chain, into or self.folder, stage, *(ENDLESS if stage != "tokens" else []), *options)
-        script = {"tokenizer": "train_tokenizer.py", "tokens": "scripts.encode_tokens"}[stage]
+        script = script or {"tokenizer": "train_tokenizer.py", "tokens": "scripts.encode_tokens"}[stage]
         log = self.folder / f"log{len(self.started)}"
-        self.started.append(Program(log, script, *arguments, **variables))
+        self.started.append(Program(log, str(script), *arguments, **variables))
         return self.started[-1]
 
     def start_ranks(self, *options):
@@ -68,6 +68,11 @@ def lab(chain, tmp_path):
 
 def is_at_step(run, step):
     return lambda: logged_step(run) >= step
+
+
+def has_checkpoint_and_step(run, step):
+    """A checkpoint is whole (it is written in the background, aside), and the log has come to the step."""
+    return lambda: logged_step(run) >= step and bool(ckpt.checkpoint_folders(run))
 
 
 def check_error(running, *texts):
@@ -118,7 +123,7 @@ def test_a_full_disk_ends_with_an_error_and_with_room_again_the_run_goes_on(lab,
 
 def test_a_file_size_limit_inside_a_checkpoint_ends_with_an_error_and_a_whole_one_before(lab):
     running = lab.start()
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     check_error(running, "cannot write checkpoint", "File too large")
     check_goes_on(lab)
@@ -126,7 +131,7 @@ def test_a_file_size_limit_inside_a_checkpoint_ends_with_an_error_and_a_whole_on
 
 def test_a_log_that_cannot_be_written_ends_with_an_error_that_names_it(lab):
     running = lab.start()
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     (lab.run / "metrics.jsonl").unlink()
     (lab.run / "metrics.jsonl").mkdir()
     check_error(running, "Is a directory", "metrics.jsonl")
@@ -143,7 +148,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_any_step(lab, tmp_pa
 
 def test_a_folder_of_checkpoints_that_can_no_longer_be_written_ends_with_an_error_and_later_goes_on(lab, tmp_path):
     running = lab.start()
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     (lab.run / "checkpoints").rename(tmp_path / "aside")
     (lab.run / "checkpoints").touch()
     check_error(running, str(lab.run / "checkpoints"))
@@ -169,7 +174,7 @@ def test_shards_that_vanish_end_with_an_error_that_names_them_and_when_back_the_
     shutil.copytree(tiny_shards, shards)
     patterns = f"data.shards=[{shards}/*.tar]"
     running = lab.start("tokenizer", patterns)
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     shards.rename(tmp_path / "gone")
     check_error(running, "shard: unreadable", f"{shards}/train-0000", "No such file or directory")
     (tmp_path / "gone").rename(shards)
@@ -181,17 +186,47 @@ def test_shards_that_vanish_end_with_an_error_that_names_them_and_when_back_the_
 
 def test_a_data_worker_that_is_killed_ends_with_an_error_that_says_so_and_the_run_goes_on(lab):
     running = lab.start()
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     (worker,) = running.children()
     os.kill(worker, signal.SIGKILL)
     check_error(running, f"a data worker (process {worker}) was killed (SIGKILL)", "when memory runs out")
     check_goes_on(lab)
 
 
+IMPATIENT = """
+import runpy
+from training import faults
+faults.NOTICE_SECONDS = 1
+runpy.run_path("train_tokenizer.py", run_name="__main__")
+"""
+
+
+def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_error_that_says_so(lab, tmp_path):
+    shards = tmp_path / "long"
+    shards.mkdir()  # batches of some 300 kB: more than a pipe takes, so that a worker waits in the middle of one
+    write_tar(shards / "long.tar", [shape_sample(number) | {"txt": "a red circle " * 3000} for number in range(24)])
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    running = lab.start("tokenizer", f"data.shards=[{shards}/*.tar]", script=tmp_path / "impatient.py")
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    (worker,) = running.children()
+    os.kill(running.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while not is_writing_to_a_full_pipe(worker) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(worker, signal.SIGKILL)
+    os.kill(running.pid, signal.SIGCONT)
+    check_error(running, f"a data worker (process {worker}) was killed (SIGKILL)", "when memory runs out")
+
+
+def is_writing_to_a_full_pipe(pid):
+    places = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/wchan")]
+    return any("pipe_write" in place for place in places)
+
+
 def test_a_data_worker_that_hangs_ends_with_an_error_after_the_time_limit_and_the_run_goes_on(lab):
     limit = "training.timeout_minutes=0.08"
     running = lab.start("tokenizer", limit)
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     os.kill(running.children()[0], signal.SIGSTOP)
     start = time.monotonic()
     check_error(running, limit, "hangs", "waits in loop.py", "Run the same command again")
@@ -205,7 +240,7 @@ def test_a_data_worker_that_hangs_ends_with_an_error_after_the_time_limit_and_th
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_the_other_with_an_error(lab, victim):
     ranks = lab.start_ranks()
-    assert ranks[0].wait_until(is_at_step(lab.run, 6)), ranks[0].output
+    assert ranks[0].wait_until(has_checkpoint_and_step(lab.run, 6)), ranks[0].output
     ranks[victim].kill()
     check_error(ranks[1 - victim], "another training process ended; its own output says why")
     assert ckpt.latest_checkpoint(lab.run, verify_contents=True)[0] >= 4
@@ -215,7 +250,7 @@ def test_a_rank_that_dies_ends_the_other_with_an_error(lab, victim):
 def test_a_rank_that_hangs_ends_the_other_with_an_error_after_the_time_limit(lab, victim):
     limit = "training.timeout_minutes=0.08"
     ranks = lab.start_ranks(limit)
-    assert ranks[0].wait_until(is_at_step(lab.run, 6)), ranks[0].output
+    assert ranks[0].wait_until(has_checkpoint_and_step(lab.run, 6)), ranks[0].output
     os.kill(ranks[victim].pid, signal.SIGSTOP)
     start = time.monotonic()
     check_error(ranks[1 - victim], limit, "another process, the storage or a device hangs")
@@ -229,7 +264,7 @@ def test_a_rank_that_hangs_ends_the_other_with_an_error_after_the_time_limit(lab
 
 def test_a_suspended_training_does_not_count_the_time_as_a_hang(lab):
     running = lab.start("tokenizer", "training.timeout_minutes=0.08")
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     running.signal_group(signal.SIGSTOP)
     time.sleep(7)
     step = logged_step(lab.run)
@@ -243,7 +278,7 @@ def test_a_suspended_training_does_not_count_the_time_as_a_hang(lab):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_whole_group_lets_workers_give_the_batches_of_the_last_step(lab, number):
     running = lab.start("tokenizer", "data.num_workers=2")
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     workers = running.children()
     running.signal_group(number)
     assert running.wait() == STOPPED_STATUS, running.output
@@ -316,7 +351,7 @@ def test_wandb_continues_its_run_after_a_kill_and_a_run_made_anew_has_another(la
 def test_a_wandb_service_that_dies_does_not_end_the_training(lab):
     pytest.importorskip("wandb")
     running = lab.start("tokenizer", "logging.wandb=offline", WANDB_MODE="offline", WANDB_SILENT="true")
-    assert running.wait_until(is_at_step(lab.run, 6)), running.output
+    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running.children()}
     os.kill(next(pid for pid, name in names.items() if b"wandb-core" in name), signal.SIGKILL)
     step = logged_step(lab.run)

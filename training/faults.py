@@ -8,16 +8,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 GO_ON = "Run the same command again to go on"
 LOOKS = 20  # of the watchdog, in the time after which it bites
+NOTICE_SECONDS = 30  # after a data worker's death; the loader looks every 5 when it waits
 HUNG_STATUS = 2
 
 
@@ -29,6 +31,7 @@ def explain_faults() -> Iterator[list[BaseProcess]]:
         ChildProcessError: a data worker died.
         ConnectionError: another training process died.
     """
+    leave_dead_workers_to_their_loader()
     workers: list[BaseProcess] = []
     try:
         yield workers
@@ -40,11 +43,18 @@ def explain_faults() -> Iterator[list[BaseProcess]]:
         raise
 
 
-def describe_dead_worker(text: str, workers: list[BaseProcess]) -> str:
+def leave_dead_workers_to_their_loader() -> None:
+    """Undo torch's handler of SIGCHLD, which raises between any two instructions, also of an `except` or a save.
+
+    A loader that waits for a batch looks every few seconds whether its workers live. For the rest of the program.
+    """
+    _set_SIGCHLD_handler()  # torch does so once a process: not again when another loader starts
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def describe_dead_worker(text: str, workers: Sequence[BaseProcess]) -> str:
     """One line on the first data worker that is dead, "" if all live. text: of the error that may come from it."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises, here a second time
     ended = wait([worker.sentinel for worker in workers], timeout=1) if workers else []
-    signal.signal(signal.SIGCHLD, handler)
     dead = [worker for worker in workers if worker.sentinel in ended]
     if not dead:
         return text if text.startswith("DataLoader worker") else ""
@@ -54,6 +64,35 @@ def describe_dead_worker(text: str, workers: list[BaseProcess]) -> str:
         advice = "as the system does when memory runs out: if so, lower data.num_workers or data.shuffle_buffer"
         return f"{name} was killed (SIGKILL), {advice}"
     return f"{name} ended with {f'signal {-status}' if status < 0 else f'status {status}'}"
+
+
+@contextmanager
+def end_without(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    """End the program, with one line, if a data worker dies and the main thread does not notice.
+
+    It waits for ever where the worker died in the middle of a message; without pinned memory nothing else reads it.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        wait([worker.sentinel for worker in workers])
+        if not done.wait(NOTICE_SECONDS):
+            end_program(describe_dead_worker("", workers))
+
+    if workers:
+        threading.Thread(target=watch, daemon=True, name="workers").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def end_program(reason: str) -> None:
+    """From a thread, where no exception reaches the main one."""
+    print(f"error: {reason}. {GO_ON}", file=sys.stderr, flush=True)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(HUNG_STATUS)
 
 
 class Watchdog:
@@ -91,15 +130,10 @@ class Watchdog:
         while frame.f_back is not None and Path(frame.f_code.co_filename).parent != Path(__file__).parent:
             frame = frame.f_back
         where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}"
-        print(
-            f"error: no step for training.timeout_minutes={self.minutes:g}: another process, the storage or a device "
-            f"hangs; this one waits in {where}. {GO_ON}",
-            file=sys.stderr,
-            flush=True,
+        end_program(
+            f"no step for training.timeout_minutes={self.minutes:g}: another process, the storage or a device hangs; "
+            f"this one waits in {where}"
         )
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        os._exit(HUNG_STATUS)
 
 
 def outlive_requests(worker: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from training import checkpoint as ckpt
 from training.ema import EMA
-from training.faults import Watchdog, explain_faults, outlive_requests
+from training.faults import Watchdog, end_without, explain_faults, outlive_requests
 from training.metrics import LoggingConfig, MetricLog, MetricWindow
 from training.optim import OptimizerConfig, load_optimizer
 from training.player import Opponent, Player
@@ -285,7 +285,7 @@ class Trainer:
         with explain_faults() as workers:
             batches = TimedIterator(iter(self.loader))  # before the lock: workers of a killed trainer would hold it
             workers += multiprocessing.active_children()
-            with lock_run(self.run):
+            with lock_run(self.run), end_without(workers):
                 self._run_steps(loss_fn, batches, logging, save_samples, evaluation)
 
     def _run_steps(
