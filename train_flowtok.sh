@@ -34,6 +34,7 @@
 #   MAIN_PROCESS_IP    host of machine rank 0
 #   MAIN_PROCESS_PORT  29500 for several machines; 0, a free port, for one
 #   NUM_PROCESSES      of the whole job, all machines together: one a GPU; without GPUs, one a machine with all its cores
+#   MALLOC_{MMAP_THRESHOLD,TRIM_THRESHOLD,TOP_PAD}_    on the CPU: 32 GiB, 32 GiB, 1 GiB; glibc keeps what a step frees
 #
 # SIGUSR1 (Slurm's warning), SIGTERM or Ctrl-C: the running stage finishes its step, writes a checkpoint, and this command
 # ends with status 75: run it again to go on (scripts/slurm.sbatch requeues itself). A second signal ends it at once.
@@ -186,8 +187,20 @@ prepare_launch() { # -> launch: the command in front of a training script
         cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
         threads=${OMP_NUM_THREADS:-$((cores > per_machine ? cores / per_machine : 1))}
         launch+=(--num_cpu_threads_per_process "$threads")
-        if ((NUM_PROCESSES > 1)); then launch=(env ACCELERATE_USE_CPU=true "${launch[@]}"); else launch+=(--cpu); fi
+        if ((NUM_PROCESSES > 1)); then launch=(ACCELERATE_USE_CPU=true "${launch[@]}"); else launch+=(--cpu); fi
+        keep_freed_memory
+        launch=(env "${launch[@]}")
     fi
+}
+
+# A third of a large network's step on a CPU can go into memory that glibc's malloc gives back and faults in again.
+keep_freed_memory() { # adds what makes malloc keep it to launch; variables that are set already stay
+    local setting name
+    [[ $OSTYPE == linux-gnu* ]] || return 0
+    for setting in MALLOC_TOP_PAD_=$((1 << 30)) MALLOC_{TRIM,MMAP}_THRESHOLD_=$((1 << 35)); do
+        name=${setting%=*}
+        if [[ -z ${!name+set} ]]; then launch=("$setting" "${launch[@]}"); fi
+    done
 }
 
 # --- Run ---

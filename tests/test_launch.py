@@ -145,6 +145,7 @@ def test_it_works_from_another_folder(copy, tmp_path):
 
 
 def test_an_active_environment_is_used(copy):
+    copy.set_gpus(1)  # on a CPU, malloc's settings come first
     assert all(c.startswith("/some/env/bin/python ") for c in copy.commands("small", VIRTUAL_ENV="/some/env"))
     assert all(c.startswith("/some/conda/bin/python ") for c in copy.commands("small", CONDA_PREFIX="/some/conda"))
 
@@ -238,7 +239,7 @@ def test_without_gpus_one_process_takes_all_cores(copy):
 
 def test_two_processes_on_the_cpu_share_the_cores(copy):
     command = launch_of(copy, NUM_PROCESSES=2)
-    assert command.startswith("env ACCELERATE_USE_CPU=true ")
+    assert "ACCELERATE_USE_CPU=true" in shlex.split(command)
     assert "--multi_gpu" in command and "--cpu " not in command
     assert (flag(command, "--num_processes"), flag(command, "--num_cpu_threads_per_process")) == ("2", "4")
     assert flag(launch_of(copy, NUM_PROCESSES=2, OMP_NUM_THREADS=3), "--num_cpu_threads_per_process") == "3"
@@ -262,6 +263,30 @@ def test_one_process_runs_on_each_visible_gpu(copy, variables, num_processes):
 def test_hidden_gpus_mean_the_cpu(copy, hidden):
     copy.set_gpus(8)
     assert "--cpu " in launch_of(copy, CUDA_VISIBLE_DEVICES=hidden)
+
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**35, "MALLOC_TRIM_THRESHOLD_": 2**35, "MALLOC_TOP_PAD_": 2**30}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_on_a_cpu_under_linux_malloc_keeps_what_is_freed_unless_told_otherwise(copy, num_processes):
+    def settings(**variables):
+        command = launch_of(copy, NUM_PROCESSES=num_processes, OSTYPE="linux-gnu", **variables)
+        words = shlex.split(command)
+        assert words[0] == "env"
+        assigned = dict(word.split("=") for word in words[1 : words.index(".venv/bin/python")])
+        return {name: int(value) for name, value in assigned.items() if name.startswith("MALLOC_")}
+
+    assert settings() == MALLOC
+    own = {"MALLOC_TRIM_THRESHOLD_": 1000, "MALLOC_TOP_PAD_": ""}  # set, if to nothing
+    assert settings(**own) == {name: value for name, value in MALLOC.items() if name not in own}
+    assert settings(**MALLOC) == {}
+
+
+def test_malloc_is_left_alone_on_gpus_and_other_systems(copy):
+    assert "MALLOC" not in launch_of(copy, OSTYPE="darwin22")
+    copy.set_gpus(1)
+    assert "MALLOC" not in launch_of(copy, OSTYPE="linux-gnu")
 
 
 def machines(command):
