@@ -1,0 +1,48 @@
+"""eval/text_limits.py: bags of words, and rows whose answers are known."""
+
+import json
+
+import pytest
+import torch
+
+from eval.text_limits import bags_of_words, main, mean_and_deviation, measure
+
+
+def test_bags_weigh_rare_words_and_ignore_what_all_captions_and_no_training_caption_have():
+    train = torch.tensor([[1, 5, 2, 0], [1, 6, 2, 0], [1, 6, 7, 2]])
+    bags, heldout = bags_of_words(train, torch.tensor([[1, 6, 9, 2]]))
+    columns = train.unique().tolist()  # 0 1 2 5 6 7
+    weights = dict(zip(columns, bags[2, 0].tolist()))
+    assert weights[1] == weights[2] == weights[5] == 0 and weights[7] > weights[6] > 0
+    torch.testing.assert_close(bags.norm(dim=-1), torch.ones(3, 1))
+    assert [c for c, w in zip(columns, heldout[0, 0].tolist()) if w] == [6]
+
+
+def test_a_text_that_determines_the_image_is_enough_and_one_that_does_not_is_chance():
+    generator = torch.Generator().manual_seed(0)
+    states, heldout = (torch.randn(n, 2, 4, generator=generator) for n in (80, 40))
+    matrix = torch.randn(8, 6, generator=generator)
+    latents = [(x.flatten(1) @ matrix).view(-1, 3, 2) for x in (states, heldout)]
+    noise = [torch.randn(n, 2, 4, generator=generator) for n in (80, 40)]
+    rows = list(measure({"true": [states, heldout], "noise": noise}, *latents))
+    assert [(row["text"], row["captions"]) for row in rows] == [(t, n) for t in ("true", "noise") for n in (20, 40, 80)]
+    assert [len(row["top1"]) for row in rows] == [3, 3, 1] * 2
+    assert rows[2]["top1"] == [1.0] and rows[5]["top5"][0] < 0.4  # chance: 5 of 40
+
+
+def test_cells_are_percent():
+    assert mean_and_deviation([0.5]) == "50.0" and mean_and_deviation([0.4, 0.6]) == "50.0 +- 14.1"
+
+
+def test_the_program_writes_what_it_prints(chain, tmp_path, capsys):
+    experiment = tmp_path / "experiment"
+    experiment.mkdir()
+    for path in chain.folder.iterdir():
+        (experiment / path.name).symlink_to(path)
+    config = chain.config("report")
+    config.experiment_dir = str(experiment)
+    main(config)
+    rows = json.loads((experiment / "text_limits.json").read_text())["rows"]
+    printed = capsys.readouterr().out
+    assert len(rows) == 6 and f"| {mean_and_deviation(rows[0]['top5'])} |" in printed
+    assert rows[2]["captions"] == pytest.approx(24)
