@@ -23,8 +23,10 @@ from test_launch import this_python
 from test_resume import environment, program, state
 from test_stress import logged_step
 from tiny_experiment import equal, metrics
+from torch.utils.data import DataLoader
 
 from training import checkpoint as ckpt
+from training.faults import explain_faults
 from training.metrics import WANDB_FILE
 from training.stop import STOPPED_FILE, STOPPED_STATUS
 
@@ -124,7 +126,8 @@ def test_a_full_disk_ends_with_an_error_and_with_room_again_the_run_goes_on(lab,
 def test_a_file_size_limit_inside_a_checkpoint_ends_with_an_error_and_a_whole_one_before(lab):
     running = lab.start()
     assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
-    resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    largest = 60_000  # bytes; the weights have more, the logs of a few hundred steps less
+    resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (largest, largest))
     check_error(running, "cannot write checkpoint", "File too large")
     check_goes_on(lab)
 
@@ -232,6 +235,23 @@ def test_a_data_worker_that_hangs_ends_with_an_error_after_the_time_limit_and_th
     check_error(running, limit, "hangs", "waits in loop.py", "Run the same command again")
     assert 4 < time.monotonic() - start < 60
     check_goes_on(lab)
+
+
+class Killer:
+    """A dataset that ends the process which reads its last item."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return index if index < 19 else os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_of_another_loader_that_is_killed_ends_with_an_error_that_says_so():
+    reason = "a data worker ended while a batch|DataLoader worker .* exited unexpectedly"  # amid a batch or between two
+    with pytest.raises(ChildProcessError, match=f"({reason}).*Run the same command again"), explain_faults():
+        list(DataLoader(Killer(), num_workers=2))
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no error comes up elsewhere
 
 
 # Other ranks

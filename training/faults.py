@@ -36,7 +36,7 @@ def explain_faults() -> Iterator[list[BaseProcess]]:
     try:
         yield workers
     except (RuntimeError, OSError, EOFError) as error:  # of a dead worker: whatever was being read from it
-        if reason := describe_dead_worker(str(error), workers):
+        if reason := describe_dead_worker(workers) or describe_lost_batch(error):
             raise ChildProcessError(f"{reason}. {GO_ON}") from error
         if "gloo/" in str(error) or isinstance(error, dist.DistError):
             raise ConnectionError(f"another training process ended; its own output says why. {GO_ON}") from error
@@ -52,18 +52,25 @@ def leave_dead_workers_to_their_loader() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def describe_dead_worker(text: str, workers: Sequence[BaseProcess]) -> str:
-    """One line on the first data worker that is dead, "" if all live. text: of the error that may come from it."""
+def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
+    """One line on the first of these that is dead, "" if all live."""
     ended = wait([worker.sentinel for worker in workers], timeout=1) if workers else []
     dead = [worker for worker in workers if worker.sentinel in ended]
     if not dead:
-        return text if text.startswith("DataLoader worker") else ""
+        return ""
     dead[0].join()
     name, status = f"a data worker (process {dead[0].pid})", dead[0].exitcode
     if status == -signal.SIGKILL:
         advice = "as the system does when memory runs out: if so, lower data.num_workers or data.shuffle_buffer"
         return f"{name} was killed (SIGKILL), {advice}"
     return f"{name} ended with {f'signal {-status}' if status < 0 else f'status {status}'}"
+
+
+def describe_lost_batch(error: Exception) -> str:
+    """One line if the error comes from a dead worker of another loader, that of an evaluation say; else ""."""
+    if isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)):  # of gloo they are RuntimeErrors
+        return "a data worker ended while a batch was read from it"
+    return str(error) if str(error).startswith("DataLoader worker") else ""
 
 
 @contextmanager
@@ -77,7 +84,7 @@ def end_without(workers: Sequence[BaseProcess]) -> Iterator[None]:
     def watch() -> None:
         wait([worker.sentinel for worker in workers])
         if not done.wait(NOTICE_SECONDS):
-            end_program(describe_dead_worker("", workers))
+            end_program(describe_dead_worker(workers))
 
     if workers:
         threading.Thread(target=watch, daemon=True, name="workers").start()
