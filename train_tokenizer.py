@@ -123,9 +123,11 @@ def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
         raise ValueError(f"init_from={run_dir}: none of its {len(source)} tensors fits the configured tokenizer")
     model.load_state_dict(fitting, strict=False)
     run.say(f"{len(fitting)} of {len(own)} tensors come from {run_dir}")
-    for name in own.keys() - fitting.keys():
+    for name in sorted(own.keys() - fitting.keys()):
         other = f"there {tuple(source[name].shape)}" if name in source else "not there"
         run.say(f"  starts afresh: {name} {tuple(own[name].shape)}, {other}")
+    for name in sorted(source.keys() - own.keys()):
+        run.say(f"  left behind: {name} {tuple(source[name].shape)}")
 
 
 def picture_shards(config: TokenizerStage) -> list[str] | None:

@@ -144,6 +144,15 @@ def test_weights_of_another_size_are_taken_over_as_far_as_they_fit_and_the_rest_
     assert load_tokenizer(run)[0].encode(torch.rand(1, 3, 64, 64)).mean.shape == (1, 16, 6)
 
 
+def test_weights_that_have_no_place_any_more_are_listed(chain, tmp_path, capsys):
+    source = chain.folder / "tokenizer"
+    chain.run_in(tmp_path, "tokenizer", f"init_from={source}", "tokenizer.text_guidance=false", "training.max_steps=1")
+    output = capsys.readouterr().out
+    old, own = weights(source, ckpt.EMA_FILE), weights(tmp_path / "tokenizer")
+    lost = old.keys() - own.keys()
+    assert lost and all(f"left behind: {name} {tuple(old[name].shape)}\n" in output for name in lost)
+
+
 def test_a_frozen_encoder_keeps_its_weights_while_the_decoder_learns(chain, tmp_path):
     source = chain.folder / "tokenizer"
     options = (f"init_from={source}", "freeze_encoder=true", "losses.kl_weight=0")
