@@ -30,6 +30,7 @@ from eval.gallery import write_gallery
 from eval.images import image_name
 from eval.loading import captioning_run, direction_of, flow_folder, load_captioner, load_pipeline, read_run_config
 from eval.pictures import caption_grid, png_bytes, save_png, to_pil
+from eval.report import check_writable
 from modeling.pipeline import SamplingConfig, TextToImage
 from modeling.samplers import SOLVERS
 
@@ -78,7 +79,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts_file:
         if not args.prompts_file.is_file():
             raise ValueError(f"--prompts-file {args.prompts_file} does not exist")
-        prompts = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = args.prompts_file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
+        prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
         prompts = list(read_run_config(flow_folder(args.run)).pictures.captions)
     if not prompts or not all(p.strip() for p in prompts):
@@ -93,6 +95,16 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(args, name)}")
     if args.caption and (args.save_dir or args.gallery or args.images_per_prompt > 1):
         raise ValueError("--save-dir, --gallery and --images-per-prompt are for prompts, not for --caption")
+
+
+def check_outputs(args: argparse.Namespace, captioning: bool) -> None:
+    """Refuse, before anything is loaded, files that could not be written or would have a wrong name."""
+    endings = (".png", ".jsonl") if captioning else (".png",)
+    if args.output.suffix.lower() not in endings:
+        raise ValueError(f"--output {args.output}: expected a name that ends in {' or '.join(endings)}")
+    for path in (args.output, args.gallery):
+        if path:
+            check_writable(path)
 
 
 def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
@@ -149,7 +161,7 @@ def caption(args: argparse.Namespace) -> None:
     sampling = sampling_of(args, default)
     start = time.perf_counter()
     batches = tell_skipped(caption_images(parts, entries, sampling, args.batch_size))
-    if args.output.suffix == ".jsonl":
+    if args.output.suffix.lower() == ".jsonl":
         number, skipped = write_captions(args.output, entries, batches)
     else:
         number, skipped = print_captions(args.output, entries, batches)
@@ -185,7 +197,9 @@ def main(args: argparse.Namespace) -> None:
     """Load, generate, write."""
     check_args(args)
     is_left_open = not (args.prompts or args.prompts_file or args.interpolate)
-    if args.caption or (is_left_open and only_captions(args.run)):
+    captioning = bool(args.caption) or (is_left_open and only_captions(args.run))
+    check_outputs(args, captioning)
+    if captioning:
         caption(args)
         return
     prompts = read_prompts(args)

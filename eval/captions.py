@@ -28,9 +28,9 @@ from data.entries import Entry, clean_key, load_json, read_parts, strings
 from eval.caption_metrics import PACKAGE, CaptionScorer
 from eval.captioning import BACKGROUND
 from eval.images import RESIZE_RULE, ImageSet, image_name, iterate_images, list_images
-from eval.loading import captioning_run, fingerprint, load_captioner, newest_checkpoint
+from eval.loading import captioning_run, fingerprint, load_captioner, load_newest
 from eval.options import numbers
-from eval.report import device_name, package_version, package_versions, write_json
+from eval.report import check_writable, device_name, package_version, package_versions, write_json
 from modeling.image_to_text import ImageToText, join_punctuation
 from modeling.pipeline import SamplingConfig
 
@@ -99,7 +99,7 @@ def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     entries, references = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):  # not at U+2028
         if not line.strip():
             continue
         row = load_json(line)
@@ -151,10 +151,11 @@ def java_version() -> str | None:
     return next((line for line in lines if "version" in line), None)
 
 
-def describe(args: argparse.Namespace, parts: ImageToText, scorer: CaptionScorer, sampling: SamplingConfig) -> dict:
+def describe(
+    args: argparse.Namespace, parts: ImageToText, checkpoint: Path, scorer: CaptionScorer, sampling: SamplingConfig
+) -> dict:
     """Protocol, model and versions: what the numbers depend on."""
     counts = [len(texts) for texts in scorer.references.values()]
-    run = captioning_run(args.run)
     return {
         "protocol": {
             "data": args.data,
@@ -168,7 +169,7 @@ def describe(args: argparse.Namespace, parts: ImageToText, scorer: CaptionScorer
         },
         "model": {
             "run": str(args.run),
-            "checkpoint": f"{run.name}/{newest_checkpoint(run).name}",
+            "checkpoint": f"{captioning_run(args.run).name}/{checkpoint.name}",
             "flow_fingerprint": fingerprint(parts.flow),
             "text_decoder_fingerprint": fingerprint(parts.decoder),
             "tokenizer_fingerprint": fingerprint(parts.tokenizer),
@@ -185,7 +186,10 @@ def main(args: argparse.Namespace) -> None:
             f"--batch-size {args.batch_size} must be at least 1, --num-workers {args.num_workers} at least 0"
         )
     entries, references = list_references(args.data, args.caption_keys)
-    parts, default = load_captioner(args.run, torch.device(args.device))
+    run = captioning_run(args.run)
+    path = args.output or run / REPORT
+    check_writable(path)
+    (parts, default), checkpoint = load_newest(run, lambda: load_captioner(args.run, torch.device(args.device)))
     pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
     points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
     scorer = CaptionScorer(references)
@@ -202,14 +206,13 @@ def main(args: argparse.Namespace) -> None:
             ][:NUM_EXAMPLES],
         }
 
-    report = describe(args, parts, scorer, default)
+    report = describe(args, parts, checkpoint, scorer, default)
     report["results"] = [
         {"steps": point.steps, "guidance": point.guidance}
         | measure(lambda start, point=point: parts.transport(start, point))
         for point in points
     ]
     report["without_flow"] = measure(lambda start: start)
-    path = args.output or captioning_run(args.run) / REPORT
     write_json(report, path)
     print_report(report, path)
 

@@ -125,6 +125,11 @@ def check_reference(inputs: Inputs, reference: Reference) -> None:
         raise ValueError(
             f"metric retrieval: {len(absent)} captions are of images that the reference lacks, the first {absent[0]}"
         )
+    if "retrieval" in metrics and len(reference.rows) < len(reference.groups):
+        raise ValueError(
+            "metric retrieval: two reference images of a shard have one name (a key that is there twice, or that "
+            "differs in . + _ alone), so that a caption's own image is not known"
+        )
     there = {*reference.categories}
     lost = sorted({caption.category for caption in wanted} - there) if "frechet_by_category" in metrics else []
     if there and lost:

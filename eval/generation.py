@@ -20,15 +20,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.load import check_keys, exit_on_error, parse_overrides, read_yaml
 from eval.evaluation import REPORT, Evaluation, evaluate, load_reference, read_captions, read_inputs
-from eval.loading import fingerprint, load_pipeline, newest_checkpoint
+from eval.loading import fingerprint, flow_folder, load_newest, load_pipeline
 from eval.networks import MeasuringConfig, load_networks
 from eval.options import add_options, check_options, numbers
 from eval.protocol import Protocol, protocol_file
+from eval.report import check_writable
 from eval.sweep import write_sweep
 from modeling.pipeline import TextToImage
 from modeling.published import file_sha256
@@ -90,20 +92,27 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     captions = read_captions(protocol)
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
     torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 would be rounded to 10 bits on a GPU
-    parts, default = load_pipeline(args.run, state.device)
+    check_writable(output_folder(args) / REPORT)
+    (parts, default), checkpoint = load_newest(flow_folder(args.run), lambda: load_pipeline(args.run, state.device))
+    model = describe_model(checkpoint, parts)  # now: training may remove it
+    if len({*gather_object([model["flow_fingerprint"]])}) > 1:
+        raise ValueError(f"{args.run}: the processes loaded different checkpoints: it is being trained, start again")
     for point in points(args, protocol):
         point.sampling(default)
     inputs = read_inputs(protocol, captions, parts.tokenizer.config)
     config = MeasuringConfig(args.batch_size, args.num_workers, args.inception_weights or "", args.dinov2_weights or "")
     networks = load_networks(protocol, parts.tokenizer, parts.tokenize.config, config, args.download, state)
     reference = load_reference(inputs, networks.extractor, config, state)
-    model = describe_model(args.run, parts)
     return Evaluation(inputs, parts, default, networks, reference, model, config, not args.no_images, state)
 
 
-def describe_model(run: Path, parts: TextToImage) -> dict[str, Any]:
+def output_folder(args: argparse.Namespace) -> Path:
+    """Where images and report go."""
+    return args.output or args.run / "evaluation" / Path(args.protocol).stem
+
+
+def describe_model(checkpoint: Path, parts: TextToImage) -> dict[str, Any]:
     """Which weights make the images."""
-    checkpoint = newest_checkpoint(run / "flowtok" if (run / "flowtok").is_dir() else run)
     return {
         "checkpoint": checkpoint.name,
         "ema_sha256": file_sha256(checkpoint / EMA_FILE),
@@ -133,7 +142,7 @@ def print_summary(report: dict[str, Any], path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     """Evaluate each point."""
     evaluation = prepare(args)
-    output = args.output or args.run / "evaluation" / Path(args.protocol).stem
+    output = output_folder(args)
     sweep = points(args, evaluation.inputs.protocol)
     reports = []
     for point in sweep:

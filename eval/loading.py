@@ -4,6 +4,7 @@ A run folder's config.yaml alone says how its network is built; the newest compl
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -72,6 +73,19 @@ def newest_checkpoint(run_dir: str | Path) -> Path:
     if latest is None:
         raise ValueError(f"{run_dir} has no checkpoint yet: run its stage first")
     return latest[1]
+
+
+def load_newest(run_dir: str | Path, load: Callable[[], T]) -> tuple[T, Path]:
+    """What `load` makes of a run's newest checkpoint, and the folder of that one; training may go on meanwhile.
+
+    Raises:
+        ValueError: no checkpoint yet, or what `load` raises.
+    """
+    while True:
+        before = latest_checkpoint(Path(run_dir))
+        loaded = load()
+        if before and newest_checkpoint(run_dir) == before[1]:
+            return loaded, before[1]
 
 
 def load_tokenizer(run_dir: str | Path) -> tuple[ImageTokenizer, TextEncoderConfig]:

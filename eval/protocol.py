@@ -189,10 +189,11 @@ def captions_of_file(path: Path, field_name: str) -> list[Caption]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    lines = text.split("\n")  # splitlines would also split at what a caption can hold, such as U+2028
     if path.suffix == ".txt":
-        return [Caption(line.strip()) for line in text.splitlines() if line.strip()]
+        return [Caption(line.strip()) for line in lines if line.strip()]
     if path.suffix == ".jsonl":
-        rows = [(number, load_json(line)) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        rows = [(number, load_json(line)) for number, line in enumerate(lines, start=1) if line.strip()]
         for number, row in rows:
             if not isinstance(row, dict) or not isinstance(row.get(field_name), str):
                 raise ValueError(f"{path} line {number}: expected a JSON object with a text under {field_name!r}")

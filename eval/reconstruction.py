@@ -23,15 +23,15 @@ from accelerate.utils import gather_object
 from configs.load import exit_on_error
 from eval.images import RESIZE_RULE, ImageSet, list_images
 from eval.inception import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
-from eval.loading import fingerprint, read_run_config
+from eval.loading import fingerprint, load_newest, read_run_config
 from eval.options import add_options, check_options
 from eval.pictures import caption_grid, pair_rows, save_png
 from eval.reconstruction_metrics import ReconstructionMetrics
 from eval.reconstructor import Reconstructor, find_run, load_reconstructor, measure
-from eval.report import describe_file, device_name, package_versions, write_json
+from eval.report import check_writable, describe_file, device_name, package_versions, write_json
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
-from training.checkpoint import EMA_FILE, latest_checkpoint
+from training.checkpoint import EMA_FILE, read_state
 from training.run import TIMEOUT_MINUTES
 
 PICTURE_PAIRS = 16
@@ -78,8 +78,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse impossible values before anything is loaded."""
     check_options(args, image_size=1, limit=1)
-    if args.output and args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a folder, expected a file")
     if args.save_images and args.save_images.is_file():
         raise ValueError(f"--save-images {args.save_images} is a file, expected a folder")
 
@@ -88,13 +86,17 @@ def main(args: argparse.Namespace) -> None:
     """Measure and write."""
     check_args(args)
     run = find_run(args.run)
+    output = args.output or run / "reconstruction.json"
+    check_writable(output)
     config = read_run_config(run)
     entries = list_images(args.data)[: args.limit]
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
     torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 would be rounded to 10 bits on a GPU
     files = find_weights(args, state)
     metrics = build_metrics(args, files, state.device)
-    reconstruct = load_reconstructor(run, args.image_size, state.device, args.precision == "bf16")
+    bf16 = args.precision == "bf16"
+    reconstruct, checkpoint = load_newest(run, lambda: load_reconstructor(run, args.image_size, state.device, bf16))
+    model = describe_model(run, checkpoint, reconstruct)  # now: training may remove it
     size = reconstruct.tokenizer.config.image_size
     images = ImageSet(entries, size, tuple(config.data.caption_keys), tuple(config.data.background))
     start = time.perf_counter()
@@ -113,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
         "skipped_by_reason": dict(Counter(reason for _, reason in skipped)),
         "skipped": [{"image": name, "reason": reason} for name, reason in skipped],
         "protocol": describe_protocol(args, images, reconstruct),
-        "model": describe_model(run, reconstruct),
+        "model": model,
         "weights": {name: describe_file(file) for name, file in files.items() if file},
         "versions": package_versions(),
         "device": device_name(state.device),
@@ -121,11 +123,10 @@ def main(args: argparse.Namespace) -> None:
         "seconds": round(seconds, 3),
         "images_per_second": round(len(images) / seconds, 3),
     }
-    if args.save_images:
-        save_pairs(pairs, args.save_images / "reconstructions.png")
-    output = args.output or run / "reconstruction.json"
     write_json(report, output)
     print_summary(report, output)
+    if pairs:  # none if the first images are unreadable
+        save_pairs(pairs, args.save_images / "reconstructions.png")
 
 
 def save_pairs(pairs: list[tuple], path: Path) -> None:
@@ -164,14 +165,13 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet, reconstruct: R
     }
 
 
-def describe_model(run: Path, reconstruct: Reconstructor) -> dict[str, Any]:
-    """Which weights were measured."""
-    step, folder = latest_checkpoint(run)
+def describe_model(run: Path, checkpoint: Path, reconstruct: Reconstructor) -> dict[str, Any]:
+    """Which weights are measured."""
     text_encoder = reconstruct.text_encoder
     return {
         "run": str(run),
-        "step": step,
-        "ema_sha256": file_sha256(folder / EMA_FILE),
+        "step": read_state(checkpoint)["step"],
+        "ema_sha256": file_sha256(checkpoint / EMA_FILE),
         "tokenizer_fingerprint": fingerprint(reconstruct.tokenizer),
         "text_encoder_fingerprint": fingerprint(text_encoder) if text_encoder else None,
     }

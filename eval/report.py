@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,22 @@ def describe_file(file: Path) -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold; nothing is left there.
+
+    Raises:
+        ValueError: it is a folder, or no file can be made where it is to be.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {folder}: {error.strerror}") from error
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:

@@ -20,7 +20,7 @@ from configs.load import exit_on_error
 from eval.loading import flow_folder, load_pipeline, read_run_config
 from eval.pictures import save_png
 from eval.plots import line_chart
-from eval.report import write_json
+from eval.report import check_writable, write_json
 from modeling.pipeline import SamplingConfig, TextToImage
 from modeling.samplers import SOLVERS, evaluations_a_step
 
@@ -74,11 +74,12 @@ def main(args: argparse.Namespace) -> None:
     """Load, integrate, write."""
     if min(args.evaluations) < 1 or min(args.shifts) <= 0:
         raise ValueError(f"--evaluations {args.evaluations} and --shifts {args.shifts} must be positive")
+    folder, report = args.output or args.run / "solvers", {}
+    check_writable(folder / "solvers.json")
     captions = list(read_run_config(flow_folder(args.run)).pictures.captions)
     parts, default = load_pipeline(args.run, torch.device(args.device))
     default = replace(default, precision="fp32", sampler="euler", time_shift=1.0)
     start = parts.source(parts.encode_text(captions), default, 0, list(range(len(captions))))
-    folder, report = args.output or args.run / "solvers", {}
     budgets, shifts = sorted({*args.evaluations, BASELINE_STEPS}), sorted({*args.shifts, 1.0})
     for guidance in args.guidance:
         rows = measure(parts, start, replace(default, guidance=guidance), budgets, shifts)

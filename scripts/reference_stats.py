@@ -21,13 +21,14 @@ from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
 
-from configs.load import exit_on_error
+from configs.load import escape, exit_on_error
 from eval.features import Extractor, inception_extractor, inception_reason, measure_images
 from eval.frechet import Gaussian, frechet_distance, load_features, load_statistics, save_statistics
 from eval.images import CLEAN_RULE, CLEAN_SIZE, ResizeRule
 from eval.inception import INCEPTION
 from eval.options import add_options, check_options
 from eval.reference import categories_of, check_features, describe_images, list_reference
+from eval.report import check_writable
 from training.run import TIMEOUT_MINUTES
 
 TOLERANCE = 1e-3  # of the distance between a file and its images measured again, as a share of the covariance's trace
@@ -59,6 +60,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_options(args, image_size=1)
     if args.file.suffix != ".npz":
         raise ValueError(f"{args.file}: expected a name that ends in .npz")
+    if not args.check:
+        check_writable(args.file)
 
 
 def build_extractor(args: argparse.Namespace, rule: ResizeRule, state: PartialState) -> Extractor:
@@ -135,7 +138,7 @@ def make(args: argparse.Namespace, state: PartialState) -> None:
     save_statistics(args.file, found.statistics.gaussian(), description, found.features, categories)
     print(f"{args.file}: {len(found.numbers)} images of {images.image_size} px")
     for name, reason in found.skipped:
-        print(f"  skipped {name}: {reason}")
+        print(escape(f"  skipped {name}: {reason}"))
 
 
 def main(args: argparse.Namespace) -> None:

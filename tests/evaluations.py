@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from tiny_experiment import reset_accelerate
 
 from eval.generation import main, parse_args
+from training.checkpoint import MANIFEST_FILE, STATE_FILE
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = 12
@@ -37,6 +39,19 @@ def evaluate(run: Path, inputs: Path, output: Path, *arguments) -> dict | None:
 
 def read(folder: Path) -> dict:
     return json.loads((folder / "evaluation.json").read_text())
+
+
+def train_on(run: Path) -> None:
+    """A checkpoint of the next step appears in a run, as if its training went on."""
+    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
+    step = int(newest.name.removeprefix("step_")) + 1
+    copy = newest.with_name(f"step_{step:08d}")
+    shutil.copytree(newest, copy)
+    state = json.loads((copy / STATE_FILE).read_text()) | {"step": step}
+    (copy / STATE_FILE).write_text(json.dumps(state))
+    manifest = json.loads((copy / MANIFEST_FILE).read_text())
+    manifest[STATE_FILE]["bytes"] = (copy / STATE_FILE).stat().st_size
+    (copy / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
 def pngs(folder: Path) -> dict[str, bytes]:

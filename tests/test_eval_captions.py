@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import shape_sample
+from evaluations import train_on
 from PIL import Image
 from tiny_experiment import draw, to_text
 
@@ -235,6 +236,33 @@ def test_several_references_of_a_jsonl_count_and_one_hit_is_an_exact_match(
     assert report["protocol"]["references_per_image"]["max"] == 2
     assert report["results"][0]["exact_match"] == pytest.approx(100 * 2 / 3)
     assert report["results"][0]["rouge_l"] == pytest.approx(100 * (2 + rouge(3, 4, 3)) / 3)
+
+
+def test_a_reference_with_a_line_separator_of_unicode_stays_one(captioner, pictures, tmp_path, no_java):
+    row = {"image": "pictures/0.png", "caption": "a cat\u2028on a mat"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    report = evaluate(captioner, tmp_path, tmp_path / "data.jsonl", "--steps", "1")
+    assert report["without_flow"]["examples"][0]["references"] == ["a cat on a mat"]
+
+
+def test_the_json_names_the_weights_that_were_measured_while_training_goes_on(
+    chain, captioner, tiny_shards, tmp_path, no_java, monkeypatch
+):
+    run = tmp_path / "flowtok_caption"
+    shutil.copytree(captioner, run)
+    encode = captions.encode
+    monkeypatch.setattr(captions, "encode", lambda *arguments: train_on(run) or encode(*arguments))
+    report = evaluate(run, tmp_path, f"{tiny_shards}/train-00000.tar", "--steps", "1")
+    assert report["model"]["checkpoint"] == "flowtok_caption/step_00000004"
+
+
+@pytest.mark.parametrize("output", ["pictures", "pictures/0.png/a.json"])
+def test_a_json_that_cannot_be_written_is_refused_before_any_work(captioner, pictures, tmp_path, monkeypatch, output):
+    monkeypatch.setattr(captions, "load_captioner", None)
+    words = [captioner, pictures.parent / "data.jsonl", "--output", tmp_path / output, "--device", "cpu"]
+    (tmp_path / "data.jsonl").write_text('{"image": "pictures/0.png", "caption": "a"}')
+    with pytest.raises(ValueError, match="is a folder, expected a file|cannot be written: .*0.png: Not a directory"):
+        captions.main(captions.parse_args([*map(str, words)]))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluations import CAPTIONS, LIGHT, evaluate, launch, pngs, read, write_inputs
+from evaluations import CAPTIONS, LIGHT, evaluate, launch, pngs, read, train_on, write_inputs
 from PIL import Image
 from tiny_experiment import reset_accelerate
 
+from data.tar import read_shard, write_shard
 from eval.frechet import Gaussian, load_statistics, save_statistics
 from eval.generation import load_protocol, main, parse_args
 from eval.inception import INCEPTION_WIDTH
@@ -139,6 +140,37 @@ def test_ema_weights_are_used(chain, inputs, whole, tmp_path):
     assert pngs(tmp_path / "out") == pngs(whole)
     newest = sorted((chain.folder / "flowtok" / "checkpoints").iterdir())[-1]
     assert found["model"]["ema_sha256"] == file_sha256(newest / EMA_FILE)
+
+
+@pytest.mark.parametrize("when", ["load_pipeline", "load_reference"])
+def test_the_report_names_the_weights_that_made_the_images_while_training_goes_on(
+    chain, inputs, tmp_path, monkeypatch, when
+):
+    run = tmp_path / "flowtok"
+    shutil.copytree(chain.folder / "flowtok", run)
+    function, calls = main.__globals__[when], []
+
+    def and_train(*arguments):
+        calls.append(arguments)
+        result = function(*arguments)
+        if len(calls) == 1:
+            train_on(run)
+        return result
+
+    monkeypatch.setitem(main.__globals__, when, and_train)
+    found = evaluate(run, inputs, tmp_path / "out", *LIGHT)
+    # what was loaded before the new checkpoint came is loaded again; what was loaded whole stays
+    assert (found["model"]["checkpoint"], len(calls)) == {
+        "load_pipeline": ("step_00000005", 2),
+        "load_reference": ("step_00000004", 1),
+    }[when]
+
+
+def test_processes_that_loaded_different_checkpoints_are_stopped(chain, inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(main.__globals__, "gather_object", lambda mine: [*mine, "of another checkpoint"])
+    with pytest.raises(ValueError, match="the processes loaded different checkpoints"):
+        evaluate(chain.folder, inputs, tmp_path / "out", *LIGHT)
+    assert not (tmp_path / "out").exists()
 
 
 # The images
@@ -318,7 +350,19 @@ def test_a_statistics_file_is_checked(tiny_shards, inception_file, tmp_path, cap
     for arguments, message in (([], "DATA is missing"), ([shard], "--image-size is missing")):
         with pytest.raises(ValueError, match=message):
             statistics(tmp_path / "b.npz", arguments, inception_file)
+    with pytest.raises(ValueError, match="c.npz cannot be written: .*a.npz: Not a directory"):
+        statistics(file / "c.npz", ["/nowhere"], inception_file, "--image-size", 32)
     assert not (tmp_path / "b.npz").exists()
+
+
+def test_what_a_reference_lacks_is_said_without_what_a_terminal_would_obey(
+    tiny_shards, inception_file, tmp_path, capsys
+):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a\x1b[31m.png").write_bytes(b"no image")
+    data = [f"{tiny_shards}/train-00000.tar", tmp_path / "photos"]
+    statistics(tmp_path / "a.npz", data, inception_file, "--image-size", 32)
+    assert "skipped " + str(tmp_path / "photos" / "a\\x1b[31m.png") in capsys.readouterr().out
 
 
 def test_sigma_that_is_no_covariance_is_refused(inception_file, tmp_path):
@@ -353,6 +397,15 @@ def test_retrieval_finds_the_own_image_among_the_reference(chain, inputs, tiny_s
     assert found["metrics"]["retrieval_top1"] == found["metrics"]["retrieval_top5"] == 1
 
 
+def test_retrieval_refuses_reference_images_of_one_name(chain, inputs, tiny_shards, tmp_path):
+    samples = [*read_shard(tiny_shards / "train-00000.tar")][:3]
+    write_shard(tmp_path / "a.tar", [{**x, "__key__": key} for x, key in zip(samples, ("0+1", "0_1", "2"))])
+    arguments = [f"captions=[{tmp_path}/a.tar]", f"reference=[{tmp_path}/a.tar]", "features=tokenizer"]
+    with pytest.raises(ValueError, match="two reference images of a shard have one name"):
+        evaluate(chain.folder, inputs, tmp_path / "out", *arguments, "metrics=[retrieval]")
+    assert evaluate(chain.folder, inputs, tmp_path / "out", *arguments, "metrics=[frechet]")["num_images"] == 3
+
+
 # Protocols and errors
 
 
@@ -376,6 +429,15 @@ def test_captions_come_from_text_jsonl_coco_and_mjhq(tmp_path):
         assert [caption.text.strip() for caption in captions] == ["one", "two"]
         if name == "a.jsonl":
             assert captions[0].record == {"prompt": "one", "tag": 1}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_caption_with_a_line_separator_of_unicode_stays_one(tmp_path, name):
+    texts = ["a cat\u2028on a mat", "a dog\x85", "a cow"]
+    lines = texts if name == "a.txt" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / name).write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
+    captions = choose_captions(Protocol(captions=[str(tmp_path / name)]))
+    assert [caption.text.strip() for caption in captions] == [text.strip() for text in texts]
 
 
 def test_captions_are_chosen_by_the_protocol(tmp_path):
@@ -414,6 +476,7 @@ def test_captions_are_chosen_by_the_protocol(tmp_path):
         ([*LIGHT, "image_size=48"], "features=tokenizer needs images of the tokenizer's 32 px, got image_size=48"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--guidance", "1,1"], "--guidance names a value twice"),
+        (["--output", "/dev/null/out"], "/dev/null/out/evaluation.json cannot be written: /dev/null: Not a directory"),
         (["--inception-weights", "/nowhere.pth"], "--inception-weights: no file /nowhere.pth"),
     ],
 )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shape_sample
+from evaluations import train_on
 from PIL import Image
 from tiny_experiment import Experiment, reset_accelerate
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -181,6 +182,15 @@ def test_ema_weights_are_measured(run, whole, tiny_shards, vgg_file, tmp_path):
     )
 
 
+def test_the_json_names_the_weights_that_were_measured_while_training_goes_on(run, tiny_shards, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    measure = main.__globals__["measure"]
+    monkeypatch.setitem(main.__globals__, "measure", lambda *arguments: train_on(copy) or measure(*arguments))
+    assert report(copy, tiny_shards / "*.tar", tmp_path, "--limit", 2)["model"]["step"] == 4
+    assert report(copy, tiny_shards / "*.tar", tmp_path, "--limit", 2)["model"]["step"] == 5
+
+
 def test_ssim_of_equal_images_is_one_and_of_negatives_far_below():
     images = torch.rand(2, 3, 24, 24)
     torch.testing.assert_close(ssim(images, images), torch.ones(2).double())
@@ -259,6 +269,14 @@ def test_what_cannot_be_read_is_skipped_counted_and_listed(run, tmp_path):
     assert (found["num_images"], len(found["skipped"])) == (2, 2)
     assert found["skipped_by_reason"] == {"image: unreadable (UnidentifiedImageError)": 1, "image: missing": 1}
     assert {Path(entry["image"]).name for entry in found["skipped"]} == {"00001.png", "00002.png"}
+
+
+def test_the_numbers_are_there_though_no_image_is_for_the_picture(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.reconstruction.PICTURE_PAIRS", 1)
+    photos = folder_of_images(tmp_path)
+    (photos / "00000.png").write_bytes(b"no image")
+    found = report(run, photos, tmp_path, "--save-images", tmp_path / "pictures")
+    assert len(found["skipped"]) == 1 and found["metrics"]["psnr_db"] > 0 and not (tmp_path / "pictures").exists()
 
 
 def test_identical_pairs_are_counted_and_left_out_of_psnr(run, tmp_path, monkeypatch):
@@ -376,7 +394,8 @@ def test_progress_tells_rate_and_time_left(run, tiny_shards, tmp_path, monkeypat
         (["--image-size", "33"], "image_size"),
         (["--vgg-weights", "/nowhere/vgg.pth"], "--vgg-weights: no file /nowhere/vgg.pth"),
         (["--inception-weights", "/nowhere/inception.pth"], "--inception-weights: no file /nowhere/inception.pth"),
-        (["--output", "/"], "--output / is a folder, expected a file"),
+        (["--output", "/"], "/ is a folder, expected a file"),
+        (["--output", "/dev/null/a.json"], "/dev/null/a.json cannot be written: /dev/null: Not a directory"),
     ],
 )
 def test_impossible_arguments_are_refused_before_any_work(run, tiny_shards, tmp_path, monkeypatch, arguments, message):

@@ -32,9 +32,12 @@ def test_prompts_become_a_grid_and_single_images(chain, tmp_path, capsys):
 
 
 def test_a_file_of_prompts_has_one_a_line(chain, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blüe square  \n", encoding="utf-8")
+    text = "\ufeffa red circle\n\n  a blüe\u2028square  \n"
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
     draw(chain.folder, "--prompts-file", tmp_path / "prompts.txt", "--output", tmp_path / "x.png")
     assert "2 images" in capsys.readouterr().out
+    args = sample.parse_args(["--run", "x", "--prompts-file", str(tmp_path / "prompts.txt")])
+    assert sample.read_prompts(args) == ["a red circle", "a blüe\u2028square"]
 
 
 def test_the_same_seed_gives_the_same_image_in_any_batch_and_another_seed_another(chain, tmp_path):
@@ -155,6 +158,23 @@ def test_impossible_arguments_are_refused(chain, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         draw(chain.folder, *arguments, "--output", tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "x.jpg"], "--output x.jpg: expected a name that ends in .png"),
+        (["--output", "x.jsonl"], "--output x.jsonl: expected a name that ends in .png"),
+        (["--output", "/dev/null/x.png"], "x.png cannot be written: /dev/null: Not a directory"),
+        (["--output", "/dev/null/x.png", "--caption", "a.png"], "x.png cannot be written"),
+        (["--gallery", "/"], "/ is a folder, expected a file"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_any_work(chain, monkeypatch, arguments, message):
+    monkeypatch.setattr(sample, "load_pipeline", None)
+    prompts = [] if "--caption" in arguments else ["--prompts", "a cat"]
+    with pytest.raises(ValueError, match=message):
+        draw(chain.folder, *prompts, *arguments)
 
 
 def test_a_missing_or_other_run_is_named(chain, tmp_path):

@@ -37,6 +37,11 @@ def test_more_evaluations_come_nearer_and_second_order_needs_fewer(chain, tmp_pa
     assert (tmp_path / "guidance_2.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(chain):
+    with pytest.raises(ValueError, match="solvers.json cannot be written"):
+        main(parse_args([str(chain.folder), "--output", "/dev/null/out"]))
+
+
 @pytest.mark.parametrize("options", [["--evaluations", "0"], ["--shifts", "-1"]])
 def test_impossible_budgets_are_refused(options, tmp_path):
     with pytest.raises(ValueError, match="must be positive"):
