@@ -34,9 +34,9 @@ def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRE
     """Linear kernel on the flattened, centred states; of the strengths that with the best leave-one-out retrieval.
 
     With K = X X^T and A = (K + s I)^-1 the coefficients are A Y, and the residual that sample i has when it is left
-    out is (A Y)_i / A_ii (Allen's PRESS), so that no data is kept back to choose s. Least squared error asks for more
-    strength than retrieval does: it shrinks towards the mean image, which is near to everything. N^3 operations a
-    strength.
+    out, of the means too, is (A Y)_i / (A_ii - 1 / (s N)) (Allen's PRESS), so that no data is kept back to choose s.
+    Least squared error asks for more strength than retrieval does: it shrinks towards the mean image, which is near to
+    everything. N^3 operations a strength.
 
     Args:
         states: text states N x L x T of at least 2 captions.
@@ -48,10 +48,11 @@ def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRE
     inputs, targets = inputs - state_mean, targets - latent_mean
     kernel, best = inputs @ inputs.T, None
     for strength in strengths:
-        shifted = kernel + strength * kernel.trace() / len(kernel) * torch.eye(len(kernel), dtype=kernel.dtype)
+        shift = strength * kernel.trace() / len(kernel)
+        shifted = kernel + shift * torch.eye(len(kernel), dtype=kernel.dtype)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
         coefficients = inverse @ targets  # N x K C
-        residuals = coefficients / inverse.diagonal()[:, None]
+        residuals = coefficients / (inverse.diagonal() - 1 / (shift * len(kernel)))[:, None]
         top5 = retrieved(targets - residuals, targets)
         if best is None or top5 > best.top5:
             mean_image, error = latent_mean.view(latents.shape[1:]).float(), residuals.square().mean().item()

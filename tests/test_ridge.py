@@ -36,24 +36,26 @@ def test_predictions_are_those_of_the_primal_form():
 
 
 def leave_out(states, latents, strength):
-    """Predictions for each sample from all others, centred; the closed form keeps the mean of all samples."""
-    x, y = states.flatten(1).double(), latents.flatten(1).double()
-    x, y, predictions = x - x.mean(0), y - y.mean(0), []
+    """Predictions for each sample from all others, by their own mean, N x D; the penalty is that of all samples."""
+    x, y, predictions = states.flatten(1).double(), latents.flatten(1).double(), []
     for i in range(len(x)):
         kept = [j for j in range(len(x)) if j != i]
-        ridge = x[kept].T @ x[kept] + kernel_scale(states, strength) * torch.eye(x.shape[1]).double()
-        predictions.append(x[i] @ torch.linalg.solve(ridge, x[kept].T @ y[kept]))
+        x_mean, y_mean = x[kept].mean(0), y[kept].mean(0)
+        inputs, targets = x[kept] - x_mean, y[kept] - y_mean
+        ridge = inputs.T @ inputs + kernel_scale(states, strength) * torch.eye(x.shape[1]).double()
+        predictions.append((x[i] - x_mean) @ torch.linalg.solve(ridge, inputs.T @ targets) + y_mean)
     return torch.stack(predictions), y
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
-def test_error_and_retrieval_are_those_of_samples_left_out(strength):
-    states, latents = make_data(noise=3.0)
+@pytest.mark.parametrize("number", [40, 9])  # more and fewer samples than dimensions
+def test_error_and_retrieval_are_those_of_samples_left_out(number, strength):
+    states, latents = make_data(number, noise=3.0)
     ridge = fit_ridge(states, latents, [strength])
     predictions, targets = leave_out(states, latents, strength)
     assert ridge.error == pytest.approx((predictions - targets).square().mean().item())
-    ranks = [sorted(range(40), key=lambda j: (p - targets[j]).norm()).index(i) for i, p in enumerate(predictions)]
-    assert ridge.top5 == sum(rank < 5 for rank in ranks) / 40
+    ranks = [sorted(range(number), key=lambda j: (p - targets[j]).norm()).index(i) for i, p in enumerate(predictions)]
+    assert ridge.top5 == sum(rank < 5 for rank in ranks) / number
 
 
 def test_the_strength_that_retrieves_best_is_taken():
