@@ -6,6 +6,7 @@ own, in a process group of its own, with its output in a file. A signal to it is
 
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -111,12 +112,18 @@ def run_script(log: Path, script: str, arguments: tuple[str, ...], variables: di
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
+def free_port() -> int:
+    """Not one of those above that systems hand out to whoever asks: it would be taken again before it is used."""
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
+
+
 def start_ranks(log: Path, number: int, script: str, *arguments: str) -> list[Program]:
     """Processes that form one gloo group, by the variables that torchrun sets; their logs are log.0, log.1, ..."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     programs = []
     for rank in range(number):
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}

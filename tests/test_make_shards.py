@@ -596,6 +596,7 @@ def test_parts_may_run_side_by_side(photos, undisturbed, tmp_path):
     assert outcome(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers by Linux's /proc")
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(photos, undisturbed, tmp_path):
     """SIGKILL once so many files are there, of the index, the digests, the shards and their records."""
     output, kills = tmp_path / "out", 0
@@ -605,14 +606,37 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(photos, undisturbe
         process.start()
         while process.is_alive() and sum(path.is_file() for path in output.rglob("*")) < num_files:
             time.sleep(0.001)
-        kills += process.is_alive()
-        process.kill()
-        process.join()
-        time.sleep(0.1)  # its workers end with it, but not at once
+        if process.is_alive():
+            kills += 1
+            kill_and_see_workers_end(process)
     assert kills >= 8
     run(*arguments, workers=2)
     assert outcome(output) == undisturbed
     assert not list(output.glob("*.tmp"))
+
+
+def kill_and_see_workers_end(process):
+    """They end with it, but not at once."""
+    os.kill(process.pid, signal.SIGSTOP)  # it starts no more
+    workers = workers_of(process)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def workers_of(process):
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return path.read_text().split() if path.is_file() else []
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers by Linux's /proc")
@@ -620,8 +644,7 @@ def test_a_run_whose_worker_is_killed_ends_and_goes_on_later(photos, undisturbed
     arguments = ("folder", photos, *BUSY, "--output", tmp_path / "out")
     process = multiprocessing.get_context("fork").Process(target=run, args=arguments, kwargs={"workers": 2})
     process.start()
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (found := children.read_text().split()):
+    while not (found := workers_of(process)) and process.is_alive():
         time.sleep(0.001)
     os.kill(int(found[0]), signal.SIGKILL)
     process.join(60)
