@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # times the mean eigenvalue of the kernel
+STRENGTHS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # times the mean eigenvalue of the kernel
 
 
 @dataclass(frozen=True)
