@@ -4,7 +4,6 @@ Image i is a function of (seed, i): the networks always see the same group_size 
 size nor number of processes changes a bit on the CPU (with equal threads).
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from data.entries import load_json
 from data.transforms import Picture, center_crop
 from eval.features import Extractor
 from eval.image_store import ImageStore
@@ -39,7 +39,9 @@ def claim_folder(folder: Path, inputs: dict[str, Any], is_main_process: bool) ->
     """
     file = folder / INPUTS
     if file.is_file():
-        found = json.loads(file.read_text())
+        found = load_json(file.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} is damaged, so that nobody knows what the images there are of: delete {folder}")
         differ = [key for key in inputs if found.get(key) != inputs[key]]
         if differ:
             raise ValueError(

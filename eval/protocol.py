@@ -199,8 +199,9 @@ def captions_of_file(path: Path, field_name: str) -> list[Caption]:
                 raise ValueError(f"{path} line {number}: expected a JSON object with a text under {field_name!r}")
         return [Caption(row[field_name], record=row) for _, row in rows]
     content = load_json(text)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        return [Caption(*strings(row.get("caption"))[:1] or [""]) for row in content["annotations"]]
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return [Caption(*strings(row.get("caption"))[:1] or [""]) for row in rows]
     if isinstance(content, dict) and content and all(isinstance(row, dict) for row in content.values()):
         return [Caption(str(row.get("prompt") or ""), record={"id": name, **row}) for name, row in content.items()]
     raise ValueError(f"{path}: expected COCO's captions (a list under 'annotations') or MJHQ-30K's meta_data.json")

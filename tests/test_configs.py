@@ -49,6 +49,12 @@ def test_every_shipped_file_loads_for_the_stage_that_it_is_named_after(path):
     assert config.experiment_dir == f"runs/{name}"
 
 
+def test_the_demos_text_decoder_has_the_projector_that_it_reads():
+    own = load_config(ROOT / "configs/demo_caption/text_decoder.yaml")
+    for file in ("demo/text_projector.yaml", "demo/flowtok.yaml", "demo_caption/flowtok_caption.yaml"):
+        assert load_config(ROOT / "configs" / file).projector == own.projector, file
+
+
 @pytest.mark.parametrize("path", STAGE_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_saved_resolved_config_gives_the_same_dataclasses(path, tmp_path):
     config = load_config(path, ["experiment_dir=/elsewhere"])

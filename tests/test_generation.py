@@ -19,7 +19,7 @@ from data.tar import read_shard, write_shard
 from eval.frechet import Gaussian, load_statistics, save_statistics
 from eval.generation import load_protocol, main, parse_args
 from eval.inception import INCEPTION_WIDTH
-from eval.making import resize
+from eval.making import claim_folder, resize
 from eval.protocol import FOLDER, Protocol, choose_captions
 from modeling.pipeline import TextToImage
 from modeling.published import file_sha256
@@ -429,6 +429,20 @@ def test_captions_come_from_text_jsonl_coco_and_mjhq(tmp_path):
         assert [caption.text.strip() for caption in captions] == ["one", "two"]
         if name == "a.jsonl":
             assert captions[0].record == {"prompt": "one", "tag": 1}
+
+
+@pytest.mark.parametrize("content", ['{"annotations": [3]}', '{"annotations": 3}', "[1]", "{", '{"a": 3}'])
+def test_a_json_of_another_form_has_no_captions(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match="a.json: expected COCO's captions"):
+        choose_captions(Protocol(captions=[str(tmp_path / "a.json")]))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_note_of_what_a_folder_holds_is_named(tmp_path, content):
+    (tmp_path / "inputs.json").write_text(content)
+    with pytest.raises(ValueError, match="inputs.json is damaged"):
+        claim_folder(tmp_path, {"seed": 0}, True)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
