@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import TextDecoderStage
-from data.tar import expand_shards
 from eval.loading import fingerprint, load_projector
 from eval.pictures import sample_path
 from eval.report import write_json
@@ -49,8 +48,8 @@ def main(config: TextDecoderStage) -> None:
     if is_complete(run, training, inputs):
         return
     captions = open_stored_captions(run, config)
-    if config.heldout_shards:
-        expand_shards(config.heldout_shards)  # now, not at the first measurement
+    if config.heldout_shards and next(captions.read(1, config.heldout_shards), None) is None:
+        raise ValueError(f"heldout_shards={config.heldout_shards} have no caption")  # now, not at the first measurement
     model = build_model(config, source)
     if not started:
         prepare(model, captions, source)

@@ -89,7 +89,10 @@ class MetricLog:
         lines = self.path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if (step := step_of(line)) is not None and step <= start_step]
         partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(line + "\n" for line in kept))
+        with partial.open("w") as file:
+            file.writelines(line + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
         partial.rename(self.path)
 
     def log(self, step: int, max_steps: int, values: dict[str, float], seconds_left: float) -> None:
