@@ -1,20 +1,22 @@
 """Measure the parts of training and sampling on this machine.
 
     python scripts/benchmark.py train --config configs/flowtok_b/flowtok.yaml [key=value ...] [--batch-size 16]
-        [--baseline] [--memory] [--text-tower]
+        [--baseline] [--text-tower]
     python scripts/benchmark.py sample --config configs/flowtok_b/flowtok.yaml [key=value ...] [--baseline]
     python scripts/benchmark.py tokenizer --config configs/tokenizer_bl77_256/tokenizer.yaml [key=value ...]
     python scripts/benchmark.py text [--config ...]            the frozen text tower
     python scripts/benchmark.py growth [--config ...]          time against batch, tokens and depth
-    python scripts/benchmark.py all [--baseline]               train, sample, tokenizer, text of several configs
+    python scripts/benchmark.py memory --config configs/flowtok_h/flowtok.yaml     what is kept for the backward pass
+    python scripts/benchmark.py all [--only PART ...]          all of the above, for the table of the README
     python scripts/benchmark.py data configs/demo/tokenizer.yaml [key=value ...] [--seconds 20] [--consume 500]
     python scripts/benchmark.py readers
 
-Each takes --json (one object). The first six need no data and no weights, which are made up, and take --seconds (length
-of each measurement), --repeats (rounds) and --precision (default: fp32 on the CPU, the config's on a GPU). They run
-the programs' own code (benchmark_training.py, benchmark_sampling.py), and give samples/s, peak memory, time by part and
-the share: useful FLOPs by time, by the rate of torch.mm measured in turn in the same dtype. A range is that of the
-rounds. --baseline times the plain way of the same maths (benchmark_plain.py) in the same rounds.
+Each takes --json (one object). All but the last two need no data and no weights, which are made up, and take --seconds
+(length of each measurement), --repeats (rounds) and --precision (default: fp32 on the CPU, the config's on a GPU). They
+run the programs' own code (benchmark_training.py, benchmark_sampling.py), and give samples/s, peak memory, time by part
+and the share: useful FLOPs by time, by the rate of torch.mm measured in turn in the same dtype. A range is that of the
+rounds. --baseline times the plain way of the same maths (benchmark_plain.py) in the same rounds. memory counts tensors
+instead, in the config's precision. On a CPU under Linux, malloc keeps freed memory, as where train_flowtok.sh trains.
 data: how fast a stage's reader gives batches: samples/s, per worker, MB/s of shards; with --consume RATE also the share
 of the time that a training of RATE samples/s waits for it (`samples_per_second` in the run's metrics.jsonl).
 readers: decoding of photos against Pillow + torchvision, token shards against webdataset; made-up data, one thread.
@@ -38,21 +40,25 @@ from data.storage import is_remote
 from data.tar import count_samples, expand_shards
 from data.token_text import build_token_loader
 from modeling.text_encoder import TextTokenizer, clip_tokenizer
+from scripts.benchmark_flops import measure_memory
 from scripts.benchmark_growth import measure_growth
 from scripts.benchmark_readers import compare_readers
 from scripts.benchmark_report import about, measure_all, show
 from scripts.benchmark_sampling import measure_sampling, measure_text, measure_tokenizer
+from scripts.benchmark_timing import start_again_keeping_memory
 from scripts.benchmark_training import measure_training
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOWTOK_B, TOKENIZER = ROOT / "configs/flowtok_b/flowtok.yaml", ROOT / "configs/tokenizer_bl77_256/tokenizer.yaml"
-# part -> (what it measures, default config, default batch size)
+FLOWTOK_B, FLOWTOK_H = (ROOT / f"configs/flowtok_{size}/flowtok.yaml" for size in "bh")
+TOKENIZER = ROOT / "configs/tokenizer_bl77_256/tokenizer.yaml"
+# part -> (what it measures, default config, default batch size; None: it has its own)
 NETWORKS = {
     "train": (measure_training, FLOWTOK_B, 16),
     "sample": (measure_sampling, FLOWTOK_B, 16),
     "tokenizer": (measure_tokenizer, TOKENIZER, 8),
     "text": (measure_text, FLOWTOK_B, 16),
-    "growth": (measure_growth, FLOWTOK_B, 16),
+    "growth": (measure_growth, FLOWTOK_B, None),
+    "memory": (measure_memory, FLOWTOK_H, None),
 }
 WARM_UP_BATCHES = 4  # workers start and fill their first block
 COUNTED_SHARDS = 4  # whose bytes per sample stand for all
@@ -64,21 +70,20 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parts = parser.add_subparsers(dest="part", required=True)
     networks = {name: parts.add_parser(name) for name in (*NETWORKS, "all")}
     for name, part in networks.items():
-        part.add_argument("--seconds", type=float, default=30.0, help="length of each measurement")
-        part.add_argument("--repeats", type=int, default=5, help="rounds that it is cut into")
+        seconds, rounds = (10.0, 3) if name == "all" else (30.0, 5)
+        part.add_argument("--seconds", type=float, default=seconds, help="of each measurement (default: %(default)s)")
+        part.add_argument("--repeats", type=int, default=rounds, help="its rounds (default: %(default)s)")
         part.add_argument("--precision", choices=["fp32", "bf16"], help="default: fp32 on the CPU, else the config's")
         if name in NETWORKS:
             _, config, batch_size = NETWORKS[name]
             part.add_argument("--config", default=str(config), help="YAML file (default: %(default)s)")
             part.add_argument("overrides", nargs="*", metavar="key=value")
-        if name in NETWORKS and name != "growth":
-            part.add_argument("--batch-size", type=int, default=batch_size)
-        if name in ("train", "sample", "all"):
+            if batch_size is not None:
+                part.add_argument("--batch-size", type=int, default=batch_size)
+        if name == "all":
+            part.add_argument("--only", nargs="+", choices=[*NETWORKS], metavar="PART", help="some of them")
+        if name in ("train", "sample"):
             part.add_argument("--baseline", action="store_true", help="also time the plain way of the same maths")
-    for name in ("train", "tokenizer"):
-        networks[name].add_argument(
-            "--memory", action="store_true", help="also what each activation checkpointing keeps"
-        )
     networks["train"].add_argument("--text-tower", action="store_true", help="run the text tower in each step")
     networks["tokenizer"].set_defaults(baseline=False, text_tower=False)
     data = parts.add_parser("data", help="a stage's reader")
@@ -101,7 +106,8 @@ def benchmark_networks(args: argparse.Namespace) -> dict:
     for name in ("batch_size", "repeats"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    precision = args.precision or (None if torch.cuda.is_available() else "fp32")
+    is_timed_on_cpu = args.part != "memory" and not torch.cuda.is_available()
+    precision = args.precision or ("fp32" if is_timed_on_cpu else None)
     stage = load_config(args.config, args.overrides)
     if not hasattr(stage, "training"):
         raise ValueError(f"{args.config}: stage {stage.stage!r} does not train; choose a stage that does")
@@ -232,4 +238,5 @@ def show_data(args: argparse.Namespace, result: dict) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
+    start_again_keeping_memory()
     exit_on_error(lambda: main(arguments))

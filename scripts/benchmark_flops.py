@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs.schema import FlowTokStage, StageConfig, TokenizerStage
 from eval.budget import GPUS, Machine, find_fit, per_sample, resident_bytes
-from eval.planning import PROBE_BATCH, Recorder, at_batch, measure_forward
+from eval.planning import PROBE_BATCH, Recorder, Workload, at_batch, measure_forward, measure_step
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.pipeline import TextToImage
 from modeling.text_to_image import TextToImageFlow
+from scripts.benchmark_plain import plain_copy
 from scripts.plan_costs import GIGA, gflop, measure_modes
 from scripts.plan_stages import (
     TRAINING_STEPS,
@@ -95,21 +96,31 @@ def count_gflop(function: Callable) -> float:
     return float(at_batch(recorder.flops(), PROBE_BATCH)) / GIGA
 
 
-def measure_activations(config: StageConfig, path: Path) -> dict[str, dict]:
-    """What each activation checkpointing keeps a sample for the backward pass, and the batch that a GPU takes by it.
+def measure_memory(config: StageConfig, path: Path, args) -> dict:
+    """The part `memory`: what is kept a sample for the backward pass, and the batch that a GPU takes by it.
 
-    On fake tensors, in the run's precision, one GPU, without gradient accumulation (eval/planning.py).
+    By each activation checkpointing; of stage 3 also by the plain way of the same maths ("plain"). On fake tensors, in
+    the run's precision, one GPU, without gradient accumulation (eval/planning.py).
     """
     sizes, last = find_sizes(config, path), config.training.max_steps - 1
     build = partial(TRAINING_STEPS[type(config)], config, sizes)
     with torch.device("meta"):
         work = build("none", last)
         resident = resident_bytes(work, 1, has_gradients=False)
-    return {
+    costs = {}
+    if isinstance(config, FlowTokStage):
+
+        def build_plain() -> Workload:
+            work = build("none", last)
+            return replace(work, model=plain_copy(work.model, config.projector, config.flowtok))
+
+        costs["plain"] = measure_step(build_plain, config.training.precision)
+    costs |= measure_modes(config, build, False)
+    modes = {
         mode: {
             "activation_mib_per_sample": float(cost.kept_bytes[1]) / MIB,
             "largest_batch": find_fit(cost, resident, Machine(GPUS[GPU], 1, 1.0), 1, 1).largest_batch_per_gpu_and_pass,
-            "gpu": GPU,
         }
-        for mode, cost in measure_modes(config, build, False).items()
+        for mode, cost in costs.items()
     }
+    return {"precision": config.training.precision, "gpu": GPU, "activation_checkpointing": modes}

@@ -105,6 +105,18 @@ class PlainTextToImage(nn.Module):
         return FlowPass(velocity, target, text, mean, logvar, alignment, log_temperature)
 
 
+def plain_copy(model: nn.Module, projector: TextProjectorConfig, flowtok: FlowTokConfig) -> PlainTextToImage:
+    """The plain network with the weights of stage 3's, on its device; the same ones are trained."""
+    weight = next(model.parameters())
+    with torch.device(weight.device):
+        plain = PlainTextToImage(projector, flowtok)
+    plain.load_state_dict(model.state_dict())
+    trained = dict(model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(trained[name].requires_grad)
+    return plain.train(model.training)
+
+
 class PlainTrainer:
     """Optimizer steps without any fusion: forward and backward, clip, AdamW and EMA, tensor by tensor."""
 

@@ -14,18 +14,18 @@ import torch
 from scripts.benchmark_timing import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-# (arguments, whether --baseline goes with them). Recomputation is not useful work, and at these batches all activations
-# fit. Two trainings of XL side by side do not fit into 24 GB.
+# Recomputation is not useful work, and at these batches all activations fit. Two trainings of XL side by side do not
+# fit into 24 GB. Each step of a sampler takes as long as the next: few stand for all.
 ALL = [
-    (["train", "--config", "configs/flowtok_b/flowtok.yaml", "--batch-size", "16"], True),
-    (
-        ["train", "--config", "configs/flowtok_xl/flowtok.yaml", "activation_checkpointing=none", "--batch-size", "4"],
-        False,
-    ),
-    (["sample", "--config", "configs/flowtok_b/flowtok.yaml", "--batch-size", "16"], True),
-    (["sample", "--config", "configs/flowtok_xl/flowtok.yaml", "--batch-size", "16"], True),
-    (["tokenizer", "--config", "configs/tokenizer_bl77_256/tokenizer.yaml", "activation_checkpointing=none"], False),
-    (["text"], False),
+    "train --config configs/flowtok_b/flowtok.yaml --batch-size 16 --baseline",
+    "train --config configs/flowtok_xl/flowtok.yaml --batch-size 4 activation_checkpointing=none",
+    "sample --config configs/flowtok_b/flowtok.yaml --batch-size 16 --baseline sampling.steps=2",
+    "sample --config configs/flowtok_b/flowtok.yaml --batch-size 1 --baseline sampling.sampler=adams2 sampling.steps=6",
+    "sample --config configs/flowtok_xl/flowtok.yaml --batch-size 16 sampling.steps=1",
+    "tokenizer --config configs/tokenizer_bl77_256/tokenizer.yaml --repeats 2 activation_checkpointing=none",
+    "text",
+    "growth",
+    "memory --config configs/flowtok_h/flowtok.yaml",
 ]
 
 
@@ -36,7 +36,8 @@ def about(args: argparse.Namespace) -> dict:
     for name, value in vars(args).items():
         if name in ("part", "overrides", "json") or value in (None, False):
             continue
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [relative(str(value))])
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name.replace('_', '-')}", *(relative(str(value)) for value in values)]
     words += getattr(args, "overrides", [])
     command = shlex.join(["python", "scripts/benchmark.py", *words])
     now = datetime.now().astimezone().isoformat(timespec="minutes")
@@ -53,10 +54,12 @@ def measure_all(args: argparse.Namespace) -> dict:
     options = ["--seconds", str(args.seconds), "--repeats", str(args.repeats)]
     options += ["--precision", args.precision] if args.precision else []
     parts = []
-    for words, has_plain_way in ALL:
-        baseline = ["--baseline"] if args.baseline and has_plain_way else []
-        print(f"{shlex.join(words)} ...", file=sys.stderr, flush=True)
-        parts.append(run_part([*words, *options, *baseline]))
+    for line in ALL:
+        if args.only and line.split()[0] not in args.only:
+            continue
+        print(f"{line} ...", file=sys.stderr, flush=True)
+        part, *words = line.split()
+        parts.append(run_part([part, *options, *words]))  # the part's own options count
     return {"parts": parts}
 
 
@@ -77,7 +80,8 @@ def show(result: dict) -> None:
     machine = result["machine"]
     threads = f"{machine['threads']} threads on {machine['cores']} cores, load {machine['load']:.1f}"
     gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
-    print(f"{gpu}{machine['cpu']}, {threads}, torch {machine['torch']}; {result['date']}; {result['command']}")
+    malloc = "".join(f", {name}={value}" for name, value in machine["malloc"].items())
+    print(f"{gpu}{machine['cpu']}, {threads}, torch {machine['torch']}{malloc}; {result['date']}; {result['command']}")
 
 
 def show_part(part: dict) -> None:
@@ -90,6 +94,9 @@ def show_part(part: dict) -> None:
     if "growth" in part:
         show_growth(part["growth"])
         return
+    if "activation_checkpointing" in part:
+        show_memory(part)
+        return
     print(f"  {'':<22}{'samples/s':>24}{'share':>20}{'GFLOP/sample':>14}{'GFLOP/s of mm':>15}")
     for name, row in part["measures"].items():
         times = f"  {ranged(row['times_as_long'], '.2f')} times as long" if "times_as_long" in row else ""
@@ -99,12 +106,17 @@ def show_part(part: dict) -> None:
         )
     for what, parts in part.get("seconds_by_part", {}).items():
         print(f"  seconds a {what}: " + ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items()))
-    for mode, kept in part.get("activation_checkpointing", {}).items():
-        print(
-            f"  activation_checkpointing={mode}: {kept['activation_mib_per_sample']:.1f} MiB a sample, at most "
-            f"{kept['largest_batch']} samples on one {kept['gpu']}"
-        )
     print(f"  peak memory {part['peak_memory_gib']:.2f} GiB")
+
+
+def show_memory(part: dict) -> None:
+    """Print what each way keeps."""
+    for mode, kept in part["activation_checkpointing"].items():
+        way = "the plain way" if mode == "plain" else f"activation_checkpointing={mode}"
+        print(
+            f"  {way + ':':<36}{kept['activation_mib_per_sample']:>7.1f} MiB a sample, at most "
+            f"{kept['largest_batch']} samples on one {part['gpu']}"
+        )
 
 
 def show_growth(rows: dict[str, list[dict]]) -> None:

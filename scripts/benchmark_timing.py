@@ -9,7 +9,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -23,6 +23,9 @@ GIB = 2**30
 MM_SIZES = {"cpu": (1024, 1536, 2048), "cuda": (4096, 6144, 8192)}  # of square matrices
 MM_SECONDS = 0.2  # for each size, each time
 WARM_UP_CALLS, WARM_UP_SECONDS = 2, 10.0  # the first call pays for allocations, and compilation
+PARTS_SECONDS = 10.0  # then a call by parts is the last
+# What train_flowtok.sh tells glibc's malloc on a CPU: to keep what is freed. Read when a process starts.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**35, "MALLOC_TRIM_THRESHOLD_": 2**35, "MALLOC_TOP_PAD_": 2**30}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 Way = Callable[[], Any]
 
@@ -92,10 +95,17 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
-def alternate(ways: dict[str, Way], device: torch.device, dtype: torch.dtype, seconds: float, rounds: int) -> Timing:
-    """Time each way for `seconds` in all, in so many rounds; a round has one call at least."""
+def alternate(
+    ways: dict[str, Way],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    rounds: int,
+    is_warm: Collection[str] = (),
+) -> Timing:
+    """Time each way for `seconds` in all, in so many rounds; a round has one call at least. is_warm: ran before."""
     products = MatrixProducts(device, dtype)
-    for way in ways.values():
+    for way in (way for name, way in ways.items() if name not in is_warm):
         start = time.perf_counter()
         for _ in range(WARM_UP_CALLS):
             if time.perf_counter() - start < WARM_UP_SECONDS:
@@ -136,14 +146,16 @@ class Parts:
         return iter(self.timed(name, items.__next__), object())
 
     def measure(self, call: Way, methods: list[tuple[str, object, str]], calls: int = 3) -> dict[str, float]:
-        """Seconds a call of each part, (name, object, its method), and of the rest, "other"."""
+        """Seconds a call of each part, (name, object, its method), and of the rest, "other"; fewer calls if slow."""
         with ExitStack() as stack:
             for name, owner, method in methods:
                 self.seconds.setdefault(name, 0.0)
                 stack.enter_context(replaced(owner, method, self.timed(name, getattr(owner, method))))
-            total = sum(seconds_per_call(call, self.device, 0) for _ in range(calls))
-        self.seconds["other"] = total - sum(self.seconds.values())
-        return {name: seconds / calls for name, seconds in self.seconds.items()}
+            times = [seconds_per_call(call, self.device, 0)]
+            while len(times) < calls and sum(times) < PARTS_SECONDS:
+                times.append(seconds_per_call(call, self.device, 0))
+        self.seconds["other"] = sum(times) - sum(self.seconds.values())
+        return {name: seconds / len(times) for name, seconds in self.seconds.items()}
 
 
 @contextmanager
@@ -187,6 +199,13 @@ def high_water_mark() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def start_again_keeping_memory() -> None:
+    """Run this program anew with MALLOC, of which the user's own values stay; only on a CPU under Linux."""
+    lacking = {name: str(value) for name, value in MALLOC.items() if name not in os.environ}
+    if lacking and sys.platform == "linux" and not torch.cuda.is_available():
+        os.execve(sys.executable, sys.orig_argv, os.environ | lacking)
+
+
 def describe_machine(device: torch.device) -> dict:
     """What the figures were measured on."""
     return {
@@ -195,6 +214,7 @@ def describe_machine(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
+        "malloc": {name: os.environ[name] for name in MALLOC if name in os.environ},
         "load": os.getloadavg()[0],
     }
 

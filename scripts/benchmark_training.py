@@ -22,8 +22,8 @@ from configs.schema import FlowTokStage, StageConfig, TextProjectorStage, Tokeni
 from eval.stored_tokens import StoredTokens
 from modeling.losses import freeze_unused_alignment
 from modeling.text_projector import TextProjector
-from scripts.benchmark_flops import measure_activations, training_gflop
-from scripts.benchmark_plain import PlainTextToImage, PlainTrainer
+from scripts.benchmark_flops import training_gflop
+from scripts.benchmark_plain import PlainTrainer, plain_copy
 from scripts.benchmark_timing import Memory, Parts, Timing, alternate
 from scripts.plan_stages import EmptyPerceptualLoss, Sizes, build_tower, find_sizes, tower_config
 from training.loop import Trainer
@@ -160,19 +160,13 @@ def tokenizer_step(config: TokenizerStage, sizes: Sizes, run: Run, with_tower: b
 
 def plain_step(step: Step, config: FlowTokStage) -> Callable[[], None]:
     """The plain way of the same step (scripts/benchmark_plain.py), from the same weights."""
-    model = step.trainer.player.model
-    plain = PlainTextToImage(config.projector, config.flowtok).to(step.run.device)
-    plain.load_state_dict(model.state_dict())
-    trained = dict(model.named_parameters())
-    for name, parameter in plain.named_parameters():
-        parameter.requires_grad_(trained[name].requires_grad)
-    plain.projector.train(model.projector.training)
+    plain = plain_copy(step.trainer.player.model, config.projector, config.flowtok)
     trainer = PlainTrainer(plain, config.optimizer, config.training)
     return lambda: trainer.update(lambda other: step.losses_of(other)["loss"])
 
 
 def measure_training(config: StageConfig, path: Path, args) -> dict:
-    """The part `train`; `args` has seconds, repeats, baseline, memory and text_tower.
+    """The part `train`; `args` has seconds, repeats, baseline and text_tower.
 
     Raises:
         ValueError: --baseline for another stage than 3.
@@ -184,20 +178,17 @@ def measure_training(config: StageConfig, path: Path, args) -> dict:
         run = start_run(Path(folder) / "run", training.precision, training.seed)
         memory = Memory(run.device)
         step = build_step(config, path, run, args.text_tower)
-        step()  # makes the optimizer's moments
+        step()  # makes the optimizer's moments, and faults memory in
         parts, peak = step.parts(), memory.peak_gib()
         ways = {"train": step} | ({"plain_train": plain_step(step, config)} if args.baseline else {})
-        timing = alternate(ways, run.device, DTYPES[training.precision], args.seconds, args.repeats)
-    result = {
+        timing = alternate(ways, run.device, DTYPES[training.precision], args.seconds, args.repeats, is_warm={"train"})
+    return {
         "batch_size": training.batch_size,
         "precision": training.precision,
         "measures": measures(timing, {name: (training.batch_size, step.gflop_per_sample) for name in ways}),
         "peak_memory_gib": peak,
         "seconds_by_part": {"train": parts},
     }
-    if args.memory:
-        result["activation_checkpointing"] = measure_activations(config, path)
-    return result
 
 
 def measures(timing: Timing, work: dict[str, tuple[int, float]]) -> dict[str, dict]:

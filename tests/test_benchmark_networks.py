@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_launch import MALLOC
 from tiny_experiment import Experiment, reset_accelerate
 
 from configs.load import load_config
@@ -61,7 +62,7 @@ def check_figures(row):
 
 
 def test_train_gives_rates_shares_memory_and_parts_of_stage_3_and_of_its_plain_way(stage, capsys):
-    words = ["--batch-size", "4", "--baseline", "--memory", *stage("flowtok"), "training.max_gradient_norm=2"]
+    words = ["--batch-size", "4", "--baseline", *stage("flowtok"), "training.max_gradient_norm=2"]
     result = result_of(capsys, "train", *words)
     assert result["batch_size"] == 4 and result["precision"] == "fp32"
     assert result["measures"].keys() == {"train", "plain_train"}
@@ -71,11 +72,9 @@ def test_train_gives_rates_shares_memory_and_parts_of_stage_3_and_of_its_plain_w
     parts = result["seconds_by_part"]["train"]
     names = ["data", "text", "projector_forward", "flow_forward", "backward", "optimizer", "ema", "other"]
     assert sorted(parts) == sorted(names) and all(seconds > 0 for seconds in parts.values())
-    kept = [mode["activation_mib_per_sample"] for mode in result["activation_checkpointing"].values()]
-    assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1] > 0
     assert result["peak_memory_gib"] >= 0 and result["machine"]["torch"] == torch.__version__ and result["date"]
     assert "--batch-size 4" in result["command"] and result["command"].endswith("training.max_gradient_norm=2")
-    assert benchmark.parse_args(["train", *result["command"].split()[3:]]).memory  # it can be given again
+    assert benchmark.parse_args(["train", *result["command"].split()[3:]]).baseline  # it can be given again
 
 
 def test_train_runs_the_text_tower_if_asked(stage, capsys):
@@ -132,21 +131,48 @@ def test_growth_compares_times_with_what_flops_predict(stage, capsys, monkeypatc
     assert ratio == pytest.approx(deep["gflop_per_sample"] / reference["gflop_per_sample"]) and 2 < ratio < 3
 
 
+def test_memory_gives_what_the_plain_way_and_each_activation_checkpointing_keep(stage, capsys):
+    result = result_of(capsys, "memory", *stage("flowtok"), "training.precision=bf16")
+    modes = result["activation_checkpointing"]
+    assert result["precision"] == "bf16" and [*modes] == ["plain", "none", "selective", "full"]
+    kept = [mode["activation_mib_per_sample"] for mode in modes.values()]
+    assert kept == sorted(set(kept), reverse=True) and kept[-1] > 0
+    batches = [mode["largest_batch"] for mode in modes.values()]
+    assert batches == sorted(set(batches))
+    assert "the plain way: " in run(capsys, "memory", *stage("flowtok"))
+    assert [*result_of(capsys, "memory", *stage("tokenizer"))["activation_checkpointing"]] == [*modes][1:]
+
+
 def test_all_runs_each_part_and_reports_what_fails(stage, capsys, monkeypatch):
     def in_this_process(words):
         reset_accelerate()
-        return result_of(capsys, words[0], *words[1:]) if words[0] != "sample" else {"part": "sample", "error": "died"}
+        return result_of(capsys, *words) if words[0] != "sample" else {"part": "sample", "error": "died"}
 
-    parts = [(["train", *stage("flowtok")], True), (["sample"], True), (["text", *stage("flowtok")], False)]
+    tiny = " ".join(stage("flowtok"))
+    parts = [f"train --baseline --repeats 3 {tiny}", "sample", f"text {tiny}", f"memory {tiny}"]
     monkeypatch.setattr(benchmark_report, "ALL", parts)
     monkeypatch.setattr(benchmark_report, "run_part", in_this_process)
-    arguments = benchmark.parse_args(["all", "--precision", "fp32", "--baseline"])
+    arguments = benchmark.parse_args(["all", "--precision", "fp32"])
     result = benchmark_report.measure_all(arguments) | benchmark_report.about(arguments)
-    assert [part["part"] for part in result["parts"]] == ["train", "sample", "text"]
+    assert [part["part"] for part in result["parts"]] == ["train", "sample", "text", "memory"]
     assert "plain_train" in result["parts"][0]["measures"]
     benchmark_report.show(result)
     table = capsys.readouterr().out
     assert "sample: failed, died" in table and "seconds a train: " in table and "threads on" in table
+
+
+def test_a_parts_own_rounds_count_in_all(monkeypatch):
+    monkeypatch.setattr(benchmark_report, "ALL", ["tokenizer --repeats 2", "text"])
+    monkeypatch.setattr(benchmark_report, "run_part", benchmark.parse_args)
+    parts = benchmark_report.measure_all(benchmark.parse_args(["all", "--seconds", "7"]))["parts"]
+    assert [(part.repeats, part.seconds) for part in parts] == [(2, 7.0), (3, 7.0)]
+
+
+def test_all_can_be_cut_to_some_parts(monkeypatch):
+    monkeypatch.setattr(benchmark_report, "run_part", lambda words: words[0])
+    arguments = benchmark.parse_args(["all", "--only", "text", "sample"])
+    assert benchmark_report.measure_all(arguments)["parts"] == ["sample"] * 3 + ["text"]
+    assert "--only text sample" in benchmark_report.about(arguments)["command"]
 
 
 def test_a_part_in_a_process_of_its_own_gives_its_error(tmp_path):
@@ -156,8 +182,8 @@ def test_a_part_in_a_process_of_its_own_gives_its_error(tmp_path):
 
 def test_the_parts_of_all_parse_and_name_configs_that_are_there(monkeypatch):
     monkeypatch.chdir(benchmark.ROOT)
-    for words, has_plain_way in benchmark_report.ALL:
-        args = benchmark.parse_args([*words, *(["--baseline"] if has_plain_way else [])])
+    for line in benchmark_report.ALL:
+        args = benchmark.parse_args(line.split())
         load_config(args.config, args.overrides)
 
 
@@ -175,6 +201,7 @@ REFUSED = [
     ("tokenizer", "flowtok", [], "needs a config of stage tokenizer"),
     ("growth", "tokenizer", [], "growth is that of a DiT"),
     ("text", "text_encoder", [], "stage 'text_encoder' has no frozen text tower"),
+    ("memory", "report", [], "stage 'report' does not train"),
     ("text", "report", [], "stage 'report' does not train"),
 ]
 
@@ -183,6 +210,24 @@ REFUSED = [
 def test_what_can_not_be_measured_is_refused(stage, part, name, options, message):
     with pytest.raises(ValueError, match=message):
         benchmark.main(benchmark.parse_args([part, *stage(name)[:2], *options]))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_on_a_cpu_it_starts_again_with_the_launchers_malloc_once(monkeypatch, on_gpu):
+    started = []
+    monkeypatch.setattr(benchmark_timing.sys, "platform", "linux")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(benchmark_timing.os, "execve", lambda program, words, env: started.append(env))
+    for name in MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    benchmark_timing.start_again_keeping_memory()
+    assert len(started) == (not on_gpu)
+    for env in started:
+        assert {name: env[name] for name in MALLOC} == {n: str(v) for n, v in MALLOC.items()} | {"MALLOC_TOP_PAD_": "1"}
+        monkeypatch.setattr(benchmark_timing.os, "environ", env)
+        benchmark_timing.start_again_keeping_memory()
+        assert len(started) == 1 and benchmark_timing.describe_machine(CPU)["malloc"]["MALLOC_TOP_PAD_"] == "1"
 
 
 # What is counted
@@ -214,9 +259,9 @@ def test_activation_checkpointing_adds_no_useful_flops_and_a_frozen_projector_co
 def test_ways_are_timed_in_turn():
     calls = []
     ways = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    timing = alternate(ways, CPU, torch.float32, 0.003, 3)
+    timing = alternate(ways, CPU, torch.float32, 0.003, 3, is_warm={"a"})
     changes = sum(a != b for a, b in pairwise(calls))
-    assert changes == 2 * 3 + 1  # warm-up of both, then 3 rounds
+    assert calls[0] == "b" and changes == 2 * 3  # warm-up of b, then 3 rounds
     assert [len(times) for times in timing.seconds.values()] == [3, 3]
 
 
