@@ -29,6 +29,7 @@ from eval.loading import fingerprint, load_tokenizer
 from eval.tokens_info import TOKENS_INFO_FILE, LatentStats, TokensInfo
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
+from training.loop import TimedIterator
 from training.run import start_accelerator
 from training.stop import stop_at_once
 
@@ -187,9 +188,10 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
     sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
     loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
     samples: dict[int, list[dict]] = defaultdict(list)
-    start = reported = time.perf_counter()
+    items, start = TimedIterator(iter(loader)), time.perf_counter()
+    reported, waited = start, 0.0
     num_images = num_done = 0
-    for item in loader:
+    for item in items:
         index = item["shard"]
         if "end" not in item:
             num_images += len(item["key"])
@@ -201,10 +203,11 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
         num_done += 1
         now = time.perf_counter()
         if now - reported > REPORT_SECONDS or num_done == len(shards):
-            reported, rate = now, num_images / (now - start)
+            reported, rate, waited = now, num_images / (now - start), waited + items.take_seconds()
             left = (now - start) / num_done * (len(shards) - num_done)
             progress = f"{num_done}/{len(shards)} shards, {num_images} images, {rate:.1f} images/s, {left:.0f} s left"
-            print(f"[{rank}] {token_shard.parent}: {progress}", flush=True)
+            share = f"{waited / (now - start):.1%} of the time waiting for images"
+            print(f"[{rank}] {token_shard.parent}: {progress}, {share}", flush=True)
 
 
 def describe(outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> TokensInfo:

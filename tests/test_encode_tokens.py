@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from test_resume import ROOT, contents, environment, program, start
 
 from data.tar import read_shard, write_shard
 from eval.tokens_info import TokensInfo
+from scripts import encode_tokens
 
 SMALL = ("store_text_states=false", "data.num_workers=0")
 
@@ -55,6 +57,19 @@ def test_token_samples_keep_every_caption_and_the_json(chain, tmp_path, captione
         assert set(sample) == {"__key__", "latent.npy", "txt", "json", "recap_txt"}
         assert all(sample[name] == images[key][name] for name in ("txt", "json", "recap_txt"))
         assert latent(sample).shape == (2, 16, 4) and latent(sample).dtype == np.float16
+
+
+def test_the_report_says_how_long_the_network_waited_for_images(chain, tmp_path, captioned, capsys, monkeypatch):
+    def slow_images(*arguments):
+        for item in loader(*arguments):
+            time.sleep(0.2)
+            yield item
+
+    loader = encode_tokens.build_encoding_loader
+    monkeypatch.setattr(encode_tokens, "build_encoding_loader", slow_images)
+    encode(chain, tmp_path, [captioned / "a.tar"])
+    share = float(re.search(r"([\d.]+)% of the time waiting for images", capsys.readouterr().out)[1])
+    assert 50 < share <= 100
 
 
 def test_mirrored_and_cropped_views_are_samples_of_their_own(chain, tmp_path, captioned):
