@@ -2,10 +2,10 @@
 
 import io
 import json
-import re
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,16 +60,25 @@ def test_token_samples_keep_every_caption_and_the_json(chain, tmp_path, captione
 
 
 def test_the_report_says_how_long_the_network_waited_for_images(chain, tmp_path, captioned, capsys, monkeypatch):
+    now, build, latents = [0.0], encode_tokens.build_encoding_loader, encode_tokens.Encoder.latents
+
     def slow_images(*arguments):
-        for item in loader(*arguments):
-            time.sleep(0.2)
+        for item in build(*arguments):
+            now[0] += 3
             yield item
 
-    loader = encode_tokens.build_encoding_loader
+    def encode_in_a_second(encoder, images):
+        now[0] += 1
+        return latents(encoder, images)
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(encode_tokens, "time", clock)
+    monkeypatch.setattr("training.loop.time", clock)
     monkeypatch.setattr(encode_tokens, "build_encoding_loader", slow_images)
-    encode(chain, tmp_path, [captioned / "a.tar"])
-    share = float(re.search(r"([\d.]+)% of the time waiting for images", capsys.readouterr().out)[1])
-    assert 50 < share <= 100
+    monkeypatch.setattr(encode_tokens.Encoder, "latents", encode_in_a_second)
+    encode(chain, tmp_path, [captioned / "a.tar"], "batch_size=2")
+    # two batches and the shard's end: 9 s of waiting, 2 s of work
+    assert f"{9 / 11:.1%} of the time waiting for images" in capsys.readouterr().out
 
 
 def test_mirrored_and_cropped_views_are_samples_of_their_own(chain, tmp_path, captioned):
