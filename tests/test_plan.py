@@ -289,8 +289,30 @@ def real_peak(work, precision, batch_size, has_gradients):
             torch.nn.utils.clip_grad_norm_(work.model.parameters(), 1.0, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    unfolding = [e for e in events if "slow_conv2d" in e.name()]
+    changes = [
+        e.nbytes()
+        for e in events
+        if e.name() == "[memory]" and not any(is_freed_within(e, op, events) for op in unfolding)
+    ]
+    return np.cumsum(changes).max()
+
+
+def is_freed_within(change, operator, events):
+    """Whether a memory event is one of a buffer's that the operator both takes and gives back.
+
+    A CPU without bf16 convolutions (AVX2) unfolds the images for them, 27 values a pixel of the 3 x 3 convolution:
+    a workspace that neither CUDA nor a CPU with AVX-512 has, and the plan therefore doesn't count.
+    """
+    if not operator.start_ns() <= change.start_ns() <= operator.end_ns():
+        return False
+    return any(
+        e.name() == "[memory]"
+        and e.nbytes() == -change.nbytes()
+        and operator.start_ns() <= e.start_ns() <= operator.end_ns()
+        for e in events
+    )
 
 
 @pytest.mark.parametrize(
