@@ -225,7 +225,8 @@ STAGES: dict[str, type[StageConfig]] = {
 
 def teaches_source(losses: SourceLossConfig) -> bool:
     """Whether any loss on the flow's source is on."""
-    return bool(losses.alignment_weight or losses.kl_weight or losses.image_regression_weight)
+    weights = losses.alignment_weight, losses.kl_weight, losses.image_regression_weight, losses.image_alignment_weight
+    return any(weights)
 
 
 def check_direction(config: FlowTokStage) -> None:
@@ -249,8 +250,8 @@ def check_direction(config: FlowTokStage) -> None:
         )
     if teaches_source(config.losses):
         raise ValueError(
-            f"flow.direction={direction}: no loss but the flow's, set losses.alignment_weight, kl_weight and "
-            "image_regression_weight to 0"
+            f"flow.direction={direction}: no loss but the flow's, set losses.alignment_weight, kl_weight, "
+            "image_regression_weight and image_alignment_weight to 0"
         )
     if not config.text_decoder_run:
         raise ValueError(f"flow.direction={direction} needs a text decoder: set text_decoder_run")

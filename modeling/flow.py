@@ -30,6 +30,10 @@ class FlowConfig:
     # joint: the flow's gradient reaches the projector (paper). detached: the projector learns from its other losses
     # only. frozen: it does not learn. Joint training at small scale lets z_T collapse, see the README.
     projector: Literal["joint", "detached", "frozen"] = "joint"
+    # Of joint: the factor on the flow's gradient into z_T, and the largest t of the samples that have one. Both lie
+    # between joint and detached, in effect too (docs/recipe.md).
+    gradient_into_text: float = 1.0
+    gradient_until: float = 1.0
     # What flows into what. image_to_text: z_I at t = 0, z_T at t = 1 (paper, Sec. 4.1; captions). joint: one network
     # for both, each sample of a batch draws its direction, which flowtok.two_way tells the network (not in the paper).
     direction: Literal["text_to_image", "image_to_text", "joint"] = "text_to_image"
@@ -39,6 +43,13 @@ class FlowConfig:
             raise ValueError(f"flow.null_probability must be in [0, 1), got {self.null_probability}")
         if self.time_power <= 0:
             raise ValueError(f"flow.time_power must be positive, got {self.time_power}")
+        for name in ("gradient_into_text", "gradient_until"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"flow.{name} must be in (0, 1], got {getattr(self, name)}; no gradient: projector=detached"
+                )
+            if getattr(self, name) < 1 and self.projector != "joint":
+                raise ValueError(f"flow.{name}={getattr(self, name)} is read with flow.projector=joint alone")
 
 
 def interpolate(text: Tensor, image: Tensor, t: Tensor, sigma_min: float) -> Tensor:

@@ -5,6 +5,7 @@ Out: velocity B x K x C. Text enters only as the start of the flow: no cross-att
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from modeling.layers import Attention, init_linear_, sincos_position_table, time
 from modeling.recompute import Recompute, run_block
 
 TIME_SINUSOIDS = 256
+MIN_REST = 0.05  # smallest 1 - t by which a predicted end is divided
 
 
 @dataclass
@@ -26,6 +28,9 @@ class FlowTokConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
+    # end: the last layer gives the end of the path z_1, and the velocity is (z_1 - z_t) / (1 - t) (Li and He 2025 give
+    # a reason for data of low dimension). Not in the paper, and not better here (docs/recipe.md).
+    predicts: Literal["velocity", "end"] = "velocity"
     two_way: bool = False  # also from image to text, told by an embedding: for flow.direction=joint
 
     def __post_init__(self):
@@ -104,7 +109,7 @@ class FlowTok(nn.Module):
         condition = self.condition(t, null, to_text)
         for block in self.blocks:
             x = run_block(block, self.recompute, x, condition)
-        return self.project_out(x, self.modulation_out(condition))
+        return self.velocity_at(tokens, t.view(-1, 1, 1), self.project_out(x, self.modulation_out(condition)))
 
     def condition(self, t: Tensor, null: Tensor, to_text: Tensor | None = None) -> Tensor:
         """SiLU(c), B x W: all that the blocks know beside the tokens."""
@@ -118,6 +123,13 @@ class FlowTok(nn.Module):
         """Last norm and linear: x G x N x W, modulation G x 2 W -> G x N x C."""
         shift, scale = modulation.chunk(2, dim=-1)
         return self.to_velocity(modulate(self.norm_out(x), shift, scale))
+
+    def velocity_at(self, tokens: Tensor, t: Tensor | float, output: Tensor) -> Tensor:
+        """The velocity at tokens B x K x C and t (B x 1 x 1 or one number), from the last layer's output B x K x C."""
+        if self.config.predicts == "velocity":
+            return output
+        rest = (1 - t).clamp(min=MIN_REST) if isinstance(t, Tensor) else max(1 - t, MIN_REST)
+        return (output - tokens) / rest
 
     def init_weights(self) -> None:
         """Xavier uniform; normal 0.02 for the indicator; every modulation and the last layer start at zero."""
@@ -160,5 +172,6 @@ class TimeTable:
         hidden = embedded.expand(len(null), -1, -1)  # G x B K x W
         for block, modulation in zip(network.blocks, self.modulations):
             hidden = block.transform(hidden, modulation[row, branches], num_tokens)
-        velocity = network.project_out(hidden, self.modulations[-1][row, branches])
-        return velocity.reshape(len(null) * len(x), num_tokens, -1)
+        output = network.project_out(hidden, self.modulations[-1][row, branches])  # G x B K x C
+        velocity = network.velocity_at(x, time, output.unflatten(1, x.shape[:2]))
+        return velocity.flatten(0, 1)

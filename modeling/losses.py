@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from modeling.text_projector import TextProjector, flatten_normalize
 
-KLForm = Literal["gaussian", "wall"]
+KLForm = Literal["gaussian", "wall", "variance"]
 KLReduction = Literal["sample", "batch", "mean"]
 AlignmentForm = Literal["contrastive", "cosine_margin"]
 
@@ -27,11 +27,15 @@ def kl_loss(mean: Tensor, logvar: Tensor, form: KLForm = "gaussian", reduction: 
     """KL of N(mean, exp(logvar)) to N(0, 1), mean and logvar B x K x C.
 
     form "gaussian": -1/2 (1 + logvar - mean^2 - exp(logvar)). form "wall": the release's (0.3 mean)^6 for mean^2, a
-    wall around |mean| = 3 more than a KL. reduction "sample": sum over tokens and channels, mean over the batch;
-    "batch": sum over everything (the release; its weight then depends on the batch size); "mean": mean over everything.
+    wall around |mean| = 3 more than a KL. form "variance": nothing for mean^2, the deviation alone is drawn to 1.
+    reduction "sample": sum over tokens and channels, mean over the batch; "batch": sum over everything (the release;
+    its weight then depends on the batch size); "mean": mean over everything.
     """
     mean, logvar = mean.float(), logvar.float()
-    square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
+    if form == "variance":
+        square = torch.zeros_like(mean)
+    else:
+        square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
     kl = -0.5 * (1 + logvar - square - logvar.exp())
     if reduction == "mean":
         return kl.mean()
@@ -121,9 +125,10 @@ class SourceLossConfig:
     # Regression of z_T's mean onto z_I's mean. 0 in the paper; starting the flow near its target speeds small runs up
     # much (README, "The demo's recipe").
     image_regression_weight: float = 0.0
+    image_alignment_weight: float = 0.0  # contrastive, z_T's mean to z_I's: tells captions apart, not where images lie
 
     def __post_init__(self):
-        for name in ("alignment_weight", "kl_weight", "image_regression_weight"):
+        for name in ("alignment_weight", "kl_weight", "image_regression_weight", "image_alignment_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"losses.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.alignment_margin < 2:
@@ -131,11 +136,11 @@ class SourceLossConfig:
 
 
 def freeze_unused_alignment(projector: TextProjector, config: SourceLossConfig) -> None:
-    """Freeze what the alignment loss gives no gradient, or DDP waits for it: all at weight 0, tau without negatives."""
+    """Freeze what no alignment gives a gradient, or DDP waits for it: the MLP at weight 0, tau without negatives."""
     if not config.alignment_weight:
         projector.alignment.requires_grad_(False)
-    elif config.alignment_form == "cosine_margin":
-        projector.alignment.log_temperature.requires_grad_(False)
+    contrasts = config.alignment_weight and config.alignment_form == "contrastive"
+    projector.alignment.log_temperature.requires_grad_(bool(contrasts or config.image_alignment_weight))
 
 
 def source_losses(
@@ -158,10 +163,13 @@ def source_losses(
         terms["kl"] = kl_loss(mean, logvar, config.kl_form, config.kl_reduction)
     if config.image_regression_weight:
         terms["image_regression"] = latent_regression_loss(mean, image_mean)
+    if config.image_alignment_weight:
+        terms["image_alignment"] = contrastive_loss(mean, image_mean, log_temperature)
     weights = {
         "alignment": config.alignment_weight,
         "kl": config.kl_weight,
         "image_regression": config.image_regression_weight,
+        "image_alignment": config.image_alignment_weight,
     }
     terms["source"] = sum((weights[name] * term for name, term in terms.items()), start=mean.new_zeros(()))
     return terms

@@ -18,6 +18,7 @@ from modeling.posterior import Posterior, split_moments
 from modeling.ridge import fit_ridge
 
 WHITENING_FLOOR = 1e-3
+MEAN_BOUND = 3.0  # of mean_form "bounded", in deviations of z_I
 
 
 @dataclass
@@ -44,6 +45,9 @@ class TextProjectorConfig:
     # Not in the paper: z_T's deviation is this number and not learned: noise enough for several images of a caption,
     # which a learned deviation without a KL to hold it up loses. 0: learned.
     fixed_std: float = 0.0
+    # Not in the paper: what z_T's mean may be. bounded: 3 tanh(mean / 3), which a fixed_std can't be outgrown by;
+    # rms: each token divided by its root mean square, so that z_T can't shrink.
+    mean_form: Literal["free", "bounded", "rms"] = "free"
     token_channels: int = 16  # C
     alignment_width: int = 512  # hidden width of the alignment MLP
     # What the text latents are aligned to: an MLP of the text states, or their channels averaged in C groups of
@@ -219,7 +223,13 @@ class TextProjector(nn.Module):
         if self.config.fixed_std:
             moments = torch.cat([moments, torch.full_like(moments, 2 * math.log(self.config.fixed_std))], dim=-1)
         mean, logvar = split_moments(moments)
-        return Posterior(mean if self.linear_start is None else mean + self.linear_start(text_states), logvar)
+        if self.linear_start is not None:
+            mean = mean + self.linear_start(text_states)
+        if self.config.mean_form == "bounded":
+            mean = MEAN_BOUND * torch.tanh(mean / MEAN_BOUND)
+        elif self.config.mean_form == "rms":
+            mean = F.rms_norm(mean, mean.shape[-1:], eps=1e-6)
+        return Posterior(mean, logvar)
 
     def forward(self, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Training pass: (mean, logvar, alignment target, log temperature). One call, so that DDP sees every weight."""

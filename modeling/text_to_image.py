@@ -61,12 +61,23 @@ class TextToImageFlow(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.projector_frozen):
             mean, logvar, alignment, log_temperature = self.projector(text_states)
         text = Posterior(mean, logvar).sample() if flow.sample_text_latent else mean
-        source = text if flow.projector == "joint" else text.detach()
         t = sample_times(flow, len(text), text.device)
+        source = limit_gradient(text, t, flow)
         start, null, end, to_text = draw_ends(source, image_latents, flow)
         velocity = self.flowtok(interpolate(start, end, t, flow.sigma_min), t, null, to_text)
         target = target_velocity(start, end, flow.sigma_min)
         return FlowPass(velocity, target, text, mean, logvar, alignment, log_temperature)
+
+
+def limit_gradient(text: Tensor, t: Tensor, flow: FlowConfig) -> Tensor:
+    """z_T, B x K x C, with as much of the flow's gradient as `flow` lets through; t is B."""
+    if flow.projector != "joint":
+        return text.detach()
+    if flow.gradient_into_text == flow.gradient_until == 1:
+        return text
+    share = flow.gradient_into_text * (t <= flow.gradient_until).view(-1, 1, 1)
+    fixed = text.detach()
+    return fixed + share * (text - fixed)  # the value of z_T, share times its gradient
 
 
 def draw_ends(text: Tensor, image: Tensor, flow: FlowConfig) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

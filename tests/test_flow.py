@@ -165,6 +165,9 @@ def test_guidance_does_not_matter_where_both_branches_agree():
         ({"null_probability": 1.0}, "flow.null_probability must be in \\[0, 1\\), got 1.0"),
         ({"null_probability": -0.1}, "flow.null_probability must be in"),
         ({"time_power": 0.0}, "flow.time_power must be positive, got 0.0"),
+        ({"gradient_into_text": 0.0}, "flow.gradient_into_text must be in \\(0, 1\\], got 0.0; no gradient"),
+        ({"gradient_until": 1.5}, "flow.gradient_until must be in \\(0, 1\\], got 1.5"),
+        ({"gradient_until": 0.5, "projector": "frozen"}, "flow.gradient_until=0.5 is read with flow.projector=joint"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

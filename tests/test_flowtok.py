@@ -75,6 +75,19 @@ def test_block_equals_its_formula():
     torch.testing.assert_close(block(x, condition), y + gate_m * (hidden @ last.weight.T + last.bias))
 
 
+def test_a_predicted_end_gives_the_velocity_that_leads_there():
+    velocity, end = perturbed(build()), build(predicts="end")
+    end.load_state_dict(velocity.state_dict())
+    tokens, _, null = inputs()
+    t = torch.tensor([0.0, 0.5, 0.99])
+    given = velocity(tokens, t, null)
+    rest = torch.tensor([1.0, 0.5, 0.05]).view(-1, 1, 1)  # not below 0.05
+    torch.testing.assert_close(end(tokens, t, null), (given - tokens) / rest)
+    for time in t.tolist():
+        expected = torch.cat([end(tokens, torch.full((B,), time), torch.full((B,), on)) for on in (False, True)])
+        torch.testing.assert_close(TimeTable(end, [time])(tokens, time, (False, True)), expected)
+
+
 def test_network_equals_its_parts_composed_by_hand():
     network = perturbed(build())
     tokens, t, null = inputs()

@@ -78,6 +78,11 @@ def test_wall_kl_is_the_releases_formula_flat_inside_three_and_steep_outside():
     assert at(1.0) < 0.001 and at(10 / 3) == pytest.approx(0.5, rel=1e-5) and at(6.0) > 10
 
 
+def test_variance_kl_draws_the_deviation_to_one_and_leaves_the_mean_alone():
+    mean, logvar = moments()
+    torch.testing.assert_close(kl_loss(mean, logvar, "variance"), kl_loss(torch.zeros_like(mean), logvar))
+
+
 def manual_contrastive(latents, targets, log_temperature):
     """Row by row in float64."""
     z, a = (x.double().reshape(len(x), -1) for x in (latents, targets))
@@ -176,6 +181,8 @@ def test_cosine_margin_loss_pulls_pairs_up_to_the_margin_only():
         (SourceLossConfig(), True, True),
         (SourceLossConfig(alignment_form="cosine_margin"), True, False),
         (SourceLossConfig(alignment_weight=0.0), False, False),
+        (SourceLossConfig(alignment_weight=0.0, image_alignment_weight=1.0), False, True),
+        (SourceLossConfig(alignment_form="cosine_margin", image_alignment_weight=1.0), True, True),
     ],
 )
 def test_alignment_weights_without_gradient_are_frozen(config, head, temperature):
@@ -254,13 +261,22 @@ def test_source_losses_of_weight_zero_are_left_out():
     }
 
 
+def test_image_alignment_contrasts_the_means_of_text_and_image():
+    inputs = source_inputs()
+    _, mean, _, _, log_temperature, image = inputs
+    terms = source_losses(SourceLossConfig(0.0, kl_weight=0.0, image_alignment_weight=0.5), *inputs)
+    assert set(terms) == {"image_alignment", "source"}
+    torch.testing.assert_close(terms["image_alignment"], contrastive_loss(mean, image, log_temperature))
+    torch.testing.assert_close(terms["source"], 0.5 * terms["image_alignment"])
+
+
 def test_default_source_weights_are_the_papers():
     config = SourceLossConfig()
     assert (config.alignment_weight, config.kl_weight, config.image_regression_weight) == (1.0, 1e-4, 0.0)
     assert (config.kl_form, config.kl_reduction) == ("gaussian", "sample")
 
 
-@pytest.mark.parametrize("name", ["alignment_weight", "kl_weight", "image_regression_weight"])
+@pytest.mark.parametrize("name", ["alignment_weight", "kl_weight", "image_regression_weight", "image_alignment_weight"])
 def test_negative_source_weights_are_refused(name):
     with pytest.raises(ValueError, match=f"losses.{name} must not be negative, got -1.0"):
         SourceLossConfig(**{name: -1.0})

@@ -199,6 +199,23 @@ def test_a_fixed_deviation_is_that_of_every_token_and_leaves_the_mean_alone():
     torch.testing.assert_close(posterior.mean, free.posterior(text).mean)
 
 
+def test_a_bounded_mean_stays_within_three_and_hardly_moves_inside_one():
+    free, bounded, text = build(), build(mean_form="bounded"), states()
+    nn.init.normal_(free.to_moments.weight, std=2.0)
+    bounded.load_state_dict(free.state_dict())
+    mean, found = (projector.eval().posterior(text).mean for projector in (free, bounded))
+    assert mean.abs().max() > 4 and found.abs().max() <= 3
+    torch.testing.assert_close(found, 3 * torch.tanh(mean / 3))
+
+
+def test_an_rms_mean_has_tokens_of_root_mean_square_one():
+    free, rms, text = build(), build(mean_form="rms"), states()
+    rms.load_state_dict(free.state_dict())
+    mean, found = (projector.eval().posterior(text).mean for projector in (free, rms))
+    torch.testing.assert_close(found.square().mean(-1).sqrt(), torch.ones(B, L), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found, mean / mean.square().mean(-1, keepdim=True).sqrt(), rtol=1e-3, atol=1e-4)
+
+
 LINEAR = {"pre_norm": True, "linear_start": 0.1}
 
 

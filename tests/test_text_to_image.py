@@ -77,6 +77,21 @@ def test_joint_flow_loss_teaches_the_whole_posterior_and_the_network():
     assert taught(flow.projector) == posterior_weights
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"), [({"gradient_into_text": 0.25}, [0.25] * 4), ({"gradient_until": 0.25}, [1, 1, 0, 0])]
+)
+def test_the_flows_gradient_into_the_text_latent_is_limited_by_factor_or_time(fixed_times, monkeypatch, options, rows):
+    flow, (states, image) = build().eval(), inputs()  # no dropout
+    full, limited = FlowConfig(sample_text_latent=False), FlowConfig(sample_text_latent=False, **options)
+    found = []
+    for config in (full, limited):
+        result = flow(states, image, config)
+        loss = flow_loss(result)
+        found.append((loss, torch.autograd.grad(loss, result.text_latents)[0]))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1].abs().amin(dim=(1, 2)).min() > 0
+    torch.testing.assert_close(found[1][1], found[0][1] * torch.tensor(rows).view(-1, 1, 1))
+
+
 def test_detached_flow_loss_teaches_the_network_only():
     flow, (states, image) = build(), inputs()
     flow_loss(flow(states, image, FlowConfig(projector="detached"))).backward()
