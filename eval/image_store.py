@@ -89,8 +89,16 @@ class ImageStore:
             write_bytes(encode_png(picture), file)
 
     def read_features(self, measure: str, group: int) -> Tensor:
-        """B x D float32."""
-        return torch.from_numpy(np.load(self.features_file(measure, group), allow_pickle=False))
+        """B x D float32.
+
+        Raises:
+            ValueError: naming a damaged file.
+        """
+        file = self.features_file(measure, group)
+        try:
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it, and its images are measured again") from error
 
     def write_features(self, measure: str, group: int, features: Tensor) -> None:
         """B x D float32 of a group's images."""

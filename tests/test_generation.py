@@ -233,6 +233,15 @@ def test_a_damaged_image_among_the_finished_ones_is_said(chain, inputs, tmp_path
         evaluate(chain.folder, inputs, tmp_path, *LIGHT)
 
 
+def test_damaged_features_are_said(chain, inputs, tmp_path):
+    evaluate(chain.folder, inputs, tmp_path, *LIGHT)
+    (file := sorted(tmp_path.glob("features/*/*.npy"))[0]).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{file} is damaged .*: delete it"):
+        evaluate(chain.folder, inputs, tmp_path, *LIGHT)
+    file.unlink()
+    assert evaluate(chain.folder, inputs, tmp_path, *LIGHT)["images_made"] == 0
+
+
 def test_features_alone_give_the_same_numbers(chain, inputs, light, tmp_path):
     found = evaluate(chain.folder, inputs, tmp_path, "--no-images", *LIGHT)
     assert found["metrics"] == read(light)["metrics"]
