@@ -60,10 +60,19 @@ class PlainBlock(nn.Module):
 
 
 class PlainFlowTok(nn.Module):
-    """The velocity network with the weights' names of modeling/flowtok.py."""
+    """The velocity network with the weights' names of modeling/flowtok.py.
+
+    Raises:
+        ValueError: a network that has no plain way here.
+    """
 
     def __init__(self, config: FlowTokConfig):
         super().__init__()
+        if config.two_way or config.predicts != "velocity":
+            raise ValueError(
+                "the plain way is that of flowtok.two_way=false and flowtok.predicts=velocity, got "
+                f"{config.two_way} and {config.predicts}: leave --baseline out"
+            )
         width = config.width
         self.embed_tokens = nn.Linear(config.token_channels, width)
         time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))

@@ -116,3 +116,9 @@ def test_steps_of_optimizer_and_ema_agree(tmp_path):
             assert (weight - before[name]).abs().max() > 2 * SMALL, name
             if not name.endswith("qkv.bias"):  # that of k has no gradient but rounding, which Adam blows up
                 assert (weight - others[name]).abs().max() <= SMALL, name
+
+
+@pytest.mark.parametrize("option", [{"two_way": True}, {"predicts": "end"}])
+def test_networks_without_a_plain_way_are_refused(option):
+    with pytest.raises(ValueError, match="leave --baseline out"):
+        PlainFlowTok(replace(NET, **option))
