@@ -28,8 +28,8 @@ class FlowTokConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
-    # Not in the paper. end: the last layer gives the path's end z_1, the velocity is (z_1 - z_t) / (1 - t). On the demo's
-    # data it points better at new captions and learns known ones more slowly (docs/recipe.md).
+    # Not in the paper. end: the last layer gives the path's end z_1, the velocity is (z_1 - z_t) / (1 - t). On the demo
+    # it points better at new captions and learns known ones more slowly (docs/recipe.md).
     predicts: Literal["velocity", "end"] = "velocity"
     two_way: bool = False  # also from image to text, told by an embedding: for flow.direction=joint
 
