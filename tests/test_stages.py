@@ -321,7 +321,7 @@ def test_one_directions_weights_can_go_on_in_both(chain, tiny_shards, tmp_path):
     ("option", "message"),
     [
         ("flow.projector=joint", "direction=image_to_text needs flow.projector=frozen .it is joint."),
-        ("losses.kl_weight=0.1", "no loss but the flow's, set losses.alignment_weight, kl_weight, image_regression_weight and"),
+        ("losses.kl_weight=0.1", "no loss but the flow's, set losses.alignment_weight, kl_weight, image_regression"),
         ("text_decoder_run=''", "needs a text decoder: set text_decoder_run"),
         ("pictures.images=[]", "pictures.images is empty: name folders or image shards"),
         ("pictures.images=[nowhere.tar]", "nowhere.tar, which does not exist"),
