@@ -219,7 +219,8 @@ def summarise(sweep: SweepConfig, results: list[dict]) -> str:
     """The table: a row for each variant, mean +- deviation over its seeds."""
     names = list(sweep.metrics)
     lines = [["variant", *names, "runs"], ["---"] * (len(names) + 2)]
-    for variant in sweep.variants:
+    shown = {result["variant"] for result in results}
+    for variant in (name for name in sweep.variants if name in shown):
         runs = finished_runs(results, variant)
         cells = [mean_and_deviation([run["metrics"][name] for run in runs]) for name in names]
         lines.append([variant, *cells, str(len(runs))])

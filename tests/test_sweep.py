@@ -78,6 +78,7 @@ def test_a_grid_becomes_a_table_and_pictures_though_a_run_fails_and_the_same_com
     trained = (linked / "log").stat().st_mtime
     run(file, output, "--only", "base")
     assert (linked / "log").stat().st_mtime == trained
+    assert "broken" not in (output / "table.md").read_text()
     write_sweep(lab, chain, variants=variants, overrides=["text_projector.training.log_every_steps=2"])
     with pytest.raises(ValueError, match="base/0 was made by another command"):
         run(file, output)
