@@ -512,7 +512,8 @@ def test_other_sizes_have_no_figures_of_the_paper():
 # --- Where sizes come from ---
 
 
-def test_the_tokenizer_is_found_beside_the_config_or_in_another_experiment():
+def test_the_tokenizer_is_found_beside_the_config_or_in_another_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nobody has trained the demo
     for name, where, size in (
         ("demo/flowtok.yaml", "demo/tokenizer.yaml", 64),
         ("flowtok_xl/flowtok_512.yaml", "flowtok_xl/tokenizer_512.yaml", 512),
@@ -550,8 +551,8 @@ def test_a_local_tower_is_counted_where_it_is_and_said_to_be_missing_where_not(t
         tower = build_tower(Sizes(ImageTokenizerConfig(), config, (16, 32)))
     real = load_text_encoder(config)
     assert {n: p.shape for n, p in tower.state_dict().items()} == {n: p.shape for n, p in real.state_dict().items()}
-    missing = plan_of("demo/text_projector.yaml")
-    assert "the text tower local-dir:runs/demo/text_encoder/clip is not here: not counted" in missing["notes"]
+    missing = plan_of("demo/text_projector.yaml", "experiment_dir=nowhere")
+    assert "the text tower local-dir:nowhere/text_encoder/clip is not here: not counted" in missing["notes"]
     assert missing["gflop_per_sample"]["text_tower"] == 0 and "text_tower_frozen" not in missing["weights"]
 
 
