@@ -28,9 +28,9 @@ class FlowTokConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
-    # Not in the paper. end: the last layer gives the path's end z_1, the velocity is (z_1 - z_t) / (1 - t). On the demo
-    # it points better at new captions and learns known ones more slowly (docs/recipe.md).
-    predicts: Literal["velocity", "end"] = "velocity"
+    # Not in the paper. end: the last layer gives the path's end z_1, the velocity is (z_1 - z_t) / (1 - t). both: it
+    # gives z_1 and a velocity v, which count by t: (1 - t) (z_1 - z_t) / (1 - t) + t v. What they bring: docs/recipe.md.
+    predicts: Literal["velocity", "end", "both"] = "velocity"
     two_way: bool = False  # also from image to text, told by an embedding: for flow.direction=joint
 
     def __post_init__(self):
@@ -97,7 +97,8 @@ class FlowTok(nn.Module):
         self.blocks = nn.ModuleList(FlowTokBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(config.width, 2 * config.width)
-        self.to_velocity = nn.Linear(config.width, config.token_channels)
+        outputs = 2 if config.predicts == "both" else 1
+        self.to_velocity = nn.Linear(config.width, outputs * config.token_channels)
         self.init_weights()
 
     def forward(self, tokens: Tensor, t: Tensor, null: Tensor, to_text: Tensor | None = None) -> Tensor:
@@ -120,14 +121,17 @@ class FlowTok(nn.Module):
         return F.silu(condition)
 
     def project_out(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Last norm and linear: x G x N x W, modulation G x 2 W -> G x N x C."""
+        """Last norm and linear: x G x N x W, modulation G x 2 W -> G x N x C (2 C where both are predicted)."""
         shift, scale = modulation.chunk(2, dim=-1)
         return self.to_velocity(modulate(self.norm_out(x), shift, scale))
 
     def velocity_at(self, tokens: Tensor, t: Tensor | float, output: Tensor) -> Tensor:
-        """The velocity at tokens B x K x C and t (B x 1 x 1 or one number), from the last layer's output B x K x C."""
+        """The velocity at tokens B x K x C and t (B x 1 x 1 or one number), from the last layer's output (project_out)."""
         if self.config.predicts == "velocity":
             return output
+        if self.config.predicts == "both":
+            end, velocity = output.chunk(2, dim=-1)
+            return end - tokens + t * velocity
         rest = (1 - t).clamp(min=MIN_REST) if isinstance(t, Tensor) else max(1 - t, MIN_REST)
         return (output - tokens) / rest
 

@@ -88,6 +88,22 @@ def test_a_predicted_end_gives_the_velocity_that_leads_there():
         torch.testing.assert_close(TimeTable(end, [time])(tokens, time, (False, True)), expected)
 
 
+def test_both_predictions_count_by_time():
+    velocity, end, both = perturbed(build()), perturbed(build(predicts="end")), build(predicts="both")
+    shared = {name: weight for name, weight in velocity.state_dict().items() if "to_velocity" not in name}
+    end.load_state_dict(shared, strict=False)
+    pairs = zip(end.to_velocity.parameters(), velocity.to_velocity.parameters(), strict=True)
+    both.load_state_dict(shared | dict(zip(["to_velocity.weight", "to_velocity.bias"], map(torch.cat, pairs))))
+    tokens, _, null = inputs()
+    t = torch.tensor([0.0, 0.5, 0.9])
+    share = t.view(-1, 1, 1)
+    expected = (1 - share) * end(tokens, t, null) + share * velocity(tokens, t, null)
+    torch.testing.assert_close(both(tokens, t, null), expected)
+    for time in t.tolist():
+        given = torch.cat([both(tokens, torch.full((B,), time), torch.full((B,), on)) for on in (False, True)])
+        torch.testing.assert_close(TimeTable(both, [time])(tokens, time, (False, True)), given)
+
+
 def test_network_equals_its_parts_composed_by_hand():
     network = perturbed(build())
     tokens, t, null = inputs()
