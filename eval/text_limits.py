@@ -2,19 +2,26 @@
 
     python -m eval.text_limits --config configs/demo/report.yaml [key=value ...]
 
-What a flow could at most know about a held-out caption depends on what the text states say and on how many captions it
-has seen. Both are varied here, in closed form and without a flow: ridge (modeling/ridge.py) from the text states, or
-from a bag of the caption's words instead, on a quarter, half and all of the training captions, each part drawn three
-times. Retrieval is among the held-out images alone. `doubled`: the prediction's distance from the mean image times 2,
-as guidance 2 does. Writes EXPERIMENT/text_limits.json.
+What a flow could at most know about a held-out caption depends on what the text states say, on how many captions it has
+seen, and on what can be read off a state. All are varied here, in closed form and without a flow, by ridge regressions
+(modeling/ridge.py) on a quarter, half and all of the training captions, each part drawn three times:
+- text states: linear; the baseline of the report;
+- curved: the same states under a Gaussian kernel, which fits what no linear map can;
+- shuffled tower: linear, from the states of a text tower whose weights were shuffled, so that it has learned nothing;
+- bag of words: linear, from which words a caption has.
+Retrieval is among the held-out images alone. `doubled`: the prediction's distance from the mean image times 2, as
+guidance 2 does. Writes EXPERIMENT/text_limits.json.
 """
 
+import copy
+import math
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import ReportStage
@@ -25,6 +32,7 @@ from modeling.ridge import fit_ridge
 
 SHARES = (0.25, 0.5, 1.0)  # of the training captions
 DRAWS = 3  # parts of each share
+NUM_FEATURES = 4096  # of the Gaussian kernel
 
 
 def main(config: ReportStage) -> None:
@@ -33,8 +41,12 @@ def main(config: ReportStage) -> None:
     train, heldout = (read_all(config, parts, shards) for shards in (config.train_shards, config.heldout_shards))
     latents = [encode(config, parts, samples["image"]) for samples in (train, heldout)]
     captions = train["caption"], heldout["caption"]
+    states = [encode_texts(config, parts, part) for part in captions]
+    shuffled = replace(parts, text_encoder=shuffle_weights(parts.text_encoder))
     texts = {
-        "text states": [encode_texts(config, parts, part) for part in captions],
+        "text states": states,
+        "text states, curved": gaussian_features(*states),
+        "states of the shuffled tower": [encode_texts(config, shuffled, part) for part in captions],
         "bag of words": bags_of_words(*(parts.tokenize(part) for part in captions)),
     }
     rows = list(measure(texts, *latents))
@@ -45,6 +57,27 @@ def main(config: ReportStage) -> None:
     path = Path(config.experiment_dir) / "text_limits.json"
     write_json({"heldout_captions": len(heldout["caption"]), "rows": rows}, path)
     print(f"{path}: written")
+
+
+def shuffle_weights(module: nn.Module) -> nn.Module:
+    """A copy in which the numbers of every weight have changed places: their scale is kept, what was learned is not."""
+    module, generator = copy.deepcopy(module), torch.Generator().manual_seed(0)
+    for weight in module.parameters():
+        order = torch.randperm(weight.numel(), generator=generator)
+        weight.data = weight.data.flatten()[order.to(weight.device)].view_as(weight)
+    return module
+
+
+def gaussian_features(train: Tensor, heldout: Tensor) -> list[Tensor]:
+    """States N x L x T -> N x 1 x D, whose products are about exp(-|x - y|^2 / 2 m).
+
+    m is the mean squared distance between training states. Random Fourier features (Rahimi and Recht 2007).
+    """
+    train, heldout = train.flatten(1), heldout.flatten(1)
+    spread, generator = (2 * train.var(dim=0).sum()).sqrt(), torch.Generator().manual_seed(0)
+    frequencies = torch.randn(train.shape[1], NUM_FEATURES, generator=generator) / spread
+    phases = 2 * math.pi * torch.rand(NUM_FEATURES, generator=generator)
+    return [math.sqrt(2 / NUM_FEATURES) * (x @ frequencies + phases).cos()[:, None] for x in (train, heldout)]
 
 
 def bags_of_words(train: Tensor, heldout: Tensor) -> list[Tensor]:

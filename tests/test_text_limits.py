@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval.text_limits import bags_of_words, main, mean_and_deviation, measure
+from eval.text_limits import bags_of_words, gaussian_features, main, mean_and_deviation, measure, shuffle_weights
 
 
 def test_bags_weigh_rare_words_and_ignore_what_all_captions_and_no_training_caption_have():
@@ -30,6 +30,22 @@ def test_a_text_that_determines_the_image_is_enough_and_one_that_does_not_is_cha
     assert rows[2]["top1"] == [1.0] and rows[5]["top5"][0] < 0.4  # chance: 5 of 40
 
 
+def test_curved_features_are_a_gaussian_kernel_of_the_mean_distance():
+    train, heldout = torch.randn(60, 2, 5), torch.randn(30, 2, 5)
+    features, others = (x.squeeze(1) for x in gaussian_features(train, heldout))
+    mean_square = (train.flatten(1)[:, None] - train.flatten(1)[None]).square().sum(dim=-1).sum() / (60 * 59)
+    expected = torch.exp(-torch.cdist(heldout.flatten(1), train.flatten(1)).square() / (2 * mean_square))
+    torch.testing.assert_close(others @ features.T, expected, atol=0.1, rtol=0)  # 4096 features: 0.016 a deviation
+
+
+def test_shuffled_weights_are_the_same_numbers_elsewhere_and_the_module_keeps_its_own():
+    module = torch.nn.Linear(8, 4)
+    before = module.weight.clone()
+    shuffled = shuffle_weights(module)
+    assert torch.equal(module.weight, before) and not torch.equal(shuffled.weight, before)
+    assert torch.equal(shuffled.weight.flatten().sort().values, before.flatten().sort().values)
+
+
 def test_cells_are_percent():
     assert mean_and_deviation([0.5]) == "50.0" and mean_and_deviation([0.4, 0.6]) == "50.0 +- 14.1"
 
@@ -44,5 +60,5 @@ def test_the_program_writes_what_it_prints(chain, tmp_path, capsys):
     main(config)
     rows = json.loads((experiment / "text_limits.json").read_text())["rows"]
     printed = capsys.readouterr().out
-    assert len(rows) == 6 and f"| {mean_and_deviation(rows[0]['top5'])} |" in printed
+    assert len(rows) == 12 and f"| {mean_and_deviation(rows[0]['top5'])} |" in printed
     assert rows[2]["captions"] == pytest.approx(24)
