@@ -25,6 +25,7 @@ from eval.loading import fingerprint, load_autoencoder, load_flow, load_projecto
 from eval.pictures import caption_grid, sample_path, save_png
 from eval.stored_tokens import StoredTokens, open_stored_tokens
 from eval.tokens_info import TokensInfo, load_tokens_info
+from modeling.flow import check_guidance
 from modeling.image_to_text import ImageToText
 from modeling.losses import flow_matching_loss, freeze_unused_alignment, latent_statistics, source_losses
 from modeling.pipeline import TextToImage
@@ -74,6 +75,7 @@ def build_evaluation(config: FlowTokStage, run: Run) -> Evaluation | None:
     if not every:
         return None
     protocol = load_protocol(config.evaluation.protocol, config.evaluation.overrides)
+    check_guidance(protocol.sampling(config.sampling).guidance, config.flow.null_probability)
     origin = config.tokenizer_run, config.text_encoder, config.sampling
     return Evaluation(every, FlowEvaluation(config.evaluation, protocol, run.folder, *origin))
 

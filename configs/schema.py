@@ -13,7 +13,7 @@ from eval.during_training import EvaluationConfig, ReconstructionEvaluationConfi
 from eval.protocol import protocol_file
 from modeling.adversarial import AdversarialConfig
 from modeling.discriminator import DiscriminatorConfig
-from modeling.flow import FlowConfig
+from modeling.flow import FlowConfig, check_guidance
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.losses import ReconstructionLossConfig, SourceLossConfig
@@ -285,6 +285,7 @@ def check(config: StageConfig) -> None:
             raise ValueError(
                 "flow.projector=detached leaves the projector without any loss: set losses, or take frozen"
             )
+        check_guidance(config.sampling.guidance, config.flow.null_probability)
         check_direction(config)
         if config.evaluation.every_steps:
             protocol_file(config.evaluation.protocol)

@@ -31,6 +31,7 @@ from eval.images import RESIZE_RULE, ImageSet, image_name, iterate_images, list_
 from eval.loading import captioning_run, fingerprint, load_captioner, load_newest
 from eval.options import numbers
 from eval.report import check_writable, device_name, package_version, package_versions, write_json
+from modeling.flow import check_guidance
 from modeling.image_to_text import ImageToText, join_punctuation
 from modeling.pipeline import SamplingConfig
 
@@ -192,6 +193,8 @@ def main(args: argparse.Namespace) -> None:
     (parts, default), checkpoint = load_newest(run, lambda: load_captioner(args.run, torch.device(args.device)))
     pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
     points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
+    for point in points:
+        check_guidance(point.guidance, parts.flow.null_probability)
     scorer = CaptionScorer(references)
     starts = encode(parts, entries, args).split(args.batch_size)
 

@@ -32,6 +32,7 @@ from eval.options import add_options, check_options, numbers
 from eval.protocol import Protocol, protocol_file
 from eval.report import check_writable
 from eval.sweep import write_sweep
+from modeling.flow import check_guidance
 from modeling.pipeline import TextToImage
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
@@ -98,7 +99,7 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     if len({*gather_object([model["flow_fingerprint"]])}) > 1:
         raise ValueError(f"{args.run}: the processes loaded different checkpoints: it is being trained, start again")
     for point in points(args, protocol):
-        point.sampling(default)
+        check_guidance(point.sampling(default).guidance, parts.flow.null_probability)
     inputs = read_inputs(protocol, captions, parts.tokenizer.config)
     config = MeasuringConfig(args.batch_size, args.num_workers, args.inception_weights or "", args.dinov2_weights or "")
     networks = load_networks(protocol, parts.tokenizer, parts.tokenize.config, config, args.download, state)

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from modeling.flow import FlowConfig
 from modeling.flowtok import FlowTokConfig
 from modeling.image_to_text import ImageToText
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -117,6 +118,7 @@ def load_flow(run_dir: str | Path) -> TextToImageFlow:
     if "flowtok" not in config:
         raise ValueError(f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'flowtok'")
     flow = TextToImageFlow(section(config, "projector", TextProjectorConfig), section(config, "flowtok", FlowTokConfig))
+    flow.null_probability = OmegaConf.select(config, "flow.null_probability", default=FlowConfig.null_probability)
     return load_ema(flow, run_dir)
 
 

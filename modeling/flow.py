@@ -52,6 +52,18 @@ class FlowConfig:
                 raise ValueError(f"flow.{name}={getattr(self, name)} is read with flow.projector=joint alone")
 
 
+def check_guidance(guidance: float, null_probability: float) -> None:
+    """Refuse guidance away from an unconditional flow that was never trained.
+
+    Raises:
+        ValueError: guidance is not 1 and null_probability is 0.
+    """
+    if guidance != 1 and not null_probability:
+        raise ValueError(
+            f"guidance {guidance:g} needs an unconditional flow; flow.null_probability=0 trains none: use guidance 1"
+        )
+
+
 def interpolate(text: Tensor, image: Tensor, t: Tensor, sigma_min: float) -> Tensor:
     """Point z_t on the path: B x K x C."""
     t = t.view(-1, 1, 1)

@@ -29,7 +29,7 @@ class FlowTokConfig:
     num_heads: int = 12
     mlp_ratio: float = 4.0
     # Not in the paper. end: the last layer gives the path's end z_1, the velocity is (z_1 - z_t) / (1 - t). both: it
-    # gives z_1 and a velocity v, which count by t: (1 - t) (z_1 - z_t) / (1 - t) + t v. What they bring: docs/recipe.md.
+    # gives z_1 and a velocity v, and z_1 - z_t + t v counts: the end's at t = 0, v at t = 1. Effects: docs/recipe.md.
     predicts: Literal["velocity", "end", "both"] = "velocity"
     two_way: bool = False  # also from image to text, told by an embedding: for flow.direction=joint
 
@@ -126,7 +126,7 @@ class FlowTok(nn.Module):
         return self.to_velocity(modulate(self.norm_out(x), shift, scale))
 
     def velocity_at(self, tokens: Tensor, t: Tensor | float, output: Tensor) -> Tensor:
-        """The velocity at tokens B x K x C and t (B x 1 x 1 or one number), from the last layer's output (project_out)."""
+        """The velocity at tokens B x K x C and t (B x 1 x 1 or one number), from what project_out gives."""
         if self.config.predicts == "velocity":
             return output
         if self.config.predicts == "both":

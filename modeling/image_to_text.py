@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling.flow import guided_velocity
+from modeling.flow import check_guidance, guided_velocity
 from modeling.flowtok import TimeTable
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import SamplingConfig
@@ -50,6 +50,7 @@ class ImageToText:
     @torch.no_grad()
     def transport(self, source: Tensor, config: SamplingConfig) -> Tensor:
         """Start of the flow -> z_T, B x K x C."""
+        check_guidance(config.guidance, self.flow.null_probability)
         solver, times = SOLVERS[config.sampler], make_times(config.steps, config.time_shift)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             network = self.flow.flowtok

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.flow import guided_velocity
+from modeling.flow import check_guidance, guided_velocity
 from modeling.flowtok import TimeTable
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.posterior import Posterior
@@ -84,6 +84,7 @@ class TextToImage:
     @torch.no_grad()
     def transport(self, source: Tensor, config: SamplingConfig) -> Tensor:
         """Start of the flow -> image latents in the tokenizer's own scale, B x K x C."""
+        check_guidance(config.guidance, self.flow.null_probability)
         solver, times = SOLVERS[config.sampler], make_times(config.steps, config.time_shift)
         with self.autocast(config.precision):
             table = TimeTable(self.flow.flowtok, evaluation_times(solver, times))

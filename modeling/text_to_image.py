@@ -39,6 +39,7 @@ class TextToImageFlow(nn.Module):
         self.flowtok = FlowTok(flowtok)
         self.register_buffer("latent_scale", torch.ones(()))  # z_I = latent_scale * tokenizer latent, deviation 1
         self.projector_frozen = False
+        self.null_probability = FlowConfig.null_probability  # of its training; 0: it can't be guided
 
     def freeze_projector(self) -> None:
         """Let the projector learn no more; it stays in eval mode (no dropout)."""

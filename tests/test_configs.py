@@ -239,6 +239,7 @@ def test_another_stage_is_refused(tmp_path):
         (FLOWTOK, "projector_run=", "flow.projector=frozen needs a trained projector: set projector_run"),
         (FLOWTOK, "flow.projector=detached", "leaves the projector without any loss"),
         (FLOWTOK, "sampling.sampler=rk4", "unknown sampler 'rk4'; valid: euler, euler_release"),
+        (FLOWTOK, "flow.null_probability=0", "guidance 1.5 needs an unconditional flow; flow.null_probability=0"),
         (FLOWTOK, "flow.null_probability=1", "flow.null_probability must be in [0, 1), got 1.0"),
         (ROOT / "configs/demo/report.yaml", "heldout_shards=[]", "needs train_shards and heldout_shards"),
     ],

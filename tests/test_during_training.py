@@ -172,6 +172,10 @@ def test_two_processes_take_part(chain, inputs, tmp_path):
         (["evaluation.inception_weights=/nowhere.pth", "evaluation.overrides=[]"], "no file /nowhere.pth"),
         (['evaluation.overrides=["metrics=[clip_score]","clip.model=local-dir:/nowhere"]'], "/nowhere holds no"),
         (['evaluation.overrides=["metrics=[]"]'], "measures nothing: its metrics are empty"),
+        (
+            ["flow.null_probability=0", "sampling.guidance=1", 'evaluation.overrides=["guidance=3"]'],
+            "guidance 3 needs an unconditional flow",
+        ),
         (['evaluation.overrides=["num_captions=13","features=tokenizer","metrics=[frechet]"]'], "has 12 captions"),
     ],
 )

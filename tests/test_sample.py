@@ -76,6 +76,14 @@ def test_guidance_1_costs_one_pass_a_step(chain, tmp_path, monkeypatch, guidance
     assert batches == [rows] * 5
 
 
+def test_a_run_without_an_unconditional_flow_is_not_guided(chain, tmp_path):
+    run = chain.run_in(tmp_path, "flowtok", "flow.null_probability=0", "sampling.guidance=1")
+    draw(run, "--prompts", "a cat", "--output", tmp_path / "x.png")
+    with pytest.raises(ValueError, match="guidance 2 needs an unconditional flow"):
+        draw(run, "--prompts", "a cat", "--guidance", "2", "--output", tmp_path / "y.png")
+    assert not (tmp_path / "y.png").exists()
+
+
 def test_interpolation_walks_from_one_image_to_the_other(chain, tmp_path, capsys):
     draw(
         chain.folder,

@@ -118,8 +118,9 @@ def test_one_batch_is_overfitted_by_the_projector(few):
 
 def test_one_batch_is_overfitted_by_the_flow(few, tmp_path):
     few.run("text_projector", *LONG["text_projector"])
-    options = ["flow.projector=frozen", "flow.null_probability=0", "flow.sample_image_latent=false"]
-    run = few.run_in(tmp_path, "flowtok", *LONG["flowtok"], *options, "flow.sample_text_latent=false")
+    options = ["flow.projector=frozen", "flow.sample_image_latent=false", "flow.sample_text_latent=false"]
+    options += ["flow.null_probability=0", "sampling.guidance=1"]
+    run = few.run_in(tmp_path, "flowtok", *LONG["flowtok"], *options)
     assert fall(run, "flow_matching") < 0.5
 
 
@@ -165,7 +166,7 @@ def test_without_stage_2_the_projector_starts_from_random_weights(chain, tmp_pat
     "options",
     [
         [f"flow.time_distribution={name}" for name in ("uniform", "logit_normal", "power")],
-        ["flow.null_probability=0", "flow.null_probability=0.5"],
+        ["flow.null_probability=0 sampling.guidance=1", "flow.null_probability=0.5"],
         ["training.seed=0", "flow.sample_text_latent=false", "flow.sample_image_latent=false"],  # the first: as it is
         ["losses.alignment_weight=0", "losses.kl_weight=0", "losses.kl_weight=0 losses.alignment_weight=0"],
         ["training.max_gradient_norm=0", "training.max_gradient_norm=0.01"],
@@ -301,7 +302,7 @@ def test_one_batch_is_overfitted_by_the_flow_to_text(few, tmp_path):
     few.run("text_decoder", "projector.dropout=0", "losses.kl_weight=0", "training.batch_size=4", "heldout_shards=[]")
     shards = few.config("tokens").data.shards[0].removesuffix("/*.tar")
     options = [*to_text(few.folder, shards), "flow.sample_text_latent=false", "flow.sample_image_latent=false"]
-    run = few.run_in(tmp_path, "flowtok", *LONG["flowtok"], *options, "flow.null_probability=0")
+    run = few.run_in(tmp_path, "flowtok", *LONG["flowtok"], *options, "flow.null_probability=0", "sampling.guidance=1")
     assert fall(run, "flow_matching") < 0.5
 
 
