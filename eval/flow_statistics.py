@@ -19,7 +19,7 @@ SAMPLES = 64  # captions for it
 def describe_flow(
     parts: TextToImage, text_states: Tensor, image_latents: Tensor, sampling: SamplingConfig, seed: int
 ) -> dict:
-    """Loss by time, statistics of the source, diversity.
+    """Loss by time of both flows, statistics of the source, diversity.
 
     Args:
         text_states: N x L x T. image_latents: N x K x C, scaled; both on the device.
@@ -27,20 +27,24 @@ def describe_flow(
     source = parts.source(text_states, sampling, seed, list(range(len(text_states))))
     mean = parts.flow.projector.posterior(text_states).mean
     return {
-        "loss_by_time": loss_by_time(parts, source, image_latents),
+        "loss_by_time": loss_by_time(parts, source, image_latents, null=False),
+        "null_loss_by_time": loss_by_time(parts, source, image_latents.roll(1, dims=0), null=True),
         "source_mse": F.mse_loss(source, image_latents).item(),
         **{name: value.item() for name, value in latent_statistics(mean).items()},
         "diversity": diversity(parts, text_states[:SAMPLES], sampling, seed) if sampling.sample_text_latent else 0.0,
     }
 
 
-def loss_by_time(parts: TextToImage, source: Tensor, image_latents: Tensor) -> dict[str, float]:
-    """Mean squared error of the conditional velocity at the middle of each tenth of t: t05, t15, ... t95."""
-    target, null = target_velocity(source, image_latents, SIGMA_MIN), source.new_zeros(len(source), dtype=torch.bool)
+def loss_by_time(parts: TextToImage, source: Tensor, image_latents: Tensor, null: bool) -> dict[str, float]:
+    """Mean squared error of the velocity at the middle of each tenth of t: t05, t15, ... t95.
+
+    null: of the unconditional velocity; its image latents are those of other captions, as in training.
+    """
+    target, indicator = target_velocity(source, image_latents, SIGMA_MIN), source.new_full((len(source),), null).bool()
     losses = {}
     for time in TIMES:
         t = torch.full((len(source),), time, device=source.device)
-        velocity = parts.flow.flowtok(interpolate(source, image_latents, t, SIGMA_MIN), t, null)
+        velocity = parts.flow.flowtok(interpolate(source, image_latents, t, SIGMA_MIN), t, indicator)
         losses[f"t{round(100 * time):02d}"] = F.mse_loss(velocity, target).item()
     return losses
 

@@ -27,10 +27,19 @@ def make_parts(velocity, noise=0.0):
 def test_the_loss_is_that_of_each_time():
     text, image = torch.randn(N, K, C), torch.randn(N, K, C)
     parts = make_parts(lambda x, t, null: image - (1 - 1e-5) * text + t.view(-1, 1, 1))  # off by t
-    losses = loss_by_time(parts, text, image)
+    losses = loss_by_time(parts, text, image, null=False)
     assert len(losses) == len(TIMES) == 10
     for name, loss in losses.items():
         assert loss == pytest.approx((int(name[1:]) / 100) ** 2, rel=1e-4)
+
+
+def test_the_unconditional_flow_is_told_so_and_ends_at_another_image():
+    text, image = torch.randn(N, K, C), torch.randn(N, K, C)
+    ends = torch.stack([image, image.roll(1, dims=0)])  # of the indicator off and on
+    parts = make_parts(lambda x, t, null: ends[null.long(), torch.arange(N)] - (1 - 1e-5) * text)
+    found = describe_flow(parts, text, image, SamplingConfig(sample_text_latent=False), 0)
+    for name in ("loss_by_time", "null_loss_by_time"):
+        assert max(found[name].values()) < 1e-6
 
 
 def test_a_source_that_is_the_same_for_every_caption_shows():
