@@ -14,7 +14,6 @@ guidance 2 does. Writes EXPERIMENT/text_limits.json.
 """
 
 import copy
-import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +31,7 @@ from modeling.ridge import fit_ridge
 
 SHARES = (0.25, 0.5, 1.0)  # of the training captions
 DRAWS = 3  # parts of each share
-NUM_FEATURES = 4096  # of the Gaussian kernel
+JITTER = 1e-6  # on the diagonal of the Gaussian kernel: captions that are the same would make it singular
 
 
 def main(config: ReportStage) -> None:
@@ -69,15 +68,16 @@ def shuffle_weights(module: nn.Module) -> nn.Module:
 
 
 def gaussian_features(train: Tensor, heldout: Tensor) -> list[Tensor]:
-    """States N x L x T -> N x 1 x D, whose products are about exp(-|x - y|^2 / 2 m).
+    """States N x L x T -> N x 1 x D, whose products are exp(-|x - y|^2 / 2 m), m the mean squared distance in train.
 
-    m is the mean squared distance between training states. Random Fourier features (Rahimi and Recht 2007).
+    D is the number of training states: the features are the rows of their kernel's Cholesky factor.
     """
-    train, heldout = train.flatten(1), heldout.flatten(1)
-    spread, generator = (2 * train.var(dim=0).sum()).sqrt(), torch.Generator().manual_seed(0)
-    frequencies = torch.randn(train.shape[1], NUM_FEATURES, generator=generator) / spread
-    phases = 2 * math.pi * torch.rand(NUM_FEATURES, generator=generator)
-    return [math.sqrt(2 / NUM_FEATURES) * (x @ frequencies + phases).cos()[:, None] for x in (train, heldout)]
+    train, heldout = train.flatten(1).double(), heldout.flatten(1).double()
+    squares = torch.cdist(train, train).square()
+    scale = 2 * squares.sum() / (len(train) * (len(train) - 1))
+    factor = torch.linalg.cholesky((-squares / scale).exp() + JITTER * torch.eye(len(train), dtype=torch.float64))
+    cross = (-torch.cdist(heldout, train).square() / scale).exp()
+    return [factor[:, None], torch.linalg.solve_triangular(factor, cross.T, upper=False).T[:, None]]
 
 
 def bags_of_words(train: Tensor, heldout: Tensor) -> list[Tensor]:
