@@ -19,7 +19,7 @@ from training import checkpoint as ckpt
 from training.metrics import step_of
 
 KILLS, KILLS_INSIDE = 20, 6  # at random moments; of these, inside the writing of a checkpoint at least
-MAX_STEPS, EVERY_STEPS = 240, 4
+MAX_STEPS, EVERY_STEPS = 360, 4
 OPTIONS = [f"training.max_steps={MAX_STEPS}", f"training.checkpoint_every_steps={EVERY_STEPS}"]
 OPTIONS += ["training.log_every_steps=3", "training.sample_every_steps=100", "training.gradient_accumulation=2"]
 
