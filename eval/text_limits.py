@@ -35,7 +35,7 @@ JITTER = 1e-6  # on the diagonal of the Gaussian kernel: captions that are the s
 
 
 def main(config: ReportStage) -> None:
-    """Measure, print, write; seconds to a minute on a CPU."""
+    """Measure, print, write; up to a few minutes on a CPU."""
     parts, _ = load_pipeline(Path(config.experiment_dir), torch.device("cpu"))
     train, heldout = (read_all(config, parts, shards) for shards in (config.train_shards, config.heldout_shards))
     latents = [encode(config, parts, samples["image"]) for samples in (train, heldout)]
