@@ -25,43 +25,81 @@ import torch
 
 from configs.load import escape, exit_on_error
 from data.entries import Entry
-from eval.captioning import Captioned, caption_images, choose_images, list_pictures, sheet_of, write_captions
+from eval.captioning import (
+    Captioned,
+    caption_images,
+    choose_images,
+    list_pictures,
+    sheet_of,
+    write_captions,
+)
 from eval.gallery import write_gallery
 from eval.images import image_name
-from eval.loading import captioning_run, direction_of, flow_folder, load_captioner, load_pipeline, read_run_config
-from eval.pictures import caption_grid, png_bytes, save_png, to_pil
-from eval.report import check_writable
-from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS
+from training.files import check_writable
+from training.loading import (
+    captioning_run,
+    direction_of,
+    flow_folder,
+    load_captioner,
+    load_pipeline,
+    read_run_config,
+)
+from training.pictures import caption_grid, png_bytes, save_png, to_pil
 
 SHEET_IMAGES = 60  # of a caption's contact sheet
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, help="experiment folder, or a stage-3 run folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", required=True, type=Path, help="experiment folder, or a stage-3 run folder"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompts", nargs="+", metavar="TEXT")
     source.add_argument("--prompts-file", type=Path, help="one prompt a line")
     source.add_argument(
-        "--caption", nargs="+", metavar="IMAGE", help="images, folders or tar shards to make captions of"
+        "--caption",
+        nargs="+",
+        metavar="IMAGE",
+        help="images, folders or tar shards to make captions of",
     )
-    source.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="walk between the latents of two prompts")
-    parser.add_argument("--frames", type=int, default=8, help="images of --interpolate, ends included")
+    source.add_argument(
+        "--interpolate", nargs=2, metavar=("A", "B"), help="walk between the latents of two prompts"
+    )
     parser.add_argument(
-        "--output", type=Path, default=Path("samples.png"), help="the grid, a PNG; of captions also a .jsonl"
+        "--frames", type=int, default=8, help="images of --interpolate, ends included"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("samples.png"),
+        help="the grid, a PNG; of captions also a .jsonl",
     )
     parser.add_argument("--save-dir", type=Path, help="also write each image as its own PNG here")
-    parser.add_argument("--gallery", type=Path, help="also write a page with images, captions and settings here")
+    parser.add_argument(
+        "--gallery", type=Path, help="also write a page with images, captions and settings here"
+    )
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--guidance", type=float, help="1: no guidance, half the work")
-    parser.add_argument("--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release")
+    parser.add_argument(
+        "--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release"
+    )
     parser.add_argument("--time-shift", type=float, help="above 1: smaller steps near text")
     parser.add_argument(
-        "--guidance-interval", nargs=2, type=float, metavar=("START", "END"), help="times with guidance"
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        metavar=("START", "END"),
+        help="times with guidance",
     )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of velocity network and decoder")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], help="of velocity network and decoder"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images-per-prompt", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
@@ -79,12 +117,16 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts_file:
         if not args.prompts_file.is_file():
             raise ValueError(f"--prompts-file {args.prompts_file} does not exist")
-        lines = args.prompts_file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
+        lines = args.prompts_file.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # splitlines would also split at U+2028
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
         prompts = list(read_run_config(flow_folder(args.run)).pictures.captions)
     if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError("no prompt, or an empty one: give --prompts, --prompts-file or --interpolate")
+        raise ValueError(
+            "no prompt, or an empty one: give --prompts, --prompts-file or --interpolate"
+        )
     return prompts
 
 
@@ -92,16 +134,22 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse impossible numbers before anything is loaded."""
     for name, smallest in (("frames", 2), ("images_per_prompt", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(args, name) < smallest:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(args, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(args, name)}"
+            )
     if args.caption and (args.save_dir or args.gallery or args.images_per_prompt > 1):
-        raise ValueError("--save-dir, --gallery and --images-per-prompt are for prompts, not for --caption")
+        raise ValueError(
+            "--save-dir, --gallery and --images-per-prompt are for prompts, not for --caption"
+        )
 
 
 def check_outputs(args: argparse.Namespace, captioning: bool) -> None:
     """Refuse, before anything is loaded, files that could not be written or would have a wrong name."""
     endings = (".png", ".jsonl") if captioning else (".png",)
     if args.output.suffix.lower() not in endings:
-        raise ValueError(f"--output {args.output}: expected a name that ends in {' or '.join(endings)}")
+        raise ValueError(
+            f"--output {args.output}: expected a name that ends in {' or '.join(endings)}"
+        )
     for path in (args.output, args.gallery):
         if path:
             check_writable(path)
@@ -110,20 +158,26 @@ def check_outputs(args: argparse.Namespace, captioning: bool) -> None:
 def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
     """The run's sampling with what the command line changes."""
     names = ("steps", "guidance", "sampler", "time_shift", "guidance_interval", "precision")
-    return replace(default, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    return replace(
+        default, **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    )
 
 
-def warn_of_cuts(parts: TextToImage, prompts: list[str]) -> None:
+def warn_of_cuts(parts: ImageGenerator, prompts: list[str]) -> None:
     """Say which prompts the text tower can't read to their end."""
     limit = parts.tokenize.context_length
     for prompt in prompts:
         length = parts.tokenize.num_tokens(prompt)
         if length > limit:
-            print(f"warning: prompt cut from {length} to {limit} tokens: {prompt!r}", file=sys.stderr)
+            print(
+                f"warning: prompt cut from {length} to {limit} tokens: {prompt!r}", file=sys.stderr
+            )
 
 
 @torch.no_grad()
-def interpolate(parts: TextToImage, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]):
+def interpolate(
+    parts: ImageGenerator, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]
+):
     """Images along the straight line between two starts of the flow, and between their text states for the decoder."""
     states = parts.encode_text(prompts)
     starts = parts.source(states, sampling, args.seed, indices=[0, 0])
@@ -134,13 +188,19 @@ def interpolate(parts: TextToImage, args: argparse.Namespace, sampling: Sampling
     return images.cpu(), captions
 
 
-def generate(parts: TextToImage, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]):
+def generate(
+    parts: ImageGenerator, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]
+):
     """Images of all prompts, `images_per_prompt` each, in batches; image i of the grid has randomness (seed, i)."""
     captions = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
     images = []
     for start in range(0, len(captions), args.batch_size):
         chunk = captions[start : start + args.batch_size]
-        images.append(parts.generate(chunk, sampling, args.seed, list(range(start, start + len(chunk))))[0].cpu())
+        images.append(
+            parts.generate(chunk, sampling, args.seed, list(range(start, start + len(chunk))))[
+                0
+            ].cpu()
+        )
     return torch.cat(images), captions
 
 
@@ -167,7 +227,8 @@ def caption(args: argparse.Namespace) -> None:
         number, skipped = print_captions(args.output, entries, batches)
     print(
         f"{args.output}: {number} captions, {sampling.steps} steps, guidance {sampling.guidance:g}, "
-        f"{number / (time.perf_counter() - start):.1f} images/s" + (f"; {skipped} unreadable images" if skipped else "")
+        f"{number / (time.perf_counter() - start):.1f} images/s"
+        + (f"; {skipped} unreadable images" if skipped else "")
     )
 
 
@@ -179,7 +240,9 @@ def tell_skipped(batches: Iterator[Captioned]) -> Iterator[Captioned]:
         yield batch
 
 
-def print_captions(path: Path, entries: list[Entry], batches: Iterator[Captioned]) -> tuple[int, int]:
+def print_captions(
+    path: Path, entries: list[Entry], batches: Iterator[Captioned]
+) -> tuple[int, int]:
     """Print each caption and save a sheet of the first ones. Returns (captions, skipped images)."""
     images, captions, number, skipped = [], [], 0, 0
     for batch in batches:
@@ -207,7 +270,9 @@ def main(args: argparse.Namespace) -> None:
     sampling = sampling_of(args, default)
     warn_of_cuts(parts, prompts)
     start = time.perf_counter()
-    images, captions = (interpolate if args.interpolate else generate)(parts, args, sampling, prompts)
+    images, captions = (interpolate if args.interpolate else generate)(
+        parts, args, sampling, prompts
+    )
     seconds = time.perf_counter() - start
     columns = len(images) if args.interpolate else args.images_per_prompt
     columns = columns if columns > 1 else min(8, len(images))

@@ -21,20 +21,31 @@ from data.entries import Entry
 from eval.captioning import caption_sheet, choose_images
 from eval.during_training import FlowEvaluation
 from eval.generation import load_protocol
-from eval.loading import fingerprint, load_autoencoder, load_flow, load_projector, load_tokenizer
-from eval.pictures import caption_grid, sample_path, save_png
-from eval.stored_tokens import StoredTokens, open_stored_tokens
-from eval.tokens_info import TokensInfo, load_tokens_info
 from modeling.flow import check_guidance
-from modeling.image_to_text import ImageToText
-from modeling.losses import flow_matching_loss, freeze_unused_alignment, latent_statistics, source_losses
-from modeling.pipeline import TextToImage
+from modeling.flow_model import FlowModel
+from modeling.image_to_text import Captioner
+from modeling.losses import (
+    flow_matching_loss,
+    freeze_unused_alignment,
+    latent_statistics,
+    source_losses,
+)
+from modeling.pipeline import ImageGenerator
 from modeling.text_encoder import TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
-from modeling.text_to_image import TextToImageFlow
 from training.checkpoint import latest_checkpoint
+from training.loading import (
+    fingerprint,
+    load_autoencoder,
+    load_flow,
+    load_projector,
+    load_tokenizer,
+)
 from training.loop import Evaluation, Trainer, is_complete
+from training.pictures import caption_grid, sample_path, save_png
 from training.run import Run, list_changes, save_config, start_run
+from training.stored_tokens import StoredTokens, open_stored_tokens
+from training.tokens_info import TokensInfo, load_tokens_info
 
 
 def main(config: FlowTokStage) -> None:
@@ -62,7 +73,9 @@ def main(config: FlowTokStage) -> None:
     save_config(run, resolved(config), default_values(config), network_keys, started)
     trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, inputs)
     save_pictures = partial(save_samples, config, run, to_caption)
-    trainer.train(partial(compute_losses, config, info, tokens), config.logging, save_pictures, evaluation)
+    trainer.train(
+        partial(compute_losses, config, info, tokens), config.logging, save_pictures, evaluation
+    )
 
 
 def build_evaluation(config: FlowTokStage, run: Run) -> Evaluation | None:
@@ -80,7 +93,7 @@ def build_evaluation(config: FlowTokStage, run: Run) -> Evaluation | None:
     return Evaluation(every, FlowEvaluation(config.evaluation, protocol, run.folder, *origin))
 
 
-def load_source(config: FlowTokStage) -> TextProjector | TextToImageFlow | None:
+def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
     """Trained weights to start from, EMA: the projector of stage 2, all of another stage-3 run, or nothing.
 
     Raises:
@@ -91,7 +104,9 @@ def load_source(config: FlowTokStage) -> TextProjector | TextToImageFlow | None:
     if config.init_from:
         source = load_flow(config.init_from)
         there = asdict(source.flowtok.config)
-        there["two_way"] |= config.flowtok.two_way  # one direction's weights do for both: the embedding starts at zero
+        there["two_way"] |= (
+            config.flowtok.two_way
+        )  # one direction's weights do for both: the embedding starts at zero
         changes = list_changes(there, asdict(config.flowtok), "flowtok")
         projector = source.projector
     else:
@@ -106,7 +121,7 @@ def load_source(config: FlowTokStage) -> TextProjector | TextToImageFlow | None:
     return source
 
 
-def check_text_decoder(config: FlowTokStage, source: TextProjector | TextToImageFlow | None) -> None:
+def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel | None) -> None:
     """Refuse a text decoder that was trained on another projector's z_T than the one that a flow to text ends in.
 
     Raises:
@@ -132,12 +147,14 @@ def pictures_to_caption(config: FlowTokStage) -> list[Entry]:
 
 
 def build_model(
-    config: FlowTokStage, info: TokensInfo, source: TextProjector | TextToImageFlow | None
-) -> TextToImageFlow:
+    config: FlowTokStage, info: TokensInfo, source: TextProjector | FlowModel | None
+) -> FlowModel:
     """Projector and DiT, with the weights of `source` and the measured latent scale; freezes what has no gradient."""
-    model = TextToImageFlow(config.projector, config.flowtok)
-    if isinstance(source, TextToImageFlow):
-        model.load_state_dict(model.state_dict() | source.state_dict())  # all but an embed_direction it lacks
+    model = FlowModel(config.projector, config.flowtok)
+    if isinstance(source, FlowModel):
+        model.load_state_dict(
+            model.state_dict() | source.state_dict()
+        )  # all but an embed_direction it lacks
     elif source is not None:
         model.projector.load_state_dict(source.state_dict())
     model.latent_scale.fill_(info.latent_scale)
@@ -154,31 +171,44 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
     posterior = tokens.image_posterior(batch)
-    image = (posterior.sample() if config.flow.sample_image_latent else posterior.mean) * info.latent_scale
+    image = (
+        posterior.sample() if config.flow.sample_image_latent else posterior.mean
+    ) * info.latent_scale
     output = model(tokens.text_states(batch), image, config.flow)
     terms = {"flow_matching": flow_matching_loss(output.velocity, output.target)}
     terms["loss"] = terms["flow_matching"]
     if config.flow.projector != "frozen":
-        source = output.text_latents, output.mean, output.logvar, output.alignment, output.log_temperature
+        source = (
+            output.text_latents,
+            output.mean,
+            output.logvar,
+            output.alignment,
+            output.log_temperature,
+        )
         terms |= source_losses(config.losses, *source, posterior.mean * info.latent_scale)
         terms["loss"] = terms["loss"] + terms.pop("source")
     return terms | latent_statistics(output.mean)
 
 
 @torch.no_grad()
-def save_samples(config: FlowTokStage, run: Run, to_caption: list[Entry], model: TextToImageFlow, step: int) -> None:
+def save_samples(
+    config: FlowTokStage, run: Run, to_caption: list[Entry], model: FlowModel, step: int
+) -> None:
     """Pictures with EMA weights: images for the configured captions, captions for the configured images."""
     tokenizer = load_tokenizer(config.tokenizer_run)[0].to(run.device)
     if to_caption:
         decoder = load_autoencoder(config.text_decoder_run).decoder.to(run.device)
-        captioner = ImageToText(TextTokenizer(config.text_encoder), tokenizer, model, decoder)
+        captioner = Captioner(TextTokenizer(config.text_encoder), tokenizer, model, decoder)
         path = sample_path(run.folder, step)
-        save_png(caption_sheet(captioner, to_caption, config.sampling), path.with_stem(f"{path.stem}_captions"))
+        save_png(
+            caption_sheet(captioner, to_caption, config.sampling),
+            path.with_stem(f"{path.stem}_captions"),
+        )
     if config.flow.direction == "image_to_text":
         return
     captions = config.pictures.captions
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
-    parts = TextToImage(TextTokenizer(config.text_encoder), text_encoder, tokenizer, model)
+    parts = ImageGenerator(TextTokenizer(config.text_encoder), text_encoder, tokenizer, model)
     images, _ = parts.generate(captions, config.sampling)
     save_png(caption_grid(images, captions, columns=4), sample_path(run.folder, step))
 

@@ -293,7 +293,7 @@ run_stage() { # STAGE KEY=VALUE ...
     case $stage in
         text_encoder) program=("${launch[@]}" --module scripts.train_text_encoder) ;;
         tokens*) program=("${launch[@]}" --module scripts.encode_tokens) ;;
-        report) program=("$PYTHON" -m eval.demo) ;;
+        report) program=("$PYTHON" -m eval.report) ;;
         text_projector | text_decoder) program=("${launch[@]}" "train_$stage.py") ;;
         *) program=("${launch[@]}" "train_${stage%%_*}.py") ;; # tokenizer, flowtok and their further rounds
     esac

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import TextDecoderStage
-from eval.loading import fingerprint, load_projector
-from eval.pictures import sample_path
-from eval.report import write_json
-from eval.stored_captions import StoredCaptions, open_stored_captions
 from modeling.losses import kl_loss, latent_statistics
 from modeling.text_decoder import TextAutoencoder, caption_losses, correct_tokens, counted_positions
 from modeling.text_encoder import load_text_encoder
 from modeling.text_projector import TextProjector
 from training.checkpoint import latest_checkpoint
+from training.files import write_json
+from training.loading import fingerprint, load_projector
 from training.loop import Trainer, is_complete
+from training.pictures import sample_path
 from training.run import Run, list_changes, save_config, start_run
+from training.stored_captions import StoredCaptions, open_stored_captions
 
 MEASURED_CAPTIONS = 10_000  # at most, of either kind, whose reconstruction is measured
 VOCABULARY_CAPTIONS = 1_000_000  # at most, whose token ids are counted
@@ -49,14 +49,24 @@ def main(config: TextDecoderStage) -> None:
         return
     captions = open_stored_captions(run, config)
     if config.heldout_shards and next(captions.read(1, config.heldout_shards), None) is None:
-        raise ValueError(f"heldout_shards={config.heldout_shards} have no caption")  # now, not at the first measurement
+        raise ValueError(
+            f"heldout_shards={config.heldout_shards} have no caption"
+        )  # now, not at the first measurement
     model = build_model(config, source)
     if not started:
         prepare(model, captions, source)
-    save_config(run, resolved(config), default_values(config), ["projector", "text_decoder", "text_encoder"], started)
+    save_config(
+        run,
+        resolved(config),
+        default_values(config),
+        ["projector", "text_decoder", "text_encoder"],
+        started,
+    )
     trainer = Trainer(run, training, config.optimizer, model, captions.loader, inputs)
     trainer.train(
-        partial(compute_losses, config, captions), config.logging, partial(save_accuracy, config, run, captions)
+        partial(compute_losses, config, captions),
+        config.logging,
+        partial(save_accuracy, config, run, captions),
     )
 
 
@@ -94,7 +104,9 @@ def prepare(model: TextAutoencoder, captions: StoredCaptions, source: TextProjec
         captions.fit_whitening(model.projector)
     if not model.decoder.has_whole_vocabulary:
         batches = (batch["token_ids"] for batch in captions.read(VOCABULARY_CAPTIONS))
-        left_out = model.decoder.fit_vocabulary(ids.flatten()[counted_positions(ids)] for ids in batches)
+        left_out = model.decoder.fit_vocabulary(
+            ids.flatten()[counted_positions(ids)] for ids in batches
+        )
         if left_out:
             captions.run.say(
                 f"text_decoder.vocabulary_size={model.decoder.config.vocabulary_size}: the {left_out} rarest ids of "
@@ -111,14 +123,20 @@ def compute_losses(
 
 
 def decoder_losses(
-    config: TextDecoderStage, captions: StoredCaptions, model: nn.Module, batch: dict, counted: Tensor
+    config: TextDecoderStage,
+    captions: StoredCaptions,
+    model: nn.Module,
+    batch: dict,
+    counted: Tensor,
 ) -> dict[str, Tensor]:
     """Loss terms over the counted positions, indices into B x L."""
     losses, device = config.losses, captions.run.device
     token_ids = batch["token_ids"].flatten()[counted].to(device, non_blocking=True)
     states = captions.text_states(batch)
     counted = counted.to(device, non_blocking=True)
-    output = model(states, counted, token_ids, sample=bool(losses.kl_weight), noise=losses.latent_noise)
+    output = model(
+        states, counted, token_ids, sample=bool(losses.kl_weight), noise=losses.latent_noise
+    )
     terms = caption_losses(output.logits, output.classes)
     terms["loss"] = terms["cross_entropy"]
     if losses.kl_weight:
@@ -133,7 +151,9 @@ def save_accuracy(
     """Write how much of the captions comes back from z_T's mean."""
     report = {"step": step, "train": measure(captions, model, captions.read(MEASURED_CAPTIONS))}
     if config.heldout_shards:
-        report["heldout"] = measure(captions, model, captions.read(MEASURED_CAPTIONS, config.heldout_shards))
+        report["heldout"] = measure(
+            captions, model, captions.read(MEASURED_CAPTIONS, config.heldout_shards)
+        )
     write_json(report, sample_path(run.folder, step).with_suffix(".json"))
     for name in ("train", "heldout"):
         part = report.get(name)
@@ -156,7 +176,9 @@ def measure(captions: StoredCaptions, model: TextAutoencoder, batches: Iterable[
         hits, tokens = correct_tokens(predicted, batch["token_ids"])
         right, counted = right + hits.sum().item(), counted + tokens.sum().item()
         whole, number = whole + (hits == tokens).sum().item(), number + len(hits)
-        for caption, ids in zip(batch["caption"][: NUM_EXAMPLES - len(examples)], predicted, strict=False):
+        for caption, ids in zip(
+            batch["caption"][: NUM_EXAMPLES - len(examples)], predicted, strict=False
+        ):
             examples.append({"caption": caption, "decoded": captions.tokenize.decode(ids)})
     return {
         "captions": number,

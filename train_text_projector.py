@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import TextProjectorStage
-from eval.loading import load_tokenizer
-from eval.pictures import caption_grid, pair_rows, sample_path, save_png
-from eval.stored_tokens import StoredTokens, open_stored_tokens
-from eval.tokens_info import TokensInfo, load_tokens_info
 from modeling.losses import freeze_unused_alignment, latent_statistics, source_losses
 from modeling.posterior import Posterior
 from modeling.text_projector import TextProjector
 from training.checkpoint import latest_checkpoint
+from training.loading import load_tokenizer
 from training.loop import Trainer, is_complete
+from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.run import Run, save_config, start_run
+from training.stored_tokens import StoredTokens, open_stored_tokens
+from training.tokens_info import TokensInfo, load_tokens_info
 
 
 def main(config: TextProjectorStage) -> None:
@@ -40,15 +40,23 @@ def main(config: TextProjectorStage) -> None:
     if not started:
         tokens.fit(model)
     freeze_unused_alignment(model, config.losses)
-    save_config(run, resolved(config), default_values(config), ["projector", "text_encoder"], started)
+    save_config(
+        run, resolved(config), default_values(config), ["projector", "text_encoder"], started
+    )
     trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, info.inputs())
     trainer.train(
-        partial(compute_losses, config, info, tokens), config.logging, partial(save_decoded, config, run, info, tokens)
+        partial(compute_losses, config, info, tokens),
+        config.logging,
+        partial(save_decoded, config, run, info, tokens),
     )
 
 
 def compute_losses(
-    config: TextProjectorStage, info: TokensInfo, tokens: StoredTokens, model: nn.Module, batch: dict
+    config: TextProjectorStage,
+    info: TokensInfo,
+    tokens: StoredTokens,
+    model: nn.Module,
+    batch: dict,
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
     mean, logvar, alignment, log_temperature = model(tokens.text_states(batch))
@@ -61,7 +69,12 @@ def compute_losses(
 
 @torch.no_grad()
 def save_decoded(
-    config: TextProjectorStage, run: Run, info: TokensInfo, tokens: StoredTokens, model: TextProjector, step: int
+    config: TextProjectorStage,
+    run: Run,
+    info: TokensInfo,
+    tokens: StoredTokens,
+    model: TextProjector,
+    step: int,
 ) -> None:
     """Picture of what the source already shows, decoded without any flow, right of the image that it should be."""
     if not config.losses.image_regression_weight:
@@ -71,7 +84,10 @@ def save_decoded(
     states = tokens.text_states(batch)
     true = tokenizer.decode(tokens.image_posterior(batch).mean, states)
     source = tokenizer.decode(model.posterior(states).mean / info.latent_scale, states)
-    save_png(caption_grid(pair_rows(true, source), batch["caption"], columns=4), sample_path(run.folder, step))
+    save_png(
+        caption_grid(pair_rows(true, source), batch["caption"], columns=4),
+        sample_path(run.folder, step),
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ from data.image_text import build_image_loader, read_images
 from data.tar import expand_shards
 from eval.during_training import ReconstructionEvaluation
 from eval.images import ImageSet, list_images
-from eval.loading import fingerprint, load_tokenizer
-from eval.pictures import caption_grid, pair_rows, sample_path, save_png
 from modeling.adversarial import Adversary, generator_loss, hinge_discriminator_loss, is_active
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.losses import (
@@ -34,7 +32,9 @@ from modeling.losses import (
 from modeling.perceptual import PerceptualLoss
 from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
 from training.checkpoint import latest_checkpoint
+from training.loading import fingerprint, load_tokenizer
 from training.loop import Evaluation, Trainer, batch_per_pass, is_complete
+from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.player import Opponent, Player
 from training.run import Run, save_config, start_run
 
@@ -68,9 +68,16 @@ def main(config: TokenizerStage) -> None:
     model = build_model(config, run, started)
     save_config(run, resolved(config), default_values(config), ["tokenizer"], started)
     losses = TokenizerLosses(config, run, text_encoder, perceptual)
-    trainer = Trainer(run, config.training, config.optimizer, model, loader, inputs, losses.opponent)
+    trainer = Trainer(
+        run, config.training, config.optimizer, model, loader, inputs, losses.opponent
+    )
     save_pictures = partial(save_reconstructions, config, run, text_encoder, tokenize)
-    trainer.train(lambda model, batch: losses(model, batch, trainer.step), config.logging, save_pictures, evaluation)
+    trainer.train(
+        lambda model, batch: losses(model, batch, trainer.step),
+        config.logging,
+        save_pictures,
+        evaluation,
+    )
 
 
 def build_evaluation(
@@ -85,9 +92,13 @@ def build_evaluation(
     if not part.every_steps:
         return None
     entries = list_images(part.shards or config.pictures.shards)[: part.num_images or None]
-    images = ImageSet(entries, config.tokenizer.image_size, tuple(data.caption_keys), tuple(data.background))
+    images = ImageSet(
+        entries, config.tokenizer.image_size, tuple(data.caption_keys), tuple(data.background)
+    )
     bf16 = config.training.precision == "bf16"
-    return Evaluation(part.every_steps, ReconstructionEvaluation(part, images, text_encoder, tokenize, bf16))
+    return Evaluation(
+        part.every_steps, ReconstructionEvaluation(part, images, text_encoder, tokenize, bf16)
+    )
 
 
 def build_perceptual(config: TokenizerStage, run: Run) -> PerceptualLoss | None:
@@ -118,9 +129,15 @@ def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
         ValueError: nothing fits.
     """
     source, own = load_tokenizer(run_dir)[0].state_dict(), model.state_dict()
-    fitting = {name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape}
+    fitting = {
+        name: tensor
+        for name, tensor in source.items()
+        if name in own and own[name].shape == tensor.shape
+    }
     if not fitting:
-        raise ValueError(f"init_from={run_dir}: none of its {len(source)} tensors fits the configured tokenizer")
+        raise ValueError(
+            f"init_from={run_dir}: none of its {len(source)} tensors fits the configured tokenizer"
+        )
     model.load_state_dict(fitting, strict=False)
     run.say(f"{len(fitting)} of {len(own)} tensors come from {run_dir}")
     for name in sorted(own.keys() - fitting.keys()):
@@ -165,9 +182,18 @@ class TokenizerLosses:
     """
 
     def __init__(
-        self, config: TokenizerStage, run: Run, text_encoder: TextEncoder | None, perceptual: PerceptualLoss | None
+        self,
+        config: TokenizerStage,
+        run: Run,
+        text_encoder: TextEncoder | None,
+        perceptual: PerceptualLoss | None,
     ):
-        self.config, self.run, self.text_encoder, self.perceptual = config, run, text_encoder, perceptual
+        self.config, self.run, self.text_encoder, self.perceptual = (
+            config,
+            run,
+            text_encoder,
+            perceptual,
+        )
         self.opponent, self._images, self._logit_means = None, None, []
         if config.adversarial.weight:
             self.adversary = Adversary(config.discriminator, config.adversarial.lecam_decay)
@@ -178,14 +204,22 @@ class TokenizerLosses:
     def __call__(self, model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         """Terms of one batch at a step (counted from 0), raw and weighted, and how the latents are used."""
         config, images = self.config, to_unit(batch["image"], self.run.device)
-        reconstructions, mean, logvar = model(images, encode_text(self.run, self.text_encoder, batch))
-        terms, weights = reconstruction_losses(images, reconstructions), reconstruction_weights(config.losses)
+        reconstructions, mean, logvar = model(
+            images, encode_text(self.run, self.text_encoder, batch)
+        )
+        terms, weights = (
+            reconstruction_losses(images, reconstructions),
+            reconstruction_weights(config.losses),
+        )
         terms["kl"] = kl_loss(mean, logvar)
         if self.perceptual is not None:
             terms |= self.perceptual(reconstructions, images)
         if is_active(config.adversarial, step):
             self._images = images, reconstructions.detach()
-            terms["adversarial"], weights["adversarial"] = self.deceive(reconstructions), config.adversarial.weight
+            terms["adversarial"], weights["adversarial"] = (
+                self.deceive(reconstructions),
+                config.adversarial.weight,
+            )
         return weighted_sum(terms, weights) | posterior_statistics(mean, logvar)
 
     def deceive(self, reconstructions: Tensor) -> Tensor:
@@ -199,7 +233,10 @@ class TokenizerLosses:
     def discriminator_terms(self, wrapped: nn.Module) -> dict[str, Tensor]:
         """Terms of the discriminator on the last batch and its detached reconstructions."""
         real, fake = wrapped(*self._images)
-        terms = {"hinge": hinge_discriminator_loss(real, fake), "lecam": self.adversary.lecam.penalty(real, fake)}
+        terms = {
+            "hinge": hinge_discriminator_loss(real, fake),
+            "lecam": self.adversary.lecam.penalty(real, fake),
+        }
         terms["loss"] = terms["hinge"] + self.config.adversarial.lecam_weight * terms["lecam"]
         means = {"real": real.detach().mean(), "fake": fake.detach().mean()}
         self._logit_means.append(torch.stack([*means.values()]))
@@ -213,7 +250,12 @@ class TokenizerLosses:
 
 @torch.no_grad()
 def save_reconstructions(
-    config: TokenizerStage, run: Run, text_encoder: TextEncoder | None, tokenize: TextTokenizer | None, model, step: int
+    config: TokenizerStage,
+    run: Run,
+    text_encoder: TextEncoder | None,
+    tokenize: TextTokenizer | None,
+    model,
+    step: int,
 ) -> None:
     """Picture: originals left, EMA reconstructions (posterior mean) right."""
     number = config.pictures.num_samples

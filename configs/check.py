@@ -23,17 +23,21 @@ from configs.schema import (
     TokensStage,
 )
 from data.tar import expand_shards
-from eval.tokens_info import TOKENS_INFO_FILE
 from training.checkpoint import latest_checkpoint
+from training.tokens_info import TOKENS_INFO_FILE
 
-Stages = dict[str, StageConfig]  # by the name of the YAML, which is that of a stage or of a further round of it
+Stages = dict[
+    str, StageConfig
+]  # by the name of the YAML, which is that of a stage or of a further round of it
 
 
 def check_batches(stages: Stages, num_processes: int) -> None:
     """Every batch size is divisible by processes x gradient accumulation."""
     for stage, config in stages.items():
         training = getattr(config, "training", None)
-        if training is not None and training.batch_size % (num_processes * training.gradient_accumulation):
+        if training is not None and training.batch_size % (
+            num_processes * training.gradient_accumulation
+        ):
             raise ValueError(
                 f"stage {stage}: training.batch_size {training.batch_size} is not divisible by processes x "
                 f"gradient_accumulation = {num_processes} x {training.gradient_accumulation}"
@@ -64,7 +68,10 @@ def check_shards(stages: Stages) -> None:
             patterns += config.train_shards + config.heldout_shards + config.distractor_shards
         try:
             if patterns:
-                expand_shards(sorted(set(patterns)), getattr(getattr(config, "data", None), "allow_pipe", False))
+                expand_shards(
+                    sorted(set(patterns)),
+                    getattr(getattr(config, "data", None), "allow_pipe", False),
+                )
         except ValueError as error:
             in_data_dir = any(pattern.startswith(f"{config.data_dir}/") for pattern in patterns)
             ways = [f"data_dir=FOLDER (now {config.data_dir})"] if in_data_dir else []
@@ -108,7 +115,10 @@ def check_sizes(stages: Stages) -> None:
     for stage, config in stages.items():
         found = {}
         if isinstance(config, TextEncoderStage):
-            found = {"text tokens": config.clip.context_length, "text width": config.clip.text_width}
+            found = {
+                "text tokens": config.clip.context_length,
+                "text width": config.clip.text_width,
+            }
         if isinstance(config, TokenizerStage):
             part = config.tokenizer
             found = {"image tokens": part.num_tokens, "channels": part.token_channels}
@@ -116,12 +126,18 @@ def check_sizes(stages: Stages) -> None:
                 found |= {"text tokens": part.text_tokens, "text width": part.text_width}
         if isinstance(config, TextProjectorStage | TextDecoderStage | FlowTokStage):
             part = config.projector
-            found = {"text tokens": part.text_tokens, "text width": part.text_width, "channels": part.token_channels}
+            found = {
+                "text tokens": part.text_tokens,
+                "text width": part.text_width,
+                "channels": part.token_channels,
+            }
             found["image tokens"] = part.text_tokens  # text flows into image token by token
         for name, size in found.items():
             other, first = sizes.setdefault(name, (stage, size))
             if size != first:
-                raise ValueError(f"{name}: stage {other} has {first}, stage {stage} has {size}; they must agree")
+                raise ValueError(
+                    f"{name}: stage {other} has {first}, stage {stage} has {size}; they must agree"
+                )
 
 
 def main(arguments: list[str]) -> None:

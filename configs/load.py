@@ -30,11 +30,15 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     """A YAML file merged over its `base:`, as an OmegaConf node."""
     path = path.resolve()
     if path in seen:
-        raise ValueError(f"base: files refer to each other in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
+        raise ValueError(
+            f"base: files refer to each other in a circle: {' -> '.join(str(p) for p in (*seen, path))}"
+        )
     if not path.is_file():
         folder = path.parent
         names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
-        raise ValueError(f"config file {path} does not exist; in its folder: {', '.join(sorted(names)) or 'no YAML'}")
+        raise ValueError(
+            f"config file {path} does not exist; in its folder: {', '.join(sorted(names)) or 'no YAML'}"
+        )
     try:
         node = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
@@ -81,7 +85,9 @@ def nearest_key(name: str, valid: list[str]) -> str | None:
         or [key for key in valid if "_" in leaf(key) and initials(key) == leaf(name)]
         or [key for key in valid if leaf(key) in similar]
     )
-    return max(candidates, key=lambda key: difflib.SequenceMatcher(None, name, key).ratio(), default=None)
+    return max(
+        candidates, key=lambda key: difflib.SequenceMatcher(None, name, key).ratio(), default=None
+    )
 
 
 def is_list_or_reference(node: Any, key: str) -> bool:
@@ -104,10 +110,14 @@ def check_keys(node: Any, schema: type, origin: str) -> None:
             if dataclasses.is_dataclass(fields[key]):
                 child = node._get_node(key)
                 if not OmegaConf.is_dict(child):
-                    raise ValueError(f"{origin}: {name!r} is a group of keys ({', '.join(valid_keys(fields[key]))})")
+                    raise ValueError(
+                        f"{origin}: {name!r} is a group of keys ({', '.join(valid_keys(fields[key]))})"
+                    )
                 check_group(child, fields[key], f"{name}.")
             elif get_origin(fields[key]) is list and not is_list_or_reference(node, key):
-                raise ValueError(f"{origin}: {name!r} is a list, as in {name}=[first,second]; got {node[key]!r}")
+                raise ValueError(
+                    f"{origin}: {name!r} is a list, as in {name}=[first,second]; got {node[key]!r}"
+                )
 
     check_group(node, schema, "")
 
@@ -120,10 +130,14 @@ def parse_overrides(overrides: list[str]) -> Any:
     try:
         return OmegaConf.from_dotlist(overrides)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"command line: cannot read {' '.join(overrides)}: {one_line(error)}") from error
+        raise ValueError(
+            f"command line: cannot read {' '.join(overrides)}: {one_line(error)}"
+        ) from error
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, stage: str | None = None) -> StageConfig:
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, stage: str | None = None
+) -> StageConfig:
     """Read, merge, type and check one stage's config.
 
     Args:
@@ -153,14 +167,18 @@ def _load(path: Path, overrides: list[str], stage: str | None) -> StageConfig:
     check_keys(changes, schema, "command line")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), node, changes)
-        values = without_detours(OmegaConf.to_container(merged, resolve=True), f"{merged.experiment_dir}/../")
+        values = without_detours(
+            OmegaConf.to_container(merged, resolve=True), f"{merged.experiment_dir}/../"
+        )
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", "") or ""
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: {key + ': ' if key else ''}{reason}") from error
     if config.stage != name:
-        raise ValueError(f"command line: stage={config.stage}, but {path} configures stage {name!r}")
+        raise ValueError(
+            f"command line: stage={config.stage}, but {path} configures stage {name!r}"
+        )
     check(config)
     return config
 
@@ -187,10 +205,14 @@ def default_values(config: StageConfig) -> dict:
 def parse_stage_args(stage: str, description: str | None) -> StageConfig:
     """Command line of a stage script: --config FILE key=value ...; a bad config ends with one line and status 2."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="YAML file of this stage")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values that override the file's"
+    )
     args = parser.parse_args()
     return exit_on_error(lambda: load_config(args.config, args.overrides, stage))
 
@@ -203,7 +225,10 @@ def exit_on_error(action):
         frames = traceback.extract_tb(error.__traceback__)
         frame = next(filter(is_ours, reversed(frames)), frames[-1])
         message = escape(one_line(error)[:LONGEST_MESSAGE]) or type(error).__name__
-        print(f"error: {message}\n  (raised at {Path(frame.filename).name}:{frame.lineno})", file=sys.stderr)
+        print(
+            f"error: {message}\n  (raised at {Path(frame.filename).name}:{frame.lineno})",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from error
 
 
@@ -220,7 +245,9 @@ def escape(text: str) -> str:
 
 def main() -> None:
     """Print the resolved config of a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()

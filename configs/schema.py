@@ -11,6 +11,7 @@ from data.image_text import ImageTextConfig
 from data.token_text import TokenTextConfig
 from eval.during_training import EvaluationConfig, ReconstructionEvaluationConfig
 from eval.protocol import protocol_file
+from modeling.activation_checkpointing import Recompute
 from modeling.adversarial import AdversarialConfig
 from modeling.discriminator import DiscriminatorConfig
 from modeling.flow import FlowConfig, check_guidance
@@ -19,7 +20,6 @@ from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.losses import ReconstructionLossConfig, SourceLossConfig
 from modeling.perceptual import PerceptualConfig
 from modeling.pipeline import SamplingConfig
-from modeling.recompute import Recompute
 from modeling.text_decoder import TextDecoderConfig, TextDecoderLossConfig
 from modeling.text_encoder import TextEncoderConfig
 from modeling.text_projector import TextProjectorConfig
@@ -103,7 +103,7 @@ class TokenizerStage(StageConfig):
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
-    activation_checkpointing: Recompute = "none"  # see modeling/recompute.py
+    activation_checkpointing: Recompute = "none"  # see modeling/activation_checkpointing.py
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
     # Weights to start from, a stage-1 run's EMA, of any size: what does not fit starts afresh and is listed.
     init_from: str = ""
@@ -117,7 +117,9 @@ class TokenizerStage(StageConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     pictures: ReconstructionPictureConfig = field(default_factory=ReconstructionPictureConfig)
-    evaluation: ReconstructionEvaluationConfig = field(default_factory=ReconstructionEvaluationConfig)
+    evaluation: ReconstructionEvaluationConfig = field(
+        default_factory=ReconstructionEvaluationConfig
+    )
 
 
 @dataclass
@@ -127,7 +129,9 @@ class TokensStage(StageConfig):
     tokenizer_run: str = "${experiment_dir}/tokenizer"
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
     batch_size: int = 64  # images per pass and process
-    precision: Literal["fp32", "bf16"] = "fp32"  # autocast of the encoder; latents are stored as float16 either way
+    precision: Literal["fp32", "bf16"] = (
+        "fp32"  # autocast of the encoder; latents are stored as float16 either way
+    )
     flip: bool = False  # also store every image mirrored, as a sample KEY-flip
     num_crops: int = 1  # 1: the centre; more: so many along the longer side, as samples KEY-crop0, KEY-crop1, ...
     # Also store the text states (L x T float16 a sample): later stages then never run the text tower. Worth it for
@@ -142,8 +146,12 @@ class TextProjectorStage(StageConfig):
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     # whose token shards are expected; decodes the pictures when image_regression_weight > 0
     tokenizer_run: str = "${experiment_dir}/tokenizer"
-    any_tokenizer: bool = False  # accept token shards that another tokenizer made, or nobody knows which
-    latent_scale: float = 0.0  # z_I = latent_scale * latent; 0: as measured when the tokens were written
+    any_tokenizer: bool = (
+        False  # accept token shards that another tokenizer made, or nobody knows which
+    )
+    latent_scale: float = (
+        0.0  # z_I = latent_scale * latent; 0: as measured when the tokens were written
+    )
     projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
     data: TokenTextConfig = field(default_factory=TokenTextConfig)
     losses: SourceLossConfig = field(default_factory=SourceLossConfig)
@@ -163,7 +171,9 @@ class TextDecoderStage(StageConfig):
     projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
     text_decoder: TextDecoderConfig = field(default_factory=TextDecoderConfig)
     data: CaptionTextConfig = field(default_factory=CaptionTextConfig)
-    heldout_shards: list[str] = field(default_factory=list)  # captions to measure on, never trained on; empty: none
+    heldout_shards: list[str] = field(
+        default_factory=list
+    )  # captions to measure on, never trained on; empty: none
     losses: TextDecoderLossConfig = field(default_factory=TextDecoderLossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -176,8 +186,12 @@ class FlowTokStage(StageConfig):
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     tokenizer_run: str = "${experiment_dir}/tokenizer"
-    any_tokenizer: bool = False  # accept token shards that another tokenizer made, or nobody knows which
-    latent_scale: float = 0.0  # z_I = latent_scale * latent; 0: as measured when the tokens were written
+    any_tokenizer: bool = (
+        False  # accept token shards that another tokenizer made, or nobody knows which
+    )
+    latent_scale: float = (
+        0.0  # z_I = latent_scale * latent; 0: as measured when the tokens were written
+    )
     # Where the weights come from: none of the two (random), a stage-2 run for the projector, or a stage-3 run for
     # everything (fine-tuning: its EMA weights, with a fresh optimiser and step 0; to continue a run is no option).
     projector_run: str = "${experiment_dir}/text_projector"
@@ -186,7 +200,9 @@ class FlowTokStage(StageConfig):
     projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
     flowtok: FlowTokConfig = field(default_factory=FlowTokConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    activation_checkpointing: Recompute = "none"  # of the DiT, see modeling/recompute.py
+    activation_checkpointing: Recompute = (
+        "none"  # of the DiT, see modeling/activation_checkpointing.py
+    )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: TokenTextConfig = field(default_factory=TokenTextConfig)
     losses: SourceLossConfig = field(default_factory=SourceLossConfig)
@@ -199,15 +215,25 @@ class FlowTokStage(StageConfig):
 
 @dataclass
 class ReportStage(StageConfig):
-    """eval/demo.py: reconstruction and retrieval figures of an experiment, without downloads."""
+    """eval/report.py: reconstruction and retrieval figures of an experiment, without downloads."""
 
     train_shards: list[str] = field(default_factory=list)  # images whose captions were trained on
     heldout_shards: list[str] = field(default_factory=list)  # images never trained on
-    distractor_shards: list[str] = field(default_factory=list)  # further images in the retrieval pool
-    caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])  # as in the other stages
-    background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB behind transparent pixels
-    caption_variant: str = ""  # regular expression of what may differ in captions of the same subject; empty: nothing
-    num_train_captions: int = 256  # how many of them are drawn as images, evenly spaced over the shards
+    distractor_shards: list[str] = field(
+        default_factory=list
+    )  # further images in the retrieval pool
+    caption_keys: list[str] = field(
+        default_factory=lambda: ["txt", "json:caption"]
+    )  # as in the other stages
+    background: list[int] = field(
+        default_factory=lambda: [255, 255, 255]
+    )  # RGB behind transparent pixels
+    caption_variant: str = (
+        ""  # regular expression of what may differ in captions of the same subject; empty: nothing
+    )
+    num_train_captions: int = (
+        256  # how many of them are drawn as images, evenly spaced over the shards
+    )
     batch_size: int = 64
     seed: int = 0
 
@@ -225,7 +251,12 @@ STAGES: dict[str, type[StageConfig]] = {
 
 def teaches_source(losses: SourceLossConfig) -> bool:
     """Whether any loss on the flow's source is on."""
-    weights = losses.alignment_weight, losses.kl_weight, losses.image_regression_weight, losses.image_alignment_weight
+    weights = (
+        losses.alignment_weight,
+        losses.kl_weight,
+        losses.image_regression_weight,
+        losses.image_alignment_weight,
+    )
     return any(weights)
 
 
@@ -256,7 +287,9 @@ def check_direction(config: FlowTokStage) -> None:
     if not config.text_decoder_run:
         raise ValueError(f"flow.direction={direction} needs a text decoder: set text_decoder_run")
     if not config.pictures.images:
-        raise ValueError("pictures.images is empty: name folders or image shards to make captions of")
+        raise ValueError(
+            "pictures.images is empty: name folders or image shards to make captions of"
+        )
 
 
 def check(config: StageConfig) -> None:
@@ -280,7 +313,9 @@ def check(config: StageConfig) -> None:
                 'another: leave one of them empty (projector_run: "")'
             )
         if config.flow.projector == "frozen" and not (config.projector_run or config.init_from):
-            raise ValueError("flow.projector=frozen needs a trained projector: set projector_run or init_from")
+            raise ValueError(
+                "flow.projector=frozen needs a trained projector: set projector_run or init_from"
+            )
         if config.flow.projector == "detached" and not teaches_source(config.losses):
             raise ValueError(
                 "flow.projector=detached leaves the projector without any loss: set losses, or take frozen"
@@ -290,8 +325,14 @@ def check(config: StageConfig) -> None:
         if config.evaluation.every_steps:
             protocol_file(config.evaluation.protocol)
             if config.flow.direction == "image_to_text":
-                raise ValueError("evaluation.every_steps: a flow to text alone makes no images to measure, set it to 0")
-    if isinstance(config, TextDecoderStage) and config.projector.linear_start and not config.projector_run:
+                raise ValueError(
+                    "evaluation.every_steps: a flow to text alone makes no images to measure, set it to 0"
+                )
+    if (
+        isinstance(config, TextDecoderStage)
+        and config.projector.linear_start
+        and not config.projector_run
+    ):
         raise ValueError(
             f"projector.linear_start={config.projector.linear_start} is a regression onto image latents, and this "
             "stage has captions alone: set it to 0, or projector_run to a run that has it"
@@ -311,8 +352,12 @@ def check(config: StageConfig) -> None:
                 f"adversarial.start_step={start} is not before the end, training.max_steps={end}: lower it, or turn "
                 "the adversarial loss off by adversarial.weight=0"
             )
-        if config.evaluation.every_steps and not (config.evaluation.shards or config.pictures.shards):
-            raise ValueError("evaluation.every_steps needs images: set evaluation.shards (or pictures.shards)")
+        if config.evaluation.every_steps and not (
+            config.evaluation.shards or config.pictures.shards
+        ):
+            raise ValueError(
+                "evaluation.every_steps needs images: set evaluation.shards (or pictures.shards)"
+            )
         if config.freeze_encoder and not config.init_from:
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
         if config.freeze_encoder and config.losses.kl_weight:
@@ -321,7 +366,12 @@ def check(config: StageConfig) -> None:
                 f"{config.losses.kl_weight})"
             )
     if isinstance(config, TokensStage):
-        several = [key for source in config.data.full_sources().values() for key in source.caption_keys if ":" in key]
+        several = [
+            key
+            for source in config.data.full_sources().values()
+            for key in source.caption_keys
+            if ":" in key
+        ]
         recaptioned = config.data.recaption_keys
         if config.store_text_states and (recaptioned or "json:captions" in several):
             raise ValueError(
@@ -329,15 +379,23 @@ def check(config: StageConfig) -> None:
                 "set it to false"
             )
         if config.num_crops < 1 or config.batch_size < 1:
-            raise ValueError(f"num_crops {config.num_crops} and batch_size {config.batch_size} must be at least 1")
+            raise ValueError(
+                f"num_crops {config.num_crops} and batch_size {config.batch_size} must be at least 1"
+            )
     if getattr(config, "latent_scale", 0.0) < 0:
         raise ValueError(f"latent_scale must not be negative, got {config.latent_scale}")
     if isinstance(config, TextProjectorStage) and not teaches_source(config.losses):
-        raise ValueError("losses: alignment_weight, kl_weight and image_regression_weight are all 0")
+        raise ValueError(
+            "losses: alignment_weight, kl_weight and image_regression_weight are all 0"
+        )
     if isinstance(config, ReportStage) and not (config.train_shards and config.heldout_shards):
         raise ValueError("the report needs train_shards and heldout_shards")
     training = getattr(config, "training", None)
-    if training is not None and training.compile and getattr(config, "activation_checkpointing", "") == "selective":
+    if (
+        training is not None
+        and training.compile
+        and getattr(config, "activation_checkpointing", "") == "selective"
+    ):
         raise ValueError(
             "training.compile=true chooses itself what is kept for the backward pass: set activation_checkpointing to "
             "none or full"

@@ -28,7 +28,9 @@ class SampleCounter:
     def __init__(self, max_bad_share: float, reader: str):
         self.max_bad_share, self.reader = max_bad_share, reader
         self._skipped: Counter[str] = Counter()
-        self._recent: deque[tuple[str, str] | None] = deque(maxlen=WINDOW)  # None: usable; else (name, reason)
+        self._recent: deque[tuple[str, str] | None] = deque(
+            maxlen=WINDOW
+        )  # None: usable; else (name, reason)
         self._num_bad = 0  # in _recent
 
     def usable(self) -> None:
@@ -48,7 +50,10 @@ class SampleCounter:
 
     def describe(self) -> str:
         """What was skipped since the last take_skipped, and the first bad samples of the window."""
-        skipped = ", ".join(f"{reason}: {count}" for reason, count in self._skipped.most_common()) or "nothing"
+        skipped = (
+            ", ".join(f"{reason}: {count}" for reason, count in self._skipped.most_common())
+            or "nothing"
+        )
         names = _first_names(filter(None, self._recent))
         return f"skipped {skipped}" + (f"; the first bad: {names}" if names else "")
 
@@ -59,12 +64,18 @@ class SampleCounter:
         recent.append(bad)
         if bad is not None:
             self._num_bad += 1
-        if self._num_bad and len(recent) >= FEWEST and self._num_bad > self.max_bad_share * len(recent):
+        if (
+            self._num_bad
+            and len(recent) >= FEWEST
+            and self._num_bad > self.max_bad_share * len(recent)
+        ):
             raise ValueError(self._too_many())
 
     def _too_many(self) -> str:
         bad = list(filter(None, self._recent))
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(r for _, r in bad).most_common())
+        reasons = ", ".join(
+            f"{reason}: {count}" for reason, count in Counter(r for _, r in bad).most_common()
+        )
         return (
             f"{self.reader}: {len(bad)} of the last {len(self._recent)} samples are bad, more than max_bad_share = "
             f"{self.max_bad_share} allows ({reasons}); the first: {_first_names(bad)}. "

@@ -111,5 +111,7 @@ class CaptionCollate:
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = collate_text(samples, self.tokenize)
         if "text_states" in samples[0]:
-            batch["text_states"] = torch.from_numpy(np.stack([sample["text_states"] for sample in samples]))
+            batch["text_states"] = torch.from_numpy(
+                np.stack([sample["text_states"] for sample in samples])
+            )
         return batch

@@ -16,7 +16,9 @@ import torch
 from data.bad_samples import BadSample
 from data.draws import SampleDraws
 
-Tokenize = Callable[[list[str]], torch.Tensor]  # B captions -> B x L int64; picklable, it runs in the workers
+Tokenize = Callable[
+    [list[str]], torch.Tensor
+]  # B captions -> B x L int64; picklable, it runs in the workers
 
 # What captioning models begin with; it says nothing about the image
 RECAPTION_OPENING = re.compile(r"^The image (depicts|displays|showcases|features|shows)\b\s*")
@@ -42,20 +44,34 @@ class CaptionChoice:
         captions = []
         if self.recaption_keys and self._is_recaptioned(draws):
             texts = captions_of(sample, self.recaption_keys)
-            captions = [text for text in (RECAPTION_OPENING.sub("", text, count=1) for text in texts) if text]
+            captions = [
+                text
+                for text in (RECAPTION_OPENING.sub("", text, count=1) for text in texts)
+                if text
+            ]
         captions = captions or captions_of(sample, self.keys)
         if not captions:
             raise BadSample("caption: missing")
-        return captions[int(draws.caption * len(captions))] if draws and len(captions) > 1 else captions[0]
+        return (
+            captions[int(draws.caption * len(captions))]
+            if draws and len(captions) > 1
+            else captions[0]
+        )
 
     def _is_recaptioned(self, draws: SampleDraws | None) -> bool:
-        return self.recaption_probability == 1 if draws is None else draws.recaption < self.recaption_probability
+        return (
+            self.recaption_probability == 1
+            if draws is None
+            else draws.recaption < self.recaption_probability
+        )
 
 
 def captions_of(sample: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """The captions under the first of the keys that has any, cleaned and not empty; [] if none has."""
     for key in keys:
-        captions = [caption for caption in map(clean_caption, _raw_captions(sample, key)) if caption]
+        captions = [
+            caption for caption in map(clean_caption, _raw_captions(sample, key)) if caption
+        ]
         if captions:
             return captions
     return []
@@ -98,12 +114,16 @@ def check_caption_keys(keys: Sequence[str], name: str = "caption_keys") -> None:
     for key in keys:
         extension, colon, field = key.partition(":")
         if not extension or (colon and (extension != "json" or not field)):
-            raise ValueError(f"{name}: {key!r} is neither an extension such as 'txt' nor 'json:field'")
+            raise ValueError(
+                f"{name}: {key!r} is neither an extension such as 'txt' nor 'json:field'"
+            )
 
 
 def collate_text(samples: Sequence[Mapping[str, Any]], tokenize: Tokenize | None) -> dict[str, Any]:
     """Samples with "key" and "caption" -> {"key", "caption": lists; "token_ids": B x L int64 if tokenize is given}."""
-    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in ("key", "caption")}
+    batch: dict[str, Any] = {
+        name: [sample[name] for sample in samples] for name in ("key", "caption")
+    }
     if tokenize is not None:
         batch["token_ids"] = tokenize(batch["caption"])
     return batch

@@ -50,7 +50,9 @@ class ViewDecode:
         if self.num_crops == 1:
             views = [self.decode(sample, None)]
         else:
-            views = [self.decode(sample, CropAt(i / (self.num_crops - 1))) for i in range(self.num_crops)]
+            views = [
+                self.decode(sample, CropAt(i / (self.num_crops - 1))) for i in range(self.num_crops)
+            ]
         members = {name: data for name, data in sample.items() if is_text(name, data)}
         return views[0] | {"image": np.stack([view["image"] for view in views]), "members": members}
 
@@ -58,7 +60,12 @@ class ViewDecode:
 def is_text(extension: str, data: Any) -> bool:
     """Whether a member of a sample goes into the token shard beside the latents."""
     is_member = isinstance(data, bytes) and not extension.startswith("__")
-    return is_member and extension not in IMAGE_KEYS and not extension.endswith("npy") and len(data) <= LARGEST_MEMBER
+    return (
+        is_member
+        and extension not in IMAGE_KEYS
+        and not extension.endswith("npy")
+        and len(data) <= LARGEST_MEMBER
+    )
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,15 @@ def encoding_sources(config: ImageTextConfig, image_size: int, num_crops: int) -
 
     def decoder(source: SourceConfig) -> ViewDecode:
         decode = image_decoder(config, image_size, "exact", source)
-        return ViewDecode(replace(decode, random_crop=num_crops > 1, flip_probability=0.0), num_crops)
+        return ViewDecode(
+            replace(decode, random_crop=num_crops > 1, flip_probability=0.0), num_crops
+        )
 
-    return [replace(source, shards=(path,)) for source in open_sources(config, decoder) for path in source.shards]
+    return [
+        replace(source, shards=(path,))
+        for source in open_sources(config, decoder)
+        for path in source.shards
+    ]
 
 
 @dataclass

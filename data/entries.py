@@ -30,9 +30,18 @@ from data.shards import BadSample
 from data.tar import scan_shard
 from data.transforms import FORMATS
 
-INDEX_ROW = np.dtype([("begin", "<i8"), ("end", "<i8"), ("repeated", "?")])  # bytes of the line; its key came before
-ESCAPED_BYTES = re.compile("[\udc80-\udcff]")  # how bytes that are not UTF-8 were decoded ("surrogateescape")
-FORMAT_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}  # else the format's name
+INDEX_ROW = np.dtype(
+    [("begin", "<i8"), ("end", "<i8"), ("repeated", "?")]
+)  # bytes of the line; its key came before
+ESCAPED_BYTES = re.compile(
+    "[\udc80-\udcff]"
+)  # how bytes that are not UTF-8 were decoded ("surrogateescape")
+FORMAT_EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "JPEG2000": "jp2",
+    "TIFF": "tif",
+}  # else the format's name
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,21 @@ def clean_key(name: str) -> str:
     parts = []
     for part in name.replace("\\", "/").split("/"):
         if part not in ("", ".", ".."):
-            part = "".join("_" if character in ".+" or not character.isprintable() else character for character in part)
+            part = "".join(
+                "_" if character in ".+" or not character.isprintable() else character
+                for character in part
+            )
             parts.append(re.sub("^__+", "_", part))
     return "/".join(parts) or "_"
 
 
 def load_json(data: str | bytes) -> Any:
     """Parsed JSON, in which NaN and infinite numbers are None; None if it is no JSON, or nested beyond reason."""
-    text = data if isinstance(data, str) else data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    text = (
+        data
+        if isinstance(data, str)
+        else data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    )
     try:
         return json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -90,9 +106,15 @@ def build_index(entries: Iterable[Entry], path: Path) -> np.ndarray:
     ends, keys = array("q", [0]), array("Q")
     with open(path, "wb") as file:
         for entry in entries:
-            line = json.dumps(vars(entry), default=str).encode() + b"\n"  # default: dates and decimals of parquet
+            line = (
+                json.dumps(vars(entry), default=str).encode() + b"\n"
+            )  # default: dates and decimals of parquet
             ends.append(ends[-1] + file.write(line))
-            keys.append(int.from_bytes(hashlib.blake2b(entry.key.encode(), digest_size=8).digest(), "little"))
+            keys.append(
+                int.from_bytes(
+                    hashlib.blake2b(entry.key.encode(), digest_size=8).digest(), "little"
+                )
+            )
         file.flush()
         os.fsync(file.fileno())
     rows = np.zeros(len(keys), INDEX_ROW)
@@ -181,7 +203,9 @@ def list_samples(path: str) -> list[tuple[str, int, int]]:
     try:
         ends = [end for _, end in scan_shard(path, 0, 0, reader=-1, readers=1)]
     except ValueError as error:
-        raise ValueError(str(error)) from None  # of its own kind it would not survive the way out of a worker
+        raise ValueError(
+            str(error)
+        ) from None  # of its own kind it would not survive the way out of a worker
     begins, samples = [0, *ends[:-1]] if ends else [], []
     with _opened(path) as file:
         for begin, end in zip(begins, ends, strict=True):
@@ -210,7 +234,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]
     for member in tar:
         folder, _, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
-        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and stem and dot and not base.startswith("__"):
+        if (
+            member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+            and stem
+            and dot
+            and not base.startswith("__")
+        ):
             yield (f"{folder}/{stem}" if folder else stem), extension.lower(), member
 
 

@@ -16,7 +16,10 @@ from typing import Any, Literal
 
 from data.shards import BadSample
 
-SIZE_KEYS = (("original_width", "original_height"), ("width", "height"))  # img2dataset: before and after its resizing
+SIZE_KEYS = (
+    ("original_width", "original_height"),
+    ("width", "height"),
+)  # img2dataset: before and after its resizing
 
 
 @dataclass
@@ -32,7 +35,9 @@ class FilterConfig:
     # 0..1; null: off
     max_watermark_probability: float | None = None
     # where the scores lie in a sample's JSON, tried in order
-    aesthetic_keys: list[str] = field(default_factory=lambda: ["aesthetic", "AESTHETIC_SCORE", "aesthetic_score"])
+    aesthetic_keys: list[str] = field(
+        default_factory=lambda: ["aesthetic", "AESTHETIC_SCORE", "aesthetic_score"]
+    )
     watermark_keys: list[str] = field(default_factory=lambda: ["pwatermark"])
     # a sample without the score that a filter needs; "fail" stops the run at the first one
     missing_score: Literal["keep", "drop", "fail"] = "fail"
@@ -50,10 +55,22 @@ class FilterConfig:
                 self.max_aspect_ratio == 0 or 1 <= self.max_aspect_ratio < math.inf,
                 "0 (off) or a finite number >= 1",
             ),
-            "min_aesthetic_score": (score is None or math.isfinite(score), "null (off) or a finite number"),
-            "max_watermark_probability": (watermark is None or 0 <= watermark <= 1, "null (off) or 0..1"),
-            "aesthetic_keys": (score is None or _are_names(self.aesthetic_keys), "a list of names in the JSON"),
-            "watermark_keys": (watermark is None or _are_names(self.watermark_keys), "a list of names in the JSON"),
+            "min_aesthetic_score": (
+                score is None or math.isfinite(score),
+                "null (off) or a finite number",
+            ),
+            "max_watermark_probability": (
+                watermark is None or 0 <= watermark <= 1,
+                "null (off) or 0..1",
+            ),
+            "aesthetic_keys": (
+                score is None or _are_names(self.aesthetic_keys),
+                "a list of names in the JSON",
+            ),
+            "watermark_keys": (
+                watermark is None or _are_names(self.watermark_keys),
+                "a list of names in the JSON",
+            ),
             "missing_score": (self.missing_score in ("keep", "drop", "fail"), "keep, drop or fail"),
             "min_caption_characters": (self.min_caption_characters >= 0, "characters >= 0"),
             "max_caption_characters": (
@@ -75,7 +92,10 @@ class SampleFilter:
     @property
     def needs_metadata(self) -> bool:
         """False: the JSON cannot change the outcome, and {} may be given for it."""
-        has_score = self.config.min_aesthetic_score is not None or self.config.max_watermark_probability is not None
+        has_score = (
+            self.config.min_aesthetic_score is not None
+            or self.config.max_watermark_probability is not None
+        )
         return has_score or self.config.min_longer_side > 0 or self.config.max_aspect_ratio > 0
 
     def check_metadata(self, caption: str, metadata: Mapping[str, Any]) -> None:
@@ -136,4 +156,8 @@ def _number(value: Any) -> float | None:
 
 
 def _are_names(keys: Any) -> bool:
-    return bool(keys) and not isinstance(keys, str) and all(isinstance(key, str) and key for key in keys)
+    return (
+        bool(keys)
+        and not isinstance(keys, str)
+        and all(isinstance(key, str) and key for key in keys)
+    )

@@ -117,15 +117,26 @@ class ImageDecode:
             raise BadSample("image: missing")
         image = open_image(data)
         self.filters.check_size(*image.size)
-        picture = load_picture(image, self.background, self.image_size if self.resize == "fast" else 0)
+        picture = load_picture(
+            image, self.background, self.image_size if self.resize == "fast" else 0
+        )
         if draws is None:
             pixels = center_crop(picture, self.image_size, self.resize)
         else:
-            pixels = train_crop(picture, self.image_size, draws, self.random_crop, self.flip_probability, self.resize)
+            pixels = train_crop(
+                picture,
+                self.image_size,
+                draws,
+                self.random_crop,
+                self.flip_probability,
+                self.resize,
+            )
         return {"key": sample["__key__"], "caption": caption, "image": pixels}
 
 
-def image_decoder(cfg: ImageTextConfig, image_size: int, resize: Resize, source: SourceConfig) -> ImageDecode:
+def image_decoder(
+    cfg: ImageTextConfig, image_size: int, resize: Resize, source: SourceConfig
+) -> ImageDecode:
     """How a config decodes the samples of one of its sources. ValueError: an impossible image_size."""
     if image_size < 1:
         raise ValueError(f"image_size: given {image_size}, expected pixels >= 1")
@@ -147,5 +158,7 @@ class ImageCollate:
     tokenize: Tokenize | None
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))  # B x 3 x R x R
+        images = torch.from_numpy(
+            np.stack([sample["image"] for sample in samples])
+        )  # B x 3 x R x R
         return {"image": images, **collate_text(samples, self.tokenize)}

@@ -42,7 +42,9 @@ class SourceConfig:
 
     def caption_choice(self) -> CaptionChoice:
         """Only once nothing is null, see ReaderConfig.full_sources."""
-        return CaptionChoice(tuple(self.caption_keys), tuple(self.recaption_keys), self.recaption_probability)
+        return CaptionChoice(
+            tuple(self.caption_keys), tuple(self.recaption_keys), self.recaption_probability
+        )
 
 
 @dataclass
@@ -77,7 +79,10 @@ class ReaderConfig:
         if self.shards and self.sources:
             raise ValueError("shards, sources: given both, expected one of them")
         expected = {
-            "shards": (bool(self.shards or self.sources), "at least one path or pattern, or sources"),
+            "shards": (
+                bool(self.shards or self.sources),
+                "at least one path or pattern, or sources",
+            ),
             "max_bad_share": (0 < self.max_bad_share <= 1, "> 0 and <= 1 (1: never stop)"),
             "shuffle_buffer": (self.shuffle_buffer >= 0, "samples >= 0"),
             "num_workers": (self.num_workers >= 0, "processes >= 0"),
@@ -87,7 +92,9 @@ class ReaderConfig:
             try:
                 _check_source(source, self.allow_pipe)
             except ValueError as error:
-                raise ValueError(f"sources.{name}.{error}" if self.sources else str(error)) from None
+                raise ValueError(
+                    f"sources.{name}.{error}" if self.sources else str(error)
+                ) from None
         if not any(source.weight for source in self.full_sources().values()):
             raise ValueError("sources: all weights are 0, expected one above it")
 
@@ -97,7 +104,10 @@ class ReaderConfig:
         if not self.sources:
             return {ONLY_SOURCE: SourceConfig(shards=self.shards, **shared)}
         return {
-            name: replace(source, **{key: value for key, value in shared.items() if getattr(source, key) is None})
+            name: replace(
+                source,
+                **{key: value for key, value in shared.items() if getattr(source, key) is None},
+            )
             for name, source in self.sources.items()
         }
 
@@ -107,7 +117,12 @@ class ReaderConfig:
 
     def all_shards(self) -> list[str]:
         """The patterns of all sources that are read."""
-        return [pattern for source in self.full_sources().values() if source.weight for pattern in source.shards]
+        return [
+            pattern
+            for source in self.full_sources().values()
+            if source.weight
+            for pattern in source.shards
+        ]
 
 
 def check_fields(config: object, expected: dict[str, tuple[bool, str]]) -> None:
@@ -135,7 +150,9 @@ def _check_source(source: SourceConfig, allow_pipe: bool) -> None:
 
 
 def open_sources(
-    config: ReaderConfig, decoder: Callable[[SourceConfig], Decode], patterns: Sequence[str] | None = None
+    config: ReaderConfig,
+    decoder: Callable[[SourceConfig], Decode],
+    patterns: Sequence[str] | None = None,
 ) -> list[Source]:
     """What a config names, decoder(source) decoding each source's samples; sources of weight 0 are left out.
 
@@ -147,7 +164,12 @@ def open_sources(
     if patterns is not None:
         named = {ONLY_SOURCE: SourceConfig(shards=list(patterns), **config.shared())}
     return [
-        Source(name, tuple(expand_shards(source.shards, config.allow_pipe)), decoder(source), source.weight)
+        Source(
+            name,
+            tuple(expand_shards(source.shards, config.allow_pipe)),
+            decoder(source),
+            source.weight,
+        )
         for name, source in named.items()
         if source.weight
     ]

@@ -114,7 +114,9 @@ class ShardStream(IterableDataset):
         if not sources or not all(source.shards for source in sources):
             raise ValueError("a stream needs at least one shard of each source")
         if batch_size < 1 or seed < 0:
-            raise ValueError(f"expected batch_size >= 1 and seed >= 0, given {batch_size} and {seed}")
+            raise ValueError(
+                f"expected batch_size >= 1 and seed >= 0, given {batch_size} and {seed}"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"expected 0 <= rank < world_size, given rank {rank} of {world_size}")
         self.sources, self.collate = list(sources), collate
@@ -141,7 +143,10 @@ class ShardStream(IterableDataset):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there at the next iter(). ValueError: a state that was saved under other settings."""
         check_settings(state, {**self.settings(max(self._workers(), 1)), "reader": self._reader()})
-        self._drawn, self._positions = state["drawn"], [Position(**position) for position in state["positions"]]
+        self._drawn, self._positions = (
+            state["drawn"],
+            [Position(**position) for position in state["positions"]],
+        )
         self._resumed = True
 
     def settings(self, num_workers: int) -> dict[str, Any]:
@@ -178,7 +183,9 @@ class ShardStream(IterableDataset):
                 if state[name] != self.settings(1)[name]:
                     raise ValueError(f"{name} was {state[name]}, is {self.settings(1)[name]}")
         epochs = [[position["epoch"] for position in state["positions"]] for state in found]
-        self._first_epochs = [max(each) + 1 for each in zip(*epochs, strict=True)] or self._first_epochs
+        self._first_epochs = [
+            max(each) + 1 for each in zip(*epochs, strict=True)
+        ] or self._first_epochs
         self._start_over()
         return self._first_epochs
 
@@ -194,7 +201,9 @@ class ShardStream(IterableDataset):
         reader, readers = self._reader(), self.world_size * max(self._workers(), 1)
         counter = SampleCounter(self.max_bad_share, f"reader {reader} of {readers}")
         samples = [
-            SourceReader(source, self.seed, index, reader, readers, self.shuffle_buffer, counter).samples(position)
+            SourceReader(
+                source, self.seed, index, reader, readers, self.shuffle_buffer, counter
+            ).samples(position)
             for index, (source, position) in enumerate(zip(self.sources, positions, strict=True))
         ]
         batch, positions = [], list(positions)
@@ -216,7 +225,9 @@ class ShardStream(IterableDataset):
         for block in itertools.count(drawn // DRAWS_PER_BLOCK):
             # the 2 keeps these seeds apart from those of shards and blocks
             numbers = np.random.default_rng((self.seed, block, reader, 2)).random(DRAWS_PER_BLOCK)
-            yield from np.searchsorted(bounds, numbers, side="right")[drawn % DRAWS_PER_BLOCK :].tolist()
+            yield from np.searchsorted(bounds, numbers, side="right")[
+                drawn % DRAWS_PER_BLOCK :
+            ].tolist()
             drawn = 0
 
 
@@ -236,17 +247,27 @@ class SourceReader:
         self.source, self.seed, self.counter = source, seed, counter
         self.reader, self.readers, self.block_size = reader, readers, max(shuffle_buffer, 1)
         # A sample draws by the run's seed; the order is another in each source, though some may be made alike.
-        self.order_seed = seed if index == 0 else int(np.random.SeedSequence((seed, index, 3)).generate_state(1)[0])
+        self.order_seed = (
+            seed
+            if index == 0
+            else int(np.random.SeedSequence((seed, index, 3)).generate_state(1)[0])
+        )
 
     def samples(self, start: Position) -> Iterator[tuple[dict[str, Any], Position]]:
         """(decoded sample, position after it), endless."""
         lost_epochs = 0
         while True:
-            usable = start.consumed  # a position is taken after a usable sample, so > 0 means that there was one
+            usable = (
+                start.consumed
+            )  # a position is taken after a usable sample, so > 0 means that there was one
             epoch, kinds = start.epoch, set()
             for raw, position in self._read_epoch(start):
                 kinds.add(type(raw))
-                draws = None if isinstance(raw, Fault) else SampleDraws(self.seed, epoch, raw["__key__"])
+                draws = (
+                    None
+                    if isinstance(raw, Fault)
+                    else SampleDraws(self.seed, epoch, raw["__key__"])
+                )
                 sample = _decoded(raw, draws, self.source, self.counter)
                 if sample is not None:
                     usable += 1
@@ -268,12 +289,17 @@ class SourceReader:
         while block := list(itertools.islice(shards, block_size)):
             samples, after = [sample for sample, _ in block], block[-1][1]
             order = range(len(samples))
-            if block_size > 1:  # the 1 keeps these seeds apart from the shards' (trailing zeros do not count there)
+            if (
+                block_size > 1
+            ):  # the 1 keeps these seeds apart from the shards' (trailing zeros do not count there)
                 seed = (self.order_seed, epoch, consumed // block_size, self.reader, 1)
                 order = np.random.default_rng(seed).permutation(len(samples)).tolist()
             del block
             for i in range(consumed % block_size, len(samples)):
-                sample, samples[order[i]] = samples[order[i]], None  # frees the bytes as the block empties
+                sample, samples[order[i]] = (
+                    samples[order[i]],
+                    None,
+                )  # frees the bytes as the block empties
                 consumed += 1
                 yield sample, Position(epoch, consumed, *(start if i + 1 < len(samples) else after))
             start = after
@@ -291,7 +317,10 @@ class SourceReader:
             for sample, end in _scan(shards[mine[index]], offset, ordinal, *share):
                 ordinal += 1
                 if sample is not None:
-                    yield sample, ((index, end, ordinal) if end is not None else (index + 1, 0, ordinal))
+                    yield (
+                        sample,
+                        ((index, end, ordinal) if end is not None else (index + 1, 0, ordinal)),
+                    )
             offset = 0
 
 
@@ -304,7 +333,10 @@ def _scan(
             ordinal += 1
             yield sample, end
     except ShardError as error:
-        yield (Fault(f"shard: {error.reason}", str(error)) if ordinal % readers == reader else None), None
+        yield (
+            (Fault(f"shard: {error.reason}", str(error)) if ordinal % readers == reader else None),
+            None,
+        )
 
 
 def _decoded(
@@ -317,7 +349,9 @@ def _decoded(
     try:
         sample = source.decode(raw, draws)
     except BadSample as error:
-        counter.skip(f"{source.name}: {raw['__key__']}" if source.name else raw["__key__"], error.reason)
+        counter.skip(
+            f"{source.name}: {raw['__key__']}" if source.name else raw["__key__"], error.reason
+        )
         return None
     counter.usable()
     return sample
@@ -326,7 +360,11 @@ def _decoded(
 def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """ValueError naming every setting in which a saved position differs from the stream that is to continue it."""
     given = {name: state.get(name) for name in settings}
-    changed = [f"{name} was {given[name]}, is {settings[name]}" for name in settings if given[name] != settings[name]]
+    changed = [
+        f"{name} was {given[name]}, is {settings[name]}"
+        for name in settings
+        if given[name] != settings[name]
+    ]
     if changed:
         raise ValueError(f"the saved data position does not fit this run: {'; '.join(changed)}")
 
@@ -335,7 +373,11 @@ def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> Non
 
 
 def read_batches(
-    sources: Sequence[Source], collate: Collate, batch_size: int, max_bad_share: float, limit: int | None = None
+    sources: Sequence[Source],
+    collate: Collate,
+    batch_size: int,
+    max_bad_share: float,
+    limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One pass over all sources and shards in order, in this process, with nothing drawn: `decode` gets None for it.
 
@@ -352,7 +394,9 @@ def read_batches(
         sample = _decoded(raw, None, source, counter)
         if sample is None:
             continue
-        if len(batch) == batch_size:  # only now, so that the last batch also counts the bad samples after it
+        if (
+            len(batch) == batch_size
+        ):  # only now, so that the last batch also counts the bad samples after it
             yield {**collate(batch), "skipped": counter.take_skipped()}
             batch = []
         batch.append(sample)
@@ -414,7 +458,9 @@ def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, 
         raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from error
 
 
-def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False) -> StatefulDataLoader:
+def build_loader(
+    stream: ShardStream, num_workers: int, pin_memory: bool = False
+) -> StatefulDataLoader:
     """The stream behind worker processes (0: in this process), one torch thread each (torchdata sets that).
 
     One iter() serves the whole run; a second one starts again at epoch 0, or at a state that was loaded in between.
@@ -427,7 +473,9 @@ def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False
     for source in stream.sources:
         check_first_remote(source.shards)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on newer torch
+        warnings.filterwarnings(
+            "ignore", "'set_vital' is deprecated"
+        )  # torchdata 0.11 on newer torch
         return ShardLoader(
             stream,
             batch_size=None,

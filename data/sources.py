@@ -37,8 +37,12 @@ def folder_entries(folder: str) -> Iterator[Entry]:
         else:
             others[extension] += 1
     if not found:
-        there = ", ".join(f"{extension or 'no extension'} ({count})" for extension, count in others.most_common(5))
-        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there or 'none'}")
+        there = ", ".join(
+            f"{extension or 'no extension'} ({count})" for extension, count in others.most_common(5)
+        )
+        raise ValueError(
+            f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there or 'none'}"
+        )
 
 
 def _files(root: str) -> Iterator[str]:
@@ -60,7 +64,9 @@ def _files(root: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def table_entries(tables: Sequence[str], images: str | None, path_column: str, caption_column: str) -> Iterator[Entry]:
+def table_entries(
+    tables: Sequence[str], images: str | None, path_column: str, caption_column: str
+) -> Iterator[Entry]:
     """Rows of csv, tsv, parquet or jsonl files; the other columns become metadata.
 
     images: folder that relative paths start from, default: that of the table. A caption may be a list of captions.
@@ -79,9 +85,16 @@ def table_entries(tables: Sequence[str], images: str | None, path_column: str, c
             path, captions = row.pop(path_column, None), row.pop(caption_column, None)
             path = path if isinstance(path, str) else ""
             found = True
-            inside = path.removeprefix(os.path.join(os.path.abspath(root), ""))  # an absolute path leaves the key short
+            inside = path.removeprefix(
+                os.path.join(os.path.abspath(root), "")
+            )  # an absolute path leaves the key short
             # without a path: the root itself, which is no file
-            yield Entry(_path_key(inside), os.path.join(root, path), captions=strings(captions), metadata=row)
+            yield Entry(
+                _path_key(inside),
+                os.path.join(root, path),
+                captions=strings(captions),
+                metadata=row,
+            )
     if not found:
         raise ValueError(f"{', '.join(tables)}: no row")
 
@@ -90,7 +103,9 @@ def _open_table(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
     """Column names (of a jsonl: those in its first lines) and rows."""
     extension = os.path.splitext(path)[1].lower()
     if extension not in TABLE_EXTENSIONS:
-        raise ValueError(f"table {path}: expected a file with one of the extensions {', '.join(TABLE_EXTENSIONS)}")
+        raise ValueError(
+            f"table {path}: expected a file with one of the extensions {', '.join(TABLE_EXTENSIONS)}"
+        )
     if not os.path.isfile(path):
         raise ValueError(f"table {path} does not exist")
     if extension == ".parquet":
@@ -123,7 +138,9 @@ def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
             if line.strip():
                 row = load_json(line)
                 if not isinstance(row, dict):
-                    raise ValueError(f"{path} line {number}: expected a JSON object, given {line[:60].strip()!r}")
+                    raise ValueError(
+                        f"{path} line {number}: expected a JSON object, given {line[:60].strip()!r}"
+                    )
                 yield row
 
 
@@ -132,12 +149,16 @@ def _open_parquet(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs the package pyarrow: pip install pyarrow") from None
+        raise ValueError(
+            f"{path}: reading parquet needs the package pyarrow: pip install pyarrow"
+        ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-    columns = [column.name for column in file.schema_arrow if "binary" not in str(column.type)]  # no stored images
+    columns = [
+        column.name for column in file.schema_arrow if "binary" not in str(column.type)
+    ]  # no stored images
     batches = file.iter_batches(batch_size=1000, columns=columns)
     return columns, (row for batch in batches for row in batch.to_pylist())
 
@@ -147,14 +168,18 @@ def coco_entries(annotations: str, images: str) -> Iterator[Entry]:
     content = _load_object(annotations, "images", "annotations")
     captions: dict[Any, list[str]] = {}
     for annotation in content["annotations"]:
-        captions.setdefault(annotation.get("image_id"), []).extend(strings(annotation.get("caption")))
+        captions.setdefault(annotation.get("image_id"), []).extend(
+            strings(annotation.get("caption"))
+        )
     for image in content["images"]:
         path = str(image.get("file_name", ""))
         of_image = captions.get(image.get("id"), [])
         yield Entry(_path_key(path), os.path.join(images, path), captions=of_image, metadata=image)
 
 
-def karpathy_entries(split_file: str, images: str, split: str, with_restval: bool) -> Iterator[Entry]:
+def karpathy_entries(
+    split_file: str, images: str, split: str, with_restval: bool
+) -> Iterator[Entry]:
     """Karpathy's split json (dataset_coco.json, also those of Flickr): one split with all captions of each image.
 
     images: folder that holds train2014 and val2014. with_restval: the 30,504 validation images in neither val nor test
@@ -163,14 +188,23 @@ def karpathy_entries(split_file: str, images: str, split: str, with_restval: boo
     content = _load_object(split_file, "images")
     splits = sorted({str(image.get("split")) for image in content["images"]})
     if split not in splits:
-        raise ValueError(f"split: given {split!r}, expected one of {', '.join(splits)} (those in {split_file})")
+        raise ValueError(
+            f"split: given {split!r}, expected one of {', '.join(splits)} (those in {split_file})"
+        )
     chosen = {split, "restval"} if split == "train" and with_restval else {split}
     for image in content["images"]:
         if image.get("split") in chosen:
             path = os.path.join(str(image.get("filepath", "")), str(image.get("filename", "")))
             sentences = [sentence.get("raw") for sentence in image.get("sentences", [])]
-            metadata = {name: value for name, value in image.items() if name not in ("sentences", "sentids")}
-            yield Entry(_path_key(path), os.path.join(images, path), captions=strings(sentences), metadata=metadata)
+            metadata = {
+                name: value for name, value in image.items() if name not in ("sentences", "sentids")
+            }
+            yield Entry(
+                _path_key(path),
+                os.path.join(images, path),
+                captions=strings(sentences),
+                metadata=metadata,
+            )
 
 
 def mjhq_entries(meta_data: str, images: str) -> Iterator[Entry]:
@@ -182,10 +216,17 @@ def mjhq_entries(meta_data: str, images: str) -> Iterator[Entry]:
             )
         path = os.path.join(str(record["category"]), f"{name}.jpg")
         metadata = {"id": name, **{key: value for key, value in record.items() if key != "prompt"}}
-        yield Entry(_path_key(path), os.path.join(images, path), captions=strings(record["prompt"]), metadata=metadata)
+        yield Entry(
+            _path_key(path),
+            os.path.join(images, path),
+            captions=strings(record["prompt"]),
+            metadata=metadata,
+        )
 
 
-def tar_entries(patterns: Sequence[str], run: Callable[[Callable, list[str]], Iterable[Any]] = map) -> Iterator[Entry]:
+def tar_entries(
+    patterns: Sequence[str], run: Callable[[Callable, list[str]], Iterable[Any]] = map
+) -> Iterator[Entry]:
     """Samples of webdataset tars, in order. run: `map`, or one that does the same in several processes, in order.
 
     ValueError: a tar that is missing, cut off or no tar.
@@ -210,11 +251,19 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: expected a JSON object" + (f" with {', '.join(lists)}" if lists else ""))
+        raise ValueError(
+            f"{path}: expected a JSON object" + (f" with {', '.join(lists)}" if lists else "")
+        )
     for name in lists:
         values = content.get(name)
-        if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
-            raise ValueError(f"{path}: expected a list of objects under {name!r}; it has {', '.join(content)}")
+        if (
+            not isinstance(values, list)
+            or not values
+            or not all(isinstance(value, dict) for value in values)
+        ):
+            raise ValueError(
+                f"{path}: expected a list of objects under {name!r}; it has {', '.join(content)}"
+            )
     return content
 
 

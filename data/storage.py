@@ -25,7 +25,9 @@ from http.client import HTTPException, HTTPResponse
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-READ_BUFFER = 1 << 20  # bytes; small members are served from one read, shorter jumps in a stream are read over
+READ_BUFFER = (
+    1 << 20
+)  # bytes; small members are served from one read, shorter jumps in a stream are read over
 PIPE = "pipe:"
 HTTP_TIMEOUT_S = 30.0  # without a byte
 HTTP_TRIES = 5  # in a row without a byte
@@ -231,7 +233,9 @@ class PipeFile(_ForwardFile):
         if not count and (status := self._process.wait()):
             self._errors.seek(0)
             lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-            raise OSError(f"the command exited with status {status}{f': {lines[-1]}' if lines else ''}")
+            raise OSError(
+                f"the command exited with status {status}{f': {lines[-1]}' if lines else ''}"
+            )
         return count
 
     def close(self) -> None:

@@ -47,7 +47,9 @@ def expand_shards(patterns: Sequence[str], allow_pipe: bool = False) -> list[str
         for path in sorted(_expand_pattern(str(pattern))):
             name = path if is_remote(path) else os.path.abspath(path)
             if name in seen:
-                raise ValueError(f"shard {path} is listed twice: by {seen[name]!r} and by {pattern!r}")
+                raise ValueError(
+                    f"shard {path} is listed twice: by {seen[name]!r} and by {pattern!r}"
+                )
             seen[name] = pattern
             paths.append(path)
     return paths
@@ -70,7 +72,9 @@ def _expand_pattern(pattern: str) -> list[str]:
         matches = glob.glob(name) if glob.has_magic(name) and not os.path.exists(name) else [name]
         missing = [path for path in matches if not os.path.isfile(path)]
         if missing or not matches:
-            raise ValueError(f"shards: {pattern!r} {_explain_missing(missing[0] if missing else name)}")
+            raise ValueError(
+                f"shards: {pattern!r} {_explain_missing(missing[0] if missing else name)}"
+            )
         paths += matches
     return paths
 
@@ -80,7 +84,9 @@ def _expand_braces(text: str, in_command: bool = False) -> list[str]:
 
     in_command: braces that are neither stay, they belong to the command, as in `awk '{print}'`.
     """
-    match = re.search(r"\{(\d+\.\.\d+|[^{}\s;]*,[^{}\s;]*)\}" if in_command else r"\{([^{}]*)\}", text)
+    match = re.search(
+        r"\{(\d+\.\.\d+|[^{}\s;]*,[^{}\s;]*)\}" if in_command else r"\{([^{}]*)\}", text
+    )
     if match is None:
         return [text]
     inner = match.group(1)
@@ -143,18 +149,26 @@ def write_shard(path: str | Path, samples: Iterable[Mapping[str, Any]]) -> int:
 def _add_sample(tar: tarfile.TarFile, sample: Mapping[str, Any], seen: set[str]) -> None:
     key = sample.get("__key__")
     if not isinstance(key, str) or not re.fullmatch(r"(.*/)?[^./]+", key):
-        raise ValueError(f"sample key {key!r}: expected a non-empty string without a dot in its last part")
+        raise ValueError(
+            f"sample key {key!r}: expected a non-empty string without a dot in its last part"
+        )
     if key in seen:
         raise ValueError(f"sample key {key!r} occurs twice in one shard")
     seen.add(key)
-    parts = [(extension, value) for extension, value in sample.items() if not extension.startswith("__")]
+    parts = [
+        (extension, value) for extension, value in sample.items() if not extension.startswith("__")
+    ]
     if not parts:
         raise ValueError(f"sample {key!r} has no parts beside its key")
     for extension, value in parts:
         if extension != extension.lower() or "/" in extension or not extension:
-            raise ValueError(f"sample {key!r}: extension {extension!r} must be lower case, without a slash, not empty")
+            raise ValueError(
+                f"sample {key!r}: extension {extension!r} must be lower case, without a slash, not empty"
+            )
         data = _to_bytes(value, f"{key}.{extension}")
-        info = tarfile.TarInfo(f"{key}.{extension}")  # TarInfo's own defaults: mtime 0, owner 0, mode 0644
+        info = tarfile.TarInfo(
+            f"{key}.{extension}"
+        )  # TarInfo's own defaults: mtime 0, owner 0, mode 0644
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
 
@@ -170,7 +184,9 @@ def _to_bytes(value: Any, name: str) -> bytes:
         return buffer.getvalue()
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False).encode("utf-8")
-    raise ValueError(f"{name}: given {type(value).__name__}, expected bytes, str, np.ndarray, dict or list")
+    raise ValueError(
+        f"{name}: given {type(value).__name__}, expected bytes, str, np.ndarray, dict or list"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -213,11 +229,16 @@ def scan_shard(
             if keep:
                 extension = name[dot + 1 :].lower()
                 if extension in sample:
-                    message = f"{path}: two members are named {name} in a row, sample keys must differ"
+                    message = (
+                        f"{path}: two members are named {name} in a row, sample keys must differ"
+                    )
                     raise ShardError("unreadable", message)
                 sample[extension] = file.read(size)
                 if len(sample[extension]) != size:
-                    raise ShardError("truncated", f"{path}: truncated tar, member {name} ends before its {size} bytes")
+                    raise ShardError(
+                        "truncated",
+                        f"{path}: truncated tar, member {name} ends before its {size} bytes",
+                    )
         while file.read(READ_BUFFER):
             pass  # a pipe shows only at its end whether its command failed, gzip whether its checksum fits
     if current is not None:
@@ -235,7 +256,8 @@ def _members(file: BinaryIO, path: str, offset: int) -> Iterator[tuple[str, int,
         header = file.read(TAR_BLOCK)
         if len(header) < TAR_BLOCK:
             raise ShardError(
-                "truncated", f"{path}: truncated tar, it stops at byte {offset} without an end-of-archive mark"
+                "truncated",
+                f"{path}: truncated tar, it stops at byte {offset} without an end-of-archive mark",
             )
         if not header[0] and not header.strip(b"\0"):
             return
@@ -244,11 +266,15 @@ def _members(file: BinaryIO, path: str, offset: int) -> Iterator[tuple[str, int,
         if kind in b"xL":  # the name of the next member, if it does not fit its own header
             extended = file.read(size)
             if len(extended) != size:
-                raise ShardError("truncated", f"{path}: truncated tar, a header ends before its {size} bytes")
+                raise ShardError(
+                    "truncated", f"{path}: truncated tar, a header ends before its {size} bytes"
+                )
             try:
                 long_name = _pax_path(extended) if kind == ord("x") else _text(extended)
             except ValueError:
-                raise ShardError("unreadable", f"{path}: broken pax header at byte {start}") from None
+                raise ShardError(
+                    "unreadable", f"{path}: broken pax header at byte {start}"
+                ) from None
             continue
         if kind in b"0\0":
             yield long_name or _member_name(header), start, data, size
@@ -273,7 +299,11 @@ def _member_size(header: bytes, path: str, offset: int) -> int:
 
 def _member_name(header: bytes) -> str:
     name = _text(header[:100])
-    return f"{_text(header[345:500])}/{name}" if header[345] and header[257:263] == b"ustar\0" else name
+    return (
+        f"{_text(header[345:500])}/{name}"
+        if header[345] and header[257:263] == b"ustar\0"
+        else name
+    )
 
 
 def _pax_path(records: bytes) -> str | None:

@@ -87,7 +87,9 @@ def read_tokens(
 
 
 def _decoder(num_tokens: int, token_channels: int, source: SourceConfig) -> "TokenDecode":
-    return TokenDecode(num_tokens, token_channels, source.caption_choice(), SampleFilter(source.filters))
+    return TokenDecode(
+        num_tokens, token_channels, source.caption_choice(), SampleFilter(source.filters)
+    )
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,24 @@ class TokenDecode:
         if "text.npy" in sample:
             states = _array(sample["text.npy"], "text.npy", sample["__key__"])
             if states.ndim != 2:
-                raise ValueError(f"{sample['__key__']}.text.npy: given shape {states.shape}, expected (L, W)")
-        return {"key": sample["__key__"], "caption": caption, "latent": latent, "text_states": states}
+                raise ValueError(
+                    f"{sample['__key__']}.text.npy: given shape {states.shape}, expected (L, W)"
+                )
+        return {
+            "key": sample["__key__"],
+            "caption": caption,
+            "latent": latent,
+            "text_states": states,
+        }
 
     def _latent(self, sample: dict[str, Any]) -> np.ndarray:
         key, expected = sample["__key__"], (2, self.num_tokens, self.token_channels)
         if "latent.npy" in sample:
             latent = _array(sample["latent.npy"], "latent.npy", key)
             if latent.shape != expected:
-                raise ValueError(f"{key}.latent.npy: given shape {latent.shape}, expected {expected} = (2, K, C)")
+                raise ValueError(
+                    f"{key}.latent.npy: given shape {latent.shape}, expected {expected} = (2, K, C)"
+                )
             return latent
         if "token.npy" in sample:
             return self._release_latent(sample["token.npy"], key)
@@ -141,11 +152,22 @@ class TokenCollate:
     tokenize: Tokenize | None
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        latents = torch.from_numpy(np.stack([sample["latent"] for sample in samples]))  # B x 2 x K x C
-        mean, logvar = (part.to(torch.float32, memory_format=torch.contiguous_format) for part in latents.unbind(1))
-        batch = {"latent_mean": mean, "latent_logvar": logvar, **collate_text(samples, self.tokenize)}
+        latents = torch.from_numpy(
+            np.stack([sample["latent"] for sample in samples])
+        )  # B x 2 x K x C
+        mean, logvar = (
+            part.to(torch.float32, memory_format=torch.contiguous_format)
+            for part in latents.unbind(1)
+        )
+        batch = {
+            "latent_mean": mean,
+            "latent_logvar": logvar,
+            **collate_text(samples, self.tokenize),
+        }
         if any(sample["text_states"] is not None for sample in samples):
-            batch["text_states"] = _stack_states([sample["text_states"] for sample in samples], batch["key"])
+            batch["text_states"] = _stack_states(
+                [sample["text_states"] for sample in samples], batch["key"]
+            )
         return batch
 
 
@@ -160,7 +182,9 @@ def _stack_states(states: list[np.ndarray | None], keys: list[str]) -> torch.Ten
         )
     for key, state in zip(keys, states, strict=True):
         if state.shape != states[0].shape:
-            raise ValueError(f"{key}.text.npy: given {state.shape}, expected {states[0].shape} as in {keys[0]}")
+            raise ValueError(
+                f"{key}.text.npy: given {state.shape}, expected {states[0].shape} as in {keys[0]}"
+            )
     return torch.from_numpy(np.stack(states))
 
 

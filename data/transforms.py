@@ -82,7 +82,11 @@ def load_picture(image: Image.Image, background: Sequence[int], for_size: int = 
     with _errors_as_bad_samples():
         orientation = _orientation(image)
         # a part of a pixel lies at the right or the bottom, and a turned image must have none: it would lie elsewhere
-        if for_size and image.format in ("JPEG", "MPO") and (orientation == 1 or width % 8 == height % 8 == 0):
+        if (
+            for_size
+            and image.format in ("JPEG", "MPO")
+            and (orientation == 1 or width % 8 == height % 8 == 0)
+        ):
             drafted = image.draft(None, (int(SPARE * for_size),) * 2)
             width, height = drafted[1][2:] if drafted else (width, height)
         image.load()
@@ -132,7 +136,12 @@ def _to_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:
 
 
 def train_crop(
-    picture: Picture, size: int, draws: SampleDraws, random_crop: bool, flip_probability: float, resize: Resize
+    picture: Picture,
+    size: int,
+    draws: SampleDraws,
+    random_crop: bool,
+    flip_probability: float,
+    resize: Resize,
 ) -> np.ndarray:
     """3 x size x size uint8: shorter side to `size`, random or centre crop, horizontal flip."""
     width, height = _resized(picture, size)
@@ -177,7 +186,10 @@ def _resize_square(picture: Picture, size: int, left: int, top: int) -> Image.Im
     """Only the square is computed; up to 3/255 from exact, as Pillow may then resize the axes in another order."""
     width, height = _resized(picture, size)
     scale_x, scale_y = picture.width / width, picture.height / height
-    right, bottom = min((left + size) * scale_x, picture.width), min((top + size) * scale_y, picture.height)
+    right, bottom = (
+        min((left + size) * scale_x, picture.width),
+        min((top + size) * scale_y, picture.height),
+    )
     box = (left * scale_x, top * scale_y, right, bottom)
     return picture.image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
@@ -188,5 +200,7 @@ def _crop_by_torch(picture: Picture, size: int, left: int, top: int) -> np.ndarr
     pixels = torch.from_numpy(np.array(picture.image)).permute(2, 0, 1)[None]  # 1 x 3 x H x W
     # The scale itself, as the decoded pixels may reach beyond the image; torch rounds the size down, hence the 1e-6
     scale = ((height + 1e-6) / picture.height, (width + 1e-6) / picture.width)
-    resized = torch.nn.functional.interpolate(pixels, scale_factor=scale, mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(
+        pixels, scale_factor=scale, mode="bicubic", antialias=True
+    )
     return resized[0, :, top : top + size, left : left + size].contiguous().numpy()

@@ -52,7 +52,11 @@ class Machine:
 
     def peak_tflop_per_second(self, precision: str) -> float:
         """Of one GPU; float32 matrix products run as TF32."""
-        return self.gpu.bf16_tflop_per_second if precision == "bf16" else self.gpu.tf32_tflop_per_second
+        return (
+            self.gpu.bf16_tflop_per_second
+            if precision == "bf16"
+            else self.gpu.tf32_tflop_per_second
+        )
 
     def seconds(self, flops: float, precision: str) -> float:
         """For FLOPs that all GPUs share."""
@@ -66,13 +70,17 @@ def per_sample(flops: np.ndarray, batch_size: int, num_gpus: int) -> float:
 
 def num_bytes(module: nn.Module, in_checkpoint: bool = False) -> int:
     """Bytes of a network: all weights and buffers, or those that a checkpoint has."""
-    tensors = module.state_dict().values() if in_checkpoint else (*module.parameters(), *module.buffers())
+    tensors = (
+        module.state_dict().values() if in_checkpoint else (*module.parameters(), *module.buffers())
+    )
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def num_trained(work: Workload) -> int:
     """Number of weights that get a gradient."""
-    return sum(p.numel() for player in work.players() for p in player.parameters() if p.requires_grad)
+    return sum(
+        p.numel() for player in work.players() for p in player.parameters() if p.requires_grad
+    )
 
 
 def checkpoint_bytes(work: Workload) -> int:
@@ -95,7 +103,9 @@ class Resident:
 
     def total(self) -> int:
         """All but gradients that a step makes and frees: its measured peak has them."""
-        always = self.weights + self.gradient_buckets + self.optimizer_moments + self.ema + self.frozen
+        always = (
+            self.weights + self.gradient_buckets + self.optimizer_moments + self.ema + self.frozen
+        )
         return always + (self.gradients if self.has_gradients else 0)
 
 
@@ -124,7 +134,9 @@ def largest_batch(peak_bytes: Callable[[int], float], limit: float) -> int:
     return low
 
 
-def accumulation_needed(batch_per_gpu: int, largest: int, largest_with_gradients: int) -> int | None:
+def accumulation_needed(
+    batch_per_gpu: int, largest: int, largest_with_gradients: int
+) -> int | None:
     """Fewest equal passes into which a GPU's share of the batch can be cut so that each fits, or None."""
     if batch_per_gpu <= largest:
         return 1
@@ -139,16 +151,24 @@ class Fit:
     peak_gib: float
     fits: bool
     largest_batch_per_gpu_and_pass: int
-    gradient_accumulation_needed: int | None  # for the GPU's share of the whole batch; None: does not fit at all
+    gradient_accumulation_needed: (
+        int | None
+    )  # for the GPU's share of the whole batch; None: does not fit at all
 
 
-def find_fit(cost: Cost, resident: Resident, machine: Machine, batch_size: int, num_passes: int) -> Fit:
+def find_fit(
+    cost: Cost, resident: Resident, machine: Machine, batch_size: int, num_passes: int
+) -> Fit:
     """Fit of a measured step; with more passes than measured, all gradients count on top of its peak."""
 
     def peak(size: int) -> float:
         return resident.total() + cost.peak_bytes(size, machine.num_gpus)
 
     largest = largest_batch(peak, machine.limit)
-    with_gradients = largest if resident.has_gradients else largest_batch(peak, machine.limit - resident.gradients)
+    with_gradients = (
+        largest
+        if resident.has_gradients
+        else largest_batch(peak, machine.limit - resident.gradients)
+    )
     needed = accumulation_needed(batch_size * num_passes, largest, with_gradients)
     return Fit(peak(batch_size) / GIB, batch_size <= largest, largest, needed)

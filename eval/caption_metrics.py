@@ -20,7 +20,9 @@ NAMES = ("bleu_4", "meteor", "rouge_l", "cider", "spice")
 PACKAGE = "pycocoevalcap"
 NO_PACKAGE = f"{PACKAGE} is not installed (requirements-eval.txt)"
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-FETCH_MODELS = "from pycocoevalcap.spice.get_stanford_models import get_stanford_models as get; get()"
+FETCH_MODELS = (
+    "from pycocoevalcap.spice.get_stanford_models import get_stanford_models as get; get()"
+)
 
 Texts = dict[int, list[str]]  # of each image, tokens with spaces between
 
@@ -61,13 +63,19 @@ class CaptionScorer:
         lines = [" ".join(text.split()) for group in texts for text in group]
         jar = self.folder / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR
         run = subprocess.run(
-            ["java", "-cp", str(jar), *PTB_COMMAND], input="\n".join(lines).encode() + b"\n", capture_output=True
+            ["java", "-cp", str(jar), *PTB_COMMAND],
+            input="\n".join(lines).encode() + b"\n",
+            capture_output=True,
         )
         found = run.stdout.decode().split("\n")[:-1]
         if run.returncode or len(found) != len(lines):
             last = (run.stderr.decode(errors="replace").strip().splitlines() or ["nothing"])[-1]
-            raise ValueError(f"the PTB tokenizer gave {len(found)} lines for {len(lines)}; it said: {last}")
-        tokens = iter(" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in found)
+            raise ValueError(
+                f"the PTB tokenizer gave {len(found)} lines for {len(lines)}; it said: {last}"
+            )
+        tokens = iter(
+            " ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in found
+        )
         return {index: [next(tokens) for _ in group] for index, group in enumerate(texts)}
 
     def score(self, captions: Sequence[str]) -> dict:
@@ -92,15 +100,28 @@ class CaptionScorer:
             raise ValueError(NO_PACKAGE)
         if name in ("meteor", "spice") and shutil.which("java") is None:
             raise ValueError("there is no Java on this machine")
-        absent = [file for file in SPICE_MODELS if not (self.folder / "spice" / "lib" / file).is_file()]
+        absent = [
+            file for file in SPICE_MODELS if not (self.folder / "spice" / "lib" / file).is_file()
+        ]
         if name == "spice" and absent:
-            raise ValueError(f'{" and ".join(absent)} not in {PACKAGE}; to fetch them: python -c "{FETCH_MODELS}"')
-        return {"bleu_4": bleu_4, "meteor": meteor, "rouge_l": rouge_l, "cider": cider, "spice": spice}[name]
+            raise ValueError(
+                f'{" and ".join(absent)} not in {PACKAGE}; to fetch them: python -c "{FETCH_MODELS}"'
+            )
+        return {
+            "bleu_4": bleu_4,
+            "meteor": meteor,
+            "rouge_l": rouge_l,
+            "cider": cider,
+            "spice": spice,
+        }[name]
 
 
 def simple_tokens(texts: Sequence[Sequence[str]]) -> Texts:
     """Lower-case words without punctuation."""
-    return {index: [" ".join(WORD.findall(text.lower())) for text in group] for index, group in enumerate(texts)}
+    return {
+        index: [" ".join(WORD.findall(text.lower())) for text in group]
+        for index, group in enumerate(texts)
+    }
 
 
 def bleu_4(references: Texts, captions: Texts) -> float:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from data.entries import Entry, clean_key
 from eval.images import ImageSet, image_name, iterate_images, list_images
-from eval.pictures import caption_grid
-from modeling.image_to_text import ImageToText
+from modeling.image_to_text import Captioner
 from modeling.pipeline import SamplingConfig
+from training.pictures import caption_grid
 
 BACKGROUND = (255, 255, 255)  # RGB behind transparent pixels
 SHARD_ENDINGS = (".tar", ".tar.gz")
@@ -56,11 +56,18 @@ def list_pictures(names: Sequence[str]) -> list[Entry]:
 def choose_images(names: Sequence[str], number: int) -> list[Entry]:
     """So many images of folders and shards, evenly spaced; fewer if there are not so many."""
     entries = list_images(names)
-    return [entries[i] for i in np.linspace(0, len(entries) - 1, min(number, len(entries))).round().astype(int)]
+    return [
+        entries[i]
+        for i in np.linspace(0, len(entries) - 1, min(number, len(entries))).round().astype(int)
+    ]
 
 
 def caption_images(
-    parts: ImageToText, entries: Sequence[Entry], sampling: SamplingConfig, batch_size: int, num_workers: int = 0
+    parts: Captioner,
+    entries: Sequence[Entry],
+    sampling: SamplingConfig,
+    batch_size: int,
+    num_workers: int = 0,
 ) -> Iterator[Captioned]:
     """Captions batch by batch, in order.
 
@@ -78,10 +85,14 @@ def caption_images(
         yield Captioned(batch["index"], pixels, captions, batch["skipped"])
 
 
-def caption_sheet(parts: ImageToText, entries: Sequence[Entry], sampling: SamplingConfig) -> Image.Image:
+def caption_sheet(
+    parts: Captioner, entries: Sequence[Entry], sampling: SamplingConfig
+) -> Image.Image:
     """Contact sheet of a few images with their captions; unreadable ones are left out."""
     batches = list(caption_images(parts, entries, sampling, len(entries)))
-    return sheet_of([b.images for b in batches], [caption for b in batches for caption in b.captions])
+    return sheet_of(
+        [b.images for b in batches], [caption for b in batches for caption in b.captions]
+    )
 
 
 def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
@@ -96,7 +107,9 @@ def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
     return caption_grid(pixels, list(captions), min(SHEET_COLUMNS, len(captions)))
 
 
-def write_captions(path: Path, entries: Sequence[Entry], batches: Iterable[Captioned]) -> tuple[int, int]:
+def write_captions(
+    path: Path, entries: Sequence[Entry], batches: Iterable[Captioned]
+) -> tuple[int, int]:
     """Stream {"image", "caption"} lines into a jsonl: aside, then renamed. Returns (captions, skipped images).
 
     Raises:

@@ -28,12 +28,13 @@ from data.entries import Entry, clean_key, load_json, read_parts, strings
 from eval.caption_metrics import PACKAGE, CaptionScorer
 from eval.captioning import BACKGROUND
 from eval.images import RESIZE_RULE, ImageSet, image_name, iterate_images, list_images
-from eval.loading import captioning_run, fingerprint, load_captioner, load_newest
+from eval.json_report import device_name, package_version, package_versions
 from eval.options import numbers
-from eval.report import check_writable, device_name, package_version, package_versions, write_json
 from modeling.flow import check_guidance
-from modeling.image_to_text import ImageToText, join_punctuation
+from modeling.image_to_text import Captioner, join_punctuation
 from modeling.pipeline import SamplingConfig
+from training.files import check_writable, write_json
+from training.loading import captioning_run, fingerprint, load_captioner, load_newest
 
 REPORT = "captions.json"
 NUM_EXAMPLES = 20
@@ -42,9 +43,15 @@ COLUMNS = ("steps", "guidance", "exact_match", "bleu_4", "meteor", "rouge_l", "c
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
-    parser.add_argument("data", nargs="+", metavar="DATA", help="folders, image shards, or one .jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="experiment folder, or a stage-3 run folder"
+    )
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA", help="folders, image shards, or one .jsonl"
+    )
     parser.add_argument(
         "--caption-keys",
         nargs="+",
@@ -52,16 +59,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["json:captions", "txt", "json:caption"],
         help="where a sample's references lie, tried in order: an extension, or json:field",
     )
-    parser.add_argument("--guidance", type=numbers(float), metavar="LIST", help="as in 1,1.5,2; default: the run's")
-    parser.add_argument("--steps", type=numbers(int), metavar="LIST", help="as in 5,20; default: the run's")
-    parser.add_argument("--output", type=Path, help=f"default: {REPORT} in the stage-3 run's folder")
+    parser.add_argument(
+        "--guidance", type=numbers(float), metavar="LIST", help="as in 1,1.5,2; default: the run's"
+    )
+    parser.add_argument(
+        "--steps", type=numbers(int), metavar="LIST", help="as in 5,20; default: the run's"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"default: {REPORT} in the stage-3 run's folder"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_intermixed_args(arguments)
 
 
-def list_references(data: Sequence[str], keys: Sequence[str]) -> tuple[list[Entry], list[list[str]]]:
+def list_references(
+    data: Sequence[str], keys: Sequence[str]
+) -> tuple[list[Entry], list[list[str]]]:
     """Images and the references of each.
 
     Raises:
@@ -70,7 +85,9 @@ def list_references(data: Sequence[str], keys: Sequence[str]) -> tuple[list[Entr
     check_caption_keys(keys, "--caption-keys")
     if any(name.endswith(".jsonl") for name in data):
         if len(data) > 1:
-            raise ValueError(f"DATA is one .jsonl or several folders and shards, got {' '.join(data)}")
+            raise ValueError(
+                f"DATA is one .jsonl or several folders and shards, got {' '.join(data)}"
+            )
         return read_jsonl(Path(data[0]))
     entries = list_images(data)
     return entries, [references_of(entry, keys) for entry in entries]
@@ -87,7 +104,9 @@ def references_of(entry: Entry, keys: Sequence[str]) -> list[str]:
     except BadSample as error:
         raise ValueError(f"{image_name(entry)}: {error.reason}") from error
     if not references:
-        raise ValueError(f"{image_name(entry)} has no reference under {', '.join(keys)} (--caption-keys)")
+        raise ValueError(
+            f"{image_name(entry)} has no reference under {', '.join(keys)} (--caption-keys)"
+        )
     return references
 
 
@@ -100,7 +119,9 @@ def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     entries, references = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):  # not at U+2028
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8-sig").split("\n"), start=1
+    ):  # not at U+2028
         if not line.strip():
             continue
         row = load_json(line)
@@ -119,7 +140,7 @@ def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
     return entries, references
 
 
-def encode(parts: ImageToText, entries: Sequence[Entry], args: argparse.Namespace) -> Tensor:
+def encode(parts: Captioner, entries: Sequence[Entry], args: argparse.Namespace) -> Tensor:
     """Starts of the flow of all images, N x K x C on the CPU.
 
     Raises:
@@ -134,7 +155,9 @@ def encode(parts: ImageToText, entries: Sequence[Entry], args: argparse.Namespac
     return torch.cat(starts)
 
 
-def exact_match(parts: ImageToText, captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def exact_match(
+    parts: Captioner, captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> float:
     """Share in percent of captions that are one of their references, as the tokenizer spells (and cuts) it."""
 
     def spelled(texts: Sequence[str]) -> list[str]:
@@ -153,7 +176,11 @@ def java_version() -> str | None:
 
 
 def describe(
-    args: argparse.Namespace, parts: ImageToText, checkpoint: Path, scorer: CaptionScorer, sampling: SamplingConfig
+    args: argparse.Namespace,
+    parts: Captioner,
+    checkpoint: Path,
+    scorer: CaptionScorer,
+    sampling: SamplingConfig,
 ) -> dict:
     """Protocol, model and versions: what the numbers depend on."""
     counts = [len(texts) for texts in scorer.references.values()]
@@ -161,7 +188,11 @@ def describe(
         "protocol": {
             "data": args.data,
             "num_images": len(counts),
-            "references_per_image": {"min": min(counts), "max": max(counts), "mean": sum(counts) / len(counts)},
+            "references_per_image": {
+                "min": min(counts),
+                "max": max(counts),
+                "mean": sum(counts) / len(counts),
+            },
             "caption_keys": args.caption_keys,
             "resize": RESIZE_RULE,
             "sampling": asdict(sampling),
@@ -175,7 +206,8 @@ def describe(
             "text_decoder_fingerprint": fingerprint(parts.decoder),
             "tokenizer_fingerprint": fingerprint(parts.tokenizer),
         },
-        "versions": package_versions() | {PACKAGE: package_version(PACKAGE), "java": java_version()},
+        "versions": package_versions()
+        | {PACKAGE: package_version(PACKAGE), "java": java_version()},
         "device": device_name(parts.device),
     }
 
@@ -190,7 +222,9 @@ def main(args: argparse.Namespace) -> None:
     run = captioning_run(args.run)
     path = args.output or run / REPORT
     check_writable(path)
-    (parts, default), checkpoint = load_newest(run, lambda: load_captioner(args.run, torch.device(args.device)))
+    (parts, default), checkpoint = load_newest(
+        run, lambda: load_captioner(args.run, torch.device(args.device))
+    )
     pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
     points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
     for point in points:
@@ -199,13 +233,16 @@ def main(args: argparse.Namespace) -> None:
     starts = encode(parts, entries, args).split(args.batch_size)
 
     def measure(latents_of: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        captions = [text for start in starts for text in parts.read(latents_of(start.to(parts.device)))]
+        captions = [
+            text for start in starts for text in parts.read(latents_of(start.to(parts.device)))
+        ]
         shown = zip(entries, captions, references, strict=True)
         return {
             "exact_match": exact_match(parts, captions, references),
             **scorer.score(captions),
             "examples": [
-                {"image": image_name(entry), "caption": text, "references": texts} for entry, text, texts in shown
+                {"image": image_name(entry), "caption": text, "references": texts}
+                for entry, text, texts in shown
             ][:NUM_EXAMPLES],
         }
 
@@ -224,10 +261,15 @@ def print_report(report: dict, path: Path) -> None:
     """A table, why what is null is null, and where the json lies."""
     print("  ".join(name.rjust(11) for name in COLUMNS))
     for row in [*report["results"], {"steps": 0, "guidance": "no flow"} | report["without_flow"]]:
-        cells = (f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS)
+        cells = (
+            f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name])
+            for name in COLUMNS
+        )
         print("  ".join(cell.rjust(11) for cell in cells))
     if report["protocol"]["tokenizer_reason"]:
-        print(f"tokenizer: {report['protocol']['tokenizer']}: {report['protocol']['tokenizer_reason']}")
+        print(
+            f"tokenizer: {report['protocol']['tokenizer']}: {report['protocol']['tokenizer_reason']}"
+        )
     for name, reason in report["without_flow"]["reasons"].items():
         print(f"{name}: null: {reason}")
     print(f"{path}: {report['protocol']['num_images']} images")

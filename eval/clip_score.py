@@ -12,8 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from eval.loading import fingerprint
 from modeling.text_encoder import ClipConfig, TextEncoderConfig, clip_inputs, load_clip
+from training.loading import fingerprint
 
 SCALE = "100 * mean over the images of max(cosine of image and caption, 0)"
 
@@ -43,7 +43,9 @@ class ClipScorer:
     def cosines(self, images: Tensor, captions: list[str]) -> Tensor:
         """B x 3 x R x R uint8 on the CPU and their captions -> B x 1 float32."""
         arrays = rearrange(images, "b c h w -> b h w c").numpy()
-        pixels = torch.stack([self.preprocess(Image.fromarray(array)) for array in arrays]).to(self.device)
+        pixels = torch.stack([self.preprocess(Image.fromarray(array)) for array in arrays]).to(
+            self.device
+        )
         full_precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(self.device.type, enabled=False), full_precision:
             image = self.clip.encode_image(pixels, normalize=True)  # B x E

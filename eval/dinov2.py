@@ -37,7 +37,9 @@ class DinoFeatures(nn.Module):
             # positions were learnt at 518 px and are resized to the grid of 224 px
             self.net.load_state_dict(checkpoint_filter_fn(state, self.net))
         except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{weights} has other weights than DINOv2's {MODEL}: {str(error)[:300]}") from error
+            raise ValueError(
+                f"{weights} has other weights than DINOv2's {MODEL}: {str(error)[:300]}"
+            ) from error
         self.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -16,23 +16,25 @@ from accelerate import PartialState
 from eval.evaluation import Evaluation, evaluate, load_reference, read_captions, read_inputs
 from eval.image_store import FEATURES
 from eval.images import ImageSet
-from eval.loading import load_tokenizer
 from eval.making import INPUTS
 from eval.networks import MeasuringConfig, Networks, load_networks
 from eval.protocol import Protocol
 from eval.reconstruction_metrics import ReconstructionMetrics
 from eval.reconstructor import Reconstructor, measure
+from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
-from modeling.text_to_image import TextToImageFlow
+from training.loading import load_tokenizer
 
 
 @dataclass
 class EvaluationConfig(MeasuringConfig):
     """Generation metrics while stage 3 trains."""
 
-    every_steps: int = 0  # so often, and at the end; 0: never. It must end within training.timeout_minutes
+    every_steps: int = (
+        0  # so often, and at the end; 0: never. It must end within training.timeout_minutes
+    )
     protocol: str = ""  # a name among eval/protocols, or a YAML file
     overrides: list[str] = field(default_factory=list)  # key=value: changes of the protocol
 
@@ -41,14 +43,18 @@ class EvaluationConfig(MeasuringConfig):
         if self.every_steps < 0:
             raise ValueError(f"evaluation.every_steps must not be negative, got {self.every_steps}")
         if self.every_steps and not self.protocol:
-            raise ValueError("evaluation.every_steps needs evaluation.protocol: a name among eval/protocols, or a YAML")
+            raise ValueError(
+                "evaluation.every_steps needs evaluation.protocol: a name among eval/protocols, or a YAML"
+            )
 
 
 @dataclass
 class ReconstructionEvaluationConfig:
     """PSNR and SSIM while stage 1 trains."""
 
-    every_steps: int = 0  # so often, and at the end; 0: never. It must end within training.timeout_minutes
+    every_steps: int = (
+        0  # so often, and at the end; 0: never. It must end within training.timeout_minutes
+    )
     shards: list[str] = field(default_factory=list)  # or folders; empty: pictures.shards
     num_images: int = 256  # the first ones; 0: all
     batch_size: int = 32
@@ -58,7 +64,9 @@ class ReconstructionEvaluationConfig:
         least = {"every_steps": 0, "num_images": 0, "batch_size": 1, "num_workers": 0}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
-                raise ValueError(f"evaluation.{name} must be at least {smallest}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"evaluation.{name} must be at least {smallest}, got {getattr(self, name)}"
+                )
 
 
 @contextmanager
@@ -96,40 +104,63 @@ class FlowEvaluation:
         self.state = PartialState()
         protocol.sampling(sampling)
         if not protocol.metrics:
-            raise ValueError(f"evaluation.protocol={config.protocol} measures nothing: its metrics are empty")
+            raise ValueError(
+                f"evaluation.protocol={config.protocol} measures nothing: its metrics are empty"
+            )
         captions = read_captions(protocol)
         with undisturbed():
             tokenizer = self._load_tokenizer()
             self.inputs = read_inputs(protocol, captions, tokenizer.config)
             networks = self._load_networks(tokenizer)
             if networks.absent:
-                raise ValueError(f"evaluation.protocol={config.protocol}: {'; '.join(networks.absent.values())}")
+                raise ValueError(
+                    f"evaluation.protocol={config.protocol}: {'; '.join(networks.absent.values())}"
+                )
             self.reference = load_reference(self.inputs, networks.extractor, config, self.state)
 
     def _load_tokenizer(self) -> ImageTokenizer:
         return load_tokenizer(self.tokenizer_run)[0].to(self.state.device)
 
     def _load_networks(self, tokenizer: ImageTokenizer) -> Networks:
-        return load_networks(self.protocol, tokenizer, self.text_encoder, self.config, False, self.state)
+        return load_networks(
+            self.protocol, tokenizer, self.text_encoder, self.config, False, self.state
+        )
 
-    def __call__(self, model: TextToImageFlow, step: int) -> dict[str, float]:
+    def __call__(self, model: FlowModel, step: int) -> dict[str, float]:
         """{"eval/fid": ...} on the main process, {} on the others; a metric that can't be computed is left out."""
         folder = self.run_dir / "evaluation" / f"step_{step:08d}"
         if self.state.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed, or of steps that are done again
+            shutil.rmtree(
+                folder, ignore_errors=True
+            )  # of a process that was killed, or of steps that are done again
         self.state.wait_for_everyone()
         with undisturbed():
-            tokenizer, text_encoder = self._load_tokenizer(), load_text_encoder(self.text_encoder).to(self.state.device)
-            parts = TextToImage(TextTokenizer(self.text_encoder), text_encoder, tokenizer, model)
+            tokenizer, text_encoder = (
+                self._load_tokenizer(),
+                load_text_encoder(self.text_encoder).to(self.state.device),
+            )
+            parts = ImageGenerator(TextTokenizer(self.text_encoder), text_encoder, tokenizer, model)
             networks, origin = self._load_networks(tokenizer), {"checkpoint": folder.name}
             evaluation = Evaluation(
-                self.inputs, parts, self.sampling, networks, self.reference, origin, self.config, False, self.state
+                self.inputs,
+                parts,
+                self.sampling,
+                networks,
+                self.reference,
+                origin,
+                self.config,
+                False,
+                self.state,
             )
             report = evaluate(evaluation, self.protocol, folder)
         if self.state.is_main_process:
             shutil.rmtree(folder / FEATURES)
             (folder / INPUTS).unlink()
-        return {f"eval/{name}": value for name, value in report.get("metrics", {}).items() if value is not None}
+        return {
+            f"eval/{name}": value
+            for name, value in report.get("metrics", {}).items()
+            if value is not None
+        }
 
 
 class ReconstructionEvaluation:
@@ -153,6 +184,13 @@ class ReconstructionEvaluation:
         metrics = ReconstructionMetrics(None, None, self.state.device)
         reconstruct = Reconstructor(model, self.text_encoder, self.tokenize, self.bf16)
         with undisturbed():
-            measure(self.images, reconstruct, metrics, self.config.batch_size, self.config.num_workers, self.state)
+            measure(
+                self.images,
+                reconstruct,
+                metrics,
+                self.config.batch_size,
+                self.config.num_workers,
+                self.state,
+            )
             values, _ = metrics.over_processes().results()
         return {f"eval/{name}": value for name, value in values.items() if value is not None}

@@ -19,15 +19,22 @@ from eval.features import Extractor
 from eval.gallery import write_gallery
 from eval.image_store import ImageStore
 from eval.images import CLEAN_SIZE, ImageSet
+from eval.json_report import device_name, package_versions
 from eval.making import claim_folder, inputs_of, make_images, measure_groups, measure_name
 from eval.networks import MeasuringConfig, Networks
-from eval.pictures import caption_grid, save_png
 from eval.protocol import Caption, Protocol, captions_hash, choose_captions
-from eval.reference import Reference, is_statistics_file, list_reference, measure_reference, read_reference
-from eval.report import device_name, package_versions, write_json
+from eval.reference import (
+    Reference,
+    is_statistics_file,
+    list_reference,
+    measure_reference,
+    read_reference,
+)
 from eval.scores import measure
 from modeling.image_tokenizer import ImageTokenizerConfig
-from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.pipeline import ImageGenerator, SamplingConfig
+from training.files import write_json
+from training.pictures import caption_grid, save_png
 
 REPORT = "evaluation.json"
 PICTURES = 64  # in the contact sheet and the gallery
@@ -48,7 +55,7 @@ class Evaluation:
     """What all points of a sweep share."""
 
     inputs: Inputs
-    parts: TextToImage
+    parts: ImageGenerator
     default: SamplingConfig  # the run's
     networks: Networks
     reference: Reference | None
@@ -69,7 +76,9 @@ def read_captions(protocol: Protocol) -> list[Caption]:
     return captions
 
 
-def read_inputs(protocol: Protocol, captions: list[Caption], tokenizer: ImageTokenizerConfig) -> Inputs:
+def read_inputs(
+    protocol: Protocol, captions: list[Caption], tokenizer: ImageTokenizerConfig
+) -> Inputs:
     """Captions and the images of the reference, listed.
 
     Raises:
@@ -78,7 +87,9 @@ def read_inputs(protocol: Protocol, captions: list[Caption], tokenizer: ImageTok
     own = tokenizer.image_size
     size = CLEAN_SIZE if protocol.resize == "clean" else protocol.image_size or own
     if protocol.features == "tokenizer" and size != own:
-        raise ValueError(f"features=tokenizer needs images of the tokenizer's {own} px, got image_size={size}")
+        raise ValueError(
+            f"features=tokenizer needs images of the tokenizer's {own} px, got image_size={size}"
+        )
     images = None
     if protocol.reference and not is_statistics_file(protocol.reference):
         images = list_reference(protocol.reference, size, protocol.background, protocol.resize)
@@ -88,13 +99,25 @@ def read_inputs(protocol: Protocol, captions: list[Caption], tokenizer: ImageTok
 def check_sources(protocol: Protocol, captions: Sequence[Caption]) -> None:
     """Refuse captions that the metrics or the layout can't use."""
     if protocol.layout == "geneval" and not all(caption.record for caption in captions):
-        raise ValueError("layout=geneval needs captions from a .jsonl: each image's row is its metadata")
-    if "frechet_by_category" in protocol.metrics and not all(caption.category for caption in captions):
-        raise ValueError("metric frechet_by_category needs captions with a category: MJHQ-30K's meta_data.json")
+        raise ValueError(
+            "layout=geneval needs captions from a .jsonl: each image's row is its metadata"
+        )
+    if "frechet_by_category" in protocol.metrics and not all(
+        caption.category for caption in captions
+    ):
+        raise ValueError(
+            "metric frechet_by_category needs captions with a category: MJHQ-30K's meta_data.json"
+        )
     if "retrieval" in protocol.metrics and not all(caption.source for caption in captions):
-        raise ValueError("metric retrieval needs captions from folders or shards: each belongs to an image there")
-    if "retrieval" in protocol.metrics and (not protocol.reference or is_statistics_file(protocol.reference)):
-        raise ValueError("metric retrieval needs a reference of folders or shards: each caption's own image is there")
+        raise ValueError(
+            "metric retrieval needs captions from folders or shards: each belongs to an image there"
+        )
+    if "retrieval" in protocol.metrics and (
+        not protocol.reference or is_statistics_file(protocol.reference)
+    ):
+        raise ValueError(
+            "metric retrieval needs a reference of folders or shards: each caption's own image is there"
+        )
 
 
 def load_reference(
@@ -110,7 +133,9 @@ def load_reference(
         reference = read_reference(Path(protocol.reference[0]), extractor, inputs.image_size)
     elif extractor and inputs.images:
         images, data = inputs.images, protocol.reference
-        reference = measure_reference(data, images, extractor, config.batch_size, config.num_workers, state)
+        reference = measure_reference(
+            data, images, extractor, config.batch_size, config.num_workers, state
+        )
     else:
         return None
     check_reference(inputs, reference)
@@ -131,7 +156,11 @@ def check_reference(inputs: Inputs, reference: Reference) -> None:
             "differs in . + _ alone), so that a caption's own image is not known"
         )
     there = {*reference.categories}
-    lost = sorted({caption.category for caption in wanted} - there) if "frechet_by_category" in metrics else []
+    lost = (
+        sorted({caption.category for caption in wanted} - there)
+        if "frechet_by_category" in metrics
+        else []
+    )
     if there and lost:
         raise ValueError(
             f"metric frechet_by_category: no reference image lies in a folder {', '.join(lost)}; there are "
@@ -148,7 +177,9 @@ def evaluate(evaluation: Evaluation, protocol: Protocol, folder: Path) -> dict[s
     store = ImageStore(folder, protocol, inputs.captions, evaluation.keep_images, tuple(measures))
     claim_folder(folder, inputs_of(store, sampling, evaluation.model), state.is_main_process)
     keep_features = partial(measure_groups, networks, store, inputs.image_size, state.device)
-    made = make_images(evaluation.parts, store, sampling, keep_features, evaluation.config.batch_size, state)
+    made = make_images(
+        evaluation.parts, store, sampling, keep_features, evaluation.config.batch_size, state
+    )
     work = gather_object([made])  # also: all files are there from here on
     metrics, missing = measure(store, networks, inputs.image_size, evaluation.reference, state)
     if not state.is_main_process:
@@ -170,7 +201,9 @@ def evaluate(evaluation: Evaluation, protocol: Protocol, folder: Path) -> dict[s
         "num_processes": state.num_processes,
         "num_threads": torch.get_num_threads(),
         "images_made": number,  # the others were there from an earlier call
-        "images_per_second": round(number / seconds, 3) if number else None,  # text to pixels, all processes
+        "images_per_second": round(number / seconds, 3)
+        if number
+        else None,  # text to pixels, all processes
         "seconds": round(time.perf_counter() - started, 3),
     }
     write_json(report, folder / REPORT)
@@ -183,12 +216,20 @@ def write_pictures(store: ImageStore, report: dict[str, Any], sampling: Sampling
     """samples.png and gallery.html of the first images."""
     shown = range(min(PICTURES, store.num_images))
     files, captions = [store.image_file(i) for i in shown], [store.caption(i).text for i in shown]
-    groups = [store.read_images(group) for group in range(-(-len(shown) // store.protocol.group_size))]
+    groups = [
+        store.read_images(group) for group in range(-(-len(shown) // store.protocol.group_size))
+    ]
     if any(group is None for group in groups):
-        raise ValueError(f"{store.folder / 'images'} holds a damaged image among the first {len(shown)}: delete those")
+        raise ValueError(
+            f"{store.folder / 'images'} holds a damaged image among the first {len(shown)}: delete those"
+        )
     images = torch.cat(groups)[: len(shown)].float() / 255
     save_png(caption_grid(images, captions, columns=8), store.folder / "samples.png")
-    settings = {**asdict(sampling), "seed": store.protocol.seed, "checkpoint": report["model"]["checkpoint"]}
+    settings = {
+        **asdict(sampling),
+        "seed": store.protocol.seed,
+        "checkpoint": report["model"]["checkpoint"],
+    }
     settings |= {name: value for name, value in report["metrics"].items() if value is not None}
     labels = [f"{number}: {caption}" for number, caption in zip(shown, captions)]
     pictures = [(file.read_bytes(), label) for file, label in zip(files, labels)]

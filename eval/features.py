@@ -15,9 +15,9 @@ from eval.dinov2 import DinoFeatures
 from eval.frechet import FeatureStatistics
 from eval.images import ImageSet, ResizeRule, iterate_images
 from eval.inception import INCEPTION, INCEPTION_WIDTH, InceptionFeatures, Precision
-from eval.loading import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.published import file_sha256
+from training.loading import fingerprint
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Extractor:
     @property
     def name(self) -> str:
         """For files."""
-        return "-".join(str(value)[:12] for value in (*self.identity.values(), *([self.rule] * (self.rule != "crop"))))
+        return "-".join(
+            str(value)[:12]
+            for value in (*self.identity.values(), *([self.rule] * (self.rule != "crop")))
+        )
 
 
 def inception_extractor(
@@ -45,7 +48,11 @@ def inception_extractor(
         ValueError: torch-fidelity is not installed, or the file holds other weights.
     """
     net = InceptionFeatures(weights, precision).to(device)
-    identity = {"features": "inception", "weights_sha256": file_sha256(weights), "precision": precision}
+    identity = {
+        "features": "inception",
+        "weights_sha256": file_sha256(weights),
+        "precision": precision,
+    }
     return Extractor(net, INCEPTION_WIDTH, identity, net.logits, rule)
 
 
@@ -56,7 +63,9 @@ def dinov2_extractor(weights: Path, device: torch.device) -> Extractor:
         ValueError: the file holds other weights.
     """
     net = DinoFeatures(weights).to(device)
-    return Extractor(net, net.net.num_features, {"features": "dinov2", "weights_sha256": file_sha256(weights)})
+    return Extractor(
+        net, net.net.num_features, {"features": "dinov2", "weights_sha256": file_sha256(weights)}
+    )
 
 
 def tokenizer_extractor(tokenizer: ImageTokenizer) -> Extractor:
@@ -67,7 +76,9 @@ def tokenizer_extractor(tokenizer: ImageTokenizer) -> Extractor:
         return tokenizer.encode(images.float() / 255).mean.flatten(1).float()
 
     width = tokenizer.config.num_tokens * tokenizer.config.token_channels
-    return Extractor(features, width, {"features": "tokenizer", "weights_sha256": fingerprint(tokenizer)})
+    return Extractor(
+        features, width, {"features": "tokenizer", "weights_sha256": fingerprint(tokenizer)}
+    )
 
 
 def inception_reason() -> str:
@@ -80,7 +91,9 @@ class Measured:
     """Features of all images of a set, over all processes."""
 
     statistics: FeatureStatistics
-    features: Tensor | None  # N x D float32 on the CPU, in the images' order; None if they were not kept
+    features: (
+        Tensor | None
+    )  # N x D float32 on the CPU, in the images' order; None if they were not kept
     numbers: list[int]  # N: which images of the set; the unreadable ones are missing
     digests: list[str]  # N: hash of each image's pixels
     skipped: list[tuple[str, str]]  # (name, reason) of the unreadable ones
@@ -112,12 +125,24 @@ def measure_images(
             features = extractor.features(batch["image"].to(device))
             statistics.add(features)
             kept = features.cpu().numpy() if keep_features else [None] * len(features)
-            digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch["image"]]
+            digests = [
+                hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch["image"]
+            ]
             rows += zip(batch["index"], digests, kept)
     total, skipped = statistics.over_processes(), sorted(gather_object(skipped))
     if total.count.item() < 2:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) or "no more are there"
-        raise ValueError(f"reference: {total.count.item()} images could be read, at least 2 are needed ({reasons})")
+        reasons = (
+            "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) or "no more are there"
+        )
+        raise ValueError(
+            f"reference: {total.count.item()} images could be read, at least 2 are needed ({reasons})"
+        )
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     numbers, digests, kept = ([row[column] for row in rows] for column in range(3))
-    return Measured(total, torch.from_numpy(np.stack(kept)) if keep_features else None, numbers, digests, skipped)
+    return Measured(
+        total,
+        torch.from_numpy(np.stack(kept)) if keep_features else None,
+        numbers,
+        digests,
+        skipped,
+    )

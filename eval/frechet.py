@@ -57,7 +57,9 @@ class FeatureStatistics:
     def over_processes(self) -> "FeatureStatistics":
         """The sums of all processes; own ones stay as they are. Every process must call it."""
         total = FeatureStatistics(0, self.sum.device)
-        total.count, total.sum, total.outer = (sum_over_processes(x) for x in (self.count, self.sum, self.outer))
+        total.count, total.sum, total.outer = (
+            sum_over_processes(x) for x in (self.count, self.sum, self.outer)
+        )
         return total
 
     def gaussian(self) -> Gaussian:
@@ -89,7 +91,9 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
         ValueError: features of different widths.
     """
     if first.mean.shape != second.mean.shape:
-        raise ValueError(f"features of widths {len(first.mean)} and {len(second.mean)} have no distance")
+        raise ValueError(
+            f"features of widths {len(first.mean)} and {len(second.mean)} have no distance"
+        )
     root_trace = torch.linalg.eigvals(first.covariance @ second.covariance).sqrt().real.sum()
     shift = (first.mean - second.mean).square().sum()
     return (shift + first.covariance.trace() + second.covariance.trace() - 2 * root_trace).item()
@@ -109,7 +113,11 @@ def save_statistics(
         features: N x D, also kept if given: kernel distance, precision and recall need them.
         categories: N names of what each image is of, kept beside them.
     """
-    kept = {} if features is None else {"features": features.numpy(), "categories": np.array(categories, dtype=np.str_)}
+    kept = (
+        {}
+        if features is None
+        else {"features": features.numpy(), "categories": np.array(categories, dtype=np.str_)}
+    )
     partial = path.with_name(path.name + ".tmp")
     try:
         with partial.open("wb") as file:
@@ -140,7 +148,9 @@ def load_statistics(path: Path) -> tuple[Gaussian, dict[str, Any]]:
         with np.load(path, allow_pickle=False) as arrays:
             count = int(arrays["count"]) if "count" in arrays else -1
             description = json.loads(str(arrays["description"])) if "description" in arrays else {}
-            mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+            mean, covariance = (
+                torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma")
+            )
             return Gaussian(mean, covariance, None if count < 0 else count), description
     except Exception as error:  # numpy, zip and zlib raise their own types
         raise ValueError(f"{path} is no statistics file, or cut short: {error}") from error
@@ -156,7 +166,9 @@ def load_features(path: Path) -> tuple[Tensor, list[str]] | None:
         with np.load(path, allow_pickle=False) as arrays:
             if "features" not in arrays:
                 return None
-            categories = arrays["categories"].astype(np.str_).tolist() if "categories" in arrays else []
+            categories = (
+                arrays["categories"].astype(np.str_).tolist() if "categories" in arrays else []
+            )
             return torch.from_numpy(arrays["features"]), categories
     except Exception as error:  # numpy, zip and zlib raise their own types
         raise ValueError(f"{path}: its features cannot be read: {error}") from error

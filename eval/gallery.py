@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.report import write_text
+from training.files import write_text
 
 STYLE = """
 body { font: 14px sans-serif; margin: 16px; color: #222; background: #fff; }
@@ -27,7 +27,10 @@ def gallery(title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping
         pictures: (PNG file's bytes, caption) of each image.
         settings: shown above them.
     """
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(show(value))}</dd>\n" for name, value in settings.items())
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(show(value))}</dd>\n"
+        for name, value in settings.items()
+    )
     figures = "".join(
         f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt="{escape(caption)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>\n"
@@ -51,6 +54,8 @@ def escape(value: Any) -> str:
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
 
 
-def write_gallery(path: Path, title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]) -> None:
+def write_gallery(
+    path: Path, title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]
+) -> None:
     """Write the page aside and rename it."""
     write_text(gallery(title, pictures, settings), path)

@@ -26,28 +26,38 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.load import check_keys, exit_on_error, parse_overrides, read_yaml
 from eval.evaluation import REPORT, Evaluation, evaluate, load_reference, read_captions, read_inputs
-from eval.loading import fingerprint, flow_folder, load_newest, load_pipeline
 from eval.networks import MeasuringConfig, load_networks
 from eval.options import add_options, check_options, numbers
 from eval.protocol import Protocol, protocol_file
-from eval.report import check_writable
 from eval.sweep import write_sweep
 from modeling.flow import check_guidance
-from modeling.pipeline import TextToImage
+from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
+from training.files import check_writable
+from training.loading import fingerprint, flow_folder, load_newest, load_pipeline
 from training.run import TIMEOUT_MINUTES
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="experiment folder, or a stage-3 run folder"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
-    parser.add_argument("--protocol", required=True, help="a YAML file, or a name: coco30k, mjhq30k, demo, geneval")
+    parser.add_argument(
+        "--protocol", required=True, help="a YAML file, or a name: coco30k, mjhq30k, demo, geneval"
+    )
     parser.add_argument("--output", type=Path, help="folder; default: evaluation/PROTOCOL in RUN")
-    parser.add_argument("--guidance", type=numbers(float), metavar="LIST", help="as in 1,1.5,2: one evaluation each")
-    parser.add_argument("--steps", type=numbers(int), metavar="LIST", help="solver steps, as in 10,20,50")
+    parser.add_argument(
+        "--guidance", type=numbers(float), metavar="LIST", help="as in 1,1.5,2: one evaluation each"
+    )
+    parser.add_argument(
+        "--steps", type=numbers(int), metavar="LIST", help="solver steps, as in 10,20,50"
+    )
     parser.add_argument("--no-images", action="store_true", help="keep features only")
     parser.add_argument("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
     add_options(parser, 64, "images that a feature network sees at once")
@@ -79,7 +89,9 @@ def load_protocol(name: str, overrides: list[str]) -> Protocol:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Protocol), node, changes))
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", "") or ""
-        raise ValueError(f"{path}: {key + ': ' if key else ''}{str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path}: {key + ': ' if key else ''}{str(error).splitlines()[0]}"
+        ) from error
 
 
 def prepare(args: argparse.Namespace) -> Evaluation:
@@ -92,19 +104,31 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     protocol = load_protocol(args.protocol, args.overrides)
     captions = read_captions(protocol)
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
-    torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 would be rounded to 10 bits on a GPU
+    torch.backends.cudnn.allow_tf32 = (
+        False  # convolutions of float32 would be rounded to 10 bits on a GPU
+    )
     check_writable(output_folder(args) / REPORT)
-    (parts, default), checkpoint = load_newest(flow_folder(args.run), lambda: load_pipeline(args.run, state.device))
+    (parts, default), checkpoint = load_newest(
+        flow_folder(args.run), lambda: load_pipeline(args.run, state.device)
+    )
     model = describe_model(checkpoint, parts)  # now: training may remove it
     if len({*gather_object([model["flow_fingerprint"]])}) > 1:
-        raise ValueError(f"{args.run}: the processes loaded different checkpoints: it is being trained, start again")
+        raise ValueError(
+            f"{args.run}: the processes loaded different checkpoints: it is being trained, start again"
+        )
     for point in points(args, protocol):
         check_guidance(point.sampling(default).guidance, parts.flow.null_probability)
     inputs = read_inputs(protocol, captions, parts.tokenizer.config)
-    config = MeasuringConfig(args.batch_size, args.num_workers, args.inception_weights or "", args.dinov2_weights or "")
-    networks = load_networks(protocol, parts.tokenizer, parts.tokenize.config, config, args.download, state)
+    config = MeasuringConfig(
+        args.batch_size, args.num_workers, args.inception_weights or "", args.dinov2_weights or ""
+    )
+    networks = load_networks(
+        protocol, parts.tokenizer, parts.tokenize.config, config, args.download, state
+    )
     reference = load_reference(inputs, networks.extractor, config, state)
-    return Evaluation(inputs, parts, default, networks, reference, model, config, not args.no_images, state)
+    return Evaluation(
+        inputs, parts, default, networks, reference, model, config, not args.no_images, state
+    )
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -112,7 +136,7 @@ def output_folder(args: argparse.Namespace) -> Path:
     return args.output or args.run / "evaluation" / Path(args.protocol).stem
 
 
-def describe_model(checkpoint: Path, parts: TextToImage) -> dict[str, Any]:
+def describe_model(checkpoint: Path, parts: ImageGenerator) -> dict[str, Any]:
     """Which weights make the images."""
     return {
         "checkpoint": checkpoint.name,
@@ -126,12 +150,18 @@ def describe_model(checkpoint: Path, parts: TextToImage) -> dict[str, Any]:
 def points(args: argparse.Namespace, protocol: Protocol) -> list[Protocol]:
     """The protocol at each guidance and number of steps of the command line."""
     guidances, steps = args.guidance or [protocol.guidance], args.steps or [protocol.steps]
-    return [replace(protocol, guidance=guidance, steps=number) for number in steps for guidance in guidances]
+    return [
+        replace(protocol, guidance=guidance, steps=number)
+        for number in steps
+        for guidance in guidances
+    ]
 
 
 def print_summary(report: dict[str, Any], path: Path) -> None:
     """What was found, in a few lines."""
-    found = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items() if value is not None)
+    found = ", ".join(
+        f"{name} {value:.4f}" for name, value in report["metrics"].items() if value is not None
+    )
     rate = f", {report['images_per_second']:.1f} images/s" if report["images_made"] else ""
     print(
         f"{path}: {report['num_images']} images, {report['images_made']} made now{rate}{': ' if found else ''}{found}"

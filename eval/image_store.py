@@ -16,9 +16,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from eval.pictures import encode_png
 from eval.protocol import Caption, Protocol
-from eval.report import write_bytes
+from training.files import write_bytes
+from training.pictures import encode_png
 
 FEATURES = "features"  # folder
 
@@ -98,7 +98,9 @@ class ImageStore:
         try:
             return torch.from_numpy(np.load(file, allow_pickle=False))
         except (EOFError, ValueError) as error:
-            raise ValueError(f"{file} is damaged ({error}): delete it, and its images are measured again") from error
+            raise ValueError(
+                f"{file} is damaged ({error}): delete it, and its images are measured again"
+            ) from error
 
     def write_features(self, measure: str, group: int, features: Tensor) -> None:
         """B x D float32 of a group's images."""

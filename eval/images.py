@@ -96,7 +96,9 @@ def clean_resize(image: np.ndarray) -> np.ndarray:
     Each channel by Pillow in float32, bicubic and antialiased, whatever the aspect; cut to the range, not rounded.
     """
     channels = [Image.fromarray(image[:, :, channel].astype(np.float32)) for channel in range(3)]
-    resized = [channel.resize((CLEAN_SIZE, CLEAN_SIZE), Image.Resampling.BICUBIC) for channel in channels]
+    resized = [
+        channel.resize((CLEAN_SIZE, CLEAN_SIZE), Image.Resampling.BICUBIC) for channel in channels
+    ]
     return np.stack([np.asarray(channel) for channel in resized]).clip(0, 255)
 
 
@@ -124,7 +126,11 @@ def iterate_images(
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples of an ImageSet -> a batch of `iterate_images`."""
     readable = [sample for sample in samples if "reason" not in sample]
-    pixels = np.stack([sample["image"] for sample in readable]) if readable else np.empty((0, 3, 0, 0), np.uint8)
+    pixels = (
+        np.stack([sample["image"] for sample in readable])
+        if readable
+        else np.empty((0, 3, 0, 0), np.uint8)
+    )
     return {
         "image": torch.from_numpy(pixels),
         "index": [sample["index"] for sample in readable],

@@ -41,13 +41,17 @@ class InceptionFeatures(nn.Module):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ValueError(f"Inception features need torch-fidelity ({error}): {INSTALL}") from error
+            raise ValueError(
+                f"Inception features need torch-fidelity ({error}): {INSTALL}"
+            ) from error
         # Its constructor unpickles whatever it is given (weights_only=False): it is given what was read safely.
         checked = io.BytesIO()
         torch.save(read_tensors(weights), checked)
         checked.seek(0)
         try:
-            with torch.random.fork_rng(devices=[]):  # it draws weights first, which are then replaced
+            with torch.random.fork_rng(
+                devices=[]
+            ):  # it draws weights first, which are then replaced
                 net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
         except RuntimeError as error:
             reason = textwrap.shorten(str(error), 300)
@@ -55,7 +59,9 @@ class InceptionFeatures(nn.Module):
         # Its own option "float64" computes in float32 (torch-fidelity 0.4.0, helpers.text_to_dtype).
         net.feature_extractor_internal_dtype = getattr(torch, precision)
         self.net = net.to(net.feature_extractor_internal_dtype)
-        self.layers = list(net.children())[:-1]  # in the order in which they are called; the last one, fc, gives logits
+        self.layers = list(net.children())[
+            :-1
+        ]  # in the order in which they are called; the last one, fc, gives logits
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -83,7 +89,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zip raise their own types; torch's text advises to execute the file
-        raise ValueError(f"{file} is no file of weights alone, or cut short ({type(error).__name__})") from error
-    if not (isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())):
+        raise ValueError(
+            f"{file} is no file of weights alone, or cut short ({type(error).__name__})"
+        ) from error
+    if not (
+        isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())
+    ):
         raise ValueError(f"{file} holds something else than tensors by name")
     return tensors

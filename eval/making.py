@@ -24,8 +24,8 @@ from eval.image_store import ImageStore
 from eval.images import clean_resize
 from eval.networks import Networks
 from eval.protocol import captions_hash
-from eval.report import write_json
-from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.pipeline import ImageGenerator, SamplingConfig
+from training.files import write_json
 
 INPUTS = "inputs.json"
 PROGRESS_SECONDS = 10
@@ -41,7 +41,9 @@ def claim_folder(folder: Path, inputs: dict[str, Any], is_main_process: bool) ->
     if file.is_file():
         found = load_json(file.read_bytes())
         if not isinstance(found, dict):
-            raise ValueError(f"{file} is damaged, so that nobody knows what the images there are of: delete {folder}")
+            raise ValueError(
+                f"{file} is damaged, so that nobody knows what the images there are of: delete {folder}"
+            )
         differ = [key for key in inputs if found.get(key) != inputs[key]]
         if differ:
             raise ValueError(
@@ -65,7 +67,7 @@ def inputs_of(store: ImageStore, sampling: SamplingConfig, model: dict[str, Any]
 
 
 def make_images(
-    parts: TextToImage,
+    parts: ImageGenerator,
     store: ImageStore,
     sampling: SamplingConfig,
     measure: Callable[[list[tuple[int, Tensor]]], None],
@@ -103,11 +105,16 @@ def make_images(
         if state.is_main_process and time.perf_counter() - told > PROGRESS_SECONDS:
             told = time.perf_counter()
             done = min(first + at_once, len(own)) / len(own)
-            print(f"{done:.1%} of {store.num_images} images, {(told - start) * (1 / done - 1):.0f} s left", flush=True)
+            print(
+                f"{done:.1%} of {store.num_images} images, {(told - start) * (1 / done - 1):.0f} s left",
+                flush=True,
+            )
     return made, seconds
 
 
-def make_group(parts: TextToImage, store: ImageStore, sampling: SamplingConfig, group: int) -> Tensor:
+def make_group(
+    parts: ImageGenerator, store: ImageStore, sampling: SamplingConfig, group: int
+) -> Tensor:
     """Images of a group, B x 3 x R x R uint8 on the CPU. The networks see group_size images, the last one repeated.
 
     Raises:
@@ -125,17 +132,26 @@ def make_group(parts: TextToImage, store: ImageStore, sampling: SamplingConfig, 
 
 
 def measure_groups(
-    networks: Networks, store: ImageStore, image_size: int, device: torch.device, groups: list[tuple[int, Tensor]]
+    networks: Networks,
+    store: ImageStore,
+    image_size: int,
+    device: torch.device,
+    groups: list[tuple[int, Tensor]],
 ) -> None:
     """Features and cosines of some groups' images, all at once, into their files."""
-    images, sizes = torch.cat([images for _, images in groups]), [len(images) for _, images in groups]
+    images, sizes = (
+        torch.cat([images for _, images in groups]),
+        [len(images) for _, images in groups],
+    )
     found = {}
     if networks.extractor:
         found[measure_name(networks.extractor, image_size)] = networks.extractor.features(
             resize(images, image_size, networks.extractor.rule).to(device)
         )
     if networks.clip:
-        captions = [store.caption(number).text for group, _ in groups for number in store.numbers(group)]
+        captions = [
+            store.caption(number).text for group, _ in groups for number in store.numbers(group)
+        ]
         found[networks.clip.name] = networks.clip.cosines(images, captions)
     for measure, values in found.items():
         for (group, _), part in zip(groups, values.split(sizes)):

@@ -12,7 +12,9 @@ SEED = 2020  # of torch-fidelity
 ROWS = 1024  # of a distance matrix at a time
 
 
-def kernel_distance(first: Tensor, second: Tensor, subsets: int, subset_size: int) -> tuple[float, float]:
+def kernel_distance(
+    first: Tensor, second: Tensor, subsets: int, subset_size: int
+) -> tuple[float, float]:
     """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (xy/D + 1)^3, mean and deviation over subsets.
 
     Raises:
@@ -20,11 +22,15 @@ def kernel_distance(first: Tensor, second: Tensor, subsets: int, subset_size: in
     """
     smallest = min(len(first), len(second))
     if subset_size < 2 or smallest < subset_size:
-        raise ValueError(f"it needs subsets of at least 2 and at most all {smallest} images, got {subset_size}")
+        raise ValueError(
+            f"it needs subsets of at least 2 and at most all {smallest} images, got {subset_size}"
+        )
     random, values = np.random.RandomState(SEED), []
     for _ in range(subsets):
         x, y = (
-            features[torch.from_numpy(random.choice(len(features), subset_size, replace=False))].double()
+            features[
+                torch.from_numpy(random.choice(len(features), subset_size, replace=False))
+            ].double()
             for features in (first, second)
         )
         values.append(squared_mmd(x, y))
@@ -77,8 +83,12 @@ def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[
 
 def covered(samples: Tensor, others: Tensor, neighbours: int) -> float:
     """Share of samples that lie in a ball of the others."""
-    radii = torch.cat([distances(rows, others).kthvalue(neighbours + 1).values for rows in others.split(ROWS)])
-    inside = torch.cat([(distances(rows, others) <= radii).any(dim=1) for rows in samples.split(ROWS)])
+    radii = torch.cat(
+        [distances(rows, others).kthvalue(neighbours + 1).values for rows in others.split(ROWS)]
+    )
+    inside = torch.cat(
+        [(distances(rows, others) <= radii).any(dim=1) for rows in samples.split(ROWS)]
+    )
     return inside.double().mean().item()
 
 
@@ -97,6 +107,8 @@ def retrieval(generated: Tensor, real: Tensor, groups: Tensor, own: Tensor) -> t
     """
     nearest = []
     for rows in generated.double().split(ROWS):
-        nearest.append(distances(rows, real.double()).topk(min(5, len(real)), largest=False).indices)
+        nearest.append(
+            distances(rows, real.double()).topk(min(5, len(real)), largest=False).indices
+        )
     hits = groups[torch.cat(nearest)] == groups[own][:, None]  # N x 5
     return hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()

@@ -9,10 +9,16 @@ from accelerate import PartialState
 
 from eval.clip_score import ClipScorer, own_clip
 from eval.dinov2 import ABSENT
-from eval.features import Extractor, dinov2_extractor, inception_extractor, inception_reason, tokenizer_extractor
+from eval.features import (
+    Extractor,
+    dinov2_extractor,
+    inception_extractor,
+    inception_reason,
+    tokenizer_extractor,
+)
 from eval.inception import INCEPTION
+from eval.json_report import describe_file
 from eval.protocol import Protocol
-from eval.report import describe_file
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.text_encoder import AbsentWeights, TextEncoderConfig
 

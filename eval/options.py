@@ -19,10 +19,18 @@ def numbers(kind: type) -> Callable[[str], list]:
 def add_options(parser: argparse.ArgumentParser, batch_size: int, batch_help: str) -> None:
     """Batches, reading processes, Inception's weights, device."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help=batch_help)
-    parser.add_argument("--num-workers", type=int, default=2, help="reading processes of each process; 0: none")
-    parser.add_argument("--inception-weights", metavar="FILE", help="InceptionV3 of FID; default: torch's cache")
-    parser.add_argument("--download", action="store_true", help="fetch absent weights into the packages' caches")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--num-workers", type=int, default=2, help="reading processes of each process; 0: none"
+    )
+    parser.add_argument(
+        "--inception-weights", metavar="FILE", help="InceptionV3 of FID; default: torch's cache"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch absent weights into the packages' caches"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def check_options(args: argparse.Namespace, **smallest: int) -> None:

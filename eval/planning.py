@@ -36,7 +36,9 @@ ATEN = torch.ops.aten
 # FlopCounterMode knows attention by CUDA's kernels. Their backward computes the scores again: 2.5 times the forward.
 FLOP_FORMULAS = {
     **flop_registry,
-    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        ATEN._scaled_dot_product_flash_attention
+    ],
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         ATEN._scaled_dot_product_flash_attention_backward
     ],
@@ -52,7 +54,9 @@ class Workload:
     model: nn.Module
     make_batch: Callable[[int], dict]  # number of samples -> batch
     loss_fn: Callable[[nn.Module, dict], Terms]
-    frozen: list[nn.Module] = field(default_factory=list)  # what else is on the GPU: text tower, perceptual networks
+    frozen: list[nn.Module] = field(
+        default_factory=list
+    )  # what else is on the GPU: text tower, perceptual networks
     opponent: nn.Module | None = None  # a discriminator, trained in the same step
     opponent_loss_fn: Callable[[nn.Module], Terms] | None = None
 
@@ -107,7 +111,9 @@ class Stack:
     def flops(self) -> np.ndarray:
         """FLOPs of the further blocks so far: forward, or forward and backward."""
         at = {name: flops for name, (_, flops) in self.steps.items()}
-        return self.copies * sum(at[f"{way} 1"] - at[f"{way} 0"] for way in ("forward", "backward") if f"{way} 1" in at)
+        return self.copies * sum(
+            at[f"{way} 1"] - at[f"{way} 0"] for way in ("forward", "backward") if f"{way} 1" in at
+        )
 
     def live(self, made_here: np.ndarray) -> np.ndarray:
         """Live bytes of the further blocks, from those of what the third block made: N x 3 both.
@@ -129,7 +135,9 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.changes: list[tuple[int, int, int]] = [(0, 0, 0)]
-        self.made_by: list[Stack | None] = [None]  # of each change: whose third block made the storage
+        self.made_by: list[Stack | None] = [
+            None
+        ]  # of each change: whose third block made the storage
         self.stacks: list[Stack] = []
         self.in_backward = False
         self._flops = np.zeros(3, dtype=np.int64)
@@ -173,12 +181,16 @@ class Recorder(TorchDispatchMode):
             stack.steps[name] = len(self.changes), self._flops
 
         def before_forward(name: str, *_) -> None:
-            if not self.in_backward:  # there it is activation checkpointing that runs the block again
+            if (
+                not self.in_backward
+            ):  # there it is activation checkpointing that runs the block again
                 note(name)
 
         def after_forward(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
             if not self.in_backward and output.requires_grad:
-                output.register_hook(lambda gradient: note(name))  # called when the gradient of the output is there
+                output.register_hook(
+                    lambda gradient: note(name)
+                )  # called when the gradient of the output is there
 
         for step in range(3):
             blocks[2 + step].register_forward_pre_hook(partial(before_forward, f"forward {step}"))
@@ -217,7 +229,10 @@ def cut_stacks(module: nn.Module) -> list[tuple[nn.ModuleList, int]]:
     cut = []
     for blocks in module.modules():
         if isinstance(blocks, nn.ModuleList) and len(blocks) > RUN_BLOCKS:
-            shapes = [[(type(part), [p.shape for p in part.parameters()]) for part in b.modules()] for b in blocks]
+            shapes = [
+                [(type(part), [p.shape for p in part.parameters()]) for part in b.modules()]
+                for b in blocks
+            ]
             if all(shape == shapes[0] for shape in shapes):
                 cut.append((blocks, len(blocks) - RUN_BLOCKS))
                 del blocks[RUN_BLOCKS:]
@@ -257,7 +272,9 @@ def prepare(module: nn.Module, precision: str, has_gradients: bool) -> torch.opt
     return optimizer
 
 
-def measure_step(build: Callable[[], Workload], precision: str, has_gradients: bool = False) -> Cost:
+def measure_step(
+    build: Callable[[], Workload], precision: str, has_gradients: bool = False
+) -> Cost:
     """One optimiser step of one pass, after another one: the moments are there.
 
     has_gradients: so are the gradients, as in the later passes of gradient accumulation; live_bytes is without them.

@@ -10,7 +10,9 @@ ROW_HEIGHT = 26  # pixels
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
 
 
-def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> Image.Image:
+def line_chart(
+    curves: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str
+) -> Image.Image:
     """Curves by name, each a list of (x, y); the axes span all points. Vertical ticks are even, horizontal at each x.
 
     Raises:
@@ -32,10 +34,18 @@ def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], x_name: str,
 
     draw.rectangle([MARGIN, MARGIN, WIDTH - MARGIN, HEIGHT - MARGIN], outline="#999999")
     for x in sorted({*xs}):
-        draw.text((place(x, min(ys))[0], HEIGHT - MARGIN + 6), f"{x:g}", fill="black", font=font, anchor="mt")
+        draw.text(
+            (place(x, min(ys))[0], HEIGHT - MARGIN + 6),
+            f"{x:g}",
+            fill="black",
+            font=font,
+            anchor="mt",
+        )
     for tick in range(TICKS):
         y = min(ys) + (max(ys) - min(ys)) * tick / (TICKS - 1)
-        draw.text((MARGIN - 6, place(min(xs), y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
+        draw.text(
+            (MARGIN - 6, place(min(xs), y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm"
+        )
     draw.text((WIDTH / 2, HEIGHT - MARGIN / 2), x_name, fill="black", font=font, anchor="mt")
     draw.text((MARGIN, MARGIN / 4), y_name, fill="black", font=font, anchor="lt")
     for number, (name, curve) in enumerate(curves.items()):
@@ -44,7 +54,9 @@ def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], x_name: str,
         draw.line(ends, fill=colour, width=2)
         for x, y in ends:
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-        draw.text((WIDTH - MARGIN + 6, MARGIN + 16 * number), name, fill=colour, font=font, anchor="lm")
+        draw.text(
+            (WIDTH - MARGIN + 6, MARGIN + 16 * number), name, fill=colour, font=font, anchor="lm"
+        )
     return chart
 
 
@@ -65,7 +77,13 @@ def dot_chart(rows: Mapping[str, Sequence[float]], name: str) -> Image.Image:
     draw.rectangle([left, MARGIN, right, bottom], outline="#999999")
     for tick in range(TICKS):
         x = left + (right - left) * tick / (TICKS - 1)
-        draw.text((x, bottom + 6), f"{low + span * tick / (TICKS - 1):.4g}", fill="black", font=font, anchor="mt")
+        draw.text(
+            (x, bottom + 6),
+            f"{low + span * tick / (TICKS - 1):.4g}",
+            fill="black",
+            font=font,
+            anchor="mt",
+        )
     for number, (row, points) in enumerate(rows.items()):
         y = MARGIN + ROW_HEIGHT * (number + 0.5)
         draw.text((left - 6, y), row, fill="black", font=font, anchor="rm")

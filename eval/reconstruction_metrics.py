@@ -28,7 +28,9 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     """
     x, y = images.double(), others.double()
     radius = SSIM_WINDOW // 2
-    window = torch.exp(-(torch.arange(-radius, radius + 1, device=x.device).double() ** 2) / (2 * SSIM_SIGMA**2))
+    window = torch.exp(
+        -(torch.arange(-radius, radius + 1, device=x.device).double() ** 2) / (2 * SSIM_SIGMA**2)
+    )
     window = window / window.sum()
     maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # 5B3 x 1 x R x R
     maps = F.pad(maps, (radius,) * 4, mode="reflect")
@@ -42,10 +44,14 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 class ReconstructionMetrics:
     """Running sums over pairs of images."""
 
-    def __init__(self, lpips: LPIPS | None, inception: InceptionFeatures | None, device: torch.device):
+    def __init__(
+        self, lpips: LPIPS | None, inception: InceptionFeatures | None, device: torch.device
+    ):
         self.lpips, self.inception = lpips, inception
         self.sums = torch.zeros(6, dtype=torch.float64, device=device)
-        self.features = [FeatureStatistics(INCEPTION_WIDTH, device) for _ in range(2 if inception else 0)]
+        self.features = [
+            FeatureStatistics(INCEPTION_WIDTH, device) for _ in range(2 if inception else 0)
+        ]
 
     @torch.no_grad()
     def add(self, originals: Tensor, reconstructions: Tensor, captions: list[str]) -> None:
@@ -53,7 +59,9 @@ class ReconstructionMetrics:
         x, y = originals.double() / 255, reconstructions.double() / 255
         decibels = psnr(x, y)
         differ = decibels.isfinite()
-        distances = decibels.new_zeros(()) if self.lpips is None else self.lpips(y, x).double().sum()
+        distances = (
+            decibels.new_zeros(()) if self.lpips is None else self.lpips(y, x).double().sum()
+        )
         counts = [len(x), sum(map(bool, captions))]
         values = [differ.sum(), decibels[differ].sum(), ssim(x, y).sum(), distances]
         self.sums += torch.stack([*decibels.new_tensor(counts), *values])
@@ -78,10 +86,16 @@ class ReconstructionMetrics:
             raise ValueError("not one image could be read")
         has_rfid = self.features and images > 1
         metrics = {
-            "rfid": frechet_distance(*(part.gaussian() for part in self.features)) if has_rfid else None,
+            "rfid": frechet_distance(*(part.gaussian() for part in self.features))
+            if has_rfid
+            else None,
             "psnr_db": psnr_sum / different if different else None,
             "ssim": ssim_sum / images,
             "lpips": lpips_sum / images if self.lpips else None,
         }
-        counts = {"num_images": images, "num_identical": images - different, "num_without_caption": images - captioned}
+        counts = {
+            "num_images": images,
+            "num_identical": images - different,
+            "num_without_caption": images - captioned,
+        }
         return metrics, {name: int(count) for name, count in counts.items()}

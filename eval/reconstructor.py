@@ -9,11 +9,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 from eval.images import ImageSet, iterate_images
-from eval.loading import find_text_encoder, load_tokenizer, read_run_config
 from eval.reconstruction_metrics import ReconstructionMetrics
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.text_encoder import TextEncoder, TextTokenizer
 from training.checkpoint import latest_checkpoint, read_state
+from training.loading import find_text_encoder, load_tokenizer, read_run_config
 
 PROGRESS_SECONDS = 10
 
@@ -35,8 +35,14 @@ class Reconstructor:
             FloatingPointError: a reconstruction is not finite.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            states = self.text_encoder(self.tokenize(captions).to(images.device)) if self.tokenize else None
-            pixels = self.tokenizer.decode(self.tokenizer.encode(images.float() / 255).mean, states).float()
+            states = (
+                self.text_encoder(self.tokenize(captions).to(images.device))
+                if self.tokenize
+                else None
+            )
+            pixels = self.tokenizer.decode(
+                self.tokenizer.encode(images.float() / 255).mean, states
+            ).float()
         if not pixels.isfinite().all():
             raise FloatingPointError("a reconstruction is not finite")
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -55,7 +61,9 @@ def find_run(folder: Path) -> Path:
     return run
 
 
-def load_reconstructor(run: Path, image_size: int | None, device: torch.device, bf16: bool) -> Reconstructor:
+def load_reconstructor(
+    run: Path, image_size: int | None, device: torch.device, bf16: bool
+) -> Reconstructor:
     """The EMA tokenizer of a run, at another image size if one is given, and the text tower it was trained with.
 
     Raises:
@@ -63,14 +71,19 @@ def load_reconstructor(run: Path, image_size: int | None, device: torch.device, 
     """
     tokenizer, text_config = load_tokenizer(run)
     if image_size is not None:  # no weight depends on it: RoPE follows the grid
-        weights, tokenizer = tokenizer.state_dict(), ImageTokenizer(replace(tokenizer.config, image_size=image_size))
+        weights, tokenizer = (
+            tokenizer.state_dict(),
+            ImageTokenizer(replace(tokenizer.config, image_size=image_size)),
+        )
         tokenizer.load_state_dict(weights)
     tokenizer = tokenizer.to(device).eval().requires_grad_(False)
     config = tokenizer.config
     if not config.text_guidance:
         return Reconstructor(tokenizer, None, None, bf16)
     trained_on = read_state(latest_checkpoint(run)[1])["inputs"]  # empty for a converted run
-    text_config.model, text_encoder = find_text_encoder(run, text_config, trained_on.get("text_encoder"))
+    text_config.model, text_encoder = find_text_encoder(
+        run, text_config, trained_on.get("text_encoder")
+    )
     states = (text_encoder.context_length, text_encoder.width)
     if states != (config.text_tokens, config.text_width):
         raise ValueError(
@@ -97,7 +110,9 @@ def measure(
     """
     pairs, skipped, done = [], [], 0
     start = told = time.perf_counter()
-    for batch in iterate_images(images, batch_size, num_workers, state.process_index, state.num_processes):
+    for batch in iterate_images(
+        images, batch_size, num_workers, state.process_index, state.num_processes
+    ):
         skipped += batch["skipped"]
         done += len(batch["index"]) + len(batch["skipped"])
         if batch["index"]:
@@ -115,4 +130,7 @@ def measure(
 def print_progress(done: int, total: int, seconds: float) -> None:
     """One line: images of all processes, as far as this one can tell."""
     rate = done / seconds
-    print(f"{done}/{total} images, {rate:.1f} images/s, {(total - done) / rate:.0f} s left", flush=True)
+    print(
+        f"{done}/{total} images, {rate:.1f} images/s, {(total - done) / rate:.0f} s left",
+        flush=True,
+    )

@@ -28,7 +28,9 @@ class Reference:
     description: dict[str, Any]  # plain values
 
 
-def describe_images(data: Sequence[str], images: ImageSet, extractor: Extractor, images_sha256: str) -> dict[str, Any]:
+def describe_images(
+    data: Sequence[str], images: ImageSet, extractor: Extractor, images_sha256: str
+) -> dict[str, Any]:
     """What a statistics file says of its images."""
     return {
         **extractor.identity,
@@ -59,27 +61,40 @@ def read_reference(path: Path, extractor: Extractor | None, image_size: int) -> 
         check_features(path, width, description, extractor)
     features, categories = load_features(path) or (None, [])
     if features is not None and features.shape != (gaussian.count, width):
-        raise ValueError(f"{path}: features {tuple(features.shape)}, expected {(gaussian.count, width)}")
+        raise ValueError(
+            f"{path}: features {tuple(features.shape)}, expected {(gaussian.count, width)}"
+        )
     if categories and len(categories) != gaussian.count:
         raise ValueError(f"{path}: {len(categories)} categories, expected {gaussian.count}")
     described = {"file": str(path), "num_images": gaussian.count, **description}
     return Reference(gaussian, features, categories, {}, None, described)
 
 
-def check_features(path: Path, width: int, description: dict[str, Any], extractor: Extractor) -> None:
+def check_features(
+    path: Path, width: int, description: dict[str, Any], extractor: Extractor
+) -> None:
     """Refuse a file of other features; of float32 and float64 they may be compared."""
     if width != extractor.width:
-        raise ValueError(f"{path} has statistics of {width} features, {extractor.name} has {extractor.width}")
+        raise ValueError(
+            f"{path} has statistics of {width} features, {extractor.name} has {extractor.width}"
+        )
     for key, value in extractor.identity.items():
         if key != "precision" and description.get(key, value) != value:
             raise ValueError(f"{path} has {key} {description[key]}, expected {value}; {MAKE}")
     rule = RULES[extractor.rule]
     if description.get("resize", rule) != rule:
-        raise ValueError(f"{path} is of images resized so: {description['resize']}; expected: {rule}; {MAKE}")
+        raise ValueError(
+            f"{path} is of images resized so: {description['resize']}; expected: {rule}; {MAKE}"
+        )
 
 
 def measure_reference(
-    data: Sequence[str], images: ImageSet, extractor: Extractor, batch_size: int, num_workers: int, state: PartialState
+    data: Sequence[str],
+    images: ImageSet,
+    extractor: Extractor,
+    batch_size: int,
+    num_workers: int,
+    state: PartialState,
 ) -> Reference:
     """The images of folders and shards, read and measured by all processes.
 
@@ -95,13 +110,19 @@ def measure_reference(
     description |= {"num_images": len(names), "num_skipped": len(found.skipped)}
     rows = {name: row for row, name in enumerate(names)}
     categories = categories_of(images, found.numbers)
-    return Reference(found.statistics.gaussian(), found.features, categories, rows, groups, description)
+    return Reference(
+        found.statistics.gaussian(), found.features, categories, rows, groups, description
+    )
 
 
 def categories_of(images: ImageSet, numbers: Sequence[int]) -> list[str]:
     """Names of the folders that images of a set lie in (MJHQ-30K has one a category); [] if some are in shards."""
     entries = [images.entries[number] for number in numbers]
-    return [] if any(entry.span for entry in entries) else [Path(entry.path).parent.name for entry in entries]
+    return (
+        []
+        if any(entry.span for entry in entries)
+        else [Path(entry.path).parent.name for entry in entries]
+    )
 
 
 def is_statistics_file(reference: Sequence[str]) -> bool:
@@ -112,11 +133,15 @@ def is_statistics_file(reference: Sequence[str]) -> bool:
     """
     files = [name for name in reference if name.endswith(".npz")]
     if files and len(reference) > 1:
-        raise ValueError(f"protocol: reference is one .npz or several folders and shards, got {list(reference)}")
+        raise ValueError(
+            f"protocol: reference is one .npz or several folders and shards, got {list(reference)}"
+        )
     return bool(files)
 
 
-def list_reference(data: Sequence[str], image_size: int, background: Sequence[int], rule: ResizeRule) -> ImageSet:
+def list_reference(
+    data: Sequence[str], image_size: int, background: Sequence[int], rule: ResizeRule
+) -> ImageSet:
     """The images of folders and shards, listed before anything is read.
 
     Raises:

@@ -19,7 +19,11 @@ from eval.reference import Reference
 
 
 def measure(
-    store: ImageStore, networks: Networks, image_size: int, reference: Reference | None, state: PartialState
+    store: ImageStore,
+    networks: Networks,
+    image_size: int,
+    reference: Reference | None,
+    state: PartialState,
 ) -> tuple[dict[str, float | None], dict[str, str]]:
     """(metrics, why one is null) of the features of all processes, {} on all but the main one. All must call it."""
     extractor, wanted, statistics, features = networks.extractor, store.protocol.metrics, None, None
@@ -99,7 +103,9 @@ def compute(
         logits = torch.cat([extractor.logits(rows) for rows in features.split(1024)])
         return dict(zip(names, inception_score(logits.cpu(), protocol.inception_splits)))
     if reference is None:
-        raise ValueError("the protocol names no reference: add reference=[FILE.npz] (scripts/reference_stats.py)")
+        raise ValueError(
+            "the protocol names no reference: add reference=[FILE.npz] (scripts/reference_stats.py)"
+        )
     if name == "frechet":
         return {names[0]: frechet_distance(statistics.gaussian(), reference.gaussian)}
     if reference.features is None:
@@ -109,7 +115,12 @@ def compute(
         )
     real = reference.features.to(features.device)
     if name == "kid":
-        return dict(zip(names, kernel_distance(features, real, protocol.kid_subsets, protocol.kid_subset_size)))
+        return dict(
+            zip(
+                names,
+                kernel_distance(features, real, protocol.kid_subsets, protocol.kid_subset_size),
+            )
+        )
     if name == "precision_recall":
         return dict(zip(names, precision_recall(features, real, protocol.neighbours)))
     if name == "frechet_by_category":
@@ -119,14 +130,18 @@ def compute(
     return dict(zip(names, retrieval(features, real, reference.groups.to(real.device), rows)))
 
 
-def distances_by_category(store: ImageStore, reference: Reference, features: Tensor, real: Tensor) -> dict[str, float]:
+def distances_by_category(
+    store: ImageStore, reference: Reference, features: Tensor, real: Tensor
+) -> dict[str, float]:
     """Frechet distance of each category of the captions to the reference images in the folder of that name.
 
     Raises:
         ValueError: the reference does not say its images' folders, or a category has fewer than 2 images.
     """
     if not reference.categories:
-        raise ValueError("the reference does not say which folders its images lie in: it must be of folders of images")
+        raise ValueError(
+            "the reference does not say which folders its images lie in: it must be of folders of images"
+        )
     made, found = [store.caption(number).category for number in range(store.num_images)], {}
     for category in sorted({*made}):
         pair = []

@@ -20,7 +20,9 @@ from modeling.discriminator import Discriminator, DiscriminatorConfig
 class AdversarialConfig:
     """When and how much the discriminator counts; its learning rate is in its own optimizer section."""
 
-    weight: float = 0.0  # of the generator loss, 0.1 in the recipe; 0: off, and no discriminator is built
+    weight: float = (
+        0.0  # of the generator loss, 0.1 in the recipe; 0: off, and no discriminator is built
+    )
     start_step: int = 200_000  # the discriminator's training and the generator loss both start here
     lecam_weight: float = 0.001  # of the penalty in the discriminator's loss
     lecam_decay: float = 0.999  # of the averages of the logits, per step
@@ -28,7 +30,9 @@ class AdversarialConfig:
     def __post_init__(self):
         for name in ("weight", "start_step", "lecam_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"adversarial.{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(
+                    f"adversarial.{name} must not be negative, got {getattr(self, name)}"
+                )
         if not 0 <= self.lecam_decay < 1:
             raise ValueError(f"adversarial.lecam_decay must be in [0, 1), got {self.lecam_decay}")
 
@@ -69,7 +73,9 @@ class LeCam(nn.Module):
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """The penalty with the averages as they are; its gradient reaches both logits."""
         means = torch.stack([real_logits.float().mean(), fake_logits.float().mean()])
-        means = means + (average_over_processes(means) - means).detach()  # value of all processes, gradient of this one
+        means = (
+            means + (average_over_processes(means) - means).detach()
+        )  # value of all processes, gradient of this one
         return F.relu(means[0] - self.ema_fake).square() + F.relu(self.ema_real - means[1]).square()
 
     def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:

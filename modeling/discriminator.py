@@ -23,12 +23,16 @@ LOGIT_GRID = 16  # patches along each side
 class DiscriminatorConfig:
     """Size of the discriminator; 1.91M weights as it stands."""
 
-    hidden_channels: int = 128  # of the stem and the first stage, doubled from stage to stage; a multiple of 32
+    hidden_channels: int = (
+        128  # of the stem and the first stage, doubled from stage to stage; a multiple of 32
+    )
     num_stages: int = 3  # each halves the resolution
 
     def __post_init__(self):
         if self.hidden_channels < 1 or self.hidden_channels % NUM_GROUPS:
-            raise ValueError(f"discriminator.hidden_channels must be a multiple of 32, got {self.hidden_channels}")
+            raise ValueError(
+                f"discriminator.hidden_channels must be a multiple of 32, got {self.hidden_channels}"
+            )
         if self.num_stages < 1:
             raise ValueError(f"discriminator.num_stages must be at least 1, got {self.num_stages}")
 
@@ -42,12 +46,16 @@ class BlurPool(nn.Module):
     def __init__(self):
         super().__init__()
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", (taps[:, None] * taps)[None, None], persistent=False)  # 1 x 1 x 4 x 4
+        self.register_buffer(
+            "kernel", (taps[:, None] * taps)[None, None], persistent=False
+        )  # 1 x 1 x 4 x 4
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         x = F.pad(x, (1, 1 + w % 2, 1, 1 + h % 2))
-        return F.conv2d(x, self.kernel.expand(c, -1, -1, -1), stride=2, groups=c)  # B x C x H/2 x W/2
+        return F.conv2d(
+            x, self.kernel.expand(c, -1, -1, -1), stride=2, groups=c
+        )  # B x C x H/2 x W/2
 
 
 class Discriminator(nn.Module):
@@ -58,7 +66,10 @@ class Discriminator(nn.Module):
         channels = [config.hidden_channels * 2**stage for stage in range(config.num_stages)]
         self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 5, padding=2), nn.LeakyReLU(SLOPE))
         self.stages = nn.Sequential(
-            *(self._stage(inside, outside) for inside, outside in zip([channels[0], *channels], channels))
+            *(
+                self._stage(inside, outside)
+                for inside, outside in zip([channels[0], *channels], channels)
+            )
         )
         self.pool = nn.AdaptiveMaxPool2d(LOGIT_GRID)
         self.head = nn.Sequential(
@@ -91,5 +102,7 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stages(self.stem(images))  # B x C x R/8 x R/8 with three stages
         with torch.autocast(x.device.type, enabled=False):
-            x = self.pool(x.to(self.head[0].weight.dtype))  # B x C x 16 x 16, repeated where R/8 < 16
+            x = self.pool(
+                x.to(self.head[0].weight.dtype)
+            )  # B x C x 16 x 16, repeated where R/8 < 16
             return self.head(x)  # B x 1 x 16 x 16

@@ -21,8 +21,12 @@ class FlowConfig:
     """How the flow is trained. The defaults are the paper's; each departure says why it exists."""
 
     sigma_min: float = 1e-5
-    time_distribution: Literal["uniform", "logit_normal", "power"] = "uniform"  # logit_normal(0, 1) in the release
-    time_power: float = 3.0  # of "power": t = u^time_power looks more at low t, where the caption decides (demo)
+    time_distribution: Literal["uniform", "logit_normal", "power"] = (
+        "uniform"  # logit_normal(0, 1) in the release
+    )
+    time_power: float = (
+        3.0  # of "power": t = u^time_power looks more at low t, where the caption decides (demo)
+    )
     null_probability: float = 0.1  # share of samples that train the unconditional flow
     # z_T and z_I drawn from their posteriors; False takes the means: one image a caption, less noise.
     sample_text_latent: bool = True
@@ -40,7 +44,9 @@ class FlowConfig:
 
     def __post_init__(self):
         if not 0 <= self.null_probability < 1:
-            raise ValueError(f"flow.null_probability must be in [0, 1), got {self.null_probability}")
+            raise ValueError(
+                f"flow.null_probability must be in [0, 1), got {self.null_probability}"
+            )
         if self.time_power <= 0:
             raise ValueError(f"flow.time_power must be positive, got {self.time_power}")
         for name in ("gradient_into_text", "gradient_until"):
@@ -49,7 +55,9 @@ class FlowConfig:
                     f"flow.{name} must be in (0, 1], got {getattr(self, name)}; no gradient: projector=detached"
                 )
             if getattr(self, name) < 1 and self.projector != "joint":
-                raise ValueError(f"flow.{name}={getattr(self, name)} is read with flow.projector=joint alone")
+                raise ValueError(
+                    f"flow.{name}={getattr(self, name)} is read with flow.projector=joint alone"
+                )
 
 
 def check_guidance(guidance: float, null_probability: float) -> None:
@@ -102,7 +110,9 @@ def drop_to_null(image: Tensor, null_probability: float) -> tuple[Tensor, Tensor
     return null, image[torch.where(null, other, own)]
 
 
-def guided_velocity(branches: BranchesFn, guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> VelocityFn:
+def guided_velocity(
+    branches: BranchesFn, guidance: float, interval: tuple[float, float] = (0.0, 1.0)
+) -> VelocityFn:
     """v = v_null + guidance * (v_cond - v_null) for t inside the interval; both branches in one batched pass.
 
     One branch where one is enough, at half the work: guidance 1 (v_cond alone) and 0 (v_null alone), and v_cond outside

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modeling.activation_checkpointing import Recompute, run_block
 from modeling.layers import Attention, init_linear_, sincos_position_table, timestep_sinusoids
-from modeling.recompute import Recompute, run_block
 
 TIME_SINUSOIDS = 256
 MIN_REST = 0.05  # smallest 1 - t by which a predicted end is divided
@@ -35,7 +35,9 @@ class FlowTokConfig:
 
     def __post_init__(self):
         if self.width % self.num_heads or self.width % 2:
-            raise ValueError(f"flowtok.width {self.width} must be even and divisible by num_heads {self.num_heads}")
+            raise ValueError(
+                f"flowtok.width {self.width} must be even and divisible by num_heads {self.num_heads}"
+            )
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -48,7 +50,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(timestep_sinusoids(t, TIME_SINUSOIDS))
@@ -64,7 +68,9 @@ class FlowTokBlock(nn.Module):
         self.norm_attention = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(width, config.num_heads)
         self.norm_mlp = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+        )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """`condition` is SiLU(c), B x W."""
@@ -75,10 +81,14 @@ class FlowTokBlock(nn.Module):
 
         x is G x (B / G * K) x W, of K = num_tokens tokens a sample; attention stays inside a sample.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)  # G x W each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(
+            6, dim=-1
+        )  # G x W each
         inner = modulate(self.norm_attention(x), shift_a, scale_a).view(-1, num_tokens, x.shape[-1])
         x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(inner).view(x.shape))
-        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m)))
+        return torch.addcmul(
+            x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+        )
 
 
 class FlowTok(nn.Module):
@@ -87,13 +97,19 @@ class FlowTok(nn.Module):
     def __init__(self, config: FlowTokConfig):
         super().__init__()
         self.config = config
-        self.recompute: Recompute = "none"  # activation checkpointing; training sets it, the weights don't depend on it
+        self.recompute: Recompute = (
+            "none"  # activation checkpointing; training sets it, the weights don't depend on it
+        )
         self.embed_tokens = nn.Linear(config.token_channels, config.width)
         positions = sincos_position_table(config.num_tokens, config.width)
         self.register_buffer("positions", positions, persistent=False)
         self.embed_time = TimeEmbedding(config.width)
-        self.embed_null = nn.Embedding(2, config.width)  # row 1: the indicator is on, the flow is unconditional
-        self.embed_direction = nn.Embedding(2, config.width) if config.two_way else None  # row 1: from image to text
+        self.embed_null = nn.Embedding(
+            2, config.width
+        )  # row 1: the indicator is on, the flow is unconditional
+        self.embed_direction = (
+            nn.Embedding(2, config.width) if config.two_way else None
+        )  # row 1: from image to text
         self.blocks = nn.ModuleList(FlowTokBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(config.width, 2 * config.width)
@@ -101,7 +117,9 @@ class FlowTok(nn.Module):
         self.to_velocity = nn.Linear(config.width, outputs * config.token_channels)
         self.init_weights()
 
-    def forward(self, tokens: Tensor, t: Tensor, null: Tensor, to_text: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, t: Tensor, null: Tensor, to_text: Tensor | None = None
+    ) -> Tensor:
         """Tokens B x K x C, t B float in [0, 1], null B bool -> velocity B x K x C.
 
         to_text: B bool, only of a two-way network: the samples that flow from image to text; None: none.
@@ -110,7 +128,9 @@ class FlowTok(nn.Module):
         condition = self.condition(t, null, to_text)
         for block in self.blocks:
             x = run_block(block, self.recompute, x, condition)
-        return self.velocity_at(tokens, t.view(-1, 1, 1), self.project_out(x, self.modulation_out(condition)))
+        return self.velocity_at(
+            tokens, t.view(-1, 1, 1), self.project_out(x, self.modulation_out(condition))
+        )
 
     def condition(self, t: Tensor, null: Tensor, to_text: Tensor | None = None) -> Tensor:
         """SiLU(c), B x W: all that the blocks know beside the tokens."""
@@ -141,8 +161,14 @@ class FlowTok(nn.Module):
             init_linear_(module)
         nn.init.normal_(self.embed_null.weight, std=0.02)
         if self.embed_direction is not None:
-            nn.init.zeros_(self.embed_direction.weight)  # weights of one direction (init_from) work on as they are
-        for module in [*(block.modulation for block in self.blocks), self.modulation_out, self.to_velocity]:
+            nn.init.zeros_(
+                self.embed_direction.weight
+            )  # weights of one direction (init_from) work on as they are
+        for module in [
+            *(block.modulation for block in self.blocks),
+            self.modulation_out,
+            self.to_velocity,
+        ]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
@@ -162,7 +188,9 @@ class TimeTable:
         t, null = t.repeat_interleave(2), null.repeat(len(times))
         condition = network.condition(t, null, torch.full_like(null, to_text))  # 2 T x W
         layers = [*(block.modulation for block in network.blocks), network.modulation_out]
-        self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]  # T x 2 x 6 W; the last 2 W
+        self.modulations = [
+            layer(condition).unflatten(0, (-1, 2)) for layer in layers
+        ]  # T x 2 x 6 W; the last 2 W
 
     def __call__(self, x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:
         """Velocity of each branch at the same points (modeling/flow.py, BranchesFn): B x K x C -> G B x K x C.

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from modeling.flow import check_guidance, guided_velocity
+from modeling.flow_model import FlowModel
 from modeling.flowtok import TimeTable
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import SamplingConfig
 from modeling.samplers import SOLVERS, evaluation_times, integrate, make_times
 from modeling.text_decoder import TextDecoder
 from modeling.text_encoder import TextTokenizer
-from modeling.text_to_image import TextToImageFlow
 
 # Spaces that decoded BPE tokens have around punctuation and between digits
 SPLIT = re.compile(r" (?=[,.;:!?%)\]}]|'\w)|(?<=[(\[{]) |(?<=\d) (?=\d)| (?=-)|(?<=-) ")
@@ -29,12 +29,12 @@ def join_punctuation(text: str) -> str:
 
 
 @dataclass
-class ImageToText:
+class Captioner:
     """All parts of a trained run that flows from image to text, in eval mode on one device."""
 
     tokenize: TextTokenizer
     tokenizer: ImageTokenizer
-    flow: TextToImageFlow
+    flow: FlowModel
     decoder: TextDecoder
 
     @property
@@ -54,7 +54,9 @@ class ImageToText:
         solver, times = SOLVERS[config.sampler], make_times(config.steps, config.time_shift)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             network = self.flow.flowtok
-            table = TimeTable(network, evaluation_times(solver, times), to_text=network.config.two_way)
+            table = TimeTable(
+                network, evaluation_times(solver, times), to_text=network.config.two_way
+            )
             velocity = guided_velocity(table, config.guidance, tuple(config.guidance_interval))
             return integrate(velocity, source, solver, times)
 

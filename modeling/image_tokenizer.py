@@ -13,9 +13,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from modeling.activation_checkpointing import Recompute, run_block
 from modeling.layers import Attention, SwiGLU, axial_rope_table, init_linear_
 from modeling.posterior import Posterior, split_moments
-from modeling.recompute import Recompute, run_block
 
 
 @dataclass
@@ -43,16 +43,25 @@ class ImageTokenizerConfig:
     # Not in the paper: give latent token k a RoPE position at the centre of its cell of a rows x columns grid over the
     # image. With query_key_bias > 0 attention is local from the first step, which short runs need
     # (README, "The demo's recipe"). Empty: latents carry no position, as in the paper.
-    latent_grid: list[int] = field(default_factory=list)  # [rows, columns], rows * columns = num_tokens
+    latent_grid: list[int] = field(
+        default_factory=list
+    )  # [rows, columns], rows * columns = num_tokens
     query_key_bias: float = 0.0  # initial value of the biases of q and k; 0 in the paper
-    init_std: float = 0.02  # of linear layers, TA-TiTok's; 0: Xavier uniform, which narrow networks need
-    initial_logvar: float = 0.0  # initial log-variance of the posterior; lower lets short runs use the latents at once
+    init_std: float = (
+        0.02  # of linear layers, TA-TiTok's; 0: Xavier uniform, which narrow networks need
+    )
+    initial_logvar: float = (
+        0.0  # initial log-variance of the posterior; lower lets short runs use the latents at once
+    )
 
     def __post_init__(self):
         if self.patch_size <= 0 or self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
+            )
         if self.latent_grid and (
-            len(self.latent_grid) != 2 or self.latent_grid[0] * self.latent_grid[1] != self.num_tokens
+            len(self.latent_grid) != 2
+            or self.latent_grid[0] * self.latent_grid[1] != self.num_tokens
         ):
             raise ValueError(
                 f"latent_grid {self.latent_grid} must be [rows, columns] with {self.num_tokens} cells (num_tokens)"
@@ -93,7 +102,9 @@ class RopeTransformer(nn.Module):
         super().__init__()
         self.recompute: Recompute = "none"  # activation checkpointing; training sets it
         self.norm_in = nn.LayerNorm(size.width)
-        self.blocks = nn.ModuleList(TokenizerBlock(size.width, size.num_heads) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(
+            TokenizerBlock(size.width, size.num_heads) for _ in range(size.depth)
+        )
         self.norm_out = nn.LayerNorm(size.width)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
@@ -113,7 +124,9 @@ def rope_angles(config: ImageTokenizerConfig, size: TransformerSize, num_unrotat
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     parts = [axial_rope_table(rows.flatten(), columns.flatten(), head_dim)]
     if config.latent_grid:
-        cells = [(torch.arange(n) + 0.5) * grid / n - 0.5 for n in config.latent_grid]  # cell centres in patch units
+        cells = [
+            (torch.arange(n) + 0.5) * grid / n - 0.5 for n in config.latent_grid
+        ]  # cell centres in patch units
         rows, columns = torch.meshgrid(*cells, indexing="ij")
         parts.append(axial_rope_table(rows.flatten(), columns.flatten(), head_dim))
     else:
@@ -163,15 +176,21 @@ class ImageDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, text_states: Tensor | None) -> Tensor:
         if self.text_guidance and text_states is None:
-            raise ValueError("this tokenizer was built with text_guidance: its decoder needs the caption's text states")
+            raise ValueError(
+                "this tokenizer was built with text_guidance: its decoder needs the caption's text states"
+            )
         latents = self.embed_tokens(tokens) + self.latent_positions  # B x K x W
         masks = self.mask_token.expand(len(tokens), self.grid_size**2, -1).to(latents.dtype)
         parts = [masks, latents]
         if self.text_guidance:
             parts.append(self.embed_text(text_states.to(tokens.dtype)) + self.text_positions)
-        x = self.transformer(torch.cat(parts, dim=1), kept=slice(0, self.grid_size**2))  # B x grid^2 x W
+        x = self.transformer(
+            torch.cat(parts, dim=1), kept=slice(0, self.grid_size**2)
+        )  # B x grid^2 x W
         p = self.patch_size
-        pixels = rearrange(self.to_pixels(x), "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p)
+        pixels = rearrange(
+            self.to_pixels(x), "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p
+        )
         return self.smooth(pixels)
 
 
@@ -193,7 +212,9 @@ class ImageTokenizer(nn.Module):
         """
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images have shape {tuple(images.shape)}, expected B x 3 x {size} x {size}")
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected B x 3 x {size} x {size}"
+            )
         return self.encoder(images)
 
     def decode(self, tokens: Tensor, text_states: Tensor | None) -> Tensor:
@@ -213,7 +234,9 @@ class ImageTokenizer(nn.Module):
         """Normal for linear layers, normal width^-0.5 for tokens and positions, the smoothing conv at identity."""
         for module in self.modules():
             init_linear_(module, std=self.config.init_std or None)
-        nn.init.constant_(self.encoder.to_moments.bias[self.config.token_channels :], self.config.initial_logvar)
+        nn.init.constant_(
+            self.encoder.to_moments.bias[self.config.token_channels :], self.config.initial_logvar
+        )
         for part in (self.encoder, self.decoder):
             for parameter in part.parameters(recurse=False):  # tokens and positions
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

@@ -25,7 +25,9 @@ def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
         raise ValueError(f"axial RoPE needs a head size that is a multiple of 4, got {head_dim}")
     half = head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # head_dim / 4
-    angles = torch.cat([rows.double()[:, None] * frequencies, columns.double()[:, None] * frequencies], dim=-1)
+    angles = torch.cat(
+        [rows.double()[:, None] * frequencies, columns.double()[:, None] * frequencies], dim=-1
+    )
     return angles.float()  # N x head_dim / 2
 
 
@@ -51,7 +53,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, kept: slice | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, kept: slice | None = None
+    ) -> Tensor:
         """rope: cosines and sines, N x D / 2. kept: the tokens that are computed, from all of them."""
         q, k, v = self.split(x) if kept is None else self.split_kept(x, kept)
         if rope is not None:
@@ -63,7 +67,9 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of all tokens, B x H x N x D each."""
-        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads).unbind(0)
+        return rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        ).unbind(0)
 
     def split_kept(self, x: Tensor, kept: slice) -> tuple[Tensor, ...]:
         """As `split`, with the queries of the kept tokens alone."""
@@ -98,7 +104,9 @@ def sincos_position_table(length: int, width: int) -> Tensor:
 def timestep_sinusoids(t: Tensor, dim: int = 256) -> Tensor:
     """Sinusoids of t itself (t in [0, 1], not scaled): B -> B x dim, cosines first; frequencies 10000^(-i/(dim/2))."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    frequencies = torch.exp(
+        -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -23,7 +23,9 @@ def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(velocity.float(), target.float())
 
 
-def kl_loss(mean: Tensor, logvar: Tensor, form: KLForm = "gaussian", reduction: KLReduction = "sample") -> Tensor:
+def kl_loss(
+    mean: Tensor, logvar: Tensor, form: KLForm = "gaussian", reduction: KLReduction = "sample"
+) -> Tensor:
     """KL of N(mean, exp(logvar)) to N(0, 1), mean and logvar B x K x C.
 
     form "gaussian": -1/2 (1 + logvar - mean^2 - exp(logvar)). form "wall": the release's (0.3 mean)^6 for mean^2, a
@@ -54,7 +56,10 @@ def contrastive_loss(latents: Tensor, targets: Tensor, log_temperature: Tensor) 
         rank = dist.get_rank() if dist.is_initialized() else 0
         labels = torch.arange(len(z), device=z.device) + rank * len(z)
         scale = log_temperature.float().exp()
-        return (F.cross_entropy(scale * z @ a_all.T, labels) + F.cross_entropy(scale * a @ z_all.T, labels)) / 2
+        return (
+            F.cross_entropy(scale * z @ a_all.T, labels)
+            + F.cross_entropy(scale * a @ z_all.T, labels)
+        ) / 2
 
 
 def cosine_margin_loss(latents: Tensor, targets: Tensor, margin: float) -> Tensor:
@@ -97,8 +102,15 @@ def latent_regression_loss(text_mean: Tensor, image_mean: Tensor) -> Tensor:
 def reconstruction_losses(images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
     """L2, L1 and the L1 of horizontal and vertical pixel differences, for B x 3 x R x R in [0, 1]."""
     difference = reconstructions.float() - images.float()
-    horizontal, vertical = difference.diff(dim=-1).abs().mean(), difference.diff(dim=-2).abs().mean()
-    return {"l2": difference.square().mean(), "l1": difference.abs().mean(), "gradient": (horizontal + vertical) / 2}
+    horizontal, vertical = (
+        difference.diff(dim=-1).abs().mean(),
+        difference.diff(dim=-2).abs().mean(),
+    )
+    return {
+        "l2": difference.square().mean(),
+        "l1": difference.abs().mean(),
+        "gradient": (horizontal + vertical) / 2,
+    }
 
 
 def latent_statistics(mean: Tensor) -> dict[str, Tensor]:
@@ -117,22 +129,35 @@ class SourceLossConfig:
     """Losses on the source of the flow, z_T (stages 2 and 3)."""
 
     alignment_weight: float = 1.0  # z_T to MLP(text states), or to projector.alignment_target
-    alignment_form: AlignmentForm = "contrastive"  # or cosine_margin, without negatives (paper, Sec. 5.3)
-    alignment_margin: float = 0.5  # of cosine_margin; the paper gives no value, 0.5 is VA-VAE's, which it follows
+    alignment_form: AlignmentForm = (
+        "contrastive"  # or cosine_margin, without negatives (paper, Sec. 5.3)
+    )
+    alignment_margin: float = (
+        0.5  # of cosine_margin; the paper gives no value, 0.5 is VA-VAE's, which it follows
+    )
     kl_weight: float = 1e-4
     kl_form: KLForm = "gaussian"
     kl_reduction: KLReduction = "sample"
     # Regression of z_T's mean onto z_I's mean. 0 in the paper; starting the flow near its target speeds small runs up
     # much (README, "The demo's recipe").
     image_regression_weight: float = 0.0
-    image_alignment_weight: float = 0.0  # contrastive, z_T's mean to z_I's: tells captions apart, not where images lie
+    image_alignment_weight: float = (
+        0.0  # contrastive, z_T's mean to z_I's: tells captions apart, not where images lie
+    )
 
     def __post_init__(self):
-        for name in ("alignment_weight", "kl_weight", "image_regression_weight", "image_alignment_weight"):
+        for name in (
+            "alignment_weight",
+            "kl_weight",
+            "image_regression_weight",
+            "image_alignment_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"losses.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.alignment_margin < 2:
-            raise ValueError(f"losses.alignment_margin must be in [0, 2), got {self.alignment_margin}")
+            raise ValueError(
+                f"losses.alignment_margin must be in [0, 2), got {self.alignment_margin}"
+            )
 
 
 def freeze_unused_alignment(projector: TextProjector, config: SourceLossConfig) -> None:
@@ -140,7 +165,9 @@ def freeze_unused_alignment(projector: TextProjector, config: SourceLossConfig) 
     if not config.alignment_weight:
         projector.alignment.requires_grad_(False)
     contrasts = config.alignment_weight and config.alignment_form == "contrastive"
-    projector.alignment.log_temperature.requires_grad_(bool(contrasts or config.image_alignment_weight))
+    projector.alignment.log_temperature.requires_grad_(
+        bool(contrasts or config.image_alignment_weight)
+    )
 
 
 def source_losses(
@@ -171,7 +198,9 @@ def source_losses(
         "image_regression": config.image_regression_weight,
         "image_alignment": config.image_alignment_weight,
     }
-    terms["source"] = sum((weights[name] * term for name, term in terms.items()), start=mean.new_zeros(()))
+    terms["source"] = sum(
+        (weights[name] * term for name, term in terms.items()), start=mean.new_zeros(())
+    )
     return terms
 
 
@@ -182,7 +211,9 @@ class ReconstructionLossConfig:
     l2_weight: float = 1.0
     l1_weight: float = 0.0
     gradient_weight: float = 0.0  # L1 of pixel differences: sharper edges in short runs
-    perceptual_weight: float = 0.0  # 1.1 in the recipe; its parts and their weights files: `perceptual`
+    perceptual_weight: float = (
+        0.0  # 1.1 in the recipe; its parts and their weights files: `perceptual`
+    )
     kl_weight: float = 1e-6  # on the KL summed over tokens and channels, mean over the batch
 
     def __post_init__(self):
@@ -190,7 +221,9 @@ class ReconstructionLossConfig:
             if weight < 0:
                 raise ValueError(f"losses.{name}_weight must not be negative, got {weight}")
         if not (self.l2_weight or self.l1_weight):
-            raise ValueError("losses: l2_weight and l1_weight are both 0, nothing would be reconstructed")
+            raise ValueError(
+                "losses: l2_weight and l1_weight are both 0, nothing would be reconstructed"
+            )
 
 
 def reconstruction_weights(config: ReconstructionLossConfig) -> dict[str, float]:
@@ -207,7 +240,11 @@ def reconstruction_weights(config: ReconstructionLossConfig) -> dict[str, float]
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
     """The terms, those of weight > 0 also as "weighted/NAME", and "loss", the sum of these."""
     weighted = {name: weight * terms[name] for name, weight in weights.items() if weight}
-    return terms | {f"weighted/{name}": term for name, term in weighted.items()} | {"loss": sum(weighted.values())}
+    return (
+        terms
+        | {f"weighted/{name}": term for name, term in weighted.items()}
+        | {"loss": sum(weighted.values())}
+    )
 
 
 def posterior_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
@@ -219,5 +256,11 @@ def posterior_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
     mean, deviation = mean.detach().float(), torch.exp(0.5 * logvar.detach().float())
     per_channel = deviation.mean(dim=(0, 1))  # C
     used = (mean.var(dim=(0, 1), correction=0) > 0.01).float().mean()
-    statistics = {"latent_std": mean.std(correction=0), "posterior_std": per_channel.mean(), "channels_in_use": used}
-    return statistics | {f"posterior_std/{channel}": value for channel, value in enumerate(per_channel.unbind())}
+    statistics = {
+        "latent_std": mean.std(correction=0),
+        "posterior_std": per_channel.mean(),
+        "channels_in_use": used,
+    }
+    return statistics | {
+        f"posterior_std/{channel}": value for channel, value in enumerate(per_channel.unbind())
+    }

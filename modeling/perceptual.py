@@ -29,7 +29,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 CONVNEXT_SIZE = 224  # pixels
 
 LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
-LPIPS_LAYERS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the layers of vgg16().features
+LPIPS_LAYERS = (
+    3,
+    8,
+    15,
+    22,
+    29,
+)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the layers of vgg16().features
 NORM_EPSILON = 1e-8  # added to a squared norm
 
 
@@ -39,13 +45,17 @@ class PerceptualConfig:
 
     lpips_weight: float = 1.0
     convnext_weight: float = 0.1
-    vgg_weights: str = ""  # path of vgg16-397923af.pth; empty: torch's cache, downloaded to it if absent
+    vgg_weights: str = (
+        ""  # path of vgg16-397923af.pth; empty: torch's cache, downloaded to it if absent
+    )
     convnext_weights: str = ""  # path of convnext_small-0c510722.pth; empty: the same
 
     def __post_init__(self):
         for name in ("lpips_weight", "convnext_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"perceptual.{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(
+                    f"perceptual.{name} must not be negative, got {getattr(self, name)}"
+                )
 
 
 def check_weights(config: PerceptualConfig) -> dict[str, Path]:
@@ -62,7 +72,9 @@ def check_weights(config: PerceptualConfig) -> dict[str, Path]:
     if config.convnext_weight:
         files["convnext"] = CONVNEXT_FILE.find(config.convnext_weights, download=True)
     if not files:
-        raise ValueError("perceptual: lpips_weight and convnext_weight are both 0, nothing would be compared")
+        raise ValueError(
+            "perceptual: lpips_weight and convnext_weight are both 0, nothing would be compared"
+        )
     return files
 
 
@@ -74,10 +86,16 @@ def _load_into(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
     """
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
         net.load_state_dict(tensors, assign=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise ValueError(f"{file} has no weights for this net: {textwrap.shorten(str(error), 300)}") from error
+        raise ValueError(
+            f"{file} has no weights for this net: {textwrap.shorten(str(error), 300)}"
+        ) from error
     return net.float()
 
 
@@ -159,7 +177,9 @@ class ConvNeXtDistance(FrozenDistance):
 
     def describe(self, images: Tensor) -> Tensor:
         """Logits, B x 1000."""
-        images = F.interpolate(images, size=(CONVNEXT_SIZE, CONVNEXT_SIZE), mode="bilinear", antialias=True)
+        images = F.interpolate(
+            images, size=(CONVNEXT_SIZE, CONVNEXT_SIZE), mode="bilinear", antialias=True
+        )
         return self.convnext((images - self.mean) / self.std)
 
     def compare(self, found: Tensor, expected: Tensor) -> Tensor:
@@ -180,7 +200,9 @@ class PerceptualLoss(nn.Module):
     def __init__(self, config: PerceptualConfig):
         super().__init__()
         build = {"lpips": LPIPS, "convnext": ConvNeXtDistance}
-        self.parts = nn.ModuleDict({name: build[name](file) for name, file in check_weights(config).items()})
+        self.parts = nn.ModuleDict(
+            {name: build[name](file) for name, file in check_weights(config).items()}
+        )
         self.weights = {"lpips": config.lpips_weight, "convnext": config.convnext_weight}
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from modeling.flow import check_guidance, guided_velocity
+from modeling.flow_model import FlowModel
 from modeling.flowtok import TimeTable
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.posterior import Posterior
 from modeling.samplers import SOLVERS, check_solver, evaluation_times, integrate, make_times
 from modeling.text_encoder import TextEncoder, TextTokenizer
-from modeling.text_to_image import TextToImageFlow
 
 Precision = Literal["fp32", "bf16"]
 
@@ -30,14 +30,23 @@ class SamplingConfig:
     guidance: float = 2.0
     sampler: str = "euler"  # one of modeling/samplers.py; euler_release for the release's numbers
     time_shift: float = 1.0  # above 1: smaller steps near text
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # of t; outside it there is no guidance
+    guidance_interval: list[float] = field(
+        default_factory=lambda: [0.0, 1.0]
+    )  # of t; outside it there is no guidance
     sample_text_latent: bool = True  # False: start at z_T's mean (one image per caption)
-    precision: Precision = "fp32"  # autocast of velocity network and decoder; the solver's state is fp32
+    precision: Precision = (
+        "fp32"  # autocast of velocity network and decoder; the solver's state is fp32
+    )
 
     def __post_init__(self):
         check_solver(self.sampler, self.steps, self.time_shift)
-        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be [start, end] within [0, 1], got {self.guidance_interval}")
+        if (
+            len(self.guidance_interval) != 2
+            or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1
+        ):
+            raise ValueError(
+                f"guidance_interval must be [start, end] within [0, 1], got {self.guidance_interval}"
+            )
 
 
 def text_noise(shape: tuple[int, int], seed: int, indices: list[int]) -> Tensor:
@@ -45,18 +54,22 @@ def text_noise(shape: tuple[int, int], seed: int, indices: list[int]) -> Tensor:
 
     NumPy's generator, because torch's CPU generator uses only the low 32 bits of its seed.
     """
-    generators = [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,))) for index in indices]
-    return torch.from_numpy(np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators]))
+    generators = [
+        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,))) for index in indices
+    ]
+    return torch.from_numpy(
+        np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
+    )
 
 
 @dataclass
-class TextToImage:
+class ImageGenerator:
     """All parts of a trained run, in eval mode on one device."""
 
     tokenize: TextTokenizer
     text_encoder: TextEncoder
     tokenizer: ImageTokenizer
-    flow: TextToImageFlow
+    flow: FlowModel
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +86,9 @@ class TextToImage:
         return self.text_encoder(self.tokenize(captions).to(self.device)).float()
 
     @torch.no_grad()
-    def source(self, text_states: Tensor, config: SamplingConfig, seed: int, indices: list[int]) -> Tensor:
+    def source(
+        self, text_states: Tensor, config: SamplingConfig, seed: int, indices: list[int]
+    ) -> Tensor:
         """Text states -> start of the flow, B x K x C: z_T sampled with noise of (seed, index), or its mean."""
         posterior: Posterior = self.flow.projector.posterior(text_states)
         if not config.sample_text_latent:
@@ -98,7 +113,13 @@ class TextToImage:
             return self.tokenizer.decode(latents, text_states).float().clamp(0, 1)
 
     @torch.no_grad()
-    def generate(self, captions: list[str], config: SamplingConfig, seed: int = 0, indices: list[int] | None = None):
+    def generate(
+        self,
+        captions: list[str],
+        config: SamplingConfig,
+        seed: int = 0,
+        indices: list[int] | None = None,
+    ):
         """Captions -> (images B x 3 x R x R in [0, 1], latents B x K x C) on the device.
 
         `indices` number the images for their randomness (default 0..B-1).

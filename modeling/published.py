@@ -58,9 +58,13 @@ class PublishedWeights:
         digits = re.search(r"-([0-9a-f]{8,})\.", self.cached.name)
         try:
             self.cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(self.cached), hash_prefix=digits and digits[1])
+            torch.hub.download_url_to_file(
+                self.url, str(self.cached), hash_prefix=digits and digits[1]
+            )
         except (OSError, RuntimeError) as error:  # no network, no disk, broken transfer
-            raise ValueError(f"{self.title} was not downloaded ({error}); {self.ways_out}") from error
+            raise ValueError(
+                f"{self.title} was not downloaded ({error}); {self.ways_out}"
+            ) from error
 
 
 def file_sha256(file: Path) -> str:

@@ -83,7 +83,9 @@ def check_solver(name: str, steps: int, shift: float = 1.0) -> None:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 < shift < float("inf") or (name == "euler_release" and shift != 1):
-        raise ValueError(f"time_shift must be positive, and 1 for euler_release, got {shift} for {name}")
+        raise ValueError(
+            f"time_shift must be positive, and 1 for euler_release, got {shift} for {name}"
+        )
 
 
 def evaluation_times(solver: Solver, times: list[float]) -> list[float]:

@@ -41,7 +41,9 @@ class TextDecoderConfig:
 
     def __post_init__(self):
         if self.width % self.num_heads:
-            raise ValueError(f"text_decoder.width {self.width} is not divisible by num_heads {self.num_heads}")
+            raise ValueError(
+                f"text_decoder.width {self.width} is not divisible by num_heads {self.num_heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"text_decoder.dropout must be in [0, 1), got {self.dropout}")
         if not 2 <= self.vocabulary_size <= CLIP_VOCABULARY:
@@ -100,7 +102,10 @@ class TextDecoder(nn.Module):
         for ids in batches:
             counts += torch.bincount(ids.flatten().cpu(), minlength=CLIP_VOCABULARY)
         order = torch.argsort(counts, descending=True, stable=True)
-        chosen, left_out = order[: self.config.vocabulary_size], order[self.config.vocabulary_size :]
+        chosen, left_out = (
+            order[: self.config.vocabulary_size],
+            order[self.config.vocabulary_size :],
+        )
         self.token_ids.copy_(chosen.sort().values)
         return int((counts[left_out] > 0).sum())
 
@@ -111,7 +116,9 @@ class TextDecoder(nn.Module):
             ValueError: latents of another shape than the decoder was built for.
         """
         if latents.shape[1:] != self.shape:
-            raise ValueError(f"text latents are B x {tuple(latents.shape[1:])}, the decoder expects B x {self.shape}")
+            raise ValueError(
+                f"text latents are B x {tuple(latents.shape[1:])}, the decoder expects B x {self.shape}"
+            )
         x = self.embed(latents) + self.positions
         for block in self.blocks:
             x = block(x)
@@ -142,7 +149,9 @@ class TextAutoencoder(nn.Module):
     def __init__(self, projector: TextProjectorConfig, decoder: TextDecoderConfig):
         super().__init__()
         self.projector = TextProjector(projector)
-        self.projector.alignment.requires_grad_(False)  # no loss here: DDP would wait for its gradients
+        self.projector.alignment.requires_grad_(
+            False
+        )  # no loss here: DDP would wait for its gradients
         self.decoder = TextDecoder(decoder, projector.text_tokens, projector.token_channels)
         self.projector_frozen = False
 
@@ -186,7 +195,10 @@ def caption_lengths(token_ids: Tensor) -> Tensor:
 
 def counted_positions(token_ids: Tensor) -> Tensor:
     """Indices into the flattened B x L positions of those up to and including the end tokens."""
-    inside = torch.arange(token_ids.shape[1], device=token_ids.device) < caption_lengths(token_ids)[:, None]
+    inside = (
+        torch.arange(token_ids.shape[1], device=token_ids.device)
+        < caption_lengths(token_ids)[:, None]
+    )
     return inside.flatten().nonzero().squeeze(1)
 
 

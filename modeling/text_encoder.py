@@ -45,7 +45,9 @@ class TextEncoderConfig:
     """Which text tower. The release's is ViT-L-14-336-quickgelu with pretrained openai: 77 tokens, width 768."""
 
     model: str = "ViT-L-14-336-quickgelu"  # an open_clip name, hf-hub:ORG/REPO, or local-dir:FOLDER
-    pretrained: str = "openai"  # an open_clip tag or a weights file; ignored for hf-hub: and local-dir:
+    pretrained: str = (
+        "openai"  # an open_clip tag or a weights file; ignored for hf-hub: and local-dir:
+    )
     # Only with a weights file of a model that exists with and without -quickgelu: the file wants the one without.
     exact_gelu: bool = False
     key: ClassVar[str] = "text_encoder"  # what messages call the group of these keys
@@ -78,7 +80,9 @@ class TextTokenizer:
             check_local_dir(self.config)
             self._tokenizer = open_clip.get_tokenizer(self.model)
             if not hasattr(self._tokenizer, "sot_token_id"):
-                raise ValueError(f"text_encoder.model {self.model} has no CLIP BPE tokenizer; choose a CLIP model")
+                raise ValueError(
+                    f"text_encoder.model {self.model} has no CLIP BPE tokenizer; choose a CLIP model"
+                )
         return self._tokenizer
 
     def __getstate__(self):
@@ -95,7 +99,9 @@ class TextTokenizer:
         """The text that a row of ids stands for, without start, end and padding."""
         tokenizer = self._load()
         ids = [i for i in token_ids.tolist() if i != tokenizer.sot_token_id]
-        if tokenizer.eot_token_id in ids:  # padding follows the end token; a 0 before it is an exclamation mark
+        if (
+            tokenizer.eot_token_id in ids
+        ):  # padding follows the end token; a 0 before it is an exclamation mark
             ids = ids[: ids.index(tokenizer.eot_token_id)]
         else:  # predicted ids may lack the end token
             ids = [i for i in ids if i != 0]
@@ -112,7 +118,9 @@ class TextEncoder(nn.Module):
 
     def __init__(self, clip: nn.Module):
         super().__init__()
-        tower = getattr(clip, "text", clip)  # CustomTextCLIP keeps the tower in .text, CLIP in itself
+        tower = getattr(
+            clip, "text", clip
+        )  # CustomTextCLIP keeps the tower in .text, CLIP in itself
         if not hasattr(tower, "token_embedding"):
             raise ValueError(
                 f"{type(tower).__name__} is no CLIP text transformer (no token embedding); choose a CLIP model"
@@ -174,12 +182,18 @@ def check_text_encoder(config: TextEncoderConfig) -> None:
     check_local_dir(config)
     if ":" in config.model:
         if config.exact_gelu:
-            raise ValueError(f"{config.key}.exact_gelu: the config of {config.model} says its activation; leave it out")
+            raise ValueError(
+                f"{config.key}.exact_gelu: the config of {config.model} says its activation; leave it out"
+            )
         return
     if config.model not in open_clip.list_models():
-        raise ValueError(f"{config.key}.model: unknown open_clip model {config.model!r}; see open_clip.list_models()")
+        raise ValueError(
+            f"{config.key}.model: unknown open_clip model {config.model!r}; see open_clip.list_models()"
+        )
     if not config.pretrained:
-        raise ValueError(f"{config.key}.pretrained is empty: it needs weights (an open_clip tag or a file)")
+        raise ValueError(
+            f"{config.key}.pretrained is empty: it needs weights (an open_clip tag or a file)"
+        )
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
     if not tag and not Path(config.pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
@@ -234,7 +248,9 @@ def load_clip(config: TextEncoderConfig, download: bool = True) -> nn.Module:
     weights = None if ":" in config.model else find_weights(config, download)
     try:
         clip = open_clip.create_model(config.model, weights, require_pretrained=True)
-    except Exception as error:  # open_clip, the hub, torch, pickle and safetensors have their own types
+    except (
+        Exception
+    ) as error:  # open_clip, the hub, torch, pickle and safetensors have their own types
         raise cannot_load(config, " ".join(str(error).split())[:300]) from error
     return clip.eval().requires_grad_(False)
 
@@ -246,7 +262,9 @@ def clip_inputs(config: TextEncoderConfig, clip: nn.Module) -> tuple[Callable, C
         ValueError: its tokenizer can't be had.
     """
     # a file does not say what its tag does
-    tag = {} if ":" in config.model else open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    tag = (
+        {} if ":" in config.model else open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    )
     preprocessing = PreprocessCfg(**merge_preprocess_dict(clip.visual.preprocess_cfg, tag))
     try:
         tokenize = open_clip.get_tokenizer(config.model)
@@ -274,7 +292,11 @@ def find_weights(config: TextEncoderConfig, download: bool) -> str:
         return config.pretrained
     if not repository:
         raise cannot_load(config, "nothing may be downloaded", AbsentWeights)
-    names = [str(Path(file).with_suffix(".safetensors")), file] if file else [WEIGHTS_FILE, OLDER_WEIGHTS_FILE]
+    names = (
+        [str(Path(file).with_suffix(".safetensors")), file]
+        if file
+        else [WEIGHTS_FILE, OLDER_WEIGHTS_FILE]
+    )
     cached = [huggingface_hub.try_to_load_from_cache(repository, name) for name in names]
     for path in cached:
         if isinstance(path, str):
@@ -284,16 +306,26 @@ def find_weights(config: TextEncoderConfig, download: bool) -> str:
     try:
         huggingface_hub.get_session().head(HUB, timeout=HUB_TIMEOUT)
     except Exception as error:  # of requests or httpx, by the version of huggingface_hub
-        reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else f"{HUB} does not answer"
+        reason = (
+            "HF_HUB_OFFLINE is set"
+            if huggingface_hub.constants.HF_HUB_OFFLINE
+            else f"{HUB} does not answer"
+        )
         message = f"it is not in the hub's cache on this machine, and {reason}"
         raise cannot_load(config, message, AbsentWeights) from error
     return config.pretrained
 
 
-def cannot_load(config: TextEncoderConfig, reason: str, kind: type[ValueError] = ValueError) -> ValueError:
+def cannot_load(
+    config: TextEncoderConfig, reason: str, kind: type[ValueError] = ValueError
+) -> ValueError:
     """The error that says why, and for weights of the hub what to download elsewhere and how to say where it lies."""
-    tag = {} if ":" in config.model else open_clip.get_pretrained_cfg(config.model, config.pretrained)
-    message = f"cannot load {config.title} {config.model}" + ("" if ":" in config.model else f", {config.pretrained}")
+    tag = (
+        {} if ":" in config.model else open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    )
+    message = f"cannot load {config.title} {config.model}" + (
+        "" if ":" in config.model else f", {config.pretrained}"
+    )
     message += f": {reason}"
     if config.model.startswith("hf-hub:"):
         message += (
@@ -329,8 +361,13 @@ def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()}, partial / WEIGHTS_FILE)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()},
+        partial / WEIGHTS_FILE,
+    )
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    (partial / CONFIG_FILE).write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": preprocess}, indent=2))
+    (partial / CONFIG_FILE).write_text(
+        json.dumps({"model_cfg": model_config, "preprocess_cfg": preprocess}, indent=2)
+    )
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

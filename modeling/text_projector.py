@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from modeling.layers import Attention, init_linear_
 from modeling.posterior import Posterior, split_moments
-from modeling.ridge import fit_ridge
+from training.ridge import fit_ridge
 
 WHITENING_FLOOR = 1e-3
 MEAN_BOUND = 3.0  # of mean_form "bounded", in deviations of z_I
@@ -38,7 +38,7 @@ class TextProjectorConfig:
     # Not in the paper: decorrelate the channels of the text states first, by a linear map measured on the captions.
     # CLIP's states differ between captions mostly along a few directions; the others are learned slowly without it.
     whiten_text: bool = False
-    # Not in the paper: z_T's mean starts as the kernel ridge regression of this strength (modeling/ridge.py) from the
+    # Not in the paper: z_T's mean starts as the kernel ridge regression of this strength (training/ridge.py) from the
     # text states to the image latents, in closed form, and the blocks learn what is to be added. 0: off. It has
     # (L x T) x (L x C) weights: for thousands of captions and small towers.
     linear_start: float = 0.0
@@ -61,10 +61,14 @@ class TextProjectorConfig:
                 f"token_channels {self.token_channels}"
             )
         if self.width % self.num_heads:
-            raise ValueError(f"projector.width {self.width} is not divisible by num_heads {self.num_heads}")
+            raise ValueError(
+                f"projector.width {self.width} is not divisible by num_heads {self.num_heads}"
+            )
         for name in ("linear_start", "fixed_std"):
             if getattr(self, name) < 0:
-                raise ValueError(f"projector.{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(
+                    f"projector.{name} must not be negative, got {getattr(self, name)}"
+                )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"projector.dropout must be in [0, 1), got {self.dropout}")
 
@@ -87,7 +91,11 @@ class TextWhitening(nn.Module):
         count, total, products = 0, 0.0, 0.0
         for states in batches:
             rows = states.flatten(0, 1).double()
-            count, total, products = count + len(rows), total + rows.sum(0), products + rows.T @ rows
+            count, total, products = (
+                count + len(rows),
+                total + rows.sum(0),
+                products + rows.T @ rows,
+            )
         mean = total / count
         variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))
         floored = variances.clamp(min=0) + WHITENING_FLOOR * variances.mean()
@@ -110,19 +118,25 @@ class LinearStart(nn.Module):
         super().__init__()
         self.strength = config.linear_start
         self.register_buffer("offset", torch.zeros(config.text_tokens, config.token_channels))
-        self.register_buffer("matrix", torch.zeros(config.text_tokens * config.text_width, self.offset.numel()))
+        self.register_buffer(
+            "matrix", torch.zeros(config.text_tokens * config.text_width, self.offset.numel())
+        )
 
     @torch.no_grad()
     def fit(self, states: Tensor, latents: Tensor) -> None:
         """Regress scaled image latents N x L x C on text states N x L x T."""
         ridge = fit_ridge(states, latents, [self.strength])
         self.matrix.copy_(ridge.states.T @ ridge.coefficients)
-        self.offset.copy_(ridge.latent_mean - (ridge.state_mean.float() @ self.matrix).view_as(self.offset))
+        self.offset.copy_(
+            ridge.latent_mean - (ridge.state_mean.float() @ self.matrix).view_as(self.offset)
+        )
 
     def forward(self, text_states: Tensor) -> Tensor:
         """float32, whatever the autocast precision."""
         with torch.autocast(text_states.device.type, enabled=False):
-            return (text_states.float().flatten(1) @ self.matrix).unflatten(1, self.offset.shape) + self.offset
+            return (text_states.float().flatten(1) @ self.matrix).unflatten(
+                1, self.offset.shape
+            ) + self.offset
 
 
 class ProjectorBlock(nn.Module):
@@ -134,7 +148,9 @@ class ProjectorBlock(nn.Module):
         self.attention = Attention(config.width, config.num_heads)
         self.norm_attention = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential(
-            nn.Linear(config.width, config.mlp_width), nn.ReLU(), nn.Linear(config.mlp_width, config.width)
+            nn.Linear(config.width, config.mlp_width),
+            nn.ReLU(),
+            nn.Linear(config.mlp_width, config.width),
         )
         self.norm_mlp = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -188,14 +204,20 @@ class TextProjector(nn.Module):
         super().__init__()
         self.config = config
         self.whitening = TextWhitening(config.text_width) if config.whiten_text else nn.Identity()
-        self.embed = nn.Linear(config.text_width, config.width) if config.width != config.text_width else nn.Identity()
+        self.embed = (
+            nn.Linear(config.text_width, config.width)
+            if config.width != config.text_width
+            else nn.Identity()
+        )
         self.positions = None
         if config.learned_positions:
             self.positions = nn.Parameter(torch.empty(config.text_tokens, config.width))
             nn.init.normal_(self.positions, std=0.5)
         self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
-        self.to_moments = nn.Linear(config.width, (1 if config.fixed_std else 2) * config.token_channels)
+        self.to_moments = nn.Linear(
+            config.width, (1 if config.fixed_std else 2) * config.token_channels
+        )
         self.alignment = AlignmentHead(config)
         self.linear_start = LinearStart(config) if config.linear_start else None
         for module in self.modules():
@@ -221,7 +243,9 @@ class TextProjector(nn.Module):
             x = block(x)
         moments = self.to_moments(self.norm_out(x))
         if self.config.fixed_std:
-            moments = torch.cat([moments, torch.full_like(moments, 2 * math.log(self.config.fixed_std))], dim=-1)
+            moments = torch.cat(
+                [moments, torch.full_like(moments, 2 * math.log(self.config.fixed_std))], dim=-1
+            )
         mean, logvar = split_moments(moments)
         if self.linear_start is not None:
             mean = mean + self.linear_start(text_states)

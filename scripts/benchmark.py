@@ -29,7 +29,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a file, Python looks into scripts/ only
 
 import torch
 
@@ -66,31 +68,54 @@ COUNTED_SHARDS = 4  # whose bytes per sample stand for all
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = parser.add_subparsers(dest="part", required=True)
     networks = {name: parts.add_parser(name) for name in (*NETWORKS, "all")}
     for name, part in networks.items():
         seconds, rounds = (10.0, 3) if name == "all" else (30.0, 5)
-        part.add_argument("--seconds", type=float, default=seconds, help="of each measurement (default: %(default)s)")
-        part.add_argument("--repeats", type=int, default=rounds, help="its rounds (default: %(default)s)")
-        part.add_argument("--precision", choices=["fp32", "bf16"], help="default: fp32 on the CPU, else the config's")
+        part.add_argument(
+            "--seconds",
+            type=float,
+            default=seconds,
+            help="of each measurement (default: %(default)s)",
+        )
+        part.add_argument(
+            "--repeats", type=int, default=rounds, help="its rounds (default: %(default)s)"
+        )
+        part.add_argument(
+            "--precision",
+            choices=["fp32", "bf16"],
+            help="default: fp32 on the CPU, else the config's",
+        )
         if name in NETWORKS:
             _, config, batch_size = NETWORKS[name]
-            part.add_argument("--config", default=str(config), help="YAML file (default: %(default)s)")
+            part.add_argument(
+                "--config", default=str(config), help="YAML file (default: %(default)s)"
+            )
             part.add_argument("overrides", nargs="*", metavar="key=value")
             if batch_size is not None:
                 part.add_argument("--batch-size", type=int, default=batch_size)
         if name == "all":
-            part.add_argument("--only", nargs="+", choices=[*NETWORKS], metavar="PART", help="some of them")
+            part.add_argument(
+                "--only", nargs="+", choices=[*NETWORKS], metavar="PART", help="some of them"
+            )
         if name in ("train", "sample"):
-            part.add_argument("--baseline", action="store_true", help="also time the plain way of the same maths")
-    networks["train"].add_argument("--text-tower", action="store_true", help="run the text tower in each step")
+            part.add_argument(
+                "--baseline", action="store_true", help="also time the plain way of the same maths"
+            )
+    networks["train"].add_argument(
+        "--text-tower", action="store_true", help="run the text tower in each step"
+    )
     networks["tokenizer"].set_defaults(baseline=False, text_tower=False)
     data = parts.add_parser("data", help="a stage's reader")
     data.add_argument("config", help="YAML file of a stage that trains")
     data.add_argument("overrides", nargs="*", metavar="key=value")
     data.add_argument("--seconds", type=float, default=20.0, help="length of each measurement")
-    data.add_argument("--consume", type=float, metavar="RATE", help="samples/s that the training takes")
+    data.add_argument(
+        "--consume", type=float, metavar="RATE", help="samples/s that the training takes"
+    )
     readers = parts.add_parser("readers", help="our readers and the plain ways, side by side")
     for part in (*networks.values(), data, readers):
         part.add_argument("--json", action="store_true", help="print one JSON object")
@@ -105,12 +130,16 @@ def benchmark_networks(args: argparse.Namespace) -> dict:
     """
     for name in ("batch_size", "repeats"):
         if getattr(args, name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+            )
     is_timed_on_cpu = args.part != "memory" and not torch.cuda.is_available()
     precision = args.precision or ("fp32" if is_timed_on_cpu else None)
     stage = load_config(args.config, args.overrides)
     if not hasattr(stage, "training"):
-        raise ValueError(f"{args.config}: stage {stage.stage!r} does not train; choose a stage that does")
+        raise ValueError(
+            f"{args.config}: stage {stage.stage!r} does not train; choose a stage that does"
+        )
     own = ["training.gradient_accumulation=1"]
     own += [f"training.batch_size={args.batch_size}"] if hasattr(args, "batch_size") else []
     for group in ("training", "sampling"):
@@ -118,7 +147,9 @@ def benchmark_networks(args: argparse.Namespace) -> dict:
     overrides = [*own, *args.overrides]
     config = load_config(args.config, overrides)
     measure, *_ = NETWORKS[args.part]
-    return {"part": args.part, "config": args.config, "overrides": overrides} | measure(config, Path(args.config), args)
+    return {"part": args.part, "config": args.config, "overrides": overrides} | measure(
+        config, Path(args.config), args
+    )
 
 
 def build_loader(config: StageConfig):
@@ -129,7 +160,9 @@ def build_loader(config: StageConfig):
     """
     training = getattr(config, "training", None)
     if training is None:
-        raise ValueError(f"stage {config.stage!r} has no training reader; choose a stage that trains")
+        raise ValueError(
+            f"stage {config.stage!r} has no training reader; choose a stage that trains"
+        )
     batch_size, seed = training.batch_size, training.seed
     if isinstance(config.data, ImageTextConfig):
         if isinstance(config, TokenizerStage):
@@ -204,7 +237,9 @@ def show_readers(result: dict) -> None:
             f"plain way, difference {row['mean_difference_255ths']:.2f}/255"
         )
     tokens = result["tokens"]
-    print(f"tokens: {tokens['samples_per_second']:.0f} samples/s, {tokens['over_webdataset']:.2f} times webdataset's")
+    print(
+        f"tokens: {tokens['samples_per_second']:.0f} samples/s, {tokens['over_webdataset']:.2f} times webdataset's"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -233,7 +268,9 @@ def show_data(args: argparse.Namespace, result: dict) -> None:
         f"{result['megabytes_per_second']:.1f} MB/s of shards)"
     )
     if args.consume:
-        print(f"a training that takes {args.consume:g} samples/s waits {100 * result['wait_share']:.1f}% of its time")
+        print(
+            f"a training that takes {args.consume:g} samples/s waits {100 * result['wait_share']:.1f}% of its time"
+        )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from configs.schema import FlowTokStage, StageConfig, TokenizerStage
 from eval.budget import GPUS, Machine, find_fit, per_sample, resident_bytes
 from eval.planning import PROBE_BATCH, Recorder, Workload, at_batch, measure_forward, measure_step
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTok, FlowTokConfig
-from modeling.pipeline import TextToImage
-from modeling.text_to_image import TextToImageFlow
+from modeling.pipeline import ImageGenerator
 from scripts.benchmark_plain import plain_copy
 from scripts.plan_costs import GIGA, gflop, measure_modes
 from scripts.plan_stages import (
@@ -54,7 +54,9 @@ def tower_gflop(config: StageConfig, sizes: Sizes) -> float:
 def forward_gflop(config: StageConfig, sizes: Sizes) -> float:
     """Forward pass and losses of a training sample at the first step, without the text tower."""
     cost = measure_forward(partial(TRAINING_STEPS[type(config)], config, sizes, "none", 0))
-    return per_sample(cost.forward_flops, config.training.batch_size, 1) / GIGA - tower_gflop(config, sizes)
+    return per_sample(cost.forward_flops, config.training.batch_size, 1) / GIGA - tower_gflop(
+        config, sizes
+    )
 
 
 def tokenizer_gflop(config: TokenizerStage, sizes: Sizes) -> float:
@@ -68,14 +70,19 @@ def tokenizer_gflop(config: TokenizerStage, sizes: Sizes) -> float:
     alone = replace(without, adversarial=replace(config.adversarial, weight=0.0))
     all_losses, no_perceptual, network = (forward_gflop(c, sizes) for c in (config, without, alone))
     frozen_encoder = gflop(build_encoding, sizes, False) if config.freeze_encoder else 0.0
-    return 3 * network - 2 * frozen_encoder + 1.5 * (all_losses - no_perceptual) + 8 * (no_perceptual - network)
+    return (
+        3 * network
+        - 2 * frozen_encoder
+        + 1.5 * (all_losses - no_perceptual)
+        + 8 * (no_perceptual - network)
+    )
 
 
 def transport_gflop(config: FlowTokStage, batch_size: int) -> float:
     """Of an image, from the start of the flow to its latents by the config's sampler, in a batch."""
     net = config.flowtok
     with FakeTensorMode():
-        parts = TextToImage(None, None, None, TextToImageFlow(config.projector, net).eval())
+        parts = ImageGenerator(None, None, None, FlowModel(config.projector, net).eval())
         start = torch.empty(batch_size, net.num_tokens, net.token_channels)
         return count_gflop(partial(parts.transport, start, config.sampling)) / batch_size
 
@@ -83,7 +90,11 @@ def transport_gflop(config: FlowTokStage, batch_size: int) -> float:
 def velocity_gflop(net: FlowTokConfig) -> float:
     """Of one forward pass of a sample through the DiT."""
     with FakeTensorMode():
-        inputs = torch.empty(1, net.num_tokens, net.token_channels), torch.empty(1), torch.empty(1, dtype=torch.bool)
+        inputs = (
+            torch.empty(1, net.num_tokens, net.token_channels),
+            torch.empty(1),
+            torch.empty(1, dtype=torch.bool),
+        )
         return count_gflop(partial(FlowTok(net), *inputs))
 
 
@@ -119,7 +130,9 @@ def measure_memory(config: StageConfig, path: Path, args) -> dict:
     modes = {
         mode: {
             "activation_mib_per_sample": float(cost.kept_bytes[1]) / MIB,
-            "largest_batch": find_fit(cost, resident, Machine(GPUS[GPU], 1, 1.0), 1, 1).largest_batch_per_gpu_and_pass,
+            "largest_batch": find_fit(
+                cost, resident, Machine(GPUS[GPU], 1, 1.0), 1, 1
+            ).largest_batch_per_gpu_and_pass,
         }
         for mode, cost in costs.items()
     }

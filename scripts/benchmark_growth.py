@@ -52,7 +52,9 @@ class Pass:
     def __init__(self, net: FlowTokConfig, point: Point, device: torch.device, precision: str):
         self.network = FlowTok(config_at(net, point)).to(device)
         fill_zeros(self.network)
-        self.tokens = torch.randn(point.batch_size, point.num_tokens, net.token_channels, device=device)
+        self.tokens = torch.randn(
+            point.batch_size, point.num_tokens, net.token_channels, device=device
+        )
         self.t = torch.rand(point.batch_size, device=device)
         self.precision = precision
 
@@ -90,7 +92,9 @@ def row_of(timing: Timing, point: Point, gflop: dict[str, float]) -> dict:
     return {
         **vars(point),
         "seconds_per_sample": figures["seconds_per_sample"],
-        "predicted_seconds_per_sample": spread(base * scale / point.batch_size for _, base in pairs)["median"],
+        "predicted_seconds_per_sample": spread(
+            base * scale / point.batch_size for _, base in pairs
+        )["median"],
         "deviation": spread(own / (base * scale) - 1 for own, base in pairs),
         "share": figures["share"],
         "gflop_per_sample": gflop[name],

@@ -2,7 +2,7 @@
 
 Each formula as it is written: attention by matmul, softmax, matmul; x * (1 + scale) + shift out of place; modulation
 for each sample and step; one pass for each branch of the guidance; optimizer and EMA tensor by tensor. The networks
-take the state dicts of the fast ones (modeling/flowtok.py, modeling/text_to_image.py) and use none of their code.
+take the state dicts of the fast ones (modeling/flowtok.py, modeling/flow_model.py) and use none of their code.
 """
 
 import copy
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling.flow import FlowConfig, drop_to_null, interpolate, sample_times, target_velocity
+from modeling.flow_model import FlowPass
 from modeling.flowtok import FlowTokConfig
 from modeling.layers import Attention
 from modeling.pipeline import SamplingConfig
 from modeling.posterior import Posterior
 from modeling.text_projector import TextProjector, TextProjectorConfig
-from modeling.text_to_image import FlowPass
 from training.loop import TrainingConfig
 from training.optim import OptimizerConfig, decay_groups, learning_rate
 
@@ -37,8 +37,12 @@ class PlainAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads).unbind(0)
-        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)  # B x H x N x N
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        ).unbind(0)
+        weights = torch.softmax(
+            q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1
+        )  # B x H x N x N
         return self.out(rearrange(weights.to(v.dtype) @ v, "b h n d -> b n (h d)"))
 
 
@@ -50,7 +54,9 @@ class PlainBlock(nn.Module):
         width, hidden = config.width, int(config.mlp_ratio * config.width)
         self.modulation = nn.Linear(width, 6 * width)
         self.attention = PlainAttention(width, config.num_heads)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+        )
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.modulation(F.silu(c))[:, None]  # B x 1 x 6 W
@@ -81,7 +87,9 @@ class PlainFlowTok(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.depth))
         self.modulation_out = nn.Linear(width, 2 * width)
         self.to_velocity = nn.Linear(width, config.token_channels)
-        self.register_buffer("positions", sinusoids(torch.arange(config.num_tokens), width, "sin"), persistent=False)
+        self.register_buffer(
+            "positions", sinusoids(torch.arange(config.num_tokens), width, "sin"), persistent=False
+        )
 
     def forward(self, tokens: Tensor, t: Tensor, null: Tensor) -> Tensor:
         """Tokens B x K x C, t B in [0, 1], null B bool -> velocity B x K x C."""
@@ -114,7 +122,9 @@ class PlainTextToImage(nn.Module):
         return FlowPass(velocity, target, text, mean, logvar, alignment, log_temperature)
 
 
-def plain_copy(model: nn.Module, projector: TextProjectorConfig, flowtok: FlowTokConfig) -> PlainTextToImage:
+def plain_copy(
+    model: nn.Module, projector: TextProjectorConfig, flowtok: FlowTokConfig
+) -> PlainTextToImage:
     """The plain network with the weights of stage 3's, on its device; the same ones are trained."""
     weight = next(model.parameters())
     with torch.device(weight.device):
@@ -134,7 +144,9 @@ class PlainTrainer:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         groups = decay_groups(model, optimizer.weight_decay)
         betas = tuple(optimizer.betas)
-        self.optimizer = torch.optim.AdamW(groups, optimizer.learning_rate, betas, foreach=False, fused=False)
+        self.optimizer = torch.optim.AdamW(
+            groups, optimizer.learning_rate, betas, foreach=False, fused=False
+        )
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
 
     def update(self, loss_fn: Callable[[nn.Module], Tensor]) -> None:
@@ -148,13 +160,17 @@ class PlainTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.training.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            for average, weight in zip(
+                self.average.parameters(), self.model.parameters(), strict=True
+            ):
                 average.mul_(decay).add_(weight, alpha=1 - decay)
         self.step += 1
 
 
 @torch.no_grad()
-def plain_transport(network: nn.Module, source: Tensor, config: SamplingConfig, latent_scale: float) -> Tensor:
+def plain_transport(
+    network: nn.Module, source: Tensor, config: SamplingConfig, latent_scale: float
+) -> Tensor:
     """Euler steps with both branches one after the other at every step, B x K x C -> B x K x C.
 
     Takes `steps` and `guidance` of the config; for another solver than Euler the paper's 20 steps.
@@ -176,7 +192,9 @@ def normalize(x: Tensor) -> Tensor:
 
 def sinusoids(values: Tensor, width: int, first: str) -> Tensor:
     """N -> N x width: sines and cosines of the values at frequencies 10000^(-2i / width), `first` of them first."""
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=values.device) / width)
+    frequencies = 10000.0 ** (
+        -torch.arange(0, width, 2, dtype=torch.float64, device=values.device) / width
+    )
     angles = values.double()[:, None] * frequencies
     parts = [angles.sin(), angles.cos()]
     return torch.cat(parts if first == "sin" else parts[::-1], dim=-1).float()

@@ -20,7 +20,11 @@ from data.token_text import TokenTextConfig, build_token_loader
 from data.transforms import Resize, center_crop, load_picture, open_image
 
 IMAGE_SIZE, QUALITY = 256, 90
-CONTENTS = {"smooth": 1.6, "photo-like": 1.0, "dense noise": 0.35}  # how fast the detail falls with its frequency
+CONTENTS = {
+    "smooth": 1.6,
+    "photo-like": 1.0,
+    "dense noise": 0.35,
+}  # how fast the detail falls with its frequency
 SAMPLES, SAMPLES_PER_SHARD, BATCH = 10_000, 1000, 100
 
 
@@ -32,9 +36,14 @@ def made_up_jpeg(seed: int, falloff: float) -> bytes:
     for frequency in 4 * 2 ** np.arange(9):
         size = max(2, height * frequency // 1024), max(2, width * frequency // 1024)
         noise = rng.standard_normal((*size, 3)).astype(np.float32)
-        channels = [Image.fromarray(noise[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
+        channels = [
+            Image.fromarray(noise[..., c]).resize((width, height), Image.Resampling.BICUBIC)
+            for c in range(3)
+        ]
         layer = np.stack(channels, axis=-1)
-        pixels += (0.3 * layer + layer.mean(-1, keepdims=True)) * 45 / (frequency / 4) ** (falloff / 2)
+        pixels += (
+            (0.3 * layer + layer.mean(-1, keepdims=True)) * 45 / (frequency / 4) ** (falloff / 2)
+        )
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
@@ -67,10 +76,17 @@ def compare_images(rounds: int = 5, count: int = 12) -> dict[str, dict[str, floa
                 for data in images:
                     way(data)
                 seconds[name].append(time.perf_counter() - start)
-        differences = [np.abs(ways["plain"](x).numpy() * 255 - ways["fast"](x)).mean() for x in images]
-        rates = {f"{name}_images_per_second": count / median(times) for name, times in seconds.items()}
+        differences = [
+            np.abs(ways["plain"](x).numpy() * 255 - ways["fast"](x)).mean() for x in images
+        ]
+        rates = {
+            f"{name}_images_per_second": count / median(times) for name, times in seconds.items()
+        }
         ratio = median(p / f for p, f in zip(seconds["plain"], seconds["fast"], strict=True))
-        results[content] = rates | {"fast_over_plain": ratio, "mean_difference_255ths": float(np.mean(differences))}
+        results[content] = rates | {
+            "fast_over_plain": ratio,
+            "mean_difference_255ths": float(np.mean(differences)),
+        }
     return results
 
 
@@ -83,7 +99,12 @@ def write_token_shards(folder: Path) -> list[str]:
                 "__key__": f"{shard * SAMPLES_PER_SHARD + i:09d}",
                 "latent.npy": rng.standard_normal((2, 77, 16)).astype(np.float16),
                 "txt": f"a photo of thing number {i} on a table",
-                "json": {"caption": f"a photo of thing {i}", "width": 512, "height": 384, "url": "x" * 60},
+                "json": {
+                    "caption": f"a photo of thing {i}",
+                    "width": 512,
+                    "height": 384,
+                    "url": "x" * 60,
+                },
             }
             for i in range(SAMPLES_PER_SHARD)
         )
@@ -122,7 +143,11 @@ def compare_tokens(rounds: int = 3) -> dict[str, float]:
         pairs = [(our_tokens_rate(shards), webdataset_rate(shards)) for _ in range(rounds)]
     ours, theirs = (median(rates) for rates in zip(*pairs, strict=True))
     ratio = median(own / other for own, other in pairs)
-    return {"samples_per_second": ours, "webdataset_samples_per_second": theirs, "over_webdataset": ratio}
+    return {
+        "samples_per_second": ours,
+        "webdataset_samples_per_second": theirs,
+        "over_webdataset": ratio,
+    }
 
 
 def compare_readers() -> dict[str, dict]:

@@ -78,10 +78,14 @@ def show(result: dict) -> None:
     for part in result.get("parts", [result]):
         show_part(part)
     machine = result["machine"]
-    threads = f"{machine['threads']} threads on {machine['cores']} cores, load {machine['load']:.1f}"
+    threads = (
+        f"{machine['threads']} threads on {machine['cores']} cores, load {machine['load']:.1f}"
+    )
     gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
     malloc = "".join(f", {name}={value}" for name, value in machine["malloc"].items())
-    print(f"{gpu}{machine['cpu']}, {threads}, torch {machine['torch']}{malloc}; {result['date']}; {result['command']}")
+    print(
+        f"{gpu}{machine['cpu']}, {threads}, torch {machine['torch']}{malloc}; {result['date']}; {result['command']}"
+    )
 
 
 def show_part(part: dict) -> None:
@@ -90,7 +94,9 @@ def show_part(part: dict) -> None:
         print(f"{part['part']}: failed, {part['error']}")
         return
     size = f", batch {part['batch_size']}" if "batch_size" in part else ""
-    print(f"{part['part']} {relative(part['config'])} {part.get('sampler', '')}{size}, {part['precision']}")
+    print(
+        f"{part['part']} {relative(part['config'])} {part.get('sampler', '')}{size}, {part['precision']}"
+    )
     if "growth" in part:
         show_growth(part["growth"])
         return
@@ -99,13 +105,20 @@ def show_part(part: dict) -> None:
         return
     print(f"  {'':<22}{'samples/s':>24}{'share':>20}{'GFLOP/sample':>14}{'GFLOP/s of mm':>15}")
     for name, row in part["measures"].items():
-        times = f"  {ranged(row['times_as_long'], '.2f')} times as long" if "times_as_long" in row else ""
+        times = (
+            f"  {ranged(row['times_as_long'], '.2f')} times as long"
+            if "times_as_long" in row
+            else ""
+        )
         print(
             f"  {name:<22}{ranged(row['samples_per_second'], '.4g'):>24}{ranged(row['share'], '.0%'):>20}"
             f"{row['gflop_per_sample']:>14.1f}{row['peak_gflop_per_second']['median']:>15.0f}{times}"
         )
     for what, parts in part.get("seconds_by_part", {}).items():
-        print(f"  seconds a {what}: " + ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items()))
+        print(
+            f"  seconds a {what}: "
+            + ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items())
+        )
     print(f"  peak memory {part['peak_memory_gib']:.2f} GiB")
 
 
@@ -121,7 +134,9 @@ def show_memory(part: dict) -> None:
 
 def show_growth(rows: dict[str, list[dict]]) -> None:
     """Print the time a sample of each point beside its prediction."""
-    print(f"  {'batch':>7}{'tokens':>8}{'depth':>7}{'ms/sample':>24}{'predicted':>11}{'deviation':>20}{'share':>20}")
+    print(
+        f"  {'batch':>7}{'tokens':>8}{'depth':>7}{'ms/sample':>24}{'predicted':>11}{'deviation':>20}{'share':>20}"
+    )
     for row in (row for group in rows.values() for row in group):
         milliseconds = {name: 1e3 * value for name, value in row["seconds_per_sample"].items()}
         print(

@@ -9,27 +9,41 @@ from pathlib import Path
 import torch
 
 from configs.schema import FlowTokStage, StageConfig, TokenizerStage
+from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.pipeline import SamplingConfig, TextToImage
-from modeling.text_to_image import TextToImageFlow
+from modeling.pipeline import ImageGenerator, SamplingConfig
 from scripts.benchmark_flops import transport_gflop
 from scripts.benchmark_plain import PlainFlowTok, plain_transport
 from scripts.benchmark_timing import Memory, alternate
-from scripts.benchmark_training import DTYPES, MAX_TOKEN_ID, fill_zeros, make_tower, measure_training, measures
+from scripts.benchmark_training import (
+    DTYPES,
+    MAX_TOKEN_ID,
+    fill_zeros,
+    make_tower,
+    measure_training,
+    measures,
+)
 from scripts.plan_costs import gflop
-from scripts.plan_stages import Sizes, build_decoding, build_encoding, build_projection, build_tower_alone, find_sizes
+from scripts.plan_stages import (
+    Sizes,
+    build_decoding,
+    build_encoding,
+    build_projection,
+    build_tower_alone,
+    find_sizes,
+)
 from training.run import start_accelerator
 
 DECODED_ON_CPU = 8  # images at a time, as in part tokenizer: 16 take half a minute
 
 
-def build_pipeline(config: FlowTokStage, sizes: Sizes, device: torch.device) -> TextToImage:
+def build_pipeline(config: FlowTokStage, sizes: Sizes, device: torch.device) -> ImageGenerator:
     """All that makes images of text states, with random weights."""
-    flow, tokenizer = TextToImageFlow(config.projector, config.flowtok), ImageTokenizer(sizes.tokenizer)
+    flow, tokenizer = FlowModel(config.projector, config.flowtok), ImageTokenizer(sizes.tokenizer)
     for module in (flow, tokenizer):
         fill_zeros(module)
         module.requires_grad_(False).eval().to(device)
-    return TextToImage(None, None, tokenizer, flow)
+    return ImageGenerator(None, None, tokenizer, flow)
 
 
 def measure_sampling(config: StageConfig, path: Path, args) -> dict:
@@ -66,9 +80,14 @@ def measure_sampling(config: StageConfig, path: Path, args) -> dict:
             ways[f"plain_{name}"] = partial(plain_transport, plain, start[:size], sampling, 1.0)
             work[f"plain_{name}"] = work[name]
     is_warm = {"flow", "decode"}
-    timing = alternate(ways, device, DTYPES[sampling.precision], args.seconds, args.repeats, is_warm)
+    timing = alternate(
+        ways, device, DTYPES[sampling.precision], args.seconds, args.repeats, is_warm
+    )
     result = measures(timing, work)
-    each = {name: result[name]["seconds_per_sample"]["median"] for name in ("projector", "flow", "decode")}
+    each = {
+        name: result[name]["seconds_per_sample"]["median"]
+        for name in ("projector", "flow", "decode")
+    }
     return {
         "batch_size": count,
         "precision": sampling.precision,
@@ -95,17 +114,28 @@ def measure_tokenizer(config: StageConfig, path: Path, args) -> dict:
     network = ImageTokenizer(net).requires_grad_(False).eval().to(device)
     images = torch.rand(count, 3, net.image_size, net.image_size, device=device)
     latents = torch.randn(count, net.num_tokens, net.token_channels, device=device)
-    states = torch.randn(count, net.text_tokens, net.text_width, device=device) if net.text_guidance else None
+    states = (
+        torch.randn(count, net.text_tokens, net.text_width, device=device)
+        if net.text_guidance
+        else None
+    )
 
     def run(function, *inputs) -> None:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
             function(*inputs)
 
-    ways = {"encode": partial(run, network.encode, images), "decode": partial(run, network.decode, latents, states)}
+    ways = {
+        "encode": partial(run, network.encode, images),
+        "decode": partial(run, network.decode, latents, states),
+    }
     timing = alternate(ways, device, DTYPES[precision], args.seconds, args.repeats)
     encoding, decoding = gflop(build_encoding, sizes, False), gflop(build_decoding, sizes)
     return result | {
-        "measures": measures(timing, {"encode": (count, encoding), "decode": (count, decoding)}) | result["measures"]
+        "measures": measures(timing, {"encode": (count, encoding), "decode": (count, decoding)})
+        | result["measures"]
     }
 
 

@@ -25,7 +25,11 @@ MM_SECONDS = 0.2  # for each size, each time
 WARM_UP_CALLS, WARM_UP_SECONDS = 2, 10.0  # the first call pays for allocations, and compilation
 PARTS_SECONDS = 10.0  # then a call by parts is the last
 # What train_flowtok.sh tells glibc's malloc on a CPU: to keep what is freed. Read when a process starts.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**35, "MALLOC_TRIM_THRESHOLD_": 2**35, "MALLOC_TOP_PAD_": 2**30}
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": 2**35,
+    "MALLOC_TRIM_THRESHOLD_": 2**35,
+    "MALLOC_TOP_PAD_": 2**30,
+}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 Way = Callable[[], Any]
 
@@ -54,13 +58,17 @@ class MatrixProducts:
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device = device
-        self.squares = [torch.randn(n, n, device=device, dtype=dtype) for n in MM_SIZES[device.type]]
+        self.squares = [
+            torch.randn(n, n, device=device, dtype=dtype) for n in MM_SIZES[device.type]
+        ]
 
     def rate(self) -> float:
         """As of now."""
         rates = []
         for square in self.squares:
-            seconds = seconds_per_call(lambda square=square: torch.mm(square, square), self.device, MM_SECONDS)
+            seconds = seconds_per_call(
+                lambda square=square: torch.mm(square, square), self.device, MM_SECONDS
+            )
             rates.append(2 * len(square) ** 3 / seconds)
         return max(rates)
 
@@ -145,12 +153,16 @@ class Parts:
         """The items, whose making counts as part `name`."""
         return iter(self.timed(name, items.__next__), object())
 
-    def measure(self, call: Way, methods: list[tuple[str, object, str]], calls: int = 3) -> dict[str, float]:
+    def measure(
+        self, call: Way, methods: list[tuple[str, object, str]], calls: int = 3
+    ) -> dict[str, float]:
         """Seconds a call of each part, (name, object, its method), and of the rest, "other"; fewer calls if slow."""
         with ExitStack() as stack:
             for name, owner, method in methods:
                 self.seconds.setdefault(name, 0.0)
-                stack.enter_context(replaced(owner, method, self.timed(name, getattr(owner, method))))
+                stack.enter_context(
+                    replaced(owner, method, self.timed(name, getattr(owner, method)))
+                )
             times = [seconds_per_call(call, self.device, 0)]
             while len(times) < calls and sum(times) < PARTS_SECONDS:
                 times.append(seconds_per_call(call, self.device, 0))
@@ -196,7 +208,9 @@ def high_water_mark() -> int:
     if STATUS.exists():
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def start_again_keeping_memory() -> None:

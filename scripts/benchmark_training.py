@@ -19,7 +19,6 @@ import train_flowtok
 import train_text_projector
 import train_tokenizer
 from configs.schema import FlowTokStage, StageConfig, TextProjectorStage, TokenizerStage
-from eval.stored_tokens import StoredTokens
 from modeling.losses import freeze_unused_alignment
 from modeling.text_projector import TextProjector
 from scripts.benchmark_flops import training_gflop
@@ -28,6 +27,7 @@ from scripts.benchmark_timing import Memory, Parts, Timing, alternate
 from scripts.plan_stages import EmptyPerceptualLoss, Sizes, build_tower, find_sizes, tower_config
 from training.loop import Trainer
 from training.run import Run, start_run
+from training.stored_tokens import StoredTokens
 
 MAX_TOKEN_ID = 49_000  # below CLIP's vocabulary
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +43,9 @@ class Step:
     batch: dict
     gflop_per_sample: float
     methods: list[tuple[str, object, str]]  # its parts, as Parts.measure takes them
-    losses_of: Callable[[nn.Module], dict] | None = None  # terms of another network of the same maths
+    losses_of: Callable[[nn.Module], dict] | None = (
+        None  # terms of another network of the same maths
+    )
 
     def __call__(self, batches: Iterator[dict] | None = None) -> None:
         self.trainer.optimizer_step(batches or repeat(self.batch), self.loss_fn)
@@ -75,10 +77,16 @@ def build_step(config: StageConfig, path: Path, run: Run, with_tower: bool) -> S
     Raises:
         ValueError: another stage, or a text tower of unknown size.
     """
-    build = {TokenizerStage: tokenizer_step, FlowTokStage: token_step, TextProjectorStage: token_step}.get(type(config))
+    build = {
+        TokenizerStage: tokenizer_step,
+        FlowTokStage: token_step,
+        TextProjectorStage: token_step,
+    }.get(type(config))
     if build is None:
         valid = "flowtok, text_projector, tokenizer"
-        raise ValueError(f"{path}: a config of stage {config.stage!r} has no step to measure here; valid: {valid}")
+        raise ValueError(
+            f"{path}: a config of stage {config.stage!r} has no step to measure here; valid: {valid}"
+        )
     step = build(config, find_sizes(config, path), run, with_tower)
     step.trainer.player.wrapped.train()
     return step
@@ -91,11 +99,15 @@ def make_tower(sizes: Sizes, device: torch.device) -> nn.Module:
         ValueError: its size is not known here.
     """
     if tower_config(sizes.text_encoder) is None:
-        raise ValueError(f"text_encoder.model {sizes.text_encoder.model}: its size is not known here; name another")
+        raise ValueError(
+            f"text_encoder.model {sizes.text_encoder.model}: its size is not known here; name another"
+        )
     return build_tower(sizes).to(device)
 
 
-def token_step(config: FlowTokStage | TextProjectorStage, sizes: Sizes, run: Run, with_tower: bool) -> Step:
+def token_step(
+    config: FlowTokStage | TextProjectorStage, sizes: Sizes, run: Run, with_tower: bool
+) -> Step:
     """Stages 2 and 3, on stored text states unless the tower is to run."""
     info = SimpleNamespace(latent_scale=1.0)
     tower = make_tower(sizes, run.device) if with_tower else None
@@ -127,7 +139,9 @@ def token_step(config: FlowTokStage | TextProjectorStage, sizes: Sizes, run: Run
         with run.accelerator.autocast():
             return losses(config, info, tokens, other, batch)
 
-    return Step(run, trainer, partial(losses, config, info, tokens), batch, useful, methods, losses_of)
+    return Step(
+        run, trainer, partial(losses, config, info, tokens), batch, useful, methods, losses_of
+    )
 
 
 def tokenizer_step(config: TokenizerStage, sizes: Sizes, run: Run, with_tower: bool) -> Step:
@@ -149,7 +163,10 @@ def tokenizer_step(config: TokenizerStage, sizes: Sizes, run: Run, with_tower: b
         "image": torch.randint(256, (count, 3, net.image_size, net.image_size), dtype=torch.uint8),
         "token_ids": torch.randint(MAX_TOKEN_ID, (count, net.text_tokens)),
     }
-    methods = [("encoder_forward", model.encoder, "forward"), ("decoder_forward", model.decoder, "forward")]
+    methods = [
+        ("encoder_forward", model.encoder, "forward"),
+        ("decoder_forward", model.decoder, "forward"),
+    ]
     methods += [("text", tower, "forward")] if tower is not None else []
     methods += [("perceptual_forward", perceptual, "forward")] if perceptual is not None else []
     if losses.opponent:
@@ -172,7 +189,9 @@ def measure_training(config: StageConfig, path: Path, args) -> dict:
         ValueError: --baseline for another stage than 3.
     """
     if args.baseline and not isinstance(config, FlowTokStage):
-        raise ValueError(f"--baseline: there is a plain way of stage flowtok only, {path} is of stage {config.stage}")
+        raise ValueError(
+            f"--baseline: there is a plain way of stage flowtok only, {path} is of stage {config.stage}"
+        )
     training = config.training
     with TemporaryDirectory() as folder:
         run = start_run(Path(folder) / "run", training.precision, training.seed)
@@ -180,12 +199,23 @@ def measure_training(config: StageConfig, path: Path, args) -> dict:
         step = build_step(config, path, run, args.text_tower)
         step()  # makes the optimizer's moments, and faults memory in
         parts, peak = step.parts(), memory.peak_gib()
-        ways = {"train": step} | ({"plain_train": plain_step(step, config)} if args.baseline else {})
-        timing = alternate(ways, run.device, DTYPES[training.precision], args.seconds, args.repeats, is_warm={"train"})
+        ways = {"train": step} | (
+            {"plain_train": plain_step(step, config)} if args.baseline else {}
+        )
+        timing = alternate(
+            ways,
+            run.device,
+            DTYPES[training.precision],
+            args.seconds,
+            args.repeats,
+            is_warm={"train"},
+        )
     return {
         "batch_size": training.batch_size,
         "precision": training.precision,
-        "measures": measures(timing, {name: (training.batch_size, step.gflop_per_sample) for name in ways}),
+        "measures": measures(
+            timing, {name: (training.batch_size, step.gflop_per_sample) for name in ways}
+        ),
         "peak_memory_gib": peak,
         "seconds_by_part": {"train": parts},
     }

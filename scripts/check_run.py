@@ -23,7 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a file, Python looks into scripts/ only
 
 from configs.load import escape, exit_on_error, load_config, one_line
 from configs.schema import (
@@ -36,17 +38,17 @@ from configs.schema import (
     TokenizerStage,
 )
 from data.tar import count_samples
-from eval.released import check_shapes
-from eval.tokens_info import TOKENS_INFO_FILE, TokensInfo
 from modeling.adversarial import Adversary
+from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
+from modeling.released import check_shapes
 from modeling.text_decoder import TextAutoencoder
 from modeling.text_projector import TextProjector
-from modeling.text_to_image import TextToImageFlow
 from scripts.train_text_encoder import ClipPair, open_clip_config
 from training import checkpoint as ckpt
 from training.metrics import step_of
 from training.run import CONFIG_FILE
+from training.tokens_info import TOKENS_INFO_FILE, TokensInfo
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -72,9 +74,15 @@ class Report:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder, or experiment folder with run folders in it")
-    parser.add_argument("--quick", action="store_true", help="compare names, sizes and shapes, read no weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", type=Path, help="run folder, or experiment folder with run folders in it"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="compare names, sizes and shapes, read no weights"
+    )
     return parser.parse_args(arguments)
 
 
@@ -84,7 +92,9 @@ def main(args: argparse.Namespace) -> int:
     table = [COLUMNS, *(report.row() for report in reports)]
     widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
     for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
     problems = [f"problem: {report.name}: {text}" for report in reports for text in report.problems]
     print("\n".join(escape(line) for line in problems) or "no problem")
     return len(problems)
@@ -100,21 +110,37 @@ def find_runs(folder: Path) -> list[Path]:
         return [folder]
     runs = sorted(path for path in folder.glob("*") if is_run(path)) if folder.is_dir() else []
     if not runs:
-        found = ", ".join(sorted(path.name for path in folder.glob("*"))[:10]) if folder.is_dir() else ""
+        found = (
+            ", ".join(sorted(path.name for path in folder.glob("*"))[:10])
+            if folder.is_dir()
+            else ""
+        )
         raise ValueError(f"{folder} is no run folder and holds none; in it: {found or 'nothing'}")
     order = list(STAGES)
-    return sorted(runs, key=lambda run: next((i for i, stage in enumerate(order) if run.name.startswith(stage)), 99))
+    return sorted(
+        runs,
+        key=lambda run: next(
+            (i for i, stage in enumerate(order) if run.name.startswith(stage)), 99
+        ),
+    )
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is meant to be a run or tokens, be they whole or not."""
-    return any((folder / name).exists() for name in (CONFIG_FILE, CHECKPOINTS, METRICS_FILE, TOKENS_INFO_FILE))
+    return any(
+        (folder / name).exists()
+        for name in (CONFIG_FILE, CHECKPOINTS, METRICS_FILE, TOKENS_INFO_FILE)
+    )
 
 
 def check_folder(folder: Path, quick: bool) -> Report:
     """Check one run or token folder."""
     report = Report(folder.resolve().name)
-    report.size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    report.size = sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
     check = check_tokens if (folder / TOKENS_INFO_FILE).exists() else check_run
     report.problems += check(folder, quick, report)
     return report
@@ -150,7 +176,9 @@ def check_run(run: Path, quick: bool, report: Report) -> Iterator[str]:
             yield f"{folder.name} is damaged: {damage}"
         else:
             whole[step] = folder
-    report.checkpoints = " ".join(str(step) if step in whole else f"{step}(damaged)" for step in folders) or "none"
+    report.checkpoints = (
+        " ".join(str(step) if step in whole else f"{step}(damaged)" for step in folders) or "none"
+    )
     newest = max(whole, default=0)
     training = getattr(config, "training", None)
     report.steps = f"{newest}/{training.max_steps}" if training else str(newest)
@@ -158,7 +186,9 @@ def check_run(run: Path, quick: bool, report: Report) -> Iterator[str]:
         yield "it has no checkpoint yet"
     is_trained = False
     if whole:
-        is_trained = any((whole[newest] / name).exists() for name in (ckpt.MODEL_FILE, ckpt.OPTIMIZER_FILE))
+        is_trained = any(
+            (whole[newest] / name).exists() for name in (ckpt.MODEL_FILE, ckpt.OPTIMIZER_FILE)
+        )
         try:
             yield from check_checkpoint(whole[newest], newest, config, is_trained, quick)
         except (ValueError, OSError, SafetensorError) as error:
@@ -204,14 +234,16 @@ def build_networks(config: StageConfig) -> dict[str, nn.Module]:
         if isinstance(config, TokenizerStage):
             networks = {"": ImageTokenizer(config.tokenizer)}
             if config.adversarial.weight:
-                networks["discriminator_"] = Adversary(config.discriminator, config.adversarial.lecam_decay)
+                networks["discriminator_"] = Adversary(
+                    config.discriminator, config.adversarial.lecam_decay
+                )
             return networks
         if isinstance(config, TextProjectorStage):
             return {"": TextProjector(config.projector)}
         if isinstance(config, TextDecoderStage):
             return {"": TextAutoencoder(config.projector, config.text_decoder)}
         if isinstance(config, FlowTokStage):
-            return {"": TextToImageFlow(config.projector, config.flowtok)}
+            return {"": FlowModel(config.projector, config.flowtok)}
     raise ValueError(f"stage {config.stage} trains no network, but there are checkpoints")
 
 
@@ -230,7 +262,10 @@ def shapes_of(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+            return {
+                name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()  # noqa: SIM118
+            }
     except (OSError, SafetensorError) as error:
         raise ValueError(f"it cannot be read: {one_line(error)}") from error
 
@@ -316,7 +351,11 @@ def check_metrics(run: Path, newest: int, log_every: int, report: Report) -> Ite
         values = json.loads(good[-1])
         names = ["loss", *(name for name in values if name.startswith("weighted/"))]
         losses = {name: values[name] for name in names if name in values}
-        shown = (f"{name} {value:.4g}" for name, value in losses.items() if isinstance(value, int | float))
+        shown = (
+            f"{name} {value:.4g}"
+            for name, value in losses.items()
+            if isinstance(value, int | float)
+        )
         report.losses = escape("  ".join(shown)) or "-"
 
 

@@ -6,7 +6,7 @@
 
 In: a flow file or a tokenizer file, recognised by its tensors: torch.save with or without data parallel's "module.", in
 a dict under state_dict, model or nnet_ema or not; or safetensors. Nothing in a file is executed: a pickle that needs
-more than tensors and plain containers is refused. What is converted and how strictly: eval/released.py.
+more than tensors and plain containers is refused. What is converted and how strictly: modeling/released.py.
 Out: OUT/config.yaml and OUT/checkpoints/step_00000000/ with ema.safetensors, float32; with --run, OUT/flowtok and
 OUT/tokenizer of these. Written aside and renamed: a folder that is there is whole. The text tower is not part of the
 files: its name goes into the config, and it is loaded when it is used.
@@ -28,16 +28,22 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a file, Python looks into scripts/ only
 
 from configs.load import exit_on_error, resolved
 from configs.schema import STAGES, check
-from eval.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
+from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
 from modeling.text_encoder import TextEncoderConfig, check_text_encoder
 from training.checkpoint import EMA_FILE, STATE_FILE, begin_checkpoint, commit_checkpoint, flush
 from training.run import CONFIG_FILE
 
-WRAPPERS = ("nnet_ema", "state_dict", "model")  # keys under which a file may have its tensors, the averaged ones first
+WRAPPERS = (
+    "nnet_ema",
+    "state_dict",
+    "model",
+)  # keys under which a file may have its tensors, the averaged ones first
 PREFIX = "module."
 FIXED = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")  # tables that are computed here
 ZIP_START = b"PK\x03\x04"
@@ -51,17 +57,42 @@ CAPTIONS = [  # of sample.py without prompts
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("released", type=Path, metavar="RELEASED_FILE", help="a flow or a tokenizer file")
-    parser.add_argument("second", type=Path, metavar="OUT_DIR", help="run folder to write; with --run: the other file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--run", type=Path, metavar="OUT", help="experiment folder to write, from a flow and a tokenizer"
+        "released", type=Path, metavar="RELEASED_FILE", help="a flow or a tokenizer file"
+    )
+    parser.add_argument(
+        "second",
+        type=Path,
+        metavar="OUT_DIR",
+        help="run folder to write; with --run: the other file",
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="OUT",
+        help="experiment folder to write, from a flow and a tokenizer",
     )
     parser.add_argument("--num-heads", type=int, help="of a flow that is none of B, XL, H")
-    parser.add_argument("--latent-scale", type=float, default=LATENT_SCALE, help="of the flow (default: the release's)")
+    parser.add_argument(
+        "--latent-scale",
+        type=float,
+        default=LATENT_SCALE,
+        help="of the flow (default: the release's)",
+    )
     tower = TextEncoderConfig()
-    parser.add_argument("--text-encoder-model", default=tower.model, help="open_clip name, hf-hub:... or local-dir:...")
-    parser.add_argument("--text-encoder-pretrained", default=tower.pretrained, help="open_clip tag or a weights file")
+    parser.add_argument(
+        "--text-encoder-model",
+        default=tower.model,
+        help="open_clip name, hf-hub:... or local-dir:...",
+    )
+    parser.add_argument(
+        "--text-encoder-pretrained",
+        default=tower.pretrained,
+        help="open_clip tag or a weights file",
+    )
     return parser.parse_args(arguments)
 
 
@@ -77,7 +108,9 @@ def main(args: argparse.Namespace) -> None:
     converted = [convert_file(file, args) for file in files]
     stages = [one.stage for one in converted]
     if args.run and sorted(stages) != ["flowtok", "tokenizer"]:
-        kinds = " and ".join(f"{file} is a {stage} file" for file, stage in zip(files, stages, strict=True))
+        kinds = " and ".join(
+            f"{file} is a {stage} file" for file, stage in zip(files, stages, strict=True)
+        )
         raise ValueError(f"--run needs a flow file and a tokenizer file, but {kinds}")
     if args.num_heads is not None and "flowtok" not in stages:
         raise ValueError(
@@ -120,7 +153,7 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     """Read and convert one released file; says what it is and what was done to it.
 
     Raises:
-        ValueError: with the file's name; see read_tensors and eval.released.convert.
+        ValueError: with the file's name; see read_tensors and modeling.released.convert.
     """
     tensors = read_tensors(path)
     try:
@@ -129,12 +162,16 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     millions = sum(tensor.numel() for tensor in converted.tensors.values()) / 1e6
-    print(f"{path}: {converted.stage}, {len(tensors)} tensors, {millions:.2f}M weights, {sizes_text(converted)}")
+    print(
+        f"{path}: {converted.stage}, {len(tensors)} tensors, {millions:.2f}M weights, {sizes_text(converted)}"
+    )
     other = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}
     if other:
         print(f"  note: {' and '.join(sorted(other))} converted to float32")
     if converted.stage == "flowtok" and TEMPERATURE not in tensors:
-        print(f"  note: {TEMPERATURE} is not in the file, log(1 / 0.07) is taken; only training reads it")
+        print(
+            f"  note: {TEMPERATURE} is not in the file, log(1 / 0.07) is taken; only training reads it"
+        )
     unfilled = [name for name, tensor in tensors.items() if FIXED.search(name) and not tensor.any()]
     if unfilled:
         print(f"  note: {' and '.join(unfilled)} all zero; computed here anyway")
@@ -164,7 +201,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if start[8:] == b"{":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(ZIP_START))
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=start.startswith(ZIP_START)
+            )
     except Exception as error:  # torch, pickle, zip and safetensors raise their own types
         raise ValueError(f"{path}: {reading_problem(error)}") from error
     try:
@@ -177,9 +216,7 @@ def reading_problem(error: Exception) -> str:
     """One line on why a file was not read; without torch's advice to execute it."""
     needed = re.search(r"GLOBAL (\S+)", str(error))
     if needed:
-        return (
-            f"refused: its pickle needs {needed[1]}, but only tensors and plain containers are read from a checkpoint"
-        )
+        return f"refused: its pickle needs {needed[1]}, only tensors and plain containers are read"
     reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
     reason = f": {reason[:200]}" if reason and "weights_only" not in reason else ""
     return f"cannot be read, it is cut short or no checkpoint ({type(error).__name__}{reason})"
@@ -188,9 +225,17 @@ def reading_problem(error: Exception) -> str:
 def unwrap(content: Any) -> Any:
     """What lies under the wrapping keys, with the prefix taken off all names."""
     for _ in WRAPPERS:
-        wrapped = [content[key] for key in WRAPPERS if key in content] if isinstance(content, dict) else []
+        wrapped = (
+            [content[key] for key in WRAPPERS if key in content]
+            if isinstance(content, dict)
+            else []
+        )
         content = next((inner for inner in wrapped if isinstance(inner, dict)), content)
-    while isinstance(content, dict) and content and all(str(name).startswith(PREFIX) for name in content):
+    while (
+        isinstance(content, dict)
+        and content
+        and all(str(name).startswith(PREFIX) for name in content)
+    ):
         content = {str(name).removeprefix(PREFIX): value for name, value in content.items()}
     return content
 
@@ -205,9 +250,13 @@ def check_content(content: Any) -> dict[str, Tensor]:
         raise ValueError(f"it holds a {type(content).__name__}, expected tensors by name")
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise ValueError(f"{printable(str(name))} is a {type(value).__name__}, expected a tensor")
+            raise ValueError(
+                f"{printable(str(name))} is a {type(value).__name__}, expected a tensor"
+            )
         if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
-            raise ValueError(f"{printable(name)} is {value.dtype}, {value.layout}, on {value.device}; expected floats")
+            raise ValueError(
+                f"{printable(name)} is {value.dtype}, {value.layout}, on {value.device}; expected floats"
+            )
     return content
 
 
@@ -224,22 +273,38 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
 
 def run_config(converted: Converted, text_encoder: TextEncoderConfig, run_dir: Path) -> dict:
     """Resolved config of a converted run, as its stage would have saved it; what only training reads is the default."""
-    values = {"stage": converted.stage, "experiment_dir": str(run_dir.parent), "run_dir": str(run_dir)}
-    values |= {name: asdict(part) for name, part in {**converted.networks, "text_encoder": text_encoder}.items()}
+    values = {
+        "stage": converted.stage,
+        "experiment_dir": str(run_dir.parent),
+        "run_dir": str(run_dir),
+    }
+    values |= {
+        name: asdict(part)
+        for name, part in {**converted.networks, "text_encoder": text_encoder}.items()
+    }
     if converted.stage == "flowtok":
         values["projector_run"] = ""  # it is part of the file
-        values |= {"pictures": {"captions": CAPTIONS}, "data": {"shards": ["${experiment_dir}/tokens/*.tar"]}}
+        values |= {
+            "pictures": {"captions": CAPTIONS},
+            "data": {"shards": ["${experiment_dir}/tokens/*.tar"]},
+        }
     else:
         values["data"] = {"shards": ["${data_dir}/*.tar"]}
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(STAGES[converted.stage]), values))
+    config = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(STAGES[converted.stage]), values)
+    )
     check(config)
     return resolved(config)
 
 
-def write_run(converted: Converted, text_encoder: TextEncoderConfig, run_dir: Path, folder: Path) -> None:
+def write_run(
+    converted: Converted, text_encoder: TextEncoderConfig, run_dir: Path, folder: Path
+) -> None:
     """Write what will be the run folder `run_dir` into `folder`; no inputs: a file does not say what it goes with."""
     folder.mkdir(parents=True)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(run_config(converted, text_encoder, run_dir), sort_keys=False))
+    (folder / CONFIG_FILE).write_text(
+        yaml.safe_dump(run_config(converted, text_encoder, run_dir), sort_keys=False)
+    )
     checkpoint = begin_checkpoint(folder, step=0)
     save_file(converted.tensors, checkpoint / EMA_FILE)
     state = {"step": 0, "ema_updates": 0, "num_processes": 1, "inputs": {}}

@@ -25,13 +25,13 @@ from data.encoding import build_encoding_loader, encoding_sources
 from data.shards import Source
 from data.tar import count_samples, write_shard
 from data.token_text import TokenTextConfig, read_tokens
-from eval.loading import fingerprint, load_tokenizer
-from eval.tokens_info import TOKENS_INFO_FILE, LatentStats, TokensInfo
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
+from training.loading import fingerprint, load_tokenizer
 from training.loop import TimedIterator
 from training.run import start_accelerator
 from training.stop import stop_at_once
+from training.tokens_info import TOKENS_INFO_FILE, LatentStats, TokensInfo
 
 SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
 COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
@@ -89,7 +89,9 @@ def output_paths(image_shards: list[str], folder: Path) -> list[Path]:
     names = [Path(shard.split("?")[0]).name.split(" ")[0] for shard in image_shards]
     outputs = [folder / (name.removesuffix(".gz").removesuffix(".tar") + ".tar") for name in names]
     if len(set(outputs)) != len(outputs):
-        raise ValueError(f"data.shards has files of the same name in several folders: {', '.join(image_shards)}")
+        raise ValueError(
+            f"data.shards has files of the same name in several folders: {', '.join(image_shards)}"
+        )
     return outputs
 
 
@@ -108,9 +110,15 @@ def is_complete(folder: Path, source: dict) -> bool:
 
 def check_source(folder: Path, found: dict, source: dict) -> None:
     """Refuse to mix what differs."""
-    changed = [f"{key} was {found.get(key)}, is {value}" for key, value in source.items() if found.get(key) != value]
+    changed = [
+        f"{key} was {found.get(key)}, is {value}"
+        for key, value in source.items()
+        if found.get(key) != value
+    ]
     if changed:
-        raise ValueError(f"{folder} holds tokens of another source: {'; '.join(changed)}. Delete it and run this again")
+        raise ValueError(
+            f"{folder} holds tokens of another source: {'; '.join(changed)}. Delete it and run this again"
+        )
 
 
 def claim_folder(folder: Path, source: dict) -> None:
@@ -165,12 +173,19 @@ class Encoder:
     def latents(self, images: Tensor) -> dict:
         """View's name ("", "-flip", "-crop0", ...) -> moments B x 2 x K x C, float16."""
         images = images.to(self.accelerator.device, non_blocking=True).float().div_(255)
-        names = [""] if self.config.num_crops == 1 else [f"-crop{i}" for i in range(self.config.num_crops)]
+        names = (
+            [""]
+            if self.config.num_crops == 1
+            else [f"-crop{i}" for i in range(self.config.num_crops)]
+        )
         views = dict(zip(names, images.unbind(1), strict=True))
         if self.config.flip:
             views |= {f"{name}-flip": view.flip(-1) for name, view in views.items()}
         with self.accelerator.autocast():
-            moments = {name: torch.stack([*self.tokenizer.encode(view)], dim=1) for name, view in views.items()}
+            moments = {
+                name: torch.stack([*self.tokenizer.encode(view)], dim=1)
+                for name, view in views.items()
+            }
         return {name: to_half(values) for name, values in moments.items()}
 
 
@@ -234,7 +249,11 @@ def describe(outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> To
 def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:
     """Deviation of the sampled latents, and per-channel statistics of the means, over the first samples."""
     shards = TokenTextConfig(shards=[str(path) for path in outputs])
-    batches = list(islice(read_tokens(shards, num_tokens, token_channels, None, 100), STATISTICS_SAMPLES // 100))
+    batches = list(
+        islice(
+            read_tokens(shards, num_tokens, token_channels, None, 100), STATISTICS_SAMPLES // 100
+        )
+    )
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C
     logvar = torch.cat([b["latent_logvar"] for b in batches]).double()
     deviation = (mean.var(correction=0) + logvar.exp().mean()).sqrt()

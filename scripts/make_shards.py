@@ -33,13 +33,14 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a file, Python looks into scripts/ only
 
 from data.captions import check_caption_keys
 from data.entries import Entry, build_index
 from data.filters import FilterConfig, SampleFilter
-from data.sources import coco_entries, folder_entries, karpathy_entries, mjhq_entries, table_entries, tar_entries
-from scripts.shard_tasks import (
+from data.packing import (
     DUPLICATE,
     UNCHECKED,
     USABLE,
@@ -54,9 +55,22 @@ from scripts.shard_tasks import (
     write_file,
     write_task,
 )
+from data.sources import (
+    coco_entries,
+    folder_entries,
+    karpathy_entries,
+    mjhq_entries,
+    table_entries,
+    tar_entries,
+)
 
 SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
-NOT_SETTINGS = ("output", "workers", "shard_index", "num_shards")  # what may differ between runs into one folder
+NOT_SETTINGS = (
+    "output",
+    "workers",
+    "shard_index",
+    "num_shards",
+)  # what may differ between runs into one folder
 
 
 # ---------------------------------------------------------------------------------------------------------- one run
@@ -81,7 +95,15 @@ class Plan:
 
     def task(self, shard: int) -> Task:
         numbers = self.order[shard * self.samples_per_shard : (shard + 1) * self.samples_per_shard]
-        return Task(shard, self.output, self.part, self.config, numbers, self.rows[numbers], self.states[numbers])
+        return Task(
+            shard,
+            self.output,
+            self.part,
+            self.config,
+            numbers,
+            self.rows[numbers],
+            self.states[numbers],
+        )
 
     def run(self, work: Callable, shards: Sequence[int], workers: int, title: str) -> None:
         if shards:
@@ -93,7 +115,11 @@ def make_shards(args: argparse.Namespace) -> None:
     """The whole run, or one part of it; goes on where an earlier one was stopped."""
     check_arguments(args)
     plan = make_plan(args)
-    todo = [shard for shard in range(plan.part, plan.num_shards, plan.num_parts) if not plan.task(shard).is_finished()]
+    todo = [
+        shard
+        for shard in range(plan.part, plan.num_shards, plan.num_parts)
+        if not plan.task(shard).is_finished()
+    ]
     if todo and args.drop_duplicates:
         find_duplicates(plan, args.workers)
     plan.run(write_task, todo, args.workers, "writing")
@@ -110,7 +136,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         "background": (all(0 <= value <= 255 for value in args.background), "three values 0..255"),
         "workers": (args.workers >= 1, "processes >= 1"),
         "num_shards": (args.num_shards >= 1, "parts >= 1"),
-        "shard_index": (0 <= args.shard_index < args.num_shards, f"0..{args.num_shards - 1} (num_shards - 1)"),
+        "shard_index": (
+            0 <= args.shard_index < args.num_shards,
+            f"0..{args.num_shards - 1} (num_shards - 1)",
+        ),
     }
     for name, (holds, meaning) in expected.items():
         if not holds:
@@ -145,7 +174,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
         background=tuple(args.background),
     )
     states = np.full(len(rows), UNCHECKED, np.uint8)
-    return Plan(output, args.shard_index, args.num_shards, config, args.samples_per_shard, order, rows, states)
+    return Plan(
+        output,
+        args.shard_index,
+        args.num_shards,
+        config,
+        args.samples_per_shard,
+        order,
+        rows,
+        states,
+    )
 
 
 def rows_path(output: Path) -> Path:
@@ -160,7 +198,9 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
         names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
         changed = [f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in names]
         if changed:
-            raise ValueError(f"{output} holds shards of another run: {'; '.join(changed)}. Delete it or name another")
+            raise ValueError(
+                f"{output} holds shards of another run: {'; '.join(changed)}. Delete it or name another"
+            )
     elif output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file, expected a folder")
     elif any(output.glob("*.tar")):
@@ -206,7 +246,9 @@ def find_entries(args: argparse.Namespace) -> Iterator[Entry]:
     elif args.workers == 1:
         yield from tar_entries(args.patterns)
     else:
-        yield from tar_entries(args.patterns, lambda work, paths: map_in_processes([work] * args.workers, paths))
+        yield from tar_entries(
+            args.patterns, lambda work, paths: map_in_processes([work] * args.workers, paths)
+        )
 
 
 def images_folder(args: argparse.Namespace) -> str:
@@ -239,9 +281,13 @@ def report(plan: Plan, num_written: int) -> None:
     """Print what there is; with all records there, write the summary. ValueError: no sample was kept at all."""
     tasks = [plan.task(shard) for shard in range(plan.num_shards)]
     missing = [task.tar.name for task in tasks if not task.is_finished()]
-    print(f"{plan.output}: {num_written} shards written, {plan.num_shards - len(missing)} of {plan.num_shards} there")
+    print(
+        f"{plan.output}: {num_written} shards written, {plan.num_shards - len(missing)} of {plan.num_shards} there"
+    )
     if missing:
-        print(f"{SUMMARY_FILE} comes with the last part of the array; missing: {', '.join(missing[:5])} ...")
+        print(
+            f"{SUMMARY_FILE} comes with the last part of the array; missing: {', '.join(missing[:5])} ..."
+        )
         return
     records = {task.tar.name: json.loads(task.record.read_text()) for task in tasks}
     dropped = sum((Counter(record["dropped"]) for record in records.values()), Counter())
@@ -271,20 +317,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     except ChildProcessError:
-        parser.exit(1, "error: a worker was killed (out of memory?); the same command, with fewer --workers, goes on\n")
+        parser.exit(
+            1,
+            "error: a worker was killed (out of memory?); the same command, with fewer --workers, goes on\n",
+        )
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command goes on from here\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="make_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="make_shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(
-            name, help=text, description=text, parents=[shared], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name,
+            help=text,
+            description=text,
+            parents=[shared],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
 
     shared = argparse.ArgumentParser(add_help=False)
@@ -296,18 +351,31 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("folder", type=path)
     add_caption_keys(folder)
 
-    table = command("table", "csv, tsv, parquet or jsonl files with a path and a caption in each row")
+    table = command(
+        "table", "csv, tsv, parquet or jsonl files with a path and a caption in each row"
+    )
     table.add_argument("tables", type=path, nargs="+", metavar="FILE")
-    table.add_argument("--images", type=path, help="where relative paths start; default: the table's folder")
+    table.add_argument(
+        "--images", type=path, help="where relative paths start; default: the table's folder"
+    )
     table.add_argument("--path-column", default="path", help="of the image file")
-    table.add_argument("--caption-column", default="caption", help="a string, in jsonl and parquet also a list of them")
+    table.add_argument(
+        "--caption-column",
+        default="caption",
+        help="a string, in jsonl and parquet also a list of them",
+    )
 
     coco = command("coco", "captions_*.json of COCO, with all captions of an image")
-    karpathy = command("karpathy", "dataset_coco.json, Karpathy's split of COCO 2014 (or of Flickr), with all captions")
+    karpathy = command(
+        "karpathy",
+        "dataset_coco.json, Karpathy's split of COCO 2014 (or of Flickr), with all captions",
+    )
     mjhq = command("mjhq", "meta_data.json of MJHQ-30K; images are CATEGORY/ID.jpg")
     for parser_of_file in (coco, karpathy, mjhq):
         parser_of_file.add_argument("file", type=path, metavar="FILE")
-        parser_of_file.add_argument("--images", type=path, help="folder of the images; default: that of FILE")
+        parser_of_file.add_argument(
+            "--images", type=path, help="folder of the images; default: that of FILE"
+        )
     karpathy.add_argument("--split", required=True, help="train, val or test")
     karpathy.add_argument(
         "--restval",
@@ -316,8 +384,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="train includes restval, as in captioning papers: 113,287 images; without it 82,783",
     )
 
-    shards = command("shards", "tars in webdataset's layout, as img2dataset writes them, to filter and shuffle")
-    shards.add_argument("patterns", nargs="+", metavar="TAR", help="path, glob or x-{000..127}.tar; .gz is slow")
+    shards = command(
+        "shards", "tars in webdataset's layout, as img2dataset writes them, to filter and shuffle"
+    )
+    shards.add_argument(
+        "patterns", nargs="+", metavar="TAR", help="path, glob or x-{000..127}.tar; .gz is slow"
+    )
     add_caption_keys(shards)
     return parser
 
@@ -337,15 +409,29 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--output", required=True, metavar="FOLDER")
     group.add_argument("--samples-per-shard", type=int, default=1000, help="before filters")
-    group.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="over the whole source")
+    group.add_argument(
+        "--shuffle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="over the whole source",
+    )
     group.add_argument("--seed", type=int, default=0, help="of the shuffle")
-    group.add_argument("--resize", type=int, default=0, help="shorter side to which larger images shrink; 0: off")
+    group.add_argument(
+        "--resize", type=int, default=0, help="shorter side to which larger images shrink; 0: off"
+    )
     group.add_argument("--quality", type=int, default=95, help="of JPEG with --resize")
     group.add_argument(
-        "--background", type=int, nargs=3, default=[255, 255, 255], metavar="0..255", help="RGB, with --resize"
+        "--background",
+        type=int,
+        nargs=3,
+        default=[255, 255, 255],
+        metavar="0..255",
+        help="RGB, with --resize",
     )
     group.add_argument("--workers", type=int, default=cpus, help="processes")
-    group.add_argument("--shard-index", type=int, default=0, help="which part of a Slurm array this is, from 0")
+    group.add_argument(
+        "--shard-index", type=int, default=0, help="which part of a Slurm array this is, from 0"
+    )
     group.add_argument("--num-shards", type=int, default=1, help="how many parts the array has")
 
 
@@ -354,16 +440,26 @@ def add_filter_options(parser: argparse.ArgumentParser) -> None:
     group, default = parser.add_argument_group("filters"), FilterConfig()
 
     def add(name: str, text: str, **options: Any) -> None:
-        group.add_argument(f"--{name.replace('_', '-')}", default=getattr(default, name), help=text, **options)
+        group.add_argument(
+            f"--{name.replace('_', '-')}", default=getattr(default, name), help=text, **options
+        )
 
-    group.add_argument("--drop-duplicates", action="store_true", help="same image file, byte by byte; reads all twice")
+    group.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="same image file, byte by byte; reads all twice",
+    )
     add("min_longer_side", "pixels; 0: off", type=int)
     add("max_aspect_ratio", "longer / shorter side; 0: off", type=float)
     add("min_aesthetic_score", "as the source's JSON or table has it", type=float)
     add("max_watermark_probability", "0..1, as the source's JSON or table has it", type=float)
     add("aesthetic_keys", "names of the score, the first that is there", nargs="+", metavar="NAME")
     add("watermark_keys", "names of the probability", nargs="+", metavar="NAME")
-    add("missing_score", "what happens to a sample without a score that is asked for", choices=["keep", "drop", "fail"])
+    add(
+        "missing_score",
+        "what happens to a sample without a score that is asked for",
+        choices=["keep", "drop", "fail"],
+    )
     add("min_caption_characters", "of the first caption; 0: off", type=int)
     add("max_caption_characters", "of the first caption; 0: off", type=int)
 

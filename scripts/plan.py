@@ -23,7 +23,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a file, Python looks into scripts/ only
 
 from configs.load import exit_on_error
 from eval.budget import DAY, GIB, GPUS
@@ -40,7 +42,10 @@ LABELS = {
 
 def table(values: dict[str, float]) -> list[str]:
     """A line a value, aligned."""
-    return [f"  {LABELS.get(name, name.replace('_', ' ')):<34}{value:>14.2f}" for name, value in values.items()]
+    return [
+        f"  {LABELS.get(name, name.replace('_', ' ')):<34}{value:>14.2f}"
+        for name, value in values.items()
+    ]
 
 
 def duration(days: float) -> str:
@@ -54,7 +59,11 @@ def print_plan(plan: dict) -> None:
     """The plan as text."""
     print(f"{plan['config']}: stage {plan['stage']}")
     if "gpu" in plan:
-        print("\n".join([*text_machine(plan), *text_weights(plan), *text_flops(plan), *text_memory(plan)]))
+        print(
+            "\n".join(
+                [*text_machine(plan), *text_weights(plan), *text_flops(plan), *text_memory(plan)]
+            )
+        )
         print("\n".join([*text_modes(plan), *text_time(plan), *text_paper(plan.get("paper", {}))]))
     for note in plan["notes"]:
         print(f"note: {note}")
@@ -81,7 +90,9 @@ def text_machine(plan: dict) -> list[str]:
 
 def text_weights(plan: dict) -> list[str]:
     """Weights by part."""
-    numbers = plan["weights"] | ({"trained": plan["trained_weights"]} if "trained_weights" in plan else {})
+    numbers = plan["weights"] | (
+        {"trained": plan["trained_weights"]} if "trained_weights" in plan else {}
+    )
     millions = {name: number / 1e6 for name, number in numbers.items()}
     return ["weights, millions (without fixed position tables)", *table(millions)]
 
@@ -89,7 +100,10 @@ def text_weights(plan: dict) -> list[str]:
 def text_flops(plan: dict) -> list[str]:
     """GFLOP by part."""
     lines = []
-    for key, title in (("gflop_per_sample", "GFLOP per training sample"), ("gflop_per_image", "GFLOP per image")):
+    for key, title in (
+        ("gflop_per_sample", "GFLOP per training sample"),
+        ("gflop_per_image", "GFLOP per image"),
+    ):
         if key in plan:
             lines += [title, *table(plan[key])]
     return lines
@@ -104,8 +118,12 @@ def text_modes(plan: dict) -> list[str]:
     """What fits."""
     if "largest_batch_per_gpu" in plan:
         return [f"largest batch that fits: {plan['largest_batch_per_gpu']}"]
-    lines = ["activation      peak GiB at this batch   largest batch that fits   accumulation     extra FLOPs"]
-    lines += ["checkpointing                              per GPU and pass        needed           per sample"]
+    lines = [
+        "activation      peak GiB at this batch   largest batch that fits   accumulation     extra FLOPs"
+    ]
+    lines += [
+        "checkpointing                              per GPU and pass        needed           per sample"
+    ]
     for mode, fit in plan["activation_checkpointing"].items():
         fits = "fits" if fit["fits"] else "does not fit"
         needed = fit["gradient_accumulation_needed"] or "never"
@@ -121,7 +139,9 @@ def text_time(plan: dict) -> list[str]:
     gpu, time = plan["gpu"], plan["time"]
     if "images_per_second" in time:
         rate = time["images_per_second"]
-        return [f"at {gpu['share']:.0%} of the peak: {rate:.0f} images/s, {duration(1e9 / rate / DAY)} for 10^9 images"]
+        return [
+            f"at {gpu['share']:.0%} of the peak: {rate:.0f} images/s, {duration(1e9 / rate / DAY)} for 10^9 images"
+        ]
     disk = plan["disk"]
     return [
         f"at {gpu['share']:.0%} of the peak: {duration(time['days'])}, {time['samples_per_second']:.0f} samples/s, "
@@ -156,23 +176,40 @@ def text_paper(paper: dict) -> list[str]:
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", metavar="CONFIG", help="YAML file of any stage")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the file's")
-    parser.add_argument("--gpu", choices=list(GPUS), default="a100-80g", help="default: %(default)s")
-    parser.add_argument("--num-gpus", type=int, default=8, help="of the whole job (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=0.4, help="of the peak that is reached (default: %(default)s)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values that override the file's"
+    )
+    parser.add_argument(
+        "--gpu", choices=list(GPUS), default="a100-80g", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, default=8, help="of the whole job (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.4,
+        help="of the peak that is reached (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.num_gpus < 1 or not 0 < args.share <= 1:
-        parser.error(f"expected --num-gpus >= 1 and 0 < --share <= 1, got {args.num_gpus} and {args.share}")
+        parser.error(
+            f"expected --num-gpus >= 1 and 0 < --share <= 1, got {args.num_gpus} and {args.share}"
+        )
     return args
 
 
 def main() -> None:
     """Make the plan and print it."""
     args = parse_args()
-    plan = exit_on_error(lambda: make_plan(args.file, args.overrides, args.gpu, args.num_gpus, args.share))
+    plan = exit_on_error(
+        lambda: make_plan(args.file, args.overrides, args.gpu, args.num_gpus, args.share)
+    )
     if args.json:
         print(json.dumps(plan, indent=2))
     else:

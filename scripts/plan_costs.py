@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from configs.load import load_config
-from configs.schema import FlowTokStage, ReportStage, StageConfig, TextEncoderStage, TokenizerStage, TokensStage
+from configs.schema import (
+    FlowTokStage,
+    ReportStage,
+    StageConfig,
+    TextEncoderStage,
+    TokenizerStage,
+    TokensStage,
+)
 from eval.budget import (
     DAY,
     GIB,
@@ -49,7 +56,9 @@ class Published:
     weights_in_millions: float  # with projector, alignment MLP and the fixed position table
     days: float | None = None  # on 8 A100, pre-training and fine-tuning
     images_per_second: float | None = None  # at 256 px, on a GPU that is not said
-    batch_per_gpu: int | None = None  # on A100 80 GB, "without gradient checkpointing or accumulation"
+    batch_per_gpu: int | None = (
+        None  # on A100 80 GB, "without gradient checkpointing or accumulation"
+    )
 
 
 PUBLISHED = {
@@ -70,12 +79,17 @@ def plan_training(config: StageConfig, path: Path, machine: Machine) -> dict:
     """A stage that trains."""
     run = plan_run(config, machine)
     sizes = None if isinstance(config, TextEncoderStage) else find_sizes(config, path)
-    build = partial(TRAINING_STEPS[type(config)], config, sizes)  # (activation checkpointing, step) -> workload
+    build = partial(
+        TRAINING_STEPS[type(config)], config, sizes
+    )  # (activation checkpointing, step) -> workload
     accumulates = run["gradient_accumulation"] > 1
     costs = measure_modes(config, build, accumulates)
     with torch.device("meta"):
         work = build("none", run["steps"] - 1)
-        resident, checkpoint = resident_bytes(work, machine.num_gpus, accumulates), checkpoint_bytes(work)
+        resident, checkpoint = (
+            resident_bytes(work, machine.num_gpus, accumulates),
+            checkpoint_bytes(work),
+        )
         weights, trained = weights_by_part(work), num_trained(work)
     plan = {
         "run": run,
@@ -87,7 +101,9 @@ def plan_training(config: StageConfig, path: Path, machine: Machine) -> dict:
         "time": plan_time(config, build, costs, run, machine),
         "disk": {
             "checkpoint_gib": checkpoint / GIB,
-            "run_gib": checkpoint * (config.training.keep_checkpoints + 1) / GIB,  # one more while it is written
+            "run_gib": checkpoint
+            * (config.training.keep_checkpoints + 1)
+            / GIB,  # one more while it is written
         },
         "notes": sizes.notes if sizes else [],
     }
@@ -127,16 +143,25 @@ def plan_run(config: StageConfig, machine: Machine) -> dict:
 
 def measure_modes(config: StageConfig, build: Callable, has_gradients: bool) -> dict[str, Cost]:
     """Cost of the last step, the heaviest, with each activation checkpointing that the stage offers."""
-    modes = ("none", "selective", "full") if hasattr(config, "activation_checkpointing") else ("none",)
+    modes = (
+        ("none", "selective", "full") if hasattr(config, "activation_checkpointing") else ("none",)
+    )
     last = config.training.max_steps - 1
-    return {mode: measure_step(partial(build, mode, last), config.training.precision, has_gradients) for mode in modes}
+    return {
+        mode: measure_step(partial(build, mode, last), config.training.precision, has_gradients)
+        for mode in modes
+    }
 
 
-def plan_flops(config: StageConfig, sizes: Sizes | None, costs: dict[str, Cost], run: dict, machine: Machine) -> dict:
+def plan_flops(
+    config: StageConfig, sizes: Sizes | None, costs: dict[str, Cost], run: dict, machine: Machine
+) -> dict:
     """GFLOP of a training sample at the last step; "recompute" is the activation checkpointing's."""
     batch, num_gpus = run["batch_per_gpu_and_pass"], machine.num_gpus
     plain, chosen = costs["none"], costs[run["activation_checkpointing"]]
-    reads_text = sizes is not None and not (isinstance(config, TokenizerStage) and not config.tokenizer.text_guidance)
+    reads_text = sizes is not None and not (
+        isinstance(config, TokenizerStage) and not config.tokenizer.text_guidance
+    )
     tower = gflop(build_tower_alone, sizes) if reads_text else 0.0
     forward, training, total = (
         per_sample(flops, batch, num_gpus) / GIGA
@@ -157,7 +182,11 @@ def plan_memory(costs: dict[str, Cost], resident: Resident, run: dict, machine: 
 
 def plan_modes(costs: dict[str, Cost], resident: Resident, run: dict, machine: Machine) -> dict:
     """What fits with each activation checkpointing, and its extra compute against none."""
-    batch, num_gpus, passes = run["batch_per_gpu_and_pass"], machine.num_gpus, run["gradient_accumulation"]
+    batch, num_gpus, passes = (
+        run["batch_per_gpu_and_pass"],
+        machine.num_gpus,
+        run["gradient_accumulation"],
+    )
     flops = {mode: per_sample(cost.training_flops, batch, num_gpus) for mode, cost in costs.items()}
     return {
         mode: asdict(find_fit(cost, resident, machine, batch, passes))
@@ -166,13 +195,17 @@ def plan_modes(costs: dict[str, Cost], resident: Resident, run: dict, machine: M
     }
 
 
-def plan_time(config: StageConfig, build: Callable, costs: dict[str, Cost], run: dict, machine: Machine) -> dict:
+def plan_time(
+    config: StageConfig, build: Callable, costs: dict[str, Cost], run: dict, machine: Machine
+) -> dict:
     """Days of all steps; before the discriminator's start they are cheaper."""
     batch, mode = run["batch_per_gpu_and_pass"], run["activation_checkpointing"]
     cheap_steps = 0
     if isinstance(config, TokenizerStage) and config.adversarial.weight:
         cheap_steps = config.adversarial.start_step
-    flops = (run["steps"] - cheap_steps) * per_sample(costs[mode].training_flops, batch, machine.num_gpus)
+    flops = (run["steps"] - cheap_steps) * per_sample(
+        costs[mode].training_flops, batch, machine.num_gpus
+    )
     if cheap_steps:
         cost = measure_step(partial(build, mode, 0), run["precision"])
         flops += cheap_steps * per_sample(cost.training_flops, batch, machine.num_gpus)
@@ -193,7 +226,9 @@ def plan_image(config: FlowTokStage, sizes: Sizes) -> dict:
     return parts | {"total": sum(parts.values())}
 
 
-def plan_paper(config: FlowTokStage, plan: dict, costs: dict[str, Cost], resident: Resident) -> dict:
+def plan_paper(
+    config: FlowTokStage, plan: dict, costs: dict[str, Cost], resident: Resident
+) -> dict:
     """The paper's figures for this size of the DiT, and what they would take here.
 
     {size weights_in_millions weights_in_millions_here days share_for_days images_per_second
@@ -204,21 +239,33 @@ def plan_paper(config: FlowTokStage, plan: dict, costs: dict[str, Cost], residen
     published = PUBLISHED.get((net.width, net.depth, net.num_heads))
     if published is None:
         return {}
-    here = sum(plan["weights"][part] for part in ("projector", "alignment", "dit")) + net.num_tokens * net.width
+    here = (
+        sum(plan["weights"][part] for part in ("projector", "alignment", "dit"))
+        + net.num_tokens * net.width
+    )
     found = {
         "size": published.name,
         "weights_in_millions": published.weights_in_millions,
         "weights_in_millions_here": here / 1e6,
     }
     if published.days:
-        flops = PAPER_SAMPLES * GIGA * (plan["gflop_per_sample"]["total"] - plan["gflop_per_sample"]["recompute"])
+        flops = (
+            PAPER_SAMPLES
+            * GIGA
+            * (plan["gflop_per_sample"]["total"] - plan["gflop_per_sample"]["recompute"])
+        )
         found["days"] = published.days
         found["share_for_days"] = PAPER_MACHINE.seconds(flops, "bf16") / (published.days * DAY)
         flops = published.images_per_second * GIGA * plan["gflop_per_image"]["total"]
         found["images_per_second"] = published.images_per_second
-        found["share_for_images_per_second"] = replace(PAPER_MACHINE, num_gpus=1).seconds(flops, "bf16")
+        found["share_for_images_per_second"] = replace(PAPER_MACHINE, num_gpus=1).seconds(
+            flops, "bf16"
+        )
     if published.batch_per_gpu:
-        run = plan["run"] | {"batch_per_gpu_and_pass": published.batch_per_gpu, "gradient_accumulation": 1}
+        run = plan["run"] | {
+            "batch_per_gpu_and_pass": published.batch_per_gpu,
+            "gradient_accumulation": 1,
+        }
         resident = replace(resident, gradient_buckets=resident.gradients)
         modes = plan_modes(costs, resident, run, PAPER_MACHINE)
         found["batch_per_gpu"] = published.batch_per_gpu
@@ -245,7 +292,11 @@ def plan_encoding(config: TokensStage, path: Path, machine: Machine) -> dict:
         "run": {"precision": "fp32", "batch_per_gpu_and_pass": config.batch_size},
         "weights": weights,
         "gflop_per_image": {"total": flops / GIGA},
-        "memory_gib": {"weights": resident / GIB, "peak": peak(config.batch_size) / GIB, "limit": machine.limit / GIB},
+        "memory_gib": {
+            "weights": resident / GIB,
+            "peak": peak(config.batch_size) / GIB,
+            "limit": machine.limit / GIB,
+        },
         "largest_batch_per_gpu": largest_batch(peak, machine.limit),
         "time": {"images_per_second": 1 / machine.seconds(flops, "fp32")},
         "notes": sizes.notes,
@@ -261,7 +312,9 @@ def make_plan(file: str, overrides: list[str], gpu: str, num_gpus: int, share: f
     config, machine = load_config(file, overrides), Machine(GPUS[gpu], num_gpus, share)
     plan = {"config": file, "stage": config.stage}
     if isinstance(config, ReportStage):
-        return plan | {"notes": ["trains nothing: generates images and measures them, on one GPU or the CPU"]}
+        return plan | {
+            "notes": ["trains nothing: generates images and measures them, on one GPU or the CPU"]
+        }
     about = {"name": gpu, "num_gpus": num_gpus, "memory_gib": machine.gpu.memory_gib}
     about["reserve_gib"] = machine.gpu.memory_gib * RESERVE
     make = plan_encoding if isinstance(config, TokensStage) else plan_training

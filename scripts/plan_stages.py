@@ -26,24 +26,35 @@ from configs.schema import (
     TextProjectorStage,
     TokenizerStage,
 )
-from eval.loading import read_run_config, section
 from eval.planning import Terms, Workload, autocast
-from eval.stored_captions import StoredCaptions
-from eval.stored_tokens import StoredTokens
 from modeling.adversarial import is_active
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.losses import contrastive_loss, freeze_unused_alignment
-from modeling.perceptual import LPIPS, LPIPS_LAYERS, ConvNeXtDistance, PerceptualConfig, PerceptualLoss
+from modeling.perceptual import (
+    LPIPS,
+    LPIPS_LAYERS,
+    ConvNeXtDistance,
+    PerceptualConfig,
+    PerceptualLoss,
+)
 from modeling.text_decoder import TextAutoencoder
 from modeling.text_encoder import CONFIG_FILE, TextEncoder, TextEncoderConfig, build_clip, open_clip
 from modeling.text_projector import TextProjector, TextProjectorConfig
-from modeling.text_to_image import TextToImageFlow
 from scripts.train_text_encoder import ClipPair, open_clip_config
 from train_text_projector import compute_losses as projector_losses
+from training.loading import read_run_config, section
 from training.run import CONFIG_FILE as RUN_CONFIG_FILE
+from training.stored_captions import StoredCaptions
+from training.stored_tokens import StoredTokens
 
-SMALL_VISION = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}  # the half of a CLIP that is not used
+SMALL_VISION = {
+    "image_size": 32,
+    "patch_size": 16,
+    "width": 64,
+    "layers": 1,
+}  # the half of a CLIP that is not used
 
 
 @dataclass
@@ -66,7 +77,10 @@ def find_sizes(config: StageConfig, path: Path) -> Sizes:
     if isinstance(config, TokenizerStage):
         tokenizer, text_encoder = config.tokenizer, config.text_encoder
     elif isinstance(config, TextDecoderStage):
-        tokenizer, text_encoder = ImageTokenizerConfig(), config.text_encoder  # it works with no image
+        tokenizer, text_encoder = (
+            ImageTokenizerConfig(),
+            config.text_encoder,
+        )  # it works with no image
     else:
         tokenizer, text_encoder, where = find_tokenizer(config, path)
         text_encoder = getattr(config, "text_encoder", text_encoder)
@@ -74,27 +88,48 @@ def find_sizes(config: StageConfig, path: Path) -> Sizes:
     part = getattr(config, "projector", tokenizer)
     if tower_config(text_encoder) is None:
         notes.append(f"the text tower {text_encoder.model} is not here: not counted")
-    if isinstance(config, TokenizerStage) and config.losses.perceptual_weight and config.training.precision == "bf16":
-        notes.append("the perceptual networks run in float32, but count at the bf16 peak in the time")
+    if (
+        isinstance(config, TokenizerStage)
+        and config.losses.perceptual_weight
+        and config.training.precision == "bf16"
+    ):
+        notes.append(
+            "the perceptual networks run in float32, but count at the bf16 peak in the time"
+        )
     return Sizes(tokenizer, text_encoder, (part.text_tokens, part.text_width), notes)
 
 
-def find_tokenizer(config: StageConfig, path: Path) -> tuple[ImageTokenizerConfig, TextEncoderConfig, str]:
+def find_tokenizer(
+    config: StageConfig, path: Path
+) -> tuple[ImageTokenizerConfig, TextEncoderConfig, str]:
     """The tokenizer that a stage reads, its text tower, and where that was found."""
     run = os.path.normpath(config.tokenizer_run)
     if (Path(run) / RUN_CONFIG_FILE).is_file():
         saved = read_run_config(run)
-        return section(saved, "tokenizer", ImageTokenizerConfig), section(saved, "text_encoder", TextEncoderConfig), run
+        return (
+            section(saved, "tokenizer", ImageTokenizerConfig),
+            section(saved, "text_encoder", TextEncoderConfig),
+            run,
+        )
     folder, own = path.resolve().parent, [f"experiment_dir={config.experiment_dir}"]
-    others = sorted(folder.parent.glob("*/tokenizer*.yaml"), key=lambda file: file.parent.name not in Path(run).parts)
-    for file, overrides in [(file, own) for file in sorted(folder.glob("tokenizer*.yaml"))] + [(f, []) for f in others]:
+    others = sorted(
+        folder.parent.glob("*/tokenizer*.yaml"),
+        key=lambda file: file.parent.name not in Path(run).parts,
+    )
+    for file, overrides in [(file, own) for file in sorted(folder.glob("tokenizer*.yaml"))] + [
+        (f, []) for f in others
+    ]:
         try:
             other = load_config(file, overrides)
         except ValueError:  # somebody else's experiment may be broken
             continue
         if isinstance(other, TokenizerStage) and os.path.normpath(other.run_dir) == run:
             return other.tokenizer, other.text_encoder, f"{file.parent.name}/{file.name}"
-    return ImageTokenizerConfig(), TextEncoderConfig(), f"the paper's at 256 px, for {run} is not there"
+    return (
+        ImageTokenizerConfig(),
+        TextEncoderConfig(),
+        f"the paper's at 256 px, for {run} is not there",
+    )
 
 
 class StatesAlone(nn.Module):
@@ -121,7 +156,9 @@ def tower_config(config: TextEncoderConfig) -> dict | None:
         return None
     found = open_clip.get_model_config(config.model)
     if found is None:
-        raise ValueError(f"text_encoder.model: unknown open_clip model {config.model!r}; see open_clip.list_models()")
+        raise ValueError(
+            f"text_encoder.model: unknown open_clip model {config.model!r}; see open_clip.list_models()"
+        )
     return found
 
 
@@ -150,7 +187,9 @@ class EmptyLPIPS(LPIPS):
     def __init__(self):
         nn.Module.__init__(self)
         self.features = models.vgg16().features[: LPIPS_LAYERS[-1] + 1]
-        self.heads = nn.ParameterList(torch.empty(1, channels, 1, 1) for channels in (64, 128, 256, 512, 512))
+        self.heads = nn.ParameterList(
+            torch.empty(1, channels, 1, 1) for channels in (64, 128, 256, 512, 512)
+        )
         self.register_buffer("shift", torch.zeros(3, 1, 1))
         self.register_buffer("scale", torch.ones(3, 1, 1))
         self.freeze()
@@ -174,7 +213,9 @@ class EmptyPerceptualLoss(PerceptualLoss):
         nn.Module.__init__(self)
         self.weights = {"lpips": config.lpips_weight, "convnext": config.convnext_weight}
         build = {"lpips": EmptyLPIPS, "convnext": EmptyConvNeXt}
-        self.parts = nn.ModuleDict({name: build[name]() for name, weight in self.weights.items() if weight})
+        self.parts = nn.ModuleDict(
+            {name: build[name]() for name, weight in self.weights.items() if weight}
+        )
 
 
 def stand_in_run(precision: str) -> SimpleNamespace:
@@ -191,17 +232,24 @@ def image_batch(image_size: int, text_tokens: int, batch_size: int) -> dict:
 
 def token_batch(num_tokens: int, token_channels: int, batch_size: int) -> dict:
     """As data/token_text.py gives it; text and image have the same number of tokens."""
-    moments = {name: torch.zeros(batch_size, num_tokens, token_channels) for name in ("latent_mean", "latent_logvar")}
+    moments = {
+        name: torch.zeros(batch_size, num_tokens, token_channels)
+        for name in ("latent_mean", "latent_logvar")
+    }
     return moments | {"token_ids": torch.zeros(batch_size, num_tokens, dtype=torch.int64)}
 
 
-def build_tokenizer_step(config: TokenizerStage, sizes: Sizes, recompute: str, step: int) -> Workload:
+def build_tokenizer_step(
+    config: TokenizerStage, sizes: Sizes, recompute: str, step: int
+) -> Workload:
     """Stage 1 at step `step`: the adversarial loss starts late."""
     run, tokenizer = stand_in_run(config.training.precision), config.tokenizer
     run.device = torch.device("meta")  # while the networks are built
     tower = build_tower(sizes) if tokenizer.text_guidance else None
     perceptual = EmptyPerceptualLoss(config.perceptual) if config.losses.perceptual_weight else None
-    model = train_tokenizer.build_model(replace(config, activation_checkpointing=recompute), run, started=True)
+    model = train_tokenizer.build_model(
+        replace(config, activation_checkpointing=recompute), run, started=True
+    )
     losses = train_tokenizer.TokenizerLosses(config, run, tower, perceptual)
     run.device = torch.device("cpu")
     work = Workload(
@@ -215,12 +263,18 @@ def build_tokenizer_step(config: TokenizerStage, sizes: Sizes, recompute: str, s
     return work
 
 
-def build_token_step(config: TextProjectorStage | FlowTokStage, sizes: Sizes, recompute: str, step: int) -> Workload:
+def build_token_step(
+    config: TextProjectorStage | FlowTokStage, sizes: Sizes, recompute: str, step: int
+) -> Workload:
     """Stages 2 and 3; the text tower runs each step, as without stored text states."""
     info, tower = SimpleNamespace(latent_scale=1.0), build_tower(sizes)
-    tokens = StoredTokens(stand_in_run(config.training.precision), None, config.data, info, None, tower)
+    tokens = StoredTokens(
+        stand_in_run(config.training.precision), None, config.data, info, None, tower
+    )
     if isinstance(config, FlowTokStage):
-        model = train_flowtok.build_model(replace(config, activation_checkpointing=recompute), info, None)
+        model = train_flowtok.build_model(
+            replace(config, activation_checkpointing=recompute), info, None
+        )
         losses = train_flowtok.compute_losses
     else:
         model = TextProjector(config.projector)
@@ -230,10 +284,14 @@ def build_token_step(config: TextProjectorStage | FlowTokStage, sizes: Sizes, re
     return Workload(model, make_batch, partial(losses, config, info, tokens), [tower])
 
 
-def build_text_decoder_step(config: TextDecoderStage, sizes: Sizes, recompute: str, step: int) -> Workload:
+def build_text_decoder_step(
+    config: TextDecoderStage, sizes: Sizes, recompute: str, step: int
+) -> Workload:
     """Stage text_decoder with the text tower in each step; an upper bound: every caption fills the whole context."""
     tower, length = build_tower(sizes), config.projector.text_tokens
-    captions = StoredCaptions(stand_in_run(config.training.precision), None, config.data, None, tower, False)
+    captions = StoredCaptions(
+        stand_in_run(config.training.precision), None, config.data, None, tower, False
+    )
 
     def make_batch(batch_size: int) -> dict:
         return {"token_ids": torch.zeros(batch_size, length, dtype=torch.int64)}
@@ -246,11 +304,15 @@ def build_text_decoder_step(config: TextDecoderStage, sizes: Sizes, recompute: s
     return Workload(model, make_batch, losses, [tower])
 
 
-def build_clip_step(config: TextEncoderStage, sizes: Sizes | None, recompute: str, step: int) -> Workload:
+def build_clip_step(
+    config: TextEncoderStage, sizes: Sizes | None, recompute: str, step: int
+) -> Workload:
     """The training of a small CLIP, without its random shift: the shift is drawn on the CPU, fake tensors have none."""
 
     def losses(model: nn.Module, batch: dict) -> Terms:
-        image_features, text_features, log_scale = model(batch["image"].float().div_(255), batch["token_ids"])
+        image_features, text_features, log_scale = model(
+            batch["image"].float().div_(255), batch["token_ids"]
+        )
         return {"loss": contrastive_loss(text_features, image_features, log_scale)}
 
     make_batch = partial(image_batch, config.clip.image_size, config.clip.context_length)
@@ -272,7 +334,9 @@ def build_tower_alone(sizes: Sizes) -> Workload:
     def make_batch(batch_size: int) -> dict:
         return {"token_ids": torch.zeros(batch_size, sizes.text_shape[0], dtype=torch.int64)}
 
-    return Workload(build_tower(sizes), make_batch, lambda model, batch: {"states": model(batch["token_ids"])})
+    return Workload(
+        build_tower(sizes), make_batch, lambda model, batch: {"states": model(batch["token_ids"])}
+    )
 
 
 def build_encoding(sizes: Sizes, with_text_states: bool) -> Workload:
@@ -281,7 +345,9 @@ def build_encoding(sizes: Sizes, with_text_states: bool) -> Workload:
 
     def encode(model: nn.Module, batch: dict) -> Terms:
         latents = torch.stack([*model.encode(batch["image"].float() / 255)], dim=1)
-        return {"latents": latents} | ({"states": tower(batch["token_ids"])} if with_text_states else {})
+        return {"latents": latents} | (
+            {"states": tower(batch["token_ids"])} if with_text_states else {}
+        )
 
     make_batch = partial(image_batch, tokenizer.image_size, sizes.text_shape[0])
     return Workload(ImageTokenizer(tokenizer), make_batch, encode, [tower])
@@ -293,7 +359,10 @@ def build_decoding(sizes: Sizes) -> Workload:
 
     def make_batch(batch_size: int) -> dict:
         latents = torch.zeros(batch_size, tokenizer.num_tokens, tokenizer.token_channels)
-        return {"latents": latents, "states": torch.zeros(batch_size, tokenizer.text_tokens, tokenizer.text_width)}
+        return {
+            "latents": latents,
+            "states": torch.zeros(batch_size, tokenizer.text_tokens, tokenizer.text_width),
+        }
 
     def decode(model: nn.Module, batch: dict) -> Terms:
         return {"images": model.decode(batch["latents"], batch["states"])}
@@ -340,7 +409,7 @@ def weights_by_part(work: Workload) -> dict[str, int]:
         parts |= {"projector": count(projector) - alignment, "alignment": alignment}
     if isinstance(model, TextAutoencoder):
         parts["text_decoder"] = count(model.decoder)
-    if isinstance(model, TextToImageFlow):
+    if isinstance(model, FlowModel):
         parts["dit"] = count(model.flowtok)
     if isinstance(model, ImageTokenizer):
         parts |= {"encoder": count(model.encoder), "decoder": count(model.decoder)}
@@ -350,4 +419,6 @@ def weights_by_part(work: Workload) -> dict[str, int]:
     if work.opponent is not None:
         parts["discriminator"] = count(work.opponent)
     names = {TextEncoder: "text_tower_frozen", EmptyPerceptualLoss: "perceptual_frozen"}
-    return parts | {names[type(module)]: count(module) for module in work.frozen if type(module) in names}
+    return parts | {
+        names[type(module)]: count(module) for module in work.frozen if type(module) in names
+    }

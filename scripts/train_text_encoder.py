@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import ClipSizeConfig, TextEncoderStage
 from data.image_text import build_image_loader
-from eval.loading import load_ema
 from modeling.losses import contrastive_loss
 from modeling.text_encoder import build_clip, clip_tokenizer, save_clip
 from training.checkpoint import latest_checkpoint
+from training.loading import load_ema
 from training.loop import Trainer, batch_per_pass, is_complete
 from training.run import Run, save_config, start_run
 
@@ -67,7 +67,11 @@ class ClipPair(nn.Module):
 
     def forward(self, images: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images B x 3 x R x R in [0, 1], ids B x L -> B x E, B x E, scalar."""
-        return self.clip.encode_image(images * 2 - 1), self.clip.encode_text(token_ids), self.clip.logit_scale
+        return (
+            self.clip.encode_image(images * 2 - 1),
+            self.clip.encode_text(token_ids),
+            self.clip.logit_scale,
+        )
 
 
 def train(config: TextEncoderStage, run: Run, clip_config: dict) -> None:
@@ -82,7 +86,13 @@ def train(config: TextEncoderStage, run: Run, clip_config: dict) -> None:
         run.accelerator.num_processes,
         pin_memory=run.device.type == "cuda",
     )
-    save_config(run, resolved(config), default_values(config), ["clip"], latest_checkpoint(run.folder) is not None)
+    save_config(
+        run,
+        resolved(config),
+        default_values(config),
+        ["clip"],
+        latest_checkpoint(run.folder) is not None,
+    )
     trainer = Trainer(run, config.training, config.optimizer, ClipPair(clip_config), loader)
     trainer.train(partial(compute_losses, run), config.logging, lambda model, step: None)
 
@@ -97,11 +107,16 @@ def random_shift(images: Tensor) -> Tensor:
 def compute_losses(run: Run, model: nn.Module, batch: dict) -> dict[str, Tensor]:
     """Symmetric contrastive loss, and the share of captions whose own image is the nearest of the batch's."""
     images = random_shift(batch["image"].to(run.device, non_blocking=True).float().div_(255))
-    image_features, text_features, log_scale = model(images, batch["token_ids"].to(run.device, non_blocking=True))
+    image_features, text_features, log_scale = model(
+        images, batch["token_ids"].to(run.device, non_blocking=True)
+    )
     with torch.no_grad():
         nearest = (F.normalize(text_features) @ F.normalize(image_features).T).argmax(dim=1)
         accuracy = (nearest == torch.arange(len(nearest), device=run.device)).float().mean()
-    return {"loss": contrastive_loss(text_features, image_features, log_scale.clamp(max=4.6)), "top1": accuracy}
+    return {
+        "loss": contrastive_loss(text_features, image_features, log_scale.clamp(max=4.6)),
+        "top1": accuracy,
+    }
 
 
 if __name__ == "__main__":

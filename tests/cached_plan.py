@@ -12,8 +12,24 @@ from scripts import plan_costs, plan_stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Keys of configs and sizes that no measured cost depends on.
-NOT_MEASURED = ("run_dir", "experiment_dir", "data_dir", "data", "optimizer", "discriminator_optimizer", "training")
-NOT_MEASURED += ("logging", "pictures", "sampling", "tokenizer_run", "projector_run", "init_from", "notes")
+NOT_MEASURED = (
+    "run_dir",
+    "experiment_dir",
+    "data_dir",
+    "data",
+    "optimizer",
+    "discriminator_optimizer",
+    "training",
+)
+NOT_MEASURED += (
+    "logging",
+    "pictures",
+    "sampling",
+    "tokenizer_run",
+    "projector_run",
+    "init_from",
+    "notes",
+)
 NOT_MEASURED += ("activation_checkpointing",)
 measured = {}
 
@@ -48,6 +64,8 @@ def once(measure):
 @cache
 def plan_of(name, *overrides, gpu="a100-80g", num_gpus=8, share=0.4):
     """The plan of configs/NAME; a test must not change it."""
-    functions = {name: once(getattr(planning, name)) for name in ("measure_step", "measure_forward")}
+    functions = {
+        name: once(getattr(planning, name)) for name in ("measure_step", "measure_forward")
+    }
     with mock.patch.multiple(plan_costs, **functions):
         return plan_costs.make_plan(str(CONFIGS / name), list(overrides), gpu, num_gpus, share)

@@ -56,7 +56,9 @@ def vgg_file(tmp_path_factory) -> Path:
     from torchvision import models
 
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in models.vgg16().features.named_parameters(prefix="features")}
+        shapes = {
+            name: p.shape for name, p in models.vgg16().features.named_parameters(prefix="features")
+        }
     generator = torch.Generator().manual_seed(0)
     state = {"classifier.6.bias": torch.zeros(1000)}
     for name, shape in shapes.items():
@@ -97,8 +99,12 @@ def inception_file(tmp_path_factory) -> Path:
     torch.save({}, nothing)
     nothing.seek(0)
     with torch.device("meta"):
-        shapes = {name: x.shape for name, x in Unfilled("made-up", ["2048"], nothing).state_dict().items()}
-    storage = torch.randn(max(map(math.prod, shapes.values())), generator=torch.Generator().manual_seed(2))
+        shapes = {
+            name: x.shape for name, x in Unfilled("made-up", ["2048"], nothing).state_dict().items()
+        }
+    storage = torch.randn(
+        max(map(math.prod, shapes.values())), generator=torch.Generator().manual_seed(2)
+    )
     state = {name: storage[: shape.numel()].view(shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():
         if name.endswith("bn.weight"):
@@ -118,7 +124,11 @@ def inception_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, tiny_shards):
     """A tiny experiment whose stages have all run, and its samples; tests leave its folder as it is."""
-    from tiny_experiment import MAIN, Experiment, draw  # imports every stage: not for the tests that need none
+    from tiny_experiment import (
+        MAIN,
+        Experiment,
+        draw,
+    )  # imports every stage: not for the tests that need none
 
     experiment = Experiment(tmp_path_factory.mktemp("chain"), tiny_shards)
     for stage in MAIN:

@@ -23,8 +23,17 @@ def write_inputs(folder: Path, shards: Path) -> Path:
     colours, shapes = ("red", "green", "blue"), ("circle", "square", "cat", "dog")
     lines = [f"a {colour} {shape}" for colour in colours for shape in shapes]
     (folder / "captions.txt").write_text("\n".join(lines) + "\n")
-    values = {"captions": [str(folder / "captions.txt")], "reference": [f"{shards}/train-00000.tar"]}
-    values |= {"group_size": 5, "kid_subsets": 4, "kid_subset_size": 8, "inception_splits": 3, "steps": 2}
+    values = {
+        "captions": [str(folder / "captions.txt")],
+        "reference": [f"{shards}/train-00000.tar"],
+    }
+    values |= {
+        "group_size": 5,
+        "kid_subsets": 4,
+        "kid_subset_size": 8,
+        "inception_splits": 3,
+        "steps": 2,
+    }
     (folder / "protocol.yaml").write_text(yaml.safe_dump(values))
     return folder
 
@@ -32,7 +41,17 @@ def write_inputs(folder: Path, shards: Path) -> Path:
 def evaluate(run: Path, inputs: Path, output: Path, *arguments) -> dict | None:
     """Run the program; its report, or None of a sweep."""
     reset_accelerate()
-    words = [run, "--protocol", inputs / "protocol.yaml", "--output", output, "--device", "cpu", "--num-workers", 0]
+    words = [
+        run,
+        "--protocol",
+        inputs / "protocol.yaml",
+        "--output",
+        output,
+        "--device",
+        "cpu",
+        "--num-workers",
+        0,
+    ]
     main(parse_args([*map(str, words), *map(str, arguments)]))
     return read(output) if (output / "evaluation.json").is_file() else None
 
@@ -57,22 +76,41 @@ def train_on(run: Path) -> None:
 def pngs(folder: Path) -> dict[str, bytes]:
     """Bytes of each image by its name."""
     root = folder / "images"
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.png"))}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.png"))
+    }
 
 
 def launch(run: Path, inputs: Path, output: Path, *arguments) -> str:
     """The program in two processes; what it printed."""
-    words = [run, "--protocol", inputs / "protocol.yaml", "--output", output, "--device", "cpu", *arguments]
+    words = [
+        run,
+        "--protocol",
+        inputs / "protocol.yaml",
+        "--output",
+        output,
+        "--device",
+        "cpu",
+        *arguments,
+    ]
     return launch_two("--module", "eval.generation", *words)
 
 
 def launch_two(*words) -> str:
     """A program in two processes on the CPU; what it printed."""
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
+    flags = (
+        "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
+    )
     flags += " --dynamo_backend no --num_cpu_threads_per_process 1"
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *map(str, words)]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
-    environment = kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    environment = kept | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout

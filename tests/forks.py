@@ -41,7 +41,10 @@ class Program:
 
     def children(self) -> list[int]:
         """Process ids of its data workers."""
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        ]
 
     def wait(self, seconds: float = 120.0) -> int:
         """Exit status; negative: the signal that ended it."""
@@ -96,10 +99,14 @@ def server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def run_script(log: Path, script: str, arguments: tuple[str, ...], variables: dict[str, str]) -> None:
+def run_script(
+    log: Path, script: str, arguments: tuple[str, ...], variables: dict[str, str]
+) -> None:
     """In the new process: become `python SCRIPT ARGUMENTS`."""
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as in a program of its own
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of its data workers, as in a program of its own
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
@@ -123,10 +130,17 @@ def free_port() -> int:
 
 def start_ranks(log: Path, number: int, script: str, *arguments: str) -> list[Program]:
     """Processes that form one gloo group, by the variables that torchrun sets; their logs are log.0, log.1, ..."""
-    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {
+        "WORLD_SIZE": number,
+        "LOCAL_WORLD_SIZE": number,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     programs = []
     for rank in range(number):
-        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        own = {
+            name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()
+        }
         own_log = log.with_name(f"{log.name}.{rank}")
         programs.append(Program(own_log, script, *arguments, ACCELERATE_USE_CPU="true", **own))
     return programs

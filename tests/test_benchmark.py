@@ -39,7 +39,9 @@ def test_a_slow_consumer_waits_little_and_a_fast_one_long():
 
 def test_a_small_tower_that_is_not_trained_yet_is_no_obstacle(tmp_path, tiny_shards, capsys):
     experiment = Experiment(tmp_path, tiny_shards)
-    assert "samples/s with 0 workers" in run(capsys, "data", experiment.config_file("tokenizer"), "--seconds", 0.1)
+    assert "samples/s with 0 workers" in run(
+        capsys, "data", experiment.config_file("tokenizer"), "--seconds", 0.1
+    )
 
 
 def test_a_stage_that_does_not_train_is_refused(chain):
@@ -55,4 +57,6 @@ def test_the_readers_are_compared_on_equal_work(monkeypatch, capsys):
     assert images["photo-like"]["mean_difference_255ths"] < 1.5
     monkeypatch.setattr(benchmark_readers, "compare_images", lambda: images)
     output = run(capsys, "readers")
-    assert "photos, photo-like: " in output and "tokens: " in output and "times webdataset's" in output
+    assert (
+        "photos, photo-like: " in output and "tokens: " in output and "times webdataset's" in output
+    )

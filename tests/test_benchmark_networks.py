@@ -70,11 +70,28 @@ def test_train_gives_rates_shares_memory_and_parts_of_stage_3_and_of_its_plain_w
         check_figures(row)
     assert result["measures"]["plain_train"]["times_as_long"]["median"] > 0
     parts = result["seconds_by_part"]["train"]
-    names = ["data", "text", "projector_forward", "flow_forward", "backward", "optimizer", "ema", "other"]
+    names = [
+        "data",
+        "text",
+        "projector_forward",
+        "flow_forward",
+        "backward",
+        "optimizer",
+        "ema",
+        "other",
+    ]
     assert sorted(parts) == sorted(names) and all(seconds > 0 for seconds in parts.values())
-    assert result["peak_memory_gib"] >= 0 and result["machine"]["torch"] == torch.__version__ and result["date"]
-    assert "--batch-size 4" in result["command"] and result["command"].endswith("training.max_gradient_norm=2")
-    assert benchmark.parse_args(["train", *result["command"].split()[3:]]).baseline  # it can be given again
+    assert (
+        result["peak_memory_gib"] >= 0
+        and result["machine"]["torch"] == torch.__version__
+        and result["date"]
+    )
+    assert "--batch-size 4" in result["command"] and result["command"].endswith(
+        "training.max_gradient_norm=2"
+    )
+    assert benchmark.parse_args(
+        ["train", *result["command"].split()[3:]]
+    ).baseline  # it can be given again
 
 
 def test_train_runs_the_text_tower_if_asked(stage, capsys):
@@ -89,19 +106,34 @@ def test_train_measures_stage_2_as_well(stage, capsys):
 
 
 def test_tokenizer_gives_encoding_decoding_and_training_with_all_losses(stage, capsys):
-    game = ["adversarial.weight=0.1", "adversarial.start_step=0", "discriminator.hidden_channels=32"]
-    game += ["discriminator.num_stages=1", "losses.perceptual_weight=1.1", "perceptual.convnext_weight=0"]
+    game = [
+        "adversarial.weight=0.1",
+        "adversarial.start_step=0",
+        "discriminator.hidden_channels=32",
+    ]
+    game += [
+        "discriminator.num_stages=1",
+        "losses.perceptual_weight=1.1",
+        "perceptual.convnext_weight=0",
+    ]
     words = ["--batch-size", "2", *stage("tokenizer"), *game]
     result = result_of(capsys, "tokenizer", *words)
     assert result["measures"].keys() == {"encode", "decode", "train"}
     for row in result["measures"].values():
         check_figures(row)
     parts = result["seconds_by_part"]["train"]
-    assert {"text", "encoder_forward", "perceptual_forward", "discriminator_optimizer"} < parts.keys()
+    assert {
+        "text",
+        "encoder_forward",
+        "perceptual_forward",
+        "discriminator_optimizer",
+    } < parts.keys()
 
 
 def test_sample_gives_the_flow_its_latency_the_decoder_and_the_plain_way(stage, capsys):
-    result = result_of(capsys, "sample", "--batch-size", "3", "--baseline", *stage("flowtok"), "sampling.steps=2")
+    result = result_of(
+        capsys, "sample", "--batch-size", "3", "--baseline", *stage("flowtok"), "sampling.steps=2"
+    )
     names = {"projector", "flow", "flow_batch_1", "decode", "plain_flow", "plain_flow_batch_1"}
     assert result["measures"].keys() == names
     for row in result["measures"].values():
@@ -113,7 +145,9 @@ def test_sample_gives_the_flow_its_latency_the_decoder_and_the_plain_way(stage, 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_text_gives_the_towers_rate_in_a_precision(stage, capsys, precision):
-    result = result_of(capsys, "text", "--batch-size", "2", "--precision", precision, *stage("flowtok"))
+    result = result_of(
+        capsys, "text", "--batch-size", "2", "--precision", precision, *stage("flowtok")
+    )
     assert result["precision"] == precision
     check_figures(result["measures"]["text"])
 
@@ -125,10 +159,15 @@ def test_growth_compares_times_with_what_flops_predict(stage, capsys, monkeypatc
     result = result_of(capsys, "growth", *stage("flowtok"))
     reference = result["growth"]["batch_size"][1]
     assert reference["deviation"]["median"] == pytest.approx(0)
-    assert reference["predicted_seconds_per_sample"] == pytest.approx(reference["seconds_per_sample"]["median"])
+    assert reference["predicted_seconds_per_sample"] == pytest.approx(
+        reference["seconds_per_sample"]["median"]
+    )
     deep = result["growth"]["depth"][0]
     ratio = deep["predicted_seconds_per_sample"] / reference["predicted_seconds_per_sample"]
-    assert ratio == pytest.approx(deep["gflop_per_sample"] / reference["gflop_per_sample"]) and 2 < ratio < 3
+    assert (
+        ratio == pytest.approx(deep["gflop_per_sample"] / reference["gflop_per_sample"])
+        and 2 < ratio < 3
+    )
 
 
 def test_memory_gives_what_the_plain_way_and_each_activation_checkpointing_keep(stage, capsys):
@@ -140,13 +179,19 @@ def test_memory_gives_what_the_plain_way_and_each_activation_checkpointing_keep(
     batches = [mode["largest_batch"] for mode in modes.values()]
     assert batches == sorted(set(batches))
     assert "the plain way: " in run(capsys, "memory", *stage("flowtok"))
-    assert [*result_of(capsys, "memory", *stage("tokenizer"))["activation_checkpointing"]] == [*modes][1:]
+    assert [*result_of(capsys, "memory", *stage("tokenizer"))["activation_checkpointing"]] == [
+        *modes
+    ][1:]
 
 
 def test_all_runs_each_part_and_reports_what_fails(stage, capsys, monkeypatch):
     def in_this_process(words):
         reset_accelerate()
-        return result_of(capsys, *words) if words[0] != "sample" else {"part": "sample", "error": "died"}
+        return (
+            result_of(capsys, *words)
+            if words[0] != "sample"
+            else {"part": "sample", "error": "died"}
+        )
 
     tiny = " ".join(stage("flowtok"))
     parts = [f"train --baseline --repeats 3 {tiny}", "sample", f"text {tiny}", f"memory {tiny}"]
@@ -158,7 +203,9 @@ def test_all_runs_each_part_and_reports_what_fails(stage, capsys, monkeypatch):
     assert "plain_train" in result["parts"][0]["measures"]
     benchmark_report.show(result)
     table = capsys.readouterr().out
-    assert "sample: failed, died" in table and "seconds a train: " in table and "threads on" in table
+    assert (
+        "sample: failed, died" in table and "seconds a train: " in table and "threads on" in table
+    )
 
 
 def test_a_parts_own_rounds_count_in_all(monkeypatch):
@@ -193,10 +240,20 @@ def test_the_table_shows_every_measurement(stage, capsys):
 
 
 REFUSED = [
-    ("train", "tokenizer", ["--baseline"], "--baseline: there is a plain way of stage flowtok only"),
+    (
+        "train",
+        "tokenizer",
+        ["--baseline"],
+        "--baseline: there is a plain way of stage flowtok only",
+    ),
     ("train", "text_encoder", [], "a config of stage 'text_encoder' has no step to measure here"),
     ("train", "flowtok", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    ("train", "flowtok", ["--text-tower", "text_encoder.model=hf-hub:a/b"], "its size is not known here"),
+    (
+        "train",
+        "flowtok",
+        ["--text-tower", "text_encoder.model=hf-hub:a/b"],
+        "its size is not known here",
+    ),
     ("sample", "tokenizer", [], "sampling needs a config of stage flowtok"),
     ("tokenizer", "flowtok", [], "needs a config of stage tokenizer"),
     ("growth", "tokenizer", [], "growth is that of a DiT"),
@@ -217,17 +274,24 @@ def test_on_a_cpu_it_starts_again_with_the_launchers_malloc_once(monkeypatch, on
     started = []
     monkeypatch.setattr(benchmark_timing.sys, "platform", "linux")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    monkeypatch.setattr(benchmark_timing.os, "execve", lambda program, words, env: started.append(env))
+    monkeypatch.setattr(
+        benchmark_timing.os, "execve", lambda program, words, env: started.append(env)
+    )
     for name in MALLOC:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     benchmark_timing.start_again_keeping_memory()
     assert len(started) == (not on_gpu)
     for env in started:
-        assert {name: env[name] for name in MALLOC} == {n: str(v) for n, v in MALLOC.items()} | {"MALLOC_TOP_PAD_": "1"}
+        assert {name: env[name] for name in MALLOC} == {n: str(v) for n, v in MALLOC.items()} | {
+            "MALLOC_TOP_PAD_": "1"
+        }
         monkeypatch.setattr(benchmark_timing.os, "environ", env)
         benchmark_timing.start_again_keeping_memory()
-        assert len(started) == 1 and benchmark_timing.describe_machine(CPU)["malloc"]["MALLOC_TOP_PAD_"] == "1"
+        assert (
+            len(started) == 1
+            and benchmark_timing.describe_machine(CPU)["malloc"]["MALLOC_TOP_PAD_"] == "1"
+        )
 
 
 # What is counted
@@ -240,11 +304,17 @@ def test_useful_flops_of_flowtok_b_are_the_issues():
     assert training == pytest.approx(50, rel=0.05)
     assert training == pytest.approx(3 * forward_gflop(config, sizes))
     assert transport_gflop(config, 16) == pytest.approx(536, rel=0.02)
-    assert transport_gflop(config, 16) == pytest.approx(40 * velocity_gflop(config.flowtok), rel=0.02)
+    assert transport_gflop(config, 16) == pytest.approx(
+        40 * velocity_gflop(config.flowtok), rel=0.02
+    )
 
 
 def test_activation_checkpointing_adds_no_useful_flops_and_a_frozen_projector_counts_once():
-    options = ["training.batch_size=2", "training.gradient_accumulation=1", "projector_run=somewhere"]
+    options = [
+        "training.batch_size=2",
+        "training.gradient_accumulation=1",
+        "projector_run=somewhere",
+    ]
     ways = [[], ["activation_checkpointing=full"], ["flow.projector=frozen"]]
     configs = [load_config(SHIPPED, options + way) for way in ways]
     sizes = find_sizes(configs[0], benchmark.FLOWTOK_B)
@@ -266,7 +336,9 @@ def test_ways_are_timed_in_turn():
 
 
 def test_a_ratio_is_that_of_the_same_round_and_a_share_that_of_the_rate_beside_it():
-    timing = benchmark_timing.Timing({"x": [1.0, 2.0, 4.0], "plain_x": [3.0, 6.0, 12.0]}, {"x": [8e9, 4e9, 2e9]})
+    timing = benchmark_timing.Timing(
+        {"x": [1.0, 2.0, 4.0], "plain_x": [3.0, 6.0, 12.0]}, {"x": [8e9, 4e9, 2e9]}
+    )
     assert timing.ratio("plain_x", "x") == {"median": 3.0, "low": 3.0, "high": 3.0}
     figures = timing.figures("x", samples=2, gflop_per_sample=2.0)
     assert figures["share"] == {"median": 0.5, "low": 0.5, "high": 0.5}
@@ -306,5 +378,7 @@ def test_the_step_is_the_trainers_and_changes_weights_and_average(stage, tmp_pat
     before = [(p.detach().clone(), a.clone()) for p, a in pairs]
     step()
     assert step.trainer.step == 1
-    assert all(not torch.equal(p, q) and not torch.equal(a, b) for (p, a), (q, b) in zip(pairs, before))
+    assert all(
+        not torch.equal(p, q) and not torch.equal(a, b) for (p, a), (q, b) in zip(pairs, before)
+    )
     assert not (tmp_path / "run").exists()

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from configs.load import load_config
 from modeling.flow import FlowConfig
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTok, FlowTokConfig
-from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.text_projector import TextProjectorConfig
-from modeling.text_to_image import TextToImageFlow
 from scripts.benchmark_plain import PlainFlowTok, PlainTextToImage, PlainTrainer, plain_transport
 from train_flowtok import compute_losses
 from training.loop import Trainer, TrainingConfig
@@ -20,7 +20,9 @@ from training.optim import OptimizerConfig
 from training.run import start_run
 
 NET = FlowTokConfig(num_tokens=77, token_channels=16, width=192, depth=3, num_heads=3)
-PROJECTOR = TextProjectorConfig(text_width=96, width=64, depth=2, num_heads=4, mlp_width=128, dropout=0.0)
+PROJECTOR = TextProjectorConfig(
+    text_width=96, width=64, depth=2, num_heads=4, mlp_width=128, dropout=0.0
+)
 SMALL = 1e-4
 
 
@@ -52,7 +54,9 @@ def test_velocities_and_gradients_agree():
         F.mse_loss(velocities[-1], target).backward()
     assert velocities[0].std() > 0.1  # not degenerate
     assert_close(*velocities)
-    gradients = [dict((name, p.grad) for name, p in network.named_parameters()) for network in (fast, plain)]
+    gradients = [
+        dict((name, p.grad) for name, p in network.named_parameters()) for network in (fast, plain)
+    ]
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         size = gradient.abs().max()
@@ -63,13 +67,13 @@ def test_velocities_and_gradients_agree():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_twenty_guided_steps_end_at_the_same_latents(batch_size):
-    flow = TextToImageFlow(PROJECTOR, NET).eval()
+    flow = FlowModel(PROJECTOR, NET).eval()
     fill(flow.flowtok, 0.02)
     flow.latent_scale.fill_(0.8)
     plain = PlainFlowTok(NET)
     plain.load_state_dict(flow.flowtok.state_dict())
     start, config = torch.randn(batch_size, 77, 16), SamplingConfig(steps=20, guidance=2.0)
-    fast_end = TextToImage(None, None, None, flow).transport(start, config)
+    fast_end = ImageGenerator(None, None, None, flow).transport(start, config)
     plain_end = plain_transport(plain, start, config, 0.8)
     assert (plain_end - start / 0.8).std() > 0.1  # it went somewhere
     assert_close(fast_end, plain_end)
@@ -90,16 +94,22 @@ def test_steps_of_optimizer_and_ema_agree(tmp_path):
     training = TrainingConfig(max_steps=10, batch_size=4, ema_decay=0.9, max_gradient_norm=0.5)
     config = load_config("configs/flowtok_b/flowtok.yaml", ["training.precision=fp32"])
     config = replace(config, flow=flow, projector=PROJECTOR, flowtok=NET, training=training)
-    config = replace(config, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.03))
-    model = fill(TextToImageFlow(PROJECTOR, NET), 0.02)
+    config = replace(
+        config, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.03)
+    )
+    model = fill(FlowModel(PROJECTOR, NET), 0.02)
     plain_model = PlainTextToImage(PROJECTOR, NET)
     plain_model.load_state_dict(model.state_dict())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = Trainer(start_run(tmp_path / "run", "fp32", 0), training, config.optimizer, model, None)
+    trainer = Trainer(
+        start_run(tmp_path / "run", "fp32", 0), training, config.optimizer, model, None
+    )
     plain = PlainTrainer(plain_model, config.optimizer, training)
     states, latents = torch.randn(4, 77, 96), torch.randn(4, 77, 16)
     posterior = SimpleNamespace(mean=latents, logvar=torch.zeros_like(latents))
-    tokens = SimpleNamespace(text_states=lambda batch: states, image_posterior=lambda batch: posterior)
+    tokens = SimpleNamespace(
+        text_states=lambda batch: states, image_posterior=lambda batch: posterior
+    )
 
     def losses(network, batch=None):
         return compute_losses(config, SimpleNamespace(latent_scale=1.0), tokens, network, batch)
@@ -114,7 +124,9 @@ def test_steps_of_optimizer_and_ema_agree(tmp_path):
         others = dict(other.named_parameters())
         for name, weight in fast.named_parameters():
             assert (weight - before[name]).abs().max() > 2 * SMALL, name
-            if not name.endswith("qkv.bias"):  # that of k has no gradient but rounding, which Adam blows up
+            if not name.endswith(
+                "qkv.bias"
+            ):  # that of k has no gradient but rounding, which Adam blows up
                 assert (weight - others[name]).abs().max() <= SMALL, name
 
 

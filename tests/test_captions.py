@@ -40,8 +40,19 @@ def test_a_list_gives_all_its_usable_captions():
 
 @pytest.mark.parametrize(
     "sample",
-    [{}, {"txt": b""}, {"txt": b"\x00\n"}, {"txt": b"\xff\xfe\xfa"}, {"json": b"[1]"}, {"json": b"{"}]
-    + [{"json": b"[" * 100000}, {"json": b'{"caption": null}'}, {"json": b'{"caption": "\\ud83d"}'}],
+    [
+        {},
+        {"txt": b""},
+        {"txt": b"\x00\n"},
+        {"txt": b"\xff\xfe\xfa"},
+        {"json": b"[1]"},
+        {"json": b"{"},
+    ]
+    + [
+        {"json": b"[" * 100000},
+        {"json": b'{"caption": null}'},
+        {"json": b'{"caption": "\\ud83d"}'},
+    ],
 )
 def test_a_sample_without_a_readable_caption_is_bad(sample):
     with pytest.raises(BadSample, match="^caption: missing$"):
@@ -69,7 +80,9 @@ def test_recaptioned_text_is_taken_with_its_probability():
     sample = {"txt": b"short", "recap_txt": b"long"}
     for probability in (0.0, 0.3, 1.0):
         shares = drawn(CaptionChoice(KEYS, ("recap_txt",), probability), sample)
-        assert shares.get("long", 0.0) == probability and shares.get("short", 0.0) == pytest.approx(1 - probability)
+        assert shares.get("long", 0.0) == probability and shares.get("short", 0.0) == pytest.approx(
+            1 - probability
+        )
 
 
 def test_in_order_the_ordinary_caption_is_taken_unless_all_are_recaptioned():
@@ -99,7 +112,9 @@ def test_recaptioned_text_loses_its_opening_once(verb):
     assert choice(sample, None) == f"a cat. The image {verb} no dog."
 
 
-@pytest.mark.parametrize("text", ["The image showed a cat", "In it, The image shows a cat", "The picture shows a cat"])
+@pytest.mark.parametrize(
+    "text", ["The image showed a cat", "In it, The image shows a cat", "The picture shows a cat"]
+)
 def test_other_openings_stay_and_ordinary_captions_keep_theirs(text):
     assert CaptionChoice(KEYS, ("recap_txt",), 1.0)({"recap_txt": text.encode()}, None) == text
     assert CaptionChoice(KEYS)({"txt": b"The image shows a cat"}, None) == "The image shows a cat"

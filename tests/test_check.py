@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = ("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "flowtok_finetune")
 ORDER += ("text_decoder", "flowtok_caption", "report")
 FOLDERS = {path.parent.name for path in (ROOT / "configs").glob("*/*.yaml")}
-EXPERIMENTS = sorted(FOLDERS - {"sweeps"})
+EXPERIMENTS = sorted(FOLDERS)
 
 
 def groups(folder, overrides=()):
@@ -42,7 +42,9 @@ def error_of(folder, *overrides, num_processes=1):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_shipped_experiments_fit_together(experiment, monkeypatch):
     monkeypatch.chdir(ROOT)
-    paths = [path for path in (ROOT / "configs" / experiment).glob("*.yaml") if path.stem != "common"]
+    paths = [
+        path for path in (ROOT / "configs" / experiment).glob("*.yaml") if path.stem != "common"
+    ]
     stages = {path.stem: load_config(path) for path in paths}
     assert stages
     check.check_batches(stages, 8)
@@ -70,7 +72,12 @@ def test_a_batch_that_does_not_divide_names_stage_and_values(tiny, stage):
 
 @pytest.mark.parametrize(
     "key",
-    ["text_encoder.data.shards", "tokenizer.data.shards", "tokenizer.pictures.shards", "tokens.data.shards"]
+    [
+        "text_encoder.data.shards",
+        "tokenizer.data.shards",
+        "tokenizer.pictures.shards",
+        "tokens.data.shards",
+    ]
     + [f"report.{part}_shards" for part in ("train", "heldout", "distractor")],
 )
 def test_missing_images_name_stage_and_file(tiny, key):
@@ -141,8 +148,15 @@ def test_a_round_may_start_from_a_run_that_an_earlier_stage_makes(tiny):
 def add_caption_round(folder, **values):
     """A round of stage flowtok from image to text."""
     run = "${experiment_dir}/text_decoder"
-    to_text = {"flow": {"direction": "image_to_text", "projector": "frozen"}, "pictures": {"images": ["x/*.tar"]}}
-    weights = {"losses": {"alignment_weight": 0, "kl_weight": 0}, "projector_run": run, "text_decoder_run": run}
+    to_text = {
+        "flow": {"direction": "image_to_text", "projector": "frozen"},
+        "pictures": {"images": ["x/*.tar"]},
+    }
+    weights = {
+        "losses": {"alignment_weight": 0, "kl_weight": 0},
+        "projector_run": run,
+        "text_decoder_run": run,
+    }
     folder_of = {"run_dir": "${experiment_dir}/flowtok_caption"}
     add_round(folder, "flowtok_caption", **folder_of, **to_text, **weights, **values)
 
@@ -157,14 +171,18 @@ def test_a_flow_to_text_reads_the_text_decoder_that_an_earlier_stage_makes(tiny)
 def test_a_text_decoder_of_other_sizes_or_without_its_held_out_captions_is_refused(tiny):
     message = error_of(tiny, "text_decoder.projector.token_channels=8")
     assert message == "channels: stage tokenizer has 4, stage text_decoder has 8; they must agree"
-    assert error_of(tiny, "text_decoder.heldout_shards=[nowhere.tar]").startswith("stage text_decoder: ")
+    assert error_of(tiny, "text_decoder.heldout_shards=[nowhere.tar]").startswith(
+        "stage text_decoder: "
+    )
 
 
 def test_a_run_that_nobody_makes_names_stage_key_and_folder(tiny):
     add_round(tiny, init_from="${experiment_dir}/../other/flowtok")
     expected = f"stage flowtok_finetune: init_from={tiny.parents[1]}/other/flowtok does not exist"
     assert error_of(tiny).startswith(expected)
-    assert error_of(tiny, "flowtok.tokenizer_run=/nowhere").startswith("stage flowtok: tokenizer_run=/nowhere does not")
+    assert error_of(tiny, "flowtok.tokenizer_run=/nowhere").startswith(
+        "stage flowtok: tokenizer_run=/nowhere does not"
+    )
 
 
 def test_two_stages_in_one_folder_are_refused(tiny):
@@ -179,7 +197,14 @@ def test_a_flow_round_whose_folder_has_another_name_is_refused(tiny):
 
 def test_a_finished_stage_needs_its_images_no_more(chain):
     folder, gone = chain.folder / "configs", "data.shards=[/nowhere/missing.tar]"
-    check.main(["1", *groups(folder, [f"{stage}.{gone}" for stage in ("text_encoder", "tokenizer", "tokens")])])
+    check.main(
+        [
+            "1",
+            *groups(
+                folder, [f"{stage}.{gone}" for stage in ("text_encoder", "tokenizer", "tokens")]
+            ),
+        ]
+    )
     longer = "tokenizer.training.max_steps=5"
     with pytest.raises(ValueError, match="stage tokenizer: .*missing"):
         check.main(["1", *groups(folder, [f"tokenizer.{gone}", longer])])
@@ -188,7 +213,9 @@ def test_a_finished_stage_needs_its_images_no_more(chain):
 def test_a_full_size_experiment_without_data_says_what_to_set_and_how_to_make_it(monkeypatch):
     monkeypatch.chdir(ROOT)
     message = error_of(ROOT / "configs" / "flowtok_xl", "tokenizer.data_dir=/nowhere/shards")
-    assert message.startswith("stage tokenizer: shards: '/nowhere/shards/tokenizer/*.tar' matches no file")
+    assert message.startswith(
+        "stage tokenizer: shards: '/nowhere/shards/tokenizer/*.tar' matches no file"
+    )
     for hint in (
         "scripts/make_shards.py",
         "data_dir=FOLDER (now /nowhere/shards)",

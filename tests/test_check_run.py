@@ -11,13 +11,13 @@ from forks import Program
 from safetensors.torch import load_file, save_file
 from tiny_experiment import weights
 
-from eval.loading import read_run_config, section
-from eval.released import Converted
 from modeling.image_tokenizer import ImageTokenizerConfig
+from modeling.released import Converted
 from modeling.text_encoder import TextEncoderConfig
 from scripts import check_run
 from scripts.convert_checkpoint import write_run
 from training import checkpoint as ckpt
+from training.loading import read_run_config, section
 
 LATER = ["text_projector", "text_decoder", "flowtok"]
 NEWEST = "checkpoints/step_00000004"
@@ -25,14 +25,18 @@ NEWEST = "checkpoints/step_00000004"
 
 def problems(folder, *flags):
     """Texts of the problems, without the run's name."""
-    reports = [check_run.check_folder(run, "--quick" in flags) for run in check_run.find_runs(folder)]
+    reports = [
+        check_run.check_folder(run, "--quick" in flags) for run in check_run.find_runs(folder)
+    ]
     return [text for report in reports for text in report.problems]
 
 
 def rehash(folder):
     """A manifest that fits what the checkpoint's files have become."""
     files = [path for path in folder.iterdir() if path.name != ckpt.MANIFEST_FILE]
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": ckpt.file_hash(path)} for path in files}
+    manifest = {
+        path.name: {"bytes": path.stat().st_size, "sha256": ckpt.file_hash(path)} for path in files
+    }
     (folder / ckpt.MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
@@ -40,7 +44,10 @@ def rehash(folder):
 def test_a_sound_experiment_has_no_problem_and_a_line_per_stage(chain, capsys, flags):
     assert check_run.main(check_run.parse_args([str(chain.folder), *flags])) == 0
     head, *rows, end = capsys.readouterr().out.splitlines()
-    assert head.split() == ["stage", "steps", "size", "checkpoints", "last", "losses"] and end == "no problem"
+    assert (
+        head.split() == ["stage", "steps", "size", "checkpoints", "last", "losses"]
+        and end == "no problem"
+    )
     assert [row.split()[0] for row in rows] == ["text_encoder", "tokenizer", "tokens", *LATER]
     tokenizer = next(row for row in rows if row.startswith("tokenizer"))
     assert " 4/4 " in tokenizer and " MB   2 4 " in tokenizer and " loss 0." in tokenizer
@@ -111,7 +118,9 @@ def append(text):
 
 
 def noise(tensors):
-    return {name: torch.randn_like(x) if x.is_floating_point() else x for name, x in tensors.items()}
+    return {
+        name: torch.randn_like(x) if x.is_floating_point() else x for name, x in tensors.items()
+    }
 
 
 def one_nan(tensors):
@@ -123,24 +132,47 @@ READING_NAMES = [  # found from names, sizes and shapes alone
     (cut, "step_00000004 is damaged: model.safetensors has .* bytes instead of"),
     (remove("config.yaml"), "config file .*config.yaml does not exist"),
     (change_config, "model.safetensors does not fit the network of config.yaml: .* expected 32"),
-    (change_tensors(ckpt.EMA_FILE, lambda x: dict(list(x.items())[1:])), "ema.safetensors does not fit .* is missing"),
-    (remove(f"{NEWEST}/{ckpt.rank_file(0)}"), "rank_00000.pt, the data position of process 0 of 1, is missing"),
-    (change_state(num_processes=2), "rank_00001.pt, the data position of process 1 of 2, is missing"),
+    (
+        change_tensors(ckpt.EMA_FILE, lambda x: dict(list(x.items())[1:])),
+        "ema.safetensors does not fit .* is missing",
+    ),
+    (
+        remove(f"{NEWEST}/{ckpt.rank_file(0)}"),
+        "rank_00000.pt, the data position of process 0 of 1, is missing",
+    ),
+    (
+        change_state(num_processes=2),
+        "rank_00001.pt, the data position of process 1 of 2, is missing",
+    ),
     (change_state(step=3), "state.json says step 3"),
     (change_state(ema_updates=2), "the EMA has followed 2 of 4 steps"),
-    (change_saved(ckpt.OPTIMIZER_FILE, lambda x: x["state"].clear()), "optimizer.pt holds no moments"),
-    (change_saved(ckpt.OPTIMIZER_FILE, lambda x: x["state"][0].pop("exp_avg")), "exp_avg of weight 0 is missing"),
-    (change_saved(ckpt.rank_file(0), lambda x: x.pop("loader")), "rank_00000.pt holds no data position"),
+    (
+        change_saved(ckpt.OPTIMIZER_FILE, lambda x: x["state"].clear()),
+        "optimizer.pt holds no moments",
+    ),
+    (
+        change_saved(ckpt.OPTIMIZER_FILE, lambda x: x["state"][0].pop("exp_avg")),
+        "exp_avg of weight 0 is missing",
+    ),
+    (
+        change_saved(ckpt.rank_file(0), lambda x: x.pop("loader")),
+        "rank_00000.pt holds no data position",
+    ),
     (append('{"step": 4, "loss": 1.0}\n'), "metrics.jsonl: step 4 comes after step 4"),
     (append('{"step": 6, "los'), "metrics.jsonl: line 3 is no JSON object with a step"),
-    (remove("metrics.jsonl"), "metrics.jsonl ends at step 0, the newest whole checkpoint is of step 4"),
+    (
+        remove("metrics.jsonl"),
+        "metrics.jsonl ends at step 0, the newest whole checkpoint is of step 4",
+    ),
 ]
 READING_WEIGHTS = [
     (flip, "step_00000004 is damaged: ema.safetensors has other contents"),
     (change_tensors(ckpt.MODEL_FILE, one_nan), "model.safetensors: .* is not finite"),
     (change_tensors(ckpt.EMA_FILE, noise), "the EMA is .* times the weights' norm away"),
     (
-        change_saved(ckpt.OPTIMIZER_FILE, lambda x: x["state"][0]["exp_avg_sq"].fill_(float("inf"))),
+        change_saved(
+            ckpt.OPTIMIZER_FILE, lambda x: x["state"][0]["exp_avg_sq"].fill_(float("inf"))
+        ),
         "optimizer.pt: exp_avg_sq of weight 0 is not finite",
     ),
 ]
@@ -206,6 +238,8 @@ def test_the_exit_status_says_sound_damaged_or_no_run(chain, tmp_path):
     assert status(run, "sound")[0] == 0
     cut(run)
     number, output = status(run, "damaged")
-    assert number == 1 and output.splitlines()[-1].startswith("problem: tokenizer: step_00000004 is damaged")
+    assert number == 1 and output.splitlines()[-1].startswith(
+        "problem: tokenizer: step_00000004 is damaged"
+    )
     number, output = status(empty, "none")
     assert number == 2 and "is no run folder and holds none; in it: nothing" in output

@@ -96,7 +96,10 @@ def test_writing_a_step_again_replaces_it(tmp_path):
 )
 def test_loading_is_strict_and_names_file_and_tensors(tmp_path, build, reason):
     path = write(tmp_path, 1) / ckpt.MODEL_FILE
-    with pytest.raises(ValueError, match=rf"(?s){re.escape(str(path))} does not fit the configured model: .*{reason}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"(?s){re.escape(str(path))} does not fit the configured model: .*{reason}",
+    ):
         ckpt.load_weights(build(), path)
 
 
@@ -118,7 +121,9 @@ def test_inputs_are_compared_with_those_of_the_checkpoint(tmp_path):
     with pytest.raises(ValueError) as caught:
         ckpt.check_inputs(folder, {"a": "2", "b": 2.5, "new": "y"})
     assert str(caught.value).startswith(f"{tmp_path} was trained on")
-    assert "changed: a was 1, is 2; lost was x, is None; new was None, is y. Delete" in str(caught.value)
+    assert "changed: a was 1, is 2; lost was x, is None; new was None, is y. Delete" in str(
+        caught.value
+    )
 
 
 def test_weights_are_stored_contiguous_on_the_cpu(tmp_path):
@@ -146,7 +151,8 @@ def spoil(path, how):
 
 @pytest.mark.parametrize("file", [ckpt.MODEL_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE])
 @pytest.mark.parametrize(
-    ("how", "reason"), [("cut", "bytes instead of"), ("gone", "missing"), ("byte", "other contents")]
+    ("how", "reason"),
+    [("cut", "bytes instead of"), ("gone", "missing"), ("byte", "other contents")],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, file, how, reason):
     write(tmp_path, 1)
@@ -174,7 +180,9 @@ def test_latest_points_to_the_newest_and_rotation_keeps_every_mth(tmp_path):
     assert list(ckpt.checkpoint_folders(tmp_path)) == [3, 6, 7]
 
 
-def test_a_rotation_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
+def test_a_rotation_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(
+    tmp_path, monkeypatch
+):
     folder = write(tmp_path, 1)
 
     def killed(path):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from eval.clip_score import ClipScorer, clip_score
 from eval.generation import load_protocol
-from modeling.pipeline import TextToImage
+from modeling.pipeline import ImageGenerator
 from modeling.text_encoder import ClipConfig, build_clip
 
 open_clip = pytest.importorskip("open_clip")
@@ -29,7 +29,9 @@ def inputs(tmp_path_factory, tiny_shards):
 def empty_cache(monkeypatch, tmp_path_factory):
     """No weights that happen to be on this machine, and no network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub"))
+    )
     monkeypatch.setattr("huggingface_hub.get_session", None)
 
 
@@ -46,7 +48,10 @@ def cosines(model, images, captions):
     clip, _, preprocess = open_clip.create_model_and_transforms(model)
     pixels = torch.stack([preprocess(Image.open(file)) for file in images])
     with torch.no_grad():
-        image, text = clip.eval().encode_image(pixels), clip.encode_text(open_clip.get_tokenizer(model)(captions))
+        image, text = (
+            clip.eval().encode_image(pixels),
+            clip.encode_text(open_clip.get_tokenizer(model)(captions)),
+        )
     return torch.nn.functional.cosine_similarity(image, text)
 
 
@@ -55,7 +60,9 @@ def test_the_score_is_open_clips_on_the_images_written(chain, inputs, whole):
     files = sorted((whole / "images").glob("*.png"))
     expected = cosines(f"local-dir:{chain.folder}/text_encoder/clip", files, captions)
     assert len(expected) == CAPTIONS and expected.std() > 1e-3
-    assert read(whole)["metrics"]["clip_score"] == pytest.approx(100 * expected.clamp(min=0).mean().item(), rel=1e-5)
+    assert read(whole)["metrics"]["clip_score"] == pytest.approx(
+        100 * expected.clamp(min=0).mean().item(), rel=1e-5
+    )
 
 
 def test_negative_cosines_count_as_zero():
@@ -76,11 +83,18 @@ def test_the_report_names_model_weights_and_scale(chain, whole):
     assert len(described["weights_fingerprint"]) == 16
 
 
-def test_it_comes_beside_other_metrics_and_is_not_measured_twice(chain, inputs, whole, tmp_path, monkeypatch):
+def test_it_comes_beside_other_metrics_and_is_not_measured_twice(
+    chain, inputs, whole, tmp_path, monkeypatch
+):
     shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(TextToImage, "generate", None)
+    monkeypatch.setattr(ImageGenerator, "generate", None)
     found = evaluate(
-        chain.folder, inputs, tmp_path / "out", "features=tokenizer", "metrics=[frechet,clip_score]", ALONE[1]
+        chain.folder,
+        inputs,
+        tmp_path / "out",
+        "features=tokenizer",
+        "metrics=[frechet,clip_score]",
+        ALONE[1],
     )
     assert found["metrics"]["clip_score"] == read(whole)["metrics"]["clip_score"]
     assert found["metrics"]["frechet_distance"] > 0 and found["images_made"] == 0
@@ -89,10 +103,17 @@ def test_it_comes_beside_other_metrics_and_is_not_measured_twice(chain, inputs, 
     assert again["metrics"] == read(whole)["metrics"]
 
 
-def test_another_clip_and_other_captions_change_the_score(chain, inputs, whole, tiny_clip_dir, tmp_path):
-    found = evaluate(chain.folder, inputs, tmp_path, ALONE[0], f"clip.model=local-dir:{tiny_clip_dir}")
+def test_another_clip_and_other_captions_change_the_score(
+    chain, inputs, whole, tiny_clip_dir, tmp_path
+):
+    found = evaluate(
+        chain.folder, inputs, tmp_path, ALONE[0], f"clip.model=local-dir:{tiny_clip_dir}"
+    )
     assert pngs(tmp_path) == pngs(whole)
-    assert found["weights"]["clip"]["weights_fingerprint"] != read(whole)["weights"]["clip"]["weights_fingerprint"]
+    assert (
+        found["weights"]["clip"]["weights_fingerprint"]
+        != read(whole)["weights"]["clip"]["weights_fingerprint"]
+    )
     assert found["metrics"]["clip_score"] != read(whole)["metrics"]["clip_score"]
 
 
@@ -109,7 +130,9 @@ def tiny_name(tmp_path_factory):
 
 def test_a_model_of_open_clip_with_a_weights_file_serves(chain, inputs, whole, tiny_name, tmp_path):
     name, file = tiny_name
-    found = evaluate(chain.folder, inputs, tmp_path, ALONE[0], f"clip.model={name}", f"clip.pretrained={file}")
+    found = evaluate(
+        chain.folder, inputs, tmp_path, ALONE[0], f"clip.model={name}", f"clip.pretrained={file}"
+    )
     described = found["weights"]["clip"]
     assert (described["model"], described["pretrained"]) == (name, str(file))
     assert 0 <= found["metrics"]["clip_score"] < 100
@@ -119,7 +142,9 @@ def test_images_are_preprocessed_as_the_tag_of_the_weights_says(tiny_name, monke
     name, file = tiny_name
     tag = {"url": "", "hf_hub": "someone/clip/", "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"own": tag})
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: str(file))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda repository, name: str(file)
+    )
     scorer = ClipScorer(ClipConfig(name, "own"), torch.device("cpu"), download=False)
     black = scorer.preprocess(Image.new("RGB", (40, 30)))
     assert black.shape == (3, 32, 32)
@@ -132,13 +157,26 @@ def test_images_are_preprocessed_as_the_tag_of_the_weights_says(tiny_name, monke
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["open_clip_model.safetensors", "timm/vit_base_patch32_clip_224.openai", "clip.pretrained=PATH"]),
+        (
+            [],
+            [
+                "open_clip_model.safetensors",
+                "timm/vit_base_patch32_clip_224.openai",
+                "clip.pretrained=PATH",
+            ],
+        ),
         (
             ["clip.pretrained=/nowhere/clip.safetensors"],
             ["clip.pretrained=/nowhere/clip.safetensors is neither a file"],
         ),
-        (["clip.model=local-dir:/nowhere"], ["clip.model: /nowhere holds no open_clip_config.json"]),
-        (["clip.model=hf-hub:someone/clip"], [WEIGHTS, "someone/clip", "clip.model=local-dir:FOLDER"]),
+        (
+            ["clip.model=local-dir:/nowhere"],
+            ["clip.model: /nowhere holds no open_clip_config.json"],
+        ),
+        (
+            ["clip.model=hf-hub:someone/clip"],
+            [WEIGHTS, "someone/clip", "clip.model=local-dir:FOLDER"],
+        ),
     ],
 )
 def test_absent_weights_give_null_with_the_file_to_fetch_and_the_rest_is_there(
@@ -155,12 +193,17 @@ def test_absent_weights_give_null_with_the_file_to_fetch_and_the_rest_is_there(
     ("arguments", "message"),
     [
         (["clip.model=ViT-B-33"], "clip.model: unknown open_clip model 'ViT-B-33'"),
-        (["clip.model=ViT-B-32"], "want QuickGELU, ViT-B-32 has the exact GELU: set clip.model=ViT-B-32-quickgelu"),
+        (
+            ["clip.model=ViT-B-32"],
+            "want QuickGELU, ViT-B-32 has the exact GELU: set clip.model=ViT-B-32-quickgelu",
+        ),
         (["clip.modell=x"], "unknown key 'clip.modell'; did you mean 'clip.model'?"),
     ],
 )
-def test_a_wrong_model_is_an_error_before_an_image_is_made(chain, inputs, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(TextToImage, "generate", None)
+def test_a_wrong_model_is_an_error_before_an_image_is_made(
+    chain, inputs, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(ImageGenerator, "generate", None)
     with pytest.raises(ValueError) as caught:
         evaluate(chain.folder, inputs, tmp_path, "metrics=[clip_score]", *arguments)
     assert message in str(caught.value)

@@ -15,7 +15,9 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ comp
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "blocks"), [("flowtok", 2), ("tokenizer", 2)])
 def test_compiled_blocks_train_the_same_weights(chain, tmp_path, stage, blocks):
-    options = ["flow.projector=frozen"] if stage == "flowtok" else []  # no dropout: compiled, it draws other numbers
+    options = (
+        ["flow.projector=frozen"] if stage == "flowtok" else []
+    )  # no dropout: compiled, it draws other numbers
     plain = chain.run_in(tmp_path / "plain", stage, *options)
     torch._dynamo.reset()
     counters.clear()

@@ -14,13 +14,15 @@ from configs.load import load_config, resolved, valid_keys
 from configs.schema import STAGES
 from data.mixture import SourceConfig
 from data.token_text import TokenTextConfig
-from eval.tokens_info import LatentStats, TokensInfo, load_tokens_info
 from training.loop import TrainingConfig, batch_per_pass
 from training.run import start_run
+from training.tokens_info import LatentStats, TokensInfo, load_tokens_info
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "data", "eval", "modeling", "scripts", "training")
-STAGE_FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "stage:" in path.read_text())
+STAGE_FILES = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if "stage:" in path.read_text()
+)
 FLOWTOK, TOKENIZER = ROOT / "configs/demo/flowtok.yaml", ROOT / "configs/demo/tokenizer.yaml"
 PROJECTOR = ROOT / "configs/demo/text_projector.yaml"
 
@@ -51,7 +53,11 @@ def test_every_shipped_file_loads_for_the_stage_that_it_is_named_after(path):
 
 def test_the_demos_text_decoder_has_the_projector_that_it_reads():
     own = load_config(ROOT / "configs/demo_caption/text_decoder.yaml")
-    for file in ("demo/text_projector.yaml", "demo/flowtok.yaml", "demo_caption/flowtok_caption.yaml"):
+    for file in (
+        "demo/text_projector.yaml",
+        "demo/flowtok.yaml",
+        "demo_caption/flowtok_caption.yaml",
+    ):
         assert load_config(ROOT / "configs" / file).projector == own.projector, file
 
 
@@ -105,7 +111,10 @@ class ReadNames(ast.NodeVisitor):
 
 def test_every_option_is_read_by_some_code():
     reader = ReadNames()
-    for path in [*ROOT.glob("*.py"), *(p for folder in PACKAGES for p in (ROOT / folder).glob("*.py"))]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for folder in PACKAGES for p in (ROOT / folder).glob("*.py")),
+    ]:
         reader.visit(ast.parse(path.read_text()))
     unread = {f"{c.__name__}.{f.name}" for c in CONFIG_CLASSES for f in dataclasses.fields(c)}
     unread = {name for name in unread if name.split(".")[1] not in reader.names}
@@ -116,11 +125,21 @@ def test_every_option_is_read_by_some_code():
 
 
 def test_a_file_overrides_its_base_and_the_command_line_both(tmp_path):
-    write(tmp_path / "low.yaml", stage="tokens", experiment_dir="low", batch_size=1, data={"shards": ["low.tar"]})
+    write(
+        tmp_path / "low.yaml",
+        stage="tokens",
+        experiment_dir="low",
+        batch_size=1,
+        data={"shards": ["low.tar"]},
+    )
     write(tmp_path / "middle.yaml", base="low.yaml", experiment_dir="middle", batch_size=2)
     top = write(tmp_path / "top.yaml", base="middle.yaml", batch_size=3)
     config = load_config(top, ["experiment_dir=line"])
-    assert (config.batch_size, config.experiment_dir, config.data.shards) == (3, "line", ["low.tar"])
+    assert (config.batch_size, config.experiment_dir, config.data.shards) == (
+        3,
+        "line",
+        ["low.tar"],
+    )
     assert config.tokenizer_run == "line/tokenizer"
 
 
@@ -135,10 +154,14 @@ def test_a_missing_file_lists_its_folder(tmp_path):
     message = error_of(tmp_path / "tokeniser.yaml")
     assert "tokeniser.yaml does not exist" in message and "in its folder: tokenizer.yaml" in message
     assert "no YAML" in error_of(tmp_path / "nowhere" / "a.yaml")
-    assert "missing.yaml does not exist" in error_of(write(tmp_path / "a.yaml", base="missing.yaml"))
+    assert "missing.yaml does not exist" in error_of(
+        write(tmp_path / "a.yaml", base="missing.yaml")
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [1", "no valid YAML"), ("- a\n- b", "mapping"), ("{}", "'stage'")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [1", "no valid YAML"), ("- a\n- b", "mapping"), ("{}", "'stage'")]
+)
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
     assert message in error_of(tmp_path / "x.yaml")
@@ -171,7 +194,9 @@ def test_an_unknown_key_names_the_nearest_valid_one(key, nearest):
 
 
 def test_a_key_like_no_other_lists_the_valid_ones_of_its_group():
-    assert error_of(FLOWTOK, "training.zzz=1").endswith(f"valid: {', '.join(valid_keys(TrainingConfig))}")
+    assert error_of(FLOWTOK, "training.zzz=1").endswith(
+        f"valid: {', '.join(valid_keys(TrainingConfig))}"
+    )
 
 
 def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
@@ -182,11 +207,20 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.max_steps=x", "training.max_steps: Value 'x' of type 'str' could not be converted to Integer"),
+        (
+            "training.max_steps=x",
+            "training.max_steps: Value 'x' of type 'str' could not be converted to Integer",
+        ),
         ("training.max_steps=1.5", "training.max_steps: Value '1.5'"),
         ("training.max_steps=", "training.max_steps: Incompatible value 'None'"),
-        ("training.precision=fp16", "training.precision: Invalid value 'fp16', expected one of ['fp32', 'bf16']"),
-        ("data.shards=a.tar", "'data.shards' is a list, as in data.shards=[first,second]; got 'a.tar'"),
+        (
+            "training.precision=fp16",
+            "training.precision: Invalid value 'fp16', expected one of ['fp32', 'bf16']",
+        ),
+        (
+            "data.shards=a.tar",
+            "'data.shards' is a list, as in data.shards=[first,second]; got 'a.tar'",
+        ),
         ("optimizer.betas=[a,b]", "optimizer.betas"),
         ("training=3", "'training' is a group of keys (max_steps, "),
         ("text_encoder.model=${nope}", "text_encoder.model: Interpolation key 'nope' not found"),
@@ -201,13 +235,22 @@ def test_a_wrong_value_names_key_and_value(override, message):
 
 
 def test_a_list_may_refer_to_another_value(tmp_path):
-    path = write(tmp_path / "report.yaml", stage="report", train_shards=["a.tar"], heldout_shards="${train_shards}")
+    path = write(
+        tmp_path / "report.yaml",
+        stage="report",
+        train_shards=["a.tar"],
+        heldout_shards="${train_shards}",
+    )
     assert load_config(path).heldout_shards == ["a.tar"]
 
 
 def test_another_stage_is_refused(tmp_path):
-    assert "configures stage 'flowtok', this program runs stage 'tokenizer'" in error_of(FLOWTOK, stage="tokenizer")
-    assert "valid: text_encoder, tokenizer" in error_of(write(tmp_path / "x.yaml", stage="tokeniser"))
+    assert "configures stage 'flowtok', this program runs stage 'tokenizer'" in error_of(
+        FLOWTOK, stage="tokenizer"
+    )
+    assert "valid: text_encoder, tokenizer" in error_of(
+        write(tmp_path / "x.yaml", stage="tokeniser")
+    )
     assert "stage=tokens, but" in error_of(FLOWTOK, "stage=tokens")
 
 
@@ -219,12 +262,20 @@ def test_another_stage_is_refused(tmp_path):
     [
         (TOKENIZER, "tokenizer.patch_size=7", "image_size 64 is not divisible by patch_size 7"),
         (TOKENIZER, "tokenizer.encoder.num_heads=5", "encoder.width 128 must be a multiple"),
-        (TOKENIZER, "tokenizer.num_tokens=31", "latent_grid [4, 8] must be [rows, columns] with 31 cells"),
+        (
+            TOKENIZER,
+            "tokenizer.num_tokens=31",
+            "latent_grid [4, 8] must be [rows, columns] with 31 cells",
+        ),
         (TOKENIZER, "data.shards=[]", "data.shards: given [], expected at least one"),
         (TOKENIZER, "data.flip_probability=2", "data.flip_probability: given 2.0, expected 0..1"),
         (TOKENIZER, "data.caption_keys=[]", "data.caption_keys: given []"),
         (TOKENIZER, "training.batch_size=0", "training.batch_size must be at least 1, got 0"),
-        (TOKENIZER, "training.keep_checkpoints=0", "training.keep_checkpoints must be at least 1, got 0"),
+        (
+            TOKENIZER,
+            "training.keep_checkpoints=0",
+            "training.keep_checkpoints must be at least 1, got 0",
+        ),
         (TOKENIZER, "optimizer.betas=[0.9]", "two betas"),
         (TOKENIZER, "pictures.num_samples=0", "pictures.num_samples must be at least 1, got 0"),
         (FLOWTOK, "pictures.captions=[]", "pictures.captions is empty"),
@@ -233,15 +284,35 @@ def test_another_stage_is_refused(tmp_path):
         (PROJECTOR, "pictures.captions=[a]", "unknown key 'pictures.captions'"),
         (PROJECTOR, "pictures.shards=[a]", "unknown key 'pictures.shards'"),
         (TOKENIZER, "losses.kl_weight=-1", "losses.kl_weight must not be negative, got -1.0"),
-        (TOKENIZER, "training.max_gradient_norm=-1", "training.max_gradient_norm must not be negative, got -1.0"),
-        (FLOWTOK, "projector.text_tokens=77", "projector.text_tokens x token_channels = (77, 16) must equal flowtok"),
+        (
+            TOKENIZER,
+            "training.max_gradient_norm=-1",
+            "training.max_gradient_norm must not be negative, got -1.0",
+        ),
+        (
+            FLOWTOK,
+            "projector.text_tokens=77",
+            "projector.text_tokens x token_channels = (77, 16) must equal flowtok",
+        ),
         (FLOWTOK, "flowtok.token_channels=8", "(32, 8): text flows into image token by token"),
-        (FLOWTOK, "projector_run=", "flow.projector=frozen needs a trained projector: set projector_run"),
+        (
+            FLOWTOK,
+            "projector_run=",
+            "flow.projector=frozen needs a trained projector: set projector_run",
+        ),
         (FLOWTOK, "flow.projector=detached", "leaves the projector without any loss"),
         (FLOWTOK, "sampling.sampler=rk4", "unknown sampler 'rk4'; valid: euler, euler_release"),
-        (FLOWTOK, "flow.null_probability=0", "guidance 1.5 needs an unconditional flow; flow.null_probability=0"),
+        (
+            FLOWTOK,
+            "flow.null_probability=0",
+            "guidance 1.5 needs an unconditional flow; flow.null_probability=0",
+        ),
         (FLOWTOK, "flow.null_probability=1", "flow.null_probability must be in [0, 1), got 1.0"),
-        (ROOT / "configs/demo/report.yaml", "heldout_shards=[]", "needs train_shards and heldout_shards"),
+        (
+            ROOT / "configs/demo/report.yaml",
+            "heldout_shards=[]",
+            "needs train_shards and heldout_shards",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_with_both_sides(path, override, message):
@@ -263,23 +334,35 @@ def test_stored_tokens_of_another_shape_or_place_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds 32 x 16 tokens, the config expects 77 x 16"):
         load_tokens_info(data, 77, 16, "no run", any_tokenizer=True)
     for shards in ([f"{tmp_path}/none/*.tar"], ["https://host/{0..3}.tar"]):
-        with pytest.raises(ValueError, match="tokens.json.* does not exist: .* any_tokenizer=true and"):
+        with pytest.raises(
+            ValueError, match="tokens.json.* does not exist: .* any_tokenizer=true and"
+        ):
             load_tokens_info(TokenTextConfig(shards=shards), 32, 16, "no run", any_tokenizer=True)
 
 
 def test_tokens_of_unknown_origin_need_consent_and_a_scale(tmp_path):
-    info = load_tokens_info(TokenTextConfig(shards=["elsewhere/*.tar"]), 32, 16, "no run", 1.0143, any_tokenizer=True)
-    assert (info.latent_scale, info.tokenizer_fingerprint, info.has_text_states) == (1.0143, "unknown", False)
+    info = load_tokens_info(
+        TokenTextConfig(shards=["elsewhere/*.tar"]), 32, 16, "no run", 1.0143, any_tokenizer=True
+    )
+    assert (info.latent_scale, info.tokenizer_fingerprint, info.has_text_states) == (
+        1.0143,
+        "unknown",
+        False,
+    )
 
 
 def test_the_scale_over_several_folders_is_that_of_all_samples(tmp_path):
-    data = TokenTextConfig(sources={name: SourceConfig([f"{tmp_path}/{name}/*.tar"]) for name in "ab"})
+    data = TokenTextConfig(
+        sources={name: SourceConfig([f"{tmp_path}/{name}/*.tar"]) for name in "ab"}
+    )
     for name, count, deviation in (("a", 30, 1.0), ("b", 10, 3.0)):
         (tmp_path / name).mkdir()
         stats = LatentStats(count, [0.0], [1.0], 1 / deviation)
         TokensInfo(count, 32, 16, "t", "e", False, False, 1, [], {}, stats).save(tmp_path / name)
     info = load_tokens_info(data, 32, 16, "no run", any_tokenizer=True)
-    assert info.num_samples == 40 and info.latent_scale == pytest.approx((0.75 * 1 + 0.25 * 9) ** -0.5)
+    assert info.num_samples == 40 and info.latent_scale == pytest.approx(
+        (0.75 * 1 + 0.25 * 9) ** -0.5
+    )
     assert load_tokens_info(data, 32, 16, "no run", 2.0, True).latent_scale == 2.0
     TokensInfo(10, 32, 16, "t", "other", False, False, 1, [], {}, stats).save(tmp_path / "b")
     with pytest.raises(ValueError, match="text_encoder_fingerprint is e in .*/a, other in .*/b"):

@@ -1,4 +1,4 @@
-"""scripts/convert_checkpoint.py, eval/released.py: the release's numbers, from its files' form to sample.py; refusals.
+"""scripts/convert_checkpoint.py, modeling/released.py: the release's numbers, from files to sample.py; refusals.
 
 tests/released holds names and shapes of the released files, and of two little models what the release computes.
 """
@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from tiny_experiment import draw
 
 from configs.load import load_config
-from eval.loading import load_pipeline, load_tokenizer, read_run_config
-from eval.released import convert, generic, rope_tables
+from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.layers import sincos_position_table
 from modeling.pipeline import SamplingConfig
+from modeling.released import convert, generic, rope_tables
 from modeling.text_encoder import build_clip, save_clip
-from modeling.text_to_image import TextToImageFlow
 from scripts import convert_checkpoint
 from training.checkpoint import EMA_FILE, latest_checkpoint
+from training.loading import load_pipeline, load_tokenizer, read_run_config
 
 RELEASED = Path(__file__).parent / "released"
 FLOW, TOKENIZER = "flowtok_tiny", "flowtitok_small_64"
@@ -61,7 +61,11 @@ def weights(name):
     """The little models' weights: each tensor drawn from its name, as the vectors were made."""
     drawn = {}
     for key, shape in shapes(name).items():
-        x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+        x = (
+            np.random.default_rng(zlib.crc32(key.encode()))
+            .standard_normal(shape)
+            .astype(np.float32)
+        )
         if len(shape) == 1:
             x = 1 + 0.1 * x if key.endswith((".weight", ".g")) else 0.1 * x
         elif shape:
@@ -72,7 +76,9 @@ def weights(name):
 
 def only_shapes(name):
     """Meta tensors of a file's names and shapes, and its fixed tables."""
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes(name).items()} | tables(name)
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes(name).items()} | tables(
+        name
+    )
 
 
 def light(name):
@@ -116,8 +122,20 @@ def tower(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower")
     config = {
         "embed_dim": 8,
-        "vision_cfg": {"image_size": 16, "patch_size": 16, "width": 16, "layers": 1, "head_width": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 1},
+        "vision_cfg": {
+            "image_size": 16,
+            "patch_size": 16,
+            "width": 16,
+            "layers": 1,
+            "head_width": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 768,
+            "heads": 12,
+            "layers": 1,
+        },
     }
     save_clip(build_clip(config), config, folder)
     return folder
@@ -153,11 +171,15 @@ def test_the_velocity_is_the_releases_with_and_without_the_indicator(parts):
 
 
 def test_twenty_steps_on_the_releases_time_grid_end_where_the_release_ends(parts):
-    sampling = SamplingConfig(steps=20, guidance=2.0, sampler="euler_release", sample_text_latent=False)
+    sampling = SamplingConfig(
+        steps=20, guidance=2.0, sampler="euler_release", sample_text_latent=False
+    )
     start = parts.source(normal(1, 2, 77, 768), sampling, 0, [0, 1])
     assert_near(parts.transport(start, sampling) * 1.0143, vectors(FLOW, "sampled"), 2e-3)
     other = parts.transport(start, SamplingConfig(steps=20, guidance=2.0)) * 1.0143
-    assert (other - vectors(FLOW, "sampled")).abs().max() > 2e-3  # the consistent grid is another one
+    assert (
+        other - vectors(FLOW, "sampled")
+    ).abs().max() > 2e-3  # the consistent grid is another one
 
 
 def test_the_tokenizer_encodes_and_decodes_as_the_release_does(parts):
@@ -182,14 +204,19 @@ def test_sample_draws_from_the_converted_run_wherever_it_lies(run, tmp_path, cap
         draw(moved, *arguments, tmp_path / "b")
     finally:
         moved.rename(run)
-    assert (tmp_path / "a" / "00000.png").read_bytes() == (tmp_path / "b" / "00000.png").read_bytes()
+    assert (tmp_path / "a" / "00000.png").read_bytes() == (
+        tmp_path / "b" / "00000.png"
+    ).read_bytes()
 
 
 def test_the_written_configs_load_and_are_resolved(run, tower):
     for stage in ("flowtok", "tokenizer"):
         config = load_config(run / stage / "config.yaml", stage=stage)
         assert "${" not in (run / stage / "config.yaml").read_text()
-        assert Path(config.run_dir) == run / stage and config.text_encoder.model == f"local-dir:{tower}"
+        assert (
+            Path(config.run_dir) == run / stage
+            and config.text_encoder.model == f"local-dir:{tower}"
+        )
     config = read_run_config(run / "flowtok")
     assert (config.tokenizer_run, config.projector_run) == (str(run / "tokenizer"), "")
 
@@ -197,7 +224,12 @@ def test_the_written_configs_load_and_are_resolved(run, tower):
 def test_weights_are_written_once_and_nothing_else_is(run):
     found = {path.relative_to(run).as_posix() for path in run.rglob("*.*")}
     checkpoint = "checkpoints/step_00000000"
-    names = ("config.yaml", f"{checkpoint}/ema.safetensors", f"{checkpoint}/state.json", f"{checkpoint}/manifest.json")
+    names = (
+        "config.yaml",
+        f"{checkpoint}/ema.safetensors",
+        f"{checkpoint}/state.json",
+        f"{checkpoint}/manifest.json",
+    )
     assert found == {f"{stage}/{name}" for stage in ("flowtok", "tokenizer") for name in names}
     assert [path.name for path in run.parent.iterdir()] == ["released"]
 
@@ -206,7 +238,9 @@ def test_one_file_becomes_one_run_folder(files, run, tmp_path):
     run_script(files / "tokenizer.bin", tmp_path / "mine")
     tokenizer, text_encoder = load_tokenizer(tmp_path / "mine")
     assert (tokenizer.config.image_size, text_encoder.model) == (64, "ViT-L-14-336-quickgelu")
-    written, same = (latest_checkpoint(folder)[1] / EMA_FILE for folder in (tmp_path / "mine", run / "tokenizer"))
+    written, same = (
+        latest_checkpoint(folder)[1] / EMA_FILE for folder in (tmp_path / "mine", run / "tokenizer")
+    )
     assert written.read_bytes() == same.read_bytes()
 
 
@@ -228,7 +262,9 @@ def test_wrappers_and_prefixes_are_taken_off(wrapper, prefix, tmp_path):
 
 def test_wrappers_in_each_other_are_taken_off_and_averaged_weights_come_first(tmp_path):
     inner = {"module.a": torch.ones(1)}
-    torch.save({"state_dict": {"model": {"a": torch.zeros(1)}, "nnet_ema": inner}}, tmp_path / "x.pth")
+    torch.save(
+        {"state_dict": {"model": {"a": torch.zeros(1)}, "nnet_ema": inner}}, tmp_path / "x.pth"
+    )
     assert torch.equal(convert_checkpoint.read_tensors(tmp_path / "x.pth")["a"], torch.ones(1))
 
 
@@ -239,7 +275,9 @@ def test_all_forms_of_a_file_give_the_same_tensors(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     for file in tmp_path.iterdir():
         read = convert_checkpoint.read_tensors(file)
-        assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
+        assert read.keys() == tensors.keys() and all(
+            torch.equal(read[name], tensors[name]) for name in tensors
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -249,11 +287,17 @@ def test_other_precisions_become_float32_and_that_is_said(dtype, tmp_path, capsy
     arguments = argparse.Namespace(num_heads=4, latent_scale=1.0)
     converted = convert_checkpoint.convert_file(tmp_path / "flow.pth", arguments).tensors
     assert {tensor.dtype for tensor in converted.values()} == {torch.float32}
-    assert torch.equal(converted["flowtok.embed_tokens.weight"], tensors["x_embedder.weight"].float())
-    assert f"note: {str(dtype).removeprefix('torch.')} converted to float32" in capsys.readouterr().out
+    assert torch.equal(
+        converted["flowtok.embed_tokens.weight"], tensors["x_embedder.weight"].float()
+    )
+    assert (
+        f"note: {str(dtype).removeprefix('torch.')} converted to float32" in capsys.readouterr().out
+    )
 
 
-def test_a_file_without_the_temperature_gets_its_starting_value_and_what_is_not_the_files_is_said(tmp_path, capsys):
+def test_a_file_without_the_temperature_gets_its_starting_value_and_what_is_not_the_files_is_said(
+    tmp_path, capsys
+):
     tensors = light(FLOW)
     del tensors["t2t_temperature"]
     torch.save(tensors, tmp_path / "flow.pth")
@@ -261,7 +305,10 @@ def test_a_file_without_the_temperature_gets_its_starting_value_and_what_is_not_
     converted = convert_checkpoint.convert_file(tmp_path / "flow.pth", arguments).tensors
     assert converted["projector.alignment.log_temperature"] == torch.tensor(math.log(1 / 0.07))
     printed = capsys.readouterr().out
-    assert "t2t_temperature is not in the file" in printed and "pos_embed all zero; computed here" in printed
+    assert (
+        "t2t_temperature is not in the file" in printed
+        and "pos_embed all zero; computed here" in printed
+    )
 
 
 def test_the_files_temperature_is_kept():
@@ -285,11 +332,14 @@ def test_the_published_files_convert_to_networks_of_the_published_size(size):
     networks = converted.networks
     with torch.device("meta"):
         if converted.stage == "flowtok":
-            module, part = TextToImageFlow(**networks), networks["flowtok"]
+            module, part = FlowModel(**networks), networks["flowtok"]
             found = (part.width, part.depth, part.num_heads)
         else:
             module, part = ImageTokenizer(networks["tokenizer"]), networks["tokenizer"]
-            found = (part.image_size, *((p.width, p.depth, p.num_heads) for p in (part.encoder, part.decoder)))
+            found = (
+                part.image_size,
+                *((p.width, p.depth, p.num_heads) for p in (part.encoder, part.decoder)),
+            )
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     assert {name: tensor.shape for name, tensor in converted.tensors.items()} == expected
     assert found == sizes
@@ -340,8 +390,14 @@ def test_fixed_tables_may_be_missing_or_empty_but_not_others():
     ("changes", "message"),
     [
         ({"blocks.1.attn.q_norm.weight": (24,)}, "blocks.1.attn.q_norm.weight is unknown"),
-        ({"blocks.7.attn.qkv.bias": (288,)}, "blocks.2.adaLN_modulation.1.weight is missing; .*; and [0-9]+ more"),
-        ({"blocks.99999999.attn.qkv.bias": (288,)}, "blocks are missing between blocks.0 and blocks.99999999"),
+        (
+            {"blocks.7.attn.qkv.bias": (288,)},
+            "blocks.2.adaLN_modulation.1.weight is missing; .*; and [0-9]+ more",
+        ),
+        (
+            {"blocks.99999999.attn.qkv.bias": (288,)},
+            "blocks are missing between blocks.0 and blocks.99999999",
+        ),
         ({"a\nb" + "c" * 200: (1,)}, r"'a\\nbc{96,98}' is unknown"),
     ],
 )
@@ -355,7 +411,11 @@ def test_unknown_tensors_are_named(changes, message):
 @pytest.mark.parametrize(
     ("file", "num_heads", "message"),
     [
-        (FLOW, None, "a flow of width 96 and depth 2, none of B, XL, H, .* heads: give --num-heads"),
+        (
+            FLOW,
+            None,
+            "a flow of width 96 and depth 2, none of B, XL, H, .* heads: give --num-heads",
+        ),
         (FLOW, 5, "--num-heads 5 does not divide the flow's width 96"),
         (FLOW, 0, "--num-heads 0 does not divide"),
         ("flowtok_b", 16, "a flow of width 768 and depth 12 has 12 heads, --num-heads says 16"),
@@ -394,22 +454,46 @@ def write_bad_file(case, file):
         file.write_bytes(file.read_bytes()[:-40])
         return "cannot be read, it is cut short"
     contents = {
-        "attack": ({"model": Attack(file.with_name("mark"))}, "refused: its pickle needs posix.system, but only"),
-        "namespace": (tensors | {"args": argparse.Namespace(a=1)}, "refused: its pickle needs argparse.Namespace, but"),
-        "network": (torch.nn.Linear(2, 2), "refused: its pickle needs torch.nn.modules.linear.Linear, but"),
+        "attack": (
+            {"model": Attack(file.with_name("mark"))},
+            "refused: its pickle needs posix.system, but only",
+        ),
+        "namespace": (
+            tensors | {"args": argparse.Namespace(a=1)},
+            "refused: its pickle needs argparse.Namespace, but",
+        ),
+        "network": (
+            torch.nn.Linear(2, 2),
+            "refused: its pickle needs torch.nn.modules.linear.Linear, but",
+        ),
         "list": ([torch.ones(2)], "it holds a list, expected tensors by name"),
         "empty": ({}, "it is no released flow or tokenizer file: it holds nothing"),
         "number": (tensors | {"epoch": 3}, "epoch is a int, expected a tensor"),
         "numbered": ({0: torch.ones(1)}, "0 is a Tensor, expected a tensor"),
-        "integers": (tensors | {"latent_tokens": torch.ones(77, 512).long()}, "latent_tokens is torch.int64"),
-        "no values": (tensors | {"latent_tokens": torch.ones(77, 512, device="meta")}, "latent_tokens is .* on meta"),
-        "sparse": (tensors | {"latent_tokens": torch.ones(77, 512).to_sparse()}, "latent_tokens is .*sparse"),
+        "integers": (
+            tensors | {"latent_tokens": torch.ones(77, 512).long()},
+            "latent_tokens is torch.int64",
+        ),
+        "no values": (
+            tensors | {"latent_tokens": torch.ones(77, 512, device="meta")},
+            "latent_tokens is .* on meta",
+        ),
+        "sparse": (
+            tensors | {"latent_tokens": torch.ones(77, 512).to_sparse()},
+            "latent_tokens is .*sparse",
+        ),
         "infinite": (
             tensors | {"decoder.mask_token": torch.full((1, 1, 512), math.inf)},
             "decoder.mask_token has values that are not finite",
         ),
-        "shape": (tensors | {"latent_tokens": torch.ones(76, 512)}, "latent_tokens is 76 x 512, expected 77 x 512"),
-        "other": ({"layer1.0.conv1.weight": torch.ones(2)}, "it is no released .*: it holds layer1.0.conv1.weight"),
+        "shape": (
+            tensors | {"latent_tokens": torch.ones(76, 512)},
+            "latent_tokens is 76 x 512, expected 77 x 512",
+        ),
+        "other": (
+            {"layer1.0.conv1.weight": torch.ones(2)},
+            "it is no released .*: it holds layer1.0.conv1.weight",
+        ),
         "similar": (  # a DiT
             {"x_embedder.proj.weight": torch.ones(96, 4, 2, 2), "pos_embed": torch.ones(1, 64, 96)}
             | {name: tensor for name, tensor in light(FLOW).items() if name.startswith("blocks")},
@@ -425,7 +509,18 @@ def write_bad_file(case, file):
 @pytest.mark.parametrize(
     "case",
     [
-        *("attack", "namespace", "network", "list", "empty", "number", "numbered", "integers", "no values", "sparse"),
+        *(
+            "attack",
+            "namespace",
+            "network",
+            "list",
+            "empty",
+            "number",
+            "numbered",
+            "integers",
+            "no values",
+            "sparse",
+        ),
         *("infinite", "shape", "other", "similar", "cut-off safetensors"),
         *(f"cut {form}{share}" for form in ("", "old ") for share in (0, 0.1, 0.5, 0.99)),
     ],
@@ -442,7 +537,9 @@ def test_a_bad_file_is_refused_in_one_line_and_nothing_is_written(case, tmp_path
 def test_a_bad_second_file_leaves_nothing_of_the_first(files, tmp_path):
     (tmp_path / "bad.bin").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match="bad.bin: cannot be read"):
-        run_script(files / "flow.pth", tmp_path / "bad.bin", "--run", tmp_path / "out", "--num-heads", 4)
+        run_script(
+            files / "flow.pth", tmp_path / "bad.bin", "--run", tmp_path / "out", "--num-heads", 4
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["bad.bin"]
 
 
@@ -471,16 +568,33 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
     ("arguments", "message"),
     [
         (["nowhere.pth", "out"], "nowhere.pth does not exist"),
-        (["a.bin", "b.bin", "--run", "out"], "a.bin is a tokenizer file and b.bin is a tokenizer file"),
-        (["a.bin", "out", "--num-heads", "4"], "--num-heads is for a flow, but a.bin is a tokenizer file"),
+        (
+            ["a.bin", "b.bin", "--run", "out"],
+            "a.bin is a tokenizer file and b.bin is a tokenizer file",
+        ),
+        (
+            ["a.bin", "out", "--num-heads", "4"],
+            "--num-heads is for a flow, but a.bin is a tokenizer file",
+        ),
         (["a.bin", "out", "--latent-scale", "0"], "--latent-scale must be positive, got 0.0"),
         (["a.bin", "out", "--latent-scale", "nan"], "--latent-scale must be positive, got nan"),
-        (["a.bin", "out", "--text-encoder-model", "ViT-L-14-337"], "unknown open_clip model 'ViT-L-14-337'"),
-        (["a.bin", "out", "--text-encoder-model", "ViT-L-14-336"], "set text_encoder.model=ViT-L-14-336-quickgelu"),
-        (["a.bin", "out", "--text-encoder-pretrained", "clip.pt"], "clip.pt is neither a file nor a tag of"),
+        (
+            ["a.bin", "out", "--text-encoder-model", "ViT-L-14-337"],
+            "unknown open_clip model 'ViT-L-14-337'",
+        ),
+        (
+            ["a.bin", "out", "--text-encoder-model", "ViT-L-14-336"],
+            "set text_encoder.model=ViT-L-14-336-quickgelu",
+        ),
+        (
+            ["a.bin", "out", "--text-encoder-pretrained", "clip.pt"],
+            "clip.pt is neither a file nor a tag of",
+        ),
     ],
 )
-def test_impossible_arguments_are_refused_and_nothing_is_written(arguments, message, tmp_path, monkeypatch):
+def test_impossible_arguments_are_refused_and_nothing_is_written(
+    arguments, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for name in ("a.bin", "b.bin"):
         torch.save(light(TOKENIZER), name)

@@ -10,7 +10,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from scripts import make_demo_data as demo
+from assets.noto_emoji import make_demo_data as demo
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "noto_emoji"
 MANIFEST = json.loads((ASSETS / "manifest.json").read_text(encoding="utf-8"))
@@ -20,7 +20,10 @@ HELDOUT = set((ASSETS / "heldout.txt").read_text(encoding="utf-8").split())
 def read_shard(path):
     """[(key, {"png", "txt", "json"} as raw bytes)] as webdataset reads them."""
     samples = wds.WebDataset([str(path)], shardshuffle=False, empty_check=False)
-    return [(sample["__key__"], {name: sample[name] for name in ("png", "txt", "json")}) for sample in samples]
+    return [
+        (sample["__key__"], {name: sample[name] for name in ("png", "txt", "json")})
+        for sample in samples
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +42,23 @@ def images(samples):
 
 
 def test_committed_shards_match_the_manifest():
-    assert {path.name for path in ASSETS.glob("*.tar.gz")} == {row["file"] for row in MANIFEST["shards"]}
+    assert {path.name for path in ASSETS.glob("*.tar.gz")} == {
+        row["file"] for row in MANIFEST["shards"]
+    }
     for row in MANIFEST["shards"]:
         data = (ASSETS / row["file"]).read_bytes()
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (row["bytes"], row["sha256"]), row["file"]
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (row["bytes"], row["sha256"]), row[
+            "file"
+        ]
 
 
 def test_shard_contents_match_the_manifest(shards, images):
     for row in MANIFEST["shards"]:
         items = shards[row["file"]]
-        described, pixels = [files["json"] for _, files in items], [images[key].tobytes() for key, _ in items]
+        described, pixels = (
+            [files["json"] for _, files in items],
+            [images[key].tobytes() for key, _ in items],
+        )
         assert len(items) == row["samples"]
         assert demo.content_sha256(described, pixels) == row["content_sha256"], row["file"]
 
@@ -97,7 +107,9 @@ def test_captions_are_lower_case_and_printable(samples):
 
 def test_captions_fit_32_clip_tokens(samples):
     tokenizer = pytest.importorskip("open_clip").tokenizer.SimpleTokenizer()
-    lengths = [len(tokenizer.encode(files["txt"].decode())) + 2 for _, files in samples]  # start and end tokens
+    lengths = [
+        len(tokenizer.encode(files["txt"].decode())) + 2 for _, files in samples
+    ]  # start and end tokens
     assert max(lengths) == 21
 
 
@@ -130,7 +142,12 @@ def test_tone_names():
 
 def make_entry(unified, name, short_name, variations=()):
     variants = {tone: {"unified": f"{unified}-{tone}"} for tone in variations}
-    entry = {"unified": unified, "name": name, "short_name": short_name, "category": "People & Body"}
+    entry = {
+        "unified": unified,
+        "name": name,
+        "short_name": short_name,
+        "category": "People & Body",
+    }
     return entry | {"subcategory": "person-role", "skin_variations": variants}
 
 
@@ -145,10 +162,14 @@ def package(tmp_path):
         make_entry("1F44D", "THUMBS UP SIGN", "+1", ("1F3FD",)),
     ]
     (folder / "emoji.json").write_text(json.dumps(entries))
-    (folder / "package.json").write_text(json.dumps({"name": demo.PACKAGE_NAME, "version": demo.PACKAGE_VERSION}))
+    (folder / "package.json").write_text(
+        json.dumps({"name": demo.PACKAGE_NAME, "version": demo.PACKAGE_VERSION})
+    )
     (folder / "LICENSE").write_text("licence")
     for index, item in enumerate(demo.describe_emoji(entries)):
-        image = Image.new("RGBA", (64, 64), (255, 0, 0, 40 * index))  # alpha 0: white once composited
+        image = Image.new(
+            "RGBA", (64, 64), (255, 0, 0, 40 * index)
+        )  # alpha 0: white once composited
         image.save(demo.image_folder(folder) / f"{item.key}.png")
     (tmp_path / "heldout.txt").write_text("1f44d\n")
     return folder
@@ -163,7 +184,10 @@ def test_two_builds_are_equal_byte_for_byte(package, tmp_path):
     build(package, tmp_path / "one")
     build(package, tmp_path / "two")
     build(package, tmp_path / "two")  # over an earlier build
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
     assert one == two
     assert set(one) == {
         "train-base-000000.tar.gz",
@@ -205,11 +229,17 @@ IMAGE = "img/google/64/1f44d.png"
         (remove("emoji.json"), "emoji.json is missing"),
         (remove("package.json"), "package.json is missing"),
         (remove("LICENSE"), "LICENSE is missing"),
-        (write("package.json", '{"name": "emoji-datasource-google", "version": "15.0.0"}'), "15.0.0, expected"),
+        (
+            write("package.json", '{"name": "emoji-datasource-google", "version": "15.0.0"}'),
+            "15.0.0, expected",
+        ),
         (remove(IMAGE), r"holds 5 images, expected 6: 1 missing \['1f44d'\]"),
         (write("img/google/64/extra.png", ""), r"1 not in emoji.json \['extra'\]"),
         (write(IMAGE, "no image"), "1f44d.png is not a readable image"),
-        (lambda package: Image.new("RGBA", (32, 32)).save(package / IMAGE), "is 32x32, expected 64x64"),
+        (
+            lambda package: Image.new("RGBA", (32, 32)).save(package / IMAGE),
+            "is 32x32, expected 64x64",
+        ),
         (remove("../heldout.txt"), "heldout.txt is missing"),
         (write("../heldout.txt", "1f600\n"), r"no base emoji of the package: \['1f600'\]"),
         (write("../heldout.txt", "1f44d\n1f44d\n"), r"lists 2 keys \(1 different\), expected 1"),

@@ -1,4 +1,4 @@
-"""eval/demo.py and reconstruction.py: retrieval and PSNR on made-up cases whose answers are known."""
+"""eval/report.py and reconstruction.py: retrieval and PSNR on made-up cases whose answers are known."""
 
 import io
 from types import SimpleNamespace
@@ -9,12 +9,14 @@ from PIL import Image
 
 from configs.schema import ReportStage
 from data.tar import write_shard
-from eval.demo import PIXEL_SIZE, build_pool, compare, encode, read_all, retrieval, shrink, take
 from eval.reconstruction_metrics import psnr
+from eval.report import PIXEL_SIZE, build_pool, compare, encode, read_all, retrieval, shrink, take
 from modeling.posterior import Posterior
 
 N = 12
-POOL = torch.arange(N).float().view(N, 1, 1) * torch.ones(1, 2, 3)  # point i at distance |i - j| sqrt(6) of point j
+POOL = torch.arange(N).float().view(N, 1, 1) * torch.ones(
+    1, 2, 3
+)  # point i at distance |i - j| sqrt(6) of point j
 UNIQUE = torch.arange(N) + 100  # group numbers are no positions in the pool
 
 
@@ -26,7 +28,9 @@ def fake_parts(seen=None):
             seen.append(len(images))
         return Posterior(images.flatten(2), torch.zeros(1))
 
-    return SimpleNamespace(tokenizer=SimpleNamespace(encode=encode_images), device=torch.device("cpu"))
+    return SimpleNamespace(
+        tokenizer=SimpleNamespace(encode=encode_images), device=torch.device("cpu")
+    )
 
 
 CONFIG = SimpleNamespace(batch_size=4, caption_variant="")
@@ -45,7 +49,10 @@ def test_queries_far_from_their_own_image_are_not_found():
 def test_the_fifth_nearest_counts_and_the_sixth_does_not():
     query = POOL[:1] - 1.0  # nearest are images 0, 1, 2, ...
     for own, top5 in ((0, 1.0), (1, 1.0), (4, 1.0), (5, 0.0)):
-        assert retrieval(query, POOL, UNIQUE, torch.tensor([own])) == {"top1": float(own == 0), "top5": top5}
+        assert retrieval(query, POOL, UNIQUE, torch.tensor([own])) == {
+            "top1": float(own == 0),
+            "top5": top5,
+        }
 
 
 def test_scores_are_the_share_of_queries():
@@ -76,19 +83,30 @@ def test_pool_numbers_pixel_identical_images_as_one_group():
     second[3] = second[0]
     almost = first[:1].clone()
     almost[0, 0, 0, 0] += 1 / 255
-    pool = build_pool(CONFIG, fake_parts(), [{"image": first}, {"image": second}, {"image": almost}])
+    pool = build_pool(
+        CONFIG, fake_parts(), [{"image": first}, {"image": second}, {"image": almost}]
+    )
     assert pool["groups"].tolist() == [0, 1, 2, 3, 2, 4, 3, 5]
-    assert pool["latents"].shape == (8, 3, 32 * 32) and pool["pixels"].shape == (8, 3, PIXEL_SIZE, PIXEL_SIZE)
+    assert pool["latents"].shape == (8, 3, 32 * 32) and pool["pixels"].shape == (
+        8,
+        3,
+        PIXEL_SIZE,
+        PIXEL_SIZE,
+    )
     torch.testing.assert_close(pool["latents"][3:7].view(4, 3, 32, 32), second)
 
 
 def test_captions_that_differ_in_the_variant_alone_are_one_subject():
-    sets = [{"image": torch.rand(2, 3, 32, 32), "caption": ["hand, body", "hand, body, dark skin tone"]}]
+    sets = [
+        {"image": torch.rand(2, 3, 32, 32), "caption": ["hand, body", "hand, body, dark skin tone"]}
+    ]
     sets += [{"image": torch.rand(1, 3, 32, 32), "caption": ["foot, body"]}]
     config = SimpleNamespace(batch_size=4, caption_variant=", [^,]* skin tone$")
     pool = build_pool(config, fake_parts(), sets)
     assert pool["subjects"].tolist() == [0, 0, 1] and pool["groups"].tolist() == [0, 1, 2]
-    found = compare(sets[0]["image"], sets[0]["image"], pool["latents"][[1, 0]], pool, torch.tensor([0, 1]))
+    found = compare(
+        sets[0]["image"], sets[0]["image"], pool["latents"][[1, 0]], pool, torch.tensor([0, 1])
+    )
     assert found["latent"]["top1"] == 0 and found["latent_same_subject"]["top1"] == 1
 
 
@@ -130,7 +148,9 @@ def test_images_and_captions_are_read_with_the_configured_background_and_keys(tm
         config = ReportStage(stage="report", **options)
         found = read_all(config, parts, [str(tmp_path / "a.tar")])
         assert found["caption"] == [caption]
-        torch.testing.assert_close(found["image"], torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 8, 8).float())
+        torch.testing.assert_close(
+            found["image"], torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 8, 8).float()
+        )
 
 
 def test_taking_samples_keeps_images_and_captions_together():
@@ -143,7 +163,10 @@ def test_psnr_of_a_constant_error_is_its_closed_form():
     images = torch.full((3, 3, 8, 8), 0.5)
     errors = torch.tensor([0.1, 0.01, 0.5]).view(3, 1, 1, 1)
     torch.testing.assert_close(
-        psnr(images, images + errors), torch.tensor([20.0, 40.0, 6.0206]).double(), rtol=1e-4, atol=0
+        psnr(images, images + errors),
+        torch.tensor([20.0, 40.0, 6.0206]).double(),
+        rtol=1e-4,
+        atol=0,
     )
 
 

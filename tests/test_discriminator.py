@@ -53,7 +53,9 @@ def blur_pool_by_hand(x):
 @pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 5)])
 def test_blur_pool_is_the_window_sum_of_one_three_three_one_in_each_channel(size):
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    expected = torch.stack([torch.stack([blur_pool_by_hand(channel) for channel in image]) for image in x])
+    expected = torch.stack(
+        [torch.stack([blur_pool_by_hand(channel) for channel in image]) for image in x]
+    )
     torch.testing.assert_close(BlurPool().double()(x), expected)
 
 
@@ -186,7 +188,11 @@ def test_the_hinge_is_one_without_an_opinion_and_zero_beyond_the_margins():
 
 def test_losses_of_half_precision_logits_are_float32():
     real, fake = torch.randn(2, B, 1, 16, 16).bfloat16()
-    losses = (hinge_discriminator_loss(real, fake), generator_loss(fake), LeCam().penalty(real, fake))
+    losses = (
+        hinge_discriminator_loss(real, fake),
+        generator_loss(fake),
+        LeCam().penalty(real, fake),
+    )
     assert {loss.dtype for loss in losses} == {torch.float32}
     expected = hinge_discriminator_loss(real.double(), fake.double())
     torch.testing.assert_close(losses[0], expected)
@@ -202,12 +208,20 @@ def lecam(ema_real, ema_fake, decay=0.9):
 @pytest.mark.parametrize(("ema_real", "ema_fake"), [(0.5, -0.7), (-2.0, 3.0), (0.0, 0.0)])
 def test_the_lecam_penalty_equals_its_closed_form(ema_real, ema_fake):
     real, fake = torch.randn(2, B, 1, 16, 16, dtype=torch.float64)
-    expected = max(0.0, real.mean().item() - ema_fake) ** 2 + max(0.0, ema_real - fake.mean().item()) ** 2
-    assert lecam(ema_real, ema_fake).penalty(real, fake).item() == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    expected = (
+        max(0.0, real.mean().item() - ema_fake) ** 2 + max(0.0, ema_real - fake.mean().item()) ** 2
+    )
+    assert lecam(ema_real, ema_fake).penalty(real, fake).item() == pytest.approx(
+        expected, rel=1e-5, abs=1e-12
+    )
 
 
 def test_the_gradient_of_the_lecam_penalty_equals_its_closed_form():
-    net, real, fake = lecam(0.5, -0.7), torch.rand(B, 4, requires_grad=True), torch.rand(B, 4).neg().requires_grad_()
+    net, real, fake = (
+        lecam(0.5, -0.7),
+        torch.rand(B, 4, requires_grad=True),
+        torch.rand(B, 4).neg().requires_grad_(),
+    )
     penalty = net.penalty(real, fake)
     net.update(real.mean(), fake.mean())  # before the backward pass: it must not disturb the graph
     penalty.backward()
@@ -243,12 +257,18 @@ def lecam_step(model, real, fake, averages):
     penalty = averages.penalty(real_logits, fake_logits)
     penalty.backward()
     averages.update(real_logits.mean(), fake_logits.mean())
-    return [p.grad for p in model.parameters()], [penalty.detach(), averages.ema_real, averages.ema_fake]
+    return [p.grad for p in model.parameters()], [
+        penalty.detach(),
+        averages.ema_real,
+        averages.ema_fake,
+    ]
 
 
 def run_one_process(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     model, x, averages = two_process_setup()
     gradients, values = lecam_step(model, *x[:, rank * B : (rank + 1) * B], averages)
     for gradient in gradients:  # as DDP averages gradients
@@ -263,7 +283,9 @@ def test_lecam_on_two_processes_is_that_of_one_process_with_the_joined_batch(tmp
     gradients, values = lecam_step(model, *x, averages)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.testing.assert_close(found[0], [*gradients, *values])
-    assert torch.equal(found[0][-2], found[1][-2]) and torch.equal(found[0][-1], found[1][-1])  # to the last bit
+    assert torch.equal(found[0][-2], found[1][-2]) and torch.equal(
+        found[0][-1], found[1][-1]
+    )  # to the last bit
     model, x, averages = two_process_setup()
     _, alone = lecam_step(model, *x[:, :B], averages)
     assert (alone[0] - values[0]).abs() > 0.01  # half of the batch alone would be another penalty

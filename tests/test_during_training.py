@@ -14,7 +14,7 @@ from tiny_experiment import equal, metrics, reset_accelerate
 from eval import during_training
 from eval.reconstruction import main as reconstruct
 from eval.reconstruction import parse_args
-from modeling.pipeline import TextToImage
+from modeling.pipeline import ImageGenerator
 from scripts.check_run import main as check_run
 from scripts.check_run import parse_args as parse_check_args
 from training import checkpoint as ckpt
@@ -38,8 +38,17 @@ def options(inputs, every=2):
     """Overrides that turn the evaluation of stage 3 on; a learning rate at which steps differ."""
     overrides = ",".join(f'"{measure}"' for measure in MEASURES)
     values = [f"evaluation.every_steps={every}", f"evaluation.protocol={inputs}/protocol.yaml"]
-    values += [f"evaluation.overrides=[{overrides}]", "evaluation.num_workers=0", "evaluation.batch_size=7"]
-    return [*values, "training.keep_checkpoints=9", "optimizer.learning_rate=0.01", "optimizer.schedule=constant"]
+    values += [
+        f"evaluation.overrides=[{overrides}]",
+        "evaluation.num_workers=0",
+        "evaluation.batch_size=7",
+    ]
+    return [
+        *values,
+        "training.keep_checkpoints=9",
+        "optimizer.learning_rate=0.01",
+        "optimizer.schedule=constant",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,10 @@ def whole(chain, inputs, tmp_path_factory):
 
 def evaluations(run):
     """{step: values} of what was measured."""
-    lines = {line["step"]: {name: v for name, v in line.items() if name.startswith("eval/")} for line in metrics(run)}
+    lines = {
+        line["step"]: {name: v for name, v in line.items() if name.startswith("eval/")}
+        for line in metrics(run)
+    }
     return {step: values for step, values in lines.items() if values}
 
 
@@ -74,7 +86,10 @@ def test_each_evaluation_equals_the_programs_on_its_checkpoint_alone(whole, inpu
 
 def test_two_checkpoints_of_one_process_differ_and_leave_their_reports_alone(whole):
     first, second = evaluations(whole)[2], evaluations(whole)[4]
-    assert first["eval/frechet_distance"] != second["eval/frechet_distance"] and len(evaluations(whole)) == 2
+    assert (
+        first["eval/frechet_distance"] != second["eval/frechet_distance"]
+        and len(evaluations(whole)) == 2
+    )
     folders = sorted((whole / "evaluation").iterdir())
     assert [folder.name for folder in folders] == ["step_00000002", "step_00000004"]
     for folder, values in zip(folders, (first, second)):
@@ -92,16 +107,31 @@ def test_the_log_has_one_line_a_step_and_the_run_is_whole(whole, capsys):
 
 def test_training_is_the_same_bit_for_bit_with_and_without(chain, whole, inputs, tmp_path):
     plain = chain.run_in(tmp_path, "flowtok", *options(inputs, every=0))
-    assert equal(state(plain), state(whole)) and not evaluations(plain) and not (plain / "evaluation").exists()
-    without = [{name: v for name, v in line.items() if not name.startswith("eval/")} for line in metrics(whole)]
+    assert (
+        equal(state(plain), state(whole))
+        and not evaluations(plain)
+        and not (plain / "evaluation").exists()
+    )
+    without = [
+        {name: v for name, v in line.items() if not name.startswith("eval/")}
+        for line in metrics(whole)
+    ]
     assert without == metrics(plain)
 
 
-def test_a_stopped_and_resumed_run_neither_lacks_nor_repeats_one(chain, inputs, tmp_path, monkeypatch):
-    rhythm = ["training.max_steps=5", "training.log_every_steps=3", "training.checkpoint_every_steps=2"]
+def test_a_stopped_and_resumed_run_neither_lacks_nor_repeats_one(
+    chain, inputs, tmp_path, monkeypatch
+):
+    rhythm = [
+        "training.max_steps=5",
+        "training.log_every_steps=3",
+        "training.checkpoint_every_steps=2",
+    ]
     whole = chain.run_in(tmp_path / "whole", "flowtok", *options(inputs, every=1), *rhythm)
     with monkeypatch.context() as patch:
-        spoil(patch, "flowtok", call=4, action=stop)  # after the evaluation of step 3, before its checkpoint
+        spoil(
+            patch, "flowtok", call=4, action=stop
+        )  # after the evaluation of step 3, before its checkpoint
         with pytest.raises(Stop):
             chain.run_in(tmp_path / "parts", "flowtok", *options(inputs, every=1), *rhythm)
     assert [*evaluations(tmp_path / "parts" / "flowtok")] == [1, 2, 3]
@@ -112,7 +142,7 @@ def test_a_stopped_and_resumed_run_neither_lacks_nor_repeats_one(chain, inputs, 
 
 
 def test_an_evaluation_that_was_killed_is_made_anew(chain, inputs, whole, tmp_path, monkeypatch):
-    generate, calls = TextToImage.generate, []
+    generate, calls = ImageGenerator.generate, []
 
     def killed(self, *arguments):
         calls.append(1)
@@ -121,7 +151,7 @@ def test_an_evaluation_that_was_killed_is_made_anew(chain, inputs, whole, tmp_pa
         return generate(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TextToImage, "generate", killed)
+        patch.setattr(ImageGenerator, "generate", killed)
         with pytest.raises(KeyboardInterrupt):
             chain.run_in(tmp_path, "flowtok", *options(inputs))
     folder = tmp_path / "flowtok" / "evaluation" / "step_00000002"
@@ -133,14 +163,18 @@ def test_an_evaluation_that_was_killed_is_made_anew(chain, inputs, whole, tmp_pa
     assert evaluations(again) == evaluations(whole)
 
 
-def test_random_numbers_and_settings_of_training_are_left_alone(chain, inputs, tmp_path, monkeypatch):
+def test_random_numbers_and_settings_of_training_are_left_alone(
+    chain, inputs, tmp_path, monkeypatch
+):
     states = []
     call = during_training.FlowEvaluation.__call__
 
     def watched(self, model, step):
         before, tf32 = torch.get_rng_state(), torch.backends.cudnn.allow_tf32
         values = call(self, model, step)
-        states.append((torch.equal(torch.get_rng_state(), before), torch.backends.cudnn.allow_tf32 == tf32))
+        states.append(
+            (torch.equal(torch.get_rng_state(), before), torch.backends.cudnn.allow_tf32 == tf32)
+        )
         return values
 
     monkeypatch.setattr(during_training.FlowEvaluation, "__call__", watched)
@@ -156,53 +190,101 @@ def test_two_processes_take_part(chain, inputs, tmp_path):
     assert report["num_processes"] == 2
     found = evaluations(tmp_path / "flowtok")[4]
     expected = evaluate(tmp_path / "flowtok", inputs, tmp_path / "out", *MEASURES)["metrics"]
-    assert found == pytest.approx({f"eval/{name}": value for name, value in expected.items()}, rel=1e-5)
+    assert found == pytest.approx(
+        {f"eval/{name}": value for name, value in expected.items()}, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["evaluation.protocol=coco40k"], "protocol coco40k is neither a YAML file nor one of coco30k, demo"),
+        (
+            ["evaluation.protocol=coco40k"],
+            "protocol coco40k is neither a YAML file nor one of coco30k, demo",
+        ),
         (["evaluation.protocol=''"], "evaluation.every_steps needs evaluation.protocol"),
         (["evaluation.every_steps=-1"], "evaluation.every_steps must not be negative"),
         (["evaluation.batch_size=0"], "batch_size must be at least 1"),
-        (['evaluation.overrides=["captions=[/nowhere.txt]"]'], "captions file /nowhere.txt does not exist"),
-        (['evaluation.overrides=["captoins=[a.txt]"]'], "unknown key 'captoins'; did you mean 'captions'?"),
+        (
+            ['evaluation.overrides=["captions=[/nowhere.txt]"]'],
+            "captions file /nowhere.txt does not exist",
+        ),
+        (
+            ['evaluation.overrides=["captoins=[a.txt]"]'],
+            "unknown key 'captoins'; did you mean 'captions'?",
+        ),
         (["evaluation.overrides=[]"], "InceptionV3's weights are absent: fetch https://"),
-        (["evaluation.inception_weights=/nowhere.pth", "evaluation.overrides=[]"], "no file /nowhere.pth"),
-        (['evaluation.overrides=["metrics=[clip_score]","clip.model=local-dir:/nowhere"]'], "/nowhere holds no"),
+        (
+            ["evaluation.inception_weights=/nowhere.pth", "evaluation.overrides=[]"],
+            "no file /nowhere.pth",
+        ),
+        (
+            ['evaluation.overrides=["metrics=[clip_score]","clip.model=local-dir:/nowhere"]'],
+            "/nowhere holds no",
+        ),
         (['evaluation.overrides=["metrics=[]"]'], "measures nothing: its metrics are empty"),
         (
-            ["flow.null_probability=0", "sampling.guidance=1", 'evaluation.overrides=["guidance=3"]'],
+            [
+                "flow.null_probability=0",
+                "sampling.guidance=1",
+                'evaluation.overrides=["guidance=3"]',
+            ],
             "guidance 3 needs an unconditional flow",
         ),
-        (['evaluation.overrides=["num_captions=13","features=tokenizer","metrics=[frechet]"]'], "has 12 captions"),
+        (
+            ['evaluation.overrides=["num_captions=13","features=tokenizer","metrics=[frechet]"]'],
+            "has 12 captions",
+        ),
     ],
 )
 def test_what_is_absent_is_said_before_training(chain, inputs, tmp_path, changes, message):
     with pytest.raises(ValueError) as caught:
         chain.run_in(tmp_path, "flowtok", *options(inputs), *changes)
     assert message in str(caught.value)
-    assert not (tmp_path / "flowtok" / "checkpoints").exists() and not list(tmp_path.rglob("metrics.jsonl"))
+    assert not (tmp_path / "flowtok" / "checkpoints").exists() and not list(
+        tmp_path.rglob("metrics.jsonl")
+    )
 
 
 # Stage 1
 
 
 def reconstruction_options(shards):
-    values = ["evaluation.every_steps=3", f"evaluation.shards=[{shards}/train-00001.tar]", "evaluation.num_images=10"]
-    return [*values, "evaluation.num_workers=0", "evaluation.batch_size=4", "training.keep_checkpoints=9"]
+    values = [
+        "evaluation.every_steps=3",
+        f"evaluation.shards=[{shards}/train-00001.tar]",
+        "evaluation.num_images=10",
+    ]
+    return [
+        *values,
+        "evaluation.num_workers=0",
+        "evaluation.batch_size=4",
+        "training.keep_checkpoints=9",
+    ]
 
 
 def test_stage_1_logs_the_psnr_and_ssim_of_the_program(chain, tiny_shards, tmp_path):
     run = chain.run_in(tmp_path, "tokenizer", *reconstruction_options(tiny_shards))
     assert [*evaluations(run)] == [3, 4] and [line["step"] for line in metrics(run)] == [2, 3, 4]
     reset_accelerate()
-    words = [run, tiny_shards / "train-00001.tar", "--limit", 10, "--batch-size", 4, "--num-workers", 0]
-    reconstruct(parse_args([*map(str, words), "--device", "cpu", "--output", str(tmp_path / "report.json")]))
+    words = [
+        run,
+        tiny_shards / "train-00001.tar",
+        "--limit",
+        10,
+        "--batch-size",
+        4,
+        "--num-workers",
+        0,
+    ]
+    reconstruct(
+        parse_args([*map(str, words), "--device", "cpu", "--output", str(tmp_path / "report.json")])
+    )
     expected = json.loads((tmp_path / "report.json").read_text())["metrics"]
     found = evaluations(run)
-    assert found[4] == pytest.approx({"eval/psnr_db": expected["psnr_db"], "eval/ssim": expected["ssim"]}, rel=1e-12)
+    assert found[4] == pytest.approx(
+        {"eval/psnr_db": expected["psnr_db"], "eval/ssim": expected["ssim"]}, rel=1e-12
+    )
     assert found[3] != found[4]
 
 
@@ -215,12 +297,17 @@ def test_stage_1_trains_the_same_with_and_without(chain, tiny_shards, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["evaluation.shards=[]"], "evaluation.every_steps needs images: set evaluation.shards (or pictures.shards)"),
+        (
+            ["evaluation.shards=[]"],
+            "evaluation.every_steps needs images: set evaluation.shards (or pictures.shards)",
+        ),
         (["evaluation.shards=[/nowhere.tar]"], "/nowhere.tar"),
         (["evaluation.num_images=-1"], "evaluation.num_images must be at least 0, got -1"),
     ],
 )
-def test_stage_1_says_what_is_absent_before_training(chain, tiny_shards, tmp_path, changes, message):
+def test_stage_1_says_what_is_absent_before_training(
+    chain, tiny_shards, tmp_path, changes, message
+):
     with pytest.raises(ValueError) as caught:
         chain.run_in(tmp_path, "tokenizer", *reconstruction_options(tiny_shards), *changes)
     assert message in str(caught.value)

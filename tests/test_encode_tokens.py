@@ -13,8 +13,8 @@ from conftest import shape_sample
 from test_resume import ROOT, contents, environment, program, start
 
 from data.tar import read_shard, write_shard
-from eval.tokens_info import TokensInfo
 from scripts import encode_tokens
+from training.tokens_info import TokensInfo
 
 SMALL = ("store_text_states=false", "data.num_workers=0")
 
@@ -59,7 +59,9 @@ def test_token_samples_keep_every_caption_and_the_json(chain, tmp_path, captione
         assert latent(sample).shape == (2, 16, 4) and latent(sample).dtype == np.float16
 
 
-def test_the_report_says_how_long_the_network_waited_for_images(chain, tmp_path, captioned, capsys, monkeypatch):
+def test_the_report_says_how_long_the_network_waited_for_images(
+    chain, tmp_path, captioned, capsys, monkeypatch
+):
     now, build, latents = [0.0], encode_tokens.build_encoding_loader, encode_tokens.Encoder.latents
 
     def slow_images(*arguments):
@@ -95,7 +97,9 @@ def test_mirrored_and_cropped_views_are_samples_of_their_own(chain, tmp_path, ca
     assert (info.num_samples, info.flip, info.num_crops) == (16, True, 2)
 
 
-def test_what_is_skipped_is_counted_also_over_a_restart_and_an_empty_shard_is_no_error(chain, tmp_path, captioned):
+def test_what_is_skipped_is_counted_also_over_a_restart_and_an_empty_shard_is_no_error(
+    chain, tmp_path, captioned
+):
     shards, lenient = [captioned / "a.tar", captioned / "b.tar"], "data.max_bad_share=1"
     filters = "data.filters.min_longer_side=33"
     assert TokensInfo.load(encode(chain, tmp_path / "good", shards[:1], lenient)).skipped == {}
@@ -103,10 +107,17 @@ def test_what_is_skipped_is_counted_also_over_a_restart_and_an_empty_shard_is_no
     info = TokensInfo.load(folder)
     assert info.num_samples == 5
     assert sum(info.skipped.values()) == 1 and "image: " in next(iter(info.skipped))
-    assert sorted(path.name for path in folder.iterdir()) == ["a.tar", "b.tar", "latent_stats.json", "tokens.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a.tar",
+        "b.tar",
+        "latent_stats.json",
+        "tokens.json",
+    ]
     with pytest.raises(ValueError, match="no usable sample"):  # nothing at all: no statistics
         encode(chain, tmp_path / "none", shards, lenient, filters)
-    filtered = [json.loads(p.read_text()) for p in sorted((tmp_path / "none/tokens").glob("*.count.json"))]
+    filtered = [
+        json.loads(p.read_text()) for p in sorted((tmp_path / "none/tokens").glob("*.count.json"))
+    ]
     assert [c["num_samples"] for c in filtered] == [0, 0]
     assert [sum(c["skipped"].values()) for c in filtered] == [4, 2]
 
@@ -118,16 +129,20 @@ def test_the_number_of_workers_changes_no_byte(chain, tmp_path, tiny_shards):
 
 
 def test_bf16_encodes_nearly_the_same_latents(chain, tmp_path, captioned):
-    folders = [encode(chain, tmp_path / p, [captioned / "a.tar"], f"precision={p}") for p in ("fp32", "bf16")]
+    folders = [
+        encode(chain, tmp_path / p, [captioned / "a.tar"], f"precision={p}")
+        for p in ("fp32", "bf16")
+    ]
     exact, half = map(samples_of, folders)
-    differences = [np.abs(latent(exact[key]).astype(float) - latent(half[key])).max() for key in exact]
+    differences = [
+        np.abs(latent(exact[key]).astype(float) - latent(half[key])).max() for key in exact
+    ]
     assert 0 < max(differences) < 0.2
 
 
 def test_each_data_set_of_a_mixture_keeps_its_own_filters(chain, tmp_path, captioned):
-    both = (
-        f"{{x: {{shards: [{captioned}/a.tar], filters: {{min_longer_side: 33}}}}, y: {{shards: [{captioned}/b.tar]}}}}"
-    )
+    x = f"x: {{shards: [{captioned}/a.tar], filters: {{min_longer_side: 33}}}}"
+    both = f"{{{x}, y: {{shards: [{captioned}/b.tar]}}}}"
     options = ("data.shards=[]", f"data.sources={both}", "data.max_bad_share=1", *SMALL)
     info = TokensInfo.load(chain.run_in(tmp_path, "tokens", *options))
     assert info.num_samples == 1 and info.skipped["filter: min_longer_side"] == 4
@@ -135,7 +150,9 @@ def test_each_data_set_of_a_mixture_keeps_its_own_filters(chain, tmp_path, capti
 
 def test_states_of_one_caption_are_not_stored_for_several(chain):
     for option in ("data.caption_keys=[json:captions]", "data.recaption_keys=[recap_txt]"):
-        with pytest.raises(ValueError, match="store_text_states=true stores the states of one caption"):
+        with pytest.raises(
+            ValueError, match="store_text_states=true stores the states of one caption"
+        ):
             chain.config("tokens", option)
 
 
@@ -143,10 +160,18 @@ def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain,
     images = tmp_path / "images"
     images.mkdir()
     for shard in range(6):
-        write_shard(images / f"{shard}.tar", [shape_sample(number) for number in range(shard * 40, shard * 40 + 40)])
+        write_shard(
+            images / f"{shard}.tar",
+            [shape_sample(number) for number in range(shard * 40, shard * 40 + 40)],
+        )
     options = [f"data.shards=[{images}/*.tar]", "data.num_workers=1", "batch_size=4"]
     whole = chain.run_in(tmp_path / "whole", "tokens", *options)
-    command = [sys.executable, "-m", "scripts.encode_tokens", *program(chain, tmp_path / "killed", "tokens", *options)]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.encode_tokens",
+        *program(chain, tmp_path / "killed", "tokens", *options),
+    ]
     folder, kills = tmp_path / "killed" / "tokens", 0
     rng = np.random.default_rng(0)
     for _ in range(4):
@@ -167,5 +192,8 @@ def test_the_program_reports_a_bad_tokenizer_run_in_one_line(chain, tmp_path):
     words = program(chain, tmp_path, "tokens", f"tokenizer_run={chain.folder}/flowtok")
     process = start([sys.executable, "-m", "scripts.encode_tokens", *words])
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "is a run of stage 'flowtok', not of stage 'tokenizer'" in output
+    assert (
+        process.returncode == 2
+        and "is a run of stage 'flowtok', not of stage 'tokenizer'" in output
+    )
     assert environment()["PYTHONPATH"] == str(ROOT) and not (tmp_path / "tokens").exists()

@@ -14,8 +14,8 @@ from data.tar import write_shard
 from eval import caption_metrics, captions
 from eval.caption_metrics import PTB, SIMPLE, CaptionScorer, simple_tokens
 from eval.captioning import choose_images, list_pictures
-from eval.loading import load_captioner, load_pipeline
-from modeling.image_to_text import ImageToText, join_punctuation
+from modeling.image_to_text import Captioner, join_punctuation
+from training.loading import load_captioner, load_pipeline
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,9 @@ def test_spaces_around_punctuation_are_as_they_are_written(decoded, written):
 # Which run
 
 
-def test_an_experiment_with_a_caption_round_is_found_also_after_it_was_moved(chain, captioner, tmp_path):
+def test_an_experiment_with_a_caption_round_is_found_also_after_it_was_moved(
+    chain, captioner, tmp_path
+):
     experiment = tmp_path / "moved"
     for name in ("tokenizer", "text_decoder", "text_encoder"):
         shutil.copytree(chain.folder / name, experiment / name)
@@ -70,16 +72,22 @@ def test_an_experiment_with_a_caption_round_is_found_also_after_it_was_moved(cha
     images = torch.rand(4, 3, 32, 32)
     assert moved.captions(images, sampling) == original.captions(images, sampling)
     shutil.rmtree(experiment / "text_decoder")
-    with pytest.raises(ValueError, match="the projector [0-9a-f]{16}, and no text decoder for it is there"):
+    with pytest.raises(
+        ValueError, match="the projector [0-9a-f]{16}, and no text decoder for it is there"
+    ):
         load_captioner(experiment, CPU)
 
 
 def test_a_run_of_the_other_direction_is_refused_both_ways(chain, captioner, tmp_path, pictures):
-    with pytest.raises(ValueError, match="flows from text to image only: captions need a run with flow.direction="):
+    with pytest.raises(
+        ValueError, match="flows from text to image only: captions need a run with flow.direction="
+    ):
         draw(chain.folder, "--caption", pictures, "--output", tmp_path / "x.png")
     with pytest.raises(ValueError, match="flows from image to text: it makes captions"):
         draw(captioner, "--prompts", "a cat", "--output", tmp_path / "x.png")
-    with pytest.raises(ValueError, match="is a run of stage 'tokenizer'; captions need a flowtok run"):
+    with pytest.raises(
+        ValueError, match="is a run of stage 'tokenizer'; captions need a flowtok run"
+    ):
         draw(chain.folder / "tokenizer", "--caption", pictures, "--output", tmp_path / "x.png")
 
 
@@ -90,7 +98,10 @@ def test_captions_are_printed_with_a_contact_sheet(captioner, pictures, tmp_path
     image = pictures / "1.png"
     draw(captioner, "--caption", image, pictures, "--output", tmp_path / "sheet.png")
     *lines, end = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in lines] == [str(image), *(str(pictures / f"{i}.png") for i in range(3))]
+    assert [line.split(": ")[0] for line in lines] == [
+        str(image),
+        *(str(pictures / f"{i}.png") for i in range(3)),
+    ]
     assert lines[0] == lines[2]  # the same image
     assert end.startswith(f"{tmp_path}/sheet.png: 4 captions, 3 steps, guidance 2, ")
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -98,7 +109,15 @@ def test_captions_are_printed_with_a_contact_sheet(captioner, pictures, tmp_path
 
 
 def test_a_folder_becomes_a_line_an_image(captioner, pictures, tmp_path, capsys):
-    draw(captioner, "--caption", pictures, "--output", tmp_path / "new" / "out.jsonl", "--batch-size", "2")
+    draw(
+        captioner,
+        "--caption",
+        pictures,
+        "--output",
+        tmp_path / "new" / "out.jsonl",
+        "--batch-size",
+        "2",
+    )
     rows = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == [str(pictures / f"{i}.png") for i in range(3)]
     assert all({*row} == {"image", "caption"} for row in rows)
@@ -111,7 +130,9 @@ def test_without_arguments_the_runs_own_pictures_are_captioned(captioner, tmp_pa
     assert (tmp_path / "sheet.png").is_file()
 
 
-def test_an_unreadable_image_in_a_folder_is_left_out_named_and_counted(captioner, pictures, tmp_path, capsys):
+def test_an_unreadable_image_in_a_folder_is_left_out_named_and_counted(
+    captioner, pictures, tmp_path, capsys
+):
     (pictures / "1b\x1b[31m.png").write_bytes(b"no image")
     for output in ("x.png", "x.jsonl"):
         draw(captioner, "--caption", pictures, "--output", tmp_path / output)
@@ -121,7 +142,9 @@ def test_an_unreadable_image_in_a_folder_is_left_out_named_and_counted(captioner
 
 
 @pytest.mark.parametrize("output", ["x.png", "x.jsonl"])
-def test_what_can_not_be_captioned_is_an_error_that_leaves_nothing(captioner, pictures, tmp_path, output):
+def test_what_can_not_be_captioned_is_an_error_that_leaves_nothing(
+    captioner, pictures, tmp_path, output
+):
     def caption(*names):
         draw(captioner, "--caption", *names, "--output", tmp_path / "out" / output)
 
@@ -129,7 +152,9 @@ def test_what_can_not_be_captioned_is_an_error_that_leaves_nothing(captioner, pi
     broken.write_bytes(b"no image")
     with pytest.raises(ValueError, match="broken.png cannot be captioned: image: "):
         caption(pictures / "0.png", broken)
-    with pytest.raises(ValueError, match="nothing.png does not exist; expected an image, a folder or a tar shard"):
+    with pytest.raises(
+        ValueError, match="nothing.png does not exist; expected an image, a folder or a tar shard"
+    ):
         caption(tmp_path / "nothing.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no image"):
@@ -155,22 +180,34 @@ def test_images_of_shards_are_chosen_evenly(tiny_shards):
 def test_equal_captions_score_as_high_as_can_be_without_java(monkeypatch):
     pytest.importorskip("pycocoevalcap")
     monkeypatch.setattr(caption_metrics.shutil, "which", lambda name: None)
-    texts = ["a red circle on white paper", "a blue square above the table", "two green triangles in a row"]
+    texts = [
+        "a red circle on white paper",
+        "a blue square above the table",
+        "two green triangles in a row",
+    ]
     scorer = CaptionScorer([[text, "something else entirely in here"] for text in texts])
-    assert (scorer.tokenizer, scorer.tokenizer_reason) == (SIMPLE, "there is no Java on this machine")
+    assert (scorer.tokenizer, scorer.tokenizer_reason) == (
+        SIMPLE,
+        "there is no Java on this machine",
+    )
     same, other = scorer.score(texts), scorer.score(texts[1:] + texts[:1])
     assert same["bleu_4"] == pytest.approx(100, abs=1e-3) and same["rouge_l"] == pytest.approx(100)
     for name in ("bleu_4", "rouge_l", "cider"):
         assert other[name] < 0.5 * same[name]
     assert same["meteor"] is None and same["spice"] is None
-    assert same["reasons"]["meteor"] == "there is no Java on this machine" and "spice" in same["reasons"]
+    assert (
+        same["reasons"]["meteor"] == "there is no Java on this machine"
+        and "spice" in same["reasons"]
+    )
 
 
 def test_without_the_package_all_is_null_with_the_reason(monkeypatch):
     monkeypatch.setattr(caption_metrics, "package_folder", lambda: None)
     scores = CaptionScorer([["a cat"]]).score(["a cat"])
     assert all(scores[name] is None for name in caption_metrics.NAMES)
-    assert {*scores["reasons"].values()} == {"pycocoevalcap is not installed (requirements-eval.txt)"}
+    assert {*scores["reasons"].values()} == {
+        "pycocoevalcap is not installed (requirements-eval.txt)"
+    }
 
 
 def test_the_simple_tokenizer_keeps_words_alone():
@@ -183,7 +220,9 @@ def test_the_ptb_tokenizer_is_the_packages_own():
     texts = [["A man's T-shirt, (red)!", "two\nlines"], [""], ["Zoë & co. -- 3.5 m"]]
     scorer = CaptionScorer(texts)
     assert scorer.tokenizer == PTB
-    theirs = tokenizer.PTBTokenizer().tokenize({i: [{"caption": t} for t in group] for i, group in enumerate(texts)})
+    theirs = tokenizer.PTBTokenizer().tokenize(
+        {i: [{"caption": t} for t in group] for i, group in enumerate(texts)}
+    )
     assert scorer.references == theirs
 
 
@@ -209,13 +248,26 @@ def evaluate(run, tmp_path, *arguments):
     return json.loads(output.read_text())
 
 
-def test_shards_are_measured_at_each_steps_and_guidance(captioner, tiny_shards, tmp_path, no_java, capsys):
-    report = evaluate(captioner, tmp_path, f"{tiny_shards}/*.tar", "--steps", "1,2", "--guidance", "1,2")
-    assert [(r["steps"], r["guidance"]) for r in report["results"]] == [(1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0)]
+def test_shards_are_measured_at_each_steps_and_guidance(
+    captioner, tiny_shards, tmp_path, no_java, capsys
+):
+    report = evaluate(
+        captioner, tmp_path, f"{tiny_shards}/*.tar", "--steps", "1,2", "--guidance", "1,2"
+    )
+    assert [(r["steps"], r["guidance"]) for r in report["results"]] == [
+        (1, 1.0),
+        (1, 2.0),
+        (2, 1.0),
+        (2, 2.0),
+    ]
     assert report["protocol"]["num_images"] == 48 and report["protocol"]["tokenizer"] == SIMPLE
     assert report["protocol"]["references_per_image"] == {"min": 1, "max": 1, "mean": 1.0}
-    assert len(report["model"]["flow_fingerprint"]) == 16 and report["model"]["checkpoint"].endswith("step_00000004")
-    assert all(0 <= row["exact_match"] <= 100 for row in [*report["results"], report["without_flow"]])
+    assert len(report["model"]["flow_fingerprint"]) == 16 and report["model"][
+        "checkpoint"
+    ].endswith("step_00000004")
+    assert all(
+        0 <= row["exact_match"] <= 100 for row in [*report["results"], report["without_flow"]]
+    )
     assert {"image", "caption", "references"} == {*report["results"][0]["examples"][0]}
     printed = capsys.readouterr().out
     assert "no flow" in printed and "spice: null: " in printed
@@ -224,7 +276,9 @@ def test_shards_are_measured_at_each_steps_and_guidance(captioner, tiny_shards, 
 def test_several_references_of_a_jsonl_count_and_one_hit_is_an_exact_match(
     captioner, pictures, tmp_path, no_java, monkeypatch
 ):
-    monkeypatch.setattr(ImageToText, "read", lambda self, latents: ["a black cat, old"] * len(latents))
+    monkeypatch.setattr(
+        Captioner, "read", lambda self, latents: ["a black cat, old"] * len(latents)
+    )
     rows = [
         {"image": "pictures/0.png", "captions": ["another", "A black cat , old"]},
         {"image": "pictures/1.png", "caption": "a black cat"},
@@ -238,9 +292,13 @@ def test_several_references_of_a_jsonl_count_and_one_hit_is_an_exact_match(
     assert report["results"][0]["rouge_l"] == pytest.approx(100 * (2 + rouge(3, 4, 3)) / 3)
 
 
-def test_a_reference_with_a_line_separator_of_unicode_stays_one(captioner, pictures, tmp_path, no_java):
+def test_a_reference_with_a_line_separator_of_unicode_stays_one(
+    captioner, pictures, tmp_path, no_java
+):
     row = {"image": "pictures/0.png", "caption": "a cat\u2028on a mat"}
-    (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text(
+        json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     report = evaluate(captioner, tmp_path, tmp_path / "data.jsonl", "--steps", "1")
     assert report["without_flow"]["examples"][0]["references"] == ["a cat on a mat"]
 
@@ -257,27 +315,46 @@ def test_the_json_names_the_weights_that_were_measured_while_training_goes_on(
 
 
 @pytest.mark.parametrize("output", ["pictures", "pictures/0.png/a.json"])
-def test_a_json_that_cannot_be_written_is_refused_before_any_work(captioner, pictures, tmp_path, monkeypatch, output):
+def test_a_json_that_cannot_be_written_is_refused_before_any_work(
+    captioner, pictures, tmp_path, monkeypatch, output
+):
     monkeypatch.setattr(captions, "load_captioner", None)
-    words = [captioner, pictures.parent / "data.jsonl", "--output", tmp_path / output, "--device", "cpu"]
+    words = [
+        captioner,
+        pictures.parent / "data.jsonl",
+        "--output",
+        tmp_path / output,
+        "--device",
+        "cpu",
+    ]
     (tmp_path / "data.jsonl").write_text('{"image": "pictures/0.png", "caption": "a"}')
-    with pytest.raises(ValueError, match="is a folder, expected a file|cannot be written: .*0.png: Not a directory"):
+    with pytest.raises(
+        ValueError, match="is a folder, expected a file|cannot be written: .*0.png: Not a directory"
+    ):
         captions.main(captions.parse_args([*map(str, words)]))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"image": "pictures/0.png", "captions": [" "]}', "data.jsonl line 1: no reference under captions or caption"),
+        (
+            '{"image": "pictures/0.png", "captions": [" "]}',
+            "data.jsonl line 1: no reference under captions or caption",
+        ),
         ('{"image": "pictures/0.png"}', "line 1: no reference"),
         ('\n{"captions": ["a"]}', 'line 2: expected {"image": FILE'),
         ('{"image": "absent.png", "caption": "a"}', "line 1: .*absent.png does not exist"),
         ("[1", 'line 1: expected {"image": FILE'),
         ("", "has no line with an image"),
-        ('{"image": "pictures/broken.png", "caption": "a"}', "broken.png cannot be measured: image: "),
+        (
+            '{"image": "pictures/broken.png", "caption": "a"}',
+            "broken.png cannot be measured: image: ",
+        ),
     ],
 )
-def test_a_file_without_references_or_images_is_refused(captioner, pictures, tmp_path, text, message):
+def test_a_file_without_references_or_images_is_refused(
+    captioner, pictures, tmp_path, text, message
+):
     (pictures / "broken.png").write_bytes(b"no image")
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -289,7 +366,9 @@ def test_samples_without_references_are_refused(captioner, tmp_path, pictures):
     sample = shape_sample(0)
     sample.pop("txt")
     write_shard(tmp_path / "bare.tar", [sample])
-    with pytest.raises(ValueError, match=r"bare.tar: 00000 has no reference under json:captions, txt, json:caption"):
+    with pytest.raises(
+        ValueError, match=r"bare.tar: 00000 has no reference under json:captions, txt, json:caption"
+    ):
         evaluate(captioner, tmp_path, tmp_path / "bare.tar")
     with pytest.raises(ValueError, match="DATA is one .jsonl or several folders and shards"):
         evaluate(captioner, tmp_path, tmp_path / "x.jsonl", pictures)
@@ -307,7 +386,11 @@ def test_a_joint_run_makes_images_and_captions(chain, tiny_shards, tmp_path, pic
     draw(run, "--caption", pictures, "--output", tmp_path / "captions.png")
     printed = capsys.readouterr().out
     assert "1 images" in printed and "3 captions" in printed
-    start, (forth, sampling), (back, _) = torch.randn(2, 16, 4), load_pipeline(run, CPU), load_captioner(run, CPU)
+    start, (forth, sampling), (back, _) = (
+        torch.randn(2, 16, 4),
+        load_pipeline(run, CPU),
+        load_captioner(run, CPU),
+    )
     assert not torch.allclose(
         forth.transport(start, sampling) * forth.flow.latent_scale, back.transport(start, sampling)
     )

@@ -19,13 +19,15 @@ from configs.schema import (
     TokenizerStage,
     TokensStage,
 )
+from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.text_to_image import TextToImageFlow
 from scripts.plan_stages import TRAINING_STEPS, build_encoding, find_sizes
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = (ROOT / "train_flowtok.sh").read_text()
-LAUNCHER_STAGES = re.search(r"^ALL_STAGES=\((.*?)\)", LAUNCHER, flags=re.DOTALL | re.MULTILINE)[1].split()
+LAUNCHER_STAGES = re.search(r"^ALL_STAGES=\((.*?)\)", LAUNCHER, flags=re.DOTALL | re.MULTILINE)[
+    1
+].split()
 
 
 def read(path):
@@ -39,12 +41,21 @@ def is_stage(path):
     return "stage" in values or ("base" in values and is_stage(path.parent / values["base"]))
 
 
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/*/*.yaml") if is_stage(path))
+FILES = sorted(
+    path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/*/*.yaml") if is_stage(path)
+)
 
 
 def test_the_experiments_of_the_paper_are_there():
     names = {Path(file).parent.name for file in FILES}
-    assert names >= {"demo", "flowtok_b", "flowtok_xl", "flowtok_h", "tokenizer_bl77_256", "tokenizer_bl77_512"}
+    assert names >= {
+        "demo",
+        "flowtok_b",
+        "flowtok_xl",
+        "flowtok_h",
+        "tokenizer_bl77_256",
+        "tokenizer_bl77_512",
+    }
     assert names >= {"flowtok_b_average_pool", "flowtok_b_cosine_margin", "flowtok_b_alignment_2"}
     for size in ("xl", "h"):
         for stage in ("flowtok", "flowtok_finetune", "flowtok_512", "tokenizer_512"):
@@ -68,13 +79,21 @@ def test_its_networks_build_on_the_meta_device_with_sizes_that_agree(file):
         if isinstance(config, TokensStage):
             work = build_encoding(sizes, config.store_text_states)
         else:
-            work = TRAINING_STEPS[type(config)](config, sizes, "none", config.training.max_steps - 1)
+            work = TRAINING_STEPS[type(config)](
+                config, sizes, "none", config.training.max_steps - 1
+            )
     assert all(parameter.is_meta for parameter in work.model.parameters())
     if isinstance(config, FlowTokStage | TextProjectorStage):
         tokenizer, projector = sizes.tokenizer, config.projector
         assert "the paper's" not in sizes.notes[0]  # one of the shipped tokenizers makes its tokens
-        assert (tokenizer.num_tokens, tokenizer.token_channels) == (projector.text_tokens, projector.token_channels)
-        assert (tokenizer.text_tokens, tokenizer.text_width) == (projector.text_tokens, projector.text_width)
+        assert (tokenizer.num_tokens, tokenizer.token_channels) == (
+            projector.text_tokens,
+            projector.token_channels,
+        )
+        assert (tokenizer.text_tokens, tokenizer.text_width) == (
+            projector.text_tokens,
+            projector.text_width,
+        )
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -116,7 +135,9 @@ def whole_header(path):
     """The file's header, and its base's where a line ends with a reference to that (": base.")."""
     lines = header(path)
     refers = any(line.endswith(": base.") for line in lines)
-    return " ".join(lines) + (" " + whole_header(path.parent / read(path)["base"]) if refers else "")
+    return " ".join(lines) + (
+        " " + whole_header(path.parent / read(path)["base"]) if refers else ""
+    )
 
 
 COMMAND = re.compile(r"^((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:bash|accelerate launch|python) .*)$")
@@ -142,7 +163,9 @@ def test_its_header_has_command_hardware_time_and_expectation(file):
 def test_the_commands_of_its_header_name_what_exists(file):
     for command in header_commands(ROOT / file):
         check_command(command, ROOT / file)
-    for mentioned in re.findall(r"\b(?:scripts|configs)/[\w/.]+\.(?:py|yaml|sh)\b", " ".join(header(ROOT / file))):
+    for mentioned in re.findall(
+        r"\b(?:scripts|configs)/[\w/.]+\.(?:py|yaml|sh)\b", " ".join(header(ROOT / file))
+    ):
         assert (ROOT / mentioned).is_file(), mentioned
 
 
@@ -157,8 +180,16 @@ def check_command(command, path):
     assert not variables
     file = (ROOT / words[words.index("--config") + 1]).resolve()
     assert file == path
-    program = words[words.index("-m" if "-m" in words else "--module") + 1] if {"-m", "--module"} & {*words} else None
-    program = program.replace(".", "/") + ".py" if program else next(word for word in words if word.endswith(".py"))
+    program = (
+        words[words.index("-m" if "-m" in words else "--module") + 1]
+        if {"-m", "--module"} & {*words}
+        else None
+    )
+    program = (
+        program.replace(".", "/") + ".py"
+        if program
+        else next(word for word in words if word.endswith(".py"))
+    )
     stage = re.search(r'parse_stage_args\("(\w+)"', (ROOT / program).read_text())[1]
     load_config(file, words[words.index("--config") + 2 :], stage)
 
@@ -170,7 +201,9 @@ def check_launcher(arguments, variables, path):
     assert folder == path.parent
     assert variables.keys() <= {"STAGES"}
     stages = (
-        variables["STAGES"].split() if variables else [file.stem for file in folder.glob("*.yaml") if is_stage(file)]
+        variables["STAGES"].split()
+        if variables
+        else [file.stem for file in folder.glob("*.yaml") if is_stage(file)]
     )
     assert path.stem in stages and {*stages} <= {*LAUNCHER_STAGES}
     for stage in stages:
@@ -208,11 +241,13 @@ def millions(module, with_buffers=()):
     return (count + sum(module.get_buffer(name).numel() for name in with_buffers)) / 1e6
 
 
-@pytest.mark.parametrize(("name", "published"), [("flowtok_b", 153.93), ("flowtok_xl", 698.08), ("flowtok_h", 1092.10)])
+@pytest.mark.parametrize(
+    ("name", "published"), [("flowtok_b", 153.93), ("flowtok_xl", 698.08), ("flowtok_h", 1092.10)]
+)
 def test_flow_weights_are_the_papers_with_the_fixed_position_table(name, published):
     config = load_config(ROOT / f"configs/{name}/flowtok.yaml")
     with torch.device("meta"):
-        flow = TextToImageFlow(config.projector, config.flowtok)
+        flow = FlowModel(config.projector, config.flowtok)
     assert (
         round(millions(flow, ["flowtok.positions"]), 2) == published
     )  # projector, alignment, DiT, and 77 x W of table

@@ -30,7 +30,11 @@ from training.faults import explain_faults
 from training.metrics import WANDB_FILE
 from training.stop import STOPPED_FILE, STOPPED_STATUS
 
-ENDLESS = ["training.max_steps=1000000", "training.checkpoint_every_steps=4", "training.log_every_steps=1"]
+ENDLESS = [
+    "training.max_steps=1000000",
+    "training.checkpoint_every_steps=4",
+    "training.log_every_steps=1",
+]
 ENDLESS += ["training.sample_every_steps=0", "optimizer.schedule=constant", "data.num_workers=1"]
 
 
@@ -42,8 +46,16 @@ class Lab:
 
     def start(self, stage="tokenizer", *options, into=None, script=None, **variables):
         """A program, the stage's own if `script` names no other; `options` come after ENDLESS."""
-        arguments = program(self.chain, into or self.folder, stage, *(ENDLESS if stage != "tokens" else []), *options)
-        script = script or {"tokenizer": "train_tokenizer.py", "tokens": "scripts.encode_tokens"}[stage]
+        arguments = program(
+            self.chain,
+            into or self.folder,
+            stage,
+            *(ENDLESS if stage != "tokens" else []),
+            *options,
+        )
+        script = (
+            script or {"tokenizer": "train_tokenizer.py", "tokens": "scripts.encode_tokens"}[stage]
+        )
         log = self.folder / f"log{len(self.started)}"
         self.started.append(Program(log, str(script), *arguments, **variables))
         return self.started[-1]
@@ -51,7 +63,9 @@ class Lab:
     def start_ranks(self, *options):
         """Two processes of one training."""
         arguments = program(self.chain, self.folder, "tokenizer", *ENDLESS, *options)
-        ranks = start_ranks(self.folder / f"log{len(self.started)}", 2, "train_tokenizer.py", *arguments)
+        ranks = start_ranks(
+            self.folder / f"log{len(self.started)}", 2, "train_tokenizer.py", *arguments
+        )
         self.started += ranks
         return ranks
 
@@ -149,7 +163,9 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_any_step(lab, tmp_pa
         check_error(lab.start(into=disk), "Read-only file system", str(disk))
 
 
-def test_a_folder_of_checkpoints_that_can_no_longer_be_written_ends_with_an_error_and_later_goes_on(lab, tmp_path):
+def test_a_folder_of_checkpoints_that_can_no_longer_be_written_ends_with_an_error_and_later_goes_on(
+    lab, tmp_path
+):
     running = lab.start()
     assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     (lab.run / "checkpoints").rename(tmp_path / "aside")
@@ -157,7 +173,9 @@ def test_a_folder_of_checkpoints_that_can_no_longer_be_written_ends_with_an_erro
     check_error(running, str(lab.run / "checkpoints"))
     (lab.run / "checkpoints").unlink()
     (tmp_path / "aside").rename(lab.run / "checkpoints")
-    shutil.rmtree(next((lab.run / "checkpoints").glob("*.tmp"), tmp_path / "none"), ignore_errors=True)
+    shutil.rmtree(
+        next((lab.run / "checkpoints").glob("*.tmp"), tmp_path / "none"), ignore_errors=True
+    )
     check_goes_on(lab)
 
 
@@ -166,13 +184,18 @@ def test_rotation_keeps_the_newest_whole_checkpoint_though_a_damaged_one_is_newe
     (damaged / ckpt.MODEL_FILE).unlink()
     write(tmp_path, 4, keep=1)
     write(tmp_path, 6, keep=1)
-    assert ckpt.latest_checkpoint(tmp_path)[0] == 6 and list(ckpt.checkpoint_folders(tmp_path)) == [6, 8]
+    assert ckpt.latest_checkpoint(tmp_path)[0] == 6 and list(ckpt.checkpoint_folders(tmp_path)) == [
+        6,
+        8,
+    ]
 
 
 # Data and its workers
 
 
-def test_shards_that_vanish_end_with_an_error_that_names_them_and_when_back_the_run_goes_on(lab, tiny_shards, tmp_path):
+def test_shards_that_vanish_end_with_an_error_that_names_them_and_when_back_the_run_goes_on(
+    lab, tiny_shards, tmp_path
+):
     shards = tmp_path / "shards"
     shutil.copytree(tiny_shards, shards)
     patterns = f"data.shards=[{shards}/*.tar]"
@@ -192,7 +215,9 @@ def test_a_data_worker_that_is_killed_ends_with_an_error_that_says_so_and_the_ru
     assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     (worker,) = running.children()
     os.kill(worker, signal.SIGKILL)
-    check_error(running, f"a data worker (process {worker}) was killed (SIGKILL)", "when memory runs out")
+    check_error(
+        running, f"a data worker (process {worker}) was killed (SIGKILL)", "when memory runs out"
+    )
     check_goes_on(lab)
 
 
@@ -204,12 +229,19 @@ runpy.run_path("train_tokenizer.py", run_name="__main__")
 """
 
 
-def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_error_that_says_so(lab, tmp_path):
+def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_error_that_says_so(
+    lab, tmp_path
+):
     shards = tmp_path / "long"
     shards.mkdir()  # batches of some 300 kB: more than a pipe takes, so that a worker waits in the middle of one
-    write_tar(shards / "long.tar", [shape_sample(number) | {"txt": "a red circle " * 3000} for number in range(24)])
+    write_tar(
+        shards / "long.tar",
+        [shape_sample(number) | {"txt": "a red circle " * 3000} for number in range(24)],
+    )
     (tmp_path / "impatient.py").write_text(IMPATIENT)
-    running = lab.start("tokenizer", f"data.shards=[{shards}/*.tar]", script=tmp_path / "impatient.py")
+    running = lab.start(
+        "tokenizer", f"data.shards=[{shards}/*.tar]", script=tmp_path / "impatient.py"
+    )
     assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     (worker,) = running.children()
     os.kill(running.pid, signal.SIGSTOP)
@@ -218,7 +250,9 @@ def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_er
         time.sleep(0.01)
     os.kill(worker, signal.SIGKILL)
     os.kill(running.pid, signal.SIGCONT)
-    check_error(running, f"a data worker (process {worker}) was killed (SIGKILL)", "when memory runs out")
+    check_error(
+        running, f"a data worker (process {worker}) was killed (SIGKILL)", "when memory runs out"
+    )
 
 
 def is_writing_to_a_full_pipe(pid):
@@ -249,7 +283,10 @@ class Killer:
 
 def test_a_worker_of_another_loader_that_is_killed_ends_with_an_error_that_says_so():
     reason = "a data worker ended while a batch|DataLoader worker .* exited unexpectedly"  # amid a batch or between two
-    with pytest.raises(ChildProcessError, match=f"({reason}).*Run the same command again"), explain_faults():
+    with (
+        pytest.raises(ChildProcessError, match=f"({reason}).*Run the same command again"),
+        explain_faults(),
+    ):
         list(DataLoader(Killer(), num_workers=2))
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no error comes up elsewhere
 
@@ -322,14 +359,18 @@ def test_two_starts_at_once_leave_the_first_ones_log_and_checkpoints_alone(lab):
     assert [line["step"] for line in metrics(lab.run)] == list(range(1, last + 1))
 
 
-def test_a_signal_stops_encoding_at_once_and_the_same_command_ends_with_the_same_tokens(lab, chain, tmp_path):
+def test_a_signal_stops_encoding_at_once_and_the_same_command_ends_with_the_same_tokens(
+    lab, chain, tmp_path
+):
     slow = "batch_size=1"
     running = lab.start("tokens", slow, "num_crops=6")
     folder = tmp_path / "tokens"
     assert running.wait_until(lambda: (folder / "source.json").exists()), running.output
     running.signal_group(signal.SIGUSR1)
     status = running.wait()
-    assert status in (STOPPED_STATUS, -signal.SIGUSR1), running.output  # before it listens: nothing is lost either
+    assert status in (STOPPED_STATUS, -signal.SIGUSR1), (
+        running.output
+    )  # before it listens: nothing is lost either
     if status == STOPPED_STATUS:
         assert (folder / STOPPED_FILE).read_text() == "signal SIGUSR1\n"
         assert f"{folder}: stopped (signal SIGUSR1)" in running.output
@@ -370,7 +411,9 @@ def test_wandb_continues_its_run_after_a_kill_and_a_run_made_anew_has_another(la
 
 def test_a_wandb_service_that_dies_does_not_end_the_training(lab):
     pytest.importorskip("wandb")
-    running = lab.start("tokenizer", "logging.wandb=offline", WANDB_MODE="offline", WANDB_SILENT="true")
+    running = lab.start(
+        "tokenizer", "logging.wandb=offline", WANDB_MODE="offline", WANDB_SILENT="true"
+    )
     assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running.children()}
     os.kill(next(pid for pid, name in names.items() if b"wandb-core" in name), signal.SIGKILL)
@@ -397,13 +440,17 @@ def test_keys_and_captions_with_escapes_do_not_reach_the_terminal(lab, tmp_path)
     evil = "a\x1b]0;owned\x07\x1b[2J/b\nerror: forged"
     shards = tmp_path / "evil"
     shards.mkdir()
-    samples = [shape_sample(number) | {"__key__": f"{number}{evil}", "txt": f"a {evil}"} for number in range(24)]
+    samples = [
+        shape_sample(number) | {"__key__": f"{number}{evil}", "txt": f"a {evil}"}
+        for number in range(24)
+    ]
     write_tar(shards / "evil.tar", samples)
     options = ["tokenizer", f"data.shards=[{shards}/*.tar]", "training.sample_every_steps=1"]
     assert lab.start(*options, "training.max_steps=2").wait() == 0
     for option in ("optimizer.learning_rate=1e38", "data.max_bad_share=0.01"):
         write_tar(
-            shards / "evil.tar", samples if "rate" in option else [{**s, "png": b"no image"} for s in samples] * 9
+            shards / "evil.tar",
+            samples if "rate" in option else [{**s, "png": b"no image"} for s in samples] * 9,
         )
         running = lab.start(*options, option, into=tmp_path / option)
         check_error(running, ascii(evil)[1:8])
@@ -429,8 +476,15 @@ class Launched:
 
     def start(self, *options, num_processes=1):
         overrides = program(self.lab.chain, self.lab.folder, "tokenizer", *ENDLESS, *options)[2:]
-        arguments = [word if word.startswith("experiment_dir=") else f"tokenizer.{word}" for word in overrides]
-        variables = {"VIRTUAL_ENV": str(self.python), "STAGES": "tokenizer", "NUM_PROCESSES": str(num_processes)}
+        arguments = [
+            word if word.startswith("experiment_dir=") else f"tokenizer.{word}"
+            for word in overrides
+        ]
+        variables = {
+            "VIRTUAL_ENV": str(self.python),
+            "STAGES": "tokenizer",
+            "NUM_PROCESSES": str(num_processes),
+        }
         return subprocess.Popen(
             ["bash", str(self.root / "train_flowtok.sh"), "tiny", *arguments],
             env=environment(**variables),
@@ -443,7 +497,9 @@ class Launched:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "num_processes"), [(signal.SIGUSR1, 1), (signal.SIGINT, 2)])
-def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_goes_on(lab, tmp_path, number, num_processes):
+def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_goes_on(
+    lab, tmp_path, number, num_processes
+):
     launched = Launched(lab, tmp_path)
     process = launched.start(num_processes=num_processes)
     deadline = time.monotonic() + 200
@@ -452,7 +508,10 @@ def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_goes_on(lab, tm
     os.killpg(process.pid, number)  # Slurm signals every process, a terminal the launcher's group
     output, _ = process.communicate(timeout=200)
     assert process.returncode == STOPPED_STATUS, output
-    assert "stage tokenizer stopped cleanly; to go on, run the same command again: bash train_flowtok.sh tiny" in output
+    assert (
+        "stage tokenizer stopped cleanly; to go on, run the same command again: bash train_flowtok.sh tiny"
+        in output
+    )
     step = ckpt.latest_checkpoint(lab.run, verify_contents=True)[0]
     assert step >= 6 and (lab.run / STOPPED_FILE).is_file()
     process = launched.start(f"training.max_steps={step + 5}", num_processes=num_processes)
@@ -468,5 +527,7 @@ def test_the_launcher_hears_a_warning_before_its_first_stage_trains(lab, tmp_pat
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGUSR1)
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == STOPPED_STATUS and "told to stop before stage tokenizer" in output, output
+    assert (
+        process.returncode == STOPPED_STATUS and "told to stop before stage tokenizer" in output
+    ), output
     assert not lab.run.exists()

@@ -25,7 +25,10 @@ def reason_of(config, caption="a caption", metadata=None, size=None):
 
 
 def test_by_default_everything_is_kept():
-    assert reason_of(FilterConfig(), "", {"width": 1, "height": 999, "pwatermark": 1}, size=(1, 999)) is None
+    assert (
+        reason_of(FilterConfig(), "", {"width": 1, "height": 999, "pwatermark": 1}, size=(1, 999))
+        is None
+    )
 
 
 @pytest.mark.parametrize("size", [(256, 100), (100, 256), (255, 100), (100, 255)])
@@ -56,7 +59,10 @@ def test_the_aspect_ratio_counts_in_both_directions(size, kept):
         ({"width": 200, "height": 133}, False),
         ({"width": "200", "height": "133"}, False),
         ({"width": 200}, True),
-        ({"width": None, "height": None, "original_width": float("nan"), "original_height": 1}, True),
+        (
+            {"width": None, "height": None, "original_width": float("nan"), "original_height": 1},
+            True,
+        ),
         ({"width": 0, "height": 0}, True),
         ({"width": True, "height": 10**400}, True),
     ],
@@ -88,7 +94,10 @@ def test_the_image_itself_counts_whatever_the_json_says():
     ],
 )
 def test_the_aesthetic_score_is_the_first_finite_number_under_its_keys(metadata, reason):
-    assert reason_of(FilterConfig(min_aesthetic_score=5, missing_score="drop"), metadata=metadata) == reason
+    assert (
+        reason_of(FilterConfig(min_aesthetic_score=5, missing_score="drop"), metadata=metadata)
+        == reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,12 +109,20 @@ def test_the_aesthetic_score_is_the_first_finite_number_under_its_keys(metadata,
     ],
 )
 def test_the_watermark_probability_is_an_upper_limit(metadata, reason):
-    assert reason_of(FilterConfig(max_watermark_probability=0.5, missing_score="drop"), metadata=metadata) == reason
+    assert (
+        reason_of(
+            FilterConfig(max_watermark_probability=0.5, missing_score="drop"), metadata=metadata
+        )
+        == reason
+    )
 
 
 def test_keys_of_the_scores_can_be_named():
     config = FilterConfig(
-        min_aesthetic_score=5, max_watermark_probability=0.5, aesthetic_keys=["a"], watermark_keys=["w"]
+        min_aesthetic_score=5,
+        max_watermark_probability=0.5,
+        aesthetic_keys=["a"],
+        watermark_keys=["w"],
     )
     assert reason_of(config, metadata={"a": 6, "w": 0.1, "aesthetic": 1, "pwatermark": 1}) is None
     assert reason_of(config, metadata={"a": 6, "w": 0.6}) == "filter: max_watermark_probability"
@@ -113,8 +130,14 @@ def test_keys_of_the_scores_can_be_named():
 
 def test_a_missing_score_is_kept_or_stops_the_run_as_asked():
     for name in ("min_aesthetic_score", "max_watermark_probability"):
-        assert reason_of(FilterConfig(**{name: 1}, missing_score="keep"), metadata={"other": 1}) is None
-        with pytest.raises(ValueError, match=r"missing: expected .* under one of .*; the sample's JSON has url, key"):
+        assert (
+            reason_of(FilterConfig(**{name: 1}, missing_score="keep"), metadata={"other": 1})
+            is None
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"missing: expected .* under one of .*; the sample's JSON has url, key",
+        ):
             reason_of(FilterConfig(**{name: 1}), metadata={"url": 1, "key": 2})
         with pytest.raises(ValueError, match="has nothing"):
             reason_of(FilterConfig(**{name: 1}))

@@ -29,7 +29,9 @@ def test_path_runs_from_text_to_image_with_sigma_min_of_text_left():
     text, image = latents()
     zero, one = torch.zeros(B, dtype=torch.float64), torch.ones(B, dtype=torch.float64)
     assert torch.equal(interpolate(text, image, zero, SIGMA), text)
-    torch.testing.assert_close(interpolate(text, image, one, SIGMA), image + SIGMA * text, rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        interpolate(text, image, one, SIGMA), image + SIGMA * text, rtol=0, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("sigma_min", [0.0, SIGMA, 0.3])
@@ -39,7 +41,9 @@ def test_velocity_is_the_paths_derivative_at_every_time(sigma_min):
     _, derivative = torch.autograd.functional.jvp(
         lambda t: interpolate(text, image, t, sigma_min), t, torch.ones_like(t)
     )
-    torch.testing.assert_close(target_velocity(text, image, sigma_min), derivative, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        target_velocity(text, image, sigma_min), derivative, rtol=0, atol=1e-14
+    )
 
 
 def test_each_sample_is_at_its_own_time():
@@ -54,7 +58,10 @@ def test_each_sample_is_at_its_own_time():
     ("config", "cumulative"),
     [
         (FlowConfig(), lambda t: t),
-        (FlowConfig(time_distribution="logit_normal"), lambda t: torch.special.ndtr(torch.logit(t))),
+        (
+            FlowConfig(time_distribution="logit_normal"),
+            lambda t: torch.special.ndtr(torch.logit(t)),
+        ),
         (FlowConfig(time_distribution="power", time_power=3.0), lambda t: t ** (1 / 3)),
         (FlowConfig(time_distribution="power", time_power=0.5), lambda t: t**2),
     ],
@@ -146,7 +153,9 @@ def test_guidance_extrapolates_from_null_to_conditional_in_one_call(guidance):
     torch.testing.assert_close(velocity, -x + guidance * (3 * x + 0.25 + x))
 
 
-@pytest.mark.parametrize(("time", "is_guided"), [(0.0, False), (0.19, False), (0.2, True), (0.7, True), (0.71, False)])
+@pytest.mark.parametrize(
+    ("time", "is_guided"), [(0.0, False), (0.19, False), (0.2, True), (0.7, True), (0.71, False)]
+)
 def test_outside_its_interval_guidance_costs_nothing_and_changes_nothing(time, is_guided):
     calls, (x, _) = [], latents()
     velocity = guided_velocity(recording_branches(calls), 4.0, (0.2, 0.7))(x, time)
@@ -156,7 +165,9 @@ def test_outside_its_interval_guidance_costs_nothing_and_changes_nothing(time, i
 
 def test_guidance_does_not_matter_where_both_branches_agree():
     x = torch.randn(B, K, C)
-    torch.testing.assert_close(guided_velocity(lambda x, time, null: 2 * x.repeat(len(null), 1, 1), 5.0)(x, 0.5), 2 * x)
+    torch.testing.assert_close(
+        guided_velocity(lambda x, time, null: 2 * x.repeat(len(null), 1, 1), 5.0)(x, 0.5), 2 * x
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,9 +176,15 @@ def test_guidance_does_not_matter_where_both_branches_agree():
         ({"null_probability": 1.0}, "flow.null_probability must be in \\[0, 1\\), got 1.0"),
         ({"null_probability": -0.1}, "flow.null_probability must be in"),
         ({"time_power": 0.0}, "flow.time_power must be positive, got 0.0"),
-        ({"gradient_into_text": 0.0}, "flow.gradient_into_text must be in \\(0, 1\\], got 0.0; no gradient"),
+        (
+            {"gradient_into_text": 0.0},
+            "flow.gradient_into_text must be in \\(0, 1\\], got 0.0; no gradient",
+        ),
         ({"gradient_until": 1.5}, "flow.gradient_until must be in \\(0, 1\\], got 1.5"),
-        ({"gradient_until": 0.5, "projector": "frozen"}, "flow.gradient_until=0.5 is read with flow.projector=joint"),
+        (
+            {"gradient_until": 0.5, "projector": "frozen"},
+            "flow.gradient_until=0.5 is read with flow.projector=joint",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

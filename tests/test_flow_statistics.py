@@ -1,13 +1,13 @@
-"""eval/flow_statistics.py on networks whose velocity is known."""
+"""research/flow_statistics.py on networks whose velocity is known."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from eval.flow_statistics import TIMES, describe_flow, diversity, loss_by_time
 from modeling.pipeline import SamplingConfig
 from modeling.posterior import Posterior
+from research.flow_statistics import TIMES, describe_flow, diversity, loss_by_time
 
 N, K, C = 6, 3, 2
 
@@ -19,7 +19,9 @@ def make_parts(velocity, noise=0.0):
         generator = torch.Generator().manual_seed(seed)
         return states + noise * torch.randn(states.shape, generator=generator)
 
-    projector = SimpleNamespace(posterior=lambda states: Posterior(states, torch.zeros_like(states)))
+    projector = SimpleNamespace(
+        posterior=lambda states: Posterior(states, torch.zeros_like(states))
+    )
     flow = SimpleNamespace(flowtok=velocity, projector=projector)
     return SimpleNamespace(source=source, flow=flow, transport=lambda x, sampling: x)
 
@@ -44,8 +46,13 @@ def test_the_unconditional_flow_is_told_so_and_ends_at_another_image():
 
 def test_a_source_that_is_the_same_for_every_caption_shows():
     states, image = torch.randn(1, K, C).expand(N, K, C), torch.randn(N, K, C)
-    found = describe_flow(make_parts(lambda x, t, null: x), states, image, SamplingConfig(sample_text_latent=False), 0)
-    assert found["z_text_between_captions_std"] == pytest.approx(0, abs=1e-6) and found["diversity"] == 0
+    found = describe_flow(
+        make_parts(lambda x, t, null: x), states, image, SamplingConfig(sample_text_latent=False), 0
+    )
+    assert (
+        found["z_text_between_captions_std"] == pytest.approx(0, abs=1e-6)
+        and found["diversity"] == 0
+    )
     assert found["source_mse"] == pytest.approx((states - image).square().mean().item())
 
 

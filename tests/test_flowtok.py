@@ -44,7 +44,9 @@ def test_presets_with_projector_have_the_papers_weights(width, depth, num_heads,
     with torch.device("meta"):
         flowtok = FlowTok(FlowTokConfig(width=width, depth=depth, num_heads=num_heads))
         projector = TextProjector(TextProjectorConfig())
-    total = count(flowtok) + flowtok.positions.numel() + count(projector)  # the release stores its position table
+    total = (
+        count(flowtok) + flowtok.positions.numel() + count(projector)
+    )  # the release stores its position table
     assert round(total / 1e6, 2) == millions
 
 
@@ -67,12 +69,18 @@ def test_block_equals_its_formula():
         return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
 
     vectors = (condition @ block.modulation.weight.T + block.modulation.bias)[:, None]
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (vectors[..., i * W : (i + 1) * W] for i in range(6))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+        vectors[..., i * W : (i + 1) * W] for i in range(6)
+    )
     y = x + gate_a * block.attention(norm(x) * (1 + scale_a) + shift_a)
     first, _, last = block.mlp
     hidden = (norm(y) * (1 + scale_m) + shift_m) @ first.weight.T + first.bias
-    hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-    torch.testing.assert_close(block(x, condition), y + gate_m * (hidden @ last.weight.T + last.bias))
+    hidden = (
+        0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    )
+    torch.testing.assert_close(
+        block(x, condition), y + gate_m * (hidden @ last.weight.T + last.bias)
+    )
 
 
 def test_a_predicted_end_gives_the_velocity_that_leads_there():
@@ -84,23 +92,35 @@ def test_a_predicted_end_gives_the_velocity_that_leads_there():
     rest = torch.tensor([1.0, 0.5, 0.05]).view(-1, 1, 1)  # not below 0.05
     torch.testing.assert_close(end(tokens, t, null), (given - tokens) / rest)
     for time in t.tolist():
-        expected = torch.cat([end(tokens, torch.full((B,), time), torch.full((B,), on)) for on in (False, True)])
+        expected = torch.cat(
+            [end(tokens, torch.full((B,), time), torch.full((B,), on)) for on in (False, True)]
+        )
         torch.testing.assert_close(TimeTable(end, [time])(tokens, time, (False, True)), expected)
 
 
 def test_both_predictions_count_by_time():
-    velocity, end, both = perturbed(build()), perturbed(build(predicts="end")), build(predicts="both")
-    shared = {name: weight for name, weight in velocity.state_dict().items() if "to_velocity" not in name}
+    velocity, end, both = (
+        perturbed(build()),
+        perturbed(build(predicts="end")),
+        build(predicts="both"),
+    )
+    shared = {
+        name: weight for name, weight in velocity.state_dict().items() if "to_velocity" not in name
+    }
     end.load_state_dict(shared, strict=False)
     pairs = zip(end.to_velocity.parameters(), velocity.to_velocity.parameters(), strict=True)
-    both.load_state_dict(shared | dict(zip(["to_velocity.weight", "to_velocity.bias"], map(torch.cat, pairs))))
+    both.load_state_dict(
+        shared | dict(zip(["to_velocity.weight", "to_velocity.bias"], map(torch.cat, pairs)))
+    )
     tokens, _, null = inputs()
     t = torch.tensor([0.0, 0.5, 0.9])
     share = t.view(-1, 1, 1)
     expected = (1 - share) * end(tokens, t, null) + share * velocity(tokens, t, null)
     torch.testing.assert_close(both(tokens, t, null), expected)
     for time in t.tolist():
-        given = torch.cat([both(tokens, torch.full((B,), time), torch.full((B,), on)) for on in (False, True)])
+        given = torch.cat(
+            [both(tokens, torch.full((B,), time), torch.full((B,), on)) for on in (False, True)]
+        )
         torch.testing.assert_close(TimeTable(both, [time])(tokens, time, (False, True)), given)
 
 
@@ -150,7 +170,9 @@ def test_indicator_and_time_are_a_samples_own():
 def test_tokens_have_positions():
     network = perturbed(build())
     tokens, t, null = inputs()
-    assert not torch.allclose(network(tokens.flip(1), t, null), network(tokens, t, null).flip(1), atol=1e-4)
+    assert not torch.allclose(
+        network(tokens.flip(1), t, null), network(tokens, t, null).flip(1), atol=1e-4
+    )
 
 
 def test_gradient_reaches_every_parameter_away_from_the_zero_start():
@@ -163,10 +185,15 @@ def test_gradient_reaches_every_parameter_away_from_the_zero_start():
     def silent():
         optimizer.zero_grad()
         F.mse_loss(network(tokens, t, null), target).backward()
-        return {n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
+        return {
+            n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+        }
 
     before = silent()
-    assert before == {n for n, _ in network.named_parameters()} - {"to_velocity.weight", "to_velocity.bias"}
+    assert before == {n for n, _ in network.named_parameters()} - {
+        "to_velocity.weight",
+        "to_velocity.bias",
+    }
     for _ in range(3):  # first the last layer, then its modulation and the blocks', then all
         optimizer.step()
         after = silent()
@@ -213,13 +240,19 @@ def test_the_direction_is_told_by_an_embedding_that_starts_at_zero_and_changes_t
     assert torch.equal(network(tokens, t, null, to_text), network(tokens, t, null))
     nn.init.normal_(network.embed_direction.weight[1])
     forth, back = network(tokens, t, null), network(tokens, t, null, to_text)
-    assert torch.equal(forth[0], back[0]) and not torch.isclose(forth[1:], back[1:]).all(dim=2).any()
+    assert (
+        torch.equal(forth[0], back[0]) and not torch.isclose(forth[1:], back[1:]).all(dim=2).any()
+    )
     assert not build(two_way=True).embed_direction.weight.any()
 
 
 def test_a_one_way_network_has_the_weights_it_always_had():
     names = build().state_dict().keys()
-    assert build(two_way=True).state_dict().keys() - names == {"embed_direction.weight"} > names - names
+    assert (
+        build(two_way=True).state_dict().keys() - names
+        == {"embed_direction.weight"}
+        > names - names
+    )
     tokens, t, null = inputs()
     network = perturbed(build())
     assert torch.equal(network(tokens, t, null, ~null), network(tokens, t, null))
@@ -230,4 +263,6 @@ def test_the_time_table_flows_in_the_direction_it_was_made_for(to_text):
     network, (tokens, _, null) = perturbed(build(two_way=True)).eval(), inputs()
     with torch.no_grad():
         expected = network(tokens, torch.full((B,), 0.25), null, torch.full((B,), to_text))
-    torch.testing.assert_close(TimeTable(network, [0.25], to_text)(tokens, 0.25, (False,)), expected)
+    torch.testing.assert_close(
+        TimeTable(network, [0.25], to_text)(tokens, 0.25, (False,)), expected
+    )

@@ -7,7 +7,13 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-from eval.frechet import FeatureStatistics, Gaussian, frechet_distance, load_statistics, save_statistics
+from eval.frechet import (
+    FeatureStatistics,
+    Gaussian,
+    frechet_distance,
+    load_statistics,
+    save_statistics,
+)
 
 WIDTH = 12
 
@@ -15,7 +21,9 @@ WIDTH = 12
 def features(count, seed, width=WIDTH):
     """Correlated features whose mean is far larger than their deviation."""
     generator = np.random.default_rng(seed)
-    return torch.from_numpy(50 + generator.standard_normal((count, width)) @ generator.standard_normal((width, width)))
+    return torch.from_numpy(
+        50 + generator.standard_normal((count, width)) @ generator.standard_normal((width, width))
+    )
 
 
 def statistics(*batches):
@@ -34,7 +42,9 @@ def test_mean_and_covariance_are_numpys():
     found = gaussian(x)
     assert found.count == 100 and found.mean.dtype == found.covariance.dtype == torch.float64
     np.testing.assert_allclose(found.mean, x.numpy().mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        found.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_batches_of_any_size_and_float32_features_add_up():
@@ -55,18 +65,28 @@ def test_the_distance_of_diagonal_gaussians_is_its_closed_form():
 @pytest.mark.parametrize("count", [100, 5])  # 5: covariances of rank 4
 def test_the_distance_is_that_by_the_matrix_root(count):
     first, second = gaussian(features(count, seed=1)), gaussian(features(count, seed=2))
-    root = scipy.linalg.sqrtm(first.covariance.numpy() @ second.covariance.numpy() + 1e-12 * np.eye(WIDTH)).real
-    traces = np.trace(first.covariance.numpy()) + np.trace(second.covariance.numpy()) - 2 * np.trace(root)
+    root = scipy.linalg.sqrtm(
+        first.covariance.numpy() @ second.covariance.numpy() + 1e-12 * np.eye(WIDTH)
+    ).real
+    traces = (
+        np.trace(first.covariance.numpy())
+        + np.trace(second.covariance.numpy())
+        - 2 * np.trace(root)
+    )
     expected = (first.mean - second.mean).square().sum().item() + traces
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-4)
-    assert frechet_distance(second, first) == pytest.approx(frechet_distance(first, second), rel=1e-6)
+    assert frechet_distance(second, first) == pytest.approx(
+        frechet_distance(first, second), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("count", [100, 5])
 def test_the_distance_of_a_set_to_itself_is_zero(count):
     one = gaussian(features(count, seed=3))
     assert abs(frechet_distance(one, one)) < 1e-3
-    assert frechet_distance(one, Gaussian(one.mean + 1, one.covariance, count)) == pytest.approx(WIDTH, abs=1e-3)
+    assert frechet_distance(one, Gaussian(one.mean + 1, one.covariance, count)) == pytest.approx(
+        WIDTH, abs=1e-3
+    )
 
 
 def test_other_widths_too_few_images_and_features_that_are_not_finite_are_refused():
@@ -76,16 +96,23 @@ def test_other_widths_too_few_images_and_features_that_are_not_finite_are_refuse
         gaussian(features(1, seed=0))
     with pytest.raises(ValueError, match="not finite"):
         gaussian(features(9, seed=0), torch.full((1, WIDTH), torch.nan))
-    with pytest.raises(ValueError, match=r"mean \(3,\) and covariance \(4, 4\), expected D and D x D"):
+    with pytest.raises(
+        ValueError, match=r"mean \(3,\) and covariance \(4, 4\), expected D and D x D"
+    ):
         Gaussian(torch.zeros(3).double(), torch.eye(4).double(), 5)
 
 
 def run_one_process(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     own = statistics(features(7, seed=0)[rank * 3 :][: 3 + rank])  # 3 and 4 of them
     total = own.over_processes()
-    torch.save([own.count, own.over_processes().sum, total.count, total.sum, total.outer], f"{folder}/{rank}.pt")
+    torch.save(
+        [own.count, own.over_processes().sum, total.count, total.sum, total.outer],
+        f"{folder}/{rank}.pt",
+    )
     dist.destroy_process_group()
 
 
@@ -108,7 +135,10 @@ def test_one_process_alone_is_its_own_sum():
 
 
 def test_a_statistics_file_gives_back_what_was_saved(tmp_path):
-    saved, description = gaussian(features(30, seed=0)), {"features": "InceptionV3", "image_size": 256}
+    saved, description = (
+        gaussian(features(30, seed=0)),
+        {"features": "InceptionV3", "image_size": 256},
+    )
     save_statistics(tmp_path / "a.npz", saved, description)
     found, text = load_statistics(tmp_path / "a.npz")
     assert torch.equal(found.mean, saved.mean) and torch.equal(found.covariance, saved.covariance)

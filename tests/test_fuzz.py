@@ -31,12 +31,12 @@ from configs.schema import STAGES
 from data.image_text import ImageTextConfig, read_images
 from data.tar import write_shard
 from data.token_text import TokenTextConfig, read_tokens
-from eval.loading import load_pipeline
-from eval.pictures import caption_grid, save_png
 from modeling.image_tokenizer import ImageTokenizer
 from scripts import check_run
 from training import checkpoint as ckpt
+from training.loading import load_pipeline
 from training.optim import OptimizerConfig, build_optimizer, load_optimizer
+from training.pictures import caption_grid, save_png
 
 REFUSALS = (ValueError, OSError, FloatingPointError)  # what exit_on_error prints in one line
 CPU_SECONDS = 10.0  # an input may take
@@ -163,8 +163,31 @@ def nothing_is_executed(tmp_path, monkeypatch):
 
 # Configs and the command line
 
-VALUES = [None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**30, [], {}, [[1], {"a": 2}], {"a": {"b": {}}}, "1"]
-VALUES += ["${nowhere}", "${", "${oc.env:HOME}", "${run_dir}", "${experiment_dir}${stage}", "${.}", "${..a}", "???"]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    [],
+    {},
+    [[1], {"a": 2}],
+    {"a": {"b": {}}},
+    "1",
+]
+VALUES += [
+    "${nowhere}",
+    "${",
+    "${oc.env:HOME}",
+    "${run_dir}",
+    "${experiment_dir}${stage}",
+    "${.}",
+    "${..a}",
+    "???",
+]
 VALUES += [text for text in TEXTS if len(text) < 1000]
 RAW = [
     "",
@@ -229,7 +252,9 @@ def spoil_config(draw, values):
         if change == 0:
             del group[last]
         elif change == 1:
-            group[draw.choice(["x", 3, "max_step", "", "a.b", "a b", "\x1b[2J"])] = draw.choice(VALUES)
+            group[draw.choice(["x", 3, "max_step", "", "a.b", "a b", "\x1b[2J"])] = draw.choice(
+                VALUES
+            )
         else:
             group[last] = draw.choice(VALUES)
     return values
@@ -262,17 +287,55 @@ def test_hostile_configs(tmp_path, tiny_shards, record_property):
 
 def test_hostile_overrides(tmp_path, tiny_shards, record_property):
     draw, tally, path = random.Random(1), Tally("overrides"), tmp_path / "config.yaml"
-    values = {"stage": "flowtok", "experiment_dir": "runs/x", **stage_configs(tiny_shards)["flowtok"]}
+    values = {
+        "stage": "flowtok",
+        "experiment_dir": "runs/x",
+        **stage_configs(tiny_shards)["flowtok"],
+    }
     path.write_text(yaml.safe_dump(values))
     valid = [".".join(map(str, leaf)) for leaf in leaves(values)]
-    words = ["", "=", "==", "a", "a=", "=b", ".=1", "..=1", "a.=1", ".a=1", "training..seed=1", "training[0]=1"]
-    words += ["data.shards=[", "data.shards={", "data.shards=]", "training={a: 1}", "training=[1]", "[]=1", "\udcff=1"]
-    words += ["stage=tokenizer", "stage=", "base=x.yaml", "training.seed=*a", "training.seed=!!python/name:os.system"]
+    words = [
+        "",
+        "=",
+        "==",
+        "a",
+        "a=",
+        "=b",
+        ".=1",
+        "..=1",
+        "a.=1",
+        ".a=1",
+        "training..seed=1",
+        "training[0]=1",
+    ]
+    words += [
+        "data.shards=[",
+        "data.shards={",
+        "data.shards=]",
+        "training={a: 1}",
+        "training=[1]",
+        "[]=1",
+        "\udcff=1",
+    ]
+    words += [
+        "stage=tokenizer",
+        "stage=",
+        "base=x.yaml",
+        "training.seed=*a",
+        "training.seed=!!python/name:os.system",
+    ]
     words += ["data.sources.x.weight=nan", "data.sources={a: {shards: [b]}}", "training.seed=&a 1"]
-    words += [f"{'a.' * 500}b=1", f"{'x' * 50_000}=1", f"training.seed={'[' * 2000}", f"training.seed={'9' * 6000}"]
+    words += [
+        f"{'a.' * 500}b=1",
+        f"{'x' * 50_000}=1",
+        f"training.seed={'[' * 2000}",
+        f"training.seed={'9' * 6000}",
+    ]
     for _ in range(100):
         value = draw.choice(VALUES)
-        words.append(f"{draw.choice(valid)}={value if isinstance(value, str) else yaml.safe_dump(value).strip()}")
+        words.append(
+            f"{draw.choice(valid)}={value if isinstance(value, str) else yaml.safe_dump(value).strip()}"
+        )
     for word in words:
         tally(lambda word=word: load_config(path, [word]), word)
     tally.finish(record_property, 100)
@@ -314,7 +377,9 @@ def test_hostile_prompts(chain, tmp_path, record_property):
 def rehash(folder):
     """A manifest that vouches for what is there: what a hostile author would write."""
     files = [path for path in folder.iterdir() if path.name != ckpt.MANIFEST_FILE]
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": ckpt.file_hash(path)} for path in files}
+    manifest = {
+        path.name: {"bytes": path.stat().st_size, "sha256": ckpt.file_hash(path)} for path in files
+    }
     (folder / ckpt.MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
@@ -334,10 +399,27 @@ def test_hostile_checkpoints(chain, tmp_path, record_property):
             return ckpt.check_inputs(latest[1], ckpt.read_state(latest[1], ("inputs",))["inputs"])
         if name.endswith(".safetensors"):
             return ckpt.load_weights(network, path)
-        return load_optimizer(optimizer, path) if name == ckpt.OPTIMIZER_FILE else ckpt.load_plain(path)
+        return (
+            load_optimizer(optimizer, path)
+            if name == ckpt.OPTIMIZER_FILE
+            else ckpt.load_plain(path)
+        )
 
-    texts = ["null", "[]", "3", '"x"', "{}", '{"step": "4"}', '{"step": 1e400}', '{"step": ' + "9" * 5000 + "}"]
-    texts += ['{"../../x": {"bytes": 0, "sha256": ""}}', '{"state.json": []}', '{"state.json": {"bytes": []}}']
+    texts = [
+        "null",
+        "[]",
+        "3",
+        '"x"',
+        "{}",
+        '{"step": "4"}',
+        '{"step": 1e400}',
+        '{"step": ' + "9" * 5000 + "}",
+    ]
+    texts += [
+        '{"../../x": {"bytes": 0, "sha256": ""}}',
+        '{"state.json": []}',
+        '{"state.json": {"bytes": []}}',
+    ]
     shutil.copytree(pristine, run, symlinks=True)
     for number in range(170):
         name = draw.choice(files)
@@ -345,7 +427,9 @@ def test_hostile_checkpoints(chain, tmp_path, record_property):
         data = spoil_bytes(draw, original)
         if name.endswith(".json") and number % 2:
             data = draw.choice(texts).encode()
-        (run / step / name).unlink()  # not overwritten: the optimiser that was loaded from it is mapped
+        (
+            run / step / name
+        ).unlink()  # not overwritten: the optimiser that was loaded from it is mapped
         (run / step / name).write_bytes(data)
         if draw.random() < 0.5 and name != ckpt.MANIFEST_FILE:
             rehash(run / step)
@@ -353,24 +437,40 @@ def test_hostile_checkpoints(chain, tmp_path, record_property):
         tally(lambda name=name: read(name), shown)
         if number % 4 == 0:
             tally(
-                lambda: check_run.check_folder(run, quick=False), ("check_run", *shown), lambda report: report.problems
+                lambda: check_run.check_folder(run, quick=False),
+                ("check_run", *shown),
+                lambda report: report.problems,
             )
         shutil.rmtree(run / step)
         shutil.copytree(pristine / step, run / step)
     for number, state in enumerate(foreign_optimizers(optimizer)):
         torch.save(state, tmp_path / f"{number}.pt")
-        tally(lambda number=number: load_optimizer(optimizer, tmp_path / f"{number}.pt"), state, lambda result: False)
+        tally(
+            lambda number=number: load_optimizer(optimizer, tmp_path / f"{number}.pt"),
+            state,
+            lambda result: False,
+        )
     tally.finish(record_property, 200)
 
 
 def foreign_optimizers(optimizer):
     """What is no state of this optimiser, though it looks like one."""
     whole = optimizer.state_dict()
-    yield from ([], {}, {"state": {}}, {"state": [], "param_groups": []}, {"state": {}, "param_groups": [{}]})
+    yield from (
+        [],
+        {},
+        {"state": {}},
+        {"state": [], "param_groups": []},
+        {"state": {}, "param_groups": [{}]},
+    )
     yield {**whole, "param_groups": whole["param_groups"][:1]}
     yield {**whole, "param_groups": 3}
     yield {**whole, "state": {0: 3}}
-    moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(1)}
+    moments = {
+        "step": torch.tensor(1.0),
+        "exp_avg": torch.zeros(3, 3),
+        "exp_avg_sq": torch.zeros(1),
+    }
     yield {**whole, "state": {0: moments}}
 
 
@@ -378,7 +478,14 @@ def test_hostile_checkpoints_are_not_trained_on(chain, tmp_path, record_property
     draw, tally = random.Random(4), Tally("resumes")
     run = tmp_path / "tokenizer"
     step = "checkpoints/step_00000004"
-    names = [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE, ckpt.rank_file(0), "config.yaml"]
+    names = [
+        ckpt.MODEL_FILE,
+        ckpt.EMA_FILE,
+        ckpt.OPTIMIZER_FILE,
+        ckpt.STATE_FILE,
+        ckpt.rank_file(0),
+        "config.yaml",
+    ]
     for _ in range(40):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(chain.folder / "tokenizer", run, symlinks=True)
@@ -389,7 +496,10 @@ def test_hostile_checkpoints_are_not_trained_on(chain, tmp_path, record_property
         if draw.random() < 0.7:
             rehash(run / step)
         options = ["training.max_steps=5", "training.sample_every_steps=0"]
-        tally(lambda options=options: chain.run_in(tmp_path, "tokenizer", *options), (name, len(data), data[:60]))
+        tally(
+            lambda options=options: chain.run_in(tmp_path, "tokenizer", *options),
+            (name, len(data), data[:60]),
+        )
         assert ckpt.latest_checkpoint(run)[0] in (2, 4, 5)
         assert not list(run.glob("checkpoints/step_*.tmp"))
     tally.finish(record_property, 40)
@@ -467,7 +577,9 @@ def hostile_image_shards(draw, good):
         yield with_members(("a.png", good_png), ("a.txt", text.encode("utf-8", "surrogatepass")))
     for data in (b"", b"x", good_png[:60], bomb, flat, b"\x89PNG\r\n\x1a\n", png((4000, 1))):
         yield with_members(("a.png", data), ("a.txt", b"a"))
-    yield with_members(("a.gif", b"GIF89a" + b"\xff" * 100), ("a.jpg", b"\xff\xd8\xff" + b"\0" * 50))
+    yield with_members(
+        ("a.gif", b"GIF89a" + b"\xff" * 100), ("a.jpg", b"\xff\xd8\xff" + b"\0" * 50)
+    )
     for document in (
         "[" * 100_000,
         "{}",
@@ -478,7 +590,15 @@ def hostile_image_shards(draw, good):
     ):
         yield with_members(("a.png", good_png), ("a.json", document.encode()))
     yield with_members(("a.png", good_png), ("a.pkl", pickle.dumps(Evil())), ("a.txt", b"a"))
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"S", b"z"):
+    for kind in (
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.CHRTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.DIRTYPE,
+        b"S",
+        b"z",
+    ):
         yield with_members((special("a.png", kind), b""), ("a.txt", b"a"))
     yield with_members(("a.png", good_png), ("a.png", good_png))
     yield "x.tar", tar_of([("noextension", b"x"), (".hidden", b"y"), ("__meta__.json", b"{}")])
@@ -494,8 +614,20 @@ def hostile_image_shards(draw, good):
 def hostile_latents():
     """Bytes in place of an .npy of (2, 16, 4) float16."""
     good = np.zeros((2, 16, 4), np.float16)
-    yield from (npy(good)[:-1], npy(good)[:70], npy(good) + b"x", b"", b"\x93NUMPY", npy(good.astype(np.float32)))
-    yield from (npy(np.full_like(good, np.nan)), npy(good[:, :, :3]), npy(np.asfortranarray(good)), npy(good[0, 0, 0]))
+    yield from (
+        npy(good)[:-1],
+        npy(good)[:70],
+        npy(good) + b"x",
+        b"",
+        b"\x93NUMPY",
+        npy(good.astype(np.float32)),
+    )
+    yield from (
+        npy(np.full_like(good, np.nan)),
+        npy(good[:, :, :3]),
+        npy(np.asfortranarray(good)),
+        npy(good[0, 0, 0]),
+    )
     yield from (npy(np.array([Evil(), None], dtype=object), True), pickle.dumps(Evil()))
     for old, new in (
         ("(2, 16, 4)", "(-1,16, 4)"),
@@ -504,7 +636,12 @@ def hostile_latents():
         ("False", "True "),
     ):
         yield npy(good).replace(old.encode(), new.encode())
-    for text in ("__import__('os').system('touch pwned')", "{'descr': open('pwned', 'w')}", "{" * 5000, "9" * 9000):
+    for text in (
+        "__import__('os').system('touch pwned')",
+        "{'descr': open('pwned', 'w')}",
+        "{" * 5000,
+        "9" * 9000,
+    ):
         yield b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
     yield b"\x93NUMPY\x02\x00" + struct.pack("<I", 1 << 31) + b"{}"
 
@@ -519,8 +656,14 @@ def are_image_batches(batches):
 
 def are_token_batches(batches):
     """What read_tokens promises."""
-    finite = [torch.isfinite(batch[f"latent_{part}"]).all() for batch in batches for part in ("mean", "logvar")]
-    return all(finite) and all(batch["latent_mean"].shape == (len(batch["key"]), 16, 4) for batch in batches)
+    finite = [
+        torch.isfinite(batch[f"latent_{part}"]).all()
+        for batch in batches
+        for part in ("mean", "logvar")
+    ]
+    return all(finite) and all(
+        batch["latent_mean"].shape == (len(batch["key"]), 16, 4) for batch in batches
+    )
 
 
 def test_hostile_shards(tmp_path, record_property):
@@ -529,9 +672,13 @@ def test_hostile_shards(tmp_path, record_property):
     good = (tmp_path / "good.tar").read_bytes()
     for name, data in hostile_image_shards(draw, good):
         (tmp_path / name).write_bytes(data)
-        config = ImageTextConfig(shards=[str(tmp_path / name)], caption_keys=["txt", "json:caption"])
+        config = ImageTextConfig(
+            shards=[str(tmp_path / name)], caption_keys=["txt", "json:caption"]
+        )
         shown = name, len(data), data[:60]
-        tally(lambda config=config: list(read_images(config, 32, None, 4)), shown, are_image_batches)
+        tally(
+            lambda config=config: list(read_images(config, 32, None, 4)), shown, are_image_batches
+        )
         (tmp_path / name).unlink()
     config = TokenTextConfig(shards=[str(tmp_path / "x.tar")])
     sound = {"__key__": "0", "latent.npy": npy(np.zeros((2, 16, 4), np.float16)), "txt": "a"}
@@ -543,7 +690,11 @@ def test_hostile_shards(tmp_path, record_property):
     for _ in range(40):
         data = spoil_bytes(draw, good)
         (tmp_path / "x.tar").write_bytes(data)
-        tally(lambda: list(read_tokens(config, 16, 4, None, 4)), (len(data), data[:60]), are_token_batches)
+        tally(
+            lambda: list(read_tokens(config, 16, 4, None, 4)),
+            (len(data), data[:60]),
+            are_token_batches,
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"good.tar", "x.tar"}
     tally.finish(record_property, 200)
 
@@ -551,7 +702,9 @@ def test_hostile_shards(tmp_path, record_property):
 def test_keys_from_data_name_no_file(chain, tmp_path):
     shards = tmp_path / "images"
     shards.mkdir()
-    samples = [shape_sample(number) | {"__key__": f"../../out{number}/../{number}"} for number in range(4)]
+    samples = [
+        shape_sample(number) | {"__key__": f"../../out{number}/../{number}"} for number in range(4)
+    ]
     write_shard(shards / "train.tar", samples)
     chain.run_in(tmp_path / "inside", "tokens", f"data.shards=[{shards}/*.tar]")
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}

@@ -14,8 +14,8 @@ from conftest import shape_sample
 from PIL import Image
 
 from eval.gallery import gallery, write_gallery
-from eval.pictures import encode_png
 from eval.plots import COLOURS, line_chart
+from training.pictures import encode_png
 
 EVIL = """<script>alert(1)</script> " onerror='x' & é 😀"""
 
@@ -45,7 +45,11 @@ def test_images_captions_and_settings_are_in_the_page():
     shown = [attrs for tag, attrs in page.tags if tag == "img"]
     for (data, caption), attrs in zip(pictures, shown, strict=True):
         kind, content = attrs["src"].split(",")
-        assert kind == "data:image/png;base64" and base64.b64decode(content) == data and attrs["alt"] == caption
+        assert (
+            kind == "data:image/png;base64"
+            and base64.b64decode(content) == data
+            and attrs["alt"] == caption
+        )
         assert caption in page.text
     assert "steps20" in page.text.replace("\n", "") and "guidance2" in page.text.replace("\n", "")
 
@@ -74,7 +78,9 @@ def test_a_caption_that_no_file_can_hold_is_written_all_the_same(tmp_path):
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory):
     """Runs a headless Chromium on a page, with further flags; what it prints. Skips where there is none."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if chromium is None:
         pytest.skip("no chromium on PATH")
     profile = tmp_path_factory.mktemp("profile")
@@ -83,15 +89,24 @@ def browse(tmp_path_factory):
 
     def run(page, *more):
         command = [chromium, *flags, *more, page.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=True
+        ).stdout
 
     return run
 
 
 def test_a_browser_shows_every_image_and_takes_captions_as_text(browse, tmp_path):
     colours = [(255 * (n % 2), 85 * (n % 4), 28 * n) for n in range(9)]
-    captions = [*map(str, range(7)), EVIL, "<img src=x onerror=\"document.title='owned'\"><script>alert(1)</script>"]
-    pictures = [(encode_png(Image.new("RGB", (32, 32), colour)), caption) for colour, caption in zip(colours, captions)]
+    captions = [
+        *map(str, range(7)),
+        EVIL,
+        "<img src=x onerror=\"document.title='owned'\"><script>alert(1)</script>",
+    ]
+    pictures = [
+        (encode_png(Image.new("RGB", (32, 32), colour)), caption)
+        for colour, caption in zip(colours, captions)
+    ]
     write_gallery(tmp_path / "gallery.html", "nine", pictures, {"steps": 20})
     document = browse(tmp_path / "gallery.html", "--dump-dom")
     page = Page(document)
@@ -100,7 +115,11 @@ def test_a_browser_shows_every_image_and_takes_captions_as_text(browse, tmp_path
     for attrs, colour in zip(shown, colours):
         image = Image.open(io.BytesIO(base64.b64decode(attrs["src"].partition(",")[2])))
         assert image.getpixel((0, 0)) == colour
-    assert "script" not in {tag for tag, _ in page.tags} and "<title>nine</title>" in document and "owned" in page.text
+    assert (
+        "script" not in {tag for tag, _ in page.tags}
+        and "<title>nine</title>" in document
+        and "owned" in page.text
+    )
     browse(tmp_path / "gallery.html", f"--screenshot={tmp_path}/page.png", "--window-size=700,1200")
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3)
     areas = [(pixels == colour).all(axis=1).sum() for colour in colours]
@@ -115,12 +134,16 @@ def colour_columns(chart, number):
 
 
 def test_each_curve_spans_its_points():
-    chart = line_chart({"10 steps": [(3, 5.0), (1, 7.0)], "20 steps": [(1, 4.0), (2, 4.5)]}, "guidance", "fid")
+    chart = line_chart(
+        {"10 steps": [(3, 5.0), (1, 7.0)], "20 steps": [(1, 4.0), (2, 4.5)]}, "guidance", "fid"
+    )
     first, second = (colour_columns(chart, number) for number in (0, 1))
     assert first.max() - first.min() > 550 and 270 < second.max() - second.min() < 310
 
 
-@pytest.mark.parametrize("curves", [{"a": [(1, 2)]}, {"a": [(1, 2), (1, 2)]}, {"a": [(1, 2)], "b": []}])
+@pytest.mark.parametrize(
+    "curves", [{"a": [(1, 2)]}, {"a": [(1, 2), (1, 2)]}, {"a": [(1, 2)], "b": []}]
+)
 def test_single_points_have_a_chart(curves):
     assert len(colour_columns(line_chart(curves, "x", "y"), 0))
 
@@ -133,9 +156,23 @@ def test_no_point_is_an_error():
 def test_sample_writes_the_page_it_is_asked_for(chain, tmp_path):
     from tiny_experiment import draw
 
-    arguments = ["--prompts", "a red circle", "<b>", "--output", tmp_path / "x.png", "--save-dir", tmp_path / "single"]
+    arguments = [
+        "--prompts",
+        "a red circle",
+        "<b>",
+        "--output",
+        tmp_path / "x.png",
+        "--save-dir",
+        tmp_path / "single",
+    ]
     draw(chain.folder, *arguments, "--steps", "2", "--gallery", tmp_path / "gallery.html")
     page = Page((tmp_path / "gallery.html").read_text(encoding="utf-8"))
-    shown = [base64.b64decode(attrs["src"].split(",")[1]) for tag, attrs in page.tags if tag == "img"]
+    shown = [
+        base64.b64decode(attrs["src"].split(",")[1]) for tag, attrs in page.tags if tag == "img"
+    ]
     assert shown == [file.read_bytes() for file in sorted((tmp_path / "single").iterdir())]
-    assert "a red circle" in page.text and "<b>" in page.text and "steps2" in page.text.replace("\n", "")
+    assert (
+        "a red circle" in page.text
+        and "<b>" in page.text
+        and "steps2" in page.text.replace("\n", "")
+    )

@@ -8,7 +8,14 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from eval.metrics import covered, inception_score, kernel_distance, precision_recall, retrieval, squared_mmd
+from eval.metrics import (
+    covered,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    retrieval,
+    squared_mmd,
+)
 
 
 def features(count, seed, shift=0.0, width=16):
@@ -25,7 +32,9 @@ def test_kernel_distance_is_that_of_torch_fidelity(first, second):
 
 
 def test_kernel_distance_has_no_bias():
-    values = [squared_mmd(features(8, i).double(), features(8, 1000 + i).double()) for i in range(400)]
+    values = [
+        squared_mmd(features(8, i).double(), features(8, 1000 + i).double()) for i in range(400)
+    ]
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values) / len(values)) ** 0.5
     assert abs(mean) < 4 * spread
@@ -78,7 +87,11 @@ def test_retrieval_counts_equal_images_as_one():
         (kernel_distance, (features(9, 0), features(5, 0), 3, 8), "at most all 5 images, got 8"),
         (kernel_distance, (features(9, 0), features(5, 0), 3, 1), "subsets of at least 2"),
         (inception_score, (features(9, 0), 10), "an image for each of 10 splits, got 9"),
-        (precision_recall, (features(9, 0), features(3, 0), 3), r"more than 3 images \(neighbours\), got 3"),
+        (
+            precision_recall,
+            (features(9, 0), features(3, 0), 3),
+            r"more than 3 images \(neighbours\), got 3",
+        ),
     ],
 )
 def test_too_few_images_are_refused(function, arguments, message):

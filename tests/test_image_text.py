@@ -34,7 +34,11 @@ def shards(tmp_path):
     """Two shards of ten images of several sizes."""
     for index in range(2):
         samples = [
-            {"__key__": f"{index}{i}", "jpg": jpeg(20 + i, 24, seed=10 * index + i), "txt": f"photo {index}{i}"}
+            {
+                "__key__": f"{index}{i}",
+                "jpg": jpeg(20 + i, 24, seed=10 * index + i),
+                "txt": f"photo {index}{i}",
+            }
             for i in range(10)
         ]
         write_shard(tmp_path / f"{index}.tar", samples)
@@ -42,12 +46,20 @@ def shards(tmp_path):
 
 
 def config(*shards, **options):
-    return ImageTextConfig(shards=list(shards), **{"num_workers": 0, "shuffle_buffer": 8, **options})
+    return ImageTextConfig(
+        shards=list(shards), **{"num_workers": 0, "shuffle_buffer": 8, **options}
+    )
 
 
 def same(left, right):
-    assert left["key"] == right["key"] and left["caption"] == right["caption"] and left["skipped"] == right["skipped"]
-    assert torch.equal(left["image"], right["image"]) and torch.equal(left["token_ids"], right["token_ids"])
+    assert (
+        left["key"] == right["key"]
+        and left["caption"] == right["caption"]
+        and left["skipped"] == right["skipped"]
+    )
+    assert torch.equal(left["image"], right["image"]) and torch.equal(
+        left["token_ids"], right["token_ids"]
+    )
 
 
 def test_batches_have_the_documented_keys_shapes_and_types(shards):
@@ -60,14 +72,18 @@ def test_batches_have_the_documented_keys_shapes_and_types(shards):
 
 
 def test_without_a_tokenizer_there_are_no_token_ids(shards):
-    assert "token_ids" not in next(iter(build_image_loader(config(shards), 16, None, batch_size=3, seed=0)))
+    assert "token_ids" not in next(
+        iter(build_image_loader(config(shards), 16, None, batch_size=3, seed=0))
+    )
 
 
 def test_each_image_once_per_epoch_over_two_ranks_and_two_workers(shards):
     keys = Counter()
     for rank in range(2):
         cfg = config(shards, num_workers=2)
-        loader = iter(build_image_loader(cfg, 8, None, batch_size=5, seed=0, rank=rank, world_size=2))
+        loader = iter(
+            build_image_loader(cfg, 8, None, batch_size=5, seed=0, rank=rank, world_size=2)
+        )
         for _ in range(2):
             keys.update(next(loader)["key"])
     assert keys == {f"{index}{i}": 1 for index in range(2) for i in range(10)}
@@ -76,7 +92,9 @@ def test_each_image_once_per_epoch_over_two_ranks_and_two_workers(shards):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_crops_and_flips_resume_bit_for_bit(shards, num_workers):
     def loader():
-        return build_image_loader(config(shards, num_workers=num_workers), 16, tokenize, batch_size=3, seed=5)
+        return build_image_loader(
+            config(shards, num_workers=num_workers), 16, tokenize, batch_size=3, seed=5
+        )
 
     whole = loader()
     batches = iter(whole)
@@ -91,9 +109,12 @@ def test_crops_and_flips_resume_bit_for_bit(shards, num_workers):
 
 
 def test_an_image_is_cropped_anew_in_each_epoch(shards):
-    batches = iter(build_image_loader(config(shards, flip_probability=0.0), 16, None, batch_size=20, seed=0))
+    batches = iter(
+        build_image_loader(config(shards, flip_probability=0.0), 16, None, batch_size=20, seed=0)
+    )
     first, second = (
-        {k: image for k, image in zip(b["key"], b["image"], strict=True)} for b in map(next, [batches] * 2)
+        {k: image for k, image in zip(b["key"], b["image"], strict=True)}
+        for b in map(next, [batches] * 2)
     )
     assert set(first) == set(second)
     assert any(not torch.equal(first[key], second[key]) for key in first)
@@ -101,7 +122,9 @@ def test_an_image_is_cropped_anew_in_each_epoch(shards):
 
 def test_crop_and_flip_options_change_the_images(shards):
     def images(**options):
-        batch = next(iter(build_image_loader(config(shards, **options), 16, None, batch_size=20, seed=0)))
+        batch = next(
+            iter(build_image_loader(config(shards, **options), 16, None, batch_size=20, seed=0))
+        )
         return batch["image"]
 
     base = images(random_crop=False, flip_probability=0.0)
@@ -112,10 +135,14 @@ def test_crop_and_flip_options_change_the_images(shards):
 def test_one_pass_is_in_order_centre_cropped_and_ends_short(shards):
     batches = list(read_images(config(shards), 16, tokenize, batch_size=8))
     assert [len(batch["key"]) for batch in batches] == [8, 8, 4]
-    assert [key for batch in batches for key in batch["key"]] == [f"{i}{j}" for i in range(2) for j in range(10)]
+    assert [key for batch in batches for key in batch["key"]] == [
+        f"{i}{j}" for i in range(2) for j in range(10)
+    ]
     same(next(read_images(config(shards), 16, tokenize, 8)), batches[0])
     for resize in ("exact", "fast"):
-        plain = config(shards, random_crop=False, flip_probability=0.0, shuffle_buffer=1, resize=resize)
+        plain = config(
+            shards, random_crop=False, flip_probability=0.0, shuffle_buffer=1, resize=resize
+        )
         stream = next(iter(build_image_loader(plain, 16, tokenize, 20, seed=0)))
         order = sorted(range(20), key=lambda i: stream["key"][i])
         (batch,) = read_images(config(shards), 16, tokenize, 20, resize=resize)
@@ -125,7 +152,9 @@ def test_one_pass_is_in_order_centre_cropped_and_ends_short(shards):
 def test_reading_in_order_is_exact_and_training_fast_unless_it_is_asked_otherwise(tmp_path):
     write_shard(tmp_path / "0.tar", [{"__key__": "a", "jpg": jpeg(200, 200), "txt": "x"}])
     options = {"random_crop": False, "flip_probability": 0.0}
-    plain, exact = (config(str(tmp_path / "0.tar"), **options, **more) for more in ({}, {"resize": "exact"}))
+    plain, exact = (
+        config(str(tmp_path / "0.tar"), **options, **more) for more in ({}, {"resize": "exact"})
+    )
 
     def trained(cfg):
         return next(iter(build_image_loader(cfg, 32, None, 1, seed=0)))["image"]
@@ -145,7 +174,9 @@ def test_a_caption_is_drawn_anew_in_each_epoch_and_leaves_the_crops_alone(tmp_pa
     write_shard(tmp_path / "0.tar", samples)
 
     def two_epochs(**options):
-        batches = iter(build_image_loader(config(str(tmp_path / "0.tar"), **options), 16, None, 8, seed=0))
+        batches = iter(
+            build_image_loader(config(str(tmp_path / "0.tar"), **options), 16, None, 8, seed=0)
+        )
         return [next(batches) for _ in range(2)]
 
     several = two_epochs(caption_keys=["json:captions"])
@@ -155,7 +186,9 @@ def test_a_caption_is_drawn_anew_in_each_epoch_and_leaves_the_crops_alone(tmp_pa
     assert [batch["caption"] for batch in two_epochs(caption_keys=["json:captions"])] == [
         batch["caption"] for batch in several
     ]
-    recaptioned = two_epochs(caption_keys=["json:captions"], recaption_keys=["json:recap"], recaption_probability=0.5)
+    recaptioned = two_epochs(
+        caption_keys=["json:captions"], recaption_keys=["json:recap"], recaption_probability=0.5
+    )
     for batch, other in zip(several, recaptioned, strict=True):
         assert torch.equal(batch["image"], other["image"])  # one draw does not change another
         pairs = list(zip(batch["caption"], other["caption"], strict=True))
@@ -166,17 +199,27 @@ def test_a_caption_is_drawn_anew_in_each_epoch_and_leaves_the_crops_alone(tmp_pa
 def test_each_source_has_its_own_captions_and_filters(tmp_path):
     for name in "ab":
         samples = [
-            {"__key__": f"{name}{i}", "jpg": jpeg(20 + i, 20, seed=i), "txt": "plain", "alt": "other"} for i in range(9)
+            {
+                "__key__": f"{name}{i}",
+                "jpg": jpeg(20 + i, 20, seed=i),
+                "txt": "plain",
+                "alt": "other",
+            }
+            for i in range(9)
         ]
         write_shard(tmp_path / f"{name}.tar", samples)
     sources = {
         "first": SourceConfig([str(tmp_path / "a.tar")]),
-        "second": SourceConfig([str(tmp_path / "b.tar")], caption_keys=["alt"], filters=FilterConfig()),
+        "second": SourceConfig(
+            [str(tmp_path / "b.tar")], caption_keys=["alt"], filters=FilterConfig()
+        ),
     }
     cfg = ImageTextConfig(sources=sources, num_workers=0, filters=FilterConfig(min_longer_side=24))
     batch = next(iter(build_image_loader(cfg, 16, None, 60, seed=0)))
     found = set(zip(batch["key"], batch["caption"], strict=True))
-    assert found == {(f"a{i}", "plain") for i in range(4, 9)} | {(f"b{i}", "other") for i in range(9)}
+    assert found == {(f"a{i}", "plain") for i in range(4, 9)} | {
+        (f"b{i}", "other") for i in range(9)
+    }
     batches = list(read_images(cfg, 16, None, 20))
     assert batches[0]["key"] == [f"a{i}" for i in range(4, 9)] + [f"b{i}" for i in range(9)]
 
@@ -193,7 +236,9 @@ def test_scores_are_looked_at_before_the_image(tmp_path):
 
 
 def test_one_pass_can_be_limited_and_given_other_shards(shards, tmp_path):
-    batches = list(read_images(config(shards), 16, None, 4, shards=[str(tmp_path / "1.tar")], limit=6))
+    batches = list(
+        read_images(config(shards), 16, None, 4, shards=[str(tmp_path / "1.tar")], limit=6)
+    )
     assert [key for batch in batches for key in batch["key"]] == [f"1{i}" for i in range(6)]
 
 
@@ -216,12 +261,16 @@ def test_hostile_samples_are_counted_by_reason_and_the_others_read(tmp_path):
     skipped = batch["skipped"]
     assert skipped.pop("caption: missing") == 2 and skipped.pop("image: missing") == 1
     assert skipped.pop("image: too many pixels") == 1
-    assert sum(skipped.values()) == 2 and all(reason.startswith("image: unreadable") for reason in skipped)
+    assert sum(skipped.values()) == 2 and all(
+        reason.startswith("image: unreadable") for reason in skipped
+    )
 
 
 def test_small_and_elongated_images_are_filtered_at_their_limits(tmp_path):
     sizes = {"small": (31, 31), "atside": (32, 20), "atratio": (80, 40), "long": (40, 81)}
-    write_shard(tmp_path / "0.tar", ({"__key__": k, "jpg": jpeg(*s), "txt": k} for k, s in sizes.items()))
+    write_shard(
+        tmp_path / "0.tar", ({"__key__": k, "jpg": jpeg(*s), "txt": k} for k, s in sizes.items())
+    )
     path = str(tmp_path / "0.tar")
     filters = FilterConfig(min_longer_side=32, max_aspect_ratio=2.0)
     (batch,) = read_images(config(path, filters=filters), 16, None, 8)

@@ -61,7 +61,11 @@ def test_training_pass_samples_and_its_moments_do_not():
 def test_encoder_equals_its_layers_composed_by_hand():
     tokenizer, (images, _) = build(), inputs()
     encoder, transformer = tokenizer.encoder, tokenizer.encoder.transformer
-    x = F.conv2d(images, encoder.patch_embed.weight, encoder.patch_embed.bias, stride=PATCH).flatten(2).mT
+    x = (
+        F.conv2d(images, encoder.patch_embed.weight, encoder.patch_embed.bias, stride=PATCH)
+        .flatten(2)
+        .mT
+    )
     latents = (encoder.latent_tokens + encoder.latent_positions).expand(B, -1, -1)
     x = transformer.norm_in(torch.cat([x, latents], dim=1))
     rope = (transformer.rope_cos, transformer.rope_sin)
@@ -84,7 +88,11 @@ def test_decoder_equals_its_layers_composed_by_hand():
     for block in transformer.blocks:
         x = block(x, (transformer.rope_cos, transformer.rope_sin))
     pixels = decoder.to_pixels(transformer.norm_out(x[:, : GRID**2]))
-    image = pixels.view(B, GRID, GRID, PATCH, PATCH, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, PIXELS, PIXELS)
+    image = (
+        pixels.view(B, GRID, GRID, PATCH, PATCH, 3)
+        .permute(0, 5, 1, 3, 2, 4)
+        .reshape(B, 3, PIXELS, PIXELS)
+    )
     torch.testing.assert_close(decoder(tokens, states), decoder.smooth(image))
 
 
@@ -95,7 +103,13 @@ def test_pixels_of_a_patch_are_laid_out_row_column_channel():
     with torch.no_grad():
         last.bias.copy_(torch.arange(3 * PATCH**2))
     image = tokenizer.decode(torch.randn(1, K, C), torch.randn(1, L, T))[0]
-    expected = torch.arange(3 * PATCH**2).float().view(PATCH, PATCH, 3).permute(2, 0, 1).repeat(1, GRID, GRID)
+    expected = (
+        torch.arange(3 * PATCH**2)
+        .float()
+        .view(PATCH, PATCH, 3)
+        .permute(2, 0, 1)
+        .repeat(1, GRID, GRID)
+    )
     torch.testing.assert_close(image, expected)
 
 
@@ -105,9 +119,16 @@ def test_patches_turn_with_their_row_and_column_and_latents_and_text_do_not():
         angles = torch.atan2(part.transformer.rope_sin, part.transformer.rope_cos)
         assert angles.shape == (GRID**2 + unrotated, SMALL.width // SMALL.num_heads // 2)
         assert not angles[GRID**2 :].any()
-        rows, columns = angles[: GRID**2, 0], angles[: GRID**2, angles.shape[1] // 2]  # both of frequency 1
-        torch.testing.assert_close(rows.view(GRID, GRID), torch.arange(GRID).float()[:, None].expand(GRID, GRID))
-        torch.testing.assert_close(columns.view(GRID, GRID), torch.arange(GRID).float().expand(GRID, GRID))
+        rows, columns = (
+            angles[: GRID**2, 0],
+            angles[: GRID**2, angles.shape[1] // 2],
+        )  # both of frequency 1
+        torch.testing.assert_close(
+            rows.view(GRID, GRID), torch.arange(GRID).float()[:, None].expand(GRID, GRID)
+        )
+        torch.testing.assert_close(
+            columns.view(GRID, GRID), torch.arange(GRID).float().expand(GRID, GRID)
+        )
 
 
 def test_latent_grid_puts_latents_at_the_centres_of_their_cells_and_leaves_text_unrotated():
@@ -115,7 +136,9 @@ def test_latent_grid_puts_latents_at_the_centres_of_their_cells_and_leaves_text_
     for part in (tokenizer.encoder, tokenizer.decoder):
         angles = torch.atan2(part.transformer.rope_sin, part.transformer.rope_cos)[GRID**2 :]
         positions = angles[:2, [0, angles.shape[1] // 2]]
-        torch.testing.assert_close(positions, torch.tensor([[1.5, 0.5], [1.5, 2.5]]))  # a grid of 4 x 4 patches
+        torch.testing.assert_close(
+            positions, torch.tensor([[1.5, 0.5], [1.5, 2.5]])
+        )  # a grid of 4 x 4 patches
         assert not angles[2:].any()
 
 
@@ -128,7 +151,9 @@ def test_gradient_reaches_every_parameter():
     tokenizer, (images, states) = build(), inputs()
     reconstructions, mean, logvar = tokenizer(images, states)
     (F.mse_loss(reconstructions, images) + 1e-3 * kl_loss(mean, logvar)).backward()
-    silent = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    silent = [
+        n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert not silent
 
 
@@ -144,7 +169,9 @@ def test_images_do_not_influence_each_other():
 def test_decoder_uses_the_text_states():
     tokenizer, (_, states) = build(), inputs()
     tokens = torch.randn(B, K, C)
-    assert not torch.allclose(tokenizer.decode(tokens, states), tokenizer.decode(tokens, states.flip(0)), atol=1e-6)
+    assert not torch.allclose(
+        tokenizer.decode(tokens, states), tokenizer.decode(tokens, states.flip(0)), atol=1e-6
+    )
 
 
 def test_decoder_without_guidance_has_no_text_weights_and_ignores_text():
@@ -173,7 +200,10 @@ def test_images_of_another_size_are_refused(shape):
         ({"patch_size": 0}, "is not divisible by patch_size 0"),
         ({"latent_grid": [2, 3]}, "with 5 cells"),
         ({"latent_grid": [5]}, "must be \\[rows, columns\\]"),
-        ({"encoder": TransformerSize(36, 1, 2)}, "encoder.width 36 must be a multiple of 4 \\* num_heads = 8"),
+        (
+            {"encoder": TransformerSize(36, 1, 2)},
+            "encoder.width 36 must be a multiple of 4 \\* num_heads = 8",
+        ),
         ({"decoder": TransformerSize(32, 1, 5)}, "decoder.width 32 must be a multiple of"),
     ],
 )
@@ -184,7 +214,9 @@ def test_impossible_sizes_are_refused(options, message):
 
 def test_init_misses_no_parameter():
     tokenizer = build()
-    norms = {id(p) for m in tokenizer.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    norms = {
+        id(p) for m in tokenizer.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()
+    }
     for parameter in tokenizer.parameters():
         if id(parameter) not in norms:  # PyTorch starts these at 1 and 0 when they are made
             nn.init.constant_(parameter, float("nan"))
@@ -221,13 +253,17 @@ def test_moments_are_mean_first_then_log_variance_clamped_in_float32():
 def test_sample_of_a_posterior_has_its_mean_and_deviation_and_follows_its_generator():
     posterior = Posterior(torch.full((1, 1000, 20), 3.0), torch.full((1, 1000, 20), 4.0).log())
     drawn = posterior.sample(torch.Generator().manual_seed(1))
-    assert drawn.mean().item() == pytest.approx(3, abs=0.05) and drawn.std().item() == pytest.approx(2, rel=0.02)
+    assert drawn.mean().item() == pytest.approx(
+        3, abs=0.05
+    ) and drawn.std().item() == pytest.approx(2, rel=0.02)
     assert torch.equal(drawn, posterior.sample(torch.Generator().manual_seed(1)))
     assert not torch.equal(drawn, posterior.sample(torch.Generator().manual_seed(2)))
 
 
 def test_four_images_of_one_caption_can_be_overfitted():
-    tokenizer = build(num_tokens=8, query_key_bias=1.0, latent_grid=[2, 4], init_std=0.0, initial_logvar=-6.0)
+    tokenizer = build(
+        num_tokens=8, query_key_bias=1.0, latent_grid=[2, 4], init_std=0.0, initial_logvar=-6.0
+    )
     plane = torch.linspace(0, 1, PIXELS)[:, None].expand(PIXELS, PIXELS)
     colour = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1)
     images = torch.stack([plane, plane.T, 1 - plane, (plane > 0.5).float()])[:, None] * colour

@@ -12,7 +12,7 @@ from eval.frechet import FeatureStatistics, frechet_distance, load_features
 from eval.images import CLEAN_SIZE, ImageSet, clean_resize, iterate_images, list_images
 from eval.inception import INCEPTION_WIDTH, InceptionFeatures
 from eval.making import resize
-from modeling.pipeline import TextToImage
+from modeling.pipeline import ImageGenerator
 from scripts import reference_stats
 
 CATEGORIES = ("animals", "food")
@@ -60,7 +60,10 @@ def test_whole_images_are_seen_not_their_centre(tmp_path):
 
 
 def test_inception_takes_resized_floats_as_it_takes_bytes_of_its_size(inception_file):
-    net, image = InceptionFeatures(inception_file), torch.from_numpy(noise(299, 299).transpose(2, 0, 1).copy())[None]
+    net, image = (
+        InceptionFeatures(inception_file),
+        torch.from_numpy(noise(299, 299).transpose(2, 0, 1).copy())[None],
+    )
     torch.testing.assert_close(net(image.float()), net(image), rtol=1e-5, atol=1e-6)
     exact = InceptionFeatures(inception_file, "float64")
     assert exact(image.float()).dtype == torch.float32
@@ -76,7 +79,10 @@ def mjhq(tmp_path_factory, tiny_shards):
     folder, rows = write_inputs(tmp_path_factory.mktemp("mjhq"), tiny_shards), {}
     for number in range(10):
         category, name = CATEGORIES[number % 2], f"{number:040x}"
-        rows[name] = {"category": category, "prompt": f"a {('red', 'blue')[number // 2 % 2]} {category}"}
+        rows[name] = {
+            "category": category,
+            "prompt": f"a {('red', 'blue')[number // 2 % 2]} {category}",
+        }
         for copy in range(2):  # as many as it takes
             path = folder / "imgs" / category / f"{name}{copy}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +93,11 @@ def mjhq(tmp_path_factory, tiny_shards):
 
 
 def options(mjhq, inception_file):
-    captions = [f"captions=[{mjhq}/meta_data.json]", "resize=clean", "metrics=[frechet,frechet_by_category]"]
+    captions = [
+        f"captions=[{mjhq}/meta_data.json]",
+        "resize=clean",
+        "metrics=[frechet,frechet_by_category]",
+    ]
     return [*captions, "--inception-weights", inception_file]
 
 
@@ -104,7 +114,12 @@ def test_clean_fid_finds_the_same_features_and_distance(whole, mjhq, inception_f
     net, gaussians = InceptionFeatures(inception_file), []
     for folder in (whole / "images", mjhq / "imgs"):
         features = fid.get_folder_features(
-            str(folder), model=net, num_workers=0, device=torch.device("cpu"), mode="clean", verbose=False
+            str(folder),
+            model=net,
+            num_workers=0,
+            device=torch.device("cpu"),
+            mode="clean",
+            verbose=False,
         )
         assert features.shape[1] == INCEPTION_WIDTH
         statistics = FeatureStatistics(INCEPTION_WIDTH)
@@ -122,13 +137,17 @@ def test_each_category_is_measured_against_its_own_folder(whole, mjhq, inception
     generated = [whole / "images" / f"{index:06d}.png" for index in range(1, 10, 2)]
     for paths in (generated, sorted((mjhq / "imgs" / "food").iterdir())):
         statistics = FeatureStatistics(INCEPTION_WIDTH)
-        pixels = np.stack([clean_resize(np.asarray(Image.open(path).convert("RGB"))) for path in paths])
+        pixels = np.stack(
+            [clean_resize(np.asarray(Image.open(path).convert("RGB"))) for path in paths]
+        )
         statistics.add(net(torch.from_numpy(pixels)))
         pair.append(statistics.gaussian())
     assert found["clean_fid/food"] == pytest.approx(frechet_distance(*pair), rel=1e-3)
 
 
-def test_a_statistics_file_gives_the_same_numbers(chain, whole, mjhq, inception_file, tmp_path, capsys):
+def test_a_statistics_file_gives_the_same_numbers(
+    chain, whole, mjhq, inception_file, tmp_path, capsys
+):
     from tiny_experiment import reset_accelerate
 
     def run(*words):
@@ -141,8 +160,14 @@ def test_a_statistics_file_gives_the_same_numbers(chain, whole, mjhq, inception_
     run(file, mjhq / "imgs", "--check")
     assert "whole, and of these images" in capsys.readouterr().out
     features, categories = load_features(file)
-    assert features.shape == (20, INCEPTION_WIDTH) and categories == [name for name in CATEGORIES for _ in range(10)]
-    arguments = [*options(mjhq, inception_file), "metrics=[frechet_by_category]", f"reference=[{file}]"]
+    assert features.shape == (20, INCEPTION_WIDTH) and categories == [
+        name for name in CATEGORIES for _ in range(10)
+    ]
+    arguments = [
+        *options(mjhq, inception_file),
+        "metrics=[frechet_by_category]",
+        f"reference=[{file}]",
+    ]
     found = evaluate(chain.folder, mjhq, tmp_path / "out", *arguments)
     by_category = {name: value for name, value in read(whole)["metrics"].items() if "/" in name}
     assert found["metrics"] == pytest.approx(by_category, rel=1e-4) and len(by_category) == 2
@@ -152,7 +177,9 @@ def test_a_statistics_file_gives_the_same_numbers(chain, whole, mjhq, inception_
     with pytest.raises(ValueError, match="is of images resized so: clean-fid's"):
         evaluate(chain.folder, mjhq, tmp_path / "crop", *arguments, "resize=crop", "image_size=299")
     run(tmp_path / "plain.npz", mjhq / "imgs", "--clean")
-    found = evaluate(chain.folder, mjhq, tmp_path / "out", *arguments[:-1], f"reference=[{tmp_path}/plain.npz]")
+    found = evaluate(
+        chain.folder, mjhq, tmp_path / "out", *arguments[:-1], f"reference=[{tmp_path}/plain.npz]"
+    )
     assert found["metrics"] == {"clean_fid_by_category": None}
     assert "--keep-features" in found["missing"]["clean_fid_by_category"]
 
@@ -160,16 +187,25 @@ def test_a_statistics_file_gives_the_same_numbers(chain, whole, mjhq, inception_
 def test_references_without_the_categories_and_impossible_protocols_are_refused(
     chain, mjhq, inception_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(TextToImage, "generate", None)
+    monkeypatch.setattr(ImageGenerator, "generate", None)
     (tmp_path / "food").mkdir()
     for number in range(2):
         Image.fromarray(noise(8, 8, number)).save(tmp_path / "food" / f"{number}.png")
     wanted, reference = options(mjhq, inception_file), f"reference=[{mjhq}/imgs]"
     for arguments, message in (
-        ([f"reference=[{tmp_path}]"], "no reference image lies in a folder animals; there are food"),
+        (
+            [f"reference=[{tmp_path}]"],
+            "no reference image lies in a folder animals; there are food",
+        ),
         ([f"captions=[{mjhq}/captions.txt]", reference], "needs captions with a category"),
-        (["image_size=64", reference], "resize=clean goes with features=inception and image_size=0"),
-        (["features=dinov2", reference], "resize=clean goes with features=inception and image_size=0"),
+        (
+            ["image_size=64", reference],
+            "resize=clean goes with features=inception and image_size=0",
+        ),
+        (
+            ["features=dinov2", reference],
+            "resize=clean goes with features=inception and image_size=0",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(chain.folder, mjhq, tmp_path / "out", *wanted, *arguments)

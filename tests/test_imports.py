@@ -1,4 +1,4 @@
-"""Imports point one way: entry points -> configs -> eval -> modeling | data; read from the source with ast."""
+"""Imports point one way: programs -> eval -> training -> modeling | data; read from the source with ast."""
 
 import ast
 from pathlib import Path
@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("configs", "data", "eval", "modeling", "scripts", "tests", "training")
-ENTRY_POINTS = ("sample", "train_flowtok", "train_text_decoder", "train_text_projector", "train_tokenizer")
+FOLDERS = ("configs", "data", "eval", "modeling", "research", "scripts", "tests", "training")
+ENTRY_POINTS = (
+    "sample",
+    "train_flowtok",
+    "train_text_decoder",
+    "train_text_projector",
+    "train_tokenizer",
+)
 OURS = {*FOLDERS, *ENTRY_POINTS}
-# What a file of each folder may import of ours. Entry points, scripts and tests: everything.
+# What a file of each folder may import of ours. Entry points, scripts, research and tests: everything.
 ALLOWED = {
     "modeling": {"modeling"},
     "data": {"data"},
-    "training": {"training"},
+    "training": {"training", "modeling", "data"},
     "eval": {"eval", "modeling", "data", "training"},
     "configs": {"configs", "eval", "modeling", "data", "training"},
 }
@@ -22,7 +28,10 @@ OPEN_CLIP_USER = "modeling/text_encoder.py"
 
 def sources():
     """Path from the root -> text, of all our Python files."""
-    paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    paths = [
+        *ROOT.glob("*.py"),
+        *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")),
+    ]
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
@@ -47,7 +56,10 @@ def run_on_import(tree):
 
 def is_runnable(tree):
     """Whether the file has `if __name__ == "__main__":`."""
-    return any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree.body)
+    return any(
+        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        for node in tree.body
+    )
 
 
 def faults(path, text):
@@ -84,17 +96,21 @@ def test_imports_point_one_way(path):
         ("modeling/x.py", "def f():\n    import training.loop", "modeling imports training"),
         ("data/x.py", "from modeling import flow", "data imports modeling"),
         ("data/x.py", "from configs.schema import check", "data imports configs"),
-        ("training/x.py", "from eval.loading import load_ema", "training imports eval"),
-        ("training/x.py", "import modeling.flow", "training imports modeling"),
+        ("training/x.py", "from eval.report import main", "training imports eval"),
+        ("eval/x.py", "from research.sweep import main", "eval imports research"),
         ("eval/x.py", "from configs.load import resolved", "eval imports configs"),
         ("eval/x.py", "import train_flowtok", "eval imports train_flowtok"),
         ("configs/x.py", "from scripts.encode_tokens import main", "configs imports scripts"),
         ("modeling/x.py", "from .flow import FlowConfig", "relative import"),
-        ("sample.py", "import eval.loading", "import eval"),
+        ("sample.py", "import eval.report", "import eval"),
         ("sample.py", "if True:\n    import eval as e", "import eval"),
         ("data/x.py", "import open_clip", "open_clip"),
         ("scripts/x.py", "def f():\n    from open_clip import tokenizer", "open_clip"),
-        ("training/x.py", "try:\n    import wandb\nexcept ImportError:\n    pass", "wandb on import"),
+        (
+            "training/x.py",
+            "try:\n    import wandb\nexcept ImportError:\n    pass",
+            "wandb on import",
+        ),
         ("training/x.py", "class A:\n    from wandb import init", "wandb on import"),
     ],
 )
@@ -108,7 +124,10 @@ def test_a_wrong_import_is_seen(path, text, fault):
         ("eval/x.py", "from configs.load import resolved\nif __name__ == '__main__':\n    pass"),
         ("training/x.py", "def log():\n    import wandb"),
         (OPEN_CLIP_USER, "import open_clip"),
-        ("train_flowtok.py", "from eval.loading import load_ema\nfrom modeling import flow\nimport data.shards"),
+        (
+            "train_flowtok.py",
+            "from training.loading import load_ema\nfrom modeling import flow\nimport data.shards",
+        ),
         ("modeling/x.py", "import torch\nfrom dataclasses import dataclass"),
     ],
 )
@@ -118,5 +137,11 @@ def test_a_right_import_passes(path, text):
 
 def test_every_file_is_read():
     found = set(sources())
-    assert {"sample.py", "train_flowtok.py", OPEN_CLIP_USER, "eval/demo.py", "tests/test_imports.py"} <= found
+    assert {
+        "sample.py",
+        "train_flowtok.py",
+        OPEN_CLIP_USER,
+        "eval/report.py",
+        "tests/test_imports.py",
+    } <= found
     assert {f"{name}.py" for name in ENTRY_POINTS} == {name for name in found if "/" not in name}

@@ -66,9 +66,15 @@ def test_float64_is_computed_in_float64_and_agrees(net, inception_file):
     exact, images = InceptionFeatures(inception_file, "float64"), blots(2, seed=0)
     assert {p.dtype for p in exact.parameters()} == {torch.float64}
     inputs = []
-    exact.net.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
+    exact.net.Conv2d_1a_3x3.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].dtype)
+    )
     found = exact(images)
-    assert inputs == [torch.float64] and found.dtype == torch.float32 and found.shape == (2, INCEPTION_WIDTH)
+    assert (
+        inputs == [torch.float64]
+        and found.dtype == torch.float32
+        and found.shape == (2, INCEPTION_WIDTH)
+    )
     torch.testing.assert_close(found, net(images), rtol=1e-4, atol=1e-5)
     assert not torch.equal(found, net(images))
 
@@ -124,7 +130,8 @@ def test_a_file_that_would_execute_code_is_refused_and_executes_nothing(tmp_path
 def test_a_file_without_weights_is_refused(tmp_path, content):
     (tmp_path / "weights.pth").write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"weights.pth (is no file of weights alone|holds something else than tensors)"
+        ValueError,
+        match=r"weights.pth (is no file of weights alone|holds something else than tensors)",
     ):
         InceptionFeatures(tmp_path / "weights.pth")
 
@@ -134,13 +141,17 @@ def test_a_truncated_file_and_another_nets_file_are_refused(tmp_path, inception_
     cut.write_bytes(inception_file.read_bytes()[:-5000])
     with pytest.raises(ValueError, match="weights.pth is no file of weights alone, or cut short"):
         InceptionFeatures(cut)
-    with pytest.raises(ValueError, match="vgg16-made-up.pth has other weights than InceptionV3's: .*Missing key"):
+    with pytest.raises(
+        ValueError, match="vgg16-made-up.pth has other weights than InceptionV3's: .*Missing key"
+    ):
         InceptionFeatures(vgg_file)
 
 
 def test_without_torch_fidelity_the_error_says_what_to_install(monkeypatch, inception_file):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ValueError, match="need torch-fidelity .*: pip install -r requirements-eval.txt"):
+    with pytest.raises(
+        ValueError, match="need torch-fidelity .*: pip install -r requirements-eval.txt"
+    ):
         InceptionFeatures(inception_file)
 
 

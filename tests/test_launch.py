@@ -10,8 +10,21 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-STAGES = ["text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "report"]  # of the demo
-ROUNDS = ["tokens_finetune", "flowtok_finetune", "tokenizer_512", "tokens_512", "flowtok_512"]  # after flowtok
+STAGES = [
+    "text_encoder",
+    "tokenizer",
+    "tokens",
+    "text_projector",
+    "flowtok",
+    "report",
+]  # of the demo
+ROUNDS = [
+    "tokens_finetune",
+    "flowtok_finetune",
+    "tokenizer_512",
+    "tokens_512",
+    "flowtok_512",
+]  # after flowtok
 ROUNDS += ["text_decoder", "flowtok_caption"]
 PROGRAMS = {
     "text_encoder": "--module scripts.train_text_encoder",
@@ -20,7 +33,7 @@ PROGRAMS = {
     "text_projector": "train_text_projector.py",
     "text_decoder": "train_text_decoder.py",
     "flowtok": "train_flowtok.py",
-    "report": "-m eval.demo",
+    "report": "-m eval.report",
 }
 
 
@@ -38,7 +51,11 @@ class Copy:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copy(REPO / "train_flowtok.sh", self.root)
         shutil.copy(REPO / "scripts" / "environment.sh", self.root / "scripts")
-        for experiment, stages in {"demo": STAGES, "small": ["tokenizer", "flowtok"], "none": []}.items():
+        for experiment, stages in {
+            "demo": STAGES,
+            "small": ["tokenizer", "flowtok"],
+            "none": [],
+        }.items():
             (self.root / "configs" / experiment).mkdir(parents=True)
             for stage in stages:
                 (self.root / "configs" / experiment / f"{stage}.yaml").touch()
@@ -46,7 +63,10 @@ class Copy:
         write_program(self.bin / "nproc", "#!/bin/sh\necho 8\n")
 
     def set_gpus(self, num):
-        write_program(self.bin / "nvidia-smi", f"#!/bin/sh\nfor i in $(seq {num}); do echo GPU $i: some name; done\n")
+        write_program(
+            self.bin / "nvidia-smi",
+            f"#!/bin/sh\nfor i in $(seq {num}); do echo GPU $i: some name; done\n",
+        )
 
     def bash(self, *command, cwd=None, **variables):
         # No variables of the machine that runs the test: it may itself be a Slurm job or an active environment.
@@ -65,12 +85,16 @@ class Copy:
         """The commands of a dry run, as strings: the check of the configs, then the stages."""
         result = self.bash(self.root / "train_flowtok.sh", *args, DRY_RUN=1, **variables)
         assert result.returncode == 0, result.stderr
-        return [line.removeprefix("+ ") for line in result.stdout.splitlines() if line.startswith("+ ")]
+        return [
+            line.removeprefix("+ ") for line in result.stdout.splitlines() if line.startswith("+ ")
+        ]
 
     def commands(self, *args, **variables):
         """Those after the check."""
         check, *others = self.all_commands(*args, **variables)
-        assert " -m configs.check " in check and not any("configs.check" in command for command in others)
+        assert " -m configs.check " in check and not any(
+            "configs.check" in command for command in others
+        )
         return others
 
     def error(self, *args, **variables):
@@ -104,7 +128,10 @@ def test_all_stages_of_the_demo_run_in_order_then_samples_are_drawn(copy):
     for stage, command in zip(STAGES, commands, strict=False):
         assert f"{PROGRAMS[stage]} --config configs/demo/{stage}.yaml" in command
         assert ("accelerate.commands.launch" in command) == (stage != "report")
-    assert commands[-1] == ".venv/bin/python sample.py --run runs/demo/flowtok --output runs/demo/samples.png"
+    assert (
+        commands[-1]
+        == ".venv/bin/python sample.py --run runs/demo/flowtok --output runs/demo/samples.png"
+    )
 
 
 def test_a_dry_run_leaves_nothing_behind(copy):
@@ -123,18 +150,26 @@ def test_further_rounds_run_their_stages_program_and_each_flow_draws_samples(cop
     commands = copy.commands("none", "flowtok_512.a.b=1", "tokens_finetune.c=2")
     samples = [c.split("sample.py ")[1] for c in commands[-4:]]
     assert samples == [
-        f"--run runs/none/flowtok{x} --output runs/none/samples{x}.png" for x in ("", "_finetune", "_512", "_caption")
+        f"--run runs/none/flowtok{x} --output runs/none/samples{x}.png"
+        for x in ("", "_finetune", "_512", "_caption")
     ]
     stages = dict(zip(["tokenizer", "tokens", "flowtok", *ROUNDS], commands[:-4], strict=True))
     for stage, command in stages.items():
         program = PROGRAMS.get(stage) or PROGRAMS[stage.split("_")[0]]
         assert f"{program} --config configs/none/{stage}.yaml" in command
-    assert [stage for stage, command in stages.items() if command.endswith(" a.b=1")] == ["flowtok_512"]
-    assert [stage for stage, command in stages.items() if command.endswith(" c=2")] == ["tokens_finetune"]
+    assert [stage for stage, command in stages.items() if command.endswith(" a.b=1")] == [
+        "flowtok_512"
+    ]
+    assert [stage for stage, command in stages.items() if command.endswith(" c=2")] == [
+        "tokens_finetune"
+    ]
 
 
 def test_chosen_stages_keep_their_order_and_only_flowtok_draws_samples(copy):
-    assert [stage_of(c) for c in copy.commands(STAGES="tokens tokenizer")] == ["tokenizer", "tokens"]
+    assert [stage_of(c) for c in copy.commands(STAGES="tokens tokenizer")] == [
+        "tokenizer",
+        "tokens",
+    ]
     assert [stage_of(c) for c in copy.commands(STAGES="flowtok")] == ["flowtok", "sample.py"]
 
 
@@ -146,8 +181,14 @@ def test_it_works_from_another_folder(copy, tmp_path):
 
 def test_an_active_environment_is_used(copy):
     copy.set_gpus(1)  # on a CPU, malloc's settings come first
-    assert all(c.startswith("/some/env/bin/python ") for c in copy.commands("small", VIRTUAL_ENV="/some/env"))
-    assert all(c.startswith("/some/conda/bin/python ") for c in copy.commands("small", CONDA_PREFIX="/some/conda"))
+    assert all(
+        c.startswith("/some/env/bin/python ")
+        for c in copy.commands("small", VIRTUAL_ENV="/some/env")
+    )
+    assert all(
+        c.startswith("/some/conda/bin/python ")
+        for c in copy.commands("small", CONDA_PREFIX="/some/conda")
+    )
 
 
 def test_help_prints_the_launch_manual(copy):
@@ -161,7 +202,9 @@ def test_help_prints_the_launch_manual(copy):
 
 
 def test_plain_overrides_reach_every_chosen_stage_and_prefixed_ones_their_own(copy):
-    commands = copy.commands("small", "seed=1", "flowtok.flowtok.width=768", "tokenizer.seed=2", "text=a b")
+    commands = copy.commands(
+        "small", "seed=1", "flowtok.flowtok.width=768", "tokenizer.seed=2", "text=a b"
+    )
     tails = {stage_of(c): shlex.split(c.split(".yaml ")[-1]) for c in commands[:2]}
     assert tails == {
         "tokenizer": ["experiment_dir=runs/small", "seed=1", "seed=2", "text=a b"],
@@ -208,8 +251,12 @@ def test_an_unknown_experiment_lists_those_that_have_stages(copy):
 
 
 def test_an_unknown_or_missing_stage_lists_the_valid_ones(copy):
-    assert f"valid: {' '.join([*STAGES[:-1], *ROUNDS, STAGES[-1]])}" in copy.error(STAGES="tokeniser")
-    assert "small has no tokens.yaml; its stages: tokenizer flowtok" in copy.error("small", STAGES="tokens")
+    assert f"valid: {' '.join([*STAGES[:-1], *ROUNDS, STAGES[-1]])}" in copy.error(
+        STAGES="tokeniser"
+    )
+    assert "small has no tokens.yaml; its stages: tokenizer flowtok" in copy.error(
+        "small", STAGES="tokens"
+    )
     assert "the stages of small: tokenizer flowtok" in copy.error("small", STAGES=" ")
 
 
@@ -234,20 +281,34 @@ def launch_of(copy, **variables):
 def test_without_gpus_one_process_takes_all_cores(copy):
     command = launch_of(copy)
     assert "--cpu " in command and "--multi_gpu" not in command
-    assert (flag(command, "--num_processes"), flag(command, "--num_cpu_threads_per_process")) == ("1", "8")
+    assert (flag(command, "--num_processes"), flag(command, "--num_cpu_threads_per_process")) == (
+        "1",
+        "8",
+    )
 
 
 def test_two_processes_on_the_cpu_share_the_cores(copy):
     command = launch_of(copy, NUM_PROCESSES=2)
     assert "ACCELERATE_USE_CPU=true" in shlex.split(command)
     assert "--multi_gpu" in command and "--cpu " not in command
-    assert (flag(command, "--num_processes"), flag(command, "--num_cpu_threads_per_process")) == ("2", "4")
-    assert flag(launch_of(copy, NUM_PROCESSES=2, OMP_NUM_THREADS=3), "--num_cpu_threads_per_process") == "3"
+    assert (flag(command, "--num_processes"), flag(command, "--num_cpu_threads_per_process")) == (
+        "2",
+        "4",
+    )
+    assert (
+        flag(launch_of(copy, NUM_PROCESSES=2, OMP_NUM_THREADS=3), "--num_cpu_threads_per_process")
+        == "3"
+    )
 
 
 @pytest.mark.parametrize(
     ("variables", "num_processes"),
-    [({}, 8), ({"CUDA_VISIBLE_DEVICES": "0,3"}, 2), ({"CUDA_VISIBLE_DEVICES": "5"}, 1), ({"NUM_PROCESSES": 4}, 4)],
+    [
+        ({}, 8),
+        ({"CUDA_VISIBLE_DEVICES": "0,3"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "5"}, 1),
+        ({"NUM_PROCESSES": 4}, 4),
+    ],
 )
 def test_one_process_runs_on_each_visible_gpu(copy, variables, num_processes):
     copy.set_gpus(8)
@@ -265,7 +326,11 @@ def test_hidden_gpus_mean_the_cpu(copy, hidden):
     assert "--cpu " in launch_of(copy, CUDA_VISIBLE_DEVICES=hidden)
 
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**35, "MALLOC_TRIM_THRESHOLD_": 2**35, "MALLOC_TOP_PAD_": 2**30}
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": 2**35,
+    "MALLOC_TRIM_THRESHOLD_": 2**35,
+    "MALLOC_TOP_PAD_": 2**30,
+}
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -290,7 +355,13 @@ def test_malloc_is_left_alone_on_gpus_and_other_systems(copy):
 
 
 def machines(command):
-    names = ["--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"]
+    names = [
+        "--num_processes",
+        "--num_machines",
+        "--machine_rank",
+        "--main_process_ip",
+        "--main_process_port",
+    ]
     return [flag(command, name) for name in names]
 
 
@@ -315,14 +386,34 @@ def test_only_the_first_machine_reports_and_samples(copy):
 
 def test_slurm_variables_are_read_and_own_ones_come_first(copy):
     copy.set_gpus(8)
-    write_program(copy.bin / "scontrol", '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n')
-    slurm = {"SLURM_NNODES": 2, "SLURM_NODEID": 1, "SLURM_LOCALID": 0, "SLURM_JOB_NODELIST": "gpu[3-4]"}
+    write_program(
+        copy.bin / "scontrol",
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n',
+    )
+    slurm = {
+        "SLURM_NNODES": 2,
+        "SLURM_NODEID": 1,
+        "SLURM_LOCALID": 0,
+        "SLURM_JOB_NODELIST": "gpu[3-4]",
+    }
     assert machines(launch_of(copy, **slurm)) == ["16", "2", "1", "gpu3", "29500"]
-    assert machines(launch_of(copy, **slurm, MAIN_PROCESS_IP="me", MACHINE_RANK=0)) == ["16", "2", "0", "me", "29500"]
+    assert machines(launch_of(copy, **slurm, MAIN_PROCESS_IP="me", MACHINE_RANK=0)) == [
+        "16",
+        "2",
+        "0",
+        "me",
+        "29500",
+    ]
 
 
 def test_torchrun_variables_are_read(copy):
-    torchrun = {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8, "GROUP_RANK": 1, "MASTER_ADDR": "node0", "MASTER_PORT": 1234}
+    torchrun = {
+        "WORLD_SIZE": 16,
+        "LOCAL_WORLD_SIZE": 8,
+        "GROUP_RANK": 1,
+        "MASTER_ADDR": "node0",
+        "MASTER_PORT": 1234,
+    }
     copy.set_gpus(8)
     assert machines(launch_of(copy, **torchrun)) == ["16", "2", "1", "node0", "1234"]
 
@@ -333,7 +424,10 @@ def test_torchrun_variables_are_read(copy):
         ({"NUM_MACHINES": 2}, "set MAIN_PROCESS_IP"),
         ({"NUM_MACHINES": "two"}, "NUM_MACHINES=two is not a number"),
         ({"MACHINE_RANK": 1}, "must be below NUM_MACHINES=1"),
-        ({"NUM_MACHINES": 2, "MAIN_PROCESS_IP": "a", "NUM_PROCESSES": 3}, "must be a multiple of NUM_MACHINES=2"),
+        (
+            {"NUM_MACHINES": 2, "MAIN_PROCESS_IP": "a", "NUM_PROCESSES": 3},
+            "must be a multiple of NUM_MACHINES=2",
+        ),
         ({"NUM_PROCESSES": 9}, "needs 9 GPUs a machine; here are 8"),
         ({"NUM_PROCESSES": 0}, "NUM_PROCESSES=0 is not a number"),
         ({"SLURM_NNODES": 2, "SLURM_LOCALID": 1}, "started more than once on this machine"),
@@ -357,10 +451,15 @@ esac
 
 def test_the_first_failure_stops_the_run_and_says_how_to_resume(copy, tmp_path):
     write_program(tmp_path / "env/bin/python", STAND_IN.format(failing="encode_tokens"))
-    result = copy.bash("train_flowtok.sh", "demo", "tokens.batch_size=4", VIRTUAL_ENV=tmp_path / "env")
+    result = copy.bash(
+        "train_flowtok.sh", "demo", "tokens.batch_size=4", VIRTUAL_ENV=tmp_path / "env"
+    )
     assert result.returncode == 3
     assert "stage tokens failed (exit status 3)" in result.stderr
-    assert "run the same command again: bash train_flowtok.sh demo tokens.batch_size=4" in result.stderr
+    assert (
+        "run the same command again: bash train_flowtok.sh demo tokens.batch_size=4"
+        in result.stderr
+    )
     assert "encode_tokens" in result.stdout and "train_text_projector.py" not in result.stdout
 
 
@@ -427,7 +526,9 @@ SET_UP = 'set -euo pipefail; source scripts/environment.sh; set_up_environment "
 
 
 def test_an_active_environment_that_lacks_packages_is_refused_by_name(copy, tmp_path):
-    (copy.root / "requirements.txt").write_text("no-such-package>=1  # why\npytest>=1.0\n# a comment\n")
+    (copy.root / "requirements.txt").write_text(
+        "no-such-package>=1  # why\npytest>=1.0\n# a comment\n"
+    )
     (copy.root / "requirements-dev.txt").write_text("-r requirements.txt\npytest-xdist>=999.0\n")
     env = this_python(tmp_path / "env")
     result = copy.bash("-c", SET_UP, "_", "requirements-dev.txt", VIRTUAL_ENV=env)
@@ -450,7 +551,10 @@ def test_the_own_environment_is_filled_only_when_the_requirements_changed(copy):
         assert result.stdout.splitlines()[-1] == "PYTHON=.venv/bin/python"
         return [line for line in result.stdout.splitlines() if line.startswith("+ ")]
 
-    make, fill = "+ python3 -m venv --clear .venv", "+ .venv/bin/python -m pip install -r requirements.txt"
+    make, fill = (
+        "+ python3 -m venv --clear .venv",
+        "+ .venv/bin/python -m pip install -r requirements.txt",
+    )
     assert set_up() == [make, fill]
     assert set_up() == []
     requirements.write_text("# still nothing\n")
@@ -460,7 +564,9 @@ def test_the_own_environment_is_filled_only_when_the_requirements_changed(copy):
 
 
 def test_an_old_python_is_refused_with_its_version(copy):
-    write_program(copy.bin / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1\nexit 1\n')
+    write_program(
+        copy.bin / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1\nexit 1\n'
+    )
     (copy.root / "requirements.txt").touch()
     result = copy.bash("-c", SET_UP, "_", "requirements.txt")
     assert result.returncode == 2

@@ -48,7 +48,9 @@ def test_rope_takes_positions_between_patches():
 def test_rotation_equals_timms_rotary_embedding():
     timm_rope = RotaryEmbeddingCat(HEAD_DIM, in_pixels=False, feat_shape=[GRID, GRID])
     x = torch.randn(2, 4, GRID**2, HEAD_DIM)
-    torch.testing.assert_close(rotate_pairs(x, *rope()), apply_rot_embed_cat(x, timm_rope.get_embed()))
+    torch.testing.assert_close(
+        rotate_pairs(x, *rope()), apply_rot_embed_cat(x, timm_rope.get_embed())
+    )
 
 
 def test_rotation_of_a_pair_is_the_plane_rotation():
@@ -62,7 +64,8 @@ def test_rotated_scores_depend_on_the_offset_only():
 
     def score(query_at, key_at):
         angles = [
-            axial_rope_table(torch.tensor([r]), torch.tensor([c]), HEAD_DIM).double() for r, c in (query_at, key_at)
+            axial_rope_table(torch.tensor([r]), torch.tensor([c]), HEAD_DIM).double()
+            for r, c in (query_at, key_at)
         ]
         turned = [rotate_pairs(x, a.cos(), a.sin()) for x, a in zip((q, k), angles)]
         return (turned[0] * turned[1]).sum()
@@ -73,7 +76,9 @@ def test_rotated_scores_depend_on_the_offset_only():
 
 def test_angle_zero_leaves_a_token_as_it_is():
     x = torch.randn(1, 2, 5, HEAD_DIM)
-    assert torch.equal(rotate_pairs(x, torch.ones(5, HEAD_DIM // 2), torch.zeros(5, HEAD_DIM // 2)), x)
+    assert torch.equal(
+        rotate_pairs(x, torch.ones(5, HEAD_DIM // 2), torch.zeros(5, HEAD_DIM // 2)), x
+    )
 
 
 @pytest.mark.parametrize("with_rope", [False, True])
@@ -100,7 +105,9 @@ def test_attention_without_positions_is_equivariant_to_the_order_and_with_them_i
     nn.init.normal_(attention.qkv.weight)
     x, order = torch.randn(1, GRID**2, 32), torch.arange(GRID**2).flip(0)
     torch.testing.assert_close(attention(x[:, order]), attention(x)[:, order])
-    assert not torch.allclose(attention(x[:, order], rope()), attention(x, rope())[:, order], atol=1e-3)
+    assert not torch.allclose(
+        attention(x[:, order], rope()), attention(x, rope())[:, order], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("width", [24, 32])
@@ -128,7 +135,9 @@ def test_position_table_is_sines_then_cosines():
         for i in range(width // 2):
             angle = position * 10000 ** (-2 * i / width)
             assert table[position, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
-            assert table[position, width // 2 + i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+            assert table[position, width // 2 + i].item() == pytest.approx(
+                math.cos(angle), abs=1e-6
+            )
 
 
 def test_time_sinusoids_are_cosines_then_sines_of_the_unscaled_time():
@@ -136,7 +145,9 @@ def test_time_sinusoids_are_cosines_then_sines_of_the_unscaled_time():
     table = timestep_sinusoids(t, 256)
     i = torch.arange(128, dtype=torch.float64)
     angles = t.double()[:, None] * 10000 ** (-i / 128)
-    torch.testing.assert_close(table, torch.cat([angles.cos(), angles.sin()], dim=1).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        table, torch.cat([angles.cos(), angles.sin()], dim=1).float(), rtol=0, atol=1e-6
+    )
 
 
 def test_time_sinusoids_stay_float32_for_half_precision_times():
@@ -160,7 +171,9 @@ def test_init_is_xavier_or_a_cut_normal_with_zero_biases():
     bound = math.sqrt(6 / 500)
     assert 0.99 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
     init_linear_(layer, std=0.02)
-    assert layer.weight.abs().max() <= 0.04 and layer.weight.std().item() == pytest.approx(0.88 * 0.02, rel=0.05)
+    assert layer.weight.abs().max() <= 0.04 and layer.weight.std().item() == pytest.approx(
+        0.88 * 0.02, rel=0.05
+    )
 
 
 def test_init_of_a_convolution_counts_all_its_inputs():

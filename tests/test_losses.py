@@ -41,7 +41,9 @@ def closed_form_kl(mean, logvar):
 
 def test_flow_matching_loss_is_the_mean_squared_error_in_float32():
     velocity, target = torch.randn(2, B, L, C)
-    torch.testing.assert_close(flow_matching_loss(velocity, target), ((velocity - target) ** 2).mean())
+    torch.testing.assert_close(
+        flow_matching_loss(velocity, target), ((velocity - target) ** 2).mean()
+    )
     half = flow_matching_loss(velocity.bfloat16(), target)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, ((velocity.bfloat16().float() - target) ** 2).mean())
@@ -49,14 +51,18 @@ def test_flow_matching_loss_is_the_mean_squared_error_in_float32():
 
 def test_gaussian_kl_equals_torch_distributions():
     mean, logvar = moments()
-    torch.testing.assert_close(kl_loss(mean, logvar).double(), closed_form_kl(mean, logvar).sum() / B)
+    torch.testing.assert_close(
+        kl_loss(mean, logvar).double(), closed_form_kl(mean, logvar).sum() / B
+    )
 
 
 def test_kl_reductions_differ_in_what_they_divide_by():
     mean, logvar = moments()
     total = closed_form_kl(mean, logvar).sum().item()
     for reduction, divisor in (("sample", B), ("batch", 1), ("mean", B * L * C)):
-        assert kl_loss(mean, logvar, reduction=reduction).item() == pytest.approx(total / divisor, rel=1e-5)
+        assert kl_loss(mean, logvar, reduction=reduction).item() == pytest.approx(
+            total / divisor, rel=1e-5
+        )
 
 
 def test_only_the_batch_reduction_changes_with_the_batch_size():
@@ -80,7 +86,9 @@ def test_wall_kl_is_the_releases_formula_flat_inside_three_and_steep_outside():
 
 def test_variance_kl_draws_the_deviation_to_one_and_leaves_the_mean_alone():
     mean, logvar = moments()
-    torch.testing.assert_close(kl_loss(mean, logvar, "variance"), kl_loss(torch.zeros_like(mean), logvar))
+    torch.testing.assert_close(
+        kl_loss(mean, logvar, "variance"), kl_loss(torch.zeros_like(mean), logvar)
+    )
 
 
 def manual_contrastive(latents, targets, log_temperature):
@@ -99,7 +107,9 @@ def test_contrastive_loss_is_the_symmetric_cross_entropy_of_normalised_rows():
     latents, targets = moments()
     for log_temperature in (0.0, LOG_TEMPERATURE):
         loss = contrastive_loss(latents, targets, torch.tensor(log_temperature))
-        assert loss.item() == pytest.approx(manual_contrastive(latents, targets, log_temperature), rel=1e-5)
+        assert loss.item() == pytest.approx(
+            manual_contrastive(latents, targets, log_temperature), rel=1e-5
+        )
 
 
 def test_contrastive_loss_is_symmetric_and_blind_to_lengths():
@@ -116,7 +126,10 @@ def test_contrastive_loss_is_zero_for_orthogonal_matches_and_large_for_swapped_o
 
 
 def test_contrastive_loss_gives_gradients_to_both_sides_and_the_temperature():
-    leaves = [*(x.requires_grad_() for x in moments()), torch.tensor(LOG_TEMPERATURE, requires_grad=True)]
+    leaves = [
+        *(x.requires_grad_() for x in moments()),
+        torch.tensor(LOG_TEMPERATURE, requires_grad=True),
+    ]
     contrastive_loss(*leaves).backward()
     assert all(leaf.grad.abs().max() > 0 for leaf in leaves)
 
@@ -125,7 +138,9 @@ def test_contrastive_loss_is_float32_under_autocast():
     latents, targets = moments()
     expected = contrastive_loss(latents, targets, torch.tensor(LOG_TEMPERATURE))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(contrastive_loss(latents, targets, torch.tensor(LOG_TEMPERATURE)), expected)
+        assert torch.equal(
+            contrastive_loss(latents, targets, torch.tensor(LOG_TEMPERATURE)), expected
+        )
 
 
 def shared_weights_loss(model, log_temperature, x):
@@ -140,7 +155,9 @@ def two_process_setup():
 
 def run_one_process(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     model, log_temperature, x = two_process_setup()
     loss = shared_weights_loss(model, log_temperature, x[rank * B : (rank + 1) * B])
     loss.backward()
@@ -167,9 +184,15 @@ def test_cosine_margin_loss_pulls_pairs_up_to_the_margin_only():
     targets = torch.eye(3, 4, dtype=torch.float64).view(3, 2, 2)
     angles = torch.tensor([0.0, 60.0, 90.0], dtype=torch.float64).deg2rad()  # cosines 1, 1/2, 0
     other = targets.flatten(1).roll(1, dims=1)
-    latents = angles.cos().view(3, 1, 1) * targets + angles.sin().view(3, 1, 1) * other.view(3, 2, 2)
-    torch.testing.assert_close(cosine_margin_loss(5 * latents, targets, 0.0).item(), 0.5, rtol=1e-6, atol=0)
-    torch.testing.assert_close(cosine_margin_loss(latents, targets, 0.25).item(), 1 / 3, rtol=1e-6, atol=0)
+    latents = angles.cos().view(3, 1, 1) * targets + angles.sin().view(3, 1, 1) * other.view(
+        3, 2, 2
+    )
+    torch.testing.assert_close(
+        cosine_margin_loss(5 * latents, targets, 0.0).item(), 0.5, rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        cosine_margin_loss(latents, targets, 0.25).item(), 1 / 3, rtol=1e-6, atol=0
+    )
     latents.requires_grad_(True)
     cosine_margin_loss(latents, targets, 0.75).backward()
     assert [bool(g.abs().sum() > 1e-9) for g in latents.grad] == [False, False, True]
@@ -186,7 +209,9 @@ def test_cosine_margin_loss_pulls_pairs_up_to_the_margin_only():
     ],
 )
 def test_alignment_weights_without_gradient_are_frozen(config, head, temperature):
-    projector = TextProjector(TextProjectorConfig(5, 16, 16, 1, 2, 16, token_channels=4, alignment_width=8))
+    projector = TextProjector(
+        TextProjectorConfig(5, 16, 16, 1, 2, 16, token_channels=4, alignment_width=8)
+    )
     freeze_unused_alignment(projector, config)
     frozen = projector.alignment
     assert all(p.requires_grad == head for p in frozen.mlp.parameters())
@@ -208,8 +233,12 @@ def test_reconstruction_losses_of_a_constant_error():
 
 def test_gradient_loss_averages_the_errors_of_both_directions():
     ramp = torch.arange(8.0).expand(1, 3, 8, 8)  # grows by 1 a column
-    assert reconstruction_losses(torch.zeros_like(ramp), ramp)["gradient"].item() == pytest.approx(0.5)
-    assert reconstruction_losses(torch.zeros_like(ramp), 3 * ramp.mT)["gradient"].item() == pytest.approx(1.5)
+    assert reconstruction_losses(torch.zeros_like(ramp), ramp)["gradient"].item() == pytest.approx(
+        0.5
+    )
+    assert reconstruction_losses(torch.zeros_like(ramp), 3 * ramp.mT)[
+        "gradient"
+    ].item() == pytest.approx(1.5)
 
 
 def test_latent_statistics_show_a_collapse_that_the_deviation_hides():
@@ -217,7 +246,9 @@ def test_latent_statistics_show_a_collapse_that_the_deviation_hides():
     collapsed = torch.randn(1, L, C).expand(200, -1, -1)
     assert latent_statistics(collapsed)["z_text_between_captions_std"] == 0
     assert latent_statistics(collapsed)["z_text_std"] > 0.3
-    assert latent_statistics(spread)["z_text_between_captions_std"].item() == pytest.approx(1, rel=0.05)
+    assert latent_statistics(spread)["z_text_between_captions_std"].item() == pytest.approx(
+        1, rel=0.05
+    )
 
 
 def test_latent_statistics_are_population_deviations_without_gradient():
@@ -225,7 +256,9 @@ def test_latent_statistics_are_population_deviations_without_gradient():
     statistics = latent_statistics(mean)
     values = mean.detach().double()
     between = ((values - values.mean(dim=0)) ** 2).mean().sqrt()
-    assert statistics["z_text_between_captions_std"].item() == pytest.approx(between.item(), rel=1e-5)
+    assert statistics["z_text_between_captions_std"].item() == pytest.approx(
+        between.item(), rel=1e-5
+    )
     overall = ((values - values.mean()) ** 2).mean().sqrt()
     assert statistics["z_text_std"].item() == pytest.approx(overall.item(), rel=1e-5)
     assert not any(value.requires_grad for value in statistics.values())
@@ -239,10 +272,14 @@ def source_inputs():
 def test_source_losses_are_the_weighted_sum_of_the_terms_in_use():
     inputs = source_inputs()
     text, mean, logvar, alignment, log_temperature, image = inputs
-    config = SourceLossConfig(0.3, kl_weight=0.02, kl_form="wall", kl_reduction="batch", image_regression_weight=2.0)
+    config = SourceLossConfig(
+        0.3, kl_weight=0.02, kl_form="wall", kl_reduction="batch", image_regression_weight=2.0
+    )
     terms = source_losses(config, *inputs)
     assert set(terms) == {"alignment", "kl", "image_regression", "source"}
-    torch.testing.assert_close(terms["alignment"], contrastive_loss(text, alignment, log_temperature))
+    torch.testing.assert_close(
+        terms["alignment"], contrastive_loss(text, alignment, log_temperature)
+    )
     torch.testing.assert_close(terms["kl"], kl_loss(mean, logvar, "wall", "batch"))
     torch.testing.assert_close(terms["image_regression"], latent_regression_loss(mean, image))
     expected = 0.3 * terms["alignment"] + 0.02 * terms["kl"] + 2 * terms["image_regression"]
@@ -254,8 +291,13 @@ def test_source_losses_of_weight_zero_are_left_out():
     terms = source_losses(SourceLossConfig(0.0, kl_weight=0.0), *inputs)
     assert set(terms) == {"source"} and terms["source"] == 0
     assert set(source_losses(SourceLossConfig(0.0, kl_weight=1.0), *inputs)) == {"kl", "source"}
-    assert set(source_losses(SourceLossConfig(1.0, kl_weight=0.0), *inputs)) == {"alignment", "source"}
-    assert set(source_losses(SourceLossConfig(0.0, kl_weight=0.0, image_regression_weight=1.0), *inputs)) == {
+    assert set(source_losses(SourceLossConfig(1.0, kl_weight=0.0), *inputs)) == {
+        "alignment",
+        "source",
+    }
+    assert set(
+        source_losses(SourceLossConfig(0.0, kl_weight=0.0, image_regression_weight=1.0), *inputs)
+    ) == {
         "image_regression",
         "source",
     }
@@ -266,17 +308,25 @@ def test_image_alignment_contrasts_the_means_of_text_and_image():
     _, mean, _, _, log_temperature, image = inputs
     terms = source_losses(SourceLossConfig(0.0, kl_weight=0.0, image_alignment_weight=0.5), *inputs)
     assert set(terms) == {"image_alignment", "source"}
-    torch.testing.assert_close(terms["image_alignment"], contrastive_loss(mean, image, log_temperature))
+    torch.testing.assert_close(
+        terms["image_alignment"], contrastive_loss(mean, image, log_temperature)
+    )
     torch.testing.assert_close(terms["source"], 0.5 * terms["image_alignment"])
 
 
 def test_default_source_weights_are_the_papers():
     config = SourceLossConfig()
-    assert (config.alignment_weight, config.kl_weight, config.image_regression_weight) == (1.0, 1e-4, 0.0)
+    assert (config.alignment_weight, config.kl_weight, config.image_regression_weight) == (
+        1.0,
+        1e-4,
+        0.0,
+    )
     assert (config.kl_form, config.kl_reduction) == ("gaussian", "sample")
 
 
-@pytest.mark.parametrize("name", ["alignment_weight", "kl_weight", "image_regression_weight", "image_alignment_weight"])
+@pytest.mark.parametrize(
+    "name", ["alignment_weight", "kl_weight", "image_regression_weight", "image_alignment_weight"]
+)
 def test_negative_source_weights_are_refused(name):
     with pytest.raises(ValueError, match=f"losses.{name} must not be negative, got -1.0"):
         SourceLossConfig(**{name: -1.0})
@@ -286,7 +336,14 @@ def test_the_weighted_sum_keeps_raw_and_weighted_terms_and_leaves_weight_zero_ou
     terms = {"a": torch.tensor(2.0), "b": torch.tensor(3.0), "off": torch.tensor(float("inf"))}
     result = weighted_sum(terms, {"a": 0.5, "b": 2.0, "off": 0.0})
     assert {name: value.item() for name, value in result.items()} == {
-        **{"a": 2.0, "b": 3.0, "off": float("inf"), "weighted/a": 1.0, "weighted/b": 6.0, "loss": 7.0}
+        **{
+            "a": 2.0,
+            "b": 3.0,
+            "off": float("inf"),
+            "weighted/a": 1.0,
+            "weighted/b": 6.0,
+            "loss": 7.0,
+        }
     }
 
 
@@ -296,13 +353,21 @@ def test_posterior_statistics_show_channels_that_carry_nothing():
     statistics = posterior_statistics(mean.requires_grad_(), logvar)
     assert statistics["channels_in_use"] == 0.5
     assert statistics["posterior_std/0"].item() == pytest.approx(math.exp(-2))
-    assert statistics["posterior_std"].item() == pytest.approx((math.exp(-2) + math.exp(-1) + 2) / 4)
+    assert statistics["posterior_std"].item() == pytest.approx(
+        (math.exp(-2) + math.exp(-1) + 2) / 4
+    )
     assert not any(value.requires_grad for value in statistics.values())
 
 
 def test_default_tokenizer_weights_are_the_recipes():
     config = ReconstructionLossConfig()
-    assert reconstruction_weights(config) == {"l2": 1.0, "l1": 0.0, "gradient": 0.0, "perceptual": 0.0, "kl": 1e-6}
+    assert reconstruction_weights(config) == {
+        "l2": 1.0,
+        "l1": 0.0,
+        "gradient": 0.0,
+        "perceptual": 0.0,
+        "kl": 1e-6,
+    }
 
 
 def test_reconstruction_without_l1_and_l2_is_refused():

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import packing
 from data.entries import clean_key, load_json
 from data.filters import FilterConfig
 from data.image_text import IMAGE_KEYS, ImageTextConfig, read_images
+from data.packing import map_in_processes, run_tasks
 from data.tar import read_shard, write_shard
 from data.transforms import decode_image
-from scripts import shard_tasks
 from scripts.make_shards import build_parser, filter_config, main
-from scripts.shard_tasks import map_in_processes, run_tasks
 
 
 @dataclass
@@ -41,7 +41,15 @@ class Sample:
     extension: str = "jpg"
 
 
-STRICT = ["--drop-duplicates", "--max-aspect-ratio", "4", "--min-aesthetic-score", "5", "--missing-score", "drop"]
+STRICT = [
+    "--drop-duplicates",
+    "--max-aspect-ratio",
+    "4",
+    "--min-aesthetic-score",
+    "5",
+    "--missing-score",
+    "drop",
+]
 
 
 def encode(image, **options):
@@ -51,18 +59,27 @@ def encode(image, **options):
 
 
 def noise(seed, width=24, height=20):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def hostile_samples():
     turned = Image.Exif()
     turned[0x0112] = 6
-    sixteen_bits = Image.fromarray(np.random.default_rng(3).integers(0, 65536, (20, 24), dtype=np.uint16))
+    sixteen_bits = Image.fromarray(
+        np.random.default_rng(3).integers(0, 65536, (20, 24), dtype=np.uint16)
+    )
     return [
         Sample("plain", encode(noise(0)), "a plain picture"),
         Sample("cmyk", encode(noise(1).convert("CMYK")), "four inks"),
         Sample("deep", encode(sixteen_bits, format="PNG"), "sixteen bits", extension="png"),
-        Sample("palette", encode(noise(7).quantize(8), format="PNG", transparency=3), "alpha", extension="png"),
+        Sample(
+            "palette",
+            encode(noise(7).quantize(8), format="PNG", transparency=3),
+            "alpha",
+            extension="png",
+        ),
         Sample("turned", encode(noise(2), exif=turned), "  turned\nby its tag "),
         Sample("modern", encode(noise(4), format="WEBP"), "webp", extension="webp"),
         Sample("mislabelled", encode(noise(5), format="PNG"), "a png named jpg"),
@@ -78,7 +95,13 @@ def hostile_samples():
         Sample("silent", encode(noise(13)), " \n", "caption: missing"),
         Sample("latin", encode(noise(14)), b"caf\xe9", "caption: not UTF-8"),
         Sample("gone", None, "no such file", "image: missing"),
-        Sample("unrated", encode(noise(15)), "NaN", "filter: aesthetic score missing", score=float("nan")),
+        Sample(
+            "unrated",
+            encode(noise(15)),
+            "NaN",
+            "filter: aesthetic score missing",
+            score=float("nan"),
+        ),
         Sample("ugly", encode(noise(16)), "a low score", "filter: min_aesthetic_score", score=4.5),
         Sample("rated", encode(noise(17)), "a score just high enough", score=5),
     ]
@@ -91,7 +114,9 @@ def file_name(sample):
 def as_json(content):
     """JSON bytes; a string given as bytes goes into it as it is, valid or not."""
     raw = []
-    text = json.dumps(content, default=lambda data: f"<{raw.append(data) or len(raw) - 1}>").encode()
+    text = json.dumps(
+        content, default=lambda data: f"<{raw.append(data) or len(raw) - 1}>"
+    ).encode()
     for number, data in enumerate(raw):
         text = text.replace(f"<{number}>".encode(), data)
     return text
@@ -144,7 +169,9 @@ def in_tsv(root, samples):
 
 
 def rows_of(samples):
-    return [{"path": file_name(s), "caption": s.caption, "aesthetic": float(s.score)} for s in samples]
+    return [
+        {"path": file_name(s), "caption": s.caption, "aesthetic": float(s.score)} for s in samples
+    ]
 
 
 def in_jsonl(root, samples):
@@ -157,15 +184,22 @@ def in_parquet(root, samples):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    samples.remove(next(sample for sample in samples if sample.name == "latin"))  # its strings are UTF-8
+    samples.remove(
+        next(sample for sample in samples if sample.name == "latin")
+    )  # its strings are UTF-8
     write_images(root, samples)
-    parquet.write_table(pyarrow.Table.from_pylist(rows_of(samples)), root / "pairs.parquet", row_group_size=5)
+    parquet.write_table(
+        pyarrow.Table.from_pylist(rows_of(samples)), root / "pairs.parquet", row_group_size=5
+    )
     return ["table", root / "pairs.parquet"]
 
 
 def in_coco(root, samples):
     write_images(root / "train2017", samples)
-    images = [{"id": i, "file_name": file_name(s), "aesthetic": s.score} for i, s in enumerate(samples, 100)]
+    images = [
+        {"id": i, "file_name": file_name(s), "aesthetic": s.score}
+        for i, s in enumerate(samples, 100)
+    ]
     annotations = [
         {"image_id": i, "id": 1000 - i, "caption": s.caption}
         for i, s in enumerate(samples, 100)
@@ -196,7 +230,9 @@ def in_mjhq(root, samples):
     for sample in samples:
         sample.extension = "jpg"
     write_images(root / "people", samples)
-    content = {s.name: {"category": "people", "prompt": s.caption, "aesthetic": s.score} for s in samples}
+    content = {
+        s.name: {"category": "people", "prompt": s.caption, "aesthetic": s.score} for s in samples
+    }
     (root / "meta_data.json").write_bytes(as_json(content))
     return ["mjhq", root / "meta_data.json"]
 
@@ -207,7 +243,10 @@ def in_tars(root, samples):
     for number, part in enumerate((samples[:9], samples[9:])):
         with tarfile.open(root / f"{number:05d}.tar", "w") as tar:
             for sample in part:
-                members = {"json": as_json({"aesthetic": sample.score, "key": "0"}), "recap_txt": b"a new caption"}
+                members = {
+                    "json": as_json({"aesthetic": sample.score, "key": "0"}),
+                    "recap_txt": b"a new caption",
+                }
                 if sample.data is not None:
                     members[sample.extension] = sample.data
                 if sample.caption is not None:
@@ -238,7 +277,9 @@ def run(*arguments, workers=1):
 
 def outcome(output):
     """{name: bytes} of the shards and the summary."""
-    return {path.name: path.read_bytes() for path in [*output.glob("*.tar"), output / "summary.json"]}
+    return {
+        path.name: path.read_bytes() for path in [*output.glob("*.tar"), output / "summary.json"]
+    }
 
 
 def samples_of(output):
@@ -272,10 +313,14 @@ def test_counts_are_exact_and_nothing_else_is_lost(source, tmp_path):
     assert sum(summary["shards"].values()) == len(written) == len(kept)
     assert len({sample["__key__"] for sample in written}) == len(written)
     for found in written:
-        expected = kept.pop(image_of(found))  # KeyError: not the bytes of the file, or not to be kept
+        expected = kept.pop(
+            image_of(found)
+        )  # KeyError: not the bytes of the file, or not to be kept
         caption = " ".join(expected.caption.split())
         content = json.loads(found["json"])
-        assert re.sub(r"\+\d+$", "", found["__key__"]) == SOURCES[source] + expected.name.replace(".", "_")
+        assert re.sub(r"\+\d+$", "", found["__key__"]) == SOURCES[source] + expected.name.replace(
+            ".", "_"
+        )
         assert found["txt"].decode() == caption
         assert content["captions"] == [caption]
         assert float(content["aesthetic"]) == expected.score
@@ -286,11 +331,22 @@ def test_counts_are_exact_and_nothing_else_is_lost(source, tmp_path):
 
 def test_the_training_reader_reads_what_was_kept(tmp_path):
     samples = hostile_samples()
-    run(*in_jsonl(tmp_path / "in", samples), *STRICT, "--output", tmp_path / "out", "--samples-per-shard", 5)
+    run(
+        *in_jsonl(tmp_path / "in", samples),
+        *STRICT,
+        "--output",
+        tmp_path / "out",
+        "--samples-per-shard",
+        5,
+    )
     for keys in (["txt"], ["json:captions"]):
         config = ImageTextConfig(shards=[str(tmp_path / "out" / "*.tar")], caption_keys=keys)
-        captions = [caption for batch in read_images(config, 16, None, 4) for caption in batch["caption"]]
-        assert sorted(captions) == sorted(" ".join(s.caption.split()) for s in samples if s.reason is None)
+        captions = [
+            caption for batch in read_images(config, 16, None, 4) for caption in batch["caption"]
+        ]
+        assert sorted(captions) == sorted(
+            " ".join(s.caption.split()) for s in samples if s.reason is None
+        )
 
 
 @pytest.mark.parametrize("source", [in_csv, in_folder, in_tars])
@@ -303,7 +359,9 @@ def test_without_filters_all_readable_samples_with_captions_stay(source, tmp_pat
         "filter: min_aesthetic_score",
         "duplicate",
     }
-    expected = [sample.data for sample in samples if sample.reason is None or sample.reason in reasons]
+    expected = [
+        sample.data for sample in samples if sample.reason is None or sample.reason in reasons
+    ]
     assert sorted(map(image_of, samples_of(tmp_path / "out"))) == sorted(expected)
 
 
@@ -341,9 +399,23 @@ def test_names_from_a_table_do_not_leave_the_output(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(encode(noise(0)))
     absolute = tmp_path / "in" / "images" / "absolute.jpg"
     absolute.write_bytes(encode(noise(1)))
-    rows = ["path,caption", "../../secret.jpg,up", f"{absolute},absolute", "/dev/zero,endless", "\0,nul", ",nothing"]
+    rows = [
+        "path,caption",
+        "../../secret.jpg,up",
+        f"{absolute},absolute",
+        "/dev/zero,endless",
+        "\0,nul",
+        ",nothing",
+    ]
     (tmp_path / "in" / "pairs.csv").write_text("\n".join(rows))
-    run("table", tmp_path / "in" / "pairs.csv", "--images", tmp_path / "in" / "images", "--output", tmp_path / "out")
+    run(
+        "table",
+        tmp_path / "in" / "pairs.csv",
+        "--images",
+        tmp_path / "in" / "images",
+        "--output",
+        tmp_path / "out",
+    )
     keys = sorted(sample["__key__"] for sample in samples_of(tmp_path / "out"))
     assert keys == ["absolute", "secret"]
     assert summary_of(tmp_path / "out")["dropped"] == {"image: missing": 3}
@@ -351,8 +423,12 @@ def test_names_from_a_table_do_not_leave_the_output(tmp_path):
 
 def test_all_captions_of_an_image_are_kept_and_the_first_is_the_text(tmp_path):
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 24} for i in range(3)]
-    annotations = [{"image_id": i, "caption": f"{i} {word}. "} for word in "abcde" for i in range(3)]
-    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    annotations = [
+        {"image_id": i, "caption": f"{i} {word}. "} for word in "abcde" for i in range(3)
+    ]
+    (tmp_path / "captions.json").write_text(
+        json.dumps({"images": images, "annotations": annotations})
+    )
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(encode(noise(i)))
     run("coco", tmp_path / "captions.json", "--output", tmp_path / "out")
@@ -372,14 +448,30 @@ def test_an_image_without_a_usual_extension_gets_that_of_its_format(tmp_path):
     names = [f"{name}.v{i}" for i, name in enumerate(formats)]
     for name, image_format in zip(names, formats, strict=True):
         (tmp_path / name).write_bytes(encode(noise(0), format=image_format))
-    (tmp_path / "pairs.csv").write_text("\n".join(["path,caption", *(f"{name},a caption" for name in names)]))
+    (tmp_path / "pairs.csv").write_text(
+        "\n".join(["path,caption", *(f"{name},a caption" for name in names)])
+    )
     run("table", tmp_path / "pairs.csv", "--output", tmp_path / "out")
-    found = {sample["__key__"]: [key for key in IMAGE_KEYS if key in sample] for sample in samples_of(tmp_path / "out")}
+    found = {
+        sample["__key__"]: [key for key in IMAGE_KEYS if key in sample]
+        for sample in samples_of(tmp_path / "out")
+    }
     assert found == {f"{name}_v{i}": [key] for i, (name, key) in enumerate(formats.items())}
 
 
 def test_odd_members_of_a_tar_cost_at_most_their_sample(tmp_path):
-    names = ["a.jpg", "a.txt", "a.", "__meta__.json", "noextension", "b.jpg", "b.txt", "b.JPG", "c.JPG", "c.TXT"]
+    names = [
+        "a.jpg",
+        "a.txt",
+        "a.",
+        "__meta__.json",
+        "noextension",
+        "b.jpg",
+        "b.txt",
+        "b.JPG",
+        "c.JPG",
+        "c.TXT",
+    ]
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
         for name in names:
             data = b"words" if "t" in name.lower() else encode(noise(0))
@@ -411,7 +503,9 @@ def test_gzipped_tars_are_read_in_any_order(tmp_path):
     assert outcome(tmp_path / "gz") == outcome(tmp_path / "plain")
 
 
-@pytest.mark.parametrize(("options", "expected"), [((), 4), (("--no-restval",), 2), (("--split", "val"), 1)])
+@pytest.mark.parametrize(
+    ("options", "expected"), [((), 4), (("--no-restval",), 2), (("--split", "val"), 1)]
+)
 def test_restval_counts_as_train_unless_it_is_not_wanted(options, expected, tmp_path):
     samples = [Sample(str(i), encode(noise(i)), "a caption") for i in range(6)]
     splits = ("train", "restval", "train", "restval", "val", "test")
@@ -422,13 +516,21 @@ def test_restval_counts_as_train_unless_it_is_not_wanted(options, expected, tmp_
 def test_json_that_is_none_loses_its_fields_and_not_its_sample(tmp_path):
     root = tmp_path / "in"
     root.mkdir()
-    contents = [b"{", b"[" * 5000, b'{"a":' * 970 + b"1" + b"}" * 970, b"[1]", b'{"caption": "\\ud83d", "x": 1e999}']
+    contents = [
+        b"{",
+        b"[" * 5000,
+        b'{"a":' * 970 + b"1" + b"}" * 970,
+        b"[1]",
+        b'{"caption": "\\ud83d", "x": 1e999}',
+    ]
     for i, content in enumerate(contents):
         (root / f"{i}.jpg").write_bytes(encode(noise(i)))
         (root / f"{i}.txt").write_text("a caption")
         (root / f"{i}.json").write_bytes(content)
     run("folder", root, "--output", tmp_path / "out", "--no-shuffle")
-    written = {sample["__key__"]: json.loads(sample["json"]) for sample in samples_of(tmp_path / "out")}
+    written = {
+        sample["__key__"]: json.loads(sample["json"]) for sample in samples_of(tmp_path / "out")
+    }
     assert {"0", "1", "3", "4"} <= written.keys()
     assert written["0"] == written["1"] == written["3"] == {"captions": ["a caption"]}
     assert written["4"] == {"caption": "?", "x": None, "captions": ["a caption"]}
@@ -440,12 +542,20 @@ def test_caption_keys_choose_and_order_where_captions_are_looked_for(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(encode(noise(0)))
     (tmp_path / "in" / "a.txt").write_text("from the text")
-    (tmp_path / "in" / "a.json").write_text('{"caption": "from the field", "alt": ["", "first", "second"]}')
-    cases = {(): "from the text", ("json:caption", "txt"): "from the field", ("json:no", "json:alt"): "first"}
+    (tmp_path / "in" / "a.json").write_text(
+        '{"caption": "from the field", "alt": ["", "first", "second"]}'
+    )
+    cases = {
+        (): "from the text",
+        ("json:caption", "txt"): "from the field",
+        ("json:no", "json:alt"): "first",
+    }
     for number, (keys, expected) in enumerate(cases.items()):
         options = ["--caption-keys", *keys] if keys else []
         run("folder", tmp_path / "in", "--output", tmp_path / str(number), *options)
-        assert [sample["txt"].decode() for sample in samples_of(tmp_path / str(number))] == [expected]
+        assert [sample["txt"].decode() for sample in samples_of(tmp_path / str(number))] == [
+            expected
+        ]
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -469,8 +579,12 @@ def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
     for i in range(60):
         size = (40, 30) if i % 3 else (120, 96)
-        (root / f"{i:03d}.jpg").write_bytes(encode(noise(i - (i % 10 == 9), *((40, 30) if i % 10 > 7 else size))))
-        content = {"caption": "word " * (i % 5 + 1), "pwatermark": i / 60} | ({"odd": 0.5} if i % 2 else {})
+        (root / f"{i:03d}.jpg").write_bytes(
+            encode(noise(i - (i % 10 == 9), *((40, 30) if i % 10 > 7 else size)))
+        )
+        content = {"caption": "word " * (i % 5 + 1), "pwatermark": i / 60} | (
+            {"odd": 0.5} if i % 2 else {}
+        )
         (root / f"{i:03d}.json").write_text(json.dumps(content))
     return root
 
@@ -502,26 +616,38 @@ def test_a_missing_score_can_be_kept(photos, tmp_path):
 
 
 def test_there_is_a_flag_for_every_field_of_the_filters():
-    assert filter_config(build_parser().parse_args(["folder", "x", "--output", "y"])) == FilterConfig()
+    assert (
+        filter_config(build_parser().parse_args(["folder", "x", "--output", "y"])) == FilterConfig()
+    )
     given = FilterConfig(256, 2.0, 5.0, 0.5, ["a", "b"], ["c"], "drop", 3, 300)
     flags = []
     for field in fields(FilterConfig):
         value = getattr(given, field.name)
-        flags += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    assert filter_config(build_parser().parse_args(["folder", "x", "--output", "y", *flags])) == given
+        flags += [
+            f"--{field.name.replace('_', '-')}",
+            *map(str, value if isinstance(value, list) else [value]),
+        ]
+    assert (
+        filter_config(build_parser().parse_args(["folder", "x", "--output", "y", *flags])) == given
+    )
 
 
 def test_resize_shrinks_the_larger_images_only(photos, tmp_path):
     run("folder", photos, "--output", tmp_path / "out", "--resize", 48)
     run("folder", photos, "--output", tmp_path / "low", "--resize", 48, "--quality", 30)
     for sample in samples_of(tmp_path / "out"):
-        source, content = (photos / f"{sample['__key__']}.jpg").read_bytes(), json.loads(sample["json"])
+        source, content = (
+            (photos / f"{sample['__key__']}.jpg").read_bytes(),
+            json.loads(sample["json"]),
+        )
         if decode_image(source).size == (40, 30):
             assert sample["jpg"] == source
             assert "width" not in content
         else:
             assert decode_image(sample["jpg"]).size == (60, 48)
-            sizes = [content[name] for name in ("original_width", "original_height", "width", "height")]
+            sizes = [
+                content[name] for name in ("original_width", "original_height", "width", "height")
+            ]
             assert sizes == [120, 96, 60, 48]
     assert sum(len(s["jpg"]) for s in samples_of(tmp_path / "low")) < sum(
         len(s["jpg"]) for s in samples_of(tmp_path / "out")
@@ -532,17 +658,30 @@ def test_resize_puts_transparent_images_on_the_background(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGBA", (64, 64)).save(tmp_path / "in" / "clear.png")
     (tmp_path / "in" / "clear.txt").write_text("nothing")
-    run("folder", tmp_path / "in", "--output", tmp_path / "out", *["--resize", "16", "--background", "0", "200", "0"])
+    run(
+        "folder",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out",
+        *["--resize", "16", "--background", "0", "200", "0"],
+    )
     pixel = decode_image(samples_of(tmp_path / "out")[0]["jpg"]).getpixel((8, 8))
     assert np.abs(np.subtract(pixel, (0, 200, 0))).max() < 4
 
 
 def test_the_shuffle_is_a_permutation_and_a_function_of_the_seed(photos, tmp_path):
     orders = {}
-    for name, options in {"0": [], "again": ["--seed", 0], "1": ["--seed", 1], "none": ["--no-shuffle"]}.items():
+    for name, options in {
+        "0": [],
+        "again": ["--seed", 0],
+        "1": ["--seed", 1],
+        "none": ["--no-shuffle"],
+    }.items():
         run("folder", photos, "--output", tmp_path / name, "--samples-per-shard", 7, *options)
         orders[name] = [sample["__key__"] for sample in samples_of(tmp_path / name)]
-        assert [len(list(read_shard(path))) for path in sorted((tmp_path / name).glob("*.tar"))] == [7] * 8 + [4]
+        assert [
+            len(list(read_shard(path))) for path in sorted((tmp_path / name).glob("*.tar"))
+        ] == [7] * 8 + [4]
     in_order = sorted(orders["none"])
     assert orders["none"] == in_order == sorted(orders["0"]) == sorted(orders["1"])
     assert orders["0"] == orders["again"]
@@ -559,7 +698,10 @@ BUSY = ["--samples-per-shard", "5", "--drop-duplicates", "--max-watermark-probab
 def undisturbed(photos, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
     run("folder", photos, *BUSY, "--output", output)
-    assert summary_of(output)["dropped"].keys() == {"duplicate", "filter: max_watermark_probability"}
+    assert summary_of(output)["dropped"].keys() == {
+        "duplicate",
+        "filter: max_watermark_probability",
+    }
     return outcome(output)
 
 
@@ -580,13 +722,32 @@ def test_indexing_tars_in_several_processes_changes_nothing(tmp_path):
 def test_the_parts_of_an_array_together_are_the_whole(num_parts, photos, undisturbed, tmp_path):
     for part in np.random.default_rng(num_parts).permutation(num_parts):
         assert not (tmp_path / "out" / "summary.json").exists()
-        run("folder", photos, *BUSY, "--output", tmp_path / "out", "--num-shards", num_parts, "--shard-index", part)
+        run(
+            "folder",
+            photos,
+            *BUSY,
+            "--output",
+            tmp_path / "out",
+            "--num-shards",
+            num_parts,
+            "--shard-index",
+            part,
+        )
     assert outcome(tmp_path / "out") == undisturbed
 
 
 def test_parts_may_run_side_by_side(photos, undisturbed, tmp_path):
     context = multiprocessing.get_context("fork")
-    arguments = ["folder", photos, *BUSY, "--output", tmp_path / "out", "--num-shards", 3, "--shard-index"]
+    arguments = [
+        "folder",
+        photos,
+        *BUSY,
+        "--output",
+        tmp_path / "out",
+        "--num-shards",
+        3,
+        "--shard-index",
+    ]
     parts = [context.Process(target=run, args=(*arguments, part)) for part in range(3)]
     for part in parts:
         part.start()
@@ -596,13 +757,17 @@ def test_parts_may_run_side_by_side(photos, undisturbed, tmp_path):
     assert outcome(tmp_path / "out") == undisturbed
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers by Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="finds the workers by Linux's /proc"
+)
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(photos, undisturbed, tmp_path):
     """SIGKILL once so many files are there, of the index, the digests, the shards and their records."""
     output, kills = tmp_path / "out", 0
     arguments = ("folder", photos, *BUSY, "--output", output)
     for num_files in (0, 1, 3, 4, 6, 9, 13, 16, 17, 20, 23, 26, 33, 37, 39):
-        process = multiprocessing.get_context("fork").Process(target=run, args=arguments, kwargs={"workers": 2})
+        process = multiprocessing.get_context("fork").Process(
+            target=run, args=arguments, kwargs={"workers": 2}
+        )
         process.start()
         while process.is_alive() and sum(path.is_file() for path in output.rglob("*")) < num_files:
             time.sleep(0.001)
@@ -639,10 +804,14 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers by Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="finds the workers by Linux's /proc"
+)
 def test_a_run_whose_worker_is_killed_ends_and_goes_on_later(photos, undisturbed, tmp_path):
     arguments = ("folder", photos, *BUSY, "--output", tmp_path / "out")
-    process = multiprocessing.get_context("fork").Process(target=run, args=arguments, kwargs={"workers": 2})
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=arguments, kwargs={"workers": 2}
+    )
     process.start()
     while not (found := workers_of(process)) and process.is_alive():
         time.sleep(0.001)
@@ -678,7 +847,7 @@ def test_a_worker_that_is_killed_at_whatever_moment_holds_nobody_up(function):
 
 
 def test_a_worker_that_is_killed_before_it_begins_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(shard_tasks, "_serve", die)
+    monkeypatch.setattr(packing, "_serve", die)
     with pytest.raises(ChildProcessError, match="a worker was killed"):
         list(map_in_processes([abs] * 3, range(20)))
 
@@ -782,7 +951,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("command", BAD)
-def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(command, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(
+    command, tmp_path, monkeypatch, capsys
+):
     tar = tmp_path / "whole.tar"
     write_shard(tar, [{"__key__": str(i), "txt": "x"} for i in range(9)])
     write_shard(tmp_path / "nothing.tar", [])
@@ -817,15 +988,22 @@ def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(command, tmp_path
 def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch, capsys):
     (tmp_path / "pairs.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in fails(capsys, "table", tmp_path / "pairs.parquet", "--output", tmp_path / "out")
+    assert "pip install pyarrow" in fails(
+        capsys, "table", tmp_path / "pairs.parquet", "--output", tmp_path / "out"
+    )
 
 
 def test_other_settings_need_another_folder(photos, tmp_path, capsys):
     run("folder", photos, "--output", tmp_path / "out")
     before = outcome(tmp_path / "out")
-    changes = {"--seed 1": "seed was 0, is 1", "--min-longer-side 50": "min_longer_side was 0, is 50"}
+    changes = {
+        "--seed 1": "seed was 0, is 1",
+        "--min-longer-side 50": "min_longer_side was 0, is 50",
+    }
     for options, message in changes.items():
-        assert message in fails(capsys, "folder", photos, "--output", tmp_path / "out", *options.split())
+        assert message in fails(
+            capsys, "folder", photos, "--output", tmp_path / "out", *options.split()
+        )
     assert outcome(tmp_path / "out") == before
 
 
@@ -839,8 +1017,19 @@ def test_tars_of_something_else_are_not_overwritten(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_missing_score_stops_the_run_naming_the_sample_and_its_keys(workers, photos, tmp_path, capsys):
-    command = ["folder", photos, "--output", tmp_path / "out", "--min-aesthetic-score", 5, "--samples-per-shard", 9]
+def test_a_missing_score_stops_the_run_naming_the_sample_and_its_keys(
+    workers, photos, tmp_path, capsys
+):
+    command = [
+        "folder",
+        photos,
+        "--output",
+        tmp_path / "out",
+        "--min-aesthetic-score",
+        5,
+        "--samples-per-shard",
+        9,
+    ]
     with pytest.raises(SystemExit) as stop:
         run(*command, workers=workers)
     assert stop.value.code == 2
@@ -852,9 +1041,14 @@ def test_a_missing_score_stops_the_run_naming_the_sample_and_its_keys(workers, p
 
 
 def test_a_source_of_which_nothing_is_kept_is_an_error(photos, tmp_path, capsys):
-    message = fails(capsys, "folder", photos, "--output", tmp_path / "out", "--min-longer-side", 999)
+    message = fails(
+        capsys, "folder", photos, "--output", tmp_path / "out", "--min-longer-side", 999
+    )
     assert "none of the 60 samples was kept; dropped: filter: min_longer_side: 60" in message
 
 
 def test_numbers_that_are_none_are_null(tmp_path):
-    assert load_json('{"a": NaN, "b": [-Infinity, 1e999, 1.5]}') == {"a": None, "b": [None, None, 1.5]}
+    assert load_json('{"a": NaN, "b": [-Infinity, 1e999, 1.5]}') == {
+        "a": None,
+        "b": [None, None, 1.5],
+    }

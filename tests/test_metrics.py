@@ -88,7 +88,10 @@ def test_the_log_has_a_line_a_step_on_the_console_and_in_the_file(tmp_path, caps
     log = open_log(tmp_path, 0)
     log.log(10, 20, {"loss": 0.123456}, seconds_left=90_061.4)
     log.log(20, 20, {"loss": 0.1, "learning_rate": 1e-4}, seconds_left=0)
-    assert lines(tmp_path) == [{"step": 10, "loss": 0.123456}, {"step": 20, "loss": 0.1, "learning_rate": 1e-4}]
+    assert lines(tmp_path) == [
+        {"step": 10, "loss": 0.123456},
+        {"step": 20, "loss": 0.1, "learning_rate": 1e-4},
+    ]
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "step 10/20  loss 0.1235  left 1 day, 1:01:01"
     assert "learning_rate 0.0001" in printed[1]

@@ -21,7 +21,13 @@ from training.metrics import MetricLog
 
 ROOT = Path(__file__).parents[1]
 ATEN = torch.ops.aten
-WAITING_OPS = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal, ATEN.is_nonzero}
+WAITING_OPS = {
+    ATEN._local_scalar_dense,
+    ATEN.nonzero,
+    ATEN.masked_select,
+    ATEN.equal,
+    ATEN.is_nonzero,
+}
 WAITING_OPS |= {ATEN._unique2, ATEN.unique_consecutive, ATEN.unique_dim}
 WAITING_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item}
 STAGES = ["tokenizer", "text_projector", "flowtok"]
@@ -43,7 +49,9 @@ class Watch:
     def note(self, what) -> None:
         if self.is_on:
             ours = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
-            self.found.append(f"{what} at {Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}")
+            self.found.append(
+                f"{what} at {Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}"
+            )
 
 
 class Operators(TorchDispatchMode):
@@ -87,7 +95,9 @@ def watching(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "optimizer_step", watched_step)
-        patch.setattr(Trainer, "check_finite", stop_watching(check))  # first of what happens for a log line
+        patch.setattr(
+            Trainer, "check_finite", stop_watching(check)
+        )  # first of what happens for a log line
         patch.setattr(MetricLog, "log", stop_watching(log))
         with Operators(watch), Methods(watch):
             yield watch
@@ -95,7 +105,11 @@ def watching(monkeypatch):
 
 def train(chain, folder, stage, monkeypatch, *options, steps=12, log_every=6):
     """What is found in a run of so many steps."""
-    length = [f"training.max_steps={steps}", f"training.log_every_steps={log_every}", "training.sample_every_steps=0"]
+    length = [
+        f"training.max_steps={steps}",
+        f"training.log_every_steps={log_every}",
+        "training.sample_every_steps=0",
+    ]
     length += [f"training.checkpoint_every_steps={steps}", "data.num_workers=1"]
     with watching(monkeypatch) as watch:
         chain.run_in(folder, stage, *length, *options)
@@ -110,14 +124,26 @@ def test_no_step_between_log_lines_waits_for_the_device(chain, tmp_path, monkeyp
 
 def test_nor_with_every_loss_of_stage_1(chain, tmp_path, monkeypatch, vgg_file, convnext_file):
     options = [option for option in GAME if not option.startswith("training.")]
-    options += ["training.batch_size=2", "losses.perceptual_weight=1.1", f"perceptual.vgg_weights={vgg_file}"]
-    options += [f"perceptual.convnext_weights={convnext_file}", "activation_checkpointing=selective"]
+    options += [
+        "training.batch_size=2",
+        "losses.perceptual_weight=1.1",
+        f"perceptual.vgg_weights={vgg_file}",
+    ]
+    options += [
+        f"perceptual.convnext_weights={convnext_file}",
+        "activation_checkpointing=selective",
+    ]
     assert train(chain, tmp_path, "tokenizer", monkeypatch, *options, steps=4, log_every=4) == []
 
 
-@pytest.mark.parametrize("options", [["training.precision=bf16"], ["training.gradient_accumulation=2"]])
+@pytest.mark.parametrize(
+    "options", [["training.precision=bf16"], ["training.gradient_accumulation=2"]]
+)
 def test_nor_in_bf16_nor_with_accumulation_in_stage_3(chain, tmp_path, monkeypatch, options):
-    assert train(chain, tmp_path, "flowtok", monkeypatch, "activation_checkpointing=full", *options) == []
+    assert (
+        train(chain, tmp_path, "flowtok", monkeypatch, "activation_checkpointing=full", *options)
+        == []
+    )
 
 
 READS = {
@@ -154,4 +180,6 @@ def test_a_read_in_the_loop_is_found_and_its_place_is_named(chain, tmp_path, mon
     monkeypatch.setattr(Trainer, "optimizer_step", step)
     found = train(chain, tmp_path, "flowtok", monkeypatch)
     assert len(found) == 2 * 12  # each item() and the operator behind it
-    assert all(" at training/loop.py:" in place for place in found)  # which called what this test put there
+    assert all(
+        " at training/loop.py:" in place for place in found
+    )  # which called what this test put there

@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.text_projector import TextProjectorConfig
-from modeling.text_to_image import TextToImageFlow
-from training.optim import OptimizerConfig, build_optimizer, decay_groups, learning_rate, load_optimizer
+from training.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    decay_groups,
+    learning_rate,
+    load_optimizer,
+)
 
 
 def tokenizer():
@@ -22,7 +28,9 @@ def flow():
     projector = TextProjectorConfig(
         text_tokens=4, text_width=8, width=16, depth=1, num_heads=2, mlp_width=16, token_channels=4
     )
-    return TextToImageFlow(projector, FlowTokConfig(num_tokens=4, token_channels=4, width=16, depth=1, num_heads=2))
+    return FlowModel(
+        projector, FlowTokConfig(num_tokens=4, token_channels=4, width=16, depth=1, num_heads=2)
+    )
 
 
 def test_warmup_is_linear_and_ends_at_the_peak():
@@ -35,7 +43,9 @@ def test_a_constant_rate_stays_at_the_peak():
 
 
 def test_cosine_falls_from_the_peak_over_the_middle_to_the_final_rate():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="cosine", final_learning_rate=0.2)
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=10, schedule="cosine", final_learning_rate=0.2
+    )
     assert learning_rate(config, 10, 110) == 1.0
     assert learning_rate(config, 60, 110) == pytest.approx(0.6)
     assert learning_rate(config, 35, 110) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))
@@ -44,14 +54,18 @@ def test_cosine_falls_from_the_peak_over_the_middle_to_the_final_rate():
 
 
 def test_hold_fraction_keeps_the_peak_before_the_decay():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="cosine", hold_fraction=0.5)
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=10, schedule="cosine", hold_fraction=0.5
+    )
     assert [learning_rate(config, step, 110) for step in (10, 35, 60)] == [1.0, 1.0, 1.0]
     assert learning_rate(config, 85, 110) == pytest.approx(0.5)
     assert learning_rate(config, 110, 110) == pytest.approx(0.0)
 
 
 def test_the_rate_never_rises_after_warmup_and_is_never_negative():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=5, schedule="cosine", hold_fraction=0.3)
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=5, schedule="cosine", hold_fraction=0.3
+    )
     rates = [learning_rate(config, step, 50) for step in range(5, 50)]
     assert rates == sorted(rates, reverse=True) and min(rates) > 0
 
@@ -74,12 +88,15 @@ def test_every_trainable_weight_is_in_exactly_one_group_and_no_frozen_one(build)
 def test_matrices_are_decayed_and_biases_norms_tokens_and_positions_are_not(build):
     model = build()
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = ([names[id(p)] for p in group["params"]] for group in decay_groups(model, 0.1))
+    decayed, others = (
+        [names[id(p)] for p in group["params"]] for group in decay_groups(model, 0.1)
+    )
     owners = dict(model.named_modules())
     assert all(name.endswith("weight") and model.get_parameter(name).ndim >= 2 for name in decayed)
     assert not any(isinstance(owners[name.rpartition(".")[0]], nn.LayerNorm) for name in decayed)
     assert all(
-        name.endswith(("bias", "token", "tokens", "positions", "log_temperature")) or "norm" in name for name in others
+        name.endswith(("bias", "token", "tokens", "positions", "log_temperature")) or "norm" in name
+        for name in others
     )
 
 
@@ -110,20 +127,30 @@ def test_loading_keeps_the_moments_of_the_file_and_betas_and_decay_of_the_config
     torch.save(old.state_dict(), tmp_path / "optimizer.pt")
     new = build_optimizer(nn.Linear(2, 2), OptimizerConfig(betas=[0.7, 0.6], weight_decay=0.25))
     load_optimizer(new, tmp_path / "optimizer.pt")
-    assert [(tuple(g["betas"]), g["weight_decay"]) for g in new.param_groups] == [((0.7, 0.6), 0.25), ((0.7, 0.6), 0.0)]
-    for before, after in zip(old.state_dict()["state"].values(), new.state_dict()["state"].values(), strict=True):
-        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert [(tuple(g["betas"]), g["weight_decay"]) for g in new.param_groups] == [
+        ((0.7, 0.6), 0.25),
+        ((0.7, 0.6), 0.0),
+    ]
+    for before, after in zip(
+        old.state_dict()["state"].values(), new.state_dict()["state"].values(), strict=True
+    ):
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[name], after[name]) for name in before
+        )
 
 
 def test_loading_the_state_of_other_trainable_weights_names_the_file_and_the_options(tmp_path):
     torch.save(stepped(OptimizerConfig(), nn.Linear(2, 2)).state_dict(), tmp_path / "optimizer.pt")
     optimizer = build_optimizer(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), OptimizerConfig())
-    with pytest.raises(ValueError, match="optimizer.pt is of another set of trainable weights .*flow.projector"):
+    with pytest.raises(
+        ValueError, match="optimizer.pt is of another set of trainable weights .*flow.projector"
+    ):
         load_optimizer(optimizer, tmp_path / "optimizer.pt")
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"learning_rate": 0.0}, {"warmup_steps": -1}, {"betas": [0.9]}, {"hold_fraction": 1.0}]
+    "wrong",
+    [{"learning_rate": 0.0}, {"warmup_steps": -1}, {"betas": [0.9]}, {"hold_fraction": 1.0}],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="optimizer needs learning_rate > 0"):

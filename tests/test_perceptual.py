@@ -51,10 +51,16 @@ def reference_lpips(vgg_file):
     for layers in package.net.children():
         for index, layer in layers.named_children():
             if f"features.{index}.weight" in state:
-                layer.load_state_dict({part: state[f"features.{index}.{part}"] for part in ("weight", "bias")})
-    heads = torch.load(f"{lpips.__path__[0]}/weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
+                layer.load_state_dict(
+                    {part: state[f"features.{index}.{part}"] for part in ("weight", "bias")}
+                )
+    heads = torch.load(
+        f"{lpips.__path__[0]}/weights/v0.1/vgg.pth", map_location="cpu", weights_only=True
+    )
     for index in range(5):
-        package.lins[index].model[1].load_state_dict({"weight": heads[f"lin{index}.model.1.weight"]})
+        package.lins[index].model[1].load_state_dict(
+            {"weight": heads[f"lin{index}.model.1.weight"]}
+        )
     return package
 
 
@@ -73,7 +79,12 @@ def test_the_convnext_part_is_the_mean_squared_error_of_logits_at_224_pixels(con
     net = models.convnext_small()
     net.load_state_dict(torch.load(convnext_file, weights_only=True))
     preset = models.ConvNeXt_Small_Weights.IMAGENET1K_V1.transforms()
-    images = TF.resize(torch.cat([reconstruction, target]), [224, 224], TF.InterpolationMode.BILINEAR, antialias=True)
+    images = TF.resize(
+        torch.cat([reconstruction, target]),
+        [224, 224],
+        TF.InterpolationMode.BILINEAR,
+        antialias=True,
+    )
     with torch.no_grad():
         a, b = net.eval()(TF.normalize(images, preset.mean, preset.std)).chunk(2)
         terms = PerceptualLoss(config)(reconstruction, target)
@@ -82,15 +93,21 @@ def test_the_convnext_part_is_the_mean_squared_error_of_logits_at_224_pixels(con
     torch.testing.assert_close(terms["convnext"], F.mse_loss(a, b), rtol=1e-4, atol=0)
 
 
-def test_both_parts_are_averaged_by_weight_and_vanish_for_equal_images_only(vgg_file, convnext_file):
-    loss = PerceptualLoss(PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file)))
+def test_both_parts_are_averaged_by_weight_and_vanish_for_equal_images_only(
+    vgg_file, convnext_file
+):
+    loss = PerceptualLoss(
+        PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file))
+    )
     reconstruction, target = image_pair(1)
     with torch.no_grad():
         terms, same = loss(reconstruction, target), loss(target, target)
     assert set(terms) == {"lpips", "convnext", "perceptual"}
     assert all(term.shape == () and term > 0 for term in terms.values())
     assert all(term == 0 for term in same.values())
-    torch.testing.assert_close(terms["perceptual"], (terms["lpips"] + 0.1 * terms["convnext"]) / 1.1)
+    torch.testing.assert_close(
+        terms["perceptual"], (terms["lpips"] + 0.1 * terms["convnext"]) / 1.1
+    )
 
 
 def test_the_mean_divides_by_the_weights_in_use_only(vgg_file):
@@ -100,7 +117,9 @@ def test_the_mean_divides_by_the_weights_in_use_only(vgg_file):
 
 
 def test_gradients_reach_the_reconstruction_only(vgg_file, convnext_file):
-    loss = PerceptualLoss(PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file)))
+    loss = PerceptualLoss(
+        PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file))
+    )
     reconstruction, target = (images.requires_grad_() for images in image_pair(1).unbind())
     terms = loss(reconstruction, target)
     for name in ("lpips", "convnext"):
@@ -108,13 +127,22 @@ def test_gradients_reach_the_reconstruction_only(vgg_file, convnext_file):
         assert gradient.isfinite().all() and gradient.abs().sum() > 0, name
     terms["perceptual"].backward()
     assert target.grad is None
-    assert not [name for name, p in loss.named_parameters() if p.requires_grad or p.grad is not None]
+    assert not [
+        name for name, p in loss.named_parameters() if p.requires_grad or p.grad is not None
+    ]
 
 
 def test_it_stays_in_eval_mode(vgg_file, convnext_file):
-    loss = PerceptualLoss(PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file)))
+    loss = PerceptualLoss(
+        PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file))
+    )
     loss.train()
-    assert not [name for part in loss.parts.values() for name, module in part.named_modules() if module.training]
+    assert not [
+        name
+        for part in loss.parts.values()
+        for name, module in part.named_modules()
+        if module.training
+    ]
 
 
 def test_autocast_changes_nothing(vgg_file):
@@ -128,7 +156,11 @@ def test_autocast_changes_nothing(vgg_file):
 
 
 def test_gradients_are_finite_where_images_are_black_and_where_features_are_all_zero(vgg_file):
-    net, black, target = LPIPS(vgg_file), torch.zeros(1, 3, SIZE, SIZE), torch.rand(1, 3, SIZE, SIZE)
+    net, black, target = (
+        LPIPS(vgg_file),
+        torch.zeros(1, 3, SIZE, SIZE),
+        torch.rand(1, 3, SIZE, SIZE),
+    )
     dead = LPIPS(vgg_file)
     dead.features[0].bias.fill_(-1e3)  # no feature of the first layer is ever above zero
     for layer in (2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
@@ -159,12 +191,18 @@ def test_building_draws_no_random_numbers(vgg_file):
 
 
 @pytest.mark.parametrize("off", ["lpips", "convnext"])
-def test_a_part_of_weight_zero_is_neither_looked_for_nor_built(off, vgg_file, convnext_file, no_network, monkeypatch):
+def test_a_part_of_weight_zero_is_neither_looked_for_nor_built(
+    off, vgg_file, convnext_file, no_network, monkeypatch
+):
     def refuse():
         raise AssertionError(f"the net of {off} was built")
 
     monkeypatch.setattr(models, {"lpips": "vgg16", "convnext": "convnext_small"}[off], refuse)
-    options = {f"{off}_weight": 0.0, "vgg_weights": str(vgg_file), "convnext_weights": str(convnext_file)}
+    options = {
+        f"{off}_weight": 0.0,
+        "vgg_weights": str(vgg_file),
+        "convnext_weights": str(convnext_file),
+    }
     options[{"lpips": "vgg_weights", "convnext": "convnext_weights"}[off]] = "absent.pth"
     loss = PerceptualLoss(PerceptualConfig(**options))
     assert set(loss.parts) == {"lpips", "convnext"} - {off}
@@ -182,11 +220,18 @@ def test_an_absent_file_is_named_with_every_way_out(tmp_path, no_network):
 def test_a_failed_download_is_named_with_every_way_out(no_network):
     with pytest.raises(ValueError) as caught:
         check_weights(PerceptualConfig(lpips_weight=0.0))
-    for part in (no_network, "no such host", perceptual.CONVNEXT_URL, "perceptual.convnext_weights"):
+    for part in (
+        no_network,
+        "no such host",
+        perceptual.CONVNEXT_URL,
+        "perceptual.convnext_weights",
+    ):
         assert str(part) in str(caught.value)
 
 
-def test_an_absent_file_is_downloaded_to_the_cache_once_and_its_hash_is_asked_for(no_network, monkeypatch):
+def test_an_absent_file_is_downloaded_to_the_cache_once_and_its_hash_is_asked_for(
+    no_network, monkeypatch
+):
     calls = []
 
     def download(url, file, hash_prefix):
@@ -212,7 +257,9 @@ def test_a_hash_in_the_name_is_checked(tmp_path):
     for file in (right, wrong):
         file.write_bytes(b"weights")
     assert check_weights(lpips_only(right)) == {"lpips": right}
-    with pytest.raises(ValueError, match="perceptual.vgg_weights: .*vgg16-397923af.pth is damaged or another file"):
+    with pytest.raises(
+        ValueError, match="perceptual.vgg_weights: .*vgg16-397923af.pth is damaged or another file"
+    ):
         check_weights(lpips_only(wrong))
 
 
@@ -233,7 +280,9 @@ def test_a_file_without_weights_is_refused(tmp_path, content):
 
 def test_the_other_nets_file_is_refused(vgg_file, tmp_path):
     config = PerceptualConfig(lpips_weight=0.0, convnext_weights=str(vgg_file))
-    with pytest.raises(ValueError, match="vgg16-made-up.pth has no weights for this net: .*Missing key"):
+    with pytest.raises(
+        ValueError, match="vgg16-made-up.pth has no weights for this net: .*Missing key"
+    ):
         PerceptualLoss(config)
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list.pth has no weights for this net"):

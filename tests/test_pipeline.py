@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTokConfig, TimeTable
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
-from modeling.pipeline import SamplingConfig, TextToImage, text_noise
+from modeling.pipeline import ImageGenerator, SamplingConfig, text_noise
 from modeling.samplers import SOLVERS
 from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjectorConfig
-from modeling.text_to_image import TextToImageFlow
 
 K, C, T, PIXELS = 16, 4, 32, 16
 CAPTIONS = ["a red circle", "a green square", "a blue triangle", "a black circle", "a red square"]
@@ -25,13 +25,21 @@ def parts(tiny_clip_dir):
     torch.manual_seed(1)
     config = TextEncoderConfig(model=f"local-dir:{tiny_clip_dir}")
     size = TransformerSize(width=16, depth=1, num_heads=2)
-    tokenizer = ImageTokenizer(ImageTokenizerConfig(PIXELS, 4, K, C, size, size, text_tokens=K, text_width=T))
-    projector = TextProjectorConfig(K, T, width=T, depth=1, num_heads=2, mlp_width=32, token_channels=C)
-    flow = TextToImageFlow(projector, FlowTokConfig(num_tokens=K, token_channels=C, width=16, depth=2, num_heads=2))
+    tokenizer = ImageTokenizer(
+        ImageTokenizerConfig(PIXELS, 4, K, C, size, size, text_tokens=K, text_width=T)
+    )
+    projector = TextProjectorConfig(
+        K, T, width=T, depth=1, num_heads=2, mlp_width=32, token_channels=C
+    )
+    flow = FlowModel(
+        projector, FlowTokConfig(num_tokens=K, token_channels=C, width=16, depth=2, num_heads=2)
+    )
     for parameter in [*tokenizer.parameters(), *flow.flowtok.parameters()]:
         nn.init.normal_(parameter, std=0.3)
     flow.latent_scale.fill_(1.5)
-    return TextToImage(TextTokenizer(config), load_text_encoder(config), tokenizer.eval(), flow.eval())
+    return ImageGenerator(
+        TextTokenizer(config), load_text_encoder(config), tokenizer.eval(), flow.eval()
+    )
 
 
 @pytest.fixture
@@ -48,9 +56,13 @@ def test_same_seed_gives_the_same_images_for_any_batch_size(parts):
     assert together.std() > 0.05
     for size in (1, 2, 3):
         numbers = torch.arange(len(CAPTIONS)).split(size)
-        chunks = [parts.generate([CAPTIONS[i] for i in n], SAMPLING, 3, n.tolist()) for n in numbers]
+        chunks = [
+            parts.generate([CAPTIONS[i] for i in n], SAMPLING, 3, n.tolist()) for n in numbers
+        ]
         torch.testing.assert_close(torch.cat([c[0] for c in chunks]), together, rtol=0, atol=1e-5)
-        torch.testing.assert_close(torch.cat([c[1] for c in chunks]), latents, rtol=1e-5, atol=1e-4)  # latents reach 5
+        torch.testing.assert_close(
+            torch.cat([c[1] for c in chunks]), latents, rtol=1e-5, atol=1e-4
+        )  # latents reach 5
 
 
 def test_the_same_call_gives_the_same_bits_and_ignores_the_global_generator(parts):
@@ -76,7 +88,9 @@ def test_images_are_numbered_from_zero_by_default(parts):
 def test_images_are_clamped_to_the_unit_range_in_their_shape(parts):
     images, latents = parts.generate(CAPTIONS, SAMPLING)
     assert images.shape == (5, 3, PIXELS, PIXELS) and latents.shape == (5, K, C)
-    assert images.dtype == torch.float32 and images.min() == 0 and images.max() == 1  # both ends are clamped here
+    assert (
+        images.dtype == torch.float32 and images.min() == 0 and images.max() == 1
+    )  # both ends are clamped here
     assert not images.requires_grad
 
 
@@ -115,7 +129,9 @@ def test_mean_source_is_the_posteriors_mean_whatever_the_seed(parts):
 
 
 @pytest.mark.parametrize(("guidance", "batch"), [(1.0, 5), (0.0, 5), (2.0, 10)])
-def test_each_step_costs_one_pass_of_one_branch_without_guidance_and_two_with(parts, network_calls, guidance, batch):
+def test_each_step_costs_one_pass_of_one_branch_without_guidance_and_two_with(
+    parts, network_calls, guidance, batch
+):
     parts.generate(CAPTIONS, replace(SAMPLING, guidance=guidance))
     assert network_calls == [batch] * SAMPLING.steps
 
@@ -129,9 +145,14 @@ def test_every_sampling_option_changes_the_latents(parts):
         {"time_shift": 2.0},
         {"precision": "bf16"},
     ]
-    changes += [{"guidance_interval": [0.3, 1.0]}, *({"sampler": name} for name in SOLVERS if name != "euler")]
+    changes += [
+        {"guidance_interval": [0.3, 1.0]},
+        *({"sampler": name} for name in SOLVERS if name != "euler"),
+    ]
     for options in changes:
-        assert (parts.generate(CAPTIONS, replace(SAMPLING, **options))[1] - base).abs().max() > 1e-4, options
+        assert (
+            parts.generate(CAPTIONS, replace(SAMPLING, **options))[1] - base
+        ).abs().max() > 1e-4, options
 
 
 def test_guidance_outside_its_interval_costs_one_branch(parts, network_calls):
@@ -180,14 +201,19 @@ def test_text_states_are_the_towers_for_the_tokenized_captions(parts):
 
 def test_decoder_reads_the_captions_own_text_states(parts):
     states, latents = parts.encode_text(CAPTIONS), torch.randn(5, K, C)
-    assert not torch.allclose(parts.decode(latents, states), parts.decode(latents, states.flip(0)), atol=1e-3)
+    assert not torch.allclose(
+        parts.decode(latents, states), parts.decode(latents, states.flip(0)), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"sampler": "rk4"}, "unknown sampler 'rk4'"),
-        ({"guidance_interval": [0.5]}, r"guidance_interval must be \[start, end\] within \[0, 1\], got \[0.5\]"),
+        (
+            {"guidance_interval": [0.5]},
+            r"guidance_interval must be \[start, end\] within \[0, 1\], got \[0.5\]",
+        ),
         ({"guidance_interval": [0.6, 0.5]}, "guidance_interval must be"),
         ({"guidance_interval": [0.0, 1.5]}, "guidance_interval must be"),
     ],

@@ -22,12 +22,12 @@ from eval import planning
 from eval.budget import GIB, GPUS, Machine, accumulation_needed, checkpoint_bytes, largest_batch
 from eval.planning import Workload, at_batch, measure_forward, measure_step
 from modeling.flow import FlowConfig
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.perceptual import PerceptualConfig
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjectorConfig
-from modeling.text_to_image import TextToImageFlow
 from scripts import plan
 from scripts.plan_costs import make_plan
 from scripts.plan_stages import EmptyPerceptualLoss, Sizes, StatesAlone, build_tower, find_sizes
@@ -54,16 +54,31 @@ def dit_by_hand(config):
     """(all but attention, attention) of one forward pass."""
     k, c, w = config.num_tokens, config.token_channels, config.width
     hidden = int(w * config.mlp_ratio)
-    block = dense(1, w, 6 * w) + dense(k, w, 3 * w) + dense(k, w, w) + dense(k, w, hidden) + dense(k, hidden, w)
-    outside = dense(k, c, w) + dense(1, 256, w) + dense(1, w, w) + dense(1, w, 2 * w) + dense(k, w, c)
+    block = (
+        dense(1, w, 6 * w)
+        + dense(k, w, 3 * w)
+        + dense(k, w, w)
+        + dense(k, w, hidden)
+        + dense(k, hidden, w)
+    )
+    outside = (
+        dense(k, c, w) + dense(1, 256, w) + dense(1, w, w) + dense(1, w, 2 * w) + dense(k, w, c)
+    )
     return config.depth * block + outside, config.depth * attention(k, w)
 
 
 def projector_by_hand(config):
     """(all but attention, attention) of the projector; without the alignment MLP."""
     k, w = config.text_tokens, config.width
-    block = dense(k, w, 3 * w) + dense(k, w, w) + dense(k, w, config.mlp_width) + dense(k, config.mlp_width, w)
-    return config.depth * block + dense(k, w, 2 * config.token_channels), config.depth * attention(k, w)
+    block = (
+        dense(k, w, 3 * w)
+        + dense(k, w, w)
+        + dense(k, w, config.mlp_width)
+        + dense(k, config.mlp_width, w)
+    )
+    return config.depth * block + dense(k, w, 2 * config.token_channels), config.depth * attention(
+        k, w
+    )
 
 
 def alignment_by_hand(config):
@@ -74,9 +89,13 @@ def alignment_by_hand(config):
 def transformer_by_hand(size, tokens, kept):
     """(all but attention, attention) of a stack of tokenizer blocks, whose last one computes `kept` tokens."""
     w, hidden = size.width, int(2 / 3 * 4 * size.width)
-    queries = 2 * dense(1, w, w) + dense(1, w, 2 * hidden) + dense(1, hidden, w)  # also out and MLP, of a token
+    queries = (
+        2 * dense(1, w, w) + dense(1, w, 2 * hidden) + dense(1, hidden, w)
+    )  # also out and MLP, of a token
     queried = (size.depth - 1) * tokens + kept
-    return queried * queries + size.depth * dense(tokens, w, 2 * w), queried * attention(tokens, w) // tokens
+    return queried * queries + size.depth * dense(tokens, w, 2 * w), queried * attention(
+        tokens, w
+    ) // tokens
 
 
 def tokenizer_by_hand(config):
@@ -87,7 +106,9 @@ def tokenizer_by_hand(config):
     decoder, decoder_attention = transformer_by_hand(d, patches + k + config.text_tokens, patches)
     encoder += dense(patches, pixels, e.width) + dense(k, e.width, 2 * c)
     decoder += dense(k, c, d.width) + dense(config.text_tokens, config.text_width, d.width)
-    decoder += dense(patches, d.width, pixels) + 2 * config.image_size**2 * 3 * 3 * 9  # the smoothing 3 x 3 conv
+    decoder += (
+        dense(patches, d.width, pixels) + 2 * config.image_size**2 * 3 * 3 * 9
+    )  # the smoothing 3 x 3 conv
     return {"encoder": (encoder, encoder_attention), "decoder": (decoder, decoder_attention)}
 
 
@@ -98,21 +119,30 @@ def test_flops_of_a_training_sample_are_those_counted_by_hand(name):
         dit_by_hand(config.flowtok),
         projector_by_hand(config.projector),
     )
-    rest, attended = dit + projector + alignment_by_hand(config.projector), dit_attention + projector_attention
+    rest, attended = (
+        dit + projector + alignment_by_hand(config.projector),
+        dit_attention + projector_attention,
+    )
     # Backward: two products for one, and the scores once more (2.5 for one); nothing flows into the text states.
     inputs = dense(77, 768, 3 * 768) + dense(77, 768, 512) + dense(1, 256, config.flowtok.width)
     found = plan_of(f"{name}/flowtok.yaml")["gflop_per_sample"]
     assert found["forward"] == pytest.approx((rest + attended) / 1e9, rel=0.002)
     assert found["backward"] == pytest.approx((2 * rest - inputs + 2.5 * attended) / 1e9, rel=0.002)
-    assert found["text_tower"] == pytest.approx(12 * (24 * 77 * 768**2 + attention(77, 768)) / 1e9, rel=1e-6)
+    assert found["text_tower"] == pytest.approx(
+        12 * (24 * 77 * 768**2 + attention(77, 768)) / 1e9, rel=1e-6
+    )
     assert found["total"] == pytest.approx(sum(found[key] for key in found if key != "total"))
 
 
 def test_flops_of_an_image_are_those_counted_by_hand():
     found = plan_of("flowtok_xl/flowtok.yaml")["gflop_per_image"]
     assert found["flow"] == pytest.approx(20 * 2 * sum(dit_by_hand(XL)) / 1e9, rel=1e-6)
-    assert found["projector"] == pytest.approx(sum(projector_by_hand(TextProjectorConfig())) / 1e9, rel=1e-6)
-    assert found["decoder"] == pytest.approx(sum(tokenizer_by_hand(ImageTokenizerConfig())["decoder"]) / 1e9, rel=1e-6)
+    assert found["projector"] == pytest.approx(
+        sum(projector_by_hand(TextProjectorConfig())) / 1e9, rel=1e-6
+    )
+    assert found["decoder"] == pytest.approx(
+        sum(tokenizer_by_hand(ImageTokenizerConfig())["decoder"]) / 1e9, rel=1e-6
+    )
     assert found["total"] == pytest.approx(sum(found[key] for key in found if key != "total"))
 
 
@@ -125,13 +155,19 @@ def test_flops_of_the_tokenizer_are_those_counted_by_hand(image_size):
     for part, count in parts.items():
         assert found["gflop_per_image"][part] == pytest.approx(sum(count) / 1e9, rel=1e-6)
     rest, attended = np.sum(list(parts.values()), axis=0)
-    inputs = dense(config.grid_size**2, 768, 768) + dense(77, 768, 1024)  # no gradient into pixels and text states
+    inputs = dense(config.grid_size**2, 768, 768) + dense(
+        77, 768, 1024
+    )  # no gradient into pixels and text states
     assert found["gflop_per_sample"]["forward"] == pytest.approx((rest + attended) / 1e9, rel=1e-6)
-    assert found["gflop_per_sample"]["backward"] == pytest.approx((2 * rest - inputs + 2.5 * attended) / 1e9, rel=1e-3)
+    assert found["gflop_per_sample"]["backward"] == pytest.approx(
+        (2 * rest - inputs + 2.5 * attended) / 1e9, rel=1e-3
+    )
 
 
 def test_a_solver_of_two_evaluations_a_step_doubles_the_flow():
-    two, one = (plan_of("flowtok_b/flowtok.yaml", f"sampling.sampler={name}") for name in ("heun", "adams2"))
+    two, one = (
+        plan_of("flowtok_b/flowtok.yaml", f"sampling.sampler={name}") for name in ("heun", "adams2")
+    )
     assert two["gflop_per_image"]["flow"] == pytest.approx(2 * one["gflop_per_image"]["flow"])
 
 
@@ -141,7 +177,10 @@ def test_a_flow_to_text_has_no_images_and_not_the_papers_days():
 
 
 def test_guidance_1_halves_the_flow():
-    two, one = (plan_of("flowtok_b/flowtok.yaml", f"sampling.guidance={g}")["gflop_per_image"]["flow"] for g in (2, 1))
+    two, one = (
+        plan_of("flowtok_b/flowtok.yaml", f"sampling.guidance={g}")["gflop_per_image"]["flow"]
+        for g in (2, 1)
+    )
     assert two == pytest.approx(2 * one)
 
 
@@ -149,13 +188,18 @@ def test_guidance_1_halves_the_flow():
 
 
 def flow_work(depth=7, width=64, recompute="none"):
-    projector = TextProjectorConfig(16, 24, width=24, num_heads=2, mlp_width=32, depth=6, alignment_width=16)
-    model = TextToImageFlow(projector, FlowTokConfig(16, width=width, depth=depth, num_heads=4))
+    projector = TextProjectorConfig(
+        16, 24, width=24, num_heads=2, mlp_width=32, depth=6, alignment_width=16
+    )
+    model = FlowModel(projector, FlowTokConfig(16, width=width, depth=depth, num_heads=4))
     model.flowtok.recompute = recompute
 
     def losses(model, batch):
         output = model(batch["states"], batch["image"], FlowConfig())
-        return {"loss": (output.velocity.float() - output.target).square().mean() + output.alignment.float().mean()}
+        return {
+            "loss": (output.velocity.float() - output.target).square().mean()
+            + output.alignment.float().mean()
+        }
 
     def make_batch(n):
         return {"states": torch.zeros(n, 16, 24), "image": torch.zeros(n, 16, 16)}
@@ -173,7 +217,10 @@ def tokenizer_work(depth=6, recompute="none"):
         return {"loss": images.square().mean() + mean.square().mean() + logvar.mean()}
 
     def make_batch(n):
-        return {"image": torch.zeros(n, 3, 32, 32, dtype=torch.uint8), "states": torch.zeros(n, 5, 8)}
+        return {
+            "image": torch.zeros(n, 3, 32, 32, dtype=torch.uint8),
+            "states": torch.zeros(n, 5, 8),
+        }
 
     return Workload(model, make_batch, losses)
 
@@ -195,12 +242,17 @@ def flops_on_meta(build):
 
 @pytest.mark.parametrize(
     ("make", "scores"),
-    [(flow_work, (7 * 64 + 6 * 24) * 16**2), (tokenizer_work, 64 * (5 * 25**2 + 9 * 25 + 6 * 30**2 + 16 * 30))],
+    [
+        (flow_work, (7 * 64 + 6 * 24) * 16**2),
+        (tokenizer_work, 64 * (5 * 25**2 + 9 * 25 + 6 * 30**2 + 16 * 30)),
+    ],
 )
 def test_flops_are_those_of_flop_counter_mode_on_the_meta_device(make, scores):
     cost, (forward, backward) = measure_step(make, "fp32"), flops_on_meta(make)
     assert at_batch(cost.forward_flops, 1) == forward
-    assert at_batch(cost.training_flops, 1) == forward + backward + 2 * scores  # scores that kernels compute again
+    assert (
+        at_batch(cost.training_flops, 1) == forward + backward + 2 * scores
+    )  # scores that kernels compute again
 
 
 # --- Activation checkpointing ---
@@ -217,7 +269,10 @@ def test_selective_needs_no_further_product_and_full_one_more_forward_of_the_blo
 
 
 def test_the_configured_mode_is_the_one_that_counts():
-    none, full = (plan_of("flowtok_b/flowtok.yaml", f"activation_checkpointing={mode}") for mode in ("none", "full"))
+    none, full = (
+        plan_of("flowtok_b/flowtok.yaml", f"activation_checkpointing={mode}")
+        for mode in ("none", "full")
+    )
     assert full["gflop_per_sample"]["recompute"] > 0 == none["gflop_per_sample"]["recompute"]
     assert full["memory_gib"]["peak"] == full["activation_checkpointing"]["full"]["peak_gib"]
     extra = full["activation_checkpointing"]["full"]["extra_compute"]
@@ -237,7 +292,9 @@ def test_five_blocks_stand_for_all_to_the_byte(make, mode, precision, has_gradie
     monkeypatch.setattr(planning, "RUN_BLOCKS", 100)
     whole = measure_step(partial(make, recompute=mode), precision, has_gradients)
     assert len(cut.live_bytes) < len(whole.live_bytes)
-    assert (cut.forward_flops == whole.forward_flops).all() and (cut.training_flops == whole.training_flops).all()
+    assert (cut.forward_flops == whole.forward_flops).all() and (
+        cut.training_flops == whole.training_flops
+    ).all()
     assert (cut.kept_bytes == whole.kept_bytes).all()
     for batch in (1, 2, 3, 8, 64, 1000):
         assert cut.peak_bytes(batch) == whole.peak_bytes(batch)
@@ -255,7 +312,9 @@ def contrastive_work():
         features = model(batch["x"])
         return {"loss": F.cross_entropy(features @ features.T, torch.arange(len(features)))}
 
-    return Workload(nn.Sequential(nn.Linear(8, 32), nn.GELU()), lambda n: {"x": torch.zeros(n, 8)}, losses)
+    return Workload(
+        nn.Sequential(nn.Linear(8, 32), nn.GELU()), lambda n: {"x": torch.zeros(n, 8)}, losses
+    )
 
 
 @pytest.mark.parametrize("make", [flow_work, tokenizer_work, contrastive_work])
@@ -316,7 +375,8 @@ def is_freed_within(change, operator, events):
 
 
 @pytest.mark.parametrize(
-    ("make", "precision", "has_gradients"), [(flow_work, "fp32", True), (tokenizer_work, "bf16", False)]
+    ("make", "precision", "has_gradients"),
+    [(flow_work, "fp32", True), (tokenizer_work, "bf16", False)],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_the_measured_peak_is_that_of_a_real_step(make, mode, precision, has_gradients):
@@ -324,7 +384,9 @@ def test_the_measured_peak_is_that_of_a_real_step(make, mode, precision, has_gra
     with torch.device("meta"):
         work = make(recompute=mode)
     found = real_peak(work, precision, 128, has_gradients)
-    assert cost.peak_bytes(128) <= found <= 1.02 * cost.peak_bytes(128)  # the rest: workspaces inside operators
+    assert (
+        cost.peak_bytes(128) <= found <= 1.02 * cost.peak_bytes(128)
+    )  # the rest: workspaces inside operators
 
 
 def test_normalisation_and_dropout_keep_what_cuda_keeps():
@@ -335,7 +397,10 @@ def test_normalisation_and_dropout_keep_what_cuda_keeps():
     with bf16:
         assert norm(x.bfloat16()).dtype == torch.bfloat16
     saved = []
-    with planning.CudaLike(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+    with (
+        planning.CudaLike(),
+        torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor),
+    ):
         F.dropout(x, 0.5, training=True)
         assert torch.equal(F.dropout(x, 0.5, training=False), x)
     assert [tensor.dtype for tensor in saved] == [torch.bool]
@@ -346,7 +411,15 @@ def test_gradients_of_earlier_passes_are_counted_once():
     one, two = (plan_of("flowtok_b/flowtok.yaml", name, "training.batch_size=64") for name in names)
     assert (one["run"]["batch_per_gpu_and_pass"], two["run"]["batch_per_gpu_and_pass"]) == (8, 4)
     memory = two["memory_gib"]
-    parts = ("weights", "gradients", "gradient_buckets", "optimizer_moments", "ema", "frozen", "activations")
+    parts = (
+        "weights",
+        "gradients",
+        "gradient_buckets",
+        "optimizer_moments",
+        "ema",
+        "frozen",
+        "activations",
+    )
     assert memory["peak"] >= sum(memory[part] for part in parts)
     assert memory["gradients"] == pytest.approx(4 * one["trained_weights"] / GIB)
 
@@ -383,7 +456,9 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     for mode in MODES:
         largest = plan_of(name)["activation_checkpointing"][mode]["largest_batch_per_gpu_and_pass"]
         for batch, fits in ((largest, True), (largest + 1, False)):
-            fit = plan_of(name, f"training.batch_size={8 * batch}")["activation_checkpointing"][mode]
+            fit = plan_of(name, f"training.batch_size={8 * batch}")["activation_checkpointing"][
+                mode
+            ]
             assert fit["fits"] == fits
             assert (fit["peak_gib"] <= 0.9 * GPUS["a100-80g"].memory_gib) == fits
 
@@ -408,7 +483,9 @@ def test_largest_batch_is_found_by_its_peak():
 def test_accumulation_is_the_smallest_that_divides_and_fits():
     assert accumulation_needed(512, 600, 500) == 1
     assert accumulation_needed(512, 500, 480) == 2
-    assert accumulation_needed(512, 300, 200) == 4  # the gradients of other passes leave no room for 256
+    assert (
+        accumulation_needed(512, 300, 200) == 4
+    )  # the gradients of other passes leave no room for 256
     assert accumulation_needed(9, 4, 4) == 3
     assert accumulation_needed(7, 3, 3) == 7
     assert accumulation_needed(7, 0, 0) is None
@@ -422,7 +499,9 @@ def test_days_are_flops_by_what_the_gpus_do():
     flops = found["gflop_per_sample"]["total"] * 1e9 * 4096 * 250_000
     assert found["run"]["samples"] == 4096 * 250_000
     assert found["time"]["days"] == pytest.approx(flops / (8 * 312e12 * 0.4) / 86400)
-    assert found["time"]["samples_per_second"] == pytest.approx(4096 * 250_000 / found["time"]["days"] / 86400)
+    assert found["time"]["samples_per_second"] == pytest.approx(
+        4096 * 250_000 / found["time"]["days"] / 86400
+    )
     other = plan_of("flowtok_xl/flowtok.yaml", gpu="h100-80g", num_gpus=16, share=0.2)
     assert other["time"]["days"] == pytest.approx(found["time"]["days"] * 312 / 989, rel=1e-3)
 
@@ -436,7 +515,9 @@ def test_float32_runs_have_the_peak_of_tf32():
 
 
 SMALL = [
-    f"tokenizer.{part}.{size}" for part in ("encoder", "decoder") for size in ("width=64", "depth=1", "num_heads=4")
+    f"tokenizer.{part}.{size}"
+    for part in ("encoder", "decoder")
+    for size in ("width=64", "depth=1", "num_heads=4")
 ]
 
 
@@ -458,9 +539,14 @@ def test_steps_before_the_discriminator_are_cheaper():
 
 
 def test_the_discriminator_and_the_perceptual_networks_are_counted():
-    full = small_tokenizer("losses.perceptual_weight=1.1", "adversarial.weight=0.1", "adversarial.start_step=0")
+    full = small_tokenizer(
+        "losses.perceptual_weight=1.1", "adversarial.weight=0.1", "adversarial.start_step=0"
+    )
     plain = small_tokenizer("losses.perceptual_weight=0", "adversarial.weight=0")
-    assert full["weights"].keys() - plain["weights"].keys() == {"discriminator", "perceptual_frozen"}
+    assert full["weights"].keys() - plain["weights"].keys() == {
+        "discriminator",
+        "perceptual_frozen",
+    }
     assert full["trained_weights"] - plain["trained_weights"] == full["weights"]["discriminator"]
     for key in ("frozen", "activations", "peak"):
         assert full["memory_gib"][key] > plain["memory_gib"][key]
@@ -478,11 +564,15 @@ def test_perceptual_networks_without_weights_have_the_sizes_of_the_published():
 # --- The paper's figures ---
 
 
-@pytest.mark.parametrize(("name", "days", "rate"), [("flowtok_xl", 20.4, 22.7), ("flowtok_h", 26.1, 18.2)])
+@pytest.mark.parametrize(
+    ("name", "days", "rate"), [("flowtok_xl", 20.4, 22.7), ("flowtok_h", 26.1, 18.2)]
+)
 def test_shares_for_the_papers_days_and_rate(name, days, rate):
     found = plan_of(f"{name}/flowtok_finetune.yaml")
     paper, training = found["paper"], found["gflop_per_sample"]["total"] * 1e9
-    assert paper["share_for_days"] == pytest.approx(training * 4096 * 400_000 / (8 * 312e12 * days * 86400))
+    assert paper["share_for_days"] == pytest.approx(
+        training * 4096 * 400_000 / (8 * 312e12 * days * 86400)
+    )
     assert paper["share_for_images_per_second"] == pytest.approx(
         rate * found["gflop_per_image"]["total"] * 1e9 / 312e12
     )
@@ -490,9 +580,13 @@ def test_shares_for_the_papers_days_and_rate(name, days, rate):
 
 
 def test_h_at_1024_samples_is_always_answered():
-    paper = plan_of("flowtok_h/flowtok.yaml", "training.batch_size=64", gpu="rtx4090", num_gpus=1)["paper"]
+    paper = plan_of("flowtok_h/flowtok.yaml", "training.batch_size=64", gpu="rtx4090", num_gpus=1)[
+        "paper"
+    ]
     assert paper["batch_per_gpu"] == 1024
-    expected = plan_of("flowtok_h/flowtok.yaml", "training.batch_size=8192")["activation_checkpointing"]
+    expected = plan_of("flowtok_h/flowtok.yaml", "training.batch_size=8192")[
+        "activation_checkpointing"
+    ]
     for mode, fit in paper["at_batch"].items():
         assert fit["fits"] == expected[mode]["fits"]
         assert fit["peak_gib"] == pytest.approx(expected[mode]["peak_gib"])
@@ -550,10 +644,18 @@ def test_a_local_tower_is_counted_where_it_is_and_said_to_be_missing_where_not(t
     with torch.device("meta"):
         tower = build_tower(Sizes(ImageTokenizerConfig(), config, (16, 32)))
     real = load_text_encoder(config)
-    assert {n: p.shape for n, p in tower.state_dict().items()} == {n: p.shape for n, p in real.state_dict().items()}
+    assert {n: p.shape for n, p in tower.state_dict().items()} == {
+        n: p.shape for n, p in real.state_dict().items()
+    }
     missing = plan_of("demo/text_projector.yaml", "experiment_dir=nowhere")
-    assert "the text tower local-dir:nowhere/text_encoder/clip is not here: not counted" in missing["notes"]
-    assert missing["gflop_per_sample"]["text_tower"] == 0 and "text_tower_frozen" not in missing["weights"]
+    assert (
+        "the text tower local-dir:nowhere/text_encoder/clip is not here: not counted"
+        in missing["notes"]
+    )
+    assert (
+        missing["gflop_per_sample"]["text_tower"] == 0
+        and "text_tower_frozen" not in missing["weights"]
+    )
 
 
 def test_a_tower_from_the_hub_is_not_downloaded():
@@ -565,8 +667,14 @@ def test_a_tower_from_the_hub_is_not_downloaded():
     ("override", "message"),
     [
         ("text_encoder.model=ViT-L-15", "unknown open_clip model 'ViT-L-15'"),
-        ("text_encoder.model=ViT-B-32", r"ViT-B-32 gives 77 x 512 text states, the config expects .* \(77, 768\)"),
-        ("training.batch_size=4095", "training.batch_size 4095 is not divisible by --num-gpus x .* 8 x 1"),
+        (
+            "text_encoder.model=ViT-B-32",
+            r"ViT-B-32 gives 77 x 512 text states, the config expects .* \(77, 768\)",
+        ),
+        (
+            "training.batch_size=4095",
+            "training.batch_size 4095 is not divisible by --num-gpus x .* 8 x 1",
+        ),
         ("flowtok.widht=3", "did you mean 'flowtok.width'"),
     ],
 )
@@ -595,14 +703,23 @@ def test_it_needs_no_network_no_data_and_writes_nothing(monkeypatch, tmp_path, c
 
 
 def test_json_is_one_object_and_nothing_else(monkeypatch, capsys):
-    run(monkeypatch, ROOT / "configs/demo/text_encoder.yaml", "training.batch_size=64", "--num-gpus", 4, "--json")
+    run(
+        monkeypatch,
+        ROOT / "configs/demo/text_encoder.yaml",
+        "training.batch_size=64",
+        "--num-gpus",
+        4,
+        "--json",
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["run"]["batch_per_gpu_and_pass"] == 16
     assert found["gpu"]["num_gpus"] == 4
     documented = plan.__doc__.split("--json prints")[1]
     for key, value in plan_of("flowtok_h/flowtok.yaml").items():
         assert key in documented
-        for inner in value if isinstance(value, dict) and key not in ("weights", "gflop_per_image") else ():
+        for inner in (
+            value if isinstance(value, dict) and key not in ("weights", "gflop_per_image") else ()
+        ):
             assert inner in (*re.findall(r"\w+", documented), *MODES)
 
 
@@ -636,7 +753,10 @@ def test_a_stage_that_trains_nothing_says_what_it_does(monkeypatch, capsys):
         (["configs/demo/flowtok.yaml", "--gpu", "a200"], "a100-80g"),
         (["configs/demo/flowtok.yaml", "--share", "1.5"], "0 < --share <= 1"),
         (["configs/demo/flowtok.yaml", "--num-gpus", "0"], "--num-gpus >= 1"),
-        (["configs/demo/flowtok.yaml", "--num-gpus", "3"], "--num-gpus x gradient_accumulation = 3 x 1"),
+        (
+            ["configs/demo/flowtok.yaml", "--num-gpus", "3"],
+            "--num-gpus x gradient_accumulation = 3 x 1",
+        ),
     ],
 )
 def test_a_wrong_command_ends_with_status_2_and_its_reason(arguments, message, monkeypatch, capsys):
@@ -658,7 +778,9 @@ def test_a_machine_knows_the_limit_in_bytes():
 
 def test_a_forward_pass_alone_keeps_only_its_output():
     cost = measure_forward(
-        lambda: Workload(nn.Linear(4, 8), lambda n: {"x": torch.zeros(n, 4)}, lambda m, b: m(b["x"]))
+        lambda: Workload(
+            nn.Linear(4, 8), lambda n: {"x": torch.zeros(n, 4)}, lambda m, b: m(b["x"])
+        )
     )
     assert at_batch(cost.kept_bytes, 10) == 10 * 8 * 4
     assert at_batch(cost.forward_flops, 10) == 10 * 2 * 4 * 8

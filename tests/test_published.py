@@ -71,7 +71,8 @@ def test_a_hash_in_the_name_is_checked(tmp_path, no_network, in_cache):
     assert published().find(given, download=False) == file
     file.write_bytes(b"half of")
     with pytest.raises(
-        ValueError, match=f"{file.name} is damaged or another file: by its name, its SHA-256 starts with"
+        ValueError,
+        match=f"{file.name} is damaged or another file: by its name, its SHA-256 starts with",
     ):
         published().find(given, download=False)
 

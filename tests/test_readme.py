@@ -71,13 +71,19 @@ def check_python(words, monkeypatch):
     if words[1] == "configs.check":  # takes its arguments as they are
         with monkeypatch.context() as patch:
             patch.chdir(ROOT)
-            patch.setattr(check, "check_runs", lambda stages: None)  # the commands before would have made them
+            patch.setattr(
+                check, "check_runs", lambda stages: None
+            )  # the commands before would have made them
             if not any(word.startswith("configs/demo/") for word in arguments):
-                patch.setattr(check, "check_shards", lambda stages: None)  # data that the user brings
+                patch.setattr(
+                    check, "check_shards", lambda stages: None
+                )  # data that the user brings
             check.main(arguments)
         return
     parsed = parse_arguments(path, arguments, monkeypatch)
-    if not (hasattr(parsed, "overrides") and (hasattr(parsed, "config") or hasattr(parsed, "file"))):
+    if not (
+        hasattr(parsed, "overrides") and (hasattr(parsed, "config") or hasattr(parsed, "file"))
+    ):
         return
     stage = re.search(r'parse_stage_args\("(\w+)"', path.read_text())
     file = ROOT / (parsed.config if hasattr(parsed, "config") else parsed.file)
@@ -97,7 +103,11 @@ def check_train_flowtok(words, variables, monkeypatch):
     """Check what train_flowtok.sh would run."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(ROOT), **variables, "DRY_RUN": "1"}
     result = subprocess.run(
-        ["bash", "train_flowtok.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+        ["bash", "train_flowtok.sh", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     run = [shlex.split(line[2:]) for line in result.stdout.splitlines() if line.startswith("+ ")]
@@ -133,7 +143,12 @@ def test_every_command_of_the_documentation_would_run(page, monkeypatch):
 
 def test_the_readme_shows_how_to_train_sample_test_and_print_a_config():
     text = "\n".join(fenced_blocks(README.read_text(), "bash"))
-    for program in ("bash train_flowtok.sh", "python sample.py", "bash scripts/test.sh", "python -m configs.load"):
+    for program in (
+        "bash train_flowtok.sh",
+        "python sample.py",
+        "bash scripts/test.sh",
+        "python -m configs.load",
+    ):
         assert program in text
 
 
@@ -187,7 +202,11 @@ def expand(paths):
     """The paths, those with a * as the folders that they stand for; at least one each."""
     expanded = []
     for path in paths:
-        matches = [f"{match.relative_to(ROOT)}/" for match in ROOT.glob(path.rstrip("/"))] if "*" in path else [path]
+        matches = (
+            [f"{match.relative_to(ROOT)}/" for match in ROOT.glob(path.rstrip("/"))]
+            if "*" in path
+            else [path]
+        )
         assert matches, path
         expanded += matches
     return expanded
@@ -204,10 +223,18 @@ def test_every_top_level_entry_module_and_script_is_in_the_file_map():
     paths, files = file_map(README.read_text()), repository_files()
     top = {name.split("/")[0] for name in files} - {"README.md", ".gitignore"}
     assert not top - {path.split("/")[0] for path in paths}
-    modules = {name for name in files if name.split("/")[0] in PACKAGES and Path(name).suffix in (".py", ".sh")}
+    modules = {
+        name
+        for name in files
+        if name.split("/")[0] in PACKAGES and Path(name).suffix in (".py", ".sh")
+    }
     missing = {name for name in modules if name not in paths and Path(name).name != "__init__.py"}
     assert not missing
-    experiments = {f"{Path(name).parent}/" for name in files if name.startswith("configs/") and name.endswith(".yaml")}
+    experiments = {
+        f"{Path(name).parent}/"
+        for name in files
+        if name.startswith("configs/") and name.endswith(".yaml")
+    }
     assert not experiments - set(expand(paths))
 
 

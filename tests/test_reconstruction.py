@@ -24,13 +24,13 @@ from data.tar import read_shard, write_shard
 from eval.frechet import FeatureStatistics, frechet_distance
 from eval.images import ImageSet, iterate_images, list_images
 from eval.inception import INCEPTION_WIDTH, InceptionFeatures
-from eval.loading import load_tokenizer
 from eval.reconstruction import main, parse_args
 from eval.reconstruction_metrics import ssim
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from modeling.text_encoder import TextTokenizer, load_text_encoder
 from training.checkpoint import EMA_FILE, MODEL_FILE
+from training.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 12
@@ -53,18 +53,44 @@ def empty_cache(monkeypatch, tmp_path_factory):
 def whole(run, tiny_shards, vgg_file, inception_file, tmp_path_factory):
     """Folder with report.json and a picture: all metrics of the first images."""
     folder = tmp_path_factory.mktemp("whole")
-    report(run, tiny_shards / "*.tar", folder, *options(vgg_file, inception_file), "--save-images", folder)
+    report(
+        run,
+        tiny_shards / "*.tar",
+        folder,
+        *options(vgg_file, inception_file),
+        "--save-images",
+        folder,
+    )
     return folder
 
 
 def options(vgg_file, inception_file):
-    return ["--limit", LIMIT, "--vgg-weights", vgg_file, "--inception-weights", inception_file, "--batch-size", 5]
+    return [
+        "--limit",
+        LIMIT,
+        "--vgg-weights",
+        vgg_file,
+        "--inception-weights",
+        inception_file,
+        "--batch-size",
+        5,
+    ]
 
 
 def report(run, data, folder, *arguments):
     """Run the program; returns its json."""
     reset_accelerate()
-    words = [run, data, "--output", folder / "report.json", "--device", "cpu", "--num-workers", 0, *arguments]
+    words = [
+        run,
+        data,
+        "--output",
+        folder / "report.json",
+        "--device",
+        "cpu",
+        "--num-workers",
+        0,
+        *arguments,
+    ]
     main(parse_args([*map(str, words)]))
     return json.loads((folder / "report.json").read_text())
 
@@ -128,15 +154,31 @@ def test_rfid_is_between_originals_and_reconstructions(whole, pairs, inception_f
     assert read(whole)["metrics"]["rfid"] == pytest.approx(frechet_distance(*gaussians), rel=1e-4)
 
 
-def test_two_processes_get_the_numbers_of_one(run, tiny_shards, whole, vgg_file, inception_file, tmp_path):
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
+def test_two_processes_get_the_numbers_of_one(
+    run, tiny_shards, whole, vgg_file, inception_file, tmp_path
+):
+    flags = (
+        "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
+    )
     flags += " --dynamo_backend no --num_cpu_threads_per_process 1 --module eval.reconstruction"
-    words = [run, tiny_shards / "*.tar", *options(vgg_file, inception_file), "--output", tmp_path / "report.json"]
+    words = [
+        run,
+        tiny_shards / "*.tar",
+        *options(vgg_file, inception_file),
+        "--output",
+        tmp_path / "report.json",
+    ]
     words += ["--num-workers", 1, "--device", "cpu", "--save-images", tmp_path]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *map(str, words)]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
-    environment = kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    environment = kept | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("report.json: 12 images") == 1  # one process talks
     found, expected = read(tmp_path), read(whole)
@@ -144,17 +186,25 @@ def test_two_processes_get_the_numbers_of_one(run, tiny_shards, whole, vgg_file,
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
     same = ("protocol", "model", "weights", "versions", "num_identical", "num_without_caption")
     assert {name: found[name] for name in same} == {name: expected[name] for name in same}
-    assert (tmp_path / "reconstructions.png").read_bytes() == (whole / "reconstructions.png").read_bytes()
+    assert (tmp_path / "reconstructions.png").read_bytes() == (
+        whole / "reconstructions.png"
+    ).read_bytes()
 
 
 def test_the_json_says_what_was_measured_and_how(run, whole, vgg_file, inception_file, tiny_shards):
     found = read(whole)
-    assert (found["num_images"], found["num_identical"], found["num_without_caption"]) == (LIMIT, 0, 0)
+    assert (found["num_images"], found["num_identical"], found["num_without_caption"]) == (
+        LIMIT,
+        0,
+        0,
+    )
     assert found["missing"] == {} and found["skipped"] == []
     for name, file in (("lpips", vgg_file), ("rfid", inception_file)):
         assert found["weights"][name] == {"file": file.name, "sha256": file_sha256(file)}
     assert found["model"]["step"] == 4
-    assert found["model"]["ema_sha256"] == file_sha256(run / "checkpoints" / "step_00000004" / EMA_FILE)
+    assert found["model"]["ema_sha256"] == file_sha256(
+        run / "checkpoints" / "step_00000004" / EMA_FILE
+    )
     assert (found["protocol"]["image_size"], found["protocol"]["limit"]) == (32, LIMIT)
     assert found["protocol"]["data"] == [f"{tiny_shards}/*.tar"]
     assert "rounded to uint8 before every metric" in found["protocol"]["rounding"]
@@ -177,16 +227,20 @@ def test_ema_weights_are_measured(run, whole, tiny_shards, vgg_file, tmp_path):
     shutil.copytree(run, copy)
     for folder in (copy / "checkpoints").glob("step_*"):
         (folder / MODEL_FILE).write_bytes(bytes((folder / MODEL_FILE).stat().st_size))
-    assert report(copy, tiny_shards / "*.tar", tmp_path, "--limit", LIMIT)["metrics"]["ssim"] == pytest.approx(
-        read(whole)["metrics"]["ssim"], rel=1e-9
-    )
+    assert report(copy, tiny_shards / "*.tar", tmp_path, "--limit", LIMIT)["metrics"][
+        "ssim"
+    ] == pytest.approx(read(whole)["metrics"]["ssim"], rel=1e-9)
 
 
-def test_the_json_names_the_weights_that_were_measured_while_training_goes_on(run, tiny_shards, tmp_path, monkeypatch):
+def test_the_json_names_the_weights_that_were_measured_while_training_goes_on(
+    run, tiny_shards, tmp_path, monkeypatch
+):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     measure = main.__globals__["measure"]
-    monkeypatch.setitem(main.__globals__, "measure", lambda *arguments: train_on(copy) or measure(*arguments))
+    monkeypatch.setitem(
+        main.__globals__, "measure", lambda *arguments: train_on(copy) or measure(*arguments)
+    )
     assert report(copy, tiny_shards / "*.tar", tmp_path, "--limit", 2)["model"]["step"] == 4
     assert report(copy, tiny_shards / "*.tar", tmp_path, "--limit", 2)["model"]["step"] == 5
 
@@ -222,13 +276,21 @@ def test_without_weights_two_metrics_are_null_with_the_file_to_fetch_and_the_oth
         ("rfid", "weights-inception-2015-12-05-6726825d.pth", "--inception-weights"),
         ("lpips", "vgg16-397923af.pth", "--vgg-weights"),
     ):
-        assert all(part in found["missing"][name] for part in (file, option, os.environ["TORCH_HOME"], "--download"))
+        assert all(
+            part in found["missing"][name]
+            for part in (file, option, os.environ["TORCH_HOME"], "--download")
+        )
     assert "no rfid: InceptionV3's weights are absent" in capsys.readouterr().out
 
 
 def test_one_image_has_no_rfid(run, tiny_shards, inception_file, tmp_path):
-    found = report(run, tiny_shards / "*.tar", tmp_path, "--limit", 1, "--inception-weights", inception_file)
-    assert found["metrics"]["rfid"] is None and found["missing"]["rfid"] == "it needs at least 2 images"
+    found = report(
+        run, tiny_shards / "*.tar", tmp_path, "--limit", 1, "--inception-weights", inception_file
+    )
+    assert (
+        found["metrics"]["rfid"] is None
+        and found["missing"]["rfid"] == "it needs at least 2 images"
+    )
 
 
 # Data
@@ -267,7 +329,10 @@ def test_what_cannot_be_read_is_skipped_counted_and_listed(run, tmp_path):
     (photos / "00002.png").symlink_to(photos / "nowhere.png")
     found = report(run, photos, tmp_path, "--batch-size", 1)
     assert (found["num_images"], len(found["skipped"])) == (2, 2)
-    assert found["skipped_by_reason"] == {"image: unreadable (UnidentifiedImageError)": 1, "image: missing": 1}
+    assert found["skipped_by_reason"] == {
+        "image: unreadable (UnidentifiedImageError)": 1,
+        "image: missing": 1,
+    }
     assert {Path(entry["image"]).name for entry in found["skipped"]} == {"00001.png", "00002.png"}
 
 
@@ -276,7 +341,11 @@ def test_the_numbers_are_there_though_no_image_is_for_the_picture(run, tmp_path,
     photos = folder_of_images(tmp_path)
     (photos / "00000.png").write_bytes(b"no image")
     found = report(run, photos, tmp_path, "--save-images", tmp_path / "pictures")
-    assert len(found["skipped"]) == 1 and found["metrics"]["psnr_db"] > 0 and not (tmp_path / "pictures").exists()
+    assert (
+        len(found["skipped"]) == 1
+        and found["metrics"]["psnr_db"] > 0
+        and not (tmp_path / "pictures").exists()
+    )
 
 
 def test_identical_pairs_are_counted_and_left_out_of_psnr(run, tmp_path, monkeypatch):
@@ -297,7 +366,9 @@ def test_identical_pairs_are_counted_and_left_out_of_psnr(run, tmp_path, monkeyp
 def test_a_reconstruction_that_is_not_finite_stops_it(run, tiny_shards, tmp_path, monkeypatch):
     from modeling.image_tokenizer import ImageTokenizer
 
-    monkeypatch.setattr(ImageTokenizer, "decode", lambda self, tokens, states: torch.full((4, 3, 32, 32), torch.nan))
+    monkeypatch.setattr(
+        ImageTokenizer, "decode", lambda self, tokens, states: torch.full((4, 3, 32, 32), torch.nan)
+    )
     with pytest.raises(FloatingPointError, match="not finite"):
         report(run, tiny_shards / "*.tar", tmp_path, "--limit", 4)
     assert not list(tmp_path.iterdir())
@@ -315,7 +386,10 @@ def test_every_image_is_read_once_over_all_processes(tiny_shards, world_size, nu
     found = {}
     for rank in range(world_size):
         for batch in iterate_images(image_set(entries), 7, num_workers, rank, world_size):
-            assert batch["image"].shape == (len(batch["index"]), 3, 32, 32) and batch["image"].dtype == torch.uint8
+            assert (
+                batch["image"].shape == (len(batch["index"]), 3, 32, 32)
+                and batch["image"].dtype == torch.uint8
+            )
             for index, image, caption in zip(batch["index"], batch["image"], batch["caption"]):
                 assert index not in found and index % world_size == rank
                 found[index] = image, caption
@@ -323,14 +397,24 @@ def test_every_image_is_read_once_over_all_processes(tiny_shards, world_size, nu
     for index in (0, 30, 47):
         sample = shape_sample(index)
         expected = np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB"))
-        assert np.array_equal(found[index][0].permute(1, 2, 0), expected) and found[index][1] == sample["txt"]
+        assert (
+            np.array_equal(found[index][0].permute(1, 2, 0), expected)
+            and found[index][1] == sample["txt"]
+        )
 
 
 def test_several_sources_come_in_the_order_given(tiny_shards, tmp_path):
     photos = folder_of_images(tmp_path)
-    names = [entry.path for entry in list_images([str(tiny_shards / "train-00001.tar"), str(photos)])]
+    names = [
+        entry.path for entry in list_images([str(tiny_shards / "train-00001.tar"), str(photos)])
+    ]
     assert names[:24] == [str(tiny_shards / "train-00001.tar")] * 24
-    assert [Path(name).name for name in names[24:]] == ["00000.png", "00001.png", "00002.png", "00003.png"]
+    assert [Path(name).name for name in names[24:]] == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+        "00003.png",
+    ]
 
 
 def test_transparent_pixels_show_the_runs_background(tmp_path):
@@ -348,10 +432,17 @@ def test_a_sample_without_an_image_is_a_skipped_one(tmp_path):
 # Options and errors
 
 
-def test_another_image_size_and_bf16_change_the_numbers_and_are_in_the_json(run, tiny_shards, whole, tmp_path):
+def test_another_image_size_and_bf16_change_the_numbers_and_are_in_the_json(
+    run, tiny_shards, whole, tmp_path
+):
     arguments = [run, tiny_shards / "*.tar", tmp_path, "--limit", LIMIT]
-    larger, rounded = report(*arguments, "--image-size", 48), report(*arguments, "--precision", "bf16")
-    assert larger["protocol"]["image_size"] == 48 and "bf16" in rounded["protocol"]["reconstruction"]
+    larger, rounded = (
+        report(*arguments, "--image-size", 48),
+        report(*arguments, "--precision", "bf16"),
+    )
+    assert (
+        larger["protocol"]["image_size"] == 48 and "bf16" in rounded["protocol"]["reconstruction"]
+    )
     expected = read(whole)["metrics"]["psnr_db"]
     assert larger["metrics"]["psnr_db"] != pytest.approx(expected, rel=1e-6)
     assert rounded["metrics"]["psnr_db"] != pytest.approx(expected, rel=1e-9)
@@ -362,8 +453,13 @@ def test_a_tokenizer_without_text_guidance_needs_no_captions(tmp_path, tiny_shar
     (tmp_path / "experiment").mkdir()
     experiment = Experiment(tmp_path / "experiment", tiny_shards)
     experiment.run("tokenizer", "tokenizer.text_guidance=false", "training.max_steps=1")
-    found = report(tmp_path / "experiment", tiny_shards / "*.tar", tmp_path, "--limit", 3)  # the experiment's folder
-    assert found["protocol"]["text_guidance"] is None and found["model"]["text_encoder_fingerprint"] is None
+    found = report(
+        tmp_path / "experiment", tiny_shards / "*.tar", tmp_path, "--limit", 3
+    )  # the experiment's folder
+    assert (
+        found["protocol"]["text_guidance"] is None
+        and found["model"]["text_encoder_fingerprint"] is None
+    )
     assert found["num_images"] == 3
 
 
@@ -393,12 +489,20 @@ def test_progress_tells_rate_and_time_left(run, tiny_shards, tmp_path, monkeypat
         (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
         (["--image-size", "33"], "image_size"),
         (["--vgg-weights", "/nowhere/vgg.pth"], "--vgg-weights: no file /nowhere/vgg.pth"),
-        (["--inception-weights", "/nowhere/inception.pth"], "--inception-weights: no file /nowhere/inception.pth"),
+        (
+            ["--inception-weights", "/nowhere/inception.pth"],
+            "--inception-weights: no file /nowhere/inception.pth",
+        ),
         (["--output", "/"], "/ is a folder, expected a file"),
-        (["--output", "/dev/null/a.json"], "/dev/null/a.json cannot be written: /dev/null: Not a directory"),
+        (
+            ["--output", "/dev/null/a.json"],
+            "/dev/null/a.json cannot be written: /dev/null: Not a directory",
+        ),
     ],
 )
-def test_impossible_arguments_are_refused_before_any_work(run, tiny_shards, tmp_path, monkeypatch, arguments, message):
+def test_impossible_arguments_are_refused_before_any_work(
+    run, tiny_shards, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.setattr("eval.reconstruction.measure", None)
     with pytest.raises(ValueError, match=message):
         report(run, tiny_shards / "*.tar", tmp_path, *arguments)
@@ -410,7 +514,9 @@ def test_wrong_and_truncated_weights_are_refused_before_any_work(
     run, tiny_shards, vgg_file, inception_file, tmp_path, monkeypatch, option
 ):
     monkeypatch.setattr("eval.reconstruction.measure", None)
-    right, other = (vgg_file, inception_file) if option == "--vgg-weights" else (inception_file, vgg_file)
+    right, other = (
+        (vgg_file, inception_file) if option == "--vgg-weights" else (inception_file, vgg_file)
+    )
     wrong_hash, cut = tmp_path / "net-00000000.pth", tmp_path / "cut.pth"
     shutil.copy(right, wrong_hash)
     cut.write_bytes(right.read_bytes()[:-1000])
@@ -445,13 +551,17 @@ def test_an_image_named_twice_and_a_broken_shard_are_refused(tiny_shards, tmp_pa
         list_images([str(tmp_path / "cut.tar")])
 
 
-def test_a_folder_that_is_no_tokenizer_run_is_refused_with_status_2(tiny_shards, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_no_tokenizer_run_is_refused_with_status_2(
+    tiny_shards, tmp_path, monkeypatch, capsys
+):
     other = tmp_path / "flowtok"
     other.mkdir()
     (other / "config.yaml").write_text("stage: flowtok\n")
     with pytest.raises(ValueError, match="is a run of stage 'flowtok', not of stage 'tokenizer'"):
         report(other, tiny_shards / "*.tar", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reconstruction", str(tmp_path / "none"), str(tiny_shards / "*.tar")])
+    monkeypatch.setattr(
+        sys, "argv", ["reconstruction", str(tmp_path / "none"), str(tiny_shards / "*.tar")]
+    )
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "eval" / "reconstruction.py"), run_name="__main__")
     assert caught.value.code == 2

@@ -1,16 +1,18 @@
-"""modeling/ridge.py against the textbook's formula and against leaving samples out for real."""
+"""training/ridge.py against the textbook's formula and against leaving samples out for real."""
 
 import pytest
 import torch
 
-from modeling.ridge import STRENGTHS, fit_ridge
+from training.ridge import STRENGTHS, fit_ridge
 
 
 def make_data(number=40, noise=0.3):
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(number, 3, 4, generator=generator)
     matrix = torch.randn(12, 10, generator=generator)
-    latents = states.flatten(1) @ matrix + noise * torch.randn(number, 10, generator=generator) + 2.0
+    latents = (
+        states.flatten(1) @ matrix + noise * torch.randn(number, 10, generator=generator) + 2.0
+    )
     return states, latents.view(number, 5, 2)
 
 
@@ -18,8 +20,14 @@ def primal(states, latents, queries, scale):
     """(X^T X + s I)^-1 X^T Y, the form without a kernel."""
     x, y = states.flatten(1).double(), latents.flatten(1).double()
     centred, target = x - x.mean(0), y - y.mean(0)
-    weights = torch.linalg.solve(centred.T @ centred + scale * torch.eye(x.shape[1]).double(), centred.T @ target)
-    return ((queries.flatten(1).double() - x.mean(0)) @ weights + y.mean(0)).view(-1, *latents.shape[1:]).float()
+    weights = torch.linalg.solve(
+        centred.T @ centred + scale * torch.eye(x.shape[1]).double(), centred.T @ target
+    )
+    return (
+        ((queries.flatten(1).double() - x.mean(0)) @ weights + y.mean(0))
+        .view(-1, *latents.shape[1:])
+        .float()
+    )
 
 
 def kernel_scale(states, strength):
@@ -54,7 +62,10 @@ def test_error_and_retrieval_are_those_of_samples_left_out(number, strength):
     ridge = fit_ridge(states, latents, [strength])
     predictions, targets = leave_out(states, latents, strength)
     assert ridge.error == pytest.approx((predictions - targets).square().mean().item())
-    ranks = [sorted(range(number), key=lambda j: (p - targets[j]).norm()).index(i) for i, p in enumerate(predictions)]
+    ranks = [
+        sorted(range(number), key=lambda j: (p - targets[j]).norm()).index(i)
+        for i, p in enumerate(predictions)
+    ]
     assert ridge.top5 == sum(rank < 5 for rank in ranks) / number
 
 

@@ -5,7 +5,11 @@ import yaml
 
 from training.run import CONFIG_FILE, list_changes, save_config, start_run
 
-CONFIG = {"model": {"width": 8, "sizes": [1, 2]}, "optimizer": {"learning_rate": 0.1}, "training": {"max_steps": 5}}
+CONFIG = {
+    "model": {"width": 8, "sizes": [1, 2]},
+    "optimizer": {"learning_rate": 0.1},
+    "training": {"max_steps": 5},
+}
 
 
 def start(folder, config, has_checkpoint=True, defaults=None):
@@ -33,7 +37,11 @@ def test_a_config_without_a_checkpoint_is_replaced_by_any_other(tmp_path, capsys
 
 def test_a_first_start_makes_the_folder_with_the_resolved_config(tmp_path, capsys):
     run = start(tmp_path / "a" / "b", CONFIG, has_checkpoint=False)
-    assert run.folder == tmp_path / "a" / "b" and run.is_main and run.device.type in ("cpu", "cuda", "mps")
+    assert (
+        run.folder == tmp_path / "a" / "b"
+        and run.is_main
+        and run.device.type in ("cpu", "cuda", "mps")
+    )
     assert [path.name for path in run.folder.iterdir()] == [CONFIG_FILE]
     assert yaml.safe_load((run.folder / CONFIG_FILE).read_text()) == CONFIG
     assert not capsys.readouterr().out

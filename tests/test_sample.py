@@ -18,7 +18,9 @@ def images(folder):
 
 def close(left, right):
     """Equal but for rounding to 8 bits of sums in another order."""
-    return len(left) == len(right) and all(np.abs(a - b).max() <= 1 for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(
+        np.abs(a - b).max() <= 1 for a, b in zip(left, right, strict=True)
+    )
 
 
 def test_prompts_become_a_grid_and_single_images(chain, tmp_path, capsys):
@@ -28,7 +30,10 @@ def test_prompts_become_a_grid_and_single_images(chain, tmp_path, capsys):
         assert grid.format == "PNG" and grid.width > 2 * 128
     singles = images(tmp_path / "b")
     assert [single.shape for single in singles] == [(32, 32, 3)] * 2
-    assert f"{tmp_path / 'a' / 'grid.png'}: 2 images, 3 steps, guidance 2, seed 0" in capsys.readouterr().out
+    assert (
+        f"{tmp_path / 'a' / 'grid.png'}: 2 images, 3 steps, guidance 2, seed 0"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_file_of_prompts_has_one_a_line(chain, tmp_path, capsys):
@@ -43,7 +48,15 @@ def test_a_file_of_prompts_has_one_a_line(chain, tmp_path, capsys):
 def test_the_same_seed_gives_the_same_image_in_any_batch_and_another_seed_another(chain, tmp_path):
     def run(name, *arguments):
         prompts = ["--prompts", "a red circle", "a cat", "a dog"]
-        draw(chain.folder, *prompts, "--output", tmp_path / "x.png", "--save-dir", tmp_path / name, *arguments)
+        draw(
+            chain.folder,
+            *prompts,
+            "--output",
+            tmp_path / "x.png",
+            "--save-dir",
+            tmp_path / name,
+            *arguments,
+        )
         return images(tmp_path / name)
 
     together = run("together", "--seed", "3")
@@ -55,7 +68,14 @@ def test_the_same_seed_gives_the_same_image_in_any_batch_and_another_seed_anothe
 
 def test_images_per_prompt_differ_and_stand_in_one_row(chain, tmp_path):
     arguments = ["--prompts", "a red circle", "a cat", "--images-per-prompt", "3"]
-    draw(chain.folder, *arguments, "--output", tmp_path / "grid.png", "--save-dir", tmp_path / "single")
+    draw(
+        chain.folder,
+        *arguments,
+        "--output",
+        tmp_path / "grid.png",
+        "--save-dir",
+        tmp_path / "single",
+    )
     singles = images(tmp_path / "single")
     assert len(singles) == 6 and not close(singles[:1], singles[1:2])
     with Image.open(tmp_path / "grid.png") as grid:
@@ -71,7 +91,16 @@ def test_guidance_1_costs_one_pass_a_step(chain, tmp_path, monkeypatch, guidance
         return call(self, x, time, null)
 
     monkeypatch.setattr(TimeTable, "__call__", counted)
-    arguments = ["--prompts", "a cat", "--guidance", guidance, "--steps", "5", "--output", tmp_path / "x.png"]
+    arguments = [
+        "--prompts",
+        "a cat",
+        "--guidance",
+        guidance,
+        "--steps",
+        "5",
+        "--output",
+        tmp_path / "x.png",
+    ]
     draw(chain.folder, *arguments)
     assert batches == [rows] * 5
 
@@ -94,14 +123,24 @@ def test_interpolation_walks_from_one_image_to_the_other(chain, tmp_path, capsys
     assert len(frames) == 5
     assert "5 images" in capsys.readouterr().out
     for prompt, frame in (("a red circle", frames[0]), ("a blue square", frames[-1])):
-        draw(chain.folder, "--prompts", prompt, "--output", tmp_path / "x.png", "--save-dir", tmp_path / prompt)
+        draw(
+            chain.folder,
+            "--prompts",
+            prompt,
+            "--output",
+            tmp_path / "x.png",
+            "--save-dir",
+            tmp_path / prompt,
+        )
         assert close(images(tmp_path / prompt), [frame])
 
 
 def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(chain, tmp_path, capsys):
     long = "cat " * 30
     draw(chain.folder, "--prompts", long, "a cat", "--output", tmp_path / "x.png")
-    assert capsys.readouterr().err.splitlines() == [f"warning: prompt cut from 32 to 16 tokens: {long!r}"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: prompt cut from 32 to 16 tokens: {long!r}"
+    ]
 
 
 def test_the_stage_folder_serves_as_well_as_the_experiment(chain, tmp_path, capsys):
@@ -126,7 +165,9 @@ def test_a_moved_experiment_still_samples_with_its_own_parts(tmp_path, tiny_shar
     draw(tmp_path / "new", *arguments, tmp_path / "after")
     assert close(images(tmp_path / "after"), images(tmp_path / "before"))
     shutil.rmtree(tmp_path / "new" / "tokenizer")
-    with pytest.raises(ValueError, match="was trained with the tokenizer [0-9a-f]{16}, which is not there any more"):
+    with pytest.raises(
+        ValueError, match="was trained with the tokenizer [0-9a-f]{16}, which is not there any more"
+    ):
         draw(tmp_path / "new", *arguments, tmp_path / "none")
 
 
@@ -137,13 +178,17 @@ def test_other_weights_where_the_config_points_are_not_used(chain, tmp_path, tin
     original = config.read_text()
     other = chain.run_in(tmp_path / "other", "tokenizer", "training.seed=1", "training.max_steps=1")
     arguments = ["--prompts", "a cat", "--output", tmp_path / "x.png", "--save-dir"]
-    config.write_text(original.replace(f"tokenizer_run: {chain.folder}/tokenizer", f"tokenizer_run: {other}"))
+    config.write_text(
+        original.replace(f"tokenizer_run: {chain.folder}/tokenizer", f"tokenizer_run: {other}")
+    )
     with pytest.raises(ValueError, match=f"was trained with the tokenizer .*{other}"):
         draw(tmp_path, *arguments, tmp_path / "a")
     config.write_text(original.replace(f"{chain.folder}/text_encoder/clip", str(tiny_clip_dir)))
     with pytest.raises(ValueError, match="was trained with the text tower .* is not any more"):
         draw(tmp_path, *arguments, tmp_path / "a")
-    shutil.copytree(chain.folder / "text_encoder", tmp_path / "text_encoder")  # beside the flow: found
+    shutil.copytree(
+        chain.folder / "text_encoder", tmp_path / "text_encoder"
+    )  # beside the flow: found
     draw(tmp_path, *arguments, tmp_path / "a")
     draw(chain.folder, *arguments, tmp_path / "b")
     assert close(images(tmp_path / "a"), images(tmp_path / "b"))
@@ -153,9 +198,15 @@ def test_other_weights_where_the_config_points_are_not_used(chain, tmp_path, tin
     ("arguments", "message"),
     [
         (["--prompts", "a cat", " "], "no prompt, or an empty one"),
-        (["--prompts-file", "/nowhere/prompts.txt"], "--prompts-file /nowhere/prompts.txt does not exist"),
+        (
+            ["--prompts-file", "/nowhere/prompts.txt"],
+            "--prompts-file /nowhere/prompts.txt does not exist",
+        ),
         (["--prompts", "a cat", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--prompts", "a cat", "--images-per-prompt", "0"], "--images-per-prompt must be at least 1"),
+        (
+            ["--prompts", "a cat", "--images-per-prompt", "0"],
+            "--images-per-prompt must be at least 1",
+        ),
         (["--prompts", "a cat", "--seed", "-1"], "--seed must be at least 0"),
         (["--prompts", "a cat", "--steps", "0"], "steps must be at least 1, got 0"),
         (["--interpolate", "a", "b", "--frames", "1"], "--frames must be at least 2"),
@@ -178,7 +229,9 @@ def test_impossible_arguments_are_refused(chain, tmp_path, arguments, message):
         (["--gallery", "/"], "/ is a folder, expected a file"),
     ],
 )
-def test_files_that_cannot_be_written_are_refused_before_any_work(chain, monkeypatch, arguments, message):
+def test_files_that_cannot_be_written_are_refused_before_any_work(
+    chain, monkeypatch, arguments, message
+):
     monkeypatch.setattr(sample, "load_pipeline", None)
     prompts = [] if "--caption" in arguments else ["--prompts", "a cat"]
     with pytest.raises(ValueError, match=message):
@@ -188,7 +241,9 @@ def test_files_that_cannot_be_written_are_refused_before_any_work(chain, monkeyp
 def test_a_missing_or_other_run_is_named(chain, tmp_path):
     with pytest.raises(ValueError, match="nothing is no run folder .* holds:"):
         draw(tmp_path / "nothing", "--prompts", "a cat")
-    with pytest.raises(ValueError, match="is a run of stage 'tokenizer'; sampling needs a flowtok run"):
+    with pytest.raises(
+        ValueError, match="is a run of stage 'tokenizer'; sampling needs a flowtok run"
+    ):
         draw(chain.folder / "tokenizer", "--prompts", "a cat")
 
 

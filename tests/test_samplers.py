@@ -35,7 +35,9 @@ def test_euler_of_exponential_decay_is_its_closed_form():
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), *((name, 2) for name in SECOND_ORDER)])
 @pytest.mark.parametrize("shift", [1.0, 2.5])
 @pytest.mark.parametrize(("field", "growth"), [(decay, math.exp(-1)), (curved, math.exp(2))])
-def test_solvers_converge_with_their_order_on_equal_and_shifted_steps(name, order, shift, field, growth):
+def test_solvers_converge_with_their_order_on_equal_and_shifted_steps(
+    name, order, shift, field, growth
+):
     def error(steps):  # in float64: rounding is far below
         end = SOLVERS[name](field, torch.ones(1, dtype=torch.float64), make_times(steps, shift))
         return (end - growth).abs().item()
@@ -50,7 +52,10 @@ def test_second_order_beats_euler_at_the_same_number_of_evaluations(name):
     x = torch.ones(1)
     evaluations = 12
     steps = evaluations if name == "adams2" else evaluations // 2
-    errors = [(solve(curved, x, *case) - math.exp(2)).abs().item() for case in ((name, steps), ("euler", evaluations))]
+    errors = [
+        (solve(curved, x, *case) - math.exp(2)).abs().item()
+        for case in ((name, steps), ("euler", evaluations))
+    ]
     assert errors[0] < errors[1] / 3
 
 
@@ -79,12 +84,18 @@ def test_evaluation_times_are_those_at_which_the_field_is_asked(name, times):
         return x
 
     solve(field, torch.randn(SHAPE), name, 4)
-    assert evaluation_times(SOLVERS[name], make_times(4)) == list(dict.fromkeys(asked)) == pytest.approx(times)
+    assert (
+        evaluation_times(SOLVERS[name], make_times(4))
+        == list(dict.fromkeys(asked))
+        == pytest.approx(times)
+    )
     assert len(asked) == (8 if name in ("midpoint", "heun") else 4)
 
 
 def test_release_steps_one_over_n_from_times_i_over_n_minus_one():
-    end = solve(lambda x, time: torch.full(SHAPE, 2 * time), torch.zeros(SHAPE), "euler_release", 10)
+    end = solve(
+        lambda x, time: torch.full(SHAPE, 2 * time), torch.zeros(SHAPE), "euler_release", 10
+    )
     torch.testing.assert_close(end, torch.full(SHAPE, 1.0))
     end = solve(lambda x, time: torch.full(SHAPE, 2 * time), torch.zeros(SHAPE), "euler", 10)
     torch.testing.assert_close(end, torch.full(SHAPE, 0.9))  # sum of 2 i / N^2
@@ -100,8 +111,12 @@ def test_times_are_even_without_a_shift_and_denser_near_text_with_one_above_1():
 
 
 def test_state_is_float32_whatever_the_precision_of_start_and_network():
-    start = torch.full(SHAPE, 8.0, dtype=torch.bfloat16)  # each step is below bfloat16's resolution of the state
-    end = integrate(lambda x, time: torch.ones_like(x, dtype=torch.bfloat16), start, euler, make_times(1000))
+    start = torch.full(
+        SHAPE, 8.0, dtype=torch.bfloat16
+    )  # each step is below bfloat16's resolution of the state
+    end = integrate(
+        lambda x, time: torch.ones_like(x, dtype=torch.bfloat16), start, euler, make_times(1000)
+    )
     assert end.dtype == torch.float32
     torch.testing.assert_close(end, torch.full(SHAPE, 9.0), rtol=0, atol=1e-3)
 
@@ -120,7 +135,10 @@ def test_integration_leaves_its_start_as_it_is_and_keeps_no_graph(name):
         (("rk4", 4), "unknown sampler 'rk4'; valid: euler, euler_release, midpoint, heun, adams2"),
         (("euler", 0), "steps must be at least 1, got 0"),
         (("heun", -3), "steps must be at least 1, got -3"),
-        (("euler", 4, 0.0), "time_shift must be positive, and 1 for euler_release, got 0.0 for euler"),
+        (
+            ("euler", 4, 0.0),
+            "time_shift must be positive, and 1 for euler_release, got 0.0 for euler",
+        ),
         (("euler", 4, float("nan")), "time_shift must be positive"),
         (("euler_release", 4, 2.0), "got 2.0 for euler_release"),
     ],

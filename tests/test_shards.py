@@ -38,7 +38,9 @@ def make_shards(folder, sizes, bad=()):
     paths, number = [], 0
     for index, size in enumerate(sizes):
         keys = range(number, number + size)
-        samples = [{"__key__": f"{i:05d}", ("cls" if i in bad else "txt"): f"sample {i}"} for i in keys]
+        samples = [
+            {"__key__": f"{i:05d}", ("cls" if i in bad else "txt"): f"sample {i}"} for i in keys
+        ]
         paths.append(str(folder / f"s-{index:03d}.tar"))
         write_shard(paths[-1], samples)
         number += size
@@ -49,12 +51,20 @@ def one_source(paths, decode=decode):
     return [Source("", tuple(paths), decode)]
 
 
-def make_stream(paths, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7, max_bad_share=1.0):
-    return mixed_stream(one_source(paths), batch_size, seed, rank, world_size, shuffle_buffer, max_bad_share)
+def make_stream(
+    paths, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7, max_bad_share=1.0
+):
+    return mixed_stream(
+        one_source(paths), batch_size, seed, rank, world_size, shuffle_buffer, max_bad_share
+    )
 
 
-def mixed_stream(sources, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7, max_bad_share=1.0):
-    return ShardStream(sources, collate, batch_size, seed, rank, world_size, shuffle_buffer, max_bad_share)
+def mixed_stream(
+    sources, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7, max_bad_share=1.0
+):
+    return ShardStream(
+        sources, collate, batch_size, seed, rank, world_size, shuffle_buffer, max_bad_share
+    )
 
 
 def read(paths, batch_size, max_bad_share=1.0, limit=None):
@@ -83,13 +93,19 @@ def epoch_of_reader(stream, epochs=1):
 def same(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert a["key"] == b["key"] and a["skipped"] == b["skipped"] and torch.equal(a["draw"], b["draw"])
+        assert (
+            a["key"] == b["key"]
+            and a["skipped"] == b["skipped"]
+            and torch.equal(a["draw"], b["draw"])
+        )
 
 
 # who reads what, in which order
 
 
-@pytest.mark.parametrize("sizes", [[5] * 8, [20] * 2, [40]], ids=["more_shards", "fewer_shards", "one_shard"])
+@pytest.mark.parametrize(
+    "sizes", [[5] * 8, [20] * 2, [40]], ids=["more_shards", "fewer_shards", "one_shard"]
+)
 def test_each_sample_once_per_epoch_over_two_ranks_and_two_workers(tmp_path, sizes):
     paths = make_shards(tmp_path, sizes)
     epochs = [Counter(), Counter()]
@@ -110,7 +126,9 @@ def test_each_sample_once_per_epoch_over_two_ranks_and_two_workers(tmp_path, siz
 @pytest.mark.parametrize("shuffle_buffer", [0, 4, 100])
 def test_uneven_shards_still_give_each_sample_once_per_epoch(tmp_path, sizes, shuffle_buffer):
     paths = make_shards(tmp_path, sizes)
-    readers = [make_stream(paths, rank=r, world_size=3, shuffle_buffer=shuffle_buffer) for r in range(3)]
+    readers = [
+        make_stream(paths, rank=r, world_size=3, shuffle_buffer=shuffle_buffer) for r in range(3)
+    ]
     per_reader = [epoch_of_reader(reader, epochs=3) for reader in readers]
     for epoch in range(3):
         keys = [key for keys in per_reader for key in keys[epoch]]
@@ -132,7 +150,9 @@ def test_the_order_changes_with_epoch_and_seed_and_is_the_same_for_the_same_seed
         (4, 5, [3, 14, 7, 19, 12, 9, 14, 4, 24, 19, 14, 4, 7, 19, 12, 2], 0.3580176680949253),
     ],
 )
-def test_the_order_stays_what_it_was_when_earlier_runs_were_made(tmp_path, rank, world_size, keys, draw):
+def test_the_order_stays_what_it_was_when_earlier_runs_were_made(
+    tmp_path, rank, world_size, keys, draw
+):
     paths = make_shards(tmp_path, [5, 9, 8, 4])
     batches = take(iter(make_stream(paths, seed=3, rank=rank, world_size=world_size)), 16)
     assert [int(key) for key in keys_of(batches)] == keys
@@ -141,7 +161,10 @@ def test_the_order_stays_what_it_was_when_earlier_runs_were_made(tmp_path, rank,
 
 def test_a_shuffle_buffer_of_one_keeps_the_order_inside_a_shard(tmp_path):
     (keys,) = epoch_of_reader(make_stream(make_shards(tmp_path, [10, 10]), shuffle_buffer=1))
-    assert sorted([keys[:10], keys[10:]]) == [[f"{i:05d}" for i in range(10)], [f"{i:05d}" for i in range(10, 20)]]
+    assert sorted([keys[:10], keys[10:]]) == [
+        [f"{i:05d}" for i in range(10)],
+        [f"{i:05d}" for i in range(10, 20)],
+    ]
 
 
 def test_the_draws_of_a_sample_depend_on_its_epoch_and_not_on_who_reads_it(tmp_path):
@@ -165,14 +188,18 @@ def test_the_draws_of_a_sample_depend_on_its_epoch_and_not_on_who_reads_it(tmp_p
 def test_every_batch_is_full_across_epochs(tmp_path):
     batches = take(iter(make_stream(make_shards(tmp_path, [5, 6]), batch_size=4)), 11)
     assert {len(batch["key"]) for batch in batches} == {4}
-    assert Counter(key for batch in batches for key in batch["key"]) == {f"{i:05d}": 4 for i in range(11)}
+    assert Counter(key for batch in batches for key in batch["key"]) == {
+        f"{i:05d}": 4 for i in range(11)
+    }
 
 
 # resuming
 
 
 def test_resuming_after_any_batch_continues_exactly(tmp_path):
-    paths = make_shards(tmp_path, [5, 9, 8], bad={3, 4, 11})  # blocks of 7, epochs of 22, batches of 3
+    paths = make_shards(
+        tmp_path, [5, 9, 8], bad={3, 4, 11}
+    )  # blocks of 7, epochs of 22, batches of 3
     whole = make_stream(paths, batch_size=3)
     batches, states = iter(whole), [whole.state_dict()]
     expected = []
@@ -188,7 +215,9 @@ def test_resuming_after_any_batch_continues_exactly(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 @pytest.mark.parametrize("sizes", [[5, 9, 8], [22]], ids=["more_shards", "fewer_shards"])
-def test_a_loader_resumes_exactly_inside_blocks_and_across_blocks_and_epochs(tmp_path, num_workers, sizes):
+def test_a_loader_resumes_exactly_inside_blocks_and_across_blocks_and_epochs(
+    tmp_path, num_workers, sizes
+):
     paths = make_shards(tmp_path, sizes, bad={3, 11})
 
     def loader():
@@ -236,7 +265,9 @@ def test_resuming_decodes_nothing_that_it_skips_and_reads_no_shard_before_its_bl
     paths = make_shards(tmp_path, [10] * 4)
     stream = make_stream(paths, batch_size=2, shuffle_buffer=10)
     batches = iter(stream)
-    order = [key for batch in take(batches, 13) for key in batch["key"]]  # 26 samples: in the third shard
+    order = [
+        key for batch in take(batches, 13) for key in batch["key"]
+    ]  # 26 samples: in the third shard
     state, expected = stream.state_dict(), next(batches)
     (tmp_path / f"s-{int(order[0]) // 10:03d}.tar").unlink()
     decoded = []
@@ -287,7 +318,10 @@ def test_a_loader_leaves_the_global_generator_alone(tmp_path):
 
 def test_a_stream_can_be_pickled(tmp_path):
     paths = make_shards(tmp_path, [8])
-    same(take(iter(pickle.loads(pickle.dumps(make_stream(paths)))), 8), take(iter(make_stream(paths)), 8))
+    same(
+        take(iter(pickle.loads(pickle.dumps(make_stream(paths)))), 8),
+        take(iter(make_stream(paths)), 8),
+    )
 
 
 # bad samples
@@ -300,14 +334,18 @@ def test_every_bad_sample_is_counted_once(tmp_path, num_workers):
     assert set().union(*(batch["skipped"] for batch in batches)) == {"text: missing"}
     usable = sum(len(batch["key"]) for batch in batches)
     counted = sum(batch["skipped"].get("text: missing", 0) for batch in batches)
-    assert usable == 48 and abs(counted - 24) <= 4  # 8 usable and 4 bad an epoch; some lie after the last batch
+    assert (
+        usable == 48 and abs(counted - 24) <= 4
+    )  # 8 usable and 4 bad an epoch; some lie after the last batch
 
 
 def test_an_epoch_without_a_usable_sample_stops_with_the_counts(tmp_path):
     paths = make_shards(tmp_path, [3], bad={0, 1, 2})
     with pytest.raises(ValueError, match="no usable sample in epoch 0.*text: missing: 3"):
         next(iter(make_stream(paths)))
-    with pytest.raises(ValueError, match="no usable sample in 1 shards.*text: missing: 3; the first bad: 00000, 0"):
+    with pytest.raises(
+        ValueError, match="no usable sample in 1 shards.*text: missing: 3; the first bad: 00000, 0"
+    ):
         next(read(paths, batch_size=2))
 
 
@@ -317,7 +355,9 @@ def test_a_reader_without_samples_stops_and_does_not_hang(tmp_path):
         next(iter(make_stream(paths, rank=2, world_size=3)))
 
 
-def test_an_error_in_a_worker_reaches_the_training_process(tmp_path):  # 5 s: torch joins the failed worker so long
+def test_an_error_in_a_worker_reaches_the_training_process(
+    tmp_path,
+):  # 5 s: torch joins the failed worker so long
     paths = make_shards(tmp_path, [3], bad={0, 1, 2})
     with pytest.raises(ValueError, match="no usable sample"):
         next(iter(build_loader(make_stream(paths), 1)))
@@ -326,8 +366,16 @@ def test_an_error_in_a_worker_reaches_the_training_process(tmp_path):  # 5 s: to
 def test_one_pass_reads_in_order_with_a_short_last_batch_and_counts_all_bad_samples(tmp_path):
     paths = make_shards(tmp_path, [4, 4], bad={0, 6, 7})
     batches = list(read(paths, batch_size=2))
-    assert [batch["key"] for batch in batches] == [["00001", "00002"], ["00003", "00004"], ["00005"]]
-    assert [batch["skipped"] for batch in batches] == [{"text: missing": 1}, {}, {"text: missing": 2}]
+    assert [batch["key"] for batch in batches] == [
+        ["00001", "00002"],
+        ["00003", "00004"],
+        ["00005"],
+    ]
+    assert [batch["skipped"] for batch in batches] == [
+        {"text: missing": 1},
+        {},
+        {"text: missing": 2},
+    ]
     limited = list(read(paths, batch_size=2, limit=3))
     assert [batch["key"] for batch in limited] == [["00001", "00002"], ["00003"]]
 
@@ -344,7 +392,9 @@ def make_sources(folder, sizes, weights, bad=()):
         for size in shards:
             keys = [f"{name}{i:03d}" for i in range(number, number + size)]
             paths.append(str(folder / name / f"{name}{number:03d}.tar"))
-            write_shard(paths[-1], ({"__key__": key, ("cls" if key in bad else "txt"): "x"} for key in keys))
+            write_shard(
+                paths[-1], ({"__key__": key, ("cls" if key in bad else "txt"): "x"} for key in keys)
+            )
             number += size
         sources.append(Source(name, tuple(paths), decode, weight))
     return sources
@@ -359,10 +409,14 @@ def reweighted(sources, *weights):
 
 
 def test_each_sample_of_each_source_once_per_epoch_over_two_ranks_and_two_workers(tmp_path):
-    sources = make_sources(tmp_path, [[5] * 8, [10, 10]], [3.0, 1.0])  # of "a" whole shards, of "b" every fourth sample
+    sources = make_sources(
+        tmp_path, [[5] * 8, [10, 10]], [3.0, 1.0]
+    )  # of "a" whole shards, of "b" every fourth sample
     epochs = {"a": [Counter(), Counter()], "b": [Counter(), Counter()]}
     for rank in range(2):
-        batches = take(iter(build_loader(mixed_stream(sources, rank=rank, world_size=2), num_workers=2)), 140)
+        batches = take(
+            iter(build_loader(mixed_stream(sources, rank=rank, world_size=2), num_workers=2)), 140
+        )
         for worker in range(2):
             mine = keys_of(batch for batch in batches if batch["worker"] == worker)
             for name, per_epoch in (("a", 10), ("b", 5)):
@@ -377,9 +431,13 @@ def test_each_sample_of_each_source_once_per_epoch_over_two_ranks_and_two_worker
 def test_a_source_gives_its_share_of_the_usable_samples(tmp_path):
     bad = {f"a{i:03d}" for i in range(30)}  # 3 of 4
     sources = make_sources(tmp_path, [[20, 20], [15], [9]], [5.0, 3.0, 2.0], bad=bad)
-    counts = Counter(key[0] for key in keys_of(take(iter(mixed_stream(sources, batch_size=10)), 400)))
+    counts = Counter(
+        key[0] for key in keys_of(take(iter(mixed_stream(sources, batch_size=10)), 400))
+    )
     assert [round(counts[name] / 4000, 1) for name in "abc"] == [0.5, 0.3, 0.2]
-    none = Counter(key[0] for key in keys_of(take(iter(mixed_stream(reweighted(sources, 1, 0, 3))), 200)))
+    none = Counter(
+        key[0] for key in keys_of(take(iter(mixed_stream(reweighted(sources, 1, 0, 3))), 200))
+    )
     assert set(none) == {"a", "c"}
 
 
@@ -398,10 +456,16 @@ def test_the_order_inside_a_source_does_not_depend_on_the_others(tmp_path):
         keys = keys_of(take(iter(mixed_stream(sources)), 80))
         return [[key for key in keys if key[0] == name] for name in "ab"]
 
-    (a, b), (more_a, less_b), (only_a, _) = order(*sources), order(*reweighted(sources, 5, 1)), order(sources[0])
+    (a, b), (more_a, less_b), (only_a, _) = (
+        order(*sources),
+        order(*reweighted(sources, 5, 1)),
+        order(sources[0]),
+    )
     assert more_a[: len(a)] == a and only_a[: len(a)] == a
     assert b[: len(less_b)] == less_b
-    assert [key[1:] for key in b] != [key[1:] for key in a[: len(b)]]  # though the two are made alike
+    assert [key[1:] for key in b] != [
+        key[1:] for key in a[: len(b)]
+    ]  # though the two are made alike
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -417,7 +481,9 @@ def test_a_mixture_resumes_exactly_after_any_batch(tmp_path, num_workers):
     for _ in range(30):
         states.append(pickle.loads(pickle.dumps(whole.state_dict())))
         expected.append(next(batches))
-    assert {"shard: truncated", "text: missing"} == set().union(*(batch["skipped"] for batch in expected))
+    assert {"shard: truncated", "text: missing"} == set().union(
+        *(batch["skipped"] for batch in expected)
+    )
     for step in range(0, 24, 1 if num_workers == 0 else 7):
         resumed = loader()
         resumed.load_state_dict(states[step])
@@ -455,9 +521,13 @@ def cut(path, damage="cut"):
         Path(path).unlink()
 
 
-@pytest.mark.parametrize(("sizes", "readers"), [([6] * 8, 2), ([12] * 2, 3)], ids=["more_shards", "fewer_shards"])
+@pytest.mark.parametrize(
+    ("sizes", "readers"), [([6] * 8, 2), ([12] * 2, 3)], ids=["more_shards", "fewer_shards"]
+)
 @pytest.mark.parametrize("damage", ["cut", "missing", "overwritten"])
-def test_the_rest_of_a_broken_shard_is_one_bad_sample_and_all_else_is_read_once(tmp_path, sizes, readers, damage):
+def test_the_rest_of_a_broken_shard_is_one_bad_sample_and_all_else_is_read_once(
+    tmp_path, sizes, readers, damage
+):
     paths = make_shards(tmp_path, sizes)
     cut(paths[1], damage)
     left = {"cut": 2, "overwritten": 1, "missing": 0}[damage]
@@ -471,7 +541,9 @@ def test_the_rest_of_a_broken_shard_is_one_bad_sample_and_all_else_is_read_once(
             seen.update(batch["key"])
             skipped.update(batch["skipped"])
             batch = next(batches)
-        skipped.update(batch["skipped"])  # what was skipped behind the last usable sample of its epoch
+        skipped.update(
+            batch["skipped"]
+        )  # what was skipped behind the last usable sample of its epoch
     assert seen == {f"{i:05d}": 3 for i in range(sum(sizes)) if i not in lost}
     reason = "shard: truncated" if damage == "cut" else "shard: unreadable"
     # in each epoch, and perhaps at the start of the fourth
@@ -516,7 +588,10 @@ def test_one_pass_goes_on_behind_a_broken_shard(tmp_path):
 
 
 def test_a_stream_of_shards_that_all_cannot_be_read_stops_naming_one(tmp_path):
-    with pytest.raises(ValueError, match=r"no usable sample in epoch 9.*shard: unreadable: 10; .*x.tar: No such file"):
+    with pytest.raises(
+        ValueError,
+        match=r"no usable sample in epoch 9.*shard: unreadable: 10; .*x.tar: No such file",
+    ):
         next(iter(make_stream([str(tmp_path / "x.tar")])))
 
 
@@ -532,7 +607,9 @@ def share_stream(tmp_path, bad, max_bad_share, reason="text: missing"):
         return decode(sample, draws)
 
     paths = make_shards(tmp_path, [200])
-    return mixed_stream(one_source(paths, decode_or_skip), shuffle_buffer=1, max_bad_share=max_bad_share)
+    return mixed_stream(
+        one_source(paths, decode_or_skip), shuffle_buffer=1, max_bad_share=max_bad_share
+    )
 
 
 def test_more_bad_samples_than_allowed_stop_the_run_with_counts_and_keys(tmp_path):
@@ -577,9 +654,13 @@ def test_reading_in_order_stops_at_too_many_bad_samples_too(tmp_path):
     assert sum(len(batch["key"]) for batch in read(paths, batch_size=5, max_bad_share=0.2)) == 180
 
 
-def test_what_stops_a_worker_reads_as_in_the_same_process(tmp_path):  # 5 s: torch joins the failed worker so long
+def test_what_stops_a_worker_reads_as_in_the_same_process(
+    tmp_path,
+):  # 5 s: torch joins the failed worker so long
     paths = make_shards(tmp_path, [200], bad=set(range(0, 200, 10)))
-    with pytest.raises(ValueError, match=r"^reader 0 of 1: 10 of the last 100 .* \(1 never stops\)$"):
+    with pytest.raises(
+        ValueError, match=r"^reader 0 of 1: 10 of the last 100 .* \(1 never stops\)$"
+    ):
         take(iter(build_loader(make_stream(paths, shuffle_buffer=1, max_bad_share=0.05), 1)), 150)
 
 
@@ -596,7 +677,9 @@ def test_impossible_settings_are_refused(options):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_with_other_readers_the_next_epoch_begins_and_is_seen_once(tmp_path, sizes, num_workers):
     paths, total = make_shards(tmp_path, sizes), sum(sizes)
-    loaders = [build_loader(make_stream(paths, rank=rank, world_size=2), num_workers) for rank in range(2)]
+    loaders = [
+        build_loader(make_stream(paths, rank=rank, world_size=2), num_workers) for rank in range(2)
+    ]
     for loader, count in zip(loaders, (3, 7), strict=True):
         batches = iter(loader)
         for _ in range(count):

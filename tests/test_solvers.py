@@ -1,11 +1,11 @@
-"""eval/solvers.py: errors against a fine reference on the tiny experiment, the fewest evaluations, files, refusals."""
+"""research/solvers.py: errors against a fine reference, the fewest evaluations, files, refusals."""
 
 import json
 
 import pytest
 import torch
 
-from eval.solvers import fewest, main, parse_args, relative_error
+from research.solvers import fewest, main, parse_args, relative_error
 
 
 def test_error_is_relative_to_the_way_travelled():
@@ -26,14 +26,30 @@ def test_fewest_is_the_smallest_budget_within_the_limit_over_all_shifts():
 
 
 def test_more_evaluations_come_nearer_and_second_order_needs_fewer(chain, tmp_path):
-    main(parse_args([str(chain.folder), "--guidance", "2", "--evaluations", "4", "12", "--output", str(tmp_path)]))
+    main(
+        parse_args(
+            [
+                str(chain.folder),
+                "--guidance",
+                "2",
+                "--evaluations",
+                "4",
+                "12",
+                "--output",
+                str(tmp_path),
+            ]
+        )
+    )
     report = json.loads((tmp_path / "solvers.json").read_text())["guidance"]["2"]
     errors = {(row["sampler"], row["evaluations"]): row["error"] for row in report["rows"]}
     assert errors["euler", 20] < errors["euler", 12] < errors["euler", 4]
     for name in ("midpoint", "heun", "adams2"):
         assert errors[name, 12] < errors["euler", 12]
     assert report["euler_20_error"] == errors["euler", 20]
-    assert report["evaluations_to_reach_it"]["euler"] == 20 and report["evaluations_to_reach_it"]["adams2"] <= 12
+    assert (
+        report["evaluations_to_reach_it"]["euler"] == 20
+        and report["evaluations_to_reach_it"]["adams2"] <= 12
+    )
     assert (tmp_path / "guidance_2.png").read_bytes()[:4] == b"\x89PNG"
 
 

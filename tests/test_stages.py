@@ -11,11 +11,11 @@ from tiny_experiment import Experiment, equal, metrics, reset_accelerate, to_tex
 
 from configs.load import load_config
 from data.tar import read_shard, write_shard
-from eval.stored_tokens import open_stored_tokens
-from eval.tokens_info import TokensInfo, load_tokens_info
 from modeling.posterior import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.run import start_run
+from training.stored_tokens import open_stored_tokens
+from training.tokens_info import TokensInfo, load_tokens_info
 
 TRAINED = ("text_encoder", "tokenizer", "text_projector", "text_decoder", "flowtok")
 
@@ -49,11 +49,20 @@ def test_the_flow_stages_log_whether_the_text_latents_collapse(chain):
 
 def test_stored_tokens_hold_every_sample_and_their_measured_scale(chain, tiny_shards):
     info = TokensInfo.load(chain.folder / "tokens")
-    assert (info.num_samples, info.num_tokens, info.token_channels, info.has_text_states) == (48, 16, 4, True)
+    assert (info.num_samples, info.num_tokens, info.token_channels, info.has_text_states) == (
+        48,
+        16,
+        4,
+        True,
+    )
     for name in ("train-00000.tar", "train-00001.tar"):
         tokens, images = read_shard(chain.folder / "tokens" / name), read_shard(tiny_shards / name)
-        assert [(s["__key__"], s["txt"]) for s in tokens] == [(s["__key__"], s["txt"]) for s in images]
-    assert weights(chain.folder / "flowtok")["latent_scale"].item() == pytest.approx(info.latent_scale)
+        assert [(s["__key__"], s["txt"]) for s in tokens] == [
+            (s["__key__"], s["txt"]) for s in images
+        ]
+    assert weights(chain.folder / "flowtok")["latent_scale"].item() == pytest.approx(
+        info.latent_scale
+    )
 
 
 def test_the_report_has_its_figures_and_pictures(chain):
@@ -88,9 +97,19 @@ OVERFIT += ["training.checkpoint_every_steps=1000", "optimizer.learning_rate=0.0
 WIDE = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.init_std=0"]
 WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=1"]
 LONG = {
-    "text_encoder": [*OVERFIT, "training.max_steps=50", "data.flip_probability=0", "optimizer.learning_rate=0.002"],
+    "text_encoder": [
+        *OVERFIT,
+        "training.max_steps=50",
+        "data.flip_probability=0",
+        "optimizer.learning_rate=0.002",
+    ],
     "tokenizer": [*OVERFIT, "training.max_steps=150", "data.flip_probability=0", *WIDE],
-    "text_projector": [*OVERFIT, "training.max_steps=100", "projector.dropout=0", "losses.kl_weight=0"],
+    "text_projector": [
+        *OVERFIT,
+        "training.max_steps=100",
+        "projector.dropout=0",
+        "losses.kl_weight=0",
+    ],
     "flowtok": [*OVERFIT, "training.max_steps=150", "projector.dropout=0"],
 }
 
@@ -118,7 +137,11 @@ def test_one_batch_is_overfitted_by_the_projector(few):
 
 def test_one_batch_is_overfitted_by_the_flow(few, tmp_path):
     few.run("text_projector", *LONG["text_projector"])
-    options = ["flow.projector=frozen", "flow.sample_image_latent=false", "flow.sample_text_latent=false"]
+    options = [
+        "flow.projector=frozen",
+        "flow.sample_image_latent=false",
+        "flow.sample_text_latent=false",
+    ]
     options += ["flow.null_probability=0", "sampling.guidance=1"]
     run = few.run_in(tmp_path, "flowtok", *LONG["flowtok"], *options)
     assert fall(run, "flow_matching") < 0.5
@@ -131,7 +154,9 @@ def last_weights(chain, tmp_path, stage, options):
     """Weights after a short run with each of several overrides."""
     runs = {}
     for index, option in enumerate(options):
-        run = chain.run_in(tmp_path / str(index), stage, "training.sample_every_steps=0", *option.split())
+        run = chain.run_in(
+            tmp_path / str(index), stage, "training.sample_every_steps=0", *option.split()
+        )
         assert [line["step"] for line in metrics(run)] == [2, 4]
         runs[option] = weights(run)
     return runs
@@ -146,7 +171,11 @@ def test_every_projector_mode_runs_and_frozen_keeps_the_weights_bit_for_bit(chai
     modes = [f"flow.projector={mode}" for mode in ("joint", "detached", "frozen")]
     projectors = last_weights(chain, tmp_path, "flowtok", modes)
     projectors = {
-        mode: {name.removeprefix("projector."): x for name, x in tensors.items() if name.startswith("projector.")}
+        mode: {
+            name.removeprefix("projector."): x
+            for name, x in tensors.items()
+            if name.startswith("projector.")
+        }
         for mode, tensors in projectors.items()
     }
     assert all_different(projectors)
@@ -167,8 +196,16 @@ def test_without_stage_2_the_projector_starts_from_random_weights(chain, tmp_pat
     [
         [f"flow.time_distribution={name}" for name in ("uniform", "logit_normal", "power")],
         ["flow.null_probability=0 sampling.guidance=1", "flow.null_probability=0.5"],
-        ["training.seed=0", "flow.sample_text_latent=false", "flow.sample_image_latent=false"],  # the first: as it is
-        ["losses.alignment_weight=0", "losses.kl_weight=0", "losses.kl_weight=0 losses.alignment_weight=0"],
+        [
+            "training.seed=0",
+            "flow.sample_text_latent=false",
+            "flow.sample_image_latent=false",
+        ],  # the first: as it is
+        [
+            "losses.alignment_weight=0",
+            "losses.kl_weight=0",
+            "losses.kl_weight=0 losses.alignment_weight=0",
+        ],
         ["training.max_gradient_norm=0", "training.max_gradient_norm=0.01"],
         ["training.gradient_accumulation=1", "training.gradient_accumulation=4", "training.seed=1"],
     ],
@@ -181,7 +218,12 @@ def test_options_of_the_flow_stage_run_and_change_the_weights(chain, tmp_path, o
 def test_the_ablations_of_the_alignment_run_and_change_the_weights(chain, tmp_path):
     base = weights(chain.run_in(tmp_path / "base", "flowtok", "projector_run=''"))
     cosine = weights(
-        chain.run_in(tmp_path / "cosine", "flowtok", "projector_run=''", "losses.alignment_form=cosine_margin")
+        chain.run_in(
+            tmp_path / "cosine",
+            "flowtok",
+            "projector_run=''",
+            "losses.alignment_form=cosine_margin",
+        )
     )
     assert not equal(base, cosine)
     name = "projector.alignment.log_temperature"
@@ -199,11 +241,17 @@ def test_fine_tuning_starts_from_ema_weights_at_step_0_and_resumes_from_itself(c
         "optimizer.learning_rate=1e-30",
         "optimizer.warmup_steps=0",
     )
-    run = chain.run_in(tmp_path, "flowtok", *options, "training.max_steps=2", "optimizer.weight_decay=0")
+    run = chain.run_in(
+        tmp_path, "flowtok", *options, "training.max_steps=2", "optimizer.weight_decay=0"
+    )
     start, tuned = weights(pretrained, EMA_FILE), weights(run)
-    assert all(torch.allclose(tuned[name], start[name], atol=1e-6) for name in start)  # a learning rate of nothing
+    assert all(
+        torch.allclose(tuned[name], start[name], atol=1e-6) for name in start
+    )  # a learning rate of nothing
     assert [line["step"] for line in metrics(run)] == [2]
-    more = chain.run_in(tmp_path, "flowtok", *options, "training.max_steps=4")  # resume: not from init_from again
+    more = chain.run_in(
+        tmp_path, "flowtok", *options, "training.max_steps=4"
+    )  # resume: not from init_from again
     assert [line["step"] for line in metrics(more)] == [2, 4]
     assert list(checkpoint_folders(more)) == [2, 4]
 
@@ -226,7 +274,10 @@ def test_a_fine_tuned_run_is_refused_when_its_start_was_trained_anew(chain, tmp_
     shutil.rmtree(start)
     other = chain.run_in(tmp_path / "other", "flowtok", "training.seed=5")
     shutil.copytree(other, start)
-    with pytest.raises(ValueError, match="was trained on what an earlier stage gave before it changed: init_from was"):
+    with pytest.raises(
+        ValueError,
+        match="was trained on what an earlier stage gave before it changed: init_from was",
+    ):
         chain.run_in(tmp_path, "flowtok", *options)
 
 
@@ -253,17 +304,30 @@ def test_the_projector_is_trained_with_and_without_the_image_regression(chain, t
 
 
 def test_options_of_the_tokenizer_stage_run_and_change_the_weights(chain, tmp_path):
-    losses = ["losses.l1_weight=1", "losses.gradient_weight=1", "losses.kl_weight=0.1", "losses.l2_weight=0.5"]
-    sizes = ["tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=1", "tokenizer.text_guidance=false"]
+    losses = [
+        "losses.l1_weight=1",
+        "losses.gradient_weight=1",
+        "losses.kl_weight=0.1",
+        "losses.l2_weight=0.5",
+    ]
+    sizes = [
+        "tokenizer.latent_grid=[4,4]",
+        "tokenizer.query_key_bias=1",
+        "tokenizer.text_guidance=false",
+    ]
     data = ["data.flip_probability=0", "data.shuffle_buffer=1"]
-    assert all_different(last_weights(chain, tmp_path, "tokenizer", ["training.seed=0", *losses, *sizes, *data]))
+    assert all_different(
+        last_weights(chain, tmp_path, "tokenizer", ["training.seed=0", *losses, *sizes, *data])
+    )
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "flowtok"])
 def test_bf16_trains_float32_weights_and_differs_from_float32(chain, tmp_path, stage):
     run = chain.run_in(tmp_path, stage, "training.precision=bf16")
     trained, reference = weights(run), weights(chain.folder / stage)
-    assert all(x.dtype == torch.float32 for x in [*trained.values(), *weights(run, EMA_FILE).values()])
+    assert all(
+        x.dtype == torch.float32 for x in [*trained.values(), *weights(run, EMA_FILE).values()]
+    )
     assert not equal(trained, reference)
     low, full = metrics(run)[-1]["loss"], metrics(chain.folder / stage)[-1]["loss"]
     assert low == pytest.approx(full, rel=0.1)
@@ -284,33 +348,67 @@ def test_two_passes_of_half_the_batch_are_one_pass_of_the_whole(chain, tmp_path,
 
 
 def test_each_direction_of_the_flow_trains_other_weights(chain, captioner, tiny_shards, tmp_path):
-    shared = [option for option in to_text(chain.folder, tiny_shards) if not option.startswith("flow.direction")]
+    shared = [
+        option
+        for option in to_text(chain.folder, tiny_shards)
+        if not option.startswith("flow.direction")
+    ]
     image = weights(chain.run_in(tmp_path / "image", "flowtok", *shared))
     joint = weights(
-        chain.run_in(tmp_path / "joint", "flowtok", *shared, "flow.direction=joint", "flowtok.two_way=true")
+        chain.run_in(
+            tmp_path / "joint", "flowtok", *shared, "flow.direction=joint", "flowtok.two_way=true"
+        )
     )
     text = weights(captioner)
     assert image.keys() == text.keys() == joint.keys() - {"flowtok.embed_direction.weight"}
     assert not any(
-        equal({name: a[name] for name in image}, b) for a, b in ((text, image), (joint, image), (joint, text))
+        equal({name: a[name] for name in image}, b)
+        for a, b in ((text, image), (joint, image), (joint, text))
     )
     directions = joint["flowtok.embed_direction.weight"]
     assert directions.abs().max(dim=1).values.min() > 0  # both rows have learned
 
 
 def test_one_batch_is_overfitted_by_the_flow_to_text(few, tmp_path):
-    few.run("text_decoder", "projector.dropout=0", "losses.kl_weight=0", "training.batch_size=4", "heldout_shards=[]")
+    few.run(
+        "text_decoder",
+        "projector.dropout=0",
+        "losses.kl_weight=0",
+        "training.batch_size=4",
+        "heldout_shards=[]",
+    )
     shards = few.config("tokens").data.shards[0].removesuffix("/*.tar")
-    options = [*to_text(few.folder, shards), "flow.sample_text_latent=false", "flow.sample_image_latent=false"]
-    run = few.run_in(tmp_path, "flowtok", *LONG["flowtok"], *options, "flow.null_probability=0", "sampling.guidance=1")
+    options = [
+        *to_text(few.folder, shards),
+        "flow.sample_text_latent=false",
+        "flow.sample_image_latent=false",
+    ]
+    run = few.run_in(
+        tmp_path,
+        "flowtok",
+        *LONG["flowtok"],
+        *options,
+        "flow.null_probability=0",
+        "sampling.guidance=1",
+    )
     assert fall(run, "flow_matching") < 0.5
 
 
 def test_one_directions_weights_can_go_on_in_both(chain, tiny_shards, tmp_path):
-    frozen = ["freeze_projector=true", "losses.kl_weight=0", f"projector_run={chain.folder}/flowtok"]
-    decoder = chain.run_in(tmp_path, "text_decoder", *frozen)  # it learns to read the flow's own z_T
+    frozen = [
+        "freeze_projector=true",
+        "losses.kl_weight=0",
+        f"projector_run={chain.folder}/flowtok",
+    ]
+    decoder = chain.run_in(
+        tmp_path, "text_decoder", *frozen
+    )  # it learns to read the flow's own z_T
     options = [*to_text(chain.folder, tiny_shards), "flow.direction=joint", "flowtok.two_way=true"]
-    options += ["projector_run=''", f"init_from={chain.folder}/flowtok", f"text_decoder_run={decoder}"]
+    options += [
+        "projector_run=''",
+        f"init_from={chain.folder}/flowtok",
+        f"text_decoder_run={decoder}",
+    ]
     options += ["optimizer.learning_rate=1e-30", "optimizer.weight_decay=0", "training.max_steps=2"]
     run = chain.run_in(tmp_path, "flowtok", *options)
     start, tuned = weights(chain.folder / "flowtok", EMA_FILE), weights(run)
@@ -321,33 +419,54 @@ def test_one_directions_weights_can_go_on_in_both(chain, tiny_shards, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("flow.projector=joint", "direction=image_to_text needs flow.projector=frozen .it is joint."),
-        ("losses.kl_weight=0.1", "no loss but the flow's, set losses.alignment_weight, kl_weight, image_regression"),
+        (
+            "flow.projector=joint",
+            "direction=image_to_text needs flow.projector=frozen .it is joint.",
+        ),
+        (
+            "losses.kl_weight=0.1",
+            "no loss but the flow's, set losses.alignment_weight, kl_weight, image_regression",
+        ),
         ("text_decoder_run=''", "needs a text decoder: set text_decoder_run"),
         ("pictures.images=[]", "pictures.images is empty: name folders or image shards"),
         ("pictures.images=[nowhere.tar]", "nowhere.tar, which does not exist"),
         ("pictures.num_images=0", "pictures.num_images must be at least 1"),
         ("flowtok.two_way=true", "direction=image_to_text needs flowtok.two_way=false"),
         ("flow.direction=joint", "direction=joint needs flowtok.two_way=true"),
-        ("projector_run=CHAIN/text_projector", "reads another projector's z_T than that of .*: set projector_run="),
-        ("text_decoder_run=CHAIN/flowtok", "is a run of stage 'flowtok', not of stage 'text_decoder'"),
+        (
+            "projector_run=CHAIN/text_projector",
+            "reads another projector's z_T than that of .*: set projector_run=",
+        ),
+        (
+            "text_decoder_run=CHAIN/flowtok",
+            "is a run of stage 'flowtok', not of stage 'text_decoder'",
+        ),
     ],
 )
-def test_a_flow_to_text_that_could_not_be_read_is_refused(chain, tiny_shards, tmp_path, option, message):
+def test_a_flow_to_text_that_could_not_be_read_is_refused(
+    chain, tiny_shards, tmp_path, option, message
+):
     option = option.replace("CHAIN", str(chain.folder))
     with pytest.raises(ValueError, match=message):
         chain.run_in(tmp_path, "flowtok", *to_text(chain.folder, tiny_shards), option)
     assert not list(tmp_path.rglob("step_*"))
 
 
-def test_a_flow_to_the_latents_of_a_projector_that_was_trained_anew_is_refused(chain, tiny_shards, tmp_path):
+def test_a_flow_to_the_latents_of_a_projector_that_was_trained_anew_is_refused(
+    chain, tiny_shards, tmp_path
+):
     decoder = tmp_path / "text_decoder"
     shutil.copytree(chain.folder / "text_decoder", decoder)
-    options = [o.replace(f"{chain.folder}/text_decoder", str(decoder)) for o in to_text(chain.folder, tiny_shards)]
+    options = [
+        o.replace(f"{chain.folder}/text_decoder", str(decoder))
+        for o in to_text(chain.folder, tiny_shards)
+    ]
     chain.run_in(tmp_path, "flowtok", *options)
     shutil.rmtree(decoder)
     shutil.copytree(chain.run_in(tmp_path / "other", "text_decoder", "training.seed=5"), decoder)
-    with pytest.raises(ValueError, match="trained on what an earlier stage gave before it changed: .*projector was"):
+    with pytest.raises(
+        ValueError, match="trained on what an earlier stage gave before it changed: .*projector was"
+    ):
         chain.run_in(tmp_path, "flowtok", *options)
 
 
@@ -361,7 +480,9 @@ def test_text_states_are_the_same_stored_or_encoded(chain, tmp_path):
         reset_accelerate()
         config = chain.config("flowtok", f"data.shards=[{folder}/tokens/*.tar]")
         run = start_run(tmp_path / "run", "fp32", seed=0)
-        tokens = open_stored_tokens(run, config, load_tokens_info(config.data, 16, 4, config.tokenizer_run))
+        tokens = open_stored_tokens(
+            run, config, load_tokens_info(config.data, 16, 4, config.tokenizer_run)
+        )
         assert (tokens.text_encoder is None) == (folder == chain.folder)
         batch = next(iter(tokens.loader))
         states.append((batch["key"], tokens.text_states(batch)))
@@ -373,18 +494,34 @@ def test_text_states_are_the_same_stored_or_encoded(chain, tmp_path):
 def test_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
     other = chain.run_in(tmp_path, "tokenizer", "training.seed=1", "training.max_steps=1")
     for stage in ("text_projector", "flowtok"):
-        with pytest.raises(ValueError, match="was written with another tokenizer .* delete the folder"):
+        with pytest.raises(
+            ValueError, match="was written with another tokenizer .* delete the folder"
+        ):
             chain.run_in(tmp_path, stage, f"tokenizer_run={other}")
-    with pytest.raises(ValueError, match="holds tokens of another source: tokenizer_fingerprint was .*Delete it"):
+    with pytest.raises(
+        ValueError, match="holds tokens of another source: tokenizer_fingerprint was .*Delete it"
+    ):
         chain.run("tokens", f"tokenizer_run={other}")
 
 
 @pytest.mark.parametrize(
     ("stage", "override", "message"),
     [
-        ("tokenizer", "tokenizer.text_tokens=8", "tokenizer.text_tokens x text_width = 8 x 32, but .* gives 16 x 32"),
-        ("text_projector", "projector.text_width=16", "gives 16 x 32 text states, the config expects"),
-        ("text_projector", "projector.token_channels=8", "holds 16 x 4 tokens, the config expects 16 x 8"),
+        (
+            "tokenizer",
+            "tokenizer.text_tokens=8",
+            "tokenizer.text_tokens x text_width = 8 x 32, but .* gives 16 x 32",
+        ),
+        (
+            "text_projector",
+            "projector.text_width=16",
+            "gives 16 x 32 text states, the config expects",
+        ),
+        (
+            "text_projector",
+            "projector.token_channels=8",
+            "holds 16 x 4 tokens, the config expects 16 x 8",
+        ),
         (
             "flowtok",
             "projector.width=32",
@@ -392,10 +529,16 @@ def test_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
         ),
         ("flowtok", "data.shards=[nowhere/*.tar]", "nowhere/tokens.json does not exist"),
         ("tokenizer", "data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),
-        ("tokenizer", "training.batch_size=9 training.gradient_accumulation=2", "9 is not divisible by processes"),
+        (
+            "tokenizer",
+            "training.batch_size=9 training.gradient_accumulation=2",
+            "9 is not divisible by processes",
+        ),
     ],
 )
-def test_stages_that_do_not_fit_are_refused_naming_both_sides(chain, tmp_path, stage, override, message):
+def test_stages_that_do_not_fit_are_refused_naming_both_sides(
+    chain, tmp_path, stage, override, message
+):
     with pytest.raises(ValueError, match=message):
         chain.run_in(tmp_path, stage, *override.split())
     assert not list(tmp_path.rglob("step_*"))

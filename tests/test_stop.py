@@ -13,7 +13,11 @@ from tiny_experiment import equal, metrics
 from training import checkpoint as ckpt
 from training.stop import STOPPED_FILE, STOPPED_STATUS, StopRequest
 
-LONG = ["training.max_steps=100000", "training.checkpoint_every_steps=100000", "training.log_every_steps=7"]
+LONG = [
+    "training.max_steps=100000",
+    "training.checkpoint_every_steps=100000",
+    "training.log_every_steps=7",
+]
 LONG += ["training.sample_every_steps=0", "optimizer.schedule=constant"]
 
 
@@ -54,14 +58,20 @@ with StopRequest(0.0, time.monotonic()):
 
 def test_a_second_signal_ends_at_once_unless_it_comes_with_the_first():
     command = [sys.executable, "-c", SECOND_SIGNAL]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert (result.stdout, result.returncode) == ("goes on\n", 128 + signal.SIGTERM)
 
 
 def wait_for_steps(run, process):
     """Until the first line of the log is there."""
     deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (run / "metrics.jsonl").is_file()
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
 
 
@@ -70,7 +80,11 @@ def test_a_signalled_training_checkpoints_and_ends_with_its_status_and_goes_on_l
     chain, tmp_path, number
 ):
     folder = tmp_path / "stopped"
-    command = [sys.executable, "train_tokenizer.py", *program(chain, folder, "tokenizer", *LONG, "data.num_workers=1")]
+    command = [
+        sys.executable,
+        "train_tokenizer.py",
+        *program(chain, folder, "tokenizer", *LONG, "data.num_workers=1"),
+    ]
     process, run = start(command), folder / "tokenizer"
     wait_for_steps(run, process)
     process.send_signal(number)
@@ -98,13 +112,17 @@ def test_max_hours_stops_cleanly(chain, tmp_path):
 
 
 def test_two_processes_stop_together_when_one_is_told_to(chain, tmp_path):
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
+    flags = (
+        "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
+    )
     flags += " --dynamo_backend no --num_cpu_threads_per_process 1"
     words = ["train_tokenizer.py", *program(chain, tmp_path, "tokenizer", *LONG)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *words]
     process, run = start(command, ACCELERATE_USE_CPU="true"), tmp_path / "tokenizer"
     wait_for_steps(run, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGUSR1)  # one of the two trainers
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -118,7 +136,9 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(chain, tmp_path):
     command = [sys.executable, "train_tokenizer.py", *program(chain, tmp_path, "tokenizer", *LONG)]
     process = start(command)
     wait_for_steps(tmp_path / "tokenizer", process)
-    with pytest.raises(ValueError, match=rf"is being trained by another process: process {process.pid} on "):
+    with pytest.raises(
+        ValueError, match=rf"is being trained by another process: process {process.pid} on "
+    ):
         chain.run_in(tmp_path, "tokenizer", *LONG)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)

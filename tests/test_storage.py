@@ -56,7 +56,9 @@ class Handler(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(storage, "HTTP_BACKOFF_S", 0.001)
-    monkeypatch.setattr(storage, "READ_BUFFER", 1024)  # small, so that small shards take several reads and jumps
+    monkeypatch.setattr(
+        storage, "READ_BUFFER", 1024
+    )  # small, so that small shards take several reads and jumps
     server = Server(tmp_path)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -112,7 +114,9 @@ def test_without_ranges_a_lost_file_is_read_again_up_to_where_it_broke(tmp_path,
 def test_a_connection_that_is_lost_again_and_again_gives_up(tmp_path, server):
     make_shards(tmp_path, [10])
     server.has_ranges, server.cut_after = False, 3000  # never gets beyond that byte
-    with pytest.raises(ShardError, match=r"s-000.tar: connection lost at byte 3000 of \d+ \(try 5\)"):
+    with pytest.raises(
+        ShardError, match=r"s-000.tar: connection lost at byte 3000 of \d+ \(try 5\)"
+    ):
         list(read_shard(server.url("s-000.tar")))
 
 
@@ -149,14 +153,19 @@ def test_a_server_that_answers_with_another_range_is_refused(tmp_path, server, m
     monkeypatch.setattr(Handler, "send_header", lambda self, name, value: (
         BaseHTTPRequestHandler.send_header(self, name, "bytes 7-9/10" if name == "Content-Range" else value)
     ))  # fmt: skip
-    with open_shard(server.url("s-000.tar")) as file, pytest.raises(OSError, match="asked for the bytes from 5000 on"):
+    with (
+        open_shard(server.url("s-000.tar")) as file,
+        pytest.raises(OSError, match="asked for the bytes from 5000 on"),
+    ):
         file.seek(5000)
         file.read(1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("sizes", [[9, 8, 7], [24]], ids=["more_shards", "fewer_shards"])
-def test_a_stream_from_a_server_has_the_order_of_the_local_one_and_resumes(tmp_path, server, sizes, num_workers):
+def test_a_stream_from_a_server_has_the_order_of_the_local_one_and_resumes(
+    tmp_path, server, sizes, num_workers
+):
     paths = make_shards(tmp_path, sizes)
     server.cut_after = 5000
 
@@ -193,7 +202,10 @@ def test_a_pipe_reads_like_the_file(tmp_path):
 
 def test_a_command_that_fails_names_itself_and_its_last_words(tmp_path):
     (path,) = make_shards(tmp_path, [3])
-    for command in (f"cat {path}; echo one >&2; echo last words >&2; exit 3", "echo last words >&2; exit 3"):
+    for command in (
+        f"cat {path}; echo one >&2; echo last words >&2; exit 3",
+        "echo last words >&2; exit 3",
+    ):
         with pytest.raises(ShardError, match="exited with status 3: last words") as error:
             list(read_shard(f"pipe:{command}"))
         assert error.value.reason == "unreadable" and command in str(error.value)

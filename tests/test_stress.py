@@ -18,10 +18,17 @@ from tiny_experiment import equal, metrics
 from training import checkpoint as ckpt
 from training.metrics import step_of
 
-KILLS, KILLS_INSIDE = 20, 6  # at random moments; of these, inside the writing of a checkpoint at least
+KILLS, KILLS_INSIDE = (
+    20,
+    6,
+)  # at random moments; of these, inside the writing of a checkpoint at least
 MAX_STEPS, EVERY_STEPS = 360, 4
 OPTIONS = [f"training.max_steps={MAX_STEPS}", f"training.checkpoint_every_steps={EVERY_STEPS}"]
-OPTIONS += ["training.log_every_steps=3", "training.sample_every_steps=100", "training.gradient_accumulation=2"]
+OPTIONS += [
+    "training.log_every_steps=3",
+    "training.sample_every_steps=100",
+    "training.gradient_accumulation=2",
+]
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +43,9 @@ def logged_step(run):
 def is_writing(run):
     """Whether a checkpoint is begun and not yet whole."""
     folder = run / "checkpoints"
-    return folder.is_dir() and any(name.startswith("step_") and name.endswith(".tmp") for name in os.listdir(folder))
+    return folder.is_dir() and any(
+        name.startswith("step_") and name.endswith(".tmp") for name in os.listdir(folder)
+    )
 
 
 def kill_somewhere(running, run, draw):
@@ -50,7 +59,9 @@ def kill_somewhere(running, run, draw):
         time.sleep(draw.uniform(0, 0.01))
     else:
         time.sleep(draw.uniform(0, 1.0 if where == "at the start" else 0.05))
-    status = running.kill() if draw.random() < 0.5 else running.kill_group()  # out of memory, or the machine died
+    status = (
+        running.kill() if draw.random() < 0.5 else running.kill_group()
+    )  # out of memory, or the machine died
     return where, is_writing(run), status
 
 
@@ -67,7 +78,9 @@ def compare(run, whole):
 def test_twenty_kills_at_random_moments_change_no_bit(chain, tmp_path, record_property):
     def start(name):
         arguments = program(chain, tmp_path / name, "tokenizer", *OPTIONS, "data.num_workers=1")
-        return Program(tmp_path / f"{name}.log", "train_tokenizer.py", *arguments), tmp_path / name / "tokenizer"
+        return Program(
+            tmp_path / f"{name}.log", "train_tokenizer.py", *arguments
+        ), tmp_path / name / "tokenizer"
 
     running, whole = start("whole")
     assert running.wait() == 0, running.output
@@ -89,10 +102,14 @@ def test_twenty_kills_at_random_moments_change_no_bit(chain, tmp_path, record_pr
     record_property("counted", text)
 
 
-def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(chain, tmp_path, record_property):
+def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(
+    chain, tmp_path, record_property
+):
     def start(name):
         arguments = program(chain, tmp_path / name, "tokenizer", *OPTIONS, "training.max_steps=60")
-        return start_ranks(tmp_path / f"{name}.log", 2, "train_tokenizer.py", *arguments), tmp_path / name / "tokenizer"
+        return start_ranks(
+            tmp_path / f"{name}.log", 2, "train_tokenizer.py", *arguments
+        ), tmp_path / name / "tokenizer"
 
     ranks, whole = start("whole")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
@@ -100,7 +117,9 @@ def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(chain
     for victims in ((0, 1), (1,), (0,)):
         ranks, run = start("killed")
         target = logged_step(run) + draw.randint(4, 12)
-        assert ranks[0].wait_until(lambda run=run, target=target: logged_step(run) >= target), ranks[0].output
+        assert ranks[0].wait_until(lambda run=run, target=target: logged_step(run) >= target), (
+            ranks[0].output
+        )
         time.sleep(draw.uniform(0, 0.05))
         for victim in victims:
             assert ranks[victim].kill() == -signal.SIGKILL
@@ -122,7 +141,9 @@ def test_a_killed_run_whose_newest_checkpoint_is_also_damaged_changes_no_bit(cha
 
     def start(name):
         arguments = program(chain, tmp_path / name, "tokenizer", *options, "data.num_workers=1")
-        return Program(tmp_path / f"{name}.log", "train_tokenizer.py", *arguments), tmp_path / name / "tokenizer"
+        return Program(
+            tmp_path / f"{name}.log", "train_tokenizer.py", *arguments
+        ), tmp_path / name / "tokenizer"
 
     running, whole = start("whole")
     assert running.wait() == 0, running.output
@@ -130,10 +151,15 @@ def test_a_killed_run_whose_newest_checkpoint_is_also_damaged_changes_no_bit(cha
     assert running.wait_until(lambda: logged_step(run) >= 20), running.output
     running.kill()
     newest = max(ckpt.checkpoint_folders(run))
-    damaged = run / "checkpoints" / f"{ckpt.PREFIX}{newest + EVERY_STEPS:08d}"  # one more, newer and not whole
+    damaged = (
+        run / "checkpoints" / f"{ckpt.PREFIX}{newest + EVERY_STEPS:08d}"
+    )  # one more, newer and not whole
     shutil.copytree(ckpt.checkpoint_folders(run)[newest], damaged)
     (damaged / ckpt.MODEL_FILE).write_bytes(b"half")
     running, run = start("killed")
     assert running.wait() == 0, running.output
-    assert f"{damaged.name} is damaged" in running.output and f"resuming at step {newest}" in running.output
+    assert (
+        f"{damaged.name} is damaged" in running.output
+        and f"resuming at step {newest}" in running.output
+    )
     compare(run, whole)

@@ -1,4 +1,4 @@
-"""scripts/sweep.py: a grid of the tiny experiment through the real launcher; equal work; going on; refusals."""
+"""research/sweep.py: a grid of the tiny experiment through the real launcher; equal work; going on; refusals."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import yaml
 from test_launch import this_python
 from test_resume import environment
 
-from scripts import sweep
+from research import sweep
 
 ROOT = Path(__file__).parents[1]
 METRICS = {"loss": "text_projector/metrics.jsonl:loss", "epoch": "report_like.json:deep.value"}
@@ -55,18 +55,27 @@ def run(file, output, *options):
 
 
 @pytest.mark.slow
-def test_a_grid_becomes_a_table_and_pictures_though_a_run_fails_and_the_same_command_trains_nothing(lab, chain, capsys):
+def test_a_grid_becomes_a_table_and_pictures_though_a_run_fails_and_the_same_command_trains_nothing(
+    lab, chain, capsys
+):
     variants = {"base": [], "broken": ["text_projector.data.shards=[/nowhere/*.tar]"]}
     file, output = write_sweep(lab, chain, variants=variants), lab / "out"
     with pytest.raises(SystemExit) as stopped:
         run(file, output)
     assert stopped.value.code == 1
     results = json.loads((output / "results.json").read_text())["results"]
-    assert [(r["variant"], r["seed"]) for r in results] == [("base", 0), ("base", 1), ("broken", 0), ("broken", 1)]
+    assert [(r["variant"], r["seed"]) for r in results] == [
+        ("base", 0),
+        ("base", 1),
+        ("broken", 0),
+        ("broken", 1),
+    ]
     losses = [r["metrics"]["loss"] for r in results[:2]]
     assert losses[0] != losses[1]  # the seed reaches the training
     logged = (output / "base" / "1" / "text_projector" / "metrics.jsonl").read_text().splitlines()
-    assert len(logged) == 4 and json.loads(logged[-1])["loss"] == losses[1]  # so does the override of all variants
+    assert (
+        len(logged) == 4 and json.loads(logged[-1])["loss"] == losses[1]
+    )  # so does the override of all variants
     linked = output / "base" / "0"
     assert (linked / "tokenizer").is_symlink() and not (linked / "text_projector").is_symlink()
     base, broken = (output / "table.md").read_text().splitlines()[2:4]
@@ -79,20 +88,25 @@ def test_a_grid_becomes_a_table_and_pictures_though_a_run_fails_and_the_same_com
     run(file, output, "--only", "base")
     assert (linked / "log").stat().st_mtime == trained
     assert "broken" not in (output / "table.md").read_text()
-    write_sweep(lab, chain, variants=variants, overrides=["text_projector.training.log_every_steps=2"])
+    write_sweep(
+        lab, chain, variants=variants, overrides=["text_projector.training.log_every_steps=2"]
+    )
     with pytest.raises(ValueError, match="base/0 was made by another command"):
         run(file, output)
 
 
 def test_equal_work_gives_a_larger_network_fewer_steps(lab, chain):
     wider = ["text_projector.projector.mlp_width=512"]
-    file = write_sweep(lab, chain, gflop={"text_projector": 2.0}, variants={"base": [], "wide": wider})
+    file = write_sweep(
+        lab, chain, gflop={"text_projector": 2.0}, variants={"base": [], "wide": wider}
+    )
     loaded = sweep.load_sweep(file)
     steps = {name: sweep.budget_steps(loaded, "text_projector", name) for name in loaded.variants}
     assert steps["base"] > 1.5 * steps["wide"] > 10
     command = sweep.command_of(loaded, "wide", 5, lab / "x")
     assert (
-        f"text_projector.training.max_steps={steps['wide']}" in command and "text_projector.training.seed=5" in command
+        f"text_projector.training.max_steps={steps['wide']}" in command
+        and "text_projector.training.seed=5" in command
     )
     assert command[-2:] == ["text_projector.training.log_every_steps=1", *wider]
     with pytest.raises(ValueError, match="less than one step of variant base"):
@@ -118,13 +132,17 @@ def test_a_wrong_file_is_refused_before_any_run(lab, chain, changes, message):
     assert not (lab / "out").exists()
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/sweeps/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("research/sweeps/*.yaml")), ids=lambda path: path.stem
+)
 def test_a_shipped_sweep_loads_and_its_header_has_its_command(file, tmp_path):
     text = file.read_text()
-    assert f"# python scripts/sweep.py configs/sweeps/{file.name}" in text
+    assert f"# python research/sweep.py research/sweeps/{file.name}" in text
     values = yaml.safe_load(text)
     assert len(values["seeds"]) >= 3
-    (tmp_path / file.name).write_text(yaml.safe_dump(values | {"start_from": ""}))  # it is not trained here
+    (tmp_path / file.name).write_text(
+        yaml.safe_dump(values | {"start_from": ""})
+    )  # it is not trained here
     sweep.load_sweep(tmp_path / file.name)
 
 
@@ -135,7 +153,9 @@ def test_a_missing_metric_names_file_and_key(lab, chain):
     (lab / "report_like.json").write_text('{"deep": {"value": 4}}')
     assert sweep.read_metrics(loaded, lab) == {"loss": 2.5, "epoch": 4}
     (lab / "report_like.json").write_text('{"deep": 4}')
-    with pytest.raises(ValueError, match=r"metrics.epoch: .*report_like.json has no number 'deep.value'"):
+    with pytest.raises(
+        ValueError, match=r"metrics.epoch: .*report_like.json has no number 'deep.value'"
+    ):
         sweep.read_metrics(loaded, lab)
 
 
@@ -145,5 +165,7 @@ def test_only_names_a_variant_that_exists(lab, chain):
 
 
 def test_help_is_the_manual():
-    program = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--help"]
-    assert "SweepConfig" in subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    program = [sys.executable, str(ROOT / "research" / "sweep.py"), "--help"]
+    assert (
+        "SweepConfig" in subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    )

@@ -16,7 +16,10 @@ def make_shards(folder, sizes):
     paths, number = [], 0
     for index, size in enumerate(sizes):
         paths.append(str(folder / f"s-{index:03d}.tar"))
-        write_shard(paths[-1], [{"__key__": f"{i:05d}", "txt": f"sample {i}"} for i in range(number, number + size)])
+        write_shard(
+            paths[-1],
+            [{"__key__": f"{i:05d}", "txt": f"sample {i}"} for i in range(number, number + size)],
+        )
         number += size
     return paths
 
@@ -44,7 +47,11 @@ def test_home_folder_expands(tmp_path, monkeypatch):
 
 def test_a_shard_listed_twice_is_refused(tmp_path):
     paths = make_shards(tmp_path, [1, 1])
-    for patterns in ([paths[0], paths[0]], [paths[1], str(tmp_path / "*.tar")], [str(tmp_path / "s-{000,000}.tar")]):
+    for patterns in (
+        [paths[0], paths[0]],
+        [paths[1], str(tmp_path / "*.tar")],
+        [str(tmp_path / "s-{000,000}.tar")],
+    ):
         with pytest.raises(ValueError, match="listed twice"):
             expand_shards(patterns)
 
@@ -55,16 +62,24 @@ def test_a_missing_shard_names_pattern_folder_and_nearest_files(tmp_path):
         expand_shards([str(tmp_path / "s-{000..002}.tar")])
     with pytest.raises(ValueError, match=r"x\*.tar.*matches no file.*nearest there: s-00"):
         expand_shards([str(tmp_path / "x*.tar")])
-    with pytest.raises(ValueError, match=rf"trian does not exist either, the nearest that does is {tmp_path}"):
+    with pytest.raises(
+        ValueError, match=rf"trian does not exist either, the nearest that does is {tmp_path}"
+    ):
         expand_shards([str(tmp_path / "trian" / "000.tar")])
     with pytest.raises(ValueError, match="names the folder"):
         expand_shards([str(tmp_path)])
 
 
 def test_urls_and_pipes_expand_by_braces_and_are_not_looked_up():
-    assert expand_shards(["https://h/x-{08..10}.tar?a=*"]) == [f"https://h/x-{i}.tar?a=*" for i in ("08", "09", "10")]
+    assert expand_shards(["https://h/x-{08..10}.tar?a=*"]) == [
+        f"https://h/x-{i}.tar?a=*" for i in ("08", "09", "10")
+    ]
     command = "pipe:aws s3 cp s3://b/{a,b}-{0..1}.tar - | awk '{print $1, $2}'"
-    expected = [f"pipe:aws s3 cp s3://b/{x}-{i}.tar - | awk '{{print $1, $2}}'" for x in "ab" for i in range(2)]
+    expected = [
+        f"pipe:aws s3 cp s3://b/{x}-{i}.tar - | awk '{{print $1, $2}}'"
+        for x in "ab"
+        for i in range(2)
+    ]
     assert expand_shards([command], allow_pipe=True) == expected
     with pytest.raises(ValueError, match="listed twice"):
         expand_shards(["http://h/a.tar", "http://h/{a,b}.tar"])
@@ -74,12 +89,18 @@ def test_a_pipe_is_refused_unless_allowed_and_other_stores_with_advice():
     with pytest.raises(ValueError, match="'pipe:ls' runs a shell command.*allow_pipe: true"):
         expand_shards(["pipe:ls"])
     for pattern in ("s3://bucket/a.tar", "gs://bucket/a.tar"):
-        with pytest.raises(ValueError, match=r"neither a file, http\(s\) nor a pipe.*pipe:aws s3 cp"):
+        with pytest.raises(
+            ValueError, match=r"neither a file, http\(s\) nor a pipe.*pipe:aws s3 cp"
+        ):
             expand_shards([pattern], allow_pipe=True)
 
 
 def test_empty_lists_strings_and_odd_braces_are_refused(tmp_path):
-    for patterns, message in (([], "empty"), ("a.tar", "single string"), (["{abc}.tar"], "neither a range")):
+    for patterns, message in (
+        ([], "empty"),
+        ("a.tar", "single string"),
+        (["{abc}.tar"], "neither a range"),
+    ):
         with pytest.raises(ValueError, match=message):
             expand_shards(patterns)
 
@@ -217,18 +238,26 @@ def test_folders_and_foreign_members_are_passed_over(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = 3
             tar.addfile(info, io.BytesIO(b"abc"))
-    expected = [{"__key__": "d/a", "jpg": b"abc", "txt": b"abc"}, {"__key__": "d/" + "n" * 200, "jpg": b"abc"}]
+    expected = [
+        {"__key__": "d/a", "jpg": b"abc", "txt": b"abc"},
+        {"__key__": "d/" + "n" * 200, "jpg": b"abc"},
+    ]
     assert list(read_shard(tmp_path / "x.tar")) == expected
 
 
 def test_webdataset_reads_our_shards_and_we_read_its(tmp_path):
     webdataset = pytest.importorskip("webdataset")
-    samples = [{"__key__": f"{i:03d}", "txt": f"text {i}".encode(), "latent.npy": b"x" * i} for i in range(4)]
+    samples = [
+        {"__key__": f"{i:03d}", "txt": f"text {i}".encode(), "latent.npy": b"x" * i}
+        for i in range(4)
+    ]
     write_shard(tmp_path / "ours.tar", samples)
     theirs = webdataset.WebDataset(str(tmp_path / "ours.tar"), shardshuffle=False)
     assert [{name: sample[name] for name in samples[0]} for sample in theirs] == samples
     with webdataset.TarWriter(str(tmp_path / "theirs.tar")) as writer:
         for sample in samples:
             writer.write(sample)
-    parts = [sorted(sample.items()) for sample in samples]  # it writes the parts in alphabetical order
+    parts = [
+        sorted(sample.items()) for sample in samples
+    ]  # it writes the parts in alphabetical order
     assert [sorted(sample.items()) for sample in read_shard(tmp_path / "theirs.tar")] == parts

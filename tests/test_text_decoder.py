@@ -11,7 +11,6 @@ from tiny_experiment import equal, metrics, weights
 
 from data.bad_samples import BadSample
 from data.caption_text import read_states
-from eval.loading import load_autoencoder, load_projector
 from modeling.text_decoder import (
     CLIP_VOCABULARY,
     TextAutoencoder,
@@ -24,10 +23,15 @@ from modeling.text_decoder import (
 from modeling.text_encoder import clip_tokenizer
 from modeling.text_projector import TextProjectorConfig
 from training.checkpoint import EMA_FILE
+from training.loading import load_autoencoder, load_projector
 
 L, T, C, V = 8, 24, 4, 40
-PROJECTOR = TextProjectorConfig(L, T, width=T, depth=1, num_heads=2, mlp_width=20, token_channels=C, dropout=0.0)
-DECODER = TextDecoderConfig(width=16, depth=1, num_heads=2, mlp_width=20, dropout=0.0, vocabulary_size=V)
+PROJECTOR = TextProjectorConfig(
+    L, T, width=T, depth=1, num_heads=2, mlp_width=20, token_channels=C, dropout=0.0
+)
+DECODER = TextDecoderConfig(
+    width=16, depth=1, num_heads=2, mlp_width=20, dropout=0.0, vocabulary_size=V
+)
 START, END = 49406, 49407
 
 
@@ -46,7 +50,9 @@ def ids(*words):
 
 
 def test_positions_count_up_to_the_end_token_and_padding_never_does():
-    batch = torch.stack([ids(100), ids(101, 0, 102), ids(*range(100, 106))])  # id 0 inside a caption is a "!"
+    batch = torch.stack(
+        [ids(100), ids(101, 0, 102), ids(*range(100, 106))]
+    )  # id 0 inside a caption is a "!"
     assert counted_positions(batch).tolist() == [0, 1, 2, 8, 9, 10, 11, 12, *range(16, 24)]
 
 
@@ -80,7 +86,10 @@ def test_a_caption_is_right_if_all_its_tokens_are_whatever_follows_the_end():
 
 def test_a_small_vocabulary_has_the_most_frequent_ids_in_rising_order():
     decoder = TextDecoder(replace(DECODER, vocabulary_size=3), L, C)
-    assert decoder.fit_vocabulary([torch.tensor([[9, 5, 5], [7, 7, 1]]), torch.tensor([[5, 7, 2]])]) == 2
+    assert (
+        decoder.fit_vocabulary([torch.tensor([[9, 5, 5], [7, 7, 1]]), torch.tensor([[5, 7, 2]])])
+        == 2
+    )
     assert decoder.token_ids.tolist() == [1, 5, 7]  # of those that occur once, the smallest
     assert decoder.classes_of(torch.tensor([[5, 9], [1, 2]])).tolist() == [[1, -1], [0, -1]]
 
@@ -111,7 +120,9 @@ def forward(model, sample=False, noise=0.0):
 def test_gradients_reach_decoder_and_projector_but_not_the_unused_alignment():
     model = build()
     out = forward(model, sample=True)
-    (caption_losses(out.logits, out.classes)["cross_entropy"] + out.mean.sum() + out.logvar.sum()).backward()
+    (
+        caption_losses(out.logits, out.classes)["cross_entropy"] + out.mean.sum() + out.logvar.sum()
+    ).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith("projector.alignment"), name
 
@@ -120,7 +131,9 @@ def test_a_frozen_projector_gets_no_gradient_and_stays_in_eval_mode():
     model = build()
     model.freeze_projector()
     model.train()
-    assert model.decoder.training and not any(module.training for module in model.projector.modules())
+    assert model.decoder.training and not any(
+        module.training for module in model.projector.modules()
+    )
     out = forward(model)
     caption_losses(out.logits, out.classes)["cross_entropy"].backward()
     for name, parameter in model.named_parameters():
@@ -131,7 +144,9 @@ def test_sampling_and_noise_change_what_is_decoded():
     model = build()
     plain, sampled, noisy = forward(model), forward(model, sample=True), forward(model, noise=0.5)
     assert torch.equal(plain.mean, sampled.mean) and torch.equal(plain.mean, noisy.mean)
-    assert not torch.equal(plain.logits, sampled.logits) and not torch.equal(plain.logits, noisy.logits)
+    assert not torch.equal(plain.logits, sampled.logits) and not torch.equal(
+        plain.logits, noisy.logits
+    )
     assert torch.equal(forward(model).logits, plain.logits)
 
 
@@ -158,7 +173,9 @@ def test_impossible_sizes_are_refused(options, message):
 
 
 def test_latents_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"text latents are B x \(5, 4\), the decoder expects B x \(8, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"text latents are B x \(5, 4\), the decoder expects B x \(8, 4\)"
+    ):
         build().decoder(torch.randn(2, 5, C))
 
 
@@ -175,7 +192,14 @@ def test_stored_states_are_read_and_broken_ones_are_bad_samples():
     states = np.arange(6, dtype=np.float16).reshape(2, 3)
     assert np.array_equal(read_states(saved(states)), states)
     broken = {"text.npy": saved(states)["text.npy"][:-2]}
-    for sample in ({}, broken, {"text.npy": b""}, saved(states.astype(float)), saved(states[0]), saved(np.array([{}]))):
+    for sample in (
+        {},
+        broken,
+        {"text.npy": b""},
+        saved(states.astype(float)),
+        saved(states[0]),
+        saved(np.array([{}])),
+    ):
         with pytest.raises(BadSample, match="^text: "):
             read_states(sample)
 
@@ -192,7 +216,8 @@ def test_accuracies_are_reported_while_training_and_on_held_out_captions(chain):
     lines = metrics(run)
     assert [line["step"] for line in lines] == [2, 4]
     assert all(
-        {"cross_entropy", "kl", "token_accuracy", "z_text_between_captions_std"} <= line.keys() for line in lines
+        {"cross_entropy", "kl", "token_accuracy", "z_text_between_captions_std"} <= line.keys()
+        for line in lines
     )
     for step in (2, 4):
         report = accuracy(run, step)
@@ -200,7 +225,11 @@ def test_accuracies_are_reported_while_training_and_on_held_out_captions(chain):
         assert {*report["heldout"]["examples"][0]} == {"caption", "decoded"}
 
 
-OVERFIT = ["training.max_steps=120", "training.log_every_steps=20", "training.checkpoint_every_steps=1000"]
+OVERFIT = [
+    "training.max_steps=120",
+    "training.log_every_steps=20",
+    "training.checkpoint_every_steps=1000",
+]
 OVERFIT += ["training.sample_every_steps=0", "optimizer.learning_rate=0.01", "losses.kl_weight=0"]
 OVERFIT += ["projector.dropout=0", "text_decoder.dropout=0"]
 
@@ -224,20 +253,33 @@ def test_the_saved_run_alone_rebuilds_the_decoder_with_its_vocabulary(chain):
 def test_stored_text_states_are_used_where_they_are_the_towers_own(chain, tmp_path):
     stored = weights(chain.folder / "text_decoder")
     chain.run_in(tmp_path / "tokens_of", "tokens", "store_text_states=false")
-    encoded = chain.run_in(tmp_path, "text_decoder", f"data.shards=[{tmp_path}/tokens_of/tokens/*.tar]")
+    encoded = chain.run_in(
+        tmp_path, "text_decoder", f"data.shards=[{tmp_path}/tokens_of/tokens/*.tar]"
+    )
     for name, x in weights(encoded).items():
-        torch.testing.assert_close(x, stored[name], rtol=0.05, atol=5e-3)  # states stored as float16
+        torch.testing.assert_close(
+            x, stored[name], rtol=0.05, atol=5e-3
+        )  # states stored as float16
 
 
 def test_captions_of_image_shards_serve_as_well(chain, tmp_path, tiny_shards):
-    run = chain.run_in(tmp_path, "text_decoder", f"data.shards=[{tiny_shards}/*.tar]", "heldout_shards=[]")
+    run = chain.run_in(
+        tmp_path, "text_decoder", f"data.shards=[{tiny_shards}/*.tar]", "heldout_shards=[]"
+    )
     assert "heldout" not in accuracy(run, 4)
 
 
 def test_options_of_the_stage_run_and_change_the_weights(chain, tmp_path):
     options = ["losses.kl_weight=0", "losses.kl_weight=0.1", "losses.latent_noise=0.5"]
-    options += ["text_decoder.dropout=0", "text_decoder.pre_norm=true", "text_decoder.vocabulary_size=49408"]
-    runs = [weights(chain.run_in(tmp_path / str(i), "text_decoder", option)) for i, option in enumerate(options)]
+    options += [
+        "text_decoder.dropout=0",
+        "text_decoder.pre_norm=true",
+        "text_decoder.vocabulary_size=49408",
+    ]
+    runs = [
+        weights(chain.run_in(tmp_path / str(i), "text_decoder", option))
+        for i, option in enumerate(options)
+    ]
     runs.append(weights(chain.folder / "text_decoder"))
     assert not any(equal(a, b) for i, a in enumerate(runs) for b in runs[:i])
 
@@ -253,21 +295,33 @@ def test_a_frozen_projector_is_that_of_the_run_bit_for_bit(chain, tmp_path):
 
 def test_a_vocabulary_that_is_too_small_is_said(chain, tmp_path, capsys):
     run = chain.run_in(tmp_path, "text_decoder", "text_decoder.vocabulary_size=5")
-    assert "text_decoder.vocabulary_size=5: the 5 rarest ids of the captions are left out" in capsys.readouterr().out
+    assert (
+        "text_decoder.vocabulary_size=5: the 5 rarest ids of the captions are left out"
+        in capsys.readouterr().out
+    )
     assert accuracy(run, 4)["train"]["token_accuracy"] < 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("freeze_projector=true", "freeze_projector=true needs a trained projector: set projector_run"),
+        (
+            "freeze_projector=true",
+            "freeze_projector=true needs a trained projector: set projector_run",
+        ),
         (
             "freeze_projector=true projector_run=x",
             "the KL of a frozen projector teaches nothing, set losses.kl_weight=0",
         ),
         ("losses.latent_noise=-1", "losses.latent_noise must not be negative"),
-        ("projector_run=PROJECTOR projector.depth=2", "the projector of .* is not this config's .*depth: 1 -> 2"),
-        ("projector.text_width=16", "gives 16 x 32 text states, the config expects projector.text_tokens"),
+        (
+            "projector_run=PROJECTOR projector.depth=2",
+            "the projector of .* is not this config's .*depth: 1 -> 2",
+        ),
+        (
+            "projector.text_width=16",
+            "gives 16 x 32 text states, the config expects projector.text_tokens",
+        ),
         ("data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),
         ("heldout_shards=[absent.tar]", "absent.tar, which does not exist"),
         ("projector_run=nowhere", "nowhere is no run folder"),

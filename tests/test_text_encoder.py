@@ -57,7 +57,9 @@ def test_tower_of_a_clip_that_keeps_it_in_text_is_found(tokenize):
     clip = build_clip(TINY_CLIP)
     wrapper = torch.nn.Module()
     wrapper.text = copy.deepcopy(clip)
-    assert torch.equal(TextEncoder(wrapper)(tokenize(CAPTIONS)), TextEncoder(clip)(tokenize(CAPTIONS)))
+    assert torch.equal(
+        TextEncoder(wrapper)(tokenize(CAPTIONS)), TextEncoder(clip)(tokenize(CAPTIONS))
+    )
 
 
 def test_states_are_causal(encoder, tokenize):
@@ -72,8 +74,12 @@ def test_states_are_causal(encoder, tokenize):
 def test_states_end_in_the_final_layer_norm(encoder, tokenize):
     assert torch.equal(encoder.ln_final.weight, torch.ones(T))  # as it starts
     states = encoder(tokenize(CAPTIONS))
-    torch.testing.assert_close(states.mean(dim=-1), torch.zeros(len(CAPTIONS), L), rtol=0, atol=1e-5)
-    torch.testing.assert_close(states.var(dim=-1, correction=0), torch.ones(len(CAPTIONS), L), rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        states.mean(dim=-1), torch.zeros(len(CAPTIONS), L), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        states.var(dim=-1, correction=0), torch.ones(len(CAPTIONS), L), rtol=0, atol=1e-2
+    )
 
 
 def test_tower_is_frozen_and_stays_in_eval_mode(encoder, tokenize):
@@ -95,7 +101,9 @@ def test_folder_round_trip_gives_the_same_states(tmp_path, tokenize):
     assert torch.equal(loaded(tokenize(CAPTIONS)), TextEncoder(clip)(tokenize(CAPTIONS)))
 
 
-def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(tmp_path, tokenize, monkeypatch):
+def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(
+    tmp_path, tokenize, monkeypatch
+):
     folder = tmp_path / "clip"
     old, new = build_clip(TINY_CLIP), build_clip(TINY_CLIP)
     save_clip(old, TINY_CLIP, folder)
@@ -108,21 +116,31 @@ def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(tmp_path,
         with pytest.raises(KeyboardInterrupt):
             save_clip(new, TINY_CLIP, folder)
     model = TextEncoderConfig(model=f"local-dir:{folder}")
-    assert torch.equal(load_text_encoder(model)(tokenize(CAPTIONS)), TextEncoder(old)(tokenize(CAPTIONS)))
+    assert torch.equal(
+        load_text_encoder(model)(tokenize(CAPTIONS)), TextEncoder(old)(tokenize(CAPTIONS))
+    )
     save_clip(new, TINY_CLIP, folder)
-    assert torch.equal(load_text_encoder(model)(tokenize(CAPTIONS)), TextEncoder(new)(tokenize(CAPTIONS)))
+    assert torch.equal(
+        load_text_encoder(model)(tokenize(CAPTIONS)), TextEncoder(new)(tokenize(CAPTIONS))
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
 
 
 def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
-    monkeypatch.setattr("open_clip.get_tokenizer", lambda model: SimpleNamespace(context_length=64))  # as HFTokenizer
-    with pytest.raises(ValueError, match="text_encoder.model ViT-B-16-SigLIP has no CLIP BPE tokenizer"):
+    monkeypatch.setattr(
+        "open_clip.get_tokenizer", lambda model: SimpleNamespace(context_length=64)
+    )  # as HFTokenizer
+    with pytest.raises(
+        ValueError, match="text_encoder.model ViT-B-16-SigLIP has no CLIP BPE tokenizer"
+    ):
         TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP"))
 
 
 def test_ids_are_those_of_the_clip_vocabulary_at_the_folders_context_length(tokenize):
     assert torch.equal(tokenize([*CAPTIONS, LONG]), clip_tokenizer(L)([*CAPTIONS, LONG]))
-    assert torch.equal(tokenize(["a cat"])[0, :5], torch.tensor([49406, 320, 2368, 49407, 0]))  # OpenAI's ids
+    assert torch.equal(
+        tokenize(["a cat"])[0, :5], torch.tensor([49406, 320, 2368, 49407, 0])
+    )  # OpenAI's ids
 
 
 def test_cut_captions_keep_their_end_token(tokenize):
@@ -167,7 +185,10 @@ def test_named_model_without_weights_is_refused():
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ValueError, match="pretrained=opena1 is neither a file nor a tag of ViT-B-32 .tags: openai, "):
+    with pytest.raises(
+        ValueError,
+        match="pretrained=opena1 is neither a file nor a tag of ViT-B-32 .tags: openai, ",
+    ):
         load_text_encoder(TextEncoderConfig(model="ViT-B-32", pretrained="opena1"))
 
 
@@ -184,7 +205,9 @@ def test_folder_whose_writing_was_cut_short_is_refused(tmp_path):
         load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path}"))
 
 
-def test_folder_without_weights_is_refused_instead_of_giving_a_random_tower(tmp_path, tiny_clip_dir):
+def test_folder_without_weights_is_refused_instead_of_giving_a_random_tower(
+    tmp_path, tiny_clip_dir
+):
     (tmp_path / CONFIG_FILE).write_bytes((tiny_clip_dir / CONFIG_FILE).read_bytes())
     with pytest.raises(ValueError, match="cannot load the text tower"):
         load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path}"))
@@ -224,7 +247,9 @@ def hub(named, monkeypatch):
         return str(named / filename)
 
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
+    monkeypatch.setattr(
+        "huggingface_hub.get_session", lambda: SimpleNamespace(head=lambda url, timeout: None)
+    )
     return downloads
 
 
@@ -242,8 +267,18 @@ def test_a_local_file_gives_the_same_states_as_the_hubs_name(named, hub, tokeniz
     save_file(clip.state_dict(), file)
     if form == "pickle":
         file = tmp_path / "clip.bin"
-        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in clip.state_dict().items()}}, file)
-    from_hub, from_file = states_of(tokenize, QUICK, "openai"), states_of(tokenize, QUICK, str(file))
+        torch.save(
+            {
+                "state_dict": {
+                    f"module.{name}": tensor for name, tensor in clip.state_dict().items()
+                }
+            },
+            file,
+        )
+    from_hub, from_file = (
+        states_of(tokenize, QUICK, "openai"),
+        states_of(tokenize, QUICK, str(file)),
+    )
     assert torch.equal(from_hub, from_file) and from_hub.dtype == torch.float32
     assert hub == [f"{REPOSITORY}/{WEIGHTS_FILE}"]
 
@@ -253,7 +288,9 @@ def test_the_name_or_the_option_says_the_activation_of_a_file(named, tokenize):
     quick = load_text_encoder(TextEncoderConfig(QUICK, file))
     exact = load_text_encoder(TextEncoderConfig(PLAIN, file, exact_gelu=True))
     assert (quick.quick_gelu, exact.quick_gelu) == (True, False)
-    assert not torch.allclose(quick(tokenize(CAPTIONS)), exact(tokenize(CAPTIONS)), rtol=0, atol=1e-4)
+    assert not torch.allclose(
+        quick(tokenize(CAPTIONS)), exact(tokenize(CAPTIONS)), rtol=0, atol=1e-4
+    )
     with pytest.raises(ValueError) as error:
         load_text_encoder(TextEncoderConfig(PLAIN, file))
     assert f"OpenAI, DFN or MetaCLIP: set text_encoder.model={QUICK}." in str(error.value)
@@ -261,7 +298,9 @@ def test_the_name_or_the_option_says_the_activation_of_a_file(named, tokenize):
 
 
 def test_a_tag_whose_weights_want_the_other_activation_is_refused(hub):
-    with pytest.raises(ValueError, match=f"the weights openai want QuickGELU, .*: set text_encoder.model={QUICK}"):
+    with pytest.raises(
+        ValueError, match=f"the weights openai want QuickGELU, .*: set text_encoder.model={QUICK}"
+    ):
         load_text_encoder(TextEncoderConfig(PLAIN, "openai"))
     with pytest.raises(ValueError, match="set text_encoder.model=ViT-L-14-336-quickgelu"):
         load_text_encoder(TextEncoderConfig("ViT-L-14-336", "openai"))
@@ -274,11 +313,15 @@ def test_exact_gelu_is_refused_where_the_activation_is_said_already(named, hub, 
         (QUICK, "openai"),
         (f"local-dir:{tiny_clip_dir}", ""),
     ):
-        with pytest.raises(ValueError, match="text_encoder.exact_gelu.*: leave it out|; leave it out"):
+        with pytest.raises(
+            ValueError, match="text_encoder.exact_gelu.*: leave it out|; leave it out"
+        ):
             load_text_encoder(TextEncoderConfig(model, pretrained, exact_gelu=True))
 
 
-def test_weights_in_the_hubs_cache_are_used_without_asking_the_hub(named, hub, tokenize, tmp_path, monkeypatch):
+def test_weights_in_the_hubs_cache_are_used_without_asking_the_hub(
+    named, hub, tokenize, tmp_path, monkeypatch
+):
     snapshot = tmp_path / f"models--{REPOSITORY.replace('/', '--')}"
     (snapshot / "refs").mkdir(parents=True)
     (snapshot / "refs" / "main").write_text("abc")
@@ -287,12 +330,18 @@ def test_weights_in_the_hubs_cache_are_used_without_asking_the_hub(named, hub, t
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_session", None)
     cached = states_of(tokenize, QUICK, "openai")
-    assert torch.equal(cached, states_of(tokenize, QUICK, str(snapshot / "snapshots" / "abc" / WEIGHTS_FILE)))
+    assert torch.equal(
+        cached, states_of(tokenize, QUICK, str(snapshot / "snapshots" / "abc" / WEIGHTS_FILE))
+    )
     assert not hub
 
 
-@pytest.mark.parametrize(("offline", "reason"), [(True, "HF_HUB_OFFLINE is set"), (False, "does not answer")])
-def test_without_network_the_error_says_what_to_download_and_how_to_name_it(hub, monkeypatch, offline, reason):
+@pytest.mark.parametrize(
+    ("offline", "reason"), [(True, "HF_HUB_OFFLINE is set"), (False, "does not answer")]
+)
+def test_without_network_the_error_says_what_to_download_and_how_to_name_it(
+    hub, monkeypatch, offline, reason
+):
     def head(url, timeout):
         raise ConnectionError("no route")
 
@@ -301,10 +350,15 @@ def test_without_network_the_error_says_what_to_download_and_how_to_name_it(hub,
     with pytest.raises(ValueError) as error:
         load_text_encoder(TextEncoderConfig(QUICK, "openai"))
     message = str(error.value)
-    assert f"cannot load the text tower {QUICK}, openai: it is not in the hub's cache on this machine" in message
+    assert (
+        f"cannot load the text tower {QUICK}, openai: it is not in the hub's cache on this machine"
+        in message
+    )
     assert reason in message and "\n" not in message and not hub
     assert f"download {WEIGHTS_FILE} of https://huggingface.co/{REPOSITORY} elsewhere" in message
-    assert f"set text_encoder.pretrained=PATH_OF_THE_FILE; text_encoder.model stays {QUICK}" in message
+    assert (
+        f"set text_encoder.pretrained=PATH_OF_THE_FILE; text_encoder.model stays {QUICK}" in message
+    )
 
 
 def test_a_repository_that_cannot_be_had_is_named_with_the_way_to_use_its_files(monkeypatch):
@@ -313,16 +367,23 @@ def test_a_repository_that_cannot_be_had_is_named_with_the_way_to_use_its_files(
 
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
     with pytest.raises(
-        ValueError, match="hf-hub:a/b: .*of https://huggingface.co/a/b elsewhere.*model=local-dir:FOLDER"
+        ValueError,
+        match="hf-hub:a/b: .*of https://huggingface.co/a/b elsewhere.*model=local-dir:FOLDER",
     ):
         load_text_encoder(TextEncoderConfig("hf-hub:a/b"))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")  # torch gives TorchScript up
-def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_readable(tokenize, named, tmp_path):
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)  # torch gives TorchScript up
+def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_readable(
+    tokenize, named, tmp_path
+):
     clip = build_clip(TINY_CLIP).eval().half()
     rounded = copy.deepcopy(clip).float()
-    clip.register_buffer("attn_mask", None)  # the state dict of OpenAI's files has no mask, but three numbers
+    clip.register_buffer(
+        "attn_mask", None
+    )  # the state dict of OpenAI's files has no mask, but three numbers
     for name in ("input_resolution", "context_length", "vocab_size"):
         vars(clip).pop(name, None)
         clip.register_buffer(name, torch.tensor(7))
@@ -350,6 +411,8 @@ def test_a_broken_weights_file_is_named_in_one_line(named, tmp_path, name, conte
 def test_under_bf16_autocast_the_weights_and_the_final_norm_stay_float32(encoder, tokenize):
     with torch.autocast("cpu", torch.bfloat16):
         states = encoder(tokenize(CAPTIONS))
-    assert {p.dtype for p in encoder.parameters()} == {torch.float32} and states.dtype == torch.float32
+    assert {p.dtype for p in encoder.parameters()} == {
+        torch.float32
+    } and states.dtype == torch.float32
     exact = encoder(tokenize(CAPTIONS))
     assert 0 < (states - exact).abs().max() < 0.1

@@ -1,11 +1,18 @@
-"""eval/text_limits.py: bags of words, and rows whose answers are known."""
+"""research/text_limits.py: bags of words, and rows whose answers are known."""
 
 import json
 
 import pytest
 import torch
 
-from eval.text_limits import bags_of_words, gaussian_features, main, mean_and_deviation, measure, shuffle_weights
+from research.text_limits import (
+    bags_of_words,
+    gaussian_features,
+    main,
+    mean_and_deviation,
+    measure,
+    shuffle_weights,
+)
 
 
 def test_bags_weigh_rare_words_and_ignore_what_all_captions_and_no_training_caption_have():
@@ -25,7 +32,9 @@ def test_a_text_that_determines_the_image_is_enough_and_one_that_does_not_is_cha
     latents = [(x.flatten(1) @ matrix).view(-1, 3, 2) for x in (states, heldout)]
     noise = [torch.randn(n, 2, 4, generator=generator) for n in (80, 40)]
     rows = list(measure({"true": [states, heldout], "noise": noise}, *latents))
-    assert [(row["text"], row["captions"]) for row in rows] == [(t, n) for t in ("true", "noise") for n in (20, 40, 80)]
+    assert [(row["text"], row["captions"]) for row in rows] == [
+        (t, n) for t in ("true", "noise") for n in (20, 40, 80)
+    ]
     assert [len(row["top1"]) for row in rows] == [3, 3, 1] * 2
     assert rows[2]["top1"] == [1.0] and rows[5]["top5"][0] < 0.4  # chance: 5 of 40
 
@@ -34,7 +43,9 @@ def test_curved_features_are_a_gaussian_kernel_of_the_mean_distance():
     train, heldout = torch.randn(60, 2, 5).double(), torch.randn(30, 2, 5).double()
     train[1] = train[0]  # the same caption twice
     features, others = (x.squeeze(1) for x in gaussian_features(train, heldout))
-    mean_square = (train.flatten(1)[:, None] - train.flatten(1)[None]).square().sum(dim=-1).sum() / (60 * 59)
+    mean_square = (train.flatten(1)[:, None] - train.flatten(1)[None]).square().sum(
+        dim=-1
+    ).sum() / (60 * 59)
     for rows, states in ((features, train), (others, heldout)):
         distances = torch.cdist(states.flatten(1), train.flatten(1))
         expected = torch.exp(-distances.square() / (2 * mean_square))

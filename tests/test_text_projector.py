@@ -9,7 +9,6 @@ from torch import nn
 
 from modeling.losses import contrastive_loss, kl_loss
 from modeling.posterior import Posterior
-from modeling.ridge import fit_ridge
 from modeling.text_projector import (
     WHITENING_FLOOR,
     ProjectorBlock,
@@ -18,9 +17,12 @@ from modeling.text_projector import (
     TextWhitening,
     flatten_normalize,
 )
+from training.ridge import fit_ridge
 
 B, L, T, C = 3, 5, 24, 4
-CONFIG = TextProjectorConfig(L, T, width=T, depth=2, num_heads=2, mlp_width=20, token_channels=C, alignment_width=16)
+CONFIG = TextProjectorConfig(
+    L, T, width=T, depth=2, num_heads=2, mlp_width=20, token_channels=C, alignment_width=16
+)
 
 
 def build(**options):
@@ -40,7 +42,10 @@ def perturb_norms(module):
 
 def layer_norm(x, norm):
     centred = x - x.mean(dim=-1, keepdim=True)
-    return centred / (centred.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    return (
+        centred / (centred.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        + norm.bias
+    )
 
 
 def mlp(block, x):
@@ -70,7 +75,10 @@ def test_dropout_acts_on_both_branches_in_training_only(pre_norm):
     x = states()
     assert torch.equal(block.eval()(x), block(x))
     assert not torch.equal(block.train()(x), block(x))
-    for silenced in (block.attention.out, block.mlp[2]):  # one branch off: the other one still varies
+    for silenced in (
+        block.attention.out,
+        block.mlp[2],
+    ):  # one branch off: the other one still varies
         saved = [p.detach().clone() for p in silenced.parameters()]
         for parameter in silenced.parameters():
             nn.init.zeros_(parameter)
@@ -125,7 +133,9 @@ def test_gradient_reaches_every_parameter(options):
     mean, logvar, alignment, log_temperature = projector(states())
     text = Posterior(mean, logvar).sample()
     (contrastive_loss(text, alignment, log_temperature) + kl_loss(mean, logvar)).backward()
-    silent = [n for n, p in projector.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    silent = [
+        n for n, p in projector.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert not silent
 
 
@@ -134,19 +144,25 @@ def test_init_misses_no_parameter(monkeypatch):
         for parameter in layer.parameters(recurse=False):
             nn.init.constant_(parameter, float("nan"))
 
-    monkeypatch.setattr(nn.Linear, "reset_parameters", unset)  # what PyTorch starts with must not be what is left
+    monkeypatch.setattr(
+        nn.Linear, "reset_parameters", unset
+    )  # what PyTorch starts with must not be what is left
     assert not [name for name, p in build(**FULL).named_parameters() if p.isnan().any()]
 
 
 def correlated():
     """Text states with correlated channels of unlike deviations around a mean, float64."""
     mix = torch.randn(T, T, dtype=torch.float64) + 3 * torch.eye(T, dtype=torch.float64)
-    return torch.randn(200, L, T, dtype=torch.float64) @ mix + torch.linspace(-5, 5, T, dtype=torch.float64)
+    return torch.randn(200, L, T, dtype=torch.float64) @ mix + torch.linspace(
+        -5, 5, T, dtype=torch.float64
+    )
 
 
 def test_whitened_states_have_zero_mean_unit_variance_and_no_correlation(monkeypatch):
     monkeypatch.setattr("modeling.text_projector.WHITENING_FLOOR", 0.0)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # forward rounds to float32 else
+    monkeypatch.setattr(
+        torch.Tensor, "float", torch.Tensor.double
+    )  # forward rounds to float32 else
     text, whitening = correlated(), TextWhitening(T).double()
     whitening.fit(text.split(64))  # the last batch is smaller
     rows = whitening(text).flatten(0, 1)
@@ -185,7 +201,10 @@ def test_whitening_is_float32_under_autocast():
     whitening, text = TextWhitening(T), states()
     whitening.fit([correlated()])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(whitening(text), whitening(text.float())) and whitening(text).dtype == torch.float32
+        assert (
+            torch.equal(whitening(text), whitening(text.float()))
+            and whitening(text).dtype == torch.float32
+        )
     assert torch.equal(whitening(text), (text - whitening.mean) @ whitening.matrix)
 
 
@@ -213,7 +232,9 @@ def test_an_rms_mean_has_tokens_of_root_mean_square_one():
     rms.load_state_dict(free.state_dict())
     mean, found = (projector.eval().posterior(text).mean for projector in (free, rms))
     torch.testing.assert_close(found.square().mean(-1).sqrt(), torch.ones(B, L), rtol=1e-4, atol=0)
-    torch.testing.assert_close(found, mean / mean.square().mean(-1, keepdim=True).sqrt(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        found, mean / mean.square().mean(-1, keepdim=True).sqrt(), rtol=1e-3, atol=1e-4
+    )
 
 
 LINEAR = {"pre_norm": True, "linear_start": 0.1}
@@ -222,13 +243,19 @@ LINEAR = {"pre_norm": True, "linear_start": 0.1}
 def test_a_linear_start_gives_the_ridge_and_the_blocks_add_to_it():
     projector, text = build(**LINEAR).eval(), states(50)
     latents = torch.randn(50, L, C) + 1
-    assert torch.equal(projector.posterior(text).mean, torch.zeros(50, L, C))  # nothing is measured yet
+    assert torch.equal(
+        projector.posterior(text).mean, torch.zeros(50, L, C)
+    )  # nothing is measured yet
     projector.linear_start.fit(text, latents)
     queries = states(7)
-    torch.testing.assert_close(projector.posterior(queries).mean, fit_ridge(text, latents, [0.1])(queries))
+    torch.testing.assert_close(
+        projector.posterior(queries).mean, fit_ridge(text, latents, [0.1])(queries)
+    )
     nn.init.normal_(projector.to_moments.weight)
     plain = build(pre_norm=True).eval()
-    plain.load_state_dict({k: v for k, v in projector.state_dict().items() if "linear_start" not in k})
+    plain.load_state_dict(
+        {k: v for k, v in projector.state_dict().items() if "linear_start" not in k}
+    )
     added = projector.posterior(queries).mean - projector.linear_start(queries)
     torch.testing.assert_close(added, plain.posterior(queries).mean, rtol=1e-4, atol=1e-5)
 
@@ -251,7 +278,9 @@ def test_gradient_reaches_every_parameter_beside_a_linear_start_after_the_first_
         mean, logvar, alignment, log_temperature = projector(states())
         (contrastive_loss(mean, alignment, log_temperature) + kl_loss(mean, logvar)).backward()
         optimizer.step()
-    assert not [n for n, p in projector.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not [
+        n for n, p in projector.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
 
 
 def test_a_linear_start_is_float32_under_autocast():
@@ -281,7 +310,9 @@ def test_half_precision_states_give_float32_moments():
 
 
 def test_text_states_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="text states are B x \\(5, 23\\), the projector expects B x \\(5, 24\\)"):
+    with pytest.raises(
+        ValueError, match="text states are B x \\(5, 23\\), the projector expects B x \\(5, 24\\)"
+    ):
         build().posterior(torch.randn(B, L, T - 1))
 
 
@@ -308,10 +339,14 @@ def test_flattened_rows_have_length_one_and_keep_their_direction():
 
 
 def test_the_pooled_target_averages_neighbouring_channels_and_has_no_weights():
-    config = TextProjectorConfig(2, 8, 8, 1, 2, 8, token_channels=4, alignment_target="average_pool")
+    config = TextProjectorConfig(
+        2, 8, 8, 1, 2, 8, token_channels=4, alignment_target="average_pool"
+    )
     head = TextProjector(config).alignment
     states = torch.arange(16.0).view(1, 2, 8)
-    torch.testing.assert_close(head(states), torch.tensor([[[0.5, 2.5, 4.5, 6.5], [8.5, 10.5, 12.5, 14.5]]]))
+    torch.testing.assert_close(
+        head(states), torch.tensor([[[0.5, 2.5, 4.5, 6.5], [8.5, 10.5, 12.5, 14.5]]])
+    )
     assert [name for name, _ in head.named_parameters()] == ["log_temperature"]
     with pytest.raises(ValueError, match="text_width 8 is not divisible by token_channels 3"):
         TextProjectorConfig(2, 8, 8, 1, 2, 8, token_channels=3, alignment_target="average_pool")

@@ -29,7 +29,12 @@ def states(seed, length=5, width=8):
 
 
 def sample(number, **parts):
-    base = {"__key__": f"{number:03d}", "latent.npy": latent(number), "txt": f"text {number}", "json": {"n": number}}
+    base = {
+        "__key__": f"{number:03d}",
+        "latent.npy": latent(number),
+        "txt": f"text {number}",
+        "json": {"n": number},
+    }
     return {**base, **parts}
 
 
@@ -39,7 +44,9 @@ def write(tmp_path, samples, name="0.tar"):
 
 
 def config(*shards, **options):
-    return TokenTextConfig(shards=list(shards), **{"num_workers": 0, "shuffle_buffer": 5, **options})
+    return TokenTextConfig(
+        shards=list(shards), **{"num_workers": 0, "shuffle_buffer": 5, **options}
+    )
 
 
 def read(path, batch_size=8, tokenizer=None, **options):
@@ -49,20 +56,41 @@ def read(path, batch_size=8, tokenizer=None, **options):
 def test_stored_values_come_back_as_written(tmp_path):
     path = write(tmp_path, [sample(i, **{"text.npy": states(i)}) for i in range(3)])
     (batch,) = read(path, tokenizer=tokenize)
-    assert set(batch) == {"latent_mean", "latent_logvar", "text_states", "token_ids", "caption", "key", "skipped"}
+    assert set(batch) == {
+        "latent_mean",
+        "latent_logvar",
+        "text_states",
+        "token_ids",
+        "caption",
+        "key",
+        "skipped",
+    }
     stored = torch.from_numpy(np.stack([latent(i) for i in range(3)])).float()
-    assert torch.equal(batch["latent_mean"], stored[:, 0]) and torch.equal(batch["latent_logvar"], stored[:, 1])
+    assert torch.equal(batch["latent_mean"], stored[:, 0]) and torch.equal(
+        batch["latent_logvar"], stored[:, 1]
+    )
     assert batch["latent_mean"].dtype == torch.float32 and batch["latent_logvar"].is_contiguous()
     assert batch["text_states"].dtype == torch.float16
-    assert torch.equal(batch["text_states"], torch.from_numpy(np.stack([states(i) for i in range(3)])))
-    assert batch["key"] == ["000", "001", "002"] and batch["caption"] == ["text 0", "text 1", "text 2"]
+    assert torch.equal(
+        batch["text_states"], torch.from_numpy(np.stack([states(i) for i in range(3)]))
+    )
+    assert batch["key"] == ["000", "001", "002"] and batch["caption"] == [
+        "text 0",
+        "text 1",
+        "text 2",
+    ]
     assert torch.equal(batch["token_ids"], tokenize(batch["caption"])) and batch["skipped"] == {}
 
 
 def test_headerless_release_tokens_equal_the_same_latents_in_our_format(tmp_path):
     ours = write(tmp_path, [sample(i) for i in range(2)], "ours.tar")
-    flat = [latent(i).transpose(0, 2, 1).reshape(2 * C, K) for i in range(2)]  # mean channels first, then log-variance
-    release = [{"__key__": f"{i:03d}", "token.npy": flat[i].astype("<f2").tobytes(), "txt": "x"} for i in range(2)]
+    flat = [
+        latent(i).transpose(0, 2, 1).reshape(2 * C, K) for i in range(2)
+    ]  # mean channels first, then log-variance
+    release = [
+        {"__key__": f"{i:03d}", "token.npy": flat[i].astype("<f2").tobytes(), "txt": "x"}
+        for i in range(2)
+    ]
     (expected,), (batch,) = read(ours), read(write(tmp_path, release, "release.tar"))
     assert torch.equal(batch["latent_mean"], expected["latent_mean"])
     assert torch.equal(batch["latent_logvar"], expected["latent_logvar"])
@@ -80,7 +108,10 @@ def test_text_states_in_only_some_samples_stop_the_run_naming_both(tmp_path):
 
 
 def test_text_states_of_two_shapes_stop_the_run(tmp_path):
-    path = write(tmp_path, [sample(0, **{"text.npy": states(0)}), sample(1, **{"text.npy": states(1, length=7)})])
+    path = write(
+        tmp_path,
+        [sample(0, **{"text.npy": states(0)}), sample(1, **{"text.npy": states(1, length=7)})],
+    )
     with pytest.raises(ValueError, match=r"001.text.npy: given \(7, 8\), expected \(5, 8\)"):
         read(path)
 
@@ -88,14 +119,22 @@ def test_text_states_of_two_shapes_stop_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"latent.npy": np.zeros((2, K, C + 1), np.float16)}, r"000.latent.npy.*\(2, 6, 5\), expected \(2, 6, 4\)"),
+        (
+            {"latent.npy": np.zeros((2, K, C + 1), np.float16)},
+            r"000.latent.npy.*\(2, 6, 5\), expected \(2, 6, 4\)",
+        ),
         ({"latent.npy": np.zeros((2, C, K), np.float16)}, r"expected \(2, 6, 4\)"),
         ({"latent.npy": np.zeros((2, K, C), np.float32)}, "000.latent.npy.*<f4.*expected '<f2'"),
         ({"latent.npy": np.asfortranarray(latent(0))}, "Fortran order True"),
-        ({"text.npy": np.zeros(4, np.float16)}, r"000.text.npy: given shape \(4,\), expected \(L, W\)"),
+        (
+            {"text.npy": np.zeros(4, np.float16)},
+            r"000.text.npy: given shape \(4,\), expected \(L, W\)",
+        ),
     ],
 )
-def test_arrays_of_another_shape_or_type_stop_the_run_naming_key_given_and_expected(tmp_path, parts, message):
+def test_arrays_of_another_shape_or_type_stop_the_run_naming_key_given_and_expected(
+    tmp_path, parts, message
+):
     path = write(tmp_path, [sample(0, **parts)])
     with pytest.raises(ValueError, match=message):
         read(path)
@@ -153,7 +192,9 @@ def test_a_loader_resumes_bit_for_bit(tmp_path, num_workers):
     path = write(tmp_path, [sample(i, **{"text.npy": states(i)}) for i in range(20)])
 
     def loader():
-        return build_token_loader(config(path, num_workers=num_workers), K, C, tokenize, batch_size=3, seed=5)
+        return build_token_loader(
+            config(path, num_workers=num_workers), K, C, tokenize, batch_size=3, seed=5
+        )
 
     whole = loader()
     batches = iter(whole)
@@ -184,37 +225,61 @@ def test_one_pass_can_be_limited_and_given_other_shards(tmp_path):
 
 
 def test_each_source_has_its_own_captions_filters_and_share(tmp_path):
-    first = [sample(i, json={"aesthetic": 4 + i % 3}, recap_txt="The image shows more") for i in range(12)]
+    first = [
+        sample(i, json={"aesthetic": 4 + i % 3}, recap_txt="The image shows more")
+        for i in range(12)
+    ]
     second = [sample(100 + i, json={"captions": ["one", "two"]}) for i in range(12)]
     sources = {
         "first": SourceConfig([write(tmp_path, first, "0.tar")], 3.0, recaption_keys=["recap_txt"]),
         "second": SourceConfig([write(tmp_path, second, "1.tar")], filters=FilterConfig()),
     }
     filters = FilterConfig(min_aesthetic_score=5.0)
-    cfg = TokenTextConfig(sources=sources, caption_keys=["json:captions", "txt"], filters=filters, num_workers=0)
+    cfg = TokenTextConfig(
+        sources=sources, caption_keys=["json:captions", "txt"], filters=filters, num_workers=0
+    )
     batches = iter(build_token_loader(cfg, K, C, None, 100, seed=0))
     captions, keys, skipped = Counter(), Counter(), Counter()
     for batch in (next(batches) for _ in range(4)):
-        captions.update(caption if caption in ("more", "one", "two") else "ordinary" for caption in batch["caption"])
+        captions.update(
+            caption if caption in ("more", "one", "two") else "ordinary"
+            for caption in batch["caption"]
+        )
         keys.update(batch["key"])
         skipped.update(batch["skipped"])
-    assert captions["more"] > 250 and captions["ordinary"] > 0 and captions["one"] > 20 and captions["two"] > 20
-    assert set(keys) == {f"{i:03d}" for i in range(12) if i % 3} | {f"{100 + i:03d}" for i in range(12)}
+    assert (
+        captions["more"] > 250
+        and captions["ordinary"] > 0
+        and captions["one"] > 20
+        and captions["two"] > 20
+    )
+    assert set(keys) == {f"{i:03d}" for i in range(12) if i % 3} | {
+        f"{100 + i:03d}" for i in range(12)
+    }
     assert set(skipped) == {"filter: min_aesthetic_score"}
     ordered = next(read_tokens(cfg, K, C, None, 100))
     assert ordered["caption"][:1] + ordered["caption"][-1:] == ["text 1", "one"]
 
 
 def test_a_crowd_of_broken_latents_stops_the_run(tmp_path):
-    path = write(tmp_path, [sample(i, **({"latent.npy": b""} if i % 9 == 0 else {})) for i in range(120)])
-    for batches in (read_tokens(config(path), K, C, None, 8), iter(build_token_loader(config(path), K, C, None, 8, 0))):
-        with pytest.raises(ValueError, match="samples are bad.*max_bad_share = 0.05.*latent: not an npy file"):
+    path = write(
+        tmp_path, [sample(i, **({"latent.npy": b""} if i % 9 == 0 else {})) for i in range(120)]
+    )
+    for batches in (
+        read_tokens(config(path), K, C, None, 8),
+        iter(build_token_loader(config(path), K, C, None, 8, 0)),
+    ):
+        with pytest.raises(
+            ValueError, match="samples are bad.*max_bad_share = 0.05.*latent: not an npy file"
+        ):
             for _ in range(20):
                 next(batches)
     assert len(list(read_tokens(config(path, max_bad_share=1.0), K, C, None, 8))) == 14
 
 
-@pytest.mark.parametrize("options", [{"shards": []}, {"caption_keys": []}, {"shuffle_buffer": -1}, {"num_workers": -2}])
+@pytest.mark.parametrize(
+    "options", [{"shards": []}, {"caption_keys": []}, {"shuffle_buffer": -1}, {"num_workers": -2}]
+)
 def test_a_wrong_field_is_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         TokenTextConfig(**{"shards": ["a.tar"], **options}).validate()

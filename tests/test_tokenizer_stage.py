@@ -9,9 +9,9 @@ from test_resume import Stop, spoil, state, stop
 from tiny_experiment import equal, metrics, weights
 
 from configs.load import load_config
-from eval.loading import load_tokenizer
 from train_tokenizer import TokenizerLosses
 from training import checkpoint as ckpt
+from training.loading import load_tokenizer
 
 GAME = (
     "adversarial.weight=0.1",
@@ -45,7 +45,9 @@ def test_the_adversarial_part_switches_on_at_its_step_and_changes_both_networks(
     before, first, second = (discriminator_at(game, step) for step in (2, 3, 4))
     assert not equal(before, first) and not equal(first, second)
     assert before["lecam.ema_real"] == 0 != first["lecam.ema_real"]
-    assert lines[2]["discriminator/hinge"] == pytest.approx(1, abs=0.5)  # nearly untrained: logits near 0
+    assert lines[2]["discriminator/hinge"] == pytest.approx(
+        1, abs=0.5
+    )  # nearly untrained: logits near 0
 
 
 def test_the_generator_leaves_no_gradient_in_the_discriminator(chain, tmp_path, monkeypatch):
@@ -73,32 +75,57 @@ def test_a_game_that_is_stopped_resumes_bit_for_bit(chain, tmp_path, monkeypatch
     assert metrics(parts) == metrics(whole)
 
 
-def test_a_tokenizer_with_all_losses_on_resumes_bit_for_bit(chain, tmp_path, monkeypatch, vgg_file, convnext_file):
-    options = [*GAME, "training.batch_size=2", "losses.perceptual_weight=1.1", "losses.l1_weight=0.1"]
-    options += [f"perceptual.vgg_weights={vgg_file}", f"perceptual.convnext_weights={convnext_file}"]
+def test_a_tokenizer_with_all_losses_on_resumes_bit_for_bit(
+    chain, tmp_path, monkeypatch, vgg_file, convnext_file
+):
+    options = [
+        *GAME,
+        "training.batch_size=2",
+        "losses.perceptual_weight=1.1",
+        "losses.l1_weight=0.1",
+    ]
+    options += [
+        f"perceptual.vgg_weights={vgg_file}",
+        f"perceptual.convnext_weights={convnext_file}",
+    ]
     whole = chain.run_in(tmp_path / "whole", "tokenizer", *options)
     with monkeypatch.context() as patch:
         spoil(patch, "tokenizer", call=4, action=stop)
         with pytest.raises(Stop):
             chain.run_in(tmp_path / "parts", "tokenizer", *options)
     parts = chain.run_in(tmp_path / "parts", "tokenizer", *options)
-    assert equal(state(parts), state(whole)) and equal(discriminator_at(parts, 4), discriminator_at(whole, 4))
+    assert equal(state(parts), state(whole)) and equal(
+        discriminator_at(parts, 4), discriminator_at(whole, 4)
+    )
     assert metrics(parts) == metrics(whole)
-    assert {"weighted/perceptual", "weighted/adversarial", "lpips", "convnext", "discriminator/lecam"} <= {
-        *metrics(whole)[-1]
-    }
+    assert {
+        "weighted/perceptual",
+        "weighted/adversarial",
+        "lpips",
+        "convnext",
+        "discriminator/lecam",
+    } <= {*metrics(whole)[-1]}
 
 
 def test_the_discriminators_schedule_begins_at_its_start(chain, tmp_path):
-    options = ("discriminator_optimizer.warmup_steps=1000", "discriminator_optimizer.weight_decay=0")
-    run = chain.run_in(tmp_path, "tokenizer", *GAME, *options, "discriminator_optimizer.learning_rate=1.0")
+    options = (
+        "discriminator_optimizer.warmup_steps=1000",
+        "discriminator_optimizer.weight_decay=0",
+    )
+    run = chain.run_in(
+        tmp_path, "tokenizer", *GAME, *options, "discriminator_optimizer.learning_rate=1.0"
+    )
     before, after = (discriminator_at(run, step) for step in (2, 3))
     moved = max((after[name] - before[name]).abs().max() for name in before if "lecam" not in name)
-    assert 0 < moved <= 1.01e-3  # Adam's first step has the size of the learning rate, 1/1000 of the peak
+    assert (
+        0 < moved <= 1.01e-3
+    )  # Adam's first step has the size of the learning rate, 1/1000 of the peak
 
 
 def test_a_start_beyond_the_end_is_refused(chain):
-    with pytest.raises(ValueError, match=r"adversarial.start_step=4 is not before the end, training.max_steps=4"):
+    with pytest.raises(
+        ValueError, match=r"adversarial.start_step=4 is not before the end, training.max_steps=4"
+    ):
         chain.config("tokenizer", "adversarial.weight=0.1", "adversarial.start_step=4")
 
 
@@ -114,49 +141,85 @@ def test_the_log_shows_raw_and_weighted_terms_and_the_use_of_the_channels(chain,
 # Perceptual loss
 
 
-def test_the_perceptual_loss_teaches_and_absent_weights_stop_before_training(chain, tmp_path, vgg_file):
-    options = ("losses.perceptual_weight=1.1", "perceptual.convnext_weight=0", "training.max_steps=1")
+def test_the_perceptual_loss_teaches_and_absent_weights_stop_before_training(
+    chain, tmp_path, vgg_file
+):
+    options = (
+        "losses.perceptual_weight=1.1",
+        "perceptual.convnext_weight=0",
+        "training.max_steps=1",
+    )
     run = chain.run_in(tmp_path, "tokenizer", *options, f"perceptual.vgg_weights={vgg_file}")
     line = metrics(run)[-1]
     assert line["perceptual"] == pytest.approx(line["lpips"]) and math.isfinite(line["lpips"])
-    assert line["loss"] == pytest.approx(sum(v for n, v in line.items() if n.startswith("weighted/")), rel=1e-5)
+    assert line["loss"] == pytest.approx(
+        sum(v for n, v in line.items() if n.startswith("weighted/")), rel=1e-5
+    )
     with pytest.raises(ValueError, match="perceptual.vgg_weights: no file /nowhere.pth"):
-        chain.run_in(tmp_path / "other", "tokenizer", *options, "perceptual.vgg_weights=/nowhere.pth")
+        chain.run_in(
+            tmp_path / "other", "tokenizer", *options, "perceptual.vgg_weights=/nowhere.pth"
+        )
     assert not (tmp_path / "other").exists()
 
 
 # Other weights to start from
 
 
-def test_weights_of_another_size_are_taken_over_as_far_as_they_fit_and_the_rest_is_listed(chain, tmp_path, capsys):
+def test_weights_of_another_size_are_taken_over_as_far_as_they_fit_and_the_rest_is_listed(
+    chain, tmp_path, capsys
+):
     source = chain.folder / "tokenizer"
-    options = (f"init_from={source}", "tokenizer.image_size=64", "tokenizer.token_channels=6", "training.max_steps=1")
+    options = (
+        f"init_from={source}",
+        "tokenizer.image_size=64",
+        "tokenizer.token_channels=6",
+        "training.max_steps=1",
+    )
     nothing = ("optimizer.learning_rate=1e-30", "optimizer.weight_decay=0")
     run = chain.run_in(tmp_path, "tokenizer", *options, *nothing)
     output = capsys.readouterr().out
     own, old = weights(run), weights(source, ckpt.EMA_FILE)
     differing = {name for name in old if own[name].shape != old[name].shape}
-    assert differing == {"encoder.to_moments.weight", "encoder.to_moments.bias", "decoder.embed_tokens.weight"}
-    assert all(f"starts afresh: {name} {tuple(own[name].shape)}, there" in output for name in differing)
+    assert differing == {
+        "encoder.to_moments.weight",
+        "encoder.to_moments.bias",
+        "decoder.embed_tokens.weight",
+    }
+    assert all(
+        f"starts afresh: {name} {tuple(own[name].shape)}, there" in output for name in differing
+    )
     assert f"{len(old) - 3} of {len(own)} tensors come from {source}" in output
     assert all(torch.allclose(own[name], old[name], atol=1e-6) for name in old.keys() - differing)
-    assert "encoder.latent_positions" not in differing  # positions of the latents stay at any resolution
+    assert (
+        "encoder.latent_positions" not in differing
+    )  # positions of the latents stay at any resolution
     assert load_tokenizer(run)[0].encode(torch.rand(1, 3, 64, 64)).mean.shape == (1, 16, 6)
 
 
 def test_weights_that_have_no_place_any_more_are_listed(chain, tmp_path, capsys):
     source = chain.folder / "tokenizer"
-    chain.run_in(tmp_path, "tokenizer", f"init_from={source}", "tokenizer.text_guidance=false", "training.max_steps=1")
+    chain.run_in(
+        tmp_path,
+        "tokenizer",
+        f"init_from={source}",
+        "tokenizer.text_guidance=false",
+        "training.max_steps=1",
+    )
     output = capsys.readouterr().out
     old, own = weights(source, ckpt.EMA_FILE), weights(tmp_path / "tokenizer")
     lost = old.keys() - own.keys()
-    assert lost and all(f"left behind: {name} {tuple(old[name].shape)}\n" in output for name in lost)
+    assert lost and all(
+        f"left behind: {name} {tuple(old[name].shape)}\n" in output for name in lost
+    )
 
 
 def test_a_frozen_encoder_keeps_its_weights_while_the_decoder_learns(chain, tmp_path):
     source = chain.folder / "tokenizer"
     options = (f"init_from={source}", "freeze_encoder=true", "losses.kl_weight=0")
-    own, old = weights(chain.run_in(tmp_path, "tokenizer", *options)), weights(source, ckpt.EMA_FILE)
+    own, old = (
+        weights(chain.run_in(tmp_path, "tokenizer", *options)),
+        weights(source, ckpt.EMA_FILE),
+    )
     for name in old:
         assert torch.equal(own[name], old[name]) == name.startswith("encoder."), name
 
@@ -174,7 +237,9 @@ def test_a_frozen_encoder_without_sense_is_refused(chain, options, message):
 
 
 def test_a_run_of_another_kind_gives_no_tokenizer(chain, tmp_path):
-    with pytest.raises(ValueError, match="flowtok is a run of stage 'flowtok', not of stage 'tokenizer'"):
+    with pytest.raises(
+        ValueError, match="flowtok is a run of stage 'flowtok', not of stage 'tokenizer'"
+    ):
         chain.run_in(tmp_path, "tokenizer", f"init_from={chain.folder}/flowtok")
 
 
@@ -187,11 +252,31 @@ def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
     (tmp_path / "shards").mkdir()
     write_shard(tmp_path / "shards" / "eight.tar", [shape_sample(number) for number in range(8)])
     size = "{width: 64, depth: 2, num_heads: 2}"
-    options = [f"data.shards=[{tmp_path}/shards/eight.tar]", "data.flip_probability=0", "data.random_crop=false"]
-    options += [f"tokenizer.encoder={size}", f"tokenizer.decoder={size}", "tokenizer.token_channels=8"]
-    options += ["tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=2", "tokenizer.initial_logvar=-6"]
-    options += ["optimizer.learning_rate=3e-3", "optimizer.warmup_steps=10", "training.max_steps=300"]
-    options += ["training.log_every_steps=300", "training.checkpoint_every_steps=300", "training.sample_every_steps=0"]
+    options = [
+        f"data.shards=[{tmp_path}/shards/eight.tar]",
+        "data.flip_probability=0",
+        "data.random_crop=false",
+    ]
+    options += [
+        f"tokenizer.encoder={size}",
+        f"tokenizer.decoder={size}",
+        "tokenizer.token_channels=8",
+    ]
+    options += [
+        "tokenizer.latent_grid=[4,4]",
+        "tokenizer.query_key_bias=2",
+        "tokenizer.initial_logvar=-6",
+    ]
+    options += [
+        "optimizer.learning_rate=3e-3",
+        "optimizer.warmup_steps=10",
+        "training.max_steps=300",
+    ]
+    options += [
+        "training.log_every_steps=300",
+        "training.checkpoint_every_steps=300",
+        "training.sample_every_steps=0",
+    ]
     run = chain.run_in(tmp_path / "run", "tokenizer", *options, "losses.kl_weight=1e-8")
     error = metrics(run)[-1]["l2"]
     assert load_config(run / "config.yaml").tokenizer.latent_grid == [4, 4]
@@ -204,6 +289,8 @@ def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
     batch = next(read_images(config, 32, TextTokenizer(text), 8))
     images = batch["image"].float() / 255
     with torch.no_grad():
-        decoded = tokenizer.decode(tokenizer.encode(images).mean, load_text_encoder(text)(batch["token_ids"]))
+        decoded = tokenizer.decode(
+            tokenizer.encode(images).mean, load_text_encoder(text)(batch["token_ids"])
+        )
     errors = (decoded.clamp(0, 1) - images).square().mean(dim=(1, 2, 3))
     assert (-10 * errors.log10()).mean() >= 30, error

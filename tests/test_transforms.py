@@ -32,7 +32,9 @@ def center(image, size, resize="exact"):
 
 def train(image, size, random_crop, flip_probability, epoch=0, resize="exact"):
     picture = Picture(image, *image.size)
-    return train_crop(picture, size, SampleDraws(0, epoch, "key"), random_crop, flip_probability, resize)
+    return train_crop(
+        picture, size, SampleDraws(0, epoch, "key"), random_crop, flip_probability, resize
+    )
 
 
 def encoded(image, format, **options):
@@ -61,7 +63,11 @@ def test_transparent_pixels_show_the_background():
     image.putalpha(Image.new("L", (8, 8), 0))
     assert np.unique(np.asarray(decode_image(encoded(image, "PNG")))).tolist() == [255]
     decoded = np.asarray(decode_image(encoded(image, "PNG"), background=(10, 20, 30)))
-    assert decoded.reshape(-1, 3).max(0).tolist() == decoded.reshape(-1, 3).min(0).tolist() == [10, 20, 30]
+    assert (
+        decoded.reshape(-1, 3).max(0).tolist()
+        == decoded.reshape(-1, 3).min(0).tolist()
+        == [10, 20, 30]
+    )
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
@@ -88,15 +94,22 @@ def test_cmyk_becomes_rgb_with_adobes_inversion():
     assert red > 200 and green < 60 and blue < 60
 
 
-@pytest.mark.parametrize(("format", "mode"), [("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB"), ("TIFF", "RGB")])
+@pytest.mark.parametrize(
+    ("format", "mode"), [("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB"), ("TIFF", "RGB")]
+)
 def test_other_formats_decode(format, mode):
     decoded = decode_image(encoded(photo(40, 30).convert(mode), format))
-    assert decoded.size == (40, 30) and np.abs(np.asarray(decoded, np.int16) - np.asarray(photo(40, 30))).mean() < 6
+    assert (
+        decoded.size == (40, 30)
+        and np.abs(np.asarray(decoded, np.int16) - np.asarray(photo(40, 30))).mean() < 6
+    )
 
 
 def test_sixteen_bit_colour_keeps_its_high_bytes():
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)  # 2 x 1 pixels, 16 bits, RGB
     row = b"\0" + struct.pack(">6H", 0, 0x8000, 0xFFFF, 0x0101, 0x4000, 0xC000)
@@ -105,7 +118,9 @@ def test_sixteen_bit_colour_keeps_its_high_bytes():
     assert np.asarray(decoded).tolist() == [[[0, 128, 255], [1, 64, 192]]]
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"]
+)
 def test_broken_metadata_does_not_cost_the_image(exif):
     assert decode_image(encoded(photo(40, 30), "JPEG", exif=exif)).size == (40, 30)
 
@@ -172,7 +187,9 @@ def test_the_pixel_limit_is_inclusive(monkeypatch):
 
 def resize_then_crop(image, size, left, top):
     shorter = min(image.size)
-    image = image.resize(tuple(side * size // shorter for side in image.size), Image.Resampling.BICUBIC)
+    image = image.resize(
+        tuple(side * size // shorter for side in image.size), Image.Resampling.BICUBIC
+    )
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
@@ -188,13 +205,19 @@ def test_the_centre_crop_equals_resize_then_crop(shape):
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
 def test_an_image_of_the_right_size_is_not_resampled(resize):
-    assert np.array_equal(center(photo(32, 32), 32, resize), np.asarray(photo(32, 32)).transpose(2, 0, 1))
-    assert np.array_equal(center(photo(40, 32), 32, resize), np.asarray(photo(40, 32))[:, 4:36].transpose(2, 0, 1))
+    assert np.array_equal(
+        center(photo(32, 32), 32, resize), np.asarray(photo(32, 32)).transpose(2, 0, 1)
+    )
+    assert np.array_equal(
+        center(photo(40, 32), 32, resize), np.asarray(photo(40, 32))[:, 4:36].transpose(2, 0, 1)
+    )
 
 
 def test_random_crops_reach_both_ends_and_nothing_else():
     image = photo(35, 32)
-    options = {np.asarray(image)[:, left : left + 32].transpose(2, 0, 1).tobytes() for left in range(4)}
+    options = {
+        np.asarray(image)[:, left : left + 32].transpose(2, 0, 1).tobytes() for left in range(4)
+    }
     seen = {train(image, 32, True, 0.0, epoch).tobytes() for epoch in range(100)}
     assert seen == options
 
@@ -228,8 +251,13 @@ def textured(width, height, seed=0):
     rng, total = np.random.default_rng(seed), np.zeros((height, width, 3))
     for cells in (4, 8, 16, 32, 64, 128, 256):
         noise = rng.standard_normal((cells, cells, 3)).astype(np.float32)
-        layers = [Image.fromarray(noise[:, :, c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
-        total += np.stack([np.asarray(layer) for layer in layers], axis=-1) * 60 / (cells / 4) ** 0.5
+        layers = [
+            Image.fromarray(noise[:, :, c]).resize((width, height), Image.Resampling.BICUBIC)
+            for c in range(3)
+        ]
+        total += (
+            np.stack([np.asarray(layer) for layer in layers], axis=-1) * 60 / (cells / 4) ** 0.5
+        )
     return Image.fromarray((128 + total).clip(0, 255).astype(np.uint8))
 
 
@@ -237,7 +265,9 @@ def torchvision_route(data, size):
     """What fast decoding stands in for, 3 x size x size in 0..255."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     image = v2.functional.resize(image, [size], v2.InterpolationMode.BICUBIC, antialias=True)
-    return np.asarray(v2.functional.center_crop(image, [size])).transpose(2, 0, 1).astype(np.float32)
+    return (
+        np.asarray(v2.functional.center_crop(image, [size])).transpose(2, 0, 1).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("with_torch", [True, False])
@@ -247,7 +277,9 @@ def test_fast_crops_of_photos_are_near_those_of_torchvision(monkeypatch, shape, 
     data = encoded(textured(*shape), "JPEG", quality=90)
     picture = load_picture(open_image(data), (255, 255, 255), for_size=64)
     assert picture.image.width < shape[0] and min(picture.image.size) >= 96
-    assert (picture.width, picture.height) in [(shape[0] / scale, shape[1] / scale) for scale in (2, 4)]
+    assert (picture.width, picture.height) in [
+        (shape[0] / scale, shape[1] / scale) for scale in (2, 4)
+    ]
     difference = np.abs(center_crop(picture, 64, "fast") - torchvision_route(data, 64)).mean()
     assert 0 < difference < 1.5
 
@@ -262,7 +294,10 @@ def test_exact_crops_are_those_of_torchvision():
 def test_torch_resizes_like_pillow(monkeypatch, shape):
     monkeypatch.setattr(transforms, "TORCH_IS_FASTER", True)
     for seed in range(3):
-        exact, fast = (train(textured(*shape, seed), 32, True, 0.5, seed, resize) for resize in ("exact", "fast"))
+        exact, fast = (
+            train(textured(*shape, seed), 32, True, 0.5, seed, resize)
+            for resize in ("exact", "fast")
+        )
         assert np.abs(fast.astype(np.int16) - exact).max() <= 1 and fast.flags.c_contiguous
 
 
@@ -275,26 +310,44 @@ def test_only_images_far_larger_than_the_crop_are_decoded_smaller():
         ("PNG", (385, 1001), 64, (385, 1001)),
         ("JPEG", (385, 1001), 0, (385, 1001)),
     ):
-        data = encoded(photo(*shape), format, **({"append_images": [photo(8, 8)]} if format == "MPO" else {}))
+        data = encoded(
+            photo(*shape), format, **({"append_images": [photo(8, 8)]} if format == "MPO" else {})
+        )
         assert load_picture(open_image(data), (0, 0, 0), for_size=size).image.size == expected
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_grey_and_cmyk_photos_are_decoded_smaller_too(mode):
     data = encoded(textured(301, 220).convert(mode), "JPEG", quality=95)
-    whole, small = (load_picture(open_image(data), (255, 255, 255), for_size) for for_size in (0, 64))
+    whole, small = (
+        load_picture(open_image(data), (255, 255, 255), for_size) for for_size in (0, 64)
+    )
     assert small.image.size == (151, 110) and small.image.mode == "RGB"
-    assert np.abs(center_crop(small, 64, "fast").astype(np.int16) - center_crop(whole, 64, "exact")).mean() < 1.5
+    assert (
+        np.abs(
+            center_crop(small, 64, "fast").astype(np.int16) - center_crop(whole, 64, "exact")
+        ).mean()
+        < 1.5
+    )
 
 
 def test_a_photo_that_lies_on_its_side_is_decoded_smaller_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(textured(304, 216), "JPEG", quality=95, exif=exif)
-    whole, small = (load_picture(open_image(data), (255, 255, 255), for_size) for for_size in (0, 64))
+    whole, small = (
+        load_picture(open_image(data), (255, 255, 255), for_size) for for_size in (0, 64)
+    )
     assert (whole.width, whole.height) == (216, 304) and (small.width, small.height) == (108, 152)
-    assert np.abs(center_crop(small, 64, "fast").astype(np.int16) - center_crop(whole, 64, "exact")).mean() < 1.5
-    data = encoded(textured(301, 216), "JPEG", quality=95, exif=exif)  # 150.5 px: turned, the half would be at the top
+    assert (
+        np.abs(
+            center_crop(small, 64, "fast").astype(np.int16) - center_crop(whole, 64, "exact")
+        ).mean()
+        < 1.5
+    )
+    data = encoded(
+        textured(301, 216), "JPEG", quality=95, exif=exif
+    )  # 150.5 px: turned, the half would be at the top
     assert load_picture(open_image(data), (255, 255, 255), 64).image.size == (216, 301)
 
 

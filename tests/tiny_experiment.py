@@ -14,7 +14,7 @@ import train_text_decoder
 import train_text_projector
 import train_tokenizer
 from configs.load import load_config
-from eval.demo import main as write_report
+from eval.report import main as write_report
 from scripts import encode_tokens, train_text_encoder
 from training import checkpoint as ckpt
 
@@ -43,10 +43,28 @@ def stage_configs(shards: Path) -> dict[str, dict]:
         "alignment_width": 16,
         **size,
     }
-    clip = {"image_size": 32, "context_length": 16, "embed_dim": 24, "vision_width": 64, "vision_layers": 1}
-    tokenizer = {"image_size": 32, "patch_size": 8, "num_tokens": 16, "token_channels": 4, "encoder": size}
+    clip = {
+        "image_size": 32,
+        "context_length": 16,
+        "embed_dim": 24,
+        "vision_width": 64,
+        "vision_layers": 1,
+    }
+    tokenizer = {
+        "image_size": 32,
+        "patch_size": 8,
+        "num_tokens": 16,
+        "token_channels": 4,
+        "encoder": size,
+    }
     tokenizer |= {"decoder": size, "text_tokens": 16, "text_width": 32, "init_std": 0}
-    training = {"max_steps": 4, "batch_size": 8, "ema_decay": 0.9, "log_every_steps": 2, "checkpoint_every_steps": 2}
+    training = {
+        "max_steps": 4,
+        "batch_size": 8,
+        "ema_decay": 0.9,
+        "log_every_steps": 2,
+        "checkpoint_every_steps": 2,
+    }
     common = {
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "cosine"},
         "training": training | {"sample_every_steps": 2},

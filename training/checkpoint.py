@@ -24,9 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 PREFIX, PARTIAL_SUFFIX = "step_", ".tmp"
-MODEL_FILE, EMA_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+MODEL_FILE, EMA_FILE, OPTIMIZER_FILE, STATE_FILE = (
+    "model.safetensors",
+    "ema.safetensors",
+    "optimizer.pt",
+    "state.json",
+)
 MANIFEST_FILE, LATEST_LINK = "manifest.json", "latest"
-STATE_TYPES = {"step": int, "ema_updates": int, "bad_steps": list, "num_processes": int, "inputs": dict}
+STATE_TYPES = {
+    "step": int,
+    "ema_updates": int,
+    "bad_steps": list,
+    "num_processes": int,
+    "inputs": dict,
+}
 
 
 def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
@@ -53,9 +64,15 @@ def latest_checkpoint(run_dir: Path, verify_contents: bool = False) -> tuple[int
         damage = find_damage(folder, verify_contents)
         if not damage:
             return step, folder
-        print(f"warning: {folder} is damaged ({damage}), looking for the one before", file=sys.stderr, flush=True)
+        print(
+            f"warning: {folder} is damaged ({damage}), looking for the one before",
+            file=sys.stderr,
+            flush=True,
+        )
     if folders:
-        raise ValueError(f"no checkpoint of {run_dir} is whole (above); to start over, delete {run_dir}/checkpoints")
+        raise ValueError(
+            f"no checkpoint of {run_dir} is whole (above); to start over, delete {run_dir}/checkpoints"
+        )
     return None
 
 
@@ -117,7 +134,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         tensors = load_file(path)
         module.load_state_dict(tensors, strict=True)
-    except Exception as error:  # safetensors raises its own types, torch a RuntimeError: both say what is wrong
+    except (
+        Exception
+    ) as error:  # safetensors raises its own types, torch a RuntimeError: both say what is wrong
         raise ValueError(f"{path} does not fit the configured model: {error}") from error
 
 
@@ -130,7 +149,9 @@ def load_plain(path: Path, mmap: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # pickle, zip and torch have a dozen types for what is no such file
-        raise ValueError(f"{path} holds more than tensors and plain values, or is broken: refused") from error
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, or is broken: refused"
+        ) from error
 
 
 def begin_checkpoint(run_dir: Path, step: int) -> Path:
@@ -148,7 +169,9 @@ def commit_checkpoint(partial: Path, keep: int, keep_every_steps: int = 0) -> Pa
     Kept are the newest `keep`, and those whose step is a multiple of `keep_every_steps` (0: none of them).
     """
     files = sorted(path for path in partial.iterdir() if path.name != MANIFEST_FILE)
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files}
+    manifest = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
+    }
     (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     for path in files:  # safetensors makes files that only their owner can read
         path.chmod((partial / MANIFEST_FILE).stat().st_mode)
@@ -170,7 +193,11 @@ def rotate(newest: Path, keep: int, keep_every_steps: int) -> None:
     Those of later steps were found damaged, or it would not be the newest: they count for nothing and stay.
     """
     newest_step = int(newest.name.removeprefix(PREFIX))
-    folders = {step: path for step, path in checkpoint_folders(newest.parent.parent).items() if step <= newest_step}
+    folders = {
+        step: path
+        for step, path in checkpoint_folders(newest.parent.parent).items()
+        if step <= newest_step
+    }
     for step in list(folders)[:-keep]:
         if not (keep_every_steps and step % keep_every_steps == 0):
             delete(folders[step])

@@ -35,11 +35,17 @@ def explain_faults() -> Iterator[list[BaseProcess]]:
     workers: list[BaseProcess] = []
     try:
         yield workers
-    except (RuntimeError, OSError, EOFError) as error:  # of a dead worker: whatever was being read from it
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+    ) as error:  # of a dead worker: whatever was being read from it
         if reason := describe_dead_worker(workers) or describe_lost_batch(error):
             raise ChildProcessError(f"{reason}. {GO_ON}") from error
         if "gloo/" in str(error) or isinstance(error, dist.DistError):
-            raise ConnectionError(f"another training process ended; its own output says why. {GO_ON}") from error
+            raise ConnectionError(
+                f"another training process ended; its own output says why. {GO_ON}"
+            ) from error
         raise
 
 
@@ -68,7 +74,9 @@ def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
 
 def describe_lost_batch(error: Exception) -> str:
     """One line if the error comes from a dead worker of another loader, that of an evaluation say; else ""."""
-    if isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)):  # of gloo they are RuntimeErrors
+    if isinstance(
+        error, (ConnectionResetError, ConnectionRefusedError, EOFError)
+    ):  # of gloo they are RuntimeErrors
         return "a data worker ended while a batch was read from it"
     return str(error) if str(error).startswith("DataLoader worker") else ""
 
@@ -134,7 +142,10 @@ class Watchdog:
 
     def _bite(self) -> None:
         frame = sys._current_frames()[self._owner]
-        while frame.f_back is not None and Path(frame.f_code.co_filename).parent != Path(__file__).parent:
+        while (
+            frame.f_back is not None
+            and Path(frame.f_code.co_filename).parent != Path(__file__).parent
+        ):
             frame = frame.f_back
         where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}"
         end_program(

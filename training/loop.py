@@ -29,7 +29,9 @@ from training.run import TIMEOUT_MINUTES, Run, lock_run
 from training.stop import STOPPED_STATUS, StopRequest, clear_mark, mark_stopped
 
 BAD_STEPS_WINDOW = 1000  # steps
-LossFn = Callable[[nn.Module, dict], dict[str, Tensor]]  # (model, batch) -> terms; "loss" is what is minimised
+LossFn = Callable[
+    [nn.Module, dict], dict[str, Tensor]
+]  # (model, batch) -> terms; "loss" is what is minimised
 
 
 @dataclass
@@ -49,19 +51,40 @@ class TrainingConfig:
     keep_checkpoints: int = 2  # newest ones kept
     keep_every_steps: int = 0  # those of steps that are a multiple of this are kept, too; 0: none
     max_hours: float = 0.0  # wall clock; then stop cleanly, before the queue does it. 0: no limit
-    timeout_minutes: float = TIMEOUT_MINUTES  # one that gets no step, picture, evaluation done for so long ends
-    max_bad_steps: int = 0  # of 1000 steps, those with a non-finite loss or gradient that are left out; more: stop
+    timeout_minutes: float = (
+        TIMEOUT_MINUTES  # one that gets no step, picture, evaluation done for so long ends
+    )
+    max_bad_steps: int = (
+        0  # of 1000 steps, those with a non-finite loss or gradient that are left out; more: stop
+    )
     sample_every_steps: int = 0  # picture of samples; 0: only at the end
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "gradient_accumulation", "log_every_steps", "checkpoint_every_steps"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation",
+            "log_every_steps",
+            "checkpoint_every_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
         if self.keep_checkpoints < 1:
-            raise ValueError(f"training.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+            raise ValueError(
+                f"training.keep_checkpoints must be at least 1, got {self.keep_checkpoints}"
+            )
         if not 0 < self.timeout_minutes < 1e6:
-            raise ValueError(f"training.timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}")
-        names = ("max_gradient_norm", "sample_every_steps", "seed", "keep_every_steps", "max_hours", "max_bad_steps")
+            raise ValueError(
+                f"training.timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}"
+            )
+        names = (
+            "max_gradient_norm",
+            "sample_every_steps",
+            "seed",
+            "keep_every_steps",
+            "max_hours",
+            "max_bad_steps",
+        )
         for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name} must not be negative, got {getattr(self, name)}")
@@ -115,8 +138,14 @@ def printable(key: str) -> str:
 
 def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[str]) -> str:
     """One line on a step with a non-finite value, with the samples if the loss of this process is the cause."""
-    own_fault = any(not math.isfinite(v) for name, v in terms.items() if not name.endswith("gradient_norm"))
-    samples = f"samples: {', '.join(map(printable, keys))}" if own_fault else "the loss of this process is finite"
+    own_fault = any(
+        not math.isfinite(v) for name, v in terms.items() if not name.endswith("gradient_norm")
+    )
+    samples = (
+        f"samples: {', '.join(map(printable, keys))}"
+        if own_fault
+        else "the loss of this process is finite"
+    )
     shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     return f"non-finite loss or gradient at step {step}, rank {rank}: {shown}; {samples}"
 
@@ -126,7 +155,9 @@ class Evaluation:
     """What is measured on the EMA weights while a stage trains."""
 
     every_steps: int
-    measure: Callable[[nn.Module, int], dict[str, float]]  # (ema_model, step) -> values to log; on all processes
+    measure: Callable[
+        [nn.Module, int], dict[str, float]
+    ]  # (ema_model, step) -> values to log; on all processes
 
 
 class Trainer:
@@ -160,7 +191,9 @@ class Trainer:
 
     def _players(self) -> dict[str, Player]:
         """The players by the prefix of their files in a checkpoint."""
-        return {"": self.player} | ({"discriminator_": self.opponent.player} if self.opponent else {})
+        return {"": self.player} | (
+            {"discriminator_": self.opponent.player} if self.opponent else {}
+        )
 
     def _resume(self) -> None:
         folder = self._newest_checkpoint()
@@ -171,13 +204,21 @@ class Trainer:
             load_optimizer(player.optimizer, folder / (prefix + ckpt.OPTIMIZER_FILE))
         ckpt.load_weights(self.ema.average, folder / ckpt.EMA_FILE)
         state = ckpt.read_state(folder, ("step", "ema_updates", "bad_steps", "num_processes"))
-        self.step, self.ema.num_updates, self.bad_steps = state["step"], state["ema_updates"], state["bad_steps"]
+        self.step, self.ema.num_updates, self.bad_steps = (
+            state["step"],
+            state["ema_updates"],
+            state["bad_steps"],
+        )
         self._resume_rank(folder, state["num_processes"])
         self.run.say(f"{self.run.folder}: resuming at step {self.step}")
 
     def _newest_checkpoint(self) -> Path | None:
         """The newest checkpoint whose contents are whole, as the main process finds it."""
-        found = [ckpt.latest_checkpoint(self.run.folder, verify_contents=True)] if self.run.is_main else [None]
+        found = (
+            [ckpt.latest_checkpoint(self.run.folder, verify_contents=True)]
+            if self.run.is_main
+            else [None]
+        )
         latest = broadcast_object_list(found)[0]
         return latest[1] if latest else None
 
@@ -193,10 +234,15 @@ class Trainer:
                 reason = str(error)
         else:
             reason = f"the run had {num_processes} processes before"
-        states = [ckpt.load_plain(folder / ckpt.rank_file(rank))["loader"] for rank in range(num_processes)]
+        states = [
+            ckpt.load_plain(folder / ckpt.rank_file(rank))["loader"]
+            for rank in range(num_processes)
+        ]
         try:
             epochs = ", ".join(map(str, self.loader.start_next_epoch(states)))
-            self.run.say(f"data goes on with epoch {epochs} (from 0), so that no epoch shows a sample twice: {reason}")
+            self.run.say(
+                f"data goes on with epoch {epochs} (from 0), so that no epoch shows a sample twice: {reason}"
+            )
         except ValueError as error:
             self.run.say(f"data starts over: {error}")
 
@@ -217,11 +263,19 @@ class Trainer:
             optimizers = {}
             for prefix, player in self._players().items():
                 weights[prefix + ckpt.MODEL_FILE] = ckpt.snapshot(player.model.state_dict())
-                optimizers[prefix + ckpt.OPTIMIZER_FILE] = ckpt.snapshot(player.optimizer.state_dict())
-            state = {"step": self.step, "ema_updates": self.ema.num_updates, "bad_steps": self.bad_steps}
+                optimizers[prefix + ckpt.OPTIMIZER_FILE] = ckpt.snapshot(
+                    player.optimizer.state_dict()
+                )
+            state = {
+                "step": self.step,
+                "ema_updates": self.ema.num_updates,
+                "bad_steps": self.bad_steps,
+            }
             state |= {"inputs": self.inputs, "num_processes": accelerator.num_processes}
             keep = self.config.keep_checkpoints, self.config.keep_every_steps
-            self.writer.start(partial_function(ckpt.write_checkpoint, partial, weights, optimizers, state, *keep))
+            self.writer.start(
+                partial_function(ckpt.write_checkpoint, partial, weights, optimizers, state, *keep)
+            )
 
     def check_finite(self) -> None:
         """Count the steps since the last report that had a non-finite value; they changed no weights.
@@ -230,7 +284,9 @@ class Trainer:
             FloatingPointError: more of the last 1000 steps than training.max_bad_steps; names step, rank, terms, keys.
         """
         bad = [entry for entry in self.window.bad_steps() if entry[0] not in self.bad_steps]
-        self.bad_steps = [step for step in self.bad_steps if step > self.step - BAD_STEPS_WINDOW] + [b[0] for b in bad]
+        self.bad_steps = [
+            step for step in self.bad_steps if step > self.step - BAD_STEPS_WINDOW
+        ] + [b[0] for b in bad]
         for step, terms, keys in bad:
             text = describe_bad_step(step, self.run.accelerator.process_index, terms, keys)
             if len(self.bad_steps) > self.config.max_bad_steps:
@@ -249,15 +305,24 @@ class Trainer:
         for index in range(passes):
             batch, is_last = next(batches), index == passes - 1
             keys += batch["key"]
-            terms = self.player.backward(lambda model, batch=batch: loss_fn(model, batch), passes, is_last)
+            terms = self.player.backward(
+                lambda model, batch=batch: loss_fn(model, batch), passes, is_last
+            )
             if is_game:
                 others = opponent.player.backward(opponent.loss_fn, passes, is_last)
                 terms |= {f"discriminator/{name}": value for name, value in others.items()}
-            sums = {name: value + sums[name] if name in sums else value for name, value in terms.items()}
-        sums["gradient_norm"] = self.player.update(self.step, self.config.max_steps, self.config.max_gradient_norm)
+            sums = {
+                name: value + sums[name] if name in sums else value for name, value in terms.items()
+            }
+        sums["gradient_norm"] = self.player.update(
+            self.step, self.config.max_steps, self.config.max_gradient_norm
+        )
         self.ema.update()
         if is_game:
-            own_step, own_steps = self.step - opponent.start_step, self.config.max_steps - opponent.start_step
+            own_step, own_steps = (
+                self.step - opponent.start_step,
+                self.config.max_steps - opponent.start_step,
+            )
             norm = opponent.player.update(own_step, own_steps, self.config.max_gradient_norm)
             sums["discriminator/gradient_norm"] = norm
             opponent.after_step()
@@ -283,20 +348,31 @@ class Trainer:
             player.wrapped.train()
         self.loader.worker_init_fn = outlive_requests
         with explain_faults() as workers:
-            batches = TimedIterator(iter(self.loader))  # before the lock: workers of a killed trainer would hold it
+            batches = TimedIterator(
+                iter(self.loader)
+            )  # before the lock: workers of a killed trainer would hold it
             workers += multiprocessing.active_children()
             with lock_run(self.run), end_without(workers):
                 self._run_steps(loss_fn, batches, logging, save_samples, evaluation)
 
     def _run_steps(
-        self, loss_fn: LossFn, batches: "TimedIterator", logging: LoggingConfig, save_samples, evaluation
+        self,
+        loss_fn: LossFn,
+        batches: "TimedIterator",
+        logging: LoggingConfig,
+        save_samples,
+        evaluation,
     ) -> None:
         """The steps that are left, with all that happens between them."""
         config, run = self.config, self.run
         log = MetricLog(run.folder, logging, run.is_main, str(run.folder), self.step)
         report = Progress(self, batches)
         watchdog = Watchdog(config.timeout_minutes)
-        with watchdog, StopRequest(config.max_hours, run.started, config.timeout_minutes) as stop, self.writer:
+        with (
+            watchdog,
+            StopRequest(config.max_hours, run.started, config.timeout_minutes) as stop,
+            self.writer,
+        ):
             while self.step < config.max_steps:
                 seed_step(config.seed, run.accelerator.process_index, self.step)
                 self.optimizer_step(batches, loss_fn)
@@ -334,7 +410,9 @@ class Trainer:
         log.close()
         if self.run.is_main:
             mark_stopped(self.run.folder, reason)
-        self.run.say(f"{self.run.folder}: stopped at step {self.step} ({reason}); run the same command again to go on")
+        self.run.say(
+            f"{self.run.folder}: stopped at step {self.step} ({reason}); run the same command again to go on"
+        )
         raise SystemExit(STOPPED_STATUS)
 
 
@@ -351,7 +429,9 @@ class Progress:
         trainer, config, now = self.trainer, self.trainer.config, time.perf_counter()
         values = trainer.window.means(lambda x: trainer.run.accelerator.reduce(x, reduction="mean"))
         values["learning_rate"] = trainer.player.optimizer.param_groups[0]["lr"]
-        values["samples_per_second"] = (trainer.step - self.marked_step) * config.batch_size / (now - self.mark)
+        values["samples_per_second"] = (
+            (trainer.step - self.marked_step) * config.batch_size / (now - self.mark)
+        )
         values["data_wait_share"] = self.batches.take_seconds() / (now - self.mark)
         for skipped in gather_object([self.batches.take_skipped()]):  # of all processes
             for reason, count in skipped.items():
@@ -368,7 +448,10 @@ class Progress:
 
     def seconds_left(self) -> float:
         """Until the last step, at the speed so far, pictures and evaluations included."""
-        done, left = self.trainer.step - self.first_step, self.trainer.config.max_steps - self.trainer.step
+        done, left = (
+            self.trainer.step - self.first_step,
+            self.trainer.config.max_steps - self.trainer.step,
+        )
         return (time.perf_counter() - self.start) / done * left
 
     def summary(self) -> str:

@@ -32,7 +32,9 @@ class MetricWindow:
     """
 
     def __init__(self):
-        self._steps: list[tuple[int, tuple[str, ...], Tensor, list[str]]] = []  # step, names, values, sample keys
+        self._steps: list[
+            tuple[int, tuple[str, ...], Tensor, list[str]]
+        ] = []  # step, names, values, sample keys
 
     def reset(self) -> None:
         """Start a new window."""
@@ -40,7 +42,9 @@ class MetricWindow:
 
     def add(self, step: int, values: dict[str, Tensor], keys: list[str]) -> None:
         """Add one step's scalars; `keys` are those of its samples on this process."""
-        self._steps.append((step, tuple(values), torch.stack([v.detach().float() for v in values.values()]), keys))
+        self._steps.append(
+            (step, tuple(values), torch.stack([v.detach().float() for v in values.values()]), keys)
+        )
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over the window's good steps that had the value, and over the processes (`reduce` averages)."""
@@ -56,23 +60,34 @@ class MetricWindow:
         """(step, terms, keys) of the window's steps with a non-finite value."""
         if not self._steps:
             return []
-        good = torch.stack([torch.isfinite(values).all() for _, _, values, _ in self._steps]).tolist()
+        good = torch.stack(
+            [torch.isfinite(values).all() for _, _, values, _ in self._steps]
+        ).tolist()
         bad = [step for step, is_good in zip(self._steps, good, strict=True) if not is_good]
-        return [(step, dict(zip(names, values.tolist(), strict=True)), keys) for step, names, values, keys in bad]
+        return [
+            (step, dict(zip(names, values.tolist(), strict=True)), keys)
+            for step, names, values, keys in bad
+        ]
 
     def state_dict(self) -> dict:
         """The window as plain values and tensors, without the keys."""
-        return {"steps": [[step, list(names), values.cpu()] for step, names, values, _ in self._steps]}
+        return {
+            "steps": [[step, list(names), values.cpu()] for step, names, values, _ in self._steps]
+        }
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         """Continue a window."""
-        self._steps = [(step, tuple(names), values.to(device), []) for step, names, values in state["steps"]]
+        self._steps = [
+            (step, tuple(names), values.to(device), []) for step, names, values in state["steps"]
+        ]
 
 
 class MetricLog:
     """Writes values of a step to the console, metrics.jsonl and wandb. Only the main process writes."""
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, enabled: bool, run_name: str, start_step: int):
+    def __init__(
+        self, run_dir: Path, config: LoggingConfig, enabled: bool, run_name: str, start_step: int
+    ):
         self.enabled = enabled
         self.path = run_dir / "metrics.jsonl"
         self._wandb = None
@@ -87,7 +102,9 @@ class MetricLog:
         if not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines()
-        kept = [line for line in lines if (step := step_of(line)) is not None and step <= start_step]
+        kept = [
+            line for line in lines if (step := step_of(line)) is not None and step <= start_step
+        ]
         partial = self.path.with_suffix(".tmp")
         with partial.open("w") as file:
             file.writelines(line + "\n" for line in kept)
@@ -100,7 +117,11 @@ class MetricLog:
         if not self.enabled:
             return
         left = timedelta(seconds=max(0, round(seconds_left)))
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not name.split("/")[-1].isdigit())
+        shown = "  ".join(
+            f"{name} {value:.4g}"
+            for name, value in values.items()
+            if not name.split("/")[-1].isdigit()
+        )
         print(f"step {step}/{max_steps}  {shown}  left {left}", flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -108,7 +129,11 @@ class MetricLog:
             try:
                 self._wandb.log(values, step=step)
             except Exception as error:  # its service has died, say: no reason to stop training
-                print(f"warning: wandb fails and is left out from here on: {error!r}", file=sys.stderr, flush=True)
+                print(
+                    f"warning: wandb fails and is left out from here on: {error!r}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 self._wandb = None
 
     def flush(self) -> None:
@@ -142,14 +167,21 @@ def start_wandb(run_dir: Path, config: LoggingConfig, run_name: str, is_new: boo
     try:
         import wandb  # costs seconds: only where it is wanted
     except ImportError as error:
-        raise ValueError(f"logging.wandb={config.wandb} needs the package: pip install wandb") from error
+        raise ValueError(
+            f"logging.wandb={config.wandb} needs the package: pip install wandb"
+        ) from error
     path = run_dir / WANDB_FILE
     if is_new or not path.is_file():
         path.write_text(uuid.uuid4().hex[:8] + "\n")
     run_id = path.read_text().strip()
     try:
         return wandb.init(
-            project=config.wandb_project, name=run_name, id=run_id, resume="allow", dir=run_dir, mode=config.wandb
+            project=config.wandb_project,
+            name=run_name,
+            id=run_id,
+            resume="allow",
+            dir=run_dir,
+            mode=config.wandb,
         )
     except wandb.Error as error:
         raise ValueError(f"logging.wandb={config.wandb}: {error}") from error

@@ -21,14 +21,23 @@ class OptimizerConfig:
 
     learning_rate: float = 4e-4  # peak
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.03  # on matrices only; biases, norms, tokens and positions are not decayed
+    weight_decay: float = (
+        0.03  # on matrices only; biases, norms, tokens and positions are not decayed
+    )
     warmup_steps: int = 0  # linear from 0
     schedule: Literal["constant", "cosine"] = "constant"
-    hold_fraction: float = 0.0  # of cosine: share of the steps after warm-up at the peak, before the decay starts
+    hold_fraction: float = (
+        0.0  # of cosine: share of the steps after warm-up at the peak, before the decay starts
+    )
     final_learning_rate: float = 0.0  # of cosine: reached at the last step
 
     def __post_init__(self):
-        if self.learning_rate <= 0 or self.warmup_steps < 0 or len(self.betas) != 2 or not 0 <= self.hold_fraction < 1:
+        if (
+            self.learning_rate <= 0
+            or self.warmup_steps < 0
+            or len(self.betas) != 2
+            or not 0 <= self.hold_fraction < 1
+        ):
             raise ValueError(
                 "optimizer needs learning_rate > 0, warmup_steps >= 0, two betas and hold_fraction in [0, 1), got "
                 f"{self.learning_rate}, {self.warmup_steps}, {self.betas}, {self.hold_fraction}"
@@ -70,11 +79,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     Raises:
         ValueError: the file belongs to another set of trainable weights.
     """
-    kept = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    kept = [
+        {key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups
+    ]
     state = load_plain(path, mmap=True)
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # all but the first: another file
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # all but the first: another file
         raise ValueError(
             f"{path} is of another set of trainable weights ({error}): options that freeze or add parts "
             "(flow.projector, losses.alignment_weight 0 or not) can't change in a started run"
@@ -82,6 +98,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     for weight, moments in optimizer.state.items():
         for name, moment in moments.items():
             if moment.ndim and moment.shape != weight.shape:
-                raise ValueError(f"{path}: {name} is {list(moment.shape)} for a weight of {list(weight.shape)}")
+                raise ValueError(
+                    f"{path}: {name} is {list(moment.shape)} for a weight of {list(weight.shape)}"
+                )
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from training.optim import OptimizerConfig, build_optimizer, learning_rate
 from training.run import Run
 
-OpponentLossFn = Callable[[nn.Module], dict[str, Tensor]]  # (model) -> terms, on what the last loss left for it
+OpponentLossFn = Callable[
+    [nn.Module], dict[str, Tensor]
+]  # (model) -> terms, on what the last loss left for it
 
 
 class Player:
@@ -32,9 +34,13 @@ class Player:
             for blocks in (m for m in self.model.modules() if isinstance(m, nn.ModuleList)):
                 for block in blocks:
                     block.compile()
-        self.wrapped, self.wrapped_optimizer = self.run.accelerator.prepare(self.model, self.optimizer)
+        self.wrapped, self.wrapped_optimizer = self.run.accelerator.prepare(
+            self.model, self.optimizer
+        )
 
-    def backward(self, loss_fn: Callable[[nn.Module], dict[str, Tensor]], passes: int, is_last: bool) -> dict:
+    def backward(
+        self, loss_fn: Callable[[nn.Module], dict[str, Tensor]], passes: int, is_last: bool
+    ) -> dict:
         """Add one pass's gradients; the processes exchange them in the last pass only. Returns the terms, detached."""
         with contextlib.nullcontext() if is_last else self.run.accelerator.no_sync(self.wrapped):
             terms = loss_fn(self.wrapped)
@@ -50,7 +56,9 @@ class Player:
             group["lr"] = learning_rate(self.config, step, max_steps)
         limit = max_gradient_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, limit, foreach=True)
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # the fused update then changes nothing
+        self.optimizer.found_inf = (
+            ~torch.isfinite(norm)
+        ).float()  # the fused update then changes nothing
         self.wrapped_optimizer.step()
         self.wrapped_optimizer.zero_grad(set_to_none=True)
         return norm

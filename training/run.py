@@ -57,13 +57,19 @@ def patience(timeout_minutes: float) -> timedelta:
 
 def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) -> Accelerator:
     """Join the other processes, if any. precision is "fp32" or "bf16" (autocast)."""
-    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32 on a GPU; the CPU ignores it
+    torch.set_float32_matmul_precision(
+        "high"
+    )  # TF32 for what is left in float32 on a GPU; the CPU ignores it
     waiting = InitProcessGroupKwargs(timeout=patience(timeout_minutes))
     handlers = [waiting, DistributedDataParallelKwargs(broadcast_buffers=False)]
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers)
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
+    )
 
 
-def start_run(folder: str | Path, precision: str, seed: int, timeout_minutes: float = TIMEOUT_MINUTES) -> Run:
+def start_run(
+    folder: str | Path, precision: str, seed: int, timeout_minutes: float = TIMEOUT_MINUTES
+) -> Run:
     """Start accelerate and seed everything that is random before the first step. Writes nothing."""
     started = time.monotonic()
     accelerator = start_accelerator(precision, timeout_minutes)
@@ -89,14 +95,18 @@ def lock_run(run: Run):
                 yield  # a file system without locks
                 return
             file.seek(0)
-            raise ValueError(f"{run.folder} is being trained by another process: {file.read().strip()}") from error
+            raise ValueError(
+                f"{run.folder} is being trained by another process: {file.read().strip()}"
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
 
-def save_config(run: Run, resolved_config: dict, defaults: dict, network_keys: list[str], has_checkpoint: bool) -> None:
+def save_config(
+    run: Run, resolved_config: dict, defaults: dict, network_keys: list[str], has_checkpoint: bool
+) -> None:
     """Write the resolved config into the run folder, checked against the one that its checkpoints were trained with.
 
     Args:
@@ -140,14 +150,20 @@ def read_saved(path: Path) -> dict:
         values = error
     if not isinstance(values, dict):
         reason = values if isinstance(values, Exception) else f"it holds a {type(values).__name__}"
-        raise ValueError(f"{path} is damaged ({reason}); if your config is still that of the run, delete this file")
+        raise ValueError(
+            f"{path} is damaged ({reason}); if your config is still that of the run, delete this file"
+        )
     return values
 
 
 def fill_in(values: dict, defaults: dict) -> dict:
     """Nested values with the keys that they lack taken from `defaults`."""
     missing = {key: value for key, value in defaults.items() if key not in values}
-    groups = [key for key in values if isinstance(values[key], dict) and isinstance(defaults.get(key), dict)]
+    groups = [
+        key
+        for key in values
+        if isinstance(values[key], dict) and isinstance(defaults.get(key), dict)
+    ]
     return values | {key: fill_in(values[key], defaults[key]) for key in groups} | missing
 
 
@@ -155,5 +171,9 @@ def list_changes(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Differences of two nested configs as (dotted key, 'key: old -> new')."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
-        return [c for k in keys for c in list_changes(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+        return [
+            c
+            for k in keys
+            for c in list_changes(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)
+        ]
     return [] if old == new else [(prefix, f"{prefix}: {old} -> {new}")]

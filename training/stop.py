@@ -18,7 +18,9 @@ import torch.distributed as dist
 from training.run import TIMEOUT_MINUTES, patience
 
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
-STOPPED_FILE = "stopped"  # in the run folder: why it stopped. torchrun turns every exit status into 1
+STOPPED_FILE = (
+    "stopped"  # in the run folder: why it stopped. torchrun turns every exit status into 1
+)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST = 1.0  # seconds
 
@@ -38,7 +40,9 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(timeout=self._patience, backend="gloo")  # on the CPU: no device sync
+            self._group = dist.new_group(
+                timeout=self._patience, backend="gloo"
+            )  # on the CPU: no device sync
         return self
 
     def __exit__(self, *error) -> None:
@@ -67,7 +71,10 @@ class StopRequest:
             work.wait()
             agreed = bool(flag.item())
         flag = torch.tensor([float(bool(self._reason))])
-        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (
+            flag,
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True),
+        )
         return (self._reason or "another process was told to") if agreed else ""
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from data.token_text import TokenTextConfig, build_token_loader, read_tokens
-from eval.loading import fingerprint
-from eval.tokens_info import TokensInfo
 from modeling.posterior import Posterior
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
+from training.loading import fingerprint
 from training.loop import TrainingConfig, batch_per_pass
 from training.run import Run
+from training.tokens_info import TokensInfo
 
 MEASURED_SAMPLES = 10_000  # on which a projector's whitening and linear start are measured
 
@@ -38,16 +38,24 @@ class StoredTokens:
 
     def image_posterior(self, batch: dict) -> Posterior:
         """Posterior of the image latents in the tokenizer's own scale, B x K x C on the device."""
-        mean, logvar = (batch[key].to(self.run.device, non_blocking=True) for key in ("latent_mean", "latent_logvar"))
+        mean, logvar = (
+            batch[key].to(self.run.device, non_blocking=True)
+            for key in ("latent_mean", "latent_logvar")
+        )
         return Posterior(mean, logvar)
 
     def fit(self, projector: TextProjector) -> None:
         """Measure on the first samples what the projector measures: the whitening of text states, the linear start."""
         if projector.config.whiten_text:
-            projector.whitening.fit(self.text_states(batch).cpu() for batch in self._read(100, MEASURED_SAMPLES))
+            projector.whitening.fit(
+                self.text_states(batch).cpu() for batch in self._read(100, MEASURED_SAMPLES)
+            )
         if projector.linear_start is not None:
             batches = [
-                (self.text_states(batch).cpu().float(), self.image_posterior(batch).mean.cpu() * self.info.latent_scale)
+                (
+                    self.text_states(batch).cpu().float(),
+                    self.image_posterior(batch).mean.cpu() * self.info.latent_scale,
+                )
                 for batch in self._read(100, MEASURED_SAMPLES)
             ]
             projector.linear_start.fit(*(torch.cat(parts) for parts in zip(*batches)))

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.layers import axial_rope_table, sincos_position_table
 from modeling.text_projector import TextProjectorConfig
-from modeling.text_to_image import TextToImageFlow
 
 LATENT_SCALE = 1.0143  # 1 / deviation of the released tokenizer's latents
 FLOW_HEADS = {(768, 12): 12, (1152, 28): 16, (1280, 36): 20}  # B, XL, H: (width, depth) -> heads
@@ -35,7 +35,9 @@ Names = dict[
     str, str | tuple[str, ...]
 ]  # ours -> theirs, by module (weight and bias) or by tensor; N numbers the blocks
 FLOW_NAMES: Names = {
-    "projector.blocks.N.attention.qkv": tuple(f"context_encoder.layers.N.attn.W_{part}" for part in "QKV"),
+    "projector.blocks.N.attention.qkv": tuple(
+        f"context_encoder.layers.N.attn.W_{part}" for part in "QKV"
+    ),
     "projector.blocks.N.attention.out": "context_encoder.layers.N.attn.W_O",
     "projector.blocks.N.norm_attention.weight": "context_encoder.layers.N.norm1.g",
     "projector.blocks.N.norm_attention.bias": "context_encoder.layers.N.norm1.b",
@@ -95,7 +97,9 @@ class Converted:
     tensors: dict[str, Tensor]  # float32, by our names
 
 
-def convert(tensors: dict[str, Tensor], num_heads: int | None = None, latent_scale: float = LATENT_SCALE) -> Converted:
+def convert(
+    tensors: dict[str, Tensor], num_heads: int | None = None, latent_scale: float = LATENT_SCALE
+) -> Converted:
     """Convert the tensors of a released file, of either kind.
 
     Args:
@@ -111,15 +115,22 @@ def convert(tensors: dict[str, Tensor], num_heads: int | None = None, latent_sca
     return convert_tokenizer(tensors)
 
 
-def convert_flow(tensors: dict[str, Tensor], num_heads: int | None, latent_scale: float) -> Converted:
+def convert_flow(
+    tensors: dict[str, Tensor], num_heads: int | None, latent_scale: float
+) -> Converted:
     """Projector and velocity network of a flow file."""
-    tensors = {TEMPERATURE: torch.tensor(math.log(1 / 0.07))} | tensors  # a file that lacks it has it where it starts
+    tensors = {
+        TEMPERATURE: torch.tensor(math.log(1 / 0.07))
+    } | tensors  # a file that lacks it has it where it starts
     projector, flowtok = TextProjectorConfig(), flow_size(tensors)
     with torch.device("meta"):
-        ours = TextToImageFlow(projector, flowtok).state_dict()
+        ours = FlowModel(projector, flowtok).state_dict()
     del ours["latent_scale"]
     sources = match(
-        ours, FLOW_NAMES, tensors, {"pos_embed": sincos_position_table(flowtok.num_tokens, flowtok.width)[None]}
+        ours,
+        FLOW_NAMES,
+        tensors,
+        {"pos_embed": sincos_position_table(flowtok.num_tokens, flowtok.width)[None]},
     )
     flowtok = replace(flowtok, num_heads=find_heads(flowtok, num_heads))
     converted = fill(ours, sources, tensors)
@@ -145,7 +156,10 @@ def recognise(tensors: dict[str, Tensor]) -> str:
     Raises:
         ValueError: no name is one of a released file.
     """
-    hits = {"flowtok": num_known(tensors, FLOW_NAMES), "tokenizer": num_known(tensors, TOKENIZER_NAMES)}
+    hits = {
+        "flowtok": num_known(tensors, FLOW_NAMES),
+        "tokenizer": num_known(tensors, TOKENIZER_NAMES),
+    }
     if not any(hits.values()):
         found = ", ".join(printable(name) for name in list(tensors)[:3])
         raise ValueError(f"it is no released flow or tokenizer file: it holds {found or 'nothing'}")
@@ -164,7 +178,11 @@ def is_known(name: str, released: set[str]) -> bool:
 
 def released_set(names: Names) -> set[str]:
     """All released names of a table."""
-    return {one for theirs in names.values() for one in ((theirs,) if isinstance(theirs, str) else theirs)}
+    return {
+        one
+        for theirs in names.values()
+        for one in ((theirs,) if isinstance(theirs, str) else theirs)
+    }
 
 
 def num_known(tensors: dict[str, Tensor], names: Names) -> int:
@@ -203,12 +221,16 @@ def match(
     return sources
 
 
-def fill(ours: dict[str, Tensor], sources: dict[str, list[str]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def fill(
+    ours: dict[str, Tensor], sources: dict[str, list[str]], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Copies of the file's tensors by our names, packed and shaped as ours, in float32."""
     filled = {}
     for name, theirs in sources.items():
         parts = [tensors[one].detach().to(torch.float32) for one in theirs]
-        filled[name] = torch.cat(parts) if len(parts) > 1 else parts[0].reshape(ours[name].shape).clone()
+        filled[name] = (
+            torch.cat(parts) if len(parts) > 1 else parts[0].reshape(ours[name].shape).clone()
+        )
     return filled
 
 
@@ -223,7 +245,9 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, Any], optional: s
         for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != tuple(shape)
     ]
-    problems += [f"{name} is missing" for name in shapes if name not in tensors and name not in optional]
+    problems += [
+        f"{name} is missing" for name in shapes if name not in tensors and name not in optional
+    ]
     problems += [f"{printable(name)} is unknown" for name in tensors if name not in shapes]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -239,15 +263,24 @@ def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
     for name, table in tables.items():
         if name in tensors and tensors[name].any():
             found = tensors[name].detach()
-            rounding = 0.0 if found.dtype.itemsize >= 4 else torch.finfo(found.dtype).eps  # values are up to 1
+            rounding = (
+                0.0 if found.dtype.itemsize >= 4 else torch.finfo(found.dtype).eps
+            )  # values are up to 1
             error = (found.float() - table).abs().max().item()
             if not error <= TABLE_TOLERANCE + rounding:
-                raise ValueError(f"{name} differs from the table of this network by {error:.2g}: another network")
+                raise ValueError(
+                    f"{name} differs from the table of this network by {error:.2g}: another network"
+                )
 
 
 def flow_size(tensors: dict[str, Tensor]) -> FlowTokConfig:
     """Width and depth of the velocity network in a flow file; the heads, which no shape shows, are left at 1."""
-    places = ("x_embedder.weight", 0), ("x_embedder.bias", 0), ("final_layer.linear.weight", 1), ("pos_embed", 2)
+    places = (
+        ("x_embedder.weight", 0),
+        ("x_embedder.bias", 0),
+        ("final_layer.linear.weight", 1),
+        ("pos_embed", 2),
+    )
     width = majority(sizes_at(tensors, *places), "x_embedder.weight")
     return FlowTokConfig(width=width, depth=num_blocks(tensors, "blocks.", FLOW_NAMES), num_heads=1)
 
@@ -285,7 +318,9 @@ def tokenizer_size(tensors: dict[str, Tensor]) -> ImageTokenizerConfig:
         raise ValueError(f"{rope[0]} has {num_patches} rows, expected a square number of patches")
     pixels = sizes_at(tensors, ("decoder.ffn.0.weight", 0), ("decoder.ffn.0.bias", 0))
     patches = sizes_at(tensors, ("encoder.patch_embed.weight", 2))
-    patch_size = majority([math.isqrt(n // 3) for n in pixels] + patches, "encoder.patch_embed.weight")
+    patch_size = majority(
+        [math.isqrt(n // 3) for n in pixels] + patches, "encoder.patch_embed.weight"
+    )
     return ImageTokenizerConfig(
         image_size=grid * patch_size,
         patch_size=patch_size,
@@ -296,17 +331,28 @@ def tokenizer_size(tensors: dict[str, Tensor]) -> ImageTokenizerConfig:
 
 def transformer_size(tensors: dict[str, Tensor], part: str, token: str) -> TransformerSize:
     """Size of the encoder's or decoder's transformer; `token` is a tensor whose last dimension is the width."""
-    width = majority(sizes_at(tensors, (f"{part}.ln_pre.weight", 0), (f"{part}.ln_post.weight", 0), (token, -1)), token)
+    width = majority(
+        sizes_at(tensors, (f"{part}.ln_pre.weight", 0), (f"{part}.ln_post.weight", 0), (token, -1)),
+        token,
+    )
     rope = ROPE.format(part, "cos")
-    head_dim = majority([*sizes_at(tensors, (rope, 1), (ROPE.format(part, "sin"), 1)), HEAD_DIM], rope)
+    head_dim = majority(
+        [*sizes_at(tensors, (rope, 1), (ROPE.format(part, "sin"), 1)), HEAD_DIM], rope
+    )
     if width % head_dim:
         raise ValueError(f"{rope} says heads of {head_dim}, which do not divide the width {width}")
-    return TransformerSize(width, num_blocks(tensors, f"{part}.transformer.", TOKENIZER_NAMES), width // head_dim)
+    return TransformerSize(
+        width, num_blocks(tensors, f"{part}.transformer.", TOKENIZER_NAMES), width // head_dim
+    )
 
 
 def sizes_at(tensors: dict[str, Tensor], *places: tuple[str, int]) -> list[int]:
     """What tensors say about one size: places are (name, dimension); those that are not there are left out."""
-    return [tensors[name].shape[d] for name, d in places if name in tensors and tensors[name].ndim > max(d, 0)]
+    return [
+        tensors[name].shape[d]
+        for name, d in places
+        if name in tensors and tensors[name].ndim > max(d, 0)
+    ]
 
 
 def majority(sizes: list[int], name: str) -> int:

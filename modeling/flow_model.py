@@ -27,26 +27,35 @@ class FlowPass(NamedTuple):
     log_temperature: Tensor  # scalar
 
 
-class TextToImageFlow(nn.Module):
+class FlowModel(nn.Module):
     """z_T from the projector, velocity from FlowTok, and the measured scale of the image latents."""
 
     def __init__(self, projector: TextProjectorConfig, flowtok: FlowTokConfig):
         super().__init__()
-        shapes = [(projector.text_tokens, projector.token_channels), (flowtok.num_tokens, flowtok.token_channels)]
+        shapes = [
+            (projector.text_tokens, projector.token_channels),
+            (flowtok.num_tokens, flowtok.token_channels),
+        ]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"the projector gives {shapes[0]} tokens x channels, flowtok expects {shapes[1]}")
+            raise ValueError(
+                f"the projector gives {shapes[0]} tokens x channels, flowtok expects {shapes[1]}"
+            )
         self.projector = TextProjector(projector)
         self.flowtok = FlowTok(flowtok)
-        self.register_buffer("latent_scale", torch.ones(()))  # z_I = latent_scale * tokenizer latent, deviation 1
+        self.register_buffer(
+            "latent_scale", torch.ones(())
+        )  # z_I = latent_scale * tokenizer latent, deviation 1
         self.projector_frozen = False
-        self.null_probability = FlowConfig.null_probability  # of its training; 0: it can't be guided
+        self.null_probability = (
+            FlowConfig.null_probability
+        )  # of its training; 0: it can't be guided
 
     def freeze_projector(self) -> None:
         """Let the projector learn no more; it stays in eval mode (no dropout)."""
         self.projector_frozen = True
         self.projector.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "TextToImageFlow":
+    def train(self, mode: bool = True) -> "FlowModel":
         """Training mode for all but a frozen projector."""
         super().train(mode)
         self.projector.train(mode and not self.projector_frozen)
@@ -81,7 +90,9 @@ def limit_gradient(text: Tensor, t: Tensor, flow: FlowConfig) -> Tensor:
     return fixed + share * (text - fixed)  # the value of z_T, share times its gradient
 
 
-def draw_ends(text: Tensor, image: Tensor, flow: FlowConfig) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def draw_ends(
+    text: Tensor, image: Tensor, flow: FlowConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Text and image latents B x K x C -> (start, null indicator B, end, samples that flow to text B or None).
 
     A sample whose indicator is on gets another sample's latent as its end, of the same kind as its own.
@@ -94,4 +105,9 @@ def draw_ends(text: Tensor, image: Tensor, flow: FlowConfig) -> tuple[Tensor, Te
     other_text, other_image = others.chunk(2, dim=-1)
     to_text = torch.rand(len(text), device=text.device) < 0.5
     chosen = to_text.view(-1, 1, 1)
-    return torch.where(chosen, image, text), null, torch.where(chosen, other_text, other_image), to_text
+    return (
+        torch.where(chosen, image, text),
+        null,
+        torch.where(chosen, other_text, other_image),
+        to_text,
+    )

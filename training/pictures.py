@@ -9,9 +9,11 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from eval.report import write_bytes
+from training.files import write_bytes
 
-CELL_WIDTH_MIN = 128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
+CELL_WIDTH_MIN = (
+    128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
+)
 MARGIN, LINE_HEIGHT, CAPTION_LINES = 6, 13, 3
 FONT_SIZE, CHARACTER_WIDTH = 11, 6
 

@@ -1,6 +1,6 @@
 """A grid of config overrides, several seeds each, unattended: one table, one chart for each metric.
 
-    python scripts/sweep.py configs/sweeps/FILE.yaml [--output runs/sweeps/FILE] [--only VARIANT ...] [--jobs 2]
+    python research/sweep.py research/sweeps/FILE.yaml [--output runs/sweeps/FILE] [--only VARIANT ...] [--jobs 2]
 
 The file (SweepConfig below) names an experiment, the stages that are run for every variant and seed, the finished
 experiment whose earlier stages they start from, and what is read from the results. Each run is what a user would type,
@@ -27,13 +27,15 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python looks into scripts/ only
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a file, Python looks into scripts/ only
 
 from configs.load import exit_on_error, load_config, read_yaml
-from eval.pictures import save_png
 from eval.plots import dot_chart
-from eval.report import write_json, write_text
 from scripts.plan_costs import make_plan
+from training.files import write_json, write_text
+from training.pictures import save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"
@@ -46,9 +48,15 @@ class SweepConfig:
     experiment: str = "demo"  # a folder of configs/
     stages: list[str] = field(default_factory=list)  # run for every variant and seed, in this order
     start_from: str = ""  # finished experiment; its other stages are linked into each run
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # training.seed of every stage that is run
-    gflop: dict[str, float] = field(default_factory=dict)  # training work of a stage; without: its config's max_steps
-    overrides: list[str] = field(default_factory=list)  # of all variants, as on the command line of train_flowtok.sh
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2]
+    )  # training.seed of every stage that is run
+    gflop: dict[str, float] = field(
+        default_factory=dict
+    )  # training work of a stage; without: its config's max_steps
+    overrides: list[str] = field(
+        default_factory=list
+    )  # of all variants, as on the command line of train_flowtok.sh
     variants: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides
     # name -> FILE:KEY of a run: a JSON file, or the last line of a .jsonl that has the key; KEY is dotted in a .json
     metrics: dict[str, str] = field(default_factory=dict)
@@ -57,9 +65,13 @@ class SweepConfig:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path, help="folder (default: runs/sweeps/NAME OF THE FILE)")
+    parser.add_argument(
+        "--output", type=Path, help="folder (default: runs/sweeps/NAME OF THE FILE)"
+    )
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run and show these")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     return parser.parse_args(arguments)
@@ -72,16 +84,26 @@ def load_sweep(path: Path) -> SweepConfig:
         ValueError: unknown keys, nothing to run or to read, a missing start, or an override that a stage refuses.
     """
     try:
-        sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), read_yaml(path)))
+        sweep = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(SweepConfig), read_yaml(path))
+        )
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", "") or ""
-        raise ValueError(f"{path}: {key + ': ' if key else ''}{str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path}: {key + ': ' if key else ''}{str(error).splitlines()[0]}"
+        ) from error
     for name in ("stages", "seeds", "variants", "metrics"):
         if not getattr(sweep, name):
             raise ValueError(f"{path}: {name} is empty")
-    wrong = [name for name in sweep.variants if not name.replace("_", "").replace("-", "").replace(".", "").isalnum()]
+    wrong = [
+        name
+        for name in sweep.variants
+        if not name.replace("_", "").replace("-", "").replace(".", "").isalnum()
+    ]
     if wrong:
-        raise ValueError(f"{path}: variants are names of folders; use letters, digits, '-', '_', '.' in {wrong}")
+        raise ValueError(
+            f"{path}: variants are names of folders; use letters, digits, '-', '_', '.' in {wrong}"
+        )
     if sweep.start_from and not Path(sweep.start_from).is_dir():
         raise ValueError(f"{path}: start_from={sweep.start_from} is no folder; train it first")
     for variant, overrides in sweep.variants.items():
@@ -100,7 +122,11 @@ def config_file(sweep: SweepConfig, stage: str) -> Path:
 def own_overrides(sweep: SweepConfig, stage: str, overrides: list[str]) -> list[str]:
     """The overrides of a stage, without its name: those of all variants, then the variant's."""
     prefix = f"{stage}."
-    return [item.removeprefix(prefix) for item in (*sweep.overrides, *overrides) if item.startswith(prefix)]
+    return [
+        item.removeprefix(prefix)
+        for item in (*sweep.overrides, *overrides)
+        if item.startswith(prefix)
+    ]
 
 
 @cache
@@ -120,7 +146,9 @@ def budget_steps(sweep: SweepConfig, stage: str, variant: str) -> int:
     overrides = tuple(own_overrides(sweep, stage, sweep.variants[variant]))
     steps = round(sweep.gflop[stage] / gflop_per_step(config_file(sweep, stage), overrides))
     if steps < 1:
-        raise ValueError(f"gflop.{stage}={sweep.gflop[stage]} is less than one step of variant {variant}")
+        raise ValueError(
+            f"gflop.{stage}={sweep.gflop[stage]} is less than one step of variant {variant}"
+        )
     return steps
 
 
@@ -129,7 +157,9 @@ def command_of(sweep: SweepConfig, variant: str, seed: int, folder: Path) -> lis
     command = ["bash", str(ROOT / "train_flowtok.sh"), sweep.experiment, f"experiment_dir={folder}"]
     trained = [s for s in sweep.stages if hasattr(load_config(config_file(sweep, s)), "training")]
     command += [f"{stage}.training.seed={seed}" for stage in trained]
-    command += [f"{stage}.training.max_steps={budget_steps(sweep, stage, variant)}" for stage in sweep.gflop]
+    command += [
+        f"{stage}.training.max_steps={budget_steps(sweep, stage, variant)}" for stage in sweep.gflop
+    ]
     return command + sweep.overrides + sweep.variants[variant]
 
 
@@ -149,7 +179,9 @@ def check_folders(sweep: SweepConfig, output: Path, runs: list[tuple[str, int]])
         made_by = folder / COMMAND_FILE
         known = json.loads(made_by.read_text()) if made_by.is_file() else None
         if folder.exists() and known != command_of(sweep, variant, seed, folder):
-            raise ValueError(f"{folder} was made by another command: move it, or choose another --output")
+            raise ValueError(
+                f"{folder} was made by another command: move it, or choose another --output"
+            )
 
 
 def run_one(sweep: SweepConfig, variant: str, seed: int, output: Path) -> dict:
@@ -162,14 +194,29 @@ def run_one(sweep: SweepConfig, variant: str, seed: int, output: Path) -> dict:
     write_json(command, folder / COMMAND_FILE)
     link_start(sweep, folder)
     start = time.monotonic()
-    variables = {"STAGES": " ".join(sweep.stages), "OMP_NUM_THREADS": str(sweep.threads), "VIRTUAL_ENV": sys.prefix}
+    variables = {
+        "STAGES": " ".join(sweep.stages),
+        "OMP_NUM_THREADS": str(sweep.threads),
+        "VIRTUAL_ENV": sys.prefix,
+    }
     with (folder / "log").open("a") as log:
         status = subprocess.run(
-            command, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            command,
+            env=os.environ | variables,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
         ).returncode
-    result = {"variant": variant, "seed": seed, "command": command, "seconds": time.monotonic() - start}
+    result = {
+        "variant": variant,
+        "seed": seed,
+        "command": command,
+        "seconds": time.monotonic() - start,
+    }
     if status:
-        return result | {"error": f"exit status {status}: {last_error(folder / 'log')}; see {folder / 'log'}"}
+        return result | {
+            "error": f"exit status {status}: {last_error(folder / 'log')}; see {folder / 'log'}"
+        }
     write_json(result, finished)
     return result | {"metrics": read_metrics(sweep, folder)}
 
@@ -185,7 +232,10 @@ def link_start(sweep: SweepConfig, folder: Path) -> None:
 def last_error(log: Path) -> str:
     """The last line that says what went wrong."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("error")), lines[-1] if lines else "no output")
+    return next(
+        (line for line in reversed(lines) if line.startswith("error")),
+        lines[-1] if lines else "no output",
+    )
 
 
 def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
@@ -199,7 +249,10 @@ def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
         file, _, key = place.partition(":")
         text = (folder / file).read_text()
         if file.endswith(".jsonl"):
-            found = next((row[key] for row in map(json.loads, reversed(text.splitlines())) if key in row), None)
+            found = next(
+                (row[key] for row in map(json.loads, reversed(text.splitlines())) if key in row),
+                None,
+            )
         else:
             found = json.loads(text)
             for part in key.split("."):
@@ -255,8 +308,12 @@ def main(args: argparse.Namespace) -> None:
     chosen = args.only or list(sweep.variants)
     unknown = [name for name in chosen if name not in sweep.variants]
     if unknown or args.jobs < 1:
-        raise ValueError(f"--only {unknown}: no such variant; valid: {', '.join(sweep.variants)}; --jobs is at least 1")
-    todo = [(variant, seed) for seed in sweep.seeds for variant in chosen]  # a first table after the first seed
+        raise ValueError(
+            f"--only {unknown}: no such variant; valid: {', '.join(sweep.variants)}; --jobs is at least 1"
+        )
+    todo = [
+        (variant, seed) for seed in sweep.seeds for variant in chosen
+    ]  # a first table after the first seed
     check_folders(sweep, output, todo)
     results, start = [], time.monotonic()
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -264,7 +321,9 @@ def main(args: argparse.Namespace) -> None:
         for future in as_completed(futures):
             results.append(result := future.result())
             left = (time.monotonic() - start) / len(results) * (len(todo) - len(results))
-            shown = result.get("error") or ", ".join(f"{k} {v:.4g}" for k, v in result["metrics"].items())
+            shown = result.get("error") or ", ".join(
+                f"{k} {v:.4g}" for k, v in result["metrics"].items()
+            )
             place = f"[{len(results)}/{len(todo)}] {result['variant']}, seed {result['seed']}"
             print(f"{place}: {shown} ({left / 60:.0f} min left)", flush=True)
             write_summary(sweep, results, output)

@@ -1,7 +1,7 @@
 """Kernel ridge regression from text states to image latents: closed form, seconds for some thousand captions.
 
 Where a projector can start from (projector.linear_start), and the baseline of a text-to-image flow on little data
-(eval/demo.py): a flow that retrieves held-out images no better has not learned to generalise.
+(eval/report.py): a flow that retrieves held-out images no better has not learned to generalise.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,9 @@ class Ridge:
 
     def __call__(self, states: Tensor) -> Tensor:
         kernel = (states.flatten(1).to(self.states) - self.state_mean) @ self.states.T
-        return (kernel @ self.coefficients).view(-1, *self.latent_mean.shape).float() + self.latent_mean
+        return (kernel @ self.coefficients).view(
+            -1, *self.latent_mean.shape
+        ).float() + self.latent_mean
 
 
 def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRENGTHS) -> Ridge:
@@ -55,7 +57,10 @@ def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRE
         residuals = coefficients / (inverse.diagonal() - 1 / (shift * len(kernel)))[:, None]
         top5 = retrieved(targets - residuals, targets)
         if best is None or top5 > best.top5:
-            mean_image, error = latent_mean.view(latents.shape[1:]).float(), residuals.square().mean().item()
+            mean_image, error = (
+                latent_mean.view(latents.shape[1:]).float(),
+                residuals.square().mean().item(),
+            )
             best = Ridge(inputs, state_mean, mean_image, coefficients, strength, top5, error)
     return best
 

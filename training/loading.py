@@ -14,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from modeling.flow import FlowConfig
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTokConfig
-from modeling.image_to_text import ImageToText
+from modeling.image_to_text import Captioner
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.text_decoder import TextAutoencoder, TextDecoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
-from modeling.text_to_image import TextToImageFlow
 from training.checkpoint import EMA_FILE, latest_checkpoint, load_weights, read_state
 from training.run import CONFIG_FILE
 
@@ -93,7 +93,9 @@ def load_tokenizer(run_dir: str | Path) -> tuple[ImageTokenizer, TextEncoderConf
     """The image tokenizer of a stage-1 run and the text tower that guides its decoder."""
     config = read_run_config(run_dir)
     if "tokenizer" not in config:
-        raise ValueError(f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'tokenizer'")
+        raise ValueError(
+            f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'tokenizer'"
+        )
     tokenizer = ImageTokenizer(section(config, "tokenizer", ImageTokenizerConfig))
     return load_ema(tokenizer, run_dir), section(config, "text_encoder", TextEncoderConfig)
 
@@ -108,7 +110,7 @@ def load_projector(run_dir: str | Path) -> TextProjector:
     return load_ema(TextProjector(section(config, "projector", TextProjectorConfig)), run_dir)
 
 
-def load_flow(run_dir: str | Path) -> TextToImageFlow:
+def load_flow(run_dir: str | Path) -> FlowModel:
     """The projector and the DiT of a stage-3 run.
 
     Raises:
@@ -116,9 +118,15 @@ def load_flow(run_dir: str | Path) -> TextToImageFlow:
     """
     config = read_run_config(run_dir)
     if "flowtok" not in config:
-        raise ValueError(f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'flowtok'")
-    flow = TextToImageFlow(section(config, "projector", TextProjectorConfig), section(config, "flowtok", FlowTokConfig))
-    flow.null_probability = OmegaConf.select(config, "flow.null_probability", default=FlowConfig.null_probability)
+        raise ValueError(
+            f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'flowtok'"
+        )
+    flow = FlowModel(
+        section(config, "projector", TextProjectorConfig), section(config, "flowtok", FlowTokConfig)
+    )
+    flow.null_probability = OmegaConf.select(
+        config, "flow.null_probability", default=FlowConfig.null_probability
+    )
     return load_ema(flow, run_dir)
 
 
@@ -130,8 +138,13 @@ def load_autoencoder(run_dir: str | Path) -> TextAutoencoder:
     """
     config = read_run_config(run_dir)
     if "text_decoder" not in config:
-        raise ValueError(f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'text_decoder'")
-    sizes = section(config, "projector", TextProjectorConfig), section(config, "text_decoder", TextDecoderConfig)
+        raise ValueError(
+            f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'text_decoder'"
+        )
+    sizes = (
+        section(config, "projector", TextProjectorConfig),
+        section(config, "text_decoder", TextDecoderConfig),
+    )
     return load_ema(TextAutoencoder(*sizes), run_dir)
 
 
@@ -140,7 +153,7 @@ def direction_of(config: DictConfig) -> str:
     return OmegaConf.select(config, "flow.direction", default="text_to_image")
 
 
-def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[ImageToText, SamplingConfig]:
+def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner, SamplingConfig]:
     """All parts of an experiment for captions, and its default sampling.
 
     Args:
@@ -152,7 +165,9 @@ def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[ImageToTe
     flow_dir = captioning_run(run_dir)
     config = read_run_config(flow_dir)
     if "flowtok" not in config:
-        raise ValueError(f"{flow_dir} is a run of stage {config.get('stage')!r}; captions need a flowtok run")
+        raise ValueError(
+            f"{flow_dir} is a run of stage {config.get('stage')!r}; captions need a flowtok run"
+        )
     if direction_of(config) == "text_to_image":
         raise ValueError(
             f"{flow_dir} flows from text to image only: captions need a run with flow.direction=image_to_text or joint"
@@ -162,11 +177,15 @@ def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[ImageToTe
     beside = flow_dir.parent / "text_encoder" / "clip"
     folder = text_config.model.removeprefix("local-dir:")
     if text_config.model != folder and beside.is_dir() and not Path(folder).is_dir():
-        text_config.model = f"local-dir:{beside}"  # the experiment was moved; only the tower's tokenizer is used
+        text_config.model = (
+            f"local-dir:{beside}"  # the experiment was moved; only the tower's tokenizer is used
+        )
     flow = load_flow(flow_dir)
-    parts = ImageToText(
+    parts = Captioner(
         tokenize=TextTokenizer(text_config),
-        tokenizer=find_tokenizer(flow_dir, config.tokenizer_run, trained_on.get("tokenizer")).to(device),
+        tokenizer=find_tokenizer(flow_dir, config.tokenizer_run, trained_on.get("tokenizer")).to(
+            device
+        ),
         flow=flow.to(device),
         decoder=find_text_decoder(flow_dir, config.text_decoder_run, flow.projector).to(device),
     )
@@ -176,10 +195,15 @@ def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[ImageToTe
 def captioning_run(run_dir: str | Path) -> Path:
     """The stage-3 run that makes an experiment's captions, or the run folder itself."""
     run_dir = Path(run_dir)
-    return next((run_dir / name for name in ("flowtok_caption", "flowtok") if (run_dir / name).is_dir()), run_dir)
+    return next(
+        (run_dir / name for name in ("flowtok_caption", "flowtok") if (run_dir / name).is_dir()),
+        run_dir,
+    )
 
 
-def find_text_decoder(flow_dir: Path, text_decoder_run: str, projector: TextProjector) -> TextDecoder:
+def find_text_decoder(
+    flow_dir: Path, text_decoder_run: str, projector: TextProjector
+) -> TextDecoder:
     """What reads a flow's z_T: where its config says, or beside the flow if the folder was moved.
 
     Args:
@@ -189,7 +213,11 @@ def find_text_decoder(flow_dir: Path, text_decoder_run: str, projector: TextProj
         ValueError: none for this projector is there.
     """
     wanted = fingerprint(projector)
-    runs = [run for run in (Path(text_decoder_run), flow_dir.parent / "text_decoder") if (run / CONFIG_FILE).is_file()]
+    runs = [
+        run
+        for run in (Path(text_decoder_run), flow_dir.parent / "text_decoder")
+        if (run / CONFIG_FILE).is_file()
+    ]
     for run in runs:
         autoencoder = load_autoencoder(run)
         if fingerprint(autoencoder.projector) == wanted:
@@ -200,7 +228,9 @@ def find_text_decoder(flow_dir: Path, text_decoder_run: str, projector: TextProj
     )
 
 
-def load_pipeline(run_dir: str | Path, device: torch.device) -> tuple[TextToImage, SamplingConfig]:
+def load_pipeline(
+    run_dir: str | Path, device: torch.device
+) -> tuple[ImageGenerator, SamplingConfig]:
     """All parts of an experiment for generation, and its default sampling.
 
     Args:
@@ -210,24 +240,34 @@ def load_pipeline(run_dir: str | Path, device: torch.device) -> tuple[TextToImag
     flow_dir = flow_folder(run_dir)
     config = read_run_config(flow_dir)
     if "flowtok" not in config:
-        raise ValueError(f"{flow_dir} is a run of stage {config.get('stage')!r}; sampling needs a flowtok run")
+        raise ValueError(
+            f"{flow_dir} is a run of stage {config.get('stage')!r}; sampling needs a flowtok run"
+        )
     if direction_of(config) == "image_to_text":
-        raise ValueError(f"{flow_dir} flows from image to text: it makes captions (sample.py --caption), no images")
+        raise ValueError(
+            f"{flow_dir} flows from image to text: it makes captions (sample.py --caption), no images"
+        )
     trained_on = read_state(newest_checkpoint(flow_dir))["inputs"]  # empty for a converted run
     text_config = section(config, "text_encoder", TextEncoderConfig)
-    text_config.model, text_encoder = find_text_encoder(flow_dir, text_config, trained_on.get("text_encoder"))
+    text_config.model, text_encoder = find_text_encoder(
+        flow_dir, text_config, trained_on.get("text_encoder")
+    )
     tokenizer = find_tokenizer(flow_dir, config.tokenizer_run, trained_on.get("tokenizer"))
     check_parts(section(config, "projector", TextProjectorConfig), tokenizer.config, text_encoder)
-    parts = TextToImage(
+    parts = ImageGenerator(
         tokenize=TextTokenizer(text_config),
         text_encoder=text_encoder.to(device),
         tokenizer=tokenizer.to(device),
-        flow=load_flow(flow_dir).to(device),  # the largest part last: what else is missing is known by then
+        flow=load_flow(flow_dir).to(
+            device
+        ),  # the largest part last: what else is missing is known by then
     )
     return parts, section(config, "sampling", SamplingConfig)
 
 
-def check_parts(projector: TextProjectorConfig, tokenizer: ImageTokenizerConfig, text_encoder: TextEncoder) -> None:
+def check_parts(
+    projector: TextProjectorConfig, tokenizer: ImageTokenizerConfig, text_encoder: TextEncoder
+) -> None:
     """Refuse parts of different sizes, which a converted run can have: no fingerprint says what belongs together."""
     latents = (projector.text_tokens, projector.token_channels)
     if (tokenizer.num_tokens, tokenizer.token_channels) != latents:
@@ -272,7 +312,9 @@ def find_tokenizer(flow_dir: Path, tokenizer_run: str, wanted: str | None) -> Im
     )
 
 
-def find_text_encoder(flow_dir: Path, config: TextEncoderConfig, wanted: str | None) -> tuple[str, TextEncoder]:
+def find_text_encoder(
+    flow_dir: Path, config: TextEncoderConfig, wanted: str | None
+) -> tuple[str, TextEncoder]:
     """(model, tower) that a flow was trained with: as its config says, or beside the flow if the folder was moved.
 
     Args:
@@ -298,8 +340,12 @@ def find_text_encoder(flow_dir: Path, config: TextEncoderConfig, wanted: str | N
 
 def fingerprint(module: nn.Module) -> str:
     """16 hex digits over names, shapes and values of a module's state, and QuickGELU if it is a text tower with it."""
-    digest = hashlib.sha256(b"quick_gelu" if isinstance(module, TextEncoder) and module.quick_gelu else b"")
+    digest = hashlib.sha256(
+        b"quick_gelu" if isinstance(module, TextEncoder) and module.quick_gelu else b""
+    )
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]

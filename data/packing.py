@@ -54,7 +54,9 @@ class SampleConfig:
     background: tuple[int, int, int]
 
 
-def make_sample(entry: Entry, config: SampleConfig, is_usable: bool = False) -> tuple[dict[str, Any], bytes]:
+def make_sample(
+    entry: Entry, config: SampleConfig, is_usable: bool = False
+) -> tuple[dict[str, Any], bytes]:
     """(sample for write_shard, the source's image file). is_usable: known from before, an image need not be decoded.
 
     BadSample: no image, no caption, or filtered. ValueError: a score is missing that must not be.
@@ -66,7 +68,9 @@ def make_sample(entry: Entry, config: SampleConfig, is_usable: bool = False) -> 
         config.sample_filter.check_metadata(captions[0], metadata)
     except ValueError as error:
         raise ValueError(f"sample {entry.key} of {entry.path}: {error}") from None
-    parts = parts or read_parts(entry)  # not before: of a table with scores most images may be dropped unread
+    parts = parts or read_parts(
+        entry
+    )  # not before: of a table with scores most images may be dropped unread
     extension = next((key for key in IMAGE_KEYS if key in parts), None)
     if extension is None:
         raise BadSample("image: missing")
@@ -79,9 +83,17 @@ def make_sample(entry: Entry, config: SampleConfig, is_usable: bool = False) -> 
             sizes = {"original_width": image.width, "original_height": image.height} | metadata
             metadata = sizes | {"width": small.width, "height": small.height}
             extension, data = "jpg", to_jpeg(small, config.quality)
-    others = {name: part for name, part in parts.items() if name not in (*IMAGE_KEYS, "txt", "json", "")}
+    others = {
+        name: part for name, part in parts.items() if name not in (*IMAGE_KEYS, "txt", "json", "")
+    }
     content = to_json({**metadata, "captions": captions})
-    return {"__key__": entry.key, extension: data, "txt": captions[0], "json": content, **others}, original
+    return {
+        "__key__": entry.key,
+        extension: data,
+        "txt": captions[0],
+        "json": content,
+        **others,
+    }, original
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
@@ -140,7 +152,9 @@ class Task:
                 yield read_entry(index, int(number), row), state
 
     def is_finished(self) -> bool:
-        return self.record.is_file() and (self.tar.is_file() or not json.loads(self.record.read_text())["kept"])
+        return self.record.is_file() and (
+            self.tar.is_file() or not json.loads(self.record.read_text())["kept"]
+        )
 
 
 def write_task(task: Task, tick: Callable[[int], Any]) -> None:
@@ -203,16 +217,22 @@ def index_path(output: Path) -> Path:
 # ------------------------------------------------------------------------------------------------- several processes
 
 
-def run_tasks(work: Callable, tasks: Iterator[Task], num_samples: int, workers: int, title: str) -> None:
+def run_tasks(
+    work: Callable, tasks: Iterator[Task], num_samples: int, workers: int, title: str
+) -> None:
     """work(task, tick) for all tasks, with a progress bar; num_samples: theirs together."""
     with progress_bar(title, total=num_samples) as progress:
         if workers == 1:
             for task in tasks:
                 work(task, progress.update)
             return
-        counts = RawArray("q", workers)  # samples done; a lock could be held by a worker that is killed
+        counts = RawArray(
+            "q", workers
+        )  # samples done; a lock could be held by a worker that is killed
         functions = [partial(_work_and_count, work, counts, slot) for slot in range(workers)]
-        for _ in map_in_processes(functions, tasks, lambda: progress.update(sum(counts) - progress.n)):
+        for _ in map_in_processes(
+            functions, tasks, lambda: progress.update(sum(counts) - progress.n)
+        ):
             pass
 
 
@@ -226,11 +246,15 @@ def _work_and_count(work: Callable, counts: Any, slot: int, task: Task) -> None:
 def progress_bar(title: str, **options: Any) -> tqdm:
     """Rate and time left, on stderr; seldom where that is a file, in which every line stays."""
     tqdm.monitor_interval = 0  # no thread of its own: processes are forked
-    return tqdm(desc=title, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 30, **options)
+    return tqdm(
+        desc=title, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 30, **options
+    )
 
 
 def map_in_processes(
-    functions: Sequence[Callable[[Any], Any]], items: Iterable[Any], look: Callable[[], Any] = lambda: None
+    functions: Sequence[Callable[[Any], Any]],
+    items: Iterable[Any],
+    look: Callable[[], Any] = lambda: None,
 ) -> Iterator[Any]:
     """function(item) of each item, in order; one function for each process. look() is called every POLL_SECONDS.
 
@@ -289,12 +313,16 @@ def _processes(functions: Sequence[Callable[[Any], Any]]) -> Iterator[list[Conne
             process.join()
 
 
-def _serve(function: Callable[[Any], Any], pipe: Connection, inherited: Sequence[Connection]) -> None:
+def _serve(
+    function: Callable[[Any], Any], pipe: Connection, inherited: Sequence[Connection]
+) -> None:
     """In a process: answer each item with (result, error), until the pipe ends."""
     for other_end in inherited:
         other_end.close()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(EOFError, ConnectionError, KeyboardInterrupt):  # Ctrl-C reaches the parent, too, which says so
+    with suppress(
+        EOFError, ConnectionError, KeyboardInterrupt
+    ):  # Ctrl-C reaches the parent, too, which says so
         while True:
             pipe.send(_result_or_error(function, pipe.recv()))
 

@@ -1,10 +1,10 @@
 """How far do the captions of an experiment determine its images? Ridge regressions from text to image latents.
 
-    python -m eval.text_limits --config configs/demo/report.yaml [key=value ...]
+    python -m research.text_limits --config configs/demo/report.yaml [key=value ...]
 
 What a flow could at most know about a held-out caption depends on what the text states say, on how many captions it has
 seen, and on what can be read off a state. All are varied here, in closed form and without a flow, by ridge regressions
-(modeling/ridge.py) on a quarter, half and all of the training captions, each part drawn three times:
+(training/ridge.py) on a quarter, half and all of the training captions, each part drawn three times:
 - text states: linear; the baseline of the report;
 - curved: the same states under a Gaussian kernel, which fits what no linear map can;
 - shuffled tower: linear, from the states of a text tower whose weights were shuffled, so that it has learned nothing;
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import ReportStage
-from eval.demo import encode, encode_texts, read_all, retrieval
-from eval.loading import load_pipeline
-from eval.report import write_json
-from modeling.ridge import fit_ridge
+from eval.report import encode, encode_texts, read_all, retrieval
+from training.files import write_json
+from training.loading import load_pipeline
+from training.ridge import fit_ridge
 
 SHARES = (0.25, 0.5, 1.0)  # of the training captions
 DRAWS = 3  # parts of each share
@@ -37,7 +37,9 @@ JITTER = 1e-6  # on the diagonal of the Gaussian kernel: captions that are the s
 def main(config: ReportStage) -> None:
     """Measure, print, write; up to a few minutes on a CPU."""
     parts, _ = load_pipeline(Path(config.experiment_dir), torch.device("cpu"))
-    train, heldout = (read_all(config, parts, shards) for shards in (config.train_shards, config.heldout_shards))
+    train, heldout = (
+        read_all(config, parts, shards) for shards in (config.train_shards, config.heldout_shards)
+    )
     latents = [encode(config, parts, samples["image"]) for samples in (train, heldout)]
     captions = train["caption"], heldout["caption"]
     states = [encode_texts(config, parts, part) for part in captions]
@@ -49,9 +51,13 @@ def main(config: ReportStage) -> None:
         "bag of words": bags_of_words(*(parts.tokenize(part) for part in captions)),
     }
     rows = list(measure(texts, *latents))
-    print("| text | captions | top-1 | top-5 | top-1, doubled | top-5, doubled |\n|---|---|---|---|---|---|")
+    print(
+        "| text | captions | top-1 | top-5 | top-1, doubled | top-5, doubled |\n|---|---|---|---|---|---|"
+    )
     for row in rows:
-        cells = " | ".join(mean_and_deviation(row[key]) for key in ("top1", "top5", "top1_doubled", "top5_doubled"))
+        cells = " | ".join(
+            mean_and_deviation(row[key]) for key in ("top1", "top5", "top1_doubled", "top5_doubled")
+        )
         print(f"| {row['text']} | {row['captions']} | {cells} |")
     path = Path(config.experiment_dir) / "text_limits.json"
     write_json({"heldout_captions": len(heldout["caption"]), "rows": rows}, path)
@@ -75,7 +81,9 @@ def gaussian_features(train: Tensor, heldout: Tensor) -> list[Tensor]:
     train, heldout = train.flatten(1).double(), heldout.flatten(1).double()
     squares = torch.cdist(train, train).square()
     scale = 2 * squares.sum() / (len(train) * (len(train) - 1))
-    factor = torch.linalg.cholesky((-squares / scale).exp() + JITTER * torch.eye(len(train), dtype=torch.float64))
+    factor = torch.linalg.cholesky(
+        (-squares / scale).exp() + JITTER * torch.eye(len(train), dtype=torch.float64)
+    )
     cross = (-torch.cdist(heldout, train).square() / scale).exp()
     return [factor[:, None], torch.linalg.solve_triangular(factor, cross.T, upper=False).T[:, None]]
 
@@ -96,7 +104,9 @@ def measure(texts: dict[str, list[Tensor]], train: Tensor, heldout: Tensor) -> I
         for share in SHARES:
             number, row = max(2, round(share * len(train))), {}
             for draw in range(DRAWS if share < 1 else 1):
-                chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(draw))[:number]
+                chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(draw))[
+                    :number
+                ]
                 ridge = fit_ridge(states[chosen], train[chosen])
                 for suffix, scale in (("", 1.0), ("_doubled", 2.0)):
                     predicted = torch.lerp(ridge.latent_mean, ridge(heldout_states), scale)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.storage import is_remote
 from data.token_text import TokenTextConfig
-from eval.loading import fingerprint, load_tokenizer
+from training.loading import fingerprint, load_tokenizer
 
 TOKENS_INFO_FILE, LATENT_STATS_FILE = "tokens.json", "latent_stats.json"
 
@@ -22,7 +22,9 @@ class LatentStats:
     num_samples: int
     channel_mean: list[float]  # of the posterior means, over samples and tokens
     channel_std: list[float]
-    latent_scale: float  # 1 / deviation of the sampled latents over everything: z_I = latent_scale * latent
+    latent_scale: (
+        float  # 1 / deviation of the sampled latents over everything: z_I = latent_scale * latent
+    )
 
 
 @dataclass
@@ -49,7 +51,9 @@ class TokensInfo:
     def inputs(self) -> dict:
         """What a stage that trains on these tokens depends on."""
         names = ("tokenizer", "text_encoder")
-        return {name: getattr(self, f"{name}_fingerprint") for name in names} | {"latent_scale": self.latent_scale}
+        return {name: getattr(self, f"{name}_fingerprint") for name in names} | {
+            "latent_scale": self.latent_scale
+        }
 
     def save(self, folder: Path) -> None:
         """Write both files aside and rename them, the mark of completeness last."""
@@ -69,7 +73,9 @@ class TokensInfo:
         values = []
         for name in (TOKENS_INFO_FILE, LATENT_STATS_FILE):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder / name} does not exist: run scripts/encode_tokens.py (stage tokens)")
+                raise ValueError(
+                    f"{folder / name} does not exist: run scripts/encode_tokens.py (stage tokens)"
+                )
             try:
                 values.append(json.loads((folder / name).read_text()))
             except ValueError as error:
@@ -77,7 +83,9 @@ class TokensInfo:
         try:
             return TokensInfo(**values[0], stats=LatentStats(**values[1]))
         except TypeError as error:
-            raise ValueError(f"{folder}: not what scripts/encode_tokens.py writes: {error}") from error
+            raise ValueError(
+                f"{folder}: not what scripts/encode_tokens.py writes: {error}"
+            ) from error
 
 
 def load_tokens_info(
@@ -99,13 +107,23 @@ def load_tokens_info(
     Raises:
         ValueError: no info, other token counts, another tokenizer or text tower; names the folder and the ways out.
     """
-    folders = sorted({"" if is_remote(p) else str(Path(p).expanduser().parent) for p in data.all_shards()})
-    unknown = [folder for folder in folders if not (folder and (Path(folder) / TOKENS_INFO_FILE).is_file())]
+    folders = sorted(
+        {"" if is_remote(p) else str(Path(p).expanduser().parent) for p in data.all_shards()}
+    )
+    unknown = [
+        folder for folder in folders if not (folder and (Path(folder) / TOKENS_INFO_FILE).is_file())
+    ]
     if unknown and any_tokenizer and latent_scale:
         stats = LatentStats(0, [], [], latent_scale)
-        return TokensInfo(0, num_tokens, token_channels, "unknown", "unknown", False, False, 1, [], {}, stats)
+        return TokensInfo(
+            0, num_tokens, token_channels, "unknown", "unknown", False, False, 1, [], {}, stats
+        )
     if unknown:
-        where = f"{unknown[0]}/{TOKENS_INFO_FILE}" if unknown[0] else f"{TOKENS_INFO_FILE} of remote shards"
+        where = (
+            f"{unknown[0]}/{TOKENS_INFO_FILE}"
+            if unknown[0]
+            else f"{TOKENS_INFO_FILE} of remote shards"
+        )
         raise ValueError(
             f"{where} does not exist: write the token shards with scripts/encode_tokens.py. For shards from elsewhere, "
             "set any_tokenizer=true and their latent_scale (1.0143 for the release's)"
@@ -137,7 +155,12 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
                     f"{getattr(info, name)} in {folder}"
                 )
     total = sum(info.num_samples for info in infos.values())
-    variance = sum(info.num_samples / info.latent_scale**2 for info in infos.values()) / max(total, 1)
+    variance = sum(info.num_samples / info.latent_scale**2 for info in infos.values()) / max(
+        total, 1
+    )
     measured = first.latent_scale if len(infos) == 1 else variance**-0.5
-    values = asdict(first) | {"num_samples": total, "stats": LatentStats(total, [], [], latent_scale or measured)}
+    values = asdict(first) | {
+        "num_samples": total,
+        "stats": LatentStats(total, [], [], latent_scale or measured),
+    }
     return TokensInfo(**values)

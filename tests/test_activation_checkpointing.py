@@ -1,4 +1,4 @@
-"""modeling/recompute.py: the same gradients with less memory."""
+"""modeling/activation_checkpointing.py: the same gradients with less memory."""
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ def make_flow():
     torch.manual_seed(0)
     model = FlowTok(FlowTokConfig(num_tokens=9, token_channels=4, width=32, depth=3, num_heads=2))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)  # modulation starts at zero, where most gradients are zero
+        torch.nn.init.normal_(
+            parameter, std=0.1
+        )  # modulation starts at zero, where most gradients are zero
     x, t, null = torch.randn(4, 9, 4), torch.rand(4), torch.tensor([True, False, False, True])
     return model, lambda: model(x, t, null)
 

@@ -1,7 +1,7 @@
 """Builds the demo data: Noto emoji as 64x64 image-caption shards, from the npm package emoji-datasource-google 16.0.0.
 
     npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz     # unpacks to ./package
-    python scripts/make_demo_data.py --package package --output assets/noto_emoji
+    python assets/noto_emoji/make_demo_data.py --package package --output assets/noto_emoji
 
 In:  the unpacked package (emoji.json, img/google/64/*.png, LICENSE) and the committed list of held-out base emoji.
 Out: webdataset shards of {key}.png (64x64 RGB, the emoji on white), {key}.txt (caption, UTF-8) and {key}.json;
@@ -36,7 +36,13 @@ SHUFFLE_SEED = "noto-emoji"
 IMAGE_SIZE = 64
 DEFAULT_HELDOUT = Path(__file__).resolve().parents[1] / "assets" / "noto_emoji" / "heldout.txt"
 
-TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
+TONES = {
+    "1f3fb": "light",
+    "1f3fc": "medium-light",
+    "1f3fd": "medium",
+    "1f3fe": "medium-dark",
+    "1f3ff": "dark",
+}
 
 # Names whose "black" or "white" means filled or outlined (Unicode's old usage), or whose "red" is another design's: the
 # picture has another colour, so the word is left out of the caption.
@@ -99,7 +105,12 @@ class Emoji:
 
 def natural_name(name: str) -> str:
     """'KISS: MAN, WOMAN' -> 'kiss of man and woman', 'MAN: RED HAIR' -> 'man with red hair'; lower case throughout."""
-    name = name.lower().replace("’", "'").replace("oclock", "o'clock").replace("ideograph-", "ideograph ")
+    name = (
+        name.lower()
+        .replace("’", "'")
+        .replace("oclock", "o'clock")
+        .replace("ideograph-", "ideograph ")
+    )
     name = RENAMED.get(name, name)
     if name in MISLEADING_COLOUR:
         name = re.sub(r"\b(black|white|red) ", "", name)
@@ -133,12 +144,19 @@ def describe_emoji(entries: list[dict]) -> list[Emoji]:
         if base in TONES:
             name = f"{TONES[base]} skin tone"
         subcategory = entry["subcategory"].replace("-", " ").lower()
-        fields = {"name": name, "subcategory": subcategory, "category": entry["category"].lower(), "base": base}
+        fields = {
+            "name": name,
+            "subcategory": subcategory,
+            "category": entry["category"].lower(),
+            "base": base,
+        }
         emoji.append(Emoji(key=base, tone=None, caption=f"{name}, {subcategory}", **fields))
         for variation, variant in entry.get("skin_variations", {}).items():
             tone = tone_name(variation)
             caption = f"{name}, {subcategory}, {tone} skin tone"
-            emoji.append(Emoji(key=variant["unified"].lower(), tone=tone, caption=caption, **fields))
+            emoji.append(
+                Emoji(key=variant["unified"].lower(), tone=tone, caption=caption, **fields)
+            )
     return emoji
 
 
@@ -146,15 +164,24 @@ def load_package(package: Path, num_images: int = NUM_IMAGES) -> list[Emoji]:
     """Reads and checks the unpacked package. ValueError names what is missing or differs."""
     for file in ("package.json", "emoji.json", "LICENSE"):
         if not (package / file).is_file():
-            raise ValueError(f"{package / file} is missing: --package must be the unpacked {PACKAGE_NAME} package")
+            raise ValueError(
+                f"{package / file} is missing: --package must be the unpacked {PACKAGE_NAME} package"
+            )
     about = json.loads((package / "package.json").read_text(encoding="utf-8"))
     given, expected = (about.get("name"), about.get("version")), (PACKAGE_NAME, PACKAGE_VERSION)
     if given != expected:
-        raise ValueError(f"{package} holds {given[0]} {given[1]}, expected {expected[0]} {expected[1]}")
+        raise ValueError(
+            f"{package} holds {given[0]} {given[1]}, expected {expected[0]} {expected[1]}"
+        )
     emoji = describe_emoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
     if len({item.key for item in emoji}) != num_images or len(emoji) != num_images:
-        raise ValueError(f"{package / 'emoji.json'} describes {len(emoji)} emoji, expected {num_images} different ones")
-    listed, found = {item.key for item in emoji}, {path.stem for path in image_folder(package).glob("*.png")}
+        raise ValueError(
+            f"{package / 'emoji.json'} describes {len(emoji)} emoji, expected {num_images} different ones"
+        )
+    listed, found = (
+        {item.key for item in emoji},
+        {path.stem for path in image_folder(package).glob("*.png")},
+    )
     if listed != found:
         missing, unknown = sorted(listed - found), sorted(found - listed)
         raise ValueError(
@@ -176,7 +203,9 @@ def load_image(path: Path) -> Image.Image:
     except OSError as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
     if rgba.size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"{path} is {rgba.width}x{rgba.height}, expected {IMAGE_SIZE}x{IMAGE_SIZE}")
+        raise ValueError(
+            f"{path} is {rgba.width}x{rgba.height}, expected {IMAGE_SIZE}x{IMAGE_SIZE}"
+        )
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
 
@@ -184,11 +213,15 @@ def load_image(path: Path) -> Image.Image:
 def load_heldout(path: Path, emoji: list[Emoji], num_heldout: int = NUM_HELDOUT) -> set[str]:
     """The list of held-out base keys, one a line."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: it lists the {num_heldout} held-out base emoji, one key a line")
+        raise ValueError(
+            f"{path} is missing: it lists the {num_heldout} held-out base emoji, one key a line"
+        )
     keys = path.read_text(encoding="utf-8").split()
     unknown = sorted(set(keys) - {item.base for item in emoji})
     if unknown:
-        raise ValueError(f"{path}: {len(unknown)} keys are no base emoji of the package: {unknown[:3]}")
+        raise ValueError(
+            f"{path}: {len(unknown)} keys are no base emoji of the package: {unknown[:3]}"
+        )
     if len(keys) != num_heldout or len(set(keys)) != num_heldout:
         raise ValueError(
             f"{path} lists {len(keys)} keys ({len(set(keys))} different), expected {num_heldout} different"
@@ -201,7 +234,9 @@ def shuffle_rank(item: Emoji) -> str:
     return hashlib.sha256(f"{SHUFFLE_SEED}:{item.key}".encode()).hexdigest()
 
 
-def plan_shards(emoji: list[Emoji], heldout: set[str], samples_per_shard: int) -> dict[str, list[Emoji]]:
+def plan_shards(
+    emoji: list[Emoji], heldout: set[str], samples_per_shard: int
+) -> dict[str, list[Emoji]]:
     """File name -> its samples in order. Held-out emoji fill one shard each for base and variants."""
     split = {"train-base": [], "train-tone": [], "heldout": [], "heldout-tone": []}
     for item in sorted(emoji, key=shuffle_rank):
@@ -236,9 +271,15 @@ def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
         tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for item in items:
-            members = {"png": png_bytes(images[item.key]), "txt": item.caption.encode(), "json": describe_json(item)}
+            members = {
+                "png": png_bytes(images[item.key]),
+                "txt": item.caption.encode(),
+                "json": describe_json(item),
+            }
             for extension, data in members.items():
-                info = tarfile.TarInfo(f"{item.key}.{extension}")  # TarInfo starts with mtime, uid and gid 0
+                info = tarfile.TarInfo(
+                    f"{item.key}.{extension}"
+                )  # TarInfo starts with mtime, uid and gid 0
                 info.size, info.mode = len(data), 0o644
                 tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
@@ -252,9 +293,13 @@ def content_sha256(described: list[bytes], pixels: list[bytes]) -> str:
     return digest.hexdigest()
 
 
-def describe_shard(file: str, data: bytes, items: list[Emoji], images: dict[str, Image.Image]) -> dict:
+def describe_shard(
+    file: str, data: bytes, items: list[Emoji], images: dict[str, Image.Image]
+) -> dict:
     """The shard's row in manifest.json."""
-    content = content_sha256([describe_json(item) for item in items], [images[item.key].tobytes() for item in items])
+    content = content_sha256(
+        [describe_json(item) for item in items], [images[item.key].tobytes() for item in items]
+    )
     return {
         "file": file,
         "samples": len(items),
@@ -310,9 +355,15 @@ def build(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", type=Path, required=True, help="folder of the unpacked npm package")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the shards, made if missing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--package", type=Path, required=True, help="folder of the unpacked npm package"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the shards, made if missing"
+    )
     heldout_help = "list of held-out base keys, one a line (default: assets/noto_emoji/heldout.txt)"
     parser.add_argument("--heldout", type=Path, default=DEFAULT_HELDOUT, help=heldout_help)
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Which solver reaches the end of a trained flow with the fewest network evaluations?
 
-    python -m eval.solvers runs/demo [--guidance 1 1.5 3] [--evaluations 4 6 8 10 12 16 20] [--shifts 1 1.5]
+    python -m research.solvers runs/demo [--guidance 1 1.5 3] [--evaluations 4 6 8 10 12 16 20] [--shifts 1 1.5]
 
 Error: root mean square distance of the image latents from a 1000-step reference (midpoint, float32, from the same
 start), over the root mean square distance that the reference itself travels. Evaluations: passes of the velocity
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from configs.load import exit_on_error
-from eval.loading import flow_folder, load_pipeline, read_run_config
-from eval.pictures import save_png
 from eval.plots import line_chart
-from eval.report import check_writable, write_json
-from modeling.pipeline import SamplingConfig, TextToImage
+from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
+from training.files import check_writable, write_json
+from training.loading import flow_folder, load_pipeline, read_run_config
+from training.pictures import save_png
 
 REFERENCE = {"sampler": "midpoint", "steps": 1000, "time_shift": 1.0}
 BASELINE_STEPS = 20  # of Euler, the paper's
@@ -30,11 +30,19 @@ BASELINE_STEPS = 20  # of Euler, the paper's
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="experiment folder, or a stage-3 run folder")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 3.0])
     parser.add_argument("--evaluations", type=int, nargs="+", default=[4, 6, 8, 10, 12, 16, 20])
-    parser.add_argument("--shifts", type=float, nargs="+", default=[1.0], help="time shifts, tried with every solver")
+    parser.add_argument(
+        "--shifts",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="time shifts, tried with every solver",
+    )
     parser.add_argument("--output", type=Path, help="folder (default: RUN/solvers)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
@@ -46,7 +54,11 @@ def relative_error(end: Tensor, reference: Tensor, start: Tensor) -> float:
 
 
 def measure(
-    parts: TextToImage, start: Tensor, sampling: SamplingConfig, budgets: list[int], shifts: list[float]
+    parts: ImageGenerator,
+    start: Tensor,
+    sampling: SamplingConfig,
+    budgets: list[int],
+    shifts: list[float],
 ) -> list[dict]:
     """Rows of (sampler, time shift, evaluations, error) at one guidance; solvers whose steps fit a budget exactly."""
     scaled_start = start / parts.flow.latent_scale
@@ -57,9 +69,18 @@ def measure(
             for budget in budgets:
                 if budget % evaluations_a_step(solver) == 0:
                     steps = budget // evaluations_a_step(solver)
-                    end = parts.transport(start, replace(sampling, sampler=name, steps=steps, time_shift=shift))
+                    end = parts.transport(
+                        start, replace(sampling, sampler=name, steps=steps, time_shift=shift)
+                    )
                     error = relative_error(end, reference, scaled_start)
-                    rows.append({"sampler": name, "time_shift": shift, "evaluations": budget, "error": error})
+                    rows.append(
+                        {
+                            "sampler": name,
+                            "time_shift": shift,
+                            "evaluations": budget,
+                            "error": error,
+                        }
+                    )
     return rows
 
 
@@ -67,13 +88,18 @@ def fewest(rows: list[dict], limit: float) -> dict[str, int | None]:
     """For each solver the fewest evaluations whose error is at most `limit`; None if none is."""
     names = dict.fromkeys(row["sampler"] for row in rows)
     good = [row for row in rows if row["error"] <= limit]
-    return {n: min((row["evaluations"] for row in good if row["sampler"] == n), default=None) for n in names}
+    return {
+        n: min((row["evaluations"] for row in good if row["sampler"] == n), default=None)
+        for n in names
+    }
 
 
 def main(args: argparse.Namespace) -> None:
     """Load, integrate, write."""
     if min(args.evaluations) < 1 or min(args.shifts) <= 0:
-        raise ValueError(f"--evaluations {args.evaluations} and --shifts {args.shifts} must be positive")
+        raise ValueError(
+            f"--evaluations {args.evaluations} and --shifts {args.shifts} must be positive"
+        )
     folder, report = args.output or args.run / "solvers", {}
     check_writable(folder / "solvers.json")
     captions = list(read_run_config(flow_folder(args.run)).pictures.captions)
@@ -86,15 +112,32 @@ def main(args: argparse.Namespace) -> None:
         baseline = {"sampler": "euler", "time_shift": 1.0, "evaluations": BASELINE_STEPS}
         limit = next(row["error"] for row in rows if baseline.items() <= row.items())
         reached = fewest(rows, limit)
-        report[f"{guidance:g}"] = {"euler_20_error": limit, "evaluations_to_reach_it": reached, "rows": rows}
+        report[f"{guidance:g}"] = {
+            "euler_20_error": limit,
+            "evaluations_to_reach_it": reached,
+            "rows": rows,
+        }
         curves: dict[str, list] = {}
         for row in rows:
-            name = row["sampler"] if row["time_shift"] == 1 else f"{row['sampler']}, shift {row['time_shift']:g}"
-            curves.setdefault(name, []).append((row["evaluations"], math.log10(max(row["error"], 1e-12))))
-        save_png(line_chart(curves, "evaluations", "log10 of the error"), folder / f"guidance_{guidance:g}.png")
+            name = (
+                row["sampler"]
+                if row["time_shift"] == 1
+                else f"{row['sampler']}, shift {row['time_shift']:g}"
+            )
+            curves.setdefault(name, []).append(
+                (row["evaluations"], math.log10(max(row["error"], 1e-12)))
+            )
+        save_png(
+            line_chart(curves, "evaluations", "log10 of the error"),
+            folder / f"guidance_{guidance:g}.png",
+        )
         shown = ", ".join(f"{name} {count}" for name, count in reached.items() if count)
-        print(f"guidance {guidance:g}: 20 Euler steps are {limit:.4f} off; as near with evaluations: {shown}")
-    write_json({"captions": captions, "reference": REFERENCE, "guidance": report}, folder / "solvers.json")
+        print(
+            f"guidance {guidance:g}: 20 Euler steps are {limit:.4f} off; as near with evaluations: {shown}"
+        )
+    write_json(
+        {"captions": captions, "reference": REFERENCE, "guidance": report}, folder / "solvers.json"
+    )
     print(f"{folder}: solvers.json and charts written")
 
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from data.caption_text import CaptionTextConfig, build_caption_loader, read_captions
 from data.storage import is_remote
-from eval.loading import fingerprint
-from eval.stored_tokens import MEASURED_SAMPLES
-from eval.tokens_info import TOKENS_INFO_FILE, TokensInfo
 from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
+from training.loading import fingerprint
 from training.loop import batch_per_pass
 from training.run import Run
+from training.stored_tokens import MEASURED_SAMPLES
+from training.tokens_info import TOKENS_INFO_FILE, TokensInfo
 
 
 @dataclass
@@ -37,12 +37,16 @@ class StoredCaptions:
 
     def read(self, limit: int, shards: list[str] | None = None) -> Iterator[dict]:
         """The first captions in order; of other shards without looking for stored states."""
-        return read_captions(self.data, self.tokenize, self.has_states and shards is None, 100, shards, limit)
+        return read_captions(
+            self.data, self.tokenize, self.has_states and shards is None, 100, shards, limit
+        )
 
     def fit_whitening(self, projector: TextProjector) -> None:
         """Measure the projector's whitening of text states on the first captions, if it has one."""
         if projector.config.whiten_text:
-            projector.whitening.fit(self.text_states(batch).cpu() for batch in self.read(MEASURED_SAMPLES))
+            projector.whitening.fit(
+                self.text_states(batch).cpu() for batch in self.read(MEASURED_SAMPLES)
+            )
 
 
 def open_stored_captions(run: Run, config) -> StoredCaptions:
@@ -51,7 +55,11 @@ def open_stored_captions(run: Run, config) -> StoredCaptions:
     Raises:
         ValueError: the text tower is not the projector's.
     """
-    encoder, projector, training = load_text_encoder(config.text_encoder), config.projector, config.training
+    encoder, projector, training = (
+        load_text_encoder(config.text_encoder),
+        config.projector,
+        config.training,
+    )
     if (encoder.context_length, encoder.width) != (projector.text_tokens, projector.text_width):
         raise ValueError(
             f"{config.text_encoder.model} gives {encoder.context_length} x {encoder.width} text states, the config "
