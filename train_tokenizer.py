@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import TokenizerStage
-from data.image_text import build_image_loader, read_images
+from data.readers import image_reader
 from data.tar import expand_shards
 from eval.during_training import ReconstructionEvaluation
 from eval.images import ImageSet, list_images
@@ -54,11 +54,9 @@ def main(config: TokenizerStage) -> None:
     evaluation = build_evaluation(config, text_encoder, tokenize)
     started = latest_checkpoint(run.folder) is not None
     perceptual = build_perceptual(config, run)
-    expand_shards(picture_shards(config) or config.data.all_shards(), config.data.allow_pipe)
-    loader = build_image_loader(
-        config.data,
-        config.tokenizer.image_size,
-        tokenize,
+    expand_shards(picture_shards(config) or config.data.all_shards())
+    reader = image_reader(config.data, config.tokenizer.image_size, tokenize)
+    loader = reader.stream(
         batch_per_pass(run, config.training),
         config.training.seed,
         run.accelerator.process_index,
@@ -93,7 +91,7 @@ def build_evaluation(
         return None
     entries = list_images(part.shards or config.pictures.shards)[: part.num_images or None]
     images = ImageSet(
-        entries, config.tokenizer.image_size, tuple(data.caption_keys), tuple(data.background)
+        entries, config.tokenizer.image_size, tuple(data.captions.keys), tuple(data.background)
     )
     bf16 = config.training.precision == "bf16"
     return Evaluation(
@@ -260,7 +258,7 @@ def save_reconstructions(
     """Picture: originals left, EMA reconstructions (posterior mean) right."""
     number = config.pictures.num_samples
     size, shards = config.tokenizer.image_size, picture_shards(config)
-    batch = next(read_images(config.data, size, tokenize, number, shards=shards, limit=number))
+    batch = next(image_reader(config.data, size, tokenize).once(number, shards, limit=number))
     images = to_unit(batch["image"], run.device)
     reconstructions = model.decode(model.encode(images).mean, encode_text(run, text_encoder, batch))
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)

@@ -6,9 +6,8 @@ The parts' fields, with units and meaning, stand beside the code that reads them
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data.caption_text import CaptionTextConfig
-from data.image_text import ImageTextConfig
-from data.token_text import TokenTextConfig
+from data.config import ReaderConfig
+from data.readers import ImageTextConfig, TokenTextConfig
 from eval.during_training import EvaluationConfig, ReconstructionEvaluationConfig
 from eval.protocol import protocol_file
 from modeling.activation_checkpointing import Recompute
@@ -170,7 +169,7 @@ class TextDecoderStage(StageConfig):
     freeze_projector: bool = False  # train the decoder alone, on the z_T that projector_run gives
     projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
     text_decoder: TextDecoderConfig = field(default_factory=TextDecoderConfig)
-    data: CaptionTextConfig = field(default_factory=CaptionTextConfig)
+    data: ReaderConfig = field(default_factory=ReaderConfig)
     heldout_shards: list[str] = field(
         default_factory=list
     )  # captions to measure on, never trained on; empty: none
@@ -369,10 +368,10 @@ def check(config: StageConfig) -> None:
         several = [
             key
             for source in config.data.full_sources().values()
-            for key in source.caption_keys
+            for key in source.captions.keys
             if ":" in key
         ]
-        recaptioned = config.data.recaption_keys
+        recaptioned = config.data.captions.recaption_keys
         if config.store_text_states and (recaptioned or "json:captions" in several):
             raise ValueError(
                 "store_text_states=true stores the states of one caption; with several (json:captions, recaption_keys) "
@@ -403,6 +402,6 @@ def check(config: StageConfig) -> None:
     data = getattr(config, "data", None)
     if data is not None:
         try:
-            data.validate()
+            data.check()
         except ValueError as error:
             raise ValueError(f"data.{error}") from error

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from configs.load import exit_on_error
 from data.bad_samples import BadSample
-from data.captions import captions_of, check_caption_keys, clean_caption
-from data.entries import Entry, clean_key, load_json, read_parts, strings
+from data.captions import captions_of, check_caption_keys, clean_caption, strings
+from data.entries import Entry, clean_key, load_json, read_parts
 from eval.caption_metrics import PACKAGE, CaptionScorer
 from eval.captioning import BACKGROUND
 from eval.images import RESIZE_RULE, ImageSet, image_name, iterate_images, list_images

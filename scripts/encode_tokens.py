@@ -22,9 +22,9 @@ from torch import Tensor
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import TokensStage
 from data.encoding import build_encoding_loader, encoding_sources
+from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import count_samples, write_shard
-from data.token_text import TokenTextConfig, read_tokens
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from training.loading import fingerprint, load_tokenizer
@@ -251,7 +251,8 @@ def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> Latent
     shards = TokenTextConfig(shards=[str(path) for path in outputs])
     batches = list(
         islice(
-            read_tokens(shards, num_tokens, token_channels, None, 100), STATISTICS_SAMPLES // 100
+            token_reader(shards, num_tokens, token_channels, None).once(100),
+            STATISTICS_SAMPLES // 100,
         )
     )
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from configs.load import default_values, exit_on_error, parse_stage_args, resolved
 from configs.schema import ClipSizeConfig, TextEncoderStage
-from data.image_text import build_image_loader
+from data.readers import image_reader
 from modeling.losses import contrastive_loss
 from modeling.text_encoder import build_clip, clip_tokenizer, save_clip
 from training.checkpoint import latest_checkpoint
@@ -76,10 +76,8 @@ class ClipPair(nn.Module):
 
 def train(config: TextEncoderStage, run: Run, clip_config: dict) -> None:
     """The contrastive training of CLIP."""
-    loader = build_image_loader(
-        config.data,
-        config.clip.image_size,
-        clip_tokenizer(config.clip.context_length),
+    tokenize = clip_tokenizer(config.clip.context_length)
+    loader = image_reader(config.data, config.clip.image_size, tokenize).stream(
         batch_per_pass(run, config.training),
         config.training.seed,
         run.accelerator.process_index,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from data.mixture import SourceConfig
+from data.token_text import TokenTextConfig
 
 from configs import load
 from configs.load import load_config, resolved, valid_keys
 from configs.schema import STAGES
-from data.mixture import SourceConfig
-from data.token_text import TokenTextConfig
 from training.loop import TrainingConfig, batch_per_pass
 from training.run import start_run
 from training.tokens_info import LatentStats, TokensInfo, load_tokens_info

@@ -282,6 +282,7 @@ def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
     assert load_config(run / "config.yaml").tokenizer.latent_grid == [4, 4]
     tokenizer = load_tokenizer(run)[0]
     from data.image_text import ImageTextConfig, read_images
+
     from modeling.text_encoder import TextTokenizer, load_text_encoder
 
     text = load_config(run / "config.yaml").text_encoder

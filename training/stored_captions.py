@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.caption_text import CaptionTextConfig, build_caption_loader, read_captions
+from data.config import ReaderConfig
+from data.readers import caption_reader
 from data.storage import is_remote
 from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
@@ -23,7 +24,7 @@ class StoredCaptions:
 
     run: Run
     loader: object
-    data: CaptionTextConfig
+    data: ReaderConfig
     tokenize: TextTokenizer
     text_encoder: TextEncoder
     has_states: bool
@@ -37,9 +38,8 @@ class StoredCaptions:
 
     def read(self, limit: int, shards: list[str] | None = None) -> Iterator[dict]:
         """The first captions in order; of other shards without looking for stored states."""
-        return read_captions(
-            self.data, self.tokenize, self.has_states and shards is None, 100, shards, limit
-        )
+        has_states = self.has_states and shards is None
+        return caption_reader(self.data, self.tokenize, has_states).once(100, shards, limit)
 
     def fit_whitening(self, projector: TextProjector) -> None:
         """Measure the projector's whitening of text states on the first captions, if it has one."""
@@ -67,10 +67,7 @@ def open_stored_captions(run: Run, config) -> StoredCaptions:
         )
     has_states = all(holds_states_of(encoder, pattern) for pattern in config.data.all_shards())
     tokenize = TextTokenizer(config.text_encoder)
-    loader = build_caption_loader(
-        config.data,
-        tokenize,
-        has_states,
+    loader = caption_reader(config.data, tokenize, has_states).stream(
         batch_per_pass(run, training),
         training.seed,
         run.accelerator.process_index,

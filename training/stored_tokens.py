@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.token_text import TokenTextConfig, build_token_loader, read_tokens
+from data.readers import TokenTextConfig, token_reader
 from modeling.posterior import Posterior
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
@@ -66,7 +66,7 @@ class StoredTokens:
 
     def _read(self, batch_size: int, limit: int) -> Iterator[dict]:
         shape = (self.info.num_tokens, self.info.token_channels)
-        return read_tokens(self.data, *shape, self.tokenize, batch_size, limit=limit)
+        return token_reader(self.data, *shape, self.tokenize).once(batch_size, limit=limit)
 
 
 def open_stored_tokens(run: Run, config, info: TokensInfo) -> StoredTokens:
@@ -90,11 +90,8 @@ def open_stored_tokens(run: Run, config, info: TokensInfo) -> StoredTokens:
             "set text_encoder as in the tokenizer's config, or delete the token shards and encode them again"
         )
     tokenize = None if info.has_text_states else TextTokenizer(text_config)
-    loader = build_token_loader(
-        config.data,
-        info.num_tokens,
-        info.token_channels,
-        tokenize,
+    reader = token_reader(config.data, info.num_tokens, info.token_channels, tokenize)
+    loader = reader.stream(
         batch_per_pass(run, training),
         training.seed,
         run.accelerator.process_index,

@@ -8,8 +8,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.readers import TokenTextConfig
 from data.storage import is_remote
-from data.token_text import TokenTextConfig
 from training.loading import fingerprint, load_tokenizer
 
 TOKENS_INFO_FILE, LATENT_STATS_FILE = "tokens.json", "latent_stats.json"
