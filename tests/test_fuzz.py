@@ -395,7 +395,7 @@ def test_hostile_checkpoints(chain, tmp_path, record_property):
     def read(name):
         path = run / step / name
         if name == ckpt.MANIFEST_FILE or name == ckpt.STATE_FILE:
-            latest = ckpt.latest_checkpoint(run, verify_contents=True)
+            latest = ckpt.latest_checkpoint(run, verify=[ckpt.ALL_FILES])
             return ckpt.check_inputs(latest[1], ckpt.read_state(latest[1], ("inputs",))["inputs"])
         if name.endswith(".safetensors"):
             return ckpt.load_weights(network, path)
