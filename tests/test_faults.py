@@ -26,8 +26,8 @@ from tiny_experiment import equal, metrics
 from torch.utils.data import DataLoader
 
 from training import checkpoint as ckpt
-from training.supervise import STOPPED_STATUS, explained_deaths
 from training.metrics import WANDB_FILE
+from training.supervise import STOPPED_STATUS, explained_deaths
 
 ENDLESS = [
     "training.max_steps=1000000",

@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from configs.schema import STAGES
 from conftest import shape_sample
 from PIL import Image
 from tiny_experiment import stage_configs
 
 import sample
 from configs.load import load_config
-from configs.schema import STAGES
 from data.image_text import ImageTextConfig, read_images
 from data.tar import write_shard
 from data.token_text import TokenTextConfig, read_tokens
