@@ -35,12 +35,7 @@ class CaptionConfig:
     # of taking it where there is one; it loses its opening "The image shows"
     recaption_probability: float = 0.95
 
-    def check(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            ValueError: naming the field.
-        """
+    def __post_init__(self):
         check_caption_keys(self.keys, "keys")
         if self.recaption_keys:
             check_caption_keys(self.recaption_keys, "recaption_keys")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from data.captions import CaptionConfig
-from data.checks import check_fields, naming
+from data.checks import check_fields
 from data.filters import FilterConfig
 from data.shards import Source
 from data.tar import expand_shards
@@ -36,21 +36,13 @@ class SourceConfig:
     captions: CaptionConfig | None = None
     filters: FilterConfig | None = None
 
-    def check(self) -> None:
-        """Refuse what cannot be. Only for sources whose captions and filters are filled in.
-
-        Raises:
-            ValueError: naming the field.
-        """
+    def __post_init__(self):
+        is_weight = 0 <= self.weight < math.inf
         check_fields(
             self,
             shards=(bool(self.shards), "at least one path or pattern"),
-            weight=(0 <= self.weight < math.inf, "a finite number >= 0"),
+            weight=(is_weight, "a finite number >= 0"),
         )
-        with naming("captions"):
-            self.captions.check()
-        with naming("filters"):
-            self.filters.check()
 
 
 @dataclass
@@ -74,28 +66,25 @@ class ReaderConfig:
     # worker processes per rank; 0: read in the training process
     num_workers: int = 4
 
-    def check(self) -> None:
-        """Refuse what cannot be. Whether the files exist is not looked at.
-
-        Raises:
-            ValueError: naming the field.
-        """
-        if self.shards and self.sources:
-            raise ValueError("shards, sources: given both, expected one of them")
+    def __post_init__(self):
         check_fields(
             self,
-            shards=(bool(self.shards or self.sources), "at least one path or pattern, or sources"),
             max_bad_share=(0 < self.max_bad_share <= 1, "> 0 and <= 1 (1: never stop)"),
             shuffle_buffer=(self.shuffle_buffer >= 0, "samples >= 0"),
             num_workers=(self.num_workers >= 0, "processes >= 0"),
         )
-        for name, source in self.full_sources().items():
-            if name == ONLY_SOURCE:
-                source.check()
-            else:
-                with naming(f"sources.{name}"):
-                    source.check()
-        if not any(source.weight for source in self.full_sources().values()):
+
+    def check(self) -> None:
+        """Refuse a config that names no data. Whether the files exist is not looked at.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        if bool(self.shards) == bool(self.sources):
+            raise ValueError(
+                f"shards, sources: expected one of them, given {self.shards} and {list(self.sources)}"
+            )
+        if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("sources: all weights are 0, expected one above it")
 
     def full_sources(self) -> dict[str, SourceConfig]:
@@ -114,6 +103,11 @@ class ReaderConfig:
     def only_source(self, shards: Sequence[str]) -> SourceConfig:
         """Shards read with the section's own captions and filters."""
         return SourceConfig(list(shards), captions=self.captions, filters=self.filters)
+
+    def has_several_captions(self) -> bool:
+        """Whether a sample's caption may be another one in the next epoch."""
+        captions = [source.captions for source in self.full_sources().values()]
+        return any(c.recaption_keys or "json:captions" in c.keys for c in captions)
 
     def all_shards(self) -> list[str]:
         """The patterns of all sources that are read."""

@@ -42,12 +42,7 @@ class FilterConfig:
     min_caption_characters: int = 0
     max_caption_characters: int = 0
 
-    def check(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            ValueError: naming the field.
-        """
+    def __post_init__(self):
         ratio, score = self.max_aspect_ratio, self.min_aesthetic_score
         watermark, longest = self.max_watermark_probability, self.max_caption_characters
         shortest = max(self.min_caption_characters, 1)

@@ -53,8 +53,8 @@ class ImageTextConfig(ReaderConfig):
     # RGB, 0..255, what lies behind transparent pixels
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self):
+        super().__post_init__()
         is_colour = len(self.background) == 3 and all(
             0 <= value <= 255 for value in self.background
         )
@@ -75,8 +75,8 @@ class TokenTextConfig(ReaderConfig):
     # z_I = latent_scale * latent; 0: as measured when the tokens were written
     latent_scale: float = 0.0
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self):
+        super().__post_init__()
         is_scale = 0 <= self.latent_scale < math.inf
         check_fields(self, latent_scale=(is_scale, "0 (as measured) or a positive number"))
 

@@ -114,9 +114,6 @@ def progress_bar(title: str, **options: Any) -> tqdm:
 
 def make_shards(args: argparse.Namespace) -> None:
     """The whole run, or one part of it; continues where an earlier one was stopped."""
-    filter_config(args).check()
-    if "caption_keys" in args:
-        check_caption_keys(args.caption_keys, "caption_keys")
     if args.shard_index >= args.num_shards:
         last = args.num_shards - 1
         raise ValueError(
@@ -133,6 +130,8 @@ def make_shards(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Find the samples, unless an earlier run has, and fix their order."""
+    # checks the options before anything is written
+    config = sample_config(args)
     output = Path(args.output)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     check_output(output, settings)
@@ -142,13 +141,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     order = np.arange(len(rows))
     if args.shuffle:
         order = np.random.default_rng(args.seed).permutation(len(rows))
-    config = SampleConfig(
-        caption_keys=tuple(getattr(args, "caption_keys", ())),
-        filters=filter_config(args),
-        resize=args.resize,
-        quality=args.quality,
-        background=tuple(args.background),
-    )
     return Plan(
         output=output,
         part=args.shard_index,
@@ -161,8 +153,23 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def filter_config(args: argparse.Namespace) -> FilterConfig:
-    return FilterConfig(**{field.name: getattr(args, field.name) for field in fields(FilterConfig)})
+def sample_config(args: argparse.Namespace) -> SampleConfig:
+    """What the command line says of each sample.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    caption_keys = getattr(args, "caption_keys", ())
+    if "caption_keys" in args:
+        check_caption_keys(caption_keys, "caption_keys")
+    filters = {field.name: getattr(args, field.name) for field in fields(FilterConfig)}
+    return SampleConfig(
+        caption_keys=tuple(caption_keys),
+        filters=FilterConfig(**filters),
+        resize=args.resize,
+        quality=args.quality,
+        background=tuple(args.background),
+    )
 
 
 def rows_path(output: Path) -> Path:

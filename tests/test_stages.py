@@ -8,13 +8,13 @@ import torch
 from conftest import shape_sample
 from PIL import Image
 from tiny_experiment import Experiment, equal, metrics, reset_accelerate, to_text, weights
+from training.stored_tokens import open_stored_tokens
 
 from configs.load import load_config
 from data.tar import read_shard, write_shard
 from modeling.posterior import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.run import start_run
-from training.stored_tokens import open_stored_tokens
 from training.tokens_info import TokensInfo, load_tokens_info
 
 TRAINED = ("text_encoder", "tokenizer", "text_projector", "text_decoder", "flowtok")
@@ -95,7 +95,7 @@ def few(tmp_path_factory, chain):
 OVERFIT = ["training.batch_size=4", "training.log_every_steps=10", "training.sample_every_steps=0"]
 OVERFIT += ["training.checkpoint_every_steps=1000", "optimizer.learning_rate=0.005"]
 WIDE = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.init_std=0"]
-WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=1"]
+WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=true", "tokenizer.query_key_bias=1"]
 LONG = {
     "text_encoder": [
         *OVERFIT,
@@ -311,7 +311,7 @@ def test_options_of_the_tokenizer_stage_run_and_change_the_weights(chain, tmp_pa
         "losses.l2_weight=0.5",
     ]
     sizes = [
-        "tokenizer.latent_grid=[4,4]",
+        "tokenizer.latent_grid=true",
         "tokenizer.query_key_bias=1",
         "tokenizer.text_guidance=false",
     ]
