@@ -180,7 +180,10 @@ def test_the_draws_of_a_sample_depend_on_its_epoch_and_not_on_who_reads_it(tmp_p
                 return found
             found[epoch, batch["key"][0]] = batch["draw"].item()
 
-    alone, halves = draws(2), [draws(2, rank=r, num_processes=2, shuffle_buffer=3) for r in range(2)]
+    alone, halves = (
+        draws(2),
+        [draws(2, rank=r, num_processes=2, shuffle_buffer=3) for r in range(2)],
+    )
     assert halves[0] | halves[1] == alone
     assert len(set(alone.values())) == 48
 
@@ -415,7 +418,8 @@ def test_each_sample_of_each_source_once_per_epoch_over_two_ranks_and_two_worker
     epochs = {"a": [Counter(), Counter()], "b": [Counter(), Counter()]}
     for rank in range(2):
         batches = take(
-            iter(build_loader(mixed_stream(sources, rank=rank, num_processes=2), num_workers=2)), 140
+            iter(build_loader(mixed_stream(sources, rank=rank, num_processes=2), num_workers=2)),
+            140,
         )
         for worker in range(2):
             mine = keys_of(batch for batch in batches if batch["worker"] == worker)
@@ -678,7 +682,8 @@ def test_impossible_settings_are_refused(options):
 def test_with_other_readers_the_next_epoch_begins_and_is_seen_once(tmp_path, sizes, num_workers):
     paths, total = make_shards(tmp_path, sizes), sum(sizes)
     loaders = [
-        build_loader(make_stream(paths, rank=rank, num_processes=2), num_workers) for rank in range(2)
+        build_loader(make_stream(paths, rank=rank, num_processes=2), num_workers)
+        for rank in range(2)
     ]
     for loader, count in zip(loaders, (3, 7), strict=True):
         batches = iter(loader)
@@ -697,7 +702,9 @@ def test_with_other_readers_the_next_epoch_begins_and_is_seen_once(tmp_path, siz
 def test_after_such_a_start_the_position_is_saved_and_restored_as_ever(tmp_path):
     paths = make_shards(tmp_path, [20] * 4)
     first, second = (build_loader(make_stream(paths), 0) for _ in range(2))
-    first.start_next_epoch([build_loader(make_stream(paths, rank=1, num_processes=2), 0).state_dict()])
+    first.start_next_epoch(
+        [build_loader(make_stream(paths, rank=1, num_processes=2), 0).state_dict()]
+    )
     batches = iter(first)
     for _ in range(5):
         next(batches)
