@@ -33,7 +33,6 @@ from data.tar import read_shard, write_shard
 from data.transforms import IMAGE_KEYS, decode_image
 from scripts.make_shards import build_parser, main, sample_config
 
-
 # tqdm's own lock is shared with forked runs: one that is killed with it would hold up all later ones
 tqdm.set_lock(threading.RLock())
 
