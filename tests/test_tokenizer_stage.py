@@ -255,7 +255,7 @@ def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
         "tokenizer.token_channels=8",
     ]
     options += [
-        "tokenizer.latent_grid=[4,4]",
+        "tokenizer.latent_grid=true",
         "tokenizer.query_key_bias=2",
         "tokenizer.initial_logvar=-6",
     ]
@@ -271,12 +271,11 @@ def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
     ]
     run = chain.run_in(tmp_path / "run", "tokenizer", *options, "losses.kl_weight=1e-8")
     error = metrics(run)[-1]["l2"]
-    assert load_config(run / "config.yaml").tokenizer.latent_grid == [4, 4]
-    tokenizer = load_tokenizer(run)[0]
+    tokenizer, text = load_tokenizer(run)
+    assert tokenizer.config.latent_grid
     from data.image_text import ImageTextConfig, read_images
     from modeling.text_encoder import TextTokenizer, load_text_encoder
 
-    text = load_config(run / "config.yaml").text_encoder
     config = ImageTextConfig(shards=[f"{tmp_path}/shards/eight.tar"])
     batch = next(read_images(config, 32, TextTokenizer(text), 8))
     images = batch["image"].float() / 255
