@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from modeling.activation_checkpointing import ActivationCheckpointing, run_block
 from modeling.layers import (
-    DERIVED,
+    FROM_TOKENIZER,
     Attention,
     init_linear_,
     sincos_position_table,
@@ -27,8 +27,8 @@ TIME_SINUSOIDS = 256
 class FlowTokConfig:
     """Sizes of the DiT. B 768/12/12, XL 1152/28/16, H 1280/36/20 (width/depth/num_heads)."""
 
-    num_tokens: int = field(default=77, metadata=DERIVED)  # K
-    token_channels: int = field(default=16, metadata=DERIVED)  # C
+    num_tokens: int = field(default=77, metadata=FROM_TOKENIZER)  # K
+    token_channels: int = field(default=16, metadata=FROM_TOKENIZER)  # C
     width: int = 768
     depth: int = 12
     num_heads: int = 12

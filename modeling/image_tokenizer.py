@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from modeling.activation_checkpointing import ActivationCheckpointing, run_block
-from modeling.layers import DERIVED, Attention, SwiGLU, axial_rope_table, init_linear_
+from modeling.layers import FROM_TEXT_ENCODER, Attention, SwiGLU, axial_rope_table, init_linear_
 from modeling.posterior import Posterior, split_moments
 
 
@@ -34,12 +34,14 @@ class ImageTokenizerConfig:
 
     image_size: int = 256  # pixels, a multiple of patch_size
     patch_size: int = 16  # pixels
-    num_tokens: int = field(default=77, metadata=DERIVED)  # K = L: text flows into image by token
+    num_tokens: int = field(
+        default=77, metadata=FROM_TEXT_ENCODER
+    )  # K = L: text flows into image by token
     token_channels: int = 16  # C
     encoder: TransformerSize = field(default_factory=TransformerSize)
     decoder: TransformerSize = field(default_factory=lambda: TransformerSize(1024, 24, 16))
-    text_tokens: int = field(default=77, metadata=DERIVED)  # L
-    text_width: int = field(default=768, metadata=DERIVED)  # T
+    text_tokens: int = field(default=77, metadata=FROM_TEXT_ENCODER)  # L
+    text_width: int = field(default=768, metadata=FROM_TEXT_ENCODER)  # T
 
     # Not in the paper, for small scale (docs/recipe.md):
     # Give each latent token a RoPE position at the centre of its cell of a grid over the image.

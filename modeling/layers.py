@@ -12,9 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Metadata of dataclass fields that an earlier run or the text tower determines. A program fills
-# them in before it builds the network; YAML files and the command line may not set them.
-DERIVED = {"derived": True}
+# Metadata of dataclass fields that are known from elsewhere. A program fills them in before it
+# builds the network; YAML files and the command line may not set them.
+FROM_TEXT_ENCODER = {"derived": "the text encoder"}
+FROM_TOKENIZER = {"derived": "the tokenizer's run"}
 
 
 def check_not_negative(config: Any, *names: str) -> None:

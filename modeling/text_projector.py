@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modeling.layers import DERIVED, Attention, check_not_negative, init_linear_
+from modeling.layers import FROM_TOKENIZER, Attention, check_not_negative, init_linear_
 from modeling.posterior import Posterior, split_moments
 
 WHITENING_FLOOR = 1e-3
@@ -23,14 +23,14 @@ WHITENING_FLOOR = 1e-3
 class TextProjectorConfig:
     """Sizes of the projector; the defaults are the release's (the paper says: six blocks)."""
 
-    text_tokens: int = field(default=77, metadata=DERIVED)  # L
-    text_width: int = field(default=768, metadata=DERIVED)  # T
+    text_tokens: int = field(default=77, metadata=FROM_TOKENIZER)  # L
+    text_width: int = field(default=768, metadata=FROM_TOKENIZER)  # T
     width: int = 768  # of the blocks; another value than text_width puts a linear layer first
     depth: int = 6
     num_heads: int = 8
     mlp_width: int = 1024
     dropout: float = 0.1
-    token_channels: int = field(default=16, metadata=DERIVED)  # C
+    token_channels: int = field(default=16, metadata=FROM_TOKENIZER)  # C
     alignment_width: int = 512  # hidden width of the alignment MLP
     # What z_T is aligned to: an MLP of the text states, or their channels averaged in C groups of
     # neighbours (paper, Sec. 5.3, ablation of the target; no weights).

@@ -186,6 +186,11 @@ def find_tokenizer(flow_dir: Path) -> tuple[Path, ImageTokenizer]:
     return match
 
 
+def text_encoder_config(tokenizer_run: str | Path) -> TextEncoderConfig:
+    """The text encoder of a stage-1 run, where it is now."""
+    return text_encoder_configs(tokenizer_run)[0]
+
+
 def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
     """The text encoder of a stage-1 run: as its config says, and beside it, the likelier first."""
     config = read_section(tokenizer_run, "text_encoder", TextEncoderConfig)
@@ -286,7 +291,7 @@ def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner
     tokenizer_run, tokenizer = find_tokenizer(flow_dir)
     flow = load_flow(flow_dir)
     parts = Captioner(
-        tokenize=TextTokenizer(text_encoder_configs(tokenizer_run)[0]),
+        tokenize=TextTokenizer(text_encoder_config(tokenizer_run)),
         tokenizer=tokenizer.to(device),
         flow=flow.to(device),
         decoder=find_text_decoder(flow_dir, flow.projector).to(device),
