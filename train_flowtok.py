@@ -20,7 +20,8 @@ from data.entries import Entry
 from data.token_text import TokenTextConfig
 from eval.captioning import caption_sheet, choose_images
 from eval.during_training import EvaluationConfig, FlowEvaluation
-from eval.protocol import load_protocol, protocol_file
+from eval.generation import load_protocol
+from eval.protocol import protocol_file
 from modeling.activation_checkpointing import (
     ActivationCheckpointing,
     set_activation_checkpointing,

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from modeling.pipeline import Captioner
 from PIL import Image
 from torch import Tensor
 
 from data.entries import Entry, clean_key
 from eval.images import ImageSet, image_name, iterate_images, list_images
-from modeling.image_to_text import Captioner
 from modeling.pipeline import SamplingConfig
 from training.pictures import caption_grid
 

@@ -17,7 +17,7 @@ from eval.images import ImageSet, ResizeRule, iterate_images
 from eval.inception import INCEPTION, INCEPTION_WIDTH, InceptionFeatures, Precision
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.published import file_sha256
-from training.loading import fingerprint
+from modeling.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)

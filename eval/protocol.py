@@ -19,7 +19,7 @@ from data.entries import load_json, read_parts, strings
 from eval.images import ResizeRule, image_name, list_images
 from eval.inception import Precision
 from modeling.pipeline import SamplingConfig
-from modeling.text_encoder import ClipConfig
+from modeling.clip_weights import ClipConfig
 
 FOLDER = Path(__file__).parent / "protocols"
 INCEPTION_ONLY = ("inception_score",)

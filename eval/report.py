@@ -18,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from configs.schema import ReportStage
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.load import exit_on_error, parse_stage_args
-from configs.schema import ReportStage
+from configs.cli import exit_on_error, parse_stage_args
 from data.image_text import ImageTextConfig, read_images
 from eval.frechet import FeatureStatistics, frechet_distance
 from eval.reconstruction_metrics import psnr
