@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from modeling.pipeline import Captioner
 from PIL import Image
 from torch import Tensor
 
 from data.entries import Entry, clean_key
 from eval.images import ImageSet, image_name, iterate_images, list_images
-from modeling.pipeline import SamplingConfig
+from modeling.pipeline import Captioner, SamplingConfig
 from training.pictures import caption_grid
 
 BACKGROUND = (255, 255, 255)  # RGB behind transparent pixels

@@ -29,12 +29,12 @@ from eval.networks import MeasuringConfig, load_networks
 from eval.options import add_options, check_options, numbers
 from eval.protocol import Protocol, protocol_file
 from eval.sweep import write_sweep
+from modeling.fingerprint import fingerprint
 from modeling.flow import check_guidance
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
 from training.files import check_writable
-from modeling.fingerprint import fingerprint
 from training.loading import flow_folder, load_newest, load_pipeline
 from training.run import TIMEOUT_MINUTES
 

@@ -124,7 +124,9 @@ def main(args: argparse.Namespace) -> None:
     )
     model = describe_model(run, checkpoint, reconstruct)  # now: training may remove it
     size = reconstruct.tokenizer.config.image_size
-    images = ImageSet(entries, size, tuple(config.data.caption_keys), tuple(config.data.background))
+    images = ImageSet(
+        entries, size, tuple(config.data.captions.keys), tuple(config.data.background)
+    )
     start = time.perf_counter()
     num_pairs = PICTURE_PAIRS if args.save_images else 0
     pairs, skipped = measure(

@@ -253,8 +253,8 @@ def token_parts(folder: Path) -> dict:
 def record_samples(runs: Path) -> dict:
     """Latents and images of two flows for each solver, the demo's captions of three held-out images."""
     import torch
-
     from data.image_text import ImageTextConfig, read_images
+
     from training.loading import load_captioner, load_pipeline
 
     torch.set_num_threads(1)
@@ -297,6 +297,7 @@ def record_data(runs: Path) -> dict:
     from data.caption_text import CaptionTextConfig, build_caption_loader, read_captions
     from data.image_text import ImageTextConfig, build_image_loader
     from data.token_text import TokenTextConfig, build_token_loader, read_tokens
+
     from modeling.text_encoder import TextEncoderConfig, TextTokenizer
 
     tokenize = TextTokenizer(TextEncoderConfig(model=f"local-dir:{runs}/demo/text_encoder/clip"))
