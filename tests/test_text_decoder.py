@@ -16,6 +16,7 @@ from modeling.text_decoder import (
     TextAutoencoder,
     TextDecoder,
     TextDecoderConfig,
+    TextDecoderLossConfig,
     caption_losses,
     correct_tokens,
     counted_positions,
@@ -129,11 +130,10 @@ def test_gradients_reach_decoder_and_projector_but_not_the_unused_alignment():
 
 def test_a_frozen_projector_gets_no_gradient_and_stays_in_eval_mode():
     model = build()
-    model.freeze_projector()
+    model.projector.freeze()
     model.train()
-    assert model.decoder.training and not any(
-        module.training for module in model.projector.modules()
-    )
+    assert model.decoder.training
+    assert not any(module.training for module in model.projector.modules())
     out = forward(model)
     caption_losses(out.logits, out.classes)["cross_entropy"].backward()
     for name, parameter in model.named_parameters():
@@ -159,23 +159,23 @@ def test_the_logits_of_the_training_pass_are_those_of_decoding():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("config", "options", "key_and_value"),
     [
-        ({"width": 15}, "text_decoder.width 15 is not divisible by num_heads 2"),
-        ({"dropout": 1.0}, "text_decoder.dropout must be in"),
-        ({"vocabulary_size": 1}, "text_decoder.vocabulary_size must be in 2..49408, got 1"),
-        ({"vocabulary_size": 50000}, "must be in 2..49408, got 50000"),
+        (DECODER, {"width": 15}, "width 15 .*num_heads 2"),
+        (DECODER, {"dropout": 1.0}, "dropout .*1.0"),
+        (DECODER, {"vocabulary_size": 1}, "vocabulary_size .* 1$"),
+        (DECODER, {"vocabulary_size": 50000}, "vocabulary_size .* 50000$"),
+        (TextDecoderLossConfig(), {"kl_weight": -1.0}, "kl_weight .*-1.0"),
+        (TextDecoderLossConfig(), {"latent_noise": -1.0}, "latent_noise .*-1.0"),
     ],
 )
-def test_impossible_sizes_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        replace(DECODER, **options)
+def test_impossible_settings_are_refused(config, options, key_and_value):
+    with pytest.raises(ValueError, match=f"^{key_and_value}"):
+        replace(config, **options)
 
 
 def test_latents_of_another_shape_are_refused():
-    with pytest.raises(
-        ValueError, match=r"text latents are B x \(5, 4\), the decoder expects B x \(8, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"\(5, 4\).*\(8, 4\)"):
         build().decoder(torch.randn(2, 5, C))
 
 
@@ -303,32 +303,19 @@ def test_a_vocabulary_that_is_too_small_is_said(chain, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key_and_value"),
     [
-        (
-            "freeze_projector=true",
-            "freeze_projector=true needs a trained projector: set projector_run",
-        ),
-        (
-            "freeze_projector=true projector_run=x",
-            "the KL of a frozen projector teaches nothing, set losses.kl_weight=0",
-        ),
-        ("losses.latent_noise=-1", "losses.latent_noise must not be negative"),
-        (
-            "projector_run=PROJECTOR projector.depth=2",
-            "the projector of .* is not this config's .*depth: 1 -> 2",
-        ),
-        (
-            "projector.text_width=16",
-            "gives 16 x 32 text states, the config expects projector.text_tokens",
-        ),
-        ("data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),
-        ("heldout_shards=[absent.tar]", "absent.tar, which does not exist"),
-        ("projector_run=nowhere", "nowhere is no run folder"),
+        ("freeze_projector=true", "freeze_projector=true .*projector_run"),
+        ("freeze_projector=true projector_run=x", "freeze_projector=true.*losses.kl_weight=0"),
+        ("projector_run=PROJECTOR projector.depth=2", "projector .*text_projector"),
+        ("projector.text_width=16", "projector.text_width"),
+        ("data.shards=[nowhere.tar]", "nowhere.tar"),
+        ("heldout_shards=[absent.tar]", "absent.tar"),
+        ("projector_run=nowhere projector=null", "nowhere is no run folder"),
     ],
 )
-def test_what_can_not_be_trained_is_refused(chain, tmp_path, options, message):
+def test_what_can_not_be_trained_is_refused(chain, tmp_path, options, key_and_value):
     options = options.replace("PROJECTOR", f"{chain.folder}/text_projector")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=key_and_value):
         chain.run_in(tmp_path, "text_decoder", *options.split())
     assert not list(tmp_path.rglob("step_*"))
