@@ -462,15 +462,15 @@ def write_bad_file(case, file):
     contents = {
         "attack": (
             {"model": Attack(file.with_name("mark"))},
-            "refused: its pickle needs posix.system, but only",
+            "refused: its pickle needs posix.system",
         ),
         "namespace": (
             tensors | {"args": argparse.Namespace(a=1)},
-            "refused: its pickle needs argparse.Namespace, but",
+            "refused: its pickle needs argparse.Namespace",
         ),
         "network": (
             torch.nn.Linear(2, 2),
-            "refused: its pickle needs torch.nn.modules.linear.Linear, but",
+            "refused: its pickle needs torch.nn.modules.linear.Linear",
         ),
         "list": ([torch.ones(2)], "it holds a list, expected tensors by name"),
         "empty": ({}, "it is no released flow or tokenizer file: it holds nothing"),
