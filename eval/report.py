@@ -18,12 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from configs.schema import ReportStage
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.load import exit_on_error, parse_stage_args
-from configs.schema import ReportStage
-from data.image_text import ImageTextConfig, read_images
+from configs.cli import exit_on_error, parse_stage_args
+from data.captions import CaptionConfig
+from data.readers import ImageTextConfig, image_reader
 from eval.frechet import FeatureStatistics, frechet_distance
 from eval.reconstruction_metrics import psnr
 from modeling.pipeline import ImageGenerator, SamplingConfig
@@ -113,9 +114,11 @@ def read_all(config: ReportStage, parts: ImageGenerator, shards: list[str]) -> d
     """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions."""
     size = parts.tokenizer.config.image_size
     data = ImageTextConfig(
-        shards=shards, caption_keys=config.caption_keys, background=config.background
+        shards=shards,
+        captions=CaptionConfig(keys=config.caption_keys),
+        background=config.background,
     )
-    batches = list(read_images(data, size, None, config.batch_size))
+    batches = list(image_reader(data, size, None).once(config.batch_size))
     captions = [caption for batch in batches for caption in batch["caption"]]
     return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
 

@@ -20,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from configs.schema import ReportStage
 from torch import Tensor, nn
 
-from configs.load import exit_on_error, parse_stage_args
-from configs.schema import ReportStage
+from configs.cli import exit_on_error, parse_stage_args
 from eval.report import encode, encode_texts, read_all, retrieval
 from training.files import write_json
 from training.loading import load_pipeline
