@@ -1,16 +1,12 @@
 """modeling/text_decoder.py, train_text_decoder.py: what counts, the vocabulary, gradients, the stage's main()."""
 
-import io
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from data.caption_text import read_states
 from tiny_experiment import equal, metrics, weights
 
-from data.bad_samples import BadSample
 from modeling.text_decoder import (
     CLIP_VOCABULARY,
     TextAutoencoder,
@@ -179,31 +175,6 @@ def test_latents_of_another_shape_are_refused():
         build().decoder(torch.randn(2, 5, C))
 
 
-# Stored text states
-
-
-def saved(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=True)
-    return {"text.npy": buffer.getvalue()}
-
-
-def test_stored_states_are_read_and_broken_ones_are_bad_samples():
-    states = np.arange(6, dtype=np.float16).reshape(2, 3)
-    assert np.array_equal(read_states(saved(states)), states)
-    broken = {"text.npy": saved(states)["text.npy"][:-2]}
-    for sample in (
-        {},
-        broken,
-        {"text.npy": b""},
-        saved(states.astype(float)),
-        saved(states[0]),
-        saved(np.array([{}])),
-    ):
-        with pytest.raises(BadSample, match="^text: "):
-            read_states(sample)
-
-
 # The stage
 
 
@@ -286,10 +257,11 @@ def test_options_of_the_stage_run_and_change_the_weights(chain, tmp_path):
 
 def test_a_frozen_projector_is_that_of_the_run_bit_for_bit(chain, tmp_path):
     source = chain.folder / "text_projector"
-    frozen = ["freeze_projector=true", "losses.kl_weight=0", f"projector_run={source}"]
-    run = chain.run_in(tmp_path, "text_decoder", *frozen)
+    start = [f"projector_run={source}", "projector=null"]
+    frozen = ["freeze_projector=true", "losses.kl_weight=0"]
+    run = chain.run_in(tmp_path, "text_decoder", *start, *frozen)
     assert equal(dict(load_projector(run).state_dict()), weights(source, EMA_FILE))
-    free = chain.run_in(tmp_path / "free", "text_decoder", f"projector_run={source}")
+    free = chain.run_in(tmp_path / "free", "text_decoder", *start)
     assert not equal(dict(load_projector(free).state_dict()), weights(source, EMA_FILE))
 
 
@@ -306,7 +278,10 @@ def test_a_vocabulary_that_is_too_small_is_said(chain, tmp_path, capsys):
     ("options", "key_and_value"),
     [
         ("freeze_projector=true", "freeze_projector=true .*projector_run"),
-        ("freeze_projector=true projector_run=x", "freeze_projector=true.*losses.kl_weight=0"),
+        (
+            "freeze_projector=true projector_run=x projector=null",
+            "freeze_projector=true.*losses.kl_weight=0",
+        ),
         ("projector_run=PROJECTOR projector.depth=2", "projector .*text_projector"),
         ("projector.text_width=16", "projector.text_width"),
         ("data.shards=[nowhere.tar]", "nowhere.tar"),
