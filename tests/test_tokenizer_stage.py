@@ -190,7 +190,7 @@ def test_weights_of_another_size_are_taken_over_as_far_as_they_fit_and_the_rest_
     assert (
         "encoder.latent_positions" not in differing
     )  # positions of the latents stay at any resolution
-    assert load_tokenizer(run)[0].encode(torch.rand(1, 3, 64, 64)).mean.shape == (1, 16, 6)
+    assert load_tokenizer(run).encode(torch.rand(1, 3, 64, 64)).mean.shape == (1, 16, 6)
 
 
 def test_weights_that_have_no_place_any_more_are_listed(chain, tmp_path, capsys):
