@@ -58,7 +58,8 @@ def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:
     """
     config = read_run_config(run_dir)
     if key not in config:
-        raise ValueError(f"{run_dir} is a run of another stage: its {CONFIG_FILE} has no {key}")
+        stage = config.get("stage")
+        raise ValueError(f"{run_dir} is a run of stage {stage!r}: its {CONFIG_FILE} has no {key!r}")
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config[key]))
 
 
