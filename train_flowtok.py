@@ -20,29 +20,36 @@ from data.entries import Entry
 from data.readers import TokenTextConfig
 from eval.captioning import caption_sheet, choose_images
 from eval.during_training import EvaluationConfig, FlowEvaluation
-from eval.protocol import load_protocol, protocol_file
-from modeling.activation_checkpointing import ActivationCheckpointing
+from eval.generation import load_protocol
+from eval.protocol import protocol_file
+from modeling.activation_checkpointing import (
+    ActivationCheckpointing,
+    set_activation_checkpointing,
+)
+from modeling.fingerprint import fingerprint
 from modeling.flow import FlowConfig, check_guidance
-from modeling.flow_model import FlowModel
+from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.losses import (
-    ProjectorLossConfig,
-    flow_matching_loss,
+    FlowLossConfig,
     freeze_unused_alignment,
     has_projector_loss,
     latent_statistics,
+    loss_weights,
     projector_losses,
+    velocity_losses,
+    weighted_terms,
 )
 from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
 from training.loading import (
-    fingerprint,
     load_autoencoder,
     load_flow,
     load_projector,
     load_tokenizer,
+    text_encoder_config,
 )
 from training.loop import Evaluation, is_complete, train
 from training.optim import OptimizedNetwork, descend
@@ -86,7 +93,7 @@ class FlowTokStage(TrainedStage):
     activation_checkpointing: ActivationCheckpointing = "none"  # of the DiT
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: TokenTextConfig = field(default_factory=TokenTextConfig)
-    losses: ProjectorLossConfig = field(default_factory=ProjectorLossConfig)
+    losses: FlowLossConfig = field(default_factory=FlowLossConfig)
     pictures: PictureConfig = field(default_factory=PictureConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -154,7 +161,8 @@ def main(config: FlowTokStage) -> None:
     # What earlier stages gave: tokens, the tokenizer with its text tower, weights to start from.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    tokenizer, text_config = load_tokenizer(config.tokenizer_run)
+    tokenizer = load_tokenizer(config.tokenizer_run)
+    text_config = text_encoder_config(config.tokenizer_run)
     info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
     source = load_source(config)
     fill_in_networks(config, info, source, projector_sizes(tokenizer.config))
@@ -295,16 +303,14 @@ def build_model(
     config: FlowTokStage, info: TokensInfo, source: TextProjector | FlowModel | None
 ) -> FlowModel:
     """Projector and DiT with the weights of `source`; freezes what gets no gradient."""
-    model = FlowModel(config.projector, config.flowtok)
+    model = build_flow(config.projector, config.flowtok, config.flow)
     if isinstance(source, FlowModel):
         model.load_state_dict(source.state_dict())
     elif source is not None:
         model.projector.load_state_dict(source.state_dict())
     model.latent_scale.fill_(info.latent_scale)
-    model.flowtok.activation_checkpointing = config.activation_checkpointing
-    if config.flow.projector == "frozen":
-        model.freeze_projector()
-    else:
+    set_activation_checkpointing(model, config.activation_checkpointing)
+    if config.flow.projector != "frozen":
         freeze_unused_alignment(model.projector, config.losses)
     return model
 
@@ -316,15 +322,13 @@ def compute_losses(
     posterior = tokens.image_posterior(batch)
     latents = posterior.sample() if config.flow.sample_image_latent else posterior.mean
     image = latents * tokens.info.latent_scale  # B x K x C
-    output = model(tokens.text_states(batch), image, config.flow)
-    terms = {"flow_matching": flow_matching_loss(output.velocity, output.target)}
-    terms["loss"] = terms["flow_matching"]
+    output = model(tokens.text_states(batch), image)
+    terms = velocity_losses(config.losses, output)
     if config.flow.projector != "frozen":
         image_mean = posterior.mean * tokens.info.latent_scale
-        more = projector_losses(config.losses, output, output.text_latents, image_mean)
-        terms["loss"] = terms["loss"] + more.pop("loss")
-        terms |= more
-    return terms | latent_statistics(output.mean)
+        terms |= projector_losses(config.losses, output.source, image_mean)
+    loss = sum(weighted_terms(terms, loss_weights(config.losses)).values())
+    return terms | {"loss": loss} | latent_statistics(output.source.mean)
 
 
 @torch.no_grad()
@@ -337,17 +341,16 @@ def save_samples(
     step: int,
 ) -> None:
     """Pictures with EMA weights: captions of images, or images of captions."""
-    tokenizer = load_tokenizer(config.tokenizer_run)[0].to(run.device)
-    tokenize = TextTokenizer(text_config)
+    tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     path = sample_path(run.folder, step)
     if config.flow.direction == "image_to_text":
         decoder = load_autoencoder(config.text_decoder_run).decoder.to(run.device)
-        captioner = Captioner(tokenize, tokenizer, model, decoder)
+        captioner = Captioner(TextTokenizer(text_config), tokenizer, model, decoder)
         sheet = caption_sheet(captioner, images_to_caption, config.sampling)
         save_png(sheet, path.with_stem(f"{path.stem}_captions"))
         return
     text_encoder = load_text_encoder(text_config).to(run.device)
-    generator = ImageGenerator(tokenize, text_encoder, tokenizer, model)
+    generator = ImageGenerator(text_encoder, tokenizer, model)
     images, _ = generator.generate(config.pictures.captions, config.sampling)
     save_png(caption_grid(images, config.pictures.captions, columns=4), path)
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
 from data.config import ReaderConfig
+from modeling.fingerprint import fingerprint
+from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.losses import kl_loss, latent_statistics
 from modeling.text_decoder import (
     TextAutoencoder,
@@ -31,7 +33,7 @@ from modeling.text_encoder import load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
 from training.files import write_json
-from training.loading import fingerprint, load_projector, read_tokenizer_config
+from training.loading import load_projector, read_section, text_encoder_config
 from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend
 from training.pictures import sample_path
@@ -93,7 +95,8 @@ def main(config: TextDecoderStage) -> None:
     # What earlier stages gave.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    tokenizer_config, text_config = read_tokenizer_config(config.tokenizer_run)
+    tokenizer_config = read_section(config.tokenizer_run, "tokenizer", ImageTokenizerConfig)
+    text_config = text_encoder_config(config.tokenizer_run)
     source = load_projector(config.projector_run) if config.projector_run else None
     if source is None:
         sizes = projector_sizes(tokenizer_config)
@@ -101,7 +104,7 @@ def main(config: TextDecoderStage) -> None:
     else:
         config.projector = source.config
     inputs = {
-        "text_encoder": fingerprint(load_text_encoder(text_config)),
+        "text_encoder": load_text_encoder(text_config).identity,
         "projector": fingerprint(source) if source else "none",
     }
     if is_complete(run, training, inputs):
@@ -147,7 +150,7 @@ def build_model(config: TextDecoderStage, source: TextProjector | None) -> TextA
     if source is not None:
         model.projector.load_state_dict(source.state_dict())
     if config.freeze_projector:
-        model.freeze_projector()
+        model.projector.freeze()
     return model
 
 
@@ -186,7 +189,7 @@ def compute_losses(
     terms = caption_losses(output.logits, output.classes)
     terms["loss"] = terms["cross_entropy"]
     if losses.kl_weight:
-        terms["kl"] = kl_loss(output.mean, output.logvar)
+        terms["kl"] = kl_loss(output.mean, output.logvar, losses.kl_form)
         terms["loss"] = terms["loss"] + losses.kl_weight * terms["kl"]
     return terms | latent_statistics(output.mean)
 

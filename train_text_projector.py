@@ -21,12 +21,13 @@ from modeling.losses import (
     freeze_unused_alignment,
     has_projector_loss,
     latent_statistics,
+    loss_weights,
     projector_losses,
+    weighted_terms,
 )
-from modeling.posterior import Posterior
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
-from training.loading import load_tokenizer
+from training.loading import load_tokenizer, text_encoder_config
 from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
@@ -77,7 +78,8 @@ def main(config: TextProjectorStage) -> None:
     # What earlier stages gave: tokens, and the tokenizer whose text tower and sizes are used.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    tokenizer, text_config = load_tokenizer(config.tokenizer_run)
+    tokenizer = load_tokenizer(config.tokenizer_run)
+    text_config = text_encoder_config(config.tokenizer_run)
     info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
     config.projector = replace(config.projector, **projector_sizes(tokenizer.config))
     if is_complete(run, training, info.inputs()):
@@ -120,12 +122,11 @@ def compute_losses(
     config: TextProjectorStage, tokens: StoredTokens, projector: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
-    output = projector(tokens.text_states(batch))
-    posterior = Posterior(output.mean, output.logvar)
-    text_latents = posterior.sample() if config.losses.kl_weight else posterior.mean  # B x L x C
+    output = projector(tokens.text_states(batch), sample=config.losses.kl_weight > 0)
     image_mean = tokens.image_posterior(batch).mean * tokens.info.latent_scale  # B x K x C
-    terms = projector_losses(config.losses, output, text_latents, image_mean)
-    return terms | latent_statistics(output.mean)
+    terms = projector_losses(config.losses, output, image_mean)
+    loss = sum(weighted_terms(terms, loss_weights(config.losses)).values())
+    return terms | {"loss": loss} | latent_statistics(output.mean)
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def save_decoded(
     if not config.losses.image_regression_weight:
         return  # z_T has nothing to do with the image then
     batch = tokens.first(config.num_pictures)
-    tokenizer = load_tokenizer(config.tokenizer_run)[0].to(run.device)
+    tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     states = tokens.text_states(batch)
     true = tokenizer.decode(tokens.image_posterior(batch).mean, states)
     latents = projector.posterior(states).mean / tokens.info.latent_scale

@@ -23,27 +23,31 @@ from data.readers import ImageTextConfig, image_reader
 from data.tar import expand_shards
 from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from eval.images import ImageSet, list_images
-from modeling.activation_checkpointing import ActivationCheckpointing
+from modeling.activation_checkpointing import (
+    ActivationCheckpointing,
+    set_activation_checkpointing,
+)
 from modeling.discriminator import (
     AdversarialConfig,
-    Adversary,
+    Discriminator,
     DiscriminatorConfig,
+    discriminator_loss,
     generator_loss,
-    hinge_discriminator_loss,
+    is_active,
 )
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.losses import (
     ReconstructionLossConfig,
     kl_loss,
+    loss_weights,
     posterior_statistics,
     reconstruction_losses,
-    reconstruction_weights,
-    weighted_sum,
+    weighted_terms,
 )
 from modeling.perceptual import PerceptualConfig, PerceptualLoss
-from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import latest_checkpoint
-from training.loading import fingerprint, load_tokenizer
+from training.loading import load_tokenizer
 from training.loop import Evaluation, batch_per_process, is_complete, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
@@ -123,7 +127,6 @@ class Parts(NamedTuple):
 
     run: Run
     text_encoder: TextEncoder
-    tokenize: TextTokenizer
     perceptual: PerceptualLoss | None
 
 
@@ -132,24 +135,22 @@ def main(config: TokenizerStage) -> None:
     # The text tower: its length is the number of latent tokens.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    tokenize = TextTokenizer(config.text_encoder)
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
+    length, width = text_encoder.shape
     config.tokenizer = replace(
-        config.tokenizer,
-        num_tokens=text_encoder.context_length,
-        text_tokens=text_encoder.context_length,
-        text_width=text_encoder.width,
+        config.tokenizer, num_tokens=length, text_tokens=length, text_width=width
     )
-    inputs = {"text_encoder": fingerprint(text_encoder)}
+    inputs = {"text_encoder": text_encoder.identity}
     if is_complete(run, training, inputs):
         return
 
     # Data, and all that a picture or an evaluation will read.
-    evaluation = build_evaluation(config, text_encoder, tokenize)
+    evaluation = build_evaluation(config, text_encoder)
     has_checkpoint = latest_checkpoint(run.folder) is not None
-    parts = Parts(run, text_encoder, tokenize, build_perceptual(config, run))
+    parts = Parts(run, text_encoder, build_perceptual(config, run))
     expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
-    loader = image_reader(config.data, config.tokenizer.image_size, tokenize).stream(
+    reader = image_reader(config.data, config.tokenizer.image_size, text_encoder.tokenize)
+    loader = reader.stream(
         batch_per_process(run, training),
         training.seed,
         run.accelerator.process_index,
@@ -163,9 +164,9 @@ def main(config: TokenizerStage) -> None:
     clip = training.max_gradient_norm
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:
-        adversary = Adversary(DiscriminatorConfig(), config.adversarial.lecam_decay)
+        discriminator = Discriminator(DiscriminatorConfig(), config.adversarial.lecam_decay)
         optimizer = config.discriminator_optimizer
-        networks["discriminator_"] = OptimizedNetwork(run, adversary, optimizer, clip)
+        networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
 
     def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
         return train_step(config, parts, networks, batches, index)
@@ -200,8 +201,8 @@ def train_step(
     """
     tokenizer = networks[""]
     start = config.adversarial.start_step
-    is_adversarial = config.adversarial.weight > 0 and index >= start
-    adversary = networks["discriminator_"].module if is_adversarial else None
+    is_adversarial = is_active(config.adversarial, index)
+    judge = networks["discriminator_"].module if is_adversarial else None
     max_steps = config.training.max_steps
     means: dict[str, Tensor] = {}
     pairs = []  # of images and reconstructions, for the discriminator
@@ -212,7 +213,7 @@ def train_step(
         with tokenizer.gradients(is_last=number == len(batches)) as model:
             states = encode_text(parts, batch)
             reconstructions, mean, logvar = model(images, states)
-            terms = generator_terms(config, parts, adversary, images, reconstructions, mean, logvar)
+            terms = generator_terms(config, parts, judge, images, reconstructions, mean, logvar)
             tokenizer.backward(terms["loss"] / len(batches))
         add_mean(means, terms, len(batches))
         if is_adversarial:
@@ -225,8 +226,8 @@ def train_step(
     discriminator = networks["discriminator_"]
     for number, (images, reconstructions) in enumerate(pairs, start=1):
         with discriminator.gradients(is_last=number == len(pairs)) as model:
-            real, fake = model(images, reconstructions)
-            terms = discriminator_terms(config, adversary, real, fake)
+            real, fake = model(torch.cat([images, reconstructions])).chunk(2)
+            terms = discriminator_terms(config, judge, real, fake)
             discriminator.backward(terms["loss"] / len(pairs))
         named = {f"discriminator/{name}": value for name, value in terms.items()}
         add_mean(means, named, len(pairs))
@@ -234,14 +235,14 @@ def train_step(
     means["discriminator/gradient_norm"] = norm
 
     # LeCam's averages follow the logits of the whole step.
-    adversary.lecam.update(means["discriminator/real"], means["discriminator/fake"])
+    judge.lecam.update(means["discriminator/real"], means["discriminator/fake"])
     return means
 
 
 def generator_terms(
     config: TokenizerStage,
     parts: Parts,
-    adversary: Adversary | None,
+    discriminator: Discriminator | None,
     images: Tensor,
     reconstructions: Tensor,
     mean: Tensor,
@@ -254,35 +255,36 @@ def generator_terms(
         mean, logvar: B x K x C, of the posterior.
     """
     terms = reconstruction_losses(images, reconstructions)
-    weights = reconstruction_weights(config.losses)
+    weights = loss_weights(config.losses)
     terms["kl"] = kl_loss(mean, logvar)
     if parts.perceptual is not None:
         terms |= parts.perceptual(reconstructions, images)
-    if adversary is not None:
+    if discriminator is not None:
         # The discriminator only passes the gradient on.
-        adversary.requires_grad_(False)
+        discriminator.requires_grad_(False)
         with parts.run.accelerator.autocast():
-            terms["adversarial"] = generator_loss(adversary.discriminator(reconstructions))
-        adversary.requires_grad_(True)
+            terms["adversarial"] = generator_loss(discriminator(reconstructions))
+        discriminator.requires_grad_(True)
         weights["adversarial"] = config.adversarial.weight
-    return weighted_sum(terms, weights) | posterior_statistics(mean, logvar)
+    weighted = weighted_terms(terms, weights)
+    terms |= {f"weighted/{name}": term for name, term in weighted.items()}
+    terms["loss"] = sum(weighted.values())
+    return terms | posterior_statistics(mean, logvar)
 
 
 def discriminator_terms(
-    config: TokenizerStage, adversary: Adversary, real: Tensor, fake: Tensor
+    config: TokenizerStage, discriminator: Discriminator, real: Tensor, fake: Tensor
 ) -> dict[str, Tensor]:
     """Terms of the discriminator's loss, and its mean logits."""
     terms = {
-        "hinge": hinge_discriminator_loss(real, fake),
-        "lecam": adversary.lecam.penalty(real, fake),
+        "hinge": discriminator_loss(real, fake),
+        "lecam": discriminator.lecam.penalty(real, fake),
     }
     terms["loss"] = terms["hinge"] + config.adversarial.lecam_weight * terms["lecam"]
     return terms | {"real": real.detach().mean(), "fake": fake.detach().mean()}
 
 
-def build_evaluation(
-    config: TokenizerStage, text_encoder: TextEncoder, tokenize: TextTokenizer
-) -> Evaluation | None:
+def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evaluation | None:
     """What is measured on the way, with its images listed; None if nothing is.
 
     Raises:
@@ -295,7 +297,9 @@ def build_evaluation(
     size = config.tokenizer.image_size
     images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
     bf16 = config.training.precision == "bf16"
-    measure = ReconstructionEvaluation(config.evaluation, images, text_encoder, tokenize, bf16)
+    measure = ReconstructionEvaluation(
+        config.evaluation, images, text_encoder, text_encoder.tokenize, bf16
+    )
     return Evaluation(config.evaluation.every_steps, measure)
 
 
@@ -312,7 +316,7 @@ def build_model(config: TokenizerStage, run: Run, has_checkpoint: bool) -> Image
     model = ImageTokenizer(config.tokenizer)
     if config.init_from and not has_checkpoint:
         load_what_fits(model, config.init_from, run)
-    model.set_activation_checkpointing(config.activation_checkpointing)
+    set_activation_checkpointing(model, config.activation_checkpointing)
     model.encoder.requires_grad_(not config.freeze_encoder)
     return model
 
@@ -326,7 +330,7 @@ def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
     Raises:
         ValueError: nothing fits.
     """
-    source = load_tokenizer(run_dir)[0].state_dict()
+    source = load_tokenizer(run_dir).state_dict()
     own = model.state_dict()
     fitting = {
         name: tensor
@@ -366,8 +370,8 @@ def save_reconstructions(
     number = config.pictures.num_samples
     shards = config.pictures.shards or None
     size = config.tokenizer.image_size
-    reader = image_reader(config.data, size, parts.tokenize).once(number, shards, limit=number)
-    batch = next(reader)
+    reader = image_reader(config.data, size, parts.text_encoder.tokenize)
+    batch = next(reader.once(number, shards, limit=number))
     images = to_unit(batch["image"], parts.run.device)
     reconstructions = model.decode(model.encode(images).mean, encode_text(parts, batch))
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)

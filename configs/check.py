@@ -11,7 +11,8 @@ import os.path
 import sys
 from pathlib import Path
 
-from configs.load import exit_on_error, load_config
+from configs.cli import exit_on_error
+from configs.load import load_config
 from configs.schema import (
     FlowTokStage,
     ReportStage,

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from configs.load import exit_on_error
+from configs.cli import exit_on_error
 from eval.images import RESIZE_RULE, ImageSet, list_images
 from eval.inception import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.json_report import describe_file, device_name, package_versions

@@ -34,9 +34,10 @@ sys.path.insert(
 )  # run as a file, Python looks into scripts/ only
 
 import torch
-
-from configs.load import exit_on_error, load_config
 from configs.schema import StageConfig, TextEncoderStage, TokenizerStage
+
+from configs.cli import exit_on_error
+from configs.load import load_config
 from data.readers import ImageTextConfig, image_reader, token_reader
 from data.storage import is_remote
 from data.tar import count_samples, expand_shards

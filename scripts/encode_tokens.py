@@ -28,10 +28,11 @@ from data.encoding import build_encoding_loader, encoding_sources
 from data.readers import ImageTextConfig, TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import count_samples, write_shard
+from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_encoder import TextEncoder
 from training.files import write_json
-from training.loading import fingerprint, load_tokenizer
+from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
 from training.run import start_accelerator
 from training.stage import StageConfig
@@ -85,13 +86,13 @@ def main(config: TokensStage) -> None:
     """Encode what is not there yet, then measure and write tokens.json."""
     accelerator = start_accelerator(config.precision)
     folder = Path(config.run_dir)
-    tokenizer, text_config = load_tokenizer(config.tokenizer_run)
-    text_encoder = load_text_encoder(text_config)
+    tokenizer = load_tokenizer(config.tokenizer_run)
+    text_encoder = find_text_encoder(config.tokenizer_run)
     images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
     outputs = output_paths([image.shards[0] for image in images], folder)
     source = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
-        "text_encoder_fingerprint": fingerprint(text_encoder),
+        "text_encoder_fingerprint": text_encoder.identity,
         "has_text_states": config.store_text_states,
         "flip": config.flip,
         "num_crops": config.num_crops,
@@ -105,7 +106,7 @@ def main(config: TokensStage) -> None:
     accelerator.wait_for_everyone()
     left = [(image, path) for image, path in zip(images, outputs, strict=True) if not path.exists()]
     mine = left[accelerator.process_index :: accelerator.num_processes]
-    encoder = Encoder(config, accelerator, tokenizer, text_encoder, text_config)
+    encoder = Encoder(config, accelerator, tokenizer, text_encoder)
     with stopping_at_once(folder):
         encode_shards(encoder, mine)
     accelerator.wait_for_everyone()
@@ -210,7 +211,6 @@ class Encoder:
     accelerator: Accelerator
     tokenizer: ImageTokenizer
     text_encoder: TextEncoder
-    text_config: TextEncoderConfig
 
     def __post_init__(self):
         self.tokenizer.to(self.accelerator.device)
@@ -259,7 +259,7 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
     if not shards:
         return
     config, rank = encoder.config, encoder.accelerator.process_index
-    tokenize = TextTokenizer(encoder.text_config) if config.store_text_states else None
+    tokenize = encoder.text_encoder.tokenize if config.store_text_states else None
     sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
     loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
     samples: dict[int, list[dict]] = defaultdict(list)

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from configs.cli import exit_on_error, parse_stage_args
 from data.readers import ImageTextConfig, image_reader
+from modeling.clip_weights import build_clip, save_clip
 from modeling.losses import contrastive_loss
-from modeling.text_encoder import build_clip, clip_tokenizer, save_clip
+from modeling.text_encoder import clip_tokenizer
 from training.checkpoint import latest_checkpoint
 from training.loading import load_ema
 from training.loop import batch_per_process, is_complete, train

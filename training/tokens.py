@@ -12,11 +12,10 @@ from data.config import ReaderConfig
 from data.readers import TokenTextConfig, caption_reader, token_reader
 from data.storage import is_remote
 from modeling.posterior import Posterior
-from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
-from training.loading import fingerprint
 from training.loop import TrainingConfig, batch_per_process
-from training.ridge import fit_ridge
+from training.ridge import fit_linear_skip
 from training.run import Run
 from training.tokens_info import TOKENS_INFO_FILE, TokensInfo
 
@@ -31,7 +30,7 @@ class StoredTokens:
     loader: StatefulDataLoader
     data: TokenTextConfig
     info: TokensInfo
-    tokenize: TextTokenizer | None
+    tokenize: Tokenizer | None
     text_encoder: TextEncoder | None
 
     def text_states(self, batch: dict) -> Tensor:
@@ -56,8 +55,7 @@ class StoredTokens:
         for batch in self._read(100, FITTED_SAMPLES):
             states.append(self.text_states(batch).cpu().float())
             latents.append(self.image_posterior(batch).mean.cpu() * self.info.latent_scale)
-        ridge = fit_ridge(torch.cat(states), torch.cat(latents), [strength])
-        projector.linear_skip.set_map(*ridge.affine_map())
+        fit_linear_skip(projector.linear_skip, torch.cat(states), torch.cat(latents), strength)
 
     def first(self, number: int) -> dict:
         """The first `number` samples in the order of the shards, as one batch."""
@@ -82,12 +80,12 @@ def open_stored_tokens(
         ValueError: the text tower is not the one that the tokens were made with.
     """
     encoder = load_text_encoder(text_config)
-    if info.text_encoder_fingerprint not in ("unknown", fingerprint(encoder)):
+    if info.text_encoder_fingerprint not in ("unknown", encoder.identity):
         raise ValueError(
             f"the token shards were made with another text tower than {text_config.model} of the "
             "tokenizer's run: delete them and encode them again"
         )
-    tokenize = None if info.has_text_states else TextTokenizer(text_config)
+    tokenize = None if info.has_text_states else encoder.tokenize
     reader = token_reader(data, info.num_tokens, info.token_channels, tokenize)
     loader = reader.stream(
         batch_per_process(run, training),
@@ -107,7 +105,7 @@ class StoredCaptions:
     run: Run
     loader: StatefulDataLoader
     data: ReaderConfig
-    tokenize: TextTokenizer
+    tokenize: Tokenizer
     text_encoder: TextEncoder
     has_text_states: bool
 
@@ -133,14 +131,15 @@ def open_stored_captions(
     """Open any shards with captions for this process."""
     encoder = load_text_encoder(text_config)
     has_text_states = all(holds_states_of(encoder, pattern) for pattern in data.all_shards())
-    tokenize = TextTokenizer(text_config)
-    loader = caption_reader(data, tokenize, has_text_states).stream(
+    loader = caption_reader(data, encoder.tokenize, has_text_states).stream(
         batch_per_process(run, training),
         training.seed,
         run.accelerator.process_index,
         run.accelerator.num_processes,
     )
-    return StoredCaptions(run, loader, data, tokenize, encoder.to(run.device), has_text_states)
+    return StoredCaptions(
+        run, loader, data, encoder.tokenize, encoder.to(run.device), has_text_states
+    )
 
 
 def text_states(run: Run, encoder: TextEncoder | None, batch: dict) -> Tensor:
@@ -157,4 +156,4 @@ def holds_states_of(encoder: TextEncoder, pattern: str) -> bool:
     if is_remote(pattern) or not (folder / TOKENS_INFO_FILE).is_file():
         return False
     info = TokensInfo.load(folder)
-    return info.has_text_states and info.text_encoder_fingerprint == fingerprint(encoder)
+    return info.has_text_states and info.text_encoder_fingerprint == encoder.identity

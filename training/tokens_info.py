@@ -10,9 +10,9 @@ from pathlib import Path
 
 from data.readers import TokenTextConfig
 from data.storage import is_remote
+from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from training.files import write_json
-from training.loading import fingerprint
 
 TOKENS_INFO_FILE, LATENT_STATS_FILE = "tokens.json", "latent_stats.json"
 
