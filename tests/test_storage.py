@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder. Tests set has_ranges, and of the next answers statuses and cuts (bytes till they break)."""
+    """Serves a folder. cuts, statuses: of the next answers; cuts are the bytes after which they break."""
 
     daemon_threads = True
 
