@@ -464,6 +464,7 @@ def test_keys_and_captions_with_escapes_do_not_reach_the_terminal(lab, tmp_path)
 def launch(lab, *options, num_processes=1):
     """train_flowtok.sh on stage tokenizer of the tiny experiment, in a session of its own."""
     overrides = program(lab.chain, lab.folder, "tokenizer", *ENDLESS, *options)[2:]
+    overrides = [f"tokenizer.{override}" for override in overrides]
     variables = {"STAGES": "tokenizer", "NUM_PROCESSES": str(num_processes)}
     return subprocess.Popen(
         ["bash", str(ROOT / "train_flowtok.sh"), f"{lab.chain.folder}/configs", *overrides],
