@@ -21,8 +21,8 @@ from configs.schema import (
 from configs.load import load_config
 from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
-from scripts.run_experiment.stages import ORDER, read_stages
 from scripts.plan_stages import TRAINING_STEPS, build_encoding, find_sizes
+from scripts.run_experiment.stages import ORDER, read_stages
 
 ROOT = Path(__file__).parents[1]
 
