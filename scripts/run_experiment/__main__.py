@@ -17,6 +17,7 @@ from pathlib import Path
 
 from configs.cli import exit_on_error
 from scripts.run_experiment.processes import STOPPED_STATUS, Job, Runner, clean, find_job
+from scripts.run_experiment.stages import Stage, read_stages
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,7 +26,6 @@ def main(words: Sequence[str]) -> int:
     import torch
 
     from scripts.run_experiment import checks
-    from scripts.run_experiment.stages import read_stages
 
     stages = read_stages(words, os.environ.get("STAGES", ""), Path("configs"))
     stages, skipped = checks.skip_unused_towers(stages)
@@ -35,14 +35,18 @@ def main(words: Sequence[str]) -> int:
     if not session.is_dry:
         checks.check_inputs(stages)
     print(job, *skipped, sep="\n", flush=True)
+
+    # The first machine does alone what takes one process.
+    is_first = job.machine_rank == 0
     for stage in stages:
-        if status := session.run_stage(stage):
-            return status
-    flows = [stage for stage in stages if stage.config.stage == "flowtok"]
-    for stage in flows if job.machine_rank == 0 else []:
-        if status := session.draw_samples(stage):
-            return status
-    if job.machine_rank == 0 and not session.is_dry:
+        if is_first or stage.config.stage != "report":
+            if status := session.run_stage(stage):
+                return status
+    for stage in stages:
+        if is_first and stage.config.stage == "flowtok":
+            if status := session.draw_samples(stage):
+                return status
+    if is_first and not session.is_dry:
         list_results(stages)
     return 0
 
@@ -56,11 +60,10 @@ class Session:
     runner: Runner
     is_dry: bool  # print the commands, run nothing
 
-    def run_stage(self, stage) -> int:
+    def run_stage(self, stage: Stage) -> int:
         """Run one stage in all processes; the report in one. Returns the exit status."""
-        environments = self.job.environments(os.environ)
-        if stage.config.stage == "report":
-            environments = [clean(os.environ)] * (self.job.machine_rank == 0)
+        is_report = stage.config.stage == "report"
+        environments = [clean(os.environ)] if is_report else self.job.environments(os.environ)
         if self.runner.requests:
             print(f"asked to stop before stage {stage}. {self.go_on}")
             return STOPPED_STATUS
@@ -71,7 +74,7 @@ class Session:
             print(f"== {stage} took {time.monotonic() - start:.0f} s", flush=True)
         return status
 
-    def draw_samples(self, stage) -> int:
+    def draw_samples(self, stage: Stage) -> int:
         """Images or captions of a flow, unless they are newer than its checkpoints."""
         picture = picture_of(stage)
         checkpoints = Path(stage.config.run_dir) / "checkpoints"
@@ -111,7 +114,7 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def picture_of(stage) -> Path:
+def picture_of(stage: Stage) -> Path:
     """Where the samples of a flow go: samples_512.png for flowtok_512."""
     suffix = stage.name.removeprefix("flowtok")
     return Path(stage.config.experiment_dir) / f"samples{suffix}.png"
@@ -122,7 +125,7 @@ def is_newer(path: Path, other: Path) -> bool:
     return path.stat().st_mtime > other.stat().st_mtime
 
 
-def list_results(stages) -> None:
+def list_results(stages: Sequence[Stage]) -> None:
     """Print what the stages left."""
     paths = [picture_of(stage) for stage in stages]
     paths += [Path(stage.config.experiment_dir) / "report.json" for stage in stages]
