@@ -20,8 +20,13 @@ from scripts.run_experiment.processes import STOPPED_STATUS, Job, Runner, clean,
 from scripts.run_experiment.stages import Stage, read_stages
 
 
-def main(words: Sequence[str]) -> int:
-    """Run all stages, draw samples, list the results; returns the exit status."""
+def main(words: Sequence[str]) -> None:
+    """Run all stages, draw samples, list the results.
+
+    Raises:
+        ValueError: what can't work.
+        SystemExit: with the status of the first program that did not end well.
+    """
     runner = Runner()  # before torch is imported: it takes seconds, and a request to stop may come
     import torch
 
@@ -36,19 +41,16 @@ def main(words: Sequence[str]) -> int:
         checks.check_inputs(stages)
     print(job, *skipped, sep="\n", flush=True)
 
-    # The first machine does alone what takes one process.
+    # What takes one process is for the first machine.
     is_first = job.machine_rank == 0
     for stage in stages:
         if is_first or stage.config.stage != "report":
-            if status := session.run_stage(stage):
-                return status
+            session.run_stage(stage)
     for stage in stages:
         if is_first and stage.config.stage == "flowtok":
-            if status := session.draw_samples(stage):
-                return status
+            session.draw_samples(stage)
     if is_first and not session.is_dry:
         list_results(stages)
-    return 0
 
 
 @dataclass
@@ -60,21 +62,20 @@ class Session:
     runner: Runner
     is_dry: bool  # print the commands, run nothing
 
-    def run_stage(self, stage: Stage) -> int:
-        """Run one stage in all processes; the report in one. Returns the exit status."""
-        is_report = stage.config.stage == "report"
-        environments = [clean(os.environ)] if is_report else self.job.environments(os.environ)
+    def run_stage(self, stage: Stage) -> None:
+        """Run one stage in all processes, the report in one."""
         if self.runner.requests:
             print(f"asked to stop before stage {stage}. {self.go_on}")
-            return STOPPED_STATUS
+            raise SystemExit(STOPPED_STATUS)
         print(f"== {stage}", flush=True)
+        is_report = stage.config.stage == "report"
+        environments = [clean(os.environ)] if is_report else self.job.environments(os.environ)
         start = time.monotonic()
-        status = self.run(f"stage {stage}", stage.command, environments)
-        if not status and not self.is_dry:
+        self.run(f"stage {stage}", stage.command, environments)
+        if not self.is_dry:
             print(f"== {stage} took {time.monotonic() - start:.0f} s", flush=True)
-        return status
 
-    def draw_samples(self, stage: Stage) -> int:
+    def draw_samples(self, stage: Stage) -> None:
         """Images or captions of a flow, unless they are newer than its checkpoints."""
         picture = picture_of(stage)
         checkpoints = Path(stage.config.run_dir) / "checkpoints"
@@ -82,14 +83,18 @@ class Session:
             is_newer(path, picture) for path in checkpoints.rglob("*")
         ):
             print(f"{picture}: complete, nothing to do")
-            return 0
+            return
         command = ["sample.py", "--run", stage.config.run_dir, "--output", str(picture)]
-        return self.run("sample.py", command, [clean(os.environ)])
+        self.run("sample.py", command, [clean(os.environ)])
 
     def run(
         self, name: str, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]
-    ) -> int:
-        """Run a Python program, and say how to go on if it did not end well."""
+    ) -> None:
+        """Run a Python program.
+
+        Raises:
+            SystemExit: with its status, after words on how to go on.
+        """
         command = [sys.executable, *arguments]
         print(f"+ {shlex.join(command)}", flush=True)
         status = 0 if self.is_dry else self.runner.run(command, environments)
@@ -97,7 +102,8 @@ class Session:
             print(f"{name} stopped. {self.go_on}", flush=True)
         elif status not in (0, 2):  # 2: its last line says what is wrong
             print(f"{name} failed with status {status}. {self.go_on}", file=sys.stderr, flush=True)
-        return status
+        if status:
+            raise SystemExit(status)
 
     @property
     def go_on(self) -> str:
@@ -137,4 +143,4 @@ def list_results(stages: Sequence[Stage]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_on_error(lambda: main(sys.argv[1:])))
+    exit_on_error(lambda: main(sys.argv[1:]))
