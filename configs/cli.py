@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from configs.launchers import report_error
+from configs.launchers import ERROR_STATUS, report_error
 from configs.load import load_config, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,7 @@ def exit_on_error(action: Callable):
         message = printable(one_line(error)[:MAX_MESSAGE]) or type(error).__name__
         place = f"{Path(frame.filename).name}:{frame.lineno}"
         report_error(f"error: {message} ({place})")
-        raise SystemExit(2) from None
+        raise SystemExit(ERROR_STATUS) from None
 
 
 def is_ours(frame: traceback.FrameSummary) -> bool:

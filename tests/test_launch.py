@@ -171,6 +171,8 @@ if "stubborn" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "fails" in sys.argv and first:
     sys.exit(3)
+if "reports" in sys.argv and first:
+    os.kill(os.getppid(), signal.SIGUSR2)
 if "dies" in sys.argv and first:
     os.kill(os.getpid(), signal.SIGKILL)
 Path(f"{sys.argv[1]}.{os.environ['RANK']}").touch()
@@ -194,7 +196,8 @@ def wait_for(process, *paths):
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "status"), [("ends", 0), ("fails", 3), ("dies", 128 + signal.SIGKILL)]
+    ("behaviour", "status"),
+    [("ends", 0), ("fails", 3), ("reports", 2), ("dies", 128 + signal.SIGKILL)],
 )
 def test_the_status_is_that_of_the_first_failure_which_ends_the_others(tmp_path, behaviour, status):
     assert start_runner(tmp_path, behaviour).wait() == status

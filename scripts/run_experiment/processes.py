@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from configs.launchers import ERROR_SIGNAL, ERROR_STATUS
+
 STOPPED_STATUS = os.EX_TEMPFAIL  # of a training that stopped with a checkpoint, on a signal
 POLL_SECONDS = 0.1
 REPEAT_SECONDS = 2.0  # a program that starts up does not hear a request to stop
@@ -195,7 +197,9 @@ class Runner:
 
     def __init__(self):
         self.requests = 0
+        self._has_error = False
         self._processes: list[subprocess.Popen] = []
+        signal.signal(ERROR_SIGNAL, self._on_error)
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
@@ -204,6 +208,11 @@ class Runner:
         if not self._processes and self.requests > 1:
             raise SystemExit(128 + number)
         self._pass_on()
+
+    def _on_error(self, number: int, frame) -> None:
+        """One of several processes has printed its error and waits to be ended with the others."""
+        self._has_error = True
+        kill(self._processes)
 
     def _pass_on(self) -> None:
         numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL)
@@ -225,8 +234,12 @@ class Runner:
             while True:
                 statuses = [process.poll() for process in self._processes]
                 failed = [s for s in statuses if s not in (None, 0, STOPPED_STATUS)]
-                if failed or None not in statuses:
-                    return as_shell_status(max(failed[:1] or statuses))
+                if self._has_error:
+                    return ERROR_STATUS
+                if failed:
+                    return as_shell_status(min(failed))
+                if None not in statuses:
+                    return max(statuses)
                 if self.requests and time.monotonic() > next_repeat:
                     self._pass_on()
                     next_repeat += REPEAT_SECONDS
@@ -252,8 +265,16 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
         process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    kill(processes)
+    for process in processes:
+        process.wait()
+
+
+def kill(processes: Sequence[subprocess.Popen]) -> None:
+    """End what still runs at once, with its data workers."""
+    for process in processes:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
