@@ -44,16 +44,11 @@ from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
-from training.loading import (
-    load_autoencoder,
-    load_flow,
-    load_projector,
-    load_tokenizer,
-    text_encoder_config,
-)
+from training.loading import load_tokenizer, text_encoder_config
 from training.loop import Evaluation, is_complete, train
 from training.optim import OptimizedNetwork, descend
 from training.pictures import caption_grid, sample_path, save_png
+from training.pipelines import load_autoencoder, load_flow, load_projector
 from training.run import Run, list_changes, save_config, start_run
 from training.stage import TrainedStage
 from training.tokens import StoredTokens, open_stored_tokens

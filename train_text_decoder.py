@@ -33,10 +33,11 @@ from modeling.text_encoder import load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
 from training.files import write_json
-from training.loading import load_projector, read_section, text_encoder_config
+from training.loading import read_section, text_encoder_config
 from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend
 from training.pictures import sample_path
+from training.pipelines import load_projector
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage
 from training.tokens import StoredCaptions, open_stored_captions

@@ -33,7 +33,8 @@ from eval.options import numbers
 from modeling.flow import check_guidance
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
 from training.files import check_writable, write_json
-from training.loading import captioning_run, fingerprint, load_captioner, load_newest
+from training.loading import fingerprint, load_newest
+from training.pipelines import captioning_run, load_captioner
 
 REPORT = "captions.json"
 NUM_EXAMPLES = 20

@@ -35,7 +35,8 @@ from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
 from training.files import check_writable
-from training.loading import flow_folder, load_newest, load_pipeline
+from training.loading import load_newest
+from training.pipelines import flow_folder, load_pipeline
 from training.run import TIMEOUT_MINUTES
 
 

@@ -30,8 +30,8 @@ from eval.reconstruction_metrics import psnr
 from modeling.fingerprint import fingerprint
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from training.files import write_json
-from training.loading import load_pipeline
 from training.pictures import caption_grid, pair_rows, save_png
+from training.pipelines import load_pipeline
 from training.ridge import Ridge, fit_ridge
 from training.stage import StageConfig
 

@@ -28,7 +28,7 @@ from modeling.flow import interpolate, target_velocity
 from modeling.losses import latent_statistics
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from training.files import write_json
-from training.loading import load_pipeline
+from training.pipelines import load_pipeline
 
 TIMES = tuple((i + 0.5) / 10 for i in range(10))  # middles of the bins of t
 DRAWS = 4  # images of a caption for the diversity

@@ -21,8 +21,9 @@ from eval.plots import line_chart
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
 from training.files import check_writable, write_json
-from training.loading import flow_folder, load_pipeline, read_run_config
+from training.loading import read_run_config
 from training.pictures import save_png
+from training.pipelines import flow_folder, load_pipeline
 
 REFERENCE = {"sampler": "midpoint", "steps": 1000}
 BASELINE_STEPS = 20  # of Euler, the paper's

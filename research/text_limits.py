@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from configs.cli import exit_on_error, parse_stage_args
 from eval.report import ReportStage, encode, encode_texts, read_all, retrieval
 from training.files import write_json
-from training.loading import load_pipeline
+from training.pipelines import load_pipeline
 from training.ridge import fit_ridge
 
 SHARES = (0.25, 0.5, 1.0)  # of the training captions

@@ -158,7 +158,7 @@ class PlainTrainer:
         torch.nn.utils.clip_grad_norm_(self.trainable, limit, foreach=False)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        decay = min(self.training.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = min(self.training.optim_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for average, weight in zip(
                 self.average.parameters(), self.model.parameters(), strict=True

@@ -24,10 +24,10 @@ from torch import Tensor
 # Run as a file, Python looks into scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import training.checkpoint as ckpt
 from configs.cli import exit_on_error, printable
 from configs.load import one_line
 from data.tar import count_samples
-from training import checkpoint as ckpt
 from training.metrics import step_of
 from training.run import CONFIG_FILE, read_saved
 from training.tokens_info import TOKENS_INFO_FILE, TokensInfo

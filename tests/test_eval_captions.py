@@ -15,7 +15,7 @@ from data.tar import write_shard
 from eval import caption_metrics, captions
 from eval.caption_metrics import PTB, SIMPLE, CaptionScorer, simple_tokens
 from eval.captioning import choose_images, list_pictures
-from training.loading import load_captioner, load_pipeline
+from training.pipelines import load_captioner, load_pipeline
 
 CPU = torch.device("cpu")
 

@@ -29,9 +29,9 @@ from data.tar import write_shard
 from modeling.image_tokenizer import ImageTokenizer
 from scripts import check_run
 from training import checkpoint as ckpt
-from training.loading import load_pipeline
 from training.optim import OptimizerConfig, build_optimizer, load_optimizer
 from training.pictures import caption_grid, save_png
+from training.pipelines import load_pipeline
 
 REFUSALS = (ValueError, OSError, FloatingPointError)  # what exit_on_error prints in one line
 CPU_SECONDS = 10.0  # an input may take

@@ -18,15 +18,13 @@ from modeling.text_decoder import TextAutoencoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjectorConfig
 from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, save_weights
-from training.loading import (
+from training.loading import find_text_encoder, load_tokenizer, text_encoder_config
+from training.pipelines import (
     direction_of,
-    find_text_encoder,
     load_captioner,
     load_flow,
     load_pipeline,
     load_projector,
-    load_tokenizer,
-    text_encoder_config,
 )
 
 CPU = torch.device("cpu")

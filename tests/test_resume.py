@@ -22,7 +22,7 @@ import train_tokenizer
 from modeling.fingerprint import fingerprint
 from scripts import encode_tokens
 from training import checkpoint as ckpt
-from training.loading import load_projector
+from training.pipelines import load_projector
 from training.tokens_info import TokensInfo
 
 ROOT = Path(__file__).parents[1]

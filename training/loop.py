@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training import checkpoint as ckpt
-from training.ema import EMA
+import training.checkpoint as ckpt
 from training.metrics import LoggingConfig, MetricLog, MetricWindow, Progress, TimedIterator
-from training.optim import OptimizedNetwork
+from training.optim import EMA, OptimizedNetwork
 from training.run import TIMEOUT_MINUTES, Run
 from training.state import TrainingState
 from training.supervise import CONTINUE, STOPPED_STATUS, supervised

@@ -8,10 +8,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from training import checkpoint as ckpt
-from training.ema import EMA
+import training.checkpoint as ckpt
 from training.metrics import MetricWindow
-from training.optim import OptimizedNetwork, load_optimizer
+from training.optim import EMA, OptimizedNetwork, load_optimizer
 from training.run import Run
 
 
