@@ -26,10 +26,10 @@ from modeling.activation_checkpointing import (
     ActivationCheckpointing,
     set_activation_checkpointing,
 )
-from modeling.fingerprint import fingerprint
 from modeling.flow import FlowConfig, check_guidance
 from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTokConfig
+from modeling.layers import fingerprint
 from modeling.losses import (
     FlowLossConfig,
     freeze_unused_alignment,
@@ -51,8 +51,13 @@ from training.pictures import caption_grid, sample_path, save_png
 from training.pipelines import load_autoencoder, load_flow, load_projector
 from training.run import Run, list_changes, save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import StoredTokens, open_stored_tokens
-from training.tokens_info import TokensInfo, load_tokens_info, projector_sizes
+from training.tokens import (
+    StoredTokens,
+    TokensInfo,
+    load_tokens_info,
+    open_stored_tokens,
+    projector_sizes,
+)
 
 
 @dataclass

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
 from data.config import ReaderConfig
-from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizerConfig
+from modeling.layers import fingerprint
 from modeling.losses import kl_loss, latent_statistics
 from modeling.text_decoder import (
     TextAutoencoder,
@@ -40,8 +40,7 @@ from training.pictures import sample_path
 from training.pipelines import load_projector
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import StoredCaptions, open_stored_captions
-from training.tokens_info import projector_sizes
+from training.tokens import StoredCaptions, open_stored_captions, projector_sizes
 
 MEASURED_CAPTIONS = 10_000  # at most, of either kind, whose reconstruction is measured
 VOCABULARY_CAPTIONS = 1_000_000  # at most, whose token ids are counted

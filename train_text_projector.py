@@ -33,8 +33,7 @@ from training.optim import OptimizedNetwork, descend
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import StoredTokens, open_stored_tokens
-from training.tokens_info import load_tokens_info, projector_sizes
+from training.tokens import StoredTokens, load_tokens_info, open_stored_tokens, projector_sizes
 
 
 @dataclass

@@ -29,8 +29,8 @@ from eval.networks import MeasuringConfig, load_networks
 from eval.options import add_options, check_options, numbers
 from eval.protocol import Protocol, protocol_file
 from eval.sweep import write_sweep
-from modeling.fingerprint import fingerprint
 from modeling.flow import check_guidance
+from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE

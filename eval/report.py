@@ -27,7 +27,7 @@ from data.captions import CaptionConfig
 from data.readers import ImageTextConfig, image_reader
 from eval.frechet import FeatureStatistics, frechet_distance
 from eval.reconstruction_metrics import psnr
-from modeling.fingerprint import fingerprint
+from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from training.files import write_json
 from training.pictures import caption_grid, pair_rows, save_png

@@ -24,7 +24,7 @@ from modeling.flow import (
     target_velocity,
 )
 from modeling.flowtok import FlowTok, FlowTokConfig
-from modeling.passes import FlowPass, SourcePass
+from modeling.posterior import FlowPass, SourcePass
 from modeling.text_projector import TextProjector, TextProjectorConfig
 
 

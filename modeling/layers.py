@@ -4,6 +4,7 @@ Sources: RoPE as in TA-TiTok with RoPE (axial, row half first, adjacent channel 
 Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -140,3 +141,13 @@ def init_linear_(module: nn.Module, std: float | None = None) -> None:
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def fingerprint(module: nn.Module, salt: bytes = b"") -> str:
+    """Hash of names, shapes and values of a module's state. salt: what weights do not show."""
+    digest = hashlib.sha256(salt)
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

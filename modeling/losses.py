@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modeling.layers import check_not_negative
-from modeling.passes import FlowPass, SourcePass
+from modeling.posterior import FlowPass, SourcePass
 from modeling.text_projector import TextProjector
 
 KLForm = Literal["gaussian", "wall", "variance"]

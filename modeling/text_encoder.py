@@ -20,7 +20,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from modeling.clip_weights import ClipWeights, check_local_dir, load_clip
-from modeling.fingerprint import fingerprint
+from modeling.layers import fingerprint
 
 
 @dataclass

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.layers import FROM_TOKENIZER, Attention, check_not_negative, init_linear_
-from modeling.passes import SourcePass
-from modeling.posterior import Posterior, split_moments
+from modeling.posterior import Posterior, SourcePass, split_moments
 
 WHITENING_FLOOR = 1e-3
 

@@ -30,7 +30,7 @@ from configs.load import one_line
 from data.tar import count_samples
 from training.metrics import step_of
 from training.run import CONFIG_FILE, read_saved
-from training.tokens_info import TOKENS_INFO_FILE, TokensInfo
+from training.tokens import TOKENS_INFO_FILE, TokensInfo
 
 METRICS_FILE = "metrics.jsonl"
 COLUMNS = ("run", "steps", "size", "checkpoints", "last loss")

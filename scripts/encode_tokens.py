@@ -28,8 +28,8 @@ from data.encoding import build_encoding_loader, encoding_sources
 from data.readers import ImageTextConfig, TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import count_samples, write_shard
-from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
+from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
 from training.files import write_json
 from training.loading import find_text_encoder, load_tokenizer
@@ -37,7 +37,7 @@ from training.metrics import TimedIterator
 from training.run import start_accelerator
 from training.stage import StageConfig
 from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS
-from training.tokens_info import TOKENS_INFO_FILE, LatentStats, TokensInfo
+from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo
 
 SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
 COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written

@@ -14,7 +14,7 @@ from test_resume import ROOT, contents, environment, program, start
 
 from data.tar import read_shard, write_shard
 from scripts import encode_tokens
-from training.tokens_info import TokensInfo
+from training.tokens import TokensInfo
 
 SMALL = ("store_text_states=false", "data.num_workers=0")
 

@@ -9,7 +9,7 @@ from modeling.flow import FlowConfig
 from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.losses import FlowLossConfig, ProjectorLossConfig, projector_losses, velocity_losses
-from modeling.passes import SourcePass
+from modeling.posterior import SourcePass
 from modeling.text_projector import TextProjector, TextProjectorConfig
 
 B, K, C, T = 4, 5, 3, 16

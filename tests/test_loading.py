@@ -8,11 +8,11 @@ import yaml
 from conftest import TINY_CLIP
 
 from modeling.clip_weights import build_clip, save_clip
-from modeling.fingerprint import fingerprint
 from modeling.flow import FlowConfig
 from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
+from modeling.layers import fingerprint
 from modeling.pipeline import SamplingConfig
 from modeling.text_decoder import TextAutoencoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder

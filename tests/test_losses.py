@@ -28,7 +28,7 @@ from modeling.losses import (
     velocity_losses,
     weighted_terms,
 )
-from modeling.passes import FlowPass, SourcePass
+from modeling.posterior import FlowPass, SourcePass
 from modeling.text_projector import TextProjector, TextProjectorConfig
 
 B, L, C = 4, 5, 3

@@ -10,11 +10,11 @@ from typing import TypeVar
 
 import torch
 
-from modeling.fingerprint import fingerprint
 from modeling.flow import FlowConfig
 from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer
+from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.text_decoder import TextAutoencoder, TextDecoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoder, TextTokenizer
