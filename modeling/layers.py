@@ -20,11 +20,7 @@ FROM_TOKENIZER = {"derived": "the tokenizer's run"}
 
 
 def check_not_negative(config: Any, *names: str) -> None:
-    """Refuse negative fields of a config.
-
-    Raises:
-        ValueError: naming the field.
-    """
+    """Refuse negative fields of a config."""
     for name in names:
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
@@ -35,9 +31,6 @@ def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
 
     The first half of the channel pairs turns with the row, the second half with the column. Inside
     a half of size d: frequencies 10000^(-2i/d), i = 0..d/2-1, one per pair of adjacent channels.
-
-    Raises:
-        ValueError: head_dim is not a multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"axial RoPE needs a head size that is a multiple of 4, got {head_dim}")

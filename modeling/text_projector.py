@@ -222,11 +222,7 @@ class TextProjector(nn.Module):
         return super().train(mode and not self.is_frozen)
 
     def posterior(self, text_states: Tensor) -> Posterior:
-        """Text states B x L x T -> posterior of B x L x C latents (float32).
-
-        Raises:
-            ValueError: the text states have another shape than the projector was built for.
-        """
+        """Text states B x L x T -> posterior of B x L x C latents (float32)."""
         expected = (self.config.text_tokens, self.config.text_width)
         if text_states.shape[1:] != expected:
             raise ValueError(

@@ -25,11 +25,7 @@ CLIP_FOLDER = Path("text_encoder") / "clip"  # of an experiment that trained its
 
 
 def read_run_config(run_dir: str | Path) -> DictConfig:
-    """The resolved config of a run.
-
-    Raises:
-        ValueError: no run there; names what the folder holds.
-    """
+    """The resolved config of a run; ValueError if there is no run."""
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else path.parent.parent
@@ -42,11 +38,7 @@ def read_run_config(run_dir: str | Path) -> DictConfig:
 
 
 def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:
-    """One part of a run's config as its dataclass.
-
-    Raises:
-        ValueError: it is the run of another stage.
-    """
+    """One part of a run's config as its dataclass; ValueError if the run has no such part."""
     config = read_run_config(run_dir)
     if key not in config:
         stage = config.get("stage")
@@ -55,11 +47,7 @@ def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path:
-    """Folder of a run's newest checkpoint.
-
-    Raises:
-        ValueError: no checkpoint yet.
-    """
+    """Folder of a run's newest checkpoint; ValueError if there is none yet."""
     latest = latest_checkpoint(Path(run_dir))
     if latest is None:
         raise ValueError(f"{run_dir} has no checkpoint yet: run its stage first")
@@ -75,21 +63,13 @@ def trained_with(run_dir: str | Path) -> dict[str, str]:
 
 
 def load_ema(module: nn.Module, run_dir: str | Path) -> nn.Module:
-    """Fill a module with the EMA weights of a run's newest checkpoint; frozen, in eval mode.
-
-    Raises:
-        ValueError: no checkpoint yet, or one of another network.
-    """
+    """Fill a module with the EMA weights of a run's newest checkpoint; frozen, in eval mode."""
     load_weights(module, newest_checkpoint(run_dir) / EMA_FILE)
     return module.eval().requires_grad_(False)
 
 
 def load_newest(run_dir: str | Path, load: Callable[[], T]) -> tuple[T, Path]:
-    """(what `load` makes of a run's newest checkpoint, its folder); training may go on meanwhile.
-
-    Raises:
-        ValueError: no checkpoint yet, or what `load` raises.
-    """
+    """(what `load` makes of the newest checkpoint, its folder); training may go on meanwhile."""
     while True:
         before = latest_checkpoint(Path(run_dir))
         loaded = load()
@@ -123,13 +103,10 @@ def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
 
 
 def find_text_encoder(tokenizer_run: str | Path, wanted: str | None = None) -> TextEncoder:
-    """The text encoder that a tokenizer was trained with.
+    """The text encoder that a tokenizer was trained with; ValueError if it is not there any more.
 
     Args:
         wanted: the fingerprint that a later run knows; None: the tokenizer's own.
-
-    Raises:
-        ValueError: none with that fingerprint.
     """
     wanted = wanted or trained_with(tokenizer_run).get("text_encoder")
     configs = text_encoder_configs(tokenizer_run)
