@@ -1,8 +1,9 @@
 """Samples that cannot be used: counted by reason, and too many of them stop the run.
 
-Reasons that start with "filter: " are drops that the user asked for. All others (an image that does not decode, a
-missing caption, a truncated shard) are bad samples; a shard counts as one for everything that it did not give. The
-window of recent samples is not part of a saved position: after a resume it starts empty.
+Reasons that start with "filter: " are drops that the user asked for. All others (an image that does
+not decode, a missing caption, a truncated shard) are bad samples; a shard counts as one for
+everything that it did not give. The window of recent samples is not part of a saved position: after
+a resume it starts empty.
 """
 
 from collections import Counter, deque
@@ -15,7 +16,7 @@ NUM_NAMED_IN_ERROR = 5
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. `reason` names a kind of fault, not a sample: the stream counts by it."""
+    """A sample that cannot be used. `reason`: the kind of fault, by which the stream counts."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -68,8 +69,8 @@ class SampleCounter:
             bad_ones = list(filter(None, recent))
             reasons = _counts(Counter(reason for _, reason in bad_ones))
             raise ValueError(
-                f"{self.reader}: {len(bad_ones)} of the last {len(recent)} samples are bad, more than "
-                f"max_bad_share = {self.max_bad_share} allows ({reasons}); the first: "
+                f"{self.reader}: {len(bad_ones)} of the last {len(recent)} samples are bad, more "
+                f"than max_bad_share = {self.max_bad_share} allows ({reasons}); the first: "
                 f"{_first_names(bad_ones)}. Repair the data, or raise max_bad_share (1 never stops)"
             )
 

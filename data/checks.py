@@ -2,7 +2,7 @@
 
 
 def check_fields(config: object, **expected: tuple[bool, str]) -> None:
-    """Refuse the first field that does not hold; expected: field=(whether it holds, what is expected).
+    """Refuse the first field that does not hold; expected: field=(whether it does, what would).
 
     Raises:
         ValueError: naming the field, what was given and what is expected.

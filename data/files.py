@@ -1,4 +1,4 @@
-"""Writing files whole: aside, synced, renamed. A killed process leaves the old file or the new one."""
+"""Writing files whole: aside, synced, renamed. A killed process leaves the old or the new one."""
 
 import os
 from collections.abc import Iterator

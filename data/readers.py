@@ -1,17 +1,18 @@
-"""What the stages read: images, stored tokens or captions -> batches, as an endless stream or in one pass.
+"""What the stages read: images, stored tokens or captions -> batches, as a stream or in one pass.
 
 A sample, for K = 77 tokens of C = 16 channels and a text tower of L x T = 77 x 768:
-    000000012.jpg         images: or another extension of IMAGE_KEYS
-    000000012.latent.npy  tokens: float16 (2, 77, 16): mean, then log-variance, of the image tokenizer's posterior
-    000000012.text.npy    tokens, optional: float16 (77, 768), last hidden states of the frozen text tower
+    000000012.jpg         images; or another extension of IMAGE_KEYS
+    000000012.latent.npy  tokens: float16 (2, 77, 16), mean and log-variance of the image posterior
+    000000012.text.npy    tokens, optional: float16 (77, 768), states of the frozen text tower
     000000012.txt         a dog on a beach
     000000012.json        {"captions": ["a dog on a beach", ...], "width": 640, ...}
-In place of latent.npy, the FlowTok release's `token.npy` is read: no header, little-endian float16 values of shape
-(2C, K) = 32 x 77, mean channels first.
+In place of latent.npy, the FlowTok release's `token.npy` is read: no header, little-endian float16
+values of shape (2C, K) = 32 x 77, mean channels first.
 
-A batch has lists of B strings, "key" and "caption"; "token_ids": B x L int64 where a tokenizer is given; "skipped":
-{reason: count} since the last batch of the same worker; and what its reader says. An array whose shape or type does
-not fit the run stops it; one that is missing, unreadable or not finite skips its sample.
+A batch has lists of B strings, "key" and "caption"; "token_ids": B x L int64 where a tokenizer is
+given; "skipped": {reason: count} since the last batch of the same worker; and what its reader says.
+An array whose shape or type does not fit the run stops it; one that is missing, unreadable or not
+finite skips its sample.
 """
 
 import io
@@ -81,7 +82,7 @@ class TokenTextConfig(ReaderConfig):
         check_fields(self, latent_scale=(is_scale, "0 (as measured) or a positive number"))
 
 
-# ---------------------------------------------------------------------------------------------------------- reader
+# ------------------------------------------------------------------------------------------- reader
 
 # (source's config, raw sample, its random numbers or None) -> decoded sample
 DecodeOf = Callable[[SourceConfig, dict[str, Any], SampleDraws | None], dict[str, Any]]
@@ -103,7 +104,7 @@ class Reader:
         num_processes: int = 1,
         pin_memory: bool = False,
     ) -> ShardLoader:
-        """Endless shuffled batches of one rank; batch_size is per rank. See data.shards for order and resuming.
+        """Endless shuffled batches of one rank, whose batch_size it is; order as in data.shards.
 
         Raises:
             ValueError: the config, shards that do not exist, a URL that cannot be read.
@@ -123,10 +124,10 @@ class Reader:
     def once(
         self, batch_size: int, shards: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[dict[str, Any]]:
-        """One pass in order in this process, first caption, nothing drawn; the last batch may be short.
+        """One pass in order in this process, first captions; the last batch may be short.
 
-        shards: patterns to read instead, with the captions and filters of the config itself, whatever its sources
-        say. limit: samples at most.
+        shards: patterns to read instead, with the captions and filters of the config itself,
+        whatever its sources say. limit: samples at most.
         """
         return read_batches(
             sources=open_sources(self.config, self.decode, shards),
@@ -138,7 +139,7 @@ class Reader:
 
 
 def image_reader(config: ImageTextConfig, image_size: int, tokenize: Tokenize | None) -> Reader:
-    """Batches with "image": B x 3 x R x R uint8 in [0, 255]; in one pass the centre crop, resized exactly."""
+    """Batches with "image": B x 3 x R x R uint8 in [0, 255]; in one pass centre crops, exact."""
     decode = partial(decode_image, config, image_size)
     return Reader(config, decode, partial(collate_images, tokenize))
 
@@ -146,30 +147,30 @@ def image_reader(config: ImageTextConfig, image_size: int, tokenize: Tokenize | 
 def token_reader(
     config: TokenTextConfig, num_tokens: int, token_channels: int, tokenize: Tokenize | None
 ) -> Reader:
-    """Batches with "latent_mean", "latent_logvar": B x K x C float32, and "text_states": B x L x T float16.
+    """Batches with "latent_mean", "latent_logvar": B x K x C float32.
 
-    The states are absent if no sample has them; if some of a batch have them, that stops the run.
+    And "text_states": B x L x T float16, unless no sample has them; if only some do, the run stops.
     """
     decode = partial(decode_tokens, num_tokens, token_channels)
     return Reader(config, decode, partial(collate_tokens, tokenize))
 
 
 def caption_reader(config: ReaderConfig, tokenize: Tokenize, with_states: bool) -> Reader:
-    """Batches of captions, of any shards that have them, and "text_states": B x L x T float16 if with_states.
+    """Batches of captions, of any shards that have them; images and latents are not decoded.
 
-    Images and latents are not decoded. Whose states they are, the caller has to know.
+    with_states: and "text_states", B x L x T float16. Whose they are, the caller has to know.
     """
     decode = partial(decode_caption, with_states)
     return Reader(config, decode, partial(collate_captions, tokenize))
 
 
-# --------------------------------------------------------------------------------------------------------- decoders
+# ----------------------------------------------------------------------------------------- decoders
 
 
 def take_caption(
     source: SourceConfig, sample: dict[str, Any], draws: SampleDraws | None
 ) -> dict[str, Any]:
-    """{"key", "caption"} of a raw sample that passes the filters, as far as they can tell without the image.
+    """{"key", "caption"} of a raw sample that passes the filters, but for the size of its image.
 
     Raises:
         BadSample: no caption, dropped, or its JSON is needed by a filter and cannot be read.
@@ -232,7 +233,7 @@ def decode_tokens(
     sample: dict[str, Any],
     draws: SampleDraws | None,
 ) -> dict[str, Any]:
-    """Raw sample -> {"latent": 2 x K x C float16, "caption", "key"}, and "text_states" L x T float16 if stored."""
+    """Raw sample -> {"latent": 2 x K x C float16, "caption", "key", "text_states" if stored}."""
     decoded = decode_caption("text.npy" in sample, source, sample, draws)
     if "latent.npy" in sample:
         latent = read_array(sample, "latent.npy", (2, num_tokens, token_channels))
@@ -240,8 +241,9 @@ def decode_tokens(
         shape, data = (2, token_channels, num_tokens), sample["token.npy"]
         if len(data) != 2 * math.prod(shape):
             raise ValueError(
-                f"{sample['__key__']}.token.npy: given {len(data)} bytes, expected {2 * math.prod(shape)}: float16 "
-                f"of shape (2C, K) = {(2 * token_channels, num_tokens)} without a header"
+                f"{sample['__key__']}.token.npy: given {len(data)} bytes, expected "
+                f"{2 * math.prod(shape)}: float16 of shape (2C, K) = "
+                f"{(2 * token_channels, num_tokens)} without a header"
             )
         latent = np.frombuffer(data, "<f2").reshape(shape).transpose(0, 2, 1)  # 2 x K x C
     else:
@@ -281,8 +283,8 @@ def collate_captions(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -
     for key, shape in zip(batch["key"], shapes, strict=True):
         if shape != shapes[0]:
             raise ValueError(
-                f"text.npy: {batch['key'][0]} has the shape {shapes[0]}, {key} has {shape} (None: no "
-                "text states), expected the same in all samples"
+                f"text.npy: {batch['key'][0]} has the shape {shapes[0]}, {key} has {shape} (None: "
+                "no text states), expected the same in all samples"
             )
     if shapes[0] is not None:
         batch["text_states"] = torch.from_numpy(np.stack(states))
@@ -308,7 +310,7 @@ def read_array(sample: dict[str, Any], name: str, shape: tuple[int | None, ...])
     )
     if array.dtype != np.float16 or not array.flags.c_contiguous or not fits:
         raise ValueError(
-            f"{sample['__key__']}.{name}: given {array.dtype} {array.shape}, expected float16 {shape} "
-            "in C order (None: any length)"
+            f"{sample['__key__']}.{name}: given {array.dtype} {array.shape}, expected float16 "
+            f"{shape} in C order (None: any length)"
         )
     return array
