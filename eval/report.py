@@ -24,8 +24,10 @@ from torch.nn import functional as F
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import ReportStage
 from data.image_text import ImageTextConfig, read_images
-from eval.frechet import FeatureStatistics, frechet_distance
-from eval.reconstruction_metrics import psnr
+from eval.features import number_groups
+from eval.fid import fit_gaussian, frechet_distance
+from eval.reconstruct import psnr
+from eval.scores import retrieval
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from research.flow_statistics import describe_flow
 from training.loading import fingerprint, load_pipeline
@@ -154,23 +156,6 @@ def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> 
     return pool
 
 
-def number_groups(items: list) -> Tensor:
-    """The same number for equal items, counted from 0 in order of first appearance."""
-    numbers: dict = {}
-    return torch.tensor([numbers.setdefault(item, len(numbers)) for item in items])
-
-
-def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
-    """Share of queries whose own image (pool index `own`) is the nearest, or among the five nearest, by Euclid."""
-    distances = torch.cdist(queries.flatten(1).double(), pool.flatten(1).double())
-    nearest = groups[distances.topk(min(5, len(pool)), largest=False).indices]  # N x 5
-    hits = nearest == groups[own][:, None]
-    return {
-        "top1": hits[:, 0].double().mean().item(),
-        "top5": hits.any(dim=1).double().mean().item(),
-    }
-
-
 @torch.no_grad()
 def reconstruction_psnr(config: ReportStage, parts: ImageGenerator, samples: dict) -> float:
     """Mean PSNR per image of posterior-mean reconstructions with the true captions, dB."""
@@ -225,21 +210,13 @@ def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tens
         ),
         "pixels_16x16": retrieval(shrink(images), pool["pixels"], pool["groups"], own),
         "psnr_db": psnr(true, images).mean().item(),
-        "frechet_latent": latent_distance(latents, pool["latents"][own]),
+        "frechet_latent": frechet_distance(
+            fit_gaussian(latents.flatten(1)), fit_gaussian(pool["latents"][own].flatten(1))
+        ),
     }
     if "subjects" in pool:
         values["latent_same_subject"] = retrieval(latents, pool["latents"], pool["subjects"], own)
     return values
-
-
-def latent_distance(generated: Tensor, true: Tensor) -> float:
-    """Frechet distance of flattened latents, N x K x C each; depends on N: compare equal numbers."""
-    gaussians = []
-    for latents in (generated, true):
-        statistics = FeatureStatistics(latents[0].numel())
-        statistics.add(latents.flatten(1))
-        gaussians.append(statistics.gaussian())
-    return frechet_distance(*gaussians)
 
 
 def save_pairs(samples: dict, images: Tensor, path: Path) -> None:
