@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from eval.evaluation import FEATURES, EvaluationSetup, evaluate_images
-from eval.feature_nets import Networks, WeightsFiles, load_networks
-from eval.features import feature_size, load_reference
+from eval.evaluation import FEATURES, EvaluationSetup, evaluate_images, prepare
+from eval.feature_nets import WeightsFiles
 from eval.generate import INPUTS
 from eval.images import ImageSet, Reading
 from eval.protocol import Protocol, read_captions
@@ -102,18 +101,13 @@ class FlowEvaluation:
         protocol.sampling(sampling)
         if not protocol.metrics:
             raise ValueError(f"protocol {config.protocol} measures nothing: its metrics are empty")
-        self.captions = read_captions(protocol)
-        self.reading = Reading(config.batch_size, NUM_WORKERS, self.state)
+        self.captions, self.reference = read_captions(protocol), None
         with undisturbed():
-            tokenizer = self._load_tokenizer()
-            self.image_size = feature_size(protocol, tokenizer.config.image_size)
-            networks = self._load_networks(tokenizer)
-            if networks.absent:
-                reasons = "; ".join(networks.absent.values())
-                raise ValueError(f"protocol {config.protocol}: {reasons}")
-            self.reference = load_reference(
-                protocol, self.captions, networks.features, self.image_size, self.reading
-            )
+            setup = self._prepare(None, "")
+        if setup.networks.absent:
+            reasons = "; ".join(setup.networks.absent.values())
+            raise ValueError(f"protocol {config.protocol}: {reasons}")
+        self.reference = setup.reference
 
     def __call__(self, model: FlowModel, step: int) -> dict[str, float]:
         """{"eval/fid": ...} on the main process, {} on the others; a metric that can't be computed is left out."""
@@ -122,20 +116,7 @@ class FlowEvaluation:
             shutil.rmtree(folder, ignore_errors=True)
         self.state.wait_for_everyone()
         with undisturbed():
-            tokenizer = self._load_tokenizer()
-            text_encoder = load_text_encoder(self.text_encoder).to(self.state.device)
-            tokenize = TextTokenizer(self.text_encoder)
-            setup = EvaluationSetup(
-                captions=self.captions,
-                generator=ImageGenerator(tokenize, text_encoder, tokenizer, model),
-                default=self.sampling,
-                model={"checkpoint": folder.name},
-                networks=self._load_networks(tokenizer),
-                reference=self.reference,
-                image_size=self.image_size,
-                reading=self.reading,
-                keep_images=False,
-            )
+            setup = self._prepare(model, folder.name)
             report = evaluate_images(setup, self.protocol, folder)
         if self.state.is_main_process:
             shutil.rmtree(folder / FEATURES)
@@ -143,12 +124,26 @@ class FlowEvaluation:
         metrics = report.get("metrics", {}).items()
         return {f"eval/{name}": value for name, value in metrics if value is not None}
 
-    def _load_tokenizer(self) -> ImageTokenizer:
-        return load_tokenizer(self.tokenizer_run)[0].to(self.state.device)
-
-    def _load_networks(self, tokenizer: ImageTokenizer) -> Networks:
-        files = WeightsFiles(self.config.inception_weights, self.config.dinov2_weights)
-        return load_networks(self.protocol, tokenizer, self.text_encoder, files, self.state)
+    def _prepare(self, model: FlowModel | None, checkpoint: str) -> EvaluationSetup:
+        """The networks, made anew, and what stays the same. Without a model it can't generate."""
+        device, config = self.state.device, self.config
+        generator = ImageGenerator(
+            tokenize=TextTokenizer(self.text_encoder),
+            text_encoder=load_text_encoder(self.text_encoder).to(device),
+            tokenizer=load_tokenizer(self.tokenizer_run)[0].to(device),
+            flow=model,
+        )
+        return prepare(
+            protocol=self.protocol,
+            captions=self.captions,
+            generator=generator,
+            default=self.sampling,
+            model={"checkpoint": checkpoint},
+            files=WeightsFiles(config.inception_weights, config.dinov2_weights),
+            reading=Reading(config.batch_size, NUM_WORKERS, self.state),
+            keep_images=False,
+            reference=self.reference,
+        )
 
 
 class ReconstructionEvaluation:

@@ -4,19 +4,22 @@ The program eval/generation.py and the trainer of stage 3 (eval/during_training.
 part; only the main one writes the report.
 """
 
+import io
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from eval.feature_nets import Networks
-from eval.features import Reference, extract_features, read_features, write_features
+from eval.feature_nets import Networks, WeightsFiles, load_networks
+from eval.features import Extracted, extract_features, load_reference
+from eval.fid import FeatureSet
 from eval.gallery import write_gallery
 from eval.generate import ImageFolder, claim_folder, generate_images
 from eval.images import ImageSet, Reading, iterate_images
@@ -24,7 +27,7 @@ from eval.programs import describe_environment
 from eval.protocol import Caption, Protocol, captions_hash
 from eval.scores import Measured, compute_scores
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.files import write_json
+from training.files import write_bytes, write_json
 from training.pictures import caption_grid, save_png
 
 REPORT = "evaluation.json"
@@ -41,10 +44,40 @@ class EvaluationSetup:
     default: SamplingConfig  # the run's
     model: dict[str, Any]  # which weights make the images
     networks: Networks
-    reference: Reference | None
-    image_size: int  # pixels of the images that features are taken of
+    reference: FeatureSet | None
     reading: Reading
-    keep_images: bool = True  # False: only features stay in the folder
+    keep_images: bool  # False: only features stay in the folder
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of the generated images."""
+        return self.generator.tokenizer.config.image_size
+
+
+def prepare(
+    protocol: Protocol,
+    captions: list[Caption],
+    generator: ImageGenerator,
+    default: SamplingConfig,
+    model: dict[str, Any],
+    files: WeightsFiles,
+    reading: Reading,
+    keep_images: bool = True,
+    reference: FeatureSet | None = None,
+) -> EvaluationSetup:
+    """Load the networks that a protocol's metrics need, and the reference unless it is given.
+
+    Raises:
+        ValueError: weights or a reference that can't serve.
+    """
+    tokenizer, text_encoder = generator.tokenizer, generator.tokenize.config
+    networks = load_networks(protocol, tokenizer, text_encoder, files, reading.state)
+    if reference is None:
+        size = protocol.feature_size(tokenizer.config.image_size)
+        reference = load_reference(protocol, captions, networks.features, size, reading)
+    return EvaluationSetup(
+        captions, generator, default, model, networks, reference, reading, keep_images
+    )
 
 
 def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) -> dict[str, Any]:
@@ -56,29 +89,29 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     claim_folder(folder, images, sampling, setup.model, state)
 
     # Images are needed for themselves, or for features that no earlier call has left.
-    passes = measuring_passes(setup, images, folder / FEATURES)
-    absent = [name for name, (file, _) in passes.items() if not file.is_file()]
+    files = feature_files(setup, images, folder / FEATURES)
+    absent = [name for name, file in files.items() if not file.is_file()]
     [absent] = broadcast_object_list([absent])
     work = (0, 0.0)
     if setup.keep_images or absent:
         work = generate_images(setup.generator, images, sampling, state)
     work = gather_object([work])  # from here on the images of all processes are there
     for name in absent:
-        file, measure = passes[name]
-        found = measure()
+        found = (
+            measure_features(setup, images)
+            if name == "features"
+            else measure_cosines(setup, images)
+        )
+        refuse_damaged(found.skipped)
         if state.is_main_process:
-            write_features(found, file)
+            write_array(found.features, files[name])
     if not state.is_main_process:
         return {}
     shutil.rmtree(folder / "scratch", ignore_errors=True)
 
-    measured = Measured(
-        protocol,
-        [images.caption(number) for number in range(len(images))],
-        setup.networks,
-        setup.reference,
-        **{name: read_features(file, len(images)) for name, (file, _) in passes.items()},
-    )
+    arrays = {name: read_array(file, len(images)) for name, file in files.items()}
+    each = [images.caption(number) for number in range(len(images))]
+    measured = Measured(protocol, each, setup.networks, setup.reference, **arrays)
     metrics, missing = compute_scores(measured)
     made, seconds = sum(count for count, _ in work), max(duration for _, duration in work)
     report = {
@@ -88,7 +121,7 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
         "protocol": asdict(protocol),
         "captions_sha256": captions_hash(setup.captions),
         "sampling": asdict(sampling),
-        "image_size": setup.image_size,
+        "image_size": protocol.feature_size(setup.image_size),
         "reference": setup.reference.description if setup.reference else None,
         "model": setup.model,
         "weights": setup.networks.weights,
@@ -104,38 +137,55 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     return report
 
 
-def measuring_passes(
-    setup: EvaluationSetup, images: ImageFolder, folder: Path
-) -> dict[str, tuple[Path, Callable[[], Tensor]]]:
-    """ "features" and "cosines" of all images: the file that keeps them, and what measures them on all processes."""
-    net, clip, passes = setup.networks.features, setup.networks.clip, {}
-    device, entries = setup.reading.state.device, images.entries()
-
-    def measure_features() -> Tensor:
-        resized = ImageSet(entries, setup.image_size, rule=images.protocol.resize)
-        return read_all(resized, lambda batch: net(batch["image"].to(device)), net.width)
-
-    def measure_cosines() -> Tensor:
-        whole = ImageSet(entries, setup.generator.tokenizer.config.image_size)
-        return read_all(whole, lambda batch: clip.cosines(batch["image"], captions(batch)), 1)
-
-    def captions(batch: dict[str, Any]) -> list[str]:
-        return [images.caption(number).text for number in batch["index"]]
-
-    def read_all(own: ImageSet, extract: Callable[[dict], Tensor], width: int) -> Tensor:
-        found = extract_features(own, extract, width, setup.reading)
-        refuse_damaged(found.skipped)
-        return found.features
-
+def feature_files(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> dict[str, Path]:
+    """Where "features" and "cosines" of all images are kept; the name says all that they depend on."""
+    net, clip, protocol, files = setup.networks.features, setup.networks.clip, images.protocol, {}
     if net:
-        # all that the features depend on is in the name
-        parts = [*net.identity.values(), images.protocol.resize, f"{setup.image_size}px"]
-        file = folder / f"{'-'.join(str(part)[:12] for part in parts)}.npy"
-        passes["features"] = (file, measure_features)
+        size = f"{protocol.feature_size(setup.image_size)}px"
+        parts = [str(part)[:12] for part in (*net.identity.values(), protocol.resize, size)]
+        files["features"] = folder / f"{'-'.join(parts)}.npy"
     if clip:
-        file = folder / f"clip-{clip.description['weights_fingerprint']}.npy"
-        passes["cosines"] = (file, measure_cosines)
-    return passes
+        files["cosines"] = folder / f"clip-{clip.description['weights_fingerprint']}.npy"
+    return files
+
+
+def measure_features(setup: EvaluationSetup, images: ImageFolder) -> Extracted:
+    """What the feature network gives of each image, N x D."""
+    net, protocol, reading = setup.networks.features, images.protocol, setup.reading
+    size = protocol.feature_size(setup.image_size)
+    resized = ImageSet(images.entries(), size, rule=protocol.resize)
+    return extract_features(
+        resized, lambda batch: net(batch["image"].to(reading.state.device)), net.width, reading
+    )
+
+
+def measure_cosines(setup: EvaluationSetup, images: ImageFolder) -> Extracted:
+    """Cosine of each image and its caption, N x 1."""
+
+    def cosines(batch: dict[str, Any]) -> Tensor:
+        captions = [images.caption(number).text for number in batch["index"]]
+        return setup.networks.clip.cosines(batch["image"], captions)
+
+    whole = ImageSet(images.entries(), setup.image_size)
+    return extract_features(whole, cosines, 1, setup.reading)
+
+
+def write_array(features: Tensor, file: Path) -> None:
+    """N x D float32 into a .npy, atomically."""
+    buffer = io.BytesIO()
+    np.save(buffer, features.numpy())
+    write_bytes(buffer.getbuffer(), file)
+
+
+def read_array(file: Path, count: int) -> Tensor:
+    """N x D float32 of `count` images; raises ValueError naming a damaged file."""
+    try:
+        features = torch.from_numpy(np.load(file, allow_pickle=False))
+        if len(features) != count:
+            raise ValueError(f"{len(features)} rows for {count} images")
+        return features
+    except (EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it to measure anew") from error
 
 
 def refuse_damaged(skipped: Sequence[tuple[str, str]]) -> None:
@@ -151,8 +201,7 @@ def write_pictures(
     """samples.png and gallery.html of the first images."""
     entries = images.entries()[:NUM_SHOWN]
     captions = [images.caption(number).text for number in range(len(entries))]
-    whole = ImageSet(entries, setup.generator.tokenizer.config.image_size)
-    [batch] = iterate_images(whole, NUM_SHOWN)
+    [batch] = iterate_images(ImageSet(entries, setup.image_size), NUM_SHOWN)
     refuse_damaged(batch["skipped"])
     save_png(caption_grid(batch["image"] / 255, captions, columns=8), folder / "samples.png")
     settings = {**report["sampling"], "seed": images.protocol.seed}

@@ -10,7 +10,7 @@ the eigenvalues of C1 C2, as torch-fidelity computes it. A statistics file is an
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,16 +109,20 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
 
 @dataclass(frozen=True)
-class StatisticsFile:
-    """What a statistics file holds."""
+class FeatureSet:
+    """Features of N images, as a statistics file keeps them."""
 
     gaussian: Gaussian
     description: dict[str, Any] = field(default_factory=dict)  # plain values: what it is of
-    features: Tensor | None = None  # N x D float32, if they were kept
-    categories: Sequence[str] = ()  # N names of what each image is of, if kept
+    features: Tensor | None = None  # N x D float32 on the CPU, if they were kept
+    categories: Sequence[str] = ()  # N names of the folders that the images lie in, if known
+    # known only of images that were just measured:
+    rows: dict[str, int] = field(default_factory=dict)  # name of an image -> its row
+    groups: Tensor | None = None  # N numbers, equal for pixel-identical images
+    skipped: Sequence[tuple[str, str]] = ()  # (name, reason) of unreadable images
 
     def save(self, path: Path) -> None:
-        """Write the npz atomically."""
+        """Write a statistics file atomically."""
         arrays = {"mu": self.gaussian.mean.numpy(), "sigma": self.gaussian.covariance.numpy()}
         arrays["count"] = -1 if self.gaussian.count is None else self.gaussian.count
         arrays["description"] = json.dumps(self.description)
@@ -130,8 +134,8 @@ class StatisticsFile:
         write_bytes(buffer.getbuffer(), path)
 
     @staticmethod
-    def load(path: Path) -> "StatisticsFile":
-        """Read an npz, ours or another code's. Nothing in the file is executed.
+    def load(path: Path) -> "FeatureSet":
+        """Read a statistics file, ours or another code's. Nothing in it is executed.
 
         Raises:
             ValueError: no such file, truncated, or not of this form.
@@ -145,16 +149,16 @@ class StatisticsFile:
             raise ValueError(f"{path} is no statistics file, or truncated: {error}") from error
 
 
-def _parse(arrays: np.lib.npyio.NpzFile) -> StatisticsFile:
+def _parse(arrays: Mapping[str, np.ndarray]) -> FeatureSet:
     mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
     count = int(arrays["count"]) if "count" in arrays else -1
     gaussian = Gaussian(mean, covariance, None if count < 0 else count)
     description = json.loads(str(arrays["description"])) if "description" in arrays else {}
     if "features" not in arrays:
-        return StatisticsFile(gaussian, description)
+        return FeatureSet(gaussian, description)
     features = torch.from_numpy(arrays["features"])
     categories = arrays["categories"].astype(np.str_).tolist() if "categories" in arrays else []
     if features.shape != (count, len(mean)) or len(categories) not in (0, count):
         given = f"features {tuple(features.shape)} and {len(categories)} categories"
         raise ValueError(f"{given} of {count} images with {len(mean)} features")
-    return StatisticsFile(gaussian, description, features, categories)
+    return FeatureSet(gaussian, description, features, categories)

@@ -22,9 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.load import check_keys, exit_on_error, parse_overrides, read_yaml
-from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
-from eval.feature_nets import WeightsFiles, load_networks
-from eval.features import feature_size, load_reference
+from eval.evaluation import REPORT, evaluate_images, prepare
+from eval.feature_nets import WeightsFiles
 from eval.images import Reading
 from eval.programs import (
     INSTALL,
@@ -113,21 +112,11 @@ def main(args: argparse.Namespace) -> None:
         check_guidance(point.sampling(default).guidance, generator.flow.null_probability)
 
     # What the images are measured with
-    tokenizer, text_encoder = generator.tokenizer, generator.tokenize.config
-    image_size = feature_size(protocol, tokenizer.config.image_size)
     files = WeightsFiles(args.inception_weights, args.dinov2_weights, args.download)
-    networks = load_networks(protocol, tokenizer, text_encoder, files, state)
     reading = Reading(args.batch_size, args.num_workers, state)
-    setup = EvaluationSetup(
-        captions=captions,
-        generator=generator,
-        default=default,
-        model=model,
-        networks=networks,
-        reference=load_reference(protocol, captions, networks.features, image_size, reading),
-        image_size=image_size,
-        reading=reading,
-        keep_images=not args.no_images,
+    keep_images = not args.no_images
+    setup = prepare(
+        protocol, captions, generator, default, model, files, reading, keep_images=keep_images
     )
 
     # A folder for each point

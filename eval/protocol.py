@@ -16,7 +16,7 @@ import numpy as np
 from data.bad_samples import BadSample
 from data.captions import captions_of
 from data.entries import Entry, load_json, read_parts, strings
-from eval.images import ResizeRule, image_name, list_images
+from eval.images import CLEAN_SIZE, ResizeRule, image_name, list_images
 from modeling.pipeline import SamplingConfig
 from modeling.text_encoder import ClipConfig
 
@@ -95,6 +95,8 @@ class Protocol:
             )
         if self.resize == "clean" and (self.features != "inception" or self.image_size):
             raise ValueError("protocol: resize=clean goes with features=inception and image_size=0")
+        if self.features == "tokenizer" and self.image_size:
+            raise ValueError("protocol: features=tokenizer goes with image_size=0")
         if self.choice != "all" and not self.num_captions:
             raise ValueError(f"protocol: choice={self.choice} needs num_captions")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
@@ -118,6 +120,10 @@ class Protocol:
             given = self.reference
             raise ValueError(f"protocol: reference is one .npz, or folders and shards, got {given}")
         return Path(files[0]) if files else None
+
+    def feature_size(self, generated: int) -> int:
+        """Pixels of the images that features are taken of; generated: pixels as the run makes them."""
+        return CLEAN_SIZE if self.resize == "clean" else self.image_size or generated
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
         """The run's sampling with what the protocol changes.

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from eval.feature_nets import Networks
-from eval.features import Reference
-from eval.fid import fit_gaussian, frechet_distance
+from eval.fid import FeatureSet, fit_gaussian, frechet_distance
 from eval.programs import INSTALL
 from eval.protocol import Caption, Protocol
 
@@ -26,7 +25,7 @@ class Measured:
     protocol: Protocol
     captions: Sequence[Caption]  # N: of each generated image
     networks: Networks
-    reference: Reference | None
+    reference: FeatureSet | None
     features: Tensor | None = None  # N x D; None: their network is absent
     cosines: Tensor | None = None  # N x 1, of image and caption
 

@@ -9,7 +9,6 @@ Writes RUN/solvers/solvers.json and a chart for each guidance.
 """
 
 import argparse
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor
 
 from configs.load import exit_on_error
-from eval.plots import line_chart
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
+from research.plots import save_lines
 from training.files import check_writable, write_json
 from training.loading import flow_folder, load_pipeline, read_run_config
-from training.pictures import save_png
 
 REFERENCE = {"sampler": "midpoint", "steps": 1000, "time_shift": 1.0}
 BASELINE_STEPS = 20  # of Euler, the paper's
@@ -124,13 +122,9 @@ def main(args: argparse.Namespace) -> None:
                 if row["time_shift"] == 1
                 else f"{row['sampler']}, shift {row['time_shift']:g}"
             )
-            curves.setdefault(name, []).append(
-                (row["evaluations"], math.log10(max(row["error"], 1e-12)))
-            )
-        save_png(
-            line_chart(curves, "evaluations", "log10 of the error"),
-            folder / f"guidance_{guidance:g}.png",
-        )
+            curves.setdefault(name, []).append((row["evaluations"], row["error"]))
+        chart = folder / f"guidance_{guidance:g}.png"
+        save_lines(curves, "evaluations", "error", chart, y_scale="log")
         shown = ", ".join(f"{name} {count}" for name, count in reached.items() if count)
         print(
             f"guidance {guidance:g}: 20 Euler steps are {limit:.4f} off; as near with evaluations: {shown}"

@@ -32,10 +32,9 @@ sys.path.insert(
 )  # run as a file, Python looks into scripts/ only
 
 from configs.load import exit_on_error, load_config, read_yaml
-from eval.plots import dot_chart
+from research.plots import save_dots
 from scripts.plan_costs import make_plan
 from training.files import write_json, write_text
-from training.pictures import save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"
@@ -299,7 +298,7 @@ def write_summary(sweep: SweepConfig, results: list[dict], output: Path) -> None
     if any(runs.values()):
         for name in sweep.metrics:
             dots = {variant: [run["metrics"][name] for run in runs[variant]] for variant in runs}
-            save_png(dot_chart(dots, name), output / f"{name}.png")
+            save_dots(dots, name, output / f"{name}.png")
 
 
 def main(args: argparse.Namespace) -> None:

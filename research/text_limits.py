@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from configs.load import exit_on_error, parse_stage_args
 from configs.schema import ReportStage
-from eval.report import encode, encode_texts, read_all, retrieval
+from eval.report import encode, encode_texts, read_all
+from eval.scores import retrieval
 from training.files import write_json
 from training.loading import load_pipeline
 from training.ridge import fit_ridge

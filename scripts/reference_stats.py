@@ -23,8 +23,8 @@ sys.path.insert(
 
 from configs.load import escape, exit_on_error
 from eval.feature_nets import ABSENT, INCEPTION, InceptionFeatures
-from eval.features import Reference, check_features, measure_reference
-from eval.fid import StatisticsFile, frechet_distance
+from eval.features import check_features, describe_features, measure_reference
+from eval.fid import FeatureSet, frechet_distance
 from eval.images import CLEAN_SIZE, RULES, ImageSet, Reading, list_images
 from eval.programs import (
     add_reading_options,
@@ -82,16 +82,14 @@ def make(args: argparse.Namespace, reading: Reading) -> None:
     found = measure(args, None, reading)
     if not reading.state.is_main_process:
         return
-    StatisticsFile(found.gaussian, found.description, found.features, found.categories).save(
-        args.file
-    )
+    found.save(args.file)
     size = found.description["image_size"]
     print(f"{args.file}: {found.gaussian.count} images of {size} px")
     for name, reason in found.skipped:
         print(escape(f"  skipped {name}: {reason}"))
 
 
-def measure(args: argparse.Namespace, file: StatisticsFile | None, reading: Reading) -> Reference:
+def measure(args: argparse.Namespace, file: FeatureSet | None, reading: Reading) -> FeatureSet:
     """Features of DATA, resized as the file that they are compared with says, or else the command line."""
     description = file.description if file else {}
     is_clean = args.clean or description.get("resize") == RULES["clean"]
@@ -107,7 +105,8 @@ def measure(args: argparse.Namespace, file: StatisticsFile | None, reading: Read
         raise ValueError(ABSENT["inception"])
     net = InceptionFeatures(weights, args.inception_precision).to(reading.state.device)
     if file:
-        check_features(args.file, file, net, RULES[rule])
+        expected = describe_features(net, size, RULES[rule])
+        check_features(args.file, file, net, expected)
     return measure_reference(args.data, images, net, reading, args.keep_features)
 
 
@@ -117,7 +116,7 @@ def check(args: argparse.Namespace, reading: Reading) -> None:
     Raises:
         ValueError: truncated, no covariance, or of other images.
     """
-    file = StatisticsFile.load(args.file)
+    file = FeatureSet.load(args.file)
     gaussian, trace = file.gaussian, file.gaussian.covariance.trace().abs()
     asymmetry = (gaussian.covariance - gaussian.covariance.T).abs().max()
     eigenvalues = torch.linalg.eigvalsh(gaussian.covariance)
