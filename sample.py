@@ -89,7 +89,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release"
     )
-    parser.add_argument("--time-shift", type=float, help="above 1: smaller steps near text")
     parser.add_argument(
         "--guidance-interval",
         nargs=2,
@@ -157,7 +156,7 @@ def check_outputs(args: argparse.Namespace, captioning: bool) -> None:
 
 def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
     """The run's sampling with what the command line changes."""
-    names = ("steps", "guidance", "sampler", "time_shift", "guidance_interval", "precision")
+    names = ("steps", "guidance", "sampler", "guidance_interval", "precision")
     return replace(
         default, **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
     )
@@ -165,9 +164,10 @@ def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingCo
 
 def warn_of_cuts(parts: ImageGenerator, prompts: list[str]) -> None:
     """Say which prompts the text tower can't read to their end."""
-    limit = parts.tokenize.context_length
+    tokenize = parts.text_encoder.tokenize
+    limit = tokenize.context_length
     for prompt in prompts:
-        length = parts.tokenize.num_tokens(prompt)
+        length = tokenize.num_tokens(prompt)
         if length > limit:
             print(
                 f"warning: prompt cut from {length} to {limit} tokens: {prompt!r}", file=sys.stderr
@@ -180,10 +180,12 @@ def interpolate(
 ):
     """Images along the straight line between two starts of the flow, and between their text states for the decoder."""
     states = parts.encode_text(prompts)
-    starts = parts.source(states, sampling, args.seed, indices=[0, 0])
+    starts = parts.start(states, sampling, args.seed, indices=[0, 0])
     weights = torch.linspace(0, 1, args.frames, device=parts.device).view(-1, 1, 1)
-    latents = parts.transport(torch.lerp(starts[:1], starts[1:], weights), sampling)
-    images = parts.decode(latents, torch.lerp(states[:1], states[1:], weights), sampling.precision)
+    starts = torch.lerp(starts[:1], starts[1:], weights)
+    states = torch.lerp(states[:1], states[1:], weights)
+    latents = parts.transport(starts, states, sampling)
+    images = parts.decode(latents, states, sampling.precision)
     captions = [prompts[0], *(f"{w:.2f}" for w in weights.flatten()[1:-1].tolist()), prompts[1]]
     return images.cpu(), captions
 
@@ -207,7 +209,7 @@ def generate(
 def only_captions(run: Path) -> bool:
     """Whether a run, or an experiment's only stage 3, flows from image to text alone."""
     run = flow_folder(run) if (run / "flowtok").is_dir() else captioning_run(run)
-    return direction_of(read_run_config(run)) == "image_to_text"
+    return direction_of(run) == "image_to_text"
 
 
 def caption(args: argparse.Namespace) -> None:

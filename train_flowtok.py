@@ -2,127 +2,262 @@
 
     accelerate launch train_flowtok.py --config configs/demo/flowtok.yaml [key=value ...]
 
-In: token shards, the projector of stage 2. Out: a run folder that sample.py and evaluation read.
-L = L_fm + the weighted terms of modeling/losses.py, source_losses; `flow.projector` says which of them reach the
-projector.
-Watch z_text_std and z_text_between_captions_std: the flow loss falls while they collapse (README).
+In: token shards, the tokenizer's run, the projector of stage 2. Out: a run folder that sample.py
+and the evaluations read. L = L_fm + the weighted terms of modeling/losses.py; `flow.projector` says
+which of them reach the projector. With flow.direction=image_to_text the same flow makes captions.
+Watch z_text_between_captions_std: the flow loss falls while it collapses (docs/recipe.md).
 The same command resumes, and does nothing when the run is complete.
 """
 
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from configs.load import default_values, exit_on_error, parse_stage_args, resolved
-from configs.schema import FlowTokStage
+from configs.cli import exit_on_error, parse_stage_args
 from data.entries import Entry
+from data.token_text import TokenTextConfig
 from eval.captioning import caption_sheet, choose_images
-from eval.during_training import FlowEvaluation
-from eval.generation import load_protocol
-from modeling.flow import check_guidance
-from modeling.flow_model import FlowModel
-from modeling.image_to_text import Captioner
-from modeling.losses import (
-    flow_matching_loss,
-    freeze_unused_alignment,
-    latent_statistics,
-    source_losses,
+from eval.during_training import EvaluationConfig, FlowEvaluation
+from eval.protocol import load_protocol, protocol_file
+from modeling.activation_checkpointing import (
+    ActivationCheckpointing,
+    set_activation_checkpointing,
 )
-from modeling.pipeline import ImageGenerator
-from modeling.text_encoder import TextTokenizer, load_text_encoder
-from modeling.text_projector import TextProjector
+from modeling.fingerprint import fingerprint
+from modeling.flow import FlowConfig, check_guidance
+from modeling.flow_model import FlowModel, build_flow
+from modeling.flowtok import FlowTokConfig
+from modeling.losses import (
+    FlowLossConfig,
+    freeze_unused_alignment,
+    has_projector_loss,
+    latent_statistics,
+    loss_weights,
+    projector_losses,
+    velocity_losses,
+    weighted_terms,
+)
+from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
+from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
 from training.loading import (
-    fingerprint,
     load_autoencoder,
     load_flow,
     load_projector,
     load_tokenizer,
+    text_encoder_config,
 )
-from training.loop import Evaluation, Trainer, is_complete
+from training.loop import Evaluation, is_complete, train
+from training.optim import OptimizedNetwork, descend
 from training.pictures import caption_grid, sample_path, save_png
 from training.run import Run, list_changes, save_config, start_run
-from training.stored_tokens import StoredTokens, open_stored_tokens
-from training.tokens_info import TokensInfo, load_tokens_info
+from training.stage import TrainedStage
+from training.tokens import StoredTokens, open_stored_tokens
+from training.tokens_info import TokensInfo, load_tokens_info, projector_sizes
+
+
+@dataclass
+class PictureConfig:
+    """The pictures on the way, which sample.py also draws without prompts and images."""
+
+    captions: list[str] = field(default_factory=list)  # to make images of
+    images: list[str] = field(default_factory=list)  # folders or shards to make captions of
+    num_images: int = 24  # so many of them, evenly spaced
+
+    def __post_init__(self):
+        if self.num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {self.num_images}")
+        if not all(caption.strip() for caption in self.captions):
+            raise ValueError("captions has an empty caption")
+
+
+@dataclass
+class FlowTokStage(TrainedStage):
+    """What can be set in flowtok.yaml, besides the parts' own fields."""
+
+    # whose tokens are read, with its text tower and sizes; decodes the pictures
+    tokenizer_run: str = "${experiment_dir}/tokenizer"
+    # Where the weights come from: a stage-2 run for the projector, or a stage-3 run for everything
+    # (fine-tuning: its EMA weights, with a fresh optimiser); both empty: random weights.
+    projector_run: str = "${experiment_dir}/text_projector"
+    init_from: str = ""
+    text_decoder_run: str = ""  # of a flow to text: reads its z_T, and has its projector
+    # null: as in projector_run or init_from; only random weights need it
+    projector: TextProjectorConfig | None = None
+    flowtok: FlowTokConfig = field(default_factory=FlowTokConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    activation_checkpointing: ActivationCheckpointing = "none"  # of the DiT
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: TokenTextConfig = field(default_factory=TokenTextConfig)
+    losses: FlowLossConfig = field(default_factory=FlowLossConfig)
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    stage = "flowtok"
+    networks = ("projector", "flowtok", "tokenizer_run")
+
+    @property
+    def source_run(self) -> str:
+        """The run that the weights start from, "" if they are random."""
+        return self.init_from or self.projector_run
+
+    def check(self) -> None:
+        """Refuse parts that do not go together."""
+        super().check()
+        self.data.check()
+        if self.init_from and self.projector_run:
+            raise ValueError(
+                f"init_from={self.init_from} has a projector, and projector_run="
+                f'{self.projector_run} names another: leave one empty (projector_run: "")'
+            )
+        if self.source_run and self.projector:
+            raise ValueError(f"projector is as in {self.source_run}: leave it out")
+        if self.flow.projector == "frozen" and not self.source_run:
+            raise ValueError("flow.projector=frozen needs projector_run or init_from")
+        if self.flow.projector == "detached" and not has_projector_loss(self.losses):
+            raise ValueError(
+                "flow.projector=detached and no losses: nothing trains the projector, set losses, "
+                "or flow.projector=frozen"
+            )
+        if self.flow.direction == "text_to_image" and not self.pictures.captions:
+            raise ValueError("pictures.captions is empty: name the captions of the pictures")
+        check_guidance(self.sampling.guidance, self.flow.null_probability)
+        if self.flow.direction == "image_to_text":
+            self.check_flow_to_text()
+        if self.evaluation.every_steps:
+            protocol_file(self.evaluation.protocol)
+
+    def check_flow_to_text(self) -> None:
+        """Refuse a flow to text that could not be trained or read."""
+        direction = "flow.direction=image_to_text"
+        if self.flow.projector != "frozen":
+            raise ValueError(
+                f"{direction} with flow.projector={self.flow.projector}: set it to frozen, z_T is "
+                "what the text decoder has learned to read"
+            )
+        if has_projector_loss(self.losses):
+            raise ValueError(f"{direction} has no loss but the flow's: set all losses to 0")
+        if not self.text_decoder_run:
+            raise ValueError(f"{direction} needs a text decoder: set text_decoder_run")
+        if not self.pictures.images:
+            raise ValueError("pictures.images is empty: name folders or shards to caption")
+        if self.evaluation.every_steps:
+            raise ValueError(f"evaluation.every_steps with {direction}: it measures images, set 0")
+
+    def token_shards(self) -> list[str]:
+        return self.data.all_shards()
+
+    def earlier_runs(self) -> dict[str, str]:
+        keys = ("tokenizer_run", "projector_run", "init_from", "text_decoder_run")
+        return {key: getattr(self, key) for key in keys if getattr(self, key)}
 
 
 def main(config: FlowTokStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
+    # What earlier stages gave: tokens, the tokenizer with its text tower, weights to start from.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    shape = (config.projector.text_tokens, config.projector.token_channels)
-    origin = config.tokenizer_run, config.latent_scale, config.any_tokenizer
-    info = load_tokens_info(config.data, *shape, *origin)
-    started = latest_checkpoint(run.folder) is not None
+    tokenizer = load_tokenizer(config.tokenizer_run)
+    text_config = text_encoder_config(config.tokenizer_run)
+    info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
     source = load_source(config)
-    start = "init_from" if config.init_from else "projector"
-    inputs = info.inputs() | {start: fingerprint(source) if source else "none"}
-    if is_complete(run, config.training, inputs):
+    fill_in_networks(config, info, source, projector_sizes(tokenizer.config))
+    del tokenizer
+    source_key = "init_from" if config.init_from else "projector"
+    inputs = info.inputs() | {source_key: fingerprint(source) if source else "none"}
+    if is_complete(run, training, inputs):
         return
+
+    # All that a picture or an evaluation will read, so that nothing is missed after hours.
     check_text_decoder(config, source)
-    evaluation = build_evaluation(config, run)
-    to_caption = pictures_to_caption(config)
-    tokens = open_stored_tokens(run, config, info)
+    evaluation = build_evaluation(config, run, text_config)
+    images_to_caption = []
+    if config.flow.direction == "image_to_text":
+        images_to_caption = choose_images(config.pictures.images, config.pictures.num_images)
+
+    # Data and networks.
+    tokens = open_stored_tokens(run, config.data, training, info, text_config)
+    has_checkpoint = latest_checkpoint(run.folder) is not None
     model = build_model(config, info, source)
-    if not (source or started):
-        tokens.fit(model.projector)
+    if not (source or has_checkpoint):
+        tokens.fit_whitening(model.projector)
     del source  # a second copy of all weights, on every process
-    network_keys = ["projector", "flowtok", "text_encoder", "tokenizer_run"]
-    save_config(run, resolved(config), default_values(config), network_keys, started)
-    trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, inputs)
-    save_pictures = partial(save_samples, config, run, to_caption)
-    trainer.train(
-        partial(compute_losses, config, info, tokens), config.logging, save_pictures, evaluation
+    save_config(run, config, has_checkpoint)
+    network = OptimizedNetwork(run, model, config.optimizer, training.max_gradient_norm)
+
+    def losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        return compute_losses(config, tokens, model, batch)
+
+    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
+        return descend(network, batches, losses, index, training.max_steps)
+
+    def save_pictures(model: FlowModel, step: int) -> None:
+        save_samples(config, run, text_config, images_to_caption, model, step)
+
+    train(
+        run=run,
+        config=training,
+        logging=config.logging,
+        networks={"": network},
+        step_fn=step,
+        loader=tokens.loader,
+        inputs=inputs,
+        save_samples=save_pictures,
+        evaluation=evaluation,
     )
 
 
-def build_evaluation(config: FlowTokStage, run: Run) -> Evaluation | None:
-    """What is measured on the way, with its inputs read; None if nothing is.
-
-    Raises:
-        ValueError: a protocol, captions, reference or weights that are absent or can't serve.
-    """
-    every = config.evaluation.every_steps
-    if not every:
-        return None
-    protocol = load_protocol(config.evaluation.protocol, config.evaluation.overrides)
-    check_guidance(protocol.sampling(config.sampling).guidance, config.flow.null_probability)
-    origin = config.tokenizer_run, config.text_encoder, config.sampling
-    return Evaluation(every, FlowEvaluation(config.evaluation, protocol, run.folder, *origin))
-
-
 def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
-    """Trained weights to start from, EMA: the projector of stage 2, all of another stage-3 run, or nothing.
+    """EMA weights to start from: the projector of stage 2, all of a stage-3 run, or nothing.
 
     Raises:
-        ValueError: that run has another network than this config.
+        ValueError: the velocity network of init_from is not this config's.
     """
-    if not (config.init_from or config.projector_run):
-        return None
-    if config.init_from:
-        source = load_flow(config.init_from)
-        there = asdict(source.flowtok.config)
-        there["two_way"] |= (
-            config.flowtok.two_way
-        )  # one direction's weights do for both: the embedding starts at zero
-        changes = list_changes(there, asdict(config.flowtok), "flowtok")
-        projector = source.projector
-    else:
-        source = projector = load_projector(config.projector_run)
-        changes = []
-    changes += list_changes(asdict(projector.config), asdict(config.projector), "projector")
+    if not config.init_from:
+        return load_projector(config.projector_run) if config.projector_run else None
+    source = load_flow(config.init_from)
+    sizes = {
+        "num_tokens": source.flowtok.config.num_tokens,
+        "token_channels": source.flowtok.config.token_channels,
+    }
+    wanted = asdict(replace(config.flowtok, **sizes))
+    changes = list_changes(asdict(source.flowtok.config), wanted, "flowtok")
     if changes:
-        raise ValueError(
-            f"the network of {config.init_from or config.projector_run} is not this config's (there -> here): "
-            + "; ".join(line for _, line in changes)
-        )
+        lines = "; ".join(line for _, line in changes)
+        raise ValueError(f"{config.init_from} has another network (there -> here): {lines}")
     return source
 
 
+def fill_in_networks(
+    config: FlowTokStage,
+    info: TokensInfo,
+    source: TextProjector | FlowModel | None,
+    sizes: dict[str, int],
+) -> None:
+    """Complete the networks' configs: the projector's from `source`, sizes from the tokenizer.
+
+    Raises:
+        ValueError: the source's projector was made for another tokenizer's sizes.
+    """
+    if source is None:
+        config.projector = replace(config.projector or TextProjectorConfig(), **sizes)
+    else:
+        config.projector = getattr(source, "projector", source).config
+        found = {name: getattr(config.projector, name) for name in sizes}
+        if found != sizes:
+            raise ValueError(
+                f"the projector of {config.source_run} has {found}, {config.tokenizer_run} {sizes}"
+            )
+    config.flowtok = replace(
+        config.flowtok, num_tokens=info.num_tokens, token_channels=info.token_channels
+    )
+
+
 def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel | None) -> None:
-    """Refuse a text decoder that was trained on another projector's z_T than the one that a flow to text ends in.
+    """Refuse a text decoder that reads another projector's z_T than the flow ends in.
 
     Raises:
         ValueError: naming both runs and the ways out.
@@ -133,86 +268,92 @@ def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel |
     projector = getattr(source, "projector", source)
     if fingerprint(autoencoder.projector) != fingerprint(projector):
         raise ValueError(
-            f"the text decoder of {config.text_decoder_run} reads another projector's z_T than that of "
-            f"{config.init_from or config.projector_run}: set projector_run={config.text_decoder_run}, or train the "
-            "text decoder with freeze_projector=true on that one"
+            f"the text decoder of {config.text_decoder_run} reads another projector's z_T than "
+            f"that of {config.source_run}: set projector_run={config.text_decoder_run}, or train "
+            "the text decoder with freeze_projector=true on that one"
         )
 
 
-def pictures_to_caption(config: FlowTokStage) -> list[Entry]:
-    """Images whose captions a flow to text shows; listed now, so that absent ones are not first missed after hours."""
-    if config.flow.direction == "text_to_image":
-        return []
-    return choose_images(config.pictures.images, config.pictures.num_images)
+def build_evaluation(
+    config: FlowTokStage, run: Run, text_config: TextEncoderConfig
+) -> Evaluation | None:
+    """What is measured on the way, with its inputs read; None if nothing is.
+
+    Raises:
+        ValueError: a protocol, captions, reference or weights that are absent or can't serve.
+    """
+    if not config.evaluation.every_steps:
+        return None
+    protocol = load_protocol(config.evaluation.protocol, config.evaluation.overrides)
+    guidance = protocol.sampling(config.sampling).guidance
+    check_guidance(guidance, config.flow.null_probability)
+    measure = FlowEvaluation(
+        config.evaluation,
+        protocol,
+        run.folder,
+        config.tokenizer_run,
+        text_config,
+        config.sampling,
+    )
+    return Evaluation(config.evaluation.every_steps, measure)
 
 
 def build_model(
     config: FlowTokStage, info: TokensInfo, source: TextProjector | FlowModel | None
 ) -> FlowModel:
-    """Projector and DiT, with the weights of `source` and the measured latent scale; freezes what has no gradient."""
-    model = FlowModel(config.projector, config.flowtok)
+    """Projector and DiT with the weights of `source`; freezes what gets no gradient."""
+    model = build_flow(config.projector, config.flowtok, config.flow)
     if isinstance(source, FlowModel):
-        model.load_state_dict(
-            model.state_dict() | source.state_dict()
-        )  # all but an embed_direction it lacks
+        model.load_state_dict(source.state_dict())
     elif source is not None:
         model.projector.load_state_dict(source.state_dict())
     model.latent_scale.fill_(info.latent_scale)
-    model.flowtok.recompute = config.activation_checkpointing
-    if config.flow.projector == "frozen":
-        model.freeze_projector()
-    else:
+    set_activation_checkpointing(model, config.activation_checkpointing)
+    if config.flow.projector != "frozen":
         freeze_unused_alignment(model.projector, config.losses)
     return model
 
 
 def compute_losses(
-    config: FlowTokStage, info: TokensInfo, tokens: StoredTokens, model: nn.Module, batch: dict
+    config: FlowTokStage, tokens: StoredTokens, model: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
     posterior = tokens.image_posterior(batch)
-    image = (
-        posterior.sample() if config.flow.sample_image_latent else posterior.mean
-    ) * info.latent_scale
-    output = model(tokens.text_states(batch), image, config.flow)
-    terms = {"flow_matching": flow_matching_loss(output.velocity, output.target)}
-    terms["loss"] = terms["flow_matching"]
+    latents = posterior.sample() if config.flow.sample_image_latent else posterior.mean
+    image = latents * tokens.info.latent_scale  # B x K x C
+    output = model(tokens.text_states(batch), image)
+    terms = velocity_losses(config.losses, output)
     if config.flow.projector != "frozen":
-        source = (
-            output.text_latents,
-            output.mean,
-            output.logvar,
-            output.alignment,
-            output.log_temperature,
-        )
-        terms |= source_losses(config.losses, *source, posterior.mean * info.latent_scale)
-        terms["loss"] = terms["loss"] + terms.pop("source")
-    return terms | latent_statistics(output.mean)
+        image_mean = posterior.mean * tokens.info.latent_scale
+        terms |= projector_losses(config.losses, output.source, image_mean)
+    loss = sum(weighted_terms(terms, loss_weights(config.losses)).values())
+    return terms | {"loss": loss} | latent_statistics(output.source.mean)
 
 
 @torch.no_grad()
 def save_samples(
-    config: FlowTokStage, run: Run, to_caption: list[Entry], model: FlowModel, step: int
+    config: FlowTokStage,
+    run: Run,
+    text_config: TextEncoderConfig,
+    images_to_caption: list[Entry],
+    model: FlowModel,
+    step: int,
 ) -> None:
-    """Pictures with EMA weights: images for the configured captions, captions for the configured images."""
-    tokenizer = load_tokenizer(config.tokenizer_run)[0].to(run.device)
-    if to_caption:
-        decoder = load_autoencoder(config.text_decoder_run).decoder.to(run.device)
-        captioner = Captioner(TextTokenizer(config.text_encoder), tokenizer, model, decoder)
-        path = sample_path(run.folder, step)
-        save_png(
-            caption_sheet(captioner, to_caption, config.sampling),
-            path.with_stem(f"{path.stem}_captions"),
-        )
+    """Pictures with EMA weights: captions of images, or images of captions."""
+    tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
+    path = sample_path(run.folder, step)
     if config.flow.direction == "image_to_text":
+        decoder = load_autoencoder(config.text_decoder_run).decoder.to(run.device)
+        captioner = Captioner(TextTokenizer(text_config), tokenizer, model, decoder)
+        sheet = caption_sheet(captioner, images_to_caption, config.sampling)
+        save_png(sheet, path.with_stem(f"{path.stem}_captions"))
         return
-    captions = config.pictures.captions
-    text_encoder = load_text_encoder(config.text_encoder).to(run.device)
-    parts = ImageGenerator(TextTokenizer(config.text_encoder), text_encoder, tokenizer, model)
-    images, _ = parts.generate(captions, config.sampling)
-    save_png(caption_grid(images, captions, columns=4), sample_path(run.folder, step))
+    text_encoder = load_text_encoder(text_config).to(run.device)
+    generator = ImageGenerator(text_encoder, tokenizer, model)
+    images, _ = generator.generate(config.pictures.captions, config.sampling)
+    save_png(caption_grid(images, config.pictures.captions, columns=4), path)
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("flowtok", __doc__)
+    stage = parse_stage_args(FlowTokStage, __doc__)
     exit_on_error(lambda: main(stage))

@@ -1,91 +1,147 @@
-"""Train the text decoder of image to text: projector and decoder as an autoencoder of captions (paper, Sec. 4.1, 5.1).
+"""Train the text decoder of image to text: projector and decoder as an autoencoder of captions.
 
-    accelerate launch train_text_decoder.py --config configs/demo_caption/text_decoder.yaml [key=value ...]
+    accelerate launch train_text_decoder.py --config configs/demo_caption/text_decoder.yaml
 
-In: any shards with captions, of images or of tokens. Out: a run folder with projector and decoder; stage 3 takes both
+(Paper, Sec. 4.1 and 5.1.) In: any shards with captions, of images or of tokens; the tokenizer's run
+for the text tower and the sizes. Out: a run folder with projector and decoder; stage 3 takes both
 from it (projector_run, text_decoder_run) and trains the flow from images to this projector's z_T.
-With freeze_projector, the decoder learns the z_T of a projector that is there (projector_run).
-The same command resumes, and does nothing when the run is complete. samples/step_*.json: how much of the held-out and
-of the training captions comes back from z_T's mean, with EMA weights.
+With freeze_projector, the decoder learns the z_T of a trained projector (projector_run).
+The same command resumes, and does nothing when the run is complete. samples/step_*.json: how much
+of the held-out and of the training captions comes back from z_T's mean, with EMA weights.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from configs.load import default_values, exit_on_error, parse_stage_args, resolved
-from configs.schema import TextDecoderStage
+from configs.cli import exit_on_error, parse_stage_args
+from data.caption_text import CaptionTextConfig
+from modeling.fingerprint import fingerprint
+from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.losses import kl_loss, latent_statistics
-from modeling.text_decoder import TextAutoencoder, caption_losses, correct_tokens, counted_positions
+from modeling.text_decoder import (
+    TextAutoencoder,
+    TextDecoderConfig,
+    TextDecoderLossConfig,
+    caption_losses,
+    correct_tokens,
+    counted_positions,
+)
 from modeling.text_encoder import load_text_encoder
-from modeling.text_projector import TextProjector
+from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
 from training.files import write_json
-from training.loading import fingerprint, load_projector
-from training.loop import Trainer, is_complete
+from training.loading import load_projector, read_section, text_encoder_config
+from training.loop import is_complete, train
+from training.optim import OptimizedNetwork, descend
 from training.pictures import sample_path
-from training.run import Run, list_changes, save_config, start_run
-from training.stored_captions import StoredCaptions, open_stored_captions
+from training.run import Run, save_config, start_run
+from training.stage import TrainedStage
+from training.tokens import StoredCaptions, open_stored_captions
+from training.tokens_info import projector_sizes
 
 MEASURED_CAPTIONS = 10_000  # at most, of either kind, whose reconstruction is measured
 VOCABULARY_CAPTIONS = 1_000_000  # at most, whose token ids are counted
 NUM_EXAMPLES = 20
 
 
+@dataclass
+class TextDecoderStage(TrainedStage):
+    """What can be set in text_decoder.yaml, besides the parts' own fields."""
+
+    tokenizer_run: str = "${experiment_dir}/tokenizer"  # whose text tower and sizes are used
+    projector_run: str = ""  # a trained projector to start from; empty: random weights
+    freeze_projector: bool = False  # train the decoder only, on the z_T that projector_run gives
+    projector: TextProjectorConfig | None = None  # null: as in projector_run
+    text_decoder: TextDecoderConfig = field(default_factory=TextDecoderConfig)
+    data: CaptionTextConfig = field(default_factory=CaptionTextConfig)
+    heldout_shards: list[str] = field(default_factory=list)  # captions to measure on
+    losses: TextDecoderLossConfig = field(default_factory=TextDecoderLossConfig)
+
+    stage = "text_decoder"
+    networks = ("projector", "text_decoder")
+
+    def check(self) -> None:
+        """Refuse parts that do not go together."""
+        super().check()
+        self.data.check()
+        if self.projector_run and self.projector:
+            raise ValueError(f"projector is as in {self.projector_run}: leave it out")
+        if self.projector and self.projector.linear_skip:
+            raise ValueError("projector.linear_skip needs image latents: train it in stage 2")
+        if self.freeze_projector and not self.projector_run:
+            raise ValueError("freeze_projector=true needs a trained projector: set projector_run")
+        if self.freeze_projector and self.losses.kl_weight:
+            raise ValueError(
+                "freeze_projector=true: the KL of a frozen projector teaches nothing, set "
+                f"losses.kl_weight=0 (it is {self.losses.kl_weight})"
+            )
+
+    def image_shards(self) -> list[str]:
+        return self.heldout_shards
+
+    def token_shards(self) -> list[str]:
+        return self.data.all_shards()
+
+    def earlier_runs(self) -> dict[str, str]:
+        keys = ("tokenizer_run", "projector_run")
+        return {key: getattr(self, key) for key in keys if getattr(self, key)}
+
+
 def main(config: TextDecoderStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
+    # What earlier stages gave.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    started = latest_checkpoint(run.folder) is not None
-    source = load_source(config)
+    tokenizer_config = read_section(config.tokenizer_run, "tokenizer", ImageTokenizerConfig)
+    text_config = text_encoder_config(config.tokenizer_run)
+    source = load_projector(config.projector_run) if config.projector_run else None
+    if source is None:
+        sizes = projector_sizes(tokenizer_config)
+        config.projector = replace(config.projector or TextProjectorConfig(), **sizes)
+    else:
+        config.projector = source.config
     inputs = {
-        "text_encoder": fingerprint(load_text_encoder(config.text_encoder)),
+        "text_encoder": load_text_encoder(text_config).identity,
         "projector": fingerprint(source) if source else "none",
     }
     if is_complete(run, training, inputs):
         return
-    captions = open_stored_captions(run, config)
+
+    # Data and networks.
+    captions = open_stored_captions(run, config.data, training, text_config)
     if config.heldout_shards and next(captions.read(1, config.heldout_shards), None) is None:
-        raise ValueError(
-            f"heldout_shards={config.heldout_shards} have no caption"
-        )  # now, not at the first measurement
+        raise ValueError(f"heldout_shards={config.heldout_shards} have no caption")
+    has_checkpoint = latest_checkpoint(run.folder) is not None
     model = build_model(config, source)
-    if not started:
-        prepare(model, captions, source)
-    save_config(
-        run,
-        resolved(config),
-        default_values(config),
-        ["projector", "text_decoder", "text_encoder"],
-        started,
+    if not has_checkpoint:
+        if source is None:
+            captions.fit_whitening(model.projector)
+        choose_vocabulary(model, captions)
+    save_config(run, config, has_checkpoint)
+    network = OptimizedNetwork(run, model, config.optimizer, training.max_gradient_norm)
+
+    def losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        return compute_losses(config, captions, model, batch)
+
+    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
+        return descend(network, batches, losses, index, training.max_steps)
+
+    def save_samples(model: TextAutoencoder, step: int) -> None:
+        save_accuracy(config, run, captions, model, step)
+
+    train(
+        run=run,
+        config=training,
+        logging=config.logging,
+        networks={"": network},
+        step_fn=step,
+        loader=captions.loader,
+        inputs=inputs,
+        save_samples=save_samples,
     )
-    trainer = Trainer(run, training, config.optimizer, model, captions.loader, inputs)
-    trainer.train(
-        partial(compute_losses, config, captions),
-        config.logging,
-        partial(save_accuracy, config, run, captions),
-    )
-
-
-def load_source(config: TextDecoderStage) -> TextProjector | None:
-    """The trained projector to start from, EMA, or nothing.
-
-    Raises:
-        ValueError: that run has another projector than this config.
-    """
-    if not config.projector_run:
-        return None
-    source = load_projector(config.projector_run)
-    changes = list_changes(asdict(source.config), asdict(config.projector), "projector")
-    if changes:
-        raise ValueError(
-            f"the projector of {config.projector_run} is not this config's (there -> here): "
-            + "; ".join(line for _, line in changes)
-        )
-    return source
 
 
 def build_model(config: TextDecoderStage, source: TextProjector | None) -> TextAutoencoder:
@@ -94,53 +150,46 @@ def build_model(config: TextDecoderStage, source: TextProjector | None) -> TextA
     if source is not None:
         model.projector.load_state_dict(source.state_dict())
     if config.freeze_projector:
-        model.freeze_projector()
+        model.projector.freeze()
     return model
 
 
-def prepare(model: TextAutoencoder, captions: StoredCaptions, source: TextProjector | None) -> None:
-    """Measure on the captions what is measured once: the whitening of the text states, the vocabulary."""
-    if source is None:
-        captions.fit_whitening(model.projector)
-    if not model.decoder.has_whole_vocabulary:
-        batches = (batch["token_ids"] for batch in captions.read(VOCABULARY_CAPTIONS))
-        left_out = model.decoder.fit_vocabulary(
-            ids.flatten()[counted_positions(ids)] for ids in batches
+def choose_vocabulary(model: TextAutoencoder, captions: StoredCaptions) -> None:
+    """Give a decoder with a small vocabulary the most frequent token ids of the captions."""
+    if model.decoder.has_whole_vocabulary:
+        return
+    batches = (batch["token_ids"] for batch in captions.read(VOCABULARY_CAPTIONS))
+    left_out = model.decoder.fit_vocabulary(
+        ids.flatten()[counted_positions(ids)] for ids in batches
+    )
+    if left_out:
+        size = model.decoder.config.vocabulary_size
+        captions.run.say(
+            f"text_decoder.vocabulary_size={size}: the {left_out} rarest ids of the captions are "
+            "left out and can't be learned"
         )
-        if left_out:
-            captions.run.say(
-                f"text_decoder.vocabulary_size={model.decoder.config.vocabulary_size}: the {left_out} rarest ids of "
-                "the captions are left out and can't be learned"
-            )
 
 
 def compute_losses(
     config: TextDecoderStage, captions: StoredCaptions, model: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
-    counted = counted_positions(batch["token_ids"])  # on the CPU, where the ids are: no device sync
-    return decoder_losses(config, captions, model, batch, counted)
-
-
-def decoder_losses(
-    config: TextDecoderStage,
-    captions: StoredCaptions,
-    model: nn.Module,
-    batch: dict,
-    counted: Tensor,
-) -> dict[str, Tensor]:
-    """Loss terms over the counted positions, indices into B x L."""
     losses, device = config.losses, captions.run.device
+    # Only the positions up to the end token count; the ids are on the CPU, so no device sync.
+    counted = counted_positions(batch["token_ids"])
     token_ids = batch["token_ids"].flatten()[counted].to(device, non_blocking=True)
     states = captions.text_states(batch)
-    counted = counted.to(device, non_blocking=True)
     output = model(
-        states, counted, token_ids, sample=bool(losses.kl_weight), noise=losses.latent_noise
+        states,
+        counted.to(device, non_blocking=True),
+        token_ids,
+        sample=bool(losses.kl_weight),
+        noise=losses.latent_noise,
     )
     terms = caption_losses(output.logits, output.classes)
     terms["loss"] = terms["cross_entropy"]
     if losses.kl_weight:
-        terms["kl"] = kl_loss(output.mean, output.logvar, losses.kl_form, losses.kl_reduction)
+        terms["kl"] = kl_loss(output.mean, output.logvar, losses.kl_form)
         terms["loss"] = terms["loss"] + losses.kl_weight * terms["kl"]
     return terms | latent_statistics(output.mean)
 
@@ -149,16 +198,12 @@ def save_accuracy(
     config: TextDecoderStage, run: Run, captions: StoredCaptions, model: TextAutoencoder, step: int
 ) -> None:
     """Write how much of the captions comes back from z_T's mean."""
-    report = {"step": step, "train": measure(captions, model, captions.read(MEASURED_CAPTIONS))}
+    parts = {"train": measure(captions, model, captions.read(MEASURED_CAPTIONS))}
     if config.heldout_shards:
-        report["heldout"] = measure(
-            captions, model, captions.read(MEASURED_CAPTIONS, config.heldout_shards)
-        )
-    write_json(report, sample_path(run.folder, step).with_suffix(".json"))
-    for name in ("train", "heldout"):
-        part = report.get(name)
-        if part is None:
-            continue
+        heldout = captions.read(MEASURED_CAPTIONS, config.heldout_shards)
+        parts["heldout"] = measure(captions, model, heldout)
+    write_json({"step": step, **parts}, sample_path(run.folder, step).with_suffix(".json"))
+    for name, part in parts.items():
         run.say(
             f"{name}: {part['token_accuracy']:.2%} of tokens, {part['caption_accuracy']:.2%} of "
             f"{part['captions']} captions from their own z_T"
@@ -189,5 +234,5 @@ def measure(captions: StoredCaptions, model: TextAutoencoder, batches: Iterable[
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("text_decoder", __doc__)
+    stage = parse_stage_args(TextDecoderStage, __doc__)
     exit_on_error(lambda: main(stage))

@@ -1,95 +1,150 @@
-"""Stage 2: train the text projector alone (paper, Sec. 3.3): KL, alignment to the text, and as an option to the image.
+"""Stage 2: train the text projector by itself, text states to z_T (paper, Sec. 3.3).
 
-    accelerate launch train_text_projector.py --config configs/demo/text_projector.yaml [key=value ...]
+    accelerate launch train_text_projector.py --config configs/demo/text_projector.yaml [key=value]
 
-In: token shards of scripts/encode_tokens.py. Out: a run folder; its EMA weights are where stage 3 starts from.
-The same command resumes, and does nothing when the run is complete. Losses: modeling/losses.py, source_losses.
+In: token shards, the tokenizer's run. Out: a run folder; stage 3 starts from its EMA weights.
+Losses: KL and contrastive alignment (modeling/losses.py); with image_regression_weight, z_T's mean
+is regressed onto z_I's mean, which the demo needs and the paper has not.
+The same command resumes, and does nothing when the run is complete.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from configs.load import default_values, exit_on_error, parse_stage_args, resolved
-from configs.schema import TextProjectorStage
-from modeling.losses import freeze_unused_alignment, latent_statistics, source_losses
-from modeling.posterior import Posterior
-from modeling.text_projector import TextProjector
+from configs.cli import exit_on_error, parse_stage_args
+from data.token_text import TokenTextConfig
+from modeling.losses import (
+    ProjectorLossConfig,
+    freeze_unused_alignment,
+    has_projector_loss,
+    latent_statistics,
+    loss_weights,
+    projector_losses,
+    weighted_terms,
+)
+from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
-from training.loading import load_tokenizer
-from training.loop import Trainer, is_complete
+from training.loading import load_tokenizer, text_encoder_config
+from training.loop import is_complete, train
+from training.optim import OptimizedNetwork, descend
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.run import Run, save_config, start_run
-from training.stored_tokens import StoredTokens, open_stored_tokens
-from training.tokens_info import TokensInfo, load_tokens_info
+from training.stage import TrainedStage
+from training.tokens import StoredTokens, open_stored_tokens
+from training.tokens_info import load_tokens_info, projector_sizes
+
+
+@dataclass
+class TextProjectorStage(TrainedStage):
+    """What can be set in text_projector.yaml, besides the parts' own fields."""
+
+    # whose tokens are read, with its text tower and sizes; decodes the pictures
+    tokenizer_run: str = "${experiment_dir}/tokenizer"
+    projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
+    # strength of the ridge regression that fills projector.linear_skip, times the mean eigenvalue
+    # of the captions' kernel
+    linear_start: float = 0.0
+    data: TokenTextConfig = field(default_factory=TokenTextConfig)
+    losses: ProjectorLossConfig = field(default_factory=ProjectorLossConfig)
+    num_pictures: int = 16  # the first samples, true left, decoded from z_T right
+
+    stage = "text_projector"
+    networks = ("projector",)
+
+    def check(self) -> None:
+        """Refuse a projector without a loss, and a linear skip that nothing fills."""
+        super().check()
+        self.data.check()
+        if not has_projector_loss(self.losses):
+            raise ValueError("losses: all weights are 0, expected one above it")
+        if self.projector.linear_skip != (self.linear_start > 0):
+            raise ValueError(
+                f"projector.linear_skip={self.projector.linear_skip} with linear_start="
+                f"{self.linear_start}: the skip is filled by a ridge regression of that strength"
+            )
+
+    def token_shards(self) -> list[str]:
+        return self.data.all_shards()
+
+    def earlier_runs(self) -> dict[str, str]:
+        return {"tokenizer_run": self.tokenizer_run}
 
 
 def main(config: TextProjectorStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
+    # What earlier stages gave: tokens, and the tokenizer whose text tower and sizes are used.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    shape = (config.projector.text_tokens, config.projector.token_channels)
-    origin = config.tokenizer_run, config.latent_scale, config.any_tokenizer
-    info = load_tokens_info(config.data, *shape, *origin)
-    if is_complete(run, config.training, info.inputs()):
+    tokenizer = load_tokenizer(config.tokenizer_run)
+    text_config = text_encoder_config(config.tokenizer_run)
+    info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
+    config.projector = replace(config.projector, **projector_sizes(tokenizer.config))
+    if is_complete(run, training, info.inputs()):
         return
-    started = latest_checkpoint(run.folder) is not None
-    tokens = open_stored_tokens(run, config, info)
-    model = TextProjector(config.projector)
-    if not started:
-        tokens.fit(model)
-    freeze_unused_alignment(model, config.losses)
-    save_config(
-        run, resolved(config), default_values(config), ["projector", "text_encoder"], started
-    )
-    trainer = Trainer(run, config.training, config.optimizer, model, tokens.loader, info.inputs())
-    trainer.train(
-        partial(compute_losses, config, info, tokens),
-        config.logging,
-        partial(save_decoded, config, run, info, tokens),
+    tokens = open_stored_tokens(run, config.data, training, info, text_config)
+
+    # The projector; what is measured once is part of its weights.
+    has_checkpoint = latest_checkpoint(run.folder) is not None
+    projector = TextProjector(config.projector)
+    if not has_checkpoint:
+        tokens.fit_whitening(projector)
+        if config.linear_start:
+            tokens.fit_linear_skip(projector, config.linear_start)
+    freeze_unused_alignment(projector, config.losses)
+    save_config(run, config, has_checkpoint)
+    network = OptimizedNetwork(run, projector, config.optimizer, training.max_gradient_norm)
+
+    def losses(projector: nn.Module, batch: dict) -> dict[str, Tensor]:
+        return compute_losses(config, tokens, projector, batch)
+
+    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
+        return descend(network, batches, losses, index, training.max_steps)
+
+    def save_samples(projector: TextProjector, step: int) -> None:
+        save_decoded(config, run, tokens, projector, step)
+
+    train(
+        run=run,
+        config=training,
+        logging=config.logging,
+        networks={"": network},
+        step_fn=step,
+        loader=tokens.loader,
+        inputs=info.inputs(),
+        save_samples=save_samples,
     )
 
 
 def compute_losses(
-    config: TextProjectorStage,
-    info: TokensInfo,
-    tokens: StoredTokens,
-    model: nn.Module,
-    batch: dict,
+    config: TextProjectorStage, tokens: StoredTokens, projector: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
-    mean, logvar, alignment, log_temperature = model(tokens.text_states(batch))
-    text = Posterior(mean, logvar).sample() if config.losses.kl_weight else mean
-    image_mean = tokens.image_posterior(batch).mean * info.latent_scale
-    terms = source_losses(config.losses, text, mean, logvar, alignment, log_temperature, image_mean)
-    terms["loss"] = terms.pop("source")
-    return terms | latent_statistics(mean)
+    output = projector(tokens.text_states(batch), sample=config.losses.kl_weight > 0)
+    image_mean = tokens.image_posterior(batch).mean * tokens.info.latent_scale  # B x K x C
+    terms = projector_losses(config.losses, output, image_mean)
+    loss = sum(weighted_terms(terms, loss_weights(config.losses)).values())
+    return terms | {"loss": loss} | latent_statistics(output.mean)
 
 
 @torch.no_grad()
 def save_decoded(
-    config: TextProjectorStage,
-    run: Run,
-    info: TokensInfo,
-    tokens: StoredTokens,
-    model: TextProjector,
-    step: int,
+    config: TextProjectorStage, run: Run, tokens: StoredTokens, projector: TextProjector, step: int
 ) -> None:
-    """Picture of what the source already shows, decoded without any flow, right of the image that it should be."""
+    """Grid: the true image left, z_T decoded without the flow right."""
     if not config.losses.image_regression_weight:
         return  # z_T has nothing to do with the image then
-    batch = tokens.first(config.pictures.num_samples)
-    tokenizer = load_tokenizer(config.tokenizer_run)[0].to(run.device)
+    batch = tokens.first(config.num_pictures)
+    tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     states = tokens.text_states(batch)
     true = tokenizer.decode(tokens.image_posterior(batch).mean, states)
-    source = tokenizer.decode(model.posterior(states).mean / info.latent_scale, states)
-    save_png(
-        caption_grid(pair_rows(true, source), batch["caption"], columns=4),
-        sample_path(run.folder, step),
-    )
+    latents = projector.posterior(states).mean / tokens.info.latent_scale
+    pairs = pair_rows(true, tokenizer.decode(latents, states))
+    save_png(caption_grid(pairs, batch["caption"], columns=4), sample_path(run.folder, step))
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("text_projector", __doc__)
+    stage = parse_stage_args(TextProjectorStage, __doc__)
     exit_on_error(lambda: main(stage))

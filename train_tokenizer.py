@@ -1,104 +1,308 @@
-"""Stage 1: train the image tokenizer (TA-TiTok with RoPE and SwiGLU, as a VAE; paper, Sec. 3.2).
+"""Stage 1: train the image tokenizer (TA-TiTok with RoPE and SwiGLU, a VAE; paper, Sec. 3.2).
 
     accelerate launch train_tokenizer.py --config configs/demo/tokenizer.yaml [key=value ...]
-    python train_tokenizer.py --config configs/demo/tokenizer.yaml training.max_steps=100      (one process)
+    python train_tokenizer.py --config configs/demo/tokenizer.yaml training.max_steps=100
 
-In: image shards with captions. Out: a run folder; its EMA weights encode images to K x C tokens and decode them.
-Losses: pixels, perceptual (modeling/perceptual.py), adversarial from a step on (modeling/adversarial.py), KL; each is
-off by weight 0. Watch channels_in_use and posterior_std/*: a posterior collapse shows there first.
+The second: one process. In: image shards with captions. Out: a run folder; its EMA weights encode
+images to K x C tokens and decode them. K is the text tower's number of tokens.
+Losses: pixels, perceptual (modeling/perceptual.py), adversarial from a step on
+(modeling/discriminator.py), KL; each is off by weight 0. Watch channels_in_use and posterior_std:
+a posterior collapse shows there first.
 The same command resumes, and does nothing when the run is complete.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from configs.load import default_values, exit_on_error, parse_stage_args, resolved
-from configs.schema import TokenizerStage
-from data.image_text import build_image_loader, read_images
+from configs.cli import exit_on_error, parse_stage_args
+from data.image_text import ImageTextConfig, build_image_loader, read_images
 from data.tar import expand_shards
-from eval.during_training import ReconstructionEvaluation
+from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from eval.images import ImageSet, list_images
-from modeling.adversarial import Adversary, generator_loss, hinge_discriminator_loss, is_active
-from modeling.image_tokenizer import ImageTokenizer
+from modeling.activation_checkpointing import (
+    ActivationCheckpointing,
+    set_activation_checkpointing,
+)
+from modeling.discriminator import (
+    AdversarialConfig,
+    Discriminator,
+    DiscriminatorConfig,
+    discriminator_loss,
+    generator_loss,
+    is_active,
+)
+from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.losses import (
+    ReconstructionLossConfig,
     kl_loss,
+    loss_weights,
     posterior_statistics,
     reconstruction_losses,
-    reconstruction_weights,
-    weighted_sum,
+    weighted_terms,
 )
-from modeling.perceptual import PerceptualLoss
-from modeling.text_encoder import TextEncoder, TextTokenizer, load_text_encoder
+from modeling.perceptual import PerceptualConfig, PerceptualLoss
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import latest_checkpoint
-from training.loading import fingerprint, load_tokenizer
-from training.loop import Evaluation, Trainer, batch_per_pass, is_complete
+from training.loading import load_tokenizer
+from training.loop import Evaluation, batch_per_process, is_complete, train
+from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
-from training.player import Opponent, Player
 from training.run import Run, save_config, start_run
+from training.stage import TrainedStage
+
+
+@dataclass
+class PictureConfig:
+    """The picture on the way: the first images, true left, reconstructed right."""
+
+    num_samples: int = 16
+    shards: list[str] = field(default_factory=list)  # whose images; empty: the training shards
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+
+
+@dataclass
+class TokenizerStage(TrainedStage):
+    """What can be set in tokenizer.yaml, besides the parts' own fields."""
+
+    # The text tower of the whole experiment: all later stages take it from this run.
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    activation_checkpointing: ActivationCheckpointing = "none"
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    # A stage-1 run of any size to start from: what does not fit starts afresh and is listed.
+    init_from: str = ""
+    freeze_encoder: bool = False  # train the decoder only: the latents stay what they are
+    losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+    evaluation: ReconstructionEvaluationConfig = field(
+        default_factory=ReconstructionEvaluationConfig
+    )
+
+    stage = "tokenizer"
+    networks = ("tokenizer",)
+
+    def check(self) -> None:
+        """Refuse parts that do not go together."""
+        super().check()
+        self.data.check()
+        start, end = self.adversarial.start_step, self.training.max_steps
+        if self.adversarial.weight and start >= end:
+            raise ValueError(
+                f"adversarial.start_step={start} is not before training.max_steps={end}: lower it, "
+                "or turn the adversarial loss off by adversarial.weight=0"
+            )
+        if self.evaluation.every_steps and not self.evaluation_shards():
+            raise ValueError("evaluation.every_steps needs images: set evaluation.shards")
+        if self.freeze_encoder and not self.init_from:
+            raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
+        if self.freeze_encoder and self.losses.kl_weight:
+            raise ValueError(
+                "freeze_encoder=true: the KL of a frozen encoder teaches nothing, set "
+                f"losses.kl_weight=0 (it is {self.losses.kl_weight})"
+            )
+
+    def evaluation_shards(self) -> list[str]:
+        """Whose images are measured on the way."""
+        return self.evaluation.shards or self.pictures.shards
+
+    def image_shards(self) -> list[str]:
+        return self.data.all_shards() + self.pictures.shards
+
+    def earlier_runs(self) -> dict[str, str]:
+        return {"init_from": self.init_from} if self.init_from else {}
+
+
+class Parts(NamedTuple):
+    """What the steps, pictures and evaluations of the stage share."""
+
+    run: Run
+    text_encoder: TextEncoder
+    perceptual: PerceptualLoss | None
 
 
 def main(config: TokenizerStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
+    # The text tower: its length is the number of latent tokens.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    guided = config.tokenizer.text_guidance
-    tokenize = TextTokenizer(config.text_encoder) if guided else None
-    text_encoder = load_text_encoder(config.text_encoder).to(run.device) if guided else None
-    if guided:
-        check_text_shape(config, text_encoder)
-    inputs = {"text_encoder": fingerprint(text_encoder)} if guided else {}
-    if is_complete(run, config.training, inputs):
+    text_encoder = load_text_encoder(config.text_encoder).to(run.device)
+    length, width = text_encoder.shape
+    config.tokenizer = replace(
+        config.tokenizer, num_tokens=length, text_tokens=length, text_width=width
+    )
+    inputs = {"text_encoder": text_encoder.identity}
+    if is_complete(run, training, inputs):
         return
-    evaluation = build_evaluation(config, text_encoder, tokenize)
-    started = latest_checkpoint(run.folder) is not None
-    perceptual = build_perceptual(config, run)
-    expand_shards(picture_shards(config) or config.data.all_shards(), config.data.allow_pipe)
+
+    # Data, and all that a picture or an evaluation will read.
+    evaluation = build_evaluation(config, text_encoder)
+    has_checkpoint = latest_checkpoint(run.folder) is not None
+    parts = Parts(run, text_encoder, build_perceptual(config, run))
+    expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
     loader = build_image_loader(
         config.data,
         config.tokenizer.image_size,
-        tokenize,
-        batch_per_pass(run, config.training),
-        config.training.seed,
+        text_encoder.tokenize,
+        batch_per_process(run, training),
+        training.seed,
         run.accelerator.process_index,
         run.accelerator.num_processes,
         pin_memory=run.device.type == "cuda",
     )
-    model = build_model(config, run, started)
-    save_config(run, resolved(config), default_values(config), ["tokenizer"], started)
-    losses = TokenizerLosses(config, run, text_encoder, perceptual)
-    trainer = Trainer(
-        run, config.training, config.optimizer, model, loader, inputs, losses.opponent
-    )
-    save_pictures = partial(save_reconstructions, config, run, text_encoder, tokenize)
-    trainer.train(
-        lambda model, batch: losses(model, batch, trainer.step),
-        config.logging,
-        save_pictures,
-        evaluation,
+
+    # Tokenizer and discriminator.
+    model = build_model(config, run, has_checkpoint)
+    save_config(run, config, has_checkpoint)
+    clip = training.max_gradient_norm
+    networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
+    if config.adversarial.weight:
+        discriminator = Discriminator(DiscriminatorConfig(), config.adversarial.lecam_decay)
+        optimizer = config.discriminator_optimizer
+        networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
+
+    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
+        return train_step(config, parts, networks, batches, index)
+
+    def save_samples(model: ImageTokenizer, step: int) -> None:
+        save_reconstructions(config, parts, model, step)
+
+    train(
+        run=run,
+        config=training,
+        logging=config.logging,
+        networks=networks,
+        step_fn=step,
+        loader=loader,
+        inputs=inputs,
+        save_samples=save_samples,
+        evaluation=evaluation,
     )
 
 
-def build_evaluation(
-    config: TokenizerStage, text_encoder: TextEncoder | None, tokenize: TextTokenizer | None
-) -> Evaluation | None:
+def train_step(
+    config: TokenizerStage,
+    parts: Parts,
+    networks: dict[str, OptimizedNetwork],
+    batches: Sequence[dict],
+    index: int,
+) -> dict[str, Tensor]:
+    """Generator update, then from adversarial.start_step on discriminator update.
+
+    index: of the step, from 0. Returns the mean terms of both, those of the discriminator as
+    "discriminator/NAME".
+    """
+    tokenizer = networks[""]
+    start = config.adversarial.start_step
+    is_adversarial = is_active(config.adversarial, index)
+    judge = networks["discriminator_"].module if is_adversarial else None
+    max_steps = config.training.max_steps
+    means: dict[str, Tensor] = {}
+    pairs = []  # of images and reconstructions, for the discriminator
+
+    # Generator: the losses of the reconstructions, the adversarial one among them.
+    for number, batch in enumerate(batches, start=1):
+        images = to_unit(batch["image"], parts.run.device)
+        with tokenizer.gradients(is_last=number == len(batches)) as model:
+            states = encode_text(parts, batch)
+            reconstructions, mean, logvar = model(images, states)
+            terms = generator_terms(config, parts, judge, images, reconstructions, mean, logvar)
+            tokenizer.backward(terms["loss"] / len(batches))
+        add_mean(means, terms, len(batches))
+        if is_adversarial:
+            pairs.append((images, reconstructions.detach()))
+    means["gradient_norm"] = tokenizer.update(index, max_steps)
+    if not is_adversarial:
+        return means
+
+    # Discriminator: the same images and reconstructions; its schedule begins at start_step.
+    discriminator = networks["discriminator_"]
+    for number, (images, reconstructions) in enumerate(pairs, start=1):
+        with discriminator.gradients(is_last=number == len(pairs)) as model:
+            real, fake = model(torch.cat([images, reconstructions])).chunk(2)
+            terms = discriminator_terms(config, judge, real, fake)
+            discriminator.backward(terms["loss"] / len(pairs))
+        named = {f"discriminator/{name}": value for name, value in terms.items()}
+        add_mean(means, named, len(pairs))
+    norm = discriminator.update(index - start, max_steps - start)
+    means["discriminator/gradient_norm"] = norm
+
+    # LeCam's averages follow the logits of the whole step.
+    judge.lecam.update(means["discriminator/real"], means["discriminator/fake"])
+    return means
+
+
+def generator_terms(
+    config: TokenizerStage,
+    parts: Parts,
+    discriminator: Discriminator | None,
+    images: Tensor,
+    reconstructions: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+) -> dict[str, Tensor]:
+    """Terms of one batch, raw and weighted, and how the latents are used.
+
+    Args:
+        images, reconstructions: B x 3 x R x R, images in [0, 1].
+        mean, logvar: B x K x C, of the posterior.
+    """
+    terms = reconstruction_losses(images, reconstructions)
+    weights = loss_weights(config.losses)
+    terms["kl"] = kl_loss(mean, logvar)
+    if parts.perceptual is not None:
+        terms |= parts.perceptual(reconstructions, images)
+    if discriminator is not None:
+        # The discriminator only passes the gradient on.
+        discriminator.requires_grad_(False)
+        with parts.run.accelerator.autocast():
+            terms["adversarial"] = generator_loss(discriminator(reconstructions))
+        discriminator.requires_grad_(True)
+        weights["adversarial"] = config.adversarial.weight
+    weighted = weighted_terms(terms, weights)
+    terms |= {f"weighted/{name}": term for name, term in weighted.items()}
+    terms["loss"] = sum(weighted.values())
+    return terms | posterior_statistics(mean, logvar)
+
+
+def discriminator_terms(
+    config: TokenizerStage, discriminator: Discriminator, real: Tensor, fake: Tensor
+) -> dict[str, Tensor]:
+    """Terms of the discriminator's loss, and its mean logits."""
+    terms = {
+        "hinge": discriminator_loss(real, fake),
+        "lecam": discriminator.lecam.penalty(real, fake),
+    }
+    terms["loss"] = terms["hinge"] + config.adversarial.lecam_weight * terms["lecam"]
+    return terms | {"real": real.detach().mean(), "fake": fake.detach().mean()}
+
+
+def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evaluation | None:
     """What is measured on the way, with its images listed; None if nothing is.
 
     Raises:
         ValueError: no such images.
     """
-    part, data = config.evaluation, config.data
-    if not part.every_steps:
+    if not config.evaluation.every_steps:
         return None
-    entries = list_images(part.shards or config.pictures.shards)[: part.num_images or None]
-    images = ImageSet(
-        entries, config.tokenizer.image_size, tuple(data.caption_keys), tuple(data.background)
-    )
+    entries = list_images(config.evaluation_shards())[: config.evaluation.num_images or None]
+    data = config.data
+    size = config.tokenizer.image_size
+    images = ImageSet(entries, size, tuple(data.caption_keys), tuple(data.background))
     bf16 = config.training.precision == "bf16"
-    return Evaluation(
-        part.every_steps, ReconstructionEvaluation(part, images, text_encoder, tokenize, bf16)
+    measure = ReconstructionEvaluation(
+        config.evaluation, images, text_encoder, text_encoder.tokenize, bf16
     )
+    return Evaluation(config.evaluation.every_steps, measure)
 
 
 def build_perceptual(config: TokenizerStage, run: Run) -> PerceptualLoss | None:
@@ -109,26 +313,27 @@ def build_perceptual(config: TokenizerStage, run: Run) -> PerceptualLoss | None:
         return PerceptualLoss(config.perceptual).to(run.device)
 
 
-def build_model(config: TokenizerStage, run: Run, started: bool) -> ImageTokenizer:
-    """The tokenizer, from `init_from` as far as that fits; a resumed run loads its own weights later."""
+def build_model(config: TokenizerStage, run: Run, has_checkpoint: bool) -> ImageTokenizer:
+    """The tokenizer, from `init_from` as far as that fits; a resumed run loads its own weights."""
     model = ImageTokenizer(config.tokenizer)
-    if config.init_from and not started:
+    if config.init_from and not has_checkpoint:
         load_what_fits(model, config.init_from, run)
-    model.set_recompute(config.activation_checkpointing)
+    set_activation_checkpointing(model, config.activation_checkpointing)
     model.encoder.requires_grad_(not config.freeze_encoder)
     return model
 
 
 def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
-    """Take over the tensors of another tokenizer that have the same name and shape; the others are listed.
+    """Take the tensors of another tokenizer that have the same name and shape; list the others.
 
-    RoPE has no weights: its angles follow the image's grid. The learned positions belong to latent and text tokens, so
-    that they fit any resolution.
+    RoPE has no weights: its angles follow the image's grid. The learned positions belong to latent
+    and text tokens, so they fit any resolution.
 
     Raises:
         ValueError: nothing fits.
     """
-    source, own = load_tokenizer(run_dir)[0].state_dict(), model.state_dict()
+    source = load_tokenizer(run_dir).state_dict()
+    own = model.state_dict()
     fitting = {
         name: tensor
         for name, tensor in source.items()
@@ -147,126 +352,35 @@ def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
         run.say(f"  left behind: {name} {tuple(source[name].shape)}")
 
 
-def picture_shards(config: TokenizerStage) -> list[str] | None:
-    """Shards whose first images are reconstructed in the pictures; None: those of the training data."""
-    return config.pictures.shards or None
-
-
-def check_text_shape(config: TokenizerStage, text_encoder: TextEncoder) -> None:
-    """Refuse a decoder built for other text states than the tower gives."""
-    expected = (text_encoder.context_length, text_encoder.width)
-    if (config.tokenizer.text_tokens, config.tokenizer.text_width) != expected:
-        raise ValueError(
-            f"tokenizer.text_tokens x text_width = {config.tokenizer.text_tokens} x {config.tokenizer.text_width}, but "
-            f"{config.text_encoder.model} gives {expected[0]} x {expected[1]}"
-        )
-
-
 def to_unit(images: Tensor, device: torch.device) -> Tensor:
     """uint8 images of a batch -> float32 in [0, 1] on the device."""
     return images.to(device, non_blocking=True).float().div_(255)
 
 
-def encode_text(run: Run, text_encoder: TextEncoder | None, batch: dict) -> Tensor | None:
-    """Text states of a batch in the run's precision, or None without guidance."""
-    if text_encoder is None:
-        return None
-    with run.accelerator.autocast():
-        return text_encoder(batch["token_ids"].to(run.device, non_blocking=True))
-
-
-class TokenizerLosses:
-    """The loss terms of the tokenizer, and of the discriminator on what the tokenizer just made.
-
-    `opponent` is the discriminator's part in training, or None without an adversarial loss.
-    """
-
-    def __init__(
-        self,
-        config: TokenizerStage,
-        run: Run,
-        text_encoder: TextEncoder | None,
-        perceptual: PerceptualLoss | None,
-    ):
-        self.config, self.run, self.text_encoder, self.perceptual = (
-            config,
-            run,
-            text_encoder,
-            perceptual,
-        )
-        self.opponent, self._images, self._logit_means = None, None, []
-        if config.adversarial.weight:
-            self.adversary = Adversary(config.discriminator, config.adversarial.lecam_decay)
-            player = Player(run, self.adversary, config.discriminator_optimizer)
-            start = config.adversarial.start_step
-            self.opponent = Opponent(player, self.discriminator_terms, self.move_averages, start)
-
-    def __call__(self, model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
-        """Terms of one batch at a step (counted from 0), raw and weighted, and how the latents are used."""
-        config, images = self.config, to_unit(batch["image"], self.run.device)
-        reconstructions, mean, logvar = model(
-            images, encode_text(self.run, self.text_encoder, batch)
-        )
-        terms, weights = (
-            reconstruction_losses(images, reconstructions),
-            reconstruction_weights(config.losses),
-        )
-        terms["kl"] = kl_loss(mean, logvar)
-        if self.perceptual is not None:
-            terms |= self.perceptual(reconstructions, images)
-        if is_active(config.adversarial, step):
-            self._images = images, reconstructions.detach()
-            terms["adversarial"], weights["adversarial"] = (
-                self.deceive(reconstructions),
-                config.adversarial.weight,
-            )
-        return weighted_sum(terms, weights) | posterior_statistics(mean, logvar)
-
-    def deceive(self, reconstructions: Tensor) -> Tensor:
-        """Generator loss through a discriminator that gets no gradient."""
-        self.adversary.requires_grad_(False)
-        with self.run.accelerator.autocast():
-            loss = generator_loss(self.adversary.discriminator(reconstructions))
-        self.adversary.requires_grad_(True)
-        return loss
-
-    def discriminator_terms(self, wrapped: nn.Module) -> dict[str, Tensor]:
-        """Terms of the discriminator on the last batch and its detached reconstructions."""
-        real, fake = wrapped(*self._images)
-        terms = {
-            "hinge": hinge_discriminator_loss(real, fake),
-            "lecam": self.adversary.lecam.penalty(real, fake),
-        }
-        terms["loss"] = terms["hinge"] + self.config.adversarial.lecam_weight * terms["lecam"]
-        means = {"real": real.detach().mean(), "fake": fake.detach().mean()}
-        self._logit_means.append(torch.stack([*means.values()]))
-        return terms | means
-
-    def move_averages(self) -> None:
-        """Let LeCam's averages follow the step's logits."""
-        self.adversary.lecam.update(*torch.stack(self._logit_means).mean(dim=0))
-        self._logit_means.clear()
+def encode_text(parts: Parts, batch: dict) -> Tensor:
+    """Text states of a batch in the run's precision, B x L x T."""
+    token_ids = batch["token_ids"].to(parts.run.device, non_blocking=True)
+    with parts.run.accelerator.autocast():
+        return parts.text_encoder(token_ids)
 
 
 @torch.no_grad()
 def save_reconstructions(
-    config: TokenizerStage,
-    run: Run,
-    text_encoder: TextEncoder | None,
-    tokenize: TextTokenizer | None,
-    model,
-    step: int,
+    config: TokenizerStage, parts: Parts, model: ImageTokenizer, step: int
 ) -> None:
-    """Picture: originals left, EMA reconstructions (posterior mean) right."""
+    """Grid: originals left, EMA reconstructions of the posterior's mean right."""
     number = config.pictures.num_samples
-    size, shards = config.tokenizer.image_size, picture_shards(config)
-    batch = next(read_images(config.data, size, tokenize, number, shards=shards, limit=number))
-    images = to_unit(batch["image"], run.device)
-    reconstructions = model.decode(model.encode(images).mean, encode_text(run, text_encoder, batch))
+    shards = config.pictures.shards or None
+    size = config.tokenizer.image_size
+    tokenize = parts.text_encoder.tokenize
+    reader = read_images(config.data, size, tokenize, number, shards=shards, limit=number)
+    batch = next(reader)
+    images = to_unit(batch["image"], parts.run.device)
+    reconstructions = model.decode(model.encode(images).mean, encode_text(parts, batch))
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)
-    save_png(sheet, sample_path(run.folder, step))
+    save_png(sheet, sample_path(parts.run.folder, step))
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("tokenizer", __doc__)
+    stage = parse_stage_args(TokenizerStage, __doc__)
     exit_on_error(lambda: main(stage))

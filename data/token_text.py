@@ -36,6 +36,11 @@ NPY_MAGIC = b"\x93NUMPY"
 class TokenTextConfig(ReaderConfig):
     """Token shards. Of the filters, those on captions and on the sample's JSON apply."""
 
+    # accept shards that another tokenizer made, or nobody knows which
+    any_tokenizer: bool = False
+    # z_I = latent_scale * latent; 0: as measured when the tokens were written
+    latent_scale: float = 0.0
+
 
 def build_token_loader(
     cfg: TokenTextConfig,

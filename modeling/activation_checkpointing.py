@@ -1,9 +1,10 @@
-"""Activation checkpointing of transformer blocks: what is kept for the backward pass, and what is computed again.
+"""Activation checkpointing of transformer blocks: what is kept for the backward pass.
 
 none        keep every saved tensor.
-selective   keep the outputs of matrix products and attention, compute the rest (norms, modulation, activations) again:
-            about half the memory for almost no extra work.
-full        keep only each block's input: the least memory, one more forward pass (a third more work).
+selective   keep the outputs of matrix products and attention and recompute the rest (norms,
+            modulation, activations): about half the memory for almost no extra work.
+full        keep only each block's input: the least memory, one more forward pass (a third more
+            work).
 Gradients are the same to the bit, dropout included.
 """
 
@@ -18,10 +19,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 ATEN = torch.ops.aten
-KEPT_OPS = {
+SAVED_OPS = {
     ATEN.mm.default,
     ATEN.addmm.default,
     ATEN.bmm.default,
@@ -32,16 +33,25 @@ KEPT_OPS = {
 }
 
 
-def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep what is dear to compute again."""
-    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+def save_expensive_ops(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Save the outputs of expensive ops."""
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(block: nn.Module, mode: Recompute, *inputs: Tensor | tuple | slice) -> Tensor:
-    """block(*inputs), with its activations kept for the backward pass as `mode` says."""
+def run_block(
+    block: nn.Module, mode: ActivationCheckpointing, *inputs: Tensor | tuple | slice
+) -> Tensor:
+    """block(*inputs), keeping its activations for the backward pass as `mode` says."""
     if mode == "none" or not torch.is_grad_enabled():
         return block(*inputs)
     if mode == "full":
         return checkpoint(block, *inputs, use_reentrant=False)
-    context_fn = partial(create_selective_checkpoint_contexts, keep_products)
+    context_fn = partial(create_selective_checkpoint_contexts, save_expensive_ops)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=context_fn)
+
+
+def set_activation_checkpointing(network: nn.Module, mode: ActivationCheckpointing) -> None:
+    """Choose the mode of every transformer of a network; weights do not depend on it."""
+    for module in network.modules():
+        if hasattr(module, "activation_checkpointing"):
+            module.activation_checkpointing = mode

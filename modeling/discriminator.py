@@ -1,18 +1,25 @@
-"""The PatchGAN discriminator of stage 1, as the public TA-TiTok recipe and MaskBit's VQGAN+ have it.
+"""The PatchGAN discriminator of stage 1 and its losses: hinge and LeCam (public TA-TiTok recipe).
 
-In: images B x 3 x R x R in [0, 1], taken as they are (the public recipe does not scale them either). Out: one logit
-per patch, B x 1 x 16 x 16 whatever R is, high for real. Losses: modeling/adversarial.py.
+In: images B x 3 x R x R in [0, 1], taken as they are (the recipe does not scale them either). Out:
+one logit per patch, B x 1 x 16 x 16 whatever R is, high for real. No layer mixes samples, so
+`net(cat([real, fake])).chunk(2)` scores both in one pass.
 
-The stem and the stages, nearly all of the cost, run in the caller's autocast precision; pooling and head run in
-float32, so that logits are float32 (differs from the public recipe, where all of it is float32). No layer mixes
-samples: `net(cat([real, fake])).chunk(2)` scores both in one pass.
+Order within a step: the tokenizer's update, with `generator_loss` through a discriminator that gets
+no gradient; then the discriminator's, on the same images and detached reconstructions, with
+discriminator_loss + lecam_weight * penalty; then `LeCam.update`. There is no adaptive weight.
+
+Stem and stages, nearly all of the cost, run in the caller's autocast precision; pooling and head
+run in float32, so that logits and losses are float32 (differs from the recipe: all of it float32).
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from modeling.layers import check_not_negative
 
 NUM_GROUPS = 32  # of GroupNorm
 SLOPE = 0.1  # of LeakyReLU
@@ -23,60 +30,111 @@ LOGIT_GRID = 16  # patches along each side
 class DiscriminatorConfig:
     """Size of the discriminator; 1.91M weights as it stands."""
 
-    hidden_channels: int = (
-        128  # of the stem and the first stage, doubled from stage to stage; a multiple of 32
-    )
+    # Of the stem and the first stage, doubled from stage to stage; a multiple of 32
+    hidden_channels: int = 128
     num_stages: int = 3  # each halves the resolution
 
     def __post_init__(self):
         if self.hidden_channels < 1 or self.hidden_channels % NUM_GROUPS:
             raise ValueError(
-                f"discriminator.hidden_channels must be a multiple of 32, got {self.hidden_channels}"
+                f"hidden_channels must be a multiple of {NUM_GROUPS}, got {self.hidden_channels}"
             )
         if self.num_stages < 1:
-            raise ValueError(f"discriminator.num_stages must be at least 1, got {self.num_stages}")
+            raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
+
+
+@dataclass
+class AdversarialConfig:
+    """When and how much the discriminator counts; its learning rate has its own section."""
+
+    # Of the generator loss, 0.1 in the recipe; 0: off, and no discriminator is built
+    weight: float = 0.0
+    start_step: int = 200_000  # the discriminator's training and the generator loss start here
+    lecam_weight: float = 0.001  # of the penalty in the discriminator's loss
+    lecam_decay: float = 0.999  # of the averages of the logits, per step
+
+    def __post_init__(self):
+        check_not_negative(self, "weight", "start_step", "lecam_weight")
+        if not 0 <= self.lecam_decay < 1:
+            raise ValueError(f"lecam_decay must be in [0, 1), got {self.lecam_decay}")
+
+
+def is_active(config: AdversarialConfig, step: int) -> bool:
+    """Whether step `step`, counted from 0, trains the discriminator and has the generator loss."""
+    return config.weight > 0 and step >= config.start_step
 
 
 class BlurPool(nn.Module):
-    """Halve the resolution after blurring with (1, 3, 3, 1) / 8 along rows and columns; zeros around, odd sizes up.
+    """Halve the resolution after blurring with (1, 3, 3, 1) / 8; zeros around, odd sizes up.
 
-    Not timm's BlurPool2d: with four taps it pads by two on each side and returns a row and a column too many.
+    Not timm's BlurPool2d: with four taps it pads by two on each side and returns a row and a
+    column too many.
     """
 
     def __init__(self):
         super().__init__()
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer(
-            "kernel", (taps[:, None] * taps)[None, None], persistent=False
-        )  # 1 x 1 x 4 x 4
+        kernel = (taps[:, None] * taps)[None, None]  # 1 x 1 x 4 x 4
+        self.register_buffer("kernel", kernel, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         x = F.pad(x, (1, 1 + w % 2, 1, 1 + h % 2))
-        return F.conv2d(
-            x, self.kernel.expand(c, -1, -1, -1), stride=2, groups=c
-        )  # B x C x H/2 x W/2
+        kernel = self.kernel.expand(c, -1, -1, -1)
+        return F.conv2d(x, kernel, stride=2, groups=c)  # B x C x H/2 x W/2
+
+
+class LeCam(nn.Module):
+    """Penalty on logits far from the other side's running average (Tseng et al., arXiv 2104.03310).
+
+    penalty = max(0, mean real - ema_fake)^2 + max(0, ema_real - mean fake)^2,
+    ema <- decay ema + (1 - decay) mean, both from 0 without bias correction: the recipe's form. The
+    LeCam paper squares each logit's distance, then averages. Differs from the recipe: means are
+    over all processes, which so hold equal averages and, once DDP has averaged gradients, give the
+    gradient of one process with the joined batch. Every process must call both methods.
+
+    The averages are buffers, so that a checkpoint has them; there is no parameter.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("ema_real", torch.zeros(()))
+        self.register_buffer("ema_fake", torch.zeros(()))
+
+    def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """The penalty with the averages as they are; its gradient reaches both logits."""
+        means = torch.stack([real_logits.float().mean(), fake_logits.float().mean()])
+        # The value of all processes, the gradient of this one
+        means = means + (average_over_processes(means) - means).detach()
+        return F.relu(means[0] - self.ema_fake).square() + F.relu(self.ema_real - means[1]).square()
+
+    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
+        """Move the averages towards this step's mean logits (scalars); after `penalty`."""
+        means = average_over_processes(torch.stack([real_mean, fake_mean]).float())
+        self.ema_real.lerp_(means[0], 1 - self.decay)
+        self.ema_fake.lerp_(means[1], 1 - self.decay)
 
 
 class Discriminator(nn.Module):
-    """Stem, stages of (conv, blur-pool, GroupNorm, LeakyReLU), max-pool to 16 x 16, head. "Same" padding throughout."""
+    """Stem, stages of (conv, blur-pool, GroupNorm, LeakyReLU), max-pool to 16 x 16, head.
 
-    def __init__(self, config: DiscriminatorConfig):
+    Padding is "same" throughout. LeCam's averages are in it for one checkpoint file.
+    """
+
+    def __init__(self, config: DiscriminatorConfig, lecam_decay: float = 0.999):
         super().__init__()
         channels = [config.hidden_channels * 2**stage for stage in range(config.num_stages)]
         self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 5, padding=2), nn.LeakyReLU(SLOPE))
-        self.stages = nn.Sequential(
-            *(
-                self._stage(inside, outside)
-                for inside, outside in zip([channels[0], *channels], channels)
-            )
-        )
+        inputs = [channels[0], *channels[:-1]]
+        self.stages = nn.Sequential(*map(self._stage, inputs, channels))
         self.pool = nn.AdaptiveMaxPool2d(LOGIT_GRID)
         self.head = nn.Sequential(
             nn.Conv2d(channels[-1], channels[-1], 1),
             nn.LeakyReLU(SLOPE),
             nn.Conv2d(channels[-1], 1, 5, padding=2),
         )
+        self.lecam = LeCam(lecam_decay)
         self.init_weights()
 
     @staticmethod
@@ -89,7 +147,7 @@ class Discriminator(nn.Module):
         )
 
     def init_weights(self) -> None:
-        """Weights and biases of the convs uniform in +-fan_in^-0.5 (PyTorch's own, as in the recipe), norms 1 and 0."""
+        """Convs uniform in +-fan_in^-0.5 (PyTorch's own, as in the recipe), norms 1 and 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 bound = module.weight[0].numel() ** -0.5
@@ -102,7 +160,27 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stages(self.stem(images))  # B x C x R/8 x R/8 with three stages
         with torch.autocast(x.device.type, enabled=False):
-            x = self.pool(
-                x.to(self.head[0].weight.dtype)
-            )  # B x C x 16 x 16, repeated where R/8 < 16
-            return self.head(x)  # B x 1 x 16 x 16
+            x = x.to(self.head[0].weight.dtype)
+            return self.head(self.pool(x))  # B x 1 x 16 x 16, repeated where R/8 < 16
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge: (mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2; 1 at logits of 0."""
+    real = F.relu(1 - real_logits.float()).mean()
+    fake = F.relu(1 + fake_logits.float()).mean()
+    return (real + fake) / 2
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """-mean fake, the generator's side of the hinge loss."""
+    return -fake_logits.float().mean()
+
+
+def average_over_processes(values: Tensor) -> Tensor:
+    """Mean of a tensor over all processes, without gradient."""
+    values = values.detach()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

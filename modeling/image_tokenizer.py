@@ -1,26 +1,27 @@
-"""The image tokenizer: TA-TiTok with RoPE and SwiGLU as a VAE over 1D tokens (paper, Sec. 3.2 and 4.1).
+"""The image tokenizer: TA-TiTok with RoPE and SwiGLU as a VAE over 1D tokens (Sec. 3.2, 4.1).
 
 Encoder: patches + learned latent tokens -> transformer -> posterior of K x C tokens.
 Decoder: mask tokens + latent tokens + text states (the guidance) -> transformer -> image.
 In and out: images B x 3 x R x R in [0, 1] (the decoder's output is not clamped), tokens B x K x C.
-Sequences are ordered [patches; latents] and [masks; latents; text]; only patches and masks carry RoPE, unless
-`latent_grid` also gives the latents a position on a coarse grid over the image.
+Sequences are ordered [patches; latents] and [masks; latents; text]. Only patches and masks carry
+RoPE, unless `latent_grid` also gives the latents a position on a coarse grid over the image.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from modeling.activation_checkpointing import Recompute, run_block
-from modeling.layers import Attention, SwiGLU, axial_rope_table, init_linear_
+from modeling.activation_checkpointing import ActivationCheckpointing, run_block
+from modeling.layers import FROM_TEXT_ENCODER, Attention, SwiGLU, axial_rope_table, init_linear_
 from modeling.posterior import Posterior, split_moments
 
 
 @dataclass
 class TransformerSize:
-    """Size of one plain transformer: small 512/8/8, base 768/12/12, large 1024/24/16 (width/depth/num_heads)."""
+    """Size of one transformer: small 512/8/8, base 768/12/12, large 1024/24/16 (as listed here)."""
 
     width: int = 768
     depth: int = 12
@@ -29,47 +30,39 @@ class TransformerSize:
 
 @dataclass
 class ImageTokenizerConfig:
-    """Sizes of the tokenizer; the defaults are the paper's 256 px base encoder and large decoder."""
+    """Sizes of the tokenizer; the defaults are the paper's 256 px base encoder, large decoder."""
 
     image_size: int = 256  # pixels, a multiple of patch_size
     patch_size: int = 16  # pixels
-    num_tokens: int = 77  # K, must equal the text tower's context length for the flow stages
+    num_tokens: int = field(
+        default=77, metadata=FROM_TEXT_ENCODER
+    )  # K = L: text flows into image by token
     token_channels: int = 16  # C
     encoder: TransformerSize = field(default_factory=TransformerSize)
     decoder: TransformerSize = field(default_factory=lambda: TransformerSize(1024, 24, 16))
-    text_guidance: bool = True  # the decoder reads the caption's text states
-    text_tokens: int = 77  # L of the text states
-    text_width: int = 768  # channels of the text states
-    # Not in the paper: give latent token k a RoPE position at the centre of its cell of a rows x columns grid over the
-    # image. With query_key_bias > 0 attention is local from the first step, which short runs need
-    # (README, "The demo's recipe"). Empty: latents carry no position, as in the paper.
-    latent_grid: list[int] = field(
-        default_factory=list
-    )  # [rows, columns], rows * columns = num_tokens
-    query_key_bias: float = 0.0  # initial value of the biases of q and k; 0 in the paper
-    init_std: float = (
-        0.02  # of linear layers, TA-TiTok's; 0: Xavier uniform, which narrow networks need
-    )
-    initial_logvar: float = (
-        0.0  # initial log-variance of the posterior; lower lets short runs use the latents at once
-    )
+    text_tokens: int = field(default=77, metadata=FROM_TEXT_ENCODER)  # L
+    text_width: int = field(default=768, metadata=FROM_TEXT_ENCODER)  # T
+
+    # Not in the paper, for small scale (docs/recipe.md):
+    # Give each latent token a RoPE position at the centre of its cell of a grid over the image.
+    # With query_key_bias > 0 attention is local from the first step, which short runs need.
+    latent_grid: bool = False
+    query_key_bias: float = 0.0  # initial value of the biases of q and k
+    # Of linear layers: TA-TiTok's; 0: Xavier uniform, which narrow networks need
+    init_std: float = 0.02
+    # Initial log-variance of the posterior; a lower one lets short runs use the latents at once
+    initial_logvar: float = 0.0
 
     def __post_init__(self):
         if self.patch_size <= 0 or self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
-        if self.latent_grid and (
-            len(self.latent_grid) != 2
-            or self.latent_grid[0] * self.latent_grid[1] != self.num_tokens
-        ):
-            raise ValueError(
-                f"latent_grid {self.latent_grid} must be [rows, columns] with {self.num_tokens} cells (num_tokens)"
-            )
         for name, size in (("encoder", self.encoder), ("decoder", self.decoder)):
             if size.width % (4 * size.num_heads):
                 raise ValueError(
-                    f"{name}.width {size.width} must be a multiple of 4 * num_heads = {4 * size.num_heads}"
+                    f"{name}.width {size.width} must be a multiple of 4 * num_heads = "
+                    f"{4 * size.num_heads}"
                 )
 
     @property
@@ -89,18 +82,18 @@ class TokenizerBlock(nn.Module):
         self.mlp = SwiGLU(width)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kept: slice | None = None) -> Tensor:
-        """`kept`: compute these tokens alone, from all; the last block's others are never read."""
+        """`kept`: compute only these tokens, from all; nobody reads the last block's others."""
         attended = self.attention(self.norm_attention(x), rope, kept)
         x = attended + (x if kept is None else x[:, kept])
         return x + self.mlp(self.norm_mlp(x))
 
 
 class RopeTransformer(nn.Module):
-    """LayerNorm, blocks, LayerNorm over a sequence whose RoPE angles are fixed. B x N x W -> B x N x W."""
+    """LayerNorm, blocks, LayerNorm over a sequence of fixed RoPE angles. B x N x W -> B x N x W."""
 
     def __init__(self, size: TransformerSize, angles: Tensor):
         super().__init__()
-        self.recompute: Recompute = "none"  # activation checkpointing; training sets it
+        self.activation_checkpointing: ActivationCheckpointing = "none"
         self.norm_in = nn.LayerNorm(size.width)
         self.blocks = nn.ModuleList(
             TokenizerBlock(size.width, size.num_heads) for _ in range(size.depth)
@@ -114,25 +107,34 @@ class RopeTransformer(nn.Module):
         x = self.norm_in(x)
         rope = self.rope_cos, self.rope_sin
         for block in self.blocks[:-1]:
-            x = run_block(block, self.recompute, x, rope)
-        return self.norm_out(run_block(self.blocks[-1], self.recompute, x, rope, kept))
+            x = run_block(block, self.activation_checkpointing, x, rope)
+        return self.norm_out(
+            run_block(self.blocks[-1], self.activation_checkpointing, x, rope, kept)
+        )
+
+
+def squarest_grid(num_cells: int) -> tuple[int, int]:
+    """(rows, columns) of the most square grid with so many cells, rows <= columns: 32 -> (4, 8)."""
+    rows = max(n for n in range(1, math.isqrt(num_cells) + 1) if num_cells % n == 0)
+    return rows, num_cells // rows
 
 
 def rope_angles(config: ImageTokenizerConfig, size: TransformerSize, num_unrotated: int) -> Tensor:
-    """Angles of [patches; latents; others]: integer grid positions, grid cells or zero, zero. N x head size / 2."""
+    """Angles of [patches; latents; others], N x head size / 2.
+
+    Patches have integer positions on their grid, latents their grid cell or zero, others zero.
+    """
     grid, head_dim = config.grid_size, size.width // size.num_heads
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    parts = [axial_rope_table(rows.flatten(), columns.flatten(), head_dim)]
+    patches = axial_rope_table(rows.flatten(), columns.flatten(), head_dim)
+    latents = torch.zeros(config.num_tokens, head_dim // 2)
     if config.latent_grid:
-        cells = [
-            (torch.arange(n) + 0.5) * grid / n - 0.5 for n in config.latent_grid
-        ]  # cell centres in patch units
-        rows, columns = torch.meshgrid(*cells, indexing="ij")
-        parts.append(axial_rope_table(rows.flatten(), columns.flatten(), head_dim))
-    else:
-        parts.append(torch.zeros(config.num_tokens, head_dim // 2))
-    parts.append(torch.zeros(num_unrotated, head_dim // 2))
-    return torch.cat(parts)
+        # Centres of the cells, in units of patches
+        cells = squarest_grid(config.num_tokens)
+        centres = [(torch.arange(n) + 0.5) * grid / n - 0.5 for n in cells]
+        rows, columns = torch.meshgrid(*centres, indexing="ij")
+        latents = axial_rope_table(rows.flatten(), columns.flatten(), head_dim)
+    return torch.cat([patches, latents, torch.zeros(num_unrotated, head_dim // 2)])
 
 
 class ImageEncoder(nn.Module):
@@ -165,31 +167,23 @@ class ImageDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, size.width))
         self.embed_tokens = nn.Linear(config.token_channels, size.width)
         self.latent_positions = nn.Parameter(torch.empty(config.num_tokens, size.width))
-        num_text = config.text_tokens if config.text_guidance else 0
-        if config.text_guidance:
-            self.embed_text = nn.Linear(config.text_width, size.width)
-            self.text_positions = nn.Parameter(torch.empty(config.text_tokens, size.width))
-        self.text_guidance = config.text_guidance
-        self.transformer = RopeTransformer(size, rope_angles(config, size, num_unrotated=num_text))
+        self.embed_text = nn.Linear(config.text_width, size.width)
+        self.text_positions = nn.Parameter(torch.empty(config.text_tokens, size.width))
+        angles = rope_angles(config, size, num_unrotated=config.text_tokens)
+        self.transformer = RopeTransformer(size, angles)
         self.to_pixels = nn.Linear(size.width, 3 * config.patch_size**2)
         self.smooth = nn.Conv2d(3, 3, kernel_size=3, padding=1)
 
-    def forward(self, tokens: Tensor, text_states: Tensor | None) -> Tensor:
-        if self.text_guidance and text_states is None:
-            raise ValueError(
-                "this tokenizer was built with text_guidance: its decoder needs the caption's text states"
-            )
+    def forward(self, tokens: Tensor, text_states: Tensor) -> Tensor:
+        num_patches = self.grid_size**2
         latents = self.embed_tokens(tokens) + self.latent_positions  # B x K x W
-        masks = self.mask_token.expand(len(tokens), self.grid_size**2, -1).to(latents.dtype)
-        parts = [masks, latents]
-        if self.text_guidance:
-            parts.append(self.embed_text(text_states.to(tokens.dtype)) + self.text_positions)
-        x = self.transformer(
-            torch.cat(parts, dim=1), kept=slice(0, self.grid_size**2)
-        )  # B x grid^2 x W
-        p = self.patch_size
+        masks = self.mask_token.expand(len(tokens), num_patches, -1).to(latents.dtype)
+        text = self.embed_text(text_states.to(tokens.dtype)) + self.text_positions  # B x L x W
+        sequence = torch.cat([masks, latents, text], dim=1)
+        x = self.transformer(sequence, kept=slice(0, num_patches))  # B x grid^2 x W
+        grid, patch = self.grid_size, self.patch_size
         pixels = rearrange(
-            self.to_pixels(x), "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p
+            self.to_pixels(x), "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch, q=patch
         )
         return self.smooth(pixels)
 
@@ -208,7 +202,7 @@ class ImageTokenizer(nn.Module):
         """Images B x 3 x R x R in [0, 1] -> posterior of B x K x C tokens.
 
         Raises:
-            ValueError: if the images have another size than the tokenizer's.
+            ValueError: the images have another size than the tokenizer's.
         """
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
@@ -217,34 +211,33 @@ class ImageTokenizer(nn.Module):
             )
         return self.encoder(images)
 
-    def decode(self, tokens: Tensor, text_states: Tensor | None) -> Tensor:
-        """Tokens B x K x C and text states B x L x T -> images B x 3 x R x R, not clamped to [0, 1]."""
+    def decode(self, tokens: Tensor, text_states: Tensor) -> Tensor:
+        """Tokens B x K x C, text states B x L x T -> images B x 3 x R x R, not clamped."""
         return self.decoder(tokens, text_states)
 
-    def set_recompute(self, mode: Recompute) -> None:
-        """Choose the activation checkpointing of both transformers."""
-        self.encoder.transformer.recompute = self.decoder.transformer.recompute = mode
-
-    def forward(self, images: Tensor, text_states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass with a sampled posterior: (reconstructions, mean, logvar)."""
         posterior = self.encode(images)
-        return self.decode(posterior.sample(), text_states), posterior.mean, posterior.logvar
+        reconstructions = self.decode(posterior.sample(), text_states)
+        return reconstructions, posterior.mean, posterior.logvar
 
     def init_weights(self) -> None:
-        """Normal for linear layers, normal width^-0.5 for tokens and positions, the smoothing conv at identity."""
+        """Linear layers as `init_std` says, tokens and positions normal width^-0.5."""
+        config = self.config
         for module in self.modules():
-            init_linear_(module, std=self.config.init_std or None)
+            init_linear_(module, std=config.init_std or None)
         nn.init.constant_(
-            self.encoder.to_moments.bias[self.config.token_channels :], self.config.initial_logvar
+            self.encoder.to_moments.bias[config.token_channels :], config.initial_logvar
         )
         for part in (self.encoder, self.decoder):
             for parameter in part.parameters(recurse=False):  # tokens and positions
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         init_linear_(self.decoder.to_pixels, std=0.02)
         nn.init.constant_(self.decoder.to_pixels.bias, 0.5)  # start near mid-grey
-        nn.init.dirac_(self.decoder.smooth.weight)
-        if self.config.query_key_bias:
+        nn.init.dirac_(self.decoder.smooth.weight)  # the identity
+        if config.query_key_bias:
             for module in self.modules():
                 if isinstance(module, Attention):
-                    nn.init.constant_(module.qkv.bias.chunk(3)[0], self.config.query_key_bias)
-                    nn.init.constant_(module.qkv.bias.chunk(3)[1], self.config.query_key_bias)
+                    query, key, _ = module.qkv.bias.chunk(3)
+                    nn.init.constant_(query, config.query_key_bias)
+                    nn.init.constant_(key, config.query_key_bias)

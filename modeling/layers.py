@@ -1,42 +1,58 @@
-"""Transformer parts shared by the networks: attention with optional axial RoPE, SwiGLU, sinusoidal tables, init.
+"""Transformer parts that networks share: attention with optional RoPE, SwiGLU, tables, init.
 
-Sources: RoPE as TA-TiTok with RoPE uses it (axial, row half first, adjacent channel pairs), SwiGLU of Shazeer 2020,
-adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
+Sources: RoPE as in TA-TiTok with RoPE (axial, row half first, adjacent channel pairs), SwiGLU of
+Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Metadata of dataclass fields that are known from elsewhere. A program fills them in before it
+# builds the network; YAML files and the command line may not set them.
+FROM_TEXT_ENCODER = {"derived": "the text encoder"}
+FROM_TOKENIZER = {"derived": "the tokenizer's run"}
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Refuse negative fields of a config.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+
 
 def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
     """Angles of axial 2D RoPE for tokens at (row, column): N x head_dim / 2, float32.
 
-    The first half of the pairs turns with the row, the second half with the column; inside a half of size d,
-    frequencies 10000^(-2i/d), i = 0..d/2-1, each for one pair of adjacent channels.
+    The first half of the channel pairs turns with the row, the second half with the column. Inside
+    a half of size d: frequencies 10000^(-2i/d), i = 0..d/2-1, one per pair of adjacent channels.
 
     Raises:
-        ValueError: if head_dim is no multiple of 4.
+        ValueError: head_dim is not a multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"axial RoPE needs a head size that is a multiple of 4, got {head_dim}")
     half = head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # head_dim / 4
-    angles = torch.cat(
-        [rows.double()[:, None] * frequencies, columns.double()[:, None] * frequencies], dim=-1
-    )
-    return angles.float()  # N x head_dim / 2
+    row_angles = rows.double()[:, None] * frequencies
+    column_angles = columns.double()[:, None] * frequencies
+    return torch.cat([row_angles, column_angles], dim=-1).float()  # N x head_dim / 2
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent channel pairs (a, b) -> (a cos - b sin, b cos + a sin).
+    """Rotate adjacent channel pairs: (a, b) -> (a cos - b sin, b cos + a sin).
 
     Args:
-        x: B x H x N x D queries or keys.
-        cos, sin: N x D / 2, in the dtype of x. A token with angle 0 is left as it is.
+        x: queries or keys, B x H x N x D.
+        cos, sin: N x D / 2, in the dtype of x. Angle 0 leaves a token unchanged.
     """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # B x H x N x D/2 each
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
@@ -56,7 +72,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, kept: slice | None = None
     ) -> Tensor:
-        """rope: cosines and sines, N x D / 2. kept: the tokens that are computed, from all of them."""
+        """rope: cosines and sines, N x D / 2. kept: compute only these tokens, attending to all."""
         q, k, v = self.split(x) if kept is None else self.split_kept(x, kept)
         if rope is not None:
             cos, sin = (table.to(q.dtype) for table in rope)
@@ -67,12 +83,11 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of all tokens, B x H x N x D each."""
-        return rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        ).unbind(0)
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        return qkv.unbind(0)
 
     def split_kept(self, x: Tensor, kept: slice) -> tuple[Tensor, ...]:
-        """As `split`, with the queries of the kept tokens alone."""
+        """As `split`, but with queries of the kept tokens only."""
         width = x.shape[-1]
         q = F.linear(x[:, kept], self.qkv.weight[:width], self.qkv.bias[:width])
         kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])
@@ -81,7 +96,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """out = W_out(silu(gate) * value), gate and value from one packed linear; hidden size int(2/3 * 4 * width)."""
+    """W_out(silu(gate) * value); gate and value share one linear, hidden = int(2/3 * 4 * width)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -95,24 +110,27 @@ class SwiGLU(nn.Module):
 
 
 def sincos_position_table(length: int, width: int) -> Tensor:
-    """Fixed 1D positions: length x width, sines first, then cosines; frequencies 10000^(-2i/width). float32."""
+    """Fixed 1D positions, length x width, float32: sines, then cosines; 10000^(-2i/width)."""
     frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
 def timestep_sinusoids(t: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoids of t itself (t in [0, 1], not scaled): B -> B x dim, cosines first; frequencies 10000^(-i/(dim/2))."""
+    """Sinusoids of t in [0, 1], not scaled: B -> B x dim, cosines first; 10000^(-i/(dim/2))."""
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    steps = torch.arange(half, device=t.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(10000.0) * steps / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def init_linear_(module: nn.Module, std: float | None = None) -> None:
-    """Initialise one Linear or Conv2d: Xavier uniform, or a normal of deviation `std` cut at 2 std; biases zero."""
+    """Initialise a Linear or Conv2d, biases zero; leave any other module alone.
+
+    Args:
+        std: of a normal distribution cut at 2 std; None: Xavier uniform.
+    """
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return
     weight = module.weight.flatten(1)

@@ -1,11 +1,13 @@
-"""Perceptual distance of stage 1: LPIPS with VGG16, and the squared error of ConvNeXt-Small's logits (TA-TiTok recipe).
+"""Perceptual distance of stage 1: LPIPS with VGG16, and ConvNeXt-Small's logits' squared error.
 
-In: reconstruction and target, B x 3 x R x R in [0, 1], R >= 16; values outside are not cut. Out: scalars. The nets are
-frozen and always in eval mode, run in float32 whatever the autocast precision, and give a gradient to the
-reconstruction only. Weights are torchvision's files, from a path or from torch's cache, where they are downloaded to;
-LPIPS' five linear heads come with the lpips package. `check_weights` looks at the files before any net is built.
+In: reconstruction and target, B x 3 x R x R in [0, 1], R >= 16; values outside are not cut. Out:
+scalars. The nets are frozen and always in eval mode, run in float32 in any autocast precision, and
+give a gradient to the reconstruction only. Weights are torchvision's files, from a path or torch's
+cache, where they are downloaded to; LPIPS' five linear heads come with the lpips package.
+`check_weights` looks at the files before any net is built.
 
-LPIPS: Zhang et al. 2018, version 0.1; `LPIPS` alone is the metric, one distance per image.
+Recipe: TA-TiTok. LPIPS: Zhang et al. 2018, version 0.1; `LPIPS` by itself is the metric, one
+distance per image.
 """
 
 import pickle
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
+from modeling.layers import check_not_negative
 from modeling.published import PublishedWeights
 
 VGG16_URL = models.VGG16_Weights.IMAGENET1K_V1.url
@@ -29,42 +32,34 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 CONVNEXT_SIZE = 224  # pixels
 
 LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
-LPIPS_LAYERS = (
-    3,
-    8,
-    15,
-    22,
-    29,
-)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the layers of vgg16().features
+# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the layers of vgg16().features
+LPIPS_LAYERS = (3, 8, 15, 22, 29)
 NORM_EPSILON = 1e-8  # added to a squared norm
 
 
 @dataclass
 class PerceptualConfig:
-    """Parts of the perceptual distance. A part of weight 0 is not built, downloaded or looked for."""
+    """Parts of the perceptual distance. A part of weight 0 is not built or looked for."""
 
     lpips_weight: float = 1.0
     convnext_weight: float = 0.1
-    vgg_weights: str = (
-        ""  # path of vgg16-397923af.pth; empty: torch's cache, downloaded to it if absent
-    )
-    convnext_weights: str = ""  # path of convnext_small-0c510722.pth; empty: the same
+    # Paths of vgg16-397923af.pth, convnext_small-0c510722.pth; empty: torch's cache, downloaded to
+    # it if absent
+    vgg_weights: str = ""
+    convnext_weights: str = ""
 
     def __post_init__(self):
-        for name in ("lpips_weight", "convnext_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"perceptual.{name} must not be negative, got {getattr(self, name)}"
-                )
+        check_not_negative(self, "lpips_weight", "convnext_weight")
 
 
 def check_weights(config: PerceptualConfig) -> dict[str, Path]:
-    """Weights file of each part in use, "lpips" and "convnext"; builds nothing. Call it before any long work.
+    """Weights file of each part in use, "lpips" and "convnext"; builds nothing.
 
-    A file whose name carries its hash, as torchvision's do, is checked against it (a second per file).
+    A file whose name carries its hash, as torchvision's do, is checked against it (a second each).
 
     Raises:
-        ValueError: if a file is absent and can't be downloaded, is not what its name says, or both weights are 0.
+        ValueError: a file is absent and can't be downloaded, is not what its name says, or both
+            weights are 0.
     """
     files = {}
     if config.lpips_weight:
@@ -82,16 +77,12 @@ def _load_into(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
     """Give a net on the meta device the tensors under `prefix` of a weights file, in float32.
 
     Raises:
-        ValueError: if the file is no weights file, or not of this net.
+        ValueError: the file is no weights file, or not of this net.
     """
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
-        net.load_state_dict(tensors, assign=True)
+        own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+        net.load_state_dict(own, assign=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         raise ValueError(
             f"{file} has no weights for this net: {textwrap.shorten(str(error), 300)}"
@@ -100,7 +91,7 @@ def _load_into(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
 
 
 class FrozenDistance(nn.Module, ABC):
-    """Base of the two parts: describe both images with a frozen net, then compare; B x 3 x R x R in [0, 1] -> B."""
+    """Base of both parts: describe images with a frozen net, then compare; B x 3 x R x R -> B."""
 
     @abstractmethod
     def describe(self, images: Tensor):
@@ -117,7 +108,7 @@ class FrozenDistance(nn.Module, ABC):
             return self.compare(self.describe(reconstruction.float()), expected)
 
     def freeze(self) -> None:
-        """No gradients, eval mode; last in __init__."""
+        """Stop gradients, set eval mode; called last in __init__."""
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "FrozenDistance":
@@ -126,7 +117,10 @@ class FrozenDistance(nn.Module, ABC):
 
 
 class LPIPS(FrozenDistance):
-    """Sum over five layers of VGG16 of the weighted squared difference of unit-length features, mean over positions."""
+    """Sum over five layers of VGG16 of weighted squared differences of unit-length features.
+
+    The mean over positions; B x 3 x R x R in [0, 1] -> B.
+    """
 
     def __init__(self, vgg_weights: Path):
         super().__init__()
@@ -145,7 +139,8 @@ class LPIPS(FrozenDistance):
 
     def describe(self, images: Tensor) -> list[Tensor]:
         """Unit-length features of the five layers, B x C x H x W each."""
-        x, described = (images * 2 - 1 - self.shift) / self.scale, []
+        x = (images * 2 - 1 - self.shift) / self.scale
+        described = []
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in LPIPS_LAYERS:
@@ -158,13 +153,16 @@ class LPIPS(FrozenDistance):
 
 
 def unit_length(features: Tensor) -> Tensor:
-    """Each position's channels at length 1, B x C x H x W. Differs from the lpips package, which adds its epsilon
-    outside the root: at all-zero features the root's gradient is infinite there and its product with 0 is NaN."""
+    """Each position's channels at length 1, B x C x H x W.
+
+    Differs from the lpips package, which adds its epsilon outside the root: at all-zero features
+    the root's gradient is infinite there and its product with 0 is NaN.
+    """
     return features / (features.square().sum(dim=1, keepdim=True) + NORM_EPSILON).sqrt()
 
 
 class ConvNeXtDistance(FrozenDistance):
-    """Mean squared error of ConvNeXt-Small's 1000 ImageNet logits, images resized to 224 px (bilinear, antialiased)."""
+    """Mean squared error of ConvNeXt-Small's 1000 ImageNet logits, images resized to 224 px."""
 
     def __init__(self, convnext_weights: Path):
         super().__init__()
@@ -177,9 +175,8 @@ class ConvNeXtDistance(FrozenDistance):
 
     def describe(self, images: Tensor) -> Tensor:
         """Logits, B x 1000."""
-        images = F.interpolate(
-            images, size=(CONVNEXT_SIZE, CONVNEXT_SIZE), mode="bilinear", antialias=True
-        )
+        size = (CONVNEXT_SIZE, CONVNEXT_SIZE)
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         return self.convnext((images - self.mean) / self.std)
 
     def compare(self, found: Tensor, expected: Tensor) -> Tensor:
@@ -187,14 +184,14 @@ class ConvNeXtDistance(FrozenDistance):
 
 
 class PerceptualLoss(nn.Module):
-    """The parts in use, unweighted, and "perceptual", their weighted mean: all scalars, means over the batch.
+    """The parts in use, unweighted, and "perceptual", their weighted mean: means over the batch.
 
-    perceptual = (lpips_weight LPIPS + convnext_weight MSE) / (lpips_weight + convnext_weight), as TA-TiTok's
-    "lpips-convnext_s-1.0-0.1": its perceptual weight of 1.1 on this mean is LPIPS + 0.1 MSE. It has no trainable
-    parameter, so that it is neither wrapped in DDP nor part of a checkpoint.
+    perceptual = (lpips_weight LPIPS + convnext_weight MSE) / (lpips_weight + convnext_weight), as
+    TA-TiTok's "lpips-convnext_s-1.0-0.1": its perceptual weight of 1.1 on this mean is
+    LPIPS + 0.1 MSE. No trainable parameter: it is neither wrapped in DDP nor part of a checkpoint.
 
     Raises:
-        ValueError: as `check_weights`, or if a file has other weights than the net's.
+        ValueError: as `check_weights`, or a file has other weights than the net's.
     """
 
     def __init__(self, config: PerceptualConfig):

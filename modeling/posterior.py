@@ -1,4 +1,4 @@
-"""The diagonal Gaussian over latent tokens that the image tokenizer and the text projector both output."""
+"""The diagonal Gaussian over latent tokens that image tokenizer and text projector output."""
 
 from typing import NamedTuple
 
@@ -14,18 +14,21 @@ class Posterior(NamedTuple):
     mean: Tensor
     logvar: Tensor
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + exp(logvar / 2) * eps with eps ~ N(0, 1): B x K x C."""
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
-        )
+    def at(self, noise: Tensor) -> Tensor:
+        """mean + exp(logvar / 2) * noise: B x K x C, from unit noise of that shape."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A draw, B x K x C."""
+        mean = self.mean
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self.at(noise)
 
 
 def split_moments(moments: Tensor) -> Posterior:
-    """B x K x 2C -> Posterior; the first C channels are the mean, the last C the log-variance, clamped to [-30, 20].
+    """B x K x 2C -> Posterior; C channels of mean, then C of log-variance, clamped to [-30, 20].
 
-    Computed in float32 whatever the autocast precision: exp(logvar) of a half-precision value is not usable.
+    Float32 in any autocast precision: exp(logvar) of a half-precision value is not usable.
     """
     mean, logvar = moments.float().chunk(2, dim=-1)
     return Posterior(mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))

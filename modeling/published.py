@@ -1,6 +1,6 @@
-"""Weights that are published as files: a path or torch's cache, where they are downloaded to if that is allowed.
+"""Weights that are published as files: at a path, or in torch's cache, downloaded to it if allowed.
 
-The name of such a file ends in the first digits of its SHA-256 (torch.hub's custom), which is checked.
+A name that ends in the first digits of a SHA-256 (torch.hub's custom) is checked against it.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ class PublishedWeights:
 
     title: str
     url: str
-    option: str  # of the command line or a config, for a path
-    more: str = ""  # a further way to get it
+    option: str  # key or command-line option that names a path
+    more: str = ""  # another way to get it
 
     @property
     def cached(self) -> Path:
@@ -29,15 +29,16 @@ class PublishedWeights:
     def ways_out(self) -> str:
         """What to do without the file."""
         return (
-            f"fetch {self.url} and put it into {self.cached.parent} ($TORCH_HOME/hub/checkpoints) or name it with "
-            f"{self.option}{self.more}"
+            f"fetch {self.url} and put it into {self.cached.parent} ($TORCH_HOME/hub/checkpoints) "
+            f"or name it with {self.option}{self.more}"
         )
 
     def find(self, path: str | None, download: bool) -> Path | None:
-        """The file at `path`, or in torch's cache, downloaded to it if that is allowed; None if it is not there.
+        """The file at `path` or in torch's cache, downloaded to it if allowed; None if absent.
 
         Raises:
-            ValueError: no file at `path`, a download that failed, or a file that is not what its name says.
+            ValueError: no file at `path`, a failed download, or a file that is not what its name
+                says.
         """
         file = Path(path).expanduser() if path else self.cached
         if path and not file.is_file():
@@ -46,25 +47,31 @@ class PublishedWeights:
             self._download()
         if not file.is_file():
             return None
-        expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
-        if expected and not (found := file_sha256(file)).startswith(expected[1]):
+        expected = hash_prefix(file)
+        found = file_sha256(file) if expected else ""
+        if not found.startswith(expected):
+            named_by = f"{self.option}: " if path else ""
             raise ValueError(
-                f"{f'{self.option}: ' if path else ''}{file} is damaged or another file: by its name, its SHA-256 "
-                f"starts with {expected[1]}, but it is {found}; {self.ways_out}"
+                f"{named_by}{file} is damaged or another file: by its name, its SHA-256 starts "
+                f"with {expected}, but it is {found}; {self.ways_out}"
             )
         return file
 
     def _download(self) -> None:
-        digits = re.search(r"-([0-9a-f]{8,})\.", self.cached.name)
+        digits = hash_prefix(self.cached) or None
         try:
             self.cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                self.url, str(self.cached), hash_prefix=digits and digits[1]
-            )
+            torch.hub.download_url_to_file(self.url, str(self.cached), hash_prefix=digits)
         except (OSError, RuntimeError) as error:  # no network, no disk, broken transfer
             raise ValueError(
                 f"{self.title} was not downloaded ({error}); {self.ways_out}"
             ) from error
+
+
+def hash_prefix(file: Path) -> str:
+    """The digits of a SHA-256 that a file's name carries, or ""."""
+    digits = re.search(r"-([0-9a-f]{8,})\.", file.name)
+    return digits[1] if digits else ""
 
 
 def file_sha256(file: Path) -> str:

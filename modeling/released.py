@@ -1,10 +1,11 @@
 """The released FlowTok files, and how their tensors become this repository's.
 
-In: the tensors of a flow file (FlowTok-XL.pth, ...) or a tokenizer file (FlowTiTok_512.bin, ...) by their names there.
-Out: our config of the same network and our state dict. Strict: every tensor is used, none is missing, every shape is
-checked. What differs beyond names: the projector's q, k, v are packed into one linear; its LayerNorm divides by the
-unbiased deviation, which the gain makes up for; 1x1 convolutions are linear layers here. Fixed tables (positions, RoPE)
-are computed here and only compared.
+In: the tensors of a flow file (FlowTok-XL.pth, ...) or a tokenizer file (FlowTiTok_512.bin, ...) by
+their names there. Out: our config of the same network and our state dict. Strict: every tensor is
+used, none is missing, every shape is checked. What differs beyond names: the projector's q, k, v
+are packed into one linear; its LayerNorm divides by the unbiased deviation, which the gain makes up
+for; 1x1 convolutions are linear layers here. Fixed tables (positions, RoPE) are computed here and
+only compared.
 """
 
 import math
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.flow_model import FlowModel
+from modeling.flow import FlowConfig
+from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.layers import axial_rope_table, sincos_position_table
@@ -31,9 +33,8 @@ ROPE = "{}.positional_embedding.freqs_{}"  # of encoder or decoder, cos or sin
 GAINS = r"projector\.blocks\.\d+\.norm_(attention|mlp)\.weight"
 CONVOLUTIONS = ("encoder.to_moments.weight", "decoder.to_pixels.weight")  # 1x1 convolutions there
 
-Names = dict[
-    str, str | tuple[str, ...]
-]  # ours -> theirs, by module (weight and bias) or by tensor; N numbers the blocks
+# ours -> theirs, by module (weight and bias) or by tensor; N numbers the blocks
+Names = dict[str, str | tuple[str, ...]]
 FLOW_NAMES: Names = {
     "projector.blocks.N.attention.qkv": tuple(
         f"context_encoder.layers.N.attn.W_{part}" for part in "QKV"
@@ -103,12 +104,14 @@ def convert(
     """Convert the tensors of a released file, of either kind.
 
     Args:
-        tensors: by their names in the file, without wrappers and prefixes. Meta tensors give meta tensors.
+        tensors: by their names in the file, without wrappers and prefixes. Meta tensors give meta
+            tensors.
         num_heads: of a flow that is none of B, XL, H; a tokenizer's tables give its heads.
         latent_scale: of a flow: z_I = latent_scale * tokenizer latent.
 
     Raises:
-        ValueError: neither kind of file, or tensors missing, unknown, of another shape; fixed tables of other values.
+        ValueError: neither kind of file; tensors missing, unknown or of another shape; fixed tables
+            of other values.
     """
     if recognise(tensors) == "flowtok":
         return convert_flow(tensors, num_heads, latent_scale)
@@ -119,19 +122,14 @@ def convert_flow(
     tensors: dict[str, Tensor], num_heads: int | None, latent_scale: float
 ) -> Converted:
     """Projector and velocity network of a flow file."""
-    tensors = {
-        TEMPERATURE: torch.tensor(math.log(1 / 0.07))
-    } | tensors  # a file that lacks it has it where it starts
+    # A file that lacks the temperature has it where it starts
+    tensors = {TEMPERATURE: torch.tensor(math.log(1 / 0.07))} | tensors
     projector, flowtok = TextProjectorConfig(), flow_size(tensors)
     with torch.device("meta"):
-        ours = FlowModel(projector, flowtok).state_dict()
+        ours = build_flow(projector, flowtok, FlowConfig()).state_dict()
     del ours["latent_scale"]
-    sources = match(
-        ours,
-        FLOW_NAMES,
-        tensors,
-        {"pos_embed": sincos_position_table(flowtok.num_tokens, flowtok.width)[None]},
-    )
+    tables = {"pos_embed": sincos_position_table(flowtok.num_tokens, flowtok.width)[None]}
+    sources = match(ours, FLOW_NAMES, tensors, tables)
     flowtok = replace(flowtok, num_heads=find_heads(flowtok, num_heads))
     converted = fill(ours, sources, tensors)
     for name in converted:
@@ -208,7 +206,8 @@ def match(
     """Our names -> the file's tensors that hold them, all checked; `ours` gives names and shapes.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape, or one of the fixed `tables` has other values.
+        ValueError: a tensor is missing, unknown or of another shape, or one of the fixed `tables`
+            has other values.
     """
     sources = {name: released_names(name, names) for name in ours}
     shapes = {name: table.shape for name, table in tables.items()}
@@ -255,7 +254,7 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, Any], optional: s
 
 
 def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
-    """Compare a file's fixed tables with ours, which are used. One that is all zero was never filled and says nothing.
+    """Compare a file's fixed tables with ours, which are used; one of zeros was never filled.
 
     Raises:
         ValueError: naming a table of other values.
@@ -263,9 +262,8 @@ def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
     for name, table in tables.items():
         if name in tensors and tensors[name].any():
             found = tensors[name].detach()
-            rounding = (
-                0.0 if found.dtype.itemsize >= 4 else torch.finfo(found.dtype).eps
-            )  # values are up to 1
+            # Values are at most 1
+            rounding = 0.0 if found.dtype.itemsize >= 4 else torch.finfo(found.dtype).eps
             error = (found.float() - table).abs().max().item()
             if not error <= TABLE_TOLERANCE + rounding:
                 raise ValueError(
@@ -274,7 +272,7 @@ def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
 
 
 def flow_size(tensors: dict[str, Tensor]) -> FlowTokConfig:
-    """Width and depth of the velocity network in a flow file; the heads, which no shape shows, are left at 1."""
+    """Width and depth of the velocity network in a flow file; no shape shows its heads: 1."""
     places = (
         ("x_embedder.weight", 0),
         ("x_embedder.bias", 0),
@@ -295,7 +293,8 @@ def find_heads(flow: FlowTokConfig, num_heads: int | None) -> int:
     size = f"width {flow.width} and depth {flow.depth}"
     if known is None and num_heads is None:
         raise ValueError(
-            f"it is a flow of {size}, none of B, XL, H, and the file does not say its number of heads: give --num-heads"
+            f"it is a flow of {size}, none of B, XL, H, and the file does not say its number of "
+            "heads: give --num-heads"
         )
     if None not in (known, num_heads) and known != num_heads:
         raise ValueError(f"a flow of {size} has {known} heads, --num-heads says {num_heads}")
@@ -330,7 +329,7 @@ def tokenizer_size(tensors: dict[str, Tensor]) -> ImageTokenizerConfig:
 
 
 def transformer_size(tensors: dict[str, Tensor], part: str, token: str) -> TransformerSize:
-    """Size of the encoder's or decoder's transformer; `token` is a tensor whose last dimension is the width."""
+    """Size of the encoder's or decoder's transformer; `token`: a tensor with the width as last."""
     width = majority(
         sizes_at(tensors, (f"{part}.ln_pre.weight", 0), (f"{part}.ln_post.weight", 0), (token, -1)),
         token,
@@ -347,7 +346,7 @@ def transformer_size(tensors: dict[str, Tensor], part: str, token: str) -> Trans
 
 
 def sizes_at(tensors: dict[str, Tensor], *places: tuple[str, int]) -> list[int]:
-    """What tensors say about one size: places are (name, dimension); those that are not there are left out."""
+    """What tensors say about one size: places are (name, dimension); absent ones are left out."""
     return [
         tensors[name].shape[d]
         for name, d in places
@@ -384,7 +383,7 @@ def num_blocks(tensors: dict[str, Tensor], prefix: str, names: Names) -> int:
 
 
 def rope_tables(config: ImageTokenizerConfig) -> dict[str, Tensor]:
-    """RoPE tables as the files have them: grid^2 x head size, each value for two adjacent channels."""
+    """RoPE tables as in the files: grid^2 x head size, each value for two adjacent channels."""
     grid = config.grid_size
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     tables = {}

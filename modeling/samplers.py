@@ -1,7 +1,8 @@
-"""Solvers of the flow's ODE: velocity_fn, x at t = 0 -> x at t = 1; without networks and data (paper, Sec. 3.1).
+"""Solvers of the flow's ODE, x at t = 0 -> x at t = 1; they know no networks or data (Sec. 3.1).
 
-A solver is a function (velocity_fn, x, times) -> x at the last time; it keeps x in float32. All are exact on a straight
-field. Evaluations of the network in N steps: euler, euler_release and adams2 N, midpoint and heun 2N.
+A solver is a function (velocity, x, times) -> x at the last time; x stays float32. All are exact on
+a straight field. Network evaluations in N steps: euler, euler_release and adams2 N, midpoint and
+heun 2N. To add one: write the function and name it in SOLVERS.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def euler(velocity: VelocityFn, x: Tensor, times: list[float]) -> Tensor:
 
 
 def euler_release(velocity: VelocityFn, x: Tensor, times: list[float]) -> Tensor:
-    """The release's quirk: step 1 / N, but evaluate at i / (N - 1). Needed for its numbers, not otherwise."""
+    """The release's quirk: step 1 / N, but evaluate at i / (N - 1). Only for its numbers."""
     steps = len(times) - 1
     for i in range(steps):
         x = torch.add(x, velocity(x, i / max(steps - 1, 1)), alpha=1 / steps)
@@ -48,7 +49,7 @@ def heun(velocity: VelocityFn, x: Tensor, times: list[float]) -> Tensor:
 
 
 def adams2(velocity: VelocityFn, x: Tensor, times: list[float]) -> Tensor:
-    """Second order multistep (Adams-Bashforth 2, steps of any size): reuses the velocity of the step before."""
+    """Second order multistep (Adams-Bashforth 2, any step sizes): reuses the last velocity."""
     before, last_step = None, 1.0
     for time, after in pairwise(times):
         now, step = velocity(x, time), after - time
@@ -67,52 +68,46 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def make_times(steps: int, shift: float = 1.0) -> list[float]:
-    """N + 1 times from 0 to 1: u / (u + shift (1 - u)) at u = i / N. Above 1, steps near text are smaller."""
-    return [i / (i + shift * (steps - i)) for i in range(steps + 1)]
+def make_times(steps: int) -> list[float]:
+    """N + 1 evenly spaced times from 0 to 1."""
+    return [i / steps for i in range(steps + 1)]
 
 
-def check_solver(name: str, steps: int, shift: float = 1.0) -> None:
+def check_solver(name: str, steps: int) -> None:
     """Check the choice of a solver.
 
     Raises:
-        ValueError: unknown name, fewer than 1 step, a shift that is not positive, or one for a solver with own times.
+        ValueError: unknown name, or fewer than 1 step.
     """
     if name not in SOLVERS:
         raise ValueError(f"unknown sampler {name!r}; valid: {', '.join(SOLVERS)}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0 < shift < float("inf") or (name == "euler_release" and shift != 1):
-        raise ValueError(
-            f"time_shift must be positive, and 1 for euler_release, got {shift} for {name}"
-        )
 
 
-def evaluation_times(solver: Solver, times: list[float]) -> list[float]:
-    """The times at which a solver asks for the velocity, in its order, each once; found by letting it solve x' = 0."""
-    asked: dict[float, None] = {}
-
-    def record(x: Tensor, time: float) -> Tensor:
-        asked[time] = None
-        return x
-
-    solver(record, torch.zeros(()), times)
-    return list(asked)
-
-
-def evaluations_a_step(solver: Solver) -> int:
-    """How often a solver asks for the velocity in a step."""
+def asked_times(solver: Solver, times: list[float]) -> list[float]:
+    """The times at which a solver asks for the velocity, in its order: found by solving x' = 0."""
     asked: list[float] = []
 
     def record(x: Tensor, time: float) -> Tensor:
         asked.append(time)
         return x
 
-    solver(record, torch.zeros(()), [0.0, 1.0])
-    return len(asked)
+    solver(record, torch.zeros(()), times)
+    return asked
+
+
+def evaluation_times(solver: Solver, times: list[float]) -> list[float]:
+    """The distinct times at which a solver asks for the velocity."""
+    return list(dict.fromkeys(asked_times(solver, times)))
+
+
+def evaluations_a_step(solver: Solver) -> int:
+    """How often a solver asks for the velocity in a step."""
+    return len(asked_times(solver, [0.0, 1.0]))
 
 
 @torch.no_grad()
 def integrate(velocity: VelocityFn, x: Tensor, solver: Solver, times: list[float]) -> Tensor:
-    """Follow the velocity: B x K x C at times[0] -> B x K x C at times[-1]. x is float32 in any precision."""
+    """Follow the velocity: B x K x C at times[0] -> at times[-1]. x is float32 in any precision."""
     return solver(lambda state, time: velocity(state, time).float(), x.float(), times)

@@ -1,12 +1,13 @@
-"""The text decoder of image to text: text latents z_T to CLIP token ids, all positions at once (paper, Sec. 4.1, 5.1).
+"""The text decoder of image to text: z_T -> CLIP token ids, all positions at once (Sec. 4.1, 5.1).
 
-In: z_T B x L x C. Out: a distribution over token ids for each of the L positions. It is trained with the projector as
-an autoencoder of captions, by cross-entropy, then frozen.
+In: z_T B x L x C. Out: a distribution over token ids for each of the L positions. It is trained
+with the projector as an autoencoder of captions, by cross-entropy, then frozen.
 
-Only the positions up to and including a caption's end token count, in the loss and in the accuracies. The padding after
-it is most of a batch (a COCO caption fills 13 of 77 positions) and always the same: with it, the loss would be small
-before a word is right. It is never shown either: decoding cuts at the first end token. Leaving it out also keeps the
-vocabulary head, the largest matrix here, to the positions that count.
+Only the positions up to and including a caption's end token count, in the loss and in the
+accuracies. The padding after it is most of a batch (a COCO caption fills 13 of 77 positions) and
+always the same: with it, the loss would be small before a word is right. It is never shown either:
+decoding cuts at the first end token. Leaving it out also limits the vocabulary head, the largest
+matrix here, to the positions that count.
 """
 
 from collections.abc import Iterable
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling.layers import init_linear_
-from modeling.losses import KLForm, KLReduction
-from modeling.posterior import Posterior
+from modeling.layers import check_not_negative, init_linear_
+from modeling.losses import KLForm
 from modeling.text_projector import ProjectorBlock, TextProjector, TextProjectorConfig
 
 CLIP_VOCABULARY = 49408
@@ -27,7 +27,7 @@ CLIP_VOCABULARY = 49408
 
 @dataclass
 class TextDecoderConfig:
-    """Sizes of the decoder; the defaults are the projector's (the paper says: six blocks, similar to it)."""
+    """Sizes of the decoder; the defaults are the projector's (the paper: six blocks, similar)."""
 
     width: int = 768
     depth: int = 6
@@ -35,42 +35,38 @@ class TextDecoderConfig:
     mlp_width: int = 1024
     dropout: float = 0.1
     pre_norm: bool = False  # x + f(ln(x)) instead of ln(x + f(x))
-    # Ids it can give. Below 49408, all of CLIP's: the most frequent ones of the training captions, which are measured
-    # at the start and kept with the weights. The head is most of the work of a narrow decoder.
+    # Ids it can give. Below 49408, all of CLIP's: the most frequent ones of the training captions,
+    # which are counted at the start and kept with the weights. The head is most of the work of a
+    # narrow decoder.
     vocabulary_size: int = CLIP_VOCABULARY
 
     def __post_init__(self):
         if self.width % self.num_heads:
-            raise ValueError(
-                f"text_decoder.width {self.width} is not divisible by num_heads {self.num_heads}"
-            )
+            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"text_decoder.dropout must be in [0, 1), got {self.dropout}")
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 2 <= self.vocabulary_size <= CLIP_VOCABULARY:
             raise ValueError(
-                f"text_decoder.vocabulary_size must be in 2..{CLIP_VOCABULARY}, got {self.vocabulary_size}"
+                f"vocabulary_size must be in 2..{CLIP_VOCABULARY}, got {self.vocabulary_size}"
             )
 
 
 @dataclass
 class TextDecoderLossConfig:
-    """Losses of stage text_decoder beside the cross-entropy. With a KL a draw of z_T is decoded, else its mean."""
+    """Losses beside the cross-entropy. With a KL a draw of z_T is decoded, else its mean."""
 
     kl_weight: float = 1e-4
     kl_form: KLForm = "gaussian"
-    kl_reduction: KLReduction = "sample"
-    # Deviation of noise on the z_T that is decoded; not in the paper. A z_T at the end of a flow is never exact, and a
-    # frozen projector without a KL has no noise of its own.
+    # Deviation of noise on the z_T that is decoded; not in the paper. A z_T at the end of a flow is
+    # never exact, and a frozen projector without a KL has no noise of its own.
     latent_noise: float = 0.0
 
     def __post_init__(self):
-        for name in ("kl_weight", "latent_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"losses.{name} must not be negative, got {getattr(self, name)}")
+        check_not_negative(self, "kl_weight", "latent_noise")
 
 
 class TextDecoder(nn.Module):
-    """z_T -> logits over its vocabulary; `token_ids` says which CLIP id each class is, in rising order."""
+    """z_T -> logits over its vocabulary; `token_ids` has the CLIP id of each class, ascending."""
 
     def __init__(self, config: TextDecoderConfig, text_tokens: int, token_channels: int):
         super().__init__()
@@ -94,7 +90,7 @@ class TextDecoder(nn.Module):
 
     @torch.no_grad()
     def fit_vocabulary(self, batches: Iterable[Tensor]) -> int:
-        """Choose the most frequent ids of batches of token ids of any shape. Returns how many ids did not fit.
+        """Choose the most frequent ids of batches of token ids; returns how many did not fit.
 
         Ties go to the smaller id; where fewer occur than fit, unused ids fill up.
         """
@@ -102,12 +98,9 @@ class TextDecoder(nn.Module):
         for ids in batches:
             counts += torch.bincount(ids.flatten().cpu(), minlength=CLIP_VOCABULARY)
         order = torch.argsort(counts, descending=True, stable=True)
-        chosen, left_out = (
-            order[: self.config.vocabulary_size],
-            order[self.config.vocabulary_size :],
-        )
-        self.token_ids.copy_(chosen.sort().values)
-        return int((counts[left_out] > 0).sum())
+        size = self.config.vocabulary_size
+        self.token_ids.copy_(order[:size].sort().values)
+        return int((counts[order[size:]] > 0).sum())
 
     def hidden(self, latents: Tensor) -> Tensor:
         """z_T B x L x C -> B x L x W, in front of the head.
@@ -117,15 +110,16 @@ class TextDecoder(nn.Module):
         """
         if latents.shape[1:] != self.shape:
             raise ValueError(
-                f"text latents are B x {tuple(latents.shape[1:])}, the decoder expects B x {self.shape}"
+                f"text latents are B x {tuple(latents.shape[1:])}, the decoder expects "
+                f"B x {self.shape}"
             )
-        x = self.embed(latents) + self.positions
+        x = self.embed(latents) + self.positions  # B x L x W
         for block in self.blocks:
             x = block(x)
         return self.norm_out(x)
 
     def classes_of(self, token_ids: Tensor) -> Tensor:
-        """CLIP token ids -> classes, of the same shape; -1 for an id that is not in the vocabulary."""
+        """CLIP token ids -> classes, same shape; -1 for an id that is not in the vocabulary."""
         classes = torch.searchsorted(self.token_ids, token_ids).clamp(max=len(self.token_ids) - 1)
         return torch.where(self.token_ids[classes] == token_ids, classes, -1)
 
@@ -149,22 +143,9 @@ class TextAutoencoder(nn.Module):
     def __init__(self, projector: TextProjectorConfig, decoder: TextDecoderConfig):
         super().__init__()
         self.projector = TextProjector(projector)
-        self.projector.alignment.requires_grad_(
-            False
-        )  # no loss here: DDP would wait for its gradients
+        # No loss here: DDP would wait for its gradients
+        self.projector.alignment.requires_grad_(False)
         self.decoder = TextDecoder(decoder, projector.text_tokens, projector.token_channels)
-        self.projector_frozen = False
-
-    def freeze_projector(self) -> None:
-        """Let the projector learn no more; it stays in eval mode (no dropout)."""
-        self.projector_frozen = True
-        self.projector.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "TextAutoencoder":
-        """Training mode for all but a frozen projector."""
-        super().train(mode)
-        self.projector.train(mode and not self.projector_frozen)
-        return self
 
     def forward(
         self, text_states: Tensor, counted: Tensor, token_ids: Tensor, sample: bool, noise: float
@@ -178,34 +159,32 @@ class TextAutoencoder(nn.Module):
             sample: decode a draw of z_T instead of its mean.
             noise: deviation of what is added to it.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.projector_frozen):
-            posterior: Posterior = self.projector.posterior(text_states)
-        latents = posterior.sample() if sample else posterior.mean
+        posterior = self.projector.posterior(text_states)
+        latents = posterior.sample() if sample else posterior.mean  # B x L x C
         if noise:
             latents = latents + noise * torch.randn_like(latents)
         hidden = self.decoder.hidden(latents).flatten(0, 1)[counted]  # N x W
-        logits, classes = self.decoder.to_logits(hidden), self.decoder.classes_of(token_ids)
+        logits = self.decoder.to_logits(hidden)  # N x V
+        classes = self.decoder.classes_of(token_ids)
         return DecoderPass(logits, classes, posterior.mean, posterior.logvar)
 
 
 def caption_lengths(token_ids: Tensor) -> Tensor:
-    """Tokens of each caption up to and including its end token, B x L ids -> B. CLIP's end token has the largest id."""
+    """Tokens of each caption up to its end token, which has CLIP's largest id: B x L -> B."""
     return token_ids.argmax(-1) + 1
 
 
 def counted_positions(token_ids: Tensor) -> Tensor:
     """Indices into the flattened B x L positions of those up to and including the end tokens."""
-    inside = (
-        torch.arange(token_ids.shape[1], device=token_ids.device)
-        < caption_lengths(token_ids)[:, None]
-    )
+    places = torch.arange(token_ids.shape[1], device=token_ids.device)
+    inside = places < caption_lengths(token_ids)[:, None]
     return inside.flatten().nonzero().squeeze(1)
 
 
 def caption_losses(logits: Tensor, classes: Tensor) -> dict[str, Tensor]:
-    """Mean cross-entropy and share of right tokens: logits N x V, classes N (-1: not in the vocabulary).
+    """Mean cross-entropy and share of right tokens: logits N x V, classes N.
 
-    A token that is not in the vocabulary teaches nothing and counts as wrong.
+    A token that is not in the vocabulary (-1) teaches nothing and counts as wrong.
     """
     total = F.cross_entropy(logits.float(), classes, ignore_index=-1, reduction="sum")
     return {
@@ -217,7 +196,7 @@ def caption_losses(logits: Tensor, classes: Tensor) -> dict[str, Tensor]:
 def correct_tokens(predicted: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(right tokens, counted tokens) of each caption: B x L ids each -> B each.
 
-    The start token, which is the same everywhere, is left out. A caption is right if all its tokens are.
+    The start token, the same everywhere, is left out. A caption is right if all its tokens are.
     """
     places = torch.arange(token_ids.shape[1], device=token_ids.device)
     inside = (places < caption_lengths(token_ids)[:, None]) & (places > 0)

@@ -13,7 +13,6 @@ files: its name goes into the config, and it is loaded when it is used.
 """
 
 import argparse
-import json
 import math
 import re
 import shutil
@@ -24,26 +23,23 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run as a file, Python looks into scripts/ only
+# Run as a file, Python looks into scripts/ only
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.load import exit_on_error, resolved
-from configs.schema import STAGES, check
+from configs.cli import exit_on_error
+from modeling.clip_weights import check_clip
+from modeling.flow import FlowConfig
+from modeling.pipeline import SamplingConfig
 from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
-from modeling.text_encoder import TextEncoderConfig, check_text_encoder
-from training.checkpoint import EMA_FILE, STATE_FILE, begin_checkpoint, commit_checkpoint, flush
+from modeling.text_encoder import TextEncoderConfig
+from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, flush
 from training.run import CONFIG_FILE
 
-WRAPPERS = (
-    "nnet_ema",
-    "state_dict",
-    "model",
-)  # keys under which a file may have its tensors, the averaged ones first
+# Keys under which a file may have its tensors, the averaged ones first
+WRAPPERS = ("nnet_ema", "state_dict", "model")
 PREFIX = "module."
 FIXED = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")  # tables that are computed here
 ZIP_START = b"PK\x03\x04"
@@ -145,7 +141,7 @@ def text_encoder_of(args: argparse.Namespace) -> TextEncoderConfig:
     if Path(pretrained).is_file():
         pretrained = str(Path(pretrained).resolve())
     config = TextEncoderConfig(model, pretrained)
-    check_text_encoder(config)
+    check_clip(config)
     return config
 
 
@@ -272,44 +268,33 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
 
 
 def run_config(converted: Converted, text_encoder: TextEncoderConfig, run_dir: Path) -> dict:
-    """Resolved config of a converted run, as its stage would have saved it; what only training reads is the default."""
-    values = {
-        "stage": converted.stage,
-        "experiment_dir": str(run_dir.parent),
-        "run_dir": str(run_dir),
-    }
-    values |= {
-        name: asdict(part)
-        for name, part in {**converted.networks, "text_encoder": text_encoder}.items()
-    }
+    """What training/loading.py and sample.py read of a run's config; nothing of its training."""
+    sections = dict(converted.networks)
+    paths = {"run_dir": str(run_dir)}
     if converted.stage == "flowtok":
-        values["projector_run"] = ""  # it is part of the file
-        values |= {
-            "pictures": {"captions": CAPTIONS},
-            "data": {"shards": ["${experiment_dir}/tokens/*.tar"]},
-        }
+        sections |= {"flow": FlowConfig(), "sampling": SamplingConfig()}
+        paths["tokenizer_run"] = str(run_dir.parent / "tokenizer")
+        paths["pictures"] = {"captions": CAPTIONS}
     else:
-        values["data"] = {"shards": ["${data_dir}/*.tar"]}
-    config = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(STAGES[converted.stage]), values)
-    )
-    check(config)
-    return resolved(config)
+        sections["text_encoder"] = text_encoder
+    values = {name: asdict(section) for name, section in sections.items()}
+    return {"stage": converted.stage, **paths, **values}
 
 
 def write_run(
     converted: Converted, text_encoder: TextEncoderConfig, run_dir: Path, folder: Path
 ) -> None:
-    """Write what will be the run folder `run_dir` into `folder`; no inputs: a file does not say what it goes with."""
+    """Write what will be the run folder `run_dir` into `folder`.
+
+    It has no inputs: a file does not say what it goes with.
+    """
     folder.mkdir(parents=True)
-    (folder / CONFIG_FILE).write_text(
-        yaml.safe_dump(run_config(converted, text_encoder, run_dir), sort_keys=False)
-    )
+    config = run_config(converted, text_encoder, run_dir)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
     checkpoint = begin_checkpoint(folder, step=0)
     save_file(converted.tensors, checkpoint / EMA_FILE)
     state = {"step": 0, "ema_updates": 0, "num_processes": 1, "inputs": {}}
-    (checkpoint / STATE_FILE).write_text(json.dumps(state))
-    commit_checkpoint(checkpoint, keep=1)
+    commit_checkpoint(checkpoint, state, keep=1)
 
 
 if __name__ == "__main__":

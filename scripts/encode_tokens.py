@@ -8,29 +8,36 @@ after a stop. Written last: latent_stats.json with the latent scale, and tokens.
 """
 
 import json
+import os
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.load import exit_on_error, parse_stage_args
-from configs.schema import TokensStage
+from configs.cli import exit_on_error, parse_stage_args
 from data.encoding import build_encoding_loader, encoding_sources
+from data.image_text import ImageTextConfig
 from data.shards import Source
 from data.tar import count_samples, write_shard
 from data.token_text import TokenTextConfig, read_tokens
+from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
-from training.loading import fingerprint, load_tokenizer
-from training.loop import TimedIterator
+from modeling.text_encoder import TextEncoder
+from training.files import write_json
+from training.loading import find_text_encoder, load_tokenizer
+from training.metrics import TimedIterator
 from training.run import start_accelerator
-from training.stop import stop_at_once
+from training.stage import StageConfig
+from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS
 from training.tokens_info import TOKENS_INFO_FILE, LatentStats, TokensInfo
 
 SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
@@ -39,17 +46,54 @@ STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples
 REPORT_SECONDS = 10.0
 
 
+@dataclass
+class TokensStage(StageConfig):
+    """What can be set in tokens.yaml, besides the parts' own fields."""
+
+    tokenizer_run: str = "${experiment_dir}/tokenizer"
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    batch_size: int = 64  # images per pass and process
+    precision: Literal["fp32", "bf16"] = (
+        "fp32"  # autocast; latents are stored as float16 either way
+    )
+    flip: bool = False  # also store every image mirrored, as a sample KEY-flip
+    num_crops: int = 1  # 1: the centre; more: so many along the longer side, as KEY-crop0, ...
+    # Also store the text states (L x T float16 a sample): later stages then never run the text
+    # tower. Worth it for small sets seen many times; at ViT-L/14 it costs 118 kB a sample.
+    store_text_states: bool = False
+
+    stage = "tokens"
+
+    def check(self) -> None:
+        """Refuse impossible numbers, and states of captions that are drawn anew each time."""
+        self.data.check()
+        for name in ("num_crops", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.store_text_states and self.data.has_several_captions():
+            raise ValueError(
+                "store_text_states=true stores the states of one caption; with several "
+                "(json:captions, recaption_keys) set it to false"
+            )
+
+    def image_shards(self) -> list[str]:
+        return self.data.all_shards()
+
+    def earlier_runs(self) -> dict[str, str]:
+        return {"tokenizer_run": self.tokenizer_run}
+
+
 def main(config: TokensStage) -> None:
     """Encode what is not there yet, then measure and write tokens.json."""
     accelerator = start_accelerator(config.precision)
     folder = Path(config.run_dir)
-    tokenizer, text_config = load_tokenizer(config.tokenizer_run)
-    text_encoder = load_text_encoder(text_config)
+    tokenizer = load_tokenizer(config.tokenizer_run)
+    text_encoder = find_text_encoder(config.tokenizer_run)
     images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
     outputs = output_paths([image.shards[0] for image in images], folder)
     source = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
-        "text_encoder_fingerprint": fingerprint(text_encoder),
+        "text_encoder_fingerprint": text_encoder.identity,
         "has_text_states": config.store_text_states,
         "flip": config.flip,
         "num_crops": config.num_crops,
@@ -63,8 +107,8 @@ def main(config: TokensStage) -> None:
     accelerator.wait_for_everyone()
     left = [(image, path) for image, path in zip(images, outputs, strict=True) if not path.exists()]
     mine = left[accelerator.process_index :: accelerator.num_processes]
-    encoder = Encoder(config, accelerator, tokenizer, text_encoder, text_config)
-    with stop_at_once(folder):
+    encoder = Encoder(config, accelerator, tokenizer, text_encoder)
+    with stopping_at_once(folder):
         encode_shards(encoder, mine)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -78,6 +122,31 @@ def main(config: TokensStage) -> None:
             flush=True,
         )
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def stopping_at_once(folder: Path) -> Iterator[None]:
+    """For work that is written whole, piece by piece: a signal ends it with STOPPED_STATUS.
+
+    Processes that are forked inside do not react: a signal to the whole group is for this one.
+    """
+    owner = os.getpid()
+
+    def on_signal(number: int, frame) -> None:
+        if os.getpid() == owner:
+            name = signal.Signals(number).name
+            for other in STOP_SIGNALS:  # a second request ends at once; a second warning does not
+                again = signal.SIG_IGN if other == signal.SIGUSR1 else signal.SIG_DFL
+                signal.signal(other, again)
+            print(f"{folder}: stopped (signal {name}). {CONTINUE}", flush=True)
+            raise SystemExit(STOPPED_STATUS)
+
+    handlers = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def output_paths(image_shards: list[str], folder: Path) -> list[Path]:
@@ -127,14 +196,7 @@ def claim_folder(folder: Path, source: dict) -> None:
     path = folder / SOURCE_FILE
     if path.is_file():
         check_source(folder, json.loads(path.read_text()), source)
-    write_json(path, source)
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Write aside and rename."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(values))
-    partial.rename(path)
+    write_json(source, path)
 
 
 def count_file(token_shard: Path) -> Path:
@@ -150,7 +212,6 @@ class Encoder:
     accelerator: Accelerator
     tokenizer: ImageTokenizer
     text_encoder: TextEncoder
-    text_config: TextEncoderConfig
 
     def __post_init__(self):
         self.tokenizer.to(self.accelerator.device)
@@ -199,7 +260,7 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
     if not shards:
         return
     config, rank = encoder.config, encoder.accelerator.process_index
-    tokenize = TextTokenizer(encoder.text_config) if config.store_text_states else None
+    tokenize = encoder.text_encoder.tokenize if config.store_text_states else None
     sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
     loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
     samples: dict[int, list[dict]] = defaultdict(list)
@@ -213,7 +274,8 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
             samples[index] += encoder(item)
             continue
         token_shard, made = shards[index][1], samples.pop(index, [])
-        write_json(count_file(token_shard), {"num_samples": len(made), "skipped": item["end"]})
+        counts = {"num_samples": len(made), "skipped": item["end"]}
+        write_json(counts, count_file(token_shard))
         write_shard(token_shard, made)
         num_done += 1
         now = time.perf_counter()
@@ -266,5 +328,5 @@ def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> Latent
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("tokens", __doc__)
+    stage = parse_stage_args(TokensStage, __doc__)
     exit_on_error(lambda: main(stage))

@@ -1,59 +1,140 @@
-"""Train a small CLIP from scratch on the experiment's own pairs, for machines that can't have a pretrained one.
+"""Train a small CLIP from scratch on the experiment's own pairs, for machines without a pretrained one.
 
-    accelerate launch --module scripts.train_text_encoder --config configs/demo/text_encoder.yaml [key=value ...]
+    accelerate launch --module scripts.train_text_encoder --config configs/demo/text_encoder.yaml
 
-Out: RUN/clip/, which the other stages read with `text_encoder.model: local-dir:RUN/clip`. Where OpenAI's ViT-L/14-336
-can be had, use that instead (configs/flowtok_*). The same command resumes, and does nothing when the run is complete.
+Out: RUN/clip/, which the other stages read with `text_encoder.model: local-dir:RUN/clip`. Where
+OpenAI's ViT-L/14-336 can be had, use that instead (configs/flowtok_*). The same command resumes,
+and does nothing when the run is complete.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.load import default_values, exit_on_error, parse_stage_args, resolved
-from configs.schema import ClipSizeConfig, TextEncoderStage
-from data.image_text import build_image_loader
+from configs.cli import exit_on_error, parse_stage_args
+from data.image_text import ImageTextConfig, build_image_loader
+from modeling.clip_weights import build_clip, save_clip
 from modeling.losses import contrastive_loss
-from modeling.text_encoder import build_clip, clip_tokenizer, save_clip
+from modeling.text_encoder import clip_tokenizer
 from training.checkpoint import latest_checkpoint
 from training.loading import load_ema
-from training.loop import Trainer, batch_per_pass, is_complete
+from training.loop import batch_per_process, is_complete, train
+from training.optim import OptimizedNetwork, descend
 from training.run import Run, save_config, start_run
+from training.stage import TrainedStage
 
 MAX_SHIFT = 4  # pixels; random shift of the images
+MAX_LOG_SCALE = 4.6  # of the contrastive logits, log(100) as in CLIP
+VOCABULARY = 49408  # of CLIP's BPE tokenizer
+
+
+@dataclass
+class ClipSize:
+    """Sizes of the CLIP; both towers have the same width and depth."""
+
+    image_size: int = 64  # pixels
+    patch_size: int = 16  # pixels
+    context_length: int = 77  # L, and with it the number of tokens of the whole experiment
+    embed_dim: int = 256
+    width: int = 192
+    depth: int = 4
+    num_heads: int = 6  # of the text tower; the image tower's heads are 64 wide
+
+
+@dataclass
+class TextEncoderStage(TrainedStage):
+    """What can be set in text_encoder.yaml, besides the parts' own fields."""
+
+    clip: ClipSize = field(default_factory=ClipSize)
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+
+    stage = "text_encoder"
+    networks = ("clip",)
+
+    def check(self) -> None:
+        """Refuse impossible settings of the data."""
+        super().check()
+        self.data.check()
+
+    def image_shards(self) -> list[str]:
+        return self.data.all_shards()
 
 
 def main(config: TextEncoderStage) -> None:
     """Run the stage from start or checkpoint to its last step, then write the CLIP folder."""
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    clip_config = open_clip_config(config.clip)
-    folder = run.folder / "clip"
-    if not is_complete(run, config.training):
-        train(config, run, clip_config)
-    newest = latest_checkpoint(run.folder)[1]
-    if run.is_main and not (folder.is_dir() and folder.stat().st_mtime >= newest.stat().st_mtime):
-        save_clip(load_ema(ClipPair(clip_config), run.folder).clip, clip_config, folder)
-        run.say(f"text encoder written to {folder}")
+    if not is_complete(run, training, inputs={}):
+        train_clip(config, run)
+    if run.is_main:
+        write_clip(config, run)
     run.accelerator.wait_for_everyone()
 
 
-def open_clip_config(size: ClipSizeConfig) -> dict:
+def train_clip(config: TextEncoderStage, run: Run) -> None:
+    """The contrastive training of CLIP."""
+    training = config.training
+    loader = build_image_loader(
+        config.data,
+        config.clip.image_size,
+        clip_tokenizer(config.clip.context_length),
+        batch_per_process(run, training),
+        training.seed,
+        run.accelerator.process_index,
+        run.accelerator.num_processes,
+        pin_memory=run.device.type == "cuda",
+    )
+    save_config(run, config, latest_checkpoint(run.folder) is not None)
+    pair = ClipPair(open_clip_config(config.clip))
+    network = OptimizedNetwork(run, pair, config.optimizer, training.max_gradient_norm)
+
+    def losses(pair: nn.Module, batch: dict) -> dict[str, Tensor]:
+        return compute_losses(run, pair, batch)
+
+    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
+        return descend(network, batches, losses, index, training.max_steps)
+
+    train(
+        run=run,
+        config=training,
+        logging=config.logging,
+        networks={"": network},
+        step_fn=step,
+        loader=loader,
+        inputs={},
+    )
+
+
+def write_clip(config: TextEncoderStage, run: Run) -> None:
+    """Write the EMA weights as an open_clip folder, unless it is newer than they are."""
+    folder = run.folder / "clip"
+    newest: Path = latest_checkpoint(run.folder)[1]
+    if folder.is_dir() and folder.stat().st_mtime >= newest.stat().st_mtime:
+        return
+    clip_config = open_clip_config(config.clip)
+    pair = load_ema(ClipPair(clip_config), run.folder)
+    save_clip(pair.clip, clip_config, folder)
+    run.say(f"text encoder written to {folder}")
+
+
+def open_clip_config(size: ClipSize) -> dict:
     """open_clip's model config for our sizes."""
     vision = {
         "image_size": size.image_size,
         "patch_size": size.patch_size,
-        "width": size.vision_width,
-        "layers": size.vision_layers,
+        "width": size.width,
+        "layers": size.depth,
     }
     text = {
         "context_length": size.context_length,
-        "vocab_size": 49408,
-        "width": size.text_width,
-        "heads": size.text_heads,
-        "layers": size.text_layers,
+        "vocab_size": VOCABULARY,
+        "width": size.width,
+        "heads": size.num_heads,
+        "layers": size.depth,
     }
     return {"embed_dim": size.embed_dim, "vision_cfg": vision, "text_cfg": text}
 
@@ -74,29 +155,6 @@ class ClipPair(nn.Module):
         )
 
 
-def train(config: TextEncoderStage, run: Run, clip_config: dict) -> None:
-    """The contrastive training of CLIP."""
-    loader = build_image_loader(
-        config.data,
-        config.clip.image_size,
-        clip_tokenizer(config.clip.context_length),
-        batch_per_pass(run, config.training),
-        config.training.seed,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-        pin_memory=run.device.type == "cuda",
-    )
-    save_config(
-        run,
-        resolved(config),
-        default_values(config),
-        ["clip"],
-        latest_checkpoint(run.folder) is not None,
-    )
-    trainer = Trainer(run, config.training, config.optimizer, ClipPair(clip_config), loader)
-    trainer.train(partial(compute_losses, run), config.logging, lambda model, step: None)
-
-
 def random_shift(images: Tensor) -> Tensor:
     """Shift a batch by up to MAX_SHIFT pixels each way; what comes in at the border repeats it."""
     dy, dx = torch.randint(0, 2 * MAX_SHIFT + 1, (2,)).tolist()
@@ -114,11 +172,11 @@ def compute_losses(run: Run, model: nn.Module, batch: dict) -> dict[str, Tensor]
         nearest = (F.normalize(text_features) @ F.normalize(image_features).T).argmax(dim=1)
         accuracy = (nearest == torch.arange(len(nearest), device=run.device)).float().mean()
     return {
-        "loss": contrastive_loss(text_features, image_features, log_scale.clamp(max=4.6)),
+        "loss": contrastive_loss(text_features, image_features, log_scale.clamp(max=MAX_LOG_SCALE)),
         "top1": accuracy,
     }
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("text_encoder", __doc__)
+    stage = parse_stage_args(TextEncoderStage, __doc__)
     exit_on_error(lambda: main(stage))

@@ -125,13 +125,13 @@ def inception_file(tmp_path_factory) -> Path:
 def chain(tmp_path_factory, tiny_shards):
     """A tiny experiment whose stages have all run, and its samples; tests leave its folder as it is."""
     from tiny_experiment import (
-        MAIN,
+        PROGRAMS,
         Experiment,
         draw,
     )  # imports every stage: not for the tests that need none
 
     experiment = Experiment(tmp_path_factory.mktemp("chain"), tiny_shards)
-    for stage in MAIN:
+    for stage in PROGRAMS:
         experiment.run(stage)
     draw(experiment.folder, "--output", experiment.folder / "samples.png")
     return experiment

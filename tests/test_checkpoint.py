@@ -11,6 +11,10 @@ from training.ema import EMA
 from training.optim import OptimizerConfig, build_optimizer
 
 
+def state_of(step, **inputs):
+    return {"step": step, "ema_updates": 3, "num_processes": 1, "inputs": inputs}
+
+
 def write(run_dir, step, keep=9, model=None):
     model = model or nn.Linear(2, 2)
     partial = ckpt.begin_checkpoint(run_dir, step)
@@ -18,8 +22,7 @@ def write(run_dir, step, keep=9, model=None):
     ckpt.save_weights(model, partial / ckpt.MODEL_FILE)
     ckpt.save_weights(EMA(model, 0.9).average, partial / ckpt.EMA_FILE)
     torch.save(optimizer.state_dict(), partial / ckpt.OPTIMIZER_FILE)
-    ckpt.write_state(partial, {"step": step, "ema_updates": 3})
-    return ckpt.commit_checkpoint(partial, keep)
+    return ckpt.commit_checkpoint(partial, state_of(step), keep)
 
 
 def test_a_committed_checkpoint_has_its_files_and_is_read_back(tmp_path):
@@ -27,9 +30,9 @@ def test_a_committed_checkpoint_has_its_files_and_is_read_back(tmp_path):
     folder = write(tmp_path, 7, model=model)
     assert folder == tmp_path / "checkpoints" / "step_00000007"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE, ckpt.MANIFEST_FILE]
+        [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE]
     )
-    assert ckpt.read_state(folder) == {"step": 7, "ema_updates": 3}
+    assert ckpt.read_state(folder).items() >= state_of(7).items()
     other = nn.Linear(2, 2)
     ckpt.load_weights(other, folder / ckpt.MODEL_FILE)
     assert torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
@@ -115,15 +118,12 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 
 def test_inputs_are_compared_with_those_of_the_checkpoint(tmp_path):
     partial = ckpt.begin_checkpoint(tmp_path, 1)
-    ckpt.write_state(partial, {"step": 1, "inputs": {"a": "1", "b": 2.5, "lost": "x"}})
-    folder = ckpt.commit_checkpoint(partial, 1)
+    folder = ckpt.commit_checkpoint(partial, state_of(1, a="1", b=2.5, lost="x"), keep=1)
     ckpt.check_inputs(folder, {"lost": "x", "b": 2.5, "a": "1"})
     with pytest.raises(ValueError) as caught:
         ckpt.check_inputs(folder, {"a": "2", "b": 2.5, "new": "y"})
-    assert str(caught.value).startswith(f"{tmp_path} was trained on")
-    assert "changed: a was 1, is 2; lost was x, is None; new was None, is y. Delete" in str(
-        caught.value
-    )
+    assert str(tmp_path) in str(caught.value)
+    assert "a was 1, is 2; lost was x, is None; new was None, is y" in str(caught.value)
 
 
 def test_weights_are_stored_contiguous_on_the_cpu(tmp_path):
@@ -149,7 +149,7 @@ def spoil(path, how):
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("file", [ckpt.MODEL_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE])
+@pytest.mark.parametrize("file", [ckpt.MODEL_FILE, ckpt.OPTIMIZER_FILE])
 @pytest.mark.parametrize(
     ("how", "reason"),
     [("cut", "bytes instead of"), ("gone", "missing"), ("byte", "other contents")],
@@ -157,27 +157,27 @@ def spoil(path, how):
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, file, how, reason):
     write(tmp_path, 1)
     spoil(write(tmp_path, 2) / file, how)
-    assert ckpt.latest_checkpoint(tmp_path, verify_contents=True)[0] == 1
+    assert ckpt.latest_checkpoint(tmp_path, verify=[ckpt.ALL_FILES])[0] == 1
     message = capsys.readouterr().err
     assert "step_00000002 is damaged" in message and file in message and reason in message
     if how == "byte":  # only reading every byte shows it
         assert ckpt.latest_checkpoint(tmp_path)[0] == 2
 
 
-@pytest.mark.parametrize("text", ["", "[3]", '{"model.safetensors": 3}', "{}", "\x00"])
-def test_a_folder_without_a_sound_manifest_is_no_checkpoint(tmp_path, text):
-    (write(tmp_path, 2) / ckpt.MANIFEST_FILE).write_text(text)
+@pytest.mark.parametrize("text", ["", "[3]", '{"model.safetensors": 3}', "{}", "\x00", "step"])
+def test_a_folder_without_a_sound_state_is_no_checkpoint(tmp_path, text):
+    path = write(tmp_path, 2) / ckpt.STATE_FILE
+    another_step = path.read_text().replace('"step": 2', '"step": 3')
+    path.write_text(another_step if text == "step" else text)
     with pytest.raises(ValueError, match="no checkpoint of .* is whole"):
         ckpt.latest_checkpoint(tmp_path)
 
 
-def test_latest_points_to_the_newest_and_rotation_keeps_every_mth(tmp_path):
-    for step in range(1, 8):
-        partial = ckpt.begin_checkpoint(tmp_path, step)
-        ckpt.write_state(partial, {"step": step})
-        ckpt.commit_checkpoint(partial, keep=2, keep_every_steps=3)
+def test_latest_points_to_the_newest(tmp_path):
+    for step in range(1, 4):
+        write(tmp_path, step, keep=2)
         assert ckpt.read_state(tmp_path / "checkpoints" / ckpt.LATEST_LINK)["step"] == step
-    assert list(ckpt.checkpoint_folders(tmp_path)) == [3, 6, 7]
+    assert list(ckpt.checkpoint_folders(tmp_path)) == [2, 3]
 
 
 def test_a_rotation_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(

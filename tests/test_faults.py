@@ -26,9 +26,8 @@ from tiny_experiment import equal, metrics
 from torch.utils.data import DataLoader
 
 from training import checkpoint as ckpt
-from training.faults import explain_faults
 from training.metrics import WANDB_FILE
-from training.stop import STOPPED_FILE, STOPPED_STATUS
+from training.supervise import STOPPED_STATUS, explained_deaths
 
 ENDLESS = [
     "training.max_steps=1000000",
@@ -102,7 +101,7 @@ def check_error(running, *texts):
 def check_goes_on(lab, *options, into=None):
     """Nothing half-written is left, and the same command goes on from a whole checkpoint and ends like a whole run."""
     run = (into or lab.folder) / "tokenizer"
-    step = ckpt.latest_checkpoint(run, verify_contents=True)[0]
+    step = ckpt.latest_checkpoint(run, verify=[ckpt.ALL_FILES])[0]
     assert not list((run / "checkpoints").glob("step_*.tmp"))
     last = f"training.max_steps={step + 6}"
     running = lab.start("tokenizer", *options, last, into=into)
@@ -132,7 +131,7 @@ def mounted(folder, options):
 def test_a_full_disk_ends_with_an_error_and_with_room_again_the_run_goes_on(lab, tmp_path):
     with mounted(tmp_path / "disk", "size=800k") as disk:  # two checkpoints and a half
         running = lab.start(into=disk)
-        check_error(running, "cannot write checkpoint", "MB are free there; those before are kept")
+        check_error(running, "cannot write checkpoint", "MB are free there; older ones stay")
         subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
         check_goes_on(lab, into=disk)
 
@@ -204,7 +203,7 @@ def test_shards_that_vanish_end_with_an_error_that_names_them_and_when_back_the_
     shards.rename(tmp_path / "gone")
     check_error(running, "shard: unreadable", f"{shards}/train-0000", "No such file or directory")
     (tmp_path / "gone").rename(shards)
-    step = ckpt.latest_checkpoint(lab.run, verify_contents=True)[0]
+    step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
     running = lab.start("tokenizer", patterns, f"training.max_steps={step + 3}")
     assert running.wait() == 0 and f"resuming at step {step}" in running.output, running.output
     check_error(lab.start("tokenizer", f"data.shards=[{tmp_path}/gone/*.tar]"), "matches no file")
@@ -223,8 +222,8 @@ def test_a_data_worker_that_is_killed_ends_with_an_error_that_says_so_and_the_ru
 
 IMPATIENT = """
 import runpy
-from training import faults
-faults.NOTICE_SECONDS = 1
+from training import supervise
+supervise.WORKER_GRACE_SECONDS = 1
 runpy.run_path("train_tokenizer.py", run_name="__main__")
 """
 
@@ -266,7 +265,9 @@ def test_a_data_worker_that_hangs_ends_with_an_error_after_the_time_limit_and_th
     assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
     os.kill(running.children()[0], signal.SIGSTOP)
     start = time.monotonic()
-    check_error(running, limit, "hangs", "waits in loop.py", "Run the same command again")
+    check_error(
+        running, limit, "hangs", "waits in loop.py", "Run the same command again to continue"
+    )
     assert 4 < time.monotonic() - start < 60
     check_goes_on(lab)
 
@@ -285,7 +286,7 @@ def test_a_worker_of_another_loader_that_is_killed_ends_with_an_error_that_says_
     reason = "a data worker ended while a batch|DataLoader worker .* exited unexpectedly"  # amid a batch or between two
     with (
         pytest.raises(ChildProcessError, match=f"({reason}).*Run the same command again"),
-        explain_faults(),
+        explained_deaths(),
     ):
         list(DataLoader(Killer(), num_workers=2))
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no error comes up elsewhere
@@ -300,7 +301,7 @@ def test_a_rank_that_dies_ends_the_other_with_an_error(lab, victim):
     assert ranks[0].wait_until(has_checkpoint_and_step(lab.run, 6)), ranks[0].output
     ranks[victim].kill()
     check_error(ranks[1 - victim], "another training process ended; its own output says why")
-    assert ckpt.latest_checkpoint(lab.run, verify_contents=True)[0] >= 4
+    assert ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0] >= 4
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -313,7 +314,7 @@ def test_a_rank_that_hangs_ends_the_other_with_an_error_after_the_time_limit(lab
     check_error(ranks[1 - victim], limit, "another process, the storage or a device hangs")
     assert 4 < time.monotonic() - start < 60
     ranks[victim].kill_group()
-    assert ckpt.latest_checkpoint(lab.run, verify_contents=True)[0] >= 4
+    assert ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0] >= 4
     ranks = lab.start_ranks("training.max_steps=20")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     assert "resuming at step" in ranks[0].output
@@ -339,7 +340,7 @@ def test_a_signal_to_the_whole_group_lets_workers_give_the_batches_of_the_last_s
     workers = running.children()
     running.signal_group(number)
     assert running.wait() == STOPPED_STATUS, running.output
-    step = ckpt.latest_checkpoint(lab.run, verify_contents=True)[0]
+    step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
     assert f"stopped at step {step} (signal {signal.Signals(number).name})" in running.output
     assert "Traceback" not in running.output and len(workers) == 2
     deadline = time.monotonic() + 20
@@ -372,7 +373,6 @@ def test_a_signal_stops_encoding_at_once_and_the_same_command_ends_with_the_same
         running.output
     )  # before it listens: nothing is lost either
     if status == STOPPED_STATUS:
-        assert (folder / STOPPED_FILE).read_text() == "signal SIGUSR1\n"
         assert f"{folder}: stopped (signal SIGUSR1)" in running.output
     assert not (folder / "tokens.json").exists() and not list(folder.glob("*.tmp"))
     running = lab.start("tokens", slow, "num_crops=6")
@@ -512,8 +512,8 @@ def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_goes_on(
         "stage tokenizer stopped cleanly; to go on, run the same command again: bash train_flowtok.sh tiny"
         in output
     )
-    step = ckpt.latest_checkpoint(lab.run, verify_contents=True)[0]
-    assert step >= 6 and (lab.run / STOPPED_FILE).is_file()
+    step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
+    assert step >= 6
     process = launched.start(f"training.max_steps={step + 5}", num_processes=num_processes)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0 and f"resuming at step {step}" in output, output

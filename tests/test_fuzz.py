@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from configs.schema import STAGES
 from conftest import shape_sample
 from PIL import Image
 from tiny_experiment import stage_configs
 
 import sample
 from configs.load import load_config
-from configs.schema import STAGES
 from data.image_text import ImageTextConfig, read_images
 from data.tar import write_shard
 from data.token_text import TokenTextConfig, read_tokens
@@ -395,7 +395,7 @@ def test_hostile_checkpoints(chain, tmp_path, record_property):
     def read(name):
         path = run / step / name
         if name == ckpt.MANIFEST_FILE or name == ckpt.STATE_FILE:
-            latest = ckpt.latest_checkpoint(run, verify_contents=True)
+            latest = ckpt.latest_checkpoint(run, verify=[ckpt.ALL_FILES])
             return ckpt.check_inputs(latest[1], ckpt.read_state(latest[1], ("inputs",))["inputs"])
         if name.endswith(".safetensors"):
             return ckpt.load_weights(network, path)

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,16 +57,17 @@ def test_values_are_summed_in_float32_without_a_graph():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_bad_steps_are_listed_with_terms_and_keys_and_left_out_of_the_means(bad):
+def test_a_non_finite_value_names_step_terms_and_keys(bad):
     window = MetricWindow()
     window.add(4, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, ["x"])
-    assert window.bad_steps() == []
+    window.check_finite(Path("run"), rank=1)
     window.add(5, {"a": torch.tensor(5.0), "b": torch.tensor(bad)}, ["y", "z"])
     window.add(6, {"a": torch.tensor(3.0), "b": torch.tensor(4.0)}, ["w"])
-    (step, terms, keys) = window.bad_steps()[0]
-    assert (step, keys, terms["a"], len(window.bad_steps())) == (5, ["y", "z"], 5.0, 1)
-    assert terms["b"] == bad or terms["b"] != terms["b"]
-    assert window.means(same) == {"a": 2.0, "b": 3.0}
+    with pytest.raises(FloatingPointError) as caught:
+        window.check_finite(Path("run"), rank=1)
+    message = str(caught.value)
+    assert all(part in message for part in ("step 5", "rank 1", "a 5", f"b {bad:.4g}", "y, z"))
+    assert "w" not in message.split("samples: ")[1].split(".")[0]
 
 
 def test_a_value_that_only_some_steps_have_is_averaged_over_these():

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.loop import Trainer
-from training.metrics import MetricLog
+from training import loop
+from training.metrics import MetricLog, MetricWindow
 
 ROOT = Path(__file__).parents[1]
 ATEN = torch.ops.aten
@@ -79,25 +79,24 @@ class Methods(TorchFunctionMode):
 @contextmanager
 def watching(monkeypatch):
     """Watch the steps of a training, from a step's begin to the next log line."""
-    watch, step, log = Watch(), Trainer.optimizer_step, MetricLog.log
-    check = Trainer.check_finite
+    watch, seed_step, log = Watch(), loop.seed_step, MetricLog.log
+    check = MetricWindow.check_finite
 
-    def watched_step(self, *args):
+    def watched_step(*args):  # the first thing of a step
         watch.is_on, watch.steps = True, watch.steps + 1
-        step(self, *args)
+        seed_step(*args)
 
     def stop_watching(function):
-        def stopped(self, *args):
+        def stopped(*args, **kwargs):
             watch.is_on = False
-            function(self, *args)
+            function(*args, **kwargs)
 
         return stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", watched_step)
-        patch.setattr(
-            Trainer, "check_finite", stop_watching(check)
-        )  # first of what happens for a log line
+        patch.setattr(loop, "seed_step", watched_step)
+        # the first of what happens for a log line
+        patch.setattr(MetricWindow, "check_finite", stop_watching(check))
         patch.setattr(MetricLog, "log", stop_watching(log))
         with Operators(watch), Methods(watch):
             yield watch
@@ -173,11 +172,11 @@ def test_every_way_to_read_a_value_is_seen(read):
 
 
 def test_a_read_in_the_loop_is_found_and_its_place_is_named(chain, tmp_path, monkeypatch):
-    def step(self, *args, step=Trainer.optimizer_step):
-        step(self, *args)
-        self.player.trainable[0].sum().item()
+    def update(self, update=loop.EMA.update):
+        update(self)
+        self.average.latent_scale.sum().item()
 
-    monkeypatch.setattr(Trainer, "optimizer_step", step)
+    monkeypatch.setattr(loop.EMA, "update", update)
     found = train(chain, tmp_path, "flowtok", monkeypatch)
     assert len(found) == 2 * 12  # each item() and the operator behind it
     assert all(

@@ -153,5 +153,5 @@ def test_loading_the_state_of_other_trainable_weights_names_the_file_and_the_opt
     [{"learning_rate": 0.0}, {"warmup_steps": -1}, {"betas": [0.9]}, {"hold_fraction": 1.0}],
 )
 def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match="optimizer needs learning_rate > 0"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         OptimizerConfig(**wrong)

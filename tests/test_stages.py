@@ -95,7 +95,7 @@ def few(tmp_path_factory, chain):
 OVERFIT = ["training.batch_size=4", "training.log_every_steps=10", "training.sample_every_steps=0"]
 OVERFIT += ["training.checkpoint_every_steps=1000", "optimizer.learning_rate=0.005"]
 WIDE = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.init_std=0"]
-WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=[4,4]", "tokenizer.query_key_bias=1"]
+WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=true", "tokenizer.query_key_bias=1"]
 LONG = {
     "text_encoder": [
         *OVERFIT,
@@ -311,7 +311,7 @@ def test_options_of_the_tokenizer_stage_run_and_change_the_weights(chain, tmp_pa
         "losses.l2_weight=0.5",
     ]
     sizes = [
-        "tokenizer.latent_grid=[4,4]",
+        "tokenizer.latent_grid=true",
         "tokenizer.query_key_bias=1",
         "tokenizer.text_guidance=false",
     ]

@@ -1,4 +1,4 @@
-"""training/stop.py: a signal or the time limit lets the step finish, and leaves a checkpoint and a status."""
+"""training/supervise.py: a signal or the time limit lets the step finish, and leaves a checkpoint and a status."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from test_resume import ROOT, environment, program, start, state
 from tiny_experiment import equal, metrics
 
 from training import checkpoint as ckpt
-from training.stop import STOPPED_FILE, STOPPED_STATUS, StopRequest
+from training.supervise import STOPPED_STATUS, StopRequest
 
 LONG = [
     "training.max_steps=100000",
@@ -22,21 +22,21 @@ LONG += ["training.sample_every_steps=0", "optimizer.schedule=constant"]
 
 
 def test_without_a_signal_or_limit_nothing_stops():
-    with StopRequest(0.0, time.monotonic() - 1e6) as stop:
+    with StopRequest(time.monotonic() - 1e6, 0.0, 60.0) as stop:
         assert stop.reason() == ""
 
 
 def test_the_time_limit_counts_from_the_start():
-    with StopRequest(1.0, time.monotonic() - 3599) as stop:
+    with StopRequest(time.monotonic() - 3599, 1.0, 60.0) as stop:
         assert stop.reason() == ""
-    with StopRequest(1.0, time.monotonic() - 3601) as stop:
+    with StopRequest(time.monotonic() - 3601, 1.0, 60.0) as stop:
         assert stop.reason() == "training.max_hours=1 are over"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_a_reason_and_the_old_handlers_come_back(number):
     before = signal.getsignal(number)
-    with StopRequest(0.0, 0.0) as stop:
+    with StopRequest(0.0, 0.0, 60.0) as stop:
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGUSR1)  # the same request, passed on by someone else
         assert stop.reason() == f"signal {signal.Signals(number).name}"
@@ -45,8 +45,8 @@ def test_a_signal_is_a_reason_and_the_old_handlers_come_back(number):
 
 SECOND_SIGNAL = """
 import os, signal, time
-from training.stop import StopRequest
-with StopRequest(0.0, time.monotonic()):
+from training.supervise import StopRequest
+with StopRequest(time.monotonic(), 0.0, 60.0):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     print("goes on", flush=True)
@@ -93,11 +93,9 @@ def test_a_signalled_training_checkpoints_and_ends_with_its_status_and_goes_on_l
     stopped_at = ckpt.latest_checkpoint(run)[0]
     assert 7 <= stopped_at < 100000
     assert f"stopped at step {stopped_at} (signal {signal.Signals(number).name})" in output
-    assert (run / STOPPED_FILE).is_file()
     last = stopped_at + 10
     options = [*LONG, f"training.max_steps={last}"]
     chain.run_in(folder, "tokenizer", *options, "data.num_workers=1")
-    assert not (run / STOPPED_FILE).exists()
     whole = chain.run_in(tmp_path / "whole", "tokenizer", *options, "data.num_workers=1")
     assert equal(state(run), state(whole))
     assert metrics(run) == metrics(whole)  # the window of the log, too, went on inside
@@ -127,7 +125,7 @@ def test_two_processes_stop_together_when_one_is_told_to(chain, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     step = ckpt.latest_checkpoint(run)[0]
-    assert f"stopped at step {step}" in output and (run / STOPPED_FILE).is_file()
+    assert f"stopped at step {step}" in output
     states = [ckpt.latest_checkpoint(run)[1] / ckpt.rank_file(rank) for rank in (0, 1)]
     assert all(path.is_file() for path in states)
 

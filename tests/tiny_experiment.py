@@ -14,18 +14,18 @@ import train_text_decoder
 import train_text_projector
 import train_tokenizer
 from configs.load import load_config
-from eval.report import main as write_report
+from eval import report
 from scripts import encode_tokens, train_text_encoder
 from training import checkpoint as ckpt
 
-MAIN = {  # in the order of train_flowtok.sh
-    "text_encoder": train_text_encoder.main,
-    "tokenizer": train_tokenizer.main,
-    "tokens": encode_tokens.main,
-    "text_projector": train_text_projector.main,
-    "text_decoder": train_text_decoder.main,
-    "flowtok": train_flowtok.main,
-    "report": write_report,
+PROGRAMS = {  # stage -> (dataclass, main), in the order of train_flowtok.sh
+    "text_encoder": (train_text_encoder.TextEncoderStage, train_text_encoder.main),
+    "tokenizer": (train_tokenizer.TokenizerStage, train_tokenizer.main),
+    "tokens": (encode_tokens.TokensStage, encode_tokens.main),
+    "text_projector": (train_text_projector.TextProjectorStage, train_text_projector.main),
+    "text_decoder": (train_text_decoder.TextDecoderStage, train_text_decoder.main),
+    "flowtok": (train_flowtok.FlowTokStage, train_flowtok.main),
+    "report": (report.ReportStage, report.main),
 }
 TIMES = ("samples_per_second", "data_wait_share")  # of the metrics: differ between equal runs
 
@@ -35,29 +35,10 @@ def stage_configs(shards: Path) -> dict[str, dict]:
     size = {"width": 16, "depth": 1, "num_heads": 2}
     reading = {"num_workers": 0, "shuffle_buffer": 16}
     images, tokens = {"shards": [f"{shards}/*.tar"]}, {"shards": ["${experiment_dir}/tokens/*.tar"]}
-    projector = {
-        "text_tokens": 16,
-        "text_width": 32,
-        "mlp_width": 32,
-        "token_channels": 4,
-        "alignment_width": 16,
-        **size,
-    }
-    clip = {
-        "image_size": 32,
-        "context_length": 16,
-        "embed_dim": 24,
-        "vision_width": 64,
-        "vision_layers": 1,
-    }
-    tokenizer = {
-        "image_size": 32,
-        "patch_size": 8,
-        "num_tokens": 16,
-        "token_channels": 4,
-        "encoder": size,
-    }
-    tokenizer |= {"decoder": size, "text_tokens": 16, "text_width": 32, "init_std": 0}
+    projector = {"mlp_width": 32, "alignment_width": 16, **size}
+    clip = {"image_size": 32, "context_length": 16, "embed_dim": 24}
+    tokenizer = {"image_size": 32, "patch_size": 8, "token_channels": 4, "init_std": 0}
+    tokenizer |= {"encoder": size, "decoder": size}
     training = {
         "max_steps": 4,
         "batch_size": 8,
@@ -69,10 +50,10 @@ def stage_configs(shards: Path) -> dict[str, dict]:
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "cosine"},
         "training": training | {"sample_every_steps": 2},
     }
-    text_encoder = {"text_encoder": {"model": "local-dir:${experiment_dir}/text_encoder/clip"}}
+    text_encoder = {"model": "local-dir:${experiment_dir}/text_encoder/clip"}
     return {
         "text_encoder": {
-            "clip": clip | {"text_width": 32, "text_layers": 1, "text_heads": 2},
+            "clip": clip | {"width": 64, "depth": 1, "num_heads": 2},
             "data": images | reading,
             **common,
         },
@@ -80,7 +61,7 @@ def stage_configs(shards: Path) -> dict[str, dict]:
             "tokenizer": tokenizer,
             "data": images | reading,
             "pictures": {"num_samples": 4},
-            **text_encoder,
+            "text_encoder": text_encoder,
             **common,
         },
         "tokens": {"data": images, "batch_size": 10, "store_text_states": True},
@@ -88,8 +69,7 @@ def stage_configs(shards: Path) -> dict[str, dict]:
             "projector": projector,
             "data": tokens | reading,
             "losses": {"image_regression_weight": 1.0},
-            "pictures": {"num_samples": 4},
-            **text_encoder,
+            "num_pictures": 4,
             **common,
         },
         "text_decoder": {
@@ -97,16 +77,13 @@ def stage_configs(shards: Path) -> dict[str, dict]:
             "text_decoder": size | {"mlp_width": 32, "vocabulary_size": 64},
             "data": tokens | reading,
             "heldout_shards": [f"{shards}/train-00001.tar"],
-            **text_encoder,
             **common,
         },
         "flowtok": {
-            "projector": projector,
-            "flowtok": size | {"num_tokens": 16, "token_channels": 4},
+            "flowtok": size,
             "sampling": {"steps": 3},
             "data": tokens | reading,
             "pictures": {"captions": ["a red circle", "a blue square"]},
-            **text_encoder,
             **common,
         },
         "report": {
@@ -134,35 +111,34 @@ class Experiment:
         self.folder = folder
         (folder / "configs").mkdir()
         for stage, values in stage_configs(shards).items():
-            self.config_file(stage).write_text(
-                yaml.safe_dump({"stage": stage, "experiment_dir": str(folder), **values})
-            )
+            text = yaml.safe_dump({"experiment_dir": str(folder), **values})
+            self.config_file(stage).write_text(text)
 
     def config_file(self, stage: str) -> Path:
         return self.folder / "configs" / f"{stage}.yaml"
 
     def inputs(self, stage: str) -> list[str]:
         """Overrides with which a stage in another folder reads this experiment's earlier stages."""
-        tokenizer = [f"text_encoder.model=local-dir:{self.folder}/text_encoder/clip"]
-        tokens = [f"tokenizer_run={self.folder}/tokenizer"]
-        text_projector = [*tokenizer, *tokens, f"data.shards=[{self.folder}/tokens/*.tar]"]
+        tower = [f"text_encoder.model=local-dir:{self.folder}/text_encoder/clip"]
+        tokenizer = [f"tokenizer_run={self.folder}/tokenizer"]
+        tokens = [*tokenizer, f"data.shards=[{self.folder}/tokens/*.tar]"]
         return {
             "text_encoder": [],
-            "tokenizer": tokenizer,
-            "tokens": tokens,
-            "text_projector": text_projector,
-            "text_decoder": [*tokenizer, f"data.shards=[{self.folder}/tokens/*.tar]"],
-            "flowtok": [*text_projector, f"projector_run={self.folder}/text_projector"],
+            "tokenizer": tower,
+            "tokens": tokenizer,
+            "text_projector": tokens,
+            "text_decoder": tokens,
+            "flowtok": [*tokens, f"projector_run={self.folder}/text_projector"],
         }[stage]
 
     def config(self, stage: str, *overrides: str):
-        return load_config(self.config_file(stage), list(overrides), stage)
+        return load_config(PROGRAMS[stage][0], self.config_file(stage), list(overrides))
 
     def run(self, stage: str, *overrides: str) -> Path:
         """Run a stage as its script does; returns its folder."""
         reset_accelerate()
         config = self.config(stage, *overrides)
-        MAIN[stage](config)
+        PROGRAMS[stage][1](config)
         return Path(config.run_dir)
 
     def run_in(self, folder: Path, stage: str, *overrides: str) -> Path:

@@ -1,10 +1,12 @@
 """Run folders -> loaded parts, always with EMA weights.
 
-A run folder's config.yaml alone says how its network is built; the newest complete checkpoint has the weights.
+A run's config.yaml says how its network is built, its newest whole checkpoint has the weights, and
+the checkpoint's `inputs` are the fingerprints of the parts that it was trained with. A flow names
+its tokenizer's run, and that one its text encoder. Where the experiment's folder was moved, the
+parts are found beside the run.
 """
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +15,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from modeling.fingerprint import fingerprint
 from modeling.flow import FlowConfig
-from modeling.flow_model import FlowModel
+from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTokConfig
-from modeling.image_to_text import Captioner
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from modeling.pipeline import ImageGenerator, SamplingConfig
+from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.text_decoder import TextAutoencoder, TextDecoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
@@ -26,6 +28,9 @@ from training.checkpoint import EMA_FILE, latest_checkpoint, load_weights, read_
 from training.run import CONFIG_FILE
 
 T = TypeVar("T")
+CLIP_FOLDER = Path("text_encoder") / "clip"  # of an experiment that trained its own text tower
+
+# What a run folder says
 
 
 def read_run_config(run_dir: str | Path) -> DictConfig:
@@ -37,31 +42,24 @@ def read_run_config(run_dir: str | Path) -> DictConfig:
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else path.parent.parent
-        found = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+        found = sorted(p.name for p in folder.glob("*"))
         raise ValueError(
-            f"{run_dir} is no run folder (no {CONFIG_FILE}); {folder} holds: {', '.join(found) or 'nothing'}"
+            f"{run_dir} is no run folder (no {CONFIG_FILE}); {folder} holds: "
+            f"{', '.join(found) or 'nothing'}"
         )
     return OmegaConf.load(path)
 
 
-def section(config: DictConfig, key: str, schema: type[T]) -> T:
-    """One part of a run's config as its dataclass."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config[key]))
-
-
-def load_ema(module: nn.Module, run_dir: str | Path) -> nn.Module:
-    """Fill a module with the EMA weights of a run's newest checkpoint; frozen, in eval mode.
+def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:
+    """One part of a run's config as its dataclass.
 
     Raises:
-        ValueError: no checkpoint yet, or one of another network.
+        ValueError: it is the run of another stage.
     """
-    load_weights(module, newest_checkpoint(run_dir) / EMA_FILE)
-    return module.eval().requires_grad_(False)
-
-
-def flow_folder(run_dir: Path) -> Path:
-    """The stage-3 run of an experiment folder; the folder itself if it is no experiment's."""
-    return run_dir / "flowtok" if (run_dir / "flowtok").is_dir() else run_dir
+    config = read_run_config(run_dir)
+    if key not in config:
+        raise ValueError(f"{run_dir} is a run of another stage: its {CONFIG_FILE} has no {key}")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config[key]))
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path:
@@ -76,8 +74,43 @@ def newest_checkpoint(run_dir: str | Path) -> Path:
     return latest[1]
 
 
+def trained_with(run_dir: str | Path) -> dict[str, str]:
+    """Fingerprints of the parts that a run was trained with; empty for a converted run."""
+    return read_state(newest_checkpoint(run_dir))["inputs"]
+
+
+def flow_folder(run_dir: str | Path) -> Path:
+    """The stage-3 run that makes an experiment's images, or the run folder itself."""
+    run = Path(run_dir) / "flowtok"
+    return run if run.is_dir() else Path(run_dir)
+
+
+def captioning_run(run_dir: str | Path) -> Path:
+    """The stage-3 run that makes an experiment's captions, or the run folder itself."""
+    run = Path(run_dir) / "flowtok_caption"
+    return run if run.is_dir() else flow_folder(run_dir)
+
+
+def direction_of(flow_dir: str | Path) -> str:
+    """Which way a stage-3 run flows."""
+    return read_section(flow_dir, "flow", FlowConfig).direction
+
+
+# One network
+
+
+def load_ema(module: nn.Module, run_dir: str | Path) -> nn.Module:
+    """Fill a module with the EMA weights of a run's newest checkpoint; frozen, in eval mode.
+
+    Raises:
+        ValueError: no checkpoint yet, or one of another network.
+    """
+    load_weights(module, newest_checkpoint(run_dir) / EMA_FILE)
+    return module.eval().requires_grad_(False)
+
+
 def load_newest(run_dir: str | Path, load: Callable[[], T]) -> tuple[T, Path]:
-    """What `load` makes of a run's newest checkpoint, and the folder of that one; training may go on meanwhile.
+    """(what `load` makes of a run's newest checkpoint, its folder); training may go on meanwhile.
 
     Raises:
         ValueError: no checkpoint yet, or what `load` raises.
@@ -89,15 +122,25 @@ def load_newest(run_dir: str | Path, load: Callable[[], T]) -> tuple[T, Path]:
             return loaded, before[1]
 
 
-def load_tokenizer(run_dir: str | Path) -> tuple[ImageTokenizer, TextEncoderConfig]:
-    """The image tokenizer of a stage-1 run and the text tower that guides its decoder."""
-    config = read_run_config(run_dir)
-    if "tokenizer" not in config:
-        raise ValueError(
-            f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'tokenizer'"
-        )
-    tokenizer = ImageTokenizer(section(config, "tokenizer", ImageTokenizerConfig))
-    return load_ema(tokenizer, run_dir), section(config, "text_encoder", TextEncoderConfig)
+def load_tokenizer(run_dir: str | Path) -> ImageTokenizer:
+    """The image tokenizer of a stage-1 run."""
+    config = read_section(run_dir, "tokenizer", ImageTokenizerConfig)
+    return load_ema(ImageTokenizer(config), run_dir)
+
+
+def load_flow(run_dir: str | Path) -> FlowModel:
+    """Source and velocity network of a stage-3 run."""
+    flowtok = read_section(run_dir, "flowtok", FlowTokConfig)
+    projector = read_section(run_dir, "projector", TextProjectorConfig)
+    flow = read_section(run_dir, "flow", FlowConfig)
+    return load_ema(build_flow(projector, flowtok, flow), run_dir)
+
+
+def load_autoencoder(run_dir: str | Path) -> TextAutoencoder:
+    """The projector and the text decoder of a text_decoder run."""
+    decoder = read_section(run_dir, "text_decoder", TextDecoderConfig)
+    projector = read_section(run_dir, "projector", TextProjectorConfig)
+    return load_ema(TextAutoencoder(projector, decoder), run_dir)
 
 
 def load_projector(run_dir: str | Path) -> TextProjector:
@@ -107,104 +150,80 @@ def load_projector(run_dir: str | Path) -> TextProjector:
         return load_flow(run_dir).projector
     if "text_decoder" in config:
         return load_autoencoder(run_dir).projector
-    return load_ema(TextProjector(section(config, "projector", TextProjectorConfig)), run_dir)
+    projector = read_section(run_dir, "projector", TextProjectorConfig)
+    return load_ema(TextProjector(projector), run_dir)
 
 
-def load_flow(run_dir: str | Path) -> FlowModel:
-    """The projector and the DiT of a stage-3 run.
-
-    Raises:
-        ValueError: the folder is no such run.
-    """
-    config = read_run_config(run_dir)
-    if "flowtok" not in config:
-        raise ValueError(
-            f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'flowtok'"
-        )
-    flow = FlowModel(
-        section(config, "projector", TextProjectorConfig), section(config, "flowtok", FlowTokConfig)
-    )
-    flow.null_probability = OmegaConf.select(
-        config, "flow.null_probability", default=FlowConfig.null_probability
-    )
-    return load_ema(flow, run_dir)
+# The parts of a run, by their fingerprints
 
 
-def load_autoencoder(run_dir: str | Path) -> TextAutoencoder:
-    """The projector and the text decoder of a text_decoder run.
+def first_match(parts: Iterable[T], identity: Callable[[T], str], wanted: str | None) -> T | None:
+    """The first part with the wanted fingerprint; None: any."""
+    return next((part for part in parts if wanted is None or identity(part) == wanted), None)
+
+
+def existing_runs(*folders: str | Path) -> list[Path]:
+    """Those of the folders that are runs."""
+    return [Path(folder) for folder in folders if (Path(folder) / CONFIG_FILE).is_file()]
+
+
+def find_tokenizer(flow_dir: Path) -> tuple[Path, ImageTokenizer]:
+    """(run, tokenizer) that a flow was trained with: as its config says, or beside it.
 
     Raises:
-        ValueError: the folder is no such run.
+        ValueError: none is there, or none with the flow's fingerprint.
     """
-    config = read_run_config(run_dir)
-    if "text_decoder" not in config:
+    named, beside = read_run_config(flow_dir).tokenizer_run, flow_dir.parent / "tokenizer"
+    wanted = trained_with(flow_dir).get("tokenizer")
+    found = ((run, load_tokenizer(run)) for run in existing_runs(named, beside))
+    match = first_match(found, lambda part: fingerprint(part[1]), wanted)
+    if match is None:
         raise ValueError(
-            f"{run_dir} is a run of stage {config.get('stage')!r}, not of stage 'text_decoder'"
+            f"{flow_dir} was trained with the tokenizer {wanted or '(of unknown fingerprint)'}, "
+            f"which is neither at {named} nor at {beside}: set tokenizer_run in "
+            f"{flow_dir / CONFIG_FILE}, or convert one there (scripts/convert_checkpoint.py)"
         )
-    sizes = (
-        section(config, "projector", TextProjectorConfig),
-        section(config, "text_decoder", TextDecoderConfig),
-    )
-    return load_ema(TextAutoencoder(*sizes), run_dir)
+    return match
 
 
-def direction_of(config: DictConfig) -> str:
-    """Which way a stage-3 run flows; runs from before there was a choice make images of text."""
-    return OmegaConf.select(config, "flow.direction", default="text_to_image")
+def text_encoder_config(tokenizer_run: str | Path) -> TextEncoderConfig:
+    """The text encoder of a stage-1 run, where it is now."""
+    return text_encoder_configs(tokenizer_run)[0]
 
 
-def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner, SamplingConfig]:
-    """All parts of an experiment for captions, and its default sampling.
+def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
+    """The text encoder of a stage-1 run: as its config says, and beside it, the likelier first."""
+    config = read_section(tokenizer_run, "text_encoder", TextEncoderConfig)
+    folder = config.model.removeprefix("local-dir:")
+    beside = Path(tokenizer_run).parent / CLIP_FOLDER
+    if folder == config.model or not beside.is_dir():
+        return [config]
+    moved = replace(config, model=f"local-dir:{beside}")
+    return [config, moved] if Path(folder).is_dir() else [moved, config]
+
+
+def find_text_encoder(tokenizer_run: str | Path, wanted: str | None = None) -> TextEncoder:
+    """The text encoder that a tokenizer was trained with.
 
     Args:
-        run_dir: an experiment folder (with flowtok_caption/ or flowtok/ in it) or a stage-3 run folder.
+        wanted: the fingerprint that a later run knows; None: the tokenizer's own.
 
     Raises:
-        ValueError: a flow that does not go from image to text, or a part that is not there any more.
+        ValueError: none with that fingerprint.
     """
-    flow_dir = captioning_run(run_dir)
-    config = read_run_config(flow_dir)
-    if "flowtok" not in config:
+    configs = text_encoder_configs(tokenizer_run)
+    wanted = wanted or trained_with(tokenizer_run).get("text_encoder")
+    match = first_match(map(load_text_encoder, configs), lambda part: part.identity, wanted)
+    if match is None:
         raise ValueError(
-            f"{flow_dir} is a run of stage {config.get('stage')!r}; captions need a flowtok run"
+            f"{tokenizer_run} was trained with the text encoder {wanted}, which "
+            f"{' and '.join(config.model for config in configs)} is not any more"
         )
-    if direction_of(config) == "text_to_image":
-        raise ValueError(
-            f"{flow_dir} flows from text to image only: captions need a run with flow.direction=image_to_text or joint"
-        )
-    trained_on = read_state(newest_checkpoint(flow_dir))["inputs"]
-    text_config = section(config, "text_encoder", TextEncoderConfig)
-    beside = flow_dir.parent / "text_encoder" / "clip"
-    folder = text_config.model.removeprefix("local-dir:")
-    if text_config.model != folder and beside.is_dir() and not Path(folder).is_dir():
-        text_config.model = (
-            f"local-dir:{beside}"  # the experiment was moved; only the tower's tokenizer is used
-        )
-    flow = load_flow(flow_dir)
-    parts = Captioner(
-        tokenize=TextTokenizer(text_config),
-        tokenizer=find_tokenizer(flow_dir, config.tokenizer_run, trained_on.get("tokenizer")).to(
-            device
-        ),
-        flow=flow.to(device),
-        decoder=find_text_decoder(flow_dir, config.text_decoder_run, flow.projector).to(device),
-    )
-    return parts, section(config, "sampling", SamplingConfig)
+    return match
 
 
-def captioning_run(run_dir: str | Path) -> Path:
-    """The stage-3 run that makes an experiment's captions, or the run folder itself."""
-    run_dir = Path(run_dir)
-    return next(
-        (run_dir / name for name in ("flowtok_caption", "flowtok") if (run_dir / name).is_dir()),
-        run_dir,
-    )
-
-
-def find_text_decoder(
-    flow_dir: Path, text_decoder_run: str, projector: TextProjector
-) -> TextDecoder:
-    """What reads a flow's z_T: where its config says, or beside the flow if the folder was moved.
+def find_text_decoder(flow_dir: Path, projector: TextProjector) -> TextDecoder:
+    """What reads a flow's z_T: where its config says, or beside the flow.
 
     Args:
         projector: the flow's; a decoder that was trained on another one's z_T would read nonsense.
@@ -212,20 +231,19 @@ def find_text_decoder(
     Raises:
         ValueError: none for this projector is there.
     """
+    named, beside = read_run_config(flow_dir).text_decoder_run, flow_dir.parent / "text_decoder"
     wanted = fingerprint(projector)
-    runs = [
-        run
-        for run in (Path(text_decoder_run), flow_dir.parent / "text_decoder")
-        if (run / CONFIG_FILE).is_file()
-    ]
-    for run in runs:
-        autoencoder = load_autoencoder(run)
-        if fingerprint(autoencoder.projector) == wanted:
-            return autoencoder.decoder
-    tried = ", ".join(map(str, runs)) or f"nothing at {text_decoder_run}"
-    raise ValueError(
-        f"{flow_dir} ends in the z_T of the projector {wanted}, and no text decoder for it is there (found: {tried})"
-    )
+    found = map(load_autoencoder, existing_runs(named, beside))
+    match = first_match(found, lambda part: fingerprint(part.projector), wanted)
+    if match is None:
+        raise ValueError(
+            f"{flow_dir} ends in the z_T of the projector {wanted}, and the text decoder for it is "
+            f"neither at {named} nor at {beside}: set text_decoder_run in {flow_dir / CONFIG_FILE}"
+        )
+    return match.decoder
+
+
+# All parts
 
 
 def load_pipeline(
@@ -235,117 +253,68 @@ def load_pipeline(
 
     Args:
         run_dir: an experiment folder (with flowtok/ in it) or a stage-3 run folder.
+
+    Raises:
+        ValueError: a flow that goes from image to text, or a part that is absent or does not fit.
     """
-    run_dir = Path(run_dir)
     flow_dir = flow_folder(run_dir)
-    config = read_run_config(flow_dir)
-    if "flowtok" not in config:
+    sampling = read_section(flow_dir, "sampling", SamplingConfig)
+    if direction_of(flow_dir) == "image_to_text":
         raise ValueError(
-            f"{flow_dir} is a run of stage {config.get('stage')!r}; sampling needs a flowtok run"
+            f"{flow_dir} flows from image to text: it makes captions (sample.py --caption), no "
+            "images"
         )
-    if direction_of(config) == "image_to_text":
+    tokenizer_run, tokenizer = find_tokenizer(flow_dir)
+    text_encoder = find_text_encoder(tokenizer_run, trained_with(flow_dir).get("text_encoder"))
+    flow = load_flow(flow_dir)
+    check_parts(flow, tokenizer, text_encoder)
+    parts = ImageGenerator(text_encoder.to(device), tokenizer.to(device), flow.to(device))
+    return parts, sampling
+
+
+def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner, SamplingConfig]:
+    """All parts of an experiment for captions, and its default sampling.
+
+    Args:
+        run_dir: an experiment folder (with flowtok_caption/ in it) or a stage-3 run folder.
+
+    Raises:
+        ValueError: a flow that goes from text to image, or a part that is not there any more.
+    """
+    flow_dir = captioning_run(run_dir)
+    sampling = read_section(flow_dir, "sampling", SamplingConfig)
+    if direction_of(flow_dir) == "text_to_image":
         raise ValueError(
-            f"{flow_dir} flows from image to text: it makes captions (sample.py --caption), no images"
+            f"{flow_dir} flows from text to image: captions need a run with "
+            "flow.direction=image_to_text"
         )
-    trained_on = read_state(newest_checkpoint(flow_dir))["inputs"]  # empty for a converted run
-    text_config = section(config, "text_encoder", TextEncoderConfig)
-    text_config.model, text_encoder = find_text_encoder(
-        flow_dir, text_config, trained_on.get("text_encoder")
-    )
-    tokenizer = find_tokenizer(flow_dir, config.tokenizer_run, trained_on.get("tokenizer"))
-    check_parts(section(config, "projector", TextProjectorConfig), tokenizer.config, text_encoder)
-    parts = ImageGenerator(
-        tokenize=TextTokenizer(text_config),
-        text_encoder=text_encoder.to(device),
+    tokenizer_run, tokenizer = find_tokenizer(flow_dir)
+    flow = load_flow(flow_dir)
+    parts = Captioner(
+        tokenize=TextTokenizer(text_encoder_config(tokenizer_run)),
         tokenizer=tokenizer.to(device),
-        flow=load_flow(flow_dir).to(
-            device
-        ),  # the largest part last: what else is missing is known by then
+        flow=flow.to(device),
+        decoder=find_text_decoder(flow_dir, flow.projector).to(device),
     )
-    return parts, section(config, "sampling", SamplingConfig)
+    return parts, sampling
 
 
-def check_parts(
-    projector: TextProjectorConfig, tokenizer: ImageTokenizerConfig, text_encoder: TextEncoder
-) -> None:
-    """Refuse parts of different sizes, which a converted run can have: no fingerprint says what belongs together."""
-    latents = (projector.text_tokens, projector.token_channels)
-    if (tokenizer.num_tokens, tokenizer.token_channels) != latents:
-        raise ValueError(
-            f"the flow makes {latents[0]} x {latents[1]} tokens, the tokenizer reads "
-            f"{tokenizer.num_tokens} x {tokenizer.token_channels}: set tokenizer_run in the flow's {CONFIG_FILE}"
-        )
-    states = (text_encoder.context_length, text_encoder.width)
-    expected = [(projector.text_tokens, projector.text_width)]
-    expected += [(tokenizer.text_tokens, tokenizer.text_width)] if tokenizer.text_guidance else []
-    if any(shape != states for shape in expected):
-        raise ValueError(
-            f"the text tower gives {states[0]} x {states[1]} states, the flow (and the tokenizer's decoder) expect "
-            f"{' and '.join(f'{length} x {width}' for length, width in expected)}: set text_encoder in the flow's "
-            f"{CONFIG_FILE}"
-        )
-
-
-def find_tokenizer(flow_dir: Path, tokenizer_run: str, wanted: str | None) -> ImageTokenizer:
-    """The tokenizer that a flow was trained with: where its config says, or beside the flow if the folder was moved.
-
-    Args:
-        wanted: its fingerprint; None for a converted run, which takes the first that is there.
+def check_parts(flow: FlowModel, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> None:
+    """Refuse parts of different sizes, which a converted run can have: it knows no fingerprints.
 
     Raises:
-        ValueError: none is there, or none with that fingerprint.
+        ValueError: naming sizes and the key to set.
     """
-    beside = flow_dir.parent / "tokenizer"
-    runs = [run for run in (Path(tokenizer_run), beside) if (run / CONFIG_FILE).is_file()]
-    for run in runs:
-        tokenizer = load_tokenizer(run)[0]
-        if wanted is None or fingerprint(tokenizer) == wanted:
-            return tokenizer
-    if wanted is None:
+    config = tokenizer.config
+    tokens = (config.num_tokens, config.token_channels)
+    states = (config.text_tokens, config.text_width)
+    if tokens != flow.flowtok.shape:
         raise ValueError(
-            f"{flow_dir} has no tokenizer at {tokenizer_run} or {beside}: convert one there "
-            f"(scripts/convert_checkpoint.py), or set tokenizer_run in {flow_dir / CONFIG_FILE}"
+            f"the flow makes {flow.flowtok.shape} tokens x channels, the tokenizer reads {tokens}: "
+            f"set tokenizer_run in the flow's {CONFIG_FILE}"
         )
-    tried = ", ".join(map(str, runs)) or f"nothing at {tokenizer_run}"
-    raise ValueError(
-        f"{flow_dir} was trained with the tokenizer {wanted}, which is not there any more (found: {tried})"
-    )
-
-
-def find_text_encoder(
-    flow_dir: Path, config: TextEncoderConfig, wanted: str | None
-) -> tuple[str, TextEncoder]:
-    """(model, tower) that a flow was trained with: as its config says, or beside the flow if the folder was moved.
-
-    Args:
-        wanted: its fingerprint; None for a converted run, which takes the first.
-
-    Raises:
-        ValueError: none with that fingerprint.
-    """
-    beside = flow_dir.parent / "text_encoder" / "clip"
-    models = [config.model] + ([f"local-dir:{beside}"] if beside.is_dir() else [])
-    if len(models) == 2 and not Path(config.model.removeprefix("local-dir:")).is_dir():
-        models.reverse()
-    if wanted is None and not config.model.startswith("local-dir:"):
-        models = [config.model]  # nothing would tell that the folder beside is another tower
-    for model in models:
-        tower = load_text_encoder(replace(config, model=model))
-        if wanted is None or fingerprint(tower) == wanted:
-            return model, tower
-    raise ValueError(
-        f"{flow_dir} was trained with the text tower {wanted}, which {' and '.join(models)} is not any more"
-    )
-
-
-def fingerprint(module: nn.Module) -> str:
-    """16 hex digits over names, shapes and values of a module's state, and QuickGELU if it is a text tower with it."""
-    digest = hashlib.sha256(
-        b"quick_gelu" if isinstance(module, TextEncoder) and module.quick_gelu else b""
-    )
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if states != text_encoder.shape:
+        raise ValueError(
+            f"the text encoder gives {text_encoder.shape} tokens x channels, the tokenizer's "
+            f"decoder expects {states}: set text_encoder in the tokenizer's {CONFIG_FILE}"
         )
-    return digest.hexdigest()[:16]

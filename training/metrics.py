@@ -1,17 +1,24 @@
 """Metrics: summed on the device, read only when reported; one log for console, metrics.jsonl and wandb."""
 
 import json
+import math
 import os
 import sys
+import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+
+from training.run import Run
 
 WANDB_FILE = "wandb_id"  # in the run folder
 
@@ -25,16 +32,15 @@ class LoggingConfig:
 
 
 class MetricWindow:
-    """The scalars of the steps since the last report, kept on the device; nothing waits for it until they are read.
+    """The scalars of the steps since the last report, on the device; nothing waits for them.
 
-    Steps with a non-finite value are left out of the means. What is in the window is part of a checkpoint, so that a
-    resumed run reports what an undisturbed one does.
+    What is in the window is part of a checkpoint, so that a resumed run reports what an
+    undisturbed one does.
     """
 
     def __init__(self):
-        self._steps: list[
-            tuple[int, tuple[str, ...], Tensor, list[str]]
-        ] = []  # step, names, values, sample keys
+        # step, names, values, sample keys
+        self._steps: list[tuple[int, tuple[str, ...], Tensor, list[str]]] = []
 
     def reset(self) -> None:
         """Start a new window."""
@@ -42,44 +48,62 @@ class MetricWindow:
 
     def add(self, step: int, values: dict[str, Tensor], keys: list[str]) -> None:
         """Add one step's scalars; `keys` are those of its samples on this process."""
-        self._steps.append(
-            (step, tuple(values), torch.stack([v.detach().float() for v in values.values()]), keys)
-        )
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        self._steps.append((step, tuple(values), stacked, keys))
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over the window's good steps that had the value, and over the processes (`reduce` averages)."""
+        """Means over the steps that had the value, and over the processes (`reduce` averages)."""
         rows: dict[str, list[Tensor]] = {}
         for _, names, values, _ in self._steps:
-            values = torch.where(torch.isfinite(values).all(), values, torch.nan)
             for name, value in zip(names, values, strict=True):
                 rows.setdefault(name, []).append(value)
-        means = reduce(torch.stack([torch.stack(values).nanmean() for values in rows.values()]))
+        means = reduce(torch.stack([torch.stack(values).mean() for values in rows.values()]))
         return dict(zip(rows, means.tolist(), strict=True))
 
-    def bad_steps(self) -> list[tuple[int, dict[str, float], list[str]]]:
-        """(step, terms, keys) of the window's steps with a non-finite value."""
+    def check_finite(self, run_dir: Path, rank: int) -> None:
+        """Stop at a step with a non-finite value; it changed no weights (training/optim.py).
+
+        Raises:
+            FloatingPointError: names step, rank, terms and the keys of the samples.
+        """
         if not self._steps:
-            return []
-        good = torch.stack(
-            [torch.isfinite(values).all() for _, _, values, _ in self._steps]
-        ).tolist()
-        bad = [step for step, is_good in zip(self._steps, good, strict=True) if not is_good]
-        return [
-            (step, dict(zip(names, values.tolist(), strict=True)), keys)
-            for step, names, values, keys in bad
-        ]
+            return
+        finite = torch.stack([torch.isfinite(values).all() for _, _, values, _ in self._steps])
+        bad = [index for index, is_finite in enumerate(finite.tolist()) if not is_finite]
+        if not bad:
+            return
+        step, names, values, keys = self._steps[bad[0]]
+        terms = dict(zip(names, values.tolist(), strict=True))
+        raise FloatingPointError(
+            f"{describe_bad_step(step, rank, terms, keys)}. The last checkpoint of {run_dir} is from "
+            "before it. Lower the learning rate or training.max_gradient_norm"
+        )
 
     def state_dict(self) -> dict:
         """The window as plain values and tensors, without the keys."""
-        return {
-            "steps": [[step, list(names), values.cpu()] for step, names, values, _ in self._steps]
-        }
+        steps = [[step, list(names), values.cpu()] for step, names, values, _ in self._steps]
+        return {"steps": steps}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         """Continue a window."""
         self._steps = [
             (step, tuple(names), values.to(device), []) for step, names, values in state["steps"]
         ]
+
+
+def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[str]) -> str:
+    """One line on a step with a non-finite value, with its samples if they are to blame."""
+    losses = [value for name, value in terms.items() if not name.endswith("gradient_norm")]
+    samples = "the loss of this process is finite"
+    if not all(map(math.isfinite, losses)):
+        samples = f"samples: {', '.join(map(short_key, keys))}"
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+    return f"non-finite loss or gradient at step {step}, rank {rank}: {shown}; {samples}"
+
+
+def short_key(key: str) -> str:
+    """A sample's key, from data of unknown origin, short and on one line."""
+    return key if key.isprintable() and len(key) <= 100 else ascii(key[:100])
 
 
 class MetricLog:
@@ -185,3 +209,78 @@ def start_wandb(run_dir: Path, config: LoggingConfig, run_name: str, is_new: boo
         )
     except wandb.Error as error:
         raise ValueError(f"logging.wandb={config.wandb}: {error}") from error
+
+
+class TimedIterator:
+    """Counts the seconds of waiting for batches, and the samples that the readers skipped."""
+
+    def __init__(self, batches: Iterator[dict]):
+        self._batches = batches
+        self._seconds = 0.0
+        self._skipped: Counter[str] = Counter()
+
+    def __iter__(self) -> "TimedIterator":
+        return self
+
+    def __next__(self) -> dict:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self._seconds += time.perf_counter() - start
+        self._skipped.update(batch.pop("skipped", {}))
+        return batch
+
+    def take_seconds(self) -> float:
+        """Seconds waited since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def take_skipped(self) -> dict[str, int]:
+        """Skipped samples of this process since the last call, by reason."""
+        skipped, self._skipped = self._skipped, Counter()
+        return dict(skipped)
+
+
+class Progress:
+    """Means, rates and the time left, for a report."""
+
+    def __init__(
+        self, run: Run, max_steps: int, batch_size: int, batches: TimedIterator, step: int
+    ):
+        """step: the one from which this start goes on."""
+        self.run, self.batches = run, batches
+        self.max_steps, self.batch_size = max_steps, batch_size
+        self.start = self.last_time = time.perf_counter()
+        self.first_step = self.last_step = step
+
+    def report(
+        self, step: int, window: MetricWindow, optimizer: torch.optim.Optimizer
+    ) -> dict[str, float]:
+        """Values to log; the rates are those since the last call."""
+        now = time.perf_counter()
+        values = window.means(lambda x: self.run.accelerator.reduce(x, reduction="mean"))
+        values["learning_rate"] = optimizer.param_groups[0]["lr"]
+        num_samples = (step - self.last_step) * self.batch_size
+        values["samples_per_second"] = num_samples / (now - self.last_time)
+        values["data_wait_share"] = self.batches.take_seconds() / (now - self.last_time)
+        for skipped in gather_object([self.batches.take_skipped()]):
+            for reason, count in skipped.items():
+                name = f"skipped/{reason}"
+                values[name] = values.get(name, 0) + count
+        self.last_time, self.last_step = now, step
+        return values
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that does not count for the rates."""
+        start = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - start
+
+    def seconds_left(self, step: int) -> float:
+        """Until the last step, at the speed so far, pictures and evaluations included."""
+        seconds_per_step = (time.perf_counter() - self.start) / (step - self.first_step)
+        return seconds_per_step * (self.max_steps - step)
+
+    def summary(self, step: int) -> str:
+        """Steps and seconds of this start."""
+        return f"{step - self.first_step} steps in {time.perf_counter() - self.start:.0f} s"

@@ -1,18 +1,23 @@
-"""Optimiser and learning-rate schedule.
+"""AdamW, its learning rate, and one update of a network from the loss of one or more batches.
 
-The learning rate is a pure function of the step, written into the parameter groups before each step: there is no
-scheduler state to save, and accelerate can't step it twice.
+The learning rate is a pure function of the step, written into the parameter groups before each
+step: there is no scheduler state to save, and accelerate can't step it twice.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.checkpoint import load_plain
+from training.run import Run
+
+LossFn = Callable[[nn.Module, dict], dict[str, Tensor]]  # (network, batch) -> terms with "loss"
 
 
 @dataclass
@@ -32,16 +37,14 @@ class OptimizerConfig:
     final_learning_rate: float = 0.0  # of cosine: reached at the last step
 
     def __post_init__(self):
-        if (
-            self.learning_rate <= 0
-            or self.warmup_steps < 0
-            or len(self.betas) != 2
-            or not 0 <= self.hold_fraction < 1
-        ):
-            raise ValueError(
-                "optimizer needs learning_rate > 0, warmup_steps >= 0, two betas and hold_fraction in [0, 1), got "
-                f"{self.learning_rate}, {self.warmup_steps}, {self.betas}, {self.hold_fraction}"
-            )
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas}")
+        if not 0 <= self.hold_fraction < 1:
+            raise ValueError(f"hold_fraction must be in [0, 1), got {self.hold_fraction}")
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -103,3 +106,80 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
                 )
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
+
+
+class OptimizedNetwork:
+    """A network with its optimiser: gradients add up over batches, then one clipped update."""
+
+    def __init__(
+        self, run: Run, module: nn.Module, config: OptimizerConfig, max_gradient_norm: float
+    ):
+        """max_gradient_norm: 0 turns clipping off."""
+        self.run = run
+        self.module = module.to(run.device)
+        self.config = config
+        self.optimizer = build_optimizer(self.module, config)
+        self.trainable = [p for p in self.module.parameters() if p.requires_grad]
+        self.max_gradient_norm = max_gradient_norm or float("inf")
+
+    def wrap(self, with_compile: bool = False) -> None:
+        """Wrap for the other processes, once the weights are those to start from.
+
+        Blocks are compiled one by one, all of a kind with the same code: quick to compile, and the
+        names of the weights stay what they are.
+        """
+        if with_compile:
+            for blocks in (m for m in self.module.modules() if isinstance(m, nn.ModuleList)):
+                for block in blocks:
+                    block.compile()
+        prepare = self.run.accelerator.prepare
+        self.wrapped, self.wrapped_optimizer = prepare(self.module, self.optimizer)
+        self.wrapped.train()
+
+    @contextmanager
+    def gradients(self, is_last: bool) -> Iterator[nn.Module]:
+        """Forward and backward of one batch; the processes exchange gradients in the last one."""
+        if is_last:
+            yield self.wrapped
+        else:
+            with self.run.accelerator.no_sync(self.wrapped):
+                yield self.wrapped
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        self.run.accelerator.backward(loss)
+
+    def update(self, step: int, max_steps: int) -> Tensor:
+        """Clip, step, clear; returns the gradient norm before clipping, on the device.
+
+        A non-finite gradient changes nothing: the loop finds it in the log and stops.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step, max_steps)
+        clip = torch.nn.utils.clip_grad_norm_
+        norm = clip(self.trainable, self.max_gradient_norm, foreach=True)
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # read by the fused update
+        self.wrapped_optimizer.step()
+        self.wrapped_optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def descend(
+    network: OptimizedNetwork, batches: Sequence[dict], loss_fn: LossFn, step: int, max_steps: int
+) -> dict[str, Tensor]:
+    """One update by the mean loss of the batches. Returns the mean terms and gradient_norm."""
+    means: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        with network.gradients(is_last=index == len(batches) - 1) as wrapped:
+            terms = loss_fn(wrapped, batch)
+            network.backward(terms["loss"] / len(batches))
+        add_mean(means, terms, len(batches))
+    means["gradient_norm"] = network.update(step, max_steps)
+    return means
+
+
+def add_mean(means: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:
+    """Add one of `count` parts to the means of named scalars, without gradient."""
+    for name, value in terms.items():
+        part = value.detach() / count
+        means[name] = part + means[name] if name in means else part

@@ -1,7 +1,8 @@
-"""Kernel ridge regression from text states to image latents: closed form, seconds for some thousand captions.
+"""Kernel ridge regression from text states to image latents: closed form, seconds for thousands.
 
-Where a projector can start from (projector.linear_start), and the baseline of a text-to-image flow on little data
-(eval/report.py): a flow that retrieves held-out images no better has not learned to generalise.
+Fits the projector's linear skip (text_projector.yaml: linear_start), and is the baseline of a
+text-to-image flow on little data (eval/report.py): a flow that retrieves held-out images no better
+has not learned to generalise.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from modeling.text_projector import LinearSkip
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # times the mean eigenvalue of the kernel
 
@@ -22,23 +25,23 @@ class Ridge:
     latent_mean: Tensor  # K x C
     coefficients: Tensor  # N x K C
     strength: float  # times the mean eigenvalue of the kernel
-    top5: float  # share of samples whose own latent is among the five nearest to what all other samples predict
-    error: float  # mean squared error of that prediction
+    # Of what all other samples predict for each sample (left out):
+    top5: float  # share of samples whose own latent is among the five nearest to it
+    error: float  # its mean squared error
 
     def __call__(self, states: Tensor) -> Tensor:
-        kernel = (states.flatten(1).to(self.states) - self.state_mean) @ self.states.T
-        return (kernel @ self.coefficients).view(
-            -1, *self.latent_mean.shape
-        ).float() + self.latent_mean
+        kernel = (states.flatten(1).to(self.states) - self.state_mean) @ self.states.T  # B x N
+        offsets = (kernel @ self.coefficients).view(-1, *self.latent_mean.shape)
+        return offsets.float() + self.latent_mean
 
 
 def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRENGTHS) -> Ridge:
-    """Linear kernel on the flattened, centred states; of the strengths that with the best leave-one-out retrieval.
+    """Linear kernel on flattened, centred states; the strength with the best left-out retrieval.
 
-    With K = X X^T and A = (K + s I)^-1 the coefficients are A Y, and the residual that sample i has when it is left
-    out, of the means too, is (A Y)_i / (A_ii - 1 / (s N)) (Allen's PRESS), so that no data is kept back to choose s.
-    Least squared error asks for more strength than retrieval does: it shrinks towards the mean image, which is near to
-    everything. N^3 operations a strength.
+    With K = X X^T and A = (K + s I)^-1 the coefficients are A Y, and the residual that sample i has
+    when it is left out, of the means too, is (A Y)_i / (A_ii - 1 / (s N)) (Allen's PRESS), so that
+    no data is kept back to choose s. Least squared error asks for more strength than retrieval
+    does: it shrinks towards the mean image, which is near everything. N^3 operations a strength.
 
     Args:
         states: text states N x L x T of at least 2 captions.
@@ -48,7 +51,8 @@ def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRE
     inputs, targets = states.flatten(1).double(), latents.flatten(1).double()
     state_mean, latent_mean = inputs.mean(0), targets.mean(0)
     inputs, targets = inputs - state_mean, targets - latent_mean
-    kernel, best = inputs @ inputs.T, None
+    kernel = inputs @ inputs.T  # N x N
+    best = None
     for strength in strengths:
         shift = strength * kernel.trace() / len(kernel)
         shifted = kernel + shift * torch.eye(len(kernel), dtype=kernel.dtype)
@@ -57,12 +61,25 @@ def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRE
         residuals = coefficients / (inverse.diagonal() - 1 / (shift * len(kernel)))[:, None]
         top5 = retrieved(targets - residuals, targets)
         if best is None or top5 > best.top5:
-            mean_image, error = (
-                latent_mean.view(latents.shape[1:]).float(),
-                residuals.square().mean().item(),
+            best = Ridge(
+                states=inputs,
+                state_mean=state_mean,
+                latent_mean=latent_mean.view(latents.shape[1:]).float(),
+                coefficients=coefficients,
+                strength=strength,
+                top5=top5,
+                error=residuals.square().mean().item(),
             )
-            best = Ridge(inputs, state_mean, mean_image, coefficients, strength, top5, error)
     return best
+
+
+@torch.no_grad()
+def fit_linear_skip(skip: LinearSkip, states: Tensor, latents: Tensor, strength: float) -> None:
+    """Regress scaled image latents N x L x C on text states N x L x T into a projector's skip."""
+    ridge = fit_ridge(states, latents, [strength])
+    skip.matrix.copy_(ridge.states.T @ ridge.coefficients)
+    predicted_mean = (ridge.state_mean.float() @ skip.matrix).view_as(skip.offset)
+    skip.offset.copy_(ridge.latent_mean - predicted_mean)
 
 
 def retrieved(predictions: Tensor, targets: Tensor) -> float:

@@ -1,13 +1,19 @@
 """The run folder of a stage and what every stage does at its start.
 
-RUN/  config.yaml (resolved; rebuilds the model alone)  metrics.jsonl  checkpoints/step_*/  samples/step_*.png
+RUN/
+  config.yaml                 the stage and its resolved config; rebuilds the networks by itself
+  metrics.jsonl               one line per report
+  checkpoints/step_*/         see training/checkpoint.py
+  samples/step_*.png          pictures with captions
 """
 
+import dataclasses
 import errno
 import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 
-from training.checkpoint import flush
+from training.files import write_text
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
-# Without a step; NCCL's own ten minutes are too short for pictures, checkpoints and uneven shards.
+# NCCL's own ten minutes are too short for pictures, checkpoints and uneven shards.
 TIMEOUT_MINUTES = 60.0
 
 
@@ -50,36 +57,46 @@ class Run:
             print(text, flush=True)
 
 
-def patience(timeout_minutes: float) -> timedelta:
-    """How long a process waits for the others: until the watchdog (training/faults.py), which says more, has bitten."""
+def process_group_timeout(timeout_minutes: float) -> timedelta:
+    """Twice the watchdog's (training/supervise.py), so that its clearer message comes first."""
     return timedelta(minutes=2 * timeout_minutes)
 
 
 def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) -> Accelerator:
-    """Join the other processes, if any. precision is "fp32" or "bf16" (autocast)."""
-    torch.set_float32_matmul_precision(
-        "high"
-    )  # TF32 for what is left in float32 on a GPU; the CPU ignores it
-    waiting = InitProcessGroupKwargs(timeout=patience(timeout_minutes))
-    handlers = [waiting, DistributedDataParallelKwargs(broadcast_buffers=False)]
-    return Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
-    )
+    """Join the other processes, if any.
+
+    Args:
+        precision: "fp32", or "bf16" by autocast.
+
+    Raises:
+        ConnectionError: the other processes can't be reached.
+    """
+    # TF32 for what is left in float32 on a GPU; the CPU ignores it.
+    torch.set_float32_matmul_precision("high")
+    handlers = [
+        InitProcessGroupKwargs(timeout=process_group_timeout(timeout_minutes)),
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+    ]
+    mixed_precision = "no" if precision == "fp32" else precision
+    try:
+        return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    except dist.DistError as error:
+        raise ConnectionError(f"the other processes can't be reached: {error}") from error
 
 
 def start_run(
     folder: str | Path, precision: str, seed: int, timeout_minutes: float = TIMEOUT_MINUTES
 ) -> Run:
-    """Start accelerate and seed everything that is random before the first step. Writes nothing."""
+    """Start accelerate and seed all that is random before the first step. Writes nothing."""
     started = time.monotonic()
     accelerator = start_accelerator(precision, timeout_minutes)
     set_seed(seed, device_specific=False)
-    return Run(Path(folder), accelerator, started)
+    return Run(folder=Path(folder), accelerator=accelerator, started=started)
 
 
 @contextmanager
-def lock_run(run: Run):
-    """Hold the run folder while training in it: two trainings would overwrite each other's checkpoints.
+def locked(run: Run) -> Iterator[None]:
+    """Hold the run folder: two trainings would overwrite each other's checkpoints.
 
     Raises:
         ValueError: another process holds it; says which.
@@ -91,50 +108,47 @@ def lock_run(run: Run):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                yield  # a file system without locks
-                return
-            file.seek(0)
-            raise ValueError(
-                f"{run.folder} is being trained by another process: {file.read().strip()}"
-            ) from error
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                holder = file.read().strip()
+                raise ValueError(
+                    f"{run.folder} is being trained by another process: {holder}"
+                ) from error
+            yield  # a file system without locks
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
 
-def save_config(
-    run: Run, resolved_config: dict, defaults: dict, network_keys: list[str], has_checkpoint: bool
-) -> None:
-    """Write the resolved config into the run folder, checked against the one that its checkpoints were trained with.
+def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
+    """Write a stage's config into the run folder, checked against that of its checkpoints.
 
     Args:
-        resolved_config: plain values; what changed since an earlier start is printed.
-        defaults: what a key means that the earlier config lacks, because the code did not have it yet.
-        network_keys: top-level keys that define the network; these must not change once there is a checkpoint.
+        config: a StageConfig (training/stage.py). Its `networks` name the sections that can't
+            change once there is a checkpoint; other changes since an earlier start are printed.
 
     Raises:
-        ValueError: a network key differs from the run that is to be resumed.
+        ValueError: a network differs from the run that is to be resumed.
     """
     path = run.folder / CONFIG_FILE
+    values = {"stage": config.stage, **dataclasses.asdict(config)}
     if path.is_file() and has_checkpoint:
-        changes = list_changes(fill_in(read_saved(path), defaults), resolved_config)
-        fatal = [line for key, line in changes if key.split(".")[0] in network_keys]
+        # A key that the earlier config lacks did not exist yet: it had its default's effect.
+        defaults = dataclasses.asdict(type(config)())
+        changes = list_changes(fill_in(read_saved(path), defaults), values)
+        fatal = [line for key, line in changes if key.split(".")[0] in config.networks]
         if fatal:
             raise ValueError(
-                f"{run.folder} was trained with another network: {'; '.join(fatal)}. Take another experiment_dir, or "
-                "delete the folder"
+                f"{run.folder} was trained with another network: {'; '.join(fatal)}. Choose "
+                "another experiment_dir, or delete the folder"
             )
         for _, line in changes:
             run.say(f"config changed since the last start: {line}")
     run.accelerator.wait_for_everyone()
     if run.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(yaml.safe_dump(resolved_config, sort_keys=False))
-        flush(partial)  # without it, nothing says which network the checkpoints are of
-        partial.rename(path)
+        write_text(yaml.safe_dump(values, sort_keys=False), path)
     run.accelerator.wait_for_everyone()
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from data.storage import is_remote
 from data.token_text import TokenTextConfig
-from training.loading import fingerprint, load_tokenizer
+from modeling.fingerprint import fingerprint
+from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from training.files import write_json
 
 TOKENS_INFO_FILE, LATENT_STATS_FILE = "tokens.json", "latent_stats.json"
 
@@ -56,12 +58,10 @@ class TokensInfo:
         }
 
     def save(self, folder: Path) -> None:
-        """Write both files aside and rename them, the mark of completeness last."""
+        """Write both files, the one that marks the folder as complete last."""
         values = asdict(self)
-        for name, content in ((LATENT_STATS_FILE, values.pop("stats")), (TOKENS_INFO_FILE, values)):
-            partial = folder / f"{name}.tmp"
-            partial.write_text(json.dumps(content, indent=2) + "\n")
-            partial.rename(folder / name)
+        write_json(values.pop("stats"), folder / LATENT_STATS_FILE)
+        write_json(values, folder / TOKENS_INFO_FILE)
 
     @staticmethod
     def load(folder: Path) -> "TokensInfo":
@@ -89,59 +89,65 @@ class TokensInfo:
 
 
 def load_tokens_info(
-    data: TokenTextConfig,
-    num_tokens: int,
-    token_channels: int,
-    tokenizer_run: str,
-    latent_scale: float = 0.0,
-    any_tokenizer: bool = False,
+    data: TokenTextConfig, tokenizer: ImageTokenizer, tokenizer_run: str
 ) -> TokensInfo:
-    """What the token shards of a config hold, checked against the model and the tokenizer of `tokenizer_run`.
+    """What the token shards of a config hold, checked against the tokenizer of a run.
 
-    Args:
-        latent_scale: to take instead of the measured one; 0: measured. Over several folders, the measured one is that
-            of all samples together, their means taken as equal.
-        any_tokenizer: take tokens of another tokenizer, and such of unknown origin (without tokens.json, for instance
-            the release's token.npy); the latter need a latent_scale.
+    `data.any_tokenizer` accepts tokens of another tokenizer, and those of unknown origin (without
+    tokens.json, such as the release's token.npy), which need `data.latent_scale`. Over several
+    folders, the measured scale is that of all samples together, their means taken as equal.
 
     Raises:
-        ValueError: no info, other token counts, another tokenizer or text tower; names the folder and the ways out.
+        ValueError: no info, other token counts, another tokenizer; names folder and ways out.
     """
-    folders = sorted(
-        {"" if is_remote(p) else str(Path(p).expanduser().parent) for p in data.all_shards()}
-    )
-    unknown = [
-        folder for folder in folders if not (folder and (Path(folder) / TOKENS_INFO_FILE).is_file())
-    ]
-    if unknown and any_tokenizer and latent_scale:
-        stats = LatentStats(0, [], [], latent_scale)
-        return TokensInfo(
-            0, num_tokens, token_channels, "unknown", "unknown", False, False, 1, [], {}, stats
-        )
+    shape = (tokenizer.config.num_tokens, tokenizer.config.token_channels)
+    parents = ("" if is_remote(p) else str(Path(p).expanduser().parent) for p in data.all_shards())
+    folders = sorted(set(parents))
+    unknown = [f for f in folders if not (f and (Path(f) / TOKENS_INFO_FILE).is_file())]
+    if unknown and data.any_tokenizer and data.latent_scale:
+        return unknown_tokens(*shape, data.latent_scale)
     if unknown:
-        where = (
-            f"{unknown[0]}/{TOKENS_INFO_FILE}"
-            if unknown[0]
-            else f"{TOKENS_INFO_FILE} of remote shards"
-        )
+        where = f"{TOKENS_INFO_FILE} of remote shards"
+        if unknown[0]:
+            where = f"{unknown[0]}/{TOKENS_INFO_FILE}"
         raise ValueError(
-            f"{where} does not exist: write the token shards with scripts/encode_tokens.py. For shards from elsewhere, "
-            "set any_tokenizer=true and their latent_scale (1.0143 for the release's)"
+            f"{where} does not exist: write the token shards with scripts/encode_tokens.py. For "
+            "shards from elsewhere, set data.any_tokenizer=true and data.latent_scale (1.0143 for "
+            "the release's)"
         )
     infos = {folder: TokensInfo.load(Path(folder)) for folder in folders}
-    actual = "" if any_tokenizer else fingerprint(load_tokenizer(tokenizer_run)[0])
+    actual = fingerprint(tokenizer)
     for folder, info in infos.items():
-        if (info.num_tokens, info.token_channels) != (num_tokens, token_channels):
+        found = (info.num_tokens, info.token_channels)
+        if found != shape:
             raise ValueError(
-                f"{folder} holds {info.num_tokens} x {info.token_channels} tokens, the config expects "
-                f"{num_tokens} x {token_channels} (projector.text_tokens x token_channels)"
+                f"{folder} holds {found[0]} x {found[1]} tokens, {tokenizer_run} makes "
+                f"{shape[0]} x {shape[1]}"
             )
-        if not any_tokenizer and info.tokenizer_fingerprint != actual:
+        if not data.any_tokenizer and info.tokenizer_fingerprint != actual:
             raise ValueError(
-                f"{folder} was written with another tokenizer ({info.tokenizer_fingerprint}) than {tokenizer_run} "
-                f"({actual}): delete the folder and run scripts/encode_tokens.py again, or set any_tokenizer=true"
+                f"{folder} was written with another tokenizer ({info.tokenizer_fingerprint}) than "
+                f"{tokenizer_run} ({actual}): delete the folder and run scripts/encode_tokens.py "
+                "again, or set data.any_tokenizer=true"
             )
-    return join_infos(infos, latent_scale)
+    return join_infos(infos, data.latent_scale)
+
+
+def unknown_tokens(num_tokens: int, token_channels: int, latent_scale: float) -> TokensInfo:
+    """What is taken for granted of tokens that nobody described."""
+    return TokensInfo(
+        num_samples=0,
+        num_tokens=num_tokens,
+        token_channels=token_channels,
+        tokenizer_fingerprint="unknown",
+        text_encoder_fingerprint="unknown",
+        has_text_states=False,
+        flip=False,
+        num_crops=1,
+        shards=[],
+        skipped={},
+        stats=LatentStats(0, [], [], latent_scale),
+    )
 
 
 def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
@@ -164,3 +170,12 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
         "stats": LatentStats(total, [], [], latent_scale or measured),
     }
     return TokensInfo(**values)
+
+
+def projector_sizes(tokenizer: ImageTokenizerConfig) -> dict[str, int]:
+    """The derived sizes of a TextProjectorConfig: text flows into image token by token."""
+    return {
+        "text_tokens": tokenizer.text_tokens,
+        "text_width": tokenizer.text_width,
+        "token_channels": tokenizer.token_channels,
+    }

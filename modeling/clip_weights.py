@@ -1,0 +1,283 @@
+"""Finding and loading the weights of CLIP models with open_clip, and writing our own.
+
+Weights come from open_clip's hub tags, from a local file, or from a folder that `save_clip` wrote
+(`model: local-dir:PATH`), as scripts/train_text_encoder.py does.
+
+The trap: OpenAI's weights (DFN's and MetaCLIP's too) want QuickGELU, most others the exact GELU,
+and the wrong one gives states that are slightly off, without any error. The model's name says which
+(-quickgelu), or `exact_gelu`; where neither does, loading stops.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import huggingface_hub
+import open_clip
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from safetensors.torch import save_file
+from torch import nn
+
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+OLDER_WEIGHTS_FILE = "open_clip_pytorch_model.bin"  # of hub repositories without safetensors
+QUICK = "-quickgelu"
+HUB = huggingface_hub.constants.ENDPOINT
+HUB_TIMEOUT = 10  # seconds
+TORCHSCRIPT_ADVICE = (
+    "it is a TorchScript archive (the form of OpenAI's own files): a program, which is not run "
+    "here. If it comes from OpenAI, take out its weights once: "
+    """python -c "import torch, safetensors.torch as s; s.save_file({k: v for k, v in """
+    """torch.jit.load('FILE', map_location='cpu').state_dict().items() if """
+    """v.is_floating_point()}, 'FILE.safetensors')" and set KEY.pretrained=FILE.safetensors"""
+)
+
+
+@dataclass
+class ClipWeights:
+    """Which CLIP of open_clip."""
+
+    model: str = "ViT-L-14-336-quickgelu"  # open_clip name, hf-hub:ORG/REPO or local-dir:FOLDER
+    # open_clip tag or weights file; hf-hub: and local-dir: have their own
+    pretrained: str = "openai"
+    # Only with a weights file of a model that exists with and without -quickgelu: the file wants
+    # the one without.
+    exact_gelu: bool = False
+    key: ClassVar[str] = "clip"  # what messages call the group of these keys
+    title: ClassVar[str] = "the CLIP"
+
+    @property
+    def names_its_weights(self) -> bool:
+        """Whether `model` says where the weights are (hf-hub:, local-dir:)."""
+        return ":" in self.model
+
+    @property
+    def tag(self) -> dict:
+        """What open_clip knows of the weights; empty for a file."""
+        if self.names_its_weights:
+            return {}
+        return open_clip.get_pretrained_cfg(self.model, self.pretrained)
+
+
+@dataclass
+class ClipConfig(ClipWeights):
+    """A whole CLIP that scores images; model "own": the one that a run's own tower is from."""
+
+    model: str = "ViT-B-32-quickgelu"
+
+
+class AbsentWeights(ValueError):
+    """Weights that are not on this machine; the message says which file to fetch."""
+
+
+# Checks, which load and download nothing
+
+
+def check_local_dir(config: ClipWeights) -> None:
+    """Refuse a local-dir: model whose folder is not there.
+
+    Raises:
+        AbsentWeights: naming the folder and how it is made.
+    """
+    folder = Path(config.model.removeprefix("local-dir:"))
+    if config.model.startswith("local-dir:") and not (folder / CONFIG_FILE).is_file():
+        raise AbsentWeights(
+            f"{config.key}.model: {folder} holds no {CONFIG_FILE}; train one with "
+            "scripts/train_text_encoder.py (bash train_flowtok.sh does it first), or name an "
+            "open_clip model"
+        )
+
+
+def check_clip(config: ClipWeights) -> None:
+    """Refuse a CLIP that can't be loaded, or whose activation is not known.
+
+    Raises:
+        ValueError: unknown model or tag, missing file or folder, QuickGELU or not left open or
+            wrong.
+    """
+    check_local_dir(config)
+    if config.names_its_weights:
+        if config.exact_gelu:
+            raise ValueError(
+                f"{config.key}.exact_gelu: the config of {config.model} says its activation; "
+                "leave it out"
+            )
+        return
+    if config.model not in open_clip.list_models():
+        raise ValueError(
+            f"{config.key}.model: unknown open_clip model {config.model!r}; see "
+            "open_clip.list_models()"
+        )
+    if not config.pretrained:
+        raise ValueError(
+            f"{config.key}.pretrained is empty: it needs weights (an open_clip tag or a file)"
+        )
+    if not config.tag and not Path(config.pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
+        raise AbsentWeights(
+            f"{config.key}.pretrained={config.pretrained} is neither a file nor a tag of "
+            f"{config.model} (tags: {tags})"
+        )
+    check_activation(config)
+
+
+def check_activation(config: ClipWeights) -> None:
+    """Refuse an activation that is wrong (a tag knows) or not given (a file can't tell).
+
+    Raises:
+        ValueError: naming the keys to set.
+    """
+    twin = config.model + QUICK
+    has_twin = twin in open_clip.list_models()
+    if config.tag or not has_twin:
+        if config.exact_gelu:
+            raise ValueError(
+                f"{config.key}.exact_gelu is for a weights file of a model that exists with and "
+                f"without {QUICK}; {config.model} with pretrained {config.pretrained} says its "
+                "activation already: leave it out"
+            )
+        if has_twin and config.tag.get("quick_gelu", False):
+            raise ValueError(
+                f"{config.key}: the weights {config.pretrained} want QuickGELU, {config.model} has "
+                f"the exact GELU: set {config.key}.model={twin}"
+            )
+    elif not config.exact_gelu:
+        raise ValueError(
+            f"{config.key}: {config.pretrained} does not say its activation, and {config.model} "
+            "exists with two. Weights of OpenAI, DFN or MetaCLIP: set "
+            f"{config.key}.model={twin}. Weights trained with the exact GELU (LAION, DataComp): "
+            f"set {config.key}.exact_gelu=true"
+        )
+
+
+# Loading
+
+
+def load_clip(config: ClipWeights, download: bool = True) -> nn.Module:
+    """Load a whole CLIP (encode_image, encode_text), frozen, in eval mode and float32.
+
+    Raises:
+        AbsentWeights: they are not here, and can't be or (download=False) may not be downloaded.
+        ValueError: see check_clip; or weights that can't be read.
+    """
+    check_clip(config)
+    if config.model.startswith("hf-hub:") and not download:
+        raise cannot_load(config, "nothing may be downloaded", AbsentWeights)
+    weights = None if config.names_its_weights else find_weights(config, download)
+    try:
+        clip = open_clip.create_model(config.model, weights, require_pretrained=True)
+    except Exception as error:  # open_clip, the hub, torch, pickle, safetensors have own types
+        raise cannot_load(config, " ".join(str(error).split())[:300]) from error
+    return clip.eval().requires_grad_(False)
+
+
+def find_weights(config: ClipWeights, download: bool) -> str:
+    """What open_clip.create_model is to load: a file, or the tag to download.
+
+    A cached file is used without asking the hub, and one request tells whether the hub answers:
+    without network, huggingface_hub on its own retries for three quarters of a minute.
+
+    Raises:
+        AbsentWeights: nothing is cached, and the hub does not answer or is not to be asked.
+        ValueError: a TorchScript file.
+    """
+    tag = config.tag
+    if not tag and is_torchscript(config.pretrained):
+        advice = TORCHSCRIPT_ADVICE.replace("KEY", config.key).replace("FILE", config.pretrained)
+        raise cannot_load(config, advice)
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if not tag or (download and not repository):
+        return config.pretrained
+    if not repository:
+        raise cannot_load(config, "nothing may be downloaded", AbsentWeights)
+
+    # In the hub's cache
+    names = [WEIGHTS_FILE, OLDER_WEIGHTS_FILE]
+    if file:
+        names = [str(Path(file).with_suffix(".safetensors")), file]
+    for name in names:
+        path = huggingface_hub.try_to_load_from_cache(repository, name)
+        if isinstance(path, str):
+            return path
+
+    # To be downloaded
+    absent = "it is not in the hub's cache on this machine"
+    if not download:
+        raise cannot_load(config, absent, AbsentWeights)
+    try:
+        huggingface_hub.get_session().head(HUB, timeout=HUB_TIMEOUT)
+    except Exception as error:  # of requests or httpx, by the version of huggingface_hub
+        is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        reason = "HF_HUB_OFFLINE is set" if is_offline else f"{HUB} does not answer"
+        raise cannot_load(config, f"{absent}, and {reason}", AbsentWeights) from error
+    return config.pretrained
+
+
+def cannot_load(
+    config: ClipWeights, reason: str, kind: type[ValueError] = ValueError
+) -> ValueError:
+    """The error that says why, and which file of the hub to fetch elsewhere and how to name it."""
+    key, model, tag = config.key, config.model, config.tag
+    weights = "" if config.names_its_weights else f", {config.pretrained}"
+    message = f"cannot load {config.title} {model}{weights}: {reason}"
+    if model.startswith("hf-hub:"):
+        message += (
+            f". Without network: download {CONFIG_FILE} and {WEIGHTS_FILE} of "
+            f"{HUB}/{model.removeprefix('hf-hub:')} elsewhere, put them into one folder here and "
+            f"set {key}.model=local-dir:FOLDER"
+        )
+    if tag:
+        repository, _, file = tag.get("hf_hub", "").rpartition("/")
+        origin = f"{file or WEIGHTS_FILE} of {HUB}/{repository}" if repository else tag["url"]
+        message += (
+            f". Without network: download {origin} elsewhere, copy it here and set "
+            f"{key}.pretrained=PATH_OF_THE_FILE; {key}.model stays {model}"
+        )
+    return kind(message)
+
+
+def is_torchscript(path: str) -> bool:
+    """Whether a file is a TorchScript archive instead of saved tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
+def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callable]:
+    """(PIL image -> 3 x S x S, captions -> token ids B x L), as the CLIP was trained with.
+
+    Raises:
+        ValueError: its tokenizer can't be had.
+    """
+    preprocessing = PreprocessCfg(**merge_preprocess_dict(clip.visual.preprocess_cfg, config.tag))
+    try:
+        tokenize = open_clip.get_tokenizer(config.model)
+    except Exception as error:  # of packages that other tokenizers than CLIP's need
+        raise cannot_load(config, f"its tokenizer: {' '.join(str(error).split())[:300]}") from error
+    return image_transform_v2(preprocessing, is_train=False), tokenize
+
+
+# Our own
+
+
+def build_clip(model_config: dict) -> nn.Module:
+    """A fresh open_clip.CLIP from {"embed_dim", "vision_cfg", "text_cfg"}, with random weights."""
+    return open_clip.model.CLIP(**model_config)
+
+
+def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:
+    """Write the folder that `model: local-dir:FOLDER` reads: aside, then renamed over an older."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = {name: x.detach().cpu().contiguous() for name, x in clip.state_dict().items()}
+    save_file(weights, partial / WEIGHTS_FILE)
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,252 @@
+"""What can happen to a training process from outside, behind one door: `with supervised(...)`.
+
+- SIGTERM, SIGUSR1 (Slurm's warning), SIGINT (Ctrl-C) or the time limit: the step finishes, the loop
+  writes a checkpoint and ends with STOPPED_STATUS. A second SIGTERM or SIGINT ends at once, unless it
+  comes with the first: queue, launcher and torchrun may each pass on the same request.
+- A data worker or another rank dies, or something hangs: the program ends with one line on it.
+The last checkpoint is whole in each case, and the same command continues from it.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
+
+from training.run import Run, locked, process_group_timeout
+
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_REQUEST_SECONDS = 1.0
+CONTINUE = "Run the same command again to continue"
+ABORT_STATUS = 2
+POLLS_PER_TIMEOUT = 20  # how often the watchdog looks before it aborts
+WORKER_GRACE_SECONDS = 30  # after a data worker's death; a waiting loader looks every 5
+
+
+class Supervisor(NamedTuple):
+    """What the loop gets."""
+
+    batches: Iterator[dict]  # of the loader, whose workers are watched
+    heartbeat: Callable[[], None]  # to be called after every step
+    stop_reason: Callable[[], str]  # to be called after every step; "" to go on
+
+
+@contextmanager
+def supervised(run: Run, loader, max_hours: float, timeout_minutes: float) -> Iterator[Supervisor]:
+    """Watch over a training.
+
+    Args:
+        max_hours: wall clock since the program's start, 0: no limit.
+        timeout_minutes: abort if no heartbeat comes for so long.
+
+    Raises:
+        ChildProcessError, ConnectionError: a data worker or another training process died.
+        ValueError: another process trains in this folder.
+    """
+    loader.worker_init_fn = ignore_stop_signals
+    with ExitStack() as stack:
+        workers = stack.enter_context(explained_deaths())
+        # Workers start before the lock is taken: those of a killed trainer would keep holding it.
+        batches = iter(loader)
+        workers += multiprocessing.active_children()
+        stack.enter_context(locked(run))
+        stack.enter_context(abort_if_worker_dies(workers))
+        watchdog = stack.enter_context(Watchdog(timeout_minutes))
+        stop = stack.enter_context(StopRequest(run.started, max_hours, timeout_minutes))
+        yield Supervisor(batches, watchdog.heartbeat, stop.reason)
+
+
+class StopRequest:
+    """Whether the run is to stop after this step, and why. A context: the old handlers come back."""
+
+    def __init__(self, started: float, max_hours: float, timeout_minutes: float):
+        self._deadline = started + 3600 * max_hours if max_hours else float("inf")
+        self._max_hours = max_hours
+        self._timeout = process_group_timeout(timeout_minutes)
+        self._reason = ""
+        self._signalled_at: float | None = None
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self._group = None
+
+    def __enter__(self) -> "StopRequest":
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # gloo: the processes agree on the CPU, without a device sync
+            self._group = dist.new_group(timeout=self._timeout, backend="gloo")
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            self._reason = f"signal {signal.Signals(number).name}"
+        elif number != signal.SIGUSR1 and now > self._signalled_at + SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+    def reason(self) -> str:
+        """Why all processes stop now, "" if they go on. Every process calls it after every step.
+
+        With several processes the answer is that of the step before, so that nobody waits for it.
+        """
+        if not self._reason and time.monotonic() > self._deadline:
+            self._reason = f"training.max_hours={self._max_hours:g} are over"
+        if self._group is None:
+            return self._reason
+        agreed = False
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            agreed = bool(flag.item())
+        flag = torch.tensor([float(bool(self._reason))])
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (flag, work)
+        return (self._reason or "another process was told to stop") if agreed else ""
+
+
+class Watchdog:
+    """Aborts with one line if no heartbeat comes for `minutes`. A context.
+
+    It has its own thread: the main one may wait for a rank, a worker, a disk or a device, where
+    nothing else reaches it. Time in which the whole program was suspended does not count.
+    """
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+        self._alive = False
+        self._done = threading.Event()
+        self._owner = threading.get_ident()
+
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._done.set()
+
+    def heartbeat(self) -> None:
+        self._alive = True
+
+    def _watch(self) -> None:
+        silent_polls = 0
+        while not self._done.wait(60 * self.minutes / POLLS_PER_TIMEOUT):
+            silent_polls = 0 if self._alive else silent_polls + 1
+            self._alive = False
+            if silent_polls == POLLS_PER_TIMEOUT:
+                abort(
+                    f"no step for training.timeout_minutes={self.minutes:g}: another process, the "
+                    f"storage or a device hangs; this one waits in {self._where()}"
+                )
+
+    def _where(self) -> str:
+        """The line of training/ in which the main thread is."""
+        frame = sys._current_frames()[self._owner]
+        while frame.f_back and Path(frame.f_code.co_filename).parent != Path(__file__).parent:
+            frame = frame.f_back
+        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}"
+
+
+@contextmanager
+def explained_deaths() -> Iterator[list[BaseProcess]]:
+    """Name the cause of an error that another process's death caused; lists the data workers."""
+    restore_sigchld_default()
+    workers: list[BaseProcess] = []
+    try:
+        yield workers
+    except (RuntimeError, OSError, EOFError) as error:
+        if reason := describe_dead_worker(workers) or describe_lost_batch(error):
+            raise ChildProcessError(f"{reason}. {CONTINUE}") from error
+        if "gloo/" in str(error) or isinstance(error, dist.DistError):
+            reason = "another training process ended; its own output says why"
+            raise ConnectionError(f"{reason}. {CONTINUE}") from error
+        raise
+
+
+def restore_sigchld_default() -> None:
+    """Undo torch's SIGCHLD handler, which raises between any two instructions, even in a save.
+
+    A loader that waits for a batch looks every few seconds whether its workers live.
+    """
+    _set_SIGCHLD_handler()  # torch sets it once per process: not again for the next loader
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
+    """One line on a dead worker, "" if all live."""
+    if not workers or not wait([worker.sentinel for worker in workers], timeout=1):
+        return ""
+    dead = next(worker for worker in workers if wait([worker.sentinel], timeout=0))
+    dead.join()
+    if dead.exitcode == -signal.SIGKILL:
+        how = "was killed (SIGKILL): if memory ran out, lower data.num_workers or shuffle_buffer"
+    else:
+        how = f"ended with status {dead.exitcode} (-N: signal N)"
+    return f"a data worker (process {dead.pid}) {how}"
+
+
+def describe_lost_batch(error: Exception) -> str:
+    """One line if a worker of another loader, say an evaluation's, caused the error."""
+    # gloo's connection errors are RuntimeErrors, so these are a worker's
+    if isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError):
+        return "a data worker ended while a batch was read from it"
+    return str(error) if str(error).startswith("DataLoader worker") else ""
+
+
+@contextmanager
+def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    """Abort if the main thread waits forever for a worker that died in the middle of a message."""
+    done = threading.Event()
+
+    def watch() -> None:
+        wait([worker.sentinel for worker in workers])
+        if not done.wait(WORKER_GRACE_SECONDS):
+            abort(describe_dead_worker(workers))
+
+    if workers:
+        threading.Thread(target=watch, daemon=True, name="workers").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def abort(reason: str) -> None:
+    """End the program from a thread, whose exceptions do not reach the main one."""
+    print(f"error: {reason}. {CONTINUE}", file=sys.stderr, flush=True)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(ABORT_STATUS)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For data workers: a request to stop often reaches the whole process group.
+
+    The trainer needs batches to finish its step; a worker ends when its trainer ends it or is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=exit_when_the_trainer_says_so, daemon=True).start()
+
+
+def exit_when_the_trainer_says_so() -> None:
+    """Wait for a SIGTERM of the parent; one of anybody else is ignored."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
