@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from configs.load import exit_on_error
+from configs.cli import exit_on_error
 from data.bad_samples import BadSample
 from data.captions import captions_of, check_caption_keys, clean_caption
 from data.entries import Entry, clean_key, load_json, read_parts, strings
@@ -36,11 +36,11 @@ from eval.programs import (
     package_version,
     start_processes,
 )
+from modeling.fingerprint import fingerprint
 from modeling.flow import check_guidance
-from modeling.image_to_text import Captioner, join_punctuation
-from modeling.pipeline import SamplingConfig
+from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
 from training.files import check_writable, write_json
-from training.loading import captioning_run, fingerprint, load_captioner, load_newest
+from training.loading import captioning_run, load_captioner, load_newest
 
 REPORT = "captions.json"
 NUM_EXAMPLES = 20
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
     points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
     for point in points:
-        check_guidance(point.guidance, captioner.flow.null_probability)
+        check_guidance(point.guidance, captioner.flow.config.null_probability)
 
     # Where the flow starts is the same at each point
     scorer = CaptionScorer(references)
@@ -188,7 +188,7 @@ def encode(captioner: Captioner, entries: Sequence[Entry], args: argparse.Namesp
     for batch in iterate_images(images, args.batch_size, args.num_workers):
         for name, reason in batch["skipped"]:
             raise ValueError(f"{name} cannot be measured: {reason}")
-        starts.append(captioner.source(batch["image"].float() / 255).cpu())
+        starts.append(captioner.start(batch["image"].float() / 255).cpu())
     return torch.cat(starts)
 
 

@@ -22,7 +22,7 @@ from eval.reconstruct import ReconstructionMetrics, Reconstructor, measure_recon
 from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from modeling.text_encoder import TextEncoder, TextEncoderConfig, TextTokenizer, load_text_encoder
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.loading import load_tokenizer
 
 NUM_WORKERS = 2  # reading processes of each process
@@ -128,9 +128,8 @@ class FlowEvaluation:
         """The networks, made anew, and what stays the same. Without a model it can't generate."""
         device, config = self.state.device, self.config
         generator = ImageGenerator(
-            tokenize=TextTokenizer(self.text_encoder),
             text_encoder=load_text_encoder(self.text_encoder).to(device),
-            tokenizer=load_tokenizer(self.tokenizer_run)[0].to(device),
+            tokenizer=load_tokenizer(self.tokenizer_run).to(device),
             flow=model,
         )
         return prepare(
@@ -154,18 +153,17 @@ class ReconstructionEvaluation:
         config: ReconstructionEvaluationConfig,
         images: ImageSet,
         text_encoder: TextEncoder,
-        tokenize: TextTokenizer,
         bf16: bool,
     ):
-        """text_encoder, tokenize, bf16: as a Reconstructor has them."""
+        """text_encoder, bf16: as a Reconstructor has them."""
         self.config, self.images = config, images
-        self.text_encoder, self.tokenize, self.bf16 = text_encoder, tokenize, bf16
+        self.text_encoder, self.bf16 = text_encoder, bf16
         self.state = PartialState()
 
     def __call__(self, model: ImageTokenizer, step: int) -> dict[str, float]:
         """{"eval/psnr_db": ..., "eval/ssim": ...} on every process."""
         metrics = ReconstructionMetrics(None, None, self.state.device)
-        reconstruct = Reconstructor(model, self.text_encoder, self.tokenize, self.bf16)
+        reconstruct = Reconstructor(model, self.text_encoder, self.bf16)
         with undisturbed():
             reading = Reading(RECONSTRUCTION_BATCH, NUM_WORKERS, self.state)
             measure_reconstructions(self.images, reconstruct, metrics, reading)

@@ -70,8 +70,8 @@ def prepare(
     Raises:
         ValueError: weights or a reference that can't serve.
     """
-    tokenizer, text_encoder = generator.tokenizer, generator.tokenize.config
-    networks = load_networks(protocol, tokenizer, text_encoder, files, reading.state)
+    tokenizer, tower = generator.tokenizer, generator.text_encoder.tokenize.config
+    networks = load_networks(protocol, tokenizer, tower, files, reading.state)
     if reference is None:
         size = protocol.feature_size(tokenizer.config.image_size)
         reference = load_reference(protocol, captions, networks.features, size, reading)

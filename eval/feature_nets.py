@@ -29,17 +29,12 @@ from torch.nn import functional as F
 
 from eval.programs import INSTALL, describe_file
 from eval.protocol import Precision, Protocol
+from modeling.clip_weights import AbsentWeights, ClipConfig, clip_inputs, load_clip
+from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.perceptual import VGG16_URL
 from modeling.published import PublishedWeights, file_sha256
-from modeling.text_encoder import (
-    AbsentWeights,
-    ClipConfig,
-    TextEncoderConfig,
-    clip_inputs,
-    load_clip,
-)
-from training.loading import fingerprint
+from modeling.text_encoder import TextEncoderConfig
 
 INCEPTION_WIDTH = 2048  # D
 DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from configs.load import check_keys, exit_on_error, parse_overrides, read_yaml
+from configs.cli import exit_on_error
 from eval.evaluation import REPORT, evaluate_images, prepare
 from eval.feature_nets import WeightsFiles
 from eval.images import Reading
@@ -33,13 +31,14 @@ from eval.programs import (
     different,
     start_processes,
 )
-from eval.protocol import Protocol, protocol_file, read_captions
+from eval.protocol import load_protocol, read_captions
+from modeling.fingerprint import fingerprint
 from modeling.flow import check_guidance
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
 from training.files import check_writable, write_json, write_text
-from training.loading import fingerprint, flow_folder, load_newest, load_pipeline
+from training.loading import flow_folder, load_newest, load_pipeline
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -62,25 +61,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_reading_options(parser, 64, "images that a feature network sees at once")
     add_weights_options(parser)
     return parser.parse_intermixed_args(arguments)
-
-
-def load_protocol(name: str, overrides: list[str]) -> Protocol:
-    """A protocol's YAML with the changes of the command line.
-
-    Raises:
-        ValueError: no such file, an unknown key, a wrong type, or an impossible combination.
-    """
-    path = protocol_file(name)
-    node, changes = read_yaml(path), parse_overrides(overrides)
-    check_keys(node, Protocol, str(path))
-    check_keys(changes, Protocol, "command line")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Protocol), node, changes))
-    except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", "") or ""
-        raise ValueError(
-            f"{path}: {key + ': ' if key else ''}{str(error).splitlines()[0]}"
-        ) from error
 
 
 def main(args: argparse.Namespace) -> None:
@@ -109,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
             f"{args.run} is being trained, and the processes loaded different checkpoints: start again"
         )
     for point in points:
-        check_guidance(point.sampling(default).guidance, generator.flow.null_probability)
+        check_guidance(point.sampling(default).guidance, generator.flow.config.null_probability)
 
     # What the images are measured with
     files = WeightsFiles(args.inception_weights, args.dinov2_weights, args.download)
@@ -139,7 +119,7 @@ def describe_model(checkpoint: Path, generator: ImageGenerator) -> dict[str, Any
         "ema_sha256": file_sha256(checkpoint / EMA_FILE),
         "flow_fingerprint": fingerprint(generator.flow),
         "tokenizer_fingerprint": fingerprint(generator.tokenizer),
-        "text_encoder_fingerprint": fingerprint(generator.text_encoder),
+        "text_encoder_fingerprint": generator.text_encoder.identity,
     }
 
 

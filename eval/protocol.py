@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from configs.load import load_dataclass
 from data.bad_samples import BadSample
 from data.captions import captions_of
 from data.entries import Entry, load_json, read_parts, strings
 from eval.images import CLEAN_SIZE, ResizeRule, image_name, list_images
+from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
-from modeling.text_encoder import ClipConfig
 
 FOLDER = Path(__file__).parent / "protocols"
 METRICS = (
@@ -85,23 +86,23 @@ class Protocol:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 value = getattr(self, name)
-                raise ValueError(f"protocol: {name} must be at least {smallest}, got {value}")
+                raise ValueError(f"{name} must be at least {smallest}, got {value}")
         if unknown := {*self.metrics} - {*METRICS}:
             valid = ", ".join(METRICS)
-            raise ValueError(f"protocol: metrics {', '.join(sorted(unknown))}: valid are {valid}")
+            raise ValueError(f"metrics {', '.join(sorted(unknown))}: valid are {valid}")
         if "inception_score" in self.metrics and self.features != "inception":
             raise ValueError(
-                f"protocol: inception_score needs features=inception, got features={self.features}"
+                f"inception_score needs features=inception, got features={self.features}"
             )
         if self.resize == "clean" and (self.features != "inception" or self.image_size):
-            raise ValueError("protocol: resize=clean goes with features=inception and image_size=0")
+            raise ValueError("resize=clean goes with features=inception and image_size=0")
         if self.features == "tokenizer" and self.image_size:
-            raise ValueError("protocol: features=tokenizer goes with image_size=0")
+            raise ValueError("features=tokenizer goes with image_size=0")
         if self.choice != "all" and not self.num_captions:
-            raise ValueError(f"protocol: choice={self.choice} needs num_captions")
+            raise ValueError(f"choice={self.choice} needs num_captions")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             given = self.background
-            raise ValueError(f"protocol: background must be 3 numbers in 0..255, got {given}")
+            raise ValueError(f"background must be 3 numbers in 0..255, got {given}")
 
     @property
     def feature_metrics(self) -> set[str]:
@@ -118,7 +119,7 @@ class Protocol:
         files = [name for name in self.reference if name.endswith(".npz")]
         if files and len(self.reference) > 1:
             given = self.reference
-            raise ValueError(f"protocol: reference is one .npz, or folders and shards, got {given}")
+            raise ValueError(f"reference is one .npz, or folders and shards, got {given}")
         return Path(files[0]) if files else None
 
     def feature_size(self, generated: int) -> int:
@@ -166,6 +167,15 @@ def protocol_file(name: str) -> Path:
     return path
 
 
+def load_protocol(name: str, overrides: list[str]) -> Protocol:
+    """A protocol's YAML with the changes of the command line.
+
+    Raises:
+        ValueError: no such file, an unknown key, a wrong type, or an impossible combination.
+    """
+    return load_dataclass(Protocol, protocol_file(name), overrides)
+
+
 def read_captions(protocol: Protocol) -> list[Caption]:
     """The captions of a protocol, in order.
 
@@ -174,7 +184,7 @@ def read_captions(protocol: Protocol) -> list[Caption]:
             layout or its metrics can't use them.
     """
     if not protocol.captions:
-        raise ValueError("protocol: no captions: add captions=[FILE] (the protocol says which)")
+        raise ValueError("no captions: add captions=[FILE] (the protocol says which)")
     captions, names = _all_captions(protocol), " ".join(protocol.captions)
     for number, caption in enumerate(captions):
         if not caption.text.strip():
@@ -224,7 +234,7 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
     if not files:
         return [_caption_of(entry, protocol.caption_keys) for entry in list_images(names)]
     if len(names) > 1:
-        raise ValueError(f"protocol: captions is one file, or folders and shards, got {names}")
+        raise ValueError(f"captions is one file, or folders and shards, got {names}")
     path = files[0]
     try:
         text = path.read_text(encoding="utf-8-sig")

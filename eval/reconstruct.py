@@ -17,8 +17,7 @@ from eval.fid import FeatureStatistics, frechet_distance, sum_over_processes
 from eval.images import ImageSet, Reading, iterate_images
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.perceptual import LPIPS
-from modeling.text_encoder import TextEncoder, TextTokenizer
-from training.checkpoint import latest_checkpoint, read_state
+from modeling.text_encoder import TextEncoder
 from training.loading import find_text_encoder, load_tokenizer
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
@@ -115,7 +114,6 @@ class Reconstructor:
 
     tokenizer: ImageTokenizer
     text_encoder: TextEncoder
-    tokenize: TextTokenizer
     bf16: bool  # autocast
 
     @torch.no_grad()
@@ -126,7 +124,7 @@ class Reconstructor:
             FloatingPointError: a reconstruction is not finite.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            text_states = self.text_encoder(self.tokenize(captions).to(images.device))
+            text_states = self.text_encoder(self.text_encoder.tokenize(captions).to(images.device))
             latents = self.tokenizer.encode(images.float() / 255).mean
             pixels = self.tokenizer.decode(latents, text_states).float()
         if not pixels.isfinite().all():
@@ -142,23 +140,19 @@ def load_reconstructor(
     Raises:
         ValueError: no checkpoint, a size that the patches do not divide, or another text tower.
     """
-    tokenizer, text_config = load_tokenizer(run)
+    tokenizer = load_tokenizer(run)
     if image_size is not None:  # no weight depends on it: RoPE follows the grid
         resized = ImageTokenizer(replace(tokenizer.config, image_size=image_size))
         resized.load_state_dict(tokenizer.state_dict())
         tokenizer = resized
     tokenizer = tokenizer.to(device).eval().requires_grad_(False)
-    config = tokenizer.config
-    trained_on = read_state(latest_checkpoint(run)[1])["inputs"]  # empty for a converted run
-    wanted = trained_on.get("text_encoder")
-    text_config.model, text_encoder = find_text_encoder(run, text_config, wanted)
-    states = (text_encoder.context_length, text_encoder.width)
-    if states != (config.text_tokens, config.text_width):
+    text_encoder = find_text_encoder(run)
+    expected = (tokenizer.config.text_tokens, tokenizer.config.text_width)
+    if text_encoder.shape != expected:
         raise ValueError(
-            f"{text_config.model} gives {states[0]} x {states[1]} text states, the tokenizer expects "
-            f"{config.text_tokens} x {config.text_width}"
+            f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the tokenizer expects {expected}"
         )
-    return Reconstructor(tokenizer, text_encoder.to(device), TextTokenizer(text_config), bf16)
+    return Reconstructor(tokenizer, text_encoder.to(device), bf16)
 
 
 def measure_reconstructions(

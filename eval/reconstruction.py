@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from configs.load import exit_on_error
+from configs.cli import exit_on_error
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.images import RULES, ImageSet, Reading, list_images
 from eval.programs import (
@@ -36,11 +36,12 @@ from eval.reconstruct import (
     load_reconstructor,
     measure_reconstructions,
 )
+from modeling.fingerprint import fingerprint
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE, read_state
 from training.files import check_writable, write_json
-from training.loading import fingerprint, load_newest, read_run_config
+from training.loading import load_newest, read_run_config
 from training.pictures import caption_grid, pair_rows, save_png
 
 PICTURE_PAIRS = 16
@@ -74,16 +75,20 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Measure and write."""
     # What needs no network is checked first
-    run = find_run(args.run)
+    run = args.run / "tokenizer" if (args.run / "tokenizer").is_dir() else args.run
     output = args.output or run / "reconstruction.json"
     check_writable(output)
     if args.save_images:
         check_writable(args.save_images / "reconstructions.png")
-    config = read_run_config(run)
     entries = list_images(args.data)[: args.limit]
 
-    # The networks; one process a machine downloads
+    # The run's networks, then those that measure; one process a machine downloads
     state = start_processes(args.device)
+    bf16 = args.precision == "bf16"
+    reconstruct, checkpoint = load_newest(
+        run, lambda: load_reconstructor(run, args.image_size, state.device, bf16)
+    )
+    model = describe_model(run, checkpoint, reconstruct)
     with state.local_main_process_first():
         vgg_file = VGG16.find(args.vgg_weights, args.download)
         inception_file = INCEPTION.find(args.inception_weights, args.download)
@@ -91,15 +96,10 @@ def main(args: argparse.Namespace) -> None:
     inception = None
     if inception_file:
         inception = InceptionFeatures(inception_file, args.inception_precision).to(state.device)
-    bf16 = args.precision == "bf16"
-    reconstruct, checkpoint = load_newest(
-        run, lambda: load_reconstructor(run, args.image_size, state.device, bf16)
-    )
-    model = describe_model(run, checkpoint, reconstruct)
 
     # The images, shared by the processes
-    size = reconstruct.tokenizer.config.image_size
-    images = ImageSet(entries, size, tuple(config.data.caption_keys), tuple(config.data.background))
+    size, data = reconstruct.tokenizer.config.image_size, read_run_config(run).data
+    images = ImageSet(entries, size, tuple(data.caption_keys), tuple(data.background))
     start = time.perf_counter()
     sums = ReconstructionMetrics(lpips, inception, state.device)
     reading = Reading(args.batch_size, args.num_workers, state)
@@ -132,19 +132,6 @@ def main(args: argparse.Namespace) -> None:
     print_summary(report, output)
     if pairs:  # none if the first images are unreadable
         save_pairs(pairs, args.save_images / "reconstructions.png")
-
-
-def find_run(folder: Path) -> Path:
-    """The stage-1 run at a folder, or in the experiment there.
-
-    Raises:
-        ValueError: no run, or one of another stage.
-    """
-    run = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    stage = read_run_config(run).get("stage")
-    if stage != "tokenizer":
-        raise ValueError(f"{run} is a run of stage {stage!r}, not of stage 'tokenizer'")
-    return run
 
 
 def save_pairs(pairs: list[tuple], path: Path) -> None:
@@ -195,7 +182,7 @@ def describe_model(run: Path, checkpoint: Path, reconstruct: Reconstructor) -> d
         "step": read_state(checkpoint)["step"],
         "ema_sha256": file_sha256(checkpoint / EMA_FILE),
         "tokenizer_fingerprint": fingerprint(reconstruct.tokenizer),
-        "text_encoder_fingerprint": fingerprint(reconstruct.text_encoder),
+        "text_encoder_fingerprint": reconstruct.text_encoder.identity,
     }
 
 

@@ -21,7 +21,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.load import escape, exit_on_error
+from configs.cli import exit_on_error, printable
 from eval.feature_nets import ABSENT, INCEPTION, InceptionFeatures
 from eval.features import check_features, describe_features, measure_reference
 from eval.fid import FeatureSet, frechet_distance
@@ -86,7 +86,7 @@ def make(args: argparse.Namespace, reading: Reading) -> None:
     size = found.description["image_size"]
     print(f"{args.file}: {found.gaussian.count} images of {size} px")
     for name, reason in found.skipped:
-        print(escape(f"  skipped {name}: {reason}"))
+        print(printable(f"  skipped {name}: {reason}"))
 
 
 def measure(args: argparse.Namespace, file: FeatureSet | None, reading: Reading) -> FeatureSet:
