@@ -24,8 +24,8 @@ from torch import Tensor
 
 from configs.cli import exit_on_error
 from data.bad_samples import BadSample
-from data.captions import captions_of, check_caption_keys, clean_caption
-from data.entries import Entry, clean_key, load_json, read_parts, strings
+from data.captions import captions_of, check_caption_keys, clean_caption, strings
+from data.entries import Entry, clean_key, load_json, read_parts
 from eval.caption_scores import PACKAGE, CaptionScorer
 from eval.images import RULES, ImageSet, image_name, iterate_images, list_images
 from eval.programs import (

@@ -15,8 +15,8 @@ import numpy as np
 
 from configs.load import load_dataclass
 from data.bad_samples import BadSample
-from data.captions import captions_of
-from data.entries import Entry, load_json, read_parts, strings
+from data.captions import captions_of, strings
+from data.entries import Entry, load_json, read_parts
 from eval.images import CLEAN_SIZE, ResizeRule, image_name, list_images
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig

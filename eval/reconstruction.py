@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The images, shared by the processes
     size, data = reconstruct.tokenizer.config.image_size, read_run_config(run).data
-    images = ImageSet(entries, size, tuple(data.caption_keys), tuple(data.background))
+    images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
     start = time.perf_counter()
     sums = ReconstructionMetrics(lpips, inception, state.device)
     reading = Reading(args.batch_size, args.num_workers, state)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs.cli import exit_on_error, parse_stage_args
-from data.image_text import ImageTextConfig, read_images
+from data.captions import CaptionConfig
+from data.readers import ImageTextConfig, image_reader
 from eval.features import number_groups
 from eval.fid import fit_gaussian, frechet_distance
 from eval.reconstruct import psnr
@@ -48,7 +49,7 @@ class ReportStage(StageConfig):
     train_shards: list[str] = field(default_factory=list)  # images whose captions were trained on
     heldout_shards: list[str] = field(default_factory=list)  # images never trained on
     distractor_shards: list[str] = field(default_factory=list)  # more images in the retrieval pool
-    caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
     # RGB behind transparent pixels
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     # regular expression of what may differ in captions of the same subject; empty: nothing
@@ -169,10 +170,10 @@ def main(config: ReportStage) -> None:
 
 def read_all(config: ReportStage, generator: ImageGenerator, shards: list[str]) -> Samples:
     """All images of some shards, in order, with their captions."""
-    keys, background = config.caption_keys, config.background
-    data = ImageTextConfig(shards=shards, caption_keys=keys, background=background)
-    size = generator.tokenizer.config.image_size
-    batches = list(read_images(data, size, None, config.batch_size))
+    captions, background = config.captions, config.background
+    data = ImageTextConfig(shards=shards, captions=captions, background=background)
+    reader = image_reader(data, generator.tokenizer.config.image_size, tokenize=None)
+    batches = list(reader.once(config.batch_size))
     images = torch.cat([batch["image"] for batch in batches]).float() / 255
     return Samples(images, [caption for batch in batches for caption in batch["caption"]])
 

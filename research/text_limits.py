@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs.load import exit_on_error, parse_stage_args
-from configs.schema import ReportStage
-from eval.report import encode, encode_texts, read_all
+from configs.cli import exit_on_error, parse_stage_args
+from eval.report import ReportStage, encode, encode_texts, read_all
 from eval.scores import retrieval
 from training.files import write_json
 from training.loading import load_pipeline
@@ -123,5 +122,5 @@ def mean_and_deviation(shares: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("report", __doc__)
+    stage = parse_stage_args(ReportStage, __doc__)
     exit_on_error(lambda: main(stage))

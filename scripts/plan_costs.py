@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-
-from configs.load import load_config
 from configs.schema import (
     FlowTokStage,
     ReportStage,
@@ -16,6 +14,8 @@ from configs.schema import (
     TokenizerStage,
     TokensStage,
 )
+
+from configs.load import load_config
 from eval.budget import (
     DAY,
     GIB,

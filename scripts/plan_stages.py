@@ -11,13 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
-from torchvision import models
-
-import train_flowtok
-import train_text_decoder
-import train_tokenizer
-from configs.load import load_config
 from configs.schema import (
     FlowTokStage,
     StageConfig,
@@ -26,8 +19,17 @@ from configs.schema import (
     TextProjectorStage,
     TokenizerStage,
 )
-from eval.planning import Terms, Workload, autocast
 from modeling.adversarial import is_active
+from torch import Tensor, nn
+from torchvision import models
+from training.stored_captions import StoredCaptions
+from training.stored_tokens import StoredTokens
+
+import train_flowtok
+import train_text_decoder
+import train_tokenizer
+from configs.load import load_config
+from eval.planning import Terms, Workload, autocast
 from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -46,8 +48,6 @@ from scripts.train_text_encoder import ClipPair, open_clip_config
 from train_text_projector import compute_losses as projector_losses
 from training.loading import read_run_config, section
 from training.run import CONFIG_FILE as RUN_CONFIG_FILE
-from training.stored_captions import StoredCaptions
-from training.stored_tokens import StoredTokens
 
 SMALL_VISION = {
     "image_size": 32,

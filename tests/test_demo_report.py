@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from configs.schema import ReportStage
 from PIL import Image
 
-from configs.schema import ReportStage
 from data.tar import write_shard
 from eval.reconstruction_metrics import psnr
 from eval.report import PIXEL_SIZE, build_pool, compare, encode, read_all, retrieval, shrink, take

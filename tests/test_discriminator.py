@@ -4,10 +4,6 @@ against one, and a discriminator that learns."""
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.multiprocessing import start_processes
-from torch.nn import functional as F
-
 from modeling.adversarial import (
     AdversarialConfig,
     LeCam,
@@ -15,6 +11,10 @@ from modeling.adversarial import (
     hinge_discriminator_loss,
     is_active,
 )
+from torch import nn
+from torch.multiprocessing import start_processes
+from torch.nn import functional as F
+
 from modeling.discriminator import BlurPool, Discriminator, DiscriminatorConfig
 
 NARROW = DiscriminatorConfig(hidden_channels=32)

@@ -8,13 +8,13 @@ import torch
 from conftest import shape_sample
 from PIL import Image
 from tiny_experiment import Experiment, equal, metrics, reset_accelerate, to_text, weights
+from training.stored_tokens import open_stored_tokens
 
 from configs.load import load_config
 from data.tar import read_shard, write_shard
 from modeling.posterior import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.run import start_run
-from training.stored_tokens import open_stored_tokens
 from training.tokens_info import TokensInfo, load_tokens_info
 
 TRAINED = ("text_encoder", "tokenizer", "text_projector", "text_decoder", "flowtok")

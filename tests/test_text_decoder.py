@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from data.caption_text import read_states
 from tiny_experiment import equal, metrics, weights
 
 from data.bad_samples import BadSample
-from data.caption_text import read_states
 from modeling.text_decoder import (
     CLIP_VOCABULARY,
     TextAutoencoder,

@@ -274,6 +274,7 @@ def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
     tokenizer, text = load_tokenizer(run)
     assert tokenizer.config.latent_grid
     from data.image_text import ImageTextConfig, read_images
+
     from modeling.text_encoder import TextTokenizer, load_text_encoder
 
     config = ImageTextConfig(shards=[f"{tmp_path}/shards/eight.tar"])

@@ -1,9 +1,9 @@
 """training/tokens_info.py: which token shards a stage accepts, and their latent scale."""
 
 import pytest
-
 from data.mixture import SourceConfig
 from data.token_text import TokenTextConfig
+
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from training.loading import fingerprint
 from training.loop import TrainingConfig, batch_per_process
