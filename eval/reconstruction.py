@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object
 
 from configs.cli import exit_on_error
+from data.readers import ImageTextConfig
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.images import RULES, ImageSet, Reading, list_images
 from eval.programs import (
@@ -41,7 +42,7 @@ from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE, read_state
 from training.files import check_writable, write_json
-from training.loading import load_newest, read_run_config
+from training.loading import load_newest, read_section
 from training.pictures import caption_grid, pair_rows, save_png
 
 PICTURE_PAIRS = 16
@@ -98,7 +99,8 @@ def main(args: argparse.Namespace) -> None:
         inception = InceptionFeatures(inception_file, args.inception_precision).to(state.device)
 
     # The images, shared by the processes
-    size, data = reconstruct.tokenizer.config.image_size, read_run_config(run).data
+    size = reconstruct.tokenizer.config.image_size
+    data = read_section(run, "data", ImageTextConfig)
     images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
     start = time.perf_counter()
     sums = ReconstructionMetrics(lpips, inception, state.device)

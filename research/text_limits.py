@@ -40,15 +40,15 @@ def main(config: ReportStage) -> None:
     train, heldout = (
         read_all(config, parts, shards) for shards in (config.train_shards, config.heldout_shards)
     )
-    latents = [encode(config, parts, samples["image"]) for samples in (train, heldout)]
-    captions = train["caption"], heldout["caption"]
+    latents = [encode(config, parts, samples.images) for samples in (train, heldout)]
+    captions = train.captions, heldout.captions
     states = [encode_texts(config, parts, part) for part in captions]
     shuffled = replace(parts, text_encoder=shuffle_weights(parts.text_encoder))
     texts = {
         "text states": states,
         "text states, curved": gaussian_features(*states),
         "states of the shuffled tower": [encode_texts(config, shuffled, part) for part in captions],
-        "bag of words": bags_of_words(*(parts.tokenize(part) for part in captions)),
+        "bag of words": bags_of_words(*(parts.text_encoder.tokenize(part) for part in captions)),
     }
     rows = list(measure(texts, *latents))
     print(
@@ -60,7 +60,7 @@ def main(config: ReportStage) -> None:
         )
         print(f"| {row['text']} | {row['captions']} | {cells} |")
     path = Path(config.experiment_dir) / "text_limits.json"
-    write_json({"heldout_captions": len(heldout["caption"]), "rows": rows}, path)
+    write_json({"heldout_captions": len(heldout.captions), "rows": rows}, path)
     print(f"{path}: written")
 
 
