@@ -13,6 +13,7 @@ from evaluations import (
     CAPTIONS,
     CPU,
     LIGHT,
+    QuickInception,
     evaluate,
     launch,
     pngs,
@@ -24,10 +25,10 @@ from evaluations import (
 from PIL import Image
 
 from data.tar import read_shard, write_shard
-from eval import evaluation, generation
-from eval.feature_nets import INCEPTION_WIDTH, ClipScorer
+from eval import evaluation, feature_nets, generation
+from eval.feature_nets import ClipScorer
 from eval.fid import FeatureSet, Gaussian
-from eval.images import ImageSet, list_images
+from eval.images import RULES, ImageSet, list_images
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from scripts import reference_stats
@@ -73,6 +74,15 @@ def light(chain, inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("light")
     evaluate(chain.folder, inputs, folder, *LIGHT)
     return folder
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Arguments that give a stand-in for Inception."""
+    for module in (feature_nets, reference_stats):
+        monkeypatch.setattr(module, "InceptionFeatures", QuickInception)
+    (tmp_path / "quick.pth").touch()
+    return ["--inception-weights", tmp_path / "quick.pth"]
 
 
 @pytest.fixture
@@ -128,12 +138,9 @@ def test_two_processes_make_the_images_and_numbers_of_one(
         assert found[name] == expected[name]
 
 
-def test_a_set_has_no_distance_to_itself(chain, inputs, whole, inception_file, tmp_path):
-    shutil.copytree(whole, tmp_path / "out")  # with its features
-    own = ["metrics=[frechet,precision_recall]", f"reference=[{whole}/images]"]
-    found = evaluate(
-        chain.folder, inputs, tmp_path / "out", *own, "--inception-weights", inception_file
-    )
+def test_a_set_has_no_distance_to_itself(chain, inputs, whole, quick, tmp_path):
+    own = ["metrics=[frechet,precision_recall]", f"reference=[{whole}/images]", *quick]
+    found = evaluate(chain.folder, inputs, tmp_path / "out", *own)
     assert found["metrics"] == pytest.approx({"fid": 0, "precision": 1, "recall": 1}, abs=1e-3)
 
 
@@ -143,8 +150,7 @@ def test_two_checkpoints_in_one_process_do_not_mix(chain, inputs, light, tmp_pat
     shutil.rmtree(max(checkpoint_folders(other).items())[1])  # an earlier step of the same run
     second = evaluate(other, inputs, tmp_path / "other", *LIGHT)
     again = evaluate(chain.folder, inputs, tmp_path / "again", *LIGHT)
-    assert again["metrics"] == read(light)["metrics"]
-    assert second["metrics"] != again["metrics"] and second["model"] != again["model"]
+    assert again["metrics"] == read(light)["metrics"] and second["model"] != again["model"]
     with pytest.raises(ValueError, match=r"again .*\(model differ\)"):
         evaluate(other, inputs, tmp_path / "again", *LIGHT)
 
@@ -270,27 +276,54 @@ def test_features_without_images_give_the_same_numbers_once_and_again(
 
 
 def test_without_weights_metrics_are_null_with_the_file_to_fetch_and_follow_when_it_has_come(
-    chain, inputs, whole, inception_file, tmp_path
+    chain, inputs, whole, quick, tmp_path
 ):
-    found, expected = evaluate(chain.folder, inputs, tmp_path), read(whole)["metrics"]
-    assert found["metrics"] == dict.fromkeys(expected) and found["images_made"] == CAPTIONS
+    found, names = evaluate(chain.folder, inputs, tmp_path / "out"), read(whole)["metrics"]
+    assert found["metrics"] == dict.fromkeys(names) and found["images_made"] == CAPTIONS
     assert "weights-inception-2015-12-05-6726825d.pth" in found["missing"]["fid"]
-    arguments = ["reference=[]", "metrics=[inception_score,frechet]"]
-    found = evaluate(
-        chain.folder, inputs, tmp_path, *arguments, "--inception-weights", inception_file
-    )
-    score = found["metrics"]["inception_score"]
-    assert score == pytest.approx(expected["inception_score"], **NEAR)
+    arguments = ["reference=[]", "metrics=[inception_score,frechet]", *quick]
+    found = evaluate(chain.folder, inputs, tmp_path / "out", *arguments)
+    assert found["metrics"]["inception_score"] > 1
     assert (found["images_made"], found["metrics"]["fid"]) == (0, None)
     assert "reference=" in found["missing"]["fid"]
 
 
+SAMPLED = {
+    "steps": 2,
+    "guidance": 2.0,
+    "sampler": "euler",
+    "seed": 0,
+    "autocast": False,
+    "pixel": 101,
+}
+
+
 @pytest.mark.parametrize(
-    "change", ["seed=1", "steps=3", "guidance=500", "rounding=truncate", "autocast=true"]
+    ("change", "seen"),
+    [
+        ("seed=1", {"seed": 1}),
+        ("steps=3", {"steps": 3}),
+        ("guidance=5", {"guidance": 5.0}),
+        ("sampler=midpoint", {"sampler": "midpoint"}),
+        ("rounding=truncate", {"pixel": 100}),
+        ("autocast=true", {"autocast": True}),
+    ],
 )
-def test_what_the_protocol_says_changes_the_images(chain, inputs, light, tmp_path, change):
+def test_the_images_are_made_as_the_protocol_says(
+    chain, inputs, tmp_path, monkeypatch, change, seen
+):
+    calls = []
+
+    def generate(self, captions, sampling, seed, indices):
+        values = {name: getattr(sampling, name) for name in ("steps", "guidance", "sampler")}
+        autocast = torch.is_autocast_enabled("cpu")
+        calls.append(values | {"seed": seed, "autocast": autocast})
+        return torch.full((len(captions), 3, 32, 32), 100.7 / 255), None
+
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
     evaluate(chain.folder, inputs, tmp_path, change, "metrics=[]")
-    assert pngs(tmp_path) != pngs(light)
+    pixel = np.asarray(Image.open(tmp_path / "images" / "000000.png"))[0, 0, 0]
+    assert calls[0] | {"pixel": pixel} == SAMPLED | seen and calls == 3 * calls[:1]
 
 
 def test_the_report_says_what_was_done(whole, inception_file):
@@ -310,18 +343,25 @@ def test_a_sweep_loads_once_and_gives_a_row_a_point_and_a_picture(
     chain, inputs, tmp_path, monkeypatch
 ):
     loads, load = [], generation.load_pipeline
+
+    def generate(self, captions, sampling, seed, indices):
+        level = (sampling.steps + sampling.guidance) / 255
+        return torch.full((len(captions), 3, 32, 32), level), None
+
     monkeypatch.setattr(generation, "load_pipeline", lambda *a: loads.append(a) or load(*a))
-    points = ["--guidance", "1,500", "--steps", "1,2"]
-    assert evaluate(chain.folder, inputs, tmp_path, *LIGHT, *points) is None
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
+    points = ["--guidance", "1,50", "--steps", "1,2"]
+    assert evaluate(chain.folder, inputs, tmp_path, *LIGHT, *points) is None and len(loads) == 1
     rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
-    assert [(row["steps"], row["guidance"]) for row in rows] == [(1, 1), (1, 500), (2, 1), (2, 500)]
+    assert [(row["steps"], row["guidance"]) for row in rows] == [(1, 1), (1, 50), (2, 1), (2, 50)]
+    assert len({row["frechet_distance"] for row in rows}) == 4
     for row in rows:
-        point = read(tmp_path / f"guidance_{row['guidance']:g}_steps_{row['steps']}")
-        assert row["frechet_distance"] == point["metrics"]["frechet_distance"] > 0
-    assert len({row["frechet_distance"] for row in rows}) >= 3 and len(loads) == 1
+        point = tmp_path / f"guidance_{row['guidance']:g}_steps_{row['steps']}"
+        assert row["frechet_distance"] == read(point)["metrics"]["frechet_distance"]
+        with Image.open(point / "images" / "000000.png") as image:
+            assert image.getpixel((0, 0))[0] == row["steps"] + row["guidance"]
     table = (tmp_path / "sweep.md").read_text().splitlines()
-    assert [cell.strip() for cell in table[0].split("|")[1:4]] == [*rows[0]][:3]
-    assert len(table) == 2 + len(rows)
+    assert table[0].split(" | ")[:2] == ["| steps", "guidance"] and len(table) == 2 + len(rows)
     with Image.open(tmp_path / "sweep.png") as chart:
         chart.verify()
 
@@ -354,75 +394,72 @@ def test_an_image_that_is_not_finite_stops_it(chain, inputs, tmp_path, monkeypat
 # The reference
 
 
-def statistics(file, data, inception_file, *arguments):
+def statistics(file, data, *arguments):
     """scripts/reference_stats.py."""
-    weights = ["--inception-weights", inception_file]
-    run_program(reference_stats, file, *data, *CPU, *weights, *arguments)
+    run_program(reference_stats, file, *data, *CPU, *arguments)
 
 
 def test_a_statistics_file_gives_the_numbers_of_its_images(
-    chain, inputs, whole, tiny_shards, inception_file, tmp_path
+    chain, inputs, tiny_shards, quick, tmp_path
 ):
-    shard, weights = f"{tiny_shards}/train-00000.tar", ["--inception-weights", inception_file]
-    full, plain = tmp_path / "full.npz", tmp_path / "plain.npz"
-    statistics(full, [shard], inception_file, "--image-size", 32, "--keep-features")
-    statistics(plain, [shard], inception_file, "--image-size", 32)
-    metrics = ["metrics=[frechet,kid,precision_recall]", *weights]
-    found = evaluate(chain.folder, inputs, tmp_path / "a", f"reference=[{full}]", *metrics)
-    expected = read(whole)
-    names = ("fid", "kid", "kid_std", "precision", "recall")
-    values = {name: expected["metrics"][name] for name in names}
-    assert found["metrics"] == pytest.approx(values, **NEAR)
-    assert found["reference"]["images_sha256"] == expected["reference"]["images_sha256"]
-    found = evaluate(chain.folder, inputs, tmp_path / "a", f"reference=[{plain}]", *metrics)
-    assert found["metrics"]["fid"] == pytest.approx(values["fid"], **NEAR)
-    assert found["missing"].keys() == {*names} - {"fid"}
+    shard, full, plain = f"{tiny_shards}/train-00000.tar", tmp_path / "a.npz", tmp_path / "b.npz"
+    statistics(full, [shard], "--image-size", 32, "--keep-features", *quick)
+    statistics(plain, [shard], "--image-size", 32, *quick)
+    metrics, out = ["metrics=[frechet,kid,precision_recall]", *quick], tmp_path / "out"
+    images = evaluate(chain.folder, inputs, out, *metrics)
+    found = evaluate(chain.folder, inputs, out, f"reference=[{full}]", *metrics)
+    assert found["metrics"] == pytest.approx(images["metrics"], **NEAR)
+    assert found["reference"]["images_sha256"] == images["reference"]["images_sha256"]
+    found = evaluate(chain.folder, inputs, out, f"reference=[{plain}]", *metrics)
+    assert found["metrics"]["fid"] == pytest.approx(images["metrics"]["fid"], **NEAR)
+    assert found["missing"].keys() == {"kid", "kid_std", "precision", "recall"}
     assert "--keep-features" in found["missing"]["kid"]
 
 
-def test_a_statistics_file_is_checked(tiny_shards, inception_file, tmp_path, capsys):
+def test_a_statistics_file_is_checked(tiny_shards, quick, tmp_path, capsys):
     shard, file = f"{tiny_shards}/train-00000.tar", tmp_path / "a.npz"
-    statistics(file, [shard], inception_file, "--image-size", 32)
-    statistics(file, [shard], inception_file, "--check")
+    statistics(file, [shard], "--image-size", 32, *quick)
+    statistics(file, [shard], "--check", *quick)
     printed = capsys.readouterr().out
     described = json.loads(printed[printed.index("{") : printed.index("}\n") + 1])
     assert (described["num_images"], described["image_size"]) == (24, 32)
     with pytest.raises(ValueError, match=f"{file} .*[0-9a-f]{{64}}"):
-        statistics(file, [f"{tiny_shards}/train-00001.tar"], inception_file, "--check")
+        statistics(file, [f"{tiny_shards}/train-00001.tar"], "--check", *quick)
     gaussian, foreign = FeatureSet.load(file).gaussian, tmp_path / "foreign.npz"
     FeatureSet(replace(gaussian, mean=gaussian.mean + 9)).save(foreign)
     with pytest.raises(ValueError, match=f"{foreign} .*FID"):
-        statistics(foreign, [shard], inception_file, "--check", "--image-size", 32)
+        statistics(foreign, [shard], "--check", "--image-size", 32, *quick)
     np.savez(foreign, mu=np.zeros(3), sigma=-np.eye(3))
     with pytest.raises(ValueError, match=f"{foreign}: sigma"):
-        statistics(foreign, [], inception_file, "--check")
+        statistics(foreign, [], "--check")
     with pytest.raises(ValueError, match="c.npz cannot be written"):
-        statistics(file / "c.npz", ["/nowhere"], inception_file, "--image-size", 32)
+        statistics(file / "c.npz", ["/nowhere"], "--image-size", 32)
     for wrong in ([], [shard], [shard, "--clean", "--image-size", 32]):
         with pytest.raises(SystemExit):
-            statistics(tmp_path / "b.npz", wrong, inception_file)
+            statistics(tmp_path / "b.npz", wrong)
 
 
 def test_what_a_reference_lacks_is_named_without_what_a_terminal_would_obey(
-    tiny_shards, inception_file, tmp_path, capsys
+    tiny_shards, quick, tmp_path, capsys
 ):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a\x1b[31m.png").write_bytes(b"no image")
     data = [f"{tiny_shards}/train-00000.tar", tmp_path / "photos"]
-    statistics(tmp_path / "a.npz", data, inception_file, "--image-size", 32)
+    statistics(tmp_path / "a.npz", data, "--image-size", 32, *quick)
     assert f"{tmp_path}/photos/a\\x1b[31m.png" in capsys.readouterr().out
 
 
 def test_images_are_resized_before_their_features_and_kept_as_they_were_made(
-    chain, inputs, whole, inception_file, tmp_path
+    chain, inputs, whole, quick, tmp_path, monkeypatch
 ):
-    arguments = ["image_size=20", "reference=[]", "metrics=[inception_score]"]
-    found = evaluate(
-        chain.folder, inputs, tmp_path, *arguments, "--inception-weights", inception_file
+    sizes, forward = [], QuickInception.forward
+    monkeypatch.setattr(
+        QuickInception, "forward", lambda self, x: sizes.append(x.shape[-1]) or forward(self, x)
     )
-    score = read(whole)["metrics"]["inception_score"]
-    assert found["metrics"]["inception_score"] != pytest.approx(score, rel=1e-7)
-    assert found["image_size"] == 20 and pngs(tmp_path) == pngs(whole)
+    out = tmp_path / "out"
+    found = evaluate(chain.folder, inputs, out, "image_size=20", "metrics=[frechet]", *quick)
+    assert {*sizes} == {20} and found["image_size"] == found["reference"]["image_size"] == 20
+    assert pngs(out) == pngs(whole)
 
 
 def test_retrieval_finds_the_own_image_among_the_reference(
@@ -506,12 +543,13 @@ def test_wrong_options_are_named(chain, inputs, tmp_path, capsys, option, value)
 
 
 def test_references_that_cannot_serve_are_refused_before_an_image_is_made(
-    chain, inputs, inception_file, tmp_path, no_images
+    chain, inputs, quick, tmp_path, no_images
 ):
-    width = INCEPTION_WIDTH
+    width = QuickInception.width
     gaussian = Gaussian(torch.zeros(width).double(), torch.eye(width).double(), 9)
     FeatureSet(gaussian, {"image_size": 48}).save(tmp_path / "big.npz")
     FeatureSet(gaussian, {"weights_sha256": "0" * 64}).save(tmp_path / "other.npz")
+    FeatureSet(gaussian, {"resize": RULES["clean"]}).save(tmp_path / "clean.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "big.npz").read_bytes()[:9000])
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     (tmp_path / "empty").mkdir()
@@ -520,14 +558,16 @@ def test_references_that_cannot_serve_are_refused_before_an_image_is_made(
     for name, part in {
         "big.npz": "image_size 48, expected 32",
         "other.npz": "weights_sha256 '0000",
+        "clean.npz": "resize .*clean",
         "cut.npz": "cut.npz",
         "narrow.npz": "3 features",
         "empty": "empty",
         "broken": "broken/a.png",
     }.items():
-        arguments = [f"reference=[{tmp_path / name}]", "--inception-weights", inception_file]
         with pytest.raises(ValueError, match=part):
-            evaluate(chain.folder, inputs, tmp_path / "out", *arguments)
+            evaluate(
+                chain.folder, inputs, tmp_path / "out", f"reference=[{tmp_path / name}]", *quick
+            )
     assert not (tmp_path / "out").exists()
 
 

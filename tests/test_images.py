@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import shape_sample
-from evaluations import CPU, evaluate, read, run_program, write_inputs
+from evaluations import CPU, QuickInception, evaluate, read, run_program, write_inputs
 from PIL import Image
 
 from data.tar import write_shard
-from eval.feature_nets import INCEPTION_WIDTH, InceptionFeatures
+from eval import feature_nets
+from eval.feature_nets import InceptionFeatures
 from eval.fid import FeatureSet, fit_gaussian, frechet_distance
 from eval.images import CLEAN_SIZE, ImageSet, clean_resize, iterate_images, list_images
 from modeling.pipeline import ImageGenerator
@@ -141,63 +142,59 @@ def whole(chain, mjhq, inception_file, tmp_path_factory):
     return folder
 
 
-def test_clean_fid_finds_the_same_features_and_distance(whole, mjhq, inception_file):
-    fid = pytest.importorskip("cleanfid.fid")
+def test_clean_fid_finds_the_same_distances_overall_and_by_category(whole, mjhq, inception_file):
+    fid, net = pytest.importorskip("cleanfid.fid"), InceptionFeatures(inception_file)
     settings = {"num_workers": 0, "device": torch.device("cpu"), "mode": "clean", "verbose": False}
-    net, gaussians = InceptionFeatures(inception_file), []
-    for folder in (whole / "images", mjhq / "imgs"):
-        features = fid.get_folder_features(str(folder), model=net, **settings)
-        gaussians.append(fit_gaussian(torch.from_numpy(features)))
-    expected = frechet_distance(*gaussians)
-    assert expected > 1 and read(whole)["metrics"]["clean_fid"] == pytest.approx(expected, rel=1e-4)
+    made, real = (
+        torch.from_numpy(fid.get_folder_features(str(folder), model=net, **settings))
+        for folder in (whole / "images", mjhq / "imgs")  # sorted by path
+    )
+    parts = {"clean_fid": (made, real)}
+    parts |= {
+        "clean_fid/animals": (made[0::2], real[:10]),
+        "clean_fid/food": (made[1::2], real[10:]),
+    }
+    expected = {
+        name: frechet_distance(fit_gaussian(a), fit_gaussian(b)) for name, (a, b) in parts.items()
+    }
+    assert len({*expected.values()}) == 3 and min(expected.values()) > 1
+    assert read(whole)["metrics"] == pytest.approx(expected, rel=1e-3)  # features are float32
 
 
-def test_each_category_is_measured_against_its_own_folder(whole, mjhq, inception_file):
-    found = read(whole)["metrics"]
-    assert found.keys() == {"clean_fid", *(f"clean_fid/{category}" for category in CATEGORIES)}
-    assert len({*found.values()}) == 3
-    net, pair = InceptionFeatures(inception_file), []
-    generated = [whole / "images" / f"{index:06d}.png" for index in range(1, 10, 2)]
-    for paths in (generated, sorted((mjhq / "imgs" / "food").iterdir())):
-        pixels = [clean_resize(np.asarray(Image.open(path).convert("RGB"))) for path in paths]
-        pair.append(fit_gaussian(net(torch.from_numpy(np.stack(pixels)))))
-    assert found["clean_fid/food"] == pytest.approx(frechet_distance(*pair), rel=1e-3)
-
-
-def test_a_statistics_file_gives_the_same_numbers(chain, whole, mjhq, inception_file, tmp_path):
-    def statistics(*words):
-        run_program(reference_stats, *words, *CPU, "--inception-weights", inception_file)
-
-    kept, plain = tmp_path / "kept.npz", tmp_path / "plain.npz"
-    statistics(kept, mjhq / "imgs", "--clean", "--keep-features")
-    statistics(kept, mjhq / "imgs", "--check")
-    statistics(plain, mjhq / "imgs", "--clean")
+def test_a_statistics_file_gives_the_same_numbers_and_needs_the_features_for_categories(
+    chain, mjhq, tmp_path, monkeypatch
+):
+    for module in (feature_nets, reference_stats):
+        monkeypatch.setattr(module, "InceptionFeatures", QuickInception)
+    kept, plain, weights = (tmp_path / name for name in ("kept.npz", "plain.npz", "quick.pth"))
+    weights.touch()
+    for words in ([kept, "--keep-features"], [kept, "--check"], [plain]):
+        file, *more = words
+        clean = ["--clean", "--inception-weights", weights]
+        run_program(reference_stats, file, mjhq / "imgs", *CPU, *clean, *more)
     file = FeatureSet.load(kept)
-    assert file.features.shape == (20, INCEPTION_WIDTH)
+    assert file.features.shape == (20, QuickInception.width)
     assert file.categories == [name for name in CATEGORIES for _ in range(10)]
-    base = options(mjhq, inception_file)
-    out = tmp_path / "out"
-    found = evaluate(chain.folder, mjhq, out, *base, f"reference=[{kept}]")
-    assert found["metrics"] == pytest.approx(read(whole)["metrics"], rel=1e-5)
-    found = evaluate(chain.folder, mjhq, out, *base, f"reference=[{plain}]")
-    assert found["metrics"]["clean_fid"] > 1
-    assert "--keep-features" in found["missing"]["clean_fid_by_category"]
-    for wrong, part in (
-        (["resize=crop"], "image_size 299, expected 32"),
-        (["resize=crop", "image_size=299"], "resize .*clean"),
-    ):
-        with pytest.raises(ValueError, match=f"{kept} has {part}"):
-            evaluate(chain.folder, mjhq, tmp_path / "crop", *base, f"reference=[{kept}]", *wrong)
+    found = {}
+    for reference in (mjhq / "imgs", kept, plain):
+        arguments = [*options(mjhq, weights), f"reference=[{reference}]"]
+        found[reference] = evaluate(chain.folder, mjhq, tmp_path / "out", *arguments)
+    expected = found[mjhq / "imgs"]["metrics"]
+    assert expected.keys() == {"clean_fid", *(f"clean_fid/{category}" for category in CATEGORIES)}
+    assert found[kept]["metrics"] == pytest.approx(expected, rel=1e-5)
+    assert found[plain]["metrics"]["clean_fid"] == pytest.approx(expected["clean_fid"], rel=1e-5)
+    assert "--keep-features" in found[plain]["missing"]["clean_fid_by_category"]
 
 
 def test_a_reference_without_the_categories_is_refused_before_an_image_is_made(
-    chain, mjhq, inception_file, tmp_path, monkeypatch
+    chain, mjhq, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ImageGenerator, "generate", None)
+    monkeypatch.setattr(feature_nets, "InceptionFeatures", QuickInception)
     (tmp_path / "food").mkdir()
     for number in range(2):
         Image.fromarray(noise(8, 8, number)).save(tmp_path / "food" / f"{number}.png")
     with pytest.raises(ValueError, match="frechet_by_category.* animals.* food"):
-        arguments = [*options(mjhq, inception_file), f"reference=[{tmp_path}]"]
+        arguments = [*options(mjhq, mjhq / "captions.txt"), f"reference=[{tmp_path}]"]
         evaluate(chain.folder, mjhq, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()

@@ -222,14 +222,18 @@ def photos(tmp_path):
     return folder
 
 
-def test_captions_beside_images_reach_the_decoder(run, photos, tmp_path):
+def test_captions_beside_images_reach_the_text_encoder(run, photos, tmp_path, monkeypatch):
+    seen, reconstruct = [], Reconstructor.__call__
+
+    def watched(self, images, captions):
+        seen.extend(captions)
+        return reconstruct(self, images, captions)
+
+    monkeypatch.setattr(Reconstructor, "__call__", watched)
     found = report(run, photos, tmp_path)
     assert (found["num_images"], found["num_without_caption"]) == (4, 1)
-    for caption in photos.rglob("*.txt"):
-        caption.unlink()
-    without = report(run, photos, tmp_path)
-    assert without["num_without_caption"] == 4
-    assert without["metrics"]["psnr_db"] != found["metrics"]["psnr_db"]
+    texts = [shape_sample(number)["txt"] for number in range(4)]
+    assert seen == [*texts[:2], "", texts[3]]
 
 
 def test_what_cannot_be_read_is_skipped_counted_and_listed(run, photos, tmp_path, monkeypatch):
