@@ -75,17 +75,18 @@ class ReaderConfig:
         )
 
     def check(self) -> None:
-        """Refuse a config that names no data. Whether the files exist is not looked at.
+        """Refuse a stage's `data` that names no data. Whether the files exist is not looked at.
 
         Raises:
             ValueError: naming the field.
         """
         if bool(self.shards) == bool(self.sources):
             raise ValueError(
-                f"shards, sources: expected one of them, given {self.shards} and {list(self.sources)}"
+                f"data.shards, data.sources: expected one of them, given {self.shards} and "
+                f"{list(self.sources)}"
             )
         if self.sources and not any(source.weight for source in self.sources.values()):
-            raise ValueError("sources: all weights are 0, expected one above it")
+            raise ValueError("data.sources: all weights are 0, expected one above it")
 
     def full_sources(self) -> dict[str, SourceConfig]:
         """All sources by name, with captions and filters filled in."""

@@ -253,8 +253,8 @@ def token_parts(folder: Path) -> dict:
 def record_samples(runs: Path) -> dict:
     """Latents and images of two flows for each solver, the demo's captions of three held-out images."""
     import torch
-    from data.image_text import ImageTextConfig, read_images
 
+    from data.readers import ImageTextConfig, image_reader
     from training.loading import load_captioner, load_pipeline
 
     torch.set_num_threads(1)
@@ -282,7 +282,7 @@ def record_samples(runs: Path) -> dict:
             }
     captioner, sampling = load_captioner(runs / "demo" / "flowtok_caption", torch.device("cpu"))
     heldout = ImageTextConfig(shards=[str(ROOT / EMOJI / "heldout-000000.tar.gz")])
-    images = next(read_images(heldout, 64, None, 3, limit=3))["image"] / 255
+    images = next(image_reader(heldout, 64, None).once(3, limit=3))["image"] / 255
     latents = captioner.transport(captioner.start(images), sampling)
     return record | {
         "samples captions": {
@@ -293,36 +293,42 @@ def record_samples(runs: Path) -> dict:
 
 
 def record_data(runs: Path) -> dict:
-    """Keys and contents of batches: images, an epoch of the demo's tokens, captions; shuffled and in order."""
-    from data.caption_text import CaptionTextConfig, build_caption_loader, read_captions
-    from data.image_text import ImageTextConfig, build_image_loader
-    from data.token_text import TokenTextConfig, build_token_loader, read_tokens
-
+    """Keys and contents of batches: images, an epoch of the demo's tokens, captions."""
+    from data.captions import CaptionConfig
+    from data.config import ReaderConfig
+    from data.readers import (
+        ImageTextConfig,
+        TokenTextConfig,
+        caption_reader,
+        image_reader,
+        token_reader,
+    )
     from modeling.text_encoder import TextEncoderConfig, TextTokenizer
 
-    tokenize = TextTokenizer(TextEncoderConfig(model=f"local-dir:{runs}/demo/text_encoder/clip"))
-    tokens, captioned = [f"{runs}/demo/tokens/*.tar"], [f"{runs}/data/karpathy_train/*.tar"]
-    size = 32, 16
-    epoch = math.ceil(
-        json.loads((runs / "demo/tokens/tokens.json").read_text())["num_samples"] / 16
-    )
+    clip = f"local-dir:{runs}/demo/text_encoder/clip"
+    tokenize = TextTokenizer(TextEncoderConfig(model=clip))
+    images, tokens = [str(ROOT / EMOJI / "train-*.tar.gz")], [f"{runs}/demo/tokens/*.tar"]
+    captioned = [f"{runs}/data/karpathy_train/*.tar"]
+    info = json.loads((runs / "demo/tokens/tokens.json").read_text())
+    epoch = math.ceil(info["num_samples"] / 16)
     record = {}
     for workers in (0, 2):
         reading = {"num_workers": workers, "shuffle_buffer": 200}
-        images = ImageTextConfig(shards=[str(ROOT / EMOJI / "train-*.tar.gz")], **reading)
-        loader = build_image_loader(images, 64, tokenize, 8, seed=3, rank=0, world_size=2)
-        record[f"data images, {workers} workers"] = describe_batches(islice(loader, 30))
-        loader = build_token_loader(
-            TokenTextConfig(shards=tokens, **reading), *size, tokenize, 16, seed=3
-        )
-        record[f"data tokens, {workers} workers"] = describe_batches(islice(loader, epoch))
-        several = CaptionTextConfig(shards=captioned, caption_keys=["json:captions"], **reading)
-        loader = build_caption_loader(several, tokenize, False, 16, seed=3)
-        record[f"data captions, {workers} workers"] = describe_batches(islice(loader, 30))
-    ordered = read_tokens(TokenTextConfig(shards=tokens), *size, tokenize, 100)
+        reader = image_reader(ImageTextConfig(shards=images, **reading), 64, tokenize)
+        batches = islice(reader.stream(8, seed=3, rank=0, num_processes=2), 30)
+        record[f"data images, {workers} workers"] = describe_batches(batches)
+        reader = token_reader(TokenTextConfig(shards=tokens, **reading), 32, 16, tokenize)
+        batches = islice(reader.stream(16, seed=3), epoch)
+        record[f"data tokens, {workers} workers"] = describe_batches(batches)
+        several = CaptionConfig(keys=["json:captions"])
+        config = ReaderConfig(shards=captioned, captions=several, **reading)
+        batches = islice(caption_reader(config, tokenize, False).stream(16, seed=3), 30)
+        record[f"data captions, {workers} workers"] = describe_batches(batches)
+    ordered = token_reader(TokenTextConfig(shards=tokens), 32, 16, tokenize).once(100)
     record["data tokens in order"] = describe_batches(ordered)
-    ordered = read_captions(CaptionTextConfig(shards=tokens), tokenize, True, 100)
-    return record | {"data captions in order": describe_batches(ordered)}
+    ordered = caption_reader(ReaderConfig(shards=tokens), tokenize, True).once(100)
+    record["data captions in order"] = describe_batches(ordered)
+    return record
 
 
 def describe(tensor) -> dict:

@@ -22,12 +22,9 @@ from configs.load import load_config
 from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
 from scripts.plan_stages import TRAINING_STEPS, build_encoding, find_sizes
+from scripts.run_experiment.stages import ORDER, read_stages
 
 ROOT = Path(__file__).parents[1]
-LAUNCHER = (ROOT / "train_flowtok.sh").read_text()
-LAUNCHER_STAGES = re.search(r"^ALL_STAGES=\((.*?)\)", LAUNCHER, flags=re.DOTALL | re.MULTILINE)[
-    1
-].split()
 
 
 def read(path):
@@ -66,7 +63,7 @@ def test_the_experiments_of_the_paper_are_there():
 def test_it_loads_and_its_name_begins_with_its_stage(file):
     config = load_config(ROOT / file)
     assert Path(file).stem.startswith(config.stage)
-    assert Path(file).stem in LAUNCHER_STAGES
+    assert Path(file).stem in ORDER
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -196,18 +193,9 @@ def check_command(command, path):
 
 def check_launcher(arguments, variables, path):
     """`bash train_flowtok.sh EXPERIMENT key=value ...` runs this file."""
-    experiment = arguments[0] if arguments and "=" not in arguments[0] else "demo"
-    folder = ROOT / "configs" / experiment
-    assert folder == path.parent
     assert variables.keys() <= {"STAGES"}
-    stages = (
-        variables["STAGES"].split()
-        if variables
-        else [file.stem for file in folder.glob("*.yaml") if is_stage(file)]
-    )
-    assert path.stem in stages and {*stages} <= {*LAUNCHER_STAGES}
-    for stage in stages:
-        load_config(folder / f"{stage}.yaml", [word for word in arguments if "=" in word])
+    stages = read_stages(arguments, variables.get("STAGES", ""), ROOT / "configs")
+    assert path in [stage.file for stage in stages]
 
 
 @pytest.mark.parametrize(

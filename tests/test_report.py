@@ -14,13 +14,13 @@ from eval import report
 from eval.report import (
     PIXEL_SIZE,
     ReportStage,
-    Samples,
     build_pool,
+    choose_evenly,
     compare,
     encode,
     read_all,
     shrink,
-    spread,
+    take,
 )
 from modeling.posterior import Posterior
 
@@ -41,7 +41,7 @@ def fake_generator(seen=None):
 
 def pool_of(*images, captions=None, variant=""):
     config = ReportStage(batch_size=4, caption_variant=variant)
-    sets = [Samples(x, captions or [""] * len(x)) for x in images]
+    sets = [{"image": x, "caption": captions or [""] * len(x)} for x in images]
     return build_pool(config, fake_generator(), sets)
 
 
@@ -52,29 +52,29 @@ def test_the_pool_numbers_pixel_identical_images_as_one_group():
     almost = first[:1].clone()
     almost[0, 0, 0, 0] += 1 / 255
     pool = pool_of(first, second, almost)
-    assert pool.groups.tolist() == [0, 1, 2, 3, 2, 4, 3, 5] and pool.subjects is None
-    assert pool.pixels.shape == (8, 3, PIXEL_SIZE, PIXEL_SIZE)
-    assert torch.equal(pool.latents[3:7].view(4, 3, 32, 32), second)
+    assert pool["groups"].tolist() == [0, 1, 2, 3, 2, 4, 3, 5] and "subjects" not in pool
+    assert pool["pixels"].shape == (8, 3, PIXEL_SIZE, PIXEL_SIZE)
+    assert torch.equal(pool["latents"][3:7].view(4, 3, 32, 32), second)
 
 
 def test_captions_that_differ_only_in_the_variant_are_one_subject():
     images, captions = torch.rand(3, 3, 32, 32), ["hand", "hand, dark skin tone", "foot"]
     pool = pool_of(images, captions=captions, variant=", [^,]* skin tone$")
-    assert pool.subjects.tolist() == [0, 0, 1] and pool.groups.tolist() == [0, 1, 2]
-    pool = pool._replace(latents=pool.latents[:, :, :4])
-    found = compare(images[:2], images[:2], pool.latents[[1, 0]], pool, torch.tensor([0, 1]))
+    assert pool["subjects"].tolist() == [0, 0, 1] and pool["groups"].tolist() == [0, 1, 2]
+    pool["latents"] = pool["latents"][:, :, :4]
+    found = compare(images[:2], images[:2], pool["latents"][[1, 0]], pool, torch.tensor([0, 1]))
     assert found["latent"]["top1"] == 0 and found["latent_same_subject"]["top1"] == 1
 
 
 def test_a_set_of_its_own_is_an_easier_pool_and_equal_sets_have_no_frechet_distance():
     images, own = torch.rand(12, 3, 32, 32), torch.tensor([0, 1])
     pool = pool_of(images)
-    pool = pool._replace(latents=pool.latents[:, :, :4])
-    latents = pool.latents[[5, 1]]  # the first looks like another set's image
+    pool["latents"] = pool["latents"][:, :, :4]
+    latents = pool["latents"][[5, 1]]  # the first looks like another set's image
     found = compare(images[:2], images[:2], latents, pool, own)
     assert found["latent"]["top1"] == 0.5 and "latent_same_subject" not in found
     assert found["latent_among_own_set"]["top5"] == 1
-    found = compare(images[:2], images[:2], pool.latents[:2], pool, own)
+    found = compare(images[:2], images[:2], pool["latents"][:2], pool, own)
     assert found["frechet_latent"] == pytest.approx(0, abs=1e-6)
 
 
@@ -91,9 +91,9 @@ def test_shrinking_averages_areas():
 
 
 def test_samples_are_spread_evenly():
-    assert spread(5, 3) == [0, 2, 4] and spread(2, 3) == [0, 1]
-    taken = Samples(torch.arange(5), list("abcde")).take([4, 1])
-    assert taken.images.tolist() == [4, 1] and taken.captions == ["e", "b"]
+    assert choose_evenly(11, 3) == [0, 5, 10] and choose_evenly(2, 5) == [0, 1]
+    taken = take({"image": torch.arange(5), "caption": list("abcde")}, [4, 1])
+    assert taken["image"].tolist() == [4, 1] and taken["caption"] == ["e", "b"]
 
 
 def test_images_and_captions_are_read_with_the_configured_background_and_keys(tmp_path):
@@ -102,12 +102,11 @@ def test_images_and_captions_are_read_with_the_configured_background_and_keys(tm
     sample = {"__key__": "0", "png": buffer.getvalue(), "txt": "one", "json": b'{"title": "two"}'}
     write_shard(tmp_path / "a.tar", [sample])
     generator = SimpleNamespace(tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=8)))
-    config = ReportStage(background=[255, 0, 51])
-    config.captions.keys = ["json:title"]
+    config = ReportStage(background=[255, 0, 51], caption_keys=["json:title"])
     found = read_all(config, generator, [str(tmp_path / "a.tar")])
-    assert found.captions == ["two"]
+    assert found["caption"] == ["two"]
     colour = torch.tensor([1, 0, 0.2]).view(1, 3, 1, 1)
-    torch.testing.assert_close(found.images, colour.expand(1, 3, 8, 8))
+    torch.testing.assert_close(found["image"], colour.expand(1, 3, 8, 8))
 
 
 def test_the_report_of_the_chain_is_whole_and_made_once(chain, tmp_path, monkeypatch, capsys):

@@ -1,11 +1,11 @@
 """training/tokens_info.py: which token shards a stage accepts, and their latent scale."""
 
 import pytest
-from data.mixture import SourceConfig
-from data.token_text import TokenTextConfig
 
+from data.config import SourceConfig
+from data.readers import TokenTextConfig
+from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
-from training.loading import fingerprint
 from training.loop import TrainingConfig, batch_per_process
 from training.run import start_run
 from training.tokens_info import LatentStats, TokensInfo, load_tokens_info
