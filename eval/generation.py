@@ -20,6 +20,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from configs.cli import exit_on_error
+from configs.load import load_dataclass
 from eval.evaluation import REPORT, evaluate_images, prepare
 from eval.feature_nets import WeightsFiles
 from eval.images import Reading
@@ -31,7 +32,7 @@ from eval.programs import (
     different,
     start_processes,
 )
-from eval.protocol import load_protocol, read_captions
+from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.fingerprint import fingerprint
 from modeling.flow import check_guidance
 from modeling.pipeline import ImageGenerator
@@ -66,7 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Check everything, then evaluate each point of the sweep."""
     # What needs no network is checked first
-    protocol = load_protocol(args.protocol, args.overrides)
+    protocol = load_dataclass(Protocol, protocol_file(args.protocol), args.overrides)
     captions = read_captions(protocol)
     points = [
         replace(protocol, guidance=guidance, steps=steps)

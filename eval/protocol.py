@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from configs.load import load_dataclass
 from data.bad_samples import BadSample
 from data.captions import captions_of, strings
 from data.entries import Entry, load_json, read_parts
@@ -165,15 +164,6 @@ def protocol_file(name: str) -> Path:
         names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
         raise ValueError(f"protocol {name} is neither a YAML file nor one of {names}")
     return path
-
-
-def load_protocol(name: str, overrides: list[str]) -> Protocol:
-    """A protocol's YAML with the changes of the command line.
-
-    Raises:
-        ValueError: no such file, an unknown key, a wrong type, or an impossible combination.
-    """
-    return load_dataclass(Protocol, protocol_file(name), overrides)
 
 
 def read_captions(protocol: Protocol) -> list[Caption]:

@@ -3,7 +3,6 @@
 import pickle
 import sys
 
-import open_clip
 import pytest
 import timm
 import torch
@@ -23,6 +22,7 @@ from eval.feature_nets import (
 from eval.fid import fit_gaussian, frechet_distance
 from modeling.clip_weights import ClipConfig, build_clip
 
+open_clip = pytest.importorskip("open_clip")
 CPU = torch.device("cpu")
 SMALL = "vit_small_patch14_dinov2"
 

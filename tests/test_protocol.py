@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from eval.protocol import FOLDER, Protocol, load_protocol, read_captions
+from configs.load import load_dataclass
+from eval.protocol import FOLDER, Protocol, protocol_file, read_captions
 
 
 def texts(path, **values):
@@ -13,7 +14,8 @@ def texts(path, **values):
 
 
 def test_the_shipped_protocols_are_whole():
-    protocols = {path.stem: load_protocol(path.stem, []) for path in FOLDER.glob("*.yaml")}
+    names = [path.stem for path in FOLDER.glob("*.yaml")]
+    protocols = {name: load_dataclass(Protocol, protocol_file(name)) for name in names}
     assert protocols.keys() == {"coco30k", "mjhq30k", "demo", "geneval"}
     assert protocols["coco30k"].num_captions == protocols["mjhq30k"].num_captions == 30_000
     assert (protocols["mjhq30k"].resize, protocols["geneval"].layout) == ("clean", "geneval")
@@ -123,4 +125,4 @@ def test_a_reference_is_one_statistics_file_or_images():
 
 def test_an_unknown_protocol_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match="coco40k.*coco30k, demo, geneval, mjhq30k"):
-        load_protocol("coco40k", [])
+        protocol_file("coco40k")
