@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
+from configs.load import load_dataclass
 from data.entries import Entry
 from data.readers import TokenTextConfig
 from eval.captioning import caption_sheet, choose_images
 from eval.during_training import EvaluationConfig, FlowEvaluation
-from eval.generation import load_protocol
-from eval.protocol import protocol_file
+from eval.protocol import Protocol, protocol_file
 from modeling.activation_checkpointing import (
     ActivationCheckpointing,
     set_activation_checkpointing,
@@ -285,7 +285,8 @@ def build_evaluation(
     """
     if not config.evaluation.every_steps:
         return None
-    protocol = load_protocol(config.evaluation.protocol, config.evaluation.overrides)
+    path = protocol_file(config.evaluation.protocol)
+    protocol = load_dataclass(Protocol, path, config.evaluation.overrides)
     guidance = protocol.sampling(config.sampling).guidance
     check_guidance(guidance, config.flow.null_probability)
     measure = FlowEvaluation(

@@ -33,10 +33,9 @@ sys.path.insert(
 
 from configs.cli import exit_on_error
 from configs.load import load_config, read_yaml
-from eval.plots import dot_chart
+from research.plots import save_dots
 from scripts.plan_costs import make_plan
 from training.files import write_json, write_text
-from training.pictures import save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"
@@ -300,7 +299,7 @@ def write_summary(sweep: SweepConfig, results: list[dict], output: Path) -> None
     if any(runs.values()):
         for name in sweep.metrics:
             dots = {variant: [run["metrics"][name] for run in runs[variant]] for variant in runs}
-            save_png(dot_chart(dots, name), output / f"{name}.png")
+            save_dots(dots, name, output / f"{name}.png")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
-from eval.report import ReportStage, encode, encode_texts, read_all, retrieval
+from eval.report import ReportStage, encode, encode_texts, read_all
+from eval.scores import retrieval
 from training.files import write_json
 from training.pipelines import load_pipeline
 from training.ridge import fit_ridge
