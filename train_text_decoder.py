@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
 from data.config import ReaderConfig
+from data.files import write_json
 from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.layers import fingerprint
 from modeling.losses import kl_loss, latent_statistics
@@ -32,7 +33,6 @@ from modeling.text_decoder import (
 from modeling.text_encoder import load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
-from training.files import write_json
 from training.loading import read_section, text_encoder_config
 from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend

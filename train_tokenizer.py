@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.cli import exit_on_error, parse_stage_args
-from data.readers import ImageTextConfig, image_reader
+from data.images import ImageTextConfig, image_reader
 from data.tar import expand_shards
 from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from eval.images import ImageSet, list_images
@@ -48,11 +48,11 @@ from modeling.perceptual import PerceptualConfig, PerceptualLoss
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import latest_checkpoint
 from training.loading import load_tokenizer
-from training.loop import Evaluation, batch_per_process, is_complete, train
+from training.loop import Evaluation, is_complete, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.run import Run, save_config, start_run
-from training.stage import TrainedStage
+from training.stage import TrainedStage, batch_per_process
 
 
 @dataclass

@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from data.bad_samples import BadSample
-from data.checks import check_fields
-from data.draws import SampleDraws
+from data.samples import BadSample, SampleDraws, check_fields
 
 # B captions -> B x L int64; picklable, it runs in the workers
 Tokenize = Callable[[list[str]], torch.Tensor]

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from data.captions import CaptionConfig
-from data.checks import check_fields
 from data.filters import FilterConfig
+from data.samples import check_fields
 from data.shards import Source
 from data.tar import expand_shards
 

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.captions import Tokenize
 from data.config import SourceConfig, open_sources
-from data.draws import SampleDraws
-from data.readers import ImageTextConfig, collate_images, decode_image
+from data.images import ImageTextConfig, collate_images, decode_image
+from data.samples import SampleDraws
 from data.shards import NoUsableSample, Source, read_batches
 from data.transforms import IMAGE_KEYS
 

@@ -24,8 +24,8 @@ import numpy as np
 from fsspec.utils import infer_compression
 from PIL import Image
 
-from data.bad_samples import BadSample
 from data.captions import clean_caption, strings
+from data.samples import BadSample
 from data.storage import ShardError, open_shard
 from data.tar import scan_file
 from data.transforms import FORMATS, IMAGE_KEYS

@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.bad_samples import BadSample
-from data.checks import check_fields
+from data.samples import BadSample, check_fields
 
 # img2dataset: before and after its resizing
 SIZE_KEYS = (("original_width", "original_height"), ("width", "height"))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.bad_samples import BadSample
 from data.entries import Entry, read_entry, read_parts, read_text
 from data.files import written_whole
 from data.filters import FilterConfig
+from data.samples import BadSample
 from data.tar import write_shard
 from data.transforms import IMAGE_KEYS, decode_image
 

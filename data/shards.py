@@ -8,7 +8,7 @@ reader draws by weight which source gives its next usable sample.
 
 Determinism: what a reader reads in an epoch, in which order, is a pure function of (seed, epoch),
 of the shards and of rank, num_processes, num_workers and shuffle_buffer; what is drawn for a sample
-(data.draws) only of (seed, epoch, key); which source comes next of (seed, reader, number of the
+(data.samples) only of (seed, epoch, key); which source comes next of (seed, reader, number of the
 sample) and of the weights. Nothing depends on time, on speed, or on a global generator.
 
 Position: samples are shuffled inside blocks. A state holds, for each source, the number of samples
@@ -33,8 +33,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data.bad_samples import BadSample, SampleCounter
-from data.draws import SampleDraws
+from data.samples import BadSample, SampleCounter, SampleDraws
 from data.storage import ShardError, is_remote, open_shard
 from data.tar import scan_shard
 

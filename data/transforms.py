@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from data.bad_samples import BadSample
-from data.draws import SampleDraws
+from data.samples import BadSample, SampleDraws
 
 Resize = Literal["fast", "exact"]
 

@@ -23,9 +23,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from configs.cli import exit_on_error
-from data.bad_samples import BadSample
 from data.captions import captions_of, check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json, read_parts
+from data.files import check_writable, write_json
+from data.samples import BadSample
 from eval.caption_scores import PACKAGE, CaptionScorer
 from eval.images import RULES, ImageSet, image_name, iterate_images, list_images
 from eval.programs import (
@@ -39,7 +40,6 @@ from eval.programs import (
 from modeling.flow import check_guidance
 from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
-from training.files import check_writable, write_json
 from training.loading import load_newest
 from training.pipelines import captioning_run, load_captioner
 

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 
 from configs.cli import exit_on_error
 from configs.load import load_dataclass
+from data.files import check_writable, write_json, write_text
 from eval.evaluation import REPORT, evaluate_images, prepare
 from eval.feature_nets import WeightsFiles
 from eval.images import Reading
@@ -38,7 +39,6 @@ from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
-from training.files import check_writable, write_json, write_text
 from training.loading import load_newest
 from training.pipelines import flow_folder, load_pipeline
 

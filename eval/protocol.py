@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.bad_samples import BadSample
 from data.captions import captions_of, strings
 from data.entries import Entry, load_json, read_parts
+from data.samples import BadSample
 from eval.images import CLEAN_SIZE, ResizeRule, image_name, list_images
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig

@@ -24,14 +24,14 @@ from torch.nn import functional as F
 
 from configs.cli import exit_on_error, parse_stage_args
 from data.captions import CaptionConfig
-from data.readers import ImageTextConfig, image_reader
+from data.files import write_json
+from data.images import ImageTextConfig, image_reader
 from eval.features import number_groups
 from eval.fid import fit_gaussian, frechet_distance
 from eval.reconstruct import psnr
 from eval.scores import retrieval
 from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.files import write_json
 from training.pictures import caption_grid, pair_rows, save_png
 from training.pipelines import load_pipeline
 from training.ridge import Ridge, fit_ridge

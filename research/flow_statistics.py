@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs.cli import exit_on_error, parse_stage_args
+from data.files import write_json
 from eval.report import (
     ReportStage,
     choose_evenly,
@@ -27,7 +28,6 @@ from eval.report import (
 from modeling.flow import interpolate, target_velocity
 from modeling.losses import latent_statistics
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.files import write_json
 from training.pipelines import load_pipeline
 
 TIMES = tuple((i + 0.5) / 10 for i in range(10))  # middles of the bins of t

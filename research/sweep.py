@@ -33,9 +33,9 @@ sys.path.insert(
 
 from configs.cli import exit_on_error
 from configs.load import load_config, read_yaml
+from data.files import write_json, write_text
 from research.plots import save_dots
 from scripts.plan_costs import make_plan
-from training.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"

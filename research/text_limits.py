@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
+from data.files import write_json
 from eval.report import ReportStage, encode, encode_texts, read_all
 from eval.scores import retrieval
-from training.files import write_json
 from training.pipelines import load_pipeline
 from training.ridge import fit_ridge
 

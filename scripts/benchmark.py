@@ -38,7 +38,8 @@ from configs.schema import StageConfig, TextEncoderStage, TokenizerStage
 
 from configs.cli import exit_on_error
 from configs.load import load_config
-from data.readers import ImageTextConfig, image_reader, token_reader
+from data.images import ImageTextConfig, image_reader
+from data.readers import token_reader
 from data.storage import is_remote
 from data.tar import count_samples, expand_shards
 from modeling.text_encoder import TextTokenizer, clip_tokenizer

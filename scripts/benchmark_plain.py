@@ -21,8 +21,8 @@ from modeling.layers import Attention
 from modeling.pipeline import SamplingConfig
 from modeling.posterior import Posterior
 from modeling.text_projector import TextProjector, TextProjectorConfig
-from training.loop import TrainingConfig
 from training.optim import OptimizerConfig, decay_groups, learning_rate
+from training.stage import TrainingConfig
 
 STEPS = 20  # the paper's, of Euler
 

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from configs.cli import exit_on_error, parse_stage_args
 from data.encoding import build_encoding_loader, encoding_sources
-from data.readers import ImageTextConfig, TokenTextConfig, token_reader
+from data.files import write_json
+from data.images import ImageTextConfig
+from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import count_samples, write_shard
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
-from training.files import write_json
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
 from training.run import start_accelerator

@@ -15,9 +15,10 @@ from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.text_projector import TextProjectorConfig
 from scripts.benchmark_plain import PlainFlowTok, PlainTextToImage, PlainTrainer, plain_transport
 from train_flowtok import compute_losses
-from training.loop import Trainer, TrainingConfig
+from training.loop import Trainer
 from training.optim import OptimizerConfig
 from training.run import start_run
+from training.stage import TrainingConfig
 
 NET = FlowTokConfig(num_tokens=77, token_channels=16, width=192, depth=3, num_heads=3)
 PROJECTOR = TextProjectorConfig(

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import exit_on_error, parse_stage_args
-from configs.launchers import LAUNCHERS as KNOWN
-from configs.launchers import program_of
+from configs.cli import LAUNCHERS as KNOWN
+from configs.cli import exit_on_error, parse_stage_args, program_of
 from configs.load import load_config
 from train_tokenizer import TokenizerStage
 

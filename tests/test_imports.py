@@ -24,7 +24,7 @@ ALLOWED = {
     "configs": {"configs", "eval", "modeling", "data", "training"},
 }
 # How an error ends is needed by training's threads, too: theirs can't come up anywhere else.
-ERRORS = ("training", "configs.launchers")
+ERRORS = ("training", "configs.cli")
 OPEN_CLIP_USERS = ("modeling/clip_weights.py", "modeling/text_encoder.py")
 
 

@@ -8,7 +8,8 @@ from configs.load import build
 from data.captions import CaptionConfig, check_caption_keys
 from data.config import ReaderConfig, SourceConfig, open_sources
 from data.filters import FilterConfig
-from data.readers import ImageTextConfig, TokenTextConfig
+from data.images import ImageTextConfig
+from data.readers import TokenTextConfig
 
 NAN, INFINITE = float("nan"), float("inf")
 TWO = """

@@ -6,8 +6,8 @@ from data.config import SourceConfig
 from data.readers import TokenTextConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.layers import fingerprint
-from training.loop import TrainingConfig, batch_per_process
 from training.run import start_run
+from training.stage import TrainingConfig, batch_per_process
 from training.tokens import LatentStats, TokensInfo, load_tokens_info
 
 K, C = 8, 4

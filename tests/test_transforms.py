@@ -11,8 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data import transforms
-from data.bad_samples import BadSample
-from data.draws import SampleDraws
+from data.samples import BadSample, SampleDraws
 from data.transforms import Picture, center_crop, decode_image, load_picture, open_image, train_crop
 
 torch.set_num_threads(1)

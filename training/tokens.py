@@ -15,6 +15,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.config import ReaderConfig
+from data.files import write_json
 from data.readers import TokenTextConfig, caption_reader, token_reader
 from data.storage import is_remote
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -22,10 +23,9 @@ from modeling.layers import fingerprint
 from modeling.posterior import Posterior
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
-from training.files import write_json
-from training.loop import TrainingConfig, batch_per_process
 from training.ridge import fit_linear_skip
 from training.run import Run
+from training.stage import TrainingConfig, batch_per_process
 
 TOKENS_INFO_FILE, LATENT_STATS_FILE = "tokens.json", "latent_stats.json"
 
