@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from configs.cli import exit_on_error
 from data.captions import captions_of, check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json, read_parts
 from data.files import check_writable, write_json
@@ -40,6 +39,7 @@ from eval.programs import (
 from modeling.flow import check_guidance
 from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
+from training.errors import exit_on_error
 from training.loading import load_newest
 from training.pipelines import captioning_run, load_captioner
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from configs.cli import exit_on_error
 from configs.load import load_dataclass
 from data.files import check_writable, write_json, write_text
 from eval.evaluation import REPORT, evaluate_images, prepare
@@ -39,6 +38,7 @@ from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
+from training.errors import exit_on_error
 from training.loading import load_newest
 from training.pipelines import flow_folder, load_pipeline
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from configs.cli import exit_on_error
 from data.files import check_writable, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
@@ -42,6 +41,7 @@ from modeling.layers import fingerprint
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE, read_state
+from training.errors import exit_on_error
 from training.loading import load_newest, read_section
 from training.pictures import caption_grid, pair_rows, save_png
 

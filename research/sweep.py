@@ -31,11 +31,11 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.cli import exit_on_error
 from configs.load import load_config, read_yaml
 from data.files import write_json, write_text
 from research.plots import save_dots
 from scripts.plan_costs import make_plan
+from training.errors import exit_on_error
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"

@@ -36,7 +36,6 @@ sys.path.insert(
 import torch
 from configs.schema import StageConfig, TextEncoderStage, TokenizerStage
 
-from configs.cli import exit_on_error
 from configs.load import load_config
 from data.images import ImageTextConfig, image_reader
 from data.readers import token_reader
@@ -50,6 +49,7 @@ from scripts.benchmark_report import about, measure_all, show
 from scripts.benchmark_sampling import measure_sampling, measure_text, measure_tokenizer
 from scripts.benchmark_timing import start_again_keeping_memory
 from scripts.benchmark_training import measure_training
+from training.errors import exit_on_error
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOWTOK_B, FLOWTOK_H = (ROOT / f"configs/flowtok_{size}/flowtok.yaml" for size in "bh")

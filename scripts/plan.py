@@ -27,9 +27,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.cli import exit_on_error
 from eval.budget import DAY, GIB, GPUS
 from scripts.plan_costs import GIGA, make_plan
+from training.errors import exit_on_error
 
 LABELS = {
     "dit": "DiT",

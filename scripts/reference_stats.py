@@ -21,7 +21,6 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.cli import exit_on_error, printable
 from data.files import check_writable
 from eval.feature_nets import ABSENT, INCEPTION, InceptionFeatures
 from eval.features import check_features, describe_features, measure_reference
@@ -34,6 +33,7 @@ from eval.programs import (
     integer,
     start_processes,
 )
+from training.errors import exit_on_error, printable
 
 TOLERANCE = (
     1e-3  # of the distance between a file and its images measured again, by the covariance's trace
