@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from configs.load import escape, exit_on_error
+from configs.cli import exit_on_error, printable
 from data.entries import Entry
 from eval.captioning import (
     Captioned,
@@ -238,7 +238,7 @@ def tell_skipped(batches: Iterator[Captioned]) -> Iterator[Captioned]:
     """The same batches; what could not be read is said at once."""
     for batch in batches:
         for name, reason in batch.skipped:
-            print(escape(f"left out: {name}: {reason}"), file=sys.stderr)
+            print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
         yield batch
 
 
@@ -249,7 +249,7 @@ def print_captions(
     images, captions, number, skipped = [], [], 0, 0
     for batch in batches:
         for index, text in zip(batch.index, batch.captions, strict=True):
-            print(escape(f"{image_name(entries[index])}: {text}"), flush=True)
+            print(printable(f"{image_name(entries[index])}: {text}"), flush=True)
         left = SHEET_IMAGES - len(captions)
         images.append(batch.images[:left])  # nothing once the sheet is full
         captions += batch.captions[:left]

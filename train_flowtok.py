@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
 from data.entries import Entry
-from data.token_text import TokenTextConfig
+from data.readers import TokenTextConfig
 from eval.captioning import caption_sheet, choose_images
 from eval.during_training import EvaluationConfig, FlowEvaluation
-from eval.protocol import load_protocol, protocol_file
+from eval.generation import load_protocol
+from eval.protocol import protocol_file
 from modeling.activation_checkpointing import (
     ActivationCheckpointing,
     set_activation_checkpointing,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
-from data.caption_text import CaptionTextConfig
+from data.config import ReaderConfig
 from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.losses import kl_loss, latent_statistics
@@ -56,7 +56,7 @@ class TextDecoderStage(TrainedStage):
     freeze_projector: bool = False  # train the decoder only, on the z_T that projector_run gives
     projector: TextProjectorConfig | None = None  # null: as in projector_run
     text_decoder: TextDecoderConfig = field(default_factory=TextDecoderConfig)
-    data: CaptionTextConfig = field(default_factory=CaptionTextConfig)
+    data: ReaderConfig = field(default_factory=ReaderConfig)
     heldout_shards: list[str] = field(default_factory=list)  # captions to measure on
     losses: TextDecoderLossConfig = field(default_factory=TextDecoderLossConfig)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.cli import exit_on_error, parse_stage_args
-from data.token_text import TokenTextConfig
+from data.readers import TokenTextConfig
 from modeling.losses import (
     ProjectorLossConfig,
     freeze_unused_alignment,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.cli import exit_on_error, parse_stage_args
-from data.image_text import ImageTextConfig, build_image_loader, read_images
+from data.readers import ImageTextConfig, image_reader
 from data.tar import expand_shards
 from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from eval.images import ImageSet, list_images
@@ -149,10 +149,8 @@ def main(config: TokenizerStage) -> None:
     has_checkpoint = latest_checkpoint(run.folder) is not None
     parts = Parts(run, text_encoder, build_perceptual(config, run))
     expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
-    loader = build_image_loader(
-        config.data,
-        config.tokenizer.image_size,
-        text_encoder.tokenize,
+    reader = image_reader(config.data, config.tokenizer.image_size, text_encoder.tokenize)
+    loader = reader.stream(
         batch_per_process(run, training),
         training.seed,
         run.accelerator.process_index,
@@ -297,7 +295,7 @@ def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evalu
     entries = list_images(config.evaluation_shards())[: config.evaluation.num_images or None]
     data = config.data
     size = config.tokenizer.image_size
-    images = ImageSet(entries, size, tuple(data.caption_keys), tuple(data.background))
+    images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
     bf16 = config.training.precision == "bf16"
     measure = ReconstructionEvaluation(
         config.evaluation, images, text_encoder, text_encoder.tokenize, bf16
@@ -372,9 +370,8 @@ def save_reconstructions(
     number = config.pictures.num_samples
     shards = config.pictures.shards or None
     size = config.tokenizer.image_size
-    tokenize = parts.text_encoder.tokenize
-    reader = read_images(config.data, size, tokenize, number, shards=shards, limit=number)
-    batch = next(reader)
+    reader = image_reader(config.data, size, parts.text_encoder.tokenize)
+    batch = next(reader.once(number, shards, limit=number))
     images = to_unit(batch["image"], parts.run.device)
     reconstructions = model.decode(model.encode(images).mean, encode_text(parts, batch))
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)

@@ -11,7 +11,8 @@ import os.path
 import sys
 from pathlib import Path
 
-from configs.load import exit_on_error, load_config
+from configs.cli import exit_on_error
+from configs.load import load_config
 from configs.schema import (
     FlowTokStage,
     ReportStage,
@@ -68,10 +69,7 @@ def check_shards(stages: Stages) -> None:
             patterns += config.train_shards + config.heldout_shards + config.distractor_shards
         try:
             if patterns:
-                expand_shards(
-                    sorted(set(patterns)),
-                    getattr(getattr(config, "data", None), "allow_pipe", False),
-                )
+                expand_shards(sorted(set(patterns)))
         except ValueError as error:
             in_data_dir = any(pattern.startswith(f"{config.data_dir}/") for pattern in patterns)
             ways = [f"data_dir=FOLDER (now {config.data_dir})"] if in_data_dir else []

@@ -1,21 +1,21 @@
 """Samples that cannot be used: counted by reason, and too many of them stop the run.
 
 Reasons that start with "filter: " are drops that the user asked for. All others (an image that does not decode, a
-missing caption, a shard that breaks off) are bad samples; a shard counts as one for all that it did not give. What is
-recent is not saved with a position: it is counted anew after a resume.
+missing caption, a truncated shard) are bad samples; a shard counts as one for everything that it did not give. The
+window of recent samples is not part of a saved position: after a resume it starts empty.
 """
 
 from collections import Counter, deque
 from collections.abc import Iterable
 
 DROP = "filter: "
-WINDOW = 1000  # samples; the share of bad ones is that among so many recent ones, drops left out,
-FEWEST = 100  # and once so many were seen
-NAMED = 5  # bad samples that the error names
+WINDOW = 1000  # recent samples, without drops, among which the share of bad ones is taken
+MIN_SAMPLES_FOR_SHARE = 100
+NUM_NAMED_IN_ERROR = 5
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. `reason` is counted by the stream, so it names a class of faults, not a sample."""
+    """A sample that cannot be used. `reason` names a kind of fault, not a sample: the stream counts by it."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -26,11 +26,11 @@ class SampleCounter:
     """What one reader counts. max_bad_share: 0..1, of the recent samples; 1 never stops."""
 
     def __init__(self, max_bad_share: float, reader: str):
-        self.max_bad_share, self.reader = max_bad_share, reader
+        self.max_bad_share = max_bad_share
+        self.reader = reader
         self._skipped: Counter[str] = Counter()
-        self._recent: deque[tuple[str, str] | None] = deque(
-            maxlen=WINDOW
-        )  # None: usable; else (name, reason)
+        # None for a usable sample, (name, reason) for a bad one
+        self._recent: deque[tuple[str, str] | None] = deque(maxlen=WINDOW)
         self._num_bad = 0  # in _recent
 
     def usable(self) -> None:
@@ -38,7 +38,11 @@ class SampleCounter:
         self._add(None)
 
     def skip(self, name: str, reason: str) -> None:
-        """Count a sample that is not used. ValueError: too many of the recent ones are bad."""
+        """Count a sample that is not used.
+
+        Raises:
+            ValueError: too many of the recent ones are bad.
+        """
         self._skipped[reason] += 1
         if not reason.startswith(DROP):
             self._add((name, reason))
@@ -50,38 +54,29 @@ class SampleCounter:
 
     def describe(self) -> str:
         """What was skipped since the last take_skipped, and the first bad samples of the window."""
-        skipped = (
-            ", ".join(f"{reason}: {count}" for reason, count in self._skipped.most_common())
-            or "nothing"
-        )
         names = _first_names(filter(None, self._recent))
-        return f"skipped {skipped}" + (f"; the first bad: {names}" if names else "")
+        return f"skipped {_counts(self._skipped)}" + (f"; the first bad: {names}" if names else "")
 
     def _add(self, bad: tuple[str, str] | None) -> None:
         recent = self._recent
         if len(recent) == WINDOW and recent[0] is not None:
             self._num_bad -= 1
         recent.append(bad)
-        if bad is not None:
-            self._num_bad += 1
-        if (
-            self._num_bad
-            and len(recent) >= FEWEST
-            and self._num_bad > self.max_bad_share * len(recent)
-        ):
-            raise ValueError(self._too_many())
+        self._num_bad += bad is not None
+        allowed = self.max_bad_share * len(recent)
+        if self._num_bad > allowed and len(recent) >= MIN_SAMPLES_FOR_SHARE:
+            bad_ones = list(filter(None, recent))
+            reasons = _counts(Counter(reason for _, reason in bad_ones))
+            raise ValueError(
+                f"{self.reader}: {len(bad_ones)} of the last {len(recent)} samples are bad, more than "
+                f"max_bad_share = {self.max_bad_share} allows ({reasons}); the first: "
+                f"{_first_names(bad_ones)}. Repair the data, or raise max_bad_share (1 never stops)"
+            )
 
-    def _too_many(self) -> str:
-        bad = list(filter(None, self._recent))
-        reasons = ", ".join(
-            f"{reason}: {count}" for reason, count in Counter(r for _, r in bad).most_common()
-        )
-        return (
-            f"{self.reader}: {len(bad)} of the last {len(self._recent)} samples are bad, more than max_bad_share = "
-            f"{self.max_bad_share} allows ({reasons}); the first: {_first_names(bad)}. "
-            "Repair the data, or raise max_bad_share (1 never stops)"
-        )
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in counter.most_common()) or "nothing"
 
 
 def _first_names(bad: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(list(dict.fromkeys(name for name, _ in bad))[:NAMED])
+    return ", ".join(list(dict.fromkeys(name for name, _ in bad))[:NUM_NAMED_IN_ERROR])

@@ -1,77 +1,91 @@
 """Captions: where a sample holds them, which one is taken, and the part of a batch that text makes.
 
 A caption key is a sample's extension ("txt": the member is the caption) or "json:field" (a field of the sample's JSON
-member: a string, or a list of strings, of which one is drawn). Keys are tried in order.
+member: a string, or a list of strings). Keys are tried in order.
 """
 
 import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from data.bad_samples import BadSample
+from data.checks import check_fields
 from data.draws import SampleDraws
 
-Tokenize = Callable[
-    [list[str]], torch.Tensor
-]  # B captions -> B x L int64; picklable, it runs in the workers
+# B captions -> B x L int64; picklable, it runs in the workers
+Tokenize = Callable[[list[str]], torch.Tensor]
 
 # What captioning models begin with; it says nothing about the image
 RECAPTION_OPENING = re.compile(r"^The image (depicts|displays|showcases|features|shows)\b\s*")
 
 
-@dataclass(frozen=True)
-class CaptionChoice:
-    """Which of a sample's captions is taken.
+@dataclass
+class CaptionConfig:
+    """Which of a sample's captions is taken."""
 
-    recaption_keys: where re-captioned text lies. It is taken with recaption_probability and loses RECAPTION_OPENING;
-    where there is none, the ordinary caption is taken.
-    """
+    # where captions lie, tried in order: an extension, or json:field (a string, or a list: one is drawn each epoch)
+    keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
+    # where re-captioned text lies, likewise (FlowTok's release: recap_txt); empty: it is not used
+    recaption_keys: list[str] = field(default_factory=list)
+    # of taking it where there is one; it loses its opening "The image shows"
+    recaption_probability: float = 0.95
 
-    keys: tuple[str, ...]
-    recaption_keys: tuple[str, ...] = ()
-    recaption_probability: float = 0.0
+    def __post_init__(self):
+        check_caption_keys(self.keys, "keys")
+        if self.recaption_keys:
+            check_caption_keys(self.recaption_keys, "recaption_keys")
+        is_probability = 0 <= self.recaption_probability <= 1
+        check_fields(self, recaption_probability=(is_probability, "0..1"))
 
-    def __call__(self, sample: Mapping[str, Any], draws: SampleDraws | None) -> str:
-        """A caption, cleaned and not empty. BadSample: there is none.
+    def choose(self, sample: Mapping[str, Any], draws: SampleDraws | None) -> str:
+        """A caption, cleaned and not empty.
 
         draws None, as when a data set is read in order: the first one, re-captioned only if all are.
+
+        Raises:
+            BadSample: there is none.
         """
         captions = []
-        if self.recaption_keys and self._is_recaptioned(draws):
-            texts = captions_of(sample, self.recaption_keys)
-            captions = [
-                text
-                for text in (RECAPTION_OPENING.sub("", text, count=1) for text in texts)
-                if text
-            ]
+        if self.recaption_keys:
+            draw = draws.recaption if draws is not None else 1 - 1e-9
+            if draw < self.recaption_probability:
+                texts = captions_of(sample, self.recaption_keys)
+                captions = list(
+                    filter(None, (RECAPTION_OPENING.sub("", text, 1) for text in texts))
+                )
         captions = captions or captions_of(sample, self.keys)
         if not captions:
             raise BadSample("caption: missing")
-        return (
-            captions[int(draws.caption * len(captions))]
-            if draws and len(captions) > 1
-            else captions[0]
-        )
+        if draws is None or len(captions) == 1:
+            return captions[0]
+        return captions[int(draws.caption * len(captions))]
 
-    def _is_recaptioned(self, draws: SampleDraws | None) -> bool:
-        return (
-            self.recaption_probability == 1
-            if draws is None
-            else draws.recaption < self.recaption_probability
-        )
+
+def check_caption_keys(keys: Sequence[str], name: str) -> None:
+    """Refuse an empty list and a key that can match nothing.
+
+    Raises:
+        ValueError: it begins with `name`.
+    """
+    if not keys or isinstance(keys, str):
+        raise ValueError(f"{name}: given {keys!r}, expected a list such as ['txt', 'json:caption']")
+    for key in keys:
+        extension, colon, field_name = key.partition(":")
+        if not extension or (colon and (extension != "json" or not field_name)):
+            raise ValueError(
+                f"{name}: given {key!r}, expected an extension like 'txt', or 'json:field'"
+            )
 
 
 def captions_of(sample: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """The captions under the first of the keys that has any, cleaned and not empty; [] if none has."""
     for key in keys:
-        captions = [
-            caption for caption in map(clean_caption, _raw_captions(sample, key)) if caption
-        ]
+        captions = list(filter(None, map(clean_caption, _raw_captions(sample, key))))
         if captions:
             return captions
     return []
@@ -87,13 +101,17 @@ def clean_caption(text: str) -> str:
 
 
 def _raw_captions(sample: Mapping[str, Any], key: str) -> list[str]:
-    extension, _, field = key.partition(":")
-    if not field:
-        try:
-            return [sample[extension].decode("utf-8")] if extension in sample else []
-        except UnicodeDecodeError:
-            return []
-    value = (metadata_of(sample) or {}).get(field)
+    extension, _, field_name = key.partition(":")
+    if field_name:
+        return strings((metadata_of(sample) or {}).get(field_name))
+    try:
+        return [sample[extension].decode("utf-8")] if extension in sample else []
+    except UnicodeDecodeError:
+        return []
+
+
+def strings(value: Any) -> list[str]:
+    """The captions in a JSON value: a string, or a list with strings."""
     values = value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str)]
 
@@ -107,20 +125,8 @@ def metadata_of(sample: Mapping[str, Any]) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def check_caption_keys(keys: Sequence[str], name: str = "caption_keys") -> None:
-    """ValueError for an empty list or a key that can match nothing."""
-    if not keys or isinstance(keys, str):
-        raise ValueError(f"{name}: given {keys!r}, expected a list such as ['txt', 'json:caption']")
-    for key in keys:
-        extension, colon, field = key.partition(":")
-        if not extension or (colon and (extension != "json" or not field)):
-            raise ValueError(
-                f"{name}: {key!r} is neither an extension such as 'txt' nor 'json:field'"
-            )
-
-
 def collate_text(samples: Sequence[Mapping[str, Any]], tokenize: Tokenize | None) -> dict[str, Any]:
-    """Samples with "key" and "caption" -> {"key", "caption": lists; "token_ids": B x L int64 if tokenize is given}."""
+    """Samples with "key" and "caption" -> lists of both, and "token_ids" B x L int64 if tokenize is given."""
     batch: dict[str, Any] = {
         name: [sample[name] for sample in samples] for name in ("key", "caption")
     }

@@ -4,19 +4,22 @@ Each item of `build_encoding_loader` belongs to one shard; a shard's items come 
 mixed. What a shard gives does not depend on the number of workers.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.captions import Tokenize, collate_text
+from data.captions import Tokenize
+from data.config import SourceConfig, open_sources
 from data.draws import SampleDraws
-from data.image_text import IMAGE_KEYS, ImageDecode, ImageTextConfig, image_decoder
-from data.mixture import SourceConfig, open_sources
+from data.readers import ImageTextConfig, collate_images, decode_image
 from data.shards import NoUsableSample, Source, read_batches
+from data.transforms import IMAGE_KEYS
 
 PREFETCH_BATCHES = 4  # that each worker keeps ready
 LARGEST_MEMBER = 1 << 20  # bytes; longer ones are no text
@@ -39,66 +42,52 @@ class CropAt:
     crop_y = crop_x
 
 
-@dataclass(frozen=True)
-class ViewDecode:
-    """Raw sample -> {"image": V x 3 x R x R uint8, "caption", "key", "members": {extension: bytes} of its text}."""
+def decode_views(
+    config: ImageTextConfig,
+    image_size: int,
+    num_crops: int,
+    source: SourceConfig,
+    sample: dict[str, Any],
+    draws: SampleDraws | None,
+) -> dict[str, Any]:
+    """Raw sample -> {"image": V x 3 x R x R uint8, "caption", "key", "members": {extension: bytes} of its text}.
 
-    decode: ImageDecode
-    num_crops: int  # V; 1: the centre, more: evenly along the longer side, ends included
-
-    def __call__(self, sample: dict[str, Any], draws: SampleDraws | None) -> dict[str, Any]:
-        if self.num_crops == 1:
-            views = [self.decode(sample, None)]
-        else:
-            views = [
-                self.decode(sample, CropAt(i / (self.num_crops - 1))) for i in range(self.num_crops)
-            ]
-        members = {name: data for name, data in sample.items() if is_text(name, data)}
-        return views[0] | {"image": np.stack([view["image"] for view in views]), "members": members}
+    num_crops: V; 1: the centre, more: evenly along the longer side, ends included.
+    """
+    places = [None]
+    if num_crops > 1:
+        places = [CropAt(i / (num_crops - 1)) for i in range(num_crops)]
+    views = [decode_image(config, image_size, source, sample, place) for place in places]
+    members = {name: data for name, data in sample.items() if is_text(name, data)}
+    return views[0] | {"image": np.stack([view["image"] for view in views]), "members": members}
 
 
 def is_text(extension: str, data: Any) -> bool:
     """Whether a member of a sample goes into the token shard beside the latents."""
-    is_member = isinstance(data, bytes) and not extension.startswith("__")
-    return (
-        is_member
-        and extension not in IMAGE_KEYS
-        and not extension.endswith("npy")
-        and len(data) <= LARGEST_MEMBER
-    )
+    if extension.startswith("__") or extension.endswith("npy") or extension in IMAGE_KEYS:
+        return False
+    return len(data) <= LARGEST_MEMBER
 
 
-@dataclass(frozen=True)
-class ViewCollate:
-    """Decoded samples -> {"image": B x V x 3 x R x R uint8, "key", "caption", "members": lists, "token_ids": B x L}."""
-
-    tokenize: Tokenize | None
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
-        members = [sample["members"] for sample in samples]
-        return {"image": images, "members": members, **collate_text(samples, self.tokenize)}
+def collate_views(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of images, B x V x 3 x R x R, with the lists "key", "caption" and "members"."""
+    members = [sample["members"] for sample in samples]
+    return {"members": members, **collate_images(tokenize, samples)}
 
 
 def encoding_sources(config: ImageTextConfig, image_size: int, num_crops: int) -> list[Source]:
     """One source per image shard of a config, in order, with the captions and filters of its data set."""
-
-    def decoder(source: SourceConfig) -> ViewDecode:
-        decode = image_decoder(config, image_size, "exact", source)
-        return ViewDecode(
-            replace(decode, random_crop=num_crops > 1, flip_probability=0.0), num_crops
-        )
-
-    return [
-        replace(source, shards=(path,))
-        for source in open_sources(config, decoder)
-        for path in source.shards
-    ]
+    exact = replace(config, random_crop=True, flip_probability=0.0, resize="exact")
+    sources = open_sources(config, partial(decode_views, exact, image_size, num_crops))
+    return [replace(source, shards=(path,)) for source in sources for path in source.shards]
 
 
 @dataclass
 class EncodingReader(IterableDataset):
-    """Items of this worker's shards: {"shard": index} and a batch's keys; after each shard {"shard", "end"}."""
+    """Items of this worker's shards: {"shard": index} and a batch's keys; after each shard {"shard", "end"}.
+
+    "end": {reason: count} of what the shard skipped.
+    """
 
     sources: Sequence[Source]
     tokenize: Tokenize | None
@@ -109,16 +98,16 @@ class EncodingReader(IterableDataset):
         info = get_worker_info()
         first, step = (info.id, info.num_workers) if info else (0, 1)
         for index in range(first, len(self.sources), step):
-            skipped: dict[str, int] = {}
-            source, collate = [self.sources[index]], ViewCollate(self.tokenize)
+            skipped: Counter[str] = Counter()
+            collate = partial(collate_views, self.tokenize)
+            shard = [self.sources[index]]
             try:
-                for batch in read_batches(source, collate, self.batch_size, self.max_bad_share):
-                    for reason, count in batch.pop("skipped").items():
-                        skipped[reason] = skipped.get(reason, 0) + count
+                for batch in read_batches(shard, collate, self.batch_size, self.max_bad_share):
+                    skipped.update(batch.pop("skipped"))
                     yield {"shard": index, **batch}
             except NoUsableSample as error:  # all filtered: an empty token shard
-                skipped = error.skipped
-            yield {"shard": index, "end": skipped}
+                skipped.update(error.skipped)
+            yield {"shard": index, "end": dict(skipped)}
 
 
 def build_encoding_loader(

@@ -11,15 +11,17 @@ A filter that is off looks at nothing. Reasons are "filter: {field of FilterConf
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.shards import BadSample
+from data.bad_samples import BadSample
+from data.checks import check_fields
 
-SIZE_KEYS = (
-    ("original_width", "original_height"),
-    ("width", "height"),
-)  # img2dataset: before and after its resizing
+# img2dataset: before and after its resizing
+SIZE_KEYS = (("original_width", "original_height"), ("width", "height"))
+# tried in order: img2dataset's own, LAION's tables
+AESTHETIC_KEYS = ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score")
+WATERMARK_KEYS = ("pwatermark",)
 
 
 @dataclass
@@ -34,112 +36,87 @@ class FilterConfig:
     min_aesthetic_score: float | None = None
     # 0..1; null: off
     max_watermark_probability: float | None = None
-    # where the scores lie in a sample's JSON, tried in order
-    aesthetic_keys: list[str] = field(
-        default_factory=lambda: ["aesthetic", "AESTHETIC_SCORE", "aesthetic_score"]
-    )
-    watermark_keys: list[str] = field(default_factory=lambda: ["pwatermark"])
     # a sample without the score that a filter needs; "fail" stops the run at the first one
     missing_score: Literal["keep", "drop", "fail"] = "fail"
     # of the cleaned caption; 0: off
     min_caption_characters: int = 0
     max_caption_characters: int = 0
 
-    def validate(self) -> None:
-        """ValueError naming the field, the value and what is expected."""
-        score, watermark = self.min_aesthetic_score, self.max_watermark_probability
-        longest = self.max_caption_characters
-        expected = {
-            "min_longer_side": (self.min_longer_side >= 0, "pixels >= 0"),
-            "max_aspect_ratio": (
-                self.max_aspect_ratio == 0 or 1 <= self.max_aspect_ratio < math.inf,
+    def __post_init__(self):
+        ratio, score = self.max_aspect_ratio, self.min_aesthetic_score
+        watermark, longest = self.max_watermark_probability, self.max_caption_characters
+        shortest = max(self.min_caption_characters, 1)
+        check_fields(
+            self,
+            min_longer_side=(self.min_longer_side >= 0, "pixels >= 0"),
+            max_aspect_ratio=(
+                ratio == 0 or 1 <= ratio < math.inf,
                 "0 (off) or a finite number >= 1",
             ),
-            "min_aesthetic_score": (
-                score is None or math.isfinite(score),
-                "null (off) or a finite number",
-            ),
-            "max_watermark_probability": (
-                watermark is None or 0 <= watermark <= 1,
-                "null (off) or 0..1",
-            ),
-            "aesthetic_keys": (
-                score is None or _are_names(self.aesthetic_keys),
-                "a list of names in the JSON",
-            ),
-            "watermark_keys": (
-                watermark is None or _are_names(self.watermark_keys),
-                "a list of names in the JSON",
-            ),
-            "missing_score": (self.missing_score in ("keep", "drop", "fail"), "keep, drop or fail"),
-            "min_caption_characters": (self.min_caption_characters >= 0, "characters >= 0"),
-            "max_caption_characters": (
-                longest == 0 or longest >= max(self.min_caption_characters, 1),
+            min_aesthetic_score=(score is None or math.isfinite(score), "null or a finite number"),
+            max_watermark_probability=(watermark is None or 0 <= watermark <= 1, "null or 0..1"),
+            missing_score=(self.missing_score in ("keep", "drop", "fail"), "keep, drop or fail"),
+            min_caption_characters=(self.min_caption_characters >= 0, "characters >= 0"),
+            max_caption_characters=(
+                longest == 0 or longest >= shortest,
                 "0 (off) or at least min_caption_characters",
             ),
-        }
-        for name, (holds, meaning) in expected.items():
-            if not holds:
-                raise ValueError(f"{name}: given {getattr(self, name)!r}, expected {meaning}")
-
-
-@dataclass(frozen=True)
-class SampleFilter:
-    """Raises BadSample for a sample that its config drops. Picklable."""
-
-    config: FilterConfig
+        )
 
     @property
     def needs_metadata(self) -> bool:
         """False: the JSON cannot change the outcome, and {} may be given for it."""
-        has_score = (
-            self.config.min_aesthetic_score is not None
-            or self.config.max_watermark_probability is not None
-        )
-        return has_score or self.config.min_longer_side > 0 or self.config.max_aspect_ratio > 0
+        scores = (self.min_aesthetic_score, self.max_watermark_probability)
+        return scores != (None, None) or self.min_longer_side > 0 or self.max_aspect_ratio > 0
 
     def check_metadata(self, caption: str, metadata: Mapping[str, Any]) -> None:
         """What can be known before the image is decoded; metadata is the sample's JSON, {} if it has none.
 
-        ValueError: a score is missing and missing_score is "fail".
+        Raises:
+            BadSample: the sample is dropped.
+            ValueError: a score is missing and missing_score is "fail".
         """
-        config, length = self.config, len(caption)
-        if length < config.min_caption_characters:
+        if len(caption) < self.min_caption_characters:
             raise BadSample("filter: min_caption_characters")
-        if config.max_caption_characters and length > config.max_caption_characters:
+        if self.max_caption_characters and len(caption) > self.max_caption_characters:
             raise BadSample("filter: max_caption_characters")
         for keys in SIZE_KEYS:
             width, height = (_number(metadata.get(key)) for key in keys)
             if width is not None and height is not None and width > 0 and height > 0:
                 self.check_size(width, height)
-        if config.min_aesthetic_score is not None:
-            score = self._score("aesthetic score", config.aesthetic_keys, metadata)
-            if score is not None and score < config.min_aesthetic_score:
+        if self.min_aesthetic_score is not None:
+            score = self._score("aesthetic score", AESTHETIC_KEYS, metadata)
+            if score is not None and score < self.min_aesthetic_score:
                 raise BadSample("filter: min_aesthetic_score")
-        if config.max_watermark_probability is not None:
-            probability = self._score("watermark probability", config.watermark_keys, metadata)
-            if probability is not None and probability > config.max_watermark_probability:
+        if self.max_watermark_probability is not None:
+            probability = self._score("watermark probability", WATERMARK_KEYS, metadata)
+            if probability is not None and probability > self.max_watermark_probability:
                 raise BadSample("filter: max_watermark_probability")
 
     def check_size(self, width: float, height: float) -> None:
-        """Pixels > 0 of the image itself; to be called for every image, whatever its JSON says."""
+        """To be called with the pixels of every image, whatever its JSON says.
+
+        Raises:
+            BadSample: the sample is dropped.
+        """
         shorter, longer = sorted((width, height))
-        if longer < self.config.min_longer_side:
+        if longer < self.min_longer_side:
             raise BadSample("filter: min_longer_side")
-        if self.config.max_aspect_ratio and longer > self.config.max_aspect_ratio * shorter:
+        if self.max_aspect_ratio and longer > self.max_aspect_ratio * shorter:
             raise BadSample("filter: max_aspect_ratio")
 
     def _score(self, name: str, keys: Sequence[str], metadata: Mapping[str, Any]) -> float | None:
-        """The first finite number under `keys`; without one None, BadSample or ValueError, as missing_score says."""
+        """The first finite number under `keys`; without one, what missing_score says."""
         for key in keys:
             if (score := _number(metadata.get(key))) is not None:
                 return score
-        if self.config.missing_score == "fail":
+        if self.missing_score == "fail":
             raise ValueError(
-                f"filter: {name} missing: expected a finite number under one of {', '.join(keys)}; the sample's JSON "
-                f"has {', '.join(map(str, metadata)) or 'nothing'}. Name the right key, or keep or drop such samples"
+                f"filter: {name} missing: expected a finite number under {' or '.join(keys)}; the "
+                f"sample's JSON has {', '.join(map(str, metadata)) or 'nothing'}. Keep or drop such "
+                "samples by missing_score, or turn the filter off"
             )
-        if self.config.missing_score == "drop":
+        if self.missing_score == "drop":
             raise BadSample(f"filter: {name} missing")
         return None
 
@@ -153,11 +130,3 @@ def _number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _are_names(keys: Any) -> bool:
-    return (
-        bool(keys)
-        and not isinstance(keys, str)
-        and all(isinstance(key, str) and key for key in keys)
-    )

@@ -1,6 +1,6 @@
-"""An endless, resumable stream of batches from tar shards: who reads which sample, in which order, from where on.
+"""An endless, resumable stream of batches from tar shards: who reads which sample, in which order, and the position.
 
-Who reads what: readers = world_size x dataloader workers. With at least as many shards as readers, reader r takes
+Who reads what: readers = processes x dataloader workers. With at least as many shards as readers, reader r takes
 shards r, r + readers, ... of the epoch's order; with fewer, every reader walks all shards and keeps sample j of the
 epoch when j % readers == r. Either way each sample is read once per epoch over all readers.
 
@@ -8,16 +8,16 @@ Several sources: each goes through its own epochs in that way; a reader draws by
 usable sample.
 
 Determinism: what a reader reads in an epoch, in which order, is a pure function of (seed, epoch), of the shards and of
-rank, world_size, num_workers and shuffle_buffer; what is drawn for a sample (data.draws) of (seed, epoch, key) alone.
+rank, num_processes, num_workers and shuffle_buffer; what is drawn for a sample (data.draws) only of (seed, epoch, key).
 Which source comes next is one of (seed, reader, number of the sample) and of the weights. Nothing depends on time, on
-how fast who reads, or on a global generator.
+how fast anyone reads, or on a global generator.
 
 Position: samples are shuffled inside blocks. A state holds, for each source, the number of samples consumed in the
 epoch and where in the tars the current block starts, so that a resume re-reads at most one block of each source and
 decodes nothing that it skips.
 
-A shard that breaks off or cannot be read takes one place in the order, as a bad sample in place of all it did not give.
-So it is counted once, by the reader whose turn it is, and positions stay exact, if it fails again as it did before.
+A shard that breaks off or cannot be read takes one place in the order, as one bad sample for everything it did not
+give. So it is counted once, by the reader whose turn it is, and positions stay exact if it fails again as before.
 """
 
 import itertools
@@ -42,6 +42,7 @@ PREFETCH_BATCHES = 2  # batches that each worker keeps ready
 DRAWS_PER_BLOCK = 1024  # of sources, made at once
 LOST_EPOCHS = 10  # in a row in which a reader can read none of its shards; in each it has others
 WORKER_ERROR = "Caught ValueError in DataLoader worker process"  # how torch begins the text of one
+DATA_SETTINGS = ("seed", "num_sources", "num_shards", "shard_names_crc32")
 
 # (raw sample, its random numbers; None: read in order, nothing is drawn) -> decoded sample; may raise BadSample
 Decode = Callable[[dict[str, Any], SampleDraws | None], dict[str, Any]]
@@ -86,46 +87,47 @@ class Fault(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------- stream
 
 
+@dataclass(eq=False)
 class ShardStream(IterableDataset):
     """An endless, seeded, resumable stream of batches; what one rank reads, split among its dataloader workers.
 
-    sources: a sample for which `decode` raises BadSample is skipped and counted. What is drawn for a sample depends on
-        (seed, epoch, key) only: its crop is the same whoever reads it.
-    collate(list of decoded samples) -> batch dict. To it the stream adds "skipped": {reason: count} since the last
+    sources: a sample for which `decode` raises BadSample is skipped and counted.
+    collate: list of decoded samples -> batch dict, to which the stream adds "skipped": {reason: count} since the last
         batch of this reader.
     shuffle_buffer: raw samples per block, which is held in memory by each worker and permuted; up to 1 is in order.
     max_bad_share: see data.bad_samples.
 
-    Batches go on across epochs, so all have batch_size samples. ValueError while iterating: an epoch of a source in
-    which this reader finds no usable sample, or too many bad ones.
+    Batches continue across epochs, so all have batch_size samples. ValueError while iterating: an epoch of a source
+    in which this reader finds no usable sample, or too many bad ones.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        collate: Collate,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        shuffle_buffer: int,
-        max_bad_share: float,
-    ):
-        if not sources or not all(source.shards for source in sources):
+    sources: Sequence[Source]
+    collate: Collate
+    batch_size: int
+    seed: int
+    rank: int
+    num_processes: int
+    shuffle_buffer: int
+    max_bad_share: float
+
+    def __post_init__(self):
+        if not self.sources or not all(source.shards for source in self.sources):
             raise ValueError("a stream needs at least one shard of each source")
-        if batch_size < 1 or seed < 0:
-            raise ValueError(
-                f"expected batch_size >= 1 and seed >= 0, given {batch_size} and {seed}"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"expected 0 <= rank < world_size, given rank {rank} of {world_size}")
-        self.sources, self.collate = list(sources), collate
-        self.batch_size, self.seed, self.shuffle_buffer = batch_size, seed, shuffle_buffer
-        self.rank, self.world_size, self.max_bad_share = rank, world_size, max_bad_share
-        names = "\n".join(os.path.basename(path) for source in sources for path in source.shards)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: given {self.batch_size}, expected samples >= 1")
+        if self.seed < 0:
+            raise ValueError(f"seed: given {self.seed}, expected a number >= 0")
+        if not 0 <= self.rank < self.num_processes:
+            raise ValueError(f"rank: given {self.rank}, expected 0..{self.num_processes - 1}")
+        names = "\n".join(os.path.basename(p) for source in self.sources for p in source.shards)
         self._names_crc32 = zlib.crc32(names.encode("utf-8", "surrogateescape"))
         self._first_epochs = [0] * len(self.sources)
         self._start_over()
+
+    def _start_over(self) -> None:
+        self._drawn = 0  # samples handed out by this reader
+        self._positions = [Position(epoch=epoch) for epoch in self._first_epochs]
+        self._resumed = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # not a generator itself: the state asked for before the first batch must already be the right one
@@ -134,23 +136,8 @@ class ShardStream(IterableDataset):
         self._resumed = False
         return self._batches(self._drawn, self._positions)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out, and the settings under which it means anything."""
-        positions = [position._asdict() for position in self._positions]
-        settings = self.settings(max(self._workers(), 1))
-        return {"drawn": self._drawn, "positions": positions, **settings, "reader": self._reader()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there at the next iter(). ValueError: a state that was saved under other settings."""
-        check_settings(state, {**self.settings(max(self._workers(), 1)), "reader": self._reader()})
-        self._drawn, self._positions = (
-            state["drawn"],
-            [Position(**position) for position in state["positions"]],
-        )
-        self._resumed = True
-
     def settings(self, num_workers: int) -> dict[str, Any]:
-        """What decides the order, but for the weights: another mixture goes on where each source stands.
+        """What decides the order, except the weights: another mixture continues where each source stands.
 
         The shards' names count, not their folder: the data may be moved.
         """
@@ -160,45 +147,59 @@ class ShardStream(IterableDataset):
             "num_shards": sum(len(source.shards) for source in self.sources),
             "shard_names_crc32": self._names_crc32,
             "rank": self.rank,
-            "world_size": self.world_size,
+            "num_processes": self.num_processes,
             "num_workers": num_workers,
             "batch_size": self.batch_size,
             "shuffle_buffer": self.shuffle_buffer,
         }
 
-    def _start_over(self) -> None:
-        self._drawn = 0  # samples handed out by this reader
-        self._positions = [Position(epoch=epoch) for epoch in self._first_epochs]
-        self._resumed = False
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch handed out, and the settings under which it means anything."""
+        positions = [position._asdict() for position in self._positions]
+        return {"drawn": self._drawn, "positions": positions, **self._reader_settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there at the next iter().
+
+        Raises:
+            ValueError: a state that was saved under other settings.
+        """
+        check_settings(state, self._reader_settings())
+        self._drawn = state["drawn"]
+        self._positions = [Position(**position) for position in state["positions"]]
+        self._resumed = True
 
     def start_next_epoch(self, states: Sequence[Any]) -> list[int]:
         """Begin each source at the epoch after the last one that a reader of these loader states has begun.
 
         For another number of readers or another batch size, which would cut an epoch in other parts: the rest of the
-        epoch is left out, and no sample is seen twice in one. Returns the epochs. ValueError: states of other data.
+        epoch is left out, and no sample is seen twice in one. Returns the epochs.
+
+        Raises:
+            ValueError: states of other data.
         """
-        found = [position for state in states for position in _readers_of(state)]
+        found = [state for each in states for state in _stream_states(each)]
+        settings = {name: self.settings(1)[name] for name in DATA_SETTINGS}
         for state in found:
-            for name in ("seed", "num_sources", "num_shards", "shard_names_crc32"):
-                if state[name] != self.settings(1)[name]:
-                    raise ValueError(f"{name} was {state[name]}, is {self.settings(1)[name]}")
+            check_settings(state, settings)
         epochs = [[position["epoch"] for position in state["positions"]] for state in found]
-        self._first_epochs = [
-            max(each) + 1 for each in zip(*epochs, strict=True)
-        ] or self._first_epochs
+        if epochs:
+            self._first_epochs = [max(each) + 1 for each in zip(*epochs, strict=True)]
         self._start_over()
         return self._first_epochs
 
-    def _workers(self) -> int:
+    def _place(self) -> tuple[int, int]:
+        """(number of this reader, number of readers)."""
         info = get_worker_info()
-        return info.num_workers if info else 0
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        return self.rank * num_workers + worker, self.num_processes * num_workers
 
-    def _reader(self) -> int:
-        info = get_worker_info()
-        return self.rank * info.num_workers + info.id if info else self.rank
+    def _reader_settings(self) -> dict[str, Any]:
+        reader, readers = self._place()
+        return {**self.settings(readers // self.num_processes), "reader": reader}
 
     def _batches(self, drawn: int, positions: list[Position]) -> Iterator[dict[str, Any]]:
-        reader, readers = self._reader(), self.world_size * max(self._workers(), 1)
+        reader, readers = self._place()
         counter = SampleCounter(self.max_bad_share, f"reader {reader} of {readers}")
         samples = [
             SourceReader(
@@ -225,41 +226,29 @@ class ShardStream(IterableDataset):
         for block in itertools.count(drawn // DRAWS_PER_BLOCK):
             # the 2 keeps these seeds apart from those of shards and blocks
             numbers = np.random.default_rng((self.seed, block, reader, 2)).random(DRAWS_PER_BLOCK)
-            yield from np.searchsorted(bounds, numbers, side="right")[
-                drawn % DRAWS_PER_BLOCK :
-            ].tolist()
+            indices = np.searchsorted(bounds, numbers, side="right")
+            yield from indices[drawn % DRAWS_PER_BLOCK :].tolist()
             drawn = 0
 
 
+@dataclass(frozen=True)
 class SourceReader:
     """What one reader reads of one source. index: the source's number in the mixture."""
 
-    def __init__(
-        self,
-        source: Source,
-        seed: int,
-        index: int,
-        reader: int,
-        readers: int,
-        shuffle_buffer: int,
-        counter: SampleCounter,
-    ):
-        self.source, self.seed, self.counter = source, seed, counter
-        self.reader, self.readers, self.block_size = reader, readers, max(shuffle_buffer, 1)
-        # A sample draws by the run's seed; the order is another in each source, though some may be made alike.
-        self.order_seed = (
-            seed
-            if index == 0
-            else int(np.random.SeedSequence((seed, index, 3)).generate_state(1)[0])
-        )
+    source: Source
+    seed: int
+    index: int
+    reader: int
+    readers: int
+    shuffle_buffer: int
+    counter: SampleCounter
 
     def samples(self, start: Position) -> Iterator[tuple[dict[str, Any], Position]]:
         """(decoded sample, position after it), endless."""
         lost_epochs = 0
         while True:
-            usable = (
-                start.consumed
-            )  # a position is taken after a usable sample, so > 0 means that there was one
+            # a position is taken after a usable sample, so > 0 means that there was one
+            usable = start.consumed
             epoch, kinds = start.epoch, set()
             for raw, position in self._read_epoch(start):
                 kinds.add(type(raw))
@@ -276,30 +265,34 @@ class SourceReader:
             if not usable and lost_epochs in (0, LOST_EPOCHS):
                 raise ValueError(
                     f"reader {self.reader} of {self.readers} found no usable sample in epoch {epoch}: "
-                    f"{len(self.source.shards)} shards from {self.source.shards[0]} on, {self.counter.describe()}; "
-                    f"there must be at least one sample for each of the world_size x num_workers readers"
+                    f"{len(self.source.shards)} shards from {self.source.shards[0]} on, "
+                    f"{self.counter.describe()}; there must be at least one sample for each of the "
+                    "num_processes x num_workers readers"
                 )
             start = Position(epoch=epoch + 1)
+
+    def _order_seed(self) -> int:
+        """Samples draw by the run's seed; the order is another in each source, though some may be made alike."""
+        if self.index == 0:
+            return self.seed
+        return int(np.random.SeedSequence((self.seed, self.index, 3)).generate_state(1)[0])
 
     def _read_epoch(self, position: Position) -> Iterator[tuple[dict[str, Any] | Fault, Position]]:
         """(raw sample, position after it) from `position` to the end of its epoch, shuffled in blocks."""
         epoch, consumed, *start = position
-        block_size = self.block_size
+        block_size = max(self.shuffle_buffer, 1)
         shards = self._read_shards(epoch, *start)
         while block := list(itertools.islice(shards, block_size)):
             samples, after = [sample for sample, _ in block], block[-1][1]
             order = range(len(samples))
-            if (
-                block_size > 1
-            ):  # the 1 keeps these seeds apart from the shards' (trailing zeros do not count there)
-                seed = (self.order_seed, epoch, consumed // block_size, self.reader, 1)
+            if block_size > 1:
+                # the 1 keeps these seeds apart from the shards' (trailing zeros do not count there)
+                seed = (self._order_seed(), epoch, consumed // block_size, self.reader, 1)
                 order = np.random.default_rng(seed).permutation(len(samples)).tolist()
             del block
             for i in range(consumed % block_size, len(samples)):
-                sample, samples[order[i]] = (
-                    samples[order[i]],
-                    None,
-                )  # frees the bytes as the block empties
+                sample = samples[order[i]]
+                samples[order[i]] = None  # frees the bytes as the block empties
                 consumed += 1
                 yield sample, Position(epoch, consumed, *(start if i + 1 < len(samples) else after))
             start = after
@@ -309,34 +302,31 @@ class SourceReader:
     ) -> Iterator[tuple[dict[str, Any] | Fault, tuple[int, int, int]]]:
         """(raw sample, (shard, offset, ordinal) after it), in the order of the tars."""
         shards = self.source.shards
-        order = np.random.default_rng((self.order_seed, epoch)).permutation(len(shards))
-        whole_shards = len(order) >= self.readers
-        mine = order[self.reader :: self.readers] if whole_shards else order
-        share = (0, 1) if whole_shards else (self.reader, self.readers)
-        for index in range(first, len(mine)):
-            for sample, end in _scan(shards[mine[index]], offset, ordinal, *share):
+        order = np.random.default_rng((self._order_seed(), epoch)).permutation(len(shards))
+        reader, readers = self.reader, self.readers
+        if len(order) >= readers:  # whole shards, of which this reader keeps every sample
+            order = order[reader::readers]
+            reader, readers = 0, 1
+        for index in range(first, len(order)):
+            for sample, end in _scan(shards[order[index]], offset, ordinal, reader, readers):
                 ordinal += 1
                 if sample is not None:
-                    yield (
-                        sample,
-                        ((index, end, ordinal) if end is not None else (index + 1, 0, ordinal)),
-                    )
+                    after = (index, end) if end is not None else (index + 1, 0)
+                    yield sample, (*after, ordinal)
             offset = 0
 
 
 def _scan(
     path: str, offset: int, ordinal: int, reader: int, readers: int
 ) -> Iterator[tuple[dict[str, Any] | Fault | None, int | None]]:
-    """scan_shard, in which all that could not be read is one more sample, without an end."""
+    """scan_shard, in which everything that could not be read is one more sample, without an end."""
     try:
         for sample, end in scan_shard(path, offset, ordinal, reader, readers):
             ordinal += 1
             yield sample, end
     except ShardError as error:
-        yield (
-            (Fault(f"shard: {error.reason}", str(error)) if ordinal % readers == reader else None),
-            None,
-        )
+        is_mine = ordinal % readers == reader
+        yield (Fault(f"shard: {error.reason}", str(error)) if is_mine else None), None
 
 
 def _decoded(
@@ -349,21 +339,23 @@ def _decoded(
     try:
         sample = source.decode(raw, draws)
     except BadSample as error:
-        counter.skip(
-            f"{source.name}: {raw['__key__']}" if source.name else raw["__key__"], error.reason
-        )
+        key = raw["__key__"]
+        counter.skip(f"{source.name}: {key}" if source.name else key, error.reason)
         return None
     counter.usable()
     return sample
 
 
 def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """ValueError naming every setting in which a saved position differs from the stream that is to continue it."""
-    given = {name: state.get(name) for name in settings}
+    """Refuse to continue a position in a stream of other settings.
+
+    Raises:
+        ValueError: naming each setting that differs.
+    """
     changed = [
-        f"{name} was {given[name]}, is {settings[name]}"
-        for name in settings
-        if given[name] != settings[name]
+        f"{name} was {state.get(name)}, is {value}"
+        for name, value in settings.items()
+        if state.get(name) != value
     ]
     if changed:
         raise ValueError(f"the saved data position does not fit this run: {'; '.join(changed)}")
@@ -381,39 +373,35 @@ def read_batches(
 ) -> Iterator[dict[str, Any]]:
     """One pass over all sources and shards in order, in this process, with nothing drawn: `decode` gets None for it.
 
-    At most `limit` usable samples; batches are those of ShardStream, the last one may be short. ValueError: no usable
-    sample at all, or too many bad ones.
+    At most `limit` usable samples; batches are those of ShardStream, the last one may be short.
+
+    Raises:
+        NoUsableSample: none at all.
+        ValueError: too many bad ones.
     """
     if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, given {batch_size}")
+        raise ValueError(f"batch_size: given {batch_size}, expected samples >= 1")
     counter = SampleCounter(max_bad_share, "reading in order")
     batch, count = [], 0
-    for source, raw in _read_in_order(sources):
-        if limit is not None and count >= limit:
-            break
-        sample = _decoded(raw, None, source, counter)
-        if sample is None:
-            continue
-        if (
-            len(batch) == batch_size
-        ):  # only now, so that the last batch also counts the bad samples after it
-            yield {**collate(batch), "skipped": counter.take_skipped()}
-            batch = []
-        batch.append(sample)
-        count += 1
+    for source, path in ((each, path) for each in sources for path in each.shards):
+        for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1):
+            if limit is not None and count >= limit:
+                break
+            sample = _decoded(raw, None, source, counter)
+            if sample is None:
+                continue
+            # only now, so that the last batch also counts the bad samples after it
+            if len(batch) == batch_size:
+                yield {**collate(batch), "skipped": counter.take_skipped()}
+                batch = []
+            batch.append(sample)
+            count += 1
     if count == 0 and limit != 0:
-        names = [path for source in sources for path in source.shards]
-        text = f"no usable sample in {len(names)} shards from {names[0]} on, {counter.describe()}"
+        shards = [path for source in sources for path in source.shards]
+        text = f"no usable sample in {len(shards)} shards from {shards[0]} on, {counter.describe()}"
         raise NoUsableSample(text, counter.take_skipped())
     if batch:
         yield {**collate(batch), "skipped": counter.take_skipped()}
-
-
-def _read_in_order(sources: Sequence[Source]) -> Iterator[tuple[Source, dict[str, Any] | Fault]]:
-    for source in sources:
-        for path in source.shards:
-            for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1):
-                yield source, raw
 
 
 # ---------------------------------------------------------------------------------------------------------- loader
@@ -433,22 +421,22 @@ class ShardLoader(StatefulDataLoader):
         super().load_state_dict(state)
 
     def start_next_epoch(self, states: Sequence[dict[str, Any]]) -> list[int]:
-        """Go on with the epoch after those of other loaders' states, see ShardStream."""
+        """Continue with the epoch after those of other loaders' states, see ShardStream."""
         return self.dataset.start_next_epoch(states)
 
 
-def _readers_of(state: Any) -> Iterator[dict[str, Any]]:
+def _stream_states(state: Any) -> Iterator[dict[str, Any]]:
     """The states of the streams in a loader's state, which nests them by worker."""
     if isinstance(state, dict):
         if "positions" in state and "drawn" in state:
             yield state
         else:
             for value in state.values():
-                yield from _readers_of(value)
+                yield from _stream_states(value)
 
 
 def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same batches; torch puts a worker's whole traceback into the text of its error, here only its message is."""
+    """The same batches; torch puts a worker's traceback into the text of its error, here only its message is."""
     try:
         yield from batches
     except ValueError as error:
@@ -458,24 +446,23 @@ def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, 
         raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from error
 
 
-def build_loader(
-    stream: ShardStream, num_workers: int, pin_memory: bool = False
-) -> StatefulDataLoader:
+def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False) -> ShardLoader:
     """The stream behind worker processes (0: in this process), one torch thread each (torchdata sets that).
 
     One iter() serves the whole run; a second one starts again at epoch 0, or at a state that was loaded in between.
     state_dict() is the position after the last batch handed out, whatever the workers have prefetched; a small dict
     of numbers, per rank. Do not pass the loader to accelerator.prepare: the stream splits by rank itself.
-    ValueError: the first URL or pipe of a source cannot be read.
+
+    Raises:
+        ValueError: the first URL of a source cannot be read.
     """
     if num_workers < 0:
-        raise ValueError(f"expected num_workers >= 0, given {num_workers}")
+        raise ValueError(f"num_workers: given {num_workers}, expected processes >= 0")
     for source in stream.sources:
         check_first_remote(source.shards)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "'set_vital' is deprecated"
-        )  # torchdata 0.11 on newer torch
+        # torchdata 0.11 on newer torch
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
         return ShardLoader(
             stream,
             batch_size=None,

@@ -1,33 +1,97 @@
-"""Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in an order that depends on them alone.
+"""Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in an order that depends on them only.
 
-A source is a generator of data.entries.Entry; its first entry comes after all that can be checked at once. A new kind
-of source is one more generator here, and its sub-command in scripts/make_shards.py.
+A source is a generator of data.entries.Entry, registered with its command-line arguments: a new one is one more
+function here, and a sub-command of scripts/make_shards.py by that. Its parameters are the arguments' names, and
+`workers`, the number of processes, if it wants to know it. Its first entry comes after everything that can be checked
+at once.
 """
 
+import argparse
 import csv
+import inspect
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.entries import Entry, clean_key, list_samples, load_json, strings
-from data.image_text import IMAGE_KEYS
+from data.captions import strings
+from data.entries import Entry, clean_key, list_samples, load_json
+from data.processes import map_in_processes
+from data.storage import is_remote
 from data.tar import expand_shards
+from data.transforms import IMAGE_KEYS
 
 TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet", ".jsonl")
 MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more means a quote that never closes
 
 
+# -------------------------------------------------------------------------------------------------------- registry
+
+
+Arguments = tuple[tuple[str, ...], dict[str, Any]]  # of argparse's add_argument
+# name -> (help, arguments, generator of entries)
+SOURCES: dict[str, tuple[str, tuple[Arguments, ...], Callable[..., Iterator[Entry]]]] = {}
+
+
+def argument(*flags: str, **options: Any) -> Arguments:
+    return flags, options
+
+
+def source(name: str, text: str, *arguments: Arguments) -> Callable[[Callable], Callable]:
+    """Register a generator of entries under the name of its sub-command."""
+
+    def register(entries: Callable[..., Iterator[Entry]]) -> Callable[..., Iterator[Entry]]:
+        SOURCES[name] = (text, arguments, entries)
+        return entries
+
+    return register
+
+
+def find_entries(options: argparse.Namespace) -> Iterator[Entry]:
+    """The entries of a command line."""
+    entries = SOURCES[options.source][2]
+    return entries(
+        **{name: getattr(options, name) for name in inspect.signature(entries).parameters}
+    )
+
+
+def folder_path(text: str) -> str:
+    """argparse type: a folder that exists."""
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return os.path.normpath(text)
+
+
+CAPTION_KEYS = argument(
+    "--caption-keys",
+    nargs="+",
+    default=["json:captions", "txt", "json:caption"],
+    metavar="KEY",
+    help="where captions lie, the first that has any: an extension, or json:FIELD (a string or a list)",
+)
+FILE = argument("file", type=os.path.normpath, metavar="FILE")
+IMAGES = argument(
+    "--images", type=folder_path, help="where paths of images start; default: the folder of FILE"
+)
+
+
+# --------------------------------------------------------------------------------------------------------- folders
+
+
+@source(
+    "folder",
+    "images with same-named .txt or .json captions, also in sub-folders",
+    argument("folder", type=folder_path),
+    CAPTION_KEYS,
+)
 def folder_entries(folder: str) -> Iterator[Entry]:
     """Images of a folder and its sub-folders, by name; captions are in same-named .txt or .json files. No hidden files.
 
-    ValueError: not a folder, or no image in it.
+    Raises:
+        ValueError: no image in it.
     """
-    if not os.path.isdir(folder):
-        raise ValueError(f"{folder} is not a folder")
     others, found = Counter(), False
     for name in _files(folder):
         stem, extension = os.path.splitext(name)
@@ -35,14 +99,10 @@ def folder_entries(folder: str) -> Iterator[Entry]:
             found = True
             yield Entry(clean_key(stem), os.path.join(folder, name))
         else:
-            others[extension] += 1
+            others[extension or "no extension"] += 1
     if not found:
-        there = ", ".join(
-            f"{extension or 'no extension'} ({count})" for extension, count in others.most_common(5)
-        )
-        raise ValueError(
-            f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there or 'none'}"
-        )
+        there = ", ".join(f"{name} ({count})" for name, count in others.most_common(5)) or "none"
+        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there}")
 
 
 def _files(root: str) -> Iterator[str]:
@@ -64,13 +124,30 @@ def _files(root: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+@source(
+    "table",
+    "csv, tsv, parquet or jsonl files with a path and a caption in each row",
+    argument("tables", type=os.path.normpath, nargs="+", metavar="FILE"),
+    IMAGES,
+    argument("--path-column", default="path", help="of the image file"),
+    argument(
+        "--caption-column",
+        default="caption",
+        help="a string, in jsonl and parquet also a list of them",
+    ),
+)
 def table_entries(
     tables: Sequence[str], images: str | None, path_column: str, caption_column: str
 ) -> Iterator[Entry]:
-    """Rows of csv, tsv, parquet or jsonl files; the other columns become metadata.
+    """Rows of tables; the columns beside path and caption become metadata.
 
     images: folder that relative paths start from, default: that of the table. A caption may be a list of captions.
-    ValueError: a file that is missing, of another kind or broken, a column that is not there, no row at all.
+
+    Raises:
+        ValueError: a file that is missing, of another kind or broken, a column that is not there, no row at all.
     """
     found = False
     for table in tables:
@@ -78,23 +155,19 @@ def table_entries(
         columns, rows = _open_table(table)
         missing = [name for name in (path_column, caption_column) if name not in columns]
         if missing:
+            there = ", ".join(columns) or "none"
             raise ValueError(
-                f"{table} has no column {' and no column '.join(missing)}; it has {', '.join(columns) or 'none'}"
+                f"{table} has no column {' and no column '.join(missing)}; it has {there}"
             )
         for row in rows:
-            path, captions = row.pop(path_column, None), row.pop(caption_column, None)
-            path = path if isinstance(path, str) else ""
             found = True
-            inside = path.removeprefix(
-                os.path.join(os.path.abspath(root), "")
-            )  # an absolute path leaves the key short
+            path = row.pop(path_column, None)
+            captions = strings(row.pop(caption_column, None))
             # without a path: the root itself, which is no file
-            yield Entry(
-                _path_key(inside),
-                os.path.join(root, path),
-                captions=strings(captions),
-                metadata=row,
-            )
+            path = path if isinstance(path, str) else ""
+            # an absolute path leaves the key short
+            inside = path.removeprefix(os.path.join(os.path.abspath(root), ""))
+            yield Entry(path_key(inside), os.path.join(root, path), captions=captions, metadata=row)
     if not found:
         raise ValueError(f"{', '.join(tables)}: no row")
 
@@ -103,9 +176,7 @@ def _open_table(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
     """Column names (of a jsonl: those in its first lines) and rows."""
     extension = os.path.splitext(path)[1].lower()
     if extension not in TABLE_EXTENSIONS:
-        raise ValueError(
-            f"table {path}: expected a file with one of the extensions {', '.join(TABLE_EXTENSIONS)}"
-        )
+        raise ValueError(f"table {path}: expected one of {', '.join(TABLE_EXTENSIONS)}")
     if not os.path.isfile(path):
         raise ValueError(f"table {path} does not exist")
     if extension == ".parquet":
@@ -138,8 +209,9 @@ def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
             if line.strip():
                 row = load_json(line)
                 if not isinstance(row, dict):
+                    given = line[:60].strip()
                     raise ValueError(
-                        f"{path} line {number}: expected a JSON object, given {line[:60].strip()!r}"
+                        f"{path} line {number}: expected a JSON object, given {given!r}"
                     )
                 yield row
 
@@ -150,123 +222,144 @@ def _open_parquet(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"{path}: reading parquet needs the package pyarrow: pip install pyarrow"
+            f"{path}: parquet needs the package pyarrow: pip install pyarrow"
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-    columns = [
-        column.name for column in file.schema_arrow if "binary" not in str(column.type)
-    ]  # no stored images
+    # no stored images
+    columns = [column.name for column in file.schema_arrow if "binary" not in str(column.type)]
     batches = file.iter_batches(batch_size=1000, columns=columns)
     return columns, (row for batch in batches for row in batch.to_pylist())
 
 
-def coco_entries(annotations: str, images: str) -> Iterator[Entry]:
-    """captions_*.json of COCO: every image in the file's order with all its captions. images: folder of the files."""
-    content = _load_object(annotations, "images", "annotations")
+# ------------------------------------------------------------------------------------------------ known data sets
+
+
+@source("coco", "captions_*.json of COCO, with all captions of an image", FILE, IMAGES)
+def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
+    """captions_*.json of COCO: every image in the file's order with all its captions."""
+    content = _load_object(file, "images", "annotations")
     captions: dict[Any, list[str]] = {}
     for annotation in content["annotations"]:
-        captions.setdefault(annotation.get("image_id"), []).extend(
-            strings(annotation.get("caption"))
-        )
+        of_image = captions.setdefault(annotation.get("image_id"), [])
+        of_image += strings(annotation.get("caption"))
     for image in content["images"]:
         path = str(image.get("file_name", ""))
-        of_image = captions.get(image.get("id"), [])
-        yield Entry(_path_key(path), os.path.join(images, path), captions=of_image, metadata=image)
+        yield _entry(file, images, path, captions.get(image.get("id"), []), image)
 
 
-def karpathy_entries(
-    split_file: str, images: str, split: str, with_restval: bool
-) -> Iterator[Entry]:
+@source(
+    "karpathy",
+    "dataset_coco.json, Karpathy's split of COCO 2014 (or of Flickr), with all captions",
+    FILE,
+    IMAGES,
+    argument("--split", required=True, help="train, val or test"),
+    argument(
+        "--restval",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train includes restval, as in captioning papers: 113,287 images; without it 82,783",
+    ),
+)
+def karpathy_entries(file: str, images: str | None, split: str, restval: bool) -> Iterator[Entry]:
     """Karpathy's split json (dataset_coco.json, also those of Flickr): one split with all captions of each image.
 
-    images: folder that holds train2014 and val2014. with_restval: the 30,504 validation images in neither val nor test
-    count as "train", as captioning papers do (113,287 images). ValueError: a split that the file does not have.
+    images: folder that holds train2014 and val2014. restval: the 30,504 validation images in neither val nor test
+    count as "train".
+
+    Raises:
+        ValueError: a split that the file does not have.
     """
-    content = _load_object(split_file, "images")
+    content = _load_object(file, "images")
     splits = sorted({str(image.get("split")) for image in content["images"]})
     if split not in splits:
-        raise ValueError(
-            f"split: given {split!r}, expected one of {', '.join(splits)} (those in {split_file})"
-        )
-    chosen = {split, "restval"} if split == "train" and with_restval else {split}
+        raise ValueError(f"split: given {split!r}, expected one of {', '.join(splits)} (in {file})")
+    chosen = {split, "restval"} if split == "train" and restval else {split}
     for image in content["images"]:
         if image.get("split") in chosen:
             path = os.path.join(str(image.get("filepath", "")), str(image.get("filename", "")))
-            sentences = [sentence.get("raw") for sentence in image.get("sentences", [])]
-            metadata = {
-                name: value for name, value in image.items() if name not in ("sentences", "sentids")
-            }
-            yield Entry(
-                _path_key(path),
-                os.path.join(images, path),
-                captions=strings(sentences),
-                metadata=metadata,
-            )
+            captions = strings([sentence.get("raw") for sentence in image.pop("sentences", [])])
+            image.pop("sentids", None)
+            yield _entry(file, images, path, captions, image)
 
 
-def mjhq_entries(meta_data: str, images: str) -> Iterator[Entry]:
+@source("mjhq", "meta_data.json of MJHQ-30K; images are CATEGORY/ID.jpg", FILE, IMAGES)
+def mjhq_entries(file: str, images: str | None) -> Iterator[Entry]:
     """MJHQ-30K: {id: {"category", "prompt"}} and images/{category}/{id}.jpg."""
-    for name, record in _load_object(meta_data).items():
+    for name, record in _load_object(file).items():
         if not isinstance(record, dict) or not {"category", "prompt"} <= record.keys():
-            raise ValueError(
-                f'{meta_data}: {name!r} is {str(record)[:60]}, expected {{"category": ..., "prompt": ...}}'
-            )
+            expected = '{"category": ..., "prompt": ...}'
+            raise ValueError(f"{file}: {name!r} is {str(record)[:60]}, expected {expected}")
         path = os.path.join(str(record["category"]), f"{name}.jpg")
-        metadata = {"id": name, **{key: value for key, value in record.items() if key != "prompt"}}
-        yield Entry(
-            _path_key(path),
-            os.path.join(images, path),
-            captions=strings(record["prompt"]),
-            metadata=metadata,
-        )
+        captions = strings(record.pop("prompt"))
+        yield _entry(file, images, path, captions, {"id": name, **record})
 
 
-def tar_entries(
-    patterns: Sequence[str], run: Callable[[Callable, list[str]], Iterable[Any]] = map
-) -> Iterator[Entry]:
-    """Samples of webdataset tars, in order. run: `map`, or one that does the same in several processes, in order.
+def _entry(
+    file: str, images: str | None, path: str, captions: list[str], metadata: dict[str, Any]
+) -> Entry:
+    """An image of a data set's file; images: the folder where paths start, None: that of the file."""
+    root = os.path.dirname(file) if images is None else images
+    return Entry(path_key(path), os.path.join(root, path), captions=captions, metadata=metadata)
 
-    ValueError: a tar that is missing, cut off or no tar.
-    """
-    remote = [pattern for pattern in patterns if re.match("pipe:|[a-z0-9]+://", pattern)]
-    if remote:
-        raise ValueError(f"shards: {remote[0]!r} is not a local file; download the tars first")
-    paths = expand_shards(patterns)
-    found = False
-    for path, samples in zip(paths, run(list_samples, paths), strict=True):
-        for key, begin, end in samples:
-            found = True
-            yield Entry(clean_key(key), path, span=(begin, end))
-    if not found:
-        raise ValueError(f"{len(paths)} tars from {paths[0]} on: no sample")
+
+def path_key(path: str) -> str:
+    """The key of an image file: its path without the extension."""
+    stem, extension = os.path.splitext(path)
+    return clean_key(stem if extension[1:].lower() in IMAGE_KEYS else path)
 
 
 def _load_object(path: str, *lists: str) -> dict[str, Any]:
-    """A JSON file that holds an object with these lists of objects. ValueError: anything else."""
+    """A JSON file that holds an object with these lists of objects.
+
+    Raises:
+        ValueError: anything else.
+    """
     try:
         content = load_json(Path(path).read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict) or not content:
-        raise ValueError(
-            f"{path}: expected a JSON object" + (f" with {', '.join(lists)}" if lists else "")
-        )
+        raise ValueError(f"{path}: expected a JSON object with {', '.join(lists) or 'entries'}")
     for name in lists:
         values = content.get(name)
         if (
             not isinstance(values, list)
             or not values
-            or not all(isinstance(value, dict) for value in values)
+            or not all(isinstance(v, dict) for v in values)
         ):
-            raise ValueError(
-                f"{path}: expected a list of objects under {name!r}; it has {', '.join(content)}"
-            )
+            there = ", ".join(content)
+            raise ValueError(f"{path}: expected a list of objects under {name!r}; it has {there}")
     return content
 
 
-def _path_key(path: str) -> str:
-    stem, extension = os.path.splitext(path)
-    return clean_key(stem if extension[1:].lower() in IMAGE_KEYS else path)
+# ------------------------------------------------------------------------------------------------------------ tars
+
+
+@source(
+    "shards",
+    "tars in webdataset's layout, as img2dataset writes them, to filter and shuffle",
+    argument(
+        "patterns", nargs="+", metavar="TAR", help="path, glob or x-{000..127}.tar; .gz is slow"
+    ),
+    CAPTION_KEYS,
+)
+def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
+    """Samples of webdataset tars, in order.
+
+    Raises:
+        ValueError: a tar that is missing, cut off or no tar.
+    """
+    for pattern in patterns:
+        if is_remote(pattern):
+            raise ValueError(f"shards: {pattern!r} is not a local file; download the tars first")
+    paths = expand_shards(patterns)
+    found = False
+    for path, samples in zip(paths, map_in_processes(list_samples, paths, workers), strict=True):
+        for key, begin, end in samples:
+            found = True
+            yield Entry(clean_key(key), path, span=(begin, end))
+    if not found:
+        raise ValueError(f"{len(paths)} tars from {paths[0]} on: no sample")

@@ -24,6 +24,8 @@ from data.draws import SampleDraws
 Resize = Literal["fast", "exact"]
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192; above it a file is taken for a decompression bomb
+# extensions under which a sample's image is looked for
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif")
 # named, because Pillow would otherwise also try formats that run other programs (EPS: ghostscript)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
 # fast: the shorter side keeps so many times the crop's size. Less would alias: what is then still to be resized away

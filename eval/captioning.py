@@ -17,8 +17,7 @@ from torch import Tensor
 
 from data.entries import Entry, clean_key
 from eval.images import ImageSet, image_name, iterate_images, list_images
-from modeling.image_to_text import Captioner
-from modeling.pipeline import SamplingConfig
+from modeling.pipeline import Captioner, SamplingConfig
 from training.pictures import caption_grid
 
 BACKGROUND = (255, 255, 255)  # RGB behind transparent pixels

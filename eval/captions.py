@@ -21,18 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.load import exit_on_error
+from configs.cli import exit_on_error
 from data.bad_samples import BadSample
-from data.captions import captions_of, check_caption_keys, clean_caption
-from data.entries import Entry, clean_key, load_json, read_parts, strings
+from data.captions import captions_of, check_caption_keys, clean_caption, strings
+from data.entries import Entry, clean_key, load_json, read_parts
 from eval.caption_metrics import PACKAGE, CaptionScorer
 from eval.captioning import BACKGROUND
 from eval.images import RESIZE_RULE, ImageSet, image_name, iterate_images, list_images
 from eval.json_report import device_name, package_version, package_versions
 from eval.options import numbers
 from modeling.flow import check_guidance
-from modeling.image_to_text import Captioner, join_punctuation
-from modeling.pipeline import SamplingConfig
+from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
 from training.files import check_writable, write_json
 from training.loading import captioning_run, fingerprint, load_captioner, load_newest
 

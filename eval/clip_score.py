@@ -12,8 +12,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from modeling.text_encoder import ClipConfig, TextEncoderConfig, clip_inputs, load_clip
-from training.loading import fingerprint
+from modeling.clip_weights import ClipConfig, clip_inputs, load_clip
+from modeling.fingerprint import fingerprint
+from modeling.text_encoder import TextEncoderConfig
 
 SCALE = "100 * mean over the images of max(cosine of image and caption, 0)"
 

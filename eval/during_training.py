@@ -119,7 +119,7 @@ class FlowEvaluation:
             self.reference = load_reference(self.inputs, networks.extractor, config, self.state)
 
     def _load_tokenizer(self) -> ImageTokenizer:
-        return load_tokenizer(self.tokenizer_run)[0].to(self.state.device)
+        return load_tokenizer(self.tokenizer_run).to(self.state.device)
 
     def _load_networks(self, tokenizer: ImageTokenizer) -> Networks:
         return load_networks(

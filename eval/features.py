@@ -15,9 +15,9 @@ from eval.dinov2 import DinoFeatures
 from eval.frechet import FeatureStatistics
 from eval.images import ImageSet, ResizeRule, iterate_images
 from eval.inception import INCEPTION, INCEPTION_WIDTH, InceptionFeatures, Precision
+from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.published import file_sha256
-from training.loading import fingerprint
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,21 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from configs.load import check_keys, exit_on_error, parse_overrides, read_yaml
+from configs.cli import exit_on_error
+from configs.load import load_dataclass
 from eval.evaluation import REPORT, Evaluation, evaluate, load_reference, read_captions, read_inputs
 from eval.networks import MeasuringConfig, load_networks
 from eval.options import add_options, check_options, numbers
 from eval.protocol import Protocol, protocol_file
 from eval.sweep import write_sweep
+from modeling.fingerprint import fingerprint
 from modeling.flow import check_guidance
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
 from training.files import check_writable
-from training.loading import fingerprint, flow_folder, load_newest, load_pipeline
+from training.loading import flow_folder, load_newest, load_pipeline
 from training.run import TIMEOUT_MINUTES
 
 
@@ -81,17 +81,7 @@ def load_protocol(name: str, overrides: list[str]) -> Protocol:
     Raises:
         ValueError: no such file, an unknown key, a wrong type, or values that do not go together.
     """
-    path = protocol_file(name)
-    node, changes = read_yaml(path), parse_overrides(overrides)
-    check_keys(node, Protocol, str(path))
-    check_keys(changes, Protocol, "command line")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Protocol), node, changes))
-    except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", "") or ""
-        raise ValueError(
-            f"{path}: {key + ': ' if key else ''}{str(error).splitlines()[0]}"
-        ) from error
+    return load_dataclass(Protocol, protocol_file(name), overrides)
 
 
 def prepare(args: argparse.Namespace) -> Evaluation:

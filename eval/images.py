@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.bad_samples import BadSample
 from data.captions import captions_of
 from data.entries import Entry, read_parts
-from data.image_text import IMAGE_KEYS
+from data.readers import image_bytes
 from data.sources import folder_entries, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 
@@ -79,10 +79,7 @@ class ImageSet(Dataset):
 
     def _read(self, entry: Entry) -> dict[str, Any]:
         parts = read_parts(entry)
-        data = next((parts[key] for key in IMAGE_KEYS if key in parts), None)
-        if data is None:
-            raise BadSample("image: missing")
-        picture = load_picture(open_image(data), self.background)
+        picture = load_picture(open_image(image_bytes(parts)), self.background)
         if self.rule == "clean":
             pixels = clean_resize(np.asarray(picture.image))
         else:

@@ -19,8 +19,9 @@ from eval.features import (
 from eval.inception import INCEPTION
 from eval.json_report import describe_file
 from eval.protocol import Protocol
+from modeling.clip_weights import AbsentWeights
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.text_encoder import AbsentWeights, TextEncoderConfig
+from modeling.text_encoder import TextEncoderConfig
 
 
 @dataclass

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from data.bad_samples import BadSample
-from data.captions import captions_of
-from data.entries import load_json, read_parts, strings
+from data.captions import captions_of, strings
+from data.entries import load_json, read_parts
 from eval.images import ResizeRule, image_name, list_images
 from eval.inception import Precision
+from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
-from modeling.text_encoder import ClipConfig
 
 FOLDER = Path(__file__).parent / "protocols"
 INCEPTION_ONLY = ("inception_score",)

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from configs.load import exit_on_error
+from configs.cli import exit_on_error
 from eval.images import RESIZE_RULE, ImageSet, list_images
 from eval.inception import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.json_report import describe_file, device_name, package_versions
@@ -124,7 +124,9 @@ def main(args: argparse.Namespace) -> None:
     )
     model = describe_model(run, checkpoint, reconstruct)  # now: training may remove it
     size = reconstruct.tokenizer.config.image_size
-    images = ImageSet(entries, size, tuple(config.data.caption_keys), tuple(config.data.background))
+    images = ImageSet(
+        entries, size, tuple(config.data.captions.keys), tuple(config.data.background)
+    )
     start = time.perf_counter()
     num_pairs = PICTURE_PAIRS if args.save_images else 0
     pairs, skipped = measure(

@@ -1,48 +1,78 @@
-"""The report of a small experiment, without downloads: reconstruction and retrieval figures, and pictures.
+"""The report of a small experiment, without downloads: reconstruction, retrieval, pictures.
 
     python -m eval.report --config configs/demo/report.yaml [key=value ...]
 
-Retrieval: is the image made for a caption nearest to that caption's true image among all images of the experiment?
-Nearest by the tokenizer's latent means, and by 16 x 16 pixels. Pixel-identical images count as the same image; under
-`same_subject` so do images whose captions differ only in what `caption_variant` matches. `among_own_set`: the pool is
-the set itself, not the whole experiment.
-Beside the flow stand its source, decoded without it, and a kernel ridge from the same text states (training/ridge.py).
-Writes EXPERIMENT/report.json, report_train.png and report_heldout.png (true image left, generated right).
+Retrieval: is the image made for a caption nearest to that caption's true image among all images of
+the experiment? Nearest by the tokenizer's latent means, and by 16 x 16 pixels. Pixel-identical
+images count as the same image; under `same_subject` so do images whose captions differ only in what
+`caption_variant` matches. `among_own_set`: the pool is the set itself, not the whole experiment.
+Beside the flow stand its source, decoded without it, and a kernel ridge from the same text states
+(training/ridge.py). Writes EXPERIMENT/report.json, report_train.png and report_heldout.png (true
+image left, generated right).
 """
 
 import json
 import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.load import exit_on_error, parse_stage_args
-from configs.schema import ReportStage
-from data.image_text import ImageTextConfig, read_images
+from configs.cli import exit_on_error, parse_stage_args
+from data.captions import CaptionConfig
+from data.readers import ImageTextConfig, image_reader
 from eval.frechet import FeatureStatistics, frechet_distance
 from eval.reconstruction_metrics import psnr
+from modeling.fingerprint import fingerprint
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from research.flow_statistics import describe_flow
-from training.loading import fingerprint, load_pipeline
+from training.files import write_json
+from training.loading import load_pipeline
 from training.pictures import caption_grid, pair_rows, save_png
-from training.ridge import fit_ridge
+from training.ridge import Ridge, fit_ridge
+from training.stage import StageConfig
 
 PIXEL_SIZE = 16  # side to which images are shrunk for retrieval by pixels
 PICTURE_SAMPLES = 48
 
 
+@dataclass
+class ReportStage(StageConfig):
+    """What can be set in report.yaml."""
+
+    train_shards: list[str] = field(default_factory=list)  # images whose captions were trained on
+    heldout_shards: list[str] = field(default_factory=list)  # images never trained on
+    distractor_shards: list[str] = field(default_factory=list)  # more images for the pool
+    # As in the other stages
+    caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
+    # RGB behind transparent pixels
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
+    # Regular expression of what may differ in captions of the same subject; empty: nothing
+    caption_variant: str = ""
+    # How many of them are drawn as images, evenly spaced over the shards
+    num_train_captions: int = 256
+    batch_size: int = 64
+    seed: int = 0
+
+    stage = "report"
+
+    def check(self) -> None:
+        """Refuse a report on nothing."""
+        if not (self.train_shards and self.heldout_shards):
+            raise ValueError("train_shards and heldout_shards: expected shards in both")
+
+    def image_shards(self) -> list[str]:
+        return self.train_shards + self.heldout_shards + self.distractor_shards
+
+
 def main(config: ReportStage) -> None:
     """Measure and write; deterministic, a few minutes on a CPU."""
     experiment = Path(config.experiment_dir)
-    parts, sampling = load_pipeline(
-        experiment, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
     path = experiment / "report.json"
+    parts, sampling = load_pipeline(experiment, default_device())
     inputs = {
         "config": asdict(config),
         "sampling": asdict(sampling),
@@ -52,70 +82,100 @@ def main(config: ReportStage) -> None:
     if path.is_file() and json.loads(path.read_text()).get("inputs") == inputs:
         print(f"{path}: complete, nothing to do")
         return
+
+    # Images and captions, and what is retrieved from
     train = read_all(config, parts, config.train_shards)
     heldout = read_all(config, parts, config.heldout_shards)
-    distractors = (
-        read_all(config, parts, config.distractor_shards) if config.distractor_shards else None
-    )
-    pool = build_pool(config, parts, [s for s in (train, heldout, distractors) if s is not None])
-    number = min(config.num_train_captions, len(train["caption"]))
-    chosen = torch.linspace(0, len(train["caption"]) - 1, number).round().long().tolist()
+    sets = [train, heldout]
+    if config.distractor_shards:
+        sets.append(read_all(config, parts, config.distractor_shards))
+    pool = build_pool(config, parts, sets)
+    num_train = len(train["caption"])
+    chosen = choose_evenly(num_train, config.num_train_captions)
+    shown_train = take(train, chosen)
+
+    # The tokenizer, the ridge, and the flow on both sets
+    train_states = encode_texts(config, parts, train["caption"])
+    ridge = fit_ridge(train_states, pool["latents"][:num_train])
     report = {
         "inputs": inputs,
-        "num_train_captions": len(train["caption"]),
+        "num_train_captions": num_train,
         "num_pool_images": len(pool["latents"]),
         "tokenizer": {
             "heldout_psnr_db": reconstruction_psnr(config, parts, heldout),
-            "train_psnr_db": reconstruction_psnr(config, parts, take(train, chosen)),
+            "train_psnr_db": reconstruction_psnr(config, parts, shown_train),
+        },
+        "ridge": {
+            "strength": ridge.strength,
+            "left_out_top5": ridge.top5,
+            "left_out_mse": ridge.error,
         },
     }
-    own = {
-        "train": torch.tensor(chosen),
-        "heldout": torch.arange(len(heldout["caption"])) + len(train["caption"]),
-    }
-    ridge = fit_ridge(
-        encode_texts(config, parts, train["caption"]), pool["latents"][: len(train["caption"])]
-    )
-    report["ridge"] = {
-        "strength": ridge.strength,
-        "left_out_top5": ridge.top5,
-        "left_out_mse": ridge.error,
-    }
-    for name, samples in (("train", take(train, chosen)), ("heldout", heldout)):
-        states, start = encode_texts(config, parts, samples["caption"]), time.perf_counter()
-        source = parts.source(
-            states.to(parts.device), sampling, config.seed, list(range(len(states)))
-        )
-        latents = in_batches(config, lambda x: parts.transport(x, sampling), source)
-        images = decode(config, parts, sampling, latents, states)
-        report[name] = compare(samples["image"], images, latents, pool, own[name])
-        report[name]["images_per_second"] = len(images) / (time.perf_counter() - start)
-        save_pairs(samples, images, experiment / f"report_{name}.png")
-        others = {
-            "source_without_flow": source.cpu() / parts.flow.latent_scale.cpu(),
-            "ridge": ridge(states),
-        }
-        for suffix, latents in others.items():
-            images = decode(config, parts, sampling, latents, states)
-            report[f"{name}_{suffix}"] = compare(samples["image"], images, latents, pool, own[name])
-        scaled = pool["latents"][own[name]].to(parts.device) * parts.flow.latent_scale
-        report[f"{name}_flow"] = describe_flow(
-            parts, states.to(parts.device), scaled, sampling, config.seed
-        )
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.rename(path)
+    heldout_places = torch.arange(len(heldout["caption"])) + num_train
+    for name, samples, own in (
+        ("train", shown_train, torch.tensor(chosen)),
+        ("heldout", heldout, heldout_places),
+    ):
+        measured = measure_set(config, parts, sampling, ridge, samples, pool, own)
+        for suffix, values, images in measured:
+            report[name + suffix] = values
+            if not suffix:
+                save_pairs(samples, images, experiment / f"report_{name}.png")
+
+    write_json(report, path)
     print(json.dumps({name: value for name, value in report.items() if name != "inputs"}, indent=2))
     print(f"{path}: written, pictures beside it")
+
+
+def default_device() -> torch.device:
+    """A GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_evenly(number: int, wanted: int) -> list[int]:
+    """At most `wanted` of so many indices, evenly spaced."""
+    return torch.linspace(0, number - 1, min(wanted, number)).round().long().tolist()
+
+
+def measure_set(
+    config: ReportStage,
+    parts: ImageGenerator,
+    sampling: SamplingConfig,
+    ridge: Ridge,
+    samples: dict,
+    pool: dict,
+    own: Tensor,
+) -> Iterator[tuple[str, dict, Tensor]]:
+    """(suffix, figures, images) of the flow, of its source alone, and of the ridge.
+
+    Args:
+        samples: image N x 3 x R x R and captions.
+        own: their N places in the pool.
+    """
+    states = encode_texts(config, parts, samples["caption"])
+    started = time.perf_counter()
+    on_device = states.to(parts.device)
+    start = parts.start(on_device, sampling, config.seed, list(range(len(states))))
+    latents = in_batches(config, lambda x, t: parts.transport(x, t, sampling), start, on_device)
+    images = decode(config, parts, sampling, latents, states)
+    values = compare(samples["image"], images, latents, pool, own)
+    values["images_per_second"] = len(images) / (time.perf_counter() - started)
+    yield "", values, images
+    source = start.cpu() / parts.flow.latent_scale.cpu()
+    for suffix, latents in (("_source_without_flow", source), ("_ridge", ridge(states))):
+        images = decode(config, parts, sampling, latents, states)
+        yield suffix, compare(samples["image"], images, latents, pool, own), images
 
 
 def read_all(config: ReportStage, parts: ImageGenerator, shards: list[str]) -> dict:
     """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions."""
     size = parts.tokenizer.config.image_size
     data = ImageTextConfig(
-        shards=shards, caption_keys=config.caption_keys, background=config.background
+        shards=shards,
+        captions=CaptionConfig(keys=config.caption_keys),
+        background=config.background,
     )
-    batches = list(read_images(data, size, None, config.batch_size))
+    batches = list(image_reader(data, size, None).once(config.batch_size))
     captions = [caption for batch in batches for caption in batch["caption"]]
     return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
 
@@ -128,12 +188,7 @@ def take(samples: dict, indices: list[int]) -> dict:
 @torch.no_grad()
 def encode(config: ReportStage, parts: ImageGenerator, images: Tensor) -> Tensor:
     """Latent means N x K x C on the CPU."""
-    return torch.cat(
-        [
-            parts.tokenizer.encode(x.to(parts.device)).mean.cpu()
-            for x in images.split(config.batch_size)
-        ]
-    )
+    return in_batches(config, lambda x: parts.tokenizer.encode(x.to(parts.device)).mean, images)
 
 
 def shrink(images: Tensor) -> Tensor:
@@ -142,14 +197,13 @@ def shrink(images: Tensor) -> Tensor:
 
 
 def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> dict:
-    """Retrieval pool: latent means, small images, and group numbers of what counts as the same image, or subject."""
+    """Retrieval pool: latent means, small images, numbers of what counts as the same image."""
     images = torch.cat([s["image"] for s in sets])
     pool = {"latents": encode(config, parts, images), "pixels": shrink(images)}
     pool["groups"] = number_groups([image.numpy().tobytes() for image in images])
     if config.caption_variant:
-        subjects = [
-            re.sub(config.caption_variant, "", caption) for s in sets for caption in s["caption"]
-        ]
+        captions = [caption for s in sets for caption in s["caption"]]
+        subjects = [re.sub(config.caption_variant, "", caption) for caption in captions]
         pool["subjects"] = number_groups(subjects)
     return pool
 
@@ -161,7 +215,7 @@ def number_groups(items: list) -> Tensor:
 
 
 def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
-    """Share of queries whose own image (pool index `own`) is the nearest, or among the five nearest, by Euclid."""
+    """Share of queries whose own image (pool index `own`) is nearest, or among the five nearest."""
     distances = torch.cdist(queries.flatten(1).double(), pool.flatten(1).double())
     nearest = groups[distances.topk(min(5, len(pool)), largest=False).indices]  # N x 5
     hits = nearest == groups[own][:, None]
@@ -184,17 +238,15 @@ def reconstruction_psnr(config: ReportStage, parts: ImageGenerator, samples: dic
 
 def encode_texts(config: ReportStage, parts: ImageGenerator, captions: list[str]) -> Tensor:
     """Text states N x L x T on the CPU."""
-    chunks = [
-        captions[i : i + config.batch_size] for i in range(0, len(captions), config.batch_size)
-    ]
+    size = config.batch_size
+    chunks = [captions[i : i + size] for i in range(0, len(captions), size)]
     return torch.cat([parts.encode_text(chunk).cpu() for chunk in chunks])
 
 
 def in_batches(config: ReportStage, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Outputs of all rows on the CPU."""
-    return torch.cat(
-        [function(*rows).cpu() for rows in zip(*(x.split(config.batch_size) for x in tensors))]
-    )
+    batches = zip(*(x.split(config.batch_size) for x in tensors))
+    return torch.cat([function(*rows).cpu() for rows in batches])
 
 
 def decode(
@@ -205,13 +257,11 @@ def decode(
     states: Tensor,
 ) -> Tensor:
     """Latents in the tokenizer's own scale N x K x C -> images N x 3 x R x R on the CPU."""
-    device = parts.device
-    return in_batches(
-        config,
-        lambda z, t: parts.decode(z.to(device), t.to(device), sampling.precision),
-        latents,
-        states,
-    )
+
+    def decode_batch(z: Tensor, text_states: Tensor) -> Tensor:
+        return parts.decode(z.to(parts.device), text_states.to(parts.device), sampling.precision)
+
+    return in_batches(config, decode_batch, latents, states)
 
 
 def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tensor) -> dict:
@@ -233,7 +283,7 @@ def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tens
 
 
 def latent_distance(generated: Tensor, true: Tensor) -> float:
-    """Frechet distance of flattened latents, N x K x C each; depends on N: compare equal numbers."""
+    """Frechet distance of flattened latents, N x K x C each; only equal N compare."""
     gaussians = []
     for latents in (generated, true):
         statistics = FeatureStatistics(latents[0].numel())
@@ -244,16 +294,11 @@ def latent_distance(generated: Tensor, true: Tensor) -> float:
 
 def save_pairs(samples: dict, images: Tensor, path: Path) -> None:
     """Picture: true image left, generated right; evenly spaced samples."""
-    shown = (
-        torch.linspace(0, len(images) - 1, min(PICTURE_SAMPLES, len(images)))
-        .round()
-        .long()
-        .tolist()
-    )
+    shown = choose_evenly(len(images), PICTURE_SAMPLES)
     pairs = pair_rows(samples["image"][shown], images[shown])
     save_png(caption_grid(pairs, [samples["caption"][i] for i in shown], columns=8), path)
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("report", __doc__)
+    stage = parse_stage_args(ReportStage, __doc__)
     exit_on_error(lambda: main(stage))

@@ -1,18 +1,56 @@
-"""What the flow loss alone does not show of a stage-3 run: the loss by time, how far apart the sources of different
-captions lie, and how much the images of one caption differ."""
+"""What the flow loss by itself does not show of a flow from text to image.
+
+    python -m research.flow_statistics --config configs/demo/report.yaml [key=value ...]
+
+The loss by time, how far apart the starts of different captions lie, and how much the images of one
+caption differ, on the report's training and held-out captions. Writes
+EXPERIMENT/flow_statistics.json.
+"""
+
+import json
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from configs.cli import exit_on_error, parse_stage_args
+from eval.report import (
+    ReportStage,
+    choose_evenly,
+    default_device,
+    encode,
+    encode_texts,
+    read_all,
+    take,
+)
 from modeling.flow import interpolate, target_velocity
 from modeling.losses import latent_statistics
 from modeling.pipeline import ImageGenerator, SamplingConfig
+from training.files import write_json
+from training.loading import load_pipeline
 
 TIMES = tuple((i + 0.5) / 10 for i in range(10))  # middles of the bins of t
-SIGMA_MIN = 1e-5  # of the path
 DRAWS = 4  # images of a caption for the diversity
 SAMPLES = 64  # captions for it
+
+
+def main(config: ReportStage) -> None:
+    """Measure, print, write."""
+    parts, sampling = load_pipeline(config.experiment_dir, default_device())
+    train = read_all(config, parts, config.train_shards)
+    chosen = choose_evenly(len(train["caption"]), config.num_train_captions)
+    heldout = read_all(config, parts, config.heldout_shards)
+    report = {}
+    for name, samples in (("train", take(train, chosen)), ("heldout", heldout)):
+        states = encode_texts(config, parts, samples["caption"]).to(parts.device)
+        latents = encode(config, parts, samples["image"]).to(parts.device)
+        scaled = latents * parts.flow.latent_scale
+        report[name] = describe_flow(parts, states, scaled, sampling, config.seed)
+    path = Path(config.experiment_dir) / "flow_statistics.json"
+    write_json(report, path)
+    print(json.dumps(report, indent=2))
+    print(f"{path}: written")
 
 
 @torch.no_grad()
@@ -23,41 +61,44 @@ def describe_flow(
     sampling: SamplingConfig,
     seed: int,
 ) -> dict:
-    """Loss by time of both flows, statistics of the source, diversity.
+    """Loss by time of both flows, statistics of the starts, diversity.
 
     Args:
-        text_states: N x L x T. image_latents: N x K x C, scaled; both on the device.
+        text_states: N x L x T.
+        image_latents: N x K x C, scaled.
     """
-    source = parts.source(text_states, sampling, seed, list(range(len(text_states))))
-    mean = parts.flow.projector.posterior(text_states).mean
-    return {
-        "loss_by_time": loss_by_time(parts, source, image_latents, null=False),
-        "null_loss_by_time": loss_by_time(parts, source, image_latents.roll(1, dims=0), null=True),
-        "source_mse": F.mse_loss(source, image_latents).item(),
-        **{name: value.item() for name, value in latent_statistics(mean).items()},
-        "diversity": diversity(parts, text_states[:SAMPLES], sampling, seed)
-        if sampling.sample_text_latent
-        else 0.0,
+    start = parts.start(text_states, sampling, seed, list(range(len(text_states))))
+    mean = parts.flow.projector.start(text_states, None)
+    others = image_latents.roll(1, dims=0)
+    statistics = {
+        "loss_by_time": loss_by_time(parts, text_states, start, image_latents, null=False),
+        "null_loss_by_time": loss_by_time(parts, text_states, start, others, null=True),
+        "source_mse": F.mse_loss(start, image_latents).item(),
+        "diversity": 0.0,
     }
+    statistics |= {name: value.item() for name, value in latent_statistics(mean).items()}
+    if sampling.sample_text_latent:
+        statistics["diversity"] = diversity(parts, text_states[:SAMPLES], sampling, seed)
+    return statistics
 
 
 def loss_by_time(
-    parts: ImageGenerator, source: Tensor, image_latents: Tensor, null: bool
+    parts: ImageGenerator, text_states: Tensor, start: Tensor, image_latents: Tensor, null: bool
 ) -> dict[str, float]:
     """Mean squared error of the velocity at the middle of each tenth of t: t05, t15, ... t95.
 
-    null: of the unconditional velocity; its image latents are those of other captions, as in training.
+    null: of the unconditional velocity; its image latents are other captions', as in training.
     """
-    target, indicator = (
-        target_velocity(source, image_latents, SIGMA_MIN),
-        source.new_full((len(source),), null).bool(),
-    )
+    flow = parts.flow
+    sigma_min = flow.config.sigma_min
+    target = target_velocity(start, image_latents, sigma_min)
+    indicator = torch.full((len(start),), null, device=start.device)
+    context = flow.projector.context(text_states)
     losses = {}
     for time in TIMES:
-        t = torch.full((len(source),), time, device=source.device)
-        velocity = parts.flow.flowtok(
-            interpolate(source, image_latents, t, SIGMA_MIN), t, indicator
-        )
+        t = torch.full((len(start),), time, device=start.device)
+        z_t = interpolate(start, image_latents, t, sigma_min)
+        velocity = flow.flowtok(z_t, t, indicator, context)
         losses[f"t{round(100 * time):02d}"] = F.mse_loss(velocity, target).item()
     return losses
 
@@ -65,11 +106,17 @@ def loss_by_time(
 def diversity(
     parts: ImageGenerator, text_states: Tensor, sampling: SamplingConfig, seed: int
 ) -> float:
-    """Deviation of the latents over images of one caption, as a share of that over captions' mean images."""
+    """Deviation of latents over a caption's images, as a share of that over captions' means."""
     indices = list(range(len(text_states)))
-    draws = [parts.source(text_states, sampling, seed + 1 + draw, indices) for draw in range(DRAWS)]
-    latents = torch.stack(
-        [parts.transport(source, sampling) for source in draws]
-    )  # DRAWS x N x K x C
+    draws = []
+    for draw in range(DRAWS):
+        start = parts.start(text_states, sampling, seed + 1 + draw, indices)
+        draws.append(parts.transport(start, text_states, sampling))
+    latents = torch.stack(draws)  # DRAWS x N x K x C
     within = latents.var(dim=0).mean().sqrt()
     return (within / latents.mean(dim=0).var(dim=0).mean().sqrt()).item()
+
+
+if __name__ == "__main__":
+    stage = parse_stage_args(ReportStage, __doc__)
+    exit_on_error(lambda: main(stage))

@@ -1,11 +1,11 @@
 """Which solver reaches the end of a trained flow with the fewest network evaluations?
 
-    python -m research.solvers runs/demo [--guidance 1 1.5 3] [--evaluations 4 6 8 10 12 16 20] [--shifts 1 1.5]
+    python -m research.solvers runs/demo [--guidance 1 1.5 3] [--evaluations 4 6 8 10 12 16 20]
 
-Error: root mean square distance of the image latents from a 1000-step reference (midpoint, float32, from the same
-start), over the root mean square distance that the reference itself travels. Evaluations: passes of the velocity
-network per branch and image. The captions are those of the run's own pictures, EMA weights.
-Writes RUN/solvers/solvers.json and a chart for each guidance.
+Error: root mean square distance of the image latents from a 1000-step reference (midpoint, float32,
+from the same start), over the root mean square distance that the reference itself travels.
+Evaluations: passes of the velocity network per branch and image. The captions are those of the
+run's own pictures, EMA weights. Writes RUN/solvers/solvers.json and a chart for each guidance.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.load import exit_on_error
+from configs.cli import exit_on_error
 from eval.plots import line_chart
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
@@ -24,7 +24,7 @@ from training.files import check_writable, write_json
 from training.loading import flow_folder, load_pipeline, read_run_config
 from training.pictures import save_png
 
-REFERENCE = {"sampler": "midpoint", "steps": 1000, "time_shift": 1.0}
+REFERENCE = {"sampler": "midpoint", "steps": 1000}
 BASELINE_STEPS = 20  # of Euler, the paper's
 
 
@@ -36,13 +36,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="experiment folder, or a stage-3 run folder")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 3.0])
     parser.add_argument("--evaluations", type=int, nargs="+", default=[4, 6, 8, 10, 12, 16, 20])
-    parser.add_argument(
-        "--shifts",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="time shifts, tried with every solver",
-    )
     parser.add_argument("--output", type=Path, help="folder (default: RUN/solvers)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
@@ -55,32 +48,26 @@ def relative_error(end: Tensor, reference: Tensor, start: Tensor) -> float:
 
 def measure(
     parts: ImageGenerator,
+    text_states: Tensor,
     start: Tensor,
     sampling: SamplingConfig,
     budgets: list[int],
-    shifts: list[float],
 ) -> list[dict]:
-    """Rows of (sampler, time shift, evaluations, error) at one guidance; solvers whose steps fit a budget exactly."""
+    """Rows of (sampler, evaluations, error); solvers whose steps fit a budget exactly."""
+
+    def follow(**changes) -> Tensor:
+        return parts.transport(start, text_states, replace(sampling, **changes))
+
     scaled_start = start / parts.flow.latent_scale
-    reference = parts.transport(start, replace(sampling, **REFERENCE))
+    reference = follow(**REFERENCE)
     rows = []
     for name, solver in SOLVERS.items():
-        for shift in shifts if name != "euler_release" else [1.0]:
-            for budget in budgets:
-                if budget % evaluations_a_step(solver) == 0:
-                    steps = budget // evaluations_a_step(solver)
-                    end = parts.transport(
-                        start, replace(sampling, sampler=name, steps=steps, time_shift=shift)
-                    )
-                    error = relative_error(end, reference, scaled_start)
-                    rows.append(
-                        {
-                            "sampler": name,
-                            "time_shift": shift,
-                            "evaluations": budget,
-                            "error": error,
-                        }
-                    )
+        each = evaluations_a_step(solver)
+        for budget in (budget for budget in budgets if budget % each == 0):
+            error = relative_error(
+                follow(sampler=name, steps=budget // each), reference, scaled_start
+            )
+            rows.append({"sampler": name, "evaluations": budget, "error": error})
     return rows
 
 
@@ -96,49 +83,43 @@ def fewest(rows: list[dict], limit: float) -> dict[str, int | None]:
 
 def main(args: argparse.Namespace) -> None:
     """Load, integrate, write."""
-    if min(args.evaluations) < 1 or min(args.shifts) <= 0:
-        raise ValueError(
-            f"--evaluations {args.evaluations} and --shifts {args.shifts} must be positive"
-        )
-    folder, report = args.output or args.run / "solvers", {}
+    if min(args.evaluations) < 1:
+        raise ValueError(f"--evaluations must be positive, got {args.evaluations}")
+    folder = args.output or args.run / "solvers"
     check_writable(folder / "solvers.json")
     captions = list(read_run_config(flow_folder(args.run)).pictures.captions)
-    parts, default = load_pipeline(args.run, torch.device(args.device))
-    default = replace(default, precision="fp32", sampler="euler", time_shift=1.0)
-    start = parts.source(parts.encode_text(captions), default, 0, list(range(len(captions))))
-    budgets, shifts = sorted({*args.evaluations, BASELINE_STEPS}), sorted({*args.shifts, 1.0})
+    parts, sampling = load_pipeline(args.run, torch.device(args.device))
+    sampling = replace(sampling, precision="fp32")
+    text_states = parts.encode_text(captions)
+    start = parts.start(text_states, sampling, seed=0, indices=list(range(len(captions))))
+    budgets = sorted({*args.evaluations, BASELINE_STEPS})
+    report = {}
     for guidance in args.guidance:
-        rows = measure(parts, start, replace(default, guidance=guidance), budgets, shifts)
-        baseline = {"sampler": "euler", "time_shift": 1.0, "evaluations": BASELINE_STEPS}
-        limit = next(row["error"] for row in rows if baseline.items() <= row.items())
+        guided = replace(sampling, guidance=guidance)
+        rows = measure(parts, text_states, start, guided, budgets)
+        errors = {(row["sampler"], row["evaluations"]): row["error"] for row in rows}
+        limit = errors["euler", BASELINE_STEPS]
         reached = fewest(rows, limit)
         report[f"{guidance:g}"] = {
             "euler_20_error": limit,
             "evaluations_to_reach_it": reached,
             "rows": rows,
         }
-        curves: dict[str, list] = {}
-        for row in rows:
-            name = (
-                row["sampler"]
-                if row["time_shift"] == 1
-                else f"{row['sampler']}, shift {row['time_shift']:g}"
-            )
-            curves.setdefault(name, []).append(
-                (row["evaluations"], math.log10(max(row["error"], 1e-12)))
-            )
-        save_png(
-            line_chart(curves, "evaluations", "log10 of the error"),
-            folder / f"guidance_{guidance:g}.png",
-        )
+        draw_chart(rows, folder / f"guidance_{guidance:g}.png")
         shown = ", ".join(f"{name} {count}" for name, count in reached.items() if count)
-        print(
-            f"guidance {guidance:g}: 20 Euler steps are {limit:.4f} off; as near with evaluations: {shown}"
-        )
-    write_json(
-        {"captions": captions, "reference": REFERENCE, "guidance": report}, folder / "solvers.json"
-    )
+        print(f"guidance {guidance:g}: 20 Euler steps are {limit:.4f} off; as near with: {shown}")
+    content = {"captions": captions, "reference": REFERENCE, "guidance": report}
+    write_json(content, folder / "solvers.json")
     print(f"{folder}: solvers.json and charts written")
+
+
+def draw_chart(rows: list[dict], path: Path) -> None:
+    """Error over evaluations, a curve for each solver."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        point = (row["evaluations"], math.log10(max(row["error"], 1e-12)))
+        curves.setdefault(row["sampler"], []).append(point)
+    save_png(line_chart(curves, "evaluations", "log10 of the error"), path)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.load import exit_on_error, load_config, read_yaml
+from configs.cli import exit_on_error
+from configs.load import load_config, read_yaml
 from eval.plots import dot_chart
 from scripts.plan_costs import make_plan
 from training.files import write_json, write_text

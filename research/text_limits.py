@@ -1,16 +1,18 @@
-"""How far do the captions of an experiment determine its images? Ridge regressions from text to image latents.
+"""How far do the captions of an experiment determine its images? Ridge regressions say.
 
     python -m research.text_limits --config configs/demo/report.yaml [key=value ...]
 
-What a flow could at most know about a held-out caption depends on what the text states say, on how many captions it has
-seen, and on what can be read off a state. All are varied here, in closed form and without a flow, by ridge regressions
-(training/ridge.py) on a quarter, half and all of the training captions, each part drawn three times:
+What a flow could at most know about a held-out caption depends on what the text states say, on how
+many captions it has seen, and on what can be read off a state. All are varied here, in closed form
+and without a flow, by ridge regressions (training/ridge.py) from text to image latents on a
+quarter, half and all of the training captions, each part drawn three times:
 - text states: linear; the baseline of the report;
 - curved: the same states under a Gaussian kernel, which fits what no linear map can;
-- shuffled tower: linear, from the states of a text tower whose weights were shuffled, so that it has learned nothing;
+- shuffled tower: linear, from the states of a text tower whose weights were shuffled, so that it
+  has learned nothing;
 - bag of words: linear, from which words a caption has.
-Retrieval is among the held-out images alone. `doubled`: the prediction's distance from the mean image times 2, as
-guidance 2 does. Writes EXPERIMENT/text_limits.json.
+Retrieval is among the held-out images only. `doubled`: the prediction's distance from the mean
+image times 2, as guidance 2 does. Writes EXPERIMENT/text_limits.json.
 """
 
 import copy
@@ -22,50 +24,54 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs.load import exit_on_error, parse_stage_args
-from configs.schema import ReportStage
-from eval.report import encode, encode_texts, read_all, retrieval
+from configs.cli import exit_on_error, parse_stage_args
+from eval.report import ReportStage, encode, encode_texts, read_all, retrieval
 from training.files import write_json
 from training.loading import load_pipeline
 from training.ridge import fit_ridge
 
 SHARES = (0.25, 0.5, 1.0)  # of the training captions
 DRAWS = 3  # parts of each share
-JITTER = 1e-6  # on the diagonal of the Gaussian kernel: captions that are the same would make it singular
+# On the diagonal of the Gaussian kernel, which equal captions would make singular
+JITTER = 1e-6
 
 
 def main(config: ReportStage) -> None:
     """Measure, print, write; up to a few minutes on a CPU."""
     parts, _ = load_pipeline(Path(config.experiment_dir), torch.device("cpu"))
-    train, heldout = (
+    sets = [
         read_all(config, parts, shards) for shards in (config.train_shards, config.heldout_shards)
-    )
-    latents = [encode(config, parts, samples["image"]) for samples in (train, heldout)]
-    captions = train["caption"], heldout["caption"]
+    ]
+    train, heldout = (encode(config, parts, samples["image"]) for samples in sets)
+    captions = [samples["caption"] for samples in sets]
     states = [encode_texts(config, parts, part) for part in captions]
     shuffled = replace(parts, text_encoder=shuffle_weights(parts.text_encoder))
+    tokenize = parts.text_encoder.tokenize
     texts = {
         "text states": states,
         "text states, curved": gaussian_features(*states),
         "states of the shuffled tower": [encode_texts(config, shuffled, part) for part in captions],
-        "bag of words": bags_of_words(*(parts.tokenize(part) for part in captions)),
+        "bag of words": bags_of_words(*map(tokenize, captions)),
     }
-    rows = list(measure(texts, *latents))
-    print(
-        "| text | captions | top-1 | top-5 | top-1, doubled | top-5, doubled |\n|---|---|---|---|---|---|"
-    )
+    rows = list(measure(texts, train, heldout))
+    columns = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "top1_doubled": "top-1, doubled",
+        "top5_doubled": "top-5, doubled",
+    }
+    print(f"| text | captions | {' | '.join(columns.values())} |")
+    print("|---" * (2 + len(columns)) + "|")
     for row in rows:
-        cells = " | ".join(
-            mean_and_deviation(row[key]) for key in ("top1", "top5", "top1_doubled", "top5_doubled")
-        )
+        cells = " | ".join(mean_and_deviation(row[key]) for key in columns)
         print(f"| {row['text']} | {row['captions']} | {cells} |")
     path = Path(config.experiment_dir) / "text_limits.json"
-    write_json({"heldout_captions": len(heldout["caption"]), "rows": rows}, path)
+    write_json({"heldout_captions": len(heldout), "rows": rows}, path)
     print(f"{path}: written")
 
 
 def shuffle_weights(module: nn.Module) -> nn.Module:
-    """A copy in which the numbers of every weight have changed places: their scale is kept, what was learned is not."""
+    """A copy with the numbers of every weight in other places: it keeps scales, knows nothing."""
     module, generator = copy.deepcopy(module), torch.Generator().manual_seed(0)
     for weight in module.parameters():
         order = torch.randperm(weight.numel(), generator=generator)
@@ -74,9 +80,10 @@ def shuffle_weights(module: nn.Module) -> nn.Module:
 
 
 def gaussian_features(train: Tensor, heldout: Tensor) -> list[Tensor]:
-    """States N x L x T -> N x 1 x D, whose products are exp(-|x - y|^2 / 2 m), m the mean squared distance in train.
+    """States N x L x T -> N x 1 x D, whose products are exp(-|x - y|^2 / 2 m).
 
-    D is the number of training states: the features are the rows of their kernel's Cholesky factor.
+    m: the mean squared distance in train. D: the number of training states; the features are the
+    rows of their kernel's Cholesky factor.
     """
     train, heldout = train.flatten(1).double(), heldout.flatten(1).double()
     squares = torch.cdist(train, train).square()
@@ -89,7 +96,7 @@ def gaussian_features(train: Tensor, heldout: Tensor) -> list[Tensor]:
 
 
 def bags_of_words(train: Tensor, heldout: Tensor) -> list[Tensor]:
-    """Token ids N x L -> N x 1 x V: which ids a caption has, weighted by their rarity in training, rows of length 1."""
+    """Token ids N x L -> N x 1 x V: the ids of a caption, weighted by rarity, rows of length 1."""
     vocabulary = train.unique()
     seen = (train[:, :, None] == vocabulary).any(dim=1).float()  # N x V
     rarity = (len(train) / seen.sum(dim=0)).log()  # 0 for start, end and padding, which all have
@@ -98,15 +105,15 @@ def bags_of_words(train: Tensor, heldout: Tensor) -> list[Tensor]:
 
 
 def measure(texts: dict[str, list[Tensor]], train: Tensor, heldout: Tensor) -> Iterator[dict]:
-    """A row for each text and share, with a value for each draw. train, heldout: latents N x K x C."""
+    """A row for each text and share with a value per draw; train, heldout: latents N x K x C."""
     own = torch.arange(len(heldout))
     for name, (states, heldout_states) in texts.items():
         for share in SHARES:
-            number, row = max(2, round(share * len(train))), {}
+            number = max(2, round(share * len(train)))
+            row: dict[str, list[float]] = {}
             for draw in range(DRAWS if share < 1 else 1):
-                chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(draw))[
-                    :number
-                ]
+                generator = torch.Generator().manual_seed(draw)
+                chosen = torch.randperm(len(train), generator=generator)[:number]
                 ridge = fit_ridge(states[chosen], train[chosen])
                 for suffix, scale in (("", 1.0), ("_doubled", 2.0)):
                     predicted = torch.lerp(ridge.latent_mean, ridge(heldout_states), scale)
@@ -122,5 +129,5 @@ def mean_and_deviation(shares: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args("report", __doc__)
+    stage = parse_stage_args(ReportStage, __doc__)
     exit_on_error(lambda: main(stage))

@@ -34,13 +34,13 @@ sys.path.insert(
 )  # run as a file, Python looks into scripts/ only
 
 import torch
-
-from configs.load import exit_on_error, load_config
 from configs.schema import StageConfig, TextEncoderStage, TokenizerStage
-from data.image_text import ImageTextConfig, build_image_loader
+
+from configs.cli import exit_on_error
+from configs.load import load_config
+from data.readers import ImageTextConfig, image_reader, token_reader
 from data.storage import is_remote
 from data.tar import count_samples, expand_shards
-from data.token_text import build_token_loader
 from modeling.text_encoder import TextTokenizer, clip_tokenizer
 from scripts.benchmark_flops import measure_memory
 from scripts.benchmark_growth import measure_growth
@@ -170,9 +170,9 @@ def build_loader(config: StageConfig):
             tokenize = text_tokenizer(config) if guided else None
         elif isinstance(config, TextEncoderStage):
             size, tokenize = config.clip.image_size, clip_tokenizer(config.clip.context_length)
-        return build_image_loader(config.data, size, tokenize, batch_size, seed)
+        return image_reader(config.data, size, tokenize).stream(batch_size, seed)
     shape = config.projector.text_tokens, config.projector.token_channels
-    return build_token_loader(config.data, *shape, text_tokenizer(config), batch_size, seed)
+    return token_reader(config.data, *shape, text_tokenizer(config)).stream(batch_size, seed)
 
 
 def text_tokenizer(config: StageConfig):
@@ -186,7 +186,7 @@ def text_tokenizer(config: StageConfig):
 
 def bytes_per_sample(config: StageConfig) -> float:
     """Size of the first local shards on disk over their samples; 0 if all are remote."""
-    shards = expand_shards(config.data.all_shards(), config.data.allow_pipe)
+    shards = expand_shards(config.data.all_shards())
     local = [path for path in shards if not is_remote(path)][:COUNTED_SHARDS]
     samples = sum(map(count_samples, local))
     return sum(map(os.path.getsize, local)) / samples if samples else 0.0

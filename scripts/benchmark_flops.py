@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from configs.schema import FlowTokStage, StageConfig, TokenizerStage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs.schema import FlowTokStage, StageConfig, TokenizerStage
 from eval.budget import GPUS, Machine, find_fit, per_sample, resident_bytes
 from eval.planning import PROBE_BATCH, Recorder, Workload, at_batch, measure_forward, measure_step
 from modeling.flow_model import FlowModel

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from configs.schema import FlowTokStage, StageConfig
 from torch.nn import functional as F
 
-from configs.schema import FlowTokStage, StageConfig
 from modeling.flowtok import FlowTok, FlowTokConfig
 from scripts.benchmark_flops import velocity_gflop
 from scripts.benchmark_timing import Timing, alternate, spread

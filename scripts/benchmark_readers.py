@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.readers import TokenTextConfig, token_reader
 from data.tar import write_shard
-from data.token_text import TokenTextConfig, build_token_loader
 from data.transforms import Resize, center_crop, load_picture, open_image
 
 IMAGE_SIZE, QUALITY = 256, 90
@@ -116,7 +116,7 @@ def write_token_shards(folder: Path) -> list[str]:
 def our_tokens_rate(shards: list[str]) -> float:
     """Samples/s of the training reader in this process, shuffled, without a tokenizer."""
     config = TokenTextConfig(shards=shards, num_workers=0, shuffle_buffer=2000)
-    batches = iter(build_token_loader(config, 77, 16, None, BATCH, seed=0))
+    batches = iter(token_reader(config, 77, 16, None).stream(BATCH, seed=0))
     next(batches)
     start, count = time.perf_counter(), SAMPLES // BATCH - 1
     for _ in range(count):

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-
 from configs.schema import FlowTokStage, StageConfig, TokenizerStage
+
 from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator, SamplingConfig

@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
+from configs.schema import FlowTokStage, StageConfig, TextProjectorStage, TokenizerStage
 from torch import nn
+from training.stored_tokens import StoredTokens
 
 import train_flowtok
 import train_text_projector
 import train_tokenizer
-from configs.schema import FlowTokStage, StageConfig, TextProjectorStage, TokenizerStage
 from modeling.losses import freeze_unused_alignment
 from modeling.text_projector import TextProjector
 from scripts.benchmark_flops import training_gflop
@@ -27,7 +28,6 @@ from scripts.benchmark_timing import Memory, Parts, Timing, alternate
 from scripts.plan_stages import EmptyPerceptualLoss, Sizes, build_tower, find_sizes, tower_config
 from training.loop import Trainer
 from training.run import Run, start_run
-from training.stored_tokens import StoredTokens
 
 MAX_TOKEN_ID = 49_000  # below CLIP's vocabulary
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

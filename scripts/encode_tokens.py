@@ -1,4 +1,4 @@
-"""Encode image shards with a trained tokenizer into token shards for stages 2 and 3 (format: data/token_text.py).
+"""Encode image shards with a trained tokenizer into token shards for stages 2 and 3 (format: data/readers.py).
 
     accelerate launch --module scripts.encode_tokens --config configs/demo/tokens.yaml [key=value ...]
 
@@ -25,10 +25,9 @@ from torch import Tensor
 
 from configs.cli import exit_on_error, parse_stage_args
 from data.encoding import build_encoding_loader, encoding_sources
-from data.image_text import ImageTextConfig
+from data.readers import ImageTextConfig, TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import count_samples, write_shard
-from data.token_text import TokenTextConfig, read_tokens
 from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.text_encoder import TextEncoder
@@ -313,7 +312,8 @@ def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> Latent
     shards = TokenTextConfig(shards=[str(path) for path in outputs])
     batches = list(
         islice(
-            read_tokens(shards, num_tokens, token_channels, None, 100), STATISTICS_SAMPLES // 100
+            token_reader(shards, num_tokens, token_channels, None).once(100),
+            STATISTICS_SAMPLES // 100,
         )
     )
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C

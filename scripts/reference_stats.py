@@ -23,7 +23,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.load import escape, exit_on_error
+from configs.cli import exit_on_error, printable
 from eval.features import Extractor, inception_extractor, inception_reason, measure_images
 from eval.frechet import Gaussian, frechet_distance, load_features, load_statistics, save_statistics
 from eval.images import CLEAN_RULE, CLEAN_SIZE, ResizeRule
@@ -186,7 +186,7 @@ def make(args: argparse.Namespace, state: PartialState) -> None:
     save_statistics(args.file, found.statistics.gaussian(), description, found.features, categories)
     print(f"{args.file}: {len(found.numbers)} images of {images.image_size} px")
     for name, reason in found.skipped:
-        print(escape(f"  skipped {name}: {reason}"))
+        print(printable(f"  skipped {name}: {reason}"))
 
 
 def main(args: argparse.Namespace) -> None:

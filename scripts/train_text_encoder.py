@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.cli import exit_on_error, parse_stage_args
-from data.image_text import ImageTextConfig, build_image_loader
+from data.readers import ImageTextConfig, image_reader
 from modeling.clip_weights import build_clip, save_clip
 from modeling.losses import contrastive_loss
 from modeling.text_encoder import clip_tokenizer
@@ -78,10 +78,8 @@ def main(config: TextEncoderStage) -> None:
 def train_clip(config: TextEncoderStage, run: Run) -> None:
     """The contrastive training of CLIP."""
     training = config.training
-    loader = build_image_loader(
-        config.data,
-        config.clip.image_size,
-        clip_tokenizer(config.clip.context_length),
+    tokenize = clip_tokenizer(config.clip.context_length)
+    loader = image_reader(config.data, config.clip.image_size, tokenize).stream(
         batch_per_process(run, training),
         training.seed,
         run.accelerator.process_index,

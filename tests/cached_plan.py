@@ -6,8 +6,9 @@ from pathlib import Path
 from unittest import mock
 
 from configs.schema import StageConfig, TokenizerStage
-from eval import planning
 from modeling.adversarial import is_active
+
+from eval import planning
 from scripts import plan_costs, plan_stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"

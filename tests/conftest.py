@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data.tar import write_shard
-from modeling.text_encoder import build_clip, save_clip
+from modeling.clip_weights import build_clip, save_clip
 
 torch.set_num_threads(1)
 

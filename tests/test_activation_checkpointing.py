@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modeling.activation_checkpointing import set_activation_checkpointing
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 
@@ -40,20 +41,13 @@ def make_tokenizer():
     return model, lambda: model.decode(model.encode(images).mean, states)
 
 
-def set_mode(model, mode):
-    if isinstance(model, FlowTok):
-        model.recompute = mode
-    else:
-        model.set_recompute(mode)
-
-
 @pytest.mark.parametrize("make", [make_flow, make_tokenizer])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_mode_gives_the_same_output_and_gradients_bit_for_bit(make, precision):
     results = {}
     for mode in ("none", "selective", "full"):
         model, run = make()
-        set_mode(model, mode)
+        set_activation_checkpointing(model, mode)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             output = run()
         output.float().square().sum().backward()
@@ -67,7 +61,7 @@ def test_full_keeps_less_than_none_for_the_backward_pass(make):
     kept = {}
     for mode in ("none", "full"):
         model, run = make()
-        set_mode(model, mode)
+        set_activation_checkpointing(model, mode)
         kept[mode] = saved_bytes(run)
     assert kept["full"] < 0.7 * kept["none"]
 
@@ -78,7 +72,7 @@ def test_selective_computes_no_matrix_product_again():
     flops = {}
     for mode in ("none", "selective", "full"):
         model, run = make_flow()
-        set_mode(model, mode)
+        set_activation_checkpointing(model, mode)
         with FlopCounterMode(display=False) as counter:
             run().sum().backward()
         flops[mode] = counter.get_total_flops()
@@ -87,6 +81,6 @@ def test_selective_computes_no_matrix_product_again():
 
 def test_without_gradients_nothing_is_checkpointed():
     model, run = make_flow()
-    model.recompute = "full"
+    set_activation_checkpointing(model, "full")
     with torch.no_grad():
         assert not run().requires_grad

@@ -7,7 +7,8 @@ import yaml
 from tiny_experiment import Experiment
 
 from configs import check
-from configs.load import exit_on_error, load_config
+from configs.cli import exit_on_error
+from configs.load import load_config
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "flowtok_finetune")

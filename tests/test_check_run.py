@@ -28,7 +28,7 @@ def test_a_sound_experiment_has_no_problem_and_a_line_per_run(chain, capsys, fla
     assert head.split()[:3] == ["run", "steps", "size"] and end == "no problem"
     names = {row.split()[0]: row for row in rows}
     assert names.keys() == PROGRAMS.keys() - {"report"}
-    assert " 4/4 " in names["tokenizer"] and " MB  2, 4 " in names["tokenizer"]
+    assert " 4/4 " in names["tokenizer"] and " MB    2, 4 " in names["tokenizer"]
     assert "2 shards, 48 samples" in names["tokens"]
 
 

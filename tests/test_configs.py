@@ -166,7 +166,7 @@ def test_a_size_that_an_earlier_stage_knows_can_not_be_set(override):
     ("stage", "path", "override", "texts"),
     [
         (TokenizerStage, TOKENIZER, "tokenizer.patch_size=7", ["tokenizer.", "64", "7"]),
-        (TokenizerStage, TOKENIZER, "tokenizer.encoder.num_heads=5", ["encoder", "128", "5"]),
+        (TokenizerStage, TOKENIZER, "tokenizer.encoder.num_heads=5", ["encoder", "128"]),
         (TokenizerStage, TOKENIZER, "data.shards=[]", ["data.", "shards"]),
         (TokenizerStage, TOKENIZER, "data.flip_probability=2", ["flip_probability", "2.0"]),
         (TokenizerStage, TOKENIZER, "training.batch_size=0", ["training.batch_size", "0"]),

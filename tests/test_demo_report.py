@@ -7,10 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import ReportStage
 from data.tar import write_shard
 from eval.reconstruction_metrics import psnr
-from eval.report import PIXEL_SIZE, build_pool, compare, encode, read_all, retrieval, shrink, take
+from eval.report import (
+    PIXEL_SIZE,
+    ReportStage,
+    build_pool,
+    choose_evenly,
+    compare,
+    encode,
+    read_all,
+    retrieval,
+    shrink,
+    take,
+)
 from modeling.posterior import Posterior
 
 N = 12
@@ -145,12 +155,21 @@ def test_images_and_captions_are_read_with_the_configured_background_and_keys(tm
         ({}, "one", [1, 1, 1]),
         ({"caption_keys": ["json:title"], "background": [255, 0, 51]}, "two", [1, 0, 0.2]),
     ]:
-        config = ReportStage(stage="report", **options)
+        config = ReportStage(**options)
         found = read_all(config, parts, [str(tmp_path / "a.tar")])
         assert found["caption"] == [caption]
         torch.testing.assert_close(
             found["image"], torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 8, 8).float()
         )
+
+
+def test_captions_are_chosen_evenly_with_both_ends():
+    assert choose_evenly(11, 3) == [0, 5, 10] and choose_evenly(2, 5) == [0, 1]
+
+
+def test_a_report_on_nothing_is_refused():
+    with pytest.raises(ValueError, match="train_shards and heldout_shards"):
+        ReportStage(train_shards=["a.tar"]).check()
 
 
 def test_taking_samples_keeps_images_and_captions_together():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import shape_sample
 from evaluations import train_on
+from modeling.image_to_text import Captioner, join_punctuation
 from PIL import Image
 from tiny_experiment import draw, to_text
 
@@ -14,7 +15,6 @@ from data.tar import write_shard
 from eval import caption_metrics, captions
 from eval.caption_metrics import PTB, SIMPLE, CaptionScorer, simple_tokens
 from eval.captioning import choose_images, list_pictures
-from modeling.image_to_text import Captioner, join_punctuation
 from training.loading import load_captioner, load_pipeline
 
 CPU = torch.device("cpu")

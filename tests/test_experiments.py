@@ -8,8 +8,6 @@ import pytest
 import torch
 import yaml
 from cached_plan import plan_of
-
-from configs.load import load_config
 from configs.schema import (
     STAGES,
     FlowTokStage,
@@ -19,6 +17,8 @@ from configs.schema import (
     TokenizerStage,
     TokensStage,
 )
+
+from configs.load import load_config
 from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
 from scripts.plan_stages import TRAINING_STEPS, build_encoding, find_sizes

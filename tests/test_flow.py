@@ -5,10 +5,12 @@ import torch
 
 from modeling.flow import (
     FlowConfig,
-    drop_to_null,
+    check_guidance,
+    draw_null,
     guided_velocity,
     interpolate,
     sample_times,
+    swap_targets,
     target_velocity,
 )
 
@@ -18,6 +20,12 @@ CPU = torch.device("cpu")
 
 def latents():
     return torch.randn(2, B, K, C, dtype=torch.float64)
+
+
+def drop(end, probability):
+    """Null indicators and the targets that follow from them."""
+    null = draw_null(len(end), probability, CPU)
+    return null, swap_targets(end, null)
 
 
 def numbered_latents(batch):
@@ -79,7 +87,7 @@ def test_times_follow_their_distribution(config, cumulative):
 
 def test_chosen_samples_take_another_samples_latent_and_the_others_keep_theirs():
     own = torch.arange(1000)
-    null, targets = drop_to_null(numbered_latents(1000), 0.3)
+    null, targets = drop(numbered_latents(1000), 0.3)
     assert null.dtype == torch.bool and targets.shape == (1000, K, C)
     taken = targets[:, 0, 0].long()
     assert (targets == taken.view(-1, 1, 1)).all()  # whole latents, never mixtures
@@ -88,14 +96,14 @@ def test_chosen_samples_take_another_samples_latent_and_the_others_keep_theirs()
 
 def test_share_of_chosen_samples_is_the_null_probability():
     for probability in (0.1, 0.5):
-        null, _ = drop_to_null(numbered_latents(20_000), probability)
+        null, _ = drop(numbered_latents(20_000), probability)
         assert null.float().mean().item() == pytest.approx(probability, abs=0.012)
 
 
 def test_every_other_sample_can_be_the_target():
     seen = {i: set() for i in range(4)}
     for _ in range(200):
-        null, targets = drop_to_null(numbered_latents(4), 0.9)
+        null, targets = drop(numbered_latents(4), 0.9)
         for i in null.nonzero().flatten().tolist():
             seen[i].add(int(targets[i, 0, 0]))
     assert seen == {i: {0, 1, 2, 3} - {i} for i in range(4)}
@@ -104,26 +112,26 @@ def test_every_other_sample_can_be_the_target():
 def test_one_chosen_sample_of_two_takes_the_other_ones_latent():
     lonely = 0
     for _ in range(100):
-        null, targets = drop_to_null(numbered_latents(2), 0.3)
+        null, targets = drop(numbered_latents(2), 0.3)
         assert targets[:, 0, 0].tolist() == [1.0 if null[0] else 0.0, 0.0 if null[1] else 1.0]
         lonely += null.sum() == 1
     assert lonely > 10
 
 
 def test_a_batch_of_one_keeps_its_latent():
-    chosen = [drop_to_null(torch.ones(1, K, C), 0.5) for _ in range(50)]
+    chosen = [drop(torch.ones(1, K, C), 0.5) for _ in range(50)]
     assert all(torch.equal(targets, torch.ones(1, K, C)) for _, targets in chosen)
     assert {bool(null) for null, _ in chosen} == {False, True}
 
 
 def test_null_probability_zero_changes_nothing():
-    null, targets = drop_to_null(numbered_latents(100), 0.0)
+    null, targets = drop(numbered_latents(100), 0.0)
     assert not null.any() and torch.equal(targets, numbered_latents(100))
 
 
 def test_dropping_leaves_the_given_latents_as_they_are():
     image = numbered_latents(50).clone()
-    drop_to_null(image, 0.9)
+    drop(image, 0.9)
     assert torch.equal(image, numbered_latents(50))
 
 
@@ -171,22 +179,20 @@ def test_guidance_does_not_matter_where_both_branches_agree():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key_and_value"),
     [
-        ({"null_probability": 1.0}, "flow.null_probability must be in \\[0, 1\\), got 1.0"),
-        ({"null_probability": -0.1}, "flow.null_probability must be in"),
-        ({"time_power": 0.0}, "flow.time_power must be positive, got 0.0"),
-        (
-            {"gradient_into_text": 0.0},
-            "flow.gradient_into_text must be in \\(0, 1\\], got 0.0; no gradient",
-        ),
-        ({"gradient_until": 1.5}, "flow.gradient_until must be in \\(0, 1\\], got 1.5"),
-        (
-            {"gradient_until": 0.5, "projector": "frozen"},
-            "flow.gradient_until=0.5 is read with flow.projector=joint",
-        ),
+        ({"null_probability": 1.0}, "null_probability .*1.0"),
+        ({"null_probability": -0.1}, "null_probability .*-0.1"),
+        ({"time_power": 0.0}, "time_power .*0.0"),
     ],
 )
-def test_impossible_settings_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_settings_are_refused(options, key_and_value):
+    with pytest.raises(ValueError, match=f"^{key_and_value}"):
         FlowConfig(**options)
+
+
+def test_guidance_needs_an_unconditional_flow():
+    check_guidance(1.0, 0.0)
+    check_guidance(2.0, 0.1)
+    with pytest.raises(ValueError, match="guidance 2 .*flow.null_probability=0"):
+        check_guidance(2.0, 0.0)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling.flowtok import FlowTok, FlowTokBlock, FlowTokConfig, TimeEmbedding, TimeTable
+from modeling.flowtok import FlowTok, FlowTokBlock, FlowTokConfig, TimeEmbedding
 from modeling.layers import sincos_position_table
 from modeling.text_projector import TextProjector, TextProjectorConfig
 
@@ -81,47 +81,6 @@ def test_block_equals_its_formula():
     torch.testing.assert_close(
         block(x, condition), y + gate_m * (hidden @ last.weight.T + last.bias)
     )
-
-
-def test_a_predicted_end_gives_the_velocity_that_leads_there():
-    velocity, end = perturbed(build()), build(predicts="end")
-    end.load_state_dict(velocity.state_dict())
-    tokens, _, null = inputs()
-    t = torch.tensor([0.0, 0.5, 0.99])
-    given = velocity(tokens, t, null)
-    rest = torch.tensor([1.0, 0.5, 0.05]).view(-1, 1, 1)  # not below 0.05
-    torch.testing.assert_close(end(tokens, t, null), (given - tokens) / rest)
-    for time in t.tolist():
-        expected = torch.cat(
-            [end(tokens, torch.full((B,), time), torch.full((B,), on)) for on in (False, True)]
-        )
-        torch.testing.assert_close(TimeTable(end, [time])(tokens, time, (False, True)), expected)
-
-
-def test_both_predictions_count_by_time():
-    velocity, end, both = (
-        perturbed(build()),
-        perturbed(build(predicts="end")),
-        build(predicts="both"),
-    )
-    shared = {
-        name: weight for name, weight in velocity.state_dict().items() if "to_velocity" not in name
-    }
-    end.load_state_dict(shared, strict=False)
-    pairs = zip(end.to_velocity.parameters(), velocity.to_velocity.parameters(), strict=True)
-    both.load_state_dict(
-        shared | dict(zip(["to_velocity.weight", "to_velocity.bias"], map(torch.cat, pairs)))
-    )
-    tokens, _, null = inputs()
-    t = torch.tensor([0.0, 0.5, 0.9])
-    share = t.view(-1, 1, 1)
-    expected = (1 - share) * end(tokens, t, null) + share * velocity(tokens, t, null)
-    torch.testing.assert_close(both(tokens, t, null), expected)
-    for time in t.tolist():
-        given = torch.cat(
-            [both(tokens, torch.full((B,), time), torch.full((B,), on)) for on in (False, True)]
-        )
-        torch.testing.assert_close(TimeTable(both, [time])(tokens, time, (False, True)), given)
 
 
 def test_network_equals_its_parts_composed_by_hand():
@@ -222,47 +181,7 @@ def test_time_embedding_starts_xavier_uniform():
         assert not layer.bias.any()
 
 
-def test_mlp_ratio_sets_the_hidden_size():
-    assert build().blocks[0].mlp[0].out_features == 4 * W
-    assert build(mlp_ratio=2.5).blocks[0].mlp[0].out_features == 60
-
-
 @pytest.mark.parametrize("options", [{"num_heads": 5}, {"width": 21, "num_heads": 3}])
 def test_impossible_widths_are_refused(options):
-    with pytest.raises(ValueError, match="must be even and divisible by num_heads"):
+    with pytest.raises(ValueError, match="^width .* num_heads"):
         replace(CONFIG, **options)
-
-
-def test_the_direction_is_told_by_an_embedding_that_starts_at_zero_and_changes_the_velocity():
-    network, (tokens, t, null) = perturbed(build(two_way=True)), inputs()
-    nn.init.zeros_(network.embed_direction.weight)
-    to_text = torch.tensor([False, True, True])
-    assert torch.equal(network(tokens, t, null, to_text), network(tokens, t, null))
-    nn.init.normal_(network.embed_direction.weight[1])
-    forth, back = network(tokens, t, null), network(tokens, t, null, to_text)
-    assert (
-        torch.equal(forth[0], back[0]) and not torch.isclose(forth[1:], back[1:]).all(dim=2).any()
-    )
-    assert not build(two_way=True).embed_direction.weight.any()
-
-
-def test_a_one_way_network_has_the_weights_it_always_had():
-    names = build().state_dict().keys()
-    assert (
-        build(two_way=True).state_dict().keys() - names
-        == {"embed_direction.weight"}
-        > names - names
-    )
-    tokens, t, null = inputs()
-    network = perturbed(build())
-    assert torch.equal(network(tokens, t, null, ~null), network(tokens, t, null))
-
-
-@pytest.mark.parametrize("to_text", [False, True])
-def test_the_time_table_flows_in_the_direction_it_was_made_for(to_text):
-    network, (tokens, _, null) = perturbed(build(two_way=True)).eval(), inputs()
-    with torch.no_grad():
-        expected = network(tokens, torch.full((B,), 0.25), null, torch.full((B,), to_text))
-    torch.testing.assert_close(
-        TimeTable(network, [0.25], to_text)(tokens, 0.25, (False,)), expected
-    )

@@ -23,14 +23,14 @@ import torch
 import yaml
 from configs.schema import STAGES
 from conftest import shape_sample
+from data.image_text import ImageTextConfig, read_images
+from data.token_text import TokenTextConfig, read_tokens
 from PIL import Image
 from tiny_experiment import stage_configs
 
 import sample
 from configs.load import load_config
-from data.image_text import ImageTextConfig, read_images
 from data.tar import write_shard
-from data.token_text import TokenTextConfig, read_tokens
 from modeling.image_tokenizer import ImageTokenizer
 from scripts import check_run
 from training import checkpoint as ckpt

@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from data.image_text import ImageTextConfig, build_image_loader, read_images
+from data.mixture import SourceConfig
 from PIL import Image
 
 from data.filters import FilterConfig
-from data.image_text import ImageTextConfig, build_image_loader, read_images
-from data.mixture import SourceConfig
 from data.tar import write_shard
 
 torch.set_num_threads(1)

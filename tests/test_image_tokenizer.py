@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
+from modeling.image_tokenizer import (
+    ImageTokenizer,
+    ImageTokenizerConfig,
+    TransformerSize,
+    squarest_grid,
+)
 from modeling.losses import kl_loss
 from modeling.posterior import Posterior, split_moments
 
@@ -132,7 +137,7 @@ def test_patches_turn_with_their_row_and_column_and_latents_and_text_do_not():
 
 
 def test_latent_grid_puts_latents_at_the_centres_of_their_cells_and_leaves_text_unrotated():
-    tokenizer = build(num_tokens=2, latent_grid=[1, 2])
+    tokenizer = build(num_tokens=2, latent_grid=True)
     for part in (tokenizer.encoder, tokenizer.decoder):
         angles = torch.atan2(part.transformer.rope_sin, part.transformer.rope_cos)[GRID**2 :]
         positions = angles[:2, [0, angles.shape[1] // 2]]
@@ -142,8 +147,13 @@ def test_latent_grid_puts_latents_at_the_centres_of_their_cells_and_leaves_text_
         assert not angles[2:].any()
 
 
+def test_the_latent_grid_is_the_most_square_one_with_no_more_rows_than_columns():
+    grids = {32: (4, 8), 77: (7, 11), 16: (4, 4), 2: (1, 2), 13: (1, 13)}
+    assert {number: squarest_grid(number) for number in grids} == grids
+
+
 def test_latent_grid_of_the_patch_grid_gives_latents_the_patches_positions():
-    transformer = build(num_tokens=GRID**2, latent_grid=[GRID, GRID]).encoder.transformer
+    transformer = build(num_tokens=GRID**2, latent_grid=True).encoder.transformer
     assert torch.equal(transformer.rope_sin[: GRID**2], transformer.rope_sin[GRID**2 :])
 
 
@@ -174,19 +184,6 @@ def test_decoder_uses_the_text_states():
     )
 
 
-def test_decoder_without_guidance_has_no_text_weights_and_ignores_text():
-    tokenizer, (images, states) = build(text_guidance=False), inputs()
-    assert not [name for name, _ in tokenizer.named_parameters() if "text" in name]
-    tokens = torch.randn(B, K, C)
-    assert torch.equal(tokenizer.decode(tokens, states), tokenizer.decode(tokens, None))
-    assert tokenizer(images, None)[0].shape == images.shape
-
-
-def test_decoder_with_guidance_refuses_to_run_without_text():
-    with pytest.raises(ValueError, match="needs the caption's text states"):
-        build().decode(torch.randn(B, K, C), None)
-
-
 @pytest.mark.parametrize("shape", [(B, 3, PIXELS, PIXELS + PATCH), (B, 1, PIXELS, PIXELS)])
 def test_images_of_another_size_are_refused(shape):
     with pytest.raises(ValueError, match=f"expected B x 3 x {PIXELS} x {PIXELS}"):
@@ -194,21 +191,16 @@ def test_images_of_another_size_are_refused(shape):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key_and_value"),
     [
-        ({"image_size": 18}, "image_size 18 is not divisible by patch_size 4"),
-        ({"patch_size": 0}, "is not divisible by patch_size 0"),
-        ({"latent_grid": [2, 3]}, "with 5 cells"),
-        ({"latent_grid": [5]}, "must be \\[rows, columns\\]"),
-        (
-            {"encoder": TransformerSize(36, 1, 2)},
-            "encoder.width 36 must be a multiple of 4 \\* num_heads = 8",
-        ),
-        ({"decoder": TransformerSize(32, 1, 5)}, "decoder.width 32 must be a multiple of"),
+        ({"image_size": 18}, "image_size 18 .*patch_size 4"),
+        ({"patch_size": 0}, "image_size 16 .*patch_size 0"),
+        ({"encoder": TransformerSize(36, 1, 2)}, "encoder.width 36 .*num_heads = 8"),
+        ({"decoder": TransformerSize(32, 1, 5)}, "decoder.width 32 .*num_heads = 20"),
     ],
 )
-def test_impossible_sizes_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_sizes_are_refused(options, key_and_value):
+    with pytest.raises(ValueError, match=f"^{key_and_value}"):
         replace(CONFIG, **options)
 
 
@@ -262,7 +254,7 @@ def test_sample_of_a_posterior_has_its_mean_and_deviation_and_follows_its_genera
 
 def test_four_images_of_one_caption_can_be_overfitted():
     tokenizer = build(
-        num_tokens=8, query_key_bias=1.0, latent_grid=[2, 4], init_std=0.0, initial_logvar=-6.0
+        num_tokens=8, query_key_bias=1.0, latent_grid=True, init_std=0.0, initial_logvar=-6.0
     )
     plane = torch.linspace(0, 1, PIXELS)[:, None].expand(PIXELS, PIXELS)
     colour = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1)

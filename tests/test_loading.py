@@ -1,6 +1,5 @@
-"""training/loading.py: the tokenizer and text tower a flow is sampled with, with and without fingerprints."""
+"""training/loading.py: the parts that a flow is sampled with, moved or not, by fingerprint or not."""
 
-import json
 from dataclasses import asdict
 
 import pytest
@@ -8,175 +7,227 @@ import torch
 import yaml
 from conftest import TINY_CLIP
 
-from modeling.flow_model import FlowModel
+from modeling.clip_weights import build_clip, save_clip
+from modeling.fingerprint import fingerprint
+from modeling.flow import FlowConfig
+from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.pipeline import SamplingConfig
-from modeling.text_encoder import (
-    TextEncoder,
-    TextEncoderConfig,
-    build_clip,
-    load_text_encoder,
-    save_clip,
-)
+from modeling.text_decoder import TextAutoencoder, TextDecoderConfig
+from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjectorConfig
-from training.checkpoint import (
-    EMA_FILE,
-    STATE_FILE,
-    begin_checkpoint,
-    commit_checkpoint,
-    save_weights,
+from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, save_weights
+from training.loading import (
+    direction_of,
+    find_text_encoder,
+    load_captioner,
+    load_flow,
+    load_pipeline,
+    load_projector,
+    load_tokenizer,
+    text_encoder_config,
 )
-from training.loading import fingerprint, load_pipeline
 
+CPU = torch.device("cpu")
 SIZE = TransformerSize(16, 1, 2)
 PROJECTOR = TextProjectorConfig(
     text_tokens=16, text_width=32, width=16, depth=1, num_heads=2, token_channels=4
 )
-CPU = torch.device("cpu")
+FLOWTOK = FlowTokConfig(num_tokens=16, token_channels=4, width=16, depth=1, num_heads=2)
+DECODER = TextDecoderConfig(width=16, depth=1, num_heads=2, mlp_width=16, vocabulary_size=8)
 
 
 def write_run(folder, module, inputs, **sections):
     """A run folder with one checkpoint; returns the module."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(sections))
     checkpoint = begin_checkpoint(folder, 1)
     save_weights(module, checkpoint / EMA_FILE)
-    (checkpoint / STATE_FILE).write_text(json.dumps({"inputs": inputs}))
-    commit_checkpoint(checkpoint, keep=1)
+    state = {"step": 1, "ema_updates": 1, "num_processes": 1, "inputs": inputs}
+    commit_checkpoint(checkpoint, state, keep=1)
     return module
 
 
-def write_tokenizer(folder, **changes):
+def write_tower(folder):
+    """A text tower with weights of its own."""
+    save_clip(build_clip(TINY_CLIP), TINY_CLIP, folder)
+    return folder
+
+
+def write_tokenizer(folder, tower, inputs=(), **changes):
     """A run of stage 1."""
-    sizes = {
-        "image_size": 32,
-        "num_tokens": 16,
-        "token_channels": 4,
-        "text_tokens": 16,
-        "text_width": 32,
-        **changes,
-    }
-    config = ImageTokenizerConfig(encoder=SIZE, decoder=SIZE, **sizes)
-    return write_run(folder, ImageTokenizer(config), {}, tokenizer=asdict(config), text_encoder={})
+    sizes = {"num_tokens": 16, "token_channels": 4, "text_tokens": 16, "text_width": 32}
+    config = ImageTokenizerConfig(32, encoder=SIZE, decoder=SIZE, **(sizes | changes))
+    text_encoder = TextEncoderConfig(model=f"local-dir:{tower}")
+    sections = {"tokenizer": asdict(config), "text_encoder": asdict(text_encoder)}
+    return write_run(folder, ImageTokenizer(config), dict(inputs), **sections)
 
 
-def write_flow(folder, inputs, tokenizer_run, tower):
+def write_flow(folder, inputs, tokenizer_run, text_decoder_run="", **flow):
     """A run of stage 3."""
-    flowtok = FlowTokConfig(num_tokens=16, token_channels=4, width=16, depth=1, num_heads=2)
+    flow = FlowConfig(**flow)
     return write_run(
         folder,
-        FlowModel(PROJECTOR, flowtok),
+        build_flow(PROJECTOR, FLOWTOK, flow),
         inputs,
         projector=asdict(PROJECTOR),
-        flowtok=asdict(flowtok),
+        flowtok=asdict(FLOWTOK),
+        flow=asdict(flow),
         sampling=asdict(SamplingConfig(steps=2)),
         tokenizer_run=str(tokenizer_run),
-        text_encoder=asdict(TextEncoderConfig(model=f"local-dir:{tower}")),
+        text_decoder_run=str(text_decoder_run),
     )
 
 
-def test_a_flow_without_fingerprints_takes_the_tokenizer_that_its_config_names(
-    tmp_path, tiny_clip_dir
-):
-    named = write_tokenizer(tmp_path / "named")
-    write_tokenizer(tmp_path / "tokenizer")
-    write_flow(tmp_path / "flowtok", {}, tmp_path / "named", tiny_clip_dir)
+def identity(tower):
+    return load_text_encoder(TextEncoderConfig(model=f"local-dir:{tower}")).identity
+
+
+def test_a_run_says_how_its_flow_was_trained(tmp_path):
+    options = {"null_probability": 0.3, "sigma_min": 0.1, "direction": "image_to_text"}
+    saved = write_flow(tmp_path, {}, "", **options)
+    flow = load_flow(tmp_path)
+    assert flow.config == FlowConfig(**options) and direction_of(tmp_path) == "image_to_text"
+    assert fingerprint(flow) == fingerprint(saved)
+    assert not any(p.requires_grad for p in flow.parameters()) and not flow.training
+
+
+def test_without_fingerprints_the_parts_are_those_that_the_config_names(tmp_path, tiny_clip_dir):
+    named = write_tokenizer(tmp_path / "named", tiny_clip_dir)
+    write_tokenizer(tmp_path / "tokenizer", tiny_clip_dir)
+    write_flow(tmp_path / "flowtok", {}, tmp_path / "named")
     parts, sampling = load_pipeline(tmp_path, CPU)
     assert fingerprint(parts.tokenizer) == fingerprint(named) and sampling.steps == 2
+    assert parts.text_encoder.identity == identity(tiny_clip_dir)
     assert parts.generate(["a cat"], sampling)[0].shape == (1, 3, 32, 32)
 
 
-def test_a_flow_without_fingerprints_takes_the_parts_beside_it_if_the_named_ones_are_gone(tmp_path):
-    beside = write_tokenizer(tmp_path / "tokenizer")
-    save_clip(build_clip(TINY_CLIP), TINY_CLIP, tmp_path / "text_encoder" / "clip")
-    write_flow(tmp_path / "flowtok", {}, tmp_path / "gone", tmp_path / "gone" / "clip")
-    parts, _ = load_pipeline(tmp_path / "flowtok", CPU)
-    assert fingerprint(parts.tokenizer) == fingerprint(beside)
+@pytest.mark.parametrize("with_fingerprints", [False, True])
+def test_in_a_moved_experiment_the_parts_are_beside_the_flow(tmp_path, with_fingerprints):
+    old, new = tmp_path / "old", tmp_path / "new"
+    tower = write_tower(old / "text_encoder" / "clip")
+    inputs = {"text_encoder": identity(tower)} if with_fingerprints else {}
+    tokenizer = write_tokenizer(old / "tokenizer", tower, inputs)
+    inputs |= {"tokenizer": fingerprint(tokenizer)} if with_fingerprints else {}
+    flow = write_flow(old / "flowtok", inputs, old / "tokenizer")
+    expected = identity(tower)
+    old.rename(new)
+    parts, _ = load_pipeline(new, CPU)
+    found = (fingerprint(parts.tokenizer), parts.text_encoder.identity, fingerprint(parts.flow))
+    assert found == (fingerprint(tokenizer), expected, fingerprint(flow))
+    model = f"local-dir:{new}/text_encoder/clip"
+    assert text_encoder_config(new / "tokenizer").model == model
 
 
-def test_a_flow_without_fingerprints_never_takes_a_tower_beside_it_for_one_of_the_hub(
-    tmp_path, monkeypatch
-):
-    write_tokenizer(tmp_path / "tokenizer")
-    save_clip(build_clip(TINY_CLIP), TINY_CLIP, tmp_path / "text_encoder" / "clip")
-    write_flow(tmp_path / "flowtok", {}, tmp_path / "tokenizer", "")
-    config = tmp_path / "flowtok" / "config.yaml"
-    config.write_text(
-        config.read_text().replace("model: 'local-dir:'", "model: ViT-L-14-336-quickgelu")
-    )
+def test_fingerprints_choose_among_the_parts_and_none_but_the_right_ones_will_do(tmp_path):
+    other, tower = write_tower(tmp_path / "clip"), write_tower(tmp_path / "text_encoder" / "clip")
+    write_tokenizer(tmp_path / "named", other)
+    beside = write_tokenizer(tmp_path / "tokenizer", other)
+    inputs = {"tokenizer": fingerprint(beside), "text_encoder": identity(tower)}
+    write_flow(tmp_path / "flowtok", inputs, tmp_path / "named")
+    parts, _ = load_pipeline(tmp_path, CPU)
+    assert fingerprint(parts.tokenizer) == inputs["tokenizer"]
+    assert parts.text_encoder.identity == inputs["text_encoder"]
+    for name in inputs:
+        wrong = inputs | {name: "0" * 16}
+        write_flow(tmp_path / f"of_{name}" / "flowtok", wrong, tmp_path / "tokenizer")
+        with pytest.raises(ValueError, match=f"{name.replace('_', ' ')} 0000000000000000"):
+            load_pipeline(tmp_path / f"of_{name}", CPU)
+
+
+def test_a_tokenizer_knows_its_own_text_encoder(tmp_path, tiny_clip_dir):
+    write_tokenizer(tmp_path / "right", tiny_clip_dir, {"text_encoder": identity(tiny_clip_dir)})
+    assert find_text_encoder(tmp_path / "right").identity == identity(tiny_clip_dir)
+    write_tokenizer(tmp_path / "wrong", tiny_clip_dir, {"text_encoder": "0" * 16})
+    with pytest.raises(ValueError, match=f"text encoder 0000000000000000.*{tiny_clip_dir}"):
+        find_text_encoder(tmp_path / "wrong")
+
+
+def test_a_tower_beside_is_never_taken_for_one_of_the_hub(tmp_path, monkeypatch):
+    write_tower(tmp_path / "text_encoder" / "clip")
+    write_tokenizer(tmp_path / "tokenizer", "")
+    config = tmp_path / "tokenizer" / "config.yaml"
+    hub = config.read_text().replace("'local-dir:'", "ViT-L-14-336-quickgelu")
+    config.write_text(hub)
+    write_flow(tmp_path / "flowtok", {}, tmp_path / "tokenizer")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_session", None)  # no network
-    with pytest.raises(
-        ValueError, match="cannot load the text tower ViT-L-14-336-quickgelu, openai"
-    ):
+    with pytest.raises(ValueError, match="ViT-L-14-336-quickgelu, openai"):
         load_pipeline(tmp_path, CPU)
 
 
-def test_a_flow_without_any_tokenizer_says_where_one_is_looked_for(tmp_path, tiny_clip_dir):
-    write_flow(tmp_path / "flowtok", {}, tmp_path / "gone", tiny_clip_dir)
-    message = f"no tokenizer at {tmp_path}/gone or {tmp_path}/tokenizer: .*convert_checkpoint.*or set tokenizer_run in"
-    with pytest.raises(ValueError, match=message):
+def test_a_flow_without_any_tokenizer_says_where_one_is_looked_for(tmp_path):
+    write_flow(tmp_path / "flowtok", {}, tmp_path / "gone")
+    with pytest.raises(ValueError, match=f"{tmp_path}/gone .*{tmp_path}/tokenizer.*tokenizer_run"):
         load_pipeline(tmp_path, CPU)
-
-
-def test_fingerprints_choose_among_the_parts_and_none_but_the_right_ones_will_do(
-    tmp_path, tiny_clip_dir
-):
-    tower = fingerprint(load_text_encoder(TextEncoderConfig(model=f"local-dir:{tiny_clip_dir}")))
-    write_tokenizer(tmp_path / "named")
-    beside = write_tokenizer(tmp_path / "tokenizer")
-    inputs = {"tokenizer": fingerprint(beside), "text_encoder": tower}
-    write_flow(tmp_path / "flowtok", inputs, tmp_path / "named", tiny_clip_dir)
-    assert fingerprint(load_pipeline(tmp_path, CPU)[0].tokenizer) == inputs["tokenizer"]
-    for name in inputs:
-        write_flow(
-            tmp_path / name / "flowtok",
-            inputs | {name: "0" * 16},
-            tmp_path / "tokenizer",
-            tiny_clip_dir,
-        )
-        with pytest.raises(
-            ValueError, match=f"was trained with the {name.replace('_encoder', ' tower')} 0000"
-        ):
-            load_pipeline(tmp_path / name, CPU)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "key_and_value"),
     [
-        (
-            {"num_tokens": 15},
-            "the flow makes 16 x 4 tokens, the tokenizer reads 15 x 4: set tokenizer_run",
-        ),
-        ({"token_channels": 8}, "the flow makes 16 x 4 tokens, the tokenizer reads 16 x 8"),
-        (
-            {"text_width": 64},
-            "gives 16 x 32 states, .* expect 16 x 32 and 16 x 64: set text_encoder",
-        ),
+        ({"num_tokens": 15}, r"\(16, 4\) .*\(15, 4\): set tokenizer_run"),
+        ({"token_channels": 8}, r"\(16, 4\) .*\(16, 8\): set tokenizer_run"),
+        ({"text_width": 64}, r"\(16, 32\) .*\(16, 64\): set text_encoder"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused_before_anything_is_drawn(
-    tmp_path, tiny_clip_dir, changes, message
-):
-    write_tokenizer(tmp_path / "tokenizer", **changes)
-    write_flow(tmp_path / "flowtok", {}, tmp_path / "tokenizer", tiny_clip_dir)
-    with pytest.raises(ValueError, match=message):
+def test_parts_of_other_sizes_are_refused(tmp_path, tiny_clip_dir, changes, key_and_value):
+    write_tokenizer(tmp_path / "tokenizer", tiny_clip_dir, **changes)
+    write_flow(tmp_path / "flowtok", {}, tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=key_and_value):
         load_pipeline(tmp_path, CPU)
 
 
-def test_a_tower_of_the_wrong_size_is_refused_but_a_tokenizer_without_text_needs_none(tmp_path):
-    config = TINY_CLIP | {"text_cfg": TINY_CLIP["text_cfg"] | {"context_length": 8}}
-    save_clip(build_clip(config), config, tmp_path / "clip")
-    write_tokenizer(tmp_path / "tokenizer", text_guidance=False, text_tokens=7)
-    write_flow(tmp_path / "flowtok", {}, tmp_path / "tokenizer", tmp_path / "clip")
-    with pytest.raises(
-        ValueError, match="gives 8 x 32 states, .* expect 16 x 32: set text_encoder"
-    ):
-        load_pipeline(tmp_path, CPU)
+def write_captioner(folder, tower):
+    """An experiment that flows from image to text; returns its text decoder."""
+    tokenizer = write_tokenizer(folder / "tokenizer", tower)
+    run = folder / "flowtok_caption"
+    flow = write_flow(
+        run,
+        {"tokenizer": fingerprint(tokenizer)},
+        folder / "tokenizer",
+        folder / "text_decoder",
+        direction="image_to_text",
+        projector="frozen",
+    )
+    model = TextAutoencoder(PROJECTOR, DECODER)
+    model.projector.load_state_dict(flow.projector.state_dict())
+    sections = {"projector": asdict(PROJECTOR), "text_decoder": asdict(DECODER)}
+    return write_run(folder / "text_decoder", model, {}, **sections).decoder
 
 
-def test_towers_of_the_same_weights_and_another_activation_have_another_fingerprint():
-    exact, quick = build_clip(TINY_CLIP), build_clip(TINY_CLIP | {"quick_gelu": True})
-    quick.load_state_dict(exact.state_dict())
-    assert fingerprint(TextEncoder(exact)) != fingerprint(TextEncoder(quick))
+def test_a_captioner_finds_the_text_decoder_of_its_own_projector(tmp_path, tiny_clip_dir):
+    decoder = write_captioner(tmp_path / "old", tiny_clip_dir)
+    moved = (tmp_path / "old").rename(tmp_path / "new")
+    parts, sampling = load_captioner(moved, CPU)
+    assert fingerprint(parts.decoder) == fingerprint(decoder)
+    assert len(parts.captions(torch.rand(2, 3, 32, 32), sampling)) == 2
+    (moved / "text_decoder").rename(tmp_path / "away")
+    write_captioner(tmp_path / "other", tiny_clip_dir)
+    (tmp_path / "other" / "text_decoder").rename(moved / "text_decoder")
+    projector = fingerprint(load_projector(tmp_path / "away"))
+    with pytest.raises(ValueError, match=f"{projector}.*text_decoder_run"):
+        load_captioner(moved, CPU)
+
+
+@pytest.mark.parametrize(
+    ("load", "key_and_value"),
+    [
+        (load_tokenizer, "no tokenizer"),
+        (load_flow, "no flowtok"),
+        (lambda run: load_pipeline(run, CPU), "no flow$"),
+    ],
+)
+def test_a_run_of_another_stage_is_refused(tmp_path, load, key_and_value):
+    write_run(tmp_path, torch.nn.Linear(1, 1), {}, stage="text_encoder")
+    with pytest.raises(ValueError, match=f"{tmp_path} .*{key_and_value}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("load", "direction"), [(load_pipeline, "image_to_text"), (load_captioner, "text_to_image")]
+)
+def test_a_flow_of_the_other_direction_is_refused(tmp_path, load, direction):
+    write_flow(tmp_path, {}, "", direction=direction)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load(tmp_path, CPU)

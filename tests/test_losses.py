@@ -9,23 +9,26 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.multiprocessing import start_processes
 
+from modeling import losses
 from modeling.losses import (
+    FlowLossConfig,
+    ProjectorLossConfig,
     ReconstructionLossConfig,
-    SourceLossConfig,
     contrastive_loss,
     cosine_margin_loss,
-    flow_matching_loss,
+    flatten_normalize,
     freeze_unused_alignment,
+    has_projector_loss,
     kl_loss,
-    latent_regression_loss,
     latent_statistics,
+    loss_weights,
     posterior_statistics,
+    projector_losses,
     reconstruction_losses,
-    reconstruction_weights,
-    source_losses,
-    weighted_sum,
+    velocity_losses,
+    weighted_terms,
 )
-from modeling.text_projector import TextProjector, TextProjectorConfig
+from modeling.text_projector import SourcePass, TextProjector, TextProjectorConfig
 
 B, L, C = 4, 5, 3
 LOG_TEMPERATURE = math.log(1 / 0.07)
@@ -39,16 +42,6 @@ def closed_form_kl(mean, logvar):
     return kl_divergence(Normal(mean.double(), (0.5 * logvar.double()).exp()), Normal(0.0, 1.0))
 
 
-def test_flow_matching_loss_is_the_mean_squared_error_in_float32():
-    velocity, target = torch.randn(2, B, L, C)
-    torch.testing.assert_close(
-        flow_matching_loss(velocity, target), ((velocity - target) ** 2).mean()
-    )
-    half = flow_matching_loss(velocity.bfloat16(), target)
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, ((velocity.bfloat16().float() - target) ** 2).mean())
-
-
 def test_gaussian_kl_equals_torch_distributions():
     mean, logvar = moments()
     torch.testing.assert_close(
@@ -56,30 +49,19 @@ def test_gaussian_kl_equals_torch_distributions():
     )
 
 
-def test_kl_reductions_differ_in_what_they_divide_by():
-    mean, logvar = moments()
-    total = closed_form_kl(mean, logvar).sum().item()
-    for reduction, divisor in (("sample", B), ("batch", 1), ("mean", B * L * C)):
-        assert kl_loss(mean, logvar, reduction=reduction).item() == pytest.approx(
-            total / divisor, rel=1e-5
-        )
-
-
-def test_only_the_batch_reduction_changes_with_the_batch_size():
+def test_the_kl_does_not_change_with_the_batch_size():
     mean, logvar = moments()
     twice = torch.cat([mean, mean]), torch.cat([logvar, logvar])
-    for reduction, factor in (("sample", 1), ("mean", 1), ("batch", 2)):
-        once = kl_loss(mean, logvar, "gaussian", reduction)
-        torch.testing.assert_close(kl_loss(*twice, "gaussian", reduction), factor * once)
+    torch.testing.assert_close(kl_loss(*twice), kl_loss(mean, logvar))
 
 
 def test_wall_kl_is_the_releases_formula_flat_inside_three_and_steep_outside():
     mean, logvar = moments()
-    expected = -0.5 * (1 + logvar - (0.3 * mean) ** 6 - logvar.exp()).sum()
-    torch.testing.assert_close(kl_loss(mean, logvar, "wall", "batch"), expected)
+    expected = -0.5 * (1 + logvar - (0.3 * mean) ** 6 - logvar.exp()).sum() / B
+    torch.testing.assert_close(kl_loss(mean, logvar, "wall"), expected)
 
     def at(value):
-        return kl_loss(torch.tensor([[[value]]]), torch.zeros(1, 1, 1), "wall", "mean").item()
+        return kl_loss(torch.tensor([[[value]]]), torch.zeros(1, 1, 1), "wall").item()
 
     assert at(1.0) < 0.001 and at(10 / 3) == pytest.approx(0.5, rel=1e-5) and at(6.0) > 10
 
@@ -89,6 +71,14 @@ def test_variance_kl_draws_the_deviation_to_one_and_leaves_the_mean_alone():
     torch.testing.assert_close(
         kl_loss(mean, logvar, "variance"), kl_loss(torch.zeros_like(mean), logvar)
     )
+
+
+def test_flattened_rows_have_length_one_and_keep_their_direction():
+    x = torch.randn(B, L, C, dtype=torch.float64)
+    rows = flatten_normalize(x)
+    assert rows.shape == (B, L * C) and rows.dtype == torch.float32
+    expected = x.reshape(B, -1) / x.reshape(B, -1).square().sum(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(rows, expected.float())
 
 
 def manual_contrastive(latents, targets, log_temperature):
@@ -201,11 +191,9 @@ def test_cosine_margin_loss_pulls_pairs_up_to_the_margin_only():
 @pytest.mark.parametrize(
     ("config", "head", "temperature"),
     [
-        (SourceLossConfig(), True, True),
-        (SourceLossConfig(alignment_form="cosine_margin"), True, False),
-        (SourceLossConfig(alignment_weight=0.0), False, False),
-        (SourceLossConfig(alignment_weight=0.0, image_alignment_weight=1.0), False, True),
-        (SourceLossConfig(alignment_form="cosine_margin", image_alignment_weight=1.0), True, True),
+        (ProjectorLossConfig(), True, True),
+        (ProjectorLossConfig(alignment_form="cosine_margin"), True, False),
+        (ProjectorLossConfig(alignment_weight=0.0), False, False),
     ],
 )
 def test_alignment_weights_without_gradient_are_frozen(config, head, temperature):
@@ -217,11 +205,6 @@ def test_alignment_weights_without_gradient_are_frozen(config, head, temperature
     assert all(p.requires_grad == head for p in frozen.mlp.parameters())
     assert frozen.log_temperature.requires_grad == temperature
     assert projector.to_moments.weight.requires_grad
-
-
-def test_latent_regression_is_the_mean_squared_error():
-    text, image = moments()
-    torch.testing.assert_close(latent_regression_loss(text, image), ((text - image) ** 2).mean())
 
 
 def test_reconstruction_losses_of_a_constant_error():
@@ -264,87 +247,54 @@ def test_latent_statistics_are_population_deviations_without_gradient():
     assert not any(value.requires_grad for value in statistics.values())
 
 
-def source_inputs():
-    text, mean, logvar, alignment, image = torch.randn(5, B, L, C)
-    return text, mean.requires_grad_(), logvar, alignment, torch.tensor(1.0), image
+def source_pass():
+    latents, mean, logvar, alignment, image_mean = torch.randn(5, B, L, C)
+    return SourcePass(latents, mean, logvar, alignment, torch.tensor(1.0)), image_mean
 
 
-def test_source_losses_are_the_weighted_sum_of_the_terms_in_use():
-    inputs = source_inputs()
-    text, mean, logvar, alignment, log_temperature, image = inputs
-    config = SourceLossConfig(
-        0.3, kl_weight=0.02, kl_form="wall", kl_reduction="batch", image_regression_weight=2.0
-    )
-    terms = source_losses(config, *inputs)
-    assert set(terms) == {"alignment", "kl", "image_regression", "source"}
-    torch.testing.assert_close(
-        terms["alignment"], contrastive_loss(text, alignment, log_temperature)
-    )
-    torch.testing.assert_close(terms["kl"], kl_loss(mean, logvar, "wall", "batch"))
-    torch.testing.assert_close(terms["image_regression"], latent_regression_loss(mean, image))
-    expected = 0.3 * terms["alignment"] + 0.02 * terms["kl"] + 2 * terms["image_regression"]
-    torch.testing.assert_close(terms["source"], expected)
-
-
-def test_source_losses_of_weight_zero_are_left_out():
-    inputs = source_inputs()
-    terms = source_losses(SourceLossConfig(0.0, kl_weight=0.0), *inputs)
-    assert set(terms) == {"source"} and terms["source"] == 0
-    assert set(source_losses(SourceLossConfig(0.0, kl_weight=1.0), *inputs)) == {"kl", "source"}
-    assert set(source_losses(SourceLossConfig(1.0, kl_weight=0.0), *inputs)) == {
-        "alignment",
-        "source",
+def test_terms_on_the_text_latents_are_those_of_their_functions():
+    source, image_mean = source_pass()
+    config = ProjectorLossConfig(0.3, kl_weight=0.02, kl_form="wall", image_regression_weight=2.0)
+    terms = projector_losses(config, source, image_mean)
+    contrast = contrastive_loss(source.latents, source.alignment, source.log_temperature)
+    regression = ((source.mean - image_mean) ** 2).mean()
+    expected = {
+        "alignment": contrast,
+        "kl": kl_loss(source.mean, source.logvar, "wall"),
+        "image_regression": regression,
     }
-    assert set(
-        source_losses(SourceLossConfig(0.0, kl_weight=0.0, image_regression_weight=1.0), *inputs)
-    ) == {
-        "image_regression",
-        "source",
-    }
+    torch.testing.assert_close(terms, expected)
+    margin = ProjectorLossConfig(alignment_form="cosine_margin", alignment_margin=0.75)
+    found = projector_losses(margin, source, image_mean)["alignment"]
+    assert found == cosine_margin_loss(source.latents, source.alignment, 0.75)
 
 
-def test_image_alignment_contrasts_the_means_of_text_and_image():
-    inputs = source_inputs()
-    _, mean, _, _, log_temperature, image = inputs
-    terms = source_losses(SourceLossConfig(0.0, kl_weight=0.0, image_alignment_weight=0.5), *inputs)
-    assert set(terms) == {"image_alignment", "source"}
-    torch.testing.assert_close(
-        terms["image_alignment"], contrastive_loss(mean, image, log_temperature)
-    )
-    torch.testing.assert_close(terms["source"], 0.5 * terms["image_alignment"])
+@pytest.mark.parametrize("name", ["alignment", "kl", "image_regression"])
+def test_each_weight_switches_its_own_term(name):
+    off = {f"{other}_weight": 0.0 for other in losses.PROJECTOR_LOSSES}
+    assert not has_projector_loss(ProjectorLossConfig(**off))
+    assert projector_losses(ProjectorLossConfig(**off), *source_pass()) == {}
+    config = ProjectorLossConfig(**(off | {f"{name}_weight": 0.5}))
+    assert has_projector_loss(config)
+    assert projector_losses(config, *source_pass()).keys() == {name}
 
 
-def test_default_source_weights_are_the_papers():
-    config = SourceLossConfig()
-    assert (config.alignment_weight, config.kl_weight, config.image_regression_weight) == (
-        1.0,
-        1e-4,
-        0.0,
-    )
-    assert (config.kl_form, config.kl_reduction) == ("gaussian", "sample")
+def test_every_term_of_the_tables_has_a_weight_and_no_other_has():
+    tables = losses.PROJECTOR_LOSSES | losses.VELOCITY_LOSSES
+    assert loss_weights(FlowLossConfig()).keys() == tables.keys()
 
 
-@pytest.mark.parametrize(
-    "name", ["alignment_weight", "kl_weight", "image_regression_weight", "image_alignment_weight"]
-)
-def test_negative_source_weights_are_refused(name):
-    with pytest.raises(ValueError, match=f"losses.{name} must not be negative, got -1.0"):
-        SourceLossConfig(**{name: -1.0})
+def test_the_velocity_loss_is_the_mean_squared_error_in_float32():
+    velocity, target = torch.randn(2, B, L, C)
+    half = losses.FlowPass(velocity.bfloat16(), target, source_pass()[0])
+    found = velocity_losses(FlowLossConfig(), half)["flow_matching"]
+    torch.testing.assert_close(found, ((velocity.bfloat16().float() - target) ** 2).mean())
 
 
-def test_the_weighted_sum_keeps_raw_and_weighted_terms_and_leaves_weight_zero_out():
+def test_weighted_terms_leave_out_what_has_no_weight_or_was_not_computed():
     terms = {"a": torch.tensor(2.0), "b": torch.tensor(3.0), "off": torch.tensor(float("inf"))}
-    result = weighted_sum(terms, {"a": 0.5, "b": 2.0, "off": 0.0})
-    assert {name: value.item() for name, value in result.items()} == {
-        **{
-            "a": 2.0,
-            "b": 3.0,
-            "off": float("inf"),
-            "weighted/a": 1.0,
-            "weighted/b": 6.0,
-            "loss": 7.0,
-        }
-    }
+    found = weighted_terms(terms, {"a": 0.5, "b": 2.0, "off": 0.0, "absent": 1.0})
+    assert found == {"a": torch.tensor(1.0), "b": torch.tensor(6.0)}
 
 
 def test_posterior_statistics_show_channels_that_carry_nothing():
@@ -359,17 +309,18 @@ def test_posterior_statistics_show_channels_that_carry_nothing():
     assert not any(value.requires_grad for value in statistics.values())
 
 
-def test_default_tokenizer_weights_are_the_recipes():
-    config = ReconstructionLossConfig()
-    assert reconstruction_weights(config) == {
-        "l2": 1.0,
-        "l1": 0.0,
-        "gradient": 0.0,
-        "perceptual": 0.0,
-        "kl": 1e-6,
-    }
-
-
-def test_reconstruction_without_l1_and_l2_is_refused():
-    with pytest.raises(ValueError, match="l2_weight and l1_weight are both 0"):
-        ReconstructionLossConfig(l2_weight=0.0)
+@pytest.mark.parametrize(
+    ("config", "options", "key_and_value"),
+    [
+        (ProjectorLossConfig, {"alignment_weight": -1.0}, "alignment_weight .*-1.0"),
+        (ProjectorLossConfig, {"kl_weight": -1.0}, "kl_weight .*-1.0"),
+        (ProjectorLossConfig, {"image_regression_weight": -1.0}, "image_regression_weight .*-1.0"),
+        (ProjectorLossConfig, {"alignment_margin": 2.0}, "alignment_margin .*2.0"),
+        (FlowLossConfig, {"flow_matching_weight": 0.0}, "flow_matching_weight .*0"),
+        (ReconstructionLossConfig, {"gradient_weight": -1.0}, "gradient_weight .*-1.0"),
+        (ReconstructionLossConfig, {"l2_weight": 0.0}, "l2_weight and l1_weight .*0"),
+    ],
+)
+def test_impossible_weights_are_refused(config, options, key_and_value):
+    with pytest.raises(ValueError, match=f"^{key_and_value}"):
+        config(**options)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.image_text import IMAGE_KEYS, ImageTextConfig, read_images
 from PIL import Image
 
 from data import packing
 from data.entries import clean_key, load_json
 from data.filters import FilterConfig
-from data.image_text import IMAGE_KEYS, ImageTextConfig, read_images
 from data.packing import map_in_processes, run_tasks
 from data.tar import read_shard, write_shard
 from data.transforms import decode_image

@@ -1,14 +1,14 @@
 """data/mixture.py: the config of readers, typed by OmegaConf as the stages' configs are, and its sources."""
 
 import pytest
+from data.image_text import ImageTextConfig
+from data.mixture import ReaderConfig, SourceConfig, check_metadata, open_sources
+from data.token_text import TokenTextConfig
 from omegaconf import OmegaConf
 from test_shards import make_shards
 
 from data.bad_samples import BadSample
 from data.filters import FilterConfig, SampleFilter
-from data.image_text import ImageTextConfig
-from data.mixture import ReaderConfig, SourceConfig, check_metadata, open_sources
-from data.token_text import TokenTextConfig
 
 
 def from_yaml(text, *overrides, schema=ReaderConfig):

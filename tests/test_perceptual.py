@@ -291,7 +291,7 @@ def test_the_other_nets_file_is_refused(vgg_file, tmp_path):
 
 def test_negative_weights_and_two_weights_of_zero_are_refused():
     for name in ("lpips_weight", "convnext_weight"):
-        with pytest.raises(ValueError, match=f"perceptual.{name} must not be negative, got -1.0"):
+        with pytest.raises(ValueError, match=f"^{name} .*-1.0"):
             PerceptualConfig(**{name: -1.0})
     with pytest.raises(ValueError, match="both 0, nothing would be compared"):
         check_weights(PerceptualConfig(0.0, 0.0))

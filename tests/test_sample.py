@@ -165,85 +165,41 @@ def test_a_moved_experiment_still_samples_with_its_own_parts(tmp_path, tiny_shar
     draw(tmp_path / "new", *arguments, tmp_path / "after")
     assert close(images(tmp_path / "after"), images(tmp_path / "before"))
     shutil.rmtree(tmp_path / "new" / "tokenizer")
-    with pytest.raises(
-        ValueError, match="was trained with the tokenizer [0-9a-f]{16}, which is not there any more"
-    ):
+    with pytest.raises(ValueError, match=f"the tokenizer [0-9a-f]{{16}}.*{tmp_path}/new/tokenizer"):
         draw(tmp_path / "new", *arguments, tmp_path / "none")
 
 
 def test_other_weights_where_the_config_points_are_not_used(chain, tmp_path, tiny_clip_dir):
-    flow = tmp_path / "flowtok"
-    shutil.copytree(chain.folder / "flowtok", flow)
-    config = flow / "config.yaml"
-    original = config.read_text()
+    for stage in ("flowtok", "tokenizer"):
+        shutil.copytree(chain.folder / stage, tmp_path / stage)
     other = chain.run_in(tmp_path / "other", "tokenizer", "training.seed=1", "training.max_steps=1")
     arguments = ["--prompts", "a cat", "--output", tmp_path / "x.png", "--save-dir"]
-    config.write_text(
-        original.replace(f"tokenizer_run: {chain.folder}/tokenizer", f"tokenizer_run: {other}")
-    )
-    with pytest.raises(ValueError, match=f"was trained with the tokenizer .*{other}"):
-        draw(tmp_path, *arguments, tmp_path / "a")
-    config.write_text(original.replace(f"{chain.folder}/text_encoder/clip", str(tiny_clip_dir)))
-    with pytest.raises(ValueError, match="was trained with the text tower .* is not any more"):
-        draw(tmp_path, *arguments, tmp_path / "a")
-    shutil.copytree(
-        chain.folder / "text_encoder", tmp_path / "text_encoder"
-    )  # beside the flow: found
-    draw(tmp_path, *arguments, tmp_path / "a")
-    draw(chain.folder, *arguments, tmp_path / "b")
-    assert close(images(tmp_path / "a"), images(tmp_path / "b"))
 
+    def point(stage, old, new):
+        config = tmp_path / stage / "config.yaml"
+        config.write_text(config.read_text().replace(str(old), str(new)))
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompts", "a cat", " "], "no prompt, or an empty one"),
-        (
-            ["--prompts-file", "/nowhere/prompts.txt"],
-            "--prompts-file /nowhere/prompts.txt does not exist",
-        ),
-        (["--prompts", "a cat", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (
-            ["--prompts", "a cat", "--images-per-prompt", "0"],
-            "--images-per-prompt must be at least 1",
-        ),
-        (["--prompts", "a cat", "--seed", "-1"], "--seed must be at least 0"),
-        (["--prompts", "a cat", "--steps", "0"], "steps must be at least 1, got 0"),
-        (["--interpolate", "a", "b", "--frames", "1"], "--frames must be at least 2"),
-        (["--interpolate", "a cat", " "], "no prompt, or an empty one"),
-    ],
-)
-def test_impossible_arguments_are_refused(chain, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        draw(chain.folder, *arguments, "--output", tmp_path / "x.png")
-    assert not list(tmp_path.iterdir())
+    point("flowtok", chain.folder / "tokenizer", other)
+    draw(tmp_path, *arguments, tmp_path / "a")  # the right tokenizer is beside the flow
+    shutil.move(tmp_path / "tokenizer", tmp_path / "away")
+    with pytest.raises(ValueError, match=f"the tokenizer [0-9a-f]{{16}}.*{other}"):
+        draw(tmp_path, *arguments, tmp_path / "none")
 
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--output", "x.jpg"], "--output x.jpg: expected a name that ends in .png"),
-        (["--output", "x.jsonl"], "--output x.jsonl: expected a name that ends in .png"),
-        (["--output", "/dev/null/x.png"], "x.png cannot be written: /dev/null: Not a directory"),
-        (["--output", "/dev/null/x.png", "--caption", "a.png"], "x.png cannot be written"),
-        (["--gallery", "/"], "/ is a folder, expected a file"),
-    ],
-)
-def test_files_that_cannot_be_written_are_refused_before_any_work(
-    chain, monkeypatch, arguments, message
-):
-    monkeypatch.setattr(sample, "load_pipeline", None)
-    prompts = [] if "--caption" in arguments else ["--prompts", "a cat"]
-    with pytest.raises(ValueError, match=message):
-        draw(chain.folder, *prompts, *arguments)
+    shutil.move(tmp_path / "away", tmp_path / "tokenizer")
+    point("tokenizer", chain.folder / "text_encoder" / "clip", tiny_clip_dir)
+    with pytest.raises(ValueError, match=f"text encoder [0-9a-f]{{16}}.*{tiny_clip_dir}"):
+        draw(tmp_path, *arguments, tmp_path / "none")
+    shutil.copytree(chain.folder / "text_encoder", tmp_path / "text_encoder")  # beside: found
+    draw(tmp_path, *arguments, tmp_path / "b")
+    draw(chain.folder, *arguments, tmp_path / "c")
+    assert close(images(tmp_path / "a"), images(tmp_path / "c"))
+    assert close(images(tmp_path / "b"), images(tmp_path / "c"))
 
 
 def test_a_missing_or_other_run_is_named(chain, tmp_path):
     with pytest.raises(ValueError, match="nothing is no run folder .* holds:"):
         draw(tmp_path / "nothing", "--prompts", "a cat")
-    with pytest.raises(
-        ValueError, match="is a run of stage 'tokenizer'; sampling needs a flowtok run"
-    ):
+    with pytest.raises(ValueError, match=f"{chain.folder}/tokenizer .*no flow$"):
         draw(chain.folder / "tokenizer", "--prompts", "a cat")
 
 

@@ -14,11 +14,10 @@ def test_error_is_relative_to_the_way_travelled():
     assert relative_error(reference, reference, start) == 0
 
 
-def test_fewest_is_the_smallest_budget_within_the_limit_over_all_shifts():
+def test_fewest_is_the_smallest_budget_within_the_limit():
     rows = [
         {"sampler": "euler", "evaluations": 20, "error": 0.1},
         {"sampler": "heun", "evaluations": 8, "error": 0.1},
-        {"sampler": "heun", "evaluations": 6, "error": 0.2},
         {"sampler": "heun", "evaluations": 6, "error": 0.05},
         {"sampler": "adams2", "evaluations": 4, "error": 0.3},
     ]
@@ -26,30 +25,16 @@ def test_fewest_is_the_smallest_budget_within_the_limit_over_all_shifts():
 
 
 def test_more_evaluations_come_nearer_and_second_order_needs_fewer(chain, tmp_path):
-    main(
-        parse_args(
-            [
-                str(chain.folder),
-                "--guidance",
-                "2",
-                "--evaluations",
-                "4",
-                "12",
-                "--output",
-                str(tmp_path),
-            ]
-        )
-    )
+    options = ["--guidance", "2", "--evaluations", "4", "12", "--output", str(tmp_path)]
+    main(parse_args([str(chain.folder), *options]))
     report = json.loads((tmp_path / "solvers.json").read_text())["guidance"]["2"]
     errors = {(row["sampler"], row["evaluations"]): row["error"] for row in report["rows"]}
     assert errors["euler", 20] < errors["euler", 12] < errors["euler", 4]
     for name in ("midpoint", "heun", "adams2"):
         assert errors[name, 12] < errors["euler", 12]
     assert report["euler_20_error"] == errors["euler", 20]
-    assert (
-        report["evaluations_to_reach_it"]["euler"] == 20
-        and report["evaluations_to_reach_it"]["adams2"] <= 12
-    )
+    reached = report["evaluations_to_reach_it"]
+    assert reached["euler"] == 20 and reached["adams2"] <= 12
     assert (tmp_path / "guidance_2.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -58,7 +43,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(chain):
         main(parse_args([str(chain.folder), "--output", "/dev/null/out"]))
 
 
-@pytest.mark.parametrize("options", [["--evaluations", "0"], ["--shifts", "-1"]])
-def test_impossible_budgets_are_refused(options, tmp_path):
-    with pytest.raises(ValueError, match="must be positive"):
-        main(parse_args([str(tmp_path), *options]))
+def test_impossible_budgets_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--evaluations .*0"):
+        main(parse_args([str(tmp_path), "--evaluations", "0"]))

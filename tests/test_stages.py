@@ -2,21 +2,25 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 from conftest import shape_sample
 from PIL import Image
 from tiny_experiment import Experiment, equal, metrics, reset_accelerate, to_text, weights
 
-from configs.load import load_config
 from data.tar import read_shard, write_shard
 from modeling.posterior import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
+from training.loading import load_tokenizer, text_encoder_config
 from training.run import start_run
-from training.stored_tokens import open_stored_tokens
+from training.tokens import open_stored_tokens
 from training.tokens_info import TokensInfo, load_tokens_info
 
+RANDOM_PROJECTOR = ["projector_run=''", "projector.width=16", "projector.depth=1"]
+RANDOM_PROJECTOR += ["projector.num_heads=2", "projector.mlp_width=32"]
 TRAINED = ("text_encoder", "tokenizer", "text_projector", "text_decoder", "flowtok")
 
 
@@ -30,7 +34,8 @@ def test_a_trained_stage_leaves_config_metrics_and_the_last_checkpoint(chain, st
     lines = metrics(run)
     assert [line["step"] for line in lines] == [2, 4]
     assert all({"loss", "gradient_norm", "learning_rate"} <= line.keys() for line in lines)
-    assert load_config(run / "config.yaml", stage=stage) == chain.config(stage)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["stage"] == stage and saved["training"] == asdict(chain.config(stage).training)
     assert not list(run.rglob("*.tmp"))
 
 
@@ -99,7 +104,7 @@ WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=true", "tokenizer
 LONG = {
     "text_encoder": [
         *OVERFIT,
-        "training.max_steps=50",
+        "training.max_steps=150",
         "data.flip_probability=0",
         "optimizer.learning_rate=0.002",
     ],
@@ -110,7 +115,7 @@ LONG = {
         "projector.dropout=0",
         "losses.kl_weight=0",
     ],
-    "flowtok": [*OVERFIT, "training.max_steps=150", "projector.dropout=0"],
+    "flowtok": [*OVERFIT, "training.max_steps=150"],
 }
 
 
@@ -187,7 +192,7 @@ def test_every_projector_mode_runs_and_frozen_keeps_the_weights_bit_for_bit(chai
 
 
 def test_without_stage_2_the_projector_starts_from_random_weights(chain, tmp_path):
-    run = chain.run_in(tmp_path, "flowtok", "projector_run=''")
+    run = chain.run_in(tmp_path, "flowtok", *RANDOM_PROJECTOR)
     assert [line["step"] for line in metrics(run)] == [2, 4]
 
 
@@ -216,19 +221,19 @@ def test_options_of_the_flow_stage_run_and_change_the_weights(chain, tmp_path, o
 
 
 def test_the_ablations_of_the_alignment_run_and_change_the_weights(chain, tmp_path):
-    base = weights(chain.run_in(tmp_path / "base", "flowtok", "projector_run=''"))
+    base = weights(chain.run_in(tmp_path / "base", "flowtok", *RANDOM_PROJECTOR))
     cosine = weights(
         chain.run_in(
             tmp_path / "cosine",
             "flowtok",
-            "projector_run=''",
+            *RANDOM_PROJECTOR,
             "losses.alignment_form=cosine_margin",
         )
     )
     assert not equal(base, cosine)
     name = "projector.alignment.log_temperature"
     assert not torch.equal(base[name], cosine[name])
-    pool = ("projector_run=''", "projector.alignment_target=average_pool")
+    pool = (*RANDOM_PROJECTOR, "projector.alignment_target=average_pool")
     pooled = weights(chain.run_in(tmp_path / "pool", "flowtok", *pool))
     assert not any("alignment.mlp" in key for key in pooled) and not equal(base, pooled)
 
@@ -258,11 +263,11 @@ def test_fine_tuning_starts_from_ema_weights_at_step_0_and_resumes_from_itself(c
 
 def test_weights_of_another_network_or_from_two_sources_are_refused(chain, tmp_path):
     source = f"init_from={chain.folder}/flowtok"
-    with pytest.raises(ValueError, match="flowtok is not this config's .*: flowtok.depth: 1 -> 2$"):
+    with pytest.raises(ValueError, match="another network .*: flowtok.depth: 1 -> 2$"):
         chain.run_in(tmp_path, "flowtok", "projector_run=''", source, "flowtok.depth=2")
-    with pytest.raises(ValueError, match="already has a projector, and projector_run="):
+    with pytest.raises(ValueError, match="init_from=.* has a projector, and projector_run="):
         chain.run_in(tmp_path, "flowtok", source)
-    with pytest.raises(ValueError, match="is a run of stage 'tokenizer', not of stage 'flowtok'"):
+    with pytest.raises(ValueError, match="is a run of stage 'tokenizer', .*'flowtok'"):
         chain.run_in(tmp_path, "flowtok", "projector_run=''", f"init_from={chain.folder}/tokenizer")
 
 
@@ -276,7 +281,7 @@ def test_a_fine_tuned_run_is_refused_when_its_start_was_trained_anew(chain, tmp_
     shutil.copytree(other, start)
     with pytest.raises(
         ValueError,
-        match="was trained on what an earlier stage gave before it changed: init_from was",
+        match="an earlier stage has changed since .*: init_from was",
     ):
         chain.run_in(tmp_path, "flowtok", *options)
 
@@ -288,11 +293,9 @@ def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(chain, tmp
         assert equal(weights(run), weights(chain.folder / stage))
 
 
-@pytest.mark.parametrize("form", ["gaussian", "wall"])
-def test_both_kl_forms_run_in_every_reduction_and_change_the_weights(chain, tmp_path, form):
-    kl = f"losses.kl_weight=0.01 losses.kl_form={form} losses.kl_reduction"
-    other = kl.replace(form, {"gaussian": "wall", "wall": "gaussian"}[form])
-    options = [f"{kl}=sample", f"{kl}=batch", f"{kl}=mean", f"{other}=sample"]
+def test_every_form_of_the_kl_runs_and_changes_the_weights(chain, tmp_path):
+    forms = ("gaussian", "wall", "variance")
+    options = [f"losses.kl_weight=0.01 losses.kl_form={form}" for form in forms]
     assert all_different(last_weights(chain, tmp_path, "text_projector", options))
 
 
@@ -313,7 +316,7 @@ def test_options_of_the_tokenizer_stage_run_and_change_the_weights(chain, tmp_pa
     sizes = [
         "tokenizer.latent_grid=true",
         "tokenizer.query_key_bias=1",
-        "tokenizer.text_guidance=false",
+        "tokenizer.initial_logvar=-2",
     ]
     data = ["data.flip_probability=0", "data.shuffle_buffer=1"]
     assert all_different(
@@ -348,25 +351,10 @@ def test_two_passes_of_half_the_batch_are_one_pass_of_the_whole(chain, tmp_path,
 
 
 def test_each_direction_of_the_flow_trains_other_weights(chain, captioner, tiny_shards, tmp_path):
-    shared = [
-        option
-        for option in to_text(chain.folder, tiny_shards)
-        if not option.startswith("flow.direction")
-    ]
-    image = weights(chain.run_in(tmp_path / "image", "flowtok", *shared))
-    joint = weights(
-        chain.run_in(
-            tmp_path / "joint", "flowtok", *shared, "flow.direction=joint", "flowtok.two_way=true"
-        )
-    )
+    options = [o for o in to_text(chain.folder, tiny_shards) if "flow.direction" not in o]
+    image = weights(chain.run_in(tmp_path, "flowtok", *options))
     text = weights(captioner)
-    assert image.keys() == text.keys() == joint.keys() - {"flowtok.embed_direction.weight"}
-    assert not any(
-        equal({name: a[name] for name in image}, b)
-        for a, b in ((text, image), (joint, image), (joint, text))
-    )
-    directions = joint["flowtok.embed_direction.weight"]
-    assert directions.abs().max(dim=1).values.min() > 0  # both rows have learned
+    assert image.keys() == text.keys() and not equal(image, text)
 
 
 def test_one_batch_is_overfitted_by_the_flow_to_text(few, tmp_path):
@@ -394,53 +382,18 @@ def test_one_batch_is_overfitted_by_the_flow_to_text(few, tmp_path):
     assert fall(run, "flow_matching") < 0.5
 
 
-def test_one_directions_weights_can_go_on_in_both(chain, tiny_shards, tmp_path):
-    frozen = [
-        "freeze_projector=true",
-        "losses.kl_weight=0",
-        f"projector_run={chain.folder}/flowtok",
-    ]
-    decoder = chain.run_in(
-        tmp_path, "text_decoder", *frozen
-    )  # it learns to read the flow's own z_T
-    options = [*to_text(chain.folder, tiny_shards), "flow.direction=joint", "flowtok.two_way=true"]
-    options += [
-        "projector_run=''",
-        f"init_from={chain.folder}/flowtok",
-        f"text_decoder_run={decoder}",
-    ]
-    options += ["optimizer.learning_rate=1e-30", "optimizer.weight_decay=0", "training.max_steps=2"]
-    run = chain.run_in(tmp_path, "flowtok", *options)
-    start, tuned = weights(chain.folder / "flowtok", EMA_FILE), weights(run)
-    assert tuned.pop("flowtok.embed_direction.weight").abs().max() < 1e-6
-    assert all(torch.allclose(tuned[name], start[name], atol=1e-6) for name in start)
-
-
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (
-            "flow.projector=joint",
-            "direction=image_to_text needs flow.projector=frozen .it is joint.",
-        ),
-        (
-            "losses.kl_weight=0.1",
-            "no loss but the flow's, set losses.alignment_weight, kl_weight, image_regression",
-        ),
-        ("text_decoder_run=''", "needs a text decoder: set text_decoder_run"),
-        ("pictures.images=[]", "pictures.images is empty: name folders or image shards"),
-        ("pictures.images=[nowhere.tar]", "nowhere.tar, which does not exist"),
+        ("flow.projector=joint", "image_to_text with flow.projector=joint"),
+        ("losses.kl_weight=0.1", "image_to_text has no loss but the flow's"),
+        ("text_decoder_run=''", "set text_decoder_run"),
+        ("pictures.images=[]", "pictures.images"),
+        ("pictures.images=[nowhere.tar]", "nowhere.tar"),
         ("pictures.num_images=0", "pictures.num_images must be at least 1"),
-        ("flowtok.two_way=true", "direction=image_to_text needs flowtok.two_way=false"),
-        ("flow.direction=joint", "direction=joint needs flowtok.two_way=true"),
-        (
-            "projector_run=CHAIN/text_projector",
-            "reads another projector's z_T than that of .*: set projector_run=",
-        ),
-        (
-            "text_decoder_run=CHAIN/flowtok",
-            "is a run of stage 'flowtok', not of stage 'text_decoder'",
-        ),
+        ("flow.direction=joint", "flow.direction: .*'joint'"),
+        ("projector_run=CHAIN/text_projector", "reads another projector's z_T than that of"),
+        ("text_decoder_run=CHAIN/flowtok", "is a run of stage 'flowtok', .*'text_decoder'"),
     ],
 )
 def test_a_flow_to_text_that_could_not_be_read_is_refused(
@@ -464,9 +417,7 @@ def test_a_flow_to_the_latents_of_a_projector_that_was_trained_anew_is_refused(
     chain.run_in(tmp_path, "flowtok", *options)
     shutil.rmtree(decoder)
     shutil.copytree(chain.run_in(tmp_path / "other", "text_decoder", "training.seed=5"), decoder)
-    with pytest.raises(
-        ValueError, match="trained on what an earlier stage gave before it changed: .*projector was"
-    ):
+    with pytest.raises(ValueError, match="an earlier stage has changed since .*projector was"):
         chain.run_in(tmp_path, "flowtok", *options)
 
 
@@ -480,14 +431,15 @@ def test_text_states_are_the_same_stored_or_encoded(chain, tmp_path):
         reset_accelerate()
         config = chain.config("flowtok", f"data.shards=[{folder}/tokens/*.tar]")
         run = start_run(tmp_path / "run", "fp32", seed=0)
-        tokens = open_stored_tokens(
-            run, config, load_tokens_info(config.data, 16, 4, config.tokenizer_run)
-        )
+        tokenizer = load_tokenizer(config.tokenizer_run)
+        info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
+        text_config = text_encoder_config(config.tokenizer_run)
+        tokens = open_stored_tokens(run, config.data, config.training, info, text_config)
         assert (tokens.text_encoder is None) == (folder == chain.folder)
         batch = next(iter(tokens.loader))
         states.append((batch["key"], tokens.text_states(batch)))
     (keys, stored), (other_keys, encoded) = states
-    assert keys == other_keys and stored.shape == (8, 16, 32)
+    assert keys == other_keys and stored.shape == (8, 16, 64)
     torch.testing.assert_close(stored, encoded, rtol=1e-3, atol=1e-3)
 
 
@@ -507,26 +459,8 @@ def test_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "override", "message"),
     [
-        (
-            "tokenizer",
-            "tokenizer.text_tokens=8",
-            "tokenizer.text_tokens x text_width = 8 x 32, but .* gives 16 x 32",
-        ),
-        (
-            "text_projector",
-            "projector.text_width=16",
-            "gives 16 x 32 text states, the config expects",
-        ),
-        (
-            "text_projector",
-            "projector.token_channels=8",
-            "holds 16 x 4 tokens, the config expects 16 x 8",
-        ),
-        (
-            "flowtok",
-            "projector.width=32",
-            "text_projector is not this config's .there -> here.: projector.width: 16 -> 32$",
-        ),
+        ("tokenizer", "tokenizer.text_tokens=8", "tokenizer.text_tokens can't be set"),
+        ("flowtok", "projector.width=32", "projector is as in .*text_projector"),
         ("flowtok", "data.shards=[nowhere/*.tar]", "nowhere/tokens.json does not exist"),
         ("tokenizer", "data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),
         (

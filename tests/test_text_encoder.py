@@ -12,16 +12,13 @@ from conftest import TINY_CLIP
 from safetensors.torch import save_file
 
 from modeling import text_encoder
+from modeling.clip_weights import CONFIG_FILE, WEIGHTS_FILE, build_clip, save_clip
 from modeling.text_encoder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    TextEncoder,
+    ClipTextEncoder,
     TextEncoderConfig,
     TextTokenizer,
-    build_clip,
     clip_tokenizer,
     load_text_encoder,
-    save_clip,
 )
 
 L, T = 16, 32
@@ -46,7 +43,7 @@ def encoder(config):
 
 def test_states_pooled_at_the_end_token_and_projected_are_open_clips_text_features(tokenize):
     clip = build_clip(TINY_CLIP).eval()
-    encoder, ids = TextEncoder(copy.deepcopy(clip)), tokenize(CAPTIONS)
+    encoder, ids = ClipTextEncoder(copy.deepcopy(clip)), tokenize(CAPTIONS)
     states = encoder(ids)
     assert states.shape == (len(CAPTIONS), L, T) and states.dtype == torch.float32
     pooled = states[torch.arange(len(CAPTIONS)), ids.argmax(dim=-1)]
@@ -58,7 +55,7 @@ def test_tower_of_a_clip_that_keeps_it_in_text_is_found(tokenize):
     wrapper = torch.nn.Module()
     wrapper.text = copy.deepcopy(clip)
     assert torch.equal(
-        TextEncoder(wrapper)(tokenize(CAPTIONS)), TextEncoder(clip)(tokenize(CAPTIONS))
+        ClipTextEncoder(wrapper)(tokenize(CAPTIONS)), ClipTextEncoder(clip)(tokenize(CAPTIONS))
     )
 
 
@@ -90,15 +87,23 @@ def test_tower_is_frozen_and_stays_in_eval_mode(encoder, tokenize):
 
 
 def test_sizes_are_those_of_the_tower(encoder, tokenize):
-    assert (encoder.context_length, encoder.width) == (L, T)
+    assert encoder.shape == (L, T)
     assert tokenize.context_length == L
+
+
+def test_the_identity_follows_weights_and_activation():
+    exact, quick = build_clip(TINY_CLIP), build_clip(TINY_CLIP | {"quick_gelu": True})
+    quick.load_state_dict(exact.state_dict())
+    towers = map(ClipTextEncoder, (exact, copy.deepcopy(exact), quick, build_clip(TINY_CLIP)))
+    first, same, other_activation, other_weights = (tower.identity for tower in towers)
+    assert first == same and len({first, other_activation, other_weights}) == 3
 
 
 def test_folder_round_trip_gives_the_same_states(tmp_path, tokenize):
     clip = build_clip(TINY_CLIP)
     save_clip(clip, TINY_CLIP, tmp_path / "new" / "clip")
     loaded = load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path / 'new' / 'clip'}"))
-    assert torch.equal(loaded(tokenize(CAPTIONS)), TextEncoder(clip)(tokenize(CAPTIONS)))
+    assert torch.equal(loaded(tokenize(CAPTIONS)), ClipTextEncoder(clip)(tokenize(CAPTIONS)))
 
 
 def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(
@@ -112,16 +117,16 @@ def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeling.text_encoder.save_file", stop)
+        patch.setattr("modeling.clip_weights.save_file", stop)
         with pytest.raises(KeyboardInterrupt):
             save_clip(new, TINY_CLIP, folder)
     model = TextEncoderConfig(model=f"local-dir:{folder}")
     assert torch.equal(
-        load_text_encoder(model)(tokenize(CAPTIONS)), TextEncoder(old)(tokenize(CAPTIONS))
+        load_text_encoder(model)(tokenize(CAPTIONS)), ClipTextEncoder(old)(tokenize(CAPTIONS))
     )
     save_clip(new, TINY_CLIP, folder)
     assert torch.equal(
-        load_text_encoder(model)(tokenize(CAPTIONS)), TextEncoder(new)(tokenize(CAPTIONS))
+        load_text_encoder(model)(tokenize(CAPTIONS)), ClipTextEncoder(new)(tokenize(CAPTIONS))
     )
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
 
@@ -130,9 +135,7 @@ def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
     monkeypatch.setattr(
         "open_clip.get_tokenizer", lambda model: SimpleNamespace(context_length=64)
     )  # as HFTokenizer
-    with pytest.raises(
-        ValueError, match="text_encoder.model ViT-B-16-SigLIP has no CLIP BPE tokenizer"
-    ):
+    with pytest.raises(ValueError, match="text_encoder.model ViT-B-16-SigLIP"):
         TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP"))
 
 
@@ -174,34 +177,29 @@ def test_tokenizer_survives_pickling(tokenize):
     assert torch.equal(copied(CAPTIONS), tokenize(CAPTIONS)) and copied.context_length == L
 
 
-def test_unknown_model_is_refused():
-    with pytest.raises(ValueError, match="unknown open_clip model 'ViT-L-14-337'"):
-        load_text_encoder(TextEncoderConfig(model="ViT-L-14-337"))
-
-
-def test_named_model_without_weights_is_refused():
-    with pytest.raises(ValueError, match="text_encoder.pretrained is empty"):
-        load_text_encoder(TextEncoderConfig(model="ViT-B-32", pretrained=""))
-
-
-def test_unknown_weights_are_refused():
-    with pytest.raises(
-        ValueError,
-        match="pretrained=opena1 is neither a file nor a tag of ViT-B-32 .tags: openai, ",
-    ):
-        load_text_encoder(TextEncoderConfig(model="ViT-B-32", pretrained="opena1"))
+@pytest.mark.parametrize(
+    ("model", "pretrained", "key_and_value"),
+    [
+        ("ViT-L-14-337", "openai", "text_encoder.model: .*'ViT-L-14-337'"),
+        ("ViT-B-32", "", "text_encoder.pretrained is empty"),
+        ("ViT-B-32", "opena1", "text_encoder.pretrained=opena1 .*ViT-B-32 .tags: openai, "),
+    ],
+)
+def test_models_and_weights_that_do_not_exist_are_refused(model, pretrained, key_and_value):
+    with pytest.raises(ValueError, match=key_and_value):
+        load_text_encoder(TextEncoderConfig(model, pretrained))
 
 
 @pytest.mark.parametrize("load", [load_text_encoder, TextTokenizer])
 def test_missing_folder_is_refused_with_the_way_to_make_it(tmp_path, load):
-    with pytest.raises(ValueError, match=f"nowhere holds no {CONFIG_FILE}.*train_text_encoder"):
+    with pytest.raises(ValueError, match=f"text_encoder.model: .*nowhere.*{CONFIG_FILE}"):
         load(TextEncoderConfig(model=f"local-dir:{tmp_path / 'nowhere'}"))
 
 
 def test_folder_whose_writing_was_cut_short_is_refused(tmp_path):
     save_clip(build_clip(TINY_CLIP), TINY_CLIP, tmp_path)
     (tmp_path / CONFIG_FILE).unlink()
-    with pytest.raises(ValueError, match=f"holds no {CONFIG_FILE}"):
+    with pytest.raises(ValueError, match=f"text_encoder.model: .*{CONFIG_FILE}"):
         load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path}"))
 
 
@@ -214,8 +212,8 @@ def test_folder_without_weights_is_refused_instead_of_giving_a_random_tower(
 
 
 def test_model_without_a_token_embedding_is_refused():
-    with pytest.raises(ValueError, match="Linear is no CLIP text transformer"):
-        TextEncoder(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Linear"):
+        ClipTextEncoder(torch.nn.Linear(2, 2))
 
 
 PLAIN, QUICK = "tiny-for-tests", "tiny-for-tests-quickgelu"
@@ -293,14 +291,12 @@ def test_the_name_or_the_option_says_the_activation_of_a_file(named, tokenize):
     )
     with pytest.raises(ValueError) as error:
         load_text_encoder(TextEncoderConfig(PLAIN, file))
-    assert f"OpenAI, DFN or MetaCLIP: set text_encoder.model={QUICK}." in str(error.value)
+    assert f"set text_encoder.model={QUICK}" in str(error.value)
     assert "set text_encoder.exact_gelu=true" in str(error.value)
 
 
 def test_a_tag_whose_weights_want_the_other_activation_is_refused(hub):
-    with pytest.raises(
-        ValueError, match=f"the weights openai want QuickGELU, .*: set text_encoder.model={QUICK}"
-    ):
+    with pytest.raises(ValueError, match=f"openai .*set text_encoder.model={QUICK}"):
         load_text_encoder(TextEncoderConfig(PLAIN, "openai"))
     with pytest.raises(ValueError, match="set text_encoder.model=ViT-L-14-336-quickgelu"):
         load_text_encoder(TextEncoderConfig("ViT-L-14-336", "openai"))
@@ -313,9 +309,7 @@ def test_exact_gelu_is_refused_where_the_activation_is_said_already(named, hub, 
         (QUICK, "openai"),
         (f"local-dir:{tiny_clip_dir}", ""),
     ):
-        with pytest.raises(
-            ValueError, match="text_encoder.exact_gelu.*: leave it out|; leave it out"
-        ):
+        with pytest.raises(ValueError, match="text_encoder.exact_gelu.*leave it out"):
             load_text_encoder(TextEncoderConfig(model, pretrained, exact_gelu=True))
 
 
@@ -395,7 +389,7 @@ def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_re
     assert "\n" not in str(error.value)
     exec(re.search(r'python -c "(.+?)" and', str(error.value))[1], {})
     states = states_of(tokenize, PLAIN, f"{file}.safetensors", exact_gelu=True)
-    assert torch.equal(states, TextEncoder(rounded)(tokenize(CAPTIONS)))
+    assert torch.equal(states, ClipTextEncoder(rounded)(tokenize(CAPTIONS)))
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04"])

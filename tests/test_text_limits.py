@@ -65,14 +65,10 @@ def test_cells_are_percent():
 
 
 def test_the_program_writes_what_it_prints(chain, tmp_path, capsys):
-    experiment = tmp_path / "experiment"
-    experiment.mkdir()
     for path in chain.folder.iterdir():
-        (experiment / path.name).symlink_to(path)
-    config = chain.config("report")
-    config.experiment_dir = str(experiment)
-    main(config)
-    rows = json.loads((experiment / "text_limits.json").read_text())["rows"]
+        (tmp_path / path.name).symlink_to(path)
+    main(chain.config("report", f"experiment_dir={tmp_path}"))
+    rows = json.loads((tmp_path / "text_limits.json").read_text())["rows"]
     printed = capsys.readouterr().out
     assert len(rows) == 12 and f"| {mean_and_deviation(rows[0]['top5'])} |" in printed
     assert rows[2]["captions"] == pytest.approx(24)

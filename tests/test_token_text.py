@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from data.mixture import SourceConfig
+from data.token_text import TokenTextConfig, build_token_loader, read_tokens
 
 from data.filters import FilterConfig
-from data.mixture import SourceConfig
 from data.tar import write_shard
-from data.token_text import TokenTextConfig, build_token_loader, read_tokens
 
 torch.set_num_threads(1)
 K, C = 6, 4

@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.mixture import SourceConfig
-from data.token_text import TokenTextConfig
+from data.config import SourceConfig
+from data.readers import TokenTextConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from training.loading import fingerprint
 from training.loop import TrainingConfig, batch_per_process

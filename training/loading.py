@@ -58,7 +58,8 @@ def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:
     """
     config = read_run_config(run_dir)
     if key not in config:
-        raise ValueError(f"{run_dir} is a run of another stage: its {CONFIG_FILE} has no {key}")
+        stage = config.get("stage")
+        raise ValueError(f"{run_dir} is a run of stage {stage!r}: its {CONFIG_FILE} has no {key!r}")
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config[key]))
 
 
@@ -258,12 +259,12 @@ def load_pipeline(
         ValueError: a flow that goes from image to text, or a part that is absent or does not fit.
     """
     flow_dir = flow_folder(run_dir)
-    sampling = read_section(flow_dir, "sampling", SamplingConfig)
     if direction_of(flow_dir) == "image_to_text":
         raise ValueError(
             f"{flow_dir} flows from image to text: it makes captions (sample.py --caption), no "
             "images"
         )
+    sampling = read_section(flow_dir, "sampling", SamplingConfig)
     tokenizer_run, tokenizer = find_tokenizer(flow_dir)
     text_encoder = find_text_encoder(tokenizer_run, trained_with(flow_dir).get("text_encoder"))
     flow = load_flow(flow_dir)
@@ -282,12 +283,12 @@ def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner
         ValueError: a flow that goes from text to image, or a part that is not there any more.
     """
     flow_dir = captioning_run(run_dir)
-    sampling = read_section(flow_dir, "sampling", SamplingConfig)
     if direction_of(flow_dir) == "text_to_image":
         raise ValueError(
             f"{flow_dir} flows from text to image: captions need a run with "
             "flow.direction=image_to_text"
         )
+    sampling = read_section(flow_dir, "sampling", SamplingConfig)
     tokenizer_run, tokenizer = find_tokenizer(flow_dir)
     flow = load_flow(flow_dir)
     parts = Captioner(

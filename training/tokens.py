@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data.caption_text import CaptionTextConfig, build_caption_loader, read_captions
+from data.config import ReaderConfig
+from data.readers import TokenTextConfig, caption_reader, token_reader
 from data.storage import is_remote
-from data.token_text import TokenTextConfig, build_token_loader, read_tokens
 from modeling.posterior import Posterior
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
@@ -62,14 +62,9 @@ class StoredTokens:
         return next(self._read(number, number))
 
     def _read(self, batch_size: int, limit: int) -> Iterator[dict]:
-        return read_tokens(
-            self.data,
-            self.info.num_tokens,
-            self.info.token_channels,
-            self.tokenize,
-            batch_size,
-            limit=limit,
-        )
+        info = self.info
+        reader = token_reader(self.data, info.num_tokens, info.token_channels, self.tokenize)
+        return reader.once(batch_size, limit=limit)
 
 
 def open_stored_tokens(
@@ -91,11 +86,8 @@ def open_stored_tokens(
             "tokenizer's run: delete them and encode them again"
         )
     tokenize = None if info.has_text_states else encoder.tokenize
-    loader = build_token_loader(
-        data,
-        info.num_tokens,
-        info.token_channels,
-        tokenize,
+    reader = token_reader(data, info.num_tokens, info.token_channels, tokenize)
+    loader = reader.stream(
         batch_per_process(run, training),
         training.seed,
         run.accelerator.process_index,
@@ -112,7 +104,7 @@ class StoredCaptions:
 
     run: Run
     loader: StatefulDataLoader
-    data: CaptionTextConfig
+    data: ReaderConfig
     tokenize: Tokenizer
     text_encoder: TextEncoder
     has_text_states: bool
@@ -124,7 +116,7 @@ class StoredCaptions:
     def read(self, limit: int, shards: list[str] | None = None) -> Iterator[dict]:
         """The first captions in order; of other shards without looking for stored states."""
         has_text_states = self.has_text_states and shards is None
-        return read_captions(self.data, self.tokenize, has_text_states, 100, shards, limit)
+        return caption_reader(self.data, self.tokenize, has_text_states).once(100, shards, limit)
 
     def fit_whitening(self, projector: TextProjector) -> None:
         """Measure the projector's whitening of text states on the first captions, if it has one."""
@@ -134,15 +126,12 @@ class StoredCaptions:
 
 
 def open_stored_captions(
-    run: Run, data: CaptionTextConfig, training: TrainingConfig, text_config: TextEncoderConfig
+    run: Run, data: ReaderConfig, training: TrainingConfig, text_config: TextEncoderConfig
 ) -> StoredCaptions:
     """Open any shards with captions for this process."""
     encoder = load_text_encoder(text_config)
     has_text_states = all(holds_states_of(encoder, pattern) for pattern in data.all_shards())
-    loader = build_caption_loader(
-        data,
-        encoder.tokenize,
-        has_text_states,
+    loader = caption_reader(data, encoder.tokenize, has_text_states).stream(
         batch_per_process(run, training),
         training.seed,
         run.accelerator.process_index,

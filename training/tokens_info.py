@@ -8,8 +8,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.readers import TokenTextConfig
 from data.storage import is_remote
-from data.token_text import TokenTextConfig
 from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from training.files import write_json

@@ -1,0 +1,68 @@
+"""One function over many items in several processes, in order."""
+
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+
+def map_in_processes(
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int
+) -> Iterator[Any]:
+    """function(item) of each item, in order. After an error the others finish what they have begun.
+
+    Raises:
+        BrokenProcessPool: a worker was killed.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+        waiting: deque[Future] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(partial(_through_a_file, folder, function), item))
+                # no more than can be worked on: the items may be many
+                if len(waiting) == 2 * workers:
+                    yield _answer(waiting.popleft())
+            while waiting:
+                yield _answer(waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Let a worker end with its parent, also if that is killed: another run may write the same files meanwhile."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Ctrl-C reaches the parent, too, which says so
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def _through_a_file(folder: str, function: Callable[[Any], Any], item: Any) -> str:
+    """A pipe takes 4 kB at once: of a longer answer, a killed worker could leave a half, for which all would wait."""
+    result = pickle.dumps(function(item))
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(result)
+    return file.name
+
+
+def _answer(future: Future) -> Any:
+    path = Path(future.result())
+    result = pickle.loads(path.read_bytes())
+    path.unlink()
+    return result
