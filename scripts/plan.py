@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 from weakref import finalize
 
@@ -26,6 +27,7 @@ sys.path.insert(
 )  # run as a file, Python looks here only
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -59,14 +61,6 @@ GPUS = {
 }
 
 # Fake tensors
-
-# torch's formulas know attention by CUDA's kernels only
-ATTENTION = {
-    "_scaled_dot_product_flash_attention_for_cpu": flop_counter.sdpa_flop,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": flop_counter.sdpa_backward_flop,
-}
-for name, formula in ATTENTION.items():
-    flop_counter.register_flop_formula(getattr(torch.ops.aten, name), get_raw=True)(formula)
 
 
 class CudaLike(TorchFunctionMode):
@@ -148,17 +142,17 @@ def fake_machine(precision: str, num_gpus: int = 1) -> Iterator[tuple[Run, Meter
 
 @dataclass
 class Cost:
-    """Of one step."""
+    """Of one step on one GPU."""
 
     work: Workload  # its networks, fake
     flops: float  # of a sample
     peak: int  # bytes, without EMA and the buckets of DDP
 
 
-def measure_step(stage: Stage, num_gpus: int, batch_size: int, index: int = 0) -> Cost:
-    """Step `index` of a stage on one of the GPUs, at a batch per GPU and pass."""
-    training = getattr(stage.config, "training", None)
-    with fake_machine((training or stage.config).precision, num_gpus) as (run, meter):
+def measure_step(stage: Stage, num_gpus: int, batch_size: int, is_last: bool = True) -> Cost:
+    """The last step of a stage, which is its heaviest, or the first, at a batch per pass."""
+    training = stage.training
+    with fake_machine(stage.precision, num_gpus) as (run, meter):
         work = build_workload(stage, run)
         # A first update, with gradients of 0, makes the optimiser's moments.
         for network in work.networks.values():
@@ -169,7 +163,7 @@ def measure_step(stage: Stage, num_gpus: int, batch_size: int, index: int = 0) -
         passes = min(2, training.gradient_accumulation) if training else 1
         batches = [work.make_batch(batch_size) for _ in range(passes)]
         meter.flops, meter.peak = 0, meter.live
-        work.step(batches, index)
+        work.step(batches, training.max_steps - 1 if training and is_last else 0)
         return Cost(work, meter.flops / (passes * batch_size), meter.peak)
 
 
@@ -179,7 +173,6 @@ def tower_flops(stage: Stage) -> int:
         return 0
     with fake_machine("fp32") as (_, meter):
         tower = build_tower(stage.clip)
-        meter.flops = 0
         tower(torch.zeros(1, tower.shape[0], dtype=torch.int64))
         return meter.flops
 
@@ -200,10 +193,10 @@ def count_weights(work: Workload) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count} | {"trained": trained}
 
 
-def resident_bytes(work: Workload, num_gpus: int) -> dict[str, int]:
+def resident_gib(work: Workload, num_gpus: int) -> dict[str, float]:
     """What lies on a GPU all the time, and the gradients."""
     trained = count_weights(work)["trained"]
-    return {
+    sizes = {
         "weights": sum(num_bytes(network.module) for network in work.networks.values()),
         "ema": num_bytes(work.networks[""].module) if work.networks else 0,
         "optimizer_moments": 8 * trained,
@@ -211,6 +204,7 @@ def resident_bytes(work: Workload, num_gpus: int) -> dict[str, int]:
         "gradient_buckets": 4 * trained if num_gpus > 1 else 0,  # DDP's copy of the gradients
         "frozen": sum(map(num_bytes, work.frozen.values())),
     }
+    return {name: size / GIB for name, size in sizes.items()}
 
 
 # The plan
@@ -223,124 +217,95 @@ def make_plan(
     num_gpus: int = 8,
     share: float = 0.4,
 ) -> dict:
-    """Everything that --json prints.
+    """Everything that is printed; a stage that does not train has no steps, days and disk.
 
     Raises:
         ValueError: a bad config, a run of unknown sizes, or a batch that the GPUs can't share.
     """
     stage = read_stage(file, overrides)
-    config = stage.config
-    training = getattr(config, "training", None)  # None: stage tokens
-    if training:
-        training.compile = False  # fake tensors can't be compiled
-
-    # The machine, and the part of a batch that one GPU has in one pass.
-    memory, bf16, tf32 = GPUS[gpu]
-    precision = (training or config).precision
-    tflops = bf16 if precision == "bf16" else tf32
-    limit = memory * (1 - RESERVE)
-    machine = {"gpu": gpu, "num_gpus": num_gpus, "peak_tflops": tflops, "usable_gib": limit}
-    batch = training.batch_size if training else config.batch_size * num_gpus
+    config, training = stage.config, stage.training
+    memory, bf16_tflops, tf32_tflops = GPUS[gpu]
+    peak_tflops = bf16_tflops if stage.precision == "bf16" else tf32_tflops
+    usable_gib = memory * (1 - RESERVE)
+    batch_size = training.batch_size if training else num_gpus * config.batch_size
     passes = training.gradient_accumulation if training else 1
-    if batch % (num_gpus * passes):
+    if batch_size % (num_gpus * passes):
         raise ValueError(
-            f"training.batch_size {batch} is not divisible by --num-gpus x "
+            f"training.batch_size {batch_size} is not divisible by --num-gpus x "
             f"training.gradient_accumulation = {num_gpus} x {passes}"
         )
-    per_pass = batch // (num_gpus * passes)
+    batch = batch_size // (num_gpus * passes)
 
-    # Each activation checkpointing, at the last step, which is the heaviest.
-    costs, fits = {}, {}
-    for mode in MODES if hasattr(config, "activation_checkpointing") else MODES[:1]:
-        costs[mode], fits[mode] = fit_mode(stage, mode, per_pass, num_gpus, limit)
+    # Each activation checkpointing that the stage offers.
     chosen = getattr(config, "activation_checkpointing", "none")
+    costs, modes = {}, {}
+    for mode in MODES if hasattr(config, "activation_checkpointing") else MODES[:1]:
+        costs[mode], modes[mode] = fit_mode(with_mode(stage, mode), num_gpus, batch, usable_gib)
     cost = costs[chosen]
-    resident = resident_bytes(cost.work, num_gpus)
-    tower = tower_flops(stage)
-
-    # All steps; before the discriminator's start they cost less.
-    flops = cost.flops
-    if training and "discriminator_" in cost.work.networks:
-        early_share = config.adversarial.start_step / training.max_steps
-        early = measure_step(with_mode(stage, chosen), num_gpus, per_pass, index=0).flops
-        flops = early_share * early + (1 - early_share) * flops
-    rate = share * num_gpus * tflops * 1e12 / flops  # samples/s
-    time = {"share_of_peak": share, "samples_per_second": rate}
-    disk = {}
-    if training:
-        time["days"] = training.max_steps * batch / rate / DAY
-        kept = sum(resident[name] for name in ("weights", "ema", "optimizer_moments")) / GIB
-        # One checkpoint more than are kept is there while it is written.
-        disk = {"checkpoint_gib": kept, "run_gib": kept * (training.keep_checkpoints + 1)}
-
-    return {
+    resident = resident_gib(cost.work, num_gpus)
+    rate = share * num_gpus * peak_tflops * 1e12 / mean_flops(stage, cost, num_gpus, batch)
+    plan = {
         "config": str(file),
         "stage": config.stage,
-        "machine": machine,
-        "run": {
-            "precision": precision,
-            "max_steps": training.max_steps if training else None,
-            "batch_size": batch,
-            "batch_per_gpu_and_pass": per_pass,
-            "activation_checkpointing": chosen,
-        },
+        "machine": {"gpu": gpu, "num_gpus": num_gpus, "usable_gib": usable_gib},
+        "run": {"precision": stage.precision, "batch_size": batch_size, "batch_per_pass": batch},
         "weights": count_weights(cost.work),
         "gflop_per_sample": {
-            "text_tower": tower / 1e9,
+            "text_tower": tower_flops(stage) / 1e9,
             "recompute": (cost.flops - costs["none"].flops) / 1e9,
             "total": cost.flops / 1e9,
         },
-        "memory_gib": {name: size / GIB for name, size in resident.items()},
-        "activation_checkpointing": fits,
-        "time": time,
-        "disk": disk,
+        "memory_gib": resident | {"peak": modes[chosen]["peak_gib"]},
+        "activation_checkpointing": modes | {"chosen": chosen},
+        "time": {"tflops": peak_tflops, "share": share, "samples_per_second": rate},
     }
+    if training:
+        plan["time"]["days"] = training.max_steps * batch_size / rate / DAY
+        checkpoint = sum(resident[name] for name in ("weights", "ema", "optimizer_moments"))
+        # One checkpoint more than are kept is there while it is written.
+        disk = {"checkpoint": checkpoint, "run": checkpoint * (training.keep_checkpoints + 1)}
+        plan["disk_gib"] = disk
+    return plan
 
 
 def with_mode(stage: Stage, mode: str) -> Stage:
     """The stage with another activation checkpointing, if it offers one."""
-    if not hasattr(stage.config, "activation_checkpointing"):
-        return stage
-    return replace(stage, config=replace(stage.config, activation_checkpointing=mode))
+    config = stage.config
+    if hasattr(config, "activation_checkpointing"):
+        config = replace(config, activation_checkpointing=mode)
+    return replace(stage, config=config)
 
 
-def fit_mode(
-    stage: Stage, mode: str, batch: int, num_gpus: int, limit_gib: float
-) -> tuple[Cost, dict]:
-    """The cost of the last step with an activation checkpointing, and what fits a GPU."""
-    stage, training = with_mode(stage, mode), getattr(stage.config, "training", None)
-    last = training.max_steps - 1 if training else 0
-    cost, more = (measure_step(stage, num_gpus, n, last) for n in (batch, batch + PROBE_BATCH))
-    resident = resident_bytes(cost.work, num_gpus)
-    peak = cost.peak + resident["ema"] + resident["gradient_buckets"]
-    a_sample = (more.peak - cost.peak) / PROBE_BATCH
-    room = limit_gib * GIB - peak
+def fit_mode(stage: Stage, num_gpus: int, batch: int, usable_gib: float) -> tuple[Cost, dict]:
+    """A stage's cost at a batch per GPU and pass, and what fits a GPU."""
+    cost = measure_step(stage, num_gpus, batch)
+    resident = resident_gib(cost.work, num_gpus)
+    peak_gib = cost.peak / GIB + resident["ema"] + resident["gradient_buckets"]
+    more = measure_step(stage, num_gpus, batch + PROBE_BATCH).peak - cost.peak
+    gib_per_sample = more / PROBE_BATCH / GIB
     return cost, {
-        "peak_gib": peak / GIB,
-        "fits": room >= 0,
-        "largest_batch": max(0, batch + int(room // a_sample)),
-        "mib_per_sample": a_sample / 2**20,
+        "peak_gib": peak_gib,
+        "fits": peak_gib <= usable_gib,
+        "largest_batch": max(0, batch + int((usable_gib - peak_gib) // gib_per_sample)),
+        "mib_per_sample": 1024 * gib_per_sample,
         "gflop_per_sample": cost.flops / 1e9,
     }
 
 
-def print_plan(plan: dict) -> None:
-    """The plan as text: a line for each value, a table of the modes."""
-    for name, part in plan.items():
-        if name == "activation_checkpointing":
-            print("activation_checkpointing, each at this batch per GPU and pass:")
-            columns = list(part["none"])
-            print("  " + "".join(f"{column:>18}" for column in ["", *columns]))
-            for mode, row in part.items():
-                cells = [mode, *(f"{value:.4g}" for value in row.values())]
-                print("  " + "".join(f"{cell:>18}" for cell in cells))
-        elif isinstance(part, dict):
-            print(name)
-            for key, value in part.items():
-                text = f"{value:,.2f}" if isinstance(value, float) else value
-                print(f"  {key:<26}{text:>18}")
-        else:
-            print(f"{name}: {part}")
+def mean_flops(stage: Stage, cost: Cost, num_gpus: int, batch: int) -> float:
+    """Of a sample over all steps: before the discriminator's start a step costs less."""
+    if "discriminator_" not in cost.work.networks:
+        return cost.flops
+    first = measure_step(stage, num_gpus, batch, is_last=False)
+    early = stage.config.adversarial.start_step / stage.training.max_steps
+    return early * first.flops + (1 - early) * cost.flops
+
+
+def rounded(value: Any) -> Any:
+    """Nested values with four digits."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -354,16 +319,16 @@ def main() -> None:
     parser.add_argument("--num-gpus", type=int, default=8, help="of the whole job")
     parser.add_argument("--share", type=float, default=0.4, help="of the peak that is reached")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.num_gpus < 1 or not 0 < args.share <= 1:
         parser.error(f"--num-gpus {args.num_gpus} or --share {args.share} is out of range")
     plan = exit_on_error(
         lambda: make_plan(args.file, args.overrides, args.gpu, args.num_gpus, args.share)
     )
     if args.json:
-        print(json.dumps(plan, indent=2))
+        print(json.dumps(plan))
     else:
-        print_plan(plan)
+        print(yaml.safe_dump(rounded(plan), sort_keys=False, default_flow_style=None, width=100))
 
 
 if __name__ == "__main__":

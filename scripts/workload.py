@@ -1,7 +1,7 @@
 """The real work of every stage on made-up batches and random weights, for plan.py and benchmark.py.
 
-`build_workload` gives a stage's own step: its networks, losses and optimiser, with no data and no
-weights file. `read_stage` completes the networks' configs first: what a stage takes from earlier
+`build_workload` gives a stage's own step: its networks, losses and optimiser, without data, weights
+files and compilation. `read_stage` completes the networks' configs first: what a stage takes from earlier
 runs comes from the run's folder or, if it is not there, from the YAML that makes it
 (configs/X/STAGE.yaml makes runs/X/STAGE).
 """
@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.utils import flop_counter
 
 import train_flowtok
 import train_text_decoder
@@ -31,6 +32,7 @@ from modeling.losses import freeze_unused_alignment
 from modeling.text_encoder import ClipTextEncoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from scripts import encode_tokens, train_text_encoder
+from training.loop import TrainingConfig
 from training.optim import OptimizedNetwork, descend
 from training.run import CONFIG_FILE, Run
 from training.stage import StageConfig, TrainedStage
@@ -46,6 +48,14 @@ STAGES: dict[str, type[StageConfig]] = {
     "text_decoder": train_text_decoder.TextDecoderStage,
     "flowtok": train_flowtok.FlowTokStage,
 }
+
+# torch counts FLOPs of attention by CUDA's kernels only
+for kernel, formula in (
+    ("_scaled_dot_product_flash_attention_for_cpu", flop_counter.sdpa_flop),
+    ("_scaled_dot_product_flash_attention_for_cpu_backward", flop_counter.sdpa_backward_flop),
+):
+    register = flop_counter.register_flop_formula(getattr(torch.ops.aten, kernel), get_raw=True)
+    register(formula)
 
 # Sizes from earlier runs
 
@@ -115,6 +125,16 @@ class Stage:
     clip: dict | None  # open_clip's model config of the text tower; None: the stage has none
     tokenizer: ImageTokenizerConfig
 
+    @property
+    def training(self) -> TrainingConfig | None:
+        """None: the stage does not train."""
+        return self.config.training if isinstance(self.config, TrainedStage) else None
+
+    @property
+    def precision(self) -> str:
+        """fp32 or bf16."""
+        return (self.training or self.config).precision
+
 
 def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     """A YAML, completed by what earlier runs know.
@@ -162,9 +182,8 @@ class Workload:
     step: Callable[[Sequence[dict], int], Any]  # (batches, index)
 
 
-def build_workload(stage: Stage, run: Run, with_tower: bool = True) -> Workload:
-    """The step of any stage. with_tower: False for stored text states, in stages 2 and 3."""
-    tower = build_tower(stage.clip).to(run.device) if stage.clip and with_tower else None
+def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workload:
+    """The step of any stage. stored_states: stages 2 and 3 read text states, and run no tower."""
     builders = {
         train_text_encoder.TextEncoderStage: clip_workload,
         train_tokenizer.TokenizerStage: tokenizer_workload,
@@ -173,7 +192,9 @@ def build_workload(stage: Stage, run: Run, with_tower: bool = True) -> Workload:
         train_text_decoder.TextDecoderStage: caption_workload,
         train_flowtok.FlowTokStage: token_workload,
     }
-    return builders[type(stage.config)](stage, run, tower)
+    build = builders[type(stage.config)]
+    has_tower = stage.clip is not None and not (stored_states and build is token_workload)
+    return build(stage, run, build_tower(stage.clip).to(run.device) if has_tower else None)
 
 
 def one_network(
@@ -187,7 +208,7 @@ def one_network(
     """A stage whose step is one update."""
     training = config.training
     network = OptimizedNetwork(run, model, config.optimizer, training.max_gradient_norm)
-    network.wrap(training.compile)
+    network.wrap()
 
     def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
         return descend(network, batches, losses, index, training.max_steps)
@@ -227,7 +248,7 @@ def tokenizer_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Worklo
         optimizer = config.discriminator_optimizer
         networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
     for network in networks.values():
-        network.wrap(config.training.compile)
+        network.wrap()
     parts = train_tokenizer.Parts(run, tower, distance)
     frozen = {"text_tower": tower, "perceptual": distance}
     return Workload(
