@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TypeVar
 
 import yaml
 
+from configs.launchers import report_error
 from configs.load import load_config, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,18 +18,25 @@ MAX_MESSAGE = 5000  # characters; a hostile name or value may be longer
 T = TypeVar("T")
 
 
+class Parser(argparse.ArgumentParser):
+    """Command lines whose errors end in one line as well."""
+
+    def error(self, message: str):
+        raise ValueError(f"command line: {message}; see --help")
+
+
 def parse_stage_args(stage: type[T], description: str | None) -> T:
     """The config that a stage program's command line names: --config FILE key=value ...
 
     --print shows the resolved config and ends. A bad config ends with one line and status 2.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, type=Path, help="a YAML of this stage")
     parser.add_argument("--print", action="store_true", help="show the resolved config and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
+    args = exit_on_error(parser.parse_intermixed_args)
     config = exit_on_error(lambda: load_config(stage, args.config, args.overrides))
     if args.print:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
@@ -41,7 +48,7 @@ def exit_on_error(action: Callable):
     """Run `action`; an error that is the user's, the data's or a machine's ends with one line.
 
     Those are ValueError, FloatingPointError (numbers gone wild) and OSError (disks, processes).
-    The exit status is 2.
+    The exit status is 2; of several processes with the same error, one prints it.
     """
     try:
         return action()
@@ -50,7 +57,7 @@ def exit_on_error(action: Callable):
         frame = next(filter(is_ours, reversed(frames)), frames[-1])
         message = printable(one_line(error)[:MAX_MESSAGE]) or type(error).__name__
         place = f"{Path(frame.filename).name}:{frame.lineno}"
-        print(f"error: {message} ({place})", file=sys.stderr, flush=True)
+        report_error(f"error: {message} ({place})")
         raise SystemExit(2) from None
 
 

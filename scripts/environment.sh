@@ -5,7 +5,7 @@
 #   run COMMAND ...                        echoes a command, then runs it (DRY_RUN=1: only echoes it)
 #
 # An active virtual environment (venv or conda) is used as it is: what it lacks is named, and nothing is installed into
-# it. Otherwise .venv in the repo root is made, and filled whenever the requirements changed. Interrupted: run again.
+# it. Otherwise .venv in the repo root is made, and what it lacks is installed. Interrupted: run again.
 
 run() {
     local words
@@ -14,69 +14,55 @@ run() {
     [[ ${DRY_RUN:-0} != 0 ]] || "$@"
 }
 
-set_up_environment() {
-    local requirements=$1 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+set_up_environment() { # REQUIREMENTS
+    local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}} missing
     PYTHON=${active:-.venv}/bin/python
-    [[ ${DRY_RUN:-0} == 0 ]] || return 0
+    missing=$(list_missing "$1")
+    [[ -n $missing ]] || return 0
     if [[ -n $active ]]; then
-        check_active_environment "$requirements" "$active"
-    else
-        fill_own_environment "$requirements"
+        echo "error: the active environment $active lacks $missing; install it: $PYTHON -m pip install -r $1" \
+            "(or deactivate the environment: then .venv is made in this folder and used)" >&2
+        exit 2
     fi
-}
-
-check_active_environment() {
-    local requirements=$1 active=$2 lacking
-    [[ -x $PYTHON ]] || { echo "The active environment $active has no bin/python: deactivate it." >&2; exit 2; }
-    lacking=$("$PYTHON" - "$requirements" <<'EOF'
-import re
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
-
-def lacking(requirements):
-    for line in Path(requirements).read_text().splitlines():
-        if line.startswith("-r "):
-            yield from lacking(line.split()[1])
-        elif match := re.match(r"([\w-]+)>=([\d.]+)", line):
-            name, wanted = match.groups()
-            try:
-                found = version(name)
-            except PackageNotFoundError:
-                yield name
-                continue
-            release = re.match(r"[\d.]*\d", found).group()  # 2.6.0a0+cu126 -> 2.6.0
-            if [int(part) for part in release.split(".")] < [int(part) for part in wanted.split(".")]:
-                yield f"{name}>={wanted} (it has {found})"
-
-
-print(", ".join(lacking(sys.argv[1])))
-EOF
-    )
-    [[ -z $lacking ]] && return
-    {
-        echo "The active environment $active lacks: $lacking"
-        echo "Install what is missing:  $PYTHON -m pip install -r $requirements"
-        echo "or deactivate it: then .venv in this folder is made and used."
-    } >&2
-    exit 2
-}
-
-fill_own_environment() {
-    local requirements=$1 stamp=.venv/installed-$1.cksum wanted
-    wanted=$(cat requirements*.txt | cksum)
-    [[ -x $PYTHON && $(cat "$stamp" 2>/dev/null) == "$wanted" ]] && return
-    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        echo "Python >= 3.10 is needed; python3 is $(python3 --version 2>&1 || echo missing)." >&2
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "error: Python >= 3.10 is needed, python3 is $(python3 --version 2>&1)" >&2
         exit 2
     fi
     (
         if command -v flock >/dev/null; then flock 9; fi # machines that share this folder take turns; macOS has no flock
-        [[ -x $PYTHON && $(cat "$stamp" 2>/dev/null) == "$wanted" ]] && exit
+        [[ -n $(list_missing "$1") ]] || exit 0
         "$PYTHON" -m pip --version >/dev/null 2>&1 || run python3 -m venv --clear .venv
-        run "$PYTHON" -m pip install -r "$requirements"
-        echo "$wanted" >"$stamp.tmp"
-        mv "$stamp.tmp" "$stamp" # last: an interrupted installation leaves no stamp
+        run "$PYTHON" -m pip install -r "$1"
     ) 9>.venv.lock
+}
+
+list_missing() { # REQUIREMENTS -> those that PYTHON lacks, comma-separated
+    [[ -x $PYTHON ]] || { echo "$PYTHON"; return; }
+    "$PYTHON" - "$1" <<'EOF'
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+
+def read(path):
+    for line in open(path):
+        if line.startswith("-r "):
+            yield from read(line.split()[1])
+        elif match := re.match(r"([\w-]+)>=([\d.]+)", line):
+            yield match.groups()
+
+
+def numbers(text):  # 2.6.0a0+cu126 -> [2, 6, 0]
+    return [int(number) for number in re.match(r"[\d.]*\d", text).group().split(".")]
+
+
+missing = []
+for name, wanted in read(sys.argv[1]):
+    try:
+        if numbers(version(name)) < numbers(wanted):
+            missing.append(f"{name}>={wanted}")
+    except PackageNotFoundError:
+        missing.append(name)
+print(", ".join(missing))
+EOF
 }

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.flow_model import FlowModel
+from modeling.flow import FlowConfig
+from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.text_projector import TextProjectorConfig
@@ -21,16 +22,16 @@ from training.optim import (
 
 def tokenizer():
     size = TransformerSize(16, 1, 2)
-    return ImageTokenizer(ImageTokenizerConfig(16, 8, 4, 4, size, size, True, 4, 8))
+    config = ImageTokenizerConfig(16, 8, 4, 4, size, size, text_tokens=4, text_width=8)
+    return ImageTokenizer(config)
 
 
 def flow():
     projector = TextProjectorConfig(
         text_tokens=4, text_width=8, width=16, depth=1, num_heads=2, mlp_width=16, token_channels=4
     )
-    return FlowModel(
-        projector, FlowTokConfig(num_tokens=4, token_channels=4, width=16, depth=1, num_heads=2)
-    )
+    flowtok = FlowTokConfig(num_tokens=4, token_channels=4, width=16, depth=1, num_heads=2)
+    return build_flow(projector, flowtok, FlowConfig())
 
 
 def test_warmup_is_linear_and_ends_at_the_peak():

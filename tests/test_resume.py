@@ -19,9 +19,10 @@ from tiny_experiment import PROGRAMS, equal, metrics, weights
 import train_flowtok
 import train_text_decoder
 import train_tokenizer
+from modeling.fingerprint import fingerprint
 from scripts import encode_tokens
 from training import checkpoint as ckpt
-from training.loading import fingerprint, load_projector
+from training.loading import load_projector
 from training.tokens_info import TokensInfo
 
 ROOT = Path(__file__).parents[1]

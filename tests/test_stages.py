@@ -106,7 +106,7 @@ LONG = {
         *OVERFIT,
         "training.max_steps=150",
         "data.flip_probability=0",
-        "optimizer.learning_rate=0.002",
+        "optimizer.learning_rate=0.0005",
     ],
     "tokenizer": [*OVERFIT, "training.max_steps=150", "data.flip_probability=0", *WIDE],
     "text_projector": [
@@ -267,7 +267,7 @@ def test_weights_of_another_network_or_from_two_sources_are_refused(chain, tmp_p
         chain.run_in(tmp_path, "flowtok", "projector_run=''", source, "flowtok.depth=2")
     with pytest.raises(ValueError, match="init_from=.* has a projector, and projector_run="):
         chain.run_in(tmp_path, "flowtok", source)
-    with pytest.raises(ValueError, match="is a run of stage 'tokenizer', .*'flowtok'"):
+    with pytest.raises(ValueError, match="is a run of stage 'tokenizer': .*'flowtok'"):
         chain.run_in(tmp_path, "flowtok", "projector_run=''", f"init_from={chain.folder}/tokenizer")
 
 
@@ -393,7 +393,7 @@ def test_one_batch_is_overfitted_by_the_flow_to_text(few, tmp_path):
         ("pictures.num_images=0", "pictures.num_images must be at least 1"),
         ("flow.direction=joint", "flow.direction: .*'joint'"),
         ("projector_run=CHAIN/text_projector", "reads another projector's z_T than that of"),
-        ("text_decoder_run=CHAIN/flowtok", "is a run of stage 'flowtok', .*'text_decoder'"),
+        ("text_decoder_run=CHAIN/flowtok", "is a run of stage 'flowtok': .*'text_decoder'"),
     ],
 )
 def test_a_flow_to_text_that_could_not_be_read_is_refused(

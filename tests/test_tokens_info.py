@@ -4,8 +4,8 @@ import pytest
 
 from data.config import SourceConfig
 from data.readers import TokenTextConfig
+from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
-from training.loading import fingerprint
 from training.loop import TrainingConfig, batch_per_process
 from training.run import start_run
 from training.tokens_info import LatentStats, TokensInfo, load_tokens_info

@@ -6,7 +6,7 @@ its tokenizer's run, and that one its text encoder. Where the experiment's folde
 parts are found beside the run.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -155,36 +155,50 @@ def load_projector(run_dir: str | Path) -> TextProjector:
     return load_ema(TextProjector(projector), run_dir)
 
 
-# The parts of a run, by their fingerprints
+# The parts that a run was trained with, by their fingerprints
 
 
-def first_match(parts: Iterable[T], identity: Callable[[T], str], wanted: str | None) -> T | None:
-    """The first part with the wanted fingerprint; None: any."""
-    return next((part for part in parts if wanted is None or identity(part) == wanted), None)
+def find_run(
+    flow_dir: Path,
+    stage: str,
+    load: Callable[[Path], T],
+    identity: Callable[[T], str],
+    wanted: str | None,
+) -> tuple[Path, T]:
+    """(run of another stage, what `load` makes of it): STAGE_run of a flow's config, or beside it.
 
+    Args:
+        wanted: the fingerprint; None, of a converted flow, takes the first that is there.
 
-def existing_runs(*folders: str | Path) -> list[Path]:
-    """Those of the folders that are runs."""
-    return [Path(folder) for folder in folders if (Path(folder) / CONFIG_FILE).is_file()]
+    Raises:
+        ValueError: no run is there, or none with the fingerprint.
+    """
+    named, beside = Path(read_run_config(flow_dir)[f"{stage}_run"]), flow_dir.parent / stage
+    for run in (named, beside):
+        if (run / CONFIG_FILE).is_file():
+            part = load(run)
+            if wanted in (None, identity(part)):
+                return run, part
+    raise ValueError(
+        f"{flow_dir} needs the {stage} {wanted or 'of any fingerprint'}, which is neither at "
+        f"{named} nor at {beside}: set {stage}_run in {flow_dir / CONFIG_FILE}"
+    )
 
 
 def find_tokenizer(flow_dir: Path) -> tuple[Path, ImageTokenizer]:
-    """(run, tokenizer) that a flow was trained with: as its config says, or beside it.
-
-    Raises:
-        ValueError: none is there, or none with the flow's fingerprint.
-    """
-    named, beside = read_run_config(flow_dir).tokenizer_run, flow_dir.parent / "tokenizer"
+    """(run, tokenizer) that a flow was trained with."""
     wanted = trained_with(flow_dir).get("tokenizer")
-    found = ((run, load_tokenizer(run)) for run in existing_runs(named, beside))
-    match = first_match(found, lambda part: fingerprint(part[1]), wanted)
-    if match is None:
-        raise ValueError(
-            f"{flow_dir} was trained with the tokenizer {wanted or '(of unknown fingerprint)'}, "
-            f"which is neither at {named} nor at {beside}: set tokenizer_run in "
-            f"{flow_dir / CONFIG_FILE}, or convert one there (scripts/convert_checkpoint.py)"
-        )
-    return match
+    return find_run(flow_dir, "tokenizer", load_tokenizer, fingerprint, wanted)
+
+
+def find_text_decoder(flow_dir: Path, projector: TextProjector) -> TextDecoder:
+    """What reads a flow's z_T. One trained on another projector's z_T would read nonsense."""
+
+    def projector_of(autoencoder: TextAutoencoder) -> str:
+        return fingerprint(autoencoder.projector)
+
+    wanted = fingerprint(projector)
+    return find_run(flow_dir, "text_decoder", load_autoencoder, projector_of, wanted)[1].decoder
 
 
 def text_encoder_config(tokenizer_run: str | Path) -> TextEncoderConfig:
@@ -212,36 +226,14 @@ def find_text_encoder(tokenizer_run: str | Path, wanted: str | None = None) -> T
     Raises:
         ValueError: none with that fingerprint.
     """
-    configs = text_encoder_configs(tokenizer_run)
     wanted = wanted or trained_with(tokenizer_run).get("text_encoder")
-    match = first_match(map(load_text_encoder, configs), lambda part: part.identity, wanted)
-    if match is None:
-        raise ValueError(
-            f"{tokenizer_run} was trained with the text encoder {wanted}, which "
-            f"{' and '.join(config.model for config in configs)} is not any more"
-        )
-    return match
-
-
-def find_text_decoder(flow_dir: Path, projector: TextProjector) -> TextDecoder:
-    """What reads a flow's z_T: where its config says, or beside the flow.
-
-    Args:
-        projector: the flow's; a decoder that was trained on another one's z_T would read nonsense.
-
-    Raises:
-        ValueError: none for this projector is there.
-    """
-    named, beside = read_run_config(flow_dir).text_decoder_run, flow_dir.parent / "text_decoder"
-    wanted = fingerprint(projector)
-    found = map(load_autoencoder, existing_runs(named, beside))
-    match = first_match(found, lambda part: fingerprint(part.projector), wanted)
-    if match is None:
-        raise ValueError(
-            f"{flow_dir} ends in the z_T of the projector {wanted}, and the text decoder for it is "
-            f"neither at {named} nor at {beside}: set text_decoder_run in {flow_dir / CONFIG_FILE}"
-        )
-    return match.decoder
+    configs = text_encoder_configs(tokenizer_run)
+    for config in configs:
+        text_encoder = load_text_encoder(config)
+        if wanted in (None, text_encoder.identity):
+            return text_encoder
+    models = " and ".join(config.model for config in configs)
+    raise ValueError(f"{tokenizer_run} needs the text encoder {wanted}, not that of {models}")
 
 
 # All parts
@@ -250,10 +242,7 @@ def find_text_decoder(flow_dir: Path, projector: TextProjector) -> TextDecoder:
 def load_pipeline(
     run_dir: str | Path, device: torch.device
 ) -> tuple[ImageGenerator, SamplingConfig]:
-    """All parts of an experiment for generation, and its default sampling.
-
-    Args:
-        run_dir: an experiment folder (with flowtok/ in it) or a stage-3 run folder.
+    """All parts of an experiment, or of a stage-3 run, for generation; and its default sampling.
 
     Raises:
         ValueError: a flow that goes from image to text, or a part that is absent or does not fit.
@@ -274,13 +263,10 @@ def load_pipeline(
 
 
 def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner, SamplingConfig]:
-    """All parts of an experiment for captions, and its default sampling.
-
-    Args:
-        run_dir: an experiment folder (with flowtok_caption/ in it) or a stage-3 run folder.
+    """All parts of an experiment, or of a stage-3 run, for captions; and its default sampling.
 
     Raises:
-        ValueError: a flow that goes from text to image, or a part that is not there any more.
+        ValueError: a flow that goes from text to image, or a part that is absent.
     """
     flow_dir = captioning_run(run_dir)
     if direction_of(flow_dir) == "text_to_image":

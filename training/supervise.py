@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
+from configs.launchers import report_error
 from training.run import Run, locked, process_group_timeout
 
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -227,9 +228,9 @@ def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
 
 def abort(reason: str) -> None:
     """End the program from a thread, whose exceptions do not reach the main one."""
-    print(f"error: {reason}. {CONTINUE}", file=sys.stderr, flush=True)
     for worker in multiprocessing.active_children():
         worker.kill()
+    report_error(f"error: {reason}. {CONTINUE}")
     os._exit(ABORT_STATUS)
 
 

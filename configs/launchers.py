@@ -1,0 +1,95 @@
+"""The error of a program is the last thing on the screen, under `accelerate launch` and torchrun too.
+
+Both answer a failed program with a traceback of their own, in which its one line is lost, and no
+exit status or option keeps them from it (accelerate's --quiet works for one process). So a program
+that has said what is wrong ends the launcher that waits for it: accelerate by SIGTERM, torchrun's
+agent, which turns that into a traceback as well, by SIGKILL; then the agent's other processes,
+which nobody else would end. A shell sees status 143 or 137 in place of the launchers' 1.
+
+The launcher is left alone when it has something to say: after a crash (a Python traceback, a
+signal) and after a clean stop. Without /proc, as on macOS, it always is.
+"""
+
+import fcntl
+import os
+import signal
+import sys
+from itertools import dropwhile
+from pathlib import Path
+
+# the name of their script, or the module after -m
+LAUNCHERS = {
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.launch",
+    "accelerate.commands.accelerate_cli",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+}
+
+
+def report_error(line: str) -> None:
+    """Print the error that ends this program and end its launcher; the caller exits.
+
+    Of several processes of one launch, the first one does so: most errors are found by all.
+    """
+    if is_first_of_launch():
+        print(line, file=sys.stderr, flush=True)
+        end_launcher(os.getppid())
+
+
+def is_first_of_launch() -> bool:
+    """Whether no other process of this machine's launch reports an error; if one does, wait for it.
+
+    They race for a lock on a file that only they share and nobody has to delete: their parent's
+    entry in /proc. The lock is held until the process ends.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        return True
+    try:
+        lock = os.open(f"/proc/{os.getppid()}/cmdline", os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return False
+
+
+def end_launcher(parent: int) -> None:
+    """End the parent of this process, if it is a launcher that waits for processes like this one."""
+    try:
+        if program_of(parent) not in LAUNCHERS:
+            return
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            os.kill(parent, signal.SIGTERM)
+            return
+        others = find_siblings(parent)
+        if len(others) + 1 < int(os.environ["LOCAL_WORLD_SIZE"]):
+            return  # one has crashed: how, the agent will say
+        os.kill(parent, signal.SIGKILL)
+        for pid in others:
+            os.killpg(pid, signal.SIGKILL)  # with its data workers: the agent gave it a group
+    except OSError:
+        pass  # ended by itself meanwhile, or not ours to end: the traceback stays
+
+
+def program_of(pid: int) -> str:
+    """The script or module that a Python process runs, "" if it is no Python process."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    if not Path(words[0]).name.startswith("python"):
+        return ""
+    rest = dropwhile(lambda word: word.startswith("-") and word != "-m", words[1:])
+    first = next(rest, "")
+    return next(rest, "") if first == "-m" else Path(first).name
+
+
+def find_siblings(parent: int) -> list[int]:
+    """The other living processes that torchrun's agent started for this run."""
+    run = f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']}".encode()
+    children = [path.read_text().split() for path in Path(f"/proc/{parent}/task").glob("*/children")]
+    pids = {int(pid) for threads in children for pid in threads} - {os.getpid()}
+    return [pid for pid in pids if run in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]

@@ -1,0 +1,253 @@
+"""Machines and processes of a job, and a stage that runs in them.
+
+The processes find each other by the variables that torchrun sets. They are started here, without
+accelerate's launcher or torchrun in between: a signal reaches the trainers, their exit status is
+the stage's, and no traceback but their own is printed.
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+STOPPED_STATUS = os.EX_TEMPFAIL  # of a training that stopped with a checkpoint, on a signal
+POLL_SECONDS = 0.1
+REPEAT_SECONDS = 2.0  # a program that starts up does not hear a request to stop
+GRACE_SECONDS = 10.0  # for the others, when one process failed
+# What another launcher left, which would make our processes wait for a group that nobody forms.
+FOREIGN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+FOREIGN += ("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """How many processes run where."""
+
+    num_machines: int
+    machine_rank: int
+    num_processes: int  # of the whole job
+    host: str  # of machine rank 0
+    port: int  # there
+    on_gpus: bool
+    num_threads: int  # OpenMP's, of each process
+
+    @property
+    def per_machine(self) -> int:
+        """Processes on this machine."""
+        return self.num_processes // self.num_machines
+
+    def __str__(self) -> str:
+        variables = {
+            "NUM_MACHINES": self.num_machines,
+            "MACHINE_RANK": self.machine_rank,
+            "MAIN_PROCESS_IP": self.host,
+            "MAIN_PROCESS_PORT": self.port,
+            "NUM_PROCESSES": self.num_processes,
+            "OMP_NUM_THREADS": self.num_threads,
+        }
+        values = " ".join(f"{name}={value}" for name, value in variables.items())
+        return f"{values} on {'GPUs' if self.on_gpus else 'the CPU'}"
+
+    def environments(self, variables: Mapping[str, str]) -> list[dict[str, str]]:
+        """The environment of each process on this machine."""
+        common = clean(variables) | {"OMP_NUM_THREADS": str(self.num_threads)}
+        if not self.on_gpus:
+            common["ACCELERATE_USE_CPU"] = "true"
+        if self.num_processes == 1:
+            return [common]
+        common |= {
+            "WORLD_SIZE": str(self.num_processes),
+            "LOCAL_WORLD_SIZE": str(self.per_machine),
+            "MASTER_ADDR": self.host,
+            "MASTER_PORT": str(self.port),
+        }
+        first = self.machine_rank * self.per_machine
+        return [
+            common | {"LOCAL_RANK": str(local_rank), "RANK": str(first + local_rank)}
+            for local_rank in range(self.per_machine)
+        ]
+
+
+def clean(variables: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what another launcher left in it."""
+    return {
+        name: value
+        for name, value in variables.items()
+        if name not in FOREIGN and not name.startswith("TORCHELASTIC_")
+    }
+
+
+def find_job(variables: Mapping[str, str], num_gpus: int, num_cores: int) -> Job:
+    """The job by the variables of train_flowtok.sh's header; unset ones: Slurm's, torchrun's.
+
+    Raises:
+        ValueError: a variable that can't be, by name and value.
+    """
+    variables = {name: value for name, value in variables.items() if value}
+    if variables.get("SLURM_LOCALID", variables.get("LOCAL_RANK", "0")) != "0":
+        raise ValueError("started more than once on a machine: start it once (--ntasks-per-node 1)")
+    variables = launcher_defaults(variables) | variables
+
+    # Machines, and where the first one is.
+    num_machines = read_number(variables, "NUM_MACHINES", default=1, least=1)
+    machine_rank = read_number(variables, "MACHINE_RANK", default=0, least=0)
+    if machine_rank >= num_machines:
+        raise ValueError(f"MACHINE_RANK={machine_rank} must be below NUM_MACHINES={num_machines}")
+    host = variables.get("MAIN_PROCESS_IP") or first_host(variables, num_machines)
+    port = read_number(variables, "MAIN_PROCESS_PORT", 29500 if num_machines > 1 else 0, least=0)
+
+    # Processes: one a GPU; without GPUs, one a machine with all of its cores.
+    num_processes = read_number(
+        variables, "NUM_PROCESSES", default=num_machines * max(num_gpus, 1), least=1
+    )
+    per_machine, rest = divmod(num_processes, num_machines)
+    if rest:
+        raise ValueError(
+            f"NUM_PROCESSES={num_processes}, of the whole job, must be a multiple of "
+            f"NUM_MACHINES={num_machines}"
+        )
+    if 0 < num_gpus < per_machine:
+        raise ValueError(
+            f"NUM_PROCESSES={num_processes} needs {per_machine} GPUs on each of {num_machines} "
+            f"machine(s); here are {num_gpus}"
+        )
+    threads = 1 if num_gpus else max(num_cores // per_machine, 1)
+    return Job(
+        num_machines=num_machines,
+        machine_rank=machine_rank,
+        num_processes=num_processes,
+        host=host,
+        port=port or free_port(),
+        on_gpus=num_gpus > 0,
+        num_threads=read_number(variables, "OMP_NUM_THREADS", default=threads, least=1),
+    )
+
+
+def launcher_defaults(variables: Mapping[str, str]) -> dict[str, str]:
+    """Our variables from those of Slurm, or of torchrun."""
+    if "SLURM_NNODES" in variables:
+        return {
+            "NUM_MACHINES": variables["SLURM_NNODES"],
+            "MACHINE_RANK": variables.get("SLURM_NODEID", "0"),
+        }
+    found = {}
+    if "WORLD_SIZE" in variables and "LOCAL_WORLD_SIZE" in variables:
+        num_processes = read_number(variables, "WORLD_SIZE", default=1, least=1)
+        per_machine = read_number(variables, "LOCAL_WORLD_SIZE", default=1, least=1)
+        found["NUM_PROCESSES"] = str(num_processes)
+        found["NUM_MACHINES"] = str(num_processes // per_machine)
+        found["MACHINE_RANK"] = variables.get("GROUP_RANK", "0")
+    names = {"MASTER_ADDR": "MAIN_PROCESS_IP", "MASTER_PORT": "MAIN_PROCESS_PORT"}
+    return found | {ours: variables[name] for name, ours in names.items() if name in variables}
+
+
+def read_number(variables: Mapping[str, str], name: str, default: int, least: int) -> int:
+    """A variable as a number."""
+    text = variables.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}={text} is not a number >= {least}")
+    return int(text)
+
+
+def first_host(variables: Mapping[str, str], num_machines: int) -> str:
+    """The host of machine rank 0: this one, or the first of a Slurm job.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    if num_machines == 1:
+        return "127.0.0.1"
+    nodes = variables.get("SLURM_JOB_NODELIST")
+    if not nodes or not shutil.which("scontrol"):
+        raise ValueError(f"NUM_MACHINES={num_machines}: set MAIN_PROCESS_IP to the host of rank 0")
+    command = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that systems hand out to whoever asks."""
+    while True:
+        port = random.SystemRandom().randint(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Runner:
+    """Runs one command at a time, and passes requests to stop on to its processes.
+
+    The first request, by whichever signal, asks trainers to finish their step, write a checkpoint
+    and end with STOPPED_STATUS; the second one ends the processes, the third one kills them.
+    """
+
+    def __init__(self):
+        self.requests = 0
+        self._processes: list[subprocess.Popen] = []
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame) -> None:
+        self.requests += 1
+        if not self._processes and self.requests > 1:
+            raise SystemExit(128 + number)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL)
+        for process in self._processes:
+            process.send_signal(numbers[min(self.requests, 3) - 1])
+
+    def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+        """Exit status of a command that runs once in each environment: that of the first failure.
+
+        The processes have sessions of their own: Ctrl-C in a terminal comes to this program only.
+        """
+        try:
+            for environment in environments:
+                process = subprocess.Popen(
+                    command, env=environment, start_new_session=True, preexec_fn=ignore_warnings
+                )
+                self._processes.append(process)
+            next_repeat = time.monotonic() + REPEAT_SECONDS
+            while any(process.poll() is None for process in self._processes):
+                statuses = [process.returncode for process in self._processes]
+                if failed := [s for s in statuses if s not in (None, 0, STOPPED_STATUS)]:
+                    return as_shell_status(failed[0])
+                if self.requests and time.monotonic() > next_repeat:
+                    self._pass_on()
+                    next_repeat += REPEAT_SECONDS
+                time.sleep(POLL_SECONDS)
+            statuses = [process.returncode for process in self._processes]
+            return as_shell_status(next((s for s in statuses if s), 0))
+        finally:
+            end(self._processes)
+            self._processes = []
+
+
+def ignore_warnings() -> None:
+    """In a new process: SIGUSR1 does not end it before it has a handler."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def as_shell_status(status: int) -> int:
+    """What a shell calls the end by a signal, 128 + N."""
+    return status if status >= 0 else 128 - status
+
+
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """End what still runs, by force in the end."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
