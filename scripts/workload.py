@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from modeling.losses import freeze_unused_alignment
 from modeling.text_encoder import ClipTextEncoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from scripts import encode_tokens, train_text_encoder
+from scripts.run_experiment.stages import program_of
 from training.loop import TrainingConfig
 from training.optim import OptimizedNetwork, descend
 from training.run import CONFIG_FILE, Run
@@ -40,14 +42,6 @@ from training.tokens import StoredCaptions, StoredTokens
 from training.tokens_info import projector_sizes, unknown_tokens
 
 MAX_TOKEN_ID = 49_000  # below CLIP's vocabulary
-STAGES: dict[str, type[StageConfig]] = {
-    "text_encoder": train_text_encoder.TextEncoderStage,
-    "tokenizer": train_tokenizer.TokenizerStage,
-    "tokens": encode_tokens.TokensStage,
-    "text_projector": train_text_projector.TextProjectorStage,
-    "text_decoder": train_text_decoder.TextDecoderStage,
-    "flowtok": train_flowtok.FlowTokStage,
-}
 
 # torch counts FLOPs of attention by CUDA's kernels only
 for kernel, formula in (
@@ -60,12 +54,15 @@ for kernel, formula in (
 # Sizes from earlier runs
 
 
+def stage_class(name: str) -> type[StageConfig]:
+    """The dataclass of a stage or of a round of it: that of flowtok_512 is stage flowtok's."""
+    module, schema = program_of(name)
+    return getattr(import_module(module), schema)
+
+
 def load_stage(file: Path, overrides: Sequence[str] = ()) -> StageConfig:
-    """A YAML by the stage that its name begins with: flowtok_512.yaml is of stage flowtok."""
-    fitting = [name for name in STAGES if file.stem.startswith(name)]
-    if not fitting:
-        raise ValueError(f"{file} is of none of the stages {', '.join(STAGES)}")
-    return load_config(STAGES[max(fitting, key=len)], file, list(overrides))
+    """The config of a YAML that is named after its stage."""
+    return load_config(stage_class(file.stem), file, list(overrides))
 
 
 def load_earlier(run_dir: str, file: Path) -> StageConfig:
@@ -80,7 +77,7 @@ def load_earlier(run_dir: str, file: Path) -> StageConfig:
     run = Path(run_dir)
     if (run / CONFIG_FILE).is_file():
         saved = OmegaConf.load(run / CONFIG_FILE)
-        schema = OmegaConf.structured(STAGES[saved.pop("stage")])
+        schema = OmegaConf.structured(stage_class(saved.pop("stage")))
         return OmegaConf.to_object(OmegaConf.merge(schema, saved))
     beside = file.resolve().with_name(f"{run.name}.yaml")
     usual = beside.parents[1] / run.parent.name / beside.name
@@ -144,6 +141,8 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     """
     file = Path(file)
     config = load_stage(file, overrides)
+    if config.stage == "report":
+        raise ValueError(f"{file}: stage report only reads runs")
     if isinstance(config, train_text_encoder.TextEncoderStage):
         return Stage(config, None, ImageTokenizerConfig())
     is_tokenizer = isinstance(config, train_tokenizer.TokenizerStage)
