@@ -202,7 +202,7 @@ def train_step(
     tokenizer = networks[""]
     start = config.adversarial.start_step
     is_adversarial = is_active(config.adversarial, index)
-    judge = networks["discriminator_"].module if is_adversarial else None
+    discriminator = networks["discriminator_"].module if is_adversarial else None
     max_steps = config.training.max_steps
     means: dict[str, Tensor] = {}
     pairs = []  # of images and reconstructions, for the discriminator
@@ -213,7 +213,9 @@ def train_step(
         with tokenizer.gradients(is_last=number == len(batches)) as model:
             states = encode_text(parts, batch)
             reconstructions, mean, logvar = model(images, states)
-            terms = generator_terms(config, parts, judge, images, reconstructions, mean, logvar)
+            terms = generator_terms(
+                config, parts, discriminator, images, reconstructions, mean, logvar
+            )
             tokenizer.backward(terms["loss"] / len(batches))
         add_mean(means, terms, len(batches))
         if is_adversarial:
@@ -223,19 +225,19 @@ def train_step(
         return means
 
     # Discriminator: the same images and reconstructions; its schedule begins at start_step.
-    discriminator = networks["discriminator_"]
+    learner = networks["discriminator_"]
     for number, (images, reconstructions) in enumerate(pairs, start=1):
-        with discriminator.gradients(is_last=number == len(pairs)) as model:
+        with learner.gradients(is_last=number == len(pairs)) as model:
             real, fake = model(torch.cat([images, reconstructions])).chunk(2)
-            terms = discriminator_terms(config, judge, real, fake)
-            discriminator.backward(terms["loss"] / len(pairs))
+            terms = discriminator_terms(config, discriminator, real, fake)
+            learner.backward(terms["loss"] / len(pairs))
         named = {f"discriminator/{name}": value for name, value in terms.items()}
         add_mean(means, named, len(pairs))
-    norm = discriminator.update(index - start, max_steps - start)
+    norm = learner.update(index - start, max_steps - start)
     means["discriminator/gradient_norm"] = norm
 
     # LeCam's averages follow the logits of the whole step.
-    judge.lecam.update(means["discriminator/real"], means["discriminator/fake"])
+    discriminator.lecam.update(means["discriminator/real"], means["discriminator/fake"])
     return means
 
 

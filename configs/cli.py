@@ -5,7 +5,7 @@ import dataclasses
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -30,18 +30,26 @@ def parse_stage_args(stage: type[T], description: str | None) -> T:
 
     --print shows the resolved config and ends. A bad config ends with one line and status 2.
     """
-    parser = Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="a YAML of this stage")
     parser.add_argument("--print", action="store_true", help="show the resolved config and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = exit_on_error(parser.parse_intermixed_args)
     config = exit_on_error(lambda: load_config(stage, args.config, args.overrides))
     if args.print:
-        print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
+        print(yaml.safe_dump(settable(config), sort_keys=False), end="")
         raise SystemExit
     return config
+
+
+def settable(config: Any) -> Any:
+    """A dataclass as nested values, without the fields that follow from other runs."""
+    if isinstance(config, dict):
+        return {name: settable(value) for name, value in config.items()}
+    if not dataclasses.is_dataclass(config):
+        return config
+    fields = [f for f in dataclasses.fields(config) if not f.metadata.get("derived")]
+    return {f.name: settable(getattr(config, f.name)) for f in fields}
 
 
 def exit_on_error(action: Callable):

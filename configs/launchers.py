@@ -14,6 +14,7 @@ import fcntl
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from itertools import dropwhile
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def is_first_of_launch() -> bool:
 def end_launcher(parent: int) -> None:
     """End the parent of this process, if it is a launcher that waits for processes like this one."""
     try:
-        if program_of(parent) not in LAUNCHERS:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+        if program_of(command.split("\0")) not in LAUNCHERS:
             return
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             os.kill(parent, signal.SIGTERM)
@@ -77,9 +79,8 @@ def end_launcher(parent: int) -> None:
         pass  # ended by itself meanwhile, or not ours to end: the traceback stays
 
 
-def program_of(pid: int) -> str:
-    """The script or module that a Python process runs, "" if it is no Python process."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+def program_of(words: Sequence[str]) -> str:
+    """The script or module that a Python command line runs, "" if it is no Python's."""
     if not Path(words[0]).name.startswith("python"):
         return ""
     rest = dropwhile(lambda word: word.startswith("-") and word != "-m", words[1:])
@@ -90,6 +91,8 @@ def program_of(pid: int) -> str:
 def find_siblings(parent: int) -> list[int]:
     """The other living processes that torchrun's agent started for this run."""
     run = f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']}".encode()
-    children = [path.read_text().split() for path in Path(f"/proc/{parent}/task").glob("*/children")]
+    children = [
+        path.read_text().split() for path in Path(f"/proc/{parent}/task").glob("*/children")
+    ]
     pids = {int(pid) for threads in children for pid in threads} - {os.getpid()}
     return [pid for pid in pids if run in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]

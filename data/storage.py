@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import fsspec
@@ -25,8 +25,7 @@ REMOTE_BUFFER = 1 << 22  # bytes of a request; a jump within them needs no other
 TRIES = 5  # in a row without a byte
 BACKOFF_SECONDS = 1.0  # before the second try, doubled for each further one
 TRY_AGAIN = {408, 425, 429}  # HTTP statuses below 500 that a later try may change
-# proxies as other programs find them; URLs as they are written, for they may be signed
-HTTP_OPTIONS = {"client_kwargs": {"trust_env": True}, "encoded": True}
+TIMEOUT_SECONDS = 30.0  # of a web server, without a byte
 
 
 class ShardError(ValueError):
@@ -100,7 +99,7 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, path: str):
-        options = HTTP_OPTIONS if path.startswith("http") else {}
+        options = http_options() if path.startswith("http") else {}
         self._fs, self._path = fsspec.url_to_fs(path, **options)
         self._file = self._size = None
         self._position = 0  # byte at which the next read starts
@@ -134,7 +133,8 @@ class RemoteFile(io.RawIOBase):
                 self._position += len(data)
                 buffer[: len(data)] = data
                 return len(data)
-        raise OSError(f"{str(failure) or type(failure).__name__} (try {attempt + 1})")
+        reason = " ".join(str(failure).split()) or type(failure).__name__
+        raise OSError(f"{reason} (try {attempt + 1})")
 
     def _read(self, size: int) -> bytes:
         if self._file is None:
@@ -160,6 +160,15 @@ class RemoteFile(io.RawIOBase):
         data = self._fs.cat_file(self._path)
         self._file = io.BytesIO(data)
         self._size = len(data)
+
+
+def http_options() -> dict[str, Any]:
+    """What fsspec tells its web client."""
+    import aiohttp  # only those that read from servers wait for it
+
+    timeout = aiohttp.ClientTimeout(sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS)
+    # proxies as other programs find them; URLs as they are written, for they may be signed
+    return {"client_kwargs": {"timeout": timeout, "trust_env": True}, "encoded": True}
 
 
 def may_pass(error: BaseException) -> bool:

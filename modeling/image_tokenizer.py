@@ -226,15 +226,16 @@ class ImageTokenizer(nn.Module):
         config = self.config
         for module in self.modules():
             init_linear_(module, std=config.init_std or None)
-        nn.init.constant_(
-            self.encoder.to_moments.bias[config.token_channels :], config.initial_logvar
-        )
+        logvar_bias = self.encoder.to_moments.bias[config.token_channels :]
+        nn.init.constant_(logvar_bias, config.initial_logvar)
         for part in (self.encoder, self.decoder):
             for parameter in part.parameters(recurse=False):  # tokens and positions
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        # The image starts near mid-grey, the smoothing convolution as the identity
         init_linear_(self.decoder.to_pixels, std=0.02)
-        nn.init.constant_(self.decoder.to_pixels.bias, 0.5)  # start near mid-grey
-        nn.init.dirac_(self.decoder.smooth.weight)  # the identity
+        nn.init.constant_(self.decoder.to_pixels.bias, 0.5)
+        nn.init.dirac_(self.decoder.smooth.weight)
+        # Tokens attend to those near them from the first step on
         if config.query_key_bias:
             for module in self.modules():
                 if isinstance(module, Attention):

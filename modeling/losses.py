@@ -129,6 +129,7 @@ def contrastive_loss(latents: Tensor, targets: Tensor, log_temperature: Tensor) 
     with torch.autocast(latents.device.type, enabled=False):
         z, a = flatten_normalize(latents), flatten_normalize(targets)  # B x LC
         z_all, a_all = gather_rows(z), gather_rows(a)  # (processes * B) x LC
+        # The match of row i is the same row of this process's part
         rank = dist.get_rank() if dist.is_initialized() else 0
         labels = torch.arange(len(z), device=z.device) + rank * len(z)
         scale = log_temperature.float().exp()

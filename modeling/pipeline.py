@@ -139,7 +139,8 @@ class ImageGenerator:
 
         `indices` number the images for their randomness (default 0..B-1).
         """
-        indices = list(range(len(captions))) if indices is None else indices
+        if indices is None:
+            indices = list(range(len(captions)))
         text_states = self.encode_text(captions)
         start = self.start(text_states, config, seed, indices)
         latents = self.transport(start, text_states, config)

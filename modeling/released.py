@@ -132,6 +132,7 @@ def convert_flow(
     sources = match(ours, FLOW_NAMES, tensors, tables)
     flowtok = replace(flowtok, num_heads=find_heads(flowtok, num_heads))
     converted = fill(ours, sources, tensors)
+    # Their LayerNorm divides by the unbiased deviation
     for name in converted:
         if re.fullmatch(GAINS, name):
             converted[name] *= math.sqrt((projector.width - 1) / projector.width)
@@ -212,6 +213,7 @@ def match(
     sources = {name: released_names(name, names) for name in ours}
     shapes = {name: table.shape for name, table in tables.items()}
     for name, theirs in sources.items():
+        # 1x1 convolutions have two more dimensions there; what is packed here has equal parts there
         shape = (*ours[name].shape, 1, 1) if name in CONVOLUTIONS else ours[name].shape
         shape = (shape[0] // len(theirs), *shape[1:]) if len(theirs) > 1 else shape
         shapes |= {one: shape for one in theirs}

@@ -97,6 +97,7 @@ class TextWhitening(nn.Module):
             total = total + rows.sum(0)
             products = products + rows.T @ rows
         mean = total / count
+        # Covariance = directions diag(variances) directions^T
         variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))
         floored = variances.clamp(min=0) + WHITENING_FLOOR * variances.mean()
         self.mean.copy_(mean)
@@ -242,11 +243,14 @@ class TextProjector(nn.Module):
                 f"text states are B x {tuple(text_states.shape[1:])}, the projector expects "
                 f"B x {expected}"
             )
+        # Blocks over the text states
         x = self.embed(self.whitening(text_states))  # B x L x W
         if self.positions is not None:
             x = x + self.positions
         for block in self.blocks:
             x = block(x)
+
+        # Moments: fixed_std takes the place of the log-variance, the linear skip adds to the mean
         moments = self.to_moments(self.norm_out(x))  # B x L x 2C, or C with a fixed deviation
         if self.config.fixed_std:
             logvar = torch.full_like(moments, 2 * math.log(self.config.fixed_std))

@@ -253,8 +253,8 @@ def token_parts(folder: Path) -> dict:
 def record_samples(runs: Path) -> dict:
     """Latents and images of two flows for each solver, the demo's captions of three held-out images."""
     import torch
-    from data.readers import ImageTextConfig, image_reader
 
+    from data.readers import ImageTextConfig, image_reader
     from training.loading import load_captioner, load_pipeline
 
     torch.set_num_threads(1)

@@ -149,7 +149,10 @@ def test_each_data_set_of_a_mixture_keeps_its_own_filters(chain, tmp_path, capti
 
 
 def test_states_of_one_caption_are_not_stored_for_several(chain):
-    for option in ("data.caption_keys=[json:captions]", "data.recaption_keys=[recap_txt]"):
+    for option in (
+        "data.captions.keys=[json:captions]",
+        "data.captions.recaption_keys=[recap_txt]",
+    ):
         with pytest.raises(
             ValueError, match="store_text_states=true stores the states of one caption"
         ):

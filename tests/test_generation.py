@@ -513,10 +513,11 @@ def test_retrieval_finds_the_own_image_among_the_reference(
     arguments = [*shards, "features=tokenizer", "metrics=[retrieval,frechet]"]
     found = evaluate(chain.folder, inputs, tmp_path / "a", *arguments)
     assert found["num_images"] == 24 and 0 <= found["metrics"]["retrieval_top1"] < 1
-    from data.image_text import ImageTextConfig, read_images
+    from data.readers import ImageTextConfig, image_reader
 
     data = ImageTextConfig(shards=[f"{tiny_shards}/train-00001.tar"])
-    true = torch.cat([batch["image"] for batch in read_images(data, 32, None, 24)]).float() / 255
+    batches = image_reader(data, 32, None).once(24)
+    true = torch.cat([batch["image"] for batch in batches]).float() / 255
     monkeypatch.setattr(
         ImageGenerator, "generate", lambda self, c, s, seed, indices: (true[indices], None)
     )

@@ -23,6 +23,8 @@ ALLOWED = {
     "eval": {"eval", "modeling", "data", "training"},
     "configs": {"configs", "eval", "modeling", "data", "training"},
 }
+# How an error ends is needed by training's threads, too: theirs can't come up anywhere else.
+ERRORS = ("training", "configs.launchers")
 OPEN_CLIP_USERS = ("modeling/clip_weights.py", "modeling/text_encoder.py")
 
 
@@ -73,7 +75,7 @@ def faults(path, text):
         top = name.split(".")[0]
         if name.startswith("."):
             found.append("relative import")
-        if top in OURS - allowed:
+        if top in OURS - allowed and (folder, name) != ERRORS:
             found.append(f"{folder} imports {top}")
         if top == "eval" and is_plain:
             found.append("import eval")  # would hide the builtin

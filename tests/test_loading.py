@@ -213,9 +213,9 @@ def test_a_captioner_finds_the_text_decoder_of_its_own_projector(tmp_path, tiny_
 @pytest.mark.parametrize(
     ("load", "key_and_value"),
     [
-        (load_tokenizer, "no tokenizer"),
-        (load_flow, "no flowtok"),
-        (lambda run: load_pipeline(run, CPU), "no flow$"),
+        (load_tokenizer, "no 'tokenizer'"),
+        (load_flow, "no 'flowtok'"),
+        (lambda run: load_pipeline(run, CPU), "no 'flow'"),
     ],
 )
 def test_a_run_of_another_stage_is_refused(tmp_path, load, key_and_value):

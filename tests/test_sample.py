@@ -199,7 +199,7 @@ def test_other_weights_where_the_config_points_are_not_used(chain, tmp_path, tin
 def test_a_missing_or_other_run_is_named(chain, tmp_path):
     with pytest.raises(ValueError, match="nothing is no run folder .* holds:"):
         draw(tmp_path / "nothing", "--prompts", "a cat")
-    with pytest.raises(ValueError, match=f"{chain.folder}/tokenizer .*no flow$"):
+    with pytest.raises(ValueError, match=f"{chain.folder}/tokenizer .*no 'flow'"):
         draw(chain.folder / "tokenizer", "--prompts", "a cat")
 
 

@@ -52,18 +52,18 @@ def one_source(paths, decode=decode):
 
 
 def make_stream(
-    paths, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7, max_bad_share=1.0
+    paths, batch_size=1, seed=0, rank=0, num_processes=1, shuffle_buffer=7, max_bad_share=1.0
 ):
     return mixed_stream(
-        one_source(paths), batch_size, seed, rank, world_size, shuffle_buffer, max_bad_share
+        one_source(paths), batch_size, seed, rank, num_processes, shuffle_buffer, max_bad_share
     )
 
 
 def mixed_stream(
-    sources, batch_size=1, seed=0, rank=0, world_size=1, shuffle_buffer=7, max_bad_share=1.0
+    sources, batch_size=1, seed=0, rank=0, num_processes=1, shuffle_buffer=7, max_bad_share=1.0
 ):
     return ShardStream(
-        sources, collate, batch_size, seed, rank, world_size, shuffle_buffer, max_bad_share
+        sources, collate, batch_size, seed, rank, num_processes, shuffle_buffer, max_bad_share
     )
 
 
@@ -110,7 +110,7 @@ def test_each_sample_once_per_epoch_over_two_ranks_and_two_workers(tmp_path, siz
     paths = make_shards(tmp_path, sizes)
     epochs = [Counter(), Counter()]
     for rank in range(2):
-        loader = build_loader(make_stream(paths, rank=rank, world_size=2), num_workers=2)
+        loader = build_loader(make_stream(paths, rank=rank, num_processes=2), num_workers=2)
         batches = take(iter(loader), 40)  # two epochs of two readers with ten samples each
         assert {batch["threads"] for batch in batches} == {1}
         for worker in range(2):
@@ -127,7 +127,7 @@ def test_each_sample_once_per_epoch_over_two_ranks_and_two_workers(tmp_path, siz
 def test_uneven_shards_still_give_each_sample_once_per_epoch(tmp_path, sizes, shuffle_buffer):
     paths = make_shards(tmp_path, sizes)
     readers = [
-        make_stream(paths, rank=r, world_size=3, shuffle_buffer=shuffle_buffer) for r in range(3)
+        make_stream(paths, rank=r, num_processes=3, shuffle_buffer=shuffle_buffer) for r in range(3)
     ]
     per_reader = [epoch_of_reader(reader, epochs=3) for reader in readers]
     for epoch in range(3):
@@ -144,17 +144,17 @@ def test_the_order_changes_with_epoch_and_seed_and_is_the_same_for_the_same_seed
 
 
 @pytest.mark.parametrize(
-    ("rank", "world_size", "keys", "draw"),
+    ("rank", "num_processes", "keys", "draw"),
     [
         (1, 2, [20, 17, 16, 18, 19, 15, 14, 3, 21, 0, 1, 2, 4, 6, 7, 8], 0.25859724700961184),
         (4, 5, [3, 14, 7, 19, 12, 9, 14, 4, 24, 19, 14, 4, 7, 19, 12, 2], 0.3580176680949253),
     ],
 )
 def test_the_order_stays_what_it_was_when_earlier_runs_were_made(
-    tmp_path, rank, world_size, keys, draw
+    tmp_path, rank, num_processes, keys, draw
 ):
     paths = make_shards(tmp_path, [5, 9, 8, 4])
-    batches = take(iter(make_stream(paths, seed=3, rank=rank, world_size=world_size)), 16)
+    batches = take(iter(make_stream(paths, seed=3, rank=rank, num_processes=num_processes)), 16)
     assert [int(key) for key in keys_of(batches)] == keys
     assert batches[-1]["draw"].item() == draw
 
@@ -180,7 +180,10 @@ def test_the_draws_of_a_sample_depend_on_its_epoch_and_not_on_who_reads_it(tmp_p
                 return found
             found[epoch, batch["key"][0]] = batch["draw"].item()
 
-    alone, halves = draws(2), [draws(2, rank=r, world_size=2, shuffle_buffer=3) for r in range(2)]
+    alone, halves = (
+        draws(2),
+        [draws(2, rank=r, num_processes=2, shuffle_buffer=3) for r in range(2)],
+    )
     assert halves[0] | halves[1] == alone
     assert len(set(alone.values())) == 48
 
@@ -292,7 +295,7 @@ def test_moved_shards_resume_and_other_settings_are_refused(tmp_path):
         ({"seed": 1}, "seed was 0, is 1"),
         ({"batch_size": 4}, "batch_size was 3, is 4"),
         ({"shuffle_buffer": 8}, "shuffle_buffer was 7, is 8"),
-        ({"rank": 1, "world_size": 2}, "world_size was 1, is 2"),
+        ({"rank": 1, "num_processes": 2}, "num_processes was 1, is 2"),
     ):
         with pytest.raises(ValueError, match=name):
             make_stream(paths, **{"batch_size": 3, **options}).load_state_dict(expected)
@@ -352,7 +355,7 @@ def test_an_epoch_without_a_usable_sample_stops_with_the_counts(tmp_path):
 def test_a_reader_without_samples_stops_and_does_not_hang(tmp_path):
     paths = make_shards(tmp_path, [2])
     with pytest.raises(ValueError, match="reader 2 of 3 found no usable sample"):
-        next(iter(make_stream(paths, rank=2, world_size=3)))
+        next(iter(make_stream(paths, rank=2, num_processes=3)))
 
 
 def test_an_error_in_a_worker_reaches_the_training_process(
@@ -415,7 +418,8 @@ def test_each_sample_of_each_source_once_per_epoch_over_two_ranks_and_two_worker
     epochs = {"a": [Counter(), Counter()], "b": [Counter(), Counter()]}
     for rank in range(2):
         batches = take(
-            iter(build_loader(mixed_stream(sources, rank=rank, world_size=2), num_workers=2)), 140
+            iter(build_loader(mixed_stream(sources, rank=rank, num_processes=2), num_workers=2)),
+            140,
         )
         for worker in range(2):
             mine = keys_of(batch for batch in batches if batch["worker"] == worker)
@@ -534,7 +538,7 @@ def test_the_rest_of_a_broken_shard_is_one_bad_sample_and_all_else_is_read_once(
     lost = range(sizes[0] + left, 2 * sizes[0])
     seen, skipped = Counter(), Counter()
     for rank in range(readers):
-        stream = make_stream(paths, rank=rank, world_size=readers, shuffle_buffer=5)
+        stream = make_stream(paths, rank=rank, num_processes=readers, shuffle_buffer=5)
         batches = iter(stream)
         batch = next(batches)
         while epoch_of(stream.state_dict()) < 3:
@@ -554,7 +558,7 @@ def test_a_reader_whose_only_shard_is_lost_goes_on_in_the_next_epoch(tmp_path):
     paths = make_shards(tmp_path, [3, 3])
     Path(paths[0]).unlink()
     for rank in range(2):
-        keys = keys_of(take(iter(make_stream(paths, rank=rank, world_size=2)), 6))
+        keys = keys_of(take(iter(make_stream(paths, rank=rank, num_processes=2)), 6))
         assert set(keys) == {"00003", "00004", "00005"}
 
 
@@ -678,7 +682,8 @@ def test_impossible_settings_are_refused(options):
 def test_with_other_readers_the_next_epoch_begins_and_is_seen_once(tmp_path, sizes, num_workers):
     paths, total = make_shards(tmp_path, sizes), sum(sizes)
     loaders = [
-        build_loader(make_stream(paths, rank=rank, world_size=2), num_workers) for rank in range(2)
+        build_loader(make_stream(paths, rank=rank, num_processes=2), num_workers)
+        for rank in range(2)
     ]
     for loader, count in zip(loaders, (3, 7), strict=True):
         batches = iter(loader)
@@ -697,7 +702,9 @@ def test_with_other_readers_the_next_epoch_begins_and_is_seen_once(tmp_path, siz
 def test_after_such_a_start_the_position_is_saved_and_restored_as_ever(tmp_path):
     paths = make_shards(tmp_path, [20] * 4)
     first, second = (build_loader(make_stream(paths), 0) for _ in range(2))
-    first.start_next_epoch([build_loader(make_stream(paths, rank=1, world_size=2), 0).state_dict()])
+    first.start_next_epoch(
+        [build_loader(make_stream(paths, rank=1, num_processes=2), 0).state_dict()]
+    )
     batches = iter(first)
     for _ in range(5):
         next(batches)
@@ -708,6 +715,6 @@ def test_after_such_a_start_the_position_is_saved_and_restored_as_ever(tmp_path)
 
 def test_states_of_other_data_do_not_set_the_epoch(tmp_path):
     paths = make_shards(tmp_path, [4, 4])
-    other = build_loader(make_stream(paths[:1], rank=1, world_size=2), 0)
+    other = build_loader(make_stream(paths[:1], rank=1, num_processes=2), 0)
     with pytest.raises(ValueError, match="num_shards was 1, is 2"):
         build_loader(make_stream(paths), 0).start_next_epoch([other.state_dict()])

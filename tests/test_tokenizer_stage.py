@@ -233,7 +233,7 @@ def test_a_frozen_encoder_without_sense_is_refused(chain, options, message):
 
 
 def test_a_run_of_another_kind_gives_no_tokenizer(chain, tmp_path):
-    with pytest.raises(ValueError, match="flowtok is a run of stage 'flowtok', .*'tokenizer'"):
+    with pytest.raises(ValueError, match="flowtok .*'flowtok'.*'tokenizer'"):
         chain.run_in(tmp_path, "tokenizer", f"init_from={chain.folder}/flowtok")
 
 

@@ -48,16 +48,19 @@ def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRE
         latents: image latents N x K x C.
         strengths: times the mean eigenvalue of K; positive.
     """
+    # Centred, so that the regression has no offset to learn
     inputs, targets = states.flatten(1).double(), latents.flatten(1).double()
     state_mean, latent_mean = inputs.mean(0), targets.mean(0)
     inputs, targets = inputs - state_mean, targets - latent_mean
     kernel = inputs @ inputs.T  # N x N
     best = None
     for strength in strengths:
+        # A = (K + s I)^-1, by Cholesky
         shift = strength * kernel.trace() / len(kernel)
         shifted = kernel + shift * torch.eye(len(kernel), dtype=kernel.dtype)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
         coefficients = inverse @ targets  # N x K C
+        # How well the others predict each sample
         residuals = coefficients / (inverse.diagonal() - 1 / (shift * len(kernel)))[:, None]
         top5 = retrieved(targets - residuals, targets)
         if best is None or top5 > best.top5:

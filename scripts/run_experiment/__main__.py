@@ -75,7 +75,9 @@ class Session:
         """Images or captions of a flow, unless they are newer than its checkpoints."""
         picture = picture_of(stage)
         checkpoints = Path(stage.config.run_dir) / "checkpoints"
-        if picture.is_file() and not any(is_newer(path, picture) for path in checkpoints.rglob("*")):
+        if picture.is_file() and not any(
+            is_newer(path, picture) for path in checkpoints.rglob("*")
+        ):
             print(f"{picture}: complete, nothing to do")
             return 0
         command = ["sample.py", "--run", stage.config.run_dir, "--output", str(picture)]
@@ -97,7 +99,9 @@ class Session:
     @property
     def go_on(self) -> str:
         """What to type next."""
-        return f"To go on, run the same command again: bash train_flowtok.sh {shlex.join(self.words)}"
+        return (
+            f"To go on, run the same command again: bash train_flowtok.sh {shlex.join(self.words)}"
+        )
 
 
 def count_cores() -> int:

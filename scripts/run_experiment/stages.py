@@ -72,13 +72,18 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
     stages = []
     for file in files:
         own = tuple(overrides_of(file.stem, overrides))
-        module, schema = program_of(file.stem)
         try:
-            config = load_config(getattr(importlib.import_module(module), schema), file, list(own))
+            config = load_stage(file, own)
         except ValueError as error:
             raise ValueError(f"stage {file.parent.name}/{file.stem}: {error}") from error
         stages.append(Stage(file, own, config))
     return stages
+
+
+def load_stage(file: Path, overrides: Sequence[str]) -> StageConfig:
+    """The config of a YAML, by the dataclass of the program that its name stands for."""
+    module, schema = program_of(file.stem)
+    return load_config(getattr(importlib.import_module(module), schema), file, list(overrides))
 
 
 def find_experiment(name: str, configs: Path) -> Path:

@@ -1,0 +1,196 @@
+"""Errors of the programs end in one line: on their own, and under accelerate, torchrun and train_flowtok.sh."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.cli import exit_on_error, parse_stage_args
+from configs.launchers import LAUNCHERS as KNOWN
+from configs.launchers import program_of
+from configs.load import load_config
+from train_tokenizer import TokenizerStage
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(sys.executable).parent
+TOKENIZER = ROOT / "configs/demo/tokenizer.yaml"
+
+
+def parse(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    return parse_stage_args(TokenizerStage, "What it does.")
+
+
+def test_the_printed_config_loads_again(tmp_path, capsys, monkeypatch):
+    option = "training.max_steps=7"
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, "--config", TOKENIZER, option, "--print")
+    assert not stop.value.code
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    config = load_config(TokenizerStage, tmp_path / "printed.yaml")
+    assert config == load_config(TokenizerStage, TOKENIZER, [option])
+    assert config == parse(monkeypatch, "--config", TOKENIZER, option)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], ["--config"]),
+        (["--config", TOKENIZER, "--confg"], ["--confg"]),
+        (["--config", "/gone/tokenizer.yaml"], ["/gone/tokenizer.yaml"]),
+        (["--config", TOKENIZER, "lr=1"], ["lr", "optimizer.learning_rate"]),
+        (["--config", TOKENIZER, "training.max_steps=\x1b[2J\n"], ["max_steps", "\\x1b[2J"]),
+    ],
+)
+def test_a_bad_command_line_ends_with_one_line_and_status_2(arguments, said, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ")
+    assert all(part in line for part in said), line
+
+
+@pytest.mark.parametrize("kind", [ValueError, FloatingPointError, FileNotFoundError])
+def test_errors_of_users_data_and_machines_end_in_one_line(kind, capsys):
+    def fail():
+        raise kind("two\nlines" if kind is not FileNotFoundError else "two lines")
+
+    with pytest.raises(SystemExit) as stop:
+        exit_on_error(fail)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "two lines" in line and "test_cli.py" in line
+
+
+# Under launchers
+
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from configs.cli import exit_on_error
+
+rank, folder = int(os.environ.get("RANK", "0")), Path(__file__).parent
+def main():
+    (folder / f"started.{rank}").touch()
+    if sys.argv[2] == "crash":
+        raise RuntimeError("crash")
+    if sys.argv[2] == "stop":
+        raise SystemExit(75)
+    if sys.argv[2] == "last" and rank == 0:
+        time.sleep(3600)
+    while sys.argv[2] == "last" and not (folder / "started.0").exists():
+        time.sleep(0.01)
+    raise ValueError("key=1 is wrong")
+exit_on_error(main)
+"""
+ACCELERATE = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+LAUNCHERS = {
+    "accelerate": [SCRIPTS / "accelerate", "launch", *ACCELERATE, "--cpu", "--num_processes=1"],
+    "accelerate with two": [
+        *(sys.executable, "-m", "accelerate.commands.launch", *ACCELERATE),
+        *("--multi_gpu", "--num_processes=2", "--main_process_port=0"),
+    ],
+    "torchrun": [SCRIPTS / "torchrun", "--standalone", "--nproc_per_node=2"],
+}
+
+
+def launch(*words, **variables):
+    """Status and output of a command; it returns when all that it started has closed its output."""
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [*map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **settings, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return result.returncode, result.stdout
+
+
+@pytest.fixture
+def program(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return [tmp_path / "program.py", ROOT]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_one_line_is_the_last_word_of_all_processes(program, launcher):
+    status, output = launch(*LAUNCHERS[launcher], *program, "all")
+    assert status != 0 and output.count("error: ") == 1
+    assert output.splitlines()[-1].startswith("error: key=1 is wrong"), output
+
+
+def test_a_process_with_an_error_of_its_own_leaves_none_behind(program):
+    status, output = launch(*LAUNCHERS["torchrun"], *program, "last")
+    assert status != 0 and output.splitlines()[-1].startswith("error: key=1 is wrong"), output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "behaviour", "report"),
+    [
+        ("accelerate", "stop", "exit status 75"),
+        ("torchrun", "crash", "ChildFailedError"),
+    ],
+)
+def test_the_launcher_reports_crashes_and_stops(program, launcher, behaviour, report):
+    status, output = launch(*LAUNCHERS[launcher], *program, behaviour)
+    assert status == 1 and report in output
+    assert ("RuntimeError: crash" in output) == (behaviour == "crash")
+
+
+@pytest.mark.parametrize(
+    ("command", "is_launcher"),
+    [
+        ("/env/bin/python3.11 /env/bin/torchrun --nproc_per_node 2 train.py", True),
+        ("python -u -m torch.distributed.run train.py", True),
+        ("python -m accelerate.commands.launch train.py", True),
+        ("python -m scripts.run_experiment torchrun", False),
+        ("python train.py -m torchrun", False),
+        ("bash torchrun", False),
+        ("-bash", False),
+        ("python", False),
+    ],
+)
+def test_launchers_are_known_by_their_command_line(command, is_launcher):
+    assert (program_of(command.split()) in KNOWN) == is_launcher
+
+
+def test_a_parent_that_is_no_launcher_lives_on(program):
+    parent = (
+        "import subprocess, sys; print(subprocess.run([sys.executable, *sys.argv[2:]]).returncode)"
+    )
+    variables = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "1"}
+    words = [sys.executable, "-c", parent, "torchrun", *program, "all"]
+    status, output = launch(*words, **variables)
+    assert status == 0 and output.splitlines()[-1] == "2", output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        ("accelerate", ["train_tokenizer.py", "--config", TOKENIZER]),
+        (
+            "accelerate with two",
+            ["--module", "scripts.encode_tokens", "--config", "configs/demo/tokens.yaml"],
+        ),
+        ("torchrun", ["train_flowtok.py", "--config", "configs/demo/flowtok.yaml"]),
+    ],
+)
+def test_a_stage_that_cannot_start_says_why_in_its_last_line(launcher, words):
+    status, output = launch(*LAUNCHERS[launcher], *words, "bad=1")
+    assert status != 0 and output.count("error: ") == 1
+    assert output.splitlines()[-1].startswith("error: command line: bad: "), output
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_in_train_flowtok_sh_says_why_in_its_last_line(tmp_path, tiny_shards):
+    (tmp_path / "tokenizer").mkdir()
+    words = [f"tokenizer_run={tmp_path}/tokenizer", f"data.shards=[{tiny_shards}/*.tar]"]
+    variables = {"STAGES": "text_projector", "NUM_PROCESSES": "2", "VIRTUAL_ENV": sys.prefix}
+    status, output = launch("bash", "train_flowtok.sh", "small", *words, **variables)
+    assert status == 2 and output.count("error: ") == 1
+    assert output.splitlines()[-1].startswith(f"error: {tmp_path}/tokenizer"), output

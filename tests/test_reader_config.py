@@ -1,0 +1,162 @@
+"""data/config.py and the configs that it is made of, typed by OmegaConf as the stages' configs are."""
+
+import pytest
+from omegaconf import OmegaConf
+from test_shards import make_shards
+
+from configs.load import build
+from data.captions import CaptionConfig, check_caption_keys
+from data.config import ReaderConfig, SourceConfig, open_sources
+from data.filters import FilterConfig
+from data.readers import ImageTextConfig, TokenTextConfig
+
+NAN, INFINITE = float("nan"), float("inf")
+TWO = """
+captions: {keys: [txt]}
+filters: {max_watermark_probability: 0.5, min_longer_side: 256}
+sources:
+  laion: {shards: [laion/*.tar], weight: 3, captions: {recaption_keys: [recap_txt], recaption_probability: 0.5}}
+  journeydb: {shards: [j.tar], filters: {}}
+"""
+
+
+def from_yaml(text, *overrides, schema=ReaderConfig):
+    """A config as configs/load.py makes it."""
+    parts = (
+        OmegaConf.structured(schema),
+        OmegaConf.create(text),
+        OmegaConf.from_dotlist(list(overrides)),
+    )
+    return build(schema, OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True))
+
+
+def test_a_source_has_what_it_says_and_else_what_its_section_says():
+    config = from_yaml(TWO)
+    config.check()
+    laion, journeydb = config.full_sources().values()
+    assert laion == SourceConfig(
+        ["laion/*.tar"],
+        weight=3.0,
+        captions=CaptionConfig(["txt", "json:caption"], ["recap_txt"], 0.5),
+        filters=config.filters,
+    )
+    assert journeydb == SourceConfig(["j.tar"], 1.0, config.captions, FilterConfig())
+    assert config.all_shards() == ["laion/*.tar", "j.tar"]
+
+
+@pytest.mark.parametrize("schema", [ImageTextConfig, TokenTextConfig])
+def test_the_command_line_changes_adds_and_leaves_out_sources(schema):
+    changes = [
+        "sources.laion.weight=0",
+        "sources.cc12m.shards=['c-{000..002}.tar',d.tar]",
+        "sources.cc12m.weight=0.5",
+    ]
+    config = from_yaml(TWO, *changes, schema=schema)
+    config.check()
+    assert [source.weight for source in config.full_sources().values()] == [0.0, 1.0, 0.5]
+    assert config.all_shards() == ["j.tar", "c-{000..002}.tar", "d.tar"]
+
+
+def test_sources_are_opened_but_for_those_of_weight_zero_or_in_place_of_all_others(tmp_path):
+    (path,) = make_shards(tmp_path, [2])
+    own = CaptionConfig(keys=["own"])
+    sources = {
+        "a": SourceConfig([path], 2.0, captions=own),
+        "gone": SourceConfig(["gone.tar"], 0.0),
+    }
+    config = ReaderConfig(sources=sources, captions=CaptionConfig(keys=["shared"]))
+
+    def caption_keys(source, sample, draws):
+        return source.captions.keys
+
+    (opened,) = open_sources(config, caption_keys)
+    assert (opened.name, opened.shards, opened.weight) == ("a", (path,), 2.0)
+    assert opened.decode({}, None) == ["own"]
+    (other,) = open_sources(config, caption_keys, [path])
+    assert (other.name, other.shards, other.decode({}, None)) == ("", (path,), ["shared"])
+
+
+@pytest.mark.parametrize(
+    ("options", "several"),
+    [
+        ({}, False),
+        ({"captions": CaptionConfig(keys=["json:captions"])}, True),
+        ({"captions": CaptionConfig(recaption_keys=["recap_txt"])}, True),
+    ],
+)
+def test_captions_that_change_from_epoch_to_epoch_are_known(options, several):
+    assert ReaderConfig(shards=["a"], **options).has_several_captions() == several
+    sources = {"b": SourceConfig(["b"], **options)}
+    assert ReaderConfig(sources=sources).has_several_captions() == several
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (ReaderConfig, "max_bad_share", 0.0),
+        (ReaderConfig, "max_bad_share", 1.5),
+        (ReaderConfig, "shuffle_buffer", -1),
+        (ReaderConfig, "num_workers", -1),
+        (ImageTextConfig, "num_workers", -1),
+        (ImageTextConfig, "flip_probability", 1.5),
+        (ImageTextConfig, "resize", "slow"),
+        (ImageTextConfig, "background", [0, 0]),
+        (ImageTextConfig, "background", [0, 0, 256]),
+        (TokenTextConfig, "num_workers", -1),
+        (TokenTextConfig, "latent_scale", -1.0),
+        (TokenTextConfig, "latent_scale", NAN),
+        (SourceConfig, "shards", []),
+        (SourceConfig, "weight", -1.0),
+        (SourceConfig, "weight", NAN),
+        (CaptionConfig, "keys", []),
+        (CaptionConfig, "keys", "txt"),
+        (CaptionConfig, "recaption_probability", 1.5),
+        (FilterConfig, "min_longer_side", -1),
+        (FilterConfig, "max_aspect_ratio", 0.5),
+        (FilterConfig, "max_aspect_ratio", NAN),
+        (FilterConfig, "max_aspect_ratio", INFINITE),
+        (FilterConfig, "min_aesthetic_score", NAN),
+        (FilterConfig, "max_watermark_probability", 1.5),
+        (FilterConfig, "missing_score", "ignore"),
+        (FilterConfig, "min_caption_characters", -1),
+        (FilterConfig, "max_caption_characters", -1),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value(config, key, value):
+    needed = {"shards": ["a.tar"]} if config is SourceConfig else {}
+    with pytest.raises(ValueError) as error:
+        config(**{**needed, key: value})
+    assert str(error.value).startswith(f"{key}: given {value!r}, expected ")
+
+
+@pytest.mark.parametrize("keys", [[""], ["txt:caption"], [":x"], ["json:"]])
+def test_caption_keys_that_match_nothing_are_refused(keys):
+    check_caption_keys(["txt", "json:caption"], "name")
+    for name in ("keys", "recaption_keys"):
+        with pytest.raises(ValueError, match=f"^{name}: given '{keys[0]}'"):
+            CaptionConfig(**{name: keys})
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, "shards, sources"),
+        ({"shards": ["a"], "sources": {"b": SourceConfig(["b"])}}, "shards, sources"),
+        ({"sources": {"b": SourceConfig(["b"], 0.0)}}, "sources: .*weights"),
+    ],
+)
+def test_a_config_that_names_no_data_is_refused(options, names):
+    with pytest.raises(ValueError, match=f"^{names}"):
+        ReaderConfig(**options).check()
+    with pytest.raises(ValueError, match=f"^{names}"):
+        open_sources(ReaderConfig(**options), print)
+
+
+def test_limits_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="^max_caption_characters: given 4"):
+        FilterConfig(min_caption_characters=5, max_caption_characters=4)
+
+
+def test_the_loader_names_the_source_of_a_wrong_field():
+    with pytest.raises(ValueError, match=r"^sources\.laion\.filters\.min_longer_side: given -1"):
+        from_yaml("sources: {laion: {shards: [a], filters: {min_longer_side: -1}}}")
