@@ -1,6 +1,6 @@
 """How fast training, sampling and encoding are on this machine.
 
-    python scripts/benchmark.py train --config configs/flowtok_b/flowtok.yaml [--batch-size 16] [key=value ...]
+    python scripts/benchmark.py train --config configs/flowtok_b/flowtok.yaml --batch-size 16
     python scripts/benchmark.py sample --config configs/flowtok_b/flowtok.yaml sampling.steps=4
     python scripts/benchmark.py encode --config configs/tokenizer_bl77_256/tokenizer.yaml
     python scripts/benchmark.py readers
@@ -10,9 +10,10 @@ image, and a single one's flow. encode: a tokenizer's images to latents, back, a
 states. These run the programs' own code on made-up batches with random weights, need no data, and
 are in float32 on a CPU. readers: made-up shards of photos and of tokens, read by one process.
 
-Each is timed in rounds, right after torch.mm, whose best rate is what a share is of: FLOPs, those
-of recomputation included, by time, by that rate. Figures are medians with the range of the rounds.
-On a CPU, set the MALLOC_ variables that train_flowtok.sh sets (docs/performance.md).
+A machine's speed changes while one measures, so everything is timed in rounds, right after
+torch.mm. A share is FLOPs, those of recomputation included, by time, by the best rate of torch.mm.
+Figures are medians with the range of the rounds. On a CPU, malloc should keep what is freed, as
+where train_flowtok.sh trains: set the MALLOC_ variables of its header.
 """
 
 import argparse
@@ -24,14 +25,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run as a file, Python looks here only
+# Run as a file, Python looks for modules in scripts/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -49,8 +50,9 @@ from scripts.workload import Stage, build_tower, build_workload, captions, image
 from training.ema import EMA
 from training.run import Run, start_run
 
-FLOWTOK_B = "configs/flowtok_b/flowtok.yaml"
-TOKENIZER = "configs/tokenizer_bl77_256/tokenizer.yaml"
+ROOT = Path(__file__).resolve().parents[1]
+FLOWTOK_B = ROOT / "configs/flowtok_b/flowtok.yaml"
+TOKENIZER = ROOT / "configs/tokenizer_bl77_256/tokenizer.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MM_SIZES = {"cpu": (1024, 1536, 2048), "cuda": (4096, 6144, 8192)}  # of square matrices
 MM_SECONDS = 0.2  # for each of them
@@ -108,7 +110,8 @@ def time_ways(
     ways: dict[str, Way], device: torch.device, precision: str, seconds: float, rounds: int
 ) -> dict[str, dict]:
     """Figures of each way, all timed in each round for seconds / rounds."""
-    flops = {name: count_flops(way.call) for name, way in ways.items()}  # warms up as well
+    # The first call also pays for allocations and the optimiser's moments.
+    flops = {name: count_flops(way.call) for name, way in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -159,7 +162,7 @@ def measure_training(args: argparse.Namespace) -> dict:
         fill_zeros(network.module)
     ema = EMA(work.networks[""].module, stage.training.ema_decay)
     batch = work.make_batch(args.batch_size)
-    steps = iter(range(stage.training.max_steps))
+    steps = count()
 
     def step() -> None:
         work.step([batch], next(steps))
@@ -172,24 +175,28 @@ def measure_training(args: argparse.Namespace) -> dict:
 def measure_sampling(args: argparse.Namespace) -> dict:
     """The parts of an image, from token ids to pixels."""
     stage, run = start(args, "sampling")
-    config, device, count = stage.config, run.device, args.batch_size
-    sampling = config.sampling
+    config, device, number = stage.config, run.device, args.batch_size
+    sampling, indices = config.sampling, list(range(args.batch_size))
+
+    # Random weights, none of them zero.
     tokenizer = ImageTokenizer(stage.tokenizer)
     flow = build_flow(config.projector, config.flowtok, config.flow)
     for module in (tokenizer, flow):
         fill_zeros(module)
         module.requires_grad_(False).eval().to(device)
     parts = ImageGenerator(build_tower(stage.clip).to(device), tokenizer, flow)
-    token_ids = captions(stage.tokenizer.text_tokens, count)["token_ids"].to(device)
+
+    # What each part hands to the next.
+    token_ids = captions(stage.tokenizer.text_tokens, number)["token_ids"].to(device)
     states = parts.text_encoder(token_ids)
-    latents = parts.start(states, sampling, seed=0, indices=list(range(count)))
-    ends = parts.transport(latents, states, sampling)
+    starts = parts.start(states, sampling, seed=0, indices=indices)
+    ends = parts.transport(starts, states, sampling)
     ways = {
-        "text": Way(lambda: parts.text_encoder(token_ids), count),
-        "projector": Way(lambda: parts.start(states, sampling, 0, list(range(count))), count),
-        "flow": Way(lambda: parts.transport(latents, states, sampling), count),
-        "flow_of_one": Way(lambda: parts.transport(latents[:1], states[:1], sampling), 1),
-        "decode": Way(lambda: parts.decode(ends, states, sampling.precision), count),
+        "text": Way(lambda: parts.text_encoder(token_ids), number),
+        "projector": Way(lambda: parts.start(states, sampling, 0, indices), number),
+        "flow": Way(lambda: parts.transport(starts, states, sampling), number),
+        "flow_of_one": Way(lambda: parts.transport(starts[:1], states[:1], sampling), 1),
+        "decode": Way(lambda: parts.decode(ends, states, sampling.precision), number),
     }
     return time_ways(ways, device, sampling.precision, args.seconds, args.rounds)
 
@@ -197,10 +204,10 @@ def measure_sampling(args: argparse.Namespace) -> dict:
 def measure_encoding(args: argparse.Namespace) -> dict:
     """What scripts/encode_tokens.py does with a batch, and the way back."""
     stage, run = start(args)
-    sizes, count = stage.tokenizer, args.batch_size
+    sizes, number = stage.tokenizer, args.batch_size
     tokenizer = ImageTokenizer(sizes).requires_grad_(False).eval().to(run.device)
     tower = build_tower(stage.clip).to(run.device)
-    batch = images(sizes.image_size, sizes.text_tokens, count)
+    batch = images(sizes.image_size, sizes.text_tokens, number)
     pixels = batch["image"].to(run.device).float().div_(255)
     token_ids = batch["token_ids"].to(run.device)
 
@@ -210,7 +217,7 @@ def measure_encoding(args: argparse.Namespace) -> dict:
             with run.accelerator.autocast():
                 return function(*inputs)
 
-        return Way(call, count)
+        return Way(call, number)
 
     ways = {"encode": timed(tokenizer.encode, pixels), "text": timed(tower, token_ids)}
     latents, states = ways["encode"].call().mean, ways["text"].call()
@@ -231,7 +238,8 @@ def made_up_photo(rng: np.random.Generator) -> bytes:
 
 def measure_readers(args: argparse.Namespace) -> dict:
     """Training's readers in this process, on shards in a temporary folder."""
-    torch.set_num_threads(1)  # as in a data worker
+    # One thread, as in a data worker, and captions beside what is decoded.
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     contents = {
         "photos": ({"jpg": made_up_photo(rng)} for _ in range(PHOTOS)),

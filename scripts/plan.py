@@ -3,8 +3,9 @@
     python scripts/plan.py configs/flowtok_h/flowtok.yaml --gpu a100-80g --num-gpus 8 [key=value ...]
 
 Needs no data, weights or GPU: the stage's own step runs on fake tensors, which have shapes but no
-values. A multiply-add is 2 FLOPs, GFLOP are 10^9, GiB 2^30 bytes. Days are all FLOPs over those that
-the GPUs do at --share of their peak. The text tower counts in each step, as without stored states.
+values. A multiply-add is 2 FLOPs, GFLOP are 10^9, GiB 2^30 bytes. Days are all FLOPs over those
+that the GPUs do at --share of their peak. The text tower counts in each step, as without stored
+text states.
 
 Not counted: reading data; pictures and evaluations; the CUDA context, workspaces inside kernels,
 NCCL's buffers and fragmentation, for which a tenth of the memory is kept free; that the perceptual
@@ -22,9 +23,8 @@ from typing import Any
 from unittest.mock import patch
 from weakref import finalize
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run as a file, Python looks here only
+# Run as a file, Python looks for modules in scripts/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import yaml
@@ -224,6 +224,8 @@ def make_plan(
     """
     stage = read_stage(file, overrides)
     config, training = stage.config, stage.training
+
+    # What the GPUs have, and the samples of one GPU in one pass.
     memory, bf16_tflops, tf32_tflops = GPUS[gpu]
     peak_tflops = bf16_tflops if stage.precision == "bf16" else tf32_tflops
     usable_gib = memory * (1 - RESERVE)
@@ -236,11 +238,13 @@ def make_plan(
         )
     batch = batch_size // (num_gpus * passes)
 
-    # Each activation checkpointing that the stage offers.
+    # Each activation checkpointing that the stage offers, at its last step.
     chosen = getattr(config, "activation_checkpointing", "none")
     costs, modes = {}, {}
     for mode in MODES if hasattr(config, "activation_checkpointing") else MODES[:1]:
         costs[mode], modes[mode] = fit_mode(with_mode(stage, mode), num_gpus, batch, usable_gib)
+
+    # Weights and memory do not depend on the mode, FLOPs and with them the time do.
     cost = costs[chosen]
     resident = resident_gib(cost.work, num_gpus)
     rate = share * num_gpus * peak_tflops * 1e12 / mean_flops(stage, cost, num_gpus, batch)
@@ -248,7 +252,12 @@ def make_plan(
         "config": str(file),
         "stage": config.stage,
         "machine": {"gpu": gpu, "num_gpus": num_gpus, "usable_gib": usable_gib},
-        "run": {"precision": stage.precision, "batch_size": batch_size, "batch_per_pass": batch},
+        "run": {
+            "precision": stage.precision,
+            "batch_size": batch_size,
+            "batch_per_gpu_and_pass": batch,
+            "activation_checkpointing": chosen,
+        },
         "weights": count_weights(cost.work),
         "gflop_per_sample": {
             "text_tower": tower_flops(stage) / 1e9,
@@ -256,7 +265,7 @@ def make_plan(
             "total": cost.flops / 1e9,
         },
         "memory_gib": resident | {"peak": modes[chosen]["peak_gib"]},
-        "activation_checkpointing": modes | {"chosen": chosen},
+        "activation_checkpointing": modes,
         "time": {"tflops": peak_tflops, "share": share, "samples_per_second": rate},
     }
     if training:
@@ -279,6 +288,7 @@ def with_mode(stage: Stage, mode: str) -> Stage:
 def fit_mode(stage: Stage, num_gpus: int, batch: int, usable_gib: float) -> tuple[Cost, dict]:
     """A stage's cost at a batch per GPU and pass, and what fits a GPU."""
     cost = measure_step(stage, num_gpus, batch)
+    # The EMA is updated after the step, and DDP is not on a single fake GPU.
     resident = resident_gib(cost.work, num_gpus)
     peak_gib = cost.peak / GIB + resident["ema"] + resident["gradient_buckets"]
     more = measure_step(stage, num_gpus, batch + PROBE_BATCH).peak - cost.peak

@@ -1,8 +1,8 @@
 """The real work of every stage on made-up batches and random weights, for plan.py and benchmark.py.
 
 `build_workload` gives a stage's own step: its networks, losses and optimiser, without data, weights
-files and compilation. `read_stage` completes the networks' configs first: what a stage takes from earlier
-runs comes from the run's folder or, if it is not there, from the YAML that makes it
+files and compilation. `read_stage` completes the networks' configs first: what a stage takes from
+earlier runs comes from the run's folder or, if it is not there, from the YAML that makes it
 (configs/X/STAGE.yaml makes runs/X/STAGE).
 """
 
@@ -43,7 +43,7 @@ from training.tokens_info import projector_sizes, unknown_tokens
 
 MAX_TOKEN_ID = 49_000  # below CLIP's vocabulary
 
-# torch counts FLOPs of attention by CUDA's kernels only
+# torch counts the FLOPs of attention by CUDA's kernels only.
 for kernel, formula in (
     ("_scaled_dot_product_flash_attention_for_cpu", flop_counter.sdpa_flop),
     ("_scaled_dot_product_flash_attention_for_cpu_backward", flop_counter.sdpa_backward_flop),
@@ -74,11 +74,14 @@ def load_earlier(run_dir: str, file: Path) -> StageConfig:
     Raises:
         ValueError: there is neither run nor YAML.
     """
+    # A run knows more than a YAML: what was overridden.
     run = Path(run_dir)
     if (run / CONFIG_FILE).is_file():
         saved = OmegaConf.load(run / CONFIG_FILE)
         schema = OmegaConf.structured(stage_class(saved.pop("stage")))
         return OmegaConf.to_object(OmegaConf.merge(schema, saved))
+
+    # runs/X/STAGE is made by configs/X/STAGE.yaml, with another experiment_dir by one beside ours.
     beside = file.resolve().with_name(f"{run.name}.yaml")
     usual = beside.parents[1] / run.parent.name / beside.name
     for made_by in (usual, beside):
@@ -145,12 +148,16 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
         raise ValueError(f"{file}: stage report only reads runs")
     if isinstance(config, train_text_encoder.TextEncoderStage):
         return Stage(config, None, ImageTokenizerConfig())
+
+    # The tokenizer's config names the text tower, whose L x T decide K and the text's sizes.
     is_tokenizer = isinstance(config, train_tokenizer.TokenizerStage)
     origin = config if is_tokenizer else load_earlier(config.tokenizer_run, file)
     clip = find_clip(origin.text_encoder.model, file)
     with torch.device("meta"):
         length, width = build_tower(clip).shape
     sizes = replace(origin.tokenizer, num_tokens=length, text_tokens=length, text_width=width)
+
+    # The stage's own networks follow.
     if is_tokenizer:
         config.tokenizer = sizes
     elif isinstance(config, TrainedStage):
@@ -262,11 +269,13 @@ def random_perceptual(config, run: Run) -> perceptual.PerceptualLoss | None:
     """Stage 1's perceptual networks, with random numbers in place of their weights files."""
     if not config.losses.perceptual_weight:
         return None
+    # Without files the networks stay on the meta device, but for LPIPS' heads.
     with (
         patch.object(perceptual.PublishedWeights, "find", return_value=None),
         patch.object(perceptual, "_load_into", lambda net, file, prefix="": net),
     ):
         distance = perceptual.PerceptualLoss(config.perceptual)
+    # All get weights of one sign, so that no distance is zero or infinite.
     for module in distance.modules():
         for name, parameter in module.named_parameters(recurse=False):
             values = 0.02 * torch.rand(parameter.shape)

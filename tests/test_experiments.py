@@ -1,4 +1,4 @@
-"""Every shipped YAML loads, builds, can be planned, and its header's commands run it; weight counts."""
+"""Every shipped YAML loads, can be planned, and is run by its header's commands; weight counts."""
 
 import re
 import shlex

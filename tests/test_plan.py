@@ -190,7 +190,7 @@ def test_a_plan_adds_up(tiny, monkeypatch, capsys):
     plan.main()
     found = json.loads(capsys.readouterr().out)
     modes, run = found["activation_checkpointing"], found["run"]
-    assert (run["batch_size"], run["batch_per_pass"]) == (8, 2)
+    assert (run["batch_size"], run["batch_per_gpu_and_pass"]) == (8, 2)
     assert found["memory_gib"]["peak"] == modes["none"]["peak_gib"]
     batches = [modes[mode]["largest_batch"] for mode in MODES]
     assert batches == sorted(set(batches))
