@@ -1,5 +1,7 @@
-"""eval/generation.py on a tiny run: the same images in any number of processes, resumed, by its protocol; its numbers
-against torch-fidelity's on the images that it wrote; refusals before any image."""
+"""eval/generation.py on a tiny run: the same images in any number of processes, resumed, by its
+protocol; its numbers against torch-fidelity's on the images that it wrote; refusals before any
+image.
+"""
 
 import json
 import shutil
@@ -56,7 +58,7 @@ def empty_cache(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_shards):
-    """Folder with captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
+    """captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
     return write_inputs(tmp_path_factory.mktemp("inputs"), tiny_shards)
 
 
