@@ -342,7 +342,7 @@ def test_without_images_or_a_tokenizer_it_is_refused(chain, run, tiny_shards, tm
         (run, tmp_path / "empty", "empty"),
         (run, tmp_path / "a.tar", "image"),
         (run, tmp_path / "b.tar", "b.tar"),
-        (chain.folder / "flowtok", tiny_shards / "*.tar", "flowtok.* tokenizer"),
+        (chain.folder / "flowtok", tiny_shards / "*.tar", "flowtok.*tokenizer"),
         (tmp_path / "none", tiny_shards / "*.tar", "none"),
     ):
         with pytest.raises(ValueError, match=part):
