@@ -106,7 +106,9 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     shutil.rmtree(folder / "scratch", ignore_errors=True)
 
     # The main process reads what all have measured.
-    arrays = {key: read_array(each.file, len(images)) for key, each in passes.items()}
+    arrays = {
+        key: read_array(each.file, len(images)).to(state.device) for key, each in passes.items()
+    }
     each_caption = [images.caption(number) for number in range(len(images))]
     measured = Measured(protocol, each_caption, setup.networks, setup.reference, **arrays)
     metrics, missing = compute_scores(measured)

@@ -106,10 +106,10 @@ class InceptionFeatures(FeatureNet):
 
     def forward(self, images: Tensor) -> Tensor:
         with full_precision(images.device):
-            # its own preprocessing, then the layers
+            # Bytes: its own resizing and scaling first
             if images.dtype != torch.float32 or images.shape[-1] != self.net.INPUT_IMAGE_SIZE:
                 return self.net(images)[0]  # which refuses other types than uint8
-            # without its resizing
+            # Resized already
             x = (images.to(self.dtype) - 128) / 128
             for layer in self.layers:
                 x = layer(x)
@@ -131,10 +131,9 @@ class DinoFeatures(FeatureNet):
         options = {"pretrained": False, "img_size": DINO_PIXELS, "num_classes": 0}
         with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
             self.net = timm.create_model(DINO_MODEL, **options).eval().requires_grad_(False)
-        # Meta's and timm's names and shapes
+        # Positions were learned at 518 px and are resized to the grid of 224 px
         state = read_tensors(weights)
         try:
-            # positions were learned at 518 px and are resized to the grid of 224 px
             self.net.load_state_dict(checkpoint_filter_fn(state, self.net))
         except (RuntimeError, KeyError) as error:
             reason = textwrap.shorten(str(error), 300)
@@ -146,7 +145,7 @@ class DinoFeatures(FeatureNet):
 
     def forward(self, images: Tensor) -> Tensor:
         size = (DINO_PIXELS, DINO_PIXELS)
-        # bicubic overshoots at edges
+        # Bicubic overshoots at edges
         x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
         mean = x.new_tensor(DINO_MEAN).view(1, 3, 1, 1)
         deviation = x.new_tensor(DINO_DEVIATION).view(1, 3, 1, 1)
