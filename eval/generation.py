@@ -21,12 +21,8 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from configs.load import load_dataclass
-<<<<<<< HEAD
 from data.files import check_writable, write_json, write_text
-from eval.evaluation import REPORT, evaluate_images, prepare
-=======
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
->>>>>>> eval
 from eval.feature_nets import WeightsFiles
 from eval.images import Reading
 from eval.programs import (

@@ -1,10 +1,10 @@
 """Errors of the programs end in one line, which is the last thing on the screen.
 
 `accelerate launch` and torchrun answer a failed program with a traceback of their own, in which its
-one line is lost, and no exit status or option keeps them from it (accelerate's --quiet works for one process). So a program
-that has said what is wrong ends the launcher that waits for it: accelerate by SIGTERM, torchrun's
-agent, which turns that into a traceback as well, by SIGKILL; then the agent's other processes,
-which nobody else would end. A shell sees status 143 or 137 in place of the launchers' 1.
+one line is lost, and no exit status or option keeps them from it (accelerate's --quiet works for one
+process). So a program that has said what is wrong ends the launcher that waits for it: accelerate by
+SIGTERM, torchrun's agent, which turns that into a traceback as well, by SIGKILL; then the agent's
+other processes, which nobody else would end. A shell sees status 143 or 137 instead of 1.
 
 The launcher is left alone when it has something to say: after a crash (a Python traceback, a
 signal) and after a clean stop. Without /proc, as on macOS, it always is.
