@@ -1,39 +1,49 @@
-"""Captions of images against references: BLEU-4, METEOR, ROUGE-L, CIDEr, SPICE and the share of exact matches.
+"""Captions of images against references: BLEU-4, METEOR, ROUGE-L, CIDEr, SPICE and the share of
+exact matches.
 
     python -m eval.captions RUN DATA [DATA ...] [--guidance 1,1.5,2] [--steps 5,20]
 
-RUN is an experiment or its stage-3 run, from image to text or joint; EMA weights. DATA: folders or image shards whose
-samples have one or several references (--caption-keys), or one .jsonl with a line {"image": FILE, "captions": [...]}
-each, FILE relative to it. Every image counts: one that is unreadable or has no reference stops it.
-Writes one json: protocol, model, versions, and the metrics at each steps and guidance. Also those of what the text
-decoder reads in z_I itself, without any flow. What can't run is null with the reason (eval/caption_metrics.py).
+RUN is an experiment or its stage-3 run from image to text; EMA weights. DATA: folders or image
+shards whose samples have one or several references (--caption-keys), or one .jsonl with a line
+{"image": FILE, "captions": [...]} each, FILE relative to it. Every image counts: one that is
+unreadable or has no reference stops it. Writes one json: protocol, model, versions, and the metrics
+at each steps and guidance. Also those of what the text decoder reads in z_I itself, without any
+flow. What can't run is null with the reason (eval/caption_scores.py).
 """
 
 import argparse
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
-from configs.cli import exit_on_error
-from data.bad_samples import BadSample
 from data.captions import captions_of, check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json, read_parts
-from eval.caption_metrics import PACKAGE, CaptionScorer
-from eval.captioning import BACKGROUND
-from eval.images import RESIZE_RULE, ImageSet, image_name, iterate_images, list_images
-from eval.json_report import device_name, package_version, package_versions
-from eval.options import numbers
+from data.files import check_writable, write_json
+from data.samples import BadSample
+from eval.caption_scores import PACKAGE, CaptionScorer
+from eval.images import RULES, ImageSet, image_name, iterate_images, list_images
+from eval.programs import (
+    add_reading_options,
+    build_parser,
+    describe_environment,
+    different,
+    package_version,
+    start_processes,
+)
 from modeling.flow import check_guidance
+from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
-from training.files import check_writable, write_json
-from training.loading import captioning_run, fingerprint, load_captioner, load_newest
+from training.errors import exit_on_error
+from training.loading import load_newest
+from training.pipelines import captioning_run, load_captioner
 
 REPORT = "captions.json"
 NUM_EXAMPLES = 20
@@ -42,15 +52,12 @@ COLUMNS = ("steps", "guidance", "exact_match", "bleu_4", "meteor", "rouge_l", "c
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="experiment folder, or a stage-3 run folder"
     )
-    parser.add_argument(
-        "data", nargs="+", metavar="DATA", help="folders, image shards, or one .jsonl"
-    )
+    help_text = "folders, image shards, or one .jsonl"
+    parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
     parser.add_argument(
         "--caption-keys",
         nargs="+",
@@ -58,19 +65,66 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["json:captions", "txt", "json:caption"],
         help="where a sample's references lie, tried in order: an extension, or json:field",
     )
-    parser.add_argument(
-        "--guidance", type=numbers(float), metavar="LIST", help="as in 1,1.5,2; default: the run's"
-    )
-    parser.add_argument(
-        "--steps", type=numbers(int), metavar="LIST", help="as in 5,20; default: the run's"
-    )
-    parser.add_argument(
-        "--output", type=Path, help=f"default: {REPORT} in the stage-3 run's folder"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that read images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    help_text = "as in 1,1.5,2; default: the run's"
+    parser.add_argument("--guidance", type=different(float), metavar="LIST", help=help_text)
+    help_text = "as in 5,20; default: the run's"
+    parser.add_argument("--steps", type=different(int), metavar="LIST", help=help_text)
+    help_text = f"default: {REPORT} in the stage-3 run's folder"
+    parser.add_argument("--output", type=Path, help=help_text)
+    add_reading_options(parser, 64, "images at a time")
     return parser.parse_intermixed_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read, caption, score, write, print."""
+    # What needs no network is checked first
+    entries, references = list_references(args.data, args.caption_keys)
+    run = captioning_run(args.run)
+    path = args.output or run / REPORT
+    check_writable(path)
+    state = start_processes(args.device)
+    (captioner, default), checkpoint = load_newest(
+        run, lambda: load_captioner(args.run, state.device)
+    )
+    pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
+    points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
+    for point in points:
+        check_guidance(point.guidance, captioner.flow.config.null_probability)
+
+    # Where the flow starts is the same at each point
+    scorer = CaptionScorer(references)
+    starts = encode(captioner, entries, args).split(args.batch_size)
+    results = []
+    for point in [*points, None]:
+        # None: what the text decoder reads in z_I, without any flow
+        captions = []
+        for start in starts:
+            latents = start.to(captioner.device)
+            captions += captioner.read(captioner.transport(latents, point) if point else latents)
+        shown = list(zip(entries, captions, references, strict=True))[:NUM_EXAMPLES]
+        result = {"steps": point.steps, "guidance": point.guidance} if point else {}
+        result["exact_match"] = exact_match(captioner, captions, references)
+        result |= scorer.score(captions)
+        result["examples"] = [
+            {"image": image_name(entry), "caption": caption, "references": texts}
+            for entry, caption, texts in shown
+        ]
+        results.append(result)
+    report = {
+        "protocol": describe_protocol(args, scorer, default),
+        "model": {
+            "run": str(args.run),
+            "checkpoint": f"{run.name}/{checkpoint.name}",
+            "flow_fingerprint": fingerprint(captioner.flow),
+            "text_decoder_fingerprint": fingerprint(captioner.decoder),
+            "tokenizer_fingerprint": fingerprint(captioner.tokenizer),
+        },
+        **describe_versions(state),
+        "results": results[:-1],
+        "without_flow": results[-1],
+    }
+    write_json(report, path)
+    print_report(report, path)
 
 
 def list_references(
@@ -84,33 +138,28 @@ def list_references(
     check_caption_keys(keys, "--caption-keys")
     if any(name.endswith(".jsonl") for name in data):
         if len(data) > 1:
-            raise ValueError(
-                f"DATA is one .jsonl or several folders and shards, got {' '.join(data)}"
-            )
+            raise ValueError(f"DATA is one .jsonl, or folders and shards, got {' '.join(data)}")
         return read_jsonl(Path(data[0]))
     entries = list_images(data)
     return entries, [references_of(entry, keys) for entry in entries]
 
 
 def references_of(entry: Entry, keys: Sequence[str]) -> list[str]:
-    """All references of a sample.
-
-    Raises:
-        ValueError: none.
-    """
+    """All references of a sample; raises ValueError without one."""
     try:
         references = captions_of(read_parts(entry), keys)
     except BadSample as error:
         raise ValueError(f"{image_name(entry)}: {error.reason}") from error
     if not references:
-        raise ValueError(
-            f"{image_name(entry)} has no reference under {', '.join(keys)} (--caption-keys)"
-        )
+        tried = ", ".join(keys)
+        raise ValueError(f"{image_name(entry)} has no reference under {tried} (--caption-keys)")
     return references
 
 
 def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
-    """Images and references of lines {"image": FILE, "captions": [...]}; a single one may be under "caption".
+    """Images and references of lines {"image": FILE, "captions": [...]}.
+
+    A single reference may be under "caption".
 
     Raises:
         ValueError: no file, or a line of another form; names it.
@@ -118,11 +167,12 @@ def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     entries, references = [], []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8-sig").split("\n"), start=1
-    ):  # not at U+2028
+    # splitlines would also cut at U+2028
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        # Form, references, file
         row = load_json(line)
         if not isinstance(row, dict) or not isinstance(row.get("image"), str):
             raise ValueError(f'{path} line {number}: expected {{"image": FILE, "captions": [...]}}')
@@ -139,139 +189,70 @@ def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
     return entries, references
 
 
-def encode(parts: Captioner, entries: Sequence[Entry], args: argparse.Namespace) -> Tensor:
-    """Starts of the flow of all images, N x K x C on the CPU.
-
-    Raises:
-        ValueError: an image that cannot be read.
-    """
-    images = ImageSet(entries, parts.tokenizer.config.image_size, (), BACKGROUND)
+def encode(captioner: Captioner, entries: Sequence[Entry], args: argparse.Namespace) -> Tensor:
+    """Starts of the flow of all images, N x K x C on the CPU; ValueError if one is unreadable."""
+    images = ImageSet(entries, captioner.tokenizer.config.image_size)
     starts = []
     for batch in iterate_images(images, args.batch_size, args.num_workers):
         for name, reason in batch["skipped"]:
             raise ValueError(f"{name} cannot be measured: {reason}")
-        starts.append(parts.source(batch["image"].float() / 255).cpu())
+        starts.append(captioner.start(batch["image"].float() / 255).cpu())
     return torch.cat(starts)
 
 
 def exact_match(
-    parts: Captioner, captions: Sequence[str], references: Sequence[Sequence[str]]
+    captioner: Captioner, captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> float:
-    """Share in percent of captions that are one of their references, as the tokenizer spells (and cuts) it."""
-
-    def spelled(texts: Sequence[str]) -> list[str]:
-        return [join_punctuation(parts.tokenize.decode(ids)) for ids in parts.tokenize(list(texts))]
-
-    hits = [caption in spelled(texts) for caption, texts in zip(captions, references, strict=True)]
-    return 100 * sum(hits) / len(hits)
+    """Percent of captions that are one of their references, as the tokenizer spells and cuts it."""
+    tokenize, hits = captioner.tokenize, 0
+    for caption, texts in zip(captions, references, strict=True):
+        hits += caption in [join_punctuation(tokenize.decode(ids)) for ids in tokenize([*texts])]
+    return 100 * hits / len(captions)
 
 
-def java_version() -> str | None:
-    """First line of `java -version`, or None."""
-    if shutil.which("java") is None:
-        return None
-    lines = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
-    return next((line for line in lines if "version" in line), None)
-
-
-def describe(
-    args: argparse.Namespace,
-    parts: Captioner,
-    checkpoint: Path,
-    scorer: CaptionScorer,
-    sampling: SamplingConfig,
-) -> dict:
-    """Protocol, model and versions: what the numbers depend on."""
+def describe_protocol(
+    args: argparse.Namespace, scorer: CaptionScorer, sampling: SamplingConfig
+) -> dict[str, Any]:
+    """What the numbers depend on, beside the model."""
     counts = [len(texts) for texts in scorer.references.values()]
+    mean = sum(counts) / len(counts)
     return {
-        "protocol": {
-            "data": args.data,
-            "num_images": len(counts),
-            "references_per_image": {
-                "min": min(counts),
-                "max": max(counts),
-                "mean": sum(counts) / len(counts),
-            },
-            "caption_keys": args.caption_keys,
-            "resize": RESIZE_RULE,
-            "sampling": asdict(sampling),
-            "tokenizer": scorer.tokenizer,
-            "tokenizer_reason": scorer.tokenizer_reason,
-        },
-        "model": {
-            "run": str(args.run),
-            "checkpoint": f"{captioning_run(args.run).name}/{checkpoint.name}",
-            "flow_fingerprint": fingerprint(parts.flow),
-            "text_decoder_fingerprint": fingerprint(parts.decoder),
-            "tokenizer_fingerprint": fingerprint(parts.tokenizer),
-        },
-        "versions": package_versions()
-        | {PACKAGE: package_version(PACKAGE), "java": java_version()},
-        "device": device_name(parts.device),
+        "data": args.data,
+        "num_images": len(counts),
+        "references_per_image": {"min": min(counts), "max": max(counts), "mean": mean},
+        "caption_keys": args.caption_keys,
+        "resize": RULES["crop"],
+        "sampling": asdict(sampling),
+        "tokenizer": scorer.tokenizer,
+        "tokenizer_reason": scorer.tokenizer_reason,
     }
 
 
-def main(args: argparse.Namespace) -> None:
-    """Read, caption, measure, write, print."""
-    if args.batch_size < 1 or args.num_workers < 0:
-        raise ValueError(
-            f"--batch-size {args.batch_size} must be at least 1, --num-workers {args.num_workers} at least 0"
-        )
-    entries, references = list_references(args.data, args.caption_keys)
-    run = captioning_run(args.run)
-    path = args.output or run / REPORT
-    check_writable(path)
-    (parts, default), checkpoint = load_newest(
-        run, lambda: load_captioner(args.run, torch.device(args.device))
-    )
-    pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
-    points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
-    for point in points:
-        check_guidance(point.guidance, parts.flow.null_probability)
-    scorer = CaptionScorer(references)
-    starts = encode(parts, entries, args).split(args.batch_size)
-
-    def measure(latents_of: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        captions = [
-            text for start in starts for text in parts.read(latents_of(start.to(parts.device)))
-        ]
-        shown = zip(entries, captions, references, strict=True)
-        return {
-            "exact_match": exact_match(parts, captions, references),
-            **scorer.score(captions),
-            "examples": [
-                {"image": image_name(entry), "caption": text, "references": texts}
-                for entry, text, texts in shown
-            ][:NUM_EXAMPLES],
-        }
-
-    report = describe(args, parts, checkpoint, scorer, default)
-    report["results"] = [
-        {"steps": point.steps, "guidance": point.guidance}
-        | measure(lambda start, point=point: parts.transport(start, point))
-        for point in points
-    ]
-    report["without_flow"] = measure(lambda start: start)
-    write_json(report, path)
-    print_report(report, path)
+def describe_versions(state: PartialState) -> dict[str, Any]:
+    """Versions and device, with the metrics' package and Java."""
+    found, java = describe_environment(state), None
+    if shutil.which("java"):
+        said = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr
+        java = next((line for line in said.splitlines() if "version" in line), None)
+    found["versions"] |= {PACKAGE: package_version(PACKAGE), "java": java}
+    return found
 
 
 def print_report(report: dict, path: Path) -> None:
     """A table, why what is null is null, and where the json lies."""
+    # A row a point
     print("  ".join(name.rjust(11) for name in COLUMNS))
-    for row in [*report["results"], {"steps": 0, "guidance": "no flow"} | report["without_flow"]]:
-        cells = (
-            f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name])
-            for name in COLUMNS
-        )
+    without_flow = {"steps": 0, "guidance": "no flow", **report["without_flow"]}
+    for row in [*report["results"], without_flow]:
+        values = [row[name] for name in COLUMNS]
+        cells = [f"{value:.1f}" if isinstance(value, float) else str(value) for value in values]
         print("  ".join(cell.rjust(11) for cell in cells))
-    if report["protocol"]["tokenizer_reason"]:
-        print(
-            f"tokenizer: {report['protocol']['tokenizer']}: {report['protocol']['tokenizer_reason']}"
-        )
-    for name, reason in report["without_flow"]["reasons"].items():
+    protocol = report["protocol"]
+    if protocol["tokenizer_reason"]:
+        print(f"tokenizer: {protocol['tokenizer']}: {protocol['tokenizer_reason']}")
+    for name, reason in without_flow["reasons"].items():
         print(f"{name}: null: {reason}")
-    print(f"{path}: {report['protocol']['num_images']} images")
+    print(f"{path}: {protocol['num_images']} images")
 
 
 if __name__ == "__main__":

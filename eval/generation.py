@@ -1,49 +1,52 @@
-"""FID and other numbers of the images that a trained run makes from captions, by a written protocol.
+"""FID and other numbers of the images that a run makes from captions, by a written protocol.
 
     python -m eval.generation runs/demo --protocol demo
-    accelerate launch --multi_gpu --num_processes 8 --module eval.generation RUN --protocol coco30k \
-        captions=[captions_val2014.json] reference=[coco.npz]
+    accelerate launch --multi_gpu --num_processes 8 --module eval.generation RUN \\
+        --protocol coco30k captions=[captions_val2014.json] reference=[coco.npz]
     python -m eval.generation RUN --protocol FILE.yaml --guidance 1,1.5,2,3 --steps 10,20,50
 
-RUN is an experiment or its stage-3 run; EMA weights. A protocol is a YAML (eval/protocol.py); key=value changes it.
-Image i is a function of (seed, i), whatever --batch-size and the number of processes (eval/making.py). It costs up to
-group_size - 1 images that are made and dropped in the last group, and batches of group_size. An interrupted evaluation
-continues where it was. Writes images, features and evaluation.json; with several values of guidance or steps a folder
-each and a table.
+RUN is an experiment or its stage-3 run; EMA weights. A protocol is a YAML (eval/protocol.py);
+key=value changes it. An image does not depend on --batch-size or the number of processes
+(eval/generate.py). The same command continues an interrupted evaluation. Writes images, features
+and evaluation.json; with several values of guidance or steps, a folder for each, a table and a
+chart.
 """
 
 import argparse
 from dataclasses import replace
-from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from configs.cli import exit_on_error
 from configs.load import load_dataclass
-from eval.evaluation import REPORT, Evaluation, evaluate, load_reference, read_captions, read_inputs
-from eval.networks import MeasuringConfig, load_networks
-from eval.options import add_options, check_options, numbers
-from eval.protocol import Protocol, protocol_file
-from eval.sweep import write_sweep
-from modeling.fingerprint import fingerprint
+from data.files import check_writable, write_json, write_text
+from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
+from eval.feature_nets import WeightsFiles
+from eval.images import Reading
+from eval.programs import (
+    INSTALL,
+    add_reading_options,
+    add_weights_options,
+    build_parser,
+    different,
+    start_processes,
+)
+from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow import check_guidance
+from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
-from training.files import check_writable
-from training.loading import flow_folder, load_newest, load_pipeline
-from training.run import TIMEOUT_MINUTES
+from training.errors import exit_on_error
+from training.loading import load_newest
+from training.pipelines import flow_folder, load_pipeline
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="experiment folder, or a stage-3 run folder"
     )
@@ -52,129 +55,137 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--protocol", required=True, help="a YAML file, or a name: coco30k, mjhq30k, demo, geneval"
     )
     parser.add_argument("--output", type=Path, help="folder; default: evaluation/PROTOCOL in RUN")
-    parser.add_argument(
-        "--guidance", type=numbers(float), metavar="LIST", help="as in 1,1.5,2: one evaluation each"
-    )
-    parser.add_argument(
-        "--steps", type=numbers(int), metavar="LIST", help="solver steps, as in 10,20,50"
-    )
-    parser.add_argument("--no-images", action="store_true", help="keep features only")
+    help_text = "as in 1,1.5,2: one evaluation each"
+    parser.add_argument("--guidance", type=different(float), metavar="LIST", help=help_text)
+    help_text = "solver steps, as in 10,20,50"
+    parser.add_argument("--steps", type=different(int), metavar="LIST", help=help_text)
+    parser.add_argument("--no-images", action="store_true", help="keep only features")
     parser.add_argument("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
-    add_options(parser, 64, "images that a feature network sees at once")
+    add_reading_options(parser, 64, "images that a feature network sees at once")
+    add_weights_options(parser)
     return parser.parse_intermixed_args(arguments)
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse impossible values before anything is loaded."""
-    check_options(args)
-    for name in ("guidance", "steps"):
-        values = getattr(args, name) or []
-        if len({*values}) != len(values):
-            raise ValueError(f"--{name} names a value twice: {values}")
-    if args.output and args.output.is_file():
-        raise ValueError(f"--output {args.output} is a file, expected a folder")
-
-
-def load_protocol(name: str, overrides: list[str]) -> Protocol:
-    """A protocol's YAML with what the command line changes.
-
-    Raises:
-        ValueError: no such file, an unknown key, a wrong type, or values that do not go together.
-    """
-    return load_dataclass(Protocol, protocol_file(name), overrides)
-
-
-def prepare(args: argparse.Namespace) -> Evaluation:
-    """Read and check all inputs; what is wrong with them is said before an image is made.
-
-    Raises:
-        ValueError: anything wrong with them.
-    """
-    check_args(args)
-    protocol = load_protocol(args.protocol, args.overrides)
+def main(args: argparse.Namespace) -> None:
+    """Check everything, then evaluate each point of the sweep."""
+    # What needs no network is checked first
+    protocol = load_dataclass(Protocol, protocol_file(args.protocol), args.overrides)
     captions = read_captions(protocol)
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
-    torch.backends.cudnn.allow_tf32 = (
-        False  # convolutions of float32 would be rounded to 10 bits on a GPU
-    )
-    check_writable(output_folder(args) / REPORT)
-    (parts, default), checkpoint = load_newest(
+    points = [
+        replace(protocol, guidance=guidance, steps=steps)
+        for steps in args.steps or [protocol.steps]
+        for guidance in args.guidance or [protocol.guidance]
+    ]
+    if len(points) > 1:
+        check_matplotlib()
+    output = args.output or args.run / "evaluation" / Path(args.protocol).stem
+    state = start_processes(args.device)
+    check_writable(output / REPORT)
+
+    # The run: all processes must have the same checkpoint, though training may go on meanwhile
+    (generator, default), checkpoint = load_newest(
         flow_folder(args.run), lambda: load_pipeline(args.run, state.device)
     )
-    model = describe_model(checkpoint, parts)  # now: training may remove it
+    model = describe_model(checkpoint, generator)
     if len({*gather_object([model["flow_fingerprint"]])}) > 1:
         raise ValueError(
-            f"{args.run}: the processes loaded different checkpoints: it is being trained, start again"
+            f"{args.run} is being trained, and the processes loaded different checkpoints: start "
+            "again"
         )
-    for point in points(args, protocol):
-        check_guidance(point.sampling(default).guidance, parts.flow.null_probability)
-    inputs = read_inputs(protocol, captions, parts.tokenizer.config)
-    config = MeasuringConfig(
-        args.batch_size, args.num_workers, args.inception_weights or "", args.dinov2_weights or ""
+    for point in points:
+        check_guidance(point.sampling(default).guidance, generator.flow.config.null_probability)
+
+    # What the images are measured with
+    setup = EvaluationSetup(
+        protocol=protocol,
+        captions=captions,
+        generator=generator,
+        default=default,
+        model=model,
+        files=WeightsFiles(args.inception_weights, args.dinov2_weights, args.download),
+        reading=Reading(args.batch_size, args.num_workers, state),
+        keep_images=not args.no_images,
     )
-    networks = load_networks(
-        protocol, parts.tokenizer, parts.tokenize.config, config, args.download, state
-    )
-    reference = load_reference(inputs, networks.extractor, config, state)
-    return Evaluation(
-        inputs, parts, default, networks, reference, model, config, not args.no_images, state
-    )
+
+    # A folder for each point
+    reports = []
+    for point in points:
+        sampling = point.sampling(default)
+        name = f"guidance_{sampling.guidance:g}_steps_{sampling.steps}"
+        folder = output / name if len(points) > 1 else output
+        reports.append(evaluate_images(setup, point, folder))
+        if state.is_main_process:
+            print_summary(reports[-1], folder / REPORT)
+    if len(points) > 1 and state.is_main_process:
+        write_sweep(output, reports)
 
 
-def output_folder(args: argparse.Namespace) -> Path:
-    """Where images and report go."""
-    return args.output or args.run / "evaluation" / Path(args.protocol).stem
-
-
-def describe_model(checkpoint: Path, parts: ImageGenerator) -> dict[str, Any]:
-    """Which weights make the images."""
+def describe_model(checkpoint: Path, generator: ImageGenerator) -> dict[str, Any]:
+    """Which weights make the images; read at once, because training may remove the checkpoint."""
     return {
         "checkpoint": checkpoint.name,
         "ema_sha256": file_sha256(checkpoint / EMA_FILE),
-        "flow_fingerprint": fingerprint(parts.flow),
-        "tokenizer_fingerprint": fingerprint(parts.tokenizer),
-        "text_encoder_fingerprint": fingerprint(parts.text_encoder),
+        "flow_fingerprint": fingerprint(generator.flow),
+        "tokenizer_fingerprint": fingerprint(generator.tokenizer),
+        "text_encoder_fingerprint": generator.text_encoder.identity,
     }
 
 
-def points(args: argparse.Namespace, protocol: Protocol) -> list[Protocol]:
-    """The protocol at each guidance and number of steps of the command line."""
-    guidances, steps = args.guidance or [protocol.guidance], args.steps or [protocol.steps]
-    return [
-        replace(protocol, guidance=guidance, steps=number)
-        for number in steps
-        for guidance in guidances
-    ]
-
-
 def print_summary(report: dict[str, Any], path: Path) -> None:
-    """What was found, in a few lines."""
-    found = ", ".join(
-        f"{name} {value:.4f}" for name, value in report["metrics"].items() if value is not None
-    )
+    """A line of metrics, and one for each that is null."""
+    metrics = {name: value for name, value in report["metrics"].items() if value is not None}
+    found = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    made = f"{report['num_images']} images, {report['images_made']} made now"
     rate = f", {report['images_per_second']:.1f} images/s" if report["images_made"] else ""
-    print(
-        f"{path}: {report['num_images']} images, {report['images_made']} made now{rate}{': ' if found else ''}{found}"
-    )
+    print(f"{path}: {made}{rate}{': ' if found else ''}{found}")
     for name, reason in report["missing"].items():
         print(f"  no {name}: {reason}")
 
 
-def main(args: argparse.Namespace) -> None:
-    """Evaluate each point."""
-    evaluation = prepare(args)
-    output = output_folder(args)
-    sweep = points(args, evaluation.inputs.protocol)
-    reports = []
-    for point in sweep:
-        sampling = point.sampling(evaluation.default)
-        name = f"guidance_{sampling.guidance:g}_steps_{sampling.steps}"
-        folder = output / name if len(sweep) > 1 else output
-        reports.append(evaluate(evaluation, point, folder))
-        if evaluation.state.is_main_process:
-            print_summary(reports[-1], folder / REPORT)
-    if len(sweep) > 1 and evaluation.state.is_main_process:
-        write_sweep(output, reports)
+def check_matplotlib() -> None:
+    """Refuse a sweep whose chart could not be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"the chart of a sweep needs matplotlib: {INSTALL}")
+
+
+def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
+    """sweep.json, sweep.md and sweep.png: a row, a point for each guidance and number of steps."""
+    # Metrics that at least one point has
+    names = [
+        name
+        for name in reports[0]["metrics"]
+        if any(report["metrics"][name] is not None for report in reports)
+    ]
+    rows = []
+    for report in reports:
+        row = {name: report["sampling"][name] for name in ("steps", "guidance")}
+        row |= {name: report["metrics"][name] for name in names}
+        rows.append(row | {"images_per_second": report["images_per_second"]})
+    # The same as json, as a Markdown table and, of the first metric, as a chart
+    write_json({"rows": rows}, folder / "sweep.json")
+    cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *cells]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write_text(table, folder / "sweep.md")
+    print(table, end="")
+    if names:
+        save_chart(rows, names[0], folder / "sweep.png")
+    print(f"{folder}: sweep.json, sweep.md{', sweep.png' if names else ''} written")
+
+
+def save_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
+    """The first metric over guidance, a curve for each number of steps."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(xlabel="guidance", ylabel=metric)
+    for steps in dict.fromkeys(row["steps"] for row in rows):
+        points = [row for row in rows if row["steps"] == steps and row[metric] is not None]
+        points.sort(key=lambda row: row["guidance"])
+        guidance, values = ([row[key] for row in points] for key in ("guidance", metric))
+        axes.plot(guidance, values, "o-", label=f"{steps} steps")
+    axes.legend()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Images to measure on: folders and tar shards -> batches, every image once over all processes.
 
-The data is listed before anything is read: an image's number depends on the data alone, and a broken shard stops an
-evaluation before it starts. Process r of P reads the images r, r + P, ...: none twice, and none to fill a batch.
+The data is listed before anything is read: an image's number depends only on the data, and a broken
+shard stops an evaluation before it starts. Process r of P reads the images r, r + P, ...: none
+twice, and none to fill a batch.
 """
 
 import os
@@ -11,28 +12,32 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.bad_samples import BadSample
 from data.captions import captions_of
 from data.entries import Entry, read_parts
-from data.readers import image_bytes
+from data.images import image_bytes
+from data.samples import BadSample
 from data.sources import folder_entries, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 
 ResizeRule = Literal["crop", "clean"]
-RESIZE_RULE = "shorter side resized to image_size (Pillow, bicubic, antialiased), centre square"
-CLEAN_RULE = "clean-fid's: the whole image to 299 x 299 (Pillow, bicubic, antialiased, float32 channels), not rounded"
-RULES = {"crop": RESIZE_RULE, "clean": CLEAN_RULE}
+RULES = {
+    "crop": "shorter side resized to image_size (Pillow, bicubic, antialiased), centre square",
+    "clean": "clean-fid's: the whole image to 299 x 299 (Pillow, bicubic, antialiased, float32 "
+    "channels), not rounded",
+}
 CLEAN_SIZE = 299  # pixels, Inception's own
+WHITE = (255, 255, 255)
 
 
 def list_images(data: Sequence[str]) -> list[Entry]:
-    """Images of folders (with sub-folders) and local tar shards (paths, braces, globs), in the order given.
+    """Images of folders (with sub-folders) and local tar shards (paths, braces, globs), in order.
 
     Raises:
-        ValueError: no such folder or shard, a broken shard, no image, or an image that two of them name.
+        ValueError: no such folder or shard, a broken shard, no image, or an image named twice.
     """
     entries, seen = [], set()
     for name in data:
@@ -46,23 +51,23 @@ def list_images(data: Sequence[str]) -> list[Entry]:
 
 
 def image_name(entry: Entry) -> str:
-    """An image as messages call it: its file, or its shard and its key there."""
+    """What messages call an image: its file, or its shard and its key there."""
     return entry.path if entry.span is None else f"{entry.path}: {entry.key}"
 
 
 @dataclass(frozen=True)
 class ImageSet(Dataset):
-    """Images by number: {"index", "image": 3 x R x R uint8, "caption"}, or {"index", "name", "reason"} if unreadable.
+    """Images by number: {"index", "image": 3 x R x R uint8, "caption"}.
 
-    Centre crop of R pixels, resized exactly (data/transforms.py), or what `clean_resize` gives. The caption is the
-    first one under the first of `caption_keys` that has any, in the sample's members or in files beside the image; ""
-    without one.
+    Of an unreadable image {"index", "name", "reason"}. Centre crop of R pixels, resized exactly
+    (data/transforms.py), or what `clean_resize` gives. The caption is the first one under the first
+    of `caption_keys` that has any, in the sample's members or in files beside the image; else "".
     """
 
     entries: Sequence[Entry]
     image_size: int
-    caption_keys: tuple[str, ...]
-    background: tuple[int, ...]  # RGB, 0..255, behind transparent pixels
+    caption_keys: tuple[str, ...] = ()
+    background: tuple[int, ...] = WHITE  # RGB, 0..255, behind transparent pixels
     rule: ResizeRule = "crop"
 
     def __len__(self) -> int:
@@ -88,48 +93,56 @@ class ImageSet(Dataset):
 
 
 def clean_resize(image: np.ndarray) -> np.ndarray:
-    """H x W x 3 uint8 -> 3 x 299 x 299 float32 in [0, 255], as clean-fid resizes (Parmar et al. 2022, mode "clean").
+    """H x W x 3 uint8 -> 3 x 299 x 299 float32 in [0, 255], as clean-fid does in mode "clean".
 
-    Each channel by Pillow in float32, bicubic and antialiased, whatever the aspect; cut to the range, not rounded.
+    Parmar et al. 2022: each channel by Pillow in float32, bicubic and antialiased, whatever the
+    aspect; clipped to the range, not rounded.
     """
     channels = [Image.fromarray(image[:, :, channel].astype(np.float32)) for channel in range(3)]
-    resized = [
-        channel.resize((CLEAN_SIZE, CLEAN_SIZE), Image.Resampling.BICUBIC) for channel in channels
-    ]
+    size = (CLEAN_SIZE, CLEAN_SIZE)
+    resized = [channel.resize(size, Image.Resampling.BICUBIC) for channel in channels]
     return np.stack([np.asarray(channel) for channel in resized]).clip(0, 255)
 
 
-def iterate_images(
-    images: ImageSet, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
-) -> Iterator[dict[str, Any]]:
-    """This process's images in order; the last batch may be short.
+@dataclass(frozen=True)
+class Reading:
+    """How the processes read sets of images."""
 
-    "image": B x 3 x R x R uint8 (float32 by the rule "clean") in [0, 255]; "index": B numbers; "caption": B strings;
-    "skipped": [(name, reason)] of the unreadable ones in between. B counts the readable ones and may be 0.
+    batch_size: int
+    num_workers: int  # reading processes of each process; 0: none
+    state: PartialState
+
+
+def iterate_images(
+    images: ImageSet, batch_size: int, num_workers: int = 0, state: PartialState | None = None
+) -> Iterator[dict[str, Any]]:
+    """Images in order, with a state only this process's; the last batch may be short.
+
+    "image": B x 3 x R x R uint8 (float32 by the rule "clean") in [0, 255]; "index": B numbers;
+    "caption": B strings; "skipped": [(name, reason)] of unreadable images in between. B counts the
+    readable ones and may be 0.
     """
+    # An own generator, so that no number is taken from the global one
+    rank, num_processes = (state.process_index, state.num_processes) if state else (0, 1)
     return iter(
         DataLoader(
             images,
             batch_size,
-            sampler=range(rank, len(images), world_size),
+            sampler=range(len(images))[rank::num_processes],
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own: no number is taken from the global one
+            generator=torch.Generator(),
         )
     )
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of an ImageSet -> a batch of `iterate_images`."""
+    """Samples of an ImageSet -> a batch of iterate_images."""
     readable = [sample for sample in samples if "reason" not in sample]
-    pixels = (
-        np.stack([sample["image"] for sample in readable])
-        if readable
-        else np.empty((0, 3, 0, 0), np.uint8)
-    )
+    pixels = [sample["image"] for sample in readable]
     return {
-        "image": torch.from_numpy(pixels),
+        "image": torch.from_numpy(np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)),
         "index": [sample["index"] for sample in readable],
         "caption": [sample["caption"] for sample in readable],
         "skipped": [(sample["name"], sample["reason"]) for sample in samples if "reason" in sample],

@@ -1,8 +1,9 @@
-"""What an evaluation of generated images is: one small YAML that another code could follow, and the captions it names.
+"""What an evaluation of generated images is: a small YAML that another code could follow.
 
-A number such as a FID depends on captions, reference, resize, rounding, weights, guidance, steps and sampler; here each
-is a field. eval/protocols holds those that papers report. Captions come from a text file, jsonl, COCO's or MJHQ-30K's
-json, or from the samples of folders and shards.
+A number such as a FID depends on captions, reference, resize, rounding, weights, guidance, steps
+and sampler; here each is a field. eval/protocols holds the protocols that papers report. Captions
+come from a text file, a jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and
+shards.
 """
 
 import hashlib
@@ -13,16 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.bad_samples import BadSample
 from data.captions import captions_of, strings
-from data.entries import load_json, read_parts
-from eval.images import ResizeRule, image_name, list_images
-from eval.inception import Precision
+from data.entries import Entry, load_json, read_parts
+from data.samples import BadSample
+from eval.images import CLEAN_SIZE, ResizeRule, image_name, list_images
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
 
 FOLDER = Path(__file__).parent / "protocols"
-INCEPTION_ONLY = ("inception_score",)
 METRICS = (
     "frechet",
     "frechet_by_category",
@@ -32,48 +31,48 @@ METRICS = (
     "retrieval",
     "clip_score",
 )
+Precision = Literal["float32", "float64"]
 
 
 @dataclass
 class Protocol:
-    """Captions, reference, sampling and measures of one evaluation."""
+    """Captions, reference, sampling and metrics of one evaluation."""
 
-    # a .txt (one a line), a .jsonl, COCO's captions_*.json, MJHQ-30K's meta_data.json; or folders, or tar shards
+    # a .txt (one a line), a .jsonl, COCO's captions_*.json, MJHQ-30K's meta_data.json; or folders,
+    # or tar shards
     captions: list[str] = field(default_factory=list)
-    caption_keys: list[str] = field(
-        default_factory=lambda: ["txt", "json:caption"]
-    )  # of folders and shards
+    # where captions lie in the samples of folders and shards
+    caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
     caption_field: str = "prompt"  # of the rows of a .jsonl
-    num_captions: int = 0  # how many; 0: as many as there are
-    # all: num_captions must be what is there; first; random: without repeats, by choice_seed, in their order; spread
+    num_captions: int = 0  # 0: all
+    # all: num_captions must be what is there; first; random: without repeats, by choice_seed, in
+    # file order; spread: evenly
     choice: Literal["all", "first", "random", "spread"] = "all"
     choice_seed: int = 0
     images_per_caption: int = 1
     seed: int = 0  # an image is a function of (seed, its number)
-    # Images that the networks make together, whatever --batch-size is: the sums of floats depend on it.
+    # images that the networks make together, whatever --batch-size is: float sums depend on it
     group_size: int = 32
     steps: int | None = None  # None, also below: as the run's config says
     guidance: float | None = None
     sampler: str | None = None
     autocast: bool = False  # networks in bf16 where that is safe; False: float32
     rounding: Literal["round", "truncate"] = "round"  # of [0, 1] to uint8
-    image_size: int = (
-        0  # pixels before features: resized by Pillow, bicubic, antialiased; 0: as generated
-    )
-    # How images come to the feature network, generated and real ones: crop: at image_size, the real ones' centre;
-    # clean: clean-fid's rule, whole images to 299 px without rounding (eval/images.py), for features=inception
+    # pixels before the features, resized by Pillow, bicubic, antialiased; 0: as generated
+    image_size: int = 0
+    # how images, generated and real, come to the feature network. crop: at image_size, the real
+    # ones' centre; clean: clean-fid's rule, the whole image to 299 px without rounding
+    # (eval/images.py), for features=inception
     resize: ResizeRule = "crop"
-    layout: Literal["flat", "geneval"] = (
-        "flat"  # of the images; geneval: the folders that GenEval's scorer reads
-    )
-    # one statistics file (.npz), or folders, or shards, whose images are cropped to the centre; []: none
+    # folders of the images; geneval: those that GenEval's scorer reads
+    layout: Literal["flat", "geneval"] = "flat"
+    # one statistics file (.npz), or folders, or shards, whose images are cropped to the centre;
+    # []: none
     reference: list[str] = field(default_factory=list)
-    background: list[int] = field(
-        default_factory=lambda: [255, 255, 255]
-    )  # RGB behind transparent reference images
-    features: Literal["inception", "dinov2", "tokenizer"] = (
-        "inception"  # tokenizer: the run's own latent means
-    )
+    # RGB behind transparent pixels of reference images
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
+    # tokenizer: the latent means of the run's own
+    features: Literal["inception", "dinov2", "tokenizer"] = "inception"
     precision: Precision = "float32"  # of the Inception network
     metrics: list[str] = field(
         default_factory=lambda: ["frechet", "kid", "inception_score", "precision_recall"]
@@ -85,44 +84,53 @@ class Protocol:
     clip: ClipConfig = field(default_factory=ClipConfig)  # of the CLIP score
 
     def __post_init__(self):
-        positive = (
-            "images_per_caption",
-            "group_size",
-            "kid_subsets",
-            "kid_subset_size",
-            "inception_splits",
-        )
-        for name in (*positive, "neighbours"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"protocol: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_captions", "choice_seed", "seed", "image_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"protocol: {name} must be at least 0, got {getattr(self, name)}")
-        unknown = [name for name in self.metrics if name not in METRICS]
-        if unknown:
+        # Ranges
+        least = dict.fromkeys(("num_captions", "choice_seed", "seed", "image_size"), 0)
+        least |= dict.fromkeys(("images_per_caption", "group_size", "kid_subsets"), 1)
+        least |= {"kid_subset_size": 2, "inception_splits": 1, "neighbours": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        if unknown := {*self.metrics} - {*METRICS}:
+            valid = ", ".join(METRICS)
+            raise ValueError(f"metrics {', '.join(sorted(unknown))}: valid are {valid}")
+        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
+            given = self.background
+            raise ValueError(f"background must be 3 numbers in 0..255, got {given}")
+        # Combinations
+        if "inception_score" in self.metrics and self.features != "inception":
             raise ValueError(
-                f"protocol: unknown metrics {', '.join(unknown)}; valid: {', '.join(METRICS)}"
-            )
-        wrong = [
-            name for name in self.metrics if name in INCEPTION_ONLY and self.features != "inception"
-        ]
-        if wrong:
-            raise ValueError(
-                f"protocol: {', '.join(wrong)} needs features=inception, got features={self.features}"
+                f"inception_score needs features=inception, got features={self.features}"
             )
         if self.resize == "clean" and (self.features != "inception" or self.image_size):
-            raise ValueError("protocol: resize=clean goes with features=inception and image_size=0")
-        if self.choice in ("first", "random", "spread") and not self.num_captions:
-            raise ValueError(f"protocol: choice={self.choice} needs num_captions")
-        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
-            raise ValueError(
-                f"protocol: background must be 3 numbers in 0..255, got {self.background}"
-            )
+            raise ValueError("resize=clean goes with features=inception and image_size=0")
+        if self.features == "tokenizer" and self.image_size:
+            raise ValueError("features=tokenizer goes with image_size=0")
+        if self.choice != "all" and not self.num_captions:
+            raise ValueError(f"choice={self.choice} needs num_captions")
 
     @property
-    def feature_metrics(self) -> list[str]:
+    def feature_metrics(self) -> set[str]:
         """Those that need the feature network."""
-        return [name for name in self.metrics if name != "clip_score"]
+        return {*self.metrics} - {"clip_score"}
+
+    @property
+    def statistics_file(self) -> Path | None:
+        """The reference if it is a statistics file.
+
+        Raises:
+            ValueError: one among other references.
+        """
+        files = [name for name in self.reference if name.endswith(".npz")]
+        if files and len(self.reference) > 1:
+            given = self.reference
+            raise ValueError(f"reference is one .npz, or folders and shards, got {given}")
+        return Path(files[0]) if files else None
+
+    def feature_size(self, generated: int) -> int:
+        """Pixels of the images that features are taken of, which are generated with others."""
+        return CLEAN_SIZE if self.resize == "clean" else self.image_size or generated
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
         """The run's sampling with what the protocol changes.
@@ -131,9 +139,8 @@ class Protocol:
             ValueError: unknown sampler, or no step.
         """
         given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
-        return replace(
-            default, **{name: value for name, value in given.items() if value is not None}
-        )
+        changes = {name: value for name, value in given.items() if value is not None}
+        return replace(default, **changes)
 
 
 @dataclass(frozen=True)
@@ -141,10 +148,9 @@ class Caption:
     """A caption and where it is from."""
 
     text: str
-    source: str | None = None  # name of the image it belongs to, as eval.images.image_name says it
-    record: dict[str, Any] = field(
-        default_factory=dict
-    )  # its row of a jsonl, or of MJHQ-30K's meta_data.json
+    source: str | None = None  # image_name of the image that it belongs to
+    # its row of a jsonl, or of MJHQ-30K's meta_data.json
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def category(self) -> str:
@@ -167,126 +173,122 @@ def protocol_file(name: str) -> Path:
     return path
 
 
-def choose_captions(protocol: Protocol) -> list[Caption]:
+def read_captions(protocol: Protocol) -> list[Caption]:
     """The captions of a protocol, in order.
 
     Raises:
-        ValueError: none named, no such file, an empty caption, or not as many as the protocol wants.
+        ValueError: none named, no such file, an empty caption, not as many as the protocol wants,
+            or such that its layout or its metrics can't use them.
     """
     if not protocol.captions:
+        raise ValueError("no captions: add captions=[FILE] (the protocol says which)")
+    # All that are there
+    captions, names = _all_captions(protocol), " ".join(protocol.captions)
+    for number, caption in enumerate(captions):
+        if not caption.text.strip():
+            raise ValueError(f"{names}: caption {number} (counted from 0) is empty")
+    # As many as the protocol says: by default exactly those, so that another file is noticed
+    wanted = protocol.num_captions or len(captions)
+    if not captions or wanted > len(captions):
+        raise ValueError(f"{names} has {len(captions)} captions, expected {wanted or 'some'}")
+    if protocol.choice == "all" and wanted != len(captions):
         raise ValueError(
-            "protocol: no captions are named: add captions=[FILE] (its file says which)"
+            f"{names} has {len(captions)} captions, expected exactly {wanted}: take another file, "
+            "or set choice=first, random or spread"
         )
-    captions = read_captions(protocol)
-    there, wanted = len(captions), protocol.num_captions or len(captions)
-    names = " ".join(protocol.captions)
-    if protocol.choice == "all" and wanted != there:
-        raise ValueError(
-            f"{names} has {there} captions, the protocol wants all of exactly {wanted}: another file is meant, or set "
-            "choice=first, random or spread"
-        )
-    if wanted > there:
-        raise ValueError(f"{names} has {there} captions, the protocol wants {wanted}")
-    return [captions[index] for index in chosen_indices(protocol, there)]
+    chosen = [captions[index] for index in _chosen_indices(protocol, len(captions))]
+    _check_use(protocol, chosen)
+    return chosen
 
 
-def chosen_indices(protocol: Protocol, there: int) -> list[int]:
-    """Which of so many captions, ascending."""
-    wanted = protocol.num_captions or there
+def _chosen_indices(protocol: Protocol, available: int) -> list[int]:
+    wanted = protocol.num_captions or available
     if protocol.choice == "random":
-        return sorted(
-            np.random.default_rng(protocol.choice_seed).permutation(there)[:wanted].tolist()
-        )
+        order = np.random.default_rng(protocol.choice_seed).permutation(available)
+        return sorted(order[:wanted].tolist())
     if protocol.choice == "spread":
-        return np.linspace(0, there - 1, wanted).round().astype(int).tolist()
+        return np.linspace(0, available - 1, wanted).round().astype(int).tolist()
     return list(range(wanted))
 
 
-def read_captions(protocol: Protocol) -> list[Caption]:
-    """All captions that a protocol's sources hold."""
-    files = [Path(name) for name in protocol.captions if name.endswith((".txt", ".jsonl", ".json"))]
-    if not files:
-        captions = captions_of_images(protocol.captions, protocol.caption_keys)
-    elif len(protocol.captions) > 1:
+def _check_use(protocol: Protocol, captions: Sequence[Caption]) -> None:
+    """Refuse captions that the layout or the metrics can't use."""
+    metrics = protocol.metrics
+    if protocol.layout == "geneval" and not all(caption.record for caption in captions):
+        raise ValueError("layout=geneval needs captions from a .jsonl: rows are the metadata")
+    if "frechet_by_category" in metrics and not all(caption.category for caption in captions):
         raise ValueError(
-            f"protocol: captions is one file or several folders and shards, got {protocol.captions}"
+            "metric frechet_by_category needs captions with a category, as MJHQ-30K's meta_data.json"
         )
-    elif not files[0].is_file():
-        raise ValueError(f"captions file {files[0]} does not exist")
-    else:
-        captions = captions_of_file(files[0], protocol.caption_field)
-    for number, caption in enumerate(captions):
-        if not caption.text.strip():
-            raise ValueError(
-                f"{' '.join(protocol.captions)}: caption {number} (from 0 on) is empty"
-            )
-    if not captions:
-        raise ValueError(f"{' '.join(protocol.captions)} has no caption")
-    return captions
+    if "retrieval" in metrics:
+        if not all(caption.source for caption in captions):
+            raise ValueError("metric retrieval needs captions of images in folders or shards")
+        if not protocol.reference or protocol.statistics_file:
+            raise ValueError("metric retrieval needs a reference of folders or shards")
 
 
-def captions_of_file(path: Path, field_name: str) -> list[Caption]:
-    """Captions of a text file, a jsonl, COCO's captions_*.json (every annotation) or MJHQ-30K's meta_data.json.
-
-    Raises:
-        ValueError: not of that form.
-    """
+def _all_captions(protocol: Protocol) -> list[Caption]:
+    names = protocol.captions
+    files = [Path(name) for name in names if name.endswith((".txt", ".jsonl", ".json"))]
+    # Folders and shards
+    if not files:
+        return [_caption_of(entry, protocol.caption_keys) for entry in list_images(names)]
+    if len(names) > 1:
+        raise ValueError(f"captions is one file, or folders and shards, got {names}")
+    # One file; a byte order mark is no part of its first caption
+    path = files[0]
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ValueError(f"captions file {path} does not exist") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-    lines = text.split(
-        "\n"
-    )  # splitlines would also split at what a caption can hold, such as U+2028
+    if path.suffix == ".json":
+        return _from_json(path, load_json(text))
+    # splitlines would also split at what a caption may hold, such as U+2028
+    lines = text.split("\n")
     if path.suffix == ".txt":
         return [Caption(line.strip()) for line in lines if line.strip()]
-    if path.suffix == ".jsonl":
-        rows = [
-            (number, load_json(line)) for number, line in enumerate(lines, start=1) if line.strip()
-        ]
-        for number, row in rows:
+    return _from_jsonl(path, lines, protocol.caption_field)
+
+
+def _from_jsonl(path: Path, lines: Sequence[str], field_name: str) -> list[Caption]:
+    captions = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            row = load_json(line)
             if not isinstance(row, dict) or not isinstance(row.get(field_name), str):
                 raise ValueError(
-                    f"{path} line {number}: expected a JSON object with a text under {field_name!r}"
+                    f"{path} line {number}: expected an object with a text at {field_name!r}"
                 )
-        return [Caption(row[field_name], record=row) for _, row in rows]
-    content = load_json(text)
-    rows = content.get("annotations") if isinstance(content, dict) else None
-    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-        return [Caption(*strings(row.get("caption"))[:1] or [""]) for row in rows]
-    if (
-        isinstance(content, dict)
-        and content
-        and all(isinstance(row, dict) for row in content.values())
-    ):
-        return [
-            Caption(str(row.get("prompt") or ""), record={"id": name, **row})
-            for name, row in content.items()
-        ]
-    raise ValueError(
-        f"{path}: expected COCO's captions (a list under 'annotations') or MJHQ-30K's meta_data.json"
-    )
-
-
-def captions_of_images(data: Sequence[str], keys: Sequence[str]) -> list[Caption]:
-    """The first caption of each image of folders and shards.
-
-    Raises:
-        ValueError: an image without one.
-    """
-    captions = []
-    for entry in list_images(data):
-        name = image_name(entry)
-        try:
-            texts = captions_of(read_parts(entry), tuple(keys))
-        except BadSample as error:
-            raise ValueError(f"{name}: {error.reason}") from error
-        if not texts:
-            raise ValueError(
-                f"{name} has no caption under {', '.join(keys)} (protocol: caption_keys)"
-            )
-        captions.append(Caption(texts[0], source=name))
+            captions.append(Caption(row[field_name], record=row))
     return captions
+
+
+def _from_json(path: Path, content: Any) -> list[Caption]:
+    """COCO's captions_*.json (every annotation), or MJHQ-30K's meta_data.json."""
+    if isinstance(content, dict):
+        rows = content.get("annotations")
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            return [Caption(*strings(row.get("caption"))[:1] or [""]) for row in rows]
+        if content and all(isinstance(row, dict) for row in content.values()):
+            return [
+                Caption(str(row.get("prompt") or ""), record={"id": name, **row})
+                for name, row in content.items()
+            ]
+    raise ValueError(f"{path}: expected COCO's captions ('annotations') or MJHQ-30K's meta_data")
+
+
+def _caption_of(entry: Entry, keys: Sequence[str]) -> Caption:
+    """The first caption of an image of a folder or shard."""
+    name = image_name(entry)
+    try:
+        texts = captions_of(read_parts(entry), tuple(keys))
+    except BadSample as error:
+        raise ValueError(f"{name}: {error.reason}") from error
+    if not texts:
+        raise ValueError(f"{name} has no caption under {', '.join(keys)} (protocol: caption_keys)")
+    return Caption(texts[0], source=name)
 
 
 def captions_hash(captions: Sequence[Caption]) -> str:

@@ -22,16 +22,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.captions import CaptionConfig
-from data.readers import ImageTextConfig, image_reader
-from eval.frechet import FeatureStatistics, frechet_distance
-from eval.reconstruction_metrics import psnr
-from modeling.fingerprint import fingerprint
+from data.files import write_json
+from data.images import ImageTextConfig, image_reader
+from eval.features import number_groups
+from eval.fid import fit_gaussian, frechet_distance
+from eval.reconstruct import psnr
+from eval.scores import retrieval
+from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.files import write_json
-from training.loading import load_pipeline
+from training.errors import exit_on_error
 from training.pictures import caption_grid, pair_rows, save_png
+from training.pipelines import load_pipeline
 from training.ridge import Ridge, fit_ridge
 from training.stage import StageConfig
 
@@ -208,32 +211,17 @@ def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> 
     return pool
 
 
-def number_groups(items: list) -> Tensor:
-    """The same number for equal items, counted from 0 in order of first appearance."""
-    numbers: dict = {}
-    return torch.tensor([numbers.setdefault(item, len(numbers)) for item in items])
-
-
-def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
-    """Share of queries whose own image (pool index `own`) is nearest, or among the five nearest."""
-    distances = torch.cdist(queries.flatten(1).double(), pool.flatten(1).double())
-    nearest = groups[distances.topk(min(5, len(pool)), largest=False).indices]  # N x 5
-    hits = nearest == groups[own][:, None]
-    return {
-        "top1": hits[:, 0].double().mean().item(),
-        "top5": hits.any(dim=1).double().mean().item(),
-    }
-
-
 @torch.no_grad()
 def reconstruction_psnr(config: ReportStage, parts: ImageGenerator, samples: dict) -> float:
     """Mean PSNR per image of posterior-mean reconstructions with the true captions, dB."""
-    values = []
-    for start in range(0, len(samples["caption"]), config.batch_size):
-        images = samples["image"][start : start + config.batch_size].to(parts.device)
-        states = parts.encode_text(samples["caption"][start : start + config.batch_size])
-        values.append(psnr(images, parts.decode(parts.tokenizer.encode(images).mean, states)))
-    return torch.cat(values).mean().item()
+
+    def decibels(images: Tensor, states: Tensor) -> Tensor:
+        images = images.to(parts.device)
+        latents = parts.tokenizer.encode(images).mean
+        return psnr(images, parts.decode(latents, states.to(parts.device)))
+
+    states = encode_texts(config, parts, samples["caption"])
+    return in_batches(config, decibels, samples["image"], states).mean().item()
 
 
 def encode_texts(config: ReportStage, parts: ImageGenerator, captions: list[str]) -> Tensor:
@@ -266,30 +254,20 @@ def decode(
 
 def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tensor) -> dict:
     """Retrieval, PSNR and Frechet distance of generated images against the true ones."""
+    own_latents, own_groups = pool["latents"][own], pool["groups"][own]
     within = torch.arange(len(own))
+    gaussians = [fit_gaussian(x.flatten(1)) for x in (latents, own_latents)]
     values = {
         "captions": len(images),
         "latent": retrieval(latents, pool["latents"], pool["groups"], own),
-        "latent_among_own_set": retrieval(
-            latents, pool["latents"][own], pool["groups"][own], within
-        ),
+        "latent_among_own_set": retrieval(latents, own_latents, own_groups, within),
         "pixels_16x16": retrieval(shrink(images), pool["pixels"], pool["groups"], own),
         "psnr_db": psnr(true, images).mean().item(),
-        "frechet_latent": latent_distance(latents, pool["latents"][own]),
+        "frechet_latent": frechet_distance(*gaussians),  # only equal numbers of captions compare
     }
     if "subjects" in pool:
         values["latent_same_subject"] = retrieval(latents, pool["latents"], pool["subjects"], own)
     return values
-
-
-def latent_distance(generated: Tensor, true: Tensor) -> float:
-    """Frechet distance of flattened latents, N x K x C each; only equal N compare."""
-    gaussians = []
-    for latents in (generated, true):
-        statistics = FeatureStatistics(latents[0].numel())
-        statistics.add(latents.flatten(1))
-        gaussians.append(statistics.gaussian())
-    return frechet_distance(*gaussians)
 
 
 def save_pairs(samples: dict, images: Tensor, path: Path) -> None:
@@ -300,5 +278,4 @@ def save_pairs(samples: dict, images: Tensor, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(ReportStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(ReportStage, __doc__)))

@@ -1,67 +1,53 @@
-"""The numbers of an evaluation, from the features that an image store keeps and those of its reference.
+"""Features of generated and real images -> metrics. One that can't be computed is null, with the
+reason.
 
-A metric that can't be computed is null, with the reason; the others are there all the same.
+Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
+features, in float64.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
-from eval.clip_score import clip_score
-from eval.features import Extractor
-from eval.frechet import FeatureStatistics, frechet_distance
-from eval.image_store import ImageStore
-from eval.making import measure_name
-from eval.metrics import inception_score, kernel_distance, precision_recall, retrieval
-from eval.networks import Networks
-from eval.protocol import Protocol
-from eval.reference import Reference
+from eval.feature_nets import Networks
+from eval.fid import FeatureSet, fit_gaussian, frechet_distance
+from eval.programs import INSTALL
+from eval.protocol import Caption, Protocol
+
+ROWS = 1024  # of a distance matrix at a time
 
 
-def measure(
-    store: ImageStore,
-    networks: Networks,
-    image_size: int,
-    reference: Reference | None,
-    state: PartialState,
-) -> tuple[dict[str, float | None], dict[str, str]]:
-    """(metrics, why one is null) of the features of all processes, {} on all but the main one. All must call it."""
-    extractor, wanted, statistics, features = networks.extractor, store.protocol.metrics, None, None
-    if extractor:
-        name = measure_name(extractor, image_size)
-        statistics = FeatureStatistics(extractor.width, state.device)
-        for group in range(state.process_index, store.num_groups, state.num_processes):
-            statistics.add(store.read_features(name, group).to(state.device))
-        statistics = statistics.over_processes()
-    if not state.is_main_process:
-        return {}, {}
-    if extractor and {*store.protocol.feature_metrics} - {"frechet"}:
-        features = store.all_features(name).to(state.device)
+@dataclass(frozen=True)
+class Measured:
+    """What metrics are computed from."""
+
+    protocol: Protocol
+    captions: Sequence[Caption]  # N: of each generated image
+    networks: Networks
+    reference: FeatureSet | None
+    features: Tensor | None = None  # N x D; None: their network is absent
+    cosines: Tensor | None = None  # N x 1, of image and caption
+
+
+def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[str, str]]:
+    """(metrics by name, why one is null)."""
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
-    for metric in wanted:
+    for metric in measured.protocol.metrics:
         try:
-            if metric == "clip_score":
-                values |= measure_clip(store, networks)
-            elif extractor is None:
-                raise ValueError(networks.absent["features"])
-            else:
-                values |= compute(metric, store, extractor, reference, statistics, features)
+            values |= compute_score(metric, measured)
         except ValueError as error:
-            nulls = dict.fromkeys(result_names(metric, store.protocol), str(error))
-            values, reasons = values | dict.fromkeys(nulls), reasons | nulls
+            names = result_names(metric, measured.protocol)
+            values |= dict.fromkeys(names)
+            reasons |= dict.fromkeys(names, str(error))
     return values, reasons
 
 
-def frechet_name(protocol: Protocol) -> str:
-    """FID is the Frechet distance of Inception's features alone; clean-fid's resize gives another number."""
-    if protocol.features != "inception":
-        return "frechet_distance"
-    return "clean_fid" if protocol.resize == "clean" else "fid"
-
-
 def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
-    """What a metric's results are called; frechet_by_category has one a category as soon as there is any."""
+    """What a metric's results are called; those by category only while there is none."""
     return {
         "frechet": (frechet_name(protocol),),
         "frechet_by_category": (f"{frechet_name(protocol)}_by_category",),
@@ -73,81 +59,165 @@ def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
     }[metric]
 
 
-def measure_clip(store: ImageStore, networks: Networks) -> dict[str, float]:
-    """The CLIP score by its name.
-
-    Raises:
-        ValueError: why there is none.
-    """
-    if networks.clip is None:
-        raise ValueError(networks.absent["clip"])
-    return {"clip_score": clip_score(store.all_features(networks.clip.name))}
+def frechet_name(protocol: Protocol) -> str:
+    """Only Inception's Frechet distance is FID; clean-fid's resize gives another number."""
+    if protocol.features != "inception":
+        return "frechet_distance"
+    return "clean_fid" if protocol.resize == "clean" else "fid"
 
 
-def compute(
-    name: str,
-    store: ImageStore,
-    extractor: Extractor,
-    reference: Reference | None,
-    statistics: FeatureStatistics,
-    features: Tensor | None,
-) -> dict[str, float]:
+def compute_score(metric: str, measured: Measured) -> dict[str, float]:
     """One metric's results by their names.
 
     Raises:
         ValueError: why it can't be computed.
     """
-    protocol = store.protocol
-    names = result_names(name, protocol)
-    if name == "inception_score":
-        logits = torch.cat([extractor.logits(rows) for rows in features.split(1024)])
-        return dict(zip(names, inception_score(logits.cpu(), protocol.inception_splits)))
+    protocol, reference = measured.protocol, measured.reference
+    features, absent = measured.features, measured.networks.absent
+    names = result_names(metric, protocol)
+
+    # Without a reference
+    if metric == "clip_score":
+        if measured.cosines is None:
+            raise ValueError(absent["clip"])
+        return {"clip_score": clip_score(measured.cosines)}
+    if features is None:
+        raise ValueError(absent["features"])
+    if metric == "inception_score":
+        logits = [measured.networks.features.logits(rows) for rows in features.split(ROWS)]
+        return dict(zip(names, inception_score(torch.cat(logits), protocol.inception_splits)))
+
+    # Against its mean and covariance
     if reference is None:
-        raise ValueError(
-            "the protocol names no reference: add reference=[FILE.npz] (scripts/reference_stats.py)"
-        )
-    if name == "frechet":
-        return {names[0]: frechet_distance(statistics.gaussian(), reference.gaussian)}
+        raise ValueError("no reference: add reference=[FILE.npz] (scripts/reference_stats.py)")
+    if metric == "frechet":
+        return {names[0]: frechet_distance(fit_gaussian(features), reference.gaussian)}
+
+    # Against its single images
     if reference.features is None:
-        raise ValueError(
-            f"{reference.description['file']} keeps no features of single images: scripts/reference_stats.py "
-            "--keep-features makes one that does"
-        )
-    real = reference.features.to(features.device)
-    if name == "kid":
-        return dict(
-            zip(
-                names,
-                kernel_distance(features, real, protocol.kid_subsets, protocol.kid_subset_size),
-            )
-        )
-    if name == "precision_recall":
+        file = reference.description["file"]
+        raise ValueError(f"{file} was made without --keep-features (scripts/reference_stats.py)")
+    real = reference.features.to(features)
+    if metric == "kid":
+        found = kernel_distance(features, real, protocol.kid_subsets, protocol.kid_subset_size)
+        return dict(zip(names, found))
+    if metric == "precision_recall":
         return dict(zip(names, precision_recall(features, real, protocol.neighbours)))
-    if name == "frechet_by_category":
-        return distances_by_category(store, reference, features, real)
-    own = [reference.rows[store.caption(number).source] for number in range(store.num_images)]
-    rows = torch.tensor(own, device=real.device)
-    return dict(zip(names, retrieval(features, real, reference.groups.to(real.device), rows)))
+    if metric == "retrieval":
+        own = torch.tensor([reference.rows[caption.source] for caption in measured.captions])
+        found = retrieval(features.cpu(), reference.features, reference.groups, own)
+        return dict(zip(names, found.values()))
+    made = [caption.category for caption in measured.captions]
+    distances = distances_by_category(features, made, real, reference.categories)
+    return {f"{frechet_name(protocol)}/{name}": value for name, value in distances.items()}
+
+
+# The metrics: generated N x D, real M x D, on one device
+
+
+def clip_score(cosines: Tensor) -> float:
+    """N cosines -> 100 times their mean, negative ones counting as 0."""
+    if not cosines.isfinite().all():
+        raise ValueError("a cosine is not finite")
+    return 100 * cosines.double().clamp(min=0).mean().item()
 
 
 def distances_by_category(
-    store: ImageStore, reference: Reference, features: Tensor, real: Tensor
+    generated: Tensor, made: Sequence[str], real: Tensor, categories: Sequence[str]
 ) -> dict[str, float]:
-    """Frechet distance of each category of the captions to the reference images in the folder of that name.
+    """Frechet distance of each category in `made` to the real images in the folder of that name.
 
     Raises:
-        ValueError: the reference does not say its images' folders, or a category has fewer than 2 images.
+        ValueError: the real images' folders are not known, or a category has fewer than 2 images.
     """
-    if not reference.categories:
-        raise ValueError(
-            "the reference does not say which folders its images lie in: it must be of folders of images"
-        )
-    made, found = [store.caption(number).category for number in range(store.num_images)], {}
+    # A pair of Gaussians a category
+    if not categories:
+        raise ValueError("the categories of the reference are not known: it must be of folders")
+    distances = {}
     for category in sorted({*made}):
-        pair = []
-        for rows, names in ((features, made), (real, reference.categories)):
-            statistics = FeatureStatistics(rows.shape[1], rows.device)
-            statistics.add(rows[[name == category for name in names]])
-            pair.append(statistics.gaussian())
-        found[f"{frechet_name(store.protocol)}/{category}"] = frechet_distance(*pair)
-    return found
+        own = fit_gaussian(generated[[name == category for name in made]])
+        others = fit_gaussian(real[[name == category for name in categories]])
+        distances[category] = frechet_distance(own, others)
+    return distances
+
+
+def kernel_distance(
+    generated: Tensor, real: Tensor, subsets: int, subset_size: int
+) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (xy/D + 1)^3.
+
+    Returns mean and deviation over subsets.
+
+    Raises:
+        ValueError: fewer images than a subset takes.
+    """
+    refuse_few(generated, real, least=subset_size, key="kid_subset_size")
+    metric = fidelity().metric_kid
+    options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "verbose": False}
+    found = metric.kid_features_to_metric(generated.double(), real.double(), **options)
+    return found[metric.KEY_METRIC_KID_MEAN], found[metric.KEY_METRIC_KID_STD]
+
+
+def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
+    """exp(E KL(p(y|x) | p(y))) (Salimans et al. 2016) of N x classes.
+
+    Returns mean and deviation over splits of shuffled rows.
+
+    Raises:
+        ValueError: fewer images than splits.
+    """
+    refuse_few(logits, least=splits, key="inception_splits")
+    metric = fidelity().metric_isc
+    found = metric.isc_features_to_metric(logits.cpu(), splits)
+    return found[metric.KEY_METRIC_ISC_MEAN], found[metric.KEY_METRIC_ISC_STD]
+
+
+def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
+    """Share of generated images inside the real ones' balls, and of real ones inside theirs.
+
+    Kynkaanniemi et al. 2019: an image's ball reaches to its `neighbours`-th nearest of its own set.
+
+    Raises:
+        ValueError: a set is not larger than `neighbours`.
+    """
+    refuse_few(generated, real, least=neighbours + 1, key="neighbours + 1")
+    metric = fidelity().metric_prc
+    options = {"prc_neighborhood": neighbours, "prc_batch_size": ROWS}
+    options |= {"save_cpu_ram": True, "verbose": False}
+    found = metric.prc_features_to_metric(generated.double(), real.double(), **options)
+    return found[metric.KEY_METRIC_PRECISION], found[metric.KEY_METRIC_RECALL]
+
+
+def refuse_few(*sets: Tensor, least: int, key: str) -> None:
+    """ValueError if a set has fewer images than a metric needs."""
+    smallest = min(map(len, sets))
+    if smallest < least:
+        raise ValueError(f"{smallest} images, expected at least {least} ({key})")
+
+
+def fidelity() -> ModuleType:
+    """torch-fidelity with the modules of its metrics; raises ValueError without it."""
+    try:
+        import torch_fidelity.metric_isc
+        import torch_fidelity.metric_kid
+        import torch_fidelity.metric_prc
+    except ImportError as error:
+        raise ValueError(f"it needs torch-fidelity ({error}): {INSTALL}") from error
+    return torch_fidelity
+
+
+def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
+    """Share of queries whose own image is the nearest of the pool, or among the five nearest.
+
+    Args:
+        queries: N x ... pool: M x ...
+        groups: M numbers, equal for images that count as the same.
+        own: N indices into the pool.
+    """
+    # Rows of the distance matrix a few at a time
+    pool, nearest = pool.flatten(1).double(), []
+    for rows in queries.flatten(1).double().split(ROWS):
+        nearest.append(torch.cdist(rows, pool).topk(min(5, len(pool)), largest=False).indices)
+    hits = groups[torch.cat(nearest)] == groups[own][:, None]  # N x 5
+    top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
+    return {"top1": top1, "top5": top5}

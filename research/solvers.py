@@ -9,20 +9,19 @@ run's own pictures, EMA weights. Writes RUN/solvers/solvers.json and a chart for
 """
 
 import argparse
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs.cli import exit_on_error
-from eval.plots import line_chart
+from data.files import check_writable, write_json
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
-from training.files import check_writable, write_json
-from training.loading import flow_folder, load_pipeline, read_run_config
-from training.pictures import save_png
+from research.plots import save_lines
+from training.errors import exit_on_error
+from training.loading import read_run_config
+from training.pipelines import flow_folder, load_pipeline
 
 REFERENCE = {"sampler": "midpoint", "steps": 1000}
 BASELINE_STEPS = 20  # of Euler, the paper's
@@ -117,9 +116,8 @@ def draw_chart(rows: list[dict], path: Path) -> None:
     """Error over evaluations, a curve for each solver."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        point = (row["evaluations"], math.log10(max(row["error"], 1e-12)))
-        curves.setdefault(row["sampler"], []).append(point)
-    save_png(line_chart(curves, "evaluations", "log10 of the error"), path)
+        curves.setdefault(row["sampler"], []).append((row["evaluations"], row["error"]))
+    save_lines(curves, "evaluations", "error", path, y_scale="log")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,52 @@
-"""eval/generation.py on a tiny run: the same images in any batch and number of processes, resumed, by its protocol;
-its numbers against torch-fidelity's on the images that it wrote; errors before any image."""
+"""eval/generation.py on a tiny run: the same images in any number of processes, resumed, by its
+protocol; its numbers against torch-fidelity's on the images that it wrote; refusals.
+"""
 
 import json
-import re
-import runpy
 import shutil
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from evaluations import CAPTIONS, LIGHT, evaluate, launch, pngs, read, train_on, write_inputs
+import torch_fidelity
+from evaluations import (
+    CAPTIONS,
+    CPU,
+    LIGHT,
+    QuickInception,
+    evaluate,
+    launch,
+    pngs,
+    read,
+    run_program,
+    train_on,
+    write_inputs,
+)
 from PIL import Image
-from tiny_experiment import reset_accelerate
 
 from data.tar import read_shard, write_shard
-from eval.frechet import Gaussian, load_statistics, save_statistics
-from eval.generation import load_protocol, main, parse_args
-from eval.inception import INCEPTION_WIDTH
-from eval.making import claim_folder, resize
-from eval.protocol import FOLDER, Protocol, choose_captions
+from eval import evaluation, feature_nets, generation
+from eval.feature_nets import ClipScorer
+from eval.fid import FeatureSet, Gaussian
+from eval.images import RULES, ImageSet, list_images
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from scripts import reference_stats
-from training.checkpoint import EMA_FILE, MODEL_FILE
+from training.checkpoint import EMA_FILE, MODEL_FILE, checkpoint_folders
+from training.pipelines import load_pipeline
 
-ROOT = Path(__file__).parents[1]
-FIDELITY = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean"}
-FIDELITY |= {"kid_std": "kernel_inception_distance_std", "inception_score": "inception_score_mean"}
-FIDELITY |= {
+FIDELITY = {
+    "fid": "frechet_inception_distance",
+    "kid": "kernel_inception_distance_mean",
+    "kid_std": "kernel_inception_distance_std",
+    "inception_score": "inception_score_mean",
     "inception_score_std": "inception_score_std",
     "precision": "precision",
     "recall": "recall",
 }
+# Features are float32, computed in other batches: each is off by some 1e-6 of itself.
+NEAR = {"rel": 1e-5, "abs": 1e-7}
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +57,7 @@ def empty_cache(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_shards):
-    """Folder with captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
+    """captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
     return write_inputs(tmp_path_factory.mktemp("inputs"), tiny_shards)
 
 
@@ -58,10 +71,37 @@ def whole(chain, inputs, inception_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def light(chain, inputs, tmp_path_factory):
-    """The same with the Frechet distance of the tokenizer's latents alone, which takes no time."""
+    """The same with only the Frechet distance of the tokenizer's latents."""
     folder = tmp_path_factory.mktemp("light")
     evaluate(chain.folder, inputs, folder, *LIGHT)
     return folder
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Where `evaluated` writes."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def evaluated(chain, inputs, out):
+    """Runs the program on the chain, with further arguments; its report."""
+    return lambda *arguments: evaluate(chain.folder, inputs, out, *arguments)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Arguments that give a stand-in for Inception."""
+    for module in (feature_nets, reference_stats):
+        monkeypatch.setattr(module, "InceptionFeatures", QuickInception)
+    (tmp_path / "quick.pth").touch()
+    return ["--inception-weights", tmp_path / "quick.pth"]
+
+
+@pytest.fixture
+def no_images(monkeypatch):
+    """Generating an image is an error."""
+    monkeypatch.setattr(ImageGenerator, "generate", None)
 
 
 # The numbers
@@ -70,27 +110,18 @@ def light(chain, inputs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fidelity(whole, tiny_shards, inception_file, tmp_path_factory):
     """torch-fidelity's numbers on the images that the program wrote, under our names."""
-    import torch_fidelity
-
-    from eval.images import ImageSet, iterate_images, list_images
-
     folder = tmp_path_factory.mktemp("reference")
-    images = ImageSet(list_images([f"{tiny_shards}/train-00000.tar"]), 32, (), (255, 255, 255))
-    for batch in iterate_images(images, 24, 0):
-        for index, image in zip(batch["index"], batch["image"]):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:03d}.png")
+    images = ImageSet(list_images([f"{tiny_shards}/train-00000.tar"]), 32)
+    for number in range(len(images)):
+        pixels = images[number]["image"].transpose(1, 2, 0)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
     settings = {"cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False}
-    settings |= {
-        "feature_extractor": "inception-v3-compat",
-        "feature_extractor_weights_path": str(inception_file),
-    }
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(whole / "images"),
-        input2=str(folder),
-        **dict.fromkeys(("fid", "kid", "isc", "prc"), True),
-        **{"kid_subsets": 4, "kid_subset_size": 8, "isc_splits": 3},
-        **settings,
-    )
+    settings |= {"kid_subsets": 4, "kid_subset_size": 8, "isc_splits": 3}
+    settings |= dict.fromkeys(("fid", "kid", "isc", "prc"), True)
+    settings["feature_extractor"] = "inception-v3-compat"
+    settings["feature_extractor_weights_path"] = str(inception_file)
+    folders = {"input1": str(whole / "images"), "input2": str(folder)}
+    expected = torch_fidelity.calculate_metrics(**folders, **settings)
     return {name: expected[theirs] for name, theirs in FIDELITY.items()}
 
 
@@ -98,82 +129,63 @@ def test_the_numbers_are_those_of_torch_fidelity_on_the_images_written(whole, fi
     found = read(whole)["metrics"]
     assert found.keys() == fidelity.keys() and read(whole)["missing"] == {}
     assert found["fid"] > 1 and found["kid"] > 1e-3
-    for name, expected in fidelity.items():
-        assert found[name] == pytest.approx(expected, rel=1e-3, abs=1e-6), name
+    assert found == pytest.approx(fidelity, rel=1e-3, abs=1e-6)  # theirs are in float32
 
 
 def test_two_processes_make_the_images_and_numbers_of_one(
-    chain, inputs, whole, fidelity, inception_file, tmp_path
+    chain, inputs, whole, inception_file, out
 ):
-    output = launch(
-        chain.folder, inputs, tmp_path, "--inception-weights", inception_file, "--num-workers", 1
-    )
-    assert output.count("evaluation.json: 12 images, 12 made now") == 1  # one process talks
-    assert pngs(tmp_path) == pngs(whole)
-    found, expected = read(tmp_path), read(whole)
-    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-8)
-    assert found["metrics"] == pytest.approx(fidelity, rel=1e-3, abs=1e-6)
+    weights = ["--inception-weights", inception_file]
+    printed = launch(chain.folder, inputs, out, *weights, "--num-workers", 1)
+    assert printed.count("evaluation.json: 12 images, 12 made now") == 1  # one process talks
+    assert pngs(out) == pngs(whole)
+    found, expected = read(out), read(whole)
+    assert found["metrics"] == pytest.approx(expected["metrics"], **NEAR)
     assert found["num_processes"] == 2
-    same = ("protocol", "sampling", "reference", "model", "weights", "captions_sha256")
-    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    for name in ("protocol", "sampling", "reference", "model", "weights", "captions_sha256"):
+        assert found[name] == expected[name]
 
 
-def test_a_set_has_no_distance_to_itself(chain, inputs, whole, tmp_path):
-    arguments = [
-        "features=tokenizer",
-        "metrics=[frechet,precision_recall]",
-        f"reference=[{whole}/images]",
-    ]
-    metrics = evaluate(chain.folder, inputs, tmp_path, *arguments)["metrics"]
-    assert abs(metrics["frechet_distance"]) < 1e-3 and (
-        metrics["precision"],
-        metrics["recall"],
-    ) == (1, 1)
+def test_a_set_has_no_distance_to_itself(evaluated, whole, quick):
+    own = ["metrics=[frechet,precision_recall]", f"reference=[{whole}/images]"]
+    expected = {"fid": 0, "precision": 1, "recall": 1}
+    assert evaluated(*own, *quick)["metrics"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_fid_of_a_set_with_itself_is_zero(chain, inputs, whole, inception_file, tmp_path):
-    shutil.copytree(whole, tmp_path / "out")  # with its features
-    arguments = [
-        f"reference=[{whole}/images]",
-        "metrics=[frechet]",
-        "--inception-weights",
-        inception_file,
-    ]
-    assert (
-        abs(evaluate(chain.folder, inputs, tmp_path / "out", *arguments)["metrics"]["fid"]) < 1e-3
-    )
-
-
-def test_two_checkpoints_in_one_process_do_not_mix(chain, inputs, light, tmp_path):
+def test_two_checkpoints_in_one_process_do_not_mix(chain, inputs, light, evaluated, out, tmp_path):
     other = tmp_path / "flowtok"
     shutil.copytree(chain.folder / "flowtok", other)
-    shutil.rmtree(sorted((other / "checkpoints").iterdir())[-1])  # an earlier step of the same run
+    shutil.rmtree(max(checkpoint_folders(other).items())[1])  # an earlier step of the same run
     second = evaluate(other, inputs, tmp_path / "other", *LIGHT)
-    again = evaluate(chain.folder, inputs, tmp_path / "again", *LIGHT)
-    assert again["metrics"] == read(light)["metrics"]
-    assert second["metrics"] != again["metrics"] and second["model"] != again["model"]
-    with pytest.raises(ValueError, match=r"holds images of another evaluation \(model differ\)"):
-        evaluate(other, inputs, tmp_path / "again", *LIGHT)
+    again = evaluated(*LIGHT)
+    assert again["metrics"] == read(light)["metrics"] and second["model"] != again["model"]
+    with pytest.raises(ValueError, match=rf"{out} .*\(model differ\)"):
+        evaluate(other, inputs, out, *LIGHT)
 
 
-def test_ema_weights_are_used(chain, inputs, whole, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(chain.folder / "flowtok", copy)
-    for folder in (copy / "checkpoints").glob("step_*"):
+def test_ema_weights_are_used(chain, inputs, whole, out, tmp_path):
+    run = tmp_path / "flowtok"
+    shutil.copytree(chain.folder / "flowtok", run)
+    for folder in checkpoint_folders(run).values():
         (folder / MODEL_FILE).write_bytes(bytes((folder / MODEL_FILE).stat().st_size))
-    found = evaluate(copy, inputs, tmp_path / "out", "metrics=[]")
-    assert pngs(tmp_path / "out") == pngs(whole)
-    newest = sorted((chain.folder / "flowtok" / "checkpoints").iterdir())[-1]
+    found = evaluate(run, inputs, out, "metrics=[]")
+    newest = max(checkpoint_folders(run).items())[1]
+    assert pngs(out) == pngs(whole)
     assert found["model"]["ema_sha256"] == file_sha256(newest / EMA_FILE)
 
 
-@pytest.mark.parametrize("when", ["load_pipeline", "load_reference"])
+@pytest.mark.parametrize(
+    ("module", "name", "loads", "step"),
+    [
+        (generation, "load_pipeline", 2, 5),  # what was half loaded is loaded again
+        (evaluation, "load_reference", 1, 4),  # what was wholly loaded stays
+    ],
+)
 def test_the_report_names_the_weights_that_made_the_images_while_training_goes_on(
-    chain, inputs, tmp_path, monkeypatch, when
+    chain, inputs, out, tmp_path, monkeypatch, module, name, loads, step
 ):
-    run = tmp_path / "flowtok"
+    run, function, calls = tmp_path / "flowtok", getattr(module, name), []
     shutil.copytree(chain.folder / "flowtok", run)
-    function, calls = main.__globals__[when], []
 
     def and_train(*arguments):
         calls.append(arguments)
@@ -182,60 +194,40 @@ def test_the_report_names_the_weights_that_made_the_images_while_training_goes_o
             train_on(run)
         return result
 
-    monkeypatch.setitem(main.__globals__, when, and_train)
-    found = evaluate(run, inputs, tmp_path / "out", *LIGHT)
-    # what was loaded before the new checkpoint came is loaded again; what was loaded whole stays
-    assert (found["model"]["checkpoint"], len(calls)) == {
-        "load_pipeline": ("step_00000005", 2),
-        "load_reference": ("step_00000004", 1),
-    }[when]
+    monkeypatch.setattr(module, name, and_train)
+    found = evaluate(run, inputs, out, *LIGHT)
+    assert (found["model"]["checkpoint"], len(calls)) == (f"step_{step:08d}", loads)
 
 
-def test_processes_that_loaded_different_checkpoints_are_stopped(
-    chain, inputs, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(
-        main.__globals__, "gather_object", lambda mine: [*mine, "of another checkpoint"]
-    )
-    with pytest.raises(ValueError, match="the processes loaded different checkpoints"):
-        evaluate(chain.folder, inputs, tmp_path / "out", *LIGHT)
-    assert not (tmp_path / "out").exists()
+def test_processes_that_loaded_different_checkpoints_are_stopped(evaluated, out, monkeypatch):
+    monkeypatch.setattr(generation, "gather_object", lambda own: [*own, "of another checkpoint"])
+    with pytest.raises(ValueError, match="different checkpoints"):
+        evaluated(*LIGHT)
+    assert not out.exists()
 
 
 # The images
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_images_are_the_same_bit_for_bit_in_any_batch(chain, inputs, whole, tmp_path, batch_size):
-    evaluate(chain.folder, inputs, tmp_path, "--batch-size", batch_size, "metrics=[]")
-    assert len(pngs(whole)) == CAPTIONS and pngs(tmp_path) == pngs(whole)
+def test_an_image_depends_neither_on_the_feature_batch_nor_on_how_many_follow_it(
+    evaluated, light, out
+):
+    evaluated(*LIGHT, "choice=first", "num_captions=6", "--batch-size", 1)
+    assert len(pngs(light)) == CAPTIONS
+    assert pngs(out) == {name: data for name, data in pngs(light).items() if name < "000006"}
 
 
-def test_an_image_does_not_depend_on_how_many_follow_it(chain, inputs, whole, tmp_path):
-    evaluate(chain.folder, inputs, tmp_path, "choice=first", "num_captions=6", "metrics=[]")
-    assert pngs(tmp_path) == {name: data for name, data in pngs(whole).items() if name < "000006"}
-
-
-def test_images_are_those_of_the_pipeline_for_their_caption_and_number(chain, inputs, whole):
-    from dataclasses import replace
-
-    from training.loading import load_pipeline
-
-    parts, sampling = load_pipeline(chain.folder, torch.device("cpu"))
+def test_images_are_those_of_the_pipeline_for_their_caption_and_number(chain, inputs, light):
+    generator, sampling = load_pipeline(chain.folder, torch.device("cpu"))
     lines = (inputs / "captions.txt").read_text().splitlines()
     for number in (0, 7, 11):
-        image = parts.generate([lines[number]], replace(sampling, steps=2), 0, [number])[0][0]
-        found = (
-            np.asarray(Image.open(whole / "images" / f"{number:06d}.png"))
-            .transpose(2, 0, 1)
-            .astype(float)
-        )
-        assert np.abs(found - (image * 255).round().numpy()).max() <= 1
+        image, _ = generator.generate([lines[number]], replace(sampling, steps=2), 0, [number])
+        pixels = (image[0] * 255).round().numpy()
+        found = np.asarray(Image.open(light / "images" / f"{number:06d}.png")).transpose(2, 0, 1)
+        assert np.abs(found - pixels).max() <= 1
 
 
-def test_an_interrupted_evaluation_continues_and_ends_alike(
-    chain, inputs, light, tmp_path, monkeypatch
-):
+def test_an_interrupted_evaluation_continues_and_ends_alike(evaluated, light, out, monkeypatch):
     calls, generate = [], ImageGenerator.generate
 
     def counted(self, *arguments):
@@ -245,468 +237,353 @@ def test_an_interrupted_evaluation_continues_and_ends_alike(
         return generate(self, *arguments)
 
     monkeypatch.setattr(ImageGenerator, "generate", counted)
-    arguments = [*LIGHT, "--batch-size", 5]
     with pytest.raises(KeyboardInterrupt):
-        evaluate(chain.folder, inputs, tmp_path, *arguments)
-    (tmp_path / "images" / "000003.png").unlink()  # its group is made again
-    (tmp_path / "images" / "000011.png").write_bytes(
-        b"half"
-    )  # without features: not taken as it is
-    calls.clear()
-    monkeypatch.setattr(
-        ImageGenerator, "generate", lambda self, *a: calls.append(a) or generate(self, *a)
-    )
-    found = evaluate(chain.folder, inputs, tmp_path, *arguments)
-    assert (len(calls), found["images_made"]) == (2, 7)
-    assert pngs(tmp_path) == pngs(light)
-    assert found["metrics"] == pytest.approx(read(light)["metrics"], rel=1e-5, abs=1e-8)
-    found = evaluate(chain.folder, inputs, tmp_path, *arguments)
-    assert (len(calls), found["images_made"], found["images_per_second"]) == (2, 0, None)
-    assert not list(tmp_path.rglob("*.tmp"))
+        evaluated(*LIGHT)
+    (out / "images" / "000003.png").unlink()  # its group is made again
+    found = evaluated(*LIGHT)
+    assert (len(calls), found["images_made"]) == (5, 7)
+    assert pngs(out) == pngs(light) and found["metrics"] == read(light)["metrics"]
+    found = evaluated(*LIGHT)
+    assert (len(calls), found["images_made"], found["images_per_second"]) == (5, 0, None)
+    assert not list(out.rglob("*.tmp"))
 
 
-def test_a_damaged_image_among_the_finished_ones_is_said(chain, inputs, tmp_path):
-    evaluate(chain.folder, inputs, tmp_path, *LIGHT)
-    (tmp_path / "images" / "000003.png").write_bytes(b"half")
-    with pytest.raises(ValueError, match="holds a damaged image among the first 12"):
-        evaluate(chain.folder, inputs, tmp_path, *LIGHT)
+def test_damaged_images_and_features_are_named_and_made_anew_when_deleted(evaluated, light, out):
+    shutil.copytree(light, out)
+    image, [features] = out / "images" / "000003.png", [*(out / "features").iterdir()]
+    for damage in (features, image):
+        damage.write_bytes(b"half")
+        with pytest.raises(ValueError, match=f"damaged.*{damage}|{damage} is damaged"):
+            evaluated(*LIGHT)
+        damage.unlink()
+    found = evaluated(*LIGHT)
+    assert (found["images_made"], found["metrics"]) == (5, read(light)["metrics"])
+    image.write_bytes(b"half")
+    features.unlink()
+    with pytest.raises(ValueError, match=f"damaged.*{image}"):
+        evaluated(*LIGHT)
 
 
-def test_damaged_features_are_said(chain, inputs, tmp_path):
-    evaluate(chain.folder, inputs, tmp_path, *LIGHT)
-    (file := sorted(tmp_path.glob("features/*/*.npy"))[0]).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{file} is damaged .*: delete it"):
-        evaluate(chain.folder, inputs, tmp_path, *LIGHT)
-    file.unlink()
-    assert evaluate(chain.folder, inputs, tmp_path, *LIGHT)["images_made"] == 0
-
-
-def test_features_alone_give_the_same_numbers(chain, inputs, light, tmp_path):
-    found = evaluate(chain.folder, inputs, tmp_path, "--no-images", *LIGHT)
-    assert found["metrics"] == read(light)["metrics"]
-    assert not list(tmp_path.rglob("*.png")) and not (tmp_path / "gallery.html").exists()
+def test_features_without_images_give_the_same_numbers_once_and_again(
+    evaluated, light, out, monkeypatch
+):
+    for made in (CAPTIONS, 0):
+        found = evaluated("--no-images", *LIGHT)
+        assert (found["metrics"], found["images_made"]) == (read(light)["metrics"], made)
+        assert {path.name for path in out.iterdir()} == {
+            "evaluation.json",
+            "features",
+            "inputs.json",
+        }
+        monkeypatch.setattr(ImageGenerator, "generate", None)
 
 
 def test_without_weights_metrics_are_null_with_the_file_to_fetch_and_follow_when_it_has_come(
-    chain, inputs, whole, inception_file, tmp_path
+    evaluated, whole, quick
 ):
-    found = evaluate(chain.folder, inputs, tmp_path)
-    assert (
-        set(found["metrics"].values()) == {None}
-        and found["metrics"].keys() == read(whole)["metrics"].keys()
-    )
-    assert (
-        "weights-inception-2015-12-05-6726825d.pth" in found["missing"]["fid"]
-        and found["images_made"] == CAPTIONS
-    )
-    arguments = [
-        "reference=[]",
-        "metrics=[inception_score,frechet]",
-        "--inception-weights",
-        inception_file,
-    ]
-    found = evaluate(chain.folder, inputs, tmp_path, *arguments)
-    assert found["images_made"] == 0
-    assert found["metrics"]["inception_score"] == pytest.approx(
-        read(whole)["metrics"]["inception_score"], rel=1e-5
-    )
-    assert found["metrics"]["fid"] is None and "names no reference" in found["missing"]["fid"]
+    found, names = evaluated(), read(whole)["metrics"]
+    assert found["metrics"] == dict.fromkeys(names) and found["images_made"] == CAPTIONS
+    assert "weights-inception-2015-12-05-6726825d.pth" in found["missing"]["fid"]
+    found = evaluated("reference=[]", "metrics=[inception_score,frechet]", *quick)
+    assert found["metrics"]["inception_score"] > 1
+    assert (found["images_made"], found["metrics"]["fid"]) == (0, None)
+    assert "reference=" in found["missing"]["fid"]
 
 
-def test_seed_steps_guidance_and_rounding_change_the_images(chain, inputs, whole, tmp_path):
-    for number, change in enumerate(
-        ("seed=1", "steps=3", "guidance=5", "rounding=truncate", "autocast=true")
-    ):
-        evaluate(chain.folder, inputs, tmp_path / str(number), change, "metrics=[]")
-        assert pngs(tmp_path / str(number)) != pngs(whole), change
+SAMPLED = {"steps": 2, "guidance": 2.0, "sampler": "euler", "seed": 0, "autocast": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "seen", "pixel"),
+    [
+        ("seed=1", {"seed": 1}, 101),
+        ("steps=3", {"steps": 3}, 101),
+        ("guidance=5", {"guidance": 5.0}, 101),
+        ("sampler=midpoint", {"sampler": "midpoint"}, 101),
+        ("autocast=true", {"autocast": True}, 101),
+        ("rounding=truncate", {}, 100),
+    ],
+)
+def test_the_images_are_made_as_the_protocol_says(evaluated, out, monkeypatch, change, seen, pixel):
+    calls = []
+
+    def generate(self, captions, sampling, seed, indices):
+        values = {name: getattr(sampling, name) for name in ("steps", "guidance", "sampler")}
+        calls.append(values | {"seed": seed, "autocast": torch.is_autocast_enabled("cpu")})
+        return torch.full((len(captions), 3, 32, 32), 100.7 / 255), None
+
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
+    evaluated(change, "metrics=[]")
+    assert calls == 3 * [SAMPLED | seen]
+    assert Image.open(out / "images" / "000000.png").getpixel((0, 0)) == (pixel, pixel, pixel)
 
 
 def test_the_report_says_what_was_done(whole, inception_file):
     found = read(whole)
-    assert (
-        found["num_images"] == found["images_made"] == CAPTIONS and found["images_per_second"] > 0
-    )
-    assert (found["sampling"]["steps"], found["sampling"]["guidance"], found["image_size"]) == (
-        2,
-        2.0,
-        32,
-    )
+    assert found["num_images"] == found["images_made"] == CAPTIONS
+    assert (found["sampling"]["steps"], found["sampling"]["guidance"]) == (2, 2.0)
+    assert (found["image_size"], found["protocol"]["group_size"]) == (32, 5)
     assert found["weights"]["inception"]["sha256"] == file_sha256(inception_file)
-    assert found["reference"]["num_images"] == 24 and found["protocol"]["group_size"] == 5
+    assert found["reference"]["num_images"] == 24 and found["images_per_second"] > 0
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert (whole / "samples.png").is_file() and (whole / "gallery.html").read_text().count(
-        "<figure>"
-    ) == CAPTIONS
+    assert {"device", "num_processes", "num_threads", "seconds", "captions_sha256"} <= found.keys()
+    assert (whole / "samples.png").is_file()
+    assert (whole / "gallery.html").read_text().count("<figure>") == CAPTIONS
 
 
-def test_a_sweep_loads_once_and_gives_a_row_a_point_and_a_picture(
-    chain, inputs, tmp_path, monkeypatch, capsys
-):
-    loads, load = [], main.__globals__["load_pipeline"]
-    monkeypatch.setitem(main.__globals__, "load_pipeline", lambda *a: loads.append(a) or load(*a))
-    arguments = ["features=tokenizer", "metrics=[frechet]", "--guidance", "1,50", "--steps", "1,2"]
-    assert evaluate(chain.folder, inputs, tmp_path, *arguments) is None
-    rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+def test_a_sweep_loads_once_and_gives_a_row_a_point_and_a_picture(evaluated, out, monkeypatch):
+    loads, load = [], generation.load_pipeline
+
+    def generate(self, captions, sampling, seed, indices):
+        level = (sampling.steps + sampling.guidance) / 255
+        return torch.full((len(captions), 3, 32, 32), level), None
+
+    monkeypatch.setattr(generation, "load_pipeline", lambda *a: loads.append(a) or load(*a))
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
+    assert evaluated(*LIGHT, "--guidance", "1,50", "--steps", "1,2") is None and len(loads) == 1
+    rows = json.loads((out / "sweep.json").read_text())["rows"]
     assert [(row["steps"], row["guidance"]) for row in rows] == [(1, 1), (1, 50), (2, 1), (2, 50)]
+    assert len({row["frechet_distance"] for row in rows}) == 4
     for row in rows:
-        point = read(tmp_path / f"guidance_{row['guidance']:g}_steps_{row['steps']}")
-        assert row["frechet_distance"] == point["metrics"]["frechet_distance"] > 0
-    values = [row["frechet_distance"] for row in rows]
-    assert values[0] not in (values[1], values[2]) and len(loads) == 1
-    table = (tmp_path / "sweep.md").read_text()
-    assert table.startswith("| steps | guidance | frechet_distance | images_per_second |\n")
-    assert table in capsys.readouterr().out
-    assert Image.open(tmp_path / "sweep.png").size == (720, 480)
+        point = out / f"guidance_{row['guidance']:g}_steps_{row['steps']}"
+        assert row["frechet_distance"] == read(point)["metrics"]["frechet_distance"]
+        with Image.open(point / "images" / "000000.png") as image:
+            assert image.getpixel((0, 0))[0] == row["steps"] + row["guidance"]
+    table = (out / "sweep.md").read_text().splitlines()
+    assert table[0].split(" | ")[:2] == ["| steps", "guidance"] and len(table) == 2 + len(rows)
+    with Image.open(out / "sweep.png") as chart:
+        chart.verify()
 
 
-def test_geneval_gets_its_folders(chain, inputs, tmp_path):
-    rows = [
-        {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": f"a {n}"}
-        for n in "xyz"
-    ]
+def test_geneval_gets_its_folders(chain, tmp_path, out):
+    rows = [{"tag": "object", "include": [{"class": "x"}], "prompt": f"a {x}"} for x in "xyz"]
     file = tmp_path / "evaluation_metadata.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reset_accelerate()
-    words = [chain.folder, "--protocol", "geneval", f"captions=[{file}]", "steps=1", "group_size=5"]
-    main(parse_args([*map(str, words), "--output", str(tmp_path / "out"), "--device", "cpu"]))
-    folders = sorted((tmp_path / "out" / "images").iterdir())
-    assert [folder.name for folder in folders] == ["00000", "00001", "00002"]
-    # What evaluation/evaluate_images.py of djghosh13/geneval reads: every folder whose name is digits; its
-    # metadata.jsonl as one JSON object with tag, prompt, include (and exclude); samples/ with names of digits and .png.
-    for folder, row in zip(folders, rows):
-        assert folder.name.isdigit() and {path.name for path in folder.iterdir()} == {
-            "metadata.jsonl",
-            "samples",
-        }
-        assert (
-            json.loads((folder / "metadata.jsonl").read_text()) == row
-            and {"tag", "prompt", "include"} <= row.keys()
-        )
-        assert all(re.fullmatch(r"\d+\.png", path.name) for path in (folder / "samples").iterdir())
+    words = ["--protocol", "geneval", f"captions=[{file}]", "steps=1", "group_size=5"]
+    run_program(generation, chain.folder, *words, "--output", out, *CPU)
+    # What evaluation/evaluate_images.py of djghosh13/geneval reads
+    for number, row in enumerate(rows):
+        folder = out / "images" / f"{number:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == row
         samples = sorted((folder / "samples").iterdir())
-        assert [sample.name for sample in samples] == [
-            "0000.png",
-            "0001.png",
-            "0002.png",
-            "0003.png",
-        ]
+        assert [sample.name for sample in samples] == [f"{n:04d}.png" for n in range(4)]
         assert len({sample.read_bytes() for sample in samples}) == 4
 
 
-# Reference
+def test_an_image_that_is_not_finite_stops_it(evaluated, out, monkeypatch):
+    images = torch.full((5, 3, 32, 32), torch.nan)
+    monkeypatch.setattr(ImageGenerator, "generate", lambda *arguments: (images, None))
+    with pytest.raises(FloatingPointError, match=r"0\.\.4"):
+        evaluated()
+    assert not (out / "images").exists()
 
 
-def statistics(file, data, inception_file, *arguments):
-    reset_accelerate()
-    words = [
-        file,
-        *data,
-        "--device",
-        "cpu",
-        "--num-workers",
-        0,
-        "--inception-weights",
-        inception_file,
-        *arguments,
-    ]
-    reference_stats.main(reference_stats.parse_args([*map(str, words)]))
+# The reference
 
 
-def test_a_statistics_file_gives_the_numbers_of_its_images(
-    chain, inputs, whole, tiny_shards, inception_file, tmp_path
-):
-    shard, arguments = f"{tiny_shards}/train-00000.tar", ["--inception-weights", inception_file]
-    statistics(
-        tmp_path / "full.npz", [shard], inception_file, "--image-size", 32, "--keep-features"
-    )
-    save_statistics(tmp_path / "plain.npz", *load_statistics(tmp_path / "full.npz"))
-    out = tmp_path / "out"
-    measures = "metrics=[frechet,kid,precision_recall]"
-    found = evaluate(
-        chain.folder, inputs, out, f"reference=[{tmp_path}/full.npz]", measures, *arguments
-    )
-    for name, value in found["metrics"].items():
-        assert value == pytest.approx(read(whole)["metrics"][name], rel=1e-4, abs=1e-7)
-    assert found["reference"]["images_sha256"] == read(whole)["reference"]["images_sha256"]
-    found = evaluate(
-        chain.folder,
-        inputs,
-        out,
-        f"reference=[{tmp_path}/plain.npz]",
-        "metrics=[kid,precision_recall]",
-        *arguments,
-    )
+def statistics(file, *words):
+    """scripts/reference_stats.py."""
+    run_program(reference_stats, file, *words, *CPU)
+
+
+def test_a_statistics_file_gives_the_numbers_of_its_images(evaluated, tiny_shards, quick, tmp_path):
+    full, plain, size = tmp_path / "a.npz", tmp_path / "b.npz", ["--image-size", 32]
+    statistics(full, f"{tiny_shards}/train-00000.tar", *size, "--keep-features", *quick)
+    statistics(plain, f"{tiny_shards}/train-00000.tar", *size, *quick)
+    metrics = ["metrics=[frechet,kid,precision_recall]", *quick]
+    images = evaluated(*metrics)
+    found = evaluated(f"reference=[{full}]", *metrics)
+    assert found["metrics"] == pytest.approx(images["metrics"], **NEAR)
+    assert found["reference"]["images_sha256"] == images["reference"]["images_sha256"]
+    found = evaluated(f"reference=[{plain}]", *metrics)
+    assert found["metrics"]["fid"] == pytest.approx(images["metrics"]["fid"], **NEAR)
     assert found["missing"].keys() == {"kid", "kid_std", "precision", "recall"}
     assert "--keep-features" in found["missing"]["kid"]
 
 
-def test_a_statistics_file_is_checked(tiny_shards, inception_file, tmp_path, capsys):
+def test_a_statistics_file_is_checked(tiny_shards, quick, tmp_path, capsys):
     shard, file = f"{tiny_shards}/train-00000.tar", tmp_path / "a.npz"
-    statistics(file, [shard], inception_file, "--image-size", 32)
-    statistics(file, [shard], inception_file, "--check")
+    foreign, nothing = tmp_path / "foreign.npz", tmp_path / "nothing.npz"
+    statistics(file, shard, "--image-size", 32, *quick)
+    statistics(file, shard, "--check", *quick)
     printed = capsys.readouterr().out
-    assert "whole, and of these images" in printed and '"image_size": 32' in printed
-    with pytest.raises(ValueError, match="is of other images: these hash to [0-9a-f]{64}"):
-        statistics(file, [f"{tiny_shards}/train-00001.tar"], inception_file, "--check")
-    gaussian, _ = load_statistics(file)
-    save_statistics(
-        tmp_path / "foreign.npz", Gaussian(gaussian.mean + 9, gaussian.covariance, None), {}
-    )
-    with pytest.raises(ValueError, match="foreign.npz is of other images or features: FID"):
-        statistics(tmp_path / "foreign.npz", [shard], inception_file, "--check", "--image-size", 32)
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="is no statistics file, or cut short"):
-        statistics(file, [], inception_file, "--check")
-    for arguments, message in (([], "DATA is missing"), ([shard], "--image-size is missing")):
-        with pytest.raises(ValueError, match=message):
-            statistics(tmp_path / "b.npz", arguments, inception_file)
-    with pytest.raises(ValueError, match="c.npz cannot be written: .*a.npz: Not a directory"):
-        statistics(file / "c.npz", ["/nowhere"], inception_file, "--image-size", 32)
-    assert not (tmp_path / "b.npz").exists()
+    described = json.loads(printed[printed.index("{") : printed.index("}\n") + 1])
+    assert (described["num_images"], described["image_size"]) == (24, 32)
+    gaussian = FeatureSet.load(file).gaussian
+    FeatureSet(replace(gaussian, mean=gaussian.mean + 9)).save(foreign)
+    np.savez(nothing, mu=np.zeros(3), sigma=-np.eye(3))
+    for words, part in (
+        ([file, f"{tiny_shards}/train-00001.tar", "--check", *quick], f"{file} .*[0-9a-f]{{64}}"),
+        ([foreign, shard, "--check", "--image-size", 32, *quick], f"{foreign} .*FID"),
+        ([nothing, "--check"], f"{nothing}: sigma"),
+        ([file / "c.npz", "/nowhere", "--image-size", 32], "c.npz cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            statistics(*words)
+    for wrong in ([], [shard], [shard, "--clean", "--image-size", 32]):
+        with pytest.raises(SystemExit):
+            statistics(tmp_path / "b.npz", *wrong)
 
 
-def test_what_a_reference_lacks_is_said_without_what_a_terminal_would_obey(
-    tiny_shards, inception_file, tmp_path, capsys
+def test_what_a_reference_lacks_is_named_without_what_a_terminal_would_obey(
+    tiny_shards, quick, tmp_path, capsys
 ):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a\x1b[31m.png").write_bytes(b"no image")
     data = [f"{tiny_shards}/train-00000.tar", tmp_path / "photos"]
-    statistics(tmp_path / "a.npz", data, inception_file, "--image-size", 32)
-    assert "skipped " + str(tmp_path / "photos" / "a\\x1b[31m.png") in capsys.readouterr().out
+    statistics(tmp_path / "a.npz", *data, "--image-size", 32, *quick)
+    assert f"{tmp_path}/photos/a\\x1b[31m.png" in capsys.readouterr().out
 
 
-def test_sigma_that_is_no_covariance_is_refused(inception_file, tmp_path):
-    np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=-np.eye(3))
-    with pytest.raises(ValueError, match="sigma is no covariance"):
-        statistics(tmp_path / "a.npz", [], inception_file, "--check")
-
-
-def test_another_size_is_resized_to_by_the_references_rule(
-    chain, inputs, whole, inception_file, tmp_path
+def test_images_are_resized_before_their_features_and_kept_as_they_were_made(
+    evaluated, whole, quick, out, monkeypatch
 ):
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert resize(images, 32) is images
-    expected = Image.fromarray(images[1].permute(1, 2, 0).numpy()).resize(
-        (20, 20), Image.Resampling.BICUBIC
-    )
-    assert np.array_equal(resize(images, 20)[1].permute(1, 2, 0).numpy(), np.asarray(expected))
-    arguments = [
-        "image_size=20",
-        "reference=[]",
-        "metrics=[inception_score]",
-        "--inception-weights",
-        inception_file,
-    ]
-    found = evaluate(chain.folder, inputs, tmp_path, *arguments)
-    score = read(whole)["metrics"]["inception_score"]
-    assert (
-        found["metrics"]["inception_score"] != pytest.approx(score, rel=1e-5)
-        and found["image_size"] == 20
-    )
-    assert pngs(tmp_path) == pngs(whole)  # the images are kept as they were made
-
-
-def test_retrieval_finds_the_own_image_among_the_reference(
-    chain, inputs, tiny_shards, tmp_path, monkeypatch
-):
-    shards = [f"captions=[{tiny_shards}/train-00001.tar]", f"reference=[{tiny_shards}/*.tar]"]
-    arguments = [*shards, "features=tokenizer", "metrics=[retrieval,frechet]"]
-    found = evaluate(chain.folder, inputs, tmp_path / "a", *arguments)
-    assert found["num_images"] == 24 and 0 <= found["metrics"]["retrieval_top1"] < 1
-    from data.readers import ImageTextConfig, image_reader
-
-    data = ImageTextConfig(shards=[f"{tiny_shards}/train-00001.tar"])
-    batches = image_reader(data, 32, None).once(24)
-    true = torch.cat([batch["image"] for batch in batches]).float() / 255
+    sizes, forward = [], QuickInception.forward
     monkeypatch.setattr(
-        ImageGenerator, "generate", lambda self, c, s, seed, indices: (true[indices], None)
+        QuickInception, "forward", lambda self, x: sizes.append(x.shape[-1]) or forward(self, x)
     )
-    found = evaluate(chain.folder, inputs, tmp_path / "b", *arguments)
-    assert found["metrics"]["retrieval_top1"] == found["metrics"]["retrieval_top5"] == 1
+    found = evaluated("image_size=20", "metrics=[frechet]", *quick)
+    assert {*sizes} == {20} and found["image_size"] == found["reference"]["image_size"] == 20
+    assert pngs(out) == pngs(whole)
 
 
-def test_retrieval_refuses_reference_images_of_one_name(chain, inputs, tiny_shards, tmp_path):
+def test_retrieval_finds_the_own_image_among_the_reference(evaluated, tiny_shards, monkeypatch):
+    shard = f"{tiny_shards}/train-00001.tar"
+    images = ImageSet(list_images([shard]), 32)
+    true = torch.stack([torch.from_numpy(images[n]["image"]) for n in range(24)]) / 255
+
+    def all_but_one(self, captions, sampling, seed, indices):
+        return true[[(index + 1) % 24 if index == 5 else index for index in indices]], None
+
+    monkeypatch.setattr(ImageGenerator, "generate", all_but_one)
+    names = [f"captions=[{shard}]", f"reference=[{tiny_shards}/*.tar]"]
+    found = evaluated(*names, "features=tokenizer", "metrics=[retrieval]")
+    assert found["num_images"] == 24
+    assert found["metrics"]["retrieval_top1"] == pytest.approx(23 / 24)
+
+
+def test_retrieval_refuses_reference_images_of_one_name(evaluated, tiny_shards, tmp_path):
     samples = [*read_shard(tiny_shards / "train-00000.tar")][:3]
-    write_shard(
-        tmp_path / "a.tar", [{**x, "__key__": key} for x, key in zip(samples, ("0+1", "0_1", "2"))]
-    )
-    arguments = [
-        f"captions=[{tmp_path}/a.tar]",
-        f"reference=[{tmp_path}/a.tar]",
-        "features=tokenizer",
-    ]
-    with pytest.raises(ValueError, match="two reference images of a shard have one name"):
-        evaluate(chain.folder, inputs, tmp_path / "out", *arguments, "metrics=[retrieval]")
-    assert (
-        evaluate(chain.folder, inputs, tmp_path / "out", *arguments, "metrics=[frechet]")[
-            "num_images"
-        ]
-        == 3
-    )
+    named = [{**x, "__key__": key} for x, key in zip(samples, ("0+1", "0_1", "2"))]
+    write_shard(tmp_path / "a.tar", named)
+    arguments = [f"captions=[{tmp_path}/a.tar]", f"reference=[{tmp_path}/a.tar]", *LIGHT]
+    with pytest.raises(ValueError, match="retrieval: .*one name"):
+        evaluated(*arguments, "metrics=[retrieval]")
+    assert evaluated(*arguments)["num_images"] == 3
 
 
-# Protocols and errors
-
-
-def test_the_protocols_that_come_along_are_whole():
-    names = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert names == {"coco30k", "mjhq30k", "demo", "geneval"}
-    protocols = {name: load_protocol(name, []) for name in names}
-    assert protocols["coco30k"].num_captions == protocols["mjhq30k"].num_captions == 30_000
-    assert len(choose_captions(protocols["demo"])) == 150
-
-
-def test_captions_come_from_text_jsonl_coco_and_mjhq(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n two \n")
-    (tmp_path / "a.jsonl").write_text('{"prompt": "one", "tag": 1}\n{"prompt": "two"}\n')
-    coco = {"images": [], "annotations": [{"caption": "one"}, {"caption": " two"}]}
-    mjhq = {"x": {"category": "a", "prompt": "one"}, "y": {"category": "b", "prompt": "two"}}
-    for name, content in (("coco.json", coco), ("mjhq.json", mjhq)):
-        (tmp_path / name).write_text(json.dumps(content))
-    for name in ("a.txt", "a.jsonl", "coco.json", "mjhq.json"):
-        captions = choose_captions(Protocol(captions=[str(tmp_path / name)]))
-        assert [caption.text.strip() for caption in captions] == ["one", "two"]
-        if name == "a.jsonl":
-            assert captions[0].record == {"prompt": "one", "tag": 1}
+# Refusals: (arguments, what the message names)
 
 
 @pytest.mark.parametrize(
-    "content", ['{"annotations": [3]}', '{"annotations": 3}', "[1]", "{", '{"a": 3}']
-)
-def test_a_json_of_another_form_has_no_captions(tmp_path, content):
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match="a.json: expected COCO's captions"):
-        choose_captions(Protocol(captions=[str(tmp_path / "a.json")]))
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_a_damaged_note_of_what_a_folder_holds_is_named(tmp_path, content):
-    (tmp_path / "inputs.json").write_text(content)
-    with pytest.raises(ValueError, match="inputs.json is damaged"):
-        claim_folder(tmp_path, {"seed": 0}, True)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_caption_with_a_line_separator_of_unicode_stays_one(tmp_path, name):
-    texts = ["a cat\u2028on a mat", "a dog\x85", "a cow"]
-    lines = (
-        texts
-        if name == "a.txt"
-        else [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
-    )
-    (tmp_path / name).write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
-    captions = choose_captions(Protocol(captions=[str(tmp_path / name)]))
-    assert [caption.text.strip() for caption in captions] == [text.strip() for text in texts]
-
-
-def test_captions_are_chosen_by_the_protocol(tmp_path):
-    (tmp_path / "a.txt").write_text("\n".join(map(str, range(100))))
-
-    def chosen(**values):
-        found = choose_captions(Protocol(captions=[str(tmp_path / "a.txt")], **values))
-        return [int(caption.text) for caption in found]
-
-    assert chosen() == [*range(100)] and chosen(choice="first", num_captions=3) == [0, 1, 2]
-    assert chosen(choice="spread", num_captions=4) == [0, 33, 66, 99]
-    some = chosen(choice="random", num_captions=20)
-    assert (
-        some == sorted({*some})
-        and len(some) == 20
-        and some == chosen(choice="random", num_captions=20)
-    )
-    assert some != chosen(choice="random", num_captions=20, choice_seed=1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        (["num_captions=13"], "has 12 captions, the protocol wants all of exactly 13"),
-        (["num_captions=13", "choice=first"], "has 12 captions, the protocol wants 13"),
-        (["captions=[]"], "no captions are named"),
-        (["captions=[/nowhere.txt]"], "captions file /nowhere.txt does not exist"),
-        (["capttions=[a.txt]"], "unknown key 'capttions'; did you mean 'captions'?"),
-        (["choice=best"], "choice"),
-        (["metrics=[fid]"], "unknown metrics fid; valid: frechet, frechet_by_category, kid"),
-        (["steps=0"], "steps must be at least 1, got 0"),
-        (["sampler=rk4"], "unknown sampler 'rk4'"),
-        (["group_size=0"], "group_size must be at least 1"),
-        (["reference=[/nowhere]"], "/nowhere"),
-        (["reference=[/nowhere.npz]"], "statistics file /nowhere.npz does not exist"),
-        (["metrics=[retrieval]"], "retrieval needs captions from folders or shards"),
-        (["features=tokenizer"], "inception_score needs features=inception"),
+        (["num_captions=13"], ["captions.txt", "12", "13"]),
+        (["captions=[/nowhere.txt]"], ["/nowhere.txt"]),
+        (["capttions=[a.txt]"], ["capttions", "captions"]),
+        (["choice=best"], ["choice", "best"]),
+        (["metrics=[fid]"], ["metrics", "fid", "frechet"]),
+        (["steps=0"], ["steps", "0"]),
+        (["sampler=rk4"], ["sampler", "rk4"]),
+        (["reference=[/nowhere]"], ["/nowhere"]),
+        (["reference=[/nowhere.npz]"], ["/nowhere.npz"]),
+        (["metrics=[retrieval]"], ["retrieval", "folders"]),
+        (["metrics=[frechet_by_category]"], ["frechet_by_category", "category"]),
+        (["features=tokenizer"], ["inception_score", "features=tokenizer"]),
+        (["layout=geneval"], ["layout=geneval", ".jsonl"]),
+        ([*LIGHT, "image_size=48"], ["features=tokenizer", "image_size"]),
+        (["--output", "/dev/null/out"], ["/dev/null/out/evaluation.json"]),
+        (["--inception-weights", "/nowhere.pth"], ["--inception-weights", "/nowhere.pth"]),
         (
             ["features=dinov2", "metrics=[frechet]", "--dinov2-weights", "/nowhere.pth"],
-            "--dinov2-weights: no file",
+            ["--dinov2-weights", "/nowhere.pth"],
         ),
-        (["layout=geneval"], "layout=geneval needs captions from a .jsonl"),
-        (
-            [*LIGHT, "image_size=48"],
-            "features=tokenizer needs images of the tokenizer's 32 px, got image_size=48",
-        ),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--guidance", "1,1"], "--guidance names a value twice"),
-        (
-            ["--output", "/dev/null/out"],
-            "/dev/null/out/evaluation.json cannot be written: /dev/null: Not a directory",
-        ),
-        (["--inception-weights", "/nowhere.pth"], "--inception-weights: no file /nowhere.pth"),
+        (["metrics=[clip_score]", "clip.model=ViT-B-33"], ["clip.model", "ViT-B-33"]),
+        (["metrics=[clip_score]", "clip.model=ViT-B-32"], ["ViT-B-32-quickgelu"]),
+        (["clip.modell=x"], ["clip.modell", "clip.model"]),
     ],
 )
 def test_wrong_inputs_are_refused_before_an_image_is_made(
-    chain, inputs, tmp_path, monkeypatch, arguments, message
+    evaluated, out, no_images, arguments, parts
 ):
-    monkeypatch.setattr(ImageGenerator, "generate", None)
     with pytest.raises(ValueError) as caught:
-        evaluate(chain.folder, inputs, tmp_path, *arguments)
-    assert message in str(caught.value)
-    assert not list(tmp_path.iterdir())
+        evaluated(*arguments)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--batch-size", "0"), ("--guidance", "1,1"), ("--steps", "1,x")]
+)
+def test_wrong_options_are_named(evaluated, capsys, option, value):
+    with pytest.raises(SystemExit):
+        evaluated(option, value)
+    error = capsys.readouterr().err
+    assert option in error and value in error
 
 
 def test_references_that_cannot_serve_are_refused_before_an_image_is_made(
-    chain, inputs, inception_file, tmp_path, monkeypatch
+    evaluated, quick, tmp_path, out, no_images
 ):
-    monkeypatch.setattr(ImageGenerator, "generate", None)
-    gaussian = Gaussian(
-        torch.zeros(INCEPTION_WIDTH).double(), torch.eye(INCEPTION_WIDTH).double(), 9
-    )
-    save_statistics(tmp_path / "big.npz", gaussian, {"image_size": 48})
-    save_statistics(
-        tmp_path / "other.npz", gaussian, {"image_size": 32, "weights_sha256": "0" * 64}
-    )
+    width = QuickInception.width
+    gaussian = Gaussian(torch.zeros(width).double(), torch.eye(width).double(), 9)
+    FeatureSet(gaussian, {"image_size": 48}).save(tmp_path / "big.npz")
+    FeatureSet(gaussian, {"weights_sha256": "0" * 64}).save(tmp_path / "other.npz")
+    FeatureSet(gaussian, {"resize": RULES["clean"]}).save(tmp_path / "clean.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "big.npz").read_bytes()[:9000])
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
-    for name, message in (
-        ("big.npz", "is of images of 48 px, the generated ones have 32 px"),
-        ("other.npz", "has weights_sha256 0000"),
-        ("cut.npz", "is no statistics file, or cut short"),
-        ("narrow.npz", "has statistics of 3 features"),
-        ("empty", "holds no image"),
-        ("broken", "reference: 0 images could be read"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            arguments = [f"reference=[{tmp_path / name}]", "--inception-weights", inception_file]
-            evaluate(chain.folder, inputs, tmp_path / "out", *arguments)
-    assert not (tmp_path / "out").exists()
+    for name, part in {
+        "big.npz": "image_size 48, expected 32",
+        "other.npz": "weights_sha256 '0000",
+        "clean.npz": "resize .*clean",
+        "cut.npz": "cut.npz",
+        "narrow.npz": "3 features",
+        "empty": "empty",
+        "broken": "broken/a.png",
+    }.items():
+        with pytest.raises(ValueError, match=part):
+            evaluated(f"reference=[{tmp_path / name}]", *quick)
+    assert not out.exists()
 
 
-def test_an_image_that_is_not_finite_stops_it(chain, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        ImageGenerator, "generate", lambda *a: (torch.full((5, 3, 32, 32), torch.nan), None)
-    )
-    with pytest.raises(FloatingPointError, match=r"an image among 0\.\.4 is not finite"):
-        evaluate(chain.folder, inputs, tmp_path)
-    assert not (tmp_path / "images").exists()
+def test_a_damaged_note_of_what_a_folder_holds_is_named(evaluated, out):
+    out.mkdir()
+    (out / "inputs.json").write_text("[]")
+    with pytest.raises(ValueError, match="inputs.json is damaged"):
+        evaluated(*LIGHT)
 
 
-def test_a_users_error_ends_with_one_line_and_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["generation", "/nowhere", "--protocol", "nothing"])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "eval" / "generation.py"), run_name="__main__")
-    assert caught.value.code == 2
-    assert (
-        "is neither a YAML file nor one of coco30k, demo, geneval, mjhq30k"
-        in capsys.readouterr().err
-    )
+# CLIP score
+
+BOTH = ("features=tokenizer", "metrics=[frechet,clip_score]")
+
+
+def test_the_clip_score_is_measured_once_and_kept(evaluated, light, out, monkeypatch, no_images):
+    shutil.copytree(light, out)
+    found = evaluated(*BOTH, "clip.model=own")
+    assert found["metrics"]["frechet_distance"] == read(light)["metrics"]["frechet_distance"]
+    assert found["weights"]["clip"]["model"].endswith("/text_encoder/clip")
+    monkeypatch.setattr(ClipScorer, "cosines", None)
+    assert evaluated(*BOTH, "clip.model=own")["metrics"] == found["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["open_clip_model.safetensors", "timm/vit_base_patch32_clip_224.openai"]),
+        (["clip.pretrained=/nowhere/clip.safetensors"], ["clip.pretrained", "/nowhere/clip"]),
+        (["clip.model=local-dir:/nowhere"], ["clip.model", "/nowhere"]),
+        (["clip.model=hf-hub:someone/clip"], ["clip.model", "someone/clip"]),
+    ],
+)
+def test_an_absent_clip_gives_null_with_the_file_to_fetch_and_the_rest_is_there(
+    evaluated, tmp_path, monkeypatch, arguments, parts
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.get_session", None)
+    found = evaluated(*BOTH, *arguments)
+    assert found["metrics"]["clip_score"] is None and found["metrics"]["frechet_distance"] > 0
+    assert all(part in found["missing"]["clip_score"] for part in parts)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval.inception import DOWNLOAD, INCEPTION, VGG16
+from eval.feature_nets import DOWNLOAD, INCEPTION, VGG16
 from modeling.published import PublishedWeights
 
 

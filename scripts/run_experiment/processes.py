@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from configs.launchers import ERROR_SIGNAL, ERROR_STATUS
+from training.errors import ERROR_SIGNAL, ERROR_STATUS
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # of a training that stopped with a checkpoint, on a signal
 POLL_SECONDS = 0.1

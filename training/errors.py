@@ -1,4 +1,4 @@
-"""The error of a program is the last thing on the screen, under accelerate and torchrun too.
+"""Errors of the programs end in one line, which is the last thing on the screen.
 
 `accelerate launch` and torchrun answer a failed program with a traceback of their own, in which its
 one line is lost, and no exit status or option keeps them from it (accelerate's --quiet works for
@@ -19,10 +19,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from itertools import dropwhile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+MAX_MESSAGE = 5000  # characters; a hostile name or value may be longer
 OUR_LAUNCHER = "scripts.run_experiment"
 ERROR_SIGNAL = signal.SIGUSR2
 ERROR_STATUS = 2
@@ -37,6 +40,34 @@ LAUNCHERS = {
     "torch.distributed.run",
     "torch.distributed.launch",
 }
+
+
+def exit_on_error(action: Callable):
+    """Run `action`; an error that is the user's, the data's or a machine's ends with one line.
+
+    Those are ValueError, FloatingPointError (numbers gone wild) and OSError (disks, processes).
+    The exit status is 2; of several processes with the same error, one prints it.
+    """
+    try:
+        return action()
+    except (ValueError, FloatingPointError, OSError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next(filter(is_ours, reversed(frames)), frames[-1])
+        message = printable(" ".join(str(error).split())[:MAX_MESSAGE]) or type(error).__name__
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        report_error(f"error: {message} ({place})")
+        raise SystemExit(ERROR_STATUS) from None
+
+
+def is_ours(frame: traceback.FrameSummary) -> bool:
+    """Whether a line of a traceback is in this repository, not in a package."""
+    path = Path(frame.filename)
+    return ROOT in path.parents and "site-packages" not in path.parts
+
+
+def printable(text: str) -> str:
+    """Data or arguments with escapes for what a terminal would obey or can't print."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def report_error(line: str) -> None:
@@ -59,14 +90,13 @@ def is_first_of_launch() -> bool:
         return True
     try:
         lock = os.open(f"/proc/{os.getppid()}/cmdline", os.O_RDONLY)
-    except OSError:
-        return True
-    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
     except BlockingIOError:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return False
+    except OSError:
+        pass  # no such file, or one without locks
+    return True
 
 
 def end_launcher(parent: int) -> None:

@@ -1,0 +1,287 @@
+"""The frozen networks that images are measured with. None takes a gradient, or heeds autocast and
+TF32 around it.
+
+Inception: InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
+TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the features after
+the last pooling. DINOv2: ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after
+the last norm, for the Frechet distance of Stein et al. 2023. Tokenizer: the latent means of the
+run's own image tokenizer. CLIP: cosine of image and caption for the CLIP score of Hessel et al.
+2021. Images go through the CLIP's own preprocessing at their full size; captions have no prefix and
+are cut to its context. Weights come from a path or torch's cache; nothing is downloaded unless
+asked for, nothing in a file is executed.
+"""
+
+import io
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import PartialState
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eval.programs import INSTALL, describe_file
+from eval.protocol import Precision, Protocol
+from modeling.clip_weights import AbsentWeights, ClipConfig, clip_inputs, load_clip
+from modeling.image_tokenizer import ImageTokenizer
+from modeling.layers import fingerprint
+from modeling.perceptual import VGG16_URL
+from modeling.published import PublishedWeights, file_sha256
+from modeling.text_encoder import TextEncoderConfig
+
+INCEPTION_WIDTH = 2048  # D
+DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224
+DINO_MEAN, DINO_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+CLIP_SCALE = "100 * mean over the images of max(cosine of image and caption, 0)"
+DOWNLOAD = "; --download fetches it"
+INCEPTION = PublishedWeights(
+    "InceptionV3",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth",
+    "--inception-weights",
+    DOWNLOAD,
+)
+VGG16 = PublishedWeights("VGG16", VGG16_URL, "--vgg-weights", DOWNLOAD)
+ABSENT = {
+    "inception": f"{INCEPTION.title}'s weights are absent: {INCEPTION.ways_out}",
+    "dinov2": "DINOv2's weights are absent: fetch "
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth "
+    "(or timm/vit_large_patch14_dinov2.lvd142m, model.safetensors) and name it with "
+    "--dinov2-weights",
+}
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Without gradient, autocast and TF32 convolutions."""
+    convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), convolutions:
+        yield
+
+
+class FeatureNet(nn.Module):
+    """B x 3 x H x W uint8 -> B x D float32."""
+
+    width: int  # D
+    identity: dict[str, Any]  # plain values; features of equal ones may be compared
+
+
+class InceptionFeatures(FeatureNet):
+    """Also takes float32 in [0, 255] as it is: B x 3 x 299 x 299, already resized (clean-fid)."""
+
+    width = INCEPTION_WIDTH
+
+    def __init__(self, weights: Path, precision: Precision = "float32"):
+        """Raises ValueError: torch-fidelity is not installed, or the file holds other weights."""
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ValueError(f"Inception needs torch-fidelity ({error}): {INSTALL}") from error
+        # Its constructor unpickles whatever it is given (weights_only=False): give it checked tensors.
+        checked = io.BytesIO()
+        torch.save(read_tensors(weights), checked)
+        checked.seek(0)
+        try:
+            with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
+                net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
+        except RuntimeError as error:
+            reason = textwrap.shorten(str(error), 300)
+            raise ValueError(f"{weights} has other weights than InceptionV3's: {reason}") from error
+        # Its own option "float64" computes in float32 (0.4.0, helpers.text_to_dtype).
+        self.dtype = net.feature_extractor_internal_dtype = getattr(torch, precision)
+        self.net = net.to(self.dtype)
+        self.layers = list(net.children())[:-1]  # in calling order; the last, fc, gives logits
+        self.identity = {"features": "inception", "weights_sha256": file_sha256(weights)}
+        self.identity["precision"] = precision
+
+    def forward(self, images: Tensor) -> Tensor:
+        with full_precision(images.device):
+            # Bytes: its own resizing and scaling first
+            if images.dtype != torch.float32 or images.shape[-1] != self.net.INPUT_IMAGE_SIZE:
+                return self.net(images)[0]  # which refuses other types than uint8
+            # Resized already
+            x = (images.to(self.dtype) - 128) / 128
+            for layer in self.layers:
+                x = layer(x)
+            return x.flatten(1).float()
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """B x 2048 -> B x 1008 float64 without bias, as the inception score takes them."""
+        weight = self.net.fc.weight.double()
+        return features.to(weight) @ weight.T
+
+
+class DinoFeatures(FeatureNet):
+    """The class token, D = 1024."""
+
+    def __init__(self, weights: Path):
+        """Raises ValueError: the file does not hold weights of this net."""
+        super().__init__()
+        options = {"pretrained": False, "img_size": DINO_PIXELS, "num_classes": 0}
+        with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
+            self.net = timm.create_model(DINO_MODEL, **options).eval().requires_grad_(False)
+        # Positions were learned at 518 px and are resized to the grid of 224 px
+        state = read_tensors(weights)
+        try:
+            self.net.load_state_dict(checkpoint_filter_fn(state, self.net))
+        except (RuntimeError, KeyError) as error:
+            reason = textwrap.shorten(str(error), 300)
+            raise ValueError(
+                f"{weights} has other weights than {DINO_MODEL}'s: {reason}"
+            ) from error
+        self.width = self.net.num_features
+        self.identity = {"features": "dinov2", "weights_sha256": file_sha256(weights)}
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = (DINO_PIXELS, DINO_PIXELS)
+        # Bicubic overshoots at edges
+        x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean = x.new_tensor(DINO_MEAN).view(1, 3, 1, 1)
+        deviation = x.new_tensor(DINO_DEVIATION).view(1, 3, 1, 1)
+        with full_precision(images.device):
+            return self.net((x - mean) / deviation)
+
+
+class TokenizerFeatures(FeatureNet):
+    """Latent means, flattened."""
+
+    def __init__(self, tokenizer: ImageTokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.width = tokenizer.config.num_tokens * tokenizer.config.token_channels
+        self.identity = {"features": "tokenizer", "weights_sha256": fingerprint(tokenizer)}
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images.float() / 255).mean.flatten(1).float()
+
+
+class ClipScorer:
+    """Images and captions -> cosines, by any CLIP of open_clip in float32."""
+
+    def __init__(self, config: ClipConfig, device: torch.device, download: bool):
+        """Raises AbsentWeights: the file to fetch; ValueError: unknown model, unreadable weights."""
+        with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
+            self.clip = load_clip(config, download).to(device)
+        self.preprocess, self.tokenize = clip_inputs(config, self.clip)
+        self.device = device
+        self.description: dict[str, Any] = {
+            "model": config.model,
+            "pretrained": None if ":" in config.model else config.pretrained,
+            "weights_fingerprint": fingerprint(self.clip),
+            "scale": CLIP_SCALE,
+        }
+
+    def cosines(self, images: Tensor, captions: list[str]) -> Tensor:
+        """B x 3 x R x R uint8 on the CPU and their captions -> B x 1 float32."""
+        arrays = rearrange(images, "b c h w -> b h w c").numpy()
+        pixels = torch.stack([self.preprocess(Image.fromarray(array)) for array in arrays])
+        with full_precision(self.device):
+            image = self.clip.encode_image(pixels.to(self.device), normalize=True)  # B x E
+            text = self.clip.encode_text(self.tokenize(captions).to(self.device), normalize=True)
+        return (image * text).sum(dim=1, keepdim=True).float()
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, of a .safetensors or of what torch.save wrote; nothing in it is executed.
+
+    Raises:
+        ValueError: truncated, no such file, or one that needs more than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds; torch's text advises to execute the file
+        kind = type(error).__name__
+        raise ValueError(f"{file} is no file of weights, or truncated ({kind})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise ValueError(f"{file} is no file of weights: it does not hold tensors by name")
+    return tensors
+
+
+@dataclass
+class Networks:
+    """The networks that a protocol needs; None where it needs none, or the weights are absent."""
+
+    features: FeatureNet | None = None
+    clip: ClipScorer | None = None
+    absent: dict[str, str] = field(default_factory=dict)  # why one is, by "features" and "clip"
+    weights: dict[str, Any] = field(default_factory=dict)  # plain values
+
+
+@dataclass
+class WeightsFiles:
+    """Where the weights are."""
+
+    inception: str | None  # path; without one: torch's cache
+    dinov2: str | None  # path; without one there are none
+    download: bool = False  # absent weights into torch's and the hub's cache
+
+    def find(self, features: str) -> Path | None:
+        """The file for a protocol's features; None if there is none.
+
+        Raises:
+            ValueError: no file at a given path.
+        """
+        if features == "inception":
+            return INCEPTION.find(self.inception, self.download)
+        if self.dinov2 and not Path(self.dinov2).is_file():
+            raise ValueError(f"--dinov2-weights: no file {self.dinov2}")
+        return Path(self.dinov2) if self.dinov2 else None
+
+
+def load_networks(
+    protocol: Protocol,
+    tokenizer: ImageTokenizer,
+    text_encoder: TextEncoderConfig,
+    files: WeightsFiles,
+    state: PartialState,
+) -> Networks:
+    """What the protocol's metrics need. tokenizer, text_encoder: the run's own.
+
+    Raises:
+        ValueError: weights of another net, damaged ones, or no file at a given path.
+    """
+    # One process a machine downloads, the others find the files
+    found, file, kind = Networks(), None, protocol.features
+    with state.local_main_process_first():
+        if protocol.feature_metrics and kind != "tokenizer":
+            file = files.find(kind)
+        if "clip_score" in protocol.metrics:
+            try:
+                config = own_clip(protocol.clip, text_encoder)
+                found.clip = ClipScorer(config, state.device, files.download)
+                found.weights["clip"] = found.clip.description
+            except AbsentWeights as error:
+                found.absent["clip"] = str(error)
+    # The feature network, or why there is none
+    if protocol.feature_metrics and kind == "tokenizer":
+        found.features = TokenizerFeatures(tokenizer)
+    elif protocol.feature_metrics and file is None:
+        found.absent["features"] = ABSENT[kind]
+    elif protocol.feature_metrics:
+        found.weights[kind] = describe_file(file)
+        is_inception = kind == "inception"
+        net = InceptionFeatures(file, protocol.precision) if is_inception else DinoFeatures(file)
+        found.features = net.to(state.device)
+    return found
+
+
+def own_clip(config: ClipConfig, text_encoder: TextEncoderConfig) -> ClipConfig:
+    """The config with model "own" replaced by the CLIP whose text tower the run has."""
+    if config.model != "own":
+        return config
+    names = ("model", "pretrained", "exact_gelu")
+    return replace(config, **{name: getattr(text_encoder, name) for name in names})

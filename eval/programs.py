@@ -1,0 +1,115 @@
+"""What the evaluation programs share: command-line options, and what their json says of versions,
+files and device.
+"""
+
+import argparse
+from collections.abc import Callable
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from modeling.published import file_sha256
+from training.run import TIMEOUT_MINUTES
+
+INSTALL = "pip install -r requirements-eval.txt"
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "torch-fidelity",
+    "lpips",
+    "numpy",
+    "pillow",
+    "accelerate",
+    "open_clip_torch",
+)
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    parse.__name__ = "integer"  # argparse names it where the text is no integer
+    return parse
+
+
+def different(kind: type) -> Callable[[str], list]:
+    """An argparse type: numbers separated by commas, none twice."""
+
+    def parse(text: str) -> list:
+        values = [kind(word) for word in text.split(",")]
+        if len({*values}) != len(values):
+            raise argparse.ArgumentTypeError(f"{text} names a value twice")
+        return values
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with the program's docstring."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_reading_options(parser: argparse.ArgumentParser, batch_size: int, help_text: str) -> None:
+    """Images at a time, reading processes, device."""
+    parser.add_argument("--batch-size", type=integer(1), default=batch_size, help=help_text)
+    parser.add_argument(
+        "--num-workers", type=integer(0), default=2, help="reading processes of each process"
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+
+
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """Inception's weights, and whether absent weights may be downloaded."""
+    parser.add_argument(
+        "--inception-weights", metavar="FILE", help="InceptionV3 of FID; default: torch's cache"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch absent weights into the packages' caches"
+    )
+
+
+def start_processes(device: str) -> PartialState:
+    """Join the launcher's processes; convolutions stay float32, which TF32 would round to 10 bits.
+
+    Raises:
+        ValueError: a GPU is wanted, and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU")
+    torch.backends.cudnn.allow_tf32 = False
+    return PartialState(cpu=device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
+
+
+def describe_environment(state: PartialState) -> dict[str, Any]:
+    """Versions, device and number of processes, on which a number can depend."""
+    device = state.device
+    return {
+        "versions": {name: package_version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "num_processes": state.num_processes,
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe_file(file: Path) -> dict[str, str]:
+    """Name and hash."""
+    return {"file": file.name, "sha256": file_sha256(file)}

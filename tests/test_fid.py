@@ -1,0 +1,165 @@
+"""eval/fid.py: closed forms, scipy and numpy as references, sums over batches and processes,
+statistics files.
+"""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+from eval.fid import FeatureSet, FeatureStatistics, Gaussian, fit_gaussian, frechet_distance
+
+WIDTH = 12
+
+
+def features(count, seed, width=WIDTH):
+    """Correlated features whose mean is far larger than their deviation."""
+    generator = np.random.default_rng(seed)
+    mixing = generator.standard_normal((width, width))
+    return torch.from_numpy(50 + generator.standard_normal((count, width)) @ mixing)
+
+
+def statistics(*batches):
+    found = FeatureStatistics(batches[0].shape[1])
+    for batch in batches:
+        found.add(batch)
+    return found
+
+
+def test_mean_and_covariance_are_numpys():
+    x = features(100, seed=0)
+    found = fit_gaussian(x)
+    assert found.count == 100 and found.mean.dtype == found.covariance.dtype == torch.float64
+    np.testing.assert_allclose(found.mean, x.numpy().mean(axis=0), rtol=1e-12)
+    expected = np.cov(x.numpy(), rowvar=False)
+    np.testing.assert_allclose(found.covariance, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_batches_of_any_size_and_float32_features_add_up():
+    x = features(100, seed=0).float()
+    whole, parts = fit_gaussian(x), statistics(x[:1], x[1:64], x[64:64], x[64:]).gaussian()
+    assert parts.count == 100
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_the_distance_of_diagonal_gaussians_is_its_closed_form():
+    means, deviations = torch.rand(2, WIDTH).double(), torch.rand(2, WIDTH).double()
+    first, second = (Gaussian(m, torch.diag(d**2), 10) for m, d in zip(means, deviations))
+    expected = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
+    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("count", [100, 5])  # 5: covariances of rank 4
+def test_the_distance_is_that_by_the_matrix_root(count):
+    first, second = (fit_gaussian(features(count, seed)) for seed in (1, 2))
+    a, b = first.covariance.numpy(), second.covariance.numpy()
+    root = scipy.linalg.sqrtm(a @ b + 1e-12 * np.eye(WIDTH)).real
+    shift = (first.mean - second.mean).square().sum().item()
+    expected = shift + np.trace(a) + np.trace(b) - 2 * np.trace(root)
+    found = frechet_distance(first, second)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert frechet_distance(second, first) == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [100, 5])
+def test_the_distance_of_a_set_to_itself_is_zero(count):
+    one = fit_gaussian(features(count, seed=3))
+    shifted = Gaussian(one.mean + 1, one.covariance, count)
+    assert abs(frechet_distance(one, one)) < 1e-3
+    assert frechet_distance(one, shifted) == pytest.approx(WIDTH, abs=1e-3)
+
+
+def test_other_widths_too_few_images_and_features_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="12 and 3"):
+        frechet_distance(fit_gaussian(features(9, 0)), fit_gaussian(features(9, 0, width=3)))
+    with pytest.raises(ValueError, match="got 1"):
+        fit_gaussian(features(1, seed=0))
+    with pytest.raises(ValueError, match="finite"):
+        statistics(features(9, seed=0), torch.full((1, WIDTH), torch.nan)).gaussian()
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4, 4\)"):
+        Gaussian(torch.zeros(3).double(), torch.eye(4).double(), 5)
+
+
+def run_one_process(rank, folder):
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    own = statistics(features(7, seed=0)[rank * 3 :][: 3 + rank])  # 3 and 4 of them
+    total, again = own.over_processes(), own.over_processes()
+    torch.save([own.count, again.sum, total.count, total.sum, total.outer], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_sum_up_to_one_and_keep_their_own_sums(tmp_path):
+    start_processes(run_one_process, (str(tmp_path),), nprocs=2, start_method="spawn")
+    whole = statistics(features(7, seed=0))
+    for rank in range(2):
+        own_count, again, count, total, outer = torch.load(tmp_path / f"{rank}.pt")
+        assert (own_count, count) == (3 + rank, 7)
+        assert torch.equal(again, total)  # summing up twice doubles nothing
+        torch.testing.assert_close(total, whole.sum, rtol=1e-12, atol=0)
+        torch.testing.assert_close(outer, whole.outer, rtol=1e-12, atol=0)
+
+
+def test_the_sum_of_one_process_is_a_new_object():
+    own = statistics(features(7, seed=0))
+    total = own.over_processes()
+    total.add(features(2, seed=1))
+    assert (own.count, total.count) == (7, 9)
+
+
+def test_a_statistics_file_gives_back_what_was_saved(tmp_path):
+    x = features(30, seed=0).float()
+    saved = FeatureSet(fit_gaussian(x), {"image_size": 256}, x, ["a"] * 30)
+    saved.save(tmp_path / "a.npz")
+    found = FeatureSet.load(tmp_path / "a.npz")
+    assert torch.equal(found.gaussian.mean, saved.gaussian.mean)
+    assert torch.equal(found.gaussian.covariance, saved.gaussian.covariance)
+    assert torch.equal(found.features, x) and found.categories == ["a"] * 30
+    assert (found.gaussian.count, found.description) == (30, {"image_size": 256})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_file_of_another_code_has_neither_count_nor_features(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", mu=np.ones(3, np.float32), sigma=np.eye(3))
+    found = FeatureSet.load(tmp_path / "a.npz")
+    assert (found.gaussian.mean.dtype, found.gaussian.count) == (torch.float64, None)
+    assert (found.description, found.features) == ({}, None)
+    found.save(tmp_path / "b.npz")
+    assert FeatureSet.load(tmp_path / "b.npz").gaussian.count is None
+
+
+GOOD = {"mu": np.ones(3), "sigma": np.eye(3)}
+BROKEN = {
+    "no covariance": {"mu": np.ones(3)},
+    "of another width": GOOD | {"sigma": np.eye(4)},
+    "not finite": GOOD | {"mu": np.full(3, np.nan)},
+    "text": GOOD | {"mu": np.array(["a", "b", "c"])},
+    "objects": GOOD | {"mu": np.array([1, None, {}], dtype=object)},
+    "features of another number": GOOD | {"count": 5, "features": np.ones((4, 3))},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_of_another_form_is_refused(tmp_path, name):
+    np.savez(tmp_path / "a.npz", **BROKEN[name])
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.npz"):
+        FeatureSet.load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1000, -30])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    FeatureSet(fit_gaussian(features(30, seed=0))).save(tmp_path / "a.npz")
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(content[:kept])
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.npz"):
+        FeatureSet.load(tmp_path / "a.npz")
+
+
+def test_a_description_that_cannot_be_written_leaves_no_file(tmp_path):
+    with pytest.raises(TypeError):
+        FeatureSet(fit_gaussian(features(30, seed=0)), {"path": object()}).save(tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,130 @@
+"""eval/protocol.py: the shipped protocols; captions from every kind of source, chosen as the
+protocol says.
+"""
+
+import json
+
+import pytest
+
+from configs.load import load_dataclass
+from eval.protocol import FOLDER, Protocol, protocol_file, read_captions
+
+
+def texts(path, **values):
+    """Captions that a protocol reads of a file."""
+    return [caption.text for caption in read_captions(Protocol(captions=[str(path)], **values))]
+
+
+def test_the_shipped_protocols_are_whole():
+    names = [path.stem for path in FOLDER.glob("*.yaml")]
+    protocols = {name: load_dataclass(Protocol, protocol_file(name)) for name in names}
+    assert protocols.keys() == {"coco30k", "mjhq30k", "demo", "geneval"}
+    assert protocols["coco30k"].num_captions == protocols["mjhq30k"].num_captions == 30_000
+    assert (protocols["mjhq30k"].resize, protocols["geneval"].layout) == ("clean", "geneval")
+    demo = protocols["demo"]
+    assert (demo.features, demo.clip.model) == ("tokenizer", "own")  # nothing to download
+    assert len(read_captions(demo)) == 150
+
+
+SOURCES = {
+    "a.txt": "one\n\n two \n",
+    "a.jsonl": '{"prompt": "one", "tag": 1}\n\n{"prompt": "two"}\n',
+    "coco.json": json.dumps({"annotations": [{"caption": "one"}, {"caption": "two"}]}),
+    "mjhq.json": json.dumps({"x": {"category": "a", "prompt": "one"}, "y": {"prompt": "two"}}),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_captions_come_from_text_jsonl_coco_and_mjhq(tmp_path, name):
+    (tmp_path / name).write_text(SOURCES[name])
+    assert texts(tmp_path / name) == ["one", "two"]
+
+
+def test_captions_keep_their_record_category_and_image(tmp_path, tiny_shards):
+    for name, content in SOURCES.items():
+        (tmp_path / name).write_text(content)
+    [first, _] = read_captions(Protocol(captions=[f"{tmp_path}/a.jsonl"]))
+    assert first.record == {"prompt": "one", "tag": 1}
+    mjhq = read_captions(Protocol(captions=[f"{tmp_path}/mjhq.json"]))
+    assert [caption.category for caption in mjhq] == ["a", ""]
+    shard = f"{tiny_shards}/train-00000.tar"
+    captions = read_captions(Protocol(captions=[shard]))
+    assert len(captions) == 24 and captions[3].source == f"{shard}: 00003"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_caption_with_a_line_separator_of_unicode_stays_one(tmp_path, name):
+    captions = ["a cat\u2028on a mat", "a cow"]
+    lines = captions
+    if name == "a.jsonl":
+        lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in captions]
+    (tmp_path / name).write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
+    assert texts(tmp_path / name) == captions
+
+
+def test_captions_are_chosen_by_the_protocol(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("\n".join(map(str, range(100))))
+
+    def chosen(**values):
+        return [int(text) for text in texts(file, **values)]
+
+    assert chosen() == [*range(100)]
+    assert chosen(choice="first", num_captions=3) == [0, 1, 2]
+    assert chosen(choice="spread", num_captions=4) == [0, 33, 66, 99]
+    some = chosen(choice="random", num_captions=20)
+    assert some == sorted({*some}) and len(some) == 20
+    assert some == chosen(choice="random", num_captions=20)
+    assert some != chosen(choice="random", num_captions=20, choice_seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.txt", "", "a.txt"),
+        ("a.txt", b"\xff\xfe", "UTF-8"),
+        ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', "line 2"),
+        ("a.jsonl", '{"prompt": " "}', "caption 0"),
+        ("a.json", '{"annotations": [3]}', "annotations"),
+        ("a.json", "[1]", "annotations"),
+        ("a.json", "{", "annotations"),
+        ("a.json", '{"a": 3}', "annotations"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(tmp_path, name, content, part):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{file}.*{part}|{part}"):
+        texts(file)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"captions": []}, ["captions="]),
+        ({"captions": ["a.txt", "b"]}, ["captions", "a.txt"]),
+        ({"choice": "first"}, ["choice=first", "num_captions"]),
+        ({"group_size": 0}, ["group_size", "0"]),
+        ({"kid_subset_size": 1}, ["kid_subset_size", "1"]),
+        ({"seed": -1}, ["seed", "-1"]),
+        ({"background": [0, 0, 256]}, ["background", "256"]),
+        ({"resize": "clean", "image_size": 64}, ["resize=clean", "image_size"]),
+        ({"resize": "clean", "features": "dinov2", "metrics": []}, ["resize=clean", "features"]),
+    ],
+)
+def test_impossible_protocols_are_refused(values, parts):
+    with pytest.raises(ValueError) as caught:
+        read_captions(Protocol(**values))
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_reference_is_one_statistics_file_or_images():
+    assert Protocol(reference=["a", "b.tar"]).statistics_file is None
+    assert Protocol(reference=["a.npz"]).statistics_file.name == "a.npz"
+    with pytest.raises(ValueError, match=r"reference .*a\.npz"):
+        Protocol(reference=["a.npz", "b"]).statistics_file  # noqa: B018
+
+
+def test_an_unknown_protocol_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match="coco40k.*coco30k, demo, geneval, mjhq30k"):
+        protocol_file("coco40k")

@@ -1,0 +1,134 @@
+"""eval/report.py: the pool, and figures of made-up cases whose answers are known."""
+
+import io
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from data.tar import write_shard
+from eval import report
+from eval.report import (
+    PIXEL_SIZE,
+    ReportStage,
+    build_pool,
+    choose_evenly,
+    compare,
+    encode,
+    read_all,
+    shrink,
+    take,
+)
+from modeling.posterior import Posterior
+
+CONFIG = ReportStage(batch_size=4)
+
+
+def fake_generator(seen=None):
+    """A tokenizer whose latent means are the image's rows."""
+
+    def encode_images(images):
+        if seen is not None:
+            seen.append(len(images))
+        return Posterior(images.flatten(2), torch.zeros(1))
+
+    tokenizer = SimpleNamespace(encode=encode_images)
+    return SimpleNamespace(tokenizer=tokenizer, device=torch.device("cpu"))
+
+
+def pool_of(*images, captions=None, variant=""):
+    config = ReportStage(batch_size=4, caption_variant=variant)
+    sets = [{"image": x, "caption": captions or [""] * len(x)} for x in images]
+    return build_pool(config, fake_generator(), sets)
+
+
+def test_the_pool_numbers_pixel_identical_images_as_one_group():
+    first, second = torch.rand(3, 3, 32, 32), torch.rand(4, 3, 32, 32)
+    second[1] = first[2]
+    second[3] = second[0]
+    almost = first[:1].clone()
+    almost[0, 0, 0, 0] += 1 / 255
+    pool = pool_of(first, second, almost)
+    assert pool["groups"].tolist() == [0, 1, 2, 3, 2, 4, 3, 5] and "subjects" not in pool
+    assert pool["pixels"].shape == (8, 3, PIXEL_SIZE, PIXEL_SIZE)
+    assert torch.equal(pool["latents"][3:7].view(4, 3, 32, 32), second)
+
+
+def test_captions_that_differ_only_in_the_variant_are_one_subject():
+    images, captions = torch.rand(3, 3, 32, 32), ["hand", "hand, dark skin tone", "foot"]
+    pool = pool_of(images, captions=captions, variant=", [^,]* skin tone$")
+    assert pool["subjects"].tolist() == [0, 0, 1] and pool["groups"].tolist() == [0, 1, 2]
+    pool["latents"] = pool["latents"][:, :, :4]
+    found = compare(images[:2], images[:2], pool["latents"][[1, 0]], pool, torch.tensor([0, 1]))
+    assert found["latent"]["top1"] == 0 and found["latent_same_subject"]["top1"] == 1
+
+
+def test_a_set_of_its_own_is_an_easier_pool_and_equal_sets_have_no_frechet_distance():
+    images, own = torch.rand(12, 3, 32, 32), torch.tensor([0, 1])
+    pool = pool_of(images)
+    pool["latents"] = pool["latents"][:, :, :4]
+    latents = pool["latents"][[5, 1]]  # the first looks like another set's image
+    found = compare(images[:2], images[:2], latents, pool, own)
+    assert found["latent"]["top1"] == 0.5 and "latent_same_subject" not in found
+    assert found["latent_among_own_set"]["top5"] == 1
+    found = compare(images[:2], images[:2], pool["latents"][:2], pool, own)
+    assert found["frechet_latent"] == pytest.approx(0, abs=1e-6)
+
+
+def test_images_are_encoded_in_batches_in_order():
+    seen, images = [], torch.rand(10, 3, 8, 8)
+    assert torch.equal(encode(CONFIG, fake_generator(seen), images), images.flatten(2))
+    assert seen == [4, 4, 2]
+
+
+def test_shrinking_averages_areas():
+    images = torch.rand(2, 3, 32, 32)
+    expected = images.view(2, 3, PIXEL_SIZE, 2, PIXEL_SIZE, 2).mean(dim=(3, 5))
+    torch.testing.assert_close(shrink(images), expected)
+
+
+def test_samples_are_spread_evenly():
+    assert choose_evenly(11, 3) == [0, 5, 10] and choose_evenly(2, 5) == [0, 1]
+    taken = take({"image": torch.arange(5), "caption": list("abcde")}, [4, 1])
+    assert taken["image"].tolist() == [4, 1] and taken["caption"] == ["e", "b"]
+
+
+def test_images_and_captions_are_read_with_the_configured_background_and_keys(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(buffer, format="PNG")
+    sample = {"__key__": "0", "png": buffer.getvalue(), "txt": "one", "json": b'{"title": "two"}'}
+    write_shard(tmp_path / "a.tar", [sample])
+    generator = SimpleNamespace(tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=8)))
+    config = ReportStage(background=[255, 0, 51], caption_keys=["json:title"])
+    found = read_all(config, generator, [str(tmp_path / "a.tar")])
+    assert found["caption"] == ["two"]
+    colour = torch.tensor([1, 0, 0.2]).view(1, 3, 1, 1)
+    torch.testing.assert_close(found["image"], colour.expand(1, 3, 8, 8))
+
+
+def test_the_report_of_the_chain_is_whole_and_made_once(chain, tmp_path, monkeypatch, capsys):
+    shutil.copytree(chain.folder, tmp_path, dirs_exist_ok=True)
+    config = chain.config("report", f"experiment_dir={tmp_path}")
+    monkeypatch.setattr(report, "save_pairs", lambda *arguments: None)
+    report.main(config)
+    found = json.loads((tmp_path / "report.json").read_text())
+    for name, captions in (("train", 6), ("heldout", 24)):
+        for suffix in ("", "_source_without_flow", "_ridge"):
+            figures = found[f"{name}{suffix}"]
+            assert figures["captions"] == captions and figures["psnr_db"] > 0
+            for measure in ("latent", "latent_among_own_set", "pixels_16x16"):
+                assert 0 <= figures[measure]["top1"] <= figures[measure]["top5"] <= 1
+        assert found["tokenizer"][f"{name}_psnr_db"] > 0
+    assert (found["num_train_captions"], found["num_pool_images"]) == (24, 48)
+    assert {"strength", "left_out_top5", "left_out_mse"} == found["ridge"].keys()
+    monkeypatch.setattr(report, "read_all", None)
+    report.main(config)
+    assert "complete" in capsys.readouterr().out
+
+
+def test_a_report_without_images_is_refused(chain):
+    with pytest.raises(ValueError, match="heldout_shards"):
+        chain.config("report", "heldout_shards=[]")

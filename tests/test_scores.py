@@ -1,0 +1,106 @@
+"""eval/scores.py: torch-fidelity's functions with our options, cases whose answer is known, too few
+images.
+"""
+
+import math
+
+import pytest
+import torch
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from eval.scores import (
+    clip_score,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    retrieval,
+)
+
+
+def features(count, seed, shift=0.0, width=16):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_kernel_distance_is_torch_fidelitys_in_float64():
+    x, y = features(31, 0), features(57, 1, shift=0.4)
+    expected = kid_features_to_metric(x, y, kid_subsets=7, kid_subset_size=20, verbose=False)
+    found = kernel_distance(x, y, 7, 20)
+    assert found == pytest.approx(tuple(expected.values()), rel=1e-4)  # theirs is float32
+    assert kernel_distance(x.double(), y.double(), 7, 20) == found
+
+
+def test_inception_score_lies_between_one_and_the_number_of_classes():
+    assert inception_score(torch.zeros(20, 8), 2) == pytest.approx((1, 0))
+    certain = torch.eye(8).repeat(5, 1) * 200
+    assert inception_score(certain, 1)[0] == pytest.approx(8)
+    assert math.isfinite(inception_score(certain * 10, 1)[0])
+
+
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_precision_and_recall_are_torch_fidelitys_in_any_part_of_the_matrix(rows, monkeypatch):
+    monkeypatch.setattr("eval.scores.ROWS", rows)
+    x, y = features(60, 0) * 0.8, features(45, 1, shift=0.3)
+    expected = prc_features_to_metric(x, y, prc_neighborhood=3, verbose=False)
+    precision, recall = precision_recall(x, y, 3)
+    assert (precision, recall) == pytest.approx((expected["precision"], expected["recall"]))
+    assert 0 < recall < precision < 1  # the generated ones are narrower
+
+
+def test_what_lies_in_no_ball_is_not_covered():
+    real = features(30, 0)
+    assert precision_recall(real, real, 3) == (1, 1)
+    assert precision_recall(real + 1000, real, 3) == (0, 0)
+    assert precision_recall(torch.cat([real, real + 1000]), real, 3) == (0.5, 1)
+
+
+def test_negative_cosines_count_as_zero():
+    assert clip_score(torch.tensor([[-0.5], [0.5]])) == 25
+
+
+@pytest.mark.parametrize(
+    ("compute", "parts"),
+    [
+        (lambda: kernel_distance(features(9, 0), features(5, 0), 3, 8), ["5", "kid_subset_size"]),
+        (lambda: inception_score(features(9, 0), 10), ["9", "inception_splits"]),
+        (lambda: precision_recall(features(9, 0), features(3, 0), 3), ["3", "neighbours"]),
+        (lambda: clip_score(torch.full((2, 1), torch.nan)), ["cosine"]),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(compute, parts):
+    with pytest.raises(ValueError) as caught:
+        compute()
+    assert all(part in str(caught.value) for part in parts)
+
+
+# Retrieval
+
+N = 12
+POOL = torch.arange(N).float().view(N, 1, 1) * torch.ones(1, 2, 3)  # |i - j| sqrt(6) apart
+UNIQUE = torch.arange(N) + 100  # group numbers are no positions in the pool
+
+
+@pytest.mark.parametrize(
+    ("queries", "own", "top1", "top5"),
+    [
+        (POOL[[3, 0, 11]] + 0.1, [3, 0, 11], 1, 1),
+        (POOL[[11, 10]], [0, 1], 0, 0),  # far from their own
+        (POOL[[0, 11, 2, 4]], [0, 1, 2, 3], 0.5, 0.75),  # right, far off, right, next to it
+        (POOL[:1] - 1, [4], 0, 1),  # the fifth nearest
+        (POOL[:1] - 1, [5], 0, 0),  # the sixth
+    ],
+)
+def test_retrieval_is_the_share_of_queries_whose_own_image_is_near(queries, own, top1, top5):
+    found = retrieval(queries, POOL, UNIQUE, torch.tensor(own))
+    assert found == {"top1": top1, "top5": top5}
+
+
+def test_retrieval_counts_equal_images_as_one():
+    real = torch.tensor([[0.0], [0.0], [1.0], [2.0], [3.0], [4.0], [9.0]])
+    groups = torch.tensor([0, 0, 1, 2, 3, 4, 5])
+    queries = torch.tensor([[0.1], [8.9], [0.1], [0.1]])
+    found = retrieval(queries, real, groups, torch.tensor([1, 6, 2, 6]))
+    assert found == {"top1": 0.5, "top5": 0.75}
+    elsewhere = UNIQUE.clone()
+    elsewhere[7] = elsewhere[8]  # equal images do not make a far query right
+    assert retrieval(POOL[[2]], POOL, elsewhere, torch.tensor([7]))["top5"] == 0
