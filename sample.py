@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from configs.cli import exit_on_error, printable
 from data.entries import Entry
 from data.files import check_writable
 from eval.captioning import (
@@ -38,6 +37,7 @@ from eval.gallery import write_gallery
 from eval.images import image_name
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS
+from training.errors import exit_on_error, printable
 from training.loading import read_run_config
 from training.pictures import caption_grid, png_bytes, save_png, to_pil
 from training.pipelines import (

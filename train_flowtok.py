@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from configs.cli import exit_on_error, parse_stage_args
-from configs.load import load_dataclass
+from configs.load import load_dataclass, parse_stage_args
 from data.entries import Entry
 from data.readers import TokenTextConfig
 from eval.captioning import caption_sheet, choose_images
@@ -44,6 +43,7 @@ from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
+from training.errors import exit_on_error
 from training.loading import load_tokenizer, text_encoder_config
 from training.loop import Evaluation, is_complete, train
 from training.optim import OptimizedNetwork, descend
@@ -357,5 +357,4 @@ def save_samples(
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(FlowTokStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(FlowTokStage, __doc__)))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.config import ReaderConfig
 from data.files import write_json
 from modeling.image_tokenizer import ImageTokenizerConfig
@@ -33,6 +33,7 @@ from modeling.text_decoder import (
 from modeling.text_encoder import load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
+from training.errors import exit_on_error
 from training.loading import read_section, text_encoder_config
 from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend
@@ -234,5 +235,4 @@ def measure(captions: StoredCaptions, model: TextAutoencoder, batches: Iterable[
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TextDecoderStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TextDecoderStage, __doc__)))

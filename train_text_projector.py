@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.readers import TokenTextConfig
 from modeling.losses import (
     ProjectorLossConfig,
@@ -27,6 +27,7 @@ from modeling.losses import (
 )
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
+from training.errors import exit_on_error
 from training.loading import load_tokenizer, text_encoder_config
 from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend
@@ -145,5 +146,4 @@ def save_decoded(
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TextProjectorStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TextProjectorStage, __doc__)))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader
 from data.tar import expand_shards
 from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
@@ -47,6 +47,7 @@ from modeling.losses import (
 from modeling.perceptual import PerceptualConfig, PerceptualLoss
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import latest_checkpoint
+from training.errors import exit_on_error
 from training.loading import load_tokenizer
 from training.loop import Evaluation, is_complete, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
@@ -379,5 +380,4 @@ def save_reconstructions(
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TokenizerStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TokenizerStage, __doc__)))

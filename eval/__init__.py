@@ -1,1 +1,1 @@
-"""Measurements and pictures of trained parts. Import `from eval.x import y`; runnable as `python -m eval.x`."""
+"""Measurements of trained parts. Import `from eval.x import y`: `import eval` hides a builtin."""

@@ -1,9 +1,11 @@
-"""BLEU-4, METEOR, ROUGE-L, CIDEr and SPICE of captions, by pycocoevalcap; times 100, as papers print them.
+"""BLEU-4, METEOR, ROUGE-L, CIDEr and SPICE of captions, by pycocoevalcap; times 100, as papers
+print them.
 
-Published numbers need Java: for the PTB tokenizer, METEOR and SPICE. Without it, captions are tokenized by a regular
-expression, which gives other numbers (the report says which tokenizer it was), and METEOR and SPICE are null with the
-reason. SPICE also needs Stanford's CoreNLP 3.6.0 models, which its package does not have and nothing here downloads.
-CIDEr weighs words by how rare they are in the given references: only numbers on the same set can be compared.
+Published numbers need Java: for the PTB tokenizer, METEOR and SPICE. Without it, captions are
+tokenized by a regular expression, which gives other numbers (the report says which tokenizer it
+was), and METEOR and SPICE are null with the reason. SPICE also needs Stanford's CoreNLP 3.6.0
+models, which its package does not have and nothing here downloads. CIDEr weighs words by how rare
+they are in the given references: only numbers on the same set can be compared.
 """
 
 import re
@@ -64,6 +66,7 @@ class CaptionScorer:
         """
         self.check_installed(needs_java=True)
         tokenizer = import_module(f"{PACKAGE}.tokenizer.ptbtokenizer")
+        # One text a line, in and out; the package's own wrapper writes into site-packages
         lines = [" ".join(text.split()) for group in texts for text in group]
         jar = self.folder / "tokenizer" / tokenizer.STANFORD_CORENLP_3_4_1_JAR
         run = subprocess.run(
@@ -75,12 +78,13 @@ class CaptionScorer:
         if run.returncode or len(found) != len(lines):
             said = (run.stderr.decode(errors="replace").strip().splitlines() or ["nothing"])[-1]
             raise ValueError(f"the PTB tokenizer gave {len(found)} of {len(lines)} lines: {said}")
+        # Words without punctuation, back to their images
         words = ([w for w in line.split() if w not in tokenizer.PUNCTUATIONS] for line in found)
         tokens = iter(" ".join(line) for line in words)
         return {index: [next(tokens) for _ in group] for index, group in enumerate(texts)}
 
     def score(self, captions: Sequence[str]) -> dict:
-        """{"bleu_4" ... "spice": number or None, "reasons": {name: why None}} of one caption an image."""
+        """{"bleu_4" ... "spice": number or None, "reasons": {name: why}} of a caption an image."""
         single = [[caption] for caption in captions]
         texts = self.ptb_tokens(single) if self.tokenizer == PTB else simple_tokens(single)
         scores, reasons = {}, {}
@@ -105,7 +109,8 @@ class CaptionScorer:
             raise ValueError(f'{files} not in {PACKAGE}; to fetch: python -c "{FETCH_MODELS}"')
         module, kind = SCORERS[name]
         scorer = getattr(import_module(f"{PACKAGE}.{module}"), kind)()
-        if name == "bleu_4":  # of 1- to 4-grams, a list
+        # BLEU gives a list, of 1- to 4-grams
+        if name == "bleu_4":
             return float(scorer.compute_score(self.references, texts, verbose=0)[0][3])
         return float(scorer.compute_score(self.references, texts)[0])
 

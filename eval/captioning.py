@@ -1,7 +1,8 @@
-"""Images -> captions by a loaded captioner: choosing the images, reading them, a contact sheet, a jsonl.
+"""Images -> captions by a loaded captioner: choosing the images, reading them, a contact sheet, a
+jsonl.
 
-An unreadable image is an error if it was named itself; in a folder or shard it is left out, named and counted, since
-one broken file should not cost the captions of a whole folder.
+An unreadable image is an error if it was named itself; in a folder or shard it is left out, named
+and counted, since one broken file should not cost the captions of a whole folder.
 """
 
 import json
@@ -68,6 +69,7 @@ def caption_images(
         ValueError: an image that was named itself cannot be read.
     """
     images = ImageSet(entries, captioner.tokenizer.config.image_size)
+    # An image that was named itself comes with its captions known: none
     named = {entry.path for entry in entries if entry.captions == []}
     for batch in iterate_images(images, batch_size):
         for name, reason in batch["skipped"]:

@@ -1,12 +1,14 @@
-"""Captions of images against references: BLEU-4, METEOR, ROUGE-L, CIDEr, SPICE and the share of exact matches.
+"""Captions of images against references: BLEU-4, METEOR, ROUGE-L, CIDEr, SPICE and the share of
+exact matches.
 
     python -m eval.captions RUN DATA [DATA ...] [--guidance 1,1.5,2] [--steps 5,20]
 
-RUN is an experiment or its stage-3 run from image to text; EMA weights. DATA: folders or image shards whose samples
-have one or several references (--caption-keys), or one .jsonl with a line {"image": FILE, "captions": [...]} each, FILE
-relative to it. Every image counts: one that is unreadable or has no reference stops it.
-Writes one json: protocol, model, versions, and the metrics at each steps and guidance. Also those of what the text
-decoder reads in z_I itself, without any flow. What can't run is null with the reason (eval/caption_scores.py).
+RUN is an experiment or its stage-3 run from image to text; EMA weights. DATA: folders or image
+shards whose samples have one or several references (--caption-keys), or one .jsonl with a line
+{"image": FILE, "captions": [...]} each, FILE relative to it. Every image counts: one that is
+unreadable or has no reference stops it. Writes one json: protocol, model, versions, and the metrics
+at each steps and guidance. Also those of what the text decoder reads in z_I itself, without any
+flow. What can't run is null with the reason (eval/caption_scores.py).
 """
 
 import argparse
@@ -22,7 +24,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from configs.cli import exit_on_error
 from data.captions import captions_of, check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json, read_parts
 from data.files import check_writable, write_json
@@ -40,6 +41,7 @@ from eval.programs import (
 from modeling.flow import check_guidance
 from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
+from training.errors import exit_on_error
 from training.loading import load_newest
 from training.pipelines import captioning_run, load_captioner
 
@@ -94,6 +96,7 @@ def main(args: argparse.Namespace) -> None:
     starts = encode(captioner, entries, args).split(args.batch_size)
     results = []
     for point in [*points, None]:
+        # None: what the text decoder reads in z_I, without any flow
         captions = []
         for start in starts:
             latents = start.to(captioner.device)
@@ -154,7 +157,9 @@ def references_of(entry: Entry, keys: Sequence[str]) -> list[str]:
 
 
 def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
-    """Images and references of lines {"image": FILE, "captions": [...]}; a single one may be under "caption".
+    """Images and references of lines {"image": FILE, "captions": [...]}.
+
+    A single reference may be under "caption".
 
     Raises:
         ValueError: no file, or a line of another form; names it.
@@ -162,10 +167,12 @@ def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     entries, references = [], []
-    lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028
+    # splitlines would also cut at U+2028
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        # Form, references, file
         row = load_json(line)
         if not isinstance(row, dict) or not isinstance(row.get("image"), str):
             raise ValueError(f'{path} line {number}: expected {{"image": FILE, "captions": [...]}}')
@@ -183,7 +190,7 @@ def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
 
 
 def encode(captioner: Captioner, entries: Sequence[Entry], args: argparse.Namespace) -> Tensor:
-    """Starts of the flow of all images, N x K x C on the CPU; raises ValueError for an unreadable one."""
+    """Starts of the flow of all images, N x K x C on the CPU; ValueError if one is unreadable."""
     images = ImageSet(entries, captioner.tokenizer.config.image_size)
     starts = []
     for batch in iterate_images(images, args.batch_size, args.num_workers):
@@ -196,7 +203,7 @@ def encode(captioner: Captioner, entries: Sequence[Entry], args: argparse.Namesp
 def exact_match(
     captioner: Captioner, captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> float:
-    """Share in percent of captions that are one of their references, as the tokenizer spells (and cuts) it."""
+    """Percent of captions that are one of their references, as the tokenizer spells and cuts it."""
     tokenize, hits = captioner.tokenize, 0
     for caption, texts in zip(captions, references, strict=True):
         hits += caption in [join_punctuation(tokenize.decode(ids)) for ids in tokenize([*texts])]
@@ -233,6 +240,7 @@ def describe_versions(state: PartialState) -> dict[str, Any]:
 
 def print_report(report: dict, path: Path) -> None:
     """A table, why what is null is null, and where the json lies."""
+    # A row a point
     print("  ".join(name.rjust(11) for name in COLUMNS))
     without_flow = {"steps": 0, "guidance": "no flow", **report["without_flow"]}
     for row in [*report["results"], without_flow]:

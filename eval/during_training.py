@@ -1,7 +1,9 @@
-"""Numbers of the EMA weights while a stage trains, by the functions of eval/generation.py and eval/reconstruction.py.
+"""Numbers of the EMA weights while a stage trains, by the functions of eval/generation.py and
+eval/reconstruction.py.
 
-All processes take part. Captions, images and reference are read once; networks and sums are made anew each time, so
-that nothing passes from one evaluation to the next. No number of torch's global generator is used up.
+All processes take part. Captions, images and reference are read once; networks and sums are made
+anew each time, so that nothing passes from one evaluation to the next. No number of torch's global
+generator is used up.
 """
 
 import shutil
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from eval.evaluation import FEATURES, EvaluationSetup, evaluate_images, prepare
+from eval.evaluation import FEATURES, EvaluationSetup, evaluate_images
 from eval.feature_nets import WeightsFiles
 from eval.generate import INPUTS
 from eval.images import ImageSet, Reading
@@ -67,7 +69,7 @@ class ReconstructionEvaluationConfig:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave training its random numbers, and evaluation without its speed settings, which would change the numbers."""
+    """Without touching training's random numbers, and without its lossy speed settings."""
     convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     products = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -79,7 +81,7 @@ def undisturbed() -> Iterator[None]:
 
 
 class FlowEvaluation:
-    """(EMA weights, step) -> metrics of a protocol. RUN/evaluation/step_*/evaluation.json has the report."""
+    """(EMA weights, step) -> metrics of a protocol; the report is in RUN/evaluation/step_*."""
 
     def __init__(
         self,
@@ -110,14 +112,16 @@ class FlowEvaluation:
         self.reference = setup.reference
 
     def __call__(self, model: FlowModel, step: int) -> dict[str, float]:
-        """{"eval/fid": ...} on the main process, {} on the others; a metric that can't be computed is left out."""
+        """{"eval/fid": ...} on the main process, {} on the others; null metrics are left out."""
         folder = self.run_dir / "evaluation" / f"step_{step:08d}"
-        if self.state.is_main_process:  # it may be of a killed process, or of steps done again
+        # What is there is of a killed process, or of steps that are done again
+        if self.state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         self.state.wait_for_everyone()
         with undisturbed():
             setup = self._prepare(model, folder.name)
             report = evaluate_images(setup, self.protocol, folder)
+        # Only the report stays
         if self.state.is_main_process:
             shutil.rmtree(folder / FEATURES)
             (folder / INPUTS).unlink()
@@ -132,7 +136,7 @@ class FlowEvaluation:
             tokenizer=load_tokenizer(self.tokenizer_run).to(device),
             flow=model,
         )
-        return prepare(
+        return EvaluationSetup(
             protocol=self.protocol,
             captions=self.captions,
             generator=generator,

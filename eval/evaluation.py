@@ -1,16 +1,16 @@
 """One evaluation of generated images: a folder of images, of their features, and evaluation.json.
 
-The program eval/generation.py and the trainer of stage 3 (eval/during_training.py) both run it. All processes take
-part; only the main one writes the report.
+The program eval/generation.py and the trainer of stage 3 (eval/during_training.py) both run it. All
+processes take part; only the main one writes the report.
 """
 
 import io
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.files import write_bytes, write_json
 from eval.feature_nets import Networks, WeightsFiles, load_networks
-from eval.features import Extracted, extract_features, load_reference
+from eval.features import extract_features, load_reference
 from eval.fid import FeatureSet
 from eval.gallery import write_gallery
 from eval.generate import ImageFolder, claim_folder, generate_images
@@ -35,53 +35,51 @@ FEATURES = "features"  # folder
 NUM_SHOWN = 64  # images of the contact sheet and the gallery
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvaluationSetup:
-    """What the evaluations of a call share."""
+    """What the evaluations of a call share; loads the networks that measure, and the reference.
 
+    Raises:
+        ValueError: weights or a reference that can't serve.
+    """
+
+    protocol: Protocol
     captions: list[Caption]
     generator: ImageGenerator
     default: SamplingConfig  # the run's
     model: dict[str, Any]  # which weights make the images
-    networks: Networks
-    reference: FeatureSet | None
+    files: WeightsFiles
     reading: Reading
-    keep_images: bool  # False: only features stay in the folder
+    keep_images: bool = True  # False: only features stay in the folder
+    reference: FeatureSet | None = None  # given if an earlier setup has loaded it
+    networks: Networks = field(init=False)
+
+    def __post_init__(self):
+        tokenizer, tower = self.generator.tokenizer, self.generator.text_encoder.tokenize.config
+        self.networks = load_networks(
+            self.protocol, tokenizer, tower, self.files, self.reading.state
+        )
+        if self.reference is None:
+            net, size = self.networks.features, self.feature_size
+            self.reference = load_reference(self.protocol, self.captions, net, size, self.reading)
 
     @property
     def image_size(self) -> int:
         """Pixels of the generated images."""
         return self.generator.tokenizer.config.image_size
 
-
-def prepare(
-    protocol: Protocol,
-    captions: list[Caption],
-    generator: ImageGenerator,
-    default: SamplingConfig,
-    model: dict[str, Any],
-    files: WeightsFiles,
-    reading: Reading,
-    keep_images: bool = True,
-    reference: FeatureSet | None = None,
-) -> EvaluationSetup:
-    """Load the networks that a protocol's metrics need, and the reference unless it is given.
-
-    Raises:
-        ValueError: weights or a reference that can't serve.
-    """
-    tokenizer, tower = generator.tokenizer, generator.text_encoder.tokenize.config
-    networks = load_networks(protocol, tokenizer, tower, files, reading.state)
-    if reference is None:
-        size = protocol.feature_size(tokenizer.config.image_size)
-        reference = load_reference(protocol, captions, networks.features, size, reading)
-    return EvaluationSetup(
-        captions, generator, default, model, networks, reference, reading, keep_images
-    )
+    @property
+    def feature_size(self) -> int:
+        """Pixels of the images that features are taken of."""
+        return self.protocol.feature_size(self.image_size)
 
 
 def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) -> dict[str, Any]:
-    """Generate and measure the images of a protocol; the report, {} on all processes but the main one."""
+    """Generate and measure images; the report, {} on all processes but the main one.
+
+    Args:
+        protocol: that of the setup, but for guidance and steps.
+    """
     state, started = setup.reading.state, time.perf_counter()
     sampling = protocol.sampling(setup.default)
     path = folder / ("images" if setup.keep_images else "scratch")
@@ -89,29 +87,30 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     claim_folder(folder, images, sampling, setup.model, state)
 
     # Images are needed for themselves, or for features that no earlier call has left.
-    files = feature_files(setup, images, folder / FEATURES)
-    absent = [name for name, file in files.items() if not file.is_file()]
+    passes = {each.key: each for each in measuring_passes(setup, images, folder / FEATURES)}
+    absent = [key for key, each in passes.items() if not each.file.is_file()]
     [absent] = broadcast_object_list([absent])
     work = (0, 0.0)
     if setup.keep_images or absent:
         work = generate_images(setup.generator, images, sampling, state)
-    work = gather_object([work])  # from here on the images of all processes are there
-    for name in absent:
-        found = (
-            measure_features(setup, images)
-            if name == "features"
-            else measure_cosines(setup, images)
-        )
+    # From here on the images of all processes are there.
+    work = gather_object([work])
+    for key in absent:
+        _, file, own, extract, width = passes[key]
+        found = extract_features(own, extract, width, setup.reading)
         refuse_damaged(found.skipped)
         if state.is_main_process:
-            write_array(found.features, files[name])
+            write_array(found.features, file)
     if not state.is_main_process:
         return {}
     shutil.rmtree(folder / "scratch", ignore_errors=True)
 
-    arrays = {name: read_array(file, len(images)) for name, file in files.items()}
-    each = [images.caption(number) for number in range(len(images))]
-    measured = Measured(protocol, each, setup.networks, setup.reference, **arrays)
+    # The main process reads what all have measured.
+    arrays = {
+        key: read_array(each.file, len(images)).to(state.device) for key, each in passes.items()
+    }
+    each_caption = [images.caption(number) for number in range(len(images))]
+    measured = Measured(protocol, each_caption, setup.networks, setup.reference, **arrays)
     metrics, missing = compute_scores(measured)
     made, seconds = sum(count for count, _ in work), max(duration for _, duration in work)
     report = {
@@ -121,7 +120,7 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
         "protocol": asdict(protocol),
         "captions_sha256": captions_hash(setup.captions),
         "sampling": asdict(sampling),
-        "image_size": protocol.feature_size(setup.image_size),
+        "image_size": setup.feature_size,
         "reference": setup.reference.description if setup.reference else None,
         "model": setup.model,
         "weights": setup.networks.weights,
@@ -137,37 +136,34 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     return report
 
 
-def feature_files(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> dict[str, Path]:
-    """Where "features" and "cosines" of all images are kept; the name says all that they depend on."""
-    net, clip, protocol, files = setup.networks.features, setup.networks.clip, images.protocol, {}
-    if net:
-        size = f"{protocol.feature_size(setup.image_size)}px"
-        parts = [str(part)[:12] for part in (*net.identity.values(), protocol.resize, size)]
-        files["features"] = folder / f"{'-'.join(parts)}.npy"
-    if clip:
-        files["cosines"] = folder / f"clip-{clip.description['weights_fingerprint']}.npy"
-    return files
+class Pass(NamedTuple):
+    """Something that is measured of all images: N x width numbers."""
+
+    key: str
+    file: Path  # its name says all that the numbers depend on
+    images: ImageSet
+    extract: Callable[[dict[str, Any]], Tensor]  # batch -> B x width
+    width: int
 
 
-def measure_features(setup: EvaluationSetup, images: ImageFolder) -> Extracted:
-    """What the feature network gives of each image, N x D."""
-    net, protocol, reading = setup.networks.features, images.protocol, setup.reading
-    size = protocol.feature_size(setup.image_size)
-    resized = ImageSet(images.entries(), size, rule=protocol.resize)
-    return extract_features(
-        resized, lambda batch: net(batch["image"].to(reading.state.device)), net.width, reading
-    )
-
-
-def measure_cosines(setup: EvaluationSetup, images: ImageFolder) -> Extracted:
-    """Cosine of each image and its caption, N x 1."""
+def measuring_passes(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> Iterator[Pass]:
+    """The "features" and the "cosines" of image and caption, for those that are wanted."""
+    net, clip = setup.networks.features, setup.networks.clip
+    device, entries = setup.reading.state.device, images.entries()
 
     def cosines(batch: dict[str, Any]) -> Tensor:
         captions = [images.caption(number).text for number in batch["index"]]
-        return setup.networks.clip.cosines(batch["image"], captions)
+        return clip.cosines(batch["image"], captions)
 
-    whole = ImageSet(images.entries(), setup.image_size)
-    return extract_features(whole, cosines, 1, setup.reading)
+    if net:
+        size, rule = setup.feature_size, images.protocol.resize
+        parts = [str(part)[:12] for part in (*net.identity.values(), rule, f"{size}px")]
+        file = folder / f"{'-'.join(parts)}.npy"
+        resized = ImageSet(entries, size, rule=rule)
+        yield Pass("features", file, resized, lambda x: net(x["image"].to(device)), net.width)
+    if clip:
+        file = folder / f"clip-{clip.description['weights_fingerprint']}.npy"
+        yield Pass("cosines", file, ImageSet(entries, setup.image_size), cosines, 1)
 
 
 def write_array(features: Tensor, file: Path) -> None:

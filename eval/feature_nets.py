@@ -1,12 +1,14 @@
-"""The frozen networks that images are measured with. None takes a gradient, or heeds autocast and TF32 around it.
+"""The frozen networks that images are measured with. None takes a gradient, or heeds autocast and
+TF32 around it.
 
-Inception: InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as TensorFlow 1 does
-(bilinear, no antialiasing, aligned corners), (x - 128) / 128, the features after the last pooling.
-DINOv2: ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm, for the Frechet distance
-of Stein et al. 2023. Tokenizer: the latent means of the run's own image tokenizer.
-CLIP: cosine of image and caption for the CLIP score of Hessel et al. 2021. Images go through the CLIP's own
-preprocessing at their full size; captions have no prefix and are cut to its context.
-Weights come from a path or torch's cache; nothing is downloaded unless asked for, nothing in a file is executed.
+Inception: InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
+TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the features after
+the last pooling. DINOv2: ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after
+the last norm, for the Frechet distance of Stein et al. 2023. Tokenizer: the latent means of the
+run's own image tokenizer. CLIP: cosine of image and caption for the CLIP score of Hessel et al.
+2021. Images go through the CLIP's own preprocessing at their full size; captions have no prefix and
+are cut to its context. Weights come from a path or torch's cache; nothing is downloaded unless
+asked for, nothing in a file is executed.
 """
 
 import io
@@ -43,7 +45,8 @@ CLIP_SCALE = "100 * mean over the images of max(cosine of image and caption, 0)"
 DOWNLOAD = "; --download fetches it"
 INCEPTION = PublishedWeights(
     "InceptionV3",
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth",
     "--inception-weights",
     DOWNLOAD,
 )
@@ -52,7 +55,8 @@ ABSENT = {
     "inception": f"{INCEPTION.title}'s weights are absent: {INCEPTION.ways_out}",
     "dinov2": "DINOv2's weights are absent: fetch "
     "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth "
-    "(or timm/vit_large_patch14_dinov2.lvd142m, model.safetensors) and name it with --dinov2-weights",
+    "(or timm/vit_large_patch14_dinov2.lvd142m, model.safetensors) and name it with "
+    "--dinov2-weights",
 }
 
 
@@ -83,7 +87,7 @@ class InceptionFeatures(FeatureNet):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ValueError(f"Inception needs torch-fidelity ({error}): {INSTALL}") from error
-        # Its constructor unpickles whatever it is given (weights_only=False), so give it checked tensors.
+        # Its constructor unpickles whatever it is given (weights_only=False): give it checked tensors.
         checked = io.BytesIO()
         torch.save(read_tensors(weights), checked)
         checked.seek(0)
@@ -93,7 +97,7 @@ class InceptionFeatures(FeatureNet):
         except RuntimeError as error:
             reason = textwrap.shorten(str(error), 300)
             raise ValueError(f"{weights} has other weights than InceptionV3's: {reason}") from error
-        # Its own option "float64" computes in float32 (torch-fidelity 0.4.0, helpers.text_to_dtype).
+        # Its own option "float64" computes in float32 (0.4.0, helpers.text_to_dtype).
         self.dtype = net.feature_extractor_internal_dtype = getattr(torch, precision)
         self.net = net.to(self.dtype)
         self.layers = list(net.children())[:-1]  # in calling order; the last, fc, gives logits
@@ -102,8 +106,10 @@ class InceptionFeatures(FeatureNet):
 
     def forward(self, images: Tensor) -> Tensor:
         with full_precision(images.device):
+            # Bytes: its own resizing and scaling first
             if images.dtype != torch.float32 or images.shape[-1] != self.net.INPUT_IMAGE_SIZE:
                 return self.net(images)[0]  # which refuses other types than uint8
+            # Resized already
             x = (images.to(self.dtype) - 128) / 128
             for layer in self.layers:
                 x = layer(x)
@@ -125,9 +131,9 @@ class DinoFeatures(FeatureNet):
         options = {"pretrained": False, "img_size": DINO_PIXELS, "num_classes": 0}
         with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
             self.net = timm.create_model(DINO_MODEL, **options).eval().requires_grad_(False)
+        # Positions were learned at 518 px and are resized to the grid of 224 px
         state = read_tensors(weights)
         try:
-            # positions were learned at 518 px and are resized to the grid of 224 px
             self.net.load_state_dict(checkpoint_filter_fn(state, self.net))
         except (RuntimeError, KeyError) as error:
             reason = textwrap.shorten(str(error), 300)
@@ -139,6 +145,7 @@ class DinoFeatures(FeatureNet):
 
     def forward(self, images: Tensor) -> Tensor:
         size = (DINO_PIXELS, DINO_PIXELS)
+        # Bicubic overshoots at edges
         x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
         mean = x.new_tensor(DINO_MEAN).view(1, 3, 1, 1)
         deviation = x.new_tensor(DINO_DEVIATION).view(1, 3, 1, 1)
@@ -164,7 +171,7 @@ class ClipScorer:
     """Images and captions -> cosines, by any CLIP of open_clip in float32."""
 
     def __init__(self, config: ClipConfig, device: torch.device, download: bool):
-        """Raises AbsentWeights: naming the file to fetch; ValueError: unknown model, or unreadable weights."""
+        """Raises AbsentWeights: the file to fetch; ValueError: unknown model, unreadable weights."""
         with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
             self.clip = load_clip(config, download).to(device)
         self.preprocess, self.tokenize = clip_inputs(config, self.clip)
@@ -206,7 +213,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 @dataclass
 class Networks:
-    """The networks that a protocol needs; None where it needs none, or where the weights are absent."""
+    """The networks that a protocol needs; None where it needs none, or the weights are absent."""
 
     features: FeatureNet | None = None
     clip: ClipScorer | None = None
@@ -247,8 +254,9 @@ def load_networks(
     Raises:
         ValueError: weights of another net, damaged ones, or no file at a given path.
     """
+    # One process a machine downloads, the others find the files
     found, file, kind = Networks(), None, protocol.features
-    with state.local_main_process_first():  # one process a machine downloads
+    with state.local_main_process_first():
         if protocol.feature_metrics and kind != "tokenizer":
             file = files.find(kind)
         if "clip_score" in protocol.metrics:
@@ -258,6 +266,7 @@ def load_networks(
                 found.weights["clip"] = found.clip.description
             except AbsentWeights as error:
                 found.absent["clip"] = str(error)
+    # The feature network, or why there is none
     if protocol.feature_metrics and kind == "tokenizer":
         found.features = TokenizerFeatures(tokenizer)
     elif protocol.feature_metrics and file is None:
@@ -271,7 +280,7 @@ def load_networks(
 
 
 def own_clip(config: ClipConfig, text_encoder: TextEncoderConfig) -> ClipConfig:
-    """The config with model "own" replaced by the CLIP whose text tower the run was trained with."""
+    """The config with model "own" replaced by the CLIP whose text tower the run has."""
     if config.model != "own":
         return config
     names = ("model", "pretrained", "exact_gelu")

@@ -1,4 +1,5 @@
-"""Sets of images -> features: of generated images, and of the reference that they are compared with.
+"""Sets of images -> features: of generated images, and of the reference that they are compared
+with.
 
 The processes share the images of a set (eval/images.py); all of them must call these functions.
 """
@@ -38,6 +39,7 @@ def extract_features(
     keep_features: bool = True,
 ) -> Extracted:
     """Features of a set of images. extract: a batch of iterate_images -> B x width."""
+    # This process's share
     statistics, rows, skipped = FeatureStatistics(width, reading.state.device), [], []
     for batch in iterate_images(images, reading.batch_size, reading.num_workers, reading.state):
         skipped += batch["skipped"]
@@ -47,6 +49,7 @@ def extract_features(
             kept = features.cpu().numpy() if keep_features else [None] * len(features)
             digests = [hashlib.sha256(image.numpy()).hexdigest() for image in batch["image"]]
             rows += zip(batch["index"], digests, kept)
+    # All processes' shares, in the images' order
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     numbers, digests, kept = ([row[column] for row in rows] for column in range(3))
     features = torch.from_numpy(np.stack(kept)) if keep_features and rows else None
@@ -70,6 +73,7 @@ def measure_reference(
     if count < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped[:3])
         raise ValueError(f"reference: {count} readable images, expected at least 2 ({reasons})")
+    # Where an image lies says its category, as in MJHQ-30K; a shard does not
     entries = [images.entries[number] for number in found.numbers]
     in_folders = not any(entry.span for entry in entries)
     description = {
@@ -109,12 +113,15 @@ def load_reference(
     image_size: int,
     reading: Reading,
 ) -> FeatureSet | None:
-    """The protocol's statistics file, or its images, listed and measured; None without either, or without net.
+    """The protocol's statistics file, or its images, listed and measured; None without either.
+
+    Without a network the reference is only listed or read.
 
     Raises:
         ValueError: the reference can't serve.
     """
     path, reference = protocol.statistics_file, None
+    # A file says what it is of
     if path:
         reference = FeatureSet.load(path)
         if net:
@@ -122,6 +129,7 @@ def load_reference(
             check_features(path, reference, net, describe_features(net, image_size, rule))
         described = {"file": str(path), "num_images": reference.gaussian.count}
         reference = replace(reference, description=described | reference.description)
+    # Images are listed even without a network: what is not there is an error at once
     elif protocol.reference:
         entries, background = list_images(protocol.reference), tuple(protocol.background)
         images = ImageSet(entries, image_size, (), background, protocol.resize)
@@ -135,7 +143,7 @@ def load_reference(
 def check_features(
     path: Path, found: FeatureSet, net: FeatureNet, expected: dict[str, Any]
 ) -> None:
-    """Refuse a statistics file of other features or other images; one of another code does not say what it is of."""
+    """Refuse a statistics file of other features or image sizes; another code's says neither."""
     width = len(found.gaussian.mean)
     if width != net.width:
         raise ValueError(f"{path} has {width} features, {net.identity['features']} has {net.width}")
@@ -143,7 +151,8 @@ def check_features(
         known = found.description.get(key, value)
         if known != value and key != "precision":  # float32 and float64 may be compared
             raise ValueError(
-                f"{path} has {key} {known!r}, expected {value!r}: scripts/reference_stats.py makes another"
+                f"{path} has {key} {known!r}, expected {value!r}: make another with "
+                "scripts/reference_stats.py"
             )
 
 
@@ -155,8 +164,8 @@ def check_captions(protocol: Protocol, captions: Sequence[Caption], reference: F
             raise ValueError(f"metric retrieval: not in the reference: {', '.join(absent[:3])}")
         if len(reference.rows) < len(reference.groups):
             raise ValueError(
-                "metric retrieval: two reference images of a shard have one name (a key that occurs twice, or keys "
-                "that differ only in . + _), so a caption's own image is not known"
+                "metric retrieval: two reference images of a shard have one name (a key that occurs "
+                "twice, or keys that differ only in . + _), so a caption's own image is not known"
             )
     available = sorted({*reference.categories})
     absent = sorted({caption.category for caption in captions}.difference(available))

@@ -1,11 +1,13 @@
 """Frechet distance between two sets of features, from running sums; statistics files.
 
-    d^2 = |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))         m, C: mean and covariance (n - 1) of D features
+    d^2 = |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))
 
-Heusel et al. 2017 on Inception features: FID. Everything is float64. The trace of the root is the sum of the roots of
-the eigenvalues of C1 C2, as torch-fidelity computes it. A statistics file is an npz with `mu`, `sigma`, `count` and
-`description`, and on request `features` (N x D) and `categories` (N names). Files of other codes with only `mu` and
-`sigma` are read as well.
+m, C: mean and covariance (n - 1) of D features.
+
+Heusel et al. 2017 on Inception features: FID. Everything is float64. The trace of the root is the
+sum of the roots of the eigenvalues of C1 C2, as torch-fidelity computes it. A statistics file is an
+npz with `mu`, `sigma`, `count` and `description`, and on request `features` (N x D) and
+`categories` (N names). Files of other codes with only `mu` and `sigma` are read as well.
 """
 
 import io
@@ -25,7 +27,7 @@ from data.files import write_bytes
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean D and covariance D x D of features, float64 on the CPU. count: samples, None if unknown."""
+    """Mean D and covariance D x D of features, float64 on the CPU. count: None if unknown."""
 
     mean: Tensor
     covariance: Tensor
@@ -93,7 +95,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """Squared Frechet distance, which is what papers report. 0 for equal ones up to rounding, so also below 0.
+    """Squared Frechet distance, as papers report. 0 for equal ones up to rounding, so also below.
 
     Raises:
         ValueError: features of different widths.
@@ -101,6 +103,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     if first.mean.shape != second.mean.shape:
         widths = f"{len(first.mean)} and {len(second.mean)}"
         raise ValueError(f"features of widths {widths} have no distance")
+    # tr (C1 C2)^(1/2): C1 C2 is not symmetric, but its eigenvalues are real up to rounding
     eigenvalues = scipy.linalg.eigvals((first.covariance @ second.covariance).numpy())
     root_trace = np.sqrt(eigenvalues).real.sum()
     shift = (first.mean - second.mean).square().sum()
@@ -150,10 +153,12 @@ class FeatureSet:
 
 
 def _parse(arrays: Mapping[str, np.ndarray]) -> FeatureSet:
+    # Every code's
     mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
     count = int(arrays["count"]) if "count" in arrays else -1
     gaussian = Gaussian(mean, covariance, None if count < 0 else count)
     description = json.loads(str(arrays["description"])) if "description" in arrays else {}
+    # Ours, with --keep-features
     if "features" not in arrays:
         return FeatureSet(gaussian, description)
     features = torch.from_numpy(arrays["features"])

@@ -1,4 +1,6 @@
-"""A page of images with captions and settings: one HTML file that needs nothing beside it, and no network."""
+"""A page of images with captions and settings: one HTML file that needs nothing beside it, and no
+network.
+"""
 
 import base64
 import html
@@ -32,14 +34,15 @@ def gallery(title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping
         for name, value in settings.items()
     )
     figures = "".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" '
+        f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>\n'
         for data, caption in pictures
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{escape(title)}</h1>\n"
         f"<dl>\n{rows}</dl>\n<main>\n{figures}</main>\n</body>\n</html>\n"
     )
 

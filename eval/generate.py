@@ -1,9 +1,9 @@
 """Captions -> a folder of images, shared by all processes.
 
-Image i is a function of (seed, i): the networks always see the same `group_size` consecutive images together, so that
-neither the batch size nor the number of processes changes a bit on the CPU (with equal threads). The last group is
-filled up with images that are dropped. Images that exist are not made again. On several machines the folder must be one
-that all of them see.
+Image i is a function of (seed, i): the networks always see the same `group_size` consecutive images
+together, so that neither the batch size nor the number of processes changes a bit on the CPU (with
+equal threads). The last group is filled up with images that are dropped. Images that exist are not
+made again. On several machines the folder must be one that all of them see.
 """
 
 import json
@@ -74,7 +74,9 @@ def claim_folder(
     model: dict[str, Any],
     state: PartialState,
 ) -> None:
-    """Refuse a folder with images of other inputs; note the inputs in a new one. Every process calls it.
+    """Refuse a folder with images of other inputs; note the inputs in a new one.
+
+    Every process calls it.
 
     Raises:
         ValueError: naming what differs.
@@ -86,6 +88,7 @@ def claim_folder(
         "sampling": asdict(sampling),
         "model": model,
     }
+    # An earlier call's, or the first
     file = folder / INPUTS
     if file.is_file():
         found = load_json(file.read_bytes())
@@ -96,8 +99,8 @@ def claim_folder(
         differ = [key for key in inputs if found.get(key) != inputs[key]]
         if differ:
             raise ValueError(
-                f"{folder} holds images of another evaluation ({', '.join(differ)} differ): choose another --output, "
-                "or delete it"
+                f"{folder} holds images of another evaluation ({', '.join(differ)} differ): choose "
+                "another --output, or delete it"
             )
     elif state.is_main_process:
         write_json(inputs, file)
@@ -111,6 +114,7 @@ def generate_images(
     Returns:
         (images made, seconds from text to pixels).
     """
+    # Groups are dealt out to the processes in turn
     made, seconds = 0, 0.0
     starts = range(0, len(images), images.protocol.group_size)
     own = starts[state.process_index :: state.num_processes]
@@ -118,6 +122,7 @@ def generate_images(
         numbers = range(len(images))[start : start + images.protocol.group_size]
         if all(images.file(number).is_file() for number in numbers):
             continue
+        # The clock stops before files are written
         began = time.perf_counter()
         pixels = _generate_group(generator, images, sampling, numbers)
         seconds += time.perf_counter() - began
@@ -131,6 +136,7 @@ def _generate_group(
     generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig, numbers: range
 ) -> Tensor:
     """B x 3 x R x R uint8 on the CPU; a FloatingPointError if one is not finite."""
+    # The last group is filled up, so that all groups are of one size
     protocol = images.protocol
     padded = [*numbers] + [numbers[-1]] * (protocol.group_size - len(numbers))
     captions = [images.caption(number).text for number in padded]
@@ -138,6 +144,7 @@ def _generate_group(
         pixels, _ = generator.generate(captions, sampling, protocol.seed, padded)
     if not pixels.isfinite().all():
         raise FloatingPointError(f"one of the images {numbers[0]}..{numbers[-1]} is not finite")
+    # [0, 1] -> bytes, without what filled up
     pixels = pixels[: len(numbers)] * 255
     if protocol.rounding == "round":
         pixels = pixels.round()

@@ -1,14 +1,15 @@
-"""FID and other numbers of the images that a trained run makes from captions, by a written protocol.
+"""FID and other numbers of the images that a run makes from captions, by a written protocol.
 
     python -m eval.generation runs/demo --protocol demo
-    accelerate launch --multi_gpu --num_processes 8 --module eval.generation RUN --protocol coco30k \
-        captions=[captions_val2014.json] reference=[coco.npz]
+    accelerate launch --multi_gpu --num_processes 8 --module eval.generation RUN \\
+        --protocol coco30k captions=[captions_val2014.json] reference=[coco.npz]
     python -m eval.generation RUN --protocol FILE.yaml --guidance 1,1.5,2,3 --steps 10,20,50
 
-RUN is an experiment or its stage-3 run; EMA weights. A protocol is a YAML (eval/protocol.py); key=value changes it.
-An image does not depend on --batch-size or the number of processes (eval/generate.py). The same command continues an
-interrupted evaluation. Writes images, features and evaluation.json; with several values of guidance or steps, a folder
-for each, a table and a chart.
+RUN is an experiment or its stage-3 run; EMA weights. A protocol is a YAML (eval/protocol.py);
+key=value changes it. An image does not depend on --batch-size or the number of processes
+(eval/generate.py). The same command continues an interrupted evaluation. Writes images, features
+and evaluation.json; with several values of guidance or steps, a folder for each, a table and a
+chart.
 """
 
 import argparse
@@ -19,10 +20,9 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from configs.cli import exit_on_error
 from configs.load import load_dataclass
 from data.files import check_writable, write_json, write_text
-from eval.evaluation import REPORT, evaluate_images, prepare
+from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
 from eval.feature_nets import WeightsFiles
 from eval.images import Reading
 from eval.programs import (
@@ -39,6 +39,7 @@ from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
+from training.errors import exit_on_error
 from training.loading import load_newest
 from training.pipelines import flow_folder, load_pipeline
 
@@ -88,17 +89,22 @@ def main(args: argparse.Namespace) -> None:
     model = describe_model(checkpoint, generator)
     if len({*gather_object([model["flow_fingerprint"]])}) > 1:
         raise ValueError(
-            f"{args.run} is being trained, and the processes loaded different checkpoints: start again"
+            f"{args.run} is being trained, and the processes loaded different checkpoints: start "
+            "again"
         )
     for point in points:
         check_guidance(point.sampling(default).guidance, generator.flow.config.null_probability)
 
     # What the images are measured with
-    files = WeightsFiles(args.inception_weights, args.dinov2_weights, args.download)
-    reading = Reading(args.batch_size, args.num_workers, state)
-    keep_images = not args.no_images
-    setup = prepare(
-        protocol, captions, generator, default, model, files, reading, keep_images=keep_images
+    setup = EvaluationSetup(
+        protocol=protocol,
+        captions=captions,
+        generator=generator,
+        default=default,
+        model=model,
+        files=WeightsFiles(args.inception_weights, args.dinov2_weights, args.download),
+        reading=Reading(args.batch_size, args.num_workers, state),
+        keep_images=not args.no_images,
     )
 
     # A folder for each point
@@ -144,6 +150,7 @@ def check_matplotlib() -> None:
 
 def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
     """sweep.json, sweep.md and sweep.png: a row, a point for each guidance and number of steps."""
+    # Metrics that at least one point has
     names = [
         name
         for name in reports[0]["metrics"]
@@ -154,6 +161,7 @@ def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
         row = {name: report["sampling"][name] for name in ("steps", "guidance")}
         row |= {name: report["metrics"][name] for name in names}
         rows.append(row | {"images_per_second": report["images_per_second"]})
+    # The same as json, as a Markdown table and, of the first metric, as a chart
     write_json({"rows": rows}, folder / "sweep.json")
     cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
     lines = [[*rows[0]], ["---"] * len(rows[0]), *cells]

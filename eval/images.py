@@ -1,7 +1,8 @@
 """Images to measure on: folders and tar shards -> batches, every image once over all processes.
 
-The data is listed before anything is read: an image's number depends only on the data, and a broken shard stops an
-evaluation before it starts. Process r of P reads the images r, r + P, ...: none twice, and none to fill a batch.
+The data is listed before anything is read: an image's number depends only on the data, and a broken
+shard stops an evaluation before it starts. Process r of P reads the images r, r + P, ...: none
+twice, and none to fill a batch.
 """
 
 import os
@@ -25,17 +26,18 @@ from data.transforms import center_crop, load_picture, open_image
 ResizeRule = Literal["crop", "clean"]
 RULES = {
     "crop": "shorter side resized to image_size (Pillow, bicubic, antialiased), centre square",
-    "clean": "clean-fid's: the whole image to 299 x 299 (Pillow, bicubic, antialiased, float32 channels), not rounded",
+    "clean": "clean-fid's: the whole image to 299 x 299 (Pillow, bicubic, antialiased, float32 "
+    "channels), not rounded",
 }
 CLEAN_SIZE = 299  # pixels, Inception's own
 WHITE = (255, 255, 255)
 
 
 def list_images(data: Sequence[str]) -> list[Entry]:
-    """Images of folders (with sub-folders) and local tar shards (paths, braces, globs), in the order given.
+    """Images of folders (with sub-folders) and local tar shards (paths, braces, globs), in order.
 
     Raises:
-        ValueError: no such folder or shard, a broken shard, no image, or an image that two of them name.
+        ValueError: no such folder or shard, a broken shard, no image, or an image named twice.
     """
     entries, seen = [], set()
     for name in data:
@@ -55,11 +57,11 @@ def image_name(entry: Entry) -> str:
 
 @dataclass(frozen=True)
 class ImageSet(Dataset):
-    """Images by number: {"index", "image": 3 x R x R uint8, "caption"}, or {"index", "name", "reason"} if unreadable.
+    """Images by number: {"index", "image": 3 x R x R uint8, "caption"}.
 
-    Centre crop of R pixels, resized exactly (data/transforms.py), or what `clean_resize` gives. The caption is the
-    first one under the first of `caption_keys` that has any, in the sample's members or in files beside the image; ""
-    without one.
+    Of an unreadable image {"index", "name", "reason"}. Centre crop of R pixels, resized exactly
+    (data/transforms.py), or what `clean_resize` gives. The caption is the first one under the first
+    of `caption_keys` that has any, in the sample's members or in files beside the image; else "".
     """
 
     entries: Sequence[Entry]
@@ -91,9 +93,10 @@ class ImageSet(Dataset):
 
 
 def clean_resize(image: np.ndarray) -> np.ndarray:
-    """H x W x 3 uint8 -> 3 x 299 x 299 float32 in [0, 255], as clean-fid resizes (Parmar et al. 2022, mode "clean").
+    """H x W x 3 uint8 -> 3 x 299 x 299 float32 in [0, 255], as clean-fid does in mode "clean".
 
-    Each channel by Pillow in float32, bicubic and antialiased, whatever the aspect; clipped to the range, not rounded.
+    Parmar et al. 2022: each channel by Pillow in float32, bicubic and antialiased, whatever the
+    aspect; clipped to the range, not rounded.
     """
     channels = [Image.fromarray(image[:, :, channel].astype(np.float32)) for channel in range(3)]
     size = (CLEAN_SIZE, CLEAN_SIZE)
@@ -115,9 +118,11 @@ def iterate_images(
 ) -> Iterator[dict[str, Any]]:
     """Images in order, with a state only this process's; the last batch may be short.
 
-    "image": B x 3 x R x R uint8 (float32 by the rule "clean") in [0, 255]; "index": B numbers; "caption": B strings;
-    "skipped": [(name, reason)] of unreadable images in between. B counts the readable ones and may be 0.
+    "image": B x 3 x R x R uint8 (float32 by the rule "clean") in [0, 255]; "index": B numbers;
+    "caption": B strings; "skipped": [(name, reason)] of unreadable images in between. B counts the
+    readable ones and may be 0.
     """
+    # An own generator, so that no number is taken from the global one
     rank, num_processes = (state.process_index, state.num_processes) if state else (0, 1)
     return iter(
         DataLoader(
@@ -127,7 +132,7 @@ def iterate_images(
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own: no number is taken from the global one
+            generator=torch.Generator(),
         )
     )
 

@@ -1,4 +1,6 @@
-"""What the evaluation programs share: command-line options, and what their json says of versions, files and device."""
+"""What the evaluation programs share: command-line options, and what their json says of versions,
+files and device.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -79,7 +81,7 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
 
 
 def start_processes(device: str) -> PartialState:
-    """Join the processes of the launcher; convolutions stay in float32, which TF32 would round to 10 bits.
+    """Join the launcher's processes; convolutions stay float32, which TF32 would round to 10 bits.
 
     Raises:
         ValueError: a GPU is wanted, and there is none.

@@ -1,8 +1,9 @@
-"""What an evaluation of generated images is: one small YAML that another code could follow, and the captions it names.
+"""What an evaluation of generated images is: a small YAML that another code could follow.
 
-A number such as a FID depends on captions, reference, resize, rounding, weights, guidance, steps and sampler; here each
-is a field. eval/protocols holds the protocols that papers report. Captions come from a text file, a jsonl, COCO's or
-MJHQ-30K's json, or from the samples of folders and shards.
+A number such as a FID depends on captions, reference, resize, rounding, weights, guidance, steps
+and sampler; here each is a field. eval/protocols holds the protocols that papers report. Captions
+come from a text file, a jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and
+shards.
 """
 
 import hashlib
@@ -37,13 +38,15 @@ Precision = Literal["float32", "float64"]
 class Protocol:
     """Captions, reference, sampling and metrics of one evaluation."""
 
-    # a .txt (one a line), a .jsonl, COCO's captions_*.json, MJHQ-30K's meta_data.json; or folders, or tar shards
+    # a .txt (one a line), a .jsonl, COCO's captions_*.json, MJHQ-30K's meta_data.json; or folders,
+    # or tar shards
     captions: list[str] = field(default_factory=list)
     # where captions lie in the samples of folders and shards
     caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
     caption_field: str = "prompt"  # of the rows of a .jsonl
     num_captions: int = 0  # 0: all
-    # all: num_captions must be what is there; first; random: without repeats, by choice_seed, in file order; spread
+    # all: num_captions must be what is there; first; random: without repeats, by choice_seed, in
+    # file order; spread: evenly
     choice: Literal["all", "first", "random", "spread"] = "all"
     choice_seed: int = 0
     images_per_caption: int = 1
@@ -57,12 +60,14 @@ class Protocol:
     rounding: Literal["round", "truncate"] = "round"  # of [0, 1] to uint8
     # pixels before the features, resized by Pillow, bicubic, antialiased; 0: as generated
     image_size: int = 0
-    # how images, generated and real, come to the feature network: crop: at image_size, the real ones' centre;
-    # clean: clean-fid's rule, the whole image to 299 px without rounding (eval/images.py), for features=inception
+    # how images, generated and real, come to the feature network. crop: at image_size, the real
+    # ones' centre; clean: clean-fid's rule, the whole image to 299 px without rounding
+    # (eval/images.py), for features=inception
     resize: ResizeRule = "crop"
     # folders of the images; geneval: those that GenEval's scorer reads
     layout: Literal["flat", "geneval"] = "flat"
-    # one statistics file (.npz), or folders, or shards, whose images are cropped to the centre; []: none
+    # one statistics file (.npz), or folders, or shards, whose images are cropped to the centre;
+    # []: none
     reference: list[str] = field(default_factory=list)
     # RGB behind transparent pixels of reference images
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
@@ -79,6 +84,7 @@ class Protocol:
     clip: ClipConfig = field(default_factory=ClipConfig)  # of the CLIP score
 
     def __post_init__(self):
+        # Ranges
         least = dict.fromkeys(("num_captions", "choice_seed", "seed", "image_size"), 0)
         least |= dict.fromkeys(("images_per_caption", "group_size", "kid_subsets"), 1)
         least |= {"kid_subset_size": 2, "inception_splits": 1, "neighbours": 1}
@@ -89,6 +95,10 @@ class Protocol:
         if unknown := {*self.metrics} - {*METRICS}:
             valid = ", ".join(METRICS)
             raise ValueError(f"metrics {', '.join(sorted(unknown))}: valid are {valid}")
+        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
+            given = self.background
+            raise ValueError(f"background must be 3 numbers in 0..255, got {given}")
+        # Combinations
         if "inception_score" in self.metrics and self.features != "inception":
             raise ValueError(
                 f"inception_score needs features=inception, got features={self.features}"
@@ -99,9 +109,6 @@ class Protocol:
             raise ValueError("features=tokenizer goes with image_size=0")
         if self.choice != "all" and not self.num_captions:
             raise ValueError(f"choice={self.choice} needs num_captions")
-        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
-            given = self.background
-            raise ValueError(f"background must be 3 numbers in 0..255, got {given}")
 
     @property
     def feature_metrics(self) -> set[str]:
@@ -122,7 +129,7 @@ class Protocol:
         return Path(files[0]) if files else None
 
     def feature_size(self, generated: int) -> int:
-        """Pixels of the images that features are taken of; generated: pixels as the run makes them."""
+        """Pixels of the images that features are taken of, which are generated with others."""
         return CLEAN_SIZE if self.resize == "clean" else self.image_size or generated
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
@@ -170,22 +177,24 @@ def read_captions(protocol: Protocol) -> list[Caption]:
     """The captions of a protocol, in order.
 
     Raises:
-        ValueError: none named, no such file, an empty caption, not as many as the protocol wants, or such that its
-            layout or its metrics can't use them.
+        ValueError: none named, no such file, an empty caption, not as many as the protocol wants,
+            or such that its layout or its metrics can't use them.
     """
     if not protocol.captions:
         raise ValueError("no captions: add captions=[FILE] (the protocol says which)")
+    # All that are there
     captions, names = _all_captions(protocol), " ".join(protocol.captions)
     for number, caption in enumerate(captions):
         if not caption.text.strip():
             raise ValueError(f"{names}: caption {number} (counted from 0) is empty")
+    # As many as the protocol says: by default exactly those, so that another file is noticed
     wanted = protocol.num_captions or len(captions)
     if not captions or wanted > len(captions):
         raise ValueError(f"{names} has {len(captions)} captions, expected {wanted or 'some'}")
     if protocol.choice == "all" and wanted != len(captions):
         raise ValueError(
-            f"{names} has {len(captions)} captions, expected exactly {wanted}: take another file, or set "
-            "choice=first, random or spread"
+            f"{names} has {len(captions)} captions, expected exactly {wanted}: take another file, "
+            "or set choice=first, random or spread"
         )
     chosen = [captions[index] for index in _chosen_indices(protocol, len(captions))]
     _check_use(protocol, chosen)
@@ -209,7 +218,7 @@ def _check_use(protocol: Protocol, captions: Sequence[Caption]) -> None:
         raise ValueError("layout=geneval needs captions from a .jsonl: rows are the metadata")
     if "frechet_by_category" in metrics and not all(caption.category for caption in captions):
         raise ValueError(
-            "metric frechet_by_category needs captions with a category, as in MJHQ-30K's meta_data.json"
+            "metric frechet_by_category needs captions with a category, as MJHQ-30K's meta_data.json"
         )
     if "retrieval" in metrics:
         if not all(caption.source for caption in captions):
@@ -221,10 +230,12 @@ def _check_use(protocol: Protocol, captions: Sequence[Caption]) -> None:
 def _all_captions(protocol: Protocol) -> list[Caption]:
     names = protocol.captions
     files = [Path(name) for name in names if name.endswith((".txt", ".jsonl", ".json"))]
+    # Folders and shards
     if not files:
         return [_caption_of(entry, protocol.caption_keys) for entry in list_images(names)]
     if len(names) > 1:
         raise ValueError(f"captions is one file, or folders and shards, got {names}")
+    # One file; a byte order mark is no part of its first caption
     path = files[0]
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,5 @@
-"""Images -> reconstructions by a tokenizer, and how like its image one is: PSNR, SSIM, LPIPS and rFID.
+"""Images -> reconstructions by a tokenizer, and how like its image one is: PSNR, SSIM, LPIPS and
+rFID.
 
 The metrics are running sums over pairs of images and over processes.
 """
@@ -25,26 +26,32 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair in dB: B x 3 x R x R in [0, 1] twice -> B. Infinite for equal images."""
+    """Peak signal-to-noise ratio of each pair in dB, infinite for equal images.
+
+    B x 3 x R x R in [0, 1] twice -> B.
+    """
     error = (images.double() - others.double()).square().flatten(1).mean(dim=1)
     return -10 * torch.log10(error)
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of each pair (Wang et al. 2004): B x 3 x R x R in [0, 1] twice -> B. R > 5.
+    """Structural similarity of each pair (Wang et al. 2004): B x 3 x R x R in [0, 1] twice -> B.
 
-    11 x 11 Gaussian window of sigma 1.5, mean over channels and all positions, images mirrored at their borders: as
-    torchmetrics.
+    R > 5. 11 x 11 Gaussian window of sigma 1.5, mean over channels and all positions, images
+    mirrored at their borders: as torchmetrics.
     """
+    # The window, normalised
     x, y = images.double(), others.double()
     radius = SSIM_WINDOW // 2
     offsets = torch.arange(-radius, radius + 1, device=x.device).double()
     window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
     window = window / window.sum()
+    # Local means of x, y and their products, by two passes of the separable window
     maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # 5B3 x 1 x R x R
     maps = F.pad(maps, (radius,) * 4, mode="reflect")
     maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
     mean_x, mean_y, xx, yy, xy = maps.view(5, len(x), -1).unbind()
+    # Wang et al. 2004, eq. 13
     luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
     structure = (2 * (xy - mean_x * mean_y) + SSIM_C2) / (xx - mean_x**2 + yy - mean_y**2 + SSIM_C2)
     return (luminance * structure).mean(dim=1)
@@ -65,10 +72,12 @@ class ReconstructionMetrics:
     @torch.no_grad()
     def add(self, originals: Tensor, reconstructions: Tensor, captions: list[str]) -> None:
         """Count in pairs of images, B x 3 x R x R uint8 on the device."""
+        # Of each pair; identical pairs have no PSNR
         x, y = originals.double() / 255, reconstructions.double() / 255
         decibels = psnr(x, y)
         differ = decibels.isfinite()
         lpips = self.lpips(y, x).double().sum() if self.lpips else decibels.new_zeros(())
+        # Sums stay on the device, so that nothing waits for it
         counts = decibels.new_tensor([len(x), sum(map(bool, captions))])
         sums = [differ.sum(), decibels[differ].sum(), ssim(x, y).sum(), lpips]
         self.sums += torch.stack([*counts, *sums])
@@ -135,22 +144,25 @@ class Reconstructor:
 def load_reconstructor(
     run: Path, image_size: int | None, device: torch.device, bf16: bool
 ) -> Reconstructor:
-    """The EMA tokenizer of a run, at another image size if one is given, and the text tower it was trained with.
+    """The EMA tokenizer of a run and its text tower, at another image size if one is given.
 
     Raises:
         ValueError: no checkpoint, a size that the patches do not divide, or another text tower.
     """
     tokenizer = load_tokenizer(run)
-    if image_size is not None:  # no weight depends on it: RoPE follows the grid
+    # No weight depends on the image size: RoPE follows the grid
+    if image_size is not None:
         resized = ImageTokenizer(replace(tokenizer.config, image_size=image_size))
         resized.load_state_dict(tokenizer.state_dict())
         tokenizer = resized
     tokenizer = tokenizer.to(device).eval().requires_grad_(False)
+    # A converted run may name another tower than its decoder was made for
     text_encoder = find_text_encoder(run)
     expected = (tokenizer.config.text_tokens, tokenizer.config.text_width)
     if text_encoder.shape != expected:
         raise ValueError(
-            f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the tokenizer expects {expected}"
+            f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the tokenizer "
+            f"expects {expected}"
         )
     return Reconstructor(tokenizer, text_encoder.to(device), bf16)
 
@@ -165,8 +177,8 @@ def measure_reconstructions(
     """Reconstruct and count in this process's images.
 
     Returns:
-        Of the first num_pairs images those of this process, (index, original, reconstruction, caption); and (name,
-        reason) of each image that could not be read.
+        Of the first num_pairs images those of this process, (index, original, reconstruction,
+        caption); and (name, reason) of each image that could not be read.
     """
     pairs, skipped = [], []
     state = reading.state

@@ -3,10 +3,11 @@
     python -m eval.reconstruction runs/demo assets/noto_emoji/heldout-000000.tar.gz
     accelerate launch --multi_gpu --num_processes 8 --module eval.reconstruction RUN DATA [DATA ...]
 
-RUN is a stage-1 run folder, or an experiment with one; its EMA weights reconstruct from the posterior's mean. The
-decoder gets an image's caption (from its shard, or a same-named .txt beside it), or the empty caption. Images are
-cropped to the centre; reconstructions are clamped and rounded to 8 bits before every metric. A metric whose weights are
-absent is null, with the reason. The images are split over the processes; one json also has the protocol.
+RUN is a stage-1 run folder, or an experiment with one; its EMA weights reconstruct from the
+posterior's mean. The decoder gets an image's caption (from its shard, or a same-named .txt beside
+it), or the empty caption. Images are cropped to the centre; reconstructions are clamped and rounded
+to 8 bits before every metric. A metric whose weights are absent is null, with the reason. The
+images are split over the processes; one json also has the protocol.
 """
 
 import argparse
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from configs.cli import exit_on_error
 from data.files import check_writable, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
@@ -32,6 +33,7 @@ from eval.programs import (
     integer,
     start_processes,
 )
+from eval.protocol import Precision
 from eval.reconstruct import (
     ReconstructionMetrics,
     Reconstructor,
@@ -42,6 +44,7 @@ from modeling.layers import fingerprint
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE, read_state
+from training.errors import exit_on_error
 from training.loading import load_newest, read_section
 from training.pictures import caption_grid, pair_rows, save_png
 
@@ -83,27 +86,21 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.save_images / "reconstructions.png")
     entries = list_images(args.data)[: args.limit]
 
-    # The run's networks, then those that measure; one process a machine downloads
+    # The run's networks, then those that measure
     state = start_processes(args.device)
     bf16 = args.precision == "bf16"
     reconstruct, checkpoint = load_newest(
         run, lambda: load_reconstructor(run, args.image_size, state.device, bf16)
     )
     model = describe_model(run, checkpoint, reconstruct)
-    with state.local_main_process_first():
-        vgg_file = VGG16.find(args.vgg_weights, args.download)
-        inception_file = INCEPTION.find(args.inception_weights, args.download)
-    lpips = LPIPS(vgg_file).to(state.device) if vgg_file else None
-    inception = None
-    if inception_file:
-        inception = InceptionFeatures(inception_file, args.inception_precision).to(state.device)
+    files = find_weights(args, state)
+    sums = build_metrics(files, args.inception_precision, state.device)
 
     # The images, shared by the processes
     size = reconstruct.tokenizer.config.image_size
     data = read_section(run, "data", ImageTextConfig)
     images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
     start = time.perf_counter()
-    sums = ReconstructionMetrics(lpips, inception, state.device)
     reading = Reading(args.batch_size, args.num_workers, state)
     num_pairs = PICTURE_PAIRS if args.save_images else 0
     pairs, skipped = measure_reconstructions(images, reconstruct, sums, reading, num_pairs)
@@ -116,7 +113,6 @@ def main(args: argparse.Namespace) -> None:
     # The report
     values, counts = sums.results()
     seconds = time.perf_counter() - start
-    files = {"lpips": vgg_file, "rfid": inception_file}
     report = {
         "metrics": values,
         "missing": explain_missing(values, files),
@@ -134,6 +130,27 @@ def main(args: argparse.Namespace) -> None:
     print_summary(report, output)
     if pairs:  # none if the first images are unreadable
         save_pairs(pairs, args.save_images / "reconstructions.png")
+
+
+def find_weights(args: argparse.Namespace, state: PartialState) -> dict[str, Path | None]:
+    """Files of LPIPS' and rFID's networks, None where there is none; a process a machine downloads."""
+    with state.local_main_process_first():
+        return {
+            "lpips": VGG16.find(args.vgg_weights, args.download),
+            "rfid": INCEPTION.find(args.inception_weights, args.download),
+        }
+
+
+def build_metrics(
+    files: dict[str, Path | None], precision: Precision, device: torch.device
+) -> ReconstructionMetrics:
+    """The metrics whose weights are there; precision: of Inception."""
+    lpips, inception = None, None
+    if files["lpips"]:
+        lpips = LPIPS(files["lpips"]).to(device)
+    if files["rfid"]:
+        inception = InceptionFeatures(files["rfid"], precision).to(device)
+    return ReconstructionMetrics(lpips, inception, device)
 
 
 def save_pairs(pairs: list[tuple], path: Path) -> None:
@@ -168,12 +185,16 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet) -> dict[str, A
         "reconstruction": f"EMA weights, mean of the posterior, {args.precision}",
         "text_guidance": "each image's caption, else the empty caption",
         "caption_keys": list(images.caption_keys),
-        "rounding": "reconstructions clamped to [0, 1] and rounded to uint8 before every metric; originals are uint8",
-        "psnr": "of each image in RGB, mean over the images; identical pairs, which have none, are left out",
-        "ssim": "of each image, mean; 11 x 11 Gaussian window, sigma 1.5, data range 1, mirrored borders",
+        "rounding": "reconstructions clamped to [0, 1] and rounded to uint8 before every metric; "
+        "originals are uint8",
+        "psnr": "of each image in RGB, mean over the images; identical pairs, which have none, are "
+        "left out",
+        "ssim": "of each image, mean; 11 x 11 Gaussian window, sigma 1.5, data range 1, mirrored "
+        "borders",
         "lpips": "VGG16, linear heads 0.1, mean over the images",
-        "rfid": "all originals against all reconstructions; InceptionV3 as in torch-fidelity (uint8, bilinear as in "
-        f"TensorFlow 1), {INCEPTION_WIDTH} features in {args.inception_precision}, statistics in float64",
+        "rfid": "all originals against all reconstructions; InceptionV3 as in torch-fidelity (uint8, "
+        f"bilinear as in TensorFlow 1), {INCEPTION_WIDTH} features in {args.inception_precision}, "
+        "statistics in float64",
     }
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.captions import CaptionConfig
 from data.files import write_json
 from data.images import ImageTextConfig, image_reader
@@ -32,6 +32,7 @@ from eval.reconstruct import psnr
 from eval.scores import retrieval
 from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator, SamplingConfig
+from training.errors import exit_on_error
 from training.pictures import caption_grid, pair_rows, save_png
 from training.pipelines import load_pipeline
 from training.ridge import Ridge, fit_ridge
@@ -277,5 +278,4 @@ def save_pairs(samples: dict, images: Tensor, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(ReportStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(ReportStage, __doc__)))

@@ -1,6 +1,8 @@
-"""Features of generated and real images -> metrics. One that can't be computed is null, with the reason.
+"""Features of generated and real images -> metrics. One that can't be computed is null, with the
+reason.
 
-Kernel distance, inception score, precision and recall are torch-fidelity's functions on our features, in float64.
+Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
+features, in float64.
 """
 
 from collections.abc import Sequence
@@ -45,7 +47,7 @@ def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[st
 
 
 def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
-    """What a metric's results are called; frechet_by_category has one a category as soon as there is any."""
+    """What a metric's results are called; those by category only while there is none."""
     return {
         "frechet": (frechet_name(protocol),),
         "frechet_by_category": (f"{frechet_name(protocol)}_by_category",),
@@ -58,7 +60,7 @@ def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
 
 
 def frechet_name(protocol: Protocol) -> str:
-    """Only the Frechet distance of Inception's features is FID; clean-fid's resize gives another number."""
+    """Only Inception's Frechet distance is FID; clean-fid's resize gives another number."""
     if protocol.features != "inception":
         return "frechet_distance"
     return "clean_fid" if protocol.resize == "clean" else "fid"
@@ -126,8 +128,9 @@ def distances_by_category(
     """Frechet distance of each category in `made` to the real images in the folder of that name.
 
     Raises:
-        ValueError: the folders of the real images are not known, or a category has fewer than 2 images.
+        ValueError: the real images' folders are not known, or a category has fewer than 2 images.
     """
+    # A pair of Gaussians a category
     if not categories:
         raise ValueError("the categories of the reference are not known: it must be of folders")
     distances = {}
@@ -141,7 +144,9 @@ def distances_by_category(
 def kernel_distance(
     generated: Tensor, real: Tensor, subsets: int, subset_size: int
 ) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (xy/D + 1)^3, mean and deviation over subsets.
+    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (xy/D + 1)^3.
+
+    Returns mean and deviation over subsets.
 
     Raises:
         ValueError: fewer images than a subset takes.
@@ -154,7 +159,9 @@ def kernel_distance(
 
 
 def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
-    """exp(E KL(p(y|x) | p(y))) (Salimans et al. 2016): N x classes -> mean and deviation over splits of shuffled rows.
+    """exp(E KL(p(y|x) | p(y))) (Salimans et al. 2016) of N x classes.
+
+    Returns mean and deviation over splits of shuffled rows.
 
     Raises:
         ValueError: fewer images than splits.
@@ -166,7 +173,7 @@ def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
 
 
 def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
-    """Share of generated images inside the real ones' balls, and of real ones inside the generated ones'.
+    """Share of generated images inside the real ones' balls, and of real ones inside theirs.
 
     Kynkaanniemi et al. 2019: an image's ball reaches to its `neighbours`-th nearest of its own set.
 
@@ -200,13 +207,14 @@ def fidelity() -> ModuleType:
 
 
 def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
-    """Share of queries whose own image is the nearest of the pool by Euclid, or among the five nearest.
+    """Share of queries whose own image is the nearest of the pool, or among the five nearest.
 
     Args:
         queries: N x ... pool: M x ...
         groups: M numbers, equal for images that count as the same.
         own: N indices into the pool.
     """
+    # Rows of the distance matrix a few at a time
     pool, nearest = pool.flatten(1).double(), []
     for rows in queries.flatten(1).double().split(ROWS):
         nearest.append(torch.cdist(rows, pool).topk(min(5, len(pool)), largest=False).indices)

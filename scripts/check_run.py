@@ -25,9 +25,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import training.checkpoint as ckpt
-from configs.cli import exit_on_error, printable
 from configs.load import one_line
 from data.tar import count_samples
+from training.errors import exit_on_error, printable
 from training.metrics import step_of
 from training.run import CONFIG_FILE, read_saved
 from training.tokens import TOKENS_INFO_FILE, TokensInfo

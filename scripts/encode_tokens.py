@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.encoding import build_encoding_loader, encoding_sources
 from data.files import write_json
 from data.images import ImageTextConfig
@@ -33,6 +33,7 @@ from data.tar import count_samples, write_shard
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
+from training.errors import exit_on_error
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
 from training.run import start_accelerator
@@ -329,5 +330,4 @@ def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> Latent
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TokensStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TokensStage, __doc__)))

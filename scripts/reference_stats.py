@@ -1,13 +1,13 @@
-"""Statistics of real images for eval/generation.py: made once, checked, used as `reference=[FILE.npz]`.
+"""Statistics of real images for eval/generation.py: made once, used as `reference=[FILE.npz]`.
 
     python scripts/reference_stats.py coco.npz val2014 --image-size 256
     python scripts/reference_stats.py mjhq.npz mjhq30k_imgs --clean --keep-features
     python scripts/reference_stats.py coco.npz val2014 --check
 
-DATA are folders of images or tar shards. The file says what it is of: features and their weights, image size, resize
-rule, a hash over the resized pixels. --clean resizes as clean-fid does, for protocols with `resize: clean`; the folder
-of each image is kept beside its features, as its category. --check reads a file and describes it; with DATA it also
-measures them again and compares.
+DATA are folders of images or tar shards. The file says what it is of: features and their weights,
+image size, resize rule, a hash over the resized pixels. --clean resizes as clean-fid does, for
+protocols with `resize: clean`; the folder of each image is kept beside its features, as its
+category. --check reads a file and describes it; with DATA it also measures them again and compares.
 """
 
 import argparse
@@ -21,7 +21,6 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.cli import exit_on_error, printable
 from data.files import check_writable
 from eval.feature_nets import ABSENT, INCEPTION, InceptionFeatures
 from eval.features import check_features, describe_features, measure_reference
@@ -34,6 +33,7 @@ from eval.programs import (
     integer,
     start_processes,
 )
+from training.errors import exit_on_error, printable
 
 TOLERANCE = (
     1e-3  # of the distance between a file and its images measured again, by the covariance's trace
@@ -90,8 +90,9 @@ def make(args: argparse.Namespace, reading: Reading) -> None:
 
 
 def measure(args: argparse.Namespace, file: FeatureSet | None, reading: Reading) -> FeatureSet:
-    """Features of DATA, resized as the file that they are compared with says, or else the command line."""
+    """Features of DATA, resized as the file to compare with says, else as the command line says."""
     description = file.description if file else {}
+    # How images are resized
     is_clean = args.clean or description.get("resize") == RULES["clean"]
     size = CLEAN_SIZE if is_clean else args.image_size or description.get("image_size")
     if size is None:
@@ -99,6 +100,7 @@ def measure(args: argparse.Namespace, file: FeatureSet | None, reading: Reading)
     background = tuple(description.get("background", args.background))
     rule = "clean" if is_clean else "crop"
     images = ImageSet(list_images(args.data), size, (), background, rule)
+    # The network, which must be the file's
     with reading.state.local_main_process_first():
         weights = INCEPTION.find(args.inception_weights, args.download)
     if weights is None:
@@ -116,12 +118,14 @@ def check(args: argparse.Namespace, reading: Reading) -> None:
     Raises:
         ValueError: truncated, no covariance, or of other images.
     """
+    # A covariance is symmetric and has no negative eigenvalue
     file = FeatureSet.load(args.file)
     gaussian, trace = file.gaussian, file.gaussian.covariance.trace().abs()
     asymmetry = (gaussian.covariance - gaussian.covariance.T).abs().max()
     eigenvalues = torch.linalg.eigvalsh(gaussian.covariance)
     if asymmetry > 1e-6 * trace or eigenvalues.min() < -1e-6 * trace:
         raise ValueError(f"{args.file}: sigma is no covariance")
+    # Its images, by their pixels; of another code's file, by the distance
     if args.data:
         found = measure(args, file, reading)
         expected = file.description.get("images_sha256")

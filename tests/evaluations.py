@@ -38,7 +38,7 @@ class QuickInception(FeatureNet):
 
 
 def write_inputs(folder: Path, shards: Path) -> Path:
-    """captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard. Returns the folder."""
+    """captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
     colours, shapes = ("red", "green", "blue"), ("circle", "square", "cat", "dog")
     lines = [f"a {colour} {shape}\n" for colour in colours for shape in shapes]
     (folder / "captions.txt").write_text("".join(lines))

@@ -1,5 +1,6 @@
-"""eval/during_training.py in the real stages: each evaluation equals the programs' own on that checkpoint; stopping and
-resuming; what is absent is refused before training."""
+"""eval/during_training.py in the real stages: each evaluation equals the programs' own on that
+checkpoint; stopping and resuming; what is absent is refused before training.
+"""
 
 import json
 import shutil
@@ -16,13 +17,14 @@ from training.checkpoint import checkpoint_folders
 
 MEASURES = ("features=tokenizer", "metrics=[frechet,precision_recall,clip_score]", "clip.model=own")
 NAMES = {"eval/frechet_distance", "eval/precision", "eval/recall", "eval/clip_score"}
-# Other batches round float32 features otherwise, by some 1e-6; a distance is a difference of larger traces.
+# Other batches round float32 features otherwise, by some 1e-6, and a Frechet distance is a
+# difference of larger traces.
 NEAR = {"rel": 1e-5, "abs": 1e-7}
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path_factory):
-    """No weights that happen to be on this machine, and no reading processes, whose start takes time."""
+    """No weights that happen to be on this machine, and no reading processes."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
     monkeypatch.setattr(during_training, "NUM_WORKERS", 0)
 

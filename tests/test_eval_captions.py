@@ -1,4 +1,6 @@
-"""Image to text after training: sample.py --caption, eval/captioning.py, eval/captions.py, eval/caption_scores.py."""
+"""Image to text after training: sample.py --caption, eval/captioning.py, eval/captions.py,
+eval/caption_scores.py.
+"""
 
 import json
 import shutil

@@ -1,7 +1,10 @@
-"""eval/feature_nets.py with made-up weights: torch-fidelity, timm and open_clip as references; wrong files."""
+"""eval/feature_nets.py with made-up weights: torch-fidelity, timm and open_clip as references;
+wrong files.
+"""
 
 import pickle
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -154,7 +157,7 @@ def test_clips_images_are_preprocessed_as_the_tag_of_the_weights_says(tmp_path, 
 def test_autocast_changes_nothing_and_no_gradient_is_kept(name, request):
     net, images = request.getfixturevalue(name), blots(2, seed=0)
     if name == "clip":
-        net = lambda images: request.getfixturevalue("clip").cosines(images, ["a", "b"])  # noqa: E731
+        net = partial(net.cosines, captions=["a", "b"])
     expected = net(images)
     with torch.autocast("cpu", torch.bfloat16):
         found = net(images)

@@ -1,5 +1,6 @@
-"""eval/generation.py on a tiny run: the same images in any number of processes, resumed, by its protocol; its numbers
-against torch-fidelity's on the images that it wrote; refusals before any image."""
+"""eval/generation.py on a tiny run: the same images in any number of processes, resumed, by its
+protocol; its numbers against torch-fidelity's on the images that it wrote; refusals.
+"""
 
 import json
 import shutil
@@ -56,7 +57,7 @@ def empty_cache(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_shards):
-    """Folder with captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
+    """captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
     return write_inputs(tmp_path_factory.mktemp("inputs"), tiny_shards)
 
 
@@ -74,6 +75,18 @@ def light(chain, inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("light")
     evaluate(chain.folder, inputs, folder, *LIGHT)
     return folder
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Where `evaluated` writes."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def evaluated(chain, inputs, out):
+    """Runs the program on the chain, with further arguments; its report."""
+    return lambda *arguments: evaluate(chain.folder, inputs, out, *arguments)
 
 
 @pytest.fixture
@@ -104,15 +117,11 @@ def fidelity(whole, tiny_shards, inception_file, tmp_path_factory):
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
     settings = {"cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False}
     settings |= {"kid_subsets": 4, "kid_subset_size": 8, "isc_splits": 3}
-    settings |= {"feature_extractor": "inception-v3-compat", "fid": True, "kid": True}
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(whole / "images"),
-        input2=str(folder),
-        feature_extractor_weights_path=str(inception_file),
-        isc=True,
-        prc=True,
-        **settings,
-    )
+    settings |= dict.fromkeys(("fid", "kid", "isc", "prc"), True)
+    settings["feature_extractor"] = "inception-v3-compat"
+    settings["feature_extractor_weights_path"] = str(inception_file)
+    folders = {"input1": str(whole / "images"), "input2": str(folder)}
+    expected = torch_fidelity.calculate_metrics(**folders, **settings)
     return {name: expected[theirs] for name, theirs in FIDELITY.items()}
 
 
@@ -124,45 +133,44 @@ def test_the_numbers_are_those_of_torch_fidelity_on_the_images_written(whole, fi
 
 
 def test_two_processes_make_the_images_and_numbers_of_one(
-    chain, inputs, whole, inception_file, tmp_path
+    chain, inputs, whole, inception_file, out
 ):
-    output = launch(
-        chain.folder, inputs, tmp_path, "--inception-weights", inception_file, "--num-workers", 1
-    )
-    assert output.count("evaluation.json: 12 images, 12 made now") == 1  # one process talks
-    assert pngs(tmp_path) == pngs(whole)
-    found, expected = read(tmp_path), read(whole)
+    weights = ["--inception-weights", inception_file]
+    printed = launch(chain.folder, inputs, out, *weights, "--num-workers", 1)
+    assert printed.count("evaluation.json: 12 images, 12 made now") == 1  # one process talks
+    assert pngs(out) == pngs(whole)
+    found, expected = read(out), read(whole)
     assert found["metrics"] == pytest.approx(expected["metrics"], **NEAR)
     assert found["num_processes"] == 2
     for name in ("protocol", "sampling", "reference", "model", "weights", "captions_sha256"):
         assert found[name] == expected[name]
 
 
-def test_a_set_has_no_distance_to_itself(chain, inputs, whole, quick, tmp_path):
-    own = ["metrics=[frechet,precision_recall]", f"reference=[{whole}/images]", *quick]
-    found = evaluate(chain.folder, inputs, tmp_path / "out", *own)
-    assert found["metrics"] == pytest.approx({"fid": 0, "precision": 1, "recall": 1}, abs=1e-3)
+def test_a_set_has_no_distance_to_itself(evaluated, whole, quick):
+    own = ["metrics=[frechet,precision_recall]", f"reference=[{whole}/images]"]
+    expected = {"fid": 0, "precision": 1, "recall": 1}
+    assert evaluated(*own, *quick)["metrics"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_two_checkpoints_in_one_process_do_not_mix(chain, inputs, light, tmp_path):
+def test_two_checkpoints_in_one_process_do_not_mix(chain, inputs, light, evaluated, out, tmp_path):
     other = tmp_path / "flowtok"
     shutil.copytree(chain.folder / "flowtok", other)
     shutil.rmtree(max(checkpoint_folders(other).items())[1])  # an earlier step of the same run
     second = evaluate(other, inputs, tmp_path / "other", *LIGHT)
-    again = evaluate(chain.folder, inputs, tmp_path / "again", *LIGHT)
+    again = evaluated(*LIGHT)
     assert again["metrics"] == read(light)["metrics"] and second["model"] != again["model"]
-    with pytest.raises(ValueError, match=r"again .*\(model differ\)"):
-        evaluate(other, inputs, tmp_path / "again", *LIGHT)
+    with pytest.raises(ValueError, match=rf"{out} .*\(model differ\)"):
+        evaluate(other, inputs, out, *LIGHT)
 
 
-def test_ema_weights_are_used(chain, inputs, whole, tmp_path):
+def test_ema_weights_are_used(chain, inputs, whole, out, tmp_path):
     run = tmp_path / "flowtok"
     shutil.copytree(chain.folder / "flowtok", run)
     for folder in checkpoint_folders(run).values():
         (folder / MODEL_FILE).write_bytes(bytes((folder / MODEL_FILE).stat().st_size))
-    found = evaluate(run, inputs, tmp_path / "out", "metrics=[]")
-    assert pngs(tmp_path / "out") == pngs(whole)
-    newest = max(checkpoint_folders(chain.folder / "flowtok").items())[1]
+    found = evaluate(run, inputs, out, "metrics=[]")
+    newest = max(checkpoint_folders(run).items())[1]
+    assert pngs(out) == pngs(whole)
     assert found["model"]["ema_sha256"] == file_sha256(newest / EMA_FILE)
 
 
@@ -174,7 +182,7 @@ def test_ema_weights_are_used(chain, inputs, whole, tmp_path):
     ],
 )
 def test_the_report_names_the_weights_that_made_the_images_while_training_goes_on(
-    chain, inputs, tmp_path, monkeypatch, module, name, loads, step
+    chain, inputs, out, tmp_path, monkeypatch, module, name, loads, step
 ):
     run, function, calls = tmp_path / "flowtok", getattr(module, name), []
     shutil.copytree(chain.folder / "flowtok", run)
@@ -187,29 +195,26 @@ def test_the_report_names_the_weights_that_made_the_images_while_training_goes_o
         return result
 
     monkeypatch.setattr(module, name, and_train)
-    found = evaluate(run, inputs, tmp_path / "out", *LIGHT)
+    found = evaluate(run, inputs, out, *LIGHT)
     assert (found["model"]["checkpoint"], len(calls)) == (f"step_{step:08d}", loads)
 
 
-def test_processes_that_loaded_different_checkpoints_are_stopped(
-    chain, inputs, tmp_path, monkeypatch
-):
+def test_processes_that_loaded_different_checkpoints_are_stopped(evaluated, out, monkeypatch):
     monkeypatch.setattr(generation, "gather_object", lambda own: [*own, "of another checkpoint"])
-    with pytest.raises(ValueError, match=f"{chain.folder}.* different checkpoints"):
-        evaluate(chain.folder, inputs, tmp_path / "out", *LIGHT)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="different checkpoints"):
+        evaluated(*LIGHT)
+    assert not out.exists()
 
 
 # The images
 
 
 def test_an_image_depends_neither_on_the_feature_batch_nor_on_how_many_follow_it(
-    chain, inputs, light, tmp_path
+    evaluated, light, out
 ):
-    first = ["choice=first", "num_captions=6", "--batch-size", 1]
-    evaluate(chain.folder, inputs, tmp_path, *LIGHT, *first)
+    evaluated(*LIGHT, "choice=first", "num_captions=6", "--batch-size", 1)
     assert len(pngs(light)) == CAPTIONS
-    assert pngs(tmp_path) == {name: data for name, data in pngs(light).items() if name < "000006"}
+    assert pngs(out) == {name: data for name, data in pngs(light).items() if name < "000006"}
 
 
 def test_images_are_those_of_the_pipeline_for_their_caption_and_number(chain, inputs, light):
@@ -222,9 +227,7 @@ def test_images_are_those_of_the_pipeline_for_their_caption_and_number(chain, in
         assert np.abs(found - pixels).max() <= 1
 
 
-def test_an_interrupted_evaluation_continues_and_ends_alike(
-    chain, inputs, light, tmp_path, monkeypatch
-):
+def test_an_interrupted_evaluation_continues_and_ends_alike(evaluated, light, out, monkeypatch):
     calls, generate = [], ImageGenerator.generate
 
     def counted(self, *arguments):
@@ -235,95 +238,84 @@ def test_an_interrupted_evaluation_continues_and_ends_alike(
 
     monkeypatch.setattr(ImageGenerator, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(chain.folder, inputs, tmp_path, *LIGHT)
-    (tmp_path / "images" / "000003.png").unlink()  # its group is made again
-    found = evaluate(chain.folder, inputs, tmp_path, *LIGHT)
+        evaluated(*LIGHT)
+    (out / "images" / "000003.png").unlink()  # its group is made again
+    found = evaluated(*LIGHT)
     assert (len(calls), found["images_made"]) == (5, 7)
-    assert pngs(tmp_path) == pngs(light) and found["metrics"] == read(light)["metrics"]
-    found = evaluate(chain.folder, inputs, tmp_path, *LIGHT)
+    assert pngs(out) == pngs(light) and found["metrics"] == read(light)["metrics"]
+    found = evaluated(*LIGHT)
     assert (len(calls), found["images_made"], found["images_per_second"]) == (5, 0, None)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(out.rglob("*.tmp"))
 
 
-def test_damaged_images_and_features_are_named_and_made_anew_when_deleted(
-    chain, inputs, light, tmp_path
-):
-    shutil.copytree(light, tmp_path / "out")
-    image = tmp_path / "out" / "images" / "000003.png"
-    [features] = (tmp_path / "out" / "features").iterdir()
+def test_damaged_images_and_features_are_named_and_made_anew_when_deleted(evaluated, light, out):
+    shutil.copytree(light, out)
+    image, [features] = out / "images" / "000003.png", [*(out / "features").iterdir()]
     for damage in (features, image):
         damage.write_bytes(b"half")
         with pytest.raises(ValueError, match=f"damaged.*{damage}|{damage} is damaged"):
-            evaluate(chain.folder, inputs, tmp_path / "out", *LIGHT)
+            evaluated(*LIGHT)
         damage.unlink()
-    found = evaluate(chain.folder, inputs, tmp_path / "out", *LIGHT)
+    found = evaluated(*LIGHT)
     assert (found["images_made"], found["metrics"]) == (5, read(light)["metrics"])
     image.write_bytes(b"half")
     features.unlink()
     with pytest.raises(ValueError, match=f"damaged.*{image}"):
-        evaluate(chain.folder, inputs, tmp_path / "out", *LIGHT)
+        evaluated(*LIGHT)
 
 
 def test_features_without_images_give_the_same_numbers_once_and_again(
-    chain, inputs, light, tmp_path, monkeypatch
+    evaluated, light, out, monkeypatch
 ):
-    found = evaluate(chain.folder, inputs, tmp_path, "--no-images", *LIGHT)
-    assert found["metrics"] == read(light)["metrics"]
-    assert not list(tmp_path.rglob("*.png")) and not (tmp_path / "gallery.html").exists()
-    monkeypatch.setattr(ImageGenerator, "generate", None)
-    found = evaluate(chain.folder, inputs, tmp_path, "--no-images", *LIGHT)
-    assert (found["metrics"], found["images_made"]) == (read(light)["metrics"], 0)
+    for made in (CAPTIONS, 0):
+        found = evaluated("--no-images", *LIGHT)
+        assert (found["metrics"], found["images_made"]) == (read(light)["metrics"], made)
+        assert {path.name for path in out.iterdir()} == {
+            "evaluation.json",
+            "features",
+            "inputs.json",
+        }
+        monkeypatch.setattr(ImageGenerator, "generate", None)
 
 
 def test_without_weights_metrics_are_null_with_the_file_to_fetch_and_follow_when_it_has_come(
-    chain, inputs, whole, quick, tmp_path
+    evaluated, whole, quick
 ):
-    found, names = evaluate(chain.folder, inputs, tmp_path / "out"), read(whole)["metrics"]
+    found, names = evaluated(), read(whole)["metrics"]
     assert found["metrics"] == dict.fromkeys(names) and found["images_made"] == CAPTIONS
     assert "weights-inception-2015-12-05-6726825d.pth" in found["missing"]["fid"]
-    arguments = ["reference=[]", "metrics=[inception_score,frechet]", *quick]
-    found = evaluate(chain.folder, inputs, tmp_path / "out", *arguments)
+    found = evaluated("reference=[]", "metrics=[inception_score,frechet]", *quick)
     assert found["metrics"]["inception_score"] > 1
     assert (found["images_made"], found["metrics"]["fid"]) == (0, None)
     assert "reference=" in found["missing"]["fid"]
 
 
-SAMPLED = {
-    "steps": 2,
-    "guidance": 2.0,
-    "sampler": "euler",
-    "seed": 0,
-    "autocast": False,
-    "pixel": 101,
-}
+SAMPLED = {"steps": 2, "guidance": 2.0, "sampler": "euler", "seed": 0, "autocast": False}
 
 
 @pytest.mark.parametrize(
-    ("change", "seen"),
+    ("change", "seen", "pixel"),
     [
-        ("seed=1", {"seed": 1}),
-        ("steps=3", {"steps": 3}),
-        ("guidance=5", {"guidance": 5.0}),
-        ("sampler=midpoint", {"sampler": "midpoint"}),
-        ("rounding=truncate", {"pixel": 100}),
-        ("autocast=true", {"autocast": True}),
+        ("seed=1", {"seed": 1}, 101),
+        ("steps=3", {"steps": 3}, 101),
+        ("guidance=5", {"guidance": 5.0}, 101),
+        ("sampler=midpoint", {"sampler": "midpoint"}, 101),
+        ("autocast=true", {"autocast": True}, 101),
+        ("rounding=truncate", {}, 100),
     ],
 )
-def test_the_images_are_made_as_the_protocol_says(
-    chain, inputs, tmp_path, monkeypatch, change, seen
-):
+def test_the_images_are_made_as_the_protocol_says(evaluated, out, monkeypatch, change, seen, pixel):
     calls = []
 
     def generate(self, captions, sampling, seed, indices):
         values = {name: getattr(sampling, name) for name in ("steps", "guidance", "sampler")}
-        autocast = torch.is_autocast_enabled("cpu")
-        calls.append(values | {"seed": seed, "autocast": autocast})
+        calls.append(values | {"seed": seed, "autocast": torch.is_autocast_enabled("cpu")})
         return torch.full((len(captions), 3, 32, 32), 100.7 / 255), None
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)
-    evaluate(chain.folder, inputs, tmp_path, change, "metrics=[]")
-    pixel = np.asarray(Image.open(tmp_path / "images" / "000000.png"))[0, 0, 0]
-    assert calls[0] | {"pixel": pixel} == SAMPLED | seen and calls == 3 * calls[:1]
+    evaluated(change, "metrics=[]")
+    assert calls == 3 * [SAMPLED | seen]
+    assert Image.open(out / "images" / "000000.png").getpixel((0, 0)) == (pixel, pixel, pixel)
 
 
 def test_the_report_says_what_was_done(whole, inception_file):
@@ -339,9 +331,7 @@ def test_the_report_says_what_was_done(whole, inception_file):
     assert (whole / "gallery.html").read_text().count("<figure>") == CAPTIONS
 
 
-def test_a_sweep_loads_once_and_gives_a_row_a_point_and_a_picture(
-    chain, inputs, tmp_path, monkeypatch
-):
+def test_a_sweep_loads_once_and_gives_a_row_a_point_and_a_picture(evaluated, out, monkeypatch):
     loads, load = [], generation.load_pipeline
 
     def generate(self, captions, sampling, seed, indices):
@@ -350,67 +340,62 @@ def test_a_sweep_loads_once_and_gives_a_row_a_point_and_a_picture(
 
     monkeypatch.setattr(generation, "load_pipeline", lambda *a: loads.append(a) or load(*a))
     monkeypatch.setattr(ImageGenerator, "generate", generate)
-    points = ["--guidance", "1,50", "--steps", "1,2"]
-    assert evaluate(chain.folder, inputs, tmp_path, *LIGHT, *points) is None and len(loads) == 1
-    rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert evaluated(*LIGHT, "--guidance", "1,50", "--steps", "1,2") is None and len(loads) == 1
+    rows = json.loads((out / "sweep.json").read_text())["rows"]
     assert [(row["steps"], row["guidance"]) for row in rows] == [(1, 1), (1, 50), (2, 1), (2, 50)]
     assert len({row["frechet_distance"] for row in rows}) == 4
     for row in rows:
-        point = tmp_path / f"guidance_{row['guidance']:g}_steps_{row['steps']}"
+        point = out / f"guidance_{row['guidance']:g}_steps_{row['steps']}"
         assert row["frechet_distance"] == read(point)["metrics"]["frechet_distance"]
         with Image.open(point / "images" / "000000.png") as image:
             assert image.getpixel((0, 0))[0] == row["steps"] + row["guidance"]
-    table = (tmp_path / "sweep.md").read_text().splitlines()
+    table = (out / "sweep.md").read_text().splitlines()
     assert table[0].split(" | ")[:2] == ["| steps", "guidance"] and len(table) == 2 + len(rows)
-    with Image.open(tmp_path / "sweep.png") as chart:
+    with Image.open(out / "sweep.png") as chart:
         chart.verify()
 
 
-def test_geneval_gets_its_folders(chain, tmp_path):
-    rows = [
-        {"tag": "single_object", "include": [{"class": "x"}], "prompt": f"a {x}"} for x in "xyz"
-    ]
+def test_geneval_gets_its_folders(chain, tmp_path, out):
+    rows = [{"tag": "object", "include": [{"class": "x"}], "prompt": f"a {x}"} for x in "xyz"]
     file = tmp_path / "evaluation_metadata.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--protocol", "geneval", f"captions=[{file}]", "steps=1", "group_size=5"]
-    run_program(generation, chain.folder, *words, "--output", tmp_path / "out", *CPU)
+    run_program(generation, chain.folder, *words, "--output", out, *CPU)
     # What evaluation/evaluate_images.py of djghosh13/geneval reads
     for number, row in enumerate(rows):
-        folder = tmp_path / "out" / "images" / f"{number:05d}"
+        folder = out / "images" / f"{number:05d}"
         assert json.loads((folder / "metadata.jsonl").read_text()) == row
         samples = sorted((folder / "samples").iterdir())
         assert [sample.name for sample in samples] == [f"{n:04d}.png" for n in range(4)]
         assert len({sample.read_bytes() for sample in samples}) == 4
 
 
-def test_an_image_that_is_not_finite_stops_it(chain, inputs, tmp_path, monkeypatch):
+def test_an_image_that_is_not_finite_stops_it(evaluated, out, monkeypatch):
     images = torch.full((5, 3, 32, 32), torch.nan)
     monkeypatch.setattr(ImageGenerator, "generate", lambda *arguments: (images, None))
     with pytest.raises(FloatingPointError, match=r"0\.\.4"):
-        evaluate(chain.folder, inputs, tmp_path)
-    assert not (tmp_path / "images").exists()
+        evaluated()
+    assert not (out / "images").exists()
 
 
 # The reference
 
 
-def statistics(file, data, *arguments):
+def statistics(file, *words):
     """scripts/reference_stats.py."""
-    run_program(reference_stats, file, *data, *CPU, *arguments)
+    run_program(reference_stats, file, *words, *CPU)
 
 
-def test_a_statistics_file_gives_the_numbers_of_its_images(
-    chain, inputs, tiny_shards, quick, tmp_path
-):
-    shard, full, plain = f"{tiny_shards}/train-00000.tar", tmp_path / "a.npz", tmp_path / "b.npz"
-    statistics(full, [shard], "--image-size", 32, "--keep-features", *quick)
-    statistics(plain, [shard], "--image-size", 32, *quick)
-    metrics, out = ["metrics=[frechet,kid,precision_recall]", *quick], tmp_path / "out"
-    images = evaluate(chain.folder, inputs, out, *metrics)
-    found = evaluate(chain.folder, inputs, out, f"reference=[{full}]", *metrics)
+def test_a_statistics_file_gives_the_numbers_of_its_images(evaluated, tiny_shards, quick, tmp_path):
+    full, plain, size = tmp_path / "a.npz", tmp_path / "b.npz", ["--image-size", 32]
+    statistics(full, f"{tiny_shards}/train-00000.tar", *size, "--keep-features", *quick)
+    statistics(plain, f"{tiny_shards}/train-00000.tar", *size, *quick)
+    metrics = ["metrics=[frechet,kid,precision_recall]", *quick]
+    images = evaluated(*metrics)
+    found = evaluated(f"reference=[{full}]", *metrics)
     assert found["metrics"] == pytest.approx(images["metrics"], **NEAR)
     assert found["reference"]["images_sha256"] == images["reference"]["images_sha256"]
-    found = evaluate(chain.folder, inputs, out, f"reference=[{plain}]", *metrics)
+    found = evaluated(f"reference=[{plain}]", *metrics)
     assert found["metrics"]["fid"] == pytest.approx(images["metrics"]["fid"], **NEAR)
     assert found["missing"].keys() == {"kid", "kid_std", "precision", "recall"}
     assert "--keep-features" in found["missing"]["kid"]
@@ -418,25 +403,26 @@ def test_a_statistics_file_gives_the_numbers_of_its_images(
 
 def test_a_statistics_file_is_checked(tiny_shards, quick, tmp_path, capsys):
     shard, file = f"{tiny_shards}/train-00000.tar", tmp_path / "a.npz"
-    statistics(file, [shard], "--image-size", 32, *quick)
-    statistics(file, [shard], "--check", *quick)
+    foreign, nothing = tmp_path / "foreign.npz", tmp_path / "nothing.npz"
+    statistics(file, shard, "--image-size", 32, *quick)
+    statistics(file, shard, "--check", *quick)
     printed = capsys.readouterr().out
     described = json.loads(printed[printed.index("{") : printed.index("}\n") + 1])
     assert (described["num_images"], described["image_size"]) == (24, 32)
-    with pytest.raises(ValueError, match=f"{file} .*[0-9a-f]{{64}}"):
-        statistics(file, [f"{tiny_shards}/train-00001.tar"], "--check", *quick)
-    gaussian, foreign = FeatureSet.load(file).gaussian, tmp_path / "foreign.npz"
+    gaussian = FeatureSet.load(file).gaussian
     FeatureSet(replace(gaussian, mean=gaussian.mean + 9)).save(foreign)
-    with pytest.raises(ValueError, match=f"{foreign} .*FID"):
-        statistics(foreign, [shard], "--check", "--image-size", 32, *quick)
-    np.savez(foreign, mu=np.zeros(3), sigma=-np.eye(3))
-    with pytest.raises(ValueError, match=f"{foreign}: sigma"):
-        statistics(foreign, [], "--check")
-    with pytest.raises(ValueError, match="c.npz cannot be written"):
-        statistics(file / "c.npz", ["/nowhere"], "--image-size", 32)
+    np.savez(nothing, mu=np.zeros(3), sigma=-np.eye(3))
+    for words, part in (
+        ([file, f"{tiny_shards}/train-00001.tar", "--check", *quick], f"{file} .*[0-9a-f]{{64}}"),
+        ([foreign, shard, "--check", "--image-size", 32, *quick], f"{foreign} .*FID"),
+        ([nothing, "--check"], f"{nothing}: sigma"),
+        ([file / "c.npz", "/nowhere", "--image-size", 32], "c.npz cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            statistics(*words)
     for wrong in ([], [shard], [shard, "--clean", "--image-size", 32]):
         with pytest.raises(SystemExit):
-            statistics(tmp_path / "b.npz", wrong)
+            statistics(tmp_path / "b.npz", *wrong)
 
 
 def test_what_a_reference_lacks_is_named_without_what_a_terminal_would_obey(
@@ -445,50 +431,45 @@ def test_what_a_reference_lacks_is_named_without_what_a_terminal_would_obey(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a\x1b[31m.png").write_bytes(b"no image")
     data = [f"{tiny_shards}/train-00000.tar", tmp_path / "photos"]
-    statistics(tmp_path / "a.npz", data, "--image-size", 32, *quick)
+    statistics(tmp_path / "a.npz", *data, "--image-size", 32, *quick)
     assert f"{tmp_path}/photos/a\\x1b[31m.png" in capsys.readouterr().out
 
 
 def test_images_are_resized_before_their_features_and_kept_as_they_were_made(
-    chain, inputs, whole, quick, tmp_path, monkeypatch
+    evaluated, whole, quick, out, monkeypatch
 ):
     sizes, forward = [], QuickInception.forward
     monkeypatch.setattr(
         QuickInception, "forward", lambda self, x: sizes.append(x.shape[-1]) or forward(self, x)
     )
-    out = tmp_path / "out"
-    found = evaluate(chain.folder, inputs, out, "image_size=20", "metrics=[frechet]", *quick)
+    found = evaluated("image_size=20", "metrics=[frechet]", *quick)
     assert {*sizes} == {20} and found["image_size"] == found["reference"]["image_size"] == 20
     assert pngs(out) == pngs(whole)
 
 
-def test_retrieval_finds_the_own_image_among_the_reference(
-    chain, inputs, tiny_shards, tmp_path, monkeypatch
-):
+def test_retrieval_finds_the_own_image_among_the_reference(evaluated, tiny_shards, monkeypatch):
     shard = f"{tiny_shards}/train-00001.tar"
-    arguments = [f"captions=[{shard}]", f"reference=[{tiny_shards}/*.tar]", "features=tokenizer"]
-    arguments += ["metrics=[retrieval]"]
-    found = evaluate(chain.folder, inputs, tmp_path / "a", *arguments)
-    assert found["num_images"] == 24 and 0 <= found["metrics"]["retrieval_top1"] < 1
     images = ImageSet(list_images([shard]), 32)
     true = torch.stack([torch.from_numpy(images[n]["image"]) for n in range(24)]) / 255
 
-    def perfect(self, captions, sampling, seed, indices):
-        return true[indices], None
+    def all_but_one(self, captions, sampling, seed, indices):
+        return true[[(index + 1) % 24 if index == 5 else index for index in indices]], None
 
-    monkeypatch.setattr(ImageGenerator, "generate", perfect)
-    found = evaluate(chain.folder, inputs, tmp_path / "b", *arguments)
-    assert found["metrics"] == {"retrieval_top1": 1, "retrieval_top5": 1}
+    monkeypatch.setattr(ImageGenerator, "generate", all_but_one)
+    names = [f"captions=[{shard}]", f"reference=[{tiny_shards}/*.tar]"]
+    found = evaluated(*names, "features=tokenizer", "metrics=[retrieval]")
+    assert found["num_images"] == 24
+    assert found["metrics"]["retrieval_top1"] == pytest.approx(23 / 24)
 
 
-def test_retrieval_refuses_reference_images_of_one_name(chain, inputs, tiny_shards, tmp_path):
+def test_retrieval_refuses_reference_images_of_one_name(evaluated, tiny_shards, tmp_path):
     samples = [*read_shard(tiny_shards / "train-00000.tar")][:3]
     named = [{**x, "__key__": key} for x, key in zip(samples, ("0+1", "0_1", "2"))]
     write_shard(tmp_path / "a.tar", named)
     arguments = [f"captions=[{tmp_path}/a.tar]", f"reference=[{tmp_path}/a.tar]", *LIGHT]
     with pytest.raises(ValueError, match="retrieval: .*one name"):
-        evaluate(chain.folder, inputs, tmp_path / "out", *arguments, "metrics=[retrieval]")
-    assert evaluate(chain.folder, inputs, tmp_path / "out", *arguments)["num_images"] == 3
+        evaluated(*arguments, "metrics=[retrieval]")
+    assert evaluated(*arguments)["num_images"] == 3
 
 
 # Refusals: (arguments, what the message names)
@@ -523,27 +504,26 @@ def test_retrieval_refuses_reference_images_of_one_name(chain, inputs, tiny_shar
     ],
 )
 def test_wrong_inputs_are_refused_before_an_image_is_made(
-    chain, inputs, tmp_path, no_images, arguments, parts
+    evaluated, out, no_images, arguments, parts
 ):
     with pytest.raises(ValueError) as caught:
-        evaluate(chain.folder, inputs, tmp_path, *arguments)
-    for part in parts:
-        assert part in str(caught.value)
-    assert not list(tmp_path.iterdir())
+        evaluated(*arguments)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("--batch-size", "0"), ("--guidance", "1,1"), ("--steps", "1,x")]
 )
-def test_wrong_options_are_named(chain, inputs, tmp_path, capsys, option, value):
+def test_wrong_options_are_named(evaluated, capsys, option, value):
     with pytest.raises(SystemExit):
-        evaluate(chain.folder, inputs, tmp_path, option, value)
+        evaluated(option, value)
     error = capsys.readouterr().err
     assert option in error and value in error
 
 
 def test_references_that_cannot_serve_are_refused_before_an_image_is_made(
-    chain, inputs, quick, tmp_path, no_images
+    evaluated, quick, tmp_path, out, no_images
 ):
     width = QuickInception.width
     gaussian = Gaussian(torch.zeros(width).double(), torch.eye(width).double(), 9)
@@ -565,32 +545,29 @@ def test_references_that_cannot_serve_are_refused_before_an_image_is_made(
         "broken": "broken/a.png",
     }.items():
         with pytest.raises(ValueError, match=part):
-            evaluate(
-                chain.folder, inputs, tmp_path / "out", f"reference=[{tmp_path / name}]", *quick
-            )
-    assert not (tmp_path / "out").exists()
+            evaluated(f"reference=[{tmp_path / name}]", *quick)
+    assert not out.exists()
 
 
-def test_a_damaged_note_of_what_a_folder_holds_is_named(chain, inputs, tmp_path):
-    (tmp_path / "inputs.json").write_text("[]")
+def test_a_damaged_note_of_what_a_folder_holds_is_named(evaluated, out):
+    out.mkdir()
+    (out / "inputs.json").write_text("[]")
     with pytest.raises(ValueError, match="inputs.json is damaged"):
-        evaluate(chain.folder, inputs, tmp_path, *LIGHT)
+        evaluated(*LIGHT)
 
 
 # CLIP score
 
+BOTH = ("features=tokenizer", "metrics=[frechet,clip_score]")
 
-def test_the_clip_score_is_measured_once_and_kept(chain, inputs, light, tmp_path, monkeypatch):
-    shutil.copytree(light, tmp_path / "out")
-    both = ["features=tokenizer", "metrics=[frechet,clip_score]", "clip.model=own"]
-    with monkeypatch.context() as patch:
-        patch.setattr(ImageGenerator, "generate", None)
-        found = evaluate(chain.folder, inputs, tmp_path / "out", *both)
+
+def test_the_clip_score_is_measured_once_and_kept(evaluated, light, out, monkeypatch, no_images):
+    shutil.copytree(light, out)
+    found = evaluated(*BOTH, "clip.model=own")
     assert found["metrics"]["frechet_distance"] == read(light)["metrics"]["frechet_distance"]
     assert found["weights"]["clip"]["model"].endswith("/text_encoder/clip")
     monkeypatch.setattr(ClipScorer, "cosines", None)
-    again = evaluate(chain.folder, inputs, tmp_path / "out", *both)
-    assert again["metrics"] == found["metrics"]
+    assert evaluated(*BOTH, "clip.model=own")["metrics"] == found["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -603,12 +580,10 @@ def test_the_clip_score_is_measured_once_and_kept(chain, inputs, light, tmp_path
     ],
 )
 def test_an_absent_clip_gives_null_with_the_file_to_fetch_and_the_rest_is_there(
-    chain, inputs, tmp_path, monkeypatch, arguments, parts
+    evaluated, tmp_path, monkeypatch, arguments, parts
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.get_session", None)
-    measures = ["features=tokenizer", "metrics=[frechet,clip_score]"]
-    found = evaluate(chain.folder, inputs, tmp_path / "out", *measures, *arguments)
+    found = evaluated(*BOTH, *arguments)
     assert found["metrics"]["clip_score"] is None and found["metrics"]["frechet_distance"] > 0
-    for part in parts:
-        assert part in found["missing"]["clip_score"]
+    assert all(part in found["missing"]["clip_score"] for part in parts)

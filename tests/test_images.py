@@ -1,4 +1,6 @@
-"""eval/images.py: every image once over all processes, what is skipped; clean-fid's rule, and FID by it."""
+"""eval/images.py: every image once over all processes, what is skipped; clean-fid's rule, and FID
+by it.
+"""
 
 import io
 import json
@@ -105,7 +107,7 @@ def test_the_resize_is_clean_fids_on_whole_images(size, tmp_path):
 
 
 def test_the_resize_gives_the_numbers_that_clean_fid_gave():
-    """Of clean-fid 0.1.35 with Pillow 13: pixels (0, 0), (100, 7), (298, 298) of channel 1, and the mean."""
+    """clean-fid 0.1.35, Pillow 13: pixels (0, 0), (100, 7), (298, 298) of channel 1, the mean."""
     ramp = (np.arange(50 * 70 * 3) * 37 % 256).astype(np.uint8).reshape(50, 70, 3)
     found = clean_resize(ramp)
     pixels = [found[1, 0, 0], found[1, 100, 7], found[1, 298, 298], found.mean(dtype=np.float64)]
@@ -115,7 +117,7 @@ def test_the_resize_gives_the_numbers_that_clean_fid_gave():
 
 @pytest.fixture(scope="module")
 def mjhq(tmp_path_factory, tiny_shards):
-    """meta_data.json, imgs/CATEGORY/ID.png of several sizes, and a protocol that asks for FID by category."""
+    """meta_data.json and imgs/CATEGORY/ID.png of several sizes, as MJHQ-30K has them."""
     folder, rows = write_inputs(tmp_path_factory.mktemp("mjhq"), tiny_shards), {}
     for number in range(10):
         category, colour = CATEGORIES[number % 2], ("red", "blue")[number // 2 % 2]

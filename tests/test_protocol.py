@@ -1,4 +1,6 @@
-"""eval/protocol.py: the shipped protocols; captions from every kind of source, chosen as the protocol says."""
+"""eval/protocol.py: the shipped protocols; captions from every kind of source, chosen as the
+protocol says.
+"""
 
 import json
 

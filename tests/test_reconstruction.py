@@ -1,5 +1,6 @@
-"""eval/reconstruction.py: the json of a tiny run against independent computations, one process and two, what is skipped
-or absent, and refusals before any work."""
+"""eval/reconstruction.py: the json of a tiny run against independent computations, one process and
+two, what is skipped or absent, and refusals before any work.
+"""
 
 import io
 import json
@@ -71,7 +72,7 @@ def read(folder):
 
 @pytest.fixture(scope="module")
 def pairs(run, tiny_shards):
-    """(originals, reconstructions) of the first images, LIMIT x 3 x 32 x 32 uint8, made one by one by other means."""
+    """(originals, reconstructions) of the first images, uint8, made one by one by other means."""
     tokenizer, text_encoder = load_tokenizer(run), find_text_encoder(run)
     originals, reconstructions = [], []
     for sample in [*read_shard(tiny_shards / "train-00000.tar")][:LIMIT]:
@@ -341,7 +342,7 @@ def test_without_images_or_a_tokenizer_it_is_refused(chain, run, tiny_shards, tm
         (run, tmp_path / "empty", "empty"),
         (run, tmp_path / "a.tar", "image"),
         (run, tmp_path / "b.tar", "b.tar"),
-        (chain.folder / "flowtok", tiny_shards / "*.tar", "flowtok.* tokenizer"),
+        (chain.folder / "flowtok", tiny_shards / "*.tar", "flowtok.*tokenizer"),
         (tmp_path / "none", tiny_shards / "*.tar", "none"),
     ):
         with pytest.raises(ValueError, match=part):

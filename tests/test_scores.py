@@ -1,4 +1,6 @@
-"""eval/scores.py: torch-fidelity's functions with our options, cases whose answer is known, too few images."""
+"""eval/scores.py: torch-fidelity's functions with our options, cases whose answer is known, too few
+images.
+"""
 
 import math
 

@@ -1,19 +1,15 @@
-"""The command line of the programs: a stage's config, and errors that end in one line.
+"""Errors of the programs end in one line, which is the last thing on the screen.
 
-The error of a program is the last thing on the screen, under `accelerate launch` and torchrun too.
-
-Both answer a failed program with a traceback of their own, in which its one line is lost, and no
-exit status or option keeps them from it (accelerate's --quiet works for one process). So a program
-that has said what is wrong ends the launcher that waits for it: accelerate by SIGTERM, torchrun's
-agent, which turns that into a traceback as well, by SIGKILL; then the agent's other processes,
-which nobody else would end. A shell sees status 143 or 137 in place of the launchers' 1.
+`accelerate launch` and torchrun answer a failed program with a traceback of their own, in which its
+one line is lost, and no exit status or option keeps them from it (accelerate's --quiet works for one
+process). So a program that has said what is wrong ends the launcher that waits for it: accelerate by
+SIGTERM, torchrun's agent, which turns that into a traceback as well, by SIGKILL; then the agent's
+other processes, which nobody else would end. A shell sees status 143 or 137 instead of 1.
 
 The launcher is left alone when it has something to say: after a crash (a Python traceback, a
 signal) and after a clean stop. Without /proc, as on macOS, it always is.
 """
 
-import argparse
-import dataclasses
 import fcntl
 import os
 import signal
@@ -22,15 +18,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from itertools import dropwhile
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
-
-from configs.load import load_config, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_MESSAGE = 5000  # characters; a hostile name or value may be longer
-
 # the name of their script, or the module after -m
 LAUNCHERS = {
     "accelerate",
@@ -41,42 +31,6 @@ LAUNCHERS = {
     "torch.distributed.run",
     "torch.distributed.launch",
 }
-
-T = TypeVar("T")
-
-
-class Parser(argparse.ArgumentParser):
-    """Command lines whose errors end in one line as well."""
-
-    def error(self, message: str):
-        raise ValueError(f"command line: {message}; see --help")
-
-
-def parse_stage_args(stage: type[T], description: str | None) -> T:
-    """The config that a stage program's command line names: --config FILE key=value ...
-
-    --print shows the resolved config and ends. A bad config ends with one line and status 2.
-    """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="a YAML of this stage")
-    parser.add_argument("--print", action="store_true", help="show the resolved config and end")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = exit_on_error(parser.parse_intermixed_args)
-    config = exit_on_error(lambda: load_config(stage, args.config, args.overrides))
-    if args.print:
-        print(yaml.safe_dump(settable(config), sort_keys=False), end="")
-        raise SystemExit
-    return config
-
-
-def settable(config: Any) -> Any:
-    """A dataclass as nested values, without the fields that follow from other runs."""
-    if isinstance(config, dict):
-        return {name: settable(value) for name, value in config.items()}
-    if not dataclasses.is_dataclass(config):
-        return config
-    fields = [f for f in dataclasses.fields(config) if not f.metadata.get("derived")]
-    return {f.name: settable(getattr(config, f.name)) for f in fields}
 
 
 def exit_on_error(action: Callable):
@@ -90,7 +44,7 @@ def exit_on_error(action: Callable):
     except (ValueError, FloatingPointError, OSError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = next(filter(is_ours, reversed(frames)), frames[-1])
-        message = printable(one_line(error)[:MAX_MESSAGE]) or type(error).__name__
+        message = printable(" ".join(str(error).split())[:MAX_MESSAGE]) or type(error).__name__
         place = f"{Path(frame.filename).name}:{frame.lineno}"
         report_error(f"error: {message} ({place})")
         raise SystemExit(2) from None
@@ -105,9 +59,6 @@ def is_ours(frame: traceback.FrameSummary) -> bool:
 def printable(text: str) -> str:
     """Data or arguments with escapes for what a terminal would obey or can't print."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-# Launchers
 
 
 def report_error(line: str) -> None:
