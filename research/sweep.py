@@ -31,14 +31,12 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from eval.plots import dot_chart
-
 from configs.load import read_yaml
 from data.files import write_json, write_text
+from research.plots import save_dots
 from scripts.plan import make_plan
 from scripts.workload import load_stage
 from training.errors import exit_on_error
-from training.pictures import save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"
@@ -302,7 +300,7 @@ def write_summary(sweep: SweepConfig, results: list[dict], output: Path) -> None
     if any(runs.values()):
         for name in sweep.metrics:
             dots = {variant: [run["metrics"][name] for run in runs[variant]] for variant in runs}
-            save_png(dot_chart(dots, name), output / f"{name}.png")
+            save_dots(dots, name, output / f"{name}.png")
 
 
 def main(args: argparse.Namespace) -> None:
