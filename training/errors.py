@@ -1,4 +1,4 @@
-"""The error of a program is the last thing on the screen, under accelerate and torchrun too.
+"""Errors of the programs end in one line, which is the last thing on the screen.
 
 `accelerate launch` and torchrun answer a failed program with a traceback of their own, in which its
 one line is lost, and no exit status or option keeps them from it (accelerate's --quiet works for
@@ -90,14 +90,13 @@ def is_first_of_launch() -> bool:
         return True
     try:
         lock = os.open(f"/proc/{os.getppid()}/cmdline", os.O_RDONLY)
-    except OSError:
-        return True
-    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
     except BlockingIOError:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return False
+    except OSError:
+        pass  # no such file, or one without locks
+    return True
 
 
 def end_launcher(parent: int) -> None:
