@@ -329,8 +329,8 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text, parents=[shared], formatter_class=style
         )
-        for flags, options in arguments:
-            command.add_argument(*flags, **options)
+        for flag, options in arguments.items():
+            command.add_argument(flag, **options)
     return parser
 
 

@@ -140,9 +140,9 @@ def test_caption_keys_that_match_nothing_are_refused(keys):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({}, "shards, sources"),
-        ({"shards": ["a"], "sources": {"b": SourceConfig(["b"])}}, "shards, sources"),
-        ({"sources": {"b": SourceConfig(["b"], 0.0)}}, "sources: .*weights"),
+        ({}, "data.shards, data.sources"),
+        ({"shards": ["a"], "sources": {"b": SourceConfig(["b"])}}, "data.shards, data.sources"),
+        ({"sources": {"b": SourceConfig(["b"], 0.0)}}, "data.sources: .*weights"),
     ],
 )
 def test_a_config_that_names_no_data_is_refused(options, names):
