@@ -139,8 +139,9 @@ def table_entries(
     images: folder that relative paths start from, default: that of the table. A caption may be a
     list of captions.
 
-    Raises: ValueError: a file that is missing, of another kind or broken, a column that is not
-        there, no row at all.
+    Raises:
+        ValueError: a table that is missing, broken or of another kind, a column that is not there,
+            no row at all.
     """
     found = False
     for table in tables:
@@ -152,6 +153,7 @@ def table_entries(
             raise ValueError(
                 f"{table} has no column {' and no column '.join(missing)}; it has {there}"
             )
+        # what is left of a row is its metadata
         for row in rows:
             found = True
             path = row.pop(path_column, None)
