@@ -18,6 +18,7 @@ from training.stage import TrainedStage
 from training.tokens import TOKENS_INFO_FILE
 
 LOCAL_TOWER = "local-dir:"
+TOWER = "clip"  # in the run of stage text_encoder
 
 
 def check_configs(stages: Sequence[Stage], num_processes: int) -> None:
@@ -55,7 +56,10 @@ def check_inputs(stages: Sequence[Stage]) -> None:
         if not is_complete(stage):
             check_images(stage)
             check_tokens(stage, made)
-        made[os.path.normpath(stage.config.run_dir)] = stage
+        folder = os.path.normpath(stage.config.run_dir)
+        made[folder] = stage
+        if isinstance(stage.config, TextEncoderStage):
+            made[os.path.join(folder, TOWER)] = stage
 
 
 def is_complete(stage: Stage) -> bool:
@@ -73,15 +77,14 @@ def check_runs(stage: Stage, made: dict[str, Stage]) -> None:
     """The runs that a stage reads are there, or an earlier stage of this command makes them."""
     runs = stage.config.earlier_runs()
     if isinstance(stage.config, TokenizerStage) and (tower := tower_folder(stage.config)):
-        runs = {**runs, "text_encoder.model": os.path.dirname(tower)}
+        runs = {**runs, "text_encoder.model": tower}
     for key, run in runs.items():
         folder = os.path.normpath(run)
         if folder not in made and not os.path.isdir(folder):
-            experiment, _, name = folder.rpartition("/")
             raise ValueError(
                 f"stage {stage}: {key}={folder} does not exist, and no earlier stage of this "
-                f"command makes it: run {name} of experiment {os.path.basename(experiment)} first "
-                f"(it may be named in front in the same command), or set {stage.name}.{key}"
+                f"command makes it: run that stage first (its experiment may be named in front of "
+                f"this one, in the same command), or set {stage.name}.{key}"
             )
 
 
@@ -104,13 +107,14 @@ def check_images(stage: Stage) -> None:
 
 def check_tokens(stage: Stage, made: dict[str, Stage]) -> None:
     """Token shards are there, or an earlier stage of this command will write them."""
-    for pattern in stage.config.token_shards():
-        writer = made.get(os.path.normpath(os.path.dirname(pattern)))
+    patterns = [pattern for pattern in stage.config.token_shards() if not is_remote(pattern)]
+    for part in (part for pattern in patterns for part in braceexpand(pattern, escape=False)):
+        writer = made.get(os.path.normpath(os.path.dirname(part)))
         try:
-            if writer and not is_complete(writer):
-                check_matches(pattern, writer)
+            if writer and isinstance(writer.config, TokensStage) and not is_complete(writer):
+                check_will_match(part, writer)
             else:
-                expand_shards([pattern])
+                expand_shards([part])
         except ValueError as error:
             raise ValueError(
                 f"stage {stage}: data.{error}. Run the stage that writes them first, or set "
@@ -118,18 +122,15 @@ def check_tokens(stage: Stage, made: dict[str, Stage]) -> None:
             ) from error
 
 
-def check_matches(pattern: str, writer: Stage) -> None:
-    """A pattern, each of its braces, matches a shard that a stage will write."""
-    if is_remote(pattern) or not isinstance(writer.config, TokensStage):
-        return
+def check_will_match(pattern: str, writer: Stage) -> None:
+    """A pattern matches a shard that a stage of tokens will write."""
     images = expand_shards(writer.config.image_shards())
     names = [path.name for path in output_paths(images, Path(writer.config.run_dir))]
-    for part in braceexpand(os.path.basename(pattern), escape=False):
-        if not fnmatch.filter(names, part):
-            raise ValueError(
-                f"shards: {pattern!r} matches none of the {len(names)} shards that stage {writer} "
-                f"will write: {names[0]} ... {names[-1]}"
-            )
+    if not fnmatch.filter(names, os.path.basename(pattern)):
+        raise ValueError(
+            f"shards: {pattern!r} matches none of the {len(names)} shards that stage {writer} "
+            f"will write: {names[0]} ... {names[-1]}"
+        )
 
 
 def skip_unused_towers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
@@ -142,7 +143,7 @@ def skip_unused_towers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]
     kept, reasons = [], []
     for stage in stages:
         tokenizer = used.get(stage.file.parent)
-        own = os.path.join(os.path.normpath(stage.config.run_dir), "clip")
+        own = os.path.join(os.path.normpath(stage.config.run_dir), TOWER)
         is_tower = isinstance(stage.config, TextEncoderStage)
         if is_tower and tokenizer and tower_folder(tokenizer) != own:
             model = tokenizer.text_encoder.model

@@ -239,7 +239,7 @@ class Runner:
                 if failed:
                     return as_shell_status(min(failed))
                 if None not in statuses:
-                    return max(statuses)
+                    return max(statuses, default=0)
                 if self.requests and time.monotonic() > next_repeat:
                     self._pass_on()
                     next_repeat += REPEAT_SECONDS
