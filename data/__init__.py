@@ -5,7 +5,7 @@ readers     images, stored tokens or captions -> batches: an endless stream, or 
 shards      which reader takes which sample, the order, the exact position
 tar         names, writing and reading of tars         storage      where they lie
 transforms  bytes -> RGB image -> crop                 captions     where they lie, which is taken
-filters     which samples are good enough              bad_samples  the unusable, and how many may be
+filters     which samples are good enough              bad_samples  unusable ones, how many may be
 sources     folders, tables, COCO, ... -> entries      entries      samples that are not yet read
 packing     entries -> shards                          encoding     shards as they are encoded
 

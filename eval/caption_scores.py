@@ -1,5 +1,4 @@
-"""BLEU-4, METEOR, ROUGE-L, CIDEr and SPICE of captions, by pycocoevalcap; times 100, as papers
-print them.
+"""BLEU-4, METEOR, ROUGE-L, CIDEr, SPICE by pycocoevalcap; times 100, as papers print them.
 
 Published numbers need Java: for the PTB tokenizer, METEOR and SPICE. Without it, captions are
 tokenized by a regular expression, which gives other numbers (the report says which tokenizer it

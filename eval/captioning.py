@@ -1,5 +1,4 @@
-"""Images -> captions by a loaded captioner: choosing the images, reading them, a contact sheet, a
-jsonl.
+"""Images -> captions by a loaded captioner; a contact sheet or a jsonl of them.
 
 An unreadable image is an error if it was named itself; in a folder or shard it is left out, named
 and counted, since one broken file should not cost the captions of a whole folder.

@@ -1,5 +1,4 @@
-"""Captions of images against references: BLEU-4, METEOR, ROUGE-L, CIDEr, SPICE and the share of
-exact matches.
+"""Captions of images against references: BLEU-4, METEOR, ROUGE-L, CIDEr, SPICE, exact matches.
 
     python -m eval.captions RUN DATA [DATA ...] [--guidance 1,1.5,2] [--steps 5,20]
 
@@ -24,12 +23,18 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from data.captions import captions_of, check_caption_keys, clean_caption, strings
-from data.entries import Entry, clean_key, load_json, read_parts
+from data.captions import check_caption_keys, clean_caption, strings
+from data.entries import Entry, clean_key, load_json
 from data.files import check_writable, write_json
-from data.samples import BadSample
 from eval.caption_scores import PACKAGE, CaptionScorer
-from eval.images import RULES, ImageSet, image_name, iterate_images, list_images
+from eval.images import (
+    RULES,
+    ImageSet,
+    entry_captions,
+    image_name,
+    iterate_images,
+    list_images,
+)
 from eval.programs import (
     add_reading_options,
     build_parser,
@@ -141,19 +146,7 @@ def list_references(
             raise ValueError(f"DATA is one .jsonl, or folders and shards, got {' '.join(data)}")
         return read_jsonl(Path(data[0]))
     entries = list_images(data)
-    return entries, [references_of(entry, keys) for entry in entries]
-
-
-def references_of(entry: Entry, keys: Sequence[str]) -> list[str]:
-    """All references of a sample; raises ValueError without one."""
-    try:
-        references = captions_of(read_parts(entry), keys)
-    except BadSample as error:
-        raise ValueError(f"{image_name(entry)}: {error.reason}") from error
-    if not references:
-        tried = ", ".join(keys)
-        raise ValueError(f"{image_name(entry)} has no reference under {tried} (--caption-keys)")
-    return references
+    return entries, [entry_captions(entry, keys, "--caption-keys") for entry in entries]
 
 
 def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:

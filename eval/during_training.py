@@ -1,5 +1,4 @@
-"""Numbers of the EMA weights while a stage trains, by the functions of eval/generation.py and
-eval/reconstruction.py.
+"""Numbers of the EMA weights while a stage trains, as the evaluation programs give them.
 
 All processes take part. Captions, images and reference are read once; networks and sums are made
 anew each time, so that nothing passes from one evaluation to the next. No number of torch's global

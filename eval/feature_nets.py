@@ -1,14 +1,16 @@
-"""The frozen networks that images are measured with. None takes a gradient, or heeds autocast and
-TF32 around it.
+"""The frozen networks that images are measured with, in full precision and without gradient.
 
-Inception: InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
-TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the features after
-the last pooling. DINOv2: ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after
-the last norm, for the Frechet distance of Stein et al. 2023. Tokenizer: the latent means of the
-run's own image tokenizer. CLIP: cosine of image and caption for the CLIP score of Hessel et al.
-2021. Images go through the CLIP's own preprocessing at their full size; captions have no prefix and
-are cut to its context. Weights come from a path or torch's cache; nothing is downloaded unless
-asked for, nothing in a file is executed.
+Inception  InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
+           TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the
+           features after the last pooling.
+DINOv2     ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm,
+           for the Frechet distance of Stein et al. 2023.
+Tokenizer  the latent means of the run's own image tokenizer.
+CLIP       cosine of image and caption for the CLIP score of Hessel et al. 2021. Images go through
+           its own preprocessing at their full size; captions have no prefix and are cut to its
+           context.
+Weights come from a path or torch's cache; nothing is downloaded unless asked for, nothing in a file
+is executed.
 """
 
 import io

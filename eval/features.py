@@ -1,5 +1,4 @@
-"""Sets of images -> features: of generated images, and of the reference that they are compared
-with.
+"""Sets of images -> features: of generated images, and of their reference.
 
 The processes share the images of a set (eval/images.py); all of them must call these functions.
 """

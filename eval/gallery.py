@@ -1,6 +1,4 @@
-"""A page of images with captions and settings: one HTML file that needs nothing beside it, and no
-network.
-"""
+"""A page of images with captions and settings: one HTML file that needs nothing beside it."""
 
 import base64
 import html

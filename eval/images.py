@@ -55,6 +55,22 @@ def image_name(entry: Entry) -> str:
     return entry.path if entry.span is None else f"{entry.path}: {entry.key}"
 
 
+def entry_captions(entry: Entry, keys: Sequence[str], option: str) -> list[str]:
+    """All captions under the first of the keys that has any; option: where the keys are set.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        captions = captions_of(read_parts(entry), keys)
+    except BadSample as error:
+        raise ValueError(f"{image_name(entry)}: {error.reason}") from error
+    if not captions:
+        tried = ", ".join(keys)
+        raise ValueError(f"{image_name(entry)} has no caption under {tried} ({option})")
+    return captions
+
+
 @dataclass(frozen=True)
 class ImageSet(Dataset):
     """Images by number: {"index", "image": 3 x R x R uint8, "caption"}.

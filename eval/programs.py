@@ -1,6 +1,4 @@
-"""What the evaluation programs share: command-line options, and what their json says of versions,
-files and device.
-"""
+"""What the evaluation programs share: options, and what their json says of the environment."""
 
 import argparse
 from collections.abc import Callable

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.captions import captions_of, strings
-from data.entries import Entry, load_json, read_parts
-from data.samples import BadSample
-from eval.images import CLEAN_SIZE, ResizeRule, image_name, list_images
+from data.captions import strings
+from data.entries import load_json
+from eval.images import CLEAN_SIZE, ResizeRule, entry_captions, image_name, list_images
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
 
@@ -232,7 +231,9 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
     files = [Path(name) for name in names if name.endswith((".txt", ".jsonl", ".json"))]
     # Folders and shards
     if not files:
-        return [_caption_of(entry, protocol.caption_keys) for entry in list_images(names)]
+        keys, entries = protocol.caption_keys, list_images(names)
+        texts = [entry_captions(entry, keys, "protocol: caption_keys")[0] for entry in entries]
+        return [Caption(text, image_name(entry)) for text, entry in zip(texts, entries)]
     if len(names) > 1:
         raise ValueError(f"captions is one file, or folders and shards, got {names}")
     # One file; a byte order mark is no part of its first caption
@@ -277,18 +278,6 @@ def _from_json(path: Path, content: Any) -> list[Caption]:
                 for name, row in content.items()
             ]
     raise ValueError(f"{path}: expected COCO's captions ('annotations') or MJHQ-30K's meta_data")
-
-
-def _caption_of(entry: Entry, keys: Sequence[str]) -> Caption:
-    """The first caption of an image of a folder or shard."""
-    name = image_name(entry)
-    try:
-        texts = captions_of(read_parts(entry), tuple(keys))
-    except BadSample as error:
-        raise ValueError(f"{name}: {error.reason}") from error
-    if not texts:
-        raise ValueError(f"{name} has no caption under {', '.join(keys)} (protocol: caption_keys)")
-    return Caption(texts[0], source=name)
 
 
 def captions_hash(captions: Sequence[Caption]) -> str:

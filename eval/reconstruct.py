@@ -1,5 +1,4 @@
-"""Images -> reconstructions by a tokenizer, and how like its image one is: PSNR, SSIM, LPIPS and
-rFID.
+"""Images -> reconstructions by a tokenizer; PSNR, SSIM, LPIPS and rFID of the pairs.
 
 The metrics are running sums over pairs of images and over processes.
 """

@@ -1,6 +1,6 @@
-"""Features of generated and real images -> metrics. One that can't be computed is null, with the
-reason.
+"""Features of generated and real images -> metrics.
 
+A metric that can't be computed is null, with the reason; the others are there all the same.
 Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
 features, in float64.
 """

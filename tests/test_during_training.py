@@ -1,6 +1,4 @@
-"""eval/during_training.py in the real stages: each evaluation equals the programs' own on that
-checkpoint; stopping and resuming; what is absent is refused before training.
-"""
+"""eval/during_training.py: evaluations equal the programs' own; stopping, resuming, refusals."""
 
 import json
 import shutil

@@ -1,6 +1,4 @@
-"""Image to text after training: sample.py --caption, eval/captioning.py, eval/captions.py,
-eval/caption_scores.py.
-"""
+"""Image to text after training: sample.py --caption, and eval/'s captioning and captions."""
 
 import json
 import shutil

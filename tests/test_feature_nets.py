@@ -1,6 +1,4 @@
-"""eval/feature_nets.py with made-up weights: torch-fidelity, timm and open_clip as references;
-wrong files.
-"""
+"""eval/feature_nets.py with made-up weights: torch-fidelity, timm, open_clip; wrong files."""
 
 import pickle
 import sys

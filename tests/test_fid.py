@@ -1,6 +1,4 @@
-"""eval/fid.py: closed forms, scipy and numpy as references, sums over batches and processes,
-statistics files.
-"""
+"""eval/fid.py: closed forms, scipy and numpy as references, two processes, statistics files."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,4 @@
-"""eval/images.py: every image once over all processes, what is skipped; clean-fid's rule, and FID
-by it.
-"""
+"""eval/images.py: every image once over all processes; clean-fid's rule, and FID by it."""
 
 import io
 import json

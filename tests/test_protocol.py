@@ -1,6 +1,4 @@
-"""eval/protocol.py: the shipped protocols; captions from every kind of source, chosen as the
-protocol says.
-"""
+"""eval/protocol.py: the shipped protocols; captions of every kind of source, and their choice."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""eval/reconstruction.py: the json of a tiny run against independent computations, one process and
-two, what is skipped or absent, and refusals before any work.
-"""
+"""eval/reconstruction.py: its json against independent computations; skips and refusals."""
 
 import io
 import json

@@ -1,6 +1,4 @@
-"""eval/scores.py: torch-fidelity's functions with our options, cases whose answer is known, too few
-images.
-"""
+"""eval/scores.py: torch-fidelity's functions, cases whose answer is known, too few images."""
 
 import math
 
