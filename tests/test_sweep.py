@@ -83,7 +83,7 @@ def test_a_grid_becomes_a_table_and_pictures_though_a_run_fails_and_the_same_com
     assert broken == "| broken |  | 0 |"
     assert (output / "loss.png").read_bytes()[:4] == b"\x89PNG"
     text = capsys.readouterr().out
-    assert "[4/4] broken, seed 1: exit status 1: error: /nowhere/tokens.json does not exist" in text
+    assert "[4/4] broken, seed 1: exit status 2" in text and "/nowhere/*.tar" in text
     trained = (linked / "log").stat().st_mtime
     run(file, output, "--only", "base")
     assert (linked / "log").stat().st_mtime == trained
@@ -122,7 +122,7 @@ def test_equal_work_gives_a_larger_network_fewer_steps(lab, chain):
         ({"seeds": "many"}, "seeds"),
         ({"variants": {"../up": []}}, "variants are names of folders"),
         ({"start_from": "/nowhere"}, "start_from=/nowhere is no folder"),
-        ({"variants": {"a": ["text_projector.optimizer.lr=1"]}}, "unknown key 'optimizer.lr'"),
+        ({"variants": {"a": ["text_projector.optimizer.lr=1"]}}, "optimizer.lr"),
         ({"experiment": "none"}, "none/text_projector.yaml"),
     ],
 )
