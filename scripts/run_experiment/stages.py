@@ -52,8 +52,15 @@ class Stage:
 
 
 def program_of(name: str) -> tuple[str, str]:
-    """Module and dataclass of the program that runs a YAML; tokens_512 is a round of tokens."""
-    return next(PROGRAMS[stage] for stage in PROGRAMS if f"{name}_".startswith(f"{stage}_"))
+    """Module and dataclass of the program that runs a YAML; tokens_512 is a round of tokens.
+
+    Raises:
+        ValueError: its name begins with no stage.
+    """
+    for stage, program in PROGRAMS.items():
+        if f"{name}_".startswith(f"{stage}_"):
+            return program
+    raise ValueError(f"{name}.yaml is of none of the stages {', '.join(PROGRAMS)}")
 
 
 def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]:
