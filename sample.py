@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from configs.cli import exit_on_error, printable
 from data.entries import Entry
+from data.files import check_writable
 from eval.captioning import (
     Captioned,
     caption_images,
@@ -37,16 +37,16 @@ from eval.gallery import write_gallery
 from eval.images import image_name
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS
-from training.files import check_writable
-from training.loading import (
+from training.errors import exit_on_error, printable
+from training.loading import read_run_config
+from training.pictures import caption_grid, png_bytes, save_png, to_pil
+from training.pipelines import (
     captioning_run,
     direction_of,
     flow_folder,
     load_captioner,
     load_pipeline,
-    read_run_config,
 )
-from training.pictures import caption_grid, png_bytes, save_png, to_pil
 
 SHEET_IMAGES = 60  # of a caption's contact sheet
 

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from configs.cli import exit_on_error, parse_stage_args
-from configs.load import load_dataclass
+from configs.load import load_dataclass, parse_stage_args
 from data.entries import Entry
 from data.readers import TokenTextConfig
 from eval.captioning import caption_sheet, choose_images
@@ -26,10 +25,10 @@ from modeling.activation_checkpointing import (
     ActivationCheckpointing,
     set_activation_checkpointing,
 )
-from modeling.fingerprint import fingerprint
 from modeling.flow import FlowConfig, check_guidance
 from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTokConfig
+from modeling.layers import fingerprint
 from modeling.losses import (
     FlowLossConfig,
     freeze_unused_alignment,
@@ -44,20 +43,21 @@ from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
-from training.loading import (
-    load_autoencoder,
-    load_flow,
-    load_projector,
-    load_tokenizer,
-    text_encoder_config,
-)
+from training.errors import exit_on_error
+from training.loading import load_tokenizer, text_encoder_config
 from training.loop import Evaluation, is_complete, train
 from training.optim import OptimizedNetwork, descend
 from training.pictures import caption_grid, sample_path, save_png
+from training.pipelines import load_autoencoder, load_flow, load_projector
 from training.run import Run, list_changes, save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import StoredTokens, open_stored_tokens
-from training.tokens_info import TokensInfo, load_tokens_info, projector_sizes
+from training.tokens import (
+    StoredTokens,
+    TokensInfo,
+    load_tokens_info,
+    open_stored_tokens,
+    projector_sizes,
+)
 
 
 @dataclass
@@ -357,5 +357,4 @@ def save_samples(
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(FlowTokStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(FlowTokStage, __doc__)))

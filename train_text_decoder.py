@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.config import ReaderConfig
-from modeling.fingerprint import fingerprint
+from data.files import write_json
 from modeling.image_tokenizer import ImageTokenizerConfig
+from modeling.layers import fingerprint
 from modeling.losses import kl_loss, latent_statistics
 from modeling.text_decoder import (
     TextAutoencoder,
@@ -32,15 +33,15 @@ from modeling.text_decoder import (
 from modeling.text_encoder import load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
-from training.files import write_json
-from training.loading import load_projector, read_section, text_encoder_config
+from training.errors import exit_on_error
+from training.loading import read_section, text_encoder_config
 from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend
 from training.pictures import sample_path
+from training.pipelines import load_projector
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import StoredCaptions, open_stored_captions
-from training.tokens_info import projector_sizes
+from training.tokens import StoredCaptions, open_stored_captions, projector_sizes
 
 MEASURED_CAPTIONS = 10_000  # at most, of either kind, whose reconstruction is measured
 VOCABULARY_CAPTIONS = 1_000_000  # at most, whose token ids are counted
@@ -234,5 +235,4 @@ def measure(captions: StoredCaptions, model: TextAutoencoder, batches: Iterable[
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TextDecoderStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TextDecoderStage, __doc__)))

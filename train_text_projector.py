@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.readers import TokenTextConfig
 from modeling.losses import (
     ProjectorLossConfig,
@@ -27,14 +27,14 @@ from modeling.losses import (
 )
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
+from training.errors import exit_on_error
 from training.loading import load_tokenizer, text_encoder_config
 from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import StoredTokens, open_stored_tokens
-from training.tokens_info import load_tokens_info, projector_sizes
+from training.tokens import StoredTokens, load_tokens_info, open_stored_tokens, projector_sizes
 
 
 @dataclass
@@ -146,5 +146,4 @@ def save_decoded(
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TextProjectorStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TextProjectorStage, __doc__)))

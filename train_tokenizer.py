@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from configs.cli import exit_on_error, parse_stage_args
-from data.readers import ImageTextConfig, image_reader
+from configs.load import parse_stage_args
+from data.images import ImageTextConfig, image_reader
 from data.tar import expand_shards
 from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from eval.images import ImageSet, list_images
@@ -47,12 +47,13 @@ from modeling.losses import (
 from modeling.perceptual import PerceptualConfig, PerceptualLoss
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import latest_checkpoint
+from training.errors import exit_on_error
 from training.loading import load_tokenizer
-from training.loop import Evaluation, batch_per_process, is_complete, train
+from training.loop import Evaluation, is_complete, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.run import Run, save_config, start_run
-from training.stage import TrainedStage
+from training.stage import TrainedStage, batch_per_process
 
 
 @dataclass
@@ -379,5 +380,4 @@ def save_reconstructions(
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TokenizerStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TokenizerStage, __doc__)))

@@ -7,6 +7,7 @@ the file's folder, `run_dir` adds the file's name, unless YAML or command line s
 raise ValueError, naming the key, the value and the nearest valid name.
 """
 
+import argparse
 import dataclasses
 import difflib
 import os.path
@@ -18,6 +19,33 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """Command lines whose errors end in one line as well."""
+
+    def error(self, message: str):
+        raise ValueError(f"command line: {message}; see --help")
+
+
+def parse_stage_args(stage: type[T], description: str | None) -> T:
+    """The config that a stage program's command line names: --config FILE key=value ...
+
+    --print shows the resolved config and ends.
+
+    Raises:
+        ValueError: a bad command line or config, in one line.
+    """
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="a YAML of this stage")
+    parser.add_argument("--print", action="store_true", help="show the resolved config and end")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    config = load_config(stage, args.config, args.overrides)
+    if args.print:
+        print(yaml.safe_dump(settable(config), sort_keys=False), end="")
+        raise SystemExit
+    return config
 
 
 def load_config(stage: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
@@ -212,3 +240,13 @@ def nearest_key(name: str, valid: list[str]) -> str | None:
 def one_line(error: Exception) -> str:
     """A message without its line breaks."""
     return " ".join(str(error).split())
+
+
+def settable(config: Any) -> Any:
+    """A dataclass as nested values, without the fields that follow from other runs."""
+    if isinstance(config, dict):
+        return {name: settable(value) for name, value in config.items()}
+    if not dataclasses.is_dataclass(config):
+        return config
+    fields = [f for f in dataclasses.fields(config) if not f.metadata.get("derived")]
+    return {f.name: settable(getattr(config, f.name)) for f in fields}

@@ -1,7 +1,7 @@
 """Captions: where a sample holds them, which one is taken, and the part of a batch that text makes.
 
-A caption key is a sample's extension ("txt": the member is the caption) or "json:field" (a field of the sample's JSON
-member: a string, or a list of strings). Keys are tried in order.
+A caption key is a sample's extension ("txt": the member is the caption) or "json:field" (a field of
+the sample's JSON member: a string, or a list of strings). Keys are tried in order.
 """
 
 import json
@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from data.bad_samples import BadSample
-from data.checks import check_fields
-from data.draws import SampleDraws
+from data.samples import BadSample, SampleDraws, check_fields
 
 # B captions -> B x L int64; picklable, it runs in the workers
 Tokenize = Callable[[list[str]], torch.Tensor]
@@ -28,7 +26,8 @@ RECAPTION_OPENING = re.compile(r"^The image (depicts|displays|showcases|features
 class CaptionConfig:
     """Which of a sample's captions is taken."""
 
-    # where captions lie, tried in order: an extension, or json:field (a string, or a list: one is drawn each epoch)
+    # where captions lie, tried in order: an extension, or json:field (a string, or a list: one is
+    # drawn each epoch)
     keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
     # where re-captioned text lies, likewise (FlowTok's release: recap_txt); empty: it is not used
     recaption_keys: list[str] = field(default_factory=list)
@@ -45,7 +44,8 @@ class CaptionConfig:
     def choose(self, sample: Mapping[str, Any], draws: SampleDraws | None) -> str:
         """A caption, cleaned and not empty.
 
-        draws None, as when a data set is read in order: the first one, re-captioned only if all are.
+        draws None, as when a data set is read in order: the first one, re-captioned only if all
+        are.
 
         Raises:
             BadSample: there is none.
@@ -83,7 +83,7 @@ def check_caption_keys(keys: Sequence[str], name: str) -> None:
 
 
 def captions_of(sample: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """The captions under the first of the keys that has any, cleaned and not empty; [] if none has."""
+    """The captions under the first of the keys that has any, cleaned; [] if none has."""
     for key in keys:
         captions = list(filter(None, map(clean_caption, _raw_captions(sample, key))))
         if captions:
@@ -94,7 +94,8 @@ def captions_of(sample: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 def clean_caption(text: str) -> str:
     """Control characters become spaces, each run of whitespace one space, none at the ends."""
     if not text.isprintable():  # the fast path: nearly every caption is
-        # half of a surrogate pair, which JSON escapes can spell, is no character: tokenizers fail on it
+        # half of a surrogate pair, which JSON escapes can spell, is no character: tokenizers fail
+        # on it
         text = text.encode("utf-8", "ignore").decode("utf-8").removeprefix("\ufeff")
         text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
     return " ".join(text.split())
@@ -126,7 +127,7 @@ def metadata_of(sample: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def collate_text(samples: Sequence[Mapping[str, Any]], tokenize: Tokenize | None) -> dict[str, Any]:
-    """Samples with "key" and "caption" -> lists of both, and "token_ids" B x L int64 if tokenize is given."""
+    """Lists of the samples' "key" and "caption"; "token_ids" B x L int64 if tokenize is given."""
     batch: dict[str, Any] = {
         name: [sample[name] for sample in samples] for name in ("key", "caption")
     }

@@ -1,11 +1,11 @@
-"""Config of what a stage reads: one data set, or several that are mixed by weight; captions, filters, workers.
+"""Config of what a stage reads: one data set, or several mixed by weight; captions, filters.
 
     data:                                  data:
       shards: [cc12m/*.tar]                  sources:
                                                cc12m: {shards: [cc12m/*.tar], weight: 2}
                                                journeydb:
                                                  shards: ["https://host/journeydb-{000..999}.tar"]
-                                                 filters: {}      # synthetic: none, whatever data.filters says
+                                                 filters: {}  # none, whatever data.filters says
 
 On the command line: data.sources.cc12m.weight=3, and weight 0 leaves a source out.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from data.captions import CaptionConfig
-from data.checks import check_fields
 from data.filters import FilterConfig
+from data.samples import check_fields
 from data.shards import Source
 from data.tar import expand_shards
 
@@ -30,9 +30,11 @@ class SourceConfig:
 
     # tar files, as in ReaderConfig.shards
     shards: list[str] = field(default_factory=list)
-    # of the usable samples, the source's share is weight / sum of all weights. 0: the source is not read
+    # of the usable samples, the source's share is weight / sum of all weights. 0: the source is not
+    # read
     weight: float = 1.0
-    # null: as in the section that the source is part of; else as a whole, with defaults for what is not named
+    # null: as in the section that the source is part of; else as a whole, with defaults for what is
+    # not named
     captions: CaptionConfig | None = None
     filters: FilterConfig | None = None
 
@@ -57,11 +59,12 @@ class ReaderConfig:
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     # which samples are good enough
     filters: FilterConfig = field(default_factory=FilterConfig)
-    # of the last 1000 samples of a reader; more bad ones (unreadable, incomplete) stop the run, filtered ones do not
-    # count. 1: never stop
+    # of the last 1000 samples of a reader; more bad ones (unreadable, incomplete) stop the run,
+    # filtered ones do not count. 1: never stop
     max_bad_share: float = 0.05
-    # samples; each worker shuffles within blocks of this size and holds one block per source in memory, as file bytes
-    # (stored tokens: 5 kB each at 77 x 16, 120 kB with text states). 1: in order
+    # samples; each worker shuffles within blocks of this size and holds one block per source in
+    # memory, as file bytes (stored tokens: 5 kB each at 77 x 16, 120 kB with text states). 1: in
+    # order
     shuffle_buffer: int = 2000
     # worker processes per rank; 0: read in the training process
     num_workers: int = 4
@@ -119,7 +122,7 @@ class ReaderConfig:
 def open_sources(
     config: ReaderConfig, decode: Callable, shards: Sequence[str] | None = None
 ) -> list[Source]:
-    """What a config names, decode(SourceConfig, sample, draws) decoding samples; sources of weight 0 are left out.
+    """What a config names, decode(SourceConfig, sample, draws) decoding it; without weight 0.
 
     shards: patterns to read instead, as one source with the section's own captions and filters.
 

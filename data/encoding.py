@@ -1,7 +1,7 @@
-"""Image shards as they are encoded: whole shards per worker, in order, resized exactly, their text kept as it is.
+"""Image shards as they are encoded: whole shards per worker, in order, with their text.
 
-Each item of `build_encoding_loader` belongs to one shard; a shard's items come in order, shards of different workers
-mixed. What a shard gives does not depend on the number of workers.
+Each item of `build_encoding_loader` belongs to one shard; a shard's items come in order, shards of
+different workers mixed. What a shard gives does not depend on the number of workers.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.captions import Tokenize
 from data.config import SourceConfig, open_sources
-from data.draws import SampleDraws
-from data.readers import ImageTextConfig, collate_images, decode_image
+from data.images import ImageTextConfig, collate_images, decode_image
+from data.samples import SampleDraws
 from data.shards import NoUsableSample, Source, read_batches
 from data.transforms import IMAGE_KEYS
 
@@ -27,7 +27,7 @@ LARGEST_MEMBER = 1 << 20  # bytes; longer ones are no text
 
 @dataclass(frozen=True)
 class CropAt:
-    """In place of random draws: a crop at a share 0..1 of the longer side's free pixels, not flipped, first caption."""
+    """In place of draws: a crop at a share 0..1 of the free pixels, no flip, first caption."""
 
     share: float
     flip: float = 1.0
@@ -50,7 +50,7 @@ def decode_views(
     sample: dict[str, Any],
     draws: SampleDraws | None,
 ) -> dict[str, Any]:
-    """Raw sample -> {"image": V x 3 x R x R uint8, "caption", "key", "members": {extension: bytes} of its text}.
+    """Raw sample -> {"image": V x 3 x R x R uint8, "caption", "key", "members": bytes of its text}.
 
     num_crops: V; 1: the centre, more: evenly along the longer side, ends included.
     """
@@ -76,7 +76,7 @@ def collate_views(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> d
 
 
 def encoding_sources(config: ImageTextConfig, image_size: int, num_crops: int) -> list[Source]:
-    """One source per image shard of a config, in order, with the captions and filters of its data set."""
+    """One source per image shard of a config, in order, as its data set is decoded."""
     exact = replace(config, random_crop=True, flip_probability=0.0, resize="exact")
     sources = open_sources(config, partial(decode_views, exact, image_size, num_crops))
     return [replace(source, shards=(path,)) for source in sources for path in source.shards]
@@ -84,7 +84,7 @@ def encoding_sources(config: ImageTextConfig, image_size: int, num_crops: int) -
 
 @dataclass
 class EncodingReader(IterableDataset):
-    """Items of this worker's shards: {"shard": index} and a batch's keys; after each shard {"shard", "end"}.
+    """Items of this worker's shards: {"shard": index} and a batch; after each {"shard", "end"}.
 
     "end": {reason: count} of what the shard skipped.
     """
@@ -117,7 +117,7 @@ def build_encoding_loader(
     batch_size: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """One pass over sources of one shard each, see EncodingReader for its items. No more workers than shards."""
+    """One pass over sources of one shard each, by at most as many workers; see EncodingReader."""
     workers = min(config.num_workers, len(sources))
     return DataLoader(
         EncodingReader(sources, tokenize, batch_size, config.max_bad_share),

@@ -1,8 +1,8 @@
 """Entries: samples that are known but not read. An index of them on disk, and how one is read.
 
-A source (data/sources.py) gives entries; `build_index` puts them into a file with a row of an array for each, so that a
-worker reads any of them by its number and nobody holds the captions of a data set in memory. `read_parts` and
-`read_text` then read one sample.
+A source (data/sources.py) gives entries; `build_index` puts them into a file with a row of an array
+for each, so that a worker reads any of them by its number and nobody holds the captions of a data
+set in memory. `read_parts` and `read_text` then read one sample.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ import numpy as np
 from fsspec.utils import infer_compression
 from PIL import Image
 
-from data.bad_samples import BadSample
 from data.captions import clean_caption, strings
+from data.samples import BadSample
 from data.storage import ShardError, open_shard
 from data.tar import scan_file
 from data.transforms import FORMATS, IMAGE_KEYS
@@ -53,9 +53,10 @@ class Entry:
 
 
 def clean_key(name: str) -> str:
-    """A name from the data as a key: folders stay; no dots, no "..", not absolute, nothing unprintable.
+    """A name from the data as a key: folders stay; no dots, not absolute, nothing unprintable.
 
-    Nor "+", by which `read_entry` marks a key that occurs again, nor "__" at a start, which readers skip.
+    Nor "+", by which `read_entry` marks a key that occurs again, nor "__" at a start, which readers
+    skip.
     """
     parts = []
     for part in name.replace("\\", "/").split("/"):
@@ -66,7 +67,7 @@ def clean_key(name: str) -> str:
 
 
 def load_json(data: str | bytes) -> Any:
-    """Parsed JSON, in which NaN and infinite numbers are None; None if it is no JSON, or nested beyond reason."""
+    """Parsed JSON, NaN and infinite numbers as None; None if it is none, or nested too deeply."""
     if isinstance(data, bytes):
         data = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     try:
@@ -80,7 +81,7 @@ def _finite(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-# ------------------------------------------------------------------------------------------------------------- index
+# -------------------------------------------------------------------------------------------- index
 
 
 def build_index(entries: Iterable[Entry], file: BinaryIO) -> np.ndarray:
@@ -106,7 +107,7 @@ def read_entry(index: BinaryIO, number: int, row: np.void) -> Entry:
     return replace(entry, key=f"{entry.key}+{number}") if row["repeated"] else entry
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 def read_parts(entry: Entry) -> dict[str, bytes]:
@@ -143,7 +144,7 @@ def _format_extension(data: bytes) -> str:
 def read_text(
     entry: Entry, parts: Mapping[str, bytes], keys: Sequence[str]
 ) -> tuple[list[str], dict[str, Any]]:
-    """(captions, metadata) of a sample. Captions are cleaned: those of the first of `keys` that has any, at least one.
+    """(captions, metadata) of a sample; captions of the first of `keys` that has any, cleaned.
 
     Metadata is what the source knows beside them, {} for a JSON that is none.
 
@@ -173,7 +174,7 @@ def _texts_at(key: str, parts: Mapping[str, bytes], metadata: Mapping[str, Any])
     return [parts[extension].decode("utf-8", "surrogateescape")] if extension in parts else []
 
 
-# ------------------------------------------------------------------------------------------------------ inside tars
+# -------------------------------------------------------------------------------------- inside tars
 
 
 def list_samples(path: str) -> list[tuple[str, int, int]]:
@@ -209,7 +210,7 @@ def _read_span(path: str, begin: int, end: int) -> dict[str, bytes]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    """A tar to seek in. What is compressed is unpacked from its start, so that the last one used is kept open."""
+    """A tar to seek in. One that is unpacked, always from its start, is kept open."""
     if infer_compression(path):
         yield _unpacking(path, os.getpid())
     else:

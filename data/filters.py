@@ -1,12 +1,14 @@
-"""Which samples are good enough to train on: size, scores, caption length. One config for making shards and reading.
+"""Which samples are good enough: size, scores, caption length. For making shards and reading.
 
-Scores come from a sample's JSON, under the names that LAION's tables have and img2dataset passes on. Sizes come from
-the image, and from the JSON where it states some; every size that is known must pass. So an image that img2dataset
-stored smaller than it was is judged by what we hold (a crop of 256 px needs the pixels), and one that it enlarged,
-padded or cropped also by its original (`original_width`, `original_height`): an enlarged thumbnail shows no more than
-before, and a padded strip is still a strip.
+Scores come from a sample's JSON, under the names that LAION's tables have and img2dataset passes
+on. Sizes come from the image, and from the JSON where it states some; every size that is known must
+pass. So an image that img2dataset stored smaller than it was is judged by what we hold (a crop of
+256 px needs the pixels), and one that it enlarged, padded or cropped also by its original
+(`original_width`, `original_height`): an enlarged thumbnail shows no more than before, and a padded
+strip is still a strip.
 
-A filter that is off looks at nothing. Reasons are "filter: {field of FilterConfig}", or "... missing" for a score.
+A filter that is off looks at nothing. Reasons are "filter: {field of FilterConfig}", or "...
+missing" for a score.
 """
 
 import math
@@ -14,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.bad_samples import BadSample
-from data.checks import check_fields
+from data.samples import BadSample, check_fields
 
 # img2dataset: before and after its resizing
 SIZE_KEYS = (("original_width", "original_height"), ("width", "height"))
@@ -70,7 +71,7 @@ class FilterConfig:
         return scores != (None, None) or self.min_longer_side > 0 or self.max_aspect_ratio > 0
 
     def check_metadata(self, caption: str, metadata: Mapping[str, Any]) -> None:
-        """What can be known before the image is decoded; metadata is the sample's JSON, {} if it has none.
+        """What is known before the image is decoded; metadata: the sample's JSON, {} without.
 
         Raises:
             BadSample: the sample is dropped.
@@ -113,8 +114,8 @@ class FilterConfig:
         if self.missing_score == "fail":
             raise ValueError(
                 f"filter: {name} missing: expected a finite number under {' or '.join(keys)}; the "
-                f"sample's JSON has {', '.join(map(str, metadata)) or 'nothing'}. Keep or drop such "
-                "samples by missing_score, or turn the filter off"
+                f"sample's JSON has {', '.join(map(str, metadata)) or 'nothing'}. Keep or drop "
+                "such samples by missing_score, or turn the filter off"
             )
         if self.missing_score == "drop":
             raise BadSample(f"filter: {name} missing")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.bad_samples import BadSample
 from data.entries import Entry, read_entry, read_parts, read_text
 from data.files import written_whole
 from data.filters import FilterConfig
+from data.samples import BadSample
 from data.tar import write_shard
 from data.transforms import IMAGE_KEYS, decode_image
 
@@ -26,7 +26,7 @@ PROGRESS_FOLDER = "progress"  # in the output folder
 UNCHECKED, USABLE, DUPLICATE = 0, 1, 2  # what digest_task has found out about a sample
 
 
-# ------------------------------------------------------------------------------------------------------- one sample
+# --------------------------------------------------------------------------------------- one sample
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SampleConfig:
 def make_sample(
     entry: Entry, config: SampleConfig, is_usable: bool = False
 ) -> tuple[dict[str, Any], bytes]:
-    """(sample for write_shard, the source's image file). is_usable: known from before, an image need not be decoded.
+    """(sample for write_shard, the source's image file). is_usable: no need to decode the image.
 
     Raises:
         BadSample: no image, no caption, or filtered.
@@ -96,14 +96,14 @@ def to_jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def to_json(content: dict[str, Any]) -> bytes:
-    """UTF-8; what is no character (half of a surrogate pair, bytes of another encoding) becomes "?"."""
+    """UTF-8; what is no character (half of a pair, bytes of another encoding) becomes "?"."""
     try:
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
     except RecursionError:
         raise BadSample("json: nested too deeply") from None
 
 
-# -------------------------------------------------------------------------------------------------------- one shard
+# ---------------------------------------------------------------------------------------- one shard
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Task:
 
     @property
     def record(self) -> Path:
-        """What is to be known about the finished shard: {"read", "kept", "dropped"}; written after it."""
+        """What a finished shard is made of: {"read", "kept", "dropped"}; written after it."""
         return self.output / PROGRESS_FOLDER / f"{self.shard:06d}.json"
 
     @property
@@ -166,7 +166,7 @@ def write_task(task: Task) -> int:
 
 
 def digest_task(task: Task) -> int:
-    """Store a digest of each image file that would be kept, unless another part of the array has done it by now."""
+    """Store a digest of each image file that would be kept, unless another part has by now."""
     if not task.digests.is_file():
         digests = np.zeros((len(task.numbers), 2), np.uint64)
         config = replace(task.config, resize=0)

@@ -42,7 +42,7 @@ def map_in_processes(
 
 
 def _start_worker() -> None:
-    """Let a worker end with its parent, also if that is killed: another run may write the same files meanwhile."""
+    """Let a worker end with its parent, even a killed one: the next run writes the same files."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Ctrl-C reaches the parent, too, which says so
     signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
@@ -54,7 +54,7 @@ def _end_with_parent() -> None:
 
 
 def _through_a_file(folder: str, function: Callable[[Any], Any], item: Any) -> str:
-    """A pipe takes 4 kB at once: of a longer answer, a killed worker could leave a half, for which all would wait."""
+    """A pipe takes 4 kB at once: all would wait for the rest of a longer, broken answer."""
     result = pickle.dumps(function(item))
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         file.write(result)

@@ -1,69 +1,34 @@
-"""What the stages read: images, stored tokens or captions -> batches, as an endless stream or in one pass.
+"""What the stages read: stored tokens or captions (images: data/images.py) -> batches, as a stream or in one pass.
 
 A sample, for K = 77 tokens of C = 16 channels and a text tower of L x T = 77 x 768:
-    000000012.jpg         images: or another extension of IMAGE_KEYS
-    000000012.latent.npy  tokens: float16 (2, 77, 16): mean, then log-variance, of the image tokenizer's posterior
-    000000012.text.npy    tokens, optional: float16 (77, 768), last hidden states of the frozen text tower
+    000000012.jpg         images; or another extension of IMAGE_KEYS
+    000000012.latent.npy  tokens: float16 (2, 77, 16), mean and log-variance of the image posterior
+    000000012.text.npy    tokens, optional: float16 (77, 768), states of the frozen text tower
     000000012.txt         a dog on a beach
     000000012.json        {"captions": ["a dog on a beach", ...], "width": 640, ...}
-In place of latent.npy, the FlowTok release's `token.npy` is read: no header, little-endian float16 values of shape
-(2C, K) = 32 x 77, mean channels first.
+In place of latent.npy, the FlowTok release's `token.npy` is read: no header, little-endian float16
+values of shape (2C, K) = 32 x 77, mean channels first.
 
-A batch has lists of B strings, "key" and "caption"; "token_ids": B x L int64 where a tokenizer is given; "skipped":
-{reason: count} since the last batch of the same worker; and what its reader says. An array whose shape or type does
-not fit the run stops it; one that is missing, unreadable or not finite skips its sample.
+A batch has lists of B strings, "key" and "caption"; "token_ids": B x L int64 where a tokenizer is
+given; "skipped": {reason: count} since the last batch of the same worker; and what its reader says.
+An array whose shape or type does not fit the run stops it; one that is missing, unreadable or not
+finite skips its sample.
 """
 
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from data.bad_samples import BadSample
 from data.captions import Tokenize, collate_text, metadata_of
-from data.checks import check_fields
 from data.config import ReaderConfig, SourceConfig, open_sources
-from data.draws import SampleDraws
+from data.samples import BadSample, SampleDraws, check_fields
 from data.shards import Collate, ShardLoader, ShardStream, build_loader, read_batches
-from data.transforms import (
-    IMAGE_KEYS,
-    Resize,
-    center_crop,
-    load_picture,
-    open_image,
-    train_crop,
-)
-
-
-@dataclass
-class ImageTextConfig(ReaderConfig):
-    """Image shards and how training sees them."""
-
-    # a random part of the longer side; false: the centre
-    random_crop: bool = True
-    # probability of a left-right flip
-    flip_probability: float = 0.5
-    # how training makes images smaller, see data/transforms.py. One pass in order is always exact.
-    resize: Resize = "fast"
-    # RGB, 0..255, what lies behind transparent pixels
-    background: list[int] = field(default_factory=lambda: [255, 255, 255])
-
-    def __post_init__(self):
-        super().__post_init__()
-        is_colour = len(self.background) == 3 and all(
-            0 <= value <= 255 for value in self.background
-        )
-        check_fields(
-            self,
-            flip_probability=(0 <= self.flip_probability <= 1, "0..1"),
-            resize=(self.resize in ("fast", "exact"), "fast or exact"),
-            background=(is_colour, "three values 0..255"),
-        )
 
 
 @dataclass
@@ -81,7 +46,7 @@ class TokenTextConfig(ReaderConfig):
         check_fields(self, latent_scale=(is_scale, "0 (as measured) or a positive number"))
 
 
-# ---------------------------------------------------------------------------------------------------------- reader
+# ------------------------------------------------------------------------------------------- reader
 
 # (source's config, raw sample, its random numbers or None) -> decoded sample
 DecodeOf = Callable[[SourceConfig, dict[str, Any], SampleDraws | None], dict[str, Any]]
@@ -103,7 +68,7 @@ class Reader:
         num_processes: int = 1,
         pin_memory: bool = False,
     ) -> ShardLoader:
-        """Endless shuffled batches of one rank; batch_size is per rank. See data.shards for order and resuming.
+        """Endless shuffled batches of one rank, whose batch_size it is; order as in data.shards.
 
         Raises:
             ValueError: the config, shards that do not exist, a URL that cannot be read.
@@ -123,10 +88,10 @@ class Reader:
     def once(
         self, batch_size: int, shards: Sequence[str] | None = None, limit: int | None = None
     ) -> Iterator[dict[str, Any]]:
-        """One pass in order in this process, first caption, nothing drawn; the last batch may be short.
+        """One pass in order in this process, first captions; the last batch may be short.
 
-        shards: patterns to read instead, with the captions and filters of the config itself, whatever its sources
-        say. limit: samples at most.
+        shards: patterns to read instead, with the captions and filters of the config itself,
+        whatever its sources say. limit: samples at most.
         """
         return read_batches(
             sources=open_sources(self.config, self.decode, shards),
@@ -137,39 +102,33 @@ class Reader:
         )
 
 
-def image_reader(config: ImageTextConfig, image_size: int, tokenize: Tokenize | None) -> Reader:
-    """Batches with "image": B x 3 x R x R uint8 in [0, 255]; in one pass the centre crop, resized exactly."""
-    decode = partial(decode_image, config, image_size)
-    return Reader(config, decode, partial(collate_images, tokenize))
-
-
 def token_reader(
     config: TokenTextConfig, num_tokens: int, token_channels: int, tokenize: Tokenize | None
 ) -> Reader:
-    """Batches with "latent_mean", "latent_logvar": B x K x C float32, and "text_states": B x L x T float16.
+    """Batches with "latent_mean", "latent_logvar": B x K x C float32.
 
-    The states are absent if no sample has them; if some of a batch have them, that stops the run.
+    And "text_states": B x L x T float16, unless no sample has them; if only some do, the run stops.
     """
     decode = partial(decode_tokens, num_tokens, token_channels)
     return Reader(config, decode, partial(collate_tokens, tokenize))
 
 
 def caption_reader(config: ReaderConfig, tokenize: Tokenize, with_states: bool) -> Reader:
-    """Batches of captions, of any shards that have them, and "text_states": B x L x T float16 if with_states.
+    """Batches of captions, of any shards that have them; images and latents are not decoded.
 
-    Images and latents are not decoded. Whose states they are, the caller has to know.
+    with_states: and "text_states", B x L x T float16. Whose they are, the caller has to know.
     """
     decode = partial(decode_caption, with_states)
     return Reader(config, decode, partial(collate_captions, tokenize))
 
 
-# --------------------------------------------------------------------------------------------------------- decoders
+# ----------------------------------------------------------------------------------------- decoders
 
 
 def take_caption(
     source: SourceConfig, sample: dict[str, Any], draws: SampleDraws | None
 ) -> dict[str, Any]:
-    """{"key", "caption"} of a raw sample that passes the filters, as far as they can tell without the image.
+    """{"key", "caption"} of a raw sample that passes the filters, but for the size of its image.
 
     Raises:
         BadSample: no caption, dropped, or its JSON is needed by a filter and cannot be read.
@@ -182,49 +141,6 @@ def take_caption(
     return {"key": sample["__key__"], "caption": caption}
 
 
-def decode_image(
-    config: ImageTextConfig,
-    image_size: int,
-    source: SourceConfig,
-    sample: dict[str, Any],
-    draws: SampleDraws | None,
-) -> dict[str, Any]:
-    """Raw sample -> {"image": 3 x R x R uint8, "caption", "key"}."""
-    decoded = take_caption(source, sample, draws)
-    image = open_image(image_bytes(sample))
-    source.filters.check_size(*image.size)
-    if draws is None:
-        picture = load_picture(image, config.background)
-        return decoded | {"image": center_crop(picture, image_size, "exact")}
-    picture = load_picture(image, config.background, image_size if config.resize == "fast" else 0)
-    pixels = train_crop(
-        picture,
-        image_size,
-        draws,
-        random_crop=config.random_crop,
-        flip_probability=config.flip_probability,
-        resize=config.resize,
-    )
-    return decoded | {"image": pixels}
-
-
-def image_bytes(sample: dict[str, Any]) -> bytes:
-    """The image file of a raw sample.
-
-    Raises:
-        BadSample: it has none.
-    """
-    data = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
-    if data is None:
-        raise BadSample("image: missing")
-    return data
-
-
-def collate_images(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    images = np.stack([sample["image"] for sample in samples])  # B x 3 x R x R
-    return {"image": torch.from_numpy(images), **collate_text(samples, tokenize)}
-
-
 def decode_tokens(
     num_tokens: int,
     token_channels: int,
@@ -232,7 +148,7 @@ def decode_tokens(
     sample: dict[str, Any],
     draws: SampleDraws | None,
 ) -> dict[str, Any]:
-    """Raw sample -> {"latent": 2 x K x C float16, "caption", "key"}, and "text_states" L x T float16 if stored."""
+    """Raw sample -> {"latent": 2 x K x C float16, "caption", "key", "text_states" if stored}."""
     decoded = decode_caption("text.npy" in sample, source, sample, draws)
     if "latent.npy" in sample:
         latent = read_array(sample, "latent.npy", (2, num_tokens, token_channels))
@@ -240,8 +156,9 @@ def decode_tokens(
         shape, data = (2, token_channels, num_tokens), sample["token.npy"]
         if len(data) != 2 * math.prod(shape):
             raise ValueError(
-                f"{sample['__key__']}.token.npy: given {len(data)} bytes, expected {2 * math.prod(shape)}: float16 "
-                f"of shape (2C, K) = {(2 * token_channels, num_tokens)} without a header"
+                f"{sample['__key__']}.token.npy: given {len(data)} bytes, expected "
+                f"{2 * math.prod(shape)}: float16 of shape (2C, K) = "
+                f"{(2 * token_channels, num_tokens)} without a header"
             )
         latent = np.frombuffer(data, "<f2").reshape(shape).transpose(0, 2, 1)  # 2 x K x C
     else:
@@ -281,8 +198,8 @@ def collate_captions(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -
     for key, shape in zip(batch["key"], shapes, strict=True):
         if shape != shapes[0]:
             raise ValueError(
-                f"text.npy: {batch['key'][0]} has the shape {shapes[0]}, {key} has {shape} (None: no "
-                "text states), expected the same in all samples"
+                f"text.npy: {batch['key'][0]} has the shape {shapes[0]}, {key} has {shape} (None: "
+                "no text states), expected the same in all samples"
             )
     if shapes[0] is not None:
         batch["text_states"] = torch.from_numpy(np.stack(states))
@@ -308,7 +225,7 @@ def read_array(sample: dict[str, Any], name: str, shape: tuple[int | None, ...])
     )
     if array.dtype != np.float16 or not array.flags.c_contiguous or not fits:
         raise ValueError(
-            f"{sample['__key__']}.{name}: given {array.dtype} {array.shape}, expected float16 {shape} "
-            "in C order (None: any length)"
+            f"{sample['__key__']}.{name}: given {array.dtype} {array.shape}, expected float16 "
+            f"{shape} in C order (None: any length)"
         )
     return array

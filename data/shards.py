@@ -1,23 +1,23 @@
-"""An endless, resumable stream of batches from tar shards: who reads which sample, in which order, and the position.
+"""An endless, resumable stream of batches from tar shards: who reads which sample, in which order.
 
-Who reads what: readers = processes x dataloader workers. With at least as many shards as readers, reader r takes
-shards r, r + readers, ... of the epoch's order; with fewer, every reader walks all shards and keeps sample j of the
-epoch when j % readers == r. Either way each sample is read once per epoch over all readers.
+Who reads what: readers = processes x dataloader workers. With at least as many shards as readers,
+reader r takes shards r, r + readers, ... of the epoch's order; with fewer, every reader walks all
+shards and keeps sample j of the epoch when j % readers == r. Either way each sample is read once
+per epoch over all readers. With several sources, each goes through its own epochs in that way; a
+reader draws by weight which source gives its next usable sample.
 
-Several sources: each goes through its own epochs in that way; a reader draws by weight which source gives its next
-usable sample.
+Determinism: what a reader reads in an epoch, in which order, is a pure function of (seed, epoch),
+of the shards and of rank, num_processes, num_workers and shuffle_buffer; what is drawn for a sample
+(data.samples) only of (seed, epoch, key); which source comes next of (seed, reader, number of the
+sample) and of the weights. Nothing depends on time, on speed, or on a global generator.
 
-Determinism: what a reader reads in an epoch, in which order, is a pure function of (seed, epoch), of the shards and of
-rank, num_processes, num_workers and shuffle_buffer; what is drawn for a sample (data.draws) only of (seed, epoch, key).
-Which source comes next is one of (seed, reader, number of the sample) and of the weights. Nothing depends on time, on
-how fast anyone reads, or on a global generator.
+Position: samples are shuffled inside blocks. A state holds, for each source, the number of samples
+consumed in the epoch and where in the tars the current block starts, so that a resume re-reads at
+most one block of each source and decodes nothing that it skips.
 
-Position: samples are shuffled inside blocks. A state holds, for each source, the number of samples consumed in the
-epoch and where in the tars the current block starts, so that a resume re-reads at most one block of each source and
-decodes nothing that it skips.
-
-A shard that breaks off or cannot be read takes one place in the order, as one bad sample for everything it did not
-give. So it is counted once, by the reader whose turn it is, and positions stay exact if it fails again as before.
+A shard that breaks off or cannot be read takes one place in the order, as one bad sample for all
+that it did not give. So it is counted once, by the reader whose turn it is, and positions stay
+exact if it fails again as before.
 """
 
 import itertools
@@ -33,9 +33,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data.bad_samples import BadSample, SampleCounter
-from data.draws import SampleDraws
-from data.storage import ShardError, check_first_remote
+from data.samples import BadSample, SampleCounter, SampleDraws
+from data.storage import ShardError, is_remote, open_shard
 from data.tar import scan_shard
 
 PREFETCH_BATCHES = 2  # batches that each worker keeps ready
@@ -44,14 +43,15 @@ LOST_EPOCHS = 10  # in a row in which a reader can read none of its shards; in e
 WORKER_ERROR = "Caught ValueError in DataLoader worker process"  # how torch begins the text of one
 DATA_SETTINGS = ("seed", "num_sources", "num_shards", "shard_names_crc32")
 
-# (raw sample, its random numbers; None: read in order, nothing is drawn) -> decoded sample; may raise BadSample
+# (raw sample, its random numbers; None: read in order, nothing drawn) -> decoded; may raise
+# BadSample
 Decode = Callable[[dict[str, Any], SampleDraws | None], dict[str, Any]]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set: its shards, how its samples are decoded, and its share (over the sum of all weights)."""
+    """One data set: its shards, how samples are decoded, its share (over the sum of weights)."""
 
     name: str
     shards: tuple[str, ...]
@@ -68,7 +68,7 @@ class NoUsableSample(ValueError):
 
 
 class Position(NamedTuple):
-    """Where a reader stands in a source: after `consumed` samples of `epoch`; the rest says where its block starts."""
+    """Where a reader stands in a source, and where the block starts that it is in."""
 
     epoch: int = 0
     consumed: int = 0  # samples of this reader, in the shuffled order, bad ones included
@@ -84,21 +84,21 @@ class Fault(NamedTuple):
     message: str
 
 
-# ---------------------------------------------------------------------------------------------------------- stream
+# ------------------------------------------------------------------------------------------- stream
 
 
 @dataclass(eq=False)
 class ShardStream(IterableDataset):
-    """An endless, seeded, resumable stream of batches; what one rank reads, split among its dataloader workers.
+    """An endless, seeded, resumable stream of batches: what one rank reads, split among workers.
 
     sources: a sample for which `decode` raises BadSample is skipped and counted.
-    collate: list of decoded samples -> batch dict, to which the stream adds "skipped": {reason: count} since the last
-        batch of this reader.
-    shuffle_buffer: raw samples per block, which is held in memory by each worker and permuted; up to 1 is in order.
-    max_bad_share: see data.bad_samples.
+    collate: decoded samples -> batch, to which the stream adds "skipped": {reason: count} since the
+        last batch of this reader.
+    shuffle_buffer: raw samples per block, which each worker holds in memory and permutes; up to 1
+        is in order.
 
-    Batches continue across epochs, so all have batch_size samples. ValueError while iterating: an epoch of a source
-    in which this reader finds no usable sample, or too many bad ones.
+    Batches continue across epochs, so all have batch_size samples. ValueError while iterating: an
+    epoch of a source in which this reader finds no usable sample, or too many bad ones.
     """
 
     sources: Sequence[Source]
@@ -130,14 +130,15 @@ class ShardStream(IterableDataset):
         self._resumed = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # not a generator itself: the state asked for before the first batch must already be the right one
+        # not a generator itself: the state asked for before the first batch must already be the
+        # right one
         if not self._resumed:
             self._start_over()
         self._resumed = False
         return self._batches(self._drawn, self._positions)
 
     def settings(self, num_workers: int) -> dict[str, Any]:
-        """What decides the order, except the weights: another mixture continues where each source stands.
+        """What decides the order, except weights: another mixture continues where each source is.
 
         The shards' names count, not their folder: the data may be moved.
         """
@@ -154,7 +155,7 @@ class ShardStream(IterableDataset):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out, and the settings under which it means anything."""
+        """The position after the last batch handed out, and the settings that it is good for."""
         positions = [position._asdict() for position in self._positions]
         return {"drawn": self._drawn, "positions": positions, **self._reader_settings()}
 
@@ -170,10 +171,11 @@ class ShardStream(IterableDataset):
         self._resumed = True
 
     def start_next_epoch(self, states: Sequence[Any]) -> list[int]:
-        """Begin each source at the epoch after the last one that a reader of these loader states has begun.
+        """Begin each source at the epoch after the last one that these states have begun.
 
-        For another number of readers or another batch size, which would cut an epoch in other parts: the rest of the
-        epoch is left out, and no sample is seen twice in one. Returns the epochs.
+        For another number of readers or another batch size, which would cut an epoch in other
+        parts: the rest of the epoch is left out, and no sample is seen twice in one. Returns the
+        epochs.
 
         Raises:
             ValueError: states of other data.
@@ -264,21 +266,21 @@ class SourceReader:
             lost_epochs = lost_epochs + 1 if kinds == {Fault} else 0
             if not usable and lost_epochs in (0, LOST_EPOCHS):
                 raise ValueError(
-                    f"reader {self.reader} of {self.readers} found no usable sample in epoch {epoch}: "
-                    f"{len(self.source.shards)} shards from {self.source.shards[0]} on, "
+                    f"reader {self.reader} of {self.readers} found no usable sample in epoch "
+                    f"{epoch}: {len(self.source.shards)} shards from {self.source.shards[0]} on, "
                     f"{self.counter.describe()}; there must be at least one sample for each of the "
                     "num_processes x num_workers readers"
                 )
             start = Position(epoch=epoch + 1)
 
     def _order_seed(self) -> int:
-        """Samples draw by the run's seed; the order is another in each source, though some may be made alike."""
+        """The order is another in each source, though some may be made alike."""
         if self.index == 0:
             return self.seed
         return int(np.random.SeedSequence((self.seed, self.index, 3)).generate_state(1)[0])
 
     def _read_epoch(self, position: Position) -> Iterator[tuple[dict[str, Any] | Fault, Position]]:
-        """(raw sample, position after it) from `position` to the end of its epoch, shuffled in blocks."""
+        """(raw sample, position after it) to the end of the epoch, shuffled in blocks."""
         epoch, consumed, *start = position
         block_size = max(self.shuffle_buffer, 1)
         shards = self._read_shards(epoch, *start)
@@ -361,7 +363,7 @@ def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> Non
         raise ValueError(f"the saved data position does not fit this run: {'; '.join(changed)}")
 
 
-# --------------------------------------------------------------------------------------------------------- in order
+# ----------------------------------------------------------------------------------------- in order
 
 
 def read_batches(
@@ -371,7 +373,7 @@ def read_batches(
     max_bad_share: float,
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One pass over all sources and shards in order, in this process, with nothing drawn: `decode` gets None for it.
+    """One pass over all shards in order, in this process, with nothing drawn: `decode` gets None.
 
     At most `limit` usable samples; batches are those of ShardStream, the last one may be short.
 
@@ -404,11 +406,11 @@ def read_batches(
         yield {**collate(batch), "skipped": counter.take_skipped()}
 
 
-# ---------------------------------------------------------------------------------------------------------- loader
+# ------------------------------------------------------------------------------------------- loader
 
 
 class ShardLoader(StatefulDataLoader):
-    """StatefulDataLoader that refuses a state of other settings at once, and whose workers' errors read as our own."""
+    """StatefulDataLoader that refuses a state of other settings and has short errors."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return _with_short_errors(super().__iter__())
@@ -436,7 +438,7 @@ def _stream_states(state: Any) -> Iterator[dict[str, Any]]:
 
 
 def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same batches; torch puts a worker's traceback into the text of its error, here only its message is."""
+    """The same batches; torch puts a worker's traceback into the message of its error."""
     try:
         yield from batches
     except ValueError as error:
@@ -447,19 +449,22 @@ def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, 
 
 
 def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False) -> ShardLoader:
-    """The stream behind worker processes (0: in this process), one torch thread each (torchdata sets that).
+    """The stream behind worker processes (0: in this process), one torch thread each.
 
-    One iter() serves the whole run; a second one starts again at epoch 0, or at a state that was loaded in between.
-    state_dict() is the position after the last batch handed out, whatever the workers have prefetched; a small dict
-    of numbers, per rank. Do not pass the loader to accelerator.prepare: the stream splits by rank itself.
+    One iter() serves the whole run; a second one starts again at epoch 0, or at a state that was
+    loaded in between. state_dict() is the position after the last batch handed out, whatever the
+    workers have prefetched; a small dict of numbers, per rank. Do not pass the loader to
+    accelerator.prepare: the stream splits by rank itself.
 
     Raises:
         ValueError: the first URL of a source cannot be read.
     """
     if num_workers < 0:
         raise ValueError(f"num_workers: given {num_workers}, expected processes >= 0")
-    for source in stream.sources:
-        check_first_remote(source.shards)
+    for source in stream.sources:  # a wrong host, key or name fails before any worker starts
+        for url in [path for path in source.shards if is_remote(path)][:1]:
+            with open_shard(url) as file:
+                file.read(1)
     with warnings.catch_warnings():
         # torchdata 0.11 on newer torch
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")

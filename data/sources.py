@@ -1,9 +1,9 @@
-"""Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in an order that depends on them only.
+"""Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in their own order.
 
-A source is a generator of data.entries.Entry, registered with its command-line arguments: a new one is one more
-function here, and a sub-command of scripts/make_shards.py by that. Its parameters are the arguments' names, and
-`workers`, the number of processes, if it wants to know it. Its first entry comes after everything that can be checked
-at once.
+A source is a generator of data.entries.Entry, registered with its command-line arguments: a new one
+is one more function here, and a sub-command of scripts/make_shards.py by that. Its parameters are
+the arguments' names, and `workers`, the number of processes, if it wants to know it. Its first
+entry comes after everything that can be checked at once.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet", ".jsonl")
 MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more means a quote that never closes
 
 
-# -------------------------------------------------------------------------------------------------------- registry
+# ----------------------------------------------------------------------------------------- registry
 
 
 Arguments = tuple[tuple[str, ...], dict[str, Any]]  # of argparse's add_argument
@@ -69,7 +69,7 @@ CAPTION_KEYS = argument(
     nargs="+",
     default=["json:captions", "txt", "json:caption"],
     metavar="KEY",
-    help="where captions lie, the first that has any: an extension, or json:FIELD (a string or a list)",
+    help="where captions lie, tried in order: an extension, or json:FIELD (a string or a list)",
 )
 FILE = argument("file", type=os.path.normpath, metavar="FILE")
 IMAGES = argument(
@@ -77,7 +77,7 @@ IMAGES = argument(
 )
 
 
-# --------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 @source(
@@ -87,7 +87,7 @@ IMAGES = argument(
     CAPTION_KEYS,
 )
 def folder_entries(folder: str) -> Iterator[Entry]:
-    """Images of a folder and its sub-folders, by name; captions are in same-named .txt or .json files. No hidden files.
+    """Images of a folder and its sub-folders, by name, no hidden ones; captions lie beside them.
 
     Raises:
         ValueError: no image in it.
@@ -106,7 +106,7 @@ def folder_entries(folder: str) -> Iterator[Entry]:
 
 
 def _files(root: str) -> Iterator[str]:
-    """Paths below root, relative to it, sorted folder by folder; links to folders are followed once."""
+    """Paths below root, relative to it, sorted folder by folder; links are followed once."""
     visited = set()
 
     def fail(error: OSError) -> None:
@@ -124,7 +124,7 @@ def _files(root: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-# ---------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 @source(
@@ -144,10 +144,11 @@ def table_entries(
 ) -> Iterator[Entry]:
     """Rows of tables; the columns beside path and caption become metadata.
 
-    images: folder that relative paths start from, default: that of the table. A caption may be a list of captions.
+    images: folder that relative paths start from, default: that of the table. A caption may be a
+    list of captions.
 
-    Raises:
-        ValueError: a file that is missing, of another kind or broken, a column that is not there, no row at all.
+    Raises: ValueError: a file that is missing, of another kind or broken, a column that is not
+        there, no row at all.
     """
     found = False
     for table in tables:
@@ -234,7 +235,7 @@ def _open_parquet(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
     return columns, (row for batch in batches for row in batch.to_pylist())
 
 
-# ------------------------------------------------------------------------------------------------ known data sets
+# ---------------------------------------------------------------------------------- known data sets
 
 
 @source("coco", "captions_*.json of COCO, with all captions of an image", FILE, IMAGES)
@@ -264,10 +265,10 @@ def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
     ),
 )
 def karpathy_entries(file: str, images: str | None, split: str, restval: bool) -> Iterator[Entry]:
-    """Karpathy's split json (dataset_coco.json, also those of Flickr): one split with all captions of each image.
+    """One of Karpathy's splits (dataset_coco.json, also of Flickr), all captions of each image.
 
-    images: folder that holds train2014 and val2014. restval: the 30,504 validation images in neither val nor test
-    count as "train".
+    images: folder that holds train2014 and val2014. restval: the 30,504 validation images in
+    neither val nor test count as "train".
 
     Raises:
         ValueError: a split that the file does not have.
@@ -300,7 +301,7 @@ def mjhq_entries(file: str, images: str | None) -> Iterator[Entry]:
 def _entry(
     file: str, images: str | None, path: str, captions: list[str], metadata: dict[str, Any]
 ) -> Entry:
-    """An image of a data set's file; images: the folder where paths start, None: that of the file."""
+    """An image that a file names; images: the folder where paths start, None: that of the file."""
     root = os.path.dirname(file) if images is None else images
     return Entry(path_key(path), os.path.join(root, path), captions=captions, metadata=metadata)
 
@@ -335,7 +336,7 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
     return content
 
 
-# ------------------------------------------------------------------------------------------------------------ tars
+# --------------------------------------------------------------------------------------------- tars
 
 
 @source(

@@ -1,7 +1,8 @@
-"""Where shards lie: any place that fsspec knows, each opened as a file of plain tar bytes that is read forwards.
+"""Where shards lie: any place that fsspec knows, opened as files of plain tar bytes.
 
     /data/x-000.tar, x-000.tar.gz    local; what is compressed is unpacked while reading
-    https://host/x-000.tar.gz        a web server; s3://, gs://, hf:// where s3fs, gcsfs, huggingface_hub are installed
+    https://host/x-000.tar.gz        a web server
+    s3://, gs://, hf://, ...         where s3fs, gcsfs, huggingface_hub, ... are installed
 
 Nothing is kept on disk.
 """
@@ -11,7 +12,7 @@ import io
 import lzma
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -51,18 +52,6 @@ def is_remote(path: str) -> bool:
     return True
 
 
-def check_first_remote(paths: Sequence[str]) -> None:
-    """Read a byte of the first URL: a wrong host, key or name then fails before the training starts.
-
-    Raises:
-        ShardError: it cannot be read.
-    """
-    for path in filter(is_remote, paths):
-        with open_shard(path) as file:
-            file.read(1)
-        return
-
-
 @contextmanager
 def open_shard(path: str) -> Iterator[BinaryIO]:
     """A shard as a binary file with read and forward seek.
@@ -92,10 +81,11 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file of an fsspec file system. A read that fails is tried again from the byte where the last one ended.
+    """A file of fsspec. A read that fails is tried again from the byte where the last one ended.
 
-    After a failure requests are an eighth as long, so that connections that always break early still make progress.
-    Reads raise OSError if the file is not there, is refused, or gives no byte in TRIES tries.
+    After a failure requests are an eighth as long, so that connections that always break early
+    still make progress. Reads raise OSError if the file is not there, is refused, or gives no byte
+    in TRIES tries.
     """
 
     def __init__(self, path: str):

@@ -1,13 +1,13 @@
 """Tar shards (webdataset layout): how they are named, written and read.
 
-A sample is a run of consecutive tar members with one key: `{key}.{ext}`, the key ending at the first dot of the
-file name. Raw samples are {"__key__": key, ext: bytes}. Plain local tars are written, by `webdataset`; whatever
-data/storage.py opens is read, by `tarfile`, from any sample on: webdataset's readers only start at the beginning.
+A sample is a run of consecutive tar members with one key: `{key}.{ext}`, the key ending at the
+first dot of the file name. Raw samples are {"__key__": key, ext: bytes}. Plain local tars are
+written, by `webdataset`; whatever data/storage.py opens is read, by `tarfile`, from any sample on:
+webdataset's readers only start at the beginning.
 """
 
 import difflib
 import glob
-import io
 import os
 import re
 import tarfile
@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from braceexpand import braceexpand
 from webdataset import TarWriter
 
@@ -25,16 +24,16 @@ from data.storage import READ_BUFFER, ShardError, is_remote, open_shard
 # what tarfile raises on hostile bytes; what a storage raises is none of them
 PARSER_ERRORS = (tarfile.TarError, ArithmeticError, LookupError, RecursionError, ValueError)
 
-# ---------------------------------------------------------------------------------------------------------- naming
+# ------------------------------------------------------------------------------------------- naming
 
 
 def expand_shards(patterns: Sequence[str]) -> list[str]:
-    """Paths, `~`, brace patterns (`x-{000..010}.tar`, `{a,b}.tar`) and globs -> paths, sorted inside each pattern.
+    """Paths, `~`, braces (`x-{000..010}.tar`, `{a,b}.tar`), globs -> paths, sorted in each pattern.
 
     URLs have braces only, and nothing is looked up.
 
-    Raises:
-        ValueError: a pattern that matches nothing or names a missing file, or a shard that two patterns name.
+    Raises: ValueError: a pattern that matches nothing or names a missing file, or a shard that two
+        patterns name.
     """
     if isinstance(patterns, str):
         raise ValueError(f"shards must be a list of patterns, given the single string {patterns!r}")
@@ -67,7 +66,7 @@ def _expand_pattern(pattern: str) -> Iterator[str]:
 
 
 def _explain_missing(path: str) -> str:
-    """What is there instead of `path`: the nearest names in its folder, or in the nearest one that exists."""
+    """What is there instead of `path`: the nearest names in the nearest folder that exists."""
     if os.path.isdir(path):
         return f"names the folder {path}: expected files, for example {os.path.join(path, '*.tar')}"
     wanted = Path(path).absolute()
@@ -79,14 +78,15 @@ def _explain_missing(path: str) -> str:
     return f"{verb}; nearest in {wanted.parent}: {', '.join(near) or 'nothing'}"
 
 
-# --------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write_shard(path: str | Path, samples: Iterable[Mapping[str, Any]]) -> int:
-    """Write samples {"__key__": key, ext: value} to one tar, members in the given order; returns the sample count.
+    """Write samples {"__key__": key, ext: value} to one tar, in order; returns how many.
 
-    A value is bytes, str (stored as UTF-8), np.ndarray (as .npy) or, under "json", what JSON can hold. The same
-    samples give the same bytes (times and owners are 0). The file appears whole or not at all.
+    A value is bytes, str (stored as UTF-8), np.ndarray (as .npy) or, under "json", what JSON can
+    hold. The same samples give the same bytes (times and owners are 0). The file appears whole or
+    not at all.
 
     Raises:
         ValueError: a bad key or extension, or a key that occurs twice.
@@ -97,7 +97,7 @@ def write_shard(path: str | Path, samples: Iterable[Mapping[str, Any]]) -> int:
         TarWriter(file, user="", group="", mode=0o644, mtime=0) as tar,
     ):
         for sample in samples:
-            key, parts = _checked(sample)
+            parts, key = _parts(sample), sample["__key__"]
             if key in seen:
                 raise ValueError(f"sample key {key!r} occurs twice in one shard")
             seen.add(key)
@@ -107,27 +107,23 @@ def write_shard(path: str | Path, samples: Iterable[Mapping[str, Any]]) -> int:
     return len(seen)
 
 
-def _checked(sample: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Key and parts of a sample that readers can tell apart from its neighbours."""
+def _parts(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """{extension: value} of a sample that readers can tell apart from its neighbours."""
     key = sample.get("__key__")
     if not isinstance(key, str) or not re.fullmatch(r"(.*/)?[^./]+", key):
         raise ValueError(f"sample key {key!r}: expected a string without a dot in its last part")
     parts = {name: value for name, value in sample.items() if not name.startswith("__")}
     if not parts:
         raise ValueError(f"sample {key!r} has no parts beside its key")
-    for extension, value in parts.items():
+    for extension in parts:
         if extension != extension.lower() or "/" in extension or not extension:
             raise ValueError(
-                f"sample {key!r}: extension {extension!r} must be lower case, without a slash"
+                f"sample {key!r}: extension {extension!r}: expected lower case, no slash"
             )
-        if isinstance(value, np.ndarray):
-            buffer = io.BytesIO()
-            np.save(buffer, value, allow_pickle=False)
-            parts[extension] = buffer.getvalue()
-    return key, parts
+    return parts
 
 
-# --------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_shard(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -150,11 +146,12 @@ def scan_shard(
 ) -> Iterator[tuple[dict[str, Any] | None, int]]:
     """(sample, byte offset of the next one) for every sample from byte `offset` on.
 
-    The samples count up from `ordinal`; one with ordinal % readers != reader comes as None, its bytes unread.
+    The samples count up from `ordinal`; one with ordinal % readers != reader comes as None, its
+    bytes unread.
 
     Raises:
-        ShardError: the tar breaks off, or cannot be read. The sample before the break is then not given, as it may
-            lack members, whether its bytes were to be read or not.
+        ShardError: the tar breaks off, or cannot be read. The sample before the break is then not
+            given, as it may lack members, whether its bytes were to be read or not.
     """
     with open_shard(path) as file:
         for _, sample, end in scan_file(file, path, offset, ordinal, reader, readers):
@@ -198,7 +195,7 @@ def scan_file(
 
 
 def _members(file: BinaryIO, path: str, offset: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """(member, byte of the next header) of a tar from byte `offset` on; the file stands at the member's data."""
+    """(member, byte of the next header) from byte `offset` on; the file stands at its data."""
     file.seek(offset)
     try:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
@@ -207,7 +204,8 @@ def _members(file: BinaryIO, path: str, offset: int) -> Iterator[tuple[tarfile.T
             if member.size < 0:
                 raise tarfile.ReadError("a negative size")
             yield member, tar.offset
-        # tarfile takes a tar that breaks off for a complete one: without a last header of zeros it is none
+        # tarfile takes a tar that breaks off for a complete one: without a last header of zeros it
+        # is none
         offset = tar.offset
         file.seek(offset)
         end = file.read(tarfile.BLOCKSIZE)

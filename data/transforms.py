@@ -1,11 +1,12 @@
-"""Bytes -> RGB image -> square crop. Images leave as uint8 in [0, 255], 3 x size x size; the trainer divides by 255.
+"""Bytes -> RGB image -> square crop: uint8 in [0, 255], 3 x size x size; training divides by 255.
 
 Resizing is bicubic with antialiasing, in two ways:
-exact  the whole image is decoded and Pillow resizes: the very pixels of torchvision's Resize(size) + crop of a Pillow
-       image, by which published reconstruction numbers are measured.
-fast   JPEGs far larger than the crop are decoded at 1/2, 1/4 or 1/8 of their size, which saves most of the inverse DCT,
-       and torch resizes (AVX2). Photos of 900-1300 px at 256 px: 0.3/255 from exact on average, dense noise 0.9/255;
-       without the smaller decoding 0.003/255. Enlarging is exact.
+exact  the whole image is decoded and Pillow resizes: the very pixels of torchvision's Resize + crop
+       of a Pillow image, by which published reconstruction numbers are measured.
+fast   JPEGs far larger than the crop are decoded at 1/2, 1/4 or 1/8 of their size, which saves most
+       of the inverse DCT, and torch resizes (AVX2). Photos of 900-1300 px at 256 px: 0.3/255 from
+       exact on average, dense noise 0.9/255; without the smaller decoding 0.003/255. Enlarging is
+       exact.
 """
 
 import io
@@ -18,8 +19,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from data.bad_samples import BadSample
-from data.draws import SampleDraws
+from data.samples import BadSample, SampleDraws
 
 Resize = Literal["fast", "exact"]
 
@@ -28,11 +28,11 @@ MAX_PIXELS = 1 << 26  # 8192 x 8192; above it a file is taken for a decompressio
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif")
 # named, because Pillow would otherwise also try formats that run other programs (EPS: ghostscript)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
-# fast: the shorter side keeps so many times the crop's size. Less would alias: what is then still to be resized away
-# must lie below the frequencies that the smaller decoding cuts off.
+# fast: the shorter side keeps so many times the crop's size. Less would alias: what is then still
+# to be resized away must lie below the frequencies that the smaller decoding cuts off.
 SPARE = 1.5
-# longer / shorter side; up to it, what the crop leaves out is resized with it: a 1 x 10,000 strip would become a
-# 256 x 2,560,000 image
+# longer / shorter side; up to it, what the crop leaves out is resized with it: a 1 x 10,000 strip
+# would become a 256 x 2,560,000 image
 MAX_WHOLE_RATIO = 4
 # without AVX2, torch takes twice as long as Pillow
 TORCH_IS_FASTER = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -48,26 +48,27 @@ TURNS = {
 
 
 class Picture(NamedTuple):
-    """RGB image and its width and height in pixels, fractional if it has been decoded smaller: 1001 / 2 = 500.5."""
+    """RGB image, and its size in pixels: fractional if decoded smaller, 1001 / 2 = 500.5."""
 
     image: Image.Image
     width: float
     height: float
 
 
-# -------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 def decode_image(data: bytes, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
-    """Any image file -> RGB, upright by its EXIF orientation, transparency composited on `background` (0..255).
+    """Any image file -> RGB, upright by EXIF orientation, transparency on `background` (0..255).
 
-    16-bit grey is scaled to 8 bits; of an animation the first frame counts. BadSample: unreadable or over MAX_PIXELS.
+    16-bit grey is scaled to 8 bits; of an animation the first frame counts. BadSample: unreadable
+    or over MAX_PIXELS.
     """
     return load_picture(open_image(data), background).image
 
 
 def open_image(data: bytes) -> Image.Image:
-    """An image whose size is known and whose pixels are not yet decoded. BadSample: no image, or over MAX_PIXELS."""
+    """An image of known size, its pixels not yet decoded. BadSample: none, or over MAX_PIXELS."""
     with _errors_as_bad_samples():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
@@ -78,12 +79,14 @@ def open_image(data: bytes) -> Image.Image:
 def load_picture(image: Image.Image, background: Sequence[int], for_size: int = 0) -> Picture:
     """Decode what open_image gives; RGB as in decode_image. BadSample: unreadable.
 
-    for_size: a JPEG may be decoded smaller, if its shorter side keeps SPARE x for_size pixels. 0: whole.
+    for_size: a JPEG may be decoded smaller, if its shorter side keeps SPARE x for_size pixels. 0:
+    whole.
     """
     width, height = image.size
     with _errors_as_bad_samples():
         orientation = _orientation(image)
-        # a part of a pixel lies at the right or the bottom, and a turned image must have none: it would lie elsewhere
+        # a part of a pixel lies at the right or the bottom, and a turned image must have none: it
+        # would lie elsewhere
         if (
             for_size
             and image.format in ("JPEG", "MPO")
@@ -109,7 +112,7 @@ def _errors_as_bad_samples() -> Iterator[None]:
         raise
     except Image.DecompressionBombError:
         raise BadSample("image: too many pixels") from None
-    except Exception as error:  # Pillow's parsers raise a dozen types on hostile bytes; the type becomes the reason
+    except Exception as error:  # Pillow raises a dozen types on hostile bytes; they are the reason
         raise BadSample(f"image: unreadable ({type(error).__name__})") from None
 
 
@@ -134,7 +137,7 @@ def _to_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:
     return image.convert("RGB")
 
 
-# ---------------------------------------------------------------------------------------------------------- crops
+# -------------------------------------------------------------------------------------------- crops
 
 
 def train_crop(
@@ -185,7 +188,7 @@ def _crop(picture: Picture, size: int, left: int, top: int, resize: Resize) -> n
 
 
 def _resize_square(picture: Picture, size: int, left: int, top: int) -> Image.Image:
-    """Only the square is computed; up to 3/255 from exact, as Pillow may then resize the axes in another order."""
+    """Only the square; up to 3/255 from exact, as Pillow may resize the axes in another order."""
     width, height = _resized(picture, size)
     scale_x, scale_y = picture.width / width, picture.height / height
     right, bottom = (
@@ -200,7 +203,8 @@ def _crop_by_torch(picture: Picture, size: int, left: int, top: int) -> np.ndarr
     """Vector instructions on bytes; at most 1/255 from Pillow."""
     width, height = _resized(picture, size)
     pixels = torch.from_numpy(np.array(picture.image)).permute(2, 0, 1)[None]  # 1 x 3 x H x W
-    # The scale itself, as the decoded pixels may reach beyond the image; torch rounds the size down, hence the 1e-6
+    # The scale itself, as the decoded pixels may reach beyond the image; torch rounds the size
+    # down, hence the 1e-6
     scale = ((height + 1e-6) / picture.height, (width + 1e-6) / picture.width)
     resized = torch.nn.functional.interpolate(
         pixels, scale_factor=scale, mode="bicubic", antialias=True

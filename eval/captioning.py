@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from data.entries import Entry, clean_key
+from data.files import write_text
 from eval.images import ImageSet, image_name, iterate_images, list_images
 from modeling.pipeline import Captioner, SamplingConfig
-from training.files import write_text
 from training.pictures import caption_grid
 
 SHARD_ENDINGS = (".tar", ".tar.gz")

@@ -23,9 +23,9 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from configs.cli import exit_on_error
 from data.captions import check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json
+from data.files import check_writable, write_json
 from eval.caption_scores import PACKAGE, CaptionScorer
 from eval.images import (
     RULES,
@@ -43,11 +43,12 @@ from eval.programs import (
     package_version,
     start_processes,
 )
-from modeling.fingerprint import fingerprint
 from modeling.flow import check_guidance
+from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
-from training.files import check_writable, write_json
-from training.loading import captioning_run, load_captioner, load_newest
+from training.errors import exit_on_error
+from training.loading import load_newest
+from training.pipelines import captioning_run, load_captioner
 
 REPORT = "captions.json"
 NUM_EXAMPLES = 20

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from data.files import write_bytes, write_json
 from eval.feature_nets import Networks, WeightsFiles, load_networks
 from eval.features import extract_features, load_reference
 from eval.fid import FeatureSet
@@ -27,7 +28,6 @@ from eval.programs import describe_environment
 from eval.protocol import Caption, Protocol, captions_hash
 from eval.scores import Measured, compute_scores
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.files import write_bytes, write_json
 from training.pictures import caption_grid, save_png
 
 REPORT = "evaluation.json"

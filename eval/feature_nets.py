@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from eval.programs import INSTALL, describe_file
 from eval.protocol import Precision, Protocol
 from modeling.clip_weights import AbsentWeights, ClipConfig, clip_inputs, load_clip
-from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
+from modeling.layers import fingerprint
 from modeling.perceptual import VGG16_URL
 from modeling.published import PublishedWeights, file_sha256
 from modeling.text_encoder import TextEncoderConfig

@@ -22,7 +22,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from training.files import write_bytes
+from data.files import write_bytes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.files import write_text
+from data.files import write_text
 
 STYLE = """
 body { font: 14px sans-serif; margin: 16px; color: #222; background: #fff; }

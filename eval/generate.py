@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.entries import Entry, load_json
+from data.files import write_bytes, write_json
 from eval.protocol import Caption, Protocol, captions_hash
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.files import write_bytes, write_json
 from training.pictures import encode_png
 
 INPUTS = "inputs.json"

@@ -20,8 +20,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from configs.cli import exit_on_error
 from configs.load import load_dataclass
+from data.files import check_writable, write_json, write_text
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
 from eval.feature_nets import WeightsFiles
 from eval.images import Reading
@@ -34,13 +34,14 @@ from eval.programs import (
     start_processes,
 )
 from eval.protocol import Protocol, protocol_file, read_captions
-from modeling.fingerprint import fingerprint
 from modeling.flow import check_guidance
+from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE
-from training.files import check_writable, write_json, write_text
-from training.loading import flow_folder, load_newest, load_pipeline
+from training.errors import exit_on_error
+from training.loading import load_newest
+from training.pipelines import flow_folder, load_pipeline
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

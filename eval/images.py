@@ -16,10 +16,10 @@ from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.bad_samples import BadSample
 from data.captions import captions_of
 from data.entries import Entry, read_parts
-from data.readers import image_bytes
+from data.images import image_bytes
+from data.samples import BadSample
 from data.sources import folder_entries, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 

@@ -20,8 +20,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from configs.cli import exit_on_error
-from data.readers import ImageTextConfig
+from data.files import check_writable, write_json
+from data.images import ImageTextConfig
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.images import RULES, ImageSet, Reading, list_images
 from eval.programs import (
@@ -40,11 +40,11 @@ from eval.reconstruct import (
     load_reconstructor,
     measure_reconstructions,
 )
-from modeling.fingerprint import fingerprint
+from modeling.layers import fingerprint
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE, read_state
-from training.files import check_writable, write_json
+from training.errors import exit_on_error
 from training.loading import load_newest, read_section
 from training.pictures import caption_grid, pair_rows, save_png
 

@@ -22,18 +22,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.captions import CaptionConfig
-from data.readers import ImageTextConfig, image_reader
+from data.files import write_json
+from data.images import ImageTextConfig, image_reader
 from eval.features import number_groups
 from eval.fid import fit_gaussian, frechet_distance
 from eval.reconstruct import psnr
 from eval.scores import retrieval
-from modeling.fingerprint import fingerprint
+from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.files import write_json
-from training.loading import load_pipeline
+from training.errors import exit_on_error
 from training.pictures import caption_grid, pair_rows, save_png
+from training.pipelines import load_pipeline
 from training.ridge import Ridge, fit_ridge
 from training.stage import StageConfig
 
@@ -277,5 +278,4 @@ def save_pairs(samples: dict, images: Tensor, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(ReportStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(ReportStage, __doc__)))

@@ -77,79 +77,52 @@ class AbsentWeights(ValueError):
 
 
 def check_local_dir(config: ClipWeights) -> None:
-    """Refuse a local-dir: model whose folder is not there.
-
-    Raises:
-        AbsentWeights: naming the folder and how it is made.
-    """
+    """Refuse a local-dir: model whose folder is not there."""
     folder = Path(config.model.removeprefix("local-dir:"))
     if config.model.startswith("local-dir:") and not (folder / CONFIG_FILE).is_file():
         raise AbsentWeights(
-            f"{config.key}.model: {folder} holds no {CONFIG_FILE}; train one with "
-            "scripts/train_text_encoder.py (bash train_flowtok.sh does it first), or name an "
-            "open_clip model"
+            f"{config.key}.model: {folder} holds no {CONFIG_FILE}; scripts/train_text_encoder.py "
+            "trains one, or name an open_clip model"
         )
 
 
 def check_clip(config: ClipWeights) -> None:
-    """Refuse a CLIP that can't be loaded, or whose activation is not known.
-
-    Raises:
-        ValueError: unknown model or tag, missing file or folder, QuickGELU or not left open or
-            wrong.
-    """
+    """Refuse a CLIP that can't be loaded, or whose activation is wrong or not known."""
+    key, model, pretrained, tag = config.key, config.model, config.pretrained, config.tag
+    models = open_clip.list_models()
     check_local_dir(config)
-    if config.names_its_weights:
-        if config.exact_gelu:
+    if not config.names_its_weights:
+        if model not in models:
             raise ValueError(
-                f"{config.key}.exact_gelu: the config of {config.model} says its activation; "
-                "leave it out"
+                f"{key}.model: unknown open_clip model {model!r}; see open_clip.list_models()"
             )
-        return
-    if config.model not in open_clip.list_models():
-        raise ValueError(
-            f"{config.key}.model: unknown open_clip model {config.model!r}; see "
-            "open_clip.list_models()"
-        )
-    if not config.pretrained:
-        raise ValueError(
-            f"{config.key}.pretrained is empty: it needs weights (an open_clip tag or a file)"
-        )
-    if not config.tag and not Path(config.pretrained).is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
-        raise AbsentWeights(
-            f"{config.key}.pretrained={config.pretrained} is neither a file nor a tag of "
-            f"{config.model} (tags: {tags})"
-        )
-    check_activation(config)
-
-
-def check_activation(config: ClipWeights) -> None:
-    """Refuse an activation that is wrong (a tag knows) or not given (a file can't tell).
-
-    Raises:
-        ValueError: naming the keys to set.
-    """
-    twin = config.model + QUICK
-    has_twin = twin in open_clip.list_models()
-    if config.tag or not has_twin:
-        if config.exact_gelu:
-            raise ValueError(
-                f"{config.key}.exact_gelu is for a weights file of a model that exists with and "
-                f"without {QUICK}; {config.model} with pretrained {config.pretrained} says its "
-                "activation already: leave it out"
+        if not pretrained:
+            raise ValueError(f"{key}.pretrained is empty: name an open_clip tag or a file")
+        if not tag and not Path(pretrained).is_file():
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+            raise AbsentWeights(
+                f"{key}.pretrained={pretrained} is neither a file nor a tag of {model} (tags: "
+                f"{tags})"
             )
-        if has_twin and config.tag.get("quick_gelu", False):
-            raise ValueError(
-                f"{config.key}: the weights {config.pretrained} want QuickGELU, {config.model} has "
-                f"the exact GELU: set {config.key}.model={twin}"
-            )
-    elif not config.exact_gelu:
+
+    # The activation: a tag knows it; a file does not, and its model's name says it, or has a twin
+    twin = model + QUICK
+    has_twin = twin in models
+    if config.exact_gelu and (tag or not has_twin):
         raise ValueError(
-            f"{config.key}: {config.pretrained} does not say its activation, and {config.model} "
-            "exists with two. Weights of OpenAI, DFN or MetaCLIP: set "
-            f"{config.key}.model={twin}. Weights trained with the exact GELU (LAION, DataComp): "
-            f"set {config.key}.exact_gelu=true"
+            f"{key}.exact_gelu: {model} with pretrained={pretrained} says its activation: leave it "
+            "out"
+        )
+    if has_twin and tag.get("quick_gelu"):
+        raise ValueError(
+            f"{key}: the weights {pretrained} want QuickGELU, {model} has the exact GELU: set "
+            f"{key}.model={twin}"
+        )
+    if has_twin and not tag and not config.exact_gelu:
+        raise ValueError(
+            f"{key}: {pretrained} does not say its activation, and {model} exists with two. "
+            f"Weights of OpenAI, DFN or MetaCLIP: set {key}.model={twin}. Weights trained with the "
+            f"exact GELU (LAION, DataComp): set {key}.exact_gelu=true"
         )
 
 
@@ -170,7 +143,7 @@ def load_clip(config: ClipWeights, download: bool = True) -> nn.Module:
     try:
         clip = open_clip.create_model(config.model, weights, require_pretrained=True)
     except Exception as error:  # open_clip, the hub, torch, pickle, safetensors have own types
-        raise cannot_load(config, " ".join(str(error).split())[:300]) from error
+        raise cannot_load(config, shorten(error)) from error
     return clip.eval().requires_grad_(False)
 
 
@@ -179,10 +152,6 @@ def find_weights(config: ClipWeights, download: bool) -> str:
 
     A cached file is used without asking the hub, and one request tells whether the hub answers:
     without network, huggingface_hub on its own retries for three quarters of a minute.
-
-    Raises:
-        AbsentWeights: nothing is cached, and the hub does not answer or is not to be asked.
-        ValueError: a TorchScript file.
     """
     tag = config.tag
     if not tag and is_torchscript(config.pretrained):
@@ -214,6 +183,11 @@ def find_weights(config: ClipWeights, download: bool) -> str:
         reason = "HF_HUB_OFFLINE is set" if is_offline else f"{HUB} does not answer"
         raise cannot_load(config, f"{absent}, and {reason}", AbsentWeights) from error
     return config.pretrained
+
+
+def shorten(error: Exception) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def cannot_load(
@@ -248,16 +222,12 @@ def is_torchscript(path: str) -> bool:
 
 
 def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callable]:
-    """(PIL image -> 3 x S x S, captions -> token ids B x L), as the CLIP was trained with.
-
-    Raises:
-        ValueError: its tokenizer can't be had.
-    """
+    """(PIL image -> 3 x S x S, captions -> token ids B x L), as the CLIP was trained with."""
     preprocessing = PreprocessCfg(**merge_preprocess_dict(clip.visual.preprocess_cfg, config.tag))
     try:
         tokenize = open_clip.get_tokenizer(config.model)
     except Exception as error:  # of packages that other tokenizers than CLIP's need
-        raise cannot_load(config, f"its tokenizer: {' '.join(str(error).split())[:300]}") from error
+        raise cannot_load(config, f"its tokenizer: {shorten(error)}") from error
     return image_transform_v2(preprocessing, is_train=False), tokenize
 
 

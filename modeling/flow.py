@@ -45,11 +45,7 @@ class FlowConfig:
 
 
 def check_guidance(guidance: float, null_probability: float) -> None:
-    """Refuse guidance away from an unconditional flow that was never trained.
-
-    Raises:
-        ValueError: guidance is not 1 and null_probability is 0.
-    """
+    """Refuse guidance away from an unconditional flow that was never trained."""
     if guidance != 1 and not null_probability:
         raise ValueError(
             f"guidance {guidance:g} needs an unconditional flow; flow.null_probability=0 trains "

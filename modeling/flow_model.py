@@ -9,7 +9,7 @@ FlowConfig         path, times, direction, what is learned.
 source and network: the names that checkpoints have.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from modeling.flow import (
     target_velocity,
 )
 from modeling.flowtok import FlowTok, FlowTokConfig
-from modeling.text_projector import SourcePass, TextProjector, TextProjectorConfig
+from modeling.posterior import FlowPass, SourcePass
+from modeling.text_projector import TextProjector, TextProjectorConfig
 
 
 class Source(Protocol):
@@ -55,14 +56,6 @@ class VelocityNetwork(Protocol):
 
     def at_times(self, times: list[float], context: Tensor | None) -> VelocityBranches:
         """The network as sampling calls it."""
-
-
-class FlowPass(NamedTuple):
-    """Everything the losses of stage 3 need; a named tuple, so that DDP sees its tensors."""
-
-    velocity: Tensor  # B x K x C, predicted
-    target: Tensor  # B x K x C
-    source: SourcePass  # before any detaching
 
 
 class FlowModel(nn.Module):

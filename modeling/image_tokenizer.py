@@ -199,11 +199,7 @@ class ImageTokenizer(nn.Module):
         self.init_weights()
 
     def encode(self, images: Tensor) -> Posterior:
-        """Images B x 3 x R x R in [0, 1] -> posterior of B x K x C tokens.
-
-        Raises:
-            ValueError: the images have another size than the tokenizer's.
-        """
+        """Images B x 3 x R x R in [0, 1], of the tokenizer's size -> posterior, B x K x C."""
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(

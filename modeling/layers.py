@@ -4,6 +4,7 @@ Sources: RoPE as in TA-TiTok with RoPE (axial, row half first, adjacent channel 
 Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -19,11 +20,7 @@ FROM_TOKENIZER = {"derived": "the tokenizer's run"}
 
 
 def check_not_negative(config: Any, *names: str) -> None:
-    """Refuse negative fields of a config.
-
-    Raises:
-        ValueError: naming the field.
-    """
+    """Refuse negative fields of a config."""
     for name in names:
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
@@ -34,9 +31,6 @@ def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
 
     The first half of the channel pairs turns with the row, the second half with the column. Inside
     a half of size d: frequencies 10000^(-2i/d), i = 0..d/2-1, one per pair of adjacent channels.
-
-    Raises:
-        ValueError: head_dim is not a multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"axial RoPE needs a head size that is a multiple of 4, got {head_dim}")
@@ -140,3 +134,13 @@ def init_linear_(module: nn.Module, std: float | None = None) -> None:
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def fingerprint(module: nn.Module, salt: bytes = b"") -> str:
+    """Hash of names, shapes and values of a module's state. salt: what weights do not show."""
+    digest = hashlib.sha256(salt)
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeling.flow_model import FlowPass
 from modeling.layers import check_not_negative
-from modeling.text_projector import SourcePass, TextProjector
+from modeling.posterior import FlowPass, SourcePass
+from modeling.text_projector import TextProjector
 
 KLForm = Literal["gaussian", "wall", "variance"]
 AlignmentForm = Literal["contrastive", "cosine_margin"]

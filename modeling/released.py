@@ -150,15 +150,9 @@ def convert_tokenizer(tensors: dict[str, Tensor]) -> Converted:
 
 
 def recognise(tensors: dict[str, Tensor]) -> str:
-    """Stage of the network that a file holds, by its tensors' names: flowtok or tokenizer.
-
-    Raises:
-        ValueError: no name is one of a released file.
-    """
-    hits = {
-        "flowtok": num_known(tensors, FLOW_NAMES),
-        "tokenizer": num_known(tensors, TOKENIZER_NAMES),
-    }
+    """Stage of the network that a file holds, by its tensors' names: flowtok or tokenizer."""
+    tables = {"flowtok": FLOW_NAMES, "tokenizer": TOKENIZER_NAMES}
+    hits = {stage: num_known(tensors, names) for stage, names in tables.items()}
     if not any(hits.values()):
         found = ", ".join(printable(name) for name in list(tensors)[:3])
         raise ValueError(f"it is no released flow or tokenizer file: it holds {found or 'nothing'}")
@@ -177,11 +171,12 @@ def is_known(name: str, released: set[str]) -> bool:
 
 def released_set(names: Names) -> set[str]:
     """All released names of a table."""
-    return {
-        one
-        for theirs in names.values()
-        for one in ((theirs,) if isinstance(theirs, str) else theirs)
-    }
+    return {one for theirs in names.values() for one in as_tuple(theirs)}
+
+
+def as_tuple(theirs: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One name as several."""
+    return (theirs,) if isinstance(theirs, str) else theirs
 
 
 def num_known(tensors: dict[str, Tensor], names: Names) -> int:
@@ -197,19 +192,14 @@ def released_names(name: str, names: Names) -> list[str]:
     if theirs is None:
         module, _, leaf = generic(name).rpartition(".")
         theirs, leaf = names[module], f".{leaf}"
-    theirs = (theirs,) if isinstance(theirs, str) else theirs
-    return [(one + leaf).replace(".N.", f".{number[1]}." if number else ".N.") for one in theirs]
+    block = f".{number[1]}." if number else ".N."
+    return [(one + leaf).replace(".N.", block) for one in as_tuple(theirs)]
 
 
 def match(
     ours: dict[str, Tensor], names: Names, tensors: dict[str, Tensor], tables: dict[str, Tensor]
 ) -> dict[str, list[str]]:
-    """Our names -> the file's tensors that hold them, all checked; `ours` gives names and shapes.
-
-    Raises:
-        ValueError: a tensor is missing, unknown or of another shape, or one of the fixed `tables`
-            has other values.
-    """
+    """Our names -> the tensors that hold them, all checked; `ours` gives names and shapes."""
     sources = {name: released_names(name, names) for name in ours}
     shapes = {name: table.shape for name, table in tables.items()}
     for name, theirs in sources.items():
@@ -230,25 +220,20 @@ def fill(
     for name, theirs in sources.items():
         parts = [tensors[one].detach().to(torch.float32) for one in theirs]
         filled[name] = (
-            torch.cat(parts) if len(parts) > 1 else parts[0].reshape(ours[name].shape).clone()
+            torch.cat(parts).reshape(ours[name].shape) if parts[0].ndim else parts[0].clone()
         )
     return filled
 
 
 def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, Any], optional: set[str]) -> None:
-    """Compare a file's tensors with what the network needs.
-
-    Raises:
-        ValueError: naming the first tensors that differ.
-    """
-    problems = [
-        f"{name} is {dimensions(tensors[name].shape)}, expected {dimensions(shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != tuple(shape)
-    ]
-    problems += [
-        f"{name} is missing" for name in shapes if name not in tensors and name not in optional
-    ]
+    """Refuse tensors that are not what the network needs; names the first."""
+    problems = []
+    for name, shape in shapes.items():
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape):
+            found = dimensions(tensors[name].shape)
+            problems.append(f"{name} is {found}, expected {dimensions(shape)}")
+    absent = [name for name in shapes if name not in tensors and name not in optional]
+    problems += [f"{name} is missing" for name in absent]
     problems += [f"{printable(name)} is unknown" for name in tensors if name not in shapes]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -256,11 +241,7 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, Any], optional: s
 
 
 def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
-    """Compare a file's fixed tables with ours, which are used; one of zeros was never filled.
-
-    Raises:
-        ValueError: naming a table of other values.
-    """
+    """Refuse fixed tables that differ from ours, which are used; one of zeros was never filled."""
     for name, table in tables.items():
         if name in tensors and tensors[name].any():
             found = tensors[name].detach()
@@ -275,22 +256,14 @@ def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
 
 def flow_size(tensors: dict[str, Tensor]) -> FlowTokConfig:
     """Width and depth of the velocity network in a flow file; no shape shows its heads: 1."""
-    places = (
-        ("x_embedder.weight", 0),
-        ("x_embedder.bias", 0),
-        ("final_layer.linear.weight", 1),
-        ("pos_embed", 2),
-    )
-    width = majority(sizes_at(tensors, *places), "x_embedder.weight")
+    places = {"x_embedder.weight": 0, "x_embedder.bias": 0, "final_layer.linear.weight": 1}
+    sizes = sizes_at(tensors, *places.items(), ("pos_embed", 2))
+    width = majority(sizes, "x_embedder.weight")
     return FlowTokConfig(width=width, depth=num_blocks(tensors, "blocks.", FLOW_NAMES), num_heads=1)
 
 
 def find_heads(flow: FlowTokConfig, num_heads: int | None) -> int:
-    """The heads of a flow: known for B, XL and H, else given.
-
-    Raises:
-        ValueError: neither, or both and different.
-    """
+    """The heads of a flow: known for B, XL and H, else given."""
     known = FLOW_HEADS.get((flow.width, flow.depth))
     size = f"width {flow.width} and depth {flow.depth}"
     if known is None and num_heads is None:
@@ -307,11 +280,7 @@ def find_heads(flow: FlowTokConfig, num_heads: int | None) -> int:
 
 
 def tokenizer_size(tensors: dict[str, Tensor]) -> ImageTokenizerConfig:
-    """Sizes of a tokenizer file; its RoPE tables are grid^2 x head size.
-
-    Raises:
-        ValueError: the patches are no square, or the head size does not divide the width.
-    """
+    """Sizes of a tokenizer file; its RoPE tables are grid^2 x head size."""
     rope = [ROPE.format(part, table) for part in ("encoder", "decoder") for table in ("cos", "sin")]
     num_patches = majority(sizes_at(tensors, *((name, 0) for name in rope)), rope[0])
     grid = math.isqrt(num_patches)
@@ -357,10 +326,9 @@ def sizes_at(tensors: dict[str, Tensor], *places: tuple[str, int]) -> list[int]:
 
 
 def majority(sizes: list[int], name: str) -> int:
-    """The most frequent size: a single tensor of a wrong shape is then the one that is found wrong.
+    """The most frequent size: a single tensor of a wrong shape is then the one found wrong.
 
-    Raises:
-        ValueError: there is none; `name` should have told it.
+    name: the tensor that is missing if there is no size.
     """
     sizes = [size for size in sizes if size]
     if not sizes:
@@ -369,11 +337,7 @@ def majority(sizes: list[int], name: str) -> int:
 
 
 def num_blocks(tensors: dict[str, Tensor], prefix: str, names: Names) -> int:
-    """Blocks under a prefix: the highest number of a tensor that a block has, plus 1.
-
-    Raises:
-        ValueError: none, or a number that so few tensors can't reach.
-    """
+    """Blocks under a prefix: the highest number of a tensor that a block has, plus 1."""
     released, highest = released_set(names), -1
     for name in tensors:
         number = re.match(re.escape(prefix) + r"(\d{1,9})\.", name)

@@ -74,11 +74,7 @@ def make_times(steps: int) -> list[float]:
 
 
 def check_solver(name: str, steps: int) -> None:
-    """Check the choice of a solver.
-
-    Raises:
-        ValueError: unknown name, or fewer than 1 step.
-    """
+    """Refuse an unknown solver, or fewer than 1 step."""
     if name not in SOLVERS:
         raise ValueError(f"unknown sampler {name!r}; valid: {', '.join(SOLVERS)}")
     if steps < 1:

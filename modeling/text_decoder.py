@@ -103,11 +103,7 @@ class TextDecoder(nn.Module):
         return int((counts[order[size:]] > 0).sum())
 
     def hidden(self, latents: Tensor) -> Tensor:
-        """z_T B x L x C -> B x L x W, in front of the head.
-
-        Raises:
-            ValueError: latents of another shape than the decoder was built for.
-        """
+        """z_T B x L x C -> B x L x W, in front of the head."""
         if latents.shape[1:] != self.shape:
             raise ValueError(
                 f"text latents are B x {tuple(latents.shape[1:])}, the decoder expects "

@@ -20,7 +20,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from modeling.clip_weights import ClipWeights, check_local_dir, load_clip
-from modeling.fingerprint import fingerprint
+from modeling.layers import fingerprint
 
 
 @dataclass
@@ -156,9 +156,5 @@ class ClipTextEncoder(nn.Module):
 
 
 def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Load the frozen text encoder, in float32.
-
-    Raises:
-        ValueError: see clip_weights.check_clip; or weights that can't be read or downloaded.
-    """
+    """Load the frozen text encoder, in float32; ValueError as clip_weights.load_clip."""
     return ClipTextEncoder(load_clip(config), TextTokenizer(config))

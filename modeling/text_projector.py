@@ -8,13 +8,13 @@ contrastive loss (paper, Sec. 3.3).
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from modeling.layers import FROM_TOKENIZER, Attention, check_not_negative, init_linear_
-from modeling.posterior import Posterior, split_moments
+from modeling.posterior import Posterior, SourcePass, split_moments
 
 WHITENING_FLOOR = 1e-3
 
@@ -63,16 +63,6 @@ class TextProjectorConfig:
         check_not_negative(self, "fixed_std")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-
-
-class SourcePass(NamedTuple):
-    """Where the flow starts, in training, and what losses need. Named, so that DDP sees tensors."""
-
-    latents: Tensor  # B x L x C
-    mean: Tensor  # B x L x C
-    logvar: Tensor  # B x L x C
-    alignment: Tensor  # B x L x C, target of the alignment
-    log_temperature: Tensor  # scalar
 
 
 class TextWhitening(nn.Module):
@@ -232,11 +222,7 @@ class TextProjector(nn.Module):
         return super().train(mode and not self.is_frozen)
 
     def posterior(self, text_states: Tensor) -> Posterior:
-        """Text states B x L x T -> posterior of B x L x C latents (float32).
-
-        Raises:
-            ValueError: the text states have another shape than the projector was built for.
-        """
+        """Text states B x L x T -> posterior of B x L x C latents (float32)."""
         expected = (self.config.text_tokens, self.config.text_width)
         if text_states.shape[1:] != expected:
             raise ValueError(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
+from data.files import write_json
 from eval.report import (
     ReportStage,
     choose_evenly,
@@ -27,8 +28,8 @@ from eval.report import (
 from modeling.flow import interpolate, target_velocity
 from modeling.losses import latent_statistics
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.files import write_json
-from training.loading import load_pipeline
+from training.errors import exit_on_error
+from training.pipelines import load_pipeline
 
 TIMES = tuple((i + 0.5) / 10 for i in range(10))  # middles of the bins of t
 DRAWS = 4  # images of a caption for the diversity
@@ -118,5 +119,4 @@ def diversity(
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(ReportStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(ReportStage, __doc__)))

@@ -254,8 +254,8 @@ def record_samples(runs: Path) -> dict:
     """Latents and images of two flows for each solver, the demo's captions of three held-out images."""
     import torch
 
-    from data.readers import ImageTextConfig, image_reader
-    from training.loading import load_captioner, load_pipeline
+    from data.images import ImageTextConfig, image_reader
+    from training.pipelines import load_captioner, load_pipeline
 
     torch.set_num_threads(1)
     captions = [
@@ -296,13 +296,8 @@ def record_data(runs: Path) -> dict:
     """Keys and contents of batches: images, an epoch of the demo's tokens, captions."""
     from data.captions import CaptionConfig
     from data.config import ReaderConfig
-    from data.readers import (
-        ImageTextConfig,
-        TokenTextConfig,
-        caption_reader,
-        image_reader,
-        token_reader,
-    )
+    from data.images import ImageTextConfig, image_reader
+    from data.readers import TokenTextConfig, caption_reader, token_reader
     from modeling.text_encoder import TextEncoderConfig, TextTokenizer
 
     clip = f"local-dir:{runs}/demo/text_encoder/clip"

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.cli import exit_on_error
+from data.files import check_writable, write_json
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
 from research.plots import save_lines
-from training.files import check_writable, write_json
-from training.loading import flow_folder, load_pipeline, read_run_config
+from training.errors import exit_on_error
+from training.loading import read_run_config
+from training.pipelines import flow_folder, load_pipeline
 
 REFERENCE = {"sampler": "midpoint", "steps": 1000}
 BASELINE_STEPS = 20  # of Euler, the paper's

@@ -31,11 +31,12 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.cli import exit_on_error
-from configs.load import load_config, read_yaml
+from configs.load import read_yaml
+from data.files import write_json, write_text
 from research.plots import save_dots
-from scripts.plan_costs import make_plan
-from training.files import write_json, write_text
+from scripts.plan import make_plan
+from scripts.workload import load_stage
+from training.errors import exit_on_error
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"
@@ -108,7 +109,7 @@ def load_sweep(path: Path) -> SweepConfig:
         raise ValueError(f"{path}: start_from={sweep.start_from} is no folder; train it first")
     for variant, overrides in sweep.variants.items():
         for stage in sweep.stages:
-            load_config(config_file(sweep, stage), own_overrides(sweep, stage, overrides))
+            load_stage(config_file(sweep, stage), own_overrides(sweep, stage, overrides))
             if stage in sweep.gflop:
                 budget_steps(sweep, stage, variant)
     return sweep
@@ -132,9 +133,9 @@ def own_overrides(sweep: SweepConfig, stage: str, overrides: list[str]) -> list[
 @cache
 def gflop_per_step(file: Path, overrides: tuple[str, ...]) -> float:
     """Training work of an optimiser step, without the text tower."""
-    plan = make_plan(str(file), list(overrides), "a100-80g", 1, 1.0)
+    plan = make_plan(file, overrides, num_gpus=1)
     per_sample = plan["gflop_per_sample"]
-    return (per_sample["total"] - per_sample.get("text_tower", 0.0)) * plan["run"]["batch_size"]
+    return (per_sample["total"] - per_sample["text_tower"]) * plan["run"]["batch_size"]
 
 
 def budget_steps(sweep: SweepConfig, stage: str, variant: str) -> int:
@@ -155,7 +156,7 @@ def budget_steps(sweep: SweepConfig, stage: str, variant: str) -> int:
 def command_of(sweep: SweepConfig, variant: str, seed: int, folder: Path) -> list[str]:
     """train_flowtok.sh with everything of a run."""
     command = ["bash", str(ROOT / "train_flowtok.sh"), sweep.experiment, f"experiment_dir={folder}"]
-    trained = [s for s in sweep.stages if hasattr(load_config(config_file(sweep, s)), "training")]
+    trained = [s for s in sweep.stages if hasattr(load_stage(config_file(sweep, s)), "training")]
     command += [f"{stage}.training.seed={seed}" for stage in trained]
     command += [
         f"{stage}.training.max_steps={budget_steps(sweep, stage, variant)}" for stage in sweep.gflop

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
+from data.files import write_json
 from eval.report import ReportStage, encode, encode_texts, read_all
 from eval.scores import retrieval
-from training.files import write_json
-from training.loading import load_pipeline
+from training.errors import exit_on_error
+from training.pipelines import load_pipeline
 from training.ridge import fit_ridge
 
 SHARES = (0.25, 0.5, 1.0)  # of the training captions
@@ -130,5 +131,4 @@ def mean_and_deviation(shares: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(ReportStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(ReportStage, __doc__)))

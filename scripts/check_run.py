@@ -24,13 +24,13 @@ from torch import Tensor
 # Run as a file, Python looks into scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.cli import exit_on_error, printable
+import training.checkpoint as ckpt
 from configs.load import one_line
 from data.tar import count_samples
-from training import checkpoint as ckpt
+from training.errors import exit_on_error, printable
 from training.metrics import step_of
 from training.run import CONFIG_FILE, read_saved
-from training.tokens_info import TOKENS_INFO_FILE, TokensInfo
+from training.tokens import TOKENS_INFO_FILE, TokensInfo
 
 METRICS_FILE = "metrics.jsonl"
 COLUMNS = ("run", "steps", "size", "checkpoints", "last loss")

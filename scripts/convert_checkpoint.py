@@ -29,13 +29,13 @@ from torch import Tensor
 # Run as a file, Python looks into scripts/ only
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.cli import exit_on_error
 from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
 from modeling.pipeline import SamplingConfig
 from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
 from modeling.text_encoder import TextEncoderConfig
 from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, flush
+from training.errors import exit_on_error
 from training.run import CONFIG_FILE
 
 # Keys under which a file may have its tensors, the averaged ones first

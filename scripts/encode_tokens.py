@@ -23,21 +23,23 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import exit_on_error, parse_stage_args
+from configs.load import parse_stage_args
 from data.encoding import build_encoding_loader, encoding_sources
-from data.readers import ImageTextConfig, TokenTextConfig, token_reader
+from data.files import write_json
+from data.images import ImageTextConfig
+from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import count_samples, write_shard
-from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer
+from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
-from training.files import write_json
+from training.errors import exit_on_error
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
 from training.run import start_accelerator
 from training.stage import StageConfig
 from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS
-from training.tokens_info import TOKENS_INFO_FILE, LatentStats, TokensInfo
+from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo
 
 SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
 COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
@@ -328,5 +330,4 @@ def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> Latent
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TokensStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TokensStage, __doc__)))

@@ -1,23 +1,24 @@
-"""Images with captions -> tar shards (webdataset layout), which every stage and `scripts.encode_tokens` read.
+"""Images with captions -> tar shards (webdataset layout), which the stages read.
 
-    python scripts/make_shards.py folder   photos                            --output shards/photos
-    python scripts/make_shards.py table    pairs.csv --caption-column text   --output shards/pairs
-    python scripts/make_shards.py coco     annotations/captions_train2017.json --images train2017 --output shards/coco
-    python scripts/make_shards.py karpathy dataset_coco.json --split test --images . --output shards/coco_test
-    python scripts/make_shards.py mjhq     meta_data.json --images mjhq30k   --output shards/mjhq
-    python scripts/make_shards.py shards   'laion/*.tar' --min-aesthetic-score 5 --output shards/laion
+    python scripts/make_shards.py folder photos --output shards/photos
+    python scripts/make_shards.py table pairs.csv --caption-column text --output shards/pairs
+    python scripts/make_shards.py coco captions_val2017.json --images val2017 --output shards/coco
+    python scripts/make_shards.py karpathy dataset_coco.json --split test --output shards/coco_test
+    python scripts/make_shards.py mjhq meta_data.json --images mjhq30k --output shards/mjhq
+    python scripts/make_shards.py shards 'laion/*.tar' --min-aesthetic-score 5 --output shards/laion
 
-A sample is {key}.jpg (or its own extension; the file's bytes as they are, unless --resize), {key}.txt (the first
-caption), {key}.json (the source's metadata and all "captions"), and what else a source tar has under its key. Keys are
-the source's names without dots. Shard i is made of the i-th --samples-per-shard samples of the shuffled source; those
-that are dropped leave it smaller. So the result depends neither on --workers nor on how often the run was stopped:
-the same command continues where it was. A Slurm array gives every part the same command, with
-`--shard-index $SLURM_ARRAY_TASK_ID --num-shards N`; the part that finishes last writes summary.json.
+A sample is {key}.jpg (or its own extension; the file's bytes as they are, unless --resize),
+{key}.txt (the first caption), {key}.json (the source's metadata and all "captions"), and what else
+a source tar has under its key. Keys are the source's names without dots. Shard i is made of the
+i-th --samples-per-shard samples of the shuffled source; those that are dropped leave it smaller. So
+the result depends neither on --workers nor on how often the run was stopped: the same command
+continues where it was. A Slurm array gives every part the same command, with `--shard-index
+$SLURM_ARRAY_TASK_ID --num-shards N`; the part that finishes last writes summary.json.
 
     OUTPUT/000000.tar ...   the shards; one without any sample left is not written
     OUTPUT/source.json      the settings; other settings need another folder
     OUTPUT/summary.json     samples read, kept and dropped by reason; samples of each shard
-    OUTPUT/progress/        index of the source, counts per shard; not needed once summary.json is there
+    OUTPUT/progress/        index of the source, counts per shard; of no use beside summary.json
 """
 
 import argparse
@@ -59,7 +60,7 @@ SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
 NOT_SETTINGS = ("output", "workers", "shard_index", "num_shards")
 
 
-# ---------------------------------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------------------ one run
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,8 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # the index last, as a sign that the others are there; of parts side by side all write the same
+        # the index last, as a sign that the others are there; of parts side by side all write the
+        # same
         with written_whole(path, part) as index:
             rows = build_index(progress_bar("finding", iterable=find_entries(args)), index)
             with written_whole(output / SOURCE_FILE, part) as file:
@@ -225,10 +227,10 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
 
 
 def find_duplicates(plan: Plan, workers: int) -> None:
-    """Fill plan.states: of several kept samples with the same image file, the first one of the source stays.
+    """Fill plan.states: of kept samples with the same image file, the first of the source stays.
 
-    The parts of an array share the work, each with its own shards first: what is there already is not done again, and
-    nobody waits for a part that has not started.
+    The parts of an array share the work, each with its own shards first: what is there already is
+    not done again, and nobody waits for a part that has not started.
     """
     parts = [(plan.part + shift) % plan.num_parts for shift in range(plan.num_parts)]
     shards = [shard for part in parts for shard in plan.shards_of(part)]
@@ -280,7 +282,7 @@ def report(plan: Plan, num_written: int) -> None:
         raise ValueError(f"none of the {read} samples was kept; dropped: {reasons}")
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from configs.cli import exit_on_error, printable
+from data.files import check_writable
 from eval.feature_nets import ABSENT, INCEPTION, InceptionFeatures
 from eval.features import check_features, describe_features, measure_reference
 from eval.fid import FeatureSet, frechet_distance
@@ -33,7 +33,7 @@ from eval.programs import (
     integer,
     start_processes,
 )
-from training.files import check_writable
+from training.errors import exit_on_error, printable
 
 TOLERANCE = (
     1e-3  # of the distance between a file and its images measured again, by the covariance's trace

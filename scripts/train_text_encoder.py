@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.cli import exit_on_error, parse_stage_args
-from data.readers import ImageTextConfig, image_reader
+from configs.load import parse_stage_args
+from data.images import ImageTextConfig, image_reader
 from modeling.clip_weights import build_clip, save_clip
 from modeling.losses import contrastive_loss
 from modeling.text_encoder import clip_tokenizer
 from training.checkpoint import latest_checkpoint
+from training.errors import exit_on_error
 from training.loading import load_ema
-from training.loop import batch_per_process, is_complete, train
+from training.loop import is_complete, train
 from training.optim import OptimizedNetwork, descend
 from training.run import Run, save_config, start_run
-from training.stage import TrainedStage
+from training.stage import TrainedStage, batch_per_process
 
 MAX_SHIFT = 4  # pixels; random shift of the images
 MAX_LOG_SCALE = 4.6  # of the contrastive logits, log(100) as in CLIP
@@ -176,5 +177,4 @@ def compute_losses(run: Run, model: nn.Module, batch: dict) -> dict[str, Tensor]
 
 
 if __name__ == "__main__":
-    stage = parse_stage_args(TextEncoderStage, __doc__)
-    exit_on_error(lambda: main(stage))
+    exit_on_error(lambda: main(parse_stage_args(TextEncoderStage, __doc__)))

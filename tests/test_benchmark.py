@@ -1,62 +1,85 @@
-"""scripts/benchmark.py: it measures what it says; the times themselves are not tested."""
+"""scripts/benchmark.py: what it measures and counts; the times themselves are not tested."""
 
 import json
 
 import pytest
-from tiny_experiment import Experiment
+import torch
+from tiny_experiment import Experiment, reset_accelerate
 
-from scripts import benchmark, benchmark_readers
+from scripts import benchmark
+from scripts.plan import measure_step
+from scripts.workload import read_stage
 
-
-def run(capsys, *words):
-    benchmark.main(benchmark.parse_args([*map(str, words)]))
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("stage", ["text_encoder", "tokenizer", "text_projector", "flowtok"])
-def test_the_reader_of_every_stage_that_trains_is_measured(chain, capsys, stage):
-    words = ["data", chain.config_file(stage), "--seconds", 0.1, "--consume", 400, "--json"]
-    result = json.loads(run(capsys, *words))
-    assert result["samples_per_second"] > 0 and result["megabytes_per_second"] > 0
-    assert result["batch_size"] == 8 and result["num_workers"] == 0
-    assert 0 < result["wait_share"] < 1
+WAYS = {
+    "train": {"train"},
+    "sample": {"text", "projector", "flow", "flow_of_one", "decode"},
+    "encode": {"encode", "text", "decode"},
+}
 
 
-def test_a_slow_consumer_waits_little_and_a_fast_one_long():
-    class Slow:
-        def __iter__(self):
-            import time
-
-            while True:
-                time.sleep(0.01)
-                yield {}
-
-    fast = benchmark.measure(Slow(), 0.3, consume=1e6, batch_size=10)
-    slow = benchmark.measure(Slow(), 0.3, consume=100, batch_size=10)
-    assert fast["wait_share"] > 0.9 > 0.5 > slow["wait_share"]
-    assert slow["samples_per_second"] < 100 < fast["samples_per_second"]
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(benchmark, "MM_SIZES", {"cpu": (16, 32)})
+    monkeypatch.setattr(benchmark, "MM_SECONDS", 0.001)
+    monkeypatch.setattr(benchmark, "PHOTOS", 32)
+    monkeypatch.setattr(benchmark, "TOKENS", 300)
+    yield
+    reset_accelerate()
 
 
-def test_a_small_tower_that_is_not_trained_yet_is_no_obstacle(tmp_path, tiny_shards, capsys):
-    experiment = Experiment(tmp_path, tiny_shards)
-    assert "samples/s with 0 workers" in run(
-        capsys, "data", experiment.config_file("tokenizer"), "--seconds", 0.1
-    )
+def measure(capsys, *words):
+    reset_accelerate()
+    benchmark.main(benchmark.parse_args([*words, "--seconds=0.01", "--rounds=2", "--json"]))
+    return json.loads(capsys.readouterr().out)["measures"]
 
 
-def test_a_stage_that_does_not_train_is_refused(chain):
-    with pytest.raises(ValueError, match="stage 'report' has no training reader"):
-        benchmark.main(benchmark.parse_args(["data", str(chain.config_file("report"))]))
+@pytest.mark.parametrize(
+    ("part", "stage", "overrides"),
+    [
+        ("train", "flowtok", []),
+        ("train", "text_projector", ["--text-tower"]),
+        ("train", "text_encoder", []),
+        ("train", "text_decoder", []),
+        ("train", "tokenizer", ["adversarial={weight: 0.1, start_step: 0}"]),
+        ("sample", "flowtok", []),
+        ("encode", "tokenizer", ["training.precision=bf16"]),
+    ],
+)
+def test_a_part_gives_rates_and_shares(tmp_path, capsys, part, stage, overrides):
+    file = Experiment(tmp_path, tmp_path / "nowhere").config_file(stage)
+    found = measure(capsys, part, f"--config={file}", "--batch-size=3", *overrides)
+    assert found.keys() == WAYS[part]
+    for row in found.values():
+        assert row["gflop_per_sample"] > 0
+        for name in ("samples_per_second", "share_of_mm"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
 
 
-def test_the_readers_are_compared_on_equal_work(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_readers, "CONTENTS", {"photo-like": 1.0})
-    monkeypatch.setattr(benchmark_readers, "SAMPLES", 300)
-    monkeypatch.setattr(benchmark_readers, "SAMPLES_PER_SHARD", 100)
-    images = benchmark_readers.compare_images(rounds=1, count=2)
-    assert images["photo-like"]["mean_difference_255ths"] < 1.5
-    monkeypatch.setattr(benchmark_readers, "compare_images", lambda: images)
-    output = run(capsys, "readers")
-    assert (
-        "photos, photo-like: " in output and "tokens: " in output and "times webdataset's" in output
-    )
+def test_a_step_counts_the_flops_of_the_plan_and_changes_weights_and_average(tmp_path, capsys):
+    file = Experiment(tmp_path, tmp_path / "nowhere").config_file("flowtok")
+    found = measure(capsys, "train", f"--config={file}", "--batch-size=4", "--text-tower")
+    planned = measure_step(read_stage(file), 1, 4).flops
+    assert found["train"]["gflop_per_sample"] == pytest.approx(planned / 1e9)
+
+
+def test_readers_read_made_up_shards(capsys):
+    assert measure(capsys, "readers").keys() == {"photos", "tokens"}
+
+
+def test_a_share_is_that_of_the_rate_beside_it(monkeypatch):
+    rates, times = iter([4e9, 1e9, 2e9]), iter([1.0, 4.0, 8.0])
+    monkeypatch.setattr(benchmark, "mm_rate", lambda device, dtype: next(rates))
+    monkeypatch.setattr(benchmark, "seconds_per_call", lambda call, device, seconds: next(times))
+    monkeypatch.setattr(benchmark, "count_flops", lambda call: 2e9)
+    way = benchmark.Way(lambda: None, samples=2)
+    row = benchmark.time_ways({"x": way}, torch.device("cpu"), "fp32", 1.0, rounds=3)["x"]
+    assert row["share_of_mm"] == {"median": 0.5, "low": 0.125, "high": 0.5}
+    assert row["samples_per_second"] == {"median": 0.5, "low": 0.25, "high": 2.0}
+    assert row["gflop_per_sample"] == 1.0
+
+
+@pytest.mark.parametrize("words", [["train", "--batch-size=0"], ["sample", "--rounds=0"], ["fly"]])
+def test_impossible_arguments_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(words)
+    assert words[-1].split("=")[0] in capsys.readouterr().err

@@ -1,13 +1,12 @@
-"""data/captions.py and data/draws.py: where captions lie, which is taken, how they are cleaned."""
+"""data/captions.py and data/samples.py: where captions lie, which is taken, how they are cleaned."""
 
 import json
 from collections import Counter
 
 import pytest
 
-from data.bad_samples import BadSample
 from data.captions import CaptionConfig, captions_of, clean_caption, metadata_of
-from data.draws import SampleDraws
+from data.samples import BadSample, SampleDraws
 
 DRAWS = ("crop_x", "crop_y", "flip", "recaption", "caption")
 

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from training import checkpoint as ckpt
-from training.ema import EMA
-from training.optim import OptimizerConfig, build_optimizer
+from training.optim import EMA, OptimizerConfig, build_optimizer
 
 
 def state_of(step, **inputs):

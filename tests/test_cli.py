@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import exit_on_error, parse_stage_args
-from configs.launchers import LAUNCHERS as KNOWN
-from configs.launchers import program_of
-from configs.load import load_config
+from configs.load import load_config, parse_stage_args
 from train_tokenizer import TokenizerStage
+from training.errors import LAUNCHERS as KNOWN
+from training.errors import exit_on_error, program_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
@@ -20,7 +19,7 @@ TOKENIZER = ROOT / "configs/demo/tokenizer.yaml"
 
 def parse(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-    return parse_stage_args(TokenizerStage, "What it does.")
+    return exit_on_error(lambda: parse_stage_args(TokenizerStage, "What it does."))
 
 
 def test_the_printed_config_loads_again(tmp_path, capsys, monkeypatch):
@@ -69,7 +68,7 @@ PROGRAM = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from configs.cli import exit_on_error
+from training.errors import exit_on_error
 
 rank, folder = int(os.environ.get("RANK", "0")), Path(__file__).parent
 def main():

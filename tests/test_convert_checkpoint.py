@@ -28,14 +28,8 @@ from modeling.released import convert, generic, rope_tables
 from modeling.text_encoder import TextEncoderConfig
 from scripts import convert_checkpoint
 from training.checkpoint import EMA_FILE, latest_checkpoint
-from training.loading import (
-    load_flow,
-    load_pipeline,
-    load_tokenizer,
-    read_run_config,
-    read_section,
-    text_encoder_config,
-)
+from training.loading import load_tokenizer, read_run_config, read_section, text_encoder_config
+from training.pipelines import load_flow, load_pipeline
 
 RELEASED = Path(__file__).parent / "released"
 FLOW, TOKENIZER = "flowtok_tiny", "flowtitok_small_64"

@@ -14,7 +14,7 @@ from test_resume import ROOT, contents, environment, program, start
 
 from data.tar import read_shard, write_shard
 from scripts import encode_tokens
-from training.tokens_info import TokensInfo
+from training.tokens import TokensInfo
 
 SMALL = ("store_text_states=false", "data.num_workers=0")
 
@@ -75,7 +75,7 @@ def test_the_report_says_how_long_the_network_waited_for_images(
 
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(encode_tokens, "time", clock)
-    monkeypatch.setattr("training.loop.time", clock)
+    monkeypatch.setattr("training.metrics.time", clock)
     monkeypatch.setattr(encode_tokens, "build_encoding_loader", slow_images)
     monkeypatch.setattr(encode_tokens.Encoder, "latents", encode_in_a_second)
     encode(chain, tmp_path, [captioned / "a.tar"], "batch_size=2")
@@ -195,8 +195,5 @@ def test_the_program_reports_a_bad_tokenizer_run_in_one_line(chain, tmp_path):
     words = program(chain, tmp_path, "tokens", f"tokenizer_run={chain.folder}/flowtok")
     process = start([sys.executable, "-m", "scripts.encode_tokens", *words])
     output, _ = process.communicate(timeout=120)
-    assert (
-        process.returncode == 2
-        and "is a run of stage 'flowtok', not of stage 'tokenizer'" in output
-    )
+    assert process.returncode == 2 and "is a run of stage 'flowtok'" in output
     assert environment()["PYTHONPATH"] == str(ROOT) and not (tmp_path / "tokens").exists()

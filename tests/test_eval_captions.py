@@ -15,7 +15,7 @@ from eval import caption_scores, captions
 from eval.caption_scores import NO_JAVA, PTB, SCORERS, SIMPLE, CaptionScorer, simple_tokens
 from eval.captioning import choose_images, list_pictures
 from modeling.pipeline import Captioner, join_punctuation
-from training.loading import load_captioner
+from training.pipelines import load_captioner
 
 CPU_DEVICE = torch.device("cpu")
 HAS_JAVA = caption_scores.shutil.which("java") is not None

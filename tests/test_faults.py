@@ -149,8 +149,10 @@ def test_a_file_size_limit_inside_a_checkpoint_ends_with_an_error_and_a_whole_on
 def test_a_log_that_cannot_be_written_ends_with_an_error_that_names_it(lab):
     running = lab.start()
     assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    os.kill(running.pid, signal.SIGSTOP)  # or it makes the file again in between
     (lab.run / "metrics.jsonl").unlink()
     (lab.run / "metrics.jsonl").mkdir()
+    os.kill(running.pid, signal.SIGCONT)
     check_error(running, "Is a directory", "metrics.jsonl")
     (lab.run / "metrics.jsonl").rmdir()
 
@@ -216,7 +218,7 @@ def test_a_data_worker_that_is_killed_ends_with_an_error_that_says_so_and_the_ru
     (worker,) = running.children()
     os.kill(worker, signal.SIGKILL)
     check_error(
-        running, f"a data worker (process {worker}) was killed (SIGKILL)", "when memory runs out"
+        running, f"a data worker (process {worker}) was killed (SIGKILL)", "if memory ran out"
     )
     check_goes_on(lab)
 
@@ -251,7 +253,7 @@ def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_er
     os.kill(worker, signal.SIGKILL)
     os.kill(running.pid, signal.SIGCONT)
     check_error(
-        running, f"a data worker (process {worker}) was killed (SIGKILL)", "when memory runs out"
+        running, f"a data worker (process {worker}) was killed (SIGKILL)", "if memory ran out"
     )
 
 
@@ -267,7 +269,7 @@ def test_a_data_worker_that_hangs_ends_with_an_error_after_the_time_limit_and_th
     os.kill(running.children()[0], signal.SIGSTOP)
     start = time.monotonic()
     check_error(
-        running, limit, "hangs", "waits in loop.py", "Run the same command again to continue"
+        running, limit, "hangs", "waits in metrics.py", "Run the same command again to continue"
     )
     assert 4 < time.monotonic() - start < 60
     check_goes_on(lab)

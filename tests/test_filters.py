@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.bad_samples import BadSample
 from data.filters import FilterConfig
+from data.samples import BadSample
 
 
 def reason_of(config, caption="a caption", metadata=None, size=None):

@@ -9,6 +9,7 @@ from modeling.flow import FlowConfig
 from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.losses import FlowLossConfig, ProjectorLossConfig, projector_losses, velocity_losses
+from modeling.posterior import SourcePass
 from modeling.text_projector import TextProjector, TextProjectorConfig
 
 B, K, C, T = 4, 5, 3, 16
@@ -140,7 +141,7 @@ class Noise(nn.Module):
     def forward(self, text_states, sample):
         noise = torch.randn(len(text_states), *self.shape)
         zeros = torch.zeros_like(noise)
-        return module.SourcePass(noise, zeros, zeros, zeros, zeros.sum())
+        return SourcePass(noise, zeros, zeros, zeros, zeros.sum())
 
     def context(self, text_states):
         return text_states

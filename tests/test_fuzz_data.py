@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.readers import ImageTextConfig, TokenTextConfig, image_reader, token_reader
+from data.images import ImageTextConfig, image_reader
+from data.readers import TokenTextConfig, token_reader
 from data.tar import write_shard
 
 K, C, PIXELS = 16, 4, 32

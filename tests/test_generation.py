@@ -34,7 +34,7 @@ from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from scripts import reference_stats
 from training.checkpoint import EMA_FILE, MODEL_FILE, checkpoint_folders
-from training.loading import load_pipeline
+from training.pipelines import load_pipeline
 
 FIDELITY = {
     "fid": "frechet_inception_distance",

@@ -8,25 +8,23 @@ import yaml
 from conftest import TINY_CLIP
 
 from modeling.clip_weights import build_clip, save_clip
-from modeling.fingerprint import fingerprint
 from modeling.flow import FlowConfig
 from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
+from modeling.layers import fingerprint
 from modeling.pipeline import SamplingConfig
 from modeling.text_decoder import TextAutoencoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjectorConfig
 from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, save_weights
-from training.loading import (
+from training.loading import find_text_encoder, load_tokenizer, text_encoder_config
+from training.pipelines import (
     direction_of,
-    find_text_encoder,
     load_captioner,
     load_flow,
     load_pipeline,
     load_projector,
-    load_tokenizer,
-    text_encoder_config,
 )
 
 CPU = torch.device("cpu")

@@ -28,7 +28,8 @@ from modeling.losses import (
     velocity_losses,
     weighted_terms,
 )
-from modeling.text_projector import SourcePass, TextProjector, TextProjectorConfig
+from modeling.posterior import FlowPass, SourcePass
+from modeling.text_projector import TextProjector, TextProjectorConfig
 
 B, L, C = 4, 5, 3
 LOG_TEMPERATURE = math.log(1 / 0.07)
@@ -286,7 +287,7 @@ def test_every_term_of_the_tables_has_a_weight_and_no_other_has():
 
 def test_the_velocity_loss_is_the_mean_squared_error_in_float32():
     velocity, target = torch.randn(2, B, L, C)
-    half = losses.FlowPass(velocity.bfloat16(), target, source_pass()[0])
+    half = FlowPass(velocity.bfloat16(), target, source_pass()[0])
     found = velocity_losses(FlowLossConfig(), half)["flow_matching"]
     torch.testing.assert_close(found, ((velocity.bfloat16().float() - target) ** 2).mean())
 

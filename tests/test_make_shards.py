@@ -27,8 +27,8 @@ from data import processes
 from data.captions import CaptionConfig
 from data.entries import clean_key, load_json
 from data.filters import FilterConfig
+from data.images import ImageTextConfig, image_reader
 from data.processes import map_in_processes
-from data.readers import ImageTextConfig, image_reader
 from data.tar import read_shard, write_shard
 from data.transforms import IMAGE_KEYS, decode_image
 from scripts.make_shards import build_parser, main, sample_config

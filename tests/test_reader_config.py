@@ -8,7 +8,8 @@ from configs.load import build
 from data.captions import CaptionConfig, check_caption_keys
 from data.config import ReaderConfig, SourceConfig, open_sources
 from data.filters import FilterConfig
-from data.readers import ImageTextConfig, TokenTextConfig
+from data.images import ImageTextConfig
+from data.readers import TokenTextConfig
 
 NAN, INFINITE = float("nan"), float("inf")
 TWO = """
@@ -140,9 +141,9 @@ def test_caption_keys_that_match_nothing_are_refused(keys):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({}, "shards, sources"),
-        ({"shards": ["a"], "sources": {"b": SourceConfig(["b"])}}, "shards, sources"),
-        ({"sources": {"b": SourceConfig(["b"], 0.0)}}, "sources: .*weights"),
+        ({}, "data.shards, data.sources"),
+        ({"shards": ["a"], "sources": {"b": SourceConfig(["b"])}}, "data.shards, data.sources"),
+        ({"sources": {"b": SourceConfig(["b"], 0.0)}}, "data.sources: .*weights"),
     ],
 )
 def test_a_config_that_names_no_data_is_refused(options, names):

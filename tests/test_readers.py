@@ -13,13 +13,8 @@ from PIL import Image
 from data.captions import CaptionConfig
 from data.config import ReaderConfig, SourceConfig
 from data.filters import FilterConfig
-from data.readers import (
-    ImageTextConfig,
-    TokenTextConfig,
-    caption_reader,
-    image_reader,
-    token_reader,
-)
+from data.images import ImageTextConfig, image_reader
+from data.readers import TokenTextConfig, caption_reader, token_reader
 from data.tar import write_shard
 
 torch.set_num_threads(1)

@@ -19,11 +19,11 @@ from tiny_experiment import PROGRAMS, equal, metrics, weights
 import train_flowtok
 import train_text_decoder
 import train_tokenizer
-from modeling.fingerprint import fingerprint
+from modeling.layers import fingerprint
 from scripts import encode_tokens
 from training import checkpoint as ckpt
-from training.loading import load_projector
-from training.tokens_info import TokensInfo
+from training.pipelines import load_projector
+from training.tokens import TokensInfo
 
 ROOT = Path(__file__).parents[1]
 LOSSES = {

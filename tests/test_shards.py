@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.bad_samples import BadSample, SampleCounter
+from data.samples import BadSample, SampleCounter
 from data.shards import ShardStream, Source, build_loader, read_batches
 from data.tar import scan_shard, write_shard
 

@@ -16,8 +16,7 @@ from modeling.posterior import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.loading import load_tokenizer, text_encoder_config
 from training.run import start_run
-from training.tokens import open_stored_tokens
-from training.tokens_info import TokensInfo, load_tokens_info
+from training.tokens import TokensInfo, load_tokens_info, open_stored_tokens
 
 RANDOM_PROJECTOR = ["projector_run=''", "projector.width=16", "projector.depth=1"]
 RANDOM_PROJECTOR += ["projector.num_heads=2", "projector.mlp_width=32"]

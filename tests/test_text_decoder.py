@@ -20,7 +20,7 @@ from modeling.text_decoder import (
 from modeling.text_encoder import clip_tokenizer
 from modeling.text_projector import TextProjectorConfig
 from training.checkpoint import EMA_FILE
-from training.loading import load_autoencoder, load_projector
+from training.pipelines import load_autoencoder, load_projector
 
 L, T, C, V = 8, 24, 4, 40
 PROJECTOR = TextProjectorConfig(

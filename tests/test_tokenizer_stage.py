@@ -10,7 +10,7 @@ from test_resume import Stop, spoil, state, stop
 from tiny_experiment import equal, metrics, weights
 
 import train_tokenizer
-from data.readers import ImageTextConfig, image_reader
+from data.images import ImageTextConfig, image_reader
 from data.tar import write_shard
 from modeling.text_encoder import load_text_encoder
 from training import checkpoint as ckpt

@@ -1,14 +1,14 @@
-"""training/tokens_info.py: which token shards a stage accepts, and their latent scale."""
+"""training/tokens.py: which token shards a stage accepts, and their latent scale."""
 
 import pytest
 
 from data.config import SourceConfig
 from data.readers import TokenTextConfig
-from modeling.fingerprint import fingerprint
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
-from training.loop import TrainingConfig, batch_per_process
+from modeling.layers import fingerprint
 from training.run import start_run
-from training.tokens_info import LatentStats, TokensInfo, load_tokens_info
+from training.stage import TrainingConfig, batch_per_process
+from training.tokens import LatentStats, TokensInfo, load_tokens_info
 
 K, C = 8, 4
 

@@ -8,61 +8,24 @@ again resumes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from training import checkpoint as ckpt
-from training.ema import EMA
+import training.checkpoint as ckpt
 from training.metrics import LoggingConfig, MetricLog, MetricWindow, Progress, TimedIterator
-from training.optim import OptimizedNetwork
-from training.run import TIMEOUT_MINUTES, Run
-from training.state import TrainingState
+from training.optim import EMA, OptimizedNetwork, load_optimizer
+from training.run import Run
+from training.stage import TrainingConfig
 from training.supervise import CONTINUE, STOPPED_STATUS, supervised
 
 # (batches of one optimiser step, its index from 0) -> the terms to log, on the device
 StepFn = Callable[[Sequence[dict], int], dict[str, Tensor]]
-
-
-@dataclass
-class TrainingConfig:
-    """Length, batch, precision and rhythm of a stage."""
-
-    max_steps: int = 1000  # optimiser steps
-    batch_size: int = 256  # samples per optimiser step, over all processes and accumulation steps
-    gradient_accumulation: int = 1  # batches per optimiser step
-    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; weights, optimiser, EMA stay float32
-    compile: bool = False  # torch.compile for each block; a minute at the start, needs a compiler
-    seed: int = 0
-    max_gradient_norm: float = 1.0  # clip; 0 turns clipping off
-    ema_decay: float = 0.9999
-    log_every_steps: int = 50
-    checkpoint_every_steps: int = 1000
-    keep_checkpoints: int = 2  # newest ones kept
-    max_hours: float = 0.0  # wall clock; then stop cleanly, before the queue does it. 0: no limit
-    timeout_minutes: float = TIMEOUT_MINUTES  # abort if no step, picture or evaluation ends within
-    sample_every_steps: int = 0  # pictures; 0: only at the end
-
-    def __post_init__(self):
-        minimum = {
-            "max_steps": 1,
-            "batch_size": 1,
-            "gradient_accumulation": 1,
-            "log_every_steps": 1,
-            "checkpoint_every_steps": 1,
-            "keep_checkpoints": 1,
-            "max_gradient_norm": 0,
-            "sample_every_steps": 0,
-            "seed": 0,
-            "max_hours": 0,
-        }
-        for name, least in minimum.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.timeout_minutes < 1e6:
-            raise ValueError(f"timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}")
 
 
 @dataclass(frozen=True)
@@ -87,22 +50,6 @@ def is_complete(run: Run, config: TrainingConfig, inputs: dict) -> bool:
     if step >= config.max_steps:
         run.say(f"{run.folder}: complete at step {step}, nothing to do")
     return step >= config.max_steps
-
-
-def batch_per_process(run: Run, config: TrainingConfig) -> int:
-    """Samples in a batch of this process.
-
-    Raises:
-        ValueError: batch_size is not divisible by processes x accumulation.
-    """
-    num_processes = run.accelerator.num_processes
-    batches = num_processes * config.gradient_accumulation
-    if config.batch_size % batches:
-        raise ValueError(
-            f"training.batch_size {config.batch_size} is not divisible by processes x "
-            f"gradient_accumulation = {num_processes} x {config.gradient_accumulation}"
-        )
-    return config.batch_size // batches
 
 
 def train(
@@ -212,3 +159,91 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     """Make the randomness of a step a function of (seed, rank, step)."""
     mixed = np.random.SeedSequence(seed, spawn_key=(rank, step)).generate_state(1, np.uint32)
     torch.manual_seed(int(mixed[0]))
+
+
+@dataclass
+class TrainingState:
+    """Networks, moments, average, position in the data, metrics that are not reported yet."""
+
+    run: Run
+    networks: dict[str, OptimizedNetwork]  # by the prefix of their files; "": the one with an EMA
+    ema: EMA
+    window: MetricWindow
+    loader: StatefulDataLoader
+    inputs: dict  # fingerprints of what earlier stages gave
+    keep: int  # newest checkpoints
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, if there is one. Returns the steps that are done."""
+        # The main process looks: the others need not read and check every byte again.
+        found = [None]
+        if self.run.is_main:
+            found = [ckpt.latest_checkpoint(self.run.folder, verify=[ckpt.ALL_FILES])]
+        latest = broadcast_object_list(found)[0]
+        if latest is None:
+            return 0
+        step, folder = latest
+        state = ckpt.read_state(folder)
+        for prefix, network in self.networks.items():
+            ckpt.load_weights(network.module, folder / (prefix + ckpt.MODEL_FILE))
+            load_optimizer(network.optimizer, folder / (prefix + ckpt.OPTIMIZER_FILE))
+        ckpt.load_weights(self.ema.average, folder / ckpt.EMA_FILE)
+        self.ema.num_updates = state["ema_updates"]
+        self._resume_rank(folder, state["num_processes"])
+        self.run.say(f"{self.run.folder}: resuming at step {step}")
+        return step
+
+    def _resume_rank(self, folder: Path, num_processes: int) -> None:
+        """Restore this process's position in the data and its unreported metrics.
+
+        With another number of processes or workers, or another batch size, the data continues with
+        the next epoch, so that none shows a sample twice.
+        """
+        if num_processes == self.run.accelerator.num_processes:
+            rank = self.run.accelerator.process_index
+            state = ckpt.load_plain(folder / ckpt.rank_file(rank))
+            self.window.load_state_dict(state["metrics"], self.run.device)
+            try:
+                self.loader.load_state_dict(state["loader"])
+                return
+            except ValueError as error:
+                reason = str(error)
+        else:
+            reason = f"the run had {num_processes} processes before"
+        files = [folder / ckpt.rank_file(rank) for rank in range(num_processes)]
+        states = [ckpt.load_plain(file)["loader"] for file in files]
+        try:
+            epochs = ", ".join(map(str, self.loader.start_next_epoch(states)))
+            self.run.say(f"data continues with epoch {epochs} (counted from 0): {reason}")
+        except ValueError as error:
+            self.run.say(f"data starts over: {error}")
+
+    def save(self, step: int, writer: ckpt.BackgroundWriter) -> None:
+        """Start writing a checkpoint in the background; all processes take part."""
+        accelerator = self.run.accelerator
+        if self.run.is_main:
+            writer.wait()
+            ckpt.begin_checkpoint(self.run.folder, step)
+        accelerator.wait_for_everyone()
+        folder = ckpt.partial_folder(self.run.folder, step)
+        own = {"loader": self.loader.state_dict(), "metrics": self.window.state_dict()}
+        with ckpt.explained_write_errors(folder):
+            torch.save(own, folder / ckpt.rank_file(accelerator.process_index))
+        accelerator.wait_for_everyone()
+        if not self.run.is_main:
+            return
+        # Copies on the CPU: training goes on while they are written.
+        weights = {ckpt.EMA_FILE: ckpt.snapshot(self.ema.average.state_dict())}
+        optimizers = {}
+        for prefix, network in self.networks.items():
+            weights[prefix + ckpt.MODEL_FILE] = ckpt.snapshot(network.module.state_dict())
+            moments = ckpt.snapshot(network.optimizer.state_dict())
+            optimizers[prefix + ckpt.OPTIMIZER_FILE] = moments
+        values = {
+            "step": step,
+            "ema_updates": self.ema.num_updates,
+            "num_processes": accelerator.num_processes,
+            "inputs": self.inputs,
+        }
+        write = partial(ckpt.write_checkpoint, folder, weights, optimizers, values, self.keep)
+        writer.start(write)

@@ -9,7 +9,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from training.files import write_bytes
+from data.files import write_bytes
 
 CELL_WIDTH_MIN = (
     128  # pixels; smaller images are enlarged by a whole factor so that captions are readable

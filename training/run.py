@@ -26,7 +26,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 
-from training.files import write_text
+from data.files import write_text
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
 # NCCL's own ten minutes are too short for pictures, checkpoints and uneven shards.

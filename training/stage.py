@@ -5,11 +5,11 @@ scripts/run_experiment.py asks the methods below before the first stage of an ex
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from training.loop import TrainingConfig
 from training.metrics import LoggingConfig
 from training.optim import OptimizerConfig
+from training.run import TIMEOUT_MINUTES, Run
 
 
 @dataclass
@@ -45,6 +45,45 @@ class StageConfig:
 
 
 @dataclass
+class TrainingConfig:
+    """Length, batch, precision and rhythm of a stage."""
+
+    max_steps: int = 1000  # optimiser steps
+    batch_size: int = 256  # samples per optimiser step, over all processes and accumulation steps
+    gradient_accumulation: int = 1  # batches per optimiser step
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; weights, optimiser, EMA stay float32
+    compile: bool = False  # torch.compile for each block; a minute at the start, needs a compiler
+    seed: int = 0
+    max_gradient_norm: float = 1.0  # clip; 0 turns clipping off
+    ema_decay: float = 0.9999
+    log_every_steps: int = 50
+    checkpoint_every_steps: int = 1000
+    keep_checkpoints: int = 2  # newest ones kept
+    max_hours: float = 0.0  # wall clock; then stop cleanly, before the queue does it. 0: no limit
+    timeout_minutes: float = TIMEOUT_MINUTES  # abort if no step, picture or evaluation ends within
+    sample_every_steps: int = 0  # pictures; 0: only at the end
+
+    def __post_init__(self):
+        minimum = {
+            "max_steps": 1,
+            "batch_size": 1,
+            "gradient_accumulation": 1,
+            "log_every_steps": 1,
+            "checkpoint_every_steps": 1,
+            "keep_checkpoints": 1,
+            "max_gradient_norm": 0,
+            "sample_every_steps": 0,
+            "seed": 0,
+            "max_hours": 0,
+        }
+        for name, least in minimum.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.timeout_minutes < 1e6:
+            raise ValueError(f"timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}")
+
+
+@dataclass
 class TrainedStage(StageConfig):
     """A stage with a training loop."""
 
@@ -60,3 +99,19 @@ class TrainedStage(StageConfig):
                 "training.compile=true with activation_checkpointing=selective: the compiler "
                 "chooses what is kept, set activation_checkpointing to none or full"
             )
+
+
+def batch_per_process(run: Run, config: TrainingConfig) -> int:
+    """Samples in a batch of this process.
+
+    Raises:
+        ValueError: batch_size is not divisible by processes x accumulation.
+    """
+    num_processes = run.accelerator.num_processes
+    batches = num_processes * config.gradient_accumulation
+    if config.batch_size % batches:
+        raise ValueError(
+            f"training.batch_size {config.batch_size} is not divisible by processes x "
+            f"gradient_accumulation = {num_processes} x {config.gradient_accumulation}"
+        )
+    return config.batch_size // batches

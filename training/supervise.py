@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
-from configs.launchers import report_error
+from training.errors import report_error
 from training.run import Run, locked, process_group_timeout
 
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.cli import exit_on_error
 from scripts.run_experiment.processes import STOPPED_STATUS, Job, Runner, clean, find_job
+from training.errors import exit_on_error
 
 
 def main(words: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from scripts.train_text_encoder import TextEncoderStage
 from train_tokenizer import TokenizerStage
 from training.checkpoint import latest_checkpoint
 from training.stage import TrainedStage
-from training.tokens_info import TOKENS_INFO_FILE
+from training.tokens import TOKENS_INFO_FILE
 
 LOCAL_TOWER = "local-dir:"
 

@@ -1,10 +1,10 @@
-"""The error of a program is the last thing on the screen, under `accelerate launch` and torchrun too.
+"""Errors of the programs end in one line, which is the last thing on the screen.
 
-Both answer a failed program with a traceback of their own, in which its one line is lost, and no
-exit status or option keeps them from it (accelerate's --quiet works for one process). So a program
-that has said what is wrong ends the launcher that waits for it: accelerate by SIGTERM, torchrun's
-agent, which turns that into a traceback as well, by SIGKILL; then the agent's other processes,
-which nobody else would end. A shell sees status 143 or 137 in place of the launchers' 1.
+`accelerate launch` and torchrun answer a failed program with a traceback of their own, in which its
+one line is lost, and no exit status or option keeps them from it (accelerate's --quiet works for one
+process). So a program that has said what is wrong ends the launcher that waits for it: accelerate by
+SIGTERM, torchrun's agent, which turns that into a traceback as well, by SIGKILL; then the agent's
+other processes, which nobody else would end. A shell sees status 143 or 137 instead of 1.
 
 The launcher is left alone when it has something to say: after a crash (a Python traceback, a
 signal) and after a clean stop. Without /proc, as on macOS, it always is.
@@ -14,10 +14,13 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from itertools import dropwhile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+MAX_MESSAGE = 5000  # characters; a hostile name or value may be longer
 # the name of their script, or the module after -m
 LAUNCHERS = {
     "accelerate",
@@ -28,6 +31,34 @@ LAUNCHERS = {
     "torch.distributed.run",
     "torch.distributed.launch",
 }
+
+
+def exit_on_error(action: Callable):
+    """Run `action`; an error that is the user's, the data's or a machine's ends with one line.
+
+    Those are ValueError, FloatingPointError (numbers gone wild) and OSError (disks, processes).
+    The exit status is 2; of several processes with the same error, one prints it.
+    """
+    try:
+        return action()
+    except (ValueError, FloatingPointError, OSError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next(filter(is_ours, reversed(frames)), frames[-1])
+        message = printable(" ".join(str(error).split())[:MAX_MESSAGE]) or type(error).__name__
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        report_error(f"error: {message} ({place})")
+        raise SystemExit(2) from None
+
+
+def is_ours(frame: traceback.FrameSummary) -> bool:
+    """Whether a line of a traceback is in this repository, not in a package."""
+    path = Path(frame.filename)
+    return ROOT in path.parents and "site-packages" not in path.parts
+
+
+def printable(text: str) -> str:
+    """Data or arguments with escapes for what a terminal would obey or can't print."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def report_error(line: str) -> None:
