@@ -39,6 +39,7 @@
 #   MAIN_PROCESS_PORT  29500 for several machines; 0, a free port, for one
 #   NUM_PROCESSES      of the whole job, all machines together: one a GPU; without GPUs, one a machine with all its cores
 #   OMP_NUM_THREADS    of each process: all cores without GPUs, 1 with them
+#   MALLOC_{MMAP_THRESHOLD,TRIM_THRESHOLD,TOP_PAD}_    on the CPU: 32 GiB, 32 GiB, 1 GiB; glibc keeps what a step frees
 #
 # SIGUSR1 (Slurm's warning), SIGTERM or Ctrl-C: the running stage finishes its step, writes a checkpoint, and this command
 # ends with status 75: run it again to go on (scripts/slurm.sbatch requeues itself). A second signal ends it at once.

@@ -190,7 +190,7 @@ def compute_losses(
     terms = caption_losses(output.logits, output.classes)
     terms["loss"] = terms["cross_entropy"]
     if losses.kl_weight:
-        terms["kl"] = kl_loss(output.mean, output.logvar, losses.kl_form)
+        terms["kl"] = kl_loss(output.mean, output.logvar)
         terms["loss"] = terms["loss"] + losses.kl_weight * terms["kl"]
     return terms | latent_statistics(output.mean)
 

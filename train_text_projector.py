@@ -36,6 +36,8 @@ from training.run import Run, save_config, start_run
 from training.stage import TrainedStage
 from training.tokens import StoredTokens, load_tokens_info, open_stored_tokens, projector_sizes
 
+NUM_PICTURES = 24  # the first samples
+
 
 @dataclass
 class TextProjectorStage(TrainedStage):
@@ -49,7 +51,6 @@ class TextProjectorStage(TrainedStage):
     linear_start: float = 0.0
     data: TokenTextConfig = field(default_factory=TokenTextConfig)
     losses: ProjectorLossConfig = field(default_factory=ProjectorLossConfig)
-    num_pictures: int = 16  # the first samples, true left, decoded from z_T right
 
     stage = "text_projector"
     networks = ("projector",)
@@ -136,7 +137,7 @@ def save_decoded(
     """Grid: the true image left, z_T decoded without the flow right."""
     if not config.losses.image_regression_weight:
         return  # z_T has nothing to do with the image then
-    batch = tokens.first(config.num_pictures)
+    batch = tokens.first(NUM_PICTURES)
     tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     states = tokens.text_states(batch)
     true = tokenizer.decode(tokens.image_posterior(batch).mean, states)

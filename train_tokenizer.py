@@ -165,7 +165,7 @@ def main(config: TokenizerStage) -> None:
     clip = training.max_gradient_norm
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:
-        discriminator = Discriminator(DiscriminatorConfig(), config.adversarial.lecam_decay)
+        discriminator = Discriminator(DiscriminatorConfig())
         optimizer = config.discriminator_optimizer
         networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
 

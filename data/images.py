@@ -64,12 +64,15 @@ def decode_image(
     draws: SampleDraws | None,
 ) -> dict[str, Any]:
     """Raw sample -> {"image": 3 x R x R uint8, "caption", "key"}."""
+    # what can drop the sample before its pixels are decoded
     decoded = take_caption(source, sample, draws)
     image = open_image(image_bytes(sample))
     source.filters.check_size(*image.size)
+    # in order: exact, the centre
     if draws is None:
         picture = load_picture(image, config.background)
         return decoded | {"image": center_crop(picture, image_size, "exact")}
+    # in training: large JPEGs at a fraction of their size, a random crop
     picture = load_picture(image, config.background, image_size if config.resize == "fast" else 0)
     pixels = train_crop(
         picture,

@@ -75,6 +75,7 @@ def make_sample(
             metadata = sizes | {"width": small.width, "height": small.height}
             extension, data = "jpg", to_jpeg(small, config.quality)
 
+    # what else a source tar has under the key is kept
     others = {
         name: part for name, part in parts.items() if name not in (*IMAGE_KEYS, "txt", "json", "")
     }

@@ -150,6 +150,7 @@ def decode_tokens(
 ) -> dict[str, Any]:
     """Raw sample -> {"latent": 2 x K x C float16, "caption", "key", "text_states" if stored}."""
     decoded = decode_caption("text.npy" in sample, source, sample, draws)
+    # our own format, or that of the release
     if "latent.npy" in sample:
         latent = read_array(sample, "latent.npy", (2, num_tokens, token_channels))
     elif "token.npy" in sample:

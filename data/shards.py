@@ -130,8 +130,7 @@ class ShardStream(IterableDataset):
         self._resumed = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # not a generator itself: the state asked for before the first batch must already be the
-        # right one
+        # not a generator itself: the state before the first batch must already be the right one
         if not self._resumed:
             self._start_over()
         self._resumed = False
@@ -209,6 +208,7 @@ class ShardStream(IterableDataset):
             ).samples(position)
             for index, (source, position) in enumerate(zip(self.sources, positions, strict=True))
         ]
+        # the position moves with the batch that is handed out, not with what is read for the next
         batch, positions = [], list(positions)
         for index in self._draw_sources(drawn, reader):
             sample, positions[index] = next(samples[index])
@@ -263,6 +263,7 @@ class SourceReader:
                 if sample is not None:
                     usable += 1
                     yield sample, position
+            # an epoch of lost shards is forgiven: in the next one this reader has others
             lost_epochs = lost_epochs + 1 if kinds == {Fault} else 0
             if not usable and lost_epochs in (0, LOST_EPOCHS):
                 raise ValueError(
@@ -286,12 +287,14 @@ class SourceReader:
         shards = self._read_shards(epoch, *start)
         while block := list(itertools.islice(shards, block_size)):
             samples, after = [sample for sample, _ in block], block[-1][1]
+            # the permutation of this block
             order = range(len(samples))
             if block_size > 1:
                 # the 1 keeps these seeds apart from the shards' (trailing zeros do not count there)
                 seed = (self._order_seed(), epoch, consumed // block_size, self.reader, 1)
                 order = np.random.default_rng(seed).permutation(len(samples)).tolist()
             del block
+            # a resume starts inside its first block
             for i in range(consumed % block_size, len(samples)):
                 sample = samples[order[i]]
                 samples[order[i]] = None  # frees the bytes as the block empties
@@ -383,12 +386,14 @@ def read_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: given {batch_size}, expected samples >= 1")
+    # samples in the order of the sources, their shards and the tars
     counter = SampleCounter(max_bad_share, "reading in order")
     batch, count = [], 0
     for source, path in ((each, path) for each in sources for path in each.shards):
         for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1):
             if limit is not None and count >= limit:
                 break
+            # bad samples do not count towards the limit
             sample = _decoded(raw, None, source, counter)
             if sample is None:
                 continue
@@ -398,6 +403,7 @@ def read_batches(
                 batch = []
             batch.append(sample)
             count += 1
+    # the end: nothing at all, or a short batch
     if count == 0 and limit != 0:
         shards = [path for source in sources for path in source.shards]
         text = f"no usable sample in {len(shards)} shards from {shards[0]} on, {counter.describe()}"

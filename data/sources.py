@@ -30,16 +30,11 @@ MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more means a quote that never closes
 # ----------------------------------------------------------------------------------------- registry
 
 
-Arguments = tuple[tuple[str, ...], dict[str, Any]]  # of argparse's add_argument
-# name -> (help, arguments, generator of entries)
-SOURCES: dict[str, tuple[str, tuple[Arguments, ...], Callable[..., Iterator[Entry]]]] = {}
+Arguments = dict[str, dict[str, Any]]  # flag -> options of argparse's add_argument
+SOURCES: dict[str, tuple[str, Arguments, Callable[..., Iterator[Entry]]]] = {}
 
 
-def argument(*flags: str, **options: Any) -> Arguments:
-    return flags, options
-
-
-def source(name: str, text: str, *arguments: Arguments) -> Callable[[Callable], Callable]:
+def source(name: str, text: str, arguments: Arguments) -> Callable[[Callable], Callable]:
     """Register a generator of entries under the name of its sub-command."""
 
     def register(entries: Callable[..., Iterator[Entry]]) -> Callable[..., Iterator[Entry]]:
@@ -52,9 +47,8 @@ def source(name: str, text: str, *arguments: Arguments) -> Callable[[Callable], 
 def find_entries(options: argparse.Namespace) -> Iterator[Entry]:
     """The entries of a command line."""
     entries = SOURCES[options.source][2]
-    return entries(
-        **{name: getattr(options, name) for name in inspect.signature(entries).parameters}
-    )
+    names = inspect.signature(entries).parameters
+    return entries(**{name: getattr(options, name) for name in names})
 
 
 def folder_path(text: str) -> str:
@@ -64,17 +58,18 @@ def folder_path(text: str) -> str:
     return os.path.normpath(text)
 
 
-CAPTION_KEYS = argument(
-    "--caption-keys",
-    nargs="+",
-    default=["json:captions", "txt", "json:caption"],
-    metavar="KEY",
-    help="where captions lie, tried in order: an extension, or json:FIELD (a string or a list)",
-)
-FILE = argument("file", type=os.path.normpath, metavar="FILE")
-IMAGES = argument(
-    "--images", type=folder_path, help="where paths of images start; default: the folder of FILE"
-)
+CAPTION_KEYS = {
+    "--caption-keys": {
+        "nargs": "+",
+        "default": ["json:captions", "txt", "json:caption"],
+        "metavar": "KEY",
+        "help": "where captions lie, tried in order: an extension, or json:FIELD (text or a list)",
+    }
+}
+FILE = {"file": {"type": os.path.normpath, "metavar": "FILE"}}
+IMAGES = {
+    "--images": {"type": folder_path, "help": "where paths start; default: the folder of FILE"}
+}
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -83,8 +78,7 @@ IMAGES = argument(
 @source(
     "folder",
     "images with same-named .txt or .json captions, also in sub-folders",
-    argument("folder", type=folder_path),
-    CAPTION_KEYS,
+    {"folder": {"type": folder_path}} | CAPTION_KEYS,
 )
 def folder_entries(folder: str) -> Iterator[Entry]:
     """Images of a folder and its sub-folders, by name, no hidden ones; captions lie beside them.
@@ -130,14 +124,12 @@ def _files(root: str) -> Iterator[str]:
 @source(
     "table",
     "csv, tsv, parquet or jsonl files with a path and a caption in each row",
-    argument("tables", type=os.path.normpath, nargs="+", metavar="FILE"),
-    IMAGES,
-    argument("--path-column", default="path", help="of the image file"),
-    argument(
-        "--caption-column",
-        default="caption",
-        help="a string, in jsonl and parquet also a list of them",
-    ),
+    {
+        "tables": {"type": os.path.normpath, "nargs": "+", "metavar": "FILE"},
+        "--path-column": {"default": "path", "help": "of the image file"},
+        "--caption-column": {"default": "caption", "help": "a text; jsonl, parquet: or a list"},
+    }
+    | IMAGES,
 )
 def table_entries(
     tables: Sequence[str], images: str | None, path_column: str, caption_column: str
@@ -147,8 +139,9 @@ def table_entries(
     images: folder that relative paths start from, default: that of the table. A caption may be a
     list of captions.
 
-    Raises: ValueError: a file that is missing, of another kind or broken, a column that is not
-        there, no row at all.
+    Raises:
+        ValueError: a table that is missing, broken or of another kind, a column that is not there,
+            no row at all.
     """
     found = False
     for table in tables:
@@ -160,6 +153,7 @@ def table_entries(
             raise ValueError(
                 f"{table} has no column {' and no column '.join(missing)}; it has {there}"
             )
+        # what is left of a row is its metadata
         for row in rows:
             found = True
             path = row.pop(path_column, None)
@@ -238,7 +232,7 @@ def _open_parquet(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
 # ---------------------------------------------------------------------------------- known data sets
 
 
-@source("coco", "captions_*.json of COCO, with all captions of an image", FILE, IMAGES)
+@source("coco", "captions_*.json of COCO, with all captions of an image", FILE | IMAGES)
 def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
     """captions_*.json of COCO: every image in the file's order with all its captions."""
     content = _load_object(file, "images", "annotations")
@@ -254,15 +248,16 @@ def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
 @source(
     "karpathy",
     "dataset_coco.json, Karpathy's split of COCO 2014 (or of Flickr), with all captions",
-    FILE,
-    IMAGES,
-    argument("--split", required=True, help="train, val or test"),
-    argument(
-        "--restval",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train includes restval, as in captioning papers: 113,287 images; without it 82,783",
-    ),
+    FILE
+    | IMAGES
+    | {
+        "--split": {"required": True, "help": "train, val or test"},
+        "--restval": {
+            "action": argparse.BooleanOptionalAction,
+            "default": True,
+            "help": "train includes restval, as in papers: 113,287 images; without it 82,783",
+        },
+    },
 )
 def karpathy_entries(file: str, images: str | None, split: str, restval: bool) -> Iterator[Entry]:
     """One of Karpathy's splits (dataset_coco.json, also of Flickr), all captions of each image.
@@ -286,7 +281,7 @@ def karpathy_entries(file: str, images: str | None, split: str, restval: bool) -
             yield _entry(file, images, path, captions, image)
 
 
-@source("mjhq", "meta_data.json of MJHQ-30K; images are CATEGORY/ID.jpg", FILE, IMAGES)
+@source("mjhq", "meta_data.json of MJHQ-30K; images are CATEGORY/ID.jpg", FILE | IMAGES)
 def mjhq_entries(file: str, images: str | None) -> Iterator[Entry]:
     """MJHQ-30K: {id: {"category", "prompt"}} and images/{category}/{id}.jpg."""
     for name, record in _load_object(file).items():
@@ -342,10 +337,14 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
 @source(
     "shards",
     "tars in webdataset's layout, as img2dataset writes them, to filter and shuffle",
-    argument(
-        "patterns", nargs="+", metavar="TAR", help="path, glob or x-{000..127}.tar; .gz is slow"
-    ),
-    CAPTION_KEYS,
+    {
+        "patterns": {
+            "nargs": "+",
+            "metavar": "TAR",
+            "help": "path, glob or x-{000..127}.tar; .gz is slow",
+        }
+    }
+    | CAPTION_KEYS,
 )
 def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     """Samples of webdataset tars, in order.

@@ -32,8 +32,8 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
 
     URLs have braces only, and nothing is looked up.
 
-    Raises: ValueError: a pattern that matches nothing or names a missing file, or a shard that two
-        patterns name.
+    Raises:
+        ValueError: a pattern that matches no file, or a shard that two patterns name.
     """
     if isinstance(patterns, str):
         raise ValueError(f"shards must be a list of patterns, given the single string {patterns!r}")
@@ -164,12 +164,14 @@ def scan_file(
     """(key, sample, byte offset of the next one) of an open tar, as scan_shard has them."""
     key, sample, end = None, None, offset
     for member, next_header in _members(file, path, offset):
+        # what belongs to a sample: the key is the path up to the name's first dot
         folder, slash, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
         is_file = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
-        # "._x.jpg" of macOS, members without an extension, webdataset's own "__meta__" files
+        # not "._x.jpg" of macOS, names without an extension, webdataset's own "__meta__" files
         if not is_file or not stem or not dot or name.startswith("__"):
             continue
+        # the first member of another sample ends the one before
         member_key = folder + slash + stem
         if member_key != key:
             if key is not None:
@@ -178,6 +180,7 @@ def scan_file(
             sample = {"__key__": key} if ordinal % readers == reader else None
             ordinal += 1
         end = next_header
+        # its bytes, if the sample is this reader's
         if sample is not None:
             extension = extension.lower()
             if extension in sample:
@@ -204,8 +207,7 @@ def _members(file: BinaryIO, path: str, offset: int) -> Iterator[tuple[tarfile.T
             if member.size < 0:
                 raise tarfile.ReadError("a negative size")
             yield member, tar.offset
-        # tarfile takes a tar that breaks off for a complete one: without a last header of zeros it
-        # is none
+        # tarfile takes a tar that breaks off for a complete one, which ends in headers of zeros
         offset = tar.offset
         file.seek(offset)
         end = file.read(tarfile.BLOCKSIZE)

@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs.load import parse_stage_args
-from data.captions import CaptionConfig
 from data.files import write_json
+from data.filters import FilterConfig
 from data.images import ImageTextConfig, image_reader
 from eval.features import number_groups
 from eval.fid import fit_gaussian, frechet_distance
@@ -33,11 +33,14 @@ from eval.scores import retrieval
 from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from training.errors import exit_on_error
+from training.loading import read_section
 from training.pictures import caption_grid, pair_rows, save_png
 from training.pipelines import load_pipeline
 from training.ridge import Ridge, fit_ridge
 from training.stage import StageConfig
 
+BATCH_SIZE = 64
+SEED = 0
 PIXEL_SIZE = 16  # side to which images are shrunk for retrieval by pixels
 PICTURE_SAMPLES = 48
 
@@ -49,16 +52,10 @@ class ReportStage(StageConfig):
     train_shards: list[str] = field(default_factory=list)  # images whose captions were trained on
     heldout_shards: list[str] = field(default_factory=list)  # images never trained on
     distractor_shards: list[str] = field(default_factory=list)  # more images for the pool
-    # As in the other stages
-    caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
-    # RGB behind transparent pixels
-    background: list[int] = field(default_factory=lambda: [255, 255, 255])
     # Regular expression of what may differ in captions of the same subject; empty: nothing
     caption_variant: str = ""
     # How many of them are drawn as images, evenly spaced over the shards
     num_train_captions: int = 256
-    batch_size: int = 64
-    seed: int = 0
 
     stage = "report"
 
@@ -98,15 +95,15 @@ def main(config: ReportStage) -> None:
     shown_train = take(train, chosen)
 
     # The tokenizer, the ridge, and the flow on both sets
-    train_states = encode_texts(config, parts, train["caption"])
+    train_states = encode_texts(parts, train["caption"])
     ridge = fit_ridge(train_states, pool["latents"][:num_train])
     report = {
         "inputs": inputs,
         "num_train_captions": num_train,
         "num_pool_images": len(pool["latents"]),
         "tokenizer": {
-            "heldout_psnr_db": reconstruction_psnr(config, parts, heldout),
-            "train_psnr_db": reconstruction_psnr(config, parts, shown_train),
+            "heldout_psnr_db": reconstruction_psnr(parts, heldout),
+            "train_psnr_db": reconstruction_psnr(parts, shown_train),
         },
         "ridge": {
             "strength": ridge.strength,
@@ -119,7 +116,7 @@ def main(config: ReportStage) -> None:
         ("train", shown_train, torch.tensor(chosen)),
         ("heldout", heldout, heldout_places),
     ):
-        measured = measure_set(config, parts, sampling, ridge, samples, pool, own)
+        measured = measure_set(parts, sampling, ridge, samples, pool, own)
         for suffix, values, images in measured:
             report[name + suffix] = values
             if not suffix:
@@ -141,7 +138,6 @@ def choose_evenly(number: int, wanted: int) -> list[int]:
 
 
 def measure_set(
-    config: ReportStage,
     parts: ImageGenerator,
     sampling: SamplingConfig,
     ridge: Ridge,
@@ -155,30 +151,30 @@ def measure_set(
         samples: image N x 3 x R x R and captions.
         own: their N places in the pool.
     """
-    states = encode_texts(config, parts, samples["caption"])
+    states = encode_texts(parts, samples["caption"])
     started = time.perf_counter()
     on_device = states.to(parts.device)
-    start = parts.start(on_device, sampling, config.seed, list(range(len(states))))
-    latents = in_batches(config, lambda x, t: parts.transport(x, t, sampling), start, on_device)
-    images = decode(config, parts, sampling, latents, states)
+    start = parts.start(on_device, sampling, SEED, list(range(len(states))))
+    latents = in_batches(lambda x, t: parts.transport(x, t, sampling), start, on_device)
+    images = decode(parts, sampling, latents, states)
     values = compare(samples["image"], images, latents, pool, own)
     values["images_per_second"] = len(images) / (time.perf_counter() - started)
     yield "", values, images
     source = start.cpu() / parts.flow.latent_scale.cpu()
     for suffix, latents in (("_source_without_flow", source), ("_ridge", ridge(states))):
-        images = decode(config, parts, sampling, latents, states)
+        images = decode(parts, sampling, latents, states)
         yield suffix, compare(samples["image"], images, latents, pool, own), images
 
 
 def read_all(config: ReportStage, parts: ImageGenerator, shards: list[str]) -> dict:
-    """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions."""
+    """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions.
+
+    Captions and backgrounds are as the experiment's tokenizer was trained on them.
+    """
     size = parts.tokenizer.config.image_size
-    data = ImageTextConfig(
-        shards=shards,
-        captions=CaptionConfig(keys=config.caption_keys),
-        background=config.background,
-    )
-    batches = list(image_reader(data, size, None).once(config.batch_size))
+    trained_on = read_section(f"{config.experiment_dir}/tokenizer", "data", ImageTextConfig)
+    data = replace(trained_on, shards=shards, sources={}, filters=FilterConfig())
+    batches = list(image_reader(data, size, None).once(BATCH_SIZE))
     captions = [caption for batch in batches for caption in batch["caption"]]
     return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
 
@@ -189,9 +185,9 @@ def take(samples: dict, indices: list[int]) -> dict:
 
 
 @torch.no_grad()
-def encode(config: ReportStage, parts: ImageGenerator, images: Tensor) -> Tensor:
+def encode(parts: ImageGenerator, images: Tensor) -> Tensor:
     """Latent means N x K x C on the CPU."""
-    return in_batches(config, lambda x: parts.tokenizer.encode(x.to(parts.device)).mean, images)
+    return in_batches(lambda x: parts.tokenizer.encode(x.to(parts.device)).mean, images)
 
 
 def shrink(images: Tensor) -> Tensor:
@@ -202,7 +198,7 @@ def shrink(images: Tensor) -> Tensor:
 def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> dict:
     """Retrieval pool: latent means, small images, numbers of what counts as the same image."""
     images = torch.cat([s["image"] for s in sets])
-    pool = {"latents": encode(config, parts, images), "pixels": shrink(images)}
+    pool = {"latents": encode(parts, images), "pixels": shrink(images)}
     pool["groups"] = number_groups([image.numpy().tobytes() for image in images])
     if config.caption_variant:
         captions = [caption for s in sets for caption in s["caption"]]
@@ -212,7 +208,7 @@ def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> 
 
 
 @torch.no_grad()
-def reconstruction_psnr(config: ReportStage, parts: ImageGenerator, samples: dict) -> float:
+def reconstruction_psnr(parts: ImageGenerator, samples: dict) -> float:
     """Mean PSNR per image of posterior-mean reconstructions with the true captions, dB."""
 
     def decibels(images: Tensor, states: Tensor) -> Tensor:
@@ -220,25 +216,24 @@ def reconstruction_psnr(config: ReportStage, parts: ImageGenerator, samples: dic
         latents = parts.tokenizer.encode(images).mean
         return psnr(images, parts.decode(latents, states.to(parts.device)))
 
-    states = encode_texts(config, parts, samples["caption"])
-    return in_batches(config, decibels, samples["image"], states).mean().item()
+    states = encode_texts(parts, samples["caption"])
+    return in_batches(decibels, samples["image"], states).mean().item()
 
 
-def encode_texts(config: ReportStage, parts: ImageGenerator, captions: list[str]) -> Tensor:
+def encode_texts(parts: ImageGenerator, captions: list[str]) -> Tensor:
     """Text states N x L x T on the CPU."""
-    size = config.batch_size
+    size = BATCH_SIZE
     chunks = [captions[i : i + size] for i in range(0, len(captions), size)]
     return torch.cat([parts.encode_text(chunk).cpu() for chunk in chunks])
 
 
-def in_batches(config: ReportStage, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def in_batches(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Outputs of all rows on the CPU."""
-    batches = zip(*(x.split(config.batch_size) for x in tensors))
+    batches = zip(*(x.split(BATCH_SIZE) for x in tensors))
     return torch.cat([function(*rows).cpu() for rows in batches])
 
 
 def decode(
-    config: ReportStage,
     parts: ImageGenerator,
     sampling: SamplingConfig,
     latents: Tensor,
@@ -249,7 +244,7 @@ def decode(
     def decode_batch(z: Tensor, text_states: Tensor) -> Tensor:
         return parts.decode(z.to(parts.device), text_states.to(parts.device), sampling.precision)
 
-    return in_batches(config, decode_batch, latents, states)
+    return in_batches(decode_batch, latents, states)
 
 
 def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tensor) -> dict:

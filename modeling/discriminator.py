@@ -51,12 +51,9 @@ class AdversarialConfig:
     weight: float = 0.0
     start_step: int = 200_000  # the discriminator's training and the generator loss start here
     lecam_weight: float = 0.001  # of the penalty in the discriminator's loss
-    lecam_decay: float = 0.999  # of the averages of the logits, per step
 
     def __post_init__(self):
         check_not_negative(self, "weight", "start_step", "lecam_weight")
-        if not 0 <= self.lecam_decay < 1:
-            raise ValueError(f"lecam_decay must be in [0, 1), got {self.lecam_decay}")
 
 
 def is_active(config: AdversarialConfig, step: int) -> bool:

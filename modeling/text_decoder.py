@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling.layers import check_not_negative, init_linear_
-from modeling.losses import KLForm
 from modeling.text_projector import ProjectorBlock, TextProjector, TextProjectorConfig
 
 CLIP_VOCABULARY = 49408
@@ -56,7 +55,6 @@ class TextDecoderLossConfig:
     """Losses beside the cross-entropy. With a KL a draw of z_T is decoded, else its mean."""
 
     kl_weight: float = 1e-4
-    kl_form: KLForm = "gaussian"
     # Deviation of noise on the z_T that is decoded; not in the paper. A z_T at the end of a flow is
     # never exact, and a frozen projector without a KL has no noise of its own.
     latent_noise: float = 0.0

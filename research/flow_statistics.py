@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from configs.load import parse_stage_args
 from data.files import write_json
 from eval.report import (
+    SEED,
     ReportStage,
     choose_evenly,
     default_device,
@@ -44,10 +45,10 @@ def main(config: ReportStage) -> None:
     heldout = read_all(config, parts, config.heldout_shards)
     report = {}
     for name, samples in (("train", take(train, chosen)), ("heldout", heldout)):
-        states = encode_texts(config, parts, samples["caption"]).to(parts.device)
-        latents = encode(config, parts, samples["image"]).to(parts.device)
+        states = encode_texts(parts, samples["caption"]).to(parts.device)
+        latents = encode(parts, samples["image"]).to(parts.device)
         scaled = latents * parts.flow.latent_scale
-        report[name] = describe_flow(parts, states, scaled, sampling, config.seed)
+        report[name] = describe_flow(parts, states, scaled, sampling, SEED)
     path = Path(config.experiment_dir) / "flow_statistics.json"
     write_json(report, path)
     print(json.dumps(report, indent=2))

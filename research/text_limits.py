@@ -44,15 +44,15 @@ def main(config: ReportStage) -> None:
     sets = [
         read_all(config, parts, shards) for shards in (config.train_shards, config.heldout_shards)
     ]
-    train, heldout = (encode(config, parts, samples["image"]) for samples in sets)
+    train, heldout = (encode(parts, samples["image"]) for samples in sets)
     captions = [samples["caption"] for samples in sets]
-    states = [encode_texts(config, parts, part) for part in captions]
+    states = [encode_texts(parts, part) for part in captions]
     shuffled = replace(parts, text_encoder=shuffle_weights(parts.text_encoder))
     tokenize = parts.text_encoder.tokenize
     texts = {
         "text states": states,
         "text states, curved": gaussian_features(*states),
-        "states of the shuffled tower": [encode_texts(config, shuffled, part) for part in captions],
+        "states of the shuffled tower": [encode_texts(shuffled, part) for part in captions],
         "bag of words": bags_of_words(*map(tokenize, captions)),
     }
     rows = list(measure(texts, train, heldout))

@@ -241,8 +241,9 @@ def find_duplicates(plan: Plan, workers: int) -> None:
     for shard in range(plan.num_shards):
         task = plan.task(shard)
         digests[task.numbers] = np.load(task.digests)
+    # equal digests stand together, in the order of the source; zeros are of dropped samples
     is_kept = digests.any(axis=1)
-    by_digest = np.lexsort(digests.T)  # stable: equal ones stay in the order of the source
+    by_digest = np.lexsort(digests.T)
     later, earlier = by_digest[1:], by_digest[:-1]
     repeats = later[(digests[later] == digests[earlier]).all(axis=1)]
     plan.states[is_kept] = USABLE
@@ -256,6 +257,7 @@ def report(plan: Plan, num_written: int) -> None:
         ValueError: no sample was kept at all.
     """
     tasks = [plan.task(shard) for shard in range(plan.num_shards)]
+    # what is there of all parts of the array
     missing = [task.tar.name for task in tasks if not task.is_finished()]
     there = plan.num_shards - len(missing)
     print(f"{plan.output}: {num_written} shards written, {there} of {plan.num_shards} there")
@@ -263,6 +265,7 @@ def report(plan: Plan, num_written: int) -> None:
         names = ", ".join(missing[:5])
         print(f"{SUMMARY_FILE} comes with the last part of the array; missing: {names} ...")
         return
+    # all of it: the records of the shards make the summary
     records = {task.tar.name: json.loads(task.record.read_text()) for task in tasks}
     dropped = sum((Counter(record["dropped"]) for record in records.values()), Counter())
     summary = {
@@ -329,8 +332,8 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text, parents=[shared], formatter_class=style
         )
-        for flags, options in arguments:
-            command.add_argument(*flags, **options)
+        for flag, options in arguments.items():
+            command.add_argument(flag, **options)
     return parser
 
 

@@ -248,7 +248,7 @@ def tokenizer_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Worklo
     clip, sizes = config.training.max_gradient_norm, config.tokenizer
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:
-        discriminator = Discriminator(DiscriminatorConfig(), config.adversarial.lecam_decay)
+        discriminator = Discriminator(DiscriminatorConfig())
         optimizer = config.discriminator_optimizer
         networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
     for network in networks.values():

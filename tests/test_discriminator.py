@@ -148,7 +148,6 @@ def test_logits_are_float32_under_autocast_and_near_those_in_float32():
         (AdversarialConfig, {"weight": -0.1}, "weight .*-0.1"),
         (AdversarialConfig, {"start_step": -1}, "start_step .*-1"),
         (AdversarialConfig, {"lecam_weight": -1.0}, "lecam_weight .*-1.0"),
-        (AdversarialConfig, {"lecam_decay": 1.0}, "lecam_decay .*1.0"),
     ],
 )
 def test_impossible_settings_are_refused(config, options, key_and_value):

@@ -1,4 +1,6 @@
-"""Hostile shards: each ends in an error of ours or right batches; no other exception, no hang, nothing executed."""
+"""Hostile shards: each ends in an error of ours or right batches; no other exception, no hang,
+nothing executed.
+"""
 
 import gzip
 import io

@@ -1,17 +1,19 @@
 """What train_flowtok.sh runs, where, and what it refuses; how programs end; scripts/environment.sh."""
 
+import importlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from scripts.run_experiment import stages
-from scripts.run_experiment.processes import STOPPED_STATUS, find_job
+from scripts.run_experiment.processes import KEEP_FREED_MEMORY, STOPPED_STATUS, find_job
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -131,9 +133,14 @@ def test_impossible_machines_are_refused(variables, said):
 
 
 def test_processes_find_each_other_and_nothing_of_another_launcher():
-    left = TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True", "HOME": "/root", "RANK": "9"}
+    left = TORCHRUN | {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "HOME": "/root",
+        "MALLOC_TOP_PAD_": "1",
+    }
     (alone,) = find_job({}, 0, 8).environments(left)
-    assert alone == {"HOME": "/root", "OMP_NUM_THREADS": "8", "ACCELERATE_USE_CPU": "true"}
+    expected = {"HOME": "/root", "OMP_NUM_THREADS": "8", "ACCELERATE_USE_CPU": "true"}
+    assert alone == KEEP_FREED_MEMORY | expected | {"MALLOC_TOP_PAD_": "1"}
     ranks = find_job(HAND | {"NUM_PROCESSES": "4"}, 8, 8).environments(left)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = [[rank[name] for name in names] for rank in ranks]
@@ -164,6 +171,8 @@ if "stubborn" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "fails" in sys.argv and first:
     sys.exit(3)
+if "reports" in sys.argv and first:
+    os.kill(os.getppid(), signal.SIGUSR2)
 if "dies" in sys.argv and first:
     os.kill(os.getpid(), signal.SIGKILL)
 Path(f"{sys.argv[1]}.{os.environ['RANK']}").touch()
@@ -187,7 +196,8 @@ def wait_for(process, *paths):
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "status"), [("ends", 0), ("fails", 3), ("dies", 128 + signal.SIGKILL)]
+    ("behaviour", "status"),
+    [("ends", 0), ("fails", 3), ("reports", 2), ("dies", 128 + signal.SIGKILL)],
 )
 def test_the_status_is_that_of_the_first_failure_which_ends_the_others(tmp_path, behaviour, status):
     assert start_runner(tmp_path, behaviour).wait() == status
@@ -211,6 +221,39 @@ def test_the_first_request_stops_the_second_ends_the_third_kills(
     for number in signals:
         process.send_signal(number)
     assert process.wait() == status
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "last"),
+    [
+        ({}, 0, "eval.report"),
+        ({"train_flowtok.py": STOPPED_STATUS}, STOPPED_STATUS, "train_flowtok.py"),
+        ({"scripts.encode_tokens": 2}, 2, "scripts.encode_tokens"),
+    ],
+)
+def test_stages_run_until_one_fails_then_results_are_listed(
+    chain, monkeypatch, capsys, statuses, status, last
+):
+    commands = []
+
+    class FakeRunner:
+        requests = 0
+
+        def run(self, command, environments):
+            program = command[2] if command[1] == "-m" else command[1]
+            commands.append(program)
+            return statuses.get(program, 0)
+
+    program = importlib.import_module("scripts.run_experiment.__main__")
+    monkeypatch.setattr(program, "Runner", FakeRunner)
+    monkeypatch.setenv("NUM_PROCESSES", "1")
+    with pytest.raises(SystemExit) if status else nullcontext() as stop:
+        program.main([f"{chain.folder}/configs"])
+    assert not status or stop.value.code == status
+    assert commands[-1] == last  # no sample.py: the picture is newer than the checkpoints
+    output = capsys.readouterr().out
+    assert (f"  {chain.folder}/samples.png" in output.splitlines()) == (status == 0)
+    assert ("bash train_flowtok.sh" in output) == (status == STOPPED_STATUS)
 
 
 # The shell part

@@ -1,4 +1,6 @@
-"""scripts/make_shards.py and its sources: what comes out, exactly, also of hostile input and of interrupted runs."""
+"""scripts/make_shards.py and its sources: what comes out, exactly, also of hostile input and of
+interrupted runs.
+"""
 
 import csv
 import gzip
@@ -33,13 +35,13 @@ from data.tar import read_shard, write_shard
 from data.transforms import IMAGE_KEYS, decode_image
 from scripts.make_shards import build_parser, main, sample_config
 
-# tqdm's own lock is shared with forked runs: one that is killed with it would hold up all later ones
+# tqdm's own lock is shared with forked runs: one that is killed with it would hold up the others
 tqdm.set_lock(threading.RLock())
 
 
 @dataclass
 class Sample:
-    """What a source holds under one name. data None: no such file; a caption may be bytes that are not UTF-8."""
+    """What a source holds under one name. data None: no such file; captions may be any bytes."""
 
     name: str
     data: bytes | None
@@ -295,7 +297,7 @@ def summary_of(output):
     return json.loads((output / "summary.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------ round trips
+# -------------------------------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -517,12 +519,12 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert sorted(sample["__key__"] for sample in samples_of(tmp_path / "out")) == ["a", "link/b"]
 
 
-# ----------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """60 images of two sizes with captions of several lengths; every tenth one is a copy of the one before."""
+    """60 images of two sizes, captions of several lengths; every tenth copies the one before."""
     root = tmp_path_factory.mktemp("photos")
     for i in range(60):
         is_large = i % 3 == 0 and i % 10 < 8
@@ -604,7 +606,7 @@ def test_the_shuffle_is_a_permutation_and_a_function_of_the_seed(photos, tmp_pat
     assert len({tuple(order) for order in orders.values()}) == 3
 
 
-# ------------------------------------------------------------------------------------------- processes, parts, stops
+# -------------------------------------------------------------------------- processes, parts, stops
 
 
 BUSY = ["--samples-per-shard", "5", "--drop-duplicates", "--max-watermark-probability", "0.8"]
@@ -660,7 +662,7 @@ def test_parts_may_run_side_by_side(busy, undisturbed, tmp_path):
 
 @needs_proc
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(busy, undisturbed, tmp_path):
-    """SIGKILL once so many files are there, of the index, the digests, the shards and their records."""
+    """SIGKILL once so many files of the index, digests, shards and records are there."""
     output, kills = tmp_path / "out", 0
     for num_files in (0, 1, 3, 4, 6, 9, 13, 16, 17, 20, 23, 26, 33, 37, 39):
         process = start(busy, workers=2)
@@ -787,7 +789,7 @@ def test_a_shard_of_which_nothing_is_left_is_not_written(photos, tmp_path):
         assert len(list((tmp_path / "out").glob("*.tar"))) == 12
 
 
-# ------------------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def fails(capsys, *arguments, workers=1):

@@ -1,4 +1,4 @@
-"""data/config.py and the configs that it is made of, typed by OmegaConf as the stages' configs are."""
+"""data/config.py and its parts, typed by OmegaConf as the stages' configs are."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,7 +16,10 @@ TWO = """
 captions: {keys: [txt]}
 filters: {max_watermark_probability: 0.5, min_longer_side: 256}
 sources:
-  laion: {shards: [laion/*.tar], weight: 3, captions: {recaption_keys: [recap_txt], recaption_probability: 0.5}}
+  laion:
+    shards: [laion/*.tar]
+    weight: 3
+    captions: {recaption_keys: [recap_txt], recaption_probability: 0.5}
   journeydb: {shards: [j.tar], filters: {}}
 """
 

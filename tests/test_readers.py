@@ -1,4 +1,6 @@
-"""data/readers.py: batches of images, stored tokens and captions; filters, hostile samples, resuming."""
+"""data/readers.py: batches of images, stored tokens and captions; filters, hostile samples,
+resuming.
+"""
 
 import io
 import pickle

@@ -1,40 +1,36 @@
-"""README.md: its commands refer to what exists and parse, and its file map is the repository."""
+"""README.md and docs/: their commands parse and name what exists, their links lead somewhere."""
 
 import argparse
 import re
 import runpy
 import shlex
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
+from configs.load import load_dataclass, valid_keys
+from eval.protocol import Protocol, protocol_file
 from scripts.run_experiment.stages import PROGRAMS, load_stage, program_of, read_stages
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-PACKAGES = ("configs", "data", "eval", "modeling", "scripts", "training")
+PAGES = sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+SHELL = {"source", "pip", "python3", "mkdir", "mv"}  # what pages use besides our programs
 
 
-# Commands
-
-
-def fenced_blocks(text, language):
-    """Contents of the fenced blocks of a language; "" for those without."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def commands(text):
-    """Words of each command of the bash blocks, comments removed, continued lines joined."""
-    lines = "\n".join(fenced_blocks(text, "bash")).replace("\\\n", " ").splitlines()
+def read_commands(text):
+    """Words of each command of the bash blocks; comments removed, lines joined, && split."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("&&", "\n").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
 def split_variables(words):
     """Leading NAME=VALUE words as a dict, and the others."""
     variables = {}
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0], flags=re.DOTALL):
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name, _, variables[name] = words[0].partition("=")
         words = words[1:]
     return variables, words
@@ -46,14 +42,19 @@ class Parsed(Exception):
 
 def parse_arguments(path, arguments, monkeypatch):
     """Start a program up to its parse_args()."""
-    original = argparse.ArgumentParser.parse_args
 
-    def parse(self, args=None, namespace=None):
-        raise Parsed(original(self, args, namespace))
+    def stop_after(original):
+        def parse(*args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr("os.path.isdir", lambda path: True)  # folders of the reader's
+                raise Parsed(original(*args, **kwargs))
 
+        return parse
+
+    parser = argparse.ArgumentParser
     with monkeypatch.context() as patch:
         for name in ("parse_args", "parse_intermixed_args"):
-            patch.setattr(argparse.ArgumentParser, name, parse)
+            patch.setattr(parser, name, stop_after(getattr(parser, name)))
         patch.setattr(sys, "argv", [str(path), *arguments])
         with pytest.raises(Parsed) as caught:
             runpy.run_path(str(path), run_name="__main__")
@@ -61,158 +62,102 @@ def parse_arguments(path, arguments, monkeypatch):
 
 
 def check_python(words, monkeypatch):
-    """Check `[-m] PROGRAM ARGUMENTS`: the program exists, its argparse takes the arguments, its config loads."""
+    """`[-m] PROGRAM ARGUMENTS`: the program exists, its argparse takes them, its config loads."""
     if words[0] in ("-m", "--module"):
         path, arguments = ROOT / (words[1].replace(".", "/") + ".py"), words[2:]
     else:
         path, arguments = ROOT / words[0], words[1:]
     assert path.is_file(), f"{path} does not exist"
     parsed = parse_arguments(path, arguments, monkeypatch)
-    if not (
-        hasattr(parsed, "overrides") and (hasattr(parsed, "config") or hasattr(parsed, "file"))
-    ):
-        return
-    file = ROOT / (parsed.config if hasattr(parsed, "config") else parsed.file)
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    assert module == program_of(file.stem)[0] or module not in dict(PROGRAMS.values())
-    load_stage(file, parsed.overrides)
-
-
-def check_accelerate(words, monkeypatch):
-    """Check `[OPTIONS] [--module] PROGRAM ARGUMENTS` of accelerate's launcher."""
-    from accelerate.commands.launch import launch_command_parser
-
-    launch = launch_command_parser().parse_args(words)
-    program = ["-m", launch.training_script] if launch.module else [launch.training_script]
-    check_python([*program, *launch.training_script_args], monkeypatch)
-
-
-def check_train_flowtok(words, variables):
-    """Check that train_flowtok.sh has stages to run, and that it has these variables."""
-    manual = (ROOT / "train_flowtok.sh").read_text()
-    assert all(name in manual for name in variables)
-    assert read_stages(words, variables.get("STAGES", ""), ROOT / "configs")
+    overrides = getattr(parsed, "overrides", [])
+    if hasattr(parsed, "protocol"):
+        load_dataclass(Protocol, protocol_file(parsed.protocol), overrides)
+    elif file := getattr(parsed, "config", None) or ("overrides" in parsed and parsed.file):
+        assert (ROOT / file).is_file(), f"{file} does not exist"
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        programs = {name for name, _ in PROGRAMS.values()}
+        assert module not in programs or module == program_of(Path(file).stem)[0]
+        load_stage(ROOT / file, overrides)
 
 
 def check_command(words, monkeypatch):
     """AssertionError, ValueError or SystemExit: the command cannot run."""
     variables, words = split_variables(words)
     if words[:2] == ["bash", "train_flowtok.sh"]:
-        check_train_flowtok(words[2:], variables)
-    elif words[0] == "bash":
+        manual = (ROOT / "train_flowtok.sh").read_text()
+        assert all(name in manual for name in variables)
+        assert read_stages(words[2:], variables.get("STAGES", ""), ROOT / "configs")
+    elif words[0] in ("bash", "sbatch"):
         assert (ROOT / words[1]).is_file(), f"{words[1]} does not exist"
     elif words[0] == "python":
         check_python(words[1:], monkeypatch)
     elif words[:2] == ["accelerate", "launch"]:
-        check_accelerate(words[2:], monkeypatch)
+        launch = launch_command_parser().parse_args(words[2:])
+        program = ["-m"] * bool(launch.module) + [launch.training_script]
+        check_python([*program, *launch.training_script_args], monkeypatch)
+    else:
+        assert words[0] in SHELL, f"{words[0]}: unknown program"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/recipe.md"])
-def test_every_command_of_the_documentation_would_run(page, monkeypatch):
-    found = commands((ROOT / page).read_text())
-    assert found
-    for words in found:
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_would_run(page, monkeypatch):
+    commands = read_commands((ROOT / page).read_text())
+    assert commands
+    for words in commands:
         check_command(words, monkeypatch)
-
-
-def test_the_readme_shows_how_to_train_sample_test_and_print_a_config():
-    text = "\n".join(fenced_blocks(README.read_text(), "bash"))
-    for program in (
-        "bash train_flowtok.sh",
-        "python sample.py",
-        "bash scripts/test.sh",
-        "--print",
-    ):
-        assert program in text
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "bash train_flowtok.sh demos",
         "bash train_flowtok.sh demo training.max_step=3",
         "STAGES=tokens bash train_flowtok.sh demo flowtok.training.max_steps=3",
-        "python sampel.py --run runs/demo",
         "python sample.py --run runs/demo --promts x",
         "python train_flowtok.py --config configs/demo/flowtok.yaml training.lr=1",
         "python train_flowtok.py --config configs/demo/tokenizer.yaml",
+        "python scripts/plan.py configs/demo/flowtok.yaml training.lr=1",
+        "python -m eval.generation runs/demo --protocol demo guidence=1",
         "accelerate launch train_tokenizer.py --config configs/demo/tokenizers.yaml",
         "accelerate launch --num_proceses 2 train_tokenizer.py --config configs/demo/tokenizer.yaml",
-        "accelerate launch --module scripts.encode_token --config configs/demo/tokens.yaml",
         "bash scripts/tests.sh",
+        "pyhton sample.py --run runs/demo",
     ],
 )
 def test_a_command_that_cannot_run_is_found(command, monkeypatch):
-    ((words),) = commands(f"```bash\n{command}\n```\n")
+    (words,) = read_commands(f"```bash\n{command}\n```\n")
     with pytest.raises((AssertionError, ValueError, SystemExit)):
         check_command(words, monkeypatch)
 
 
 def test_commands_are_read_from_bash_blocks_without_comments():
     text = "```bash\n# why\nA=1 python x.py \\\n  --b 'c d'  # more\n```\n```\npython y.py\n```\n"
-    assert commands(text) == [["A=1", "python", "x.py", "--b", "c d"]]
+    assert read_commands(text) == [["A=1", "python", "x.py", "--b", "c d"]]
 
 
-# File map
-
-
-def file_map(text):
-    """Paths at the line starts of the block under '## File map'."""
-    section = text.split("\n## File map\n")[1].split("\n## ")[0]
-    (block,) = fenced_blocks(section, "")
-    return [line.split()[0] for line in block.splitlines() if line.strip()]
-
-
-def repository_files():
-    """Files of the repository, tracked or to be: not those that .gitignore names."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode:
-        pytest.skip("not a git checkout")  # an unpacked archive
-    return [name for name in result.stdout.splitlines() if (ROOT / name).exists()]
-
-
-def expand(paths):
-    """The paths, those with a * as the folders that they stand for; at least one each."""
-    expanded = []
-    for path in paths:
-        matches = (
-            [f"{match.relative_to(ROOT)}/" for match in ROOT.glob(path.rstrip("/"))]
-            if "*" in path
-            else [path]
-        )
-        assert matches, path
-        expanded += matches
-    return expanded
-
-
-def test_every_path_of_the_file_map_exists_and_stands_there_once():
-    paths = file_map(README.read_text())
-    assert len(set(paths)) == len(paths)
-    for path in expand(paths):
-        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
-
-
-def test_every_top_level_entry_module_and_script_is_in_the_file_map():
-    paths, files = file_map(README.read_text()), repository_files()
-    top = {name.split("/")[0] for name in files} - {"README.md", ".gitignore"}
-    assert not top - {path.split("/")[0] for path in paths}
-    modules = {
-        name
-        for name in files
-        if name.split("/")[0] in PACKAGES and Path(name).suffix in (".py", ".sh")
-    }
-    missing = {name for name in modules if name not in paths and Path(name).name != "__init__.py"}
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    path = ROOT / page
+    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    missing = [name for name in targets if "://" not in name and not (path.parent / name).exists()]
     assert not missing
-    experiments = {
-        f"{Path(name).parent}/"
-        for name in files
-        if name.startswith("configs/") and name.endswith(".yaml")
-    }
-    assert not experiments - set(expand(paths))
 
 
-def test_links_to_files_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text())
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
-    assert not missing
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/recipe.md"])
+def test_named_files_exist(page):
+    """Those of our folders in backticks; the recipe also names some of a commit."""
+    folders = "configs|data|eval|modeling|research|scripts|tests|training"
+    pattern = rf"`((?:{folders})/[a-z\d_/.]+\.\w+|(?:train_|sample)\w*\.(?:py|sh))`"
+    names = re.findall(pattern, (ROOT / page).read_text())
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/recipe.md"])
+def test_named_config_keys_exist(page):
+    """`section.key` and `section.key=value` in backticks, with or without a stage in front."""
+    stages = [getattr(import_module(module), name) for module, name in PROGRAMS.values()]
+    valid = {key for stage in [*stages, Protocol] for key in valid_keys(stage)}
+    sections = {key.split(".")[0] for key in valid if "." in key}
+    pattern = r"`([a-z_]+(?:\.[a-z\d_]+)+)(?:[=:][^`]*)?`"
+    names = [name for name in re.findall(pattern, (ROOT / page).read_text()) if ".json" not in name]
+    unknown = {name for name in names if name.split(".")[0] in sections} - valid
+    assert not {name for name in unknown if name.split(".", 1)[1] not in valid}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from data.tar import write_shard
@@ -24,8 +25,6 @@ from eval.report import (
 )
 from modeling.posterior import Posterior
 
-CONFIG = ReportStage(batch_size=4)
-
 
 def fake_generator(seen=None):
     """A tokenizer whose latent means are the image's rows."""
@@ -40,7 +39,7 @@ def fake_generator(seen=None):
 
 
 def pool_of(*images, captions=None, variant=""):
-    config = ReportStage(batch_size=4, caption_variant=variant)
+    config = ReportStage(caption_variant=variant)
     sets = [{"image": x, "caption": captions or [""] * len(x)} for x in images]
     return build_pool(config, fake_generator(), sets)
 
@@ -78,9 +77,10 @@ def test_a_set_of_its_own_is_an_easier_pool_and_equal_sets_have_no_frechet_dista
     assert found["frechet_latent"] == pytest.approx(0, abs=1e-6)
 
 
-def test_images_are_encoded_in_batches_in_order():
+def test_images_are_encoded_in_batches_in_order(monkeypatch):
+    monkeypatch.setattr(report, "BATCH_SIZE", 4)
     seen, images = [], torch.rand(10, 3, 8, 8)
-    assert torch.equal(encode(CONFIG, fake_generator(seen), images), images.flatten(2))
+    assert torch.equal(encode(fake_generator(seen), images), images.flatten(2))
     assert seen == [4, 4, 2]
 
 
@@ -96,13 +96,16 @@ def test_samples_are_spread_evenly():
     assert taken["image"].tolist() == [4, 1] and taken["caption"] == ["e", "b"]
 
 
-def test_images_and_captions_are_read_with_the_configured_background_and_keys(tmp_path):
+def test_images_and_captions_are_read_as_the_tokenizer_was_trained_on_them(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(buffer, format="PNG")
     sample = {"__key__": "0", "png": buffer.getvalue(), "txt": "one", "json": b'{"title": "two"}'}
     write_shard(tmp_path / "a.tar", [sample])
     generator = SimpleNamespace(tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=8)))
-    config = ReportStage(background=[255, 0, 51], caption_keys=["json:title"])
+    data = {"background": [255, 0, 51], "captions": {"keys": ["json:title"]}}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    config = ReportStage(experiment_dir=str(tmp_path))
     found = read_all(config, generator, [str(tmp_path / "a.tar")])
     assert found["caption"] == ["two"]
     colour = torch.tensor([1, 0, 0.2]).view(1, 3, 1, 1)

@@ -34,7 +34,7 @@ def collate(samples):
 
 
 def make_shards(folder, sizes, bad=()):
-    """One shard per size, samples numbered through; those in `bad` have no text. Returns the paths."""
+    """Paths of one shard per size, samples numbered through; those in `bad` have no text."""
     paths, number = [], 0
     for index, size in enumerate(sizes):
         keys = range(number, number + size)
@@ -513,7 +513,7 @@ def test_a_mixture_resumes_with_other_weights_where_each_source_stands(tmp_path)
 
 
 def cut(path, damage="cut"):
-    """Break a tar: inside its third sample, so that two are left, at the third's first byte (one is), or wholly."""
+    """Break a tar: inside its third sample, so that two are left, at its first byte, or wholly."""
     data = bytearray(Path(path).read_bytes())
     third = [end for _, end in scan_shard(path, offset=0, ordinal=0, reader=0, readers=1)][1]
     if damage == "cut":
@@ -619,7 +619,7 @@ def share_stream(tmp_path, bad, max_bad_share, reason="text: missing"):
 def test_more_bad_samples_than_allowed_stop_the_run_with_counts_and_keys(tmp_path):
     message = (
         r"reader 0 of 1: 6 of the last 100 samples are bad, more than max_bad_share = 0.05 allows "
-        r"\(text: missing: 6\); the first: 00003, 00005, 00020, 00030, 00050. Repair the data, or raise max_bad_share"
+        r"\(text: missing: 6\); the first: 00003, 00005, 00020, 00030, 00050\."
     )
     with pytest.raises(ValueError, match=message):
         take(iter(share_stream(tmp_path, {3, 5, 20, 30, 50, 70}, 0.05)), 150)

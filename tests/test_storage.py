@@ -1,4 +1,4 @@
-"""data/storage.py: local files and web servers that misbehave; read directly and through streams."""
+"""data/storage.py: web servers that misbehave; read directly and through streams."""
 
 import gzip
 import re
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder. cuts, statuses: of the next answers; cuts are the bytes after which they break."""
+    """Serves a folder. statuses: of the next answers; cuts: the bytes after which they break."""
 
     daemon_threads = True
 

@@ -147,7 +147,7 @@ def with_size(field):
 
 
 def broken_tars(folder):
-    """(bytes, reason) of tars that break off or cannot be read; a whole one has two members in two blocks each."""
+    """(bytes, reason) of tars that break off or cannot be read; two members of two blocks each."""
     make_shards(folder, [2])
     whole = (folder / "s-000.tar").read_bytes()
     for length in (0, 100, 512, 515, 1024, 1600, 2048):  # in a header, in data, between members

@@ -58,7 +58,7 @@ def test_exif_rotation_is_applied():
 
 
 def transparent(mode):
-    """A PNG of transparent pixels: by an alpha channel, a transparent colour, alpha of a palette."""
+    """A PNG of transparent pixels: by an alpha channel or a transparent colour."""
     if mode == "RGBA":
         return encoded(Image.new("RGBA", (4, 4)), "PNG")
     image = Image.new(mode, (4, 4), 0)

@@ -69,7 +69,6 @@ def stage_configs(shards: Path) -> dict[str, dict]:
             "projector": projector,
             "data": tokens | reading,
             "losses": {"image_regression_weight": 1.0},
-            "num_pictures": 4,
             **common,
         },
         "text_decoder": {
@@ -90,7 +89,6 @@ def stage_configs(shards: Path) -> dict[str, dict]:
             "train_shards": [f"{shards}/train-00000.tar"],
             "heldout_shards": [f"{shards}/train-00001.tar"],
             "num_train_captions": 6,
-            "batch_size": 16,
         },
     }
 

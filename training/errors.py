@@ -1,10 +1,14 @@
 """Errors of the programs end in one line, which is the last thing on the screen.
 
 `accelerate launch` and torchrun answer a failed program with a traceback of their own, in which its
-one line is lost, and no exit status or option keeps them from it (accelerate's --quiet works for one
-process). So a program that has said what is wrong ends the launcher that waits for it: accelerate by
-SIGTERM, torchrun's agent, which turns that into a traceback as well, by SIGKILL; then the agent's
-other processes, which nobody else would end. A shell sees status 143 or 137 instead of 1.
+one line is lost, and no exit status or option keeps them from it (accelerate's --quiet works for
+one process). The other processes of a launch fail as well, each with an error of its own. So a
+program that has said what is wrong ends its launcher and the others:
+
+- accelerate with one process by SIGTERM;
+- torchrun's agent, which turns that into a traceback too, by SIGKILL, then the other processes,
+  which nobody else would end. A shell sees status 143 or 137 in place of the launchers' 1;
+- train_flowtok.sh (scripts/run_experiment) is told by ERROR_SIGNAL, and ends them all.
 
 The launcher is left alone when it has something to say: after a crash (a Python traceback, a
 signal) and after a clean stop. Without /proc, as on macOS, it always is.
@@ -14,6 +18,7 @@ import fcntl
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from itertools import dropwhile
@@ -21,7 +26,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_MESSAGE = 5000  # characters; a hostile name or value may be longer
-# the name of their script, or the module after -m
+OUR_LAUNCHER = "scripts.run_experiment"
+ERROR_SIGNAL = signal.SIGUSR2
+ERROR_STATUS = 2
+SECONDS_TO_LIVE = 60.0  # while our launcher ends this process
+# Other launchers: the name of their script, or the module after -m.
 LAUNCHERS = {
     "accelerate",
     "accelerate-launch",
@@ -47,7 +56,7 @@ def exit_on_error(action: Callable):
         message = printable(" ".join(str(error).split())[:MAX_MESSAGE]) or type(error).__name__
         place = f"{Path(frame.filename).name}:{frame.lineno}"
         report_error(f"error: {message} ({place})")
-        raise SystemExit(2) from None
+        raise SystemExit(ERROR_STATUS) from None
 
 
 def is_ours(frame: traceback.FrameSummary) -> bool:
@@ -62,9 +71,9 @@ def printable(text: str) -> str:
 
 
 def report_error(line: str) -> None:
-    """Print the error that ends this program and end its launcher; the caller exits.
+    """Print the error that ends this program and end its launcher; the caller then exits.
 
-    Of several processes of one launch, the first one does so: most errors are found by all.
+    Of several processes of one launch the first one does so: most errors are found by all.
     """
     if is_first_of_launch():
         print(line, file=sys.stderr, flush=True)
@@ -81,33 +90,37 @@ def is_first_of_launch() -> bool:
         return True
     try:
         lock = os.open(f"/proc/{os.getppid()}/cmdline", os.O_RDONLY)
-    except OSError:
-        return True
-    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
     except BlockingIOError:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return False
+    except OSError:
+        pass  # no such file, or one without locks
+    return True
 
 
 def end_launcher(parent: int) -> None:
-    """End the parent of this process, if it is a launcher that waits for processes like this one."""
+    """End the launcher that waits for this process, if its parent is one."""
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
-        if program_of(command.split("\0")) not in LAUNCHERS:
-            return
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            os.kill(parent, signal.SIGTERM)
+        launcher = program_of(command.split("\0"))
+        if launcher not in {OUR_LAUNCHER, *LAUNCHERS}:
             return
         others = find_siblings(parent)
-        if len(others) + 1 < int(os.environ["LOCAL_WORLD_SIZE"]):
-            return  # one has crashed: how, the agent will say
-        os.kill(parent, signal.SIGKILL)
-        for pid in others:
-            os.killpg(pid, signal.SIGKILL)  # with its data workers: the agent gave it a group
+        if len(others) + 1 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            return  # one has crashed: how, the launcher will say
+        if launcher == OUR_LAUNCHER:
+            if others:
+                os.kill(parent, ERROR_SIGNAL)
+                time.sleep(SECONDS_TO_LIVE)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            os.kill(parent, signal.SIGKILL)
+            for pid in others:
+                os.killpg(pid, signal.SIGKILL)  # its data workers, too: the agent gave it a group
+        else:
+            os.kill(parent, signal.SIGTERM)
     except OSError:
-        pass  # ended by itself meanwhile, or not ours to end: the traceback stays
+        pass  # ended by itself meanwhile, or not ours to end
 
 
 def program_of(words: Sequence[str]) -> str:
@@ -120,10 +133,12 @@ def program_of(words: Sequence[str]) -> str:
 
 
 def find_siblings(parent: int) -> list[int]:
-    """The other living processes that torchrun's agent started for this run."""
-    run = f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']}".encode()
+    """The other living processes of this launch on this machine."""
+    if "MASTER_PORT" not in os.environ:
+        return []
+    mark = f"MASTER_PORT={os.environ['MASTER_PORT']}".encode()
     children = [
         path.read_text().split() for path in Path(f"/proc/{parent}/task").glob("*/children")
     ]
     pids = {int(pid) for threads in children for pid in threads} - {os.getpid()}
-    return [pid for pid in pids if run in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    return [pid for pid in pids if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]

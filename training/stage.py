@@ -1,7 +1,7 @@
 """What the config of every stage has.
 
 A program's dataclass extends StageConfig (or TrainedStage) with its own fields and a `check()`;
-scripts/run_experiment.py asks the methods below before the first stage of an experiment starts.
+scripts/run_experiment asks the methods below before the first stage of an experiment starts.
 """
 
 from dataclasses import dataclass, field

@@ -34,7 +34,7 @@ NUM_HELDOUT = 150  # base emoji
 SAMPLES_PER_SHARD = 512
 SHUFFLE_SEED = "noto-emoji"
 IMAGE_SIZE = 64
-DEFAULT_HELDOUT = Path(__file__).resolve().parents[1] / "assets" / "noto_emoji" / "heldout.txt"
+DEFAULT_HELDOUT = Path(__file__).with_name("heldout.txt")
 
 TONES = {
     "1f3fb": "light",

@@ -16,16 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.run_experiment.processes import STOPPED_STATUS, Job, Runner, clean, find_job
+from scripts.run_experiment.stages import Stage, read_stages
 from training.errors import exit_on_error
 
 
-def main(words: Sequence[str]) -> int:
-    """Run all stages, draw samples, list the results; returns the exit status."""
+def main(words: Sequence[str]) -> None:
+    """Run all stages, draw samples, list the results.
+
+    Raises:
+        ValueError: what can't work.
+        SystemExit: with the status of the first program that did not end well.
+    """
     runner = Runner()  # before torch is imported: it takes seconds, and a request to stop may come
     import torch
 
     from scripts.run_experiment import checks
-    from scripts.run_experiment.stages import read_stages
 
     stages = read_stages(words, os.environ.get("STAGES", ""), Path("configs"))
     stages, skipped = checks.skip_unused_towers(stages)
@@ -35,16 +40,17 @@ def main(words: Sequence[str]) -> int:
     if not session.is_dry:
         checks.check_inputs(stages)
     print(job, *skipped, sep="\n", flush=True)
+
+    # What takes one process is for the first machine.
+    is_first = job.machine_rank == 0
     for stage in stages:
-        if status := session.run_stage(stage):
-            return status
-    flows = [stage for stage in stages if stage.config.stage == "flowtok"]
-    for stage in flows if job.machine_rank == 0 else []:
-        if status := session.draw_samples(stage):
-            return status
-    if job.machine_rank == 0 and not session.is_dry:
+        if is_first or stage.config.stage != "report":
+            session.run_stage(stage)
+    for stage in stages:
+        if is_first and stage.config.stage == "flowtok":
+            session.draw_samples(stage)
+    if is_first and not session.is_dry:
         list_results(stages)
-    return 0
 
 
 @dataclass
@@ -56,22 +62,20 @@ class Session:
     runner: Runner
     is_dry: bool  # print the commands, run nothing
 
-    def run_stage(self, stage) -> int:
-        """Run one stage in all processes; the report in one. Returns the exit status."""
-        environments = self.job.environments(os.environ)
-        if stage.config.stage == "report":
-            environments = [clean(os.environ)] * (self.job.machine_rank == 0)
+    def run_stage(self, stage: Stage) -> None:
+        """Run one stage in all processes, the report in one."""
         if self.runner.requests:
             print(f"asked to stop before stage {stage}. {self.go_on}")
-            return STOPPED_STATUS
+            raise SystemExit(STOPPED_STATUS)
         print(f"== {stage}", flush=True)
+        is_report = stage.config.stage == "report"
+        environments = [clean(os.environ)] if is_report else self.job.environments(os.environ)
         start = time.monotonic()
-        status = self.run(f"stage {stage}", stage.command, environments)
-        if not status and not self.is_dry:
+        self.run(f"stage {stage}", stage.command, environments)
+        if not self.is_dry:
             print(f"== {stage} took {time.monotonic() - start:.0f} s", flush=True)
-        return status
 
-    def draw_samples(self, stage) -> int:
+    def draw_samples(self, stage: Stage) -> None:
         """Images or captions of a flow, unless they are newer than its checkpoints."""
         picture = picture_of(stage)
         checkpoints = Path(stage.config.run_dir) / "checkpoints"
@@ -79,14 +83,18 @@ class Session:
             is_newer(path, picture) for path in checkpoints.rglob("*")
         ):
             print(f"{picture}: complete, nothing to do")
-            return 0
+            return
         command = ["sample.py", "--run", stage.config.run_dir, "--output", str(picture)]
-        return self.run("sample.py", command, [clean(os.environ)])
+        self.run("sample.py", command, [clean(os.environ)])
 
     def run(
         self, name: str, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]
-    ) -> int:
-        """Run a Python program, and say how to go on if it did not end well."""
+    ) -> None:
+        """Run a Python program.
+
+        Raises:
+            SystemExit: with its status, after words on how to go on.
+        """
         command = [sys.executable, *arguments]
         print(f"+ {shlex.join(command)}", flush=True)
         status = 0 if self.is_dry else self.runner.run(command, environments)
@@ -94,7 +102,8 @@ class Session:
             print(f"{name} stopped. {self.go_on}", flush=True)
         elif status not in (0, 2):  # 2: its last line says what is wrong
             print(f"{name} failed with status {status}. {self.go_on}", file=sys.stderr, flush=True)
-        return status
+        if status:
+            raise SystemExit(status)
 
     @property
     def go_on(self) -> str:
@@ -111,7 +120,7 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def picture_of(stage) -> Path:
+def picture_of(stage: Stage) -> Path:
     """Where the samples of a flow go: samples_512.png for flowtok_512."""
     suffix = stage.name.removeprefix("flowtok")
     return Path(stage.config.experiment_dir) / f"samples{suffix}.png"
@@ -122,7 +131,7 @@ def is_newer(path: Path, other: Path) -> bool:
     return path.stat().st_mtime > other.stat().st_mtime
 
 
-def list_results(stages) -> None:
+def list_results(stages: Sequence[Stage]) -> None:
     """Print what the stages left."""
     paths = [picture_of(stage) for stage in stages]
     paths += [Path(stage.config.experiment_dir) / "report.json" for stage in stages]
@@ -134,4 +143,4 @@ def list_results(stages) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_on_error(lambda: main(sys.argv[1:])))
+    exit_on_error(lambda: main(sys.argv[1:]))

@@ -4,9 +4,12 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.load import load_config
-from training.stage import StageConfig
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from training.stage import StageConfig
 
 PROGRAMS = {  # stage -> module and dataclass of its program
     "text_encoder": ("scripts.train_text_encoder", "TextEncoderStage"),
@@ -30,7 +33,7 @@ class Stage:
 
     file: Path
     overrides: tuple[str, ...]
-    config: StageConfig
+    config: "StageConfig"
 
     @property
     def name(self) -> str:
@@ -80,7 +83,7 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
     return stages
 
 
-def load_stage(file: Path, overrides: Sequence[str]) -> StageConfig:
+def load_stage(file: Path, overrides: Sequence[str]) -> "StageConfig":
     """The config of a YAML, by the dataclass of the program that its name stands for."""
     module, schema = program_of(file.stem)
     return load_config(getattr(importlib.import_module(module), schema), file, list(overrides))
