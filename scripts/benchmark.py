@@ -161,7 +161,7 @@ def measure_training(args: argparse.Namespace) -> dict:
     work = build_workload(stage, run, stored_states=not args.text_tower)
     for network in work.networks.values():
         fill_zeros(network.module)
-    ema = EMA(work.networks[""].module, stage.training.optim_decay)
+    ema = EMA(work.networks[""].module, stage.training.ema_decay)
     batch = work.make_batch(args.batch_size)
     steps = count()
 

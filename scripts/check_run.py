@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def check_folder(folder: Path, quick: bool) -> Report:
     check = check_tokens if is_tokens else check_run
     try:
         report.problems += check(folder, quick, report)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         report.problems.append(one_line(error))
     return report
 
@@ -155,10 +156,22 @@ def check_finite(folder: Path) -> Iterator[str]:
             if not is_finite(tensor):
                 yield f"{folder.name}/{path.name}: {name} is not finite"
     for path in sorted(folder.glob(f"*{ckpt.OPTIMIZER_FILE}")):
-        for index, moments in ckpt.load_plain(path, mmap=True)["state"].items():
-            for name, moment in moments.items():
-                if not is_finite(moment):
-                    yield f"{folder.name}/{path.name}: {name} of weight {index} is not finite"
+        try:
+            moments = [
+                (index, name, moment)
+                for index, values in ckpt.load_plain(path, mmap=True)["state"].items()
+                for name, moment in values.items()
+            ]
+            bad = [(index, name) for index, name, moment in moments if not is_finite(moment)]
+        except (KeyError, TypeError, AttributeError):
+            yield f"{folder.name}/{path.name} holds no moments"
+            continue
+        for index, name in bad:
+            yield f"{folder.name}/{path.name}: {name} of weight {index} is not finite"
+    for path in sorted(folder.glob("rank_*.pt")):
+        saved = ckpt.load_plain(path)
+        if not isinstance(saved, dict) or not {"loader", "metrics"} <= saved.keys():
+            yield f"{folder.name}/{path.name} holds no data position"
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -210,6 +210,23 @@ def resident_gib(work: Workload, num_gpus: int) -> dict[str, float]:
 # The plan
 
 
+def batch_sizes(stage: Stage, num_gpus: int) -> tuple[int, int]:
+    """(samples of a step, samples of one GPU in one pass).
+
+    Raises:
+        ValueError: a batch that the GPUs can't share.
+    """
+    training = stage.training
+    batch_size = training.batch_size if training else num_gpus * stage.config.batch_size
+    passes = training.gradient_accumulation if training else 1
+    if batch_size % (num_gpus * passes):
+        raise ValueError(
+            f"training.batch_size {batch_size} is not divisible by --num-gpus x "
+            f"training.gradient_accumulation = {num_gpus} x {passes}"
+        )
+    return batch_size, batch_size // (num_gpus * passes)
+
+
 def make_plan(
     file: str | Path,
     overrides: Sequence[str] = (),
@@ -229,14 +246,7 @@ def make_plan(
     memory, bf16_tflops, tf32_tflops = GPUS[gpu]
     peak_tflops = bf16_tflops if stage.precision == "bf16" else tf32_tflops
     usable_gib = memory * (1 - RESERVE)
-    batch_size = training.batch_size if training else num_gpus * config.batch_size
-    passes = training.gradient_accumulation if training else 1
-    if batch_size % (num_gpus * passes):
-        raise ValueError(
-            f"training.batch_size {batch_size} is not divisible by --num-gpus x "
-            f"training.gradient_accumulation = {num_gpus} x {passes}"
-        )
-    batch = batch_size // (num_gpus * passes)
+    batch_size, batch = batch_sizes(stage, num_gpus)
 
     # Each activation checkpointing that the stage offers, at its last step.
     chosen = getattr(config, "activation_checkpointing", "none")

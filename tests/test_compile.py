@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config
 from tiny_experiment import metrics, weights
 from torch._dynamo.utils import counters
 
@@ -14,6 +15,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ comp
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "blocks"), [("flowtok", 2), ("tokenizer", 2)])
+@torch._inductor.config.patch("cpp.simdlen", 1)  # vector code depends on the processor
 def test_compiled_blocks_train_the_same_weights(chain, tmp_path, stage, blocks):
     options = (
         ["flow.projector=frozen"] if stage == "flowtok" else []

@@ -73,5 +73,5 @@ def test_frozen_weights_and_buffers_are_not_averaged():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_an_impossible_decay_is_refused(decay):
-    with pytest.raises(ValueError, match=r"training.optim_decay must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"training.ema_decay must be in \[0, 1\)"):
         EMA(nn.Linear(1, 1), decay)

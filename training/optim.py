@@ -117,7 +117,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 <= decay < 1:
-            raise ValueError(f"training.optim_decay must be in [0, 1), got {decay}")
+            raise ValueError(f"training.ema_decay must be in [0, 1), got {decay}")
         self.decay = decay
         self.num_updates = 0
         self.average = copy.deepcopy(model).float().eval().requires_grad_(False)

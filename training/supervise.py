@@ -24,14 +24,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
-from training.errors import report_error
+from training.errors import ERROR_STATUS, report_error
 from training.run import Run, locked, process_group_timeout
 
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SECONDS = 1.0
 CONTINUE = "Run the same command again to continue"
-ABORT_STATUS = 2
 POLLS_PER_TIMEOUT = 20  # how often the watchdog looks before it aborts
 WORKER_GRACE_SECONDS = 30  # after a data worker's death; a waiting loader looks every 5
 
@@ -46,11 +45,9 @@ class Supervisor(NamedTuple):
 
 @contextmanager
 def supervised(run: Run, loader, max_hours: float, timeout_minutes: float) -> Iterator[Supervisor]:
-    """Watch over a training.
+    """Watch over a training; abort if no heartbeat comes for `timeout_minutes`.
 
-    Args:
-        max_hours: wall clock since the program's start, 0: no limit.
-        timeout_minutes: abort if no heartbeat comes for so long.
+    max_hours: wall clock since the program's start, 0: no limit.
 
     Raises:
         ChildProcessError, ConnectionError: a data worker or another training process died.
@@ -231,7 +228,7 @@ def abort(reason: str) -> None:
     for worker in multiprocessing.active_children():
         worker.kill()
     report_error(f"error: {reason}. {CONTINUE}")
-    os._exit(ABORT_STATUS)
+    os._exit(ERROR_STATUS)
 
 
 def ignore_stop_signals(worker: int) -> None:
