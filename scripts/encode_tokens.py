@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -109,8 +109,8 @@ def main(config: TokensStage) -> None:
     left = [(image, path) for image, path in zip(images, outputs, strict=True) if not path.exists()]
     mine = left[accelerator.process_index :: accelerator.num_processes]
     encoder = Encoder(config, accelerator, tokenizer, text_encoder)
-    with stopping_at_once(folder):
-        encode_shards(encoder, mine)
+    with stop_requests(folder) as stop_if_asked:
+        encode_shards(encoder, mine, stop_if_asked)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         info = describe(outputs, tokenizer, source)
@@ -126,25 +126,32 @@ def main(config: TokensStage) -> None:
 
 
 @contextmanager
-def stopping_at_once(folder: Path) -> Iterator[None]:
-    """For work that is written whole, piece by piece: a signal ends it with STOPPED_STATUS.
+def stop_requests(folder: Path) -> Iterator[Callable[[], None]]:
+    """Gives a function that ends the program with STOPPED_STATUS once a signal has asked for it.
 
-    Processes that are forked inside do not react: a signal to the whole group is for this one.
+    It is called between two batches: an exception of the signal's handler could come up, and get
+    lost, anywhere. Processes that are forked inside do not react: a signal to the whole group is
+    for this one.
     """
     owner = os.getpid()
+    signalled: list[int] = []
 
     def on_signal(number: int, frame) -> None:
         if os.getpid() == owner:
-            name = signal.Signals(number).name
+            signalled.append(number)
             for other in STOP_SIGNALS:  # a second request ends at once; a second warning does not
                 again = signal.SIG_IGN if other == signal.SIGUSR1 else signal.SIG_DFL
                 signal.signal(other, again)
+
+    def stop_if_asked() -> None:
+        if signalled:
+            name = signal.Signals(signalled[0]).name
             print(f"{folder}: stopped (signal {name}). {CONTINUE}", flush=True)
             raise SystemExit(STOPPED_STATUS)
 
     handlers = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
-        yield
+        yield stop_if_asked
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -256,7 +263,9 @@ def to_half(values: Tensor):
     return values.to(torch.float16).cpu().numpy()
 
 
-def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
+def encode_shards(
+    encoder: Encoder, shards: list[tuple[Source, Path]], stop_if_asked: Callable[[], None]
+) -> None:
     """Encode pairs of image and token shard, several at a time in the reading workers; reports rate and time left."""
     if not shards:
         return
@@ -269,6 +278,7 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
     reported, waited = start, 0.0
     num_images = num_done = 0
     for item in items:
+        stop_if_asked()
         index = item["shard"]
         if "end" not in item:
             num_images += len(item["key"])
