@@ -9,8 +9,8 @@ Watch z_text_between_captions_std: the flow loss falls while it collapses (docs/
 The same command resumes, and does nothing when the run is complete.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,7 @@ from data.readers import TokenTextConfig
 from eval.captioning import caption_sheet, choose_images
 from eval.during_training import EvaluationConfig, FlowEvaluation
 from eval.protocol import Protocol, protocol_file
-from modeling.activation_checkpointing import (
-    ActivationCheckpointing,
-    set_activation_checkpointing,
-)
+from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.flow import FlowConfig, check_guidance
 from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTokConfig
@@ -45,8 +42,7 @@ from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_tokenizer, text_encoder_config
-from training.loop import Evaluation, is_complete, train
-from training.optim import OptimizedNetwork, descend
+from training.loop import Evaluation, is_complete, train_network
 from training.pictures import caption_grid, sample_path, save_png
 from training.pipelines import load_autoencoder, load_flow, load_projector
 from training.run import Run, list_changes, save_config, start_run
@@ -106,9 +102,10 @@ class FlowTokStage(TrainedStage):
         return self.init_from or self.projector_run
 
     def check(self) -> None:
-        """Refuse parts that do not go together."""
         super().check()
         self.data.check()
+
+        # Where the projector's weights come from, and what trains them.
         if self.init_from and self.projector_run:
             raise ValueError(
                 f"init_from={self.init_from} has a projector, and projector_run="
@@ -119,20 +116,18 @@ class FlowTokStage(TrainedStage):
         if self.flow.projector == "frozen" and not self.source_run:
             raise ValueError("flow.projector=frozen needs projector_run or init_from")
         if self.flow.projector == "detached" and not has_projector_loss(self.losses):
-            raise ValueError(
-                "flow.projector=detached and no losses: nothing trains the projector, set losses, "
-                "or flow.projector=frozen"
-            )
-        if self.flow.direction == "text_to_image" and not self.pictures.captions:
-            raise ValueError("pictures.captions is empty: name the captions of the pictures")
+            raise ValueError("flow.projector=detached and all losses on z_T are 0: set one above 0")
+
+        # What is sampled on the way.
         check_guidance(self.sampling.guidance, self.flow.null_probability)
-        if self.flow.direction == "image_to_text":
-            self.check_flow_to_text()
         if self.evaluation.every_steps:
             protocol_file(self.evaluation.protocol)
+        if self.flow.direction == "image_to_text":
+            self._check_flow_to_text()
+        elif not self.pictures.captions:
+            raise ValueError("pictures.captions is empty: name the captions of the pictures")
 
-    def check_flow_to_text(self) -> None:
-        """Refuse a flow to text that could not be trained or read."""
+    def _check_flow_to_text(self) -> None:
         direction = "flow.direction=image_to_text"
         if self.flow.projector != "frozen":
             raise ValueError(
@@ -173,11 +168,11 @@ def main(config: FlowTokStage) -> None:
         return
 
     # All that a picture or an evaluation will read, so that nothing is missed after hours.
-    check_text_decoder(config, source)
-    evaluation = build_evaluation(config, run, text_config)
     images_to_caption = []
     if config.flow.direction == "image_to_text":
+        check_text_decoder(config, source)
         images_to_caption = choose_images(config.pictures.images, config.pictures.num_images)
+    evaluation = build_evaluation(config, run, text_config)
 
     # Data and networks.
     tokens = open_stored_tokens(run, config.data, training, info, text_config)
@@ -187,26 +182,14 @@ def main(config: FlowTokStage) -> None:
         tokens.fit_whitening(model.projector)
     del source  # a second copy of all weights, on every process
     save_config(run, config, has_checkpoint)
-    network = OptimizedNetwork(run, model, config.optimizer, training.max_gradient_norm)
-
-    def losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        return compute_losses(config, tokens, model, batch)
-
-    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
-        return descend(network, batches, losses, index, training.max_steps)
-
-    def save_pictures(model: FlowModel, step: int) -> None:
-        save_samples(config, run, text_config, images_to_caption, model, step)
-
-    train(
+    train_network(
         run=run,
-        config=training,
-        logging=config.logging,
-        networks={"": network},
-        step_fn=step,
+        stage=config,
+        module=model,
+        loss_fn=partial(compute_losses, config, tokens),
         loader=tokens.loader,
         inputs=inputs,
-        save_samples=save_pictures,
+        save_samples=partial(save_samples, config, run, text_config, images_to_caption),
         evaluation=evaluation,
     )
 
@@ -220,12 +203,12 @@ def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
     if not config.init_from:
         return load_projector(config.projector_run) if config.projector_run else None
     source = load_flow(config.init_from)
-    sizes = {
-        "num_tokens": source.flowtok.config.num_tokens,
-        "token_channels": source.flowtok.config.token_channels,
-    }
-    wanted = asdict(replace(config.flowtok, **sizes))
-    changes = list_changes(asdict(source.flowtok.config), wanted, "flowtok")
+    # The token sizes come from the tokenizer; all others are typed, and may disagree.
+    found = source.flowtok.config
+    wanted = replace(
+        config.flowtok, num_tokens=found.num_tokens, token_channels=found.token_channels
+    )
+    changes = list_changes(asdict(found), asdict(wanted), "flowtok")
     if changes:
         lines = "; ".join(line for _, line in changes)
         raise ValueError(f"{config.init_from} has another network (there -> here): {lines}")
@@ -257,14 +240,8 @@ def fill_in_networks(
     )
 
 
-def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel | None) -> None:
-    """Refuse a text decoder that reads another projector's z_T than the flow ends in.
-
-    Raises:
-        ValueError: naming both runs and the ways out.
-    """
-    if config.flow.direction == "text_to_image":
-        return
+def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel) -> None:
+    """Refuse a text decoder that reads another projector's z_T than the flow ends in."""
     autoencoder = load_autoencoder(config.text_decoder_run)
     projector = getattr(source, "projector", source)
     if fingerprint(autoencoder.projector) != fingerprint(projector):
@@ -290,12 +267,7 @@ def build_evaluation(
     guidance = protocol.sampling(config.sampling).guidance
     check_guidance(guidance, config.flow.null_probability)
     measure = FlowEvaluation(
-        config.evaluation,
-        protocol,
-        run.folder,
-        config.tokenizer_run,
-        text_config,
-        config.sampling,
+        config.evaluation, protocol, run.folder, config.tokenizer_run, text_config, config.sampling
     )
     return Evaluation(config.evaluation.every_steps, measure)
 
@@ -320,9 +292,12 @@ def compute_losses(
     config: FlowTokStage, tokens: StoredTokens, model: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
+    # z_I at deviation 1, which the path's other end, z_T, has as well.
     posterior = tokens.image_posterior(batch)
     latents = posterior.sample() if config.flow.sample_image_latent else posterior.mean
     image = latents * tokens.info.latent_scale  # B x K x C
+
+    # L = L_fm, and the losses on z_T where they can change it (paper, Sec. 3.3).
     output = model(tokens.text_states(batch), image)
     terms = velocity_losses(config.losses, output)
     if config.flow.projector != "frozen":
@@ -342,6 +317,7 @@ def save_samples(
     step: int,
 ) -> None:
     """Pictures with EMA weights: captions of images, or images of captions."""
+    # Tokenizer and tower are loaded for the picture only: the GPU is the training's meanwhile.
     tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     path = sample_path(run.folder, step)
     if config.flow.direction == "image_to_text":

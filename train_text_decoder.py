@@ -10,8 +10,9 @@ The same command resumes, and does nothing when the run is complete. samples/ste
 of the held-out and of the training captions comes back from z_T's mean, with EMA weights.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.layers import fingerprint
 from modeling.losses import kl_loss, latent_statistics
 from modeling.text_decoder import (
+    CLIP_VOCABULARY,
     TextAutoencoder,
     TextDecoderConfig,
     TextDecoderLossConfig,
@@ -35,11 +37,10 @@ from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import read_section, text_encoder_config
-from training.loop import is_complete, train
-from training.optim import OptimizedNetwork, descend
+from training.loop import is_complete, train_network
 from training.pictures import sample_path
 from training.pipelines import load_projector
-from training.run import Run, save_config, start_run
+from training.run import save_config, start_run
 from training.stage import TrainedStage
 from training.tokens import StoredCaptions, open_stored_captions, projector_sizes
 
@@ -65,7 +66,6 @@ class TextDecoderStage(TrainedStage):
     networks = ("projector", "text_decoder")
 
     def check(self) -> None:
-        """Refuse parts that do not go together."""
         super().check()
         self.data.check()
         if self.projector_run and self.projector:
@@ -76,8 +76,8 @@ class TextDecoderStage(TrainedStage):
             raise ValueError("freeze_projector=true needs a trained projector: set projector_run")
         if self.freeze_projector and self.losses.kl_weight:
             raise ValueError(
-                "freeze_projector=true: the KL of a frozen projector teaches nothing, set "
-                f"losses.kl_weight=0 (it is {self.losses.kl_weight})"
+                f"losses.kl_weight={self.losses.kl_weight} with freeze_projector=true teaches "
+                "nothing: set losses.kl_weight=0"
             )
 
     def image_shards(self) -> list[str]:
@@ -122,26 +122,14 @@ def main(config: TextDecoderStage) -> None:
             captions.fit_whitening(model.projector)
         choose_vocabulary(model, captions)
     save_config(run, config, has_checkpoint)
-    network = OptimizedNetwork(run, model, config.optimizer, training.max_gradient_norm)
-
-    def losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        return compute_losses(config, captions, model, batch)
-
-    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
-        return descend(network, batches, losses, index, training.max_steps)
-
-    def save_samples(model: TextAutoencoder, step: int) -> None:
-        save_accuracy(config, run, captions, model, step)
-
-    train(
+    train_network(
         run=run,
-        config=training,
-        logging=config.logging,
-        networks={"": network},
-        step_fn=step,
+        stage=config,
+        module=model,
+        loss_fn=partial(compute_losses, config, captions),
         loader=captions.loader,
         inputs=inputs,
-        save_samples=save_samples,
+        save_samples=partial(save_accuracy, config, captions),
     )
 
 
@@ -157,14 +145,14 @@ def build_model(config: TextDecoderStage, source: TextProjector | None) -> TextA
 
 def choose_vocabulary(model: TextAutoencoder, captions: StoredCaptions) -> None:
     """Give a decoder with a small vocabulary the most frequent token ids of the captions."""
-    if model.decoder.has_whole_vocabulary:
+    size = model.decoder.config.vocabulary_size
+    if size == CLIP_VOCABULARY:
         return
     batches = (batch["token_ids"] for batch in captions.read(VOCABULARY_CAPTIONS))
     left_out = model.decoder.fit_vocabulary(
         ids.flatten()[counted_positions(ids)] for ids in batches
     )
     if left_out:
-        size = model.decoder.config.vocabulary_size
         captions.run.say(
             f"text_decoder.vocabulary_size={size}: the {left_out} rarest ids of the captions are "
             "left out and can't be learned"
@@ -196,9 +184,10 @@ def compute_losses(
 
 
 def save_accuracy(
-    config: TextDecoderStage, run: Run, captions: StoredCaptions, model: TextAutoencoder, step: int
+    config: TextDecoderStage, captions: StoredCaptions, model: TextAutoencoder, step: int
 ) -> None:
     """Write how much of the captions comes back from z_T's mean."""
+    run = captions.run
     parts = {"train": measure(captions, model, captions.read(MEASURED_CAPTIONS))}
     if config.heldout_shards:
         heldout = captions.read(MEASURED_CAPTIONS, config.heldout_shards)
@@ -214,22 +203,21 @@ def save_accuracy(
 @torch.no_grad()
 def measure(captions: StoredCaptions, model: TextAutoencoder, batches: Iterable[dict]) -> dict:
     """Accuracy of captions from their own z_T's mean, with the first examples."""
-    right = counted = whole = number = 0
-    examples = []
+    hits, counted, examples = [], [], []
     for batch in batches:
         latents = model.projector.posterior(captions.text_states(batch)).mean
         predicted = model.decoder(latents).cpu()
-        hits, tokens = correct_tokens(predicted, batch["token_ids"])
-        right, counted = right + hits.sum().item(), counted + tokens.sum().item()
-        whole, number = whole + (hits == tokens).sum().item(), number + len(hits)
-        for caption, ids in zip(
-            batch["caption"][: NUM_EXAMPLES - len(examples)], predicted, strict=False
-        ):
+        right, tokens = correct_tokens(predicted, batch["token_ids"])
+        hits.append(right)
+        counted.append(tokens)
+        shown = batch["caption"][: NUM_EXAMPLES - len(examples)]
+        for caption, ids in zip(shown, predicted):
             examples.append({"caption": caption, "decoded": captions.tokenize.decode(ids)})
+    hits, counted = torch.cat(hits), torch.cat(counted)
     return {
-        "captions": number,
-        "token_accuracy": right / counted,
-        "caption_accuracy": whole / number,
+        "captions": len(hits),
+        "token_accuracy": hits.sum().item() / counted.sum().item(),
+        "caption_accuracy": (hits == counted).sum().item() / len(hits),
         "examples": examples,
     }
 

@@ -8,8 +8,8 @@ is regressed onto z_I's mean, which the demo needs and the paper has not.
 The same command resumes, and does nothing when the run is complete.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,9 @@ from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.checkpoint import latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_tokenizer, text_encoder_config
-from training.loop import is_complete, train
-from training.optim import OptimizedNetwork, descend
+from training.loop import is_complete, train_network
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
-from training.run import Run, save_config, start_run
+from training.run import save_config, start_run
 from training.stage import TrainedStage
 from training.tokens import StoredTokens, load_tokens_info, open_stored_tokens, projector_sizes
 
@@ -56,7 +55,6 @@ class TextProjectorStage(TrainedStage):
     networks = ("projector",)
 
     def check(self) -> None:
-        """Refuse a projector without a loss, and a linear skip that nothing fills."""
         super().check()
         self.data.check()
         if not has_projector_loss(self.losses):
@@ -96,26 +94,14 @@ def main(config: TextProjectorStage) -> None:
             tokens.fit_linear_skip(projector, config.linear_start)
     freeze_unused_alignment(projector, config.losses)
     save_config(run, config, has_checkpoint)
-    network = OptimizedNetwork(run, projector, config.optimizer, training.max_gradient_norm)
-
-    def losses(projector: nn.Module, batch: dict) -> dict[str, Tensor]:
-        return compute_losses(config, tokens, projector, batch)
-
-    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
-        return descend(network, batches, losses, index, training.max_steps)
-
-    def save_samples(projector: TextProjector, step: int) -> None:
-        save_decoded(config, run, tokens, projector, step)
-
-    train(
+    train_network(
         run=run,
-        config=training,
-        logging=config.logging,
-        networks={"": network},
-        step_fn=step,
+        stage=config,
+        module=projector,
+        loss_fn=partial(compute_losses, config, tokens),
         loader=tokens.loader,
         inputs=info.inputs(),
-        save_samples=save_samples,
+        save_samples=partial(save_decoded, config, tokens),
     )
 
 
@@ -123,6 +109,7 @@ def compute_losses(
     config: TextProjectorStage, tokens: StoredTokens, projector: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
+    # Only the KL needs z_T drawn: the alignment and the regression see its mean otherwise.
     output = projector(tokens.text_states(batch), sample=config.losses.kl_weight > 0)
     image_mean = tokens.image_posterior(batch).mean * tokens.info.latent_scale  # B x K x C
     terms = projector_losses(config.losses, output, image_mean)
@@ -132,11 +119,13 @@ def compute_losses(
 
 @torch.no_grad()
 def save_decoded(
-    config: TextProjectorStage, run: Run, tokens: StoredTokens, projector: TextProjector, step: int
+    config: TextProjectorStage, tokens: StoredTokens, projector: TextProjector, step: int
 ) -> None:
     """Grid: the true image left, z_T decoded without the flow right."""
+    # Without the regression z_T has nothing to do with the image.
     if not config.losses.image_regression_weight:
-        return  # z_T has nothing to do with the image then
+        return
+    run = tokens.run
     batch = tokens.first(NUM_PICTURES)
     tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     states = tokens.text_states(batch)

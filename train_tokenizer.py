@@ -13,6 +13,7 @@ The same command resumes, and does nothing when the run is complete.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,14 +24,10 @@ from data.images import ImageTextConfig, image_reader
 from data.tar import expand_shards
 from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from eval.images import ImageSet, list_images
-from modeling.activation_checkpointing import (
-    ActivationCheckpointing,
-    set_activation_checkpointing,
-)
+from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.discriminator import (
     AdversarialConfig,
     Discriminator,
-    DiscriminatorConfig,
     discriminator_loss,
     generator_loss,
     is_active,
@@ -93,7 +90,6 @@ class TokenizerStage(TrainedStage):
     networks = ("tokenizer",)
 
     def check(self) -> None:
-        """Refuse parts that do not go together."""
         super().check()
         self.data.check()
         start, end = self.adversarial.start_step, self.training.max_steps
@@ -108,8 +104,8 @@ class TokenizerStage(TrainedStage):
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
         if self.freeze_encoder and self.losses.kl_weight:
             raise ValueError(
-                "freeze_encoder=true: the KL of a frozen encoder teaches nothing, set "
-                f"losses.kl_weight=0 (it is {self.losses.kl_weight})"
+                f"losses.kl_weight={self.losses.kl_weight} with freeze_encoder=true teaches "
+                "nothing: set losses.kl_weight=0"
             )
 
     def evaluation_shards(self) -> list[str]:
@@ -165,25 +161,16 @@ def main(config: TokenizerStage) -> None:
     clip = training.max_gradient_norm
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:
-        discriminator = Discriminator(DiscriminatorConfig())
         optimizer = config.discriminator_optimizer
-        networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
-
-    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
-        return train_step(config, parts, networks, batches, index)
-
-    def save_samples(model: ImageTokenizer, step: int) -> None:
-        save_reconstructions(config, parts, model, step)
-
+        networks["discriminator_"] = OptimizedNetwork(run, Discriminator(), optimizer, clip)
     train(
         run=run,
-        config=training,
-        logging=config.logging,
+        stage=config,
         networks=networks,
-        step_fn=step,
+        step_fn=partial(train_step, config, parts, networks),
         loader=loader,
         inputs=inputs,
-        save_samples=save_samples,
+        save_samples=partial(save_reconstructions, config, parts),
         evaluation=evaluation,
     )
 
@@ -257,18 +244,22 @@ def generator_terms(
         images, reconstructions: B x 3 x R x R, images in [0, 1].
         mean, logvar: B x K x C, of the posterior.
     """
+    # TA-TiTok's losses, as in its public recipe (paper, Sec. 4.1).
     terms = reconstruction_losses(images, reconstructions)
-    weights = loss_weights(config.losses)
     terms["kl"] = kl_loss(mean, logvar)
+    weights = loss_weights(config.losses)
     if parts.perceptual is not None:
         terms |= parts.perceptual(reconstructions, images)
+
+    # The discriminator only passes the gradient on; its own update comes after this one.
     if discriminator is not None:
-        # The discriminator only passes the gradient on.
         discriminator.requires_grad_(False)
         with parts.run.accelerator.autocast():
             terms["adversarial"] = generator_loss(discriminator(reconstructions))
         discriminator.requires_grad_(True)
         weights["adversarial"] = config.adversarial.weight
+
+    # Raw and weighted terms are both logged: the weighted ones show which loss dominates.
     weighted = weighted_terms(terms, weights)
     terms |= {f"weighted/{name}": term for name, term in weighted.items()}
     terms["loss"] = sum(weighted.values())
@@ -288,26 +279,22 @@ def discriminator_terms(
 
 
 def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evaluation | None:
-    """What is measured on the way, with its images listed; None if nothing is.
-
-    Raises:
-        ValueError: no such images.
-    """
+    """What is measured on the way, None if nothing is; ValueError if its images are absent."""
     if not config.evaluation.every_steps:
         return None
     entries = list_images(config.evaluation_shards())[: config.evaluation.num_images or None]
-    data = config.data
-    size = config.tokenizer.image_size
-    images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
+    keys, background = tuple(config.data.captions.keys), tuple(config.data.background)
+    images = ImageSet(entries, config.tokenizer.image_size, keys, background)
     bf16 = config.training.precision == "bf16"
     measure = ReconstructionEvaluation(config.evaluation, images, text_encoder, bf16)
     return Evaluation(config.evaluation.every_steps, measure)
 
 
 def build_perceptual(config: TokenizerStage, run: Run) -> PerceptualLoss | None:
-    """The perceptual loss, if it has a weight; one process a machine downloads what is absent."""
+    """The perceptual loss, if it has a weight."""
     if not config.losses.perceptual_weight:
         return None
+    # One process a machine downloads what is absent, and the others find it.
     with run.accelerator.local_main_process_first():
         return PerceptualLoss(config.perceptual).to(run.device)
 
@@ -325,12 +312,11 @@ def build_model(config: TokenizerStage, run: Run, has_checkpoint: bool) -> Image
 def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
     """Take the tensors of another tokenizer that have the same name and shape; list the others.
 
-    RoPE has no weights: its angles follow the image's grid. The learned positions belong to latent
-    and text tokens, so they fit any resolution.
-
     Raises:
         ValueError: nothing fits.
     """
+    # RoPE has no weights, and the learned positions belong to latent and text tokens: both fit any
+    # resolution.
     source = load_tokenizer(run_dir).state_dict()
     own = model.state_dict()
     fitting = {
@@ -343,6 +329,8 @@ def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
             f"init_from={run_dir}: none of its {len(source)} tensors fits the configured tokenizer"
         )
     model.load_state_dict(fitting, strict=False)
+
+    # What was not taken is listed, or a typing error in a size would train from random weights.
     run.say(f"{len(fitting)} of {len(own)} tensors come from {run_dir}")
     for name in sorted(own.keys() - fitting.keys()):
         other = f"there {tuple(source[name].shape)}" if name in source else "not there"

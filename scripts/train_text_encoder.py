@@ -1,4 +1,4 @@
-"""Train a small CLIP from scratch on the experiment's own pairs, for machines without a pretrained one.
+"""Train a small CLIP on the experiment's own pairs, for machines without a pretrained one.
 
     accelerate launch --module scripts.train_text_encoder --config configs/demo/text_encoder.yaml
 
@@ -7,9 +7,8 @@ OpenAI's ViT-L/14-336 can be had, use that instead (configs/flowtok_*). The same
 and does nothing when the run is complete.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,7 @@ from modeling.text_encoder import clip_tokenizer
 from training.checkpoint import latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_ema
-from training.loop import is_complete, train
-from training.optim import OptimizedNetwork, descend
+from training.loop import is_complete, train_network
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, batch_per_process
 
@@ -57,7 +55,6 @@ class TextEncoderStage(TrainedStage):
     networks = ("clip",)
 
     def check(self) -> None:
-        """Refuse impossible settings of the data."""
         super().check()
         self.data.check()
 
@@ -77,7 +74,7 @@ def main(config: TextEncoderStage) -> None:
 
 
 def train_clip(config: TextEncoderStage, run: Run) -> None:
-    """The contrastive training of CLIP."""
+    """The contrastive training, image to caption and caption to image."""
     training = config.training
     tokenize = clip_tokenizer(config.clip.context_length)
     loader = image_reader(config.data, config.clip.image_size, tokenize).stream(
@@ -88,21 +85,11 @@ def train_clip(config: TextEncoderStage, run: Run) -> None:
         pin_memory=run.device.type == "cuda",
     )
     save_config(run, config, latest_checkpoint(run.folder) is not None)
-    pair = ClipPair(open_clip_config(config.clip))
-    network = OptimizedNetwork(run, pair, config.optimizer, training.max_gradient_norm)
-
-    def losses(pair: nn.Module, batch: dict) -> dict[str, Tensor]:
-        return compute_losses(run, pair, batch)
-
-    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
-        return descend(network, batches, losses, index, training.max_steps)
-
-    train(
+    train_network(
         run=run,
-        config=training,
-        logging=config.logging,
-        networks={"": network},
-        step_fn=step,
+        stage=config,
+        module=ClipPair(open_clip_config(config.clip)),
+        loss_fn=partial(compute_losses, run),
         loader=loader,
         inputs={},
     )
@@ -110,8 +97,9 @@ def train_clip(config: TextEncoderStage, run: Run) -> None:
 
 def write_clip(config: TextEncoderStage, run: Run) -> None:
     """Write the EMA weights as an open_clip folder, unless it is newer than they are."""
+    # A complete run writes nothing: another stage may be reading the folder.
     folder = run.folder / "clip"
-    newest: Path = latest_checkpoint(run.folder)[1]
+    _, newest = latest_checkpoint(run.folder)
     if folder.is_dir() and folder.stat().st_mtime >= newest.stat().st_mtime:
         return
     clip_config = open_clip_config(config.clip)
@@ -139,14 +127,14 @@ def open_clip_config(size: ClipSize) -> dict:
 
 
 class ClipPair(nn.Module):
-    """An open_clip model whose forward gives image features, text features and the log temperature."""
+    """An open_clip model as one call, so that DDP sees every weight."""
 
     def __init__(self, clip_config: dict):
         super().__init__()
         self.clip = build_clip(clip_config)
 
     def forward(self, images: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images B x 3 x R x R in [0, 1], ids B x L -> B x E, B x E, scalar."""
+        """Images B x 3 x R x R in [0, 1], ids B x L -> features B x E each, log temperature."""
         return (
             self.clip.encode_image(images * 2 - 1),
             self.clip.encode_text(token_ids),
@@ -162,18 +150,16 @@ def random_shift(images: Tensor) -> Tensor:
 
 
 def compute_losses(run: Run, model: nn.Module, batch: dict) -> dict[str, Tensor]:
-    """Symmetric contrastive loss, and the share of captions whose own image is the nearest of the batch's."""
-    images = random_shift(batch["image"].to(run.device, non_blocking=True).float().div_(255))
-    image_features, text_features, log_scale = model(
-        images, batch["token_ids"].to(run.device, non_blocking=True)
-    )
+    """Contrastive loss, and the share of captions whose own image is the batch's nearest."""
+    images = batch["image"].to(run.device, non_blocking=True).float().div_(255)
+    token_ids = batch["token_ids"].to(run.device, non_blocking=True)
+    image_features, text_features, log_scale = model(random_shift(images), token_ids)
     with torch.no_grad():
         nearest = (F.normalize(text_features) @ F.normalize(image_features).T).argmax(dim=1)
         accuracy = (nearest == torch.arange(len(nearest), device=run.device)).float().mean()
-    return {
-        "loss": contrastive_loss(text_features, image_features, log_scale.clamp(max=MAX_LOG_SCALE)),
-        "top1": accuracy,
-    }
+    # CLIP's own limit: without it the logits grow until the loss is unstable.
+    log_scale = log_scale.clamp(max=MAX_LOG_SCALE)
+    return {"loss": contrastive_loss(text_features, image_features, log_scale), "top1": accuracy}
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import training.checkpoint as ckpt
-from training.metrics import LoggingConfig, MetricLog, MetricWindow, Progress, TimedIterator
-from training.optim import EMA, OptimizedNetwork, load_optimizer
+from training.metrics import MetricLog, MetricWindow, Progress, TimedIterator
+from training.optim import EMA, LossFn, OptimizedNetwork, descend, load_optimizer
 from training.run import Run
-from training.stage import TrainingConfig
+from training.stage import TrainedStage, TrainingConfig
 from training.supervise import CONTINUE, STOPPED_STATUS, supervised
 
 # (batches of one optimiser step, its index from 0) -> the terms to log, on the device
 StepFn = Callable[[Sequence[dict], int], dict[str, Tensor]]
+SaveSamples = Callable[[nn.Module, int], None]  # (ema, step) -> a picture in the run folder
 
 
 @dataclass(frozen=True)
@@ -52,36 +53,54 @@ def is_complete(run: Run, config: TrainingConfig, inputs: dict) -> bool:
     return step >= config.max_steps
 
 
+def train_network(
+    run: Run,
+    stage: TrainedStage,
+    module: nn.Module,
+    loss_fn: LossFn,
+    loader: StatefulDataLoader,
+    inputs: dict,
+    save_samples: SaveSamples | None = None,
+    evaluation: Evaluation | None = None,
+) -> None:
+    """`train` for a stage of one network, whose step is one update by the mean loss."""
+    max_steps = stage.training.max_steps
+    network = OptimizedNetwork(run, module, stage.optimizer, stage.training.max_gradient_norm)
+
+    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
+        return descend(network, batches, loss_fn, index, max_steps)
+
+    train(run, stage, {"": network}, step, loader, inputs, save_samples, evaluation)
+
+
 def train(
     run: Run,
-    config: TrainingConfig,
-    logging: LoggingConfig,
+    stage: TrainedStage,
     networks: dict[str, OptimizedNetwork],
     step_fn: StepFn,
-    loader,
+    loader: StatefulDataLoader,
     inputs: dict,
-    save_samples: Callable[[nn.Module, int], None] | None = None,
+    save_samples: SaveSamples | None = None,
     evaluation: Evaluation | None = None,
 ) -> None:
     """Train to `max_steps`, from the newest checkpoint on if there is one.
 
     Args:
         networks: by the prefix of their files in a checkpoint; "" is the one with an EMA.
-        loader: a StatefulDataLoader of a data.shards.ShardStream.
+        loader: of a data.shards.ShardStream.
         inputs: fingerprints of what earlier stages gave, kept in each checkpoint.
-        save_samples: (ema, step) -> a picture in the run folder; called on the main process.
+        save_samples: called on the main process.
 
     Raises:
         FloatingPointError: a loss or gradient became non-finite.
         SystemExit: STOPPED_STATUS, after a checkpoint, on a signal or after max_hours.
         OSError: what another process or the disk did, see training/supervise.py.
     """
+    config = stage.training
     rank, max_steps = run.accelerator.process_index, config.max_steps
-    network = networks[""]
-    ema = EMA(network.module, config.ema_decay)
+    ema = EMA(networks[""].module, config.ema_decay)
     window = MetricWindow()
-    keep = config.keep_checkpoints
-    state = TrainingState(run, networks, ema, window, loader, inputs, keep)
+    state = TrainingState(run, networks, ema, window, loader, inputs, config.keep_checkpoints)
     step = state.resume()
 
     # DDP compares the weights of all processes now, and torch.compile reads them.
@@ -92,7 +111,7 @@ def train(
         supervised(run, loader, config.max_hours, config.timeout_minutes) as supervisor,
         ckpt.BackgroundWriter() as writer,
     ):
-        log = MetricLog(run.folder, logging, run.is_main, str(run.folder), step)
+        log = MetricLog(run.folder, stage.logging, run.is_main, step)
         batches = TimedIterator(supervisor.batches)
         progress = Progress(run, max_steps, config.batch_size, batches, step)
         while step < max_steps:
@@ -114,7 +133,7 @@ def train(
             values: dict[str, float] = {}
             if is_last_step or step % config.log_every_steps == 0:
                 window.check_finite(run.folder, rank)
-                values |= progress.report(step, window, network.optimizer)
+                values |= progress.report(step, window, networks[""].optimizer)
                 window.reset()
 
             # Evaluate the EMA weights; its time does not count for the rates.
@@ -184,6 +203,8 @@ class TrainingState:
             return 0
         step, folder = latest
         state = ckpt.read_state(folder)
+
+        # What all processes have alike, then what each has for itself.
         for prefix, network in self.networks.items():
             ckpt.load_weights(network.module, folder / (prefix + ckpt.MODEL_FILE))
             load_optimizer(network.optimizer, folder / (prefix + ckpt.OPTIMIZER_FILE))
@@ -199,6 +220,7 @@ class TrainingState:
         With another number of processes or workers, or another batch size, the data continues with
         the next epoch, so that none shows a sample twice.
         """
+        # Where nothing about the readers has changed, they continue inside their epoch.
         if num_processes == self.run.accelerator.num_processes:
             rank = self.run.accelerator.process_index
             state = ckpt.load_plain(folder / ckpt.rank_file(rank))
@@ -210,6 +232,8 @@ class TrainingState:
                 reason = str(error)
         else:
             reason = f"the run had {num_processes} processes before"
+
+        # The next epoch is that after the furthest of all old readers, not only of this rank's.
         files = [folder / ckpt.rank_file(rank) for rank in range(num_processes)]
         states = [ckpt.load_plain(file)["loader"] for file in files]
         try:
@@ -220,6 +244,7 @@ class TrainingState:
 
     def save(self, step: int, writer: ckpt.BackgroundWriter) -> None:
         """Start writing a checkpoint in the background; all processes take part."""
+        # Every process adds its own file to the folder that the main one has made.
         accelerator = self.run.accelerator
         if self.run.is_main:
             writer.wait()
@@ -232,6 +257,7 @@ class TrainingState:
         accelerator.wait_for_everyone()
         if not self.run.is_main:
             return
+
         # Copies on the CPU: training goes on while they are written.
         weights = {ckpt.EMA_FILE: ckpt.snapshot(self.ema.average.state_dict())}
         optimizers = {}

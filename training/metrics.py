@@ -1,4 +1,4 @@
-"""Metrics: summed on the device, read only when reported; one log for console, metrics.jsonl and wandb."""
+"""Metrics: kept on the device, read only when reported; one log for console, file and wandb."""
 
 import json
 import math
@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from data.files import write_text
 from training.run import Run
 
 WANDB_FILE = "wandb_id"  # in the run folder
@@ -43,7 +44,6 @@ class MetricWindow:
         self._steps: list[tuple[int, tuple[str, ...], Tensor, list[str]]] = []
 
     def reset(self) -> None:
-        """Start a new window."""
         self._steps = []
 
     def add(self, step: int, values: dict[str, Tensor], keys: list[str]) -> None:
@@ -53,10 +53,13 @@ class MetricWindow:
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over the steps that had the value, and over the processes (`reduce` averages)."""
+        # Terms come and go, as the adversarial one does at its start.
         rows: dict[str, list[Tensor]] = {}
         for _, names, values, _ in self._steps:
             for name, value in zip(names, values, strict=True):
                 rows.setdefault(name, []).append(value)
+
+        # One exchange between the processes, and one read, for all names together.
         means = reduce(torch.stack([torch.stack(values).mean() for values in rows.values()]))
         return dict(zip(rows, means.tolist(), strict=True))
 
@@ -68,6 +71,7 @@ class MetricWindow:
         """
         if not self._steps:
             return
+        # Later steps may be bad because of the first one.
         finite = torch.stack([torch.isfinite(values).all() for _, _, values, _ in self._steps])
         bad = [index for index, is_finite in enumerate(finite.tolist()) if not is_finite]
         if not bad:
@@ -80,12 +84,11 @@ class MetricWindow:
         )
 
     def state_dict(self) -> dict:
-        """The window as plain values and tensors, without the keys."""
+        # Without the keys: a checkpoint is saved after check_finite, the only one to read them.
         steps = [[step, list(names), values.cpu()] for step, names, values, _ in self._steps]
         return {"steps": steps}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Continue a window."""
         self._steps = [
             (step, tuple(names), values.to(device), []) for step, names, values in state["steps"]
         ]
@@ -96,22 +99,17 @@ def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[
     losses = [value for name, value in terms.items() if not name.endswith("gradient_norm")]
     samples = "the loss of this process is finite"
     if not all(map(math.isfinite, losses)):
-        samples = f"samples: {', '.join(map(short_key, keys))}"
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-    return f"non-finite loss or gradient at step {step}, rank {rank}: {shown}; {samples}"
-
-
-def short_key(key: str) -> str:
-    """A sample's key, from data of unknown origin, short and on one line."""
-    return key if key.isprintable() and len(key) <= 100 else ascii(key[:100])
+        # Keys come from data of unknown origin: short, and nothing that a terminal obeys.
+        shown = [key if key.isprintable() and len(key) <= 100 else ascii(key[:100]) for key in keys]
+        samples = f"samples: {', '.join(shown)}"
+    values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+    return f"non-finite loss or gradient at step {step}, rank {rank}: {values}; {samples}"
 
 
 class MetricLog:
-    """Writes values of a step to the console, metrics.jsonl and wandb. Only the main process writes."""
+    """Writes a step's values to console, metrics.jsonl and wandb, on the main process (enabled)."""
 
-    def __init__(
-        self, run_dir: Path, config: LoggingConfig, enabled: bool, run_name: str, start_step: int
-    ):
+    def __init__(self, run_dir: Path, config: LoggingConfig, enabled: bool, start_step: int):
         self.enabled = enabled
         self.path = run_dir / "metrics.jsonl"
         self._wandb = None
@@ -119,33 +117,24 @@ class MetricLog:
             return
         self._drop_after(start_step)
         if config.wandb != "off":
-            self._wandb = start_wandb(run_dir, config, run_name, is_new=start_step == 0)
+            self._wandb = start_wandb(run_dir, config, is_new=start_step == 0)
 
     def _drop_after(self, start_step: int) -> None:
-        """Remove lines of steps that the resumed run will do again (those after its checkpoint), and broken ones."""
+        """Remove broken lines, and those of steps that the resumed run will do again."""
         if not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines()
-        kept = [
-            line for line in lines if (step := step_of(line)) is not None and step <= start_step
-        ]
-        partial = self.path.with_suffix(".tmp")
-        with partial.open("w") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.path)
+        steps = [step_of(line) for line in lines]
+        kept = [x for x, step in zip(lines, steps) if step is not None and step <= start_step]
+        write_text("".join(line + "\n" for line in kept), self.path)
 
     def log(self, step: int, max_steps: int, values: dict[str, float], seconds_left: float) -> None:
         """Report one line; values that are one of many ("name/3") are not shown on the console."""
         if not self.enabled:
             return
         left = timedelta(seconds=max(0, round(seconds_left)))
-        shown = "  ".join(
-            f"{name} {value:.4g}"
-            for name, value in values.items()
-            if not name.split("/")[-1].isdigit()
-        )
+        names = [name for name in values if not name.split("/")[-1].isdigit()]
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in names)
         print(f"step {step}/{max_steps}  {shown}  left {left}", flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -153,11 +142,8 @@ class MetricLog:
             try:
                 self._wandb.log(values, step=step)
             except Exception as error:  # its service has died, say: no reason to stop training
-                print(
-                    f"warning: wandb fails and is left out from here on: {error!r}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warning = f"warning: wandb fails and is left out from here on: {error!r}"
+                print(warning, file=sys.stderr, flush=True)
                 self._wandb = None
 
     def flush(self) -> None:
@@ -167,7 +153,6 @@ class MetricLog:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Finish the wandb run, if any."""
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -182,7 +167,7 @@ def step_of(line: str) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def start_wandb(run_dir: Path, config: LoggingConfig, run_name: str, is_new: bool):
+def start_wandb(run_dir: Path, config: LoggingConfig, is_new: bool):
     """Start a wandb run, or continue the one whose id is in the run folder.
 
     Raises:
@@ -191,9 +176,10 @@ def start_wandb(run_dir: Path, config: LoggingConfig, run_name: str, is_new: boo
     try:
         import wandb  # costs seconds: only where it is wanted
     except ImportError as error:
-        raise ValueError(
-            f"logging.wandb={config.wandb} needs the package: pip install wandb"
-        ) from error
+        message = f"logging.wandb={config.wandb} needs the package: pip install wandb"
+        raise ValueError(message) from error
+
+    # A resumed run continues its curve; a run made anew in the same folder has one of its own.
     path = run_dir / WANDB_FILE
     if is_new or not path.is_file():
         path.write_text(uuid.uuid4().hex[:8] + "\n")
@@ -201,7 +187,7 @@ def start_wandb(run_dir: Path, config: LoggingConfig, run_name: str, is_new: boo
     try:
         return wandb.init(
             project=config.wandb_project,
-            name=run_name,
+            name=str(run_dir),
             id=run_id,
             resume="allow",
             dir=run_dir,
@@ -247,8 +233,10 @@ class Progress:
         self, run: Run, max_steps: int, batch_size: int, batches: TimedIterator, step: int
     ):
         """step: the one from which this start goes on."""
-        self.run, self.batches = run, batches
-        self.max_steps, self.batch_size = max_steps, batch_size
+        self.run = run
+        self.batches = batches
+        self.max_steps = max_steps
+        self.batch_size = batch_size
         self.start = self.last_time = time.perf_counter()
         self.first_step = self.last_step = step
 
@@ -259,14 +247,17 @@ class Progress:
         now = time.perf_counter()
         values = window.means(lambda x: self.run.accelerator.reduce(x, reduction="mean"))
         values["learning_rate"] = optimizer.param_groups[0]["lr"]
+
+        # Rates: samples of all processes; a large share of waiting means too few data workers.
         num_samples = (step - self.last_step) * self.batch_size
         values["samples_per_second"] = num_samples / (now - self.last_time)
         values["data_wait_share"] = self.batches.take_seconds() / (now - self.last_time)
-        for skipped in gather_object([self.batches.take_skipped()]):
-            for reason, count in skipped.items():
-                name = f"skipped/{reason}"
-                values[name] = values.get(name, 0) + count
-        self.last_time, self.last_step = now, step
+
+        # What readers skipped, on any process.
+        skipped = sum(map(Counter, gather_object([self.batches.take_skipped()])), Counter())
+        values |= {f"skipped/{reason}": count for reason, count in skipped.items()}
+        self.last_time = now
+        self.last_step = step
         return values
 
     @contextmanager
@@ -282,5 +273,4 @@ class Progress:
         return seconds_per_step * (self.max_steps - step)
 
     def summary(self, step: int) -> str:
-        """Steps and seconds of this start."""
         return f"{step - self.first_step} steps in {time.perf_counter() - self.start:.0f} s"
