@@ -27,28 +27,10 @@ LOGIT_GRID = 16  # patches along each side
 
 
 @dataclass
-class DiscriminatorConfig:
-    """Size of the discriminator; 1.91M weights as it stands."""
-
-    # Of the stem and the first stage, doubled from stage to stage; a multiple of 32
-    hidden_channels: int = 128
-    num_stages: int = 3  # each halves the resolution
-
-    def __post_init__(self):
-        if self.hidden_channels < 1 or self.hidden_channels % NUM_GROUPS:
-            raise ValueError(
-                f"hidden_channels must be a multiple of {NUM_GROUPS}, got {self.hidden_channels}"
-            )
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
-
-
-@dataclass
 class AdversarialConfig:
     """When and how much the discriminator counts; its learning rate has its own section."""
 
-    # Of the generator loss, 0.1 in the recipe; 0: off, and no discriminator is built
-    weight: float = 0.0
+    weight: float = 0.0  # of the generator loss, 0.1 in the recipe; 0: no discriminator is built
     start_step: int = 200_000  # the discriminator's training and the generator loss start here
     lecam_weight: float = 0.001  # of the penalty in the discriminator's loss
 
@@ -62,12 +44,10 @@ def is_active(config: AdversarialConfig, step: int) -> bool:
 
 
 class BlurPool(nn.Module):
-    """Halve the resolution after blurring with (1, 3, 3, 1) / 8; zeros around, odd sizes up.
+    """Halve the resolution after blurring with (1, 3, 3, 1) / 8; zeros around, odd sizes up."""
 
-    Not timm's BlurPool2d: with four taps it pads by two on each side and returns a row and a
-    column too many.
-    """
-
+    # Not timm's BlurPool2d: with four taps it pads by two on each side and returns a row and a
+    # column too many.
     def __init__(self):
         super().__init__()
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
@@ -87,10 +67,8 @@ class LeCam(nn.Module):
     penalty = max(0, mean real - ema_fake)^2 + max(0, ema_real - mean fake)^2,
     ema <- decay ema + (1 - decay) mean, both from 0 without bias correction: the recipe's form. The
     LeCam paper squares each logit's distance, then averages. Differs from the recipe: means are
-    over all processes, which so hold equal averages and, once DDP has averaged gradients, give the
-    gradient of one process with the joined batch. Every process must call both methods.
-
-    The averages are buffers, so that a checkpoint has them; there is no parameter.
+    over all processes, so that these give the gradient of one process with the joined batch. Every
+    process must call both methods.
     """
 
     def __init__(self, decay: float = 0.999):
@@ -102,7 +80,7 @@ class LeCam(nn.Module):
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """The penalty with the averages as they are; its gradient reaches both logits."""
         means = torch.stack([real_logits.float().mean(), fake_logits.float().mean()])
-        # The value of all processes, the gradient of this one
+        # The value of all processes, the gradient of this one: DDP averages the gradients.
         means = means + (average_over_processes(means) - means).detach()
         return F.relu(means[0] - self.ema_fake).square() + F.relu(self.ema_real - means[1]).square()
 
@@ -116,12 +94,16 @@ class LeCam(nn.Module):
 class Discriminator(nn.Module):
     """Stem, stages of (conv, blur-pool, GroupNorm, LeakyReLU), max-pool to 16 x 16, head.
 
-    Padding is "same" throughout. LeCam's averages are in it for one checkpoint file.
+    1.91M weights; padding is "same" throughout.
+
+    Args:
+        width: channels of the first stage, doubled from stage to stage; a multiple of 32.
+        num_stages: each halves the resolution.
     """
 
-    def __init__(self, config: DiscriminatorConfig, lecam_decay: float = 0.999):
+    def __init__(self, width: int = 128, num_stages: int = 3):
         super().__init__()
-        channels = [config.hidden_channels * 2**stage for stage in range(config.num_stages)]
+        channels = [width * 2**stage for stage in range(num_stages)]
         self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 5, padding=2), nn.LeakyReLU(SLOPE))
         inputs = [channels[0], *channels[:-1]]
         self.stages = nn.Sequential(*map(self._stage, inputs, channels))
@@ -131,7 +113,7 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(SLOPE),
             nn.Conv2d(channels[-1], 1, 5, padding=2),
         )
-        self.lecam = LeCam(lecam_decay)
+        self.lecam = LeCam()  # here, so that its averages are in the checkpoint
         self.init_weights()
 
     @staticmethod
@@ -156,6 +138,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stages(self.stem(images))  # B x C x R/8 x R/8 with three stages
+        # In half precision the logits would be too coarse for LeCam's averages.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.head[0].weight.dtype)
             return self.head(self.pool(x))  # B x 1 x 16 x 16, repeated where R/8 < 16

@@ -17,7 +17,7 @@ from modeling.layers import check_not_negative
 from modeling.posterior import FlowPass, SourcePass
 from modeling.text_projector import TextProjector
 
-KLForm = Literal["gaussian", "wall", "variance"]
+KLForm = Literal["gaussian", "wall"]
 AlignmentForm = Literal["contrastive", "cosine_margin"]
 
 
@@ -97,20 +97,14 @@ def weighted_terms(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[
 def kl_loss(mean: Tensor, logvar: Tensor, form: KLForm = "gaussian") -> Tensor:
     """KL of N(mean, exp(logvar)) to N(0, 1): B x K x C each, summed per sample, batch mean.
 
-    Differs from the release, which sums over the batch, too, so that its weight depends on the
-    batch size.
-
     Args:
         form: gaussian: -1/2 (1 + logvar - mean^2 - exp(logvar)). wall: the release's (0.3 mean)^6
-            for mean^2, a wall around |mean| = 3 more than a KL. variance: 0 for mean^2, only the
-            deviation is drawn to 1.
+            for mean^2, a wall around |mean| = 3 more than a KL.
     """
     mean, logvar = mean.float(), logvar.float()
-    if form == "variance":
-        square = torch.zeros_like(mean)
-    else:
-        square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
+    square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
     kl = -0.5 * (1 + logvar - square - logvar.exp())
+    # Differs from the release, which sums over the batch, too: its weight depends on the batch size.
     return kl.sum() / len(mean)
 
 
@@ -123,13 +117,15 @@ def contrastive_loss(latents: Tensor, targets: Tensor, log_temperature: Tensor) 
     """Symmetric cross-entropy of latents and alignment targets, both B x L x C (Sec. 3.3).
 
     Rows are flattened and normalised; the negatives are the rows of all processes, with gradient
-    (the release has those of one process only). Each process scores its own rows against all, so
-    that DDP's average of gradients is the gradient of the global loss.
+    (the release has those of one process only).
     """
     with torch.autocast(latents.device.type, enabled=False):
+        # Each process scores its own rows against all, so that DDP's average of gradients is the
+        # gradient of the global loss.
         z, a = flatten_normalize(latents), flatten_normalize(targets)  # B x LC
         z_all, a_all = gather_rows(z), gather_rows(a)  # (processes * B) x LC
-        # The match of row i is the same row of this process's part
+
+        # The match of row i is the same row of this process's part.
         rank = dist.get_rank() if dist.is_initialized() else 0
         labels = torch.arange(len(z), device=z.device) + rank * len(z)
         scale = log_temperature.float().exp()
@@ -141,8 +137,7 @@ def contrastive_loss(latents: Tensor, targets: Tensor, log_temperature: Tensor) 
 def cosine_margin_loss(latents: Tensor, targets: Tensor, margin: float) -> Tensor:
     """Mean over the batch of max(0, 1 - margin - cos) of flattened B x L x C pairs.
 
-    Pairs above a similarity of 1 - margin are left alone; there are no negatives (paper, Sec. 5.3,
-    ablation of the loss).
+    Pairs above a similarity of 1 - margin are left alone; there are no negatives (Sec. 5.3).
     """
     similarity = (flatten_normalize(latents) * flatten_normalize(targets)).sum(-1)  # B
     return F.relu(1 - margin - similarity).mean()
@@ -207,7 +202,7 @@ def image_regression(config: ProjectorLossConfig, source: SourcePass, image_mean
 
 
 def flow_matching(config: FlowLossConfig, output: FlowPass) -> Tensor:
-    """Predicted to target velocity (paper)."""
+    """L_fm: predicted to target velocity (paper, Sec. 3.3)."""
     return F.mse_loss(output.velocity.float(), output.target.float())
 
 
@@ -237,9 +232,9 @@ def velocity_losses(config: FlowLossConfig, output: FlowPass) -> dict[str, Tenso
 
 def freeze_unused_alignment(projector: TextProjector, config: ProjectorLossConfig) -> None:
     """Freeze what no loss gives a gradient, or DDP waits for it: the MLP at weight 0, or tau."""
-    if not config.alignment_weight:
-        projector.alignment.requires_grad_(False)
-    contrasts = bool(config.alignment_weight) and config.alignment_form == "contrastive"
+    is_aligned = config.alignment_weight > 0
+    projector.alignment.requires_grad_(is_aligned)
+    contrasts = is_aligned and config.alignment_form == "contrastive"
     projector.alignment.log_temperature.requires_grad_(contrasts)
 
 
@@ -249,10 +244,10 @@ def freeze_unused_alignment(projector: TextProjector, config: ProjectorLossConfi
 def latent_statistics(mean: Tensor) -> dict[str, Tensor]:
     """Deviation of z_T's mean over everything and between captions: B x L x C -> scalars.
 
-    `between` is the root of the variance over the batch at each token and channel, averaged. Near
-    0, z_T is the same for every caption: the collapse that the flow loss does not show.
+    `between` is the root of the variance over the batch at each token and channel, averaged.
     """
     mean = mean.detach().float()
+    # Near 0, z_T is the same for every caption: the collapse that the flow loss does not show.
     between = mean.var(dim=0, correction=0).mean().sqrt()
     return {"z_text_std": mean.std(correction=0), "z_text_between_captions_std": between}
 
@@ -261,17 +256,14 @@ def posterior_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
     """How far image latents are used, B x K x C moments -> scalars: shows a posterior collapse.
 
     `posterior_std/C` is channel C's deviation, averaged; `channels_in_use` the share of channels
-    whose mean varies over samples and tokens with a variance above 0.01 (active units, Burda et al.
-    2016).
+    whose mean varies over samples and tokens.
     """
     mean, deviation = mean.detach().float(), torch.exp(0.5 * logvar.detach().float())
     per_channel = deviation.mean(dim=(0, 1))  # C
+    # A variance above 0.01 counts as use (active units, Burda et al. 2016).
     used = (mean.var(dim=(0, 1), correction=0) > 0.01).float().mean()
-    statistics = {
-        "latent_std": mean.std(correction=0),
-        "posterior_std": per_channel.mean(),
-        "channels_in_use": used,
-    }
-    for channel, value in enumerate(per_channel.unbind()):
+    statistics = {"latent_std": mean.std(correction=0), "posterior_std": per_channel.mean()}
+    statistics["channels_in_use"] = used
+    for channel, value in enumerate(per_channel):
         statistics[f"posterior_std/{channel}"] = value
     return statistics

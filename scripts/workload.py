@@ -27,7 +27,7 @@ import train_text_projector
 import train_tokenizer
 from configs.load import load_config
 from modeling import clip_weights, perceptual
-from modeling.discriminator import Discriminator, DiscriminatorConfig
+from modeling.discriminator import Discriminator
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.losses import freeze_unused_alignment
 from modeling.text_encoder import ClipTextEncoder
@@ -248,7 +248,7 @@ def tokenizer_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Worklo
     clip, sizes = config.training.max_gradient_norm, config.tokenizer
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:
-        discriminator = Discriminator(DiscriminatorConfig())
+        discriminator = Discriminator()
         optimizer = config.discriminator_optimizer
         networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
     for network in networks.values():
