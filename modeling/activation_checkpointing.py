@@ -34,7 +34,6 @@ SAVED_OPS = {
 
 
 def save_expensive_ops(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Save the outputs of expensive ops."""
     return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -81,48 +81,46 @@ def check_local_dir(config: ClipWeights) -> None:
     folder = Path(config.model.removeprefix("local-dir:"))
     if config.model.startswith("local-dir:") and not (folder / CONFIG_FILE).is_file():
         raise AbsentWeights(
-            f"{config.key}.model: {folder} holds no {CONFIG_FILE}; scripts/train_text_encoder.py "
-            "trains one, or name an open_clip model"
+            f"{config.key}.model: {folder} holds no {CONFIG_FILE}: train one by "
+            "scripts/train_text_encoder.py, or name an open_clip model"
         )
 
 
 def check_clip(config: ClipWeights) -> None:
     """Refuse a CLIP that can't be loaded, or whose activation is wrong or not known."""
-    key, model, pretrained, tag = config.key, config.model, config.pretrained, config.tag
-    models = open_clip.list_models()
     check_local_dir(config)
     if not config.names_its_weights:
-        if model not in models:
-            raise ValueError(
-                f"{key}.model: unknown open_clip model {model!r}; see open_clip.list_models()"
-            )
-        if not pretrained:
-            raise ValueError(f"{key}.pretrained is empty: name an open_clip tag or a file")
-        if not tag and not Path(pretrained).is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-            raise AbsentWeights(
-                f"{key}.pretrained={pretrained} is neither a file nor a tag of {model} (tags: "
-                f"{tags})"
-            )
+        check_names(config)
 
-    # The activation: a tag knows it; a file does not, and its model's name says it, or has a twin
+    # The activation: a tag knows it; a file does not, and its model's name says it, or has a twin.
+    key, model, pretrained, tag = config.key, config.model, config.pretrained, config.tag
     twin = model + QUICK
-    has_twin = twin in models
+    has_twin = twin in open_clip.list_models()
     if config.exact_gelu and (tag or not has_twin):
-        raise ValueError(
-            f"{key}.exact_gelu: {model} with pretrained={pretrained} says its activation: leave it "
-            "out"
-        )
+        raise ValueError(f"{key}.exact_gelu: {model}, {pretrained} says it already: leave it out")
     if has_twin and tag.get("quick_gelu"):
-        raise ValueError(
-            f"{key}: the weights {pretrained} want QuickGELU, {model} has the exact GELU: set "
-            f"{key}.model={twin}"
-        )
+        raise ValueError(f"{key}: {pretrained} wants QuickGELU: set {key}.model={twin}")
     if has_twin and not tag and not config.exact_gelu:
         raise ValueError(
             f"{key}: {pretrained} does not say its activation, and {model} exists with two. "
             f"Weights of OpenAI, DFN or MetaCLIP: set {key}.model={twin}. Weights trained with the "
             f"exact GELU (LAION, DataComp): set {key}.exact_gelu=true"
+        )
+
+
+def check_names(config: ClipWeights) -> None:
+    """Refuse a model that open_clip does not know, or weights that are neither tag nor file."""
+    key, model, pretrained = config.key, config.model, config.pretrained
+    if model not in open_clip.list_models():
+        raise ValueError(
+            f"{key}.model: unknown open_clip model {model!r} (open_clip.list_models())"
+        )
+    if not pretrained:
+        raise ValueError(f"{key}.pretrained is empty: name an open_clip tag or a file")
+    if not config.tag and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise AbsentWeights(
+            f"{key}.pretrained={pretrained} is neither a file nor a tag of {model} (tags: {tags})"
         )
 
 
@@ -143,27 +141,28 @@ def load_clip(config: ClipWeights, download: bool = True) -> nn.Module:
     try:
         clip = open_clip.create_model(config.model, weights, require_pretrained=True)
     except Exception as error:  # open_clip, the hub, torch, pickle, safetensors have own types
-        raise cannot_load(config, shorten(error)) from error
+        raise cannot_load(config, error) from error
     return clip.eval().requires_grad_(False)
 
 
 def find_weights(config: ClipWeights, download: bool) -> str:
-    """What open_clip.create_model is to load: a file, or the tag to download.
-
-    A cached file is used without asking the hub, and one request tells whether the hub answers:
-    without network, huggingface_hub on its own retries for three quarters of a minute.
-    """
+    """What open_clip.create_model is to load: a file, or the tag to download."""
+    # A file
     tag = config.tag
-    if not tag and is_torchscript(config.pretrained):
-        advice = TORCHSCRIPT_ADVICE.replace("KEY", config.key).replace("FILE", config.pretrained)
-        raise cannot_load(config, advice)
-    repository, _, file = tag.get("hf_hub", "").rpartition("/")
-    if not tag or (download and not repository):
+    if not tag:
+        if is_torchscript(config.pretrained):
+            advice = TORCHSCRIPT_ADVICE.replace("KEY", config.key)
+            raise cannot_load(config, advice.replace("FILE", config.pretrained))
         return config.pretrained
-    if not repository:
-        raise cannot_load(config, "nothing may be downloaded", AbsentWeights)
 
-    # In the hub's cache
+    # A tag whose weights lie elsewhere than on the hub
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if not repository:
+        if not download:
+            raise cannot_load(config, "nothing may be downloaded", AbsentWeights)
+        return config.pretrained
+
+    # The hub's cache, without asking the hub
     names = [WEIGHTS_FILE, OLDER_WEIGHTS_FILE]
     if file:
         names = [str(Path(file).with_suffix(".safetensors")), file]
@@ -172,7 +171,8 @@ def find_weights(config: ClipWeights, download: bool) -> str:
         if isinstance(path, str):
             return path
 
-    # To be downloaded
+    # To be downloaded. One request tells whether the hub answers: without network, huggingface_hub
+    # on its own retries for three quarters of a minute.
     absent = "it is not in the hub's cache on this machine"
     if not download:
         raise cannot_load(config, absent, AbsentWeights)
@@ -185,32 +185,25 @@ def find_weights(config: ClipWeights, download: bool) -> str:
     return config.pretrained
 
 
-def shorten(error: Exception) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())[:300]
-
-
 def cannot_load(
-    config: ClipWeights, reason: str, kind: type[ValueError] = ValueError
+    config: ClipWeights, reason: Exception | str, kind: type[ValueError] = ValueError
 ) -> ValueError:
     """The error that says why, and which file of the hub to fetch elsewhere and how to name it."""
     key, model, tag = config.key, config.model, config.tag
     weights = "" if config.names_its_weights else f", {config.pretrained}"
+    if isinstance(reason, Exception):
+        reason = " ".join(str(reason).split())[:300]
     message = f"cannot load {config.title} {model}{weights}: {reason}"
     if model.startswith("hf-hub:"):
-        message += (
-            f". Without network: download {CONFIG_FILE} and {WEIGHTS_FILE} of "
-            f"{HUB}/{model.removeprefix('hf-hub:')} elsewhere, put them into one folder here and "
-            f"set {key}.model=local-dir:FOLDER"
-        )
-    if tag:
+        origin = f"{CONFIG_FILE} and {WEIGHTS_FILE} of {HUB}/{model.removeprefix('hf-hub:')}"
+        setting = f"put them into one folder here and set {key}.model=local-dir:FOLDER"
+    elif tag:
         repository, _, file = tag.get("hf_hub", "").rpartition("/")
         origin = f"{file or WEIGHTS_FILE} of {HUB}/{repository}" if repository else tag["url"]
-        message += (
-            f". Without network: download {origin} elsewhere, copy it here and set "
-            f"{key}.pretrained=PATH_OF_THE_FILE; {key}.model stays {model}"
-        )
-    return kind(message)
+        setting = f"set {key}.pretrained=PATH_OF_THE_FILE; {key}.model stays {model}"
+    else:
+        return kind(message)
+    return kind(f"{message}. Without network: download {origin} elsewhere, {setting}")
 
 
 def is_torchscript(path: str) -> bool:
@@ -227,7 +220,7 @@ def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callabl
     try:
         tokenize = open_clip.get_tokenizer(config.model)
     except Exception as error:  # of packages that other tokenizers than CLIP's need
-        raise cannot_load(config, f"its tokenizer: {shorten(error)}") from error
+        raise cannot_load(config, error) from error
     return image_transform_v2(preprocessing, is_train=False), tokenize
 
 

@@ -81,13 +81,13 @@ def swap_targets(end: Tensor, null: Tensor) -> Tensor:
     """Give each sample whose indicator is on another sample's latent: B x K x C.
 
     A start that says what the text is would say it to the unconditional flow, too; with another
-    sample's target it says nothing. The other sample is drawn uniformly from the batch, so any
-    batch size from 2 on works. Differs from the release, which rolls the targets among the chosen
-    samples: with one chosen sample nothing changes there. Needs no device sync.
+    sample's target it says nothing (Sec. 3.3).
     """
     batch_size = len(end)
     if batch_size == 1:
         return end
+    # Drawn from the whole batch. Differs from the release, which rolls the targets among the chosen
+    # samples: with one chosen sample nothing changes there.
     own = torch.arange(batch_size, device=end.device)
     offset = torch.randint(1, batch_size, (batch_size,), device=end.device)
     other = (own + offset) % batch_size
@@ -97,16 +97,14 @@ def swap_targets(end: Tensor, null: Tensor) -> Tensor:
 def guided_velocity(
     branches: VelocityBranches, guidance: float, interval: tuple[float, float] = (0.0, 1.0)
 ) -> VelocityFn:
-    """v = v_null + guidance * (v_cond - v_null) for t inside the interval, in one batched pass.
-
-    One branch where one is enough, at half the work: guidance 1 (v_cond) and 0 (v_null), and
-    v_cond outside the interval (Kynkaanniemi et al. 2024: guidance helps in the middle only).
-    """
+    """v = v_null + guidance * (v_cond - v_null) for t inside the interval, in one batched pass."""
     start, end = interval
 
     def velocity(x: Tensor, time: float) -> Tensor:
+        # Guidance helps in the middle only (Kynkaanniemi et al. 2024).
         if not start <= time <= end:
             return branches(x, time, (False,))
+        # One branch where one is enough, at half the work.
         if guidance in (0, 1):
             return branches(x, time, (guidance == 0,))
         conditional, unconditional = branches(x, time, (False, True)).chunk(2)

@@ -5,8 +5,7 @@ Source             where the flow starts; FlowTok's is the text projector. Noise
                    context, would be another.
 VelocityNetwork    FlowTok, which reads no context.
 FlowConfig         path, times, direction, what is learned.
-`build_flow` says which parts a run's config means. The attributes `projector` and `flowtok` hold
-source and network: the names that checkpoints have.
+`build_flow` says which parts a run's config means.
 """
 
 from typing import Protocol
@@ -68,10 +67,11 @@ class FlowModel(nn.Module):
                 f"the flow starts from {projector.shape} tokens x channels, the velocity network "
                 f"expects {flowtok.shape}"
             )
+        # Source and network have the names that checkpoints know.
         self.config = config
         self.projector = projector
         self.flowtok = flowtok
-        # z_I = latent_scale * tokenizer latent, of deviation 1
+        # z_I = latent_scale * tokenizer latent, of deviation 1.
         self.register_buffer("latent_scale", torch.ones(()))
         if config.projector == "frozen":
             projector.freeze()
@@ -83,6 +83,7 @@ class FlowModel(nn.Module):
             text_states: B x L x T.
             image_latents: B x K x C, already scaled.
         """
+        # Both ends of the path: z_T and z_I, or the other way for captions (Sec. 4.1).
         flow = self.config
         source = self.projector(text_states, sample=flow.sample_text_latent)
         context = self.projector.context(text_states)
@@ -90,11 +91,14 @@ class FlowModel(nn.Module):
         to_text = flow.direction == "image_to_text"
         start, end = (image_latents, text) if to_text else (text, image_latents)
 
+        # Times, and the samples of the unconditional flow. A network with a context leaves it out
+        # there; without one, only another target can hide the text.
         t = sample_times(flow, len(start), start.device)  # B
         null = draw_null(len(start), flow.null_probability, start.device)  # B
-        if context is None:  # else the network leaves the context out where `null` is on
+        if context is None:
             end = swap_targets(end, null)
 
+        # L_fm regresses the network at z_t onto the path's velocity (Sec. 3.3).
         z_t = interpolate(start, end, t, flow.sigma_min)  # B x K x C
         velocity = self.flowtok(z_t, t, null, context)
         return FlowPass(velocity, target_velocity(start, end, flow.sigma_min), source)

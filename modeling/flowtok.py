@@ -46,7 +46,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1], B -> B x W: 256 sinusoids of t itself, linear, SiLU, linear."""
+    """t in [0, 1], B -> B x W: 256 sinusoids, linear, SiLU, linear."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -55,6 +55,7 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        # t itself, as the release has it; DiT's times go up to 1000.
         return self.mlp(timestep_sinusoids(t, TIME_SINUSOIDS))
 
 
@@ -124,7 +125,7 @@ class FlowTok(nn.Module):
         return TimeTable(self, times)
 
     def condition(self, t: Tensor, null: Tensor) -> Tensor:
-        """SiLU(c), B x W: all that the blocks know beside the tokens."""
+        """SiLU(c), B x W: all that the blocks know besides the tokens."""
         return F.silu(self.embed_time(t) + self.embed_null(null.long()))
 
     def project_out(self, x: Tensor, modulation: Tensor) -> Tensor:
@@ -137,6 +138,8 @@ class FlowTok(nn.Module):
         for module in self.modules():
             init_linear_(module)
         nn.init.normal_(self.embed_null.weight, std=0.02)
+
+        # adaLN-Zero: every block starts as the identity, and the velocity as zero.
         modulations = [block.modulation for block in self.blocks]
         for module in [*modulations, self.modulation_out, self.to_velocity]:
             nn.init.zeros_(module.weight)
@@ -144,13 +147,10 @@ class FlowTok(nn.Module):
 
 
 class TimeTable:
-    """FlowTok at a few known times: modulations of all times and branches are computed once.
+    """FlowTok at a few known times, for sampling: as the network's own forward, up to rounding."""
 
-    They depend on time and indicator only, so samples share them; a third of the weights is read
-    once for all steps instead of once a step. Same results as the network's own forward, up to
-    rounding.
-    """
-
+    # Modulations depend on time and indicator only: computed once, they are shared by all samples,
+    # and a third of the weights is read once for all steps instead of once a step.
     @torch.no_grad()
     def __init__(self, network: FlowTok, times: list[float]):
         self.network = network
@@ -164,14 +164,11 @@ class TimeTable:
         self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]
 
     def __call__(self, x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:
-        """Velocity of each branch at the same points (flow.VelocityBranches), G B x K x C.
-
-        Raises:
-            KeyError: `time` is not one of those given at the start.
-        """
+        """Velocity of each branch at the same points (flow.VelocityBranches), G B x K x C."""
         network, row = self.network, self.rows[time]
         branches = slice(int(null[0]), int(null[-1]) + 1)
-        # All samples of a branch share its modulation: they are one long sequence but for attention
+
+        # All samples of a branch share its modulation: they are one long sequence but for attention.
         embedded = (network.embed_tokens(x) + network.positions).flatten(0, 1)  # B K x W
         hidden = embedded.expand(len(null), -1, -1)  # G x B K x W
         for block, modulation in zip(network.blocks, self.modulations):

@@ -34,9 +34,8 @@ class ImageTokenizerConfig:
 
     image_size: int = 256  # pixels, a multiple of patch_size
     patch_size: int = 16  # pixels
-    num_tokens: int = field(
-        default=77, metadata=FROM_TEXT_ENCODER
-    )  # K = L: text flows into image by token
+    # K = L: text flows into image token by token
+    num_tokens: int = field(default=77, metadata=FROM_TEXT_ENCODER)
     token_channels: int = 16  # C
     encoder: TransformerSize = field(default_factory=TransformerSize)
     decoder: TransformerSize = field(default_factory=lambda: TransformerSize(1024, 24, 16))
@@ -58,11 +57,12 @@ class ImageTokenizerConfig:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
+        # Axial RoPE splits a head into rows and columns of channel pairs.
         for name, size in (("encoder", self.encoder), ("decoder", self.decoder)):
-            if size.width % (4 * size.num_heads):
+            unit = 4 * size.num_heads
+            if size.width % unit:
                 raise ValueError(
-                    f"{name}.width {size.width} must be a multiple of 4 * num_heads = "
-                    f"{4 * size.num_heads}"
+                    f"{name}.width {size.width} must be a multiple of 4 * num_heads = {unit}"
                 )
 
     @property
@@ -82,7 +82,7 @@ class TokenizerBlock(nn.Module):
         self.mlp = SwiGLU(width)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kept: slice | None = None) -> Tensor:
-        """`kept`: compute only these tokens, from all; nobody reads the last block's others."""
+        """`kept`: compute only these tokens, from all."""
         attended = self.attention(self.norm_attention(x), rope, kept)
         x = attended + (x if kept is None else x[:, kept])
         return x + self.mlp(self.norm_mlp(x))
@@ -104,13 +104,13 @@ class RopeTransformer(nn.Module):
 
     def forward(self, x: Tensor, kept: slice) -> Tensor:
         """Run the blocks and return the tokens in `kept`, normalised."""
+        mode = self.activation_checkpointing
         x = self.norm_in(x)
-        rope = self.rope_cos, self.rope_sin
+        rope = (self.rope_cos, self.rope_sin)
         for block in self.blocks[:-1]:
-            x = run_block(block, self.activation_checkpointing, x, rope)
-        return self.norm_out(
-            run_block(self.blocks[-1], self.activation_checkpointing, x, rope, kept)
-        )
+            x = run_block(block, mode, x, rope)
+        # Nobody reads the last block's other tokens.
+        return self.norm_out(run_block(self.blocks[-1], mode, x, rope, kept))
 
 
 def squarest_grid(num_cells: int) -> tuple[int, int]:
@@ -129,7 +129,8 @@ def rope_angles(config: ImageTokenizerConfig, size: TransformerSize, num_unrotat
     patches = axial_rope_table(rows.flatten(), columns.flatten(), head_dim)
     latents = torch.zeros(config.num_tokens, head_dim // 2)
     if config.latent_grid:
-        # Centres of the cells, in units of patches
+        # Centres of the cells, in units of patches: cell i of n starts at i grid / n, and the first
+        # patch, whose position is 0, has its centre at 1/2.
         cells = squarest_grid(config.num_tokens)
         centres = [(torch.arange(n) + 0.5) * grid / n - 0.5 for n in cells]
         rows, columns = torch.meshgrid(*centres, indexing="ij")
@@ -181,10 +182,9 @@ class ImageDecoder(nn.Module):
         text = self.embed_text(text_states.to(tokens.dtype)) + self.text_positions  # B x L x W
         sequence = torch.cat([masks, latents, text], dim=1)
         x = self.transformer(sequence, kept=slice(0, num_patches))  # B x grid^2 x W
-        grid, patch = self.grid_size, self.patch_size
-        pixels = rearrange(
-            self.to_pixels(x), "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch, q=patch
-        )
+        layout = "b (h w) (p q c) -> b c (h p) (w q)"
+        patch = self.patch_size
+        pixels = rearrange(self.to_pixels(x), layout, h=self.grid_size, p=patch, q=patch)
         return self.smooth(pixels)
 
 
@@ -200,11 +200,9 @@ class ImageTokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> Posterior:
         """Images B x 3 x R x R in [0, 1], of the tokenizer's size -> posterior, B x K x C."""
-        size = self.config.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, expected B x 3 x {size} x {size}"
-            )
+        size, shape = self.config.image_size, tuple(images.shape)
+        if shape[1:] != (3, size, size):
+            raise ValueError(f"images have shape {shape}, expected B x 3 x {size} x {size}")
         return self.encoder(images)
 
     def decode(self, tokens: Tensor, text_states: Tensor) -> Tensor:
@@ -227,14 +225,14 @@ class ImageTokenizer(nn.Module):
         for part in (self.encoder, self.decoder):
             for parameter in part.parameters(recurse=False):  # tokens and positions
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        # The image starts near mid-grey, the smoothing convolution as the identity
+        # The image starts near mid-grey, the smoothing convolution as the identity.
         init_linear_(self.decoder.to_pixels, std=0.02)
         nn.init.constant_(self.decoder.to_pixels.bias, 0.5)
         nn.init.dirac_(self.decoder.smooth.weight)
-        # Tokens attend to those near them from the first step on
-        if config.query_key_bias:
-            for module in self.modules():
-                if isinstance(module, Attention):
-                    query, key, _ = module.qkv.bias.chunk(3)
-                    nn.init.constant_(query, config.query_key_bias)
-                    nn.init.constant_(key, config.query_key_bias)
+        # Equal constants in q and k, which RoPE turns by position: tokens attend to those near them
+        # from the first step on.
+        for module in self.modules():
+            if isinstance(module, Attention):
+                query, key, _ = module.qkv.bias.chunk(3)
+                nn.init.constant_(query, config.query_key_bias)
+                nn.init.constant_(key, config.query_key_bias)

@@ -34,6 +34,7 @@ def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
     """
     if head_dim % 4:
         raise ValueError(f"axial RoPE needs a head size that is a multiple of 4, got {head_dim}")
+    # In float64, and rounded once at the end.
     half = head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # head_dim / 4
     row_angles = rows.double()[:, None] * frequencies
@@ -82,6 +83,7 @@ class Attention(nn.Module):
 
     def split_kept(self, x: Tensor, kept: slice) -> tuple[Tensor, ...]:
         """As `split`, but with queries of the kept tokens only."""
+        # The same packed weights, so that checkpoints do not depend on which tokens are kept.
         width = x.shape[-1]
         q = F.linear(x[:, kept], self.qkv.weight[:width], self.qkv.bias[:width])
         kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])
@@ -90,10 +92,11 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W_out(silu(gate) * value); gate and value share one linear, hidden = int(2/3 * 4 * width)."""
+    """W_out(silu(gate) * value); gate and value share one linear."""
 
     def __init__(self, width: int):
         super().__init__()
+        # Three matrices in place of an MLP's two: 2/3 of its width keeps the number of weights.
         hidden = int(2 / 3 * 4 * width)
         self.gate_value = nn.Linear(width, 2 * hidden)
         self.out = nn.Linear(hidden, width)

@@ -12,7 +12,6 @@ distance per image.
 
 import pickle
 import textwrap
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,38 +67,28 @@ def check_weights(config: PerceptualConfig) -> dict[str, Path]:
         files["convnext"] = CONVNEXT_FILE.find(config.convnext_weights, download=True)
     if not files:
         raise ValueError(
-            "perceptual: lpips_weight and convnext_weight are both 0, nothing would be compared"
+            "perceptual: lpips_weight and convnext_weight are both 0, expected one above it"
         )
     return files
 
 
 def _load_into(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
-    """Give a net on the meta device the tensors under `prefix` of a weights file, in float32.
-
-    Raises:
-        ValueError: the file is no weights file, or not of this net.
-    """
+    """Give a net on the meta device the tensors under `prefix` of a weights file, in float32."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
         net.load_state_dict(own, assign=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise ValueError(
-            f"{file} has no weights for this net: {textwrap.shorten(str(error), 300)}"
-        ) from error
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{file} has no weights for this net: {reason}") from error
     return net.float()
 
 
-class FrozenDistance(nn.Module, ABC):
-    """Base of both parts: describe images with a frozen net, then compare; B x 3 x R x R -> B."""
+class FrozenDistance(nn.Module):
+    """Base of both parts: `describe` images with a frozen net, then `compare` the descriptions.
 
-    @abstractmethod
-    def describe(self, images: Tensor):
-        """What the net sees in B x 3 x R x R."""
-
-    @abstractmethod
-    def compare(self, found, expected) -> Tensor:
-        """Distances B of two descriptions."""
+    Reconstruction and target B x 3 x R x R -> distances B.
+    """
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(reconstruction.device.type, enabled=False):
@@ -107,19 +96,15 @@ class FrozenDistance(nn.Module, ABC):
                 expected = self.describe(target.float())
             return self.compare(self.describe(reconstruction.float()), expected)
 
-    def freeze(self) -> None:
-        """Stop gradients, set eval mode; called last in __init__."""
-        self.requires_grad_(False).eval()
-
     def train(self, mode: bool = True) -> "FrozenDistance":
-        """Stay in eval mode: ConvNeXt drops whole blocks in train mode."""
+        # ConvNeXt drops whole blocks in train mode.
         return super().train(False)
 
 
 class LPIPS(FrozenDistance):
     """Sum over five layers of VGG16 of weighted squared differences of unit-length features.
 
-    The mean over positions; B x 3 x R x R in [0, 1] -> B.
+    The mean over positions; images in [0, 1].
     """
 
     def __init__(self, vgg_weights: Path):
@@ -135,7 +120,7 @@ class LPIPS(FrozenDistance):
         self.heads = nn.ParameterList(heads[name] for name in names)  # 1 x C x 1 x 1 each
         self.register_buffer("shift", torch.tensor(LPIPS_SHIFT)[:, None, None])
         self.register_buffer("scale", torch.tensor(LPIPS_SCALE)[:, None, None])
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def describe(self, images: Tensor) -> list[Tensor]:
         """Unit-length features of the five layers, B x C x H x W each."""
@@ -153,11 +138,9 @@ class LPIPS(FrozenDistance):
 
 
 def unit_length(features: Tensor) -> Tensor:
-    """Each position's channels at length 1, B x C x H x W.
-
-    Differs from the lpips package, which adds its epsilon outside the root: at all-zero features
-    the root's gradient is infinite there and its product with 0 is NaN.
-    """
+    """Each position's channels at length 1, B x C x H x W."""
+    # Differs from the lpips package, which adds its epsilon outside the root: at all-zero features
+    # the root's gradient is infinite there and its product with 0 is NaN.
     return features / (features.square().sum(dim=1, keepdim=True) + NORM_EPSILON).sqrt()
 
 
@@ -171,13 +154,12 @@ class ConvNeXtDistance(FrozenDistance):
         self.convnext = _load_into(convnext, convnext_weights)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def describe(self, images: Tensor) -> Tensor:
-        """Logits, B x 1000."""
         size = (CONVNEXT_SIZE, CONVNEXT_SIZE)
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        return self.convnext((images - self.mean) / self.std)
+        return self.convnext((images - self.mean) / self.std)  # B x 1000
 
     def compare(self, found: Tensor, expected: Tensor) -> Tensor:
         return (found - expected).square().mean(dim=1)
@@ -189,9 +171,6 @@ class PerceptualLoss(nn.Module):
     perceptual = (lpips_weight LPIPS + convnext_weight MSE) / (lpips_weight + convnext_weight), as
     TA-TiTok's "lpips-convnext_s-1.0-0.1": its perceptual weight of 1.1 on this mean is
     LPIPS + 0.1 MSE. No trainable parameter: it is neither wrapped in DDP nor part of a checkpoint.
-
-    Raises:
-        ValueError: as `check_weights`, or a file has other weights than the net's.
     """
 
     def __init__(self, config: PerceptualConfig):

@@ -19,17 +19,14 @@ class Posterior(NamedTuple):
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A draw, B x K x C."""
         mean = self.mean
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return self.at(noise)
 
 
 def split_moments(moments: Tensor) -> Posterior:
-    """B x K x 2C -> Posterior; C channels of mean, then C of log-variance, clamped to [-30, 20].
-
-    Float32 in any autocast precision: exp(logvar) of a half-precision value is not usable.
-    """
+    """B x K x 2C -> Posterior; C channels of mean, then C of log-variance, clamped to [-30, 20]."""
+    # Float32 in any autocast precision: exp(logvar) of a half-precision value is not usable.
     mean, logvar = moments.float().chunk(2, dim=-1)
     return Posterior(mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))
 

@@ -24,7 +24,8 @@ def euler(velocity: VelocityFn, x: Tensor, times: list[float]) -> Tensor:
 
 
 def euler_release(velocity: VelocityFn, x: Tensor, times: list[float]) -> Tensor:
-    """The release's quirk: step 1 / N, but evaluate at i / (N - 1). Only for its numbers."""
+    """Euler as in the release, for its numbers."""
+    # Its quirk: steps of 1 / N, but the velocity is evaluated at i / (N - 1).
     steps = len(times) - 1
     for i in range(steps):
         x = torch.add(x, velocity(x, i / max(steps - 1, 1)), alpha=1 / steps)
@@ -52,7 +53,9 @@ def adams2(velocity: VelocityFn, x: Tensor, times: list[float]) -> Tensor:
     """Second order multistep (Adams-Bashforth 2, any step sizes): reuses the last velocity."""
     before, last_step = None, 1.0
     for time, after in pairwise(times):
-        now, step = velocity(x, time), after - time
+        now = velocity(x, time)
+        step = after - time
+        # The line through both velocities, at the middle of the step: now + step/2 * its slope.
         slope = now if before is None else torch.lerp(before, now, 1 + step / (2 * last_step))
         x = torch.add(x, slope, alpha=step)
         before, last_step = now, step
@@ -82,7 +85,8 @@ def check_solver(name: str, steps: int) -> None:
 
 
 def asked_times(solver: Solver, times: list[float]) -> list[float]:
-    """The times at which a solver asks for the velocity, in its order: found by solving x' = 0."""
+    """The times at which a solver asks for the velocity, in its order."""
+    # Found by letting it solve something, so that a new solver needs no table of its own.
     asked: list[float] = []
 
     def record(x: Tensor, time: float) -> Tensor:
@@ -105,5 +109,6 @@ def evaluations_a_step(solver: Solver) -> int:
 
 @torch.no_grad()
 def integrate(velocity: VelocityFn, x: Tensor, solver: Solver, times: list[float]) -> Tensor:
-    """Follow the velocity: B x K x C at times[0] -> at times[-1]. x is float32 in any precision."""
+    """Follow the velocity: B x K x C at times[0] -> at times[-1]."""
+    # The state is float32 in any precision: bfloat16 would lose the small steps.
     return solver(lambda state, time: velocity(state, time).float(), x.float(), times)

@@ -5,9 +5,8 @@ with the projector as an autoencoder of captions, by cross-entropy, then frozen.
 
 Only the positions up to and including a caption's end token count, in the loss and in the
 accuracies. The padding after it is most of a batch (a COCO caption fills 13 of 77 positions) and
-always the same: with it, the loss would be small before a word is right. It is never shown either:
-decoding cuts at the first end token. Leaving it out also limits the vocabulary head, the largest
-matrix here, to the positions that count.
+always the same: with it, the loss would be small before a word is right, and the vocabulary head,
+the largest matrix here, would run on it.
 """
 
 from collections.abc import Iterable
@@ -44,10 +43,9 @@ class TextDecoderConfig:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 2 <= self.vocabulary_size <= CLIP_VOCABULARY:
-            raise ValueError(
-                f"vocabulary_size must be in 2..{CLIP_VOCABULARY}, got {self.vocabulary_size}"
-            )
+        size = self.vocabulary_size
+        if not 2 <= size <= CLIP_VOCABULARY:
+            raise ValueError(f"vocabulary_size must be in 2..{CLIP_VOCABULARY}, got {size}")
 
 
 @dataclass
@@ -81,20 +79,13 @@ class TextDecoder(nn.Module):
         nn.init.normal_(self.positions, std=0.5)
         nn.init.normal_(self.to_logits.weight, std=0.02)
 
-    @property
-    def has_whole_vocabulary(self) -> bool:
-        """Whether it can give all of CLIP's ids."""
-        return len(self.token_ids) == CLIP_VOCABULARY
-
     @torch.no_grad()
     def fit_vocabulary(self, batches: Iterable[Tensor]) -> int:
-        """Choose the most frequent ids of batches of token ids; returns how many did not fit.
-
-        Ties go to the smaller id; where fewer occur than fit, unused ids fill up.
-        """
+        """Choose the most frequent ids of batches of token ids; returns how many did not fit."""
         counts = torch.zeros(CLIP_VOCABULARY, dtype=torch.int64)
         for ids in batches:
             counts += torch.bincount(ids.flatten().cpu(), minlength=CLIP_VOCABULARY)
+        # Ties go to the smaller id; where fewer occur than fit, unused ids fill up.
         order = torch.argsort(counts, descending=True, stable=True)
         size = self.config.vocabulary_size
         self.token_ids.copy_(order[:size].sort().values)
@@ -102,11 +93,9 @@ class TextDecoder(nn.Module):
 
     def hidden(self, latents: Tensor) -> Tensor:
         """z_T B x L x C -> B x L x W, in front of the head."""
-        if latents.shape[1:] != self.shape:
-            raise ValueError(
-                f"text latents are B x {tuple(latents.shape[1:])}, the decoder expects "
-                f"B x {self.shape}"
-            )
+        found = tuple(latents.shape[1:])
+        if found != self.shape:
+            raise ValueError(f"text latents are B x {found}, the decoder expects B x {self.shape}")
         x = self.embed(latents) + self.positions  # B x L x W
         for block in self.blocks:
             x = block(x)
@@ -137,7 +126,7 @@ class TextAutoencoder(nn.Module):
     def __init__(self, projector: TextProjectorConfig, decoder: TextDecoderConfig):
         super().__init__()
         self.projector = TextProjector(projector)
-        # No loss here: DDP would wait for its gradients
+        # It has no loss here: DDP would wait for its gradients.
         self.projector.alignment.requires_grad_(False)
         self.decoder = TextDecoder(decoder, projector.text_tokens, projector.token_channels)
 
@@ -163,23 +152,20 @@ class TextAutoencoder(nn.Module):
         return DecoderPass(logits, classes, posterior.mean, posterior.logvar)
 
 
-def caption_lengths(token_ids: Tensor) -> Tensor:
-    """Tokens of each caption up to its end token, which has CLIP's largest id: B x L -> B."""
-    return token_ids.argmax(-1) + 1
+def inside_captions(token_ids: Tensor) -> Tensor:
+    """Which positions are not padding, B x L -> bool: up to the end token, CLIP's largest id."""
+    places = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return places <= token_ids.argmax(-1, keepdim=True)
 
 
 def counted_positions(token_ids: Tensor) -> Tensor:
     """Indices into the flattened B x L positions of those up to and including the end tokens."""
-    places = torch.arange(token_ids.shape[1], device=token_ids.device)
-    inside = places < caption_lengths(token_ids)[:, None]
-    return inside.flatten().nonzero().squeeze(1)
+    return inside_captions(token_ids).flatten().nonzero().squeeze(1)
 
 
 def caption_losses(logits: Tensor, classes: Tensor) -> dict[str, Tensor]:
-    """Mean cross-entropy and share of right tokens: logits N x V, classes N.
-
-    A token that is not in the vocabulary (-1) teaches nothing and counts as wrong.
-    """
+    """Mean cross-entropy and share of right tokens: logits N x V, classes N."""
+    # A token that is not in the vocabulary (-1) teaches nothing and counts as wrong.
     total = F.cross_entropy(logits.float(), classes, ignore_index=-1, reduction="sum")
     return {
         "cross_entropy": total / (classes >= 0).sum().clamp(min=1),
@@ -188,10 +174,8 @@ def caption_losses(logits: Tensor, classes: Tensor) -> dict[str, Tensor]:
 
 
 def correct_tokens(predicted: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(right tokens, counted tokens) of each caption: B x L ids each -> B each.
-
-    The start token, the same everywhere, is left out. A caption is right if all its tokens are.
-    """
-    places = torch.arange(token_ids.shape[1], device=token_ids.device)
-    inside = (places < caption_lengths(token_ids)[:, None]) & (places > 0)
+    """(right tokens, counted tokens) of each caption: B x L ids each -> B each."""
+    # The start token is left out: it is the same everywhere.
+    inside = inside_captions(token_ids)
+    inside[:, 0] = False
     return ((predicted == token_ids) & inside).sum(1), inside.sum(1)

@@ -74,31 +74,27 @@ class TextTokenizer:
             check_local_dir(self.config)
             self._tokenizer = open_clip.get_tokenizer(self.config.model)
             if not hasattr(self._tokenizer, "sot_token_id"):
-                raise ValueError(
-                    f"text_encoder.model {self.config.model} has no CLIP BPE tokenizer; choose a "
-                    "CLIP model"
-                )
+                raise ValueError(f"text_encoder.model {self.config.model} has no CLIP tokenizer")
         return self._tokenizer
 
     def __getstate__(self):
-        return {**self.__dict__, "_tokenizer": None}  # each worker process builds its own
+        # Each worker process builds its own: the vocabulary is large.
+        return {**self.__dict__, "_tokenizer": None}
 
     def __call__(self, captions: list[str]) -> Tensor:
         return self._load()(captions)
 
     def num_tokens(self, caption: str) -> int:
-        """Tokens of the uncut caption, start and end included."""
-        return len(self._load().encode(caption)) + 2
+        return len(self._load().encode(caption)) + 2  # start and end
 
     def decode(self, token_ids: Tensor) -> str:
-        """The text that a row of ids stands for, without start, end and padding."""
         tokenizer = self._load()
         ids = [i for i in token_ids.tolist() if i != tokenizer.sot_token_id]
         if tokenizer.eot_token_id in ids:
-            # Padding follows the end token; a 0 before it is an exclamation mark
+            # Padding follows the end token; a 0 before it is an exclamation mark.
             ids = ids[: ids.index(tokenizer.eot_token_id)]
         else:
-            # Predicted ids may lack the end token
+            # Predicted ids may lack the end token.
             ids = [i for i in ids if i != 0]
         return tokenizer.decode(ids).strip()
 
@@ -113,13 +109,10 @@ class ClipTextEncoder(nn.Module):
 
     def __init__(self, clip: nn.Module, tokenize: Tokenizer | None = None):
         super().__init__()
-        # CustomTextCLIP keeps the tower in .text, CLIP in itself
+        # CustomTextCLIP keeps the tower in .text, CLIP in itself.
         tower = getattr(clip, "text", clip)
         if not hasattr(tower, "token_embedding"):
-            raise ValueError(
-                f"{type(tower).__name__} is no CLIP text transformer (no token embedding); choose "
-                "a CLIP model"
-            )
+            raise ValueError(f"{type(tower).__name__} is no CLIP text tower: no token embedding")
         self.tokenize = tokenize
         self.token_embedding = tower.token_embedding
         self.positional_embedding = tower.positional_embedding
@@ -130,17 +123,15 @@ class ClipTextEncoder(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """L x T of the text states."""
         return tuple(self.positional_embedding.shape)
 
     @property
     def quick_gelu(self) -> bool:
-        """Whether the activation is QuickGELU."""
         return any(isinstance(module, QuickGELU) for module in self.transformer.modules())
 
     @cached_property
     def identity(self) -> str:
-        """Fingerprint of weights and activation, which the weights do not show."""
+        # The weights do not show the activation.
         return fingerprint(self, b"quick_gelu" if self.quick_gelu else b"")
 
     def train(self, mode: bool = True) -> "ClipTextEncoder":
@@ -149,7 +140,6 @@ class ClipTextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Token ids B x L -> text states B x L x T (float32, or the autocast precision)."""
         x = self.token_embedding(token_ids) + self.positional_embedding  # B x L x T
         x = self.transformer(x, attn_mask=self.attn_mask)
         return self.ln_final(x)

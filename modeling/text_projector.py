@@ -68,8 +68,7 @@ class TextProjectorConfig:
 class TextWhitening(nn.Module):
     """Text states -> zero mean, unit variance, no correlation, over captions and positions.
 
-    PCA whitening; directions below WHITENING_FLOOR of the mean variance are not amplified further.
-    The identity until `fit`; the measured map is part of the state dict.
+    PCA whitening: the identity until `fit`; the measured map is part of the state dict.
     """
 
     def __init__(self, width: int):
@@ -87,7 +86,9 @@ class TextWhitening(nn.Module):
             total = total + rows.sum(0)
             products = products + rows.T @ rows
         mean = total / count
-        # Covariance = directions diag(variances) directions^T
+
+        # Covariance = directions diag(variances) directions^T. Directions below the floor
+        # are not amplified further.
         variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))
         floored = variances.clamp(min=0) + WHITENING_FLOOR * variances.mean()
         self.mean.copy_(mean)
@@ -102,18 +103,18 @@ class TextWhitening(nn.Module):
 class LinearSkip(nn.Module):
     """Text states B x L x T -> latents B x L x C: one affine map of all tokens, zero until fitted.
 
-    The map is part of the state dict and is not trained: weight decay would undo it.
+    Float32 in any autocast precision.
     """
 
     def __init__(self, config: TextProjectorConfig):
         super().__init__()
         inputs = config.text_tokens * config.text_width
         outputs = config.text_tokens * config.token_channels
+        # Buffers: part of the state dict, but not trained, or weight decay would undo the map.
         self.register_buffer("offset", torch.zeros(config.text_tokens, config.token_channels))
         self.register_buffer("matrix", torch.zeros(inputs, outputs))
 
     def forward(self, text_states: Tensor) -> Tensor:
-        """Float32 in any autocast precision."""
         with torch.autocast(text_states.device.type, enabled=False):
             latents = text_states.float().flatten(1) @ self.matrix  # B x LC
             return latents.unflatten(1, self.offset.shape) + self.offset
@@ -188,15 +189,18 @@ class TextProjector(nn.Module):
         self.config = config
         self.shape = (config.text_tokens, config.token_channels)  # L x C of z_T
         self.is_frozen = False
-        needs_embedding = config.width != config.text_width
+
+        # In front of the blocks
         self.whitening = TextWhitening(config.text_width) if config.whiten_text else nn.Identity()
-        self.embed = (
-            nn.Linear(config.text_width, config.width) if needs_embedding else nn.Identity()
-        )
+        self.embed = nn.Identity()
+        if config.width != config.text_width:
+            self.embed = nn.Linear(config.text_width, config.width)
         self.positions = None
         if config.learned_positions:
             self.positions = nn.Parameter(torch.empty(config.text_tokens, config.width))
             nn.init.normal_(self.positions, std=0.5)
+
+        # Blocks and heads
         self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
         num_moments = 1 if config.fixed_std else 2
@@ -223,12 +227,11 @@ class TextProjector(nn.Module):
 
     def posterior(self, text_states: Tensor) -> Posterior:
         """Text states B x L x T -> posterior of B x L x C latents (float32)."""
+        found = tuple(text_states.shape[1:])
         expected = (self.config.text_tokens, self.config.text_width)
-        if text_states.shape[1:] != expected:
-            raise ValueError(
-                f"text states are B x {tuple(text_states.shape[1:])}, the projector expects "
-                f"B x {expected}"
-            )
+        if found != expected:
+            raise ValueError(f"text states are B x {found}, the projector expects B x {expected}")
+
         # Blocks over the text states
         x = self.embed(self.whitening(text_states))  # B x L x W
         if self.positions is not None:

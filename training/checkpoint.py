@@ -26,13 +26,7 @@ from torch import Tensor, nn
 PREFIX, PARTIAL_SUFFIX = "step_", ".tmp"
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.pt"
 STATE_FILE, LATEST_LINK = "state.json", "latest"
-STATE_TYPES = {
-    "step": int,
-    "ema_updates": int,
-    "num_processes": int,
-    "inputs": dict,
-    "files": dict,
-}
+STATE_TYPES = {"step": int, "ema_updates": int, "num_processes": int, "inputs": dict, "files": dict}
 ALL_FILES = "*"
 
 
@@ -52,14 +46,14 @@ def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
 def latest_checkpoint(run_dir: Path, verify: Sequence[str] = ()) -> tuple[int, Path] | None:
     """(step, folder) of the newest whole checkpoint, None without any.
 
-    Damaged newer ones are skipped with a warning.
-
     Args:
         verify: names of files whose contents are checked, too; ALL_FILES for all.
 
     Raises:
-        ValueError: there are checkpoints, but all are damaged: nothing starts over unasked.
+        ValueError: there are checkpoints, but all are damaged.
     """
+    # A damaged checkpoint costs the steps since the one before, never the run: with none left the
+    # user decides, nothing starts over unasked.
     folders = checkpoint_folders(run_dir)
     for step, folder in reversed(folders.items()):
         damage = find_damage(folder, verify)
@@ -87,8 +81,8 @@ def find_damage(folder: Path, verify: Sequence[str] = ()) -> str:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            is_to_be_verified = name in verify or ALL_FILES in verify
-            if is_to_be_verified and file_crc32(path) != expected["crc32"]:
+            with_contents = name in verify or ALL_FILES in verify
+            if with_contents and file_crc32(path) != expected["crc32"]:
                 return f"{name} has other contents than were written"
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{STATE_FILE}: {type(error).__name__}: {error}"
@@ -127,11 +121,7 @@ def read_state(folder: Path) -> dict:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Strictly load safetensors into a module.
-
-    Raises:
-        ValueError: the file is missing or broken, or its tensors are not the module's; names both.
-    """
+    """Strictly load safetensors into a module; ValueError names the file and what is wrong."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
@@ -155,11 +145,7 @@ def load_plain(path: Path, mmap: bool = False) -> Any:
 
 
 def check_inputs(folder: Path, inputs: dict) -> None:
-    """Compare what a checkpoint was trained on with what earlier stages give now.
-
-    Raises:
-        ValueError: naming each difference.
-    """
+    """Refuse a checkpoint that was trained on other than what earlier stages give now."""
     run_dir = folder.parents[1]
     trained = read_state(folder)["inputs"]
     if inputs and not trained:
@@ -201,11 +187,6 @@ def snapshot(state: Any) -> Any:
     return [snapshot(value) for value in state] if isinstance(state, list | tuple) else state
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's state dict as safetensors."""
-    save_file(snapshot(dict(module.state_dict())), path)
-
-
 def begin_checkpoint(run_dir: Path, step: int) -> Path:
     """Make the empty folder for the files of a step; leftovers of a killed run are removed."""
     folder = partial_folder(run_dir, step)
@@ -228,13 +209,18 @@ def write_checkpoint(
 
 
 def commit_checkpoint(partial: Path, state: dict, keep: int) -> Path:
-    """Write state.json, flush to disk, rename, move `latest`, delete all but the newest `keep`."""
+    """Write state.json, rename the folder, move `latest`, delete all but the newest `keep`."""
+    # The state vouches for the other files, so it is written last.
     files = sorted(path for path in partial.iterdir() if path.name != STATE_FILE)
     sums = {path.name: {"bytes": path.stat().st_size, "crc32": file_crc32(path)} for path in files}
     state_path = partial / STATE_FILE
     state_path.write_text(json.dumps(state | {"files": sums}))
-    for path in files:  # safetensors makes files that only their owner can read
+
+    # safetensors makes files that only their owner can read.
+    for path in files:
         path.chmod(state_path.stat().st_mode)
+
+    # All bytes are on disk before the name says so: a crash leaves the old checkpoint or the new.
     for path in (*files, state_path, partial):
         flush(path)
     final = partial.with_suffix("")
@@ -249,16 +235,13 @@ def commit_checkpoint(partial: Path, state: dict, keep: int) -> Path:
 
 @contextmanager
 def explained_write_errors(partial: Path) -> Iterator[None]:
-    """Remove what was written if the rest can't be: a full disk has room again.
-
-    Raises:
-        OSError: naming the checkpoint; torch and safetensors have other types for a full disk.
-    """
+    """Remove what was written if the rest can't be; OSError says which checkpoint, and why."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        # torch and safetensors have own types for a full disk, and do not say that it is full.
         free = ""
-        with suppress(OSError):  # torch's error does not say that the disk is full
+        with suppress(OSError):
             free = f"; {shutil.disk_usage(partial).free / 1e6:.1f} MB are free there"
         shutil.rmtree(partial, ignore_errors=True)
         final = partial.with_suffix("")
@@ -266,10 +249,8 @@ def explained_write_errors(partial: Path) -> Iterator[None]:
 
 
 def rotate(newest: Path, keep: int) -> None:
-    """Delete all but the newest `keep`, once `newest` is whole.
-
-    Later steps were found damaged, or `newest` would not be the newest: they stay, uncounted.
-    """
+    """Delete all but the newest `keep`, once `newest` is whole."""
+    # Later steps were found damaged, or `newest` would not be the newest: they stay, uncounted.
     newest_step = int(newest.name.removeprefix(PREFIX))
     folders = checkpoint_folders(newest.parents[1])
     for step in [step for step in folders if step <= newest_step][:-keep]:
@@ -277,7 +258,8 @@ def rotate(newest: Path, keep: int) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Remove a checkpoint so that a kill halfway leaves nothing that looks like one."""
+    """Remove a checkpoint."""
+    # Renamed first, so that a kill halfway leaves nothing that looks like a checkpoint.
     doomed = folder.with_name(f"{folder.name}.deleted{PARTIAL_SUFFIX}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -293,7 +275,7 @@ def flush(path: Path) -> None:
 
 
 def point_latest_to(folder: Path) -> None:
-    """Move the link `latest` in one step."""
+    """Move the link `latest`, so that there is one at any moment."""
     partial = folder.parent / (LATEST_LINK + PARTIAL_SUFFIX)
     partial.unlink(missing_ok=True)
     partial.symlink_to(folder.name)
@@ -315,6 +297,7 @@ class BackgroundWriter:
 
     def start(self, write: Callable[[], None]) -> None:
         """Begin a write, once the one before is done."""
+        # Two at once would need memory for two copies of all weights.
         self.wait()
         self._write = self._pool.submit(write)
 

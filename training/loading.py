@@ -1,8 +1,8 @@
 """Run folders -> what they say, and the tokenizer and text encoder of stage 1, with EMA weights.
 
 A run's config.yaml says how its network is built, its newest whole checkpoint has the weights, and
-the checkpoint's `inputs` are the fingerprints of the parts that it was trained with. Flows and whole
-pipelines: training/pipelines.py.
+the checkpoint's `inputs` are the fingerprints of the parts that it was trained with. Flows and
+whole pipelines: training/pipelines.py.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,8 @@ def load_ema(module: nn.Module, run_dir: str | Path) -> nn.Module:
 
 
 def load_newest(run_dir: str | Path, load: Callable[[], T]) -> tuple[T, Path]:
-    """(what `load` makes of the newest checkpoint, its folder); training may go on meanwhile."""
+    """(what `load` makes of the newest checkpoint, its folder)."""
+    # Training may go on meanwhile: `load` must not mix the files of two checkpoints.
     while True:
         before = latest_checkpoint(Path(run_dir))
         loaded = load()
@@ -98,6 +99,8 @@ def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
     beside = Path(tokenizer_run).parent / CLIP_FOLDER
     if folder == config.model or not beside.is_dir():
         return [config]
+
+    # A folder that is where the config says may be that of another experiment by now, so both count.
     moved = replace(config, model=f"local-dir:{beside}")
     return [config, moved] if Path(folder).is_dir() else [moved, config]
 

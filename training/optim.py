@@ -27,14 +27,12 @@ class OptimizerConfig:
 
     learning_rate: float = 4e-4  # peak
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = (
-        0.03  # on matrices only; biases, norms, tokens and positions are not decayed
-    )
+    # On matrices only; biases, norms, tokens and positions are not decayed
+    weight_decay: float = 0.03
     warmup_steps: int = 0  # linear from 0
     schedule: Literal["constant", "cosine"] = "constant"
-    hold_fraction: float = (
-        0.0  # of cosine: share of the steps after warm-up at the peak, before the decay starts
-    )
+    # Of cosine: share of the steps after warm-up at the peak, before the decay starts
+    hold_fraction: float = 0.0
     final_learning_rate: float = 0.0  # of cosine: reached at the last step
 
     def __post_init__(self):
@@ -54,6 +52,7 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
+    # Half a cosine over what is left after warm-up and hold; progress goes from 0 to 1 in it.
     after_warmup = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
     progress = max(0.0, (after_warmup - config.hold_fraction) / (1 - config.hold_fraction))
     span = config.learning_rate - config.final_learning_rate
@@ -61,7 +60,7 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups of the trainable weights: those of Linear, Conv and Embedding layers are decayed, no others."""
+    """Trainable weights in two groups: the decayed ones, of Linear, Conv, Embedding; the others."""
     decayed_types = (nn.Linear, nn.Conv2d, nn.Embedding)
     decayed_ids = {id(m.weight) for m in model.modules() if isinstance(m, decayed_types)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -78,27 +77,23 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Restore the moments; betas and weight decay stay those of the current config, not of the file.
+    """Restore the moments; betas and weight decay stay those of the current config.
 
     Raises:
         ValueError: the file belongs to another set of trainable weights.
     """
-    kept = [
-        {key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups
-    ]
+    names = ("betas", "weight_decay")
+    kept = [{name: group[name] for name in names} for group in optimizer.param_groups]
     state = load_plain(path, mmap=True)
     try:
         optimizer.load_state_dict(state)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # all but the first: another file
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is of another set of trainable weights ({error}): options that freeze or add parts "
+            f"{path} is of another set of trainable weights ({error}): what freezes or adds parts "
             "(flow.projector, losses.alignment_weight 0 or not) can't change in a started run"
         ) from error
+
+    # torch compares the number of weights only: moments of another shape would fail in a step.
     for weight, moments in optimizer.state.items():
         for name, moment in moments.items():
             if moment.ndim and moment.shape != weight.shape:
@@ -110,10 +105,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 
 class EMA:
-    """Keeps `average`, a frozen copy of the model in eval mode; buffers are copied as they are.
-
-    decay_n = min(decay, (1 + n) / (10 + n)) at update n, so that the average follows quickly at first.
-    """
+    """Keeps `average`, a frozen copy of the model in eval mode; buffers are copied as they are."""
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 <= decay < 1:
@@ -128,6 +120,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the model's current weights."""
+        # Over the first updates the decay rises, so that the random start is soon forgotten.
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(self._target, self._source, 1 - decay)
         self.num_updates += 1
@@ -148,11 +141,9 @@ class OptimizedNetwork:
         self.max_gradient_norm = max_gradient_norm or float("inf")
 
     def wrap(self, with_compile: bool = False) -> None:
-        """Wrap for the other processes, once the weights are those to start from.
-
-        Blocks are compiled one by one, all of a kind with the same code: quick to compile, and the
-        names of the weights stay what they are.
-        """
+        """Wrap for the other processes, once the weights are those to start from."""
+        # Blocks are compiled one by one, all of a kind with the same code: quick to compile, and
+        # the names of the weights stay what they are.
         if with_compile:
             for blocks in (m for m in self.module.modules() if isinstance(m, nn.ModuleList)):
                 for block in blocks:
@@ -175,15 +166,14 @@ class OptimizedNetwork:
         self.run.accelerator.backward(loss)
 
     def update(self, step: int, max_steps: int) -> Tensor:
-        """Clip, step, clear; returns the gradient norm before clipping, on the device.
-
-        A non-finite gradient changes nothing: the loop finds it in the log and stops.
-        """
+        """Clip, step, clear; returns the gradient norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, max_steps)
-        clip = torch.nn.utils.clip_grad_norm_
-        norm = clip(self.trainable, self.max_gradient_norm, foreach=True)
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # read by the fused update
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.max_gradient_norm, foreach=True)
+
+        # The fused update reads found_inf: a non-finite gradient changes nothing, and the loop
+        # finds it in the log and stops. Nobody waits for the device here.
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.wrapped_optimizer.step()
         self.wrapped_optimizer.zero_grad(set_to_none=True)
         return norm

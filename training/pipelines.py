@@ -87,9 +87,6 @@ def find_run(
 
     Args:
         wanted: the fingerprint; None, of a converted flow, takes the first that is there.
-
-    Raises:
-        ValueError: no run is there, or none with the fingerprint.
     """
     named, beside = Path(read_run_config(flow_dir)[f"{stage}_run"]), flow_dir.parent / stage
     for run in (named, beside):
@@ -110,51 +107,37 @@ def find_tokenizer(flow_dir: Path) -> tuple[Path, ImageTokenizer]:
 
 
 def find_text_decoder(flow_dir: Path, projector: TextProjector) -> TextDecoder:
-    """What reads a flow's z_T. One trained on another projector's z_T would read nonsense."""
-
-    def projector_of(autoencoder: TextAutoencoder) -> str:
-        return fingerprint(autoencoder.projector)
-
+    """What reads a flow's z_T."""
+    # A decoder that was trained on another projector's z_T would read nonsense.
     wanted = fingerprint(projector)
-    return find_run(flow_dir, "text_decoder", load_autoencoder, projector_of, wanted)[1].decoder
+    _, autoencoder = find_run(
+        flow_dir, "text_decoder", load_autoencoder, lambda x: fingerprint(x.projector), wanted
+    )
+    return autoencoder.decoder
 
 
 def load_pipeline(
     run_dir: str | Path, device: torch.device
 ) -> tuple[ImageGenerator, SamplingConfig]:
-    """All parts of an experiment, or of a stage-3 run, for generation; and its default sampling.
-
-    Raises:
-        ValueError: a flow that goes from image to text, or a part that is absent or does not fit.
-    """
+    """All parts of an experiment, or of a stage-3 run, for images; and its default sampling."""
     flow_dir = flow_folder(run_dir)
     if direction_of(flow_dir) == "image_to_text":
-        raise ValueError(
-            f"{flow_dir} flows from image to text: it makes captions (sample.py --caption), no "
-            "images"
-        )
-    sampling = read_section(flow_dir, "sampling", SamplingConfig)
+        raise ValueError(f"{flow_dir} flows from image to text, no images: sample.py --caption")
     tokenizer_run, tokenizer = find_tokenizer(flow_dir)
     text_encoder = find_text_encoder(tokenizer_run, trained_with(flow_dir).get("text_encoder"))
     flow = load_flow(flow_dir)
     check_parts(flow, tokenizer, text_encoder)
     parts = ImageGenerator(text_encoder.to(device), tokenizer.to(device), flow.to(device))
-    return parts, sampling
+    return parts, read_section(flow_dir, "sampling", SamplingConfig)
 
 
 def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner, SamplingConfig]:
-    """All parts of an experiment, or of a stage-3 run, for captions; and its default sampling.
-
-    Raises:
-        ValueError: a flow that goes from text to image, or a part that is absent.
-    """
+    """All parts of an experiment, or of a stage-3 run, for captions; and its default sampling."""
     flow_dir = captioning_run(run_dir)
     if direction_of(flow_dir) == "text_to_image":
         raise ValueError(
-            f"{flow_dir} flows from text to image: captions need a run with "
-            "flow.direction=image_to_text"
+            f"{flow_dir} flows from text to image: captions need flow.direction=image_to_text"
         )
-    sampling = read_section(flow_dir, "sampling", SamplingConfig)
     tokenizer_run, tokenizer = find_tokenizer(flow_dir)
     flow = load_flow(flow_dir)
     parts = Captioner(
@@ -163,15 +146,12 @@ def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner
         flow=flow.to(device),
         decoder=find_text_decoder(flow_dir, flow.projector).to(device),
     )
-    return parts, sampling
+    return parts, read_section(flow_dir, "sampling", SamplingConfig)
 
 
 def check_parts(flow: FlowModel, tokenizer: ImageTokenizer, text_encoder: TextEncoder) -> None:
-    """Refuse parts of different sizes, which a converted run can have: it knows no fingerprints.
-
-    Raises:
-        ValueError: naming sizes and the key to set.
-    """
+    """Refuse parts of different sizes."""
+    # Fingerprints exclude them, but a converted run has none.
     config = tokenizer.config
     tokens = (config.num_tokens, config.token_channels)
     states = (config.text_tokens, config.text_width)

@@ -43,7 +43,6 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Device of this process."""
         return self.accelerator.device
 
     @property
@@ -52,7 +51,6 @@ class Run:
         return self.accelerator.is_main_process
 
     def say(self, text: str) -> None:
-        """Print on the main process."""
         if self.is_main:
             print(text, flush=True)
 
@@ -73,6 +71,7 @@ def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) 
     """
     # TF32 for what is left in float32 on a GPU; the CPU ignores it.
     torch.set_float32_matmul_precision("high")
+    # Buffers are the same everywhere by construction: no exchange of them in each step.
     handlers = [
         InitProcessGroupKwargs(timeout=process_group_timeout(timeout_minutes)),
         DistributedDataParallelKwargs(broadcast_buffers=False),
@@ -96,11 +95,7 @@ def start_run(
 
 @contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Hold the run folder: two trainings would overwrite each other's checkpoints.
-
-    Raises:
-        ValueError: another process holds it; says which.
-    """
+    """Hold the run folder, or ValueError: two trainings would overwrite each other's files."""
     if not run.is_main:
         yield
         return
@@ -108,14 +103,13 @@ def locked(run: Run) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.seek(0)
-                holder = file.read().strip()
-                raise ValueError(
-                    f"{run.folder} is being trained by another process: {holder}"
-                ) from error
-            yield  # a file system without locks
-            return
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                yield  # a file system without locks
+                return
+            file.seek(0)
+            holder = file.read().strip()
+            message = f"{run.folder} is being trained by another process: {holder}"
+            raise ValueError(message) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -165,29 +159,26 @@ def read_saved(path: Path) -> dict:
     if not isinstance(values, dict):
         reason = values if isinstance(values, Exception) else f"it holds a {type(values).__name__}"
         raise ValueError(
-            f"{path} is damaged ({reason}); if your config is still that of the run, delete this file"
+            f"{path} is damaged ({reason}); if your config is still that of the run, delete it"
         )
     return values
 
 
 def fill_in(values: dict, defaults: dict) -> dict:
     """Nested values with the keys that they lack taken from `defaults`."""
-    missing = {key: value for key, value in defaults.items() if key not in values}
-    groups = [
-        key
-        for key in values
-        if isinstance(values[key], dict) and isinstance(defaults.get(key), dict)
-    ]
-    return values | {key: fill_in(values[key], defaults[key]) for key in groups} | missing
+    filled = defaults | values
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            filled[key] = fill_in(value, defaults[key])
+    return filled
 
 
 def list_changes(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Differences of two nested configs as (dotted key, 'key: old -> new')."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [
-            c
-            for k in keys
-            for c in list_changes(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)
-        ]
-    return [] if old == new else [(prefix, f"{prefix}: {old} -> {new}")]
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(prefix, f"{prefix}: {old} -> {new}")]
+    changes = []
+    for key in old | new:
+        name = f"{prefix}.{key}" if prefix else key
+        changes += list_changes(old.get(key), new.get(key), name)
+    return changes
