@@ -1,4 +1,4 @@
-"""What several test files share: one CPU thread, a tiny CLIP on disk, shards of drawn shapes with captions, weights."""
+"""What test files share: one CPU thread, a tiny CLIP, shards of drawn shapes, weights files."""
 
 import io
 import math
@@ -32,7 +32,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_clip_dir(tmp_path_factory) -> Path:
-    """A CLIP with random weights: text_encoder.model=local-dir:PATH gives text states of 16 tokens x 32 channels."""
+    """A CLIP with random weights for text_encoder.model=local-dir:PATH: states of 16 x 32."""
     folder = tmp_path_factory.mktemp("clip")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -42,12 +42,25 @@ def tiny_clip_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory) -> Path:
-    """Folder with train-00000.tar and train-00001.tar, 24 samples each: 32 x 32 PNG and its caption in .txt."""
+    """Folder with train-00000.tar and train-00001.tar, 24 samples each: PNG and caption."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(NUM_SHARDS):
         numbers = range(shard * SAMPLES_PER_SHARD, (shard + 1) * SAMPLES_PER_SHARD)
         write_shard(folder / f"train-{shard:05d}.tar", [shape_sample(number) for number in numbers])
     return folder
+
+
+def save_weights_file(tmp_path_factory, name, state) -> Path:
+    file = tmp_path_factory.mktemp("weights") / f"{name}-made-up.pth"
+    torch.save(state, file)
+    return file
+
+
+def views_of_one_storage(shapes, seed) -> dict[str, torch.Tensor]:
+    """Random tensors of these shapes: as few bytes on disk as the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    storage = torch.randn(max(map(math.prod, shapes.values())), generator=generator)
+    return {name: storage[: math.prod(shape)].view(shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="session")
@@ -56,38 +69,33 @@ def vgg_file(tmp_path_factory) -> Path:
     from torchvision import models
 
     with torch.device("meta"):
-        shapes = {
-            name: p.shape for name, p in models.vgg16().features.named_parameters(prefix="features")
-        }
+        features = models.vgg16().features
     generator = torch.Generator().manual_seed(0)
     state = {"classifier.6.bias": torch.zeros(1000)}
-    for name, shape in shapes.items():
-        fan_in = math.prod(shape[1:]) if len(shape) == 4 else 100
-        state[name] = torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
-    file = tmp_path_factory.mktemp("weights") / "vgg16-made-up.pth"
-    torch.save(state, file)
-    return file
+    for name, parameter in features.named_parameters(prefix="features"):
+        fan_in = math.prod(parameter.shape[1:]) if parameter.ndim == 4 else 100
+        state[name] = torch.randn(parameter.shape, generator=generator) * (2 / fan_in) ** 0.5
+    return save_weights_file(tmp_path_factory, "vgg16", state)
 
 
 @pytest.fixture(scope="session")
 def convnext_file(tmp_path_factory) -> Path:
-    """Random weights of ConvNeXt-Small under torchvision's names, views of one storage: 9 MB on disk, not 200."""
+    """Random weights of ConvNeXt-Small under torchvision's names, 9 MB on disk instead of 200."""
     from torchvision import models
 
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in models.convnext_small().named_parameters()}
-    longest = max(shape.numel() for shape in shapes.values())
-    storage = torch.randn(longest, generator=torch.Generator().manual_seed(1)) * 0.1
-    file = tmp_path_factory.mktemp("weights") / "convnext-made-up.pth"
-    torch.save({name: storage[: shape.numel()].view(shape) for name, shape in shapes.items()}, file)
-    return file
+    state = views_of_one_storage(shapes, seed=1)
+    # Scaled in place: the storage stays one.
+    max(state.values(), key=torch.numel).mul_(0.1)
+    return save_weights_file(tmp_path_factory, "convnext", state)
 
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory) -> Path:
-    """Random weights of torch-fidelity's InceptionV3 under its names; activations keep their size from layer to layer.
+    """Random weights of torch-fidelity's InceptionV3 under its names, 9 MB on disk instead of 95.
 
-    All convs are views of one storage: 9 MB on disk instead of 95.
+    Activations keep their size from layer to layer.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -99,13 +107,9 @@ def inception_file(tmp_path_factory) -> Path:
     torch.save({}, nothing)
     nothing.seek(0)
     with torch.device("meta"):
-        shapes = {
-            name: x.shape for name, x in Unfilled("made-up", ["2048"], nothing).state_dict().items()
-        }
-    storage = torch.randn(
-        max(map(math.prod, shapes.values())), generator=torch.Generator().manual_seed(2)
-    )
-    state = {name: storage[: shape.numel()].view(shape) for name, shape in shapes.items()}
+        net = Unfilled("made-up", ["2048"], nothing)
+    shapes = {name: x.shape for name, x in net.state_dict().items()}
+    state = views_of_one_storage(shapes, seed=2)
     for name, shape in shapes.items():
         if name.endswith("bn.weight"):
             fan_in = math.prod(shapes[name.replace("bn.weight", "conv.weight")][1:])
@@ -116,19 +120,14 @@ def inception_file(tmp_path_factory) -> Path:
             state[name] = torch.ones(shape)
         elif name.endswith("num_batches_tracked"):
             state[name] = torch.zeros((), dtype=torch.int64)
-    file = tmp_path_factory.mktemp("weights") / "inception-made-up.pth"
-    torch.save(state, file)
-    return file
+    return save_weights_file(tmp_path_factory, "inception", state)
 
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, tiny_shards):
-    """A tiny experiment whose stages have all run, and its samples; tests leave its folder as it is."""
-    from tiny_experiment import (
-        PROGRAMS,
-        Experiment,
-        draw,
-    )  # imports every stage: not for the tests that need none
+    """A tiny experiment whose stages have all run, and its samples; tests leave its folder alone."""
+    # Here, because it imports every stage, which most tests do not need.
+    from tiny_experiment import PROGRAMS, Experiment, draw
 
     experiment = Experiment(tmp_path_factory.mktemp("chain"), tiny_shards)
     for stage in PROGRAMS:
@@ -139,7 +138,7 @@ def chain(tmp_path_factory, tiny_shards):
 
 @pytest.fixture(scope="session")
 def captioner(tmp_path_factory, chain, tiny_shards) -> Path:
-    """A stage-3 run of the chain's parts, from image to text; tests leave its folder as it is."""
+    """A stage-3 run of the chain's parts, from image to text; tests leave its folder alone."""
     from tiny_experiment import to_text
 
     folder = tmp_path_factory.mktemp("captioner")
@@ -148,7 +147,7 @@ def captioner(tmp_path_factory, chain, tiny_shards) -> Path:
 
 
 def shape_sample(number: int) -> dict:
-    """Raw sample of one coloured shape on white, a function of its number; captions repeat, pictures do not."""
+    """One coloured shape on white, a function of its number; captions repeat, pictures do not."""
     colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number // len(COLOURS) % len(SHAPES)]
     draw_random = random.Random(number)
     x, y, size = draw_random.randint(1, 9), draw_random.randint(1, 9), draw_random.randint(12, 20)

@@ -1,7 +1,7 @@
-"""Programs in real processes that start in milliseconds: forked from a server that has imported everything.
+"""Programs in real processes that start in milliseconds: forked from a server that only imports.
 
-The server only imports, so what is forked is what `python SCRIPT ARGUMENTS` has after its imports: a process of its
-own, in a process group of its own, with its output in a file. A signal to it is a real signal.
+What is forked is what `python SCRIPT ARGUMENTS` has after its imports: a process of its own, in a
+process group of its own, with its output in a file. A signal to it is a real signal.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ PACE = 0.0005  # seconds between two looks
 
 
 class Program:
-    """A started script, or module if it has no ".py". `variables`: of its environment, on top of this process's."""
+    """A started script, or module if it has no ".py"; `variables` are added to its environment."""
 
     def __init__(self, log: Path, script: str, *arguments: str, **variables: str):
         self.log = log
@@ -41,10 +41,8 @@ class Program:
 
     def children(self) -> list[int]:
         """Process ids of its data workers."""
-        return [
-            int(pid)
-            for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        ]
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
 
     def wait(self, seconds: float = 120.0) -> int:
         """Exit status; negative: the signal that ended it."""
@@ -71,7 +69,7 @@ class Program:
         os.killpg(self.pid, number)
 
     def kill(self) -> int:
-        """SIGKILL to the program alone, whose data workers notice by themselves; returns the exit status."""
+        """SIGKILL to the program only, whose data workers notice; returns the exit status."""
         os.kill(self.pid, signal.SIGKILL)
         return self.wait()
 
@@ -84,7 +82,7 @@ class Program:
 
 
 def server() -> multiprocessing.context.BaseContext:
-    """The context whose processes are forked from the server, which is started at the first call."""
+    """The context whose processes are forked from the server; the first call starts it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny_experiment"])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -99,14 +97,11 @@ def server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def run_script(
-    log: Path, script: str, arguments: tuple[str, ...], variables: dict[str, str]
-) -> None:
+def run_script(log: Path, script: str, arguments: tuple, variables: dict[str, str]) -> None:
     """In the new process: become `python SCRIPT ARGUMENTS`."""
     os.setsid()
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # of its data workers, as in a program of its own
+    # Of its data workers, as in a program of its own.
+    multiprocessing.set_start_method("fork", force=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
@@ -120,7 +115,8 @@ def run_script(
 
 
 def free_port() -> int:
-    """Not one of those above that systems hand out to whoever asks: it would be taken again before it is used."""
+    """A port that nobody listens on."""
+    # Below those that systems hand out to whoever asks: it would be taken before it is used.
     for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -129,18 +125,13 @@ def free_port() -> int:
 
 
 def start_ranks(log: Path, number: int, script: str, *arguments: str) -> list[Program]:
-    """Processes that form one gloo group, by the variables that torchrun sets; their logs are log.0, log.1, ..."""
-    shared = {
-        "WORLD_SIZE": number,
-        "LOCAL_WORLD_SIZE": number,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-    }
+    """Processes of one gloo group, by the variables that torchrun sets; logs are log.0, ..."""
+    variables = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
+    variables |= {"MASTER_PORT": str(free_port())}
+    variables |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(number))
     programs = []
     for rank in range(number):
-        own = {
-            name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()
-        }
+        own = variables | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         own_log = log.with_name(f"{log.name}.{rank}")
-        programs.append(Program(own_log, script, *arguments, ACCELERATE_USE_CPU="true", **own))
+        programs.append(Program(own_log, script, *arguments, **own))
     return programs

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling.activation_checkpointing import set_activation_checkpointing
 from modeling.flowtok import FlowTok, FlowTokConfig
@@ -24,10 +25,9 @@ def saved_bytes(run) -> int:
 def make_flow():
     torch.manual_seed(0)
     model = FlowTok(FlowTokConfig(num_tokens=9, token_channels=4, width=32, depth=3, num_heads=2))
+    # Modulation starts at zero, where most gradients are zero.
     for parameter in model.parameters():
-        torch.nn.init.normal_(
-            parameter, std=0.1
-        )  # modulation starts at zero, where most gradients are zero
+        torch.nn.init.normal_(parameter, std=0.1)
     x, t, null = torch.randn(4, 9, 4), torch.rand(4), torch.tensor([True, False, False, True])
     return model, lambda: model(x, t, null)
 
@@ -67,8 +67,6 @@ def test_full_keeps_less_than_none_for_the_backward_pass(make):
 
 
 def test_selective_computes_no_matrix_product_again():
-    from torch.utils.flop_counter import FlopCounterMode
-
     flops = {}
     for mode in ("none", "selective", "full"):
         model, run = make_flow()

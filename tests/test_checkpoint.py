@@ -14,32 +14,27 @@ def state_of(step, **inputs):
     return {"step": step, "ema_updates": 3, "num_processes": 1, "inputs": inputs}
 
 
-def write(run_dir, step, keep=9, model=None):
+def write(run_dir, step, keep=9, model=None, **inputs):
+    """A checkpoint of a model's weights and moments."""
     model = model or nn.Linear(2, 2)
     partial = ckpt.begin_checkpoint(run_dir, step)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    ckpt.save_weights(model, partial / ckpt.MODEL_FILE)
-    ckpt.save_weights(EMA(model, 0.9).average, partial / ckpt.EMA_FILE)
-    torch.save(optimizer.state_dict(), partial / ckpt.OPTIMIZER_FILE)
-    return ckpt.commit_checkpoint(partial, state_of(step), keep)
+    weights = {ckpt.MODEL_FILE: model.state_dict()}
+    weights[ckpt.EMA_FILE] = EMA(model, 0.9).average.state_dict()
+    moments = {ckpt.OPTIMIZER_FILE: build_optimizer(model, OptimizerConfig()).state_dict()}
+    ckpt.write_checkpoint(partial, weights, moments, state_of(step, **inputs), keep)
+    return partial.with_suffix("")
 
 
 def test_a_committed_checkpoint_has_its_files_and_is_read_back(tmp_path):
-    model = nn.Linear(2, 2)
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     folder = write(tmp_path, 7, model=model)
     assert folder == tmp_path / "checkpoints" / "step_00000007"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE]
-    )
+    names = {ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE}
+    assert {path.name for path in folder.iterdir()} == names
     assert ckpt.read_state(folder).items() >= state_of(7).items()
-    other = nn.Linear(2, 2)
     ckpt.load_weights(other, folder / ckpt.MODEL_FILE)
     assert torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
     assert ckpt.latest_checkpoint(tmp_path) == (7, folder)
-
-
-def test_without_checkpoints_there_is_no_latest(tmp_path):
-    assert ckpt.latest_checkpoint(tmp_path) is None
     assert ckpt.latest_checkpoint(tmp_path / "nowhere") is None
 
 
@@ -70,14 +65,6 @@ def test_the_newest_is_the_highest_step_whatever_its_name_size_or_age(tmp_path):
     assert ckpt.latest_checkpoint(tmp_path) == (100_000_000, large)
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    for step in (5, 50, 500, 5000):
-        write(tmp_path, step, keep=2)
-    assert list(ckpt.checkpoint_folders(tmp_path)) == [500, 5000]
-    write(tmp_path, 6000, keep=1)
-    assert list(ckpt.checkpoint_folders(tmp_path)) == [6000]
-
-
 def test_writing_a_step_again_replaces_it(tmp_path):
     write(tmp_path, 4)
     model = nn.Linear(2, 2)
@@ -94,44 +81,23 @@ def test_writing_a_step_again_replaces_it(tmp_path):
         (lambda: nn.Sequential(nn.Linear(2, 2)), "Missing key.*0.weight"),
         (lambda: nn.Linear(3, 2), "size mismatch for weight"),
     ],
-    ids=["too_many", "too_few", "other_shape"],
 )
 def test_loading_is_strict_and_names_file_and_tensors(tmp_path, build, reason):
     path = write(tmp_path, 1) / ckpt.MODEL_FILE
-    with pytest.raises(
-        ValueError,
-        match=rf"(?s){re.escape(str(path))} does not fit the configured model: .*{reason}",
-    ):
+    with pytest.raises(ValueError, match=rf"(?s){re.escape(str(path))} .*{reason}"):
         ckpt.load_weights(build(), path)
-
-
-def test_a_missing_or_broken_file_is_named(tmp_path):
-    path = write(tmp_path, 1) / ckpt.MODEL_FILE
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ValueError, match=re.escape(str(path))):
-        ckpt.load_weights(nn.Linear(2, 2), path)
-    path.unlink()
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} does not exist"):
-        ckpt.load_weights(nn.Linear(2, 2), path)
+    for spoiling in (lambda: path.write_bytes(b"half"), path.unlink):
+        spoiling()
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            ckpt.load_weights(build(), path)
 
 
 def test_inputs_are_compared_with_those_of_the_checkpoint(tmp_path):
-    partial = ckpt.begin_checkpoint(tmp_path, 1)
-    folder = ckpt.commit_checkpoint(partial, state_of(1, a="1", b=2.5, lost="x"), keep=1)
+    folder = write(tmp_path, 1, a="1", b=2.5, lost="x")
     ckpt.check_inputs(folder, {"lost": "x", "b": 2.5, "a": "1"})
-    with pytest.raises(ValueError) as caught:
+    differences = "a was 1, is 2; lost was x, is None; new was None, is y"
+    with pytest.raises(ValueError, match=f"{tmp_path} .*{differences}"):
         ckpt.check_inputs(folder, {"a": "2", "b": 2.5, "new": "y"})
-    assert str(tmp_path) in str(caught.value)
-    assert "a was 1, is 2; lost was x, is None; new was None, is y" in str(caught.value)
-
-
-def test_weights_are_stored_contiguous_on_the_cpu(tmp_path):
-    model = nn.Linear(3, 2)
-    model.weight = nn.Parameter(torch.arange(6.0).view(3, 2).T)  # not contiguous
-    ckpt.save_weights(model, tmp_path / "x.safetensors")
-    other = nn.Linear(3, 2)
-    ckpt.load_weights(other, tmp_path / "x.safetensors")
-    assert torch.equal(other.weight, model.weight)
 
 
 # Damage, rotation, the background
@@ -172,25 +138,22 @@ def test_a_folder_without_a_sound_state_is_no_checkpoint(tmp_path, text):
         ckpt.latest_checkpoint(tmp_path)
 
 
-def test_latest_points_to_the_newest(tmp_path):
-    for step in range(1, 4):
+def test_only_the_newest_are_kept_and_latest_points_to_the_last(tmp_path):
+    for step in (5, 50, 500, 5000):
         write(tmp_path, step, keep=2)
         assert ckpt.read_state(tmp_path / "checkpoints" / ckpt.LATEST_LINK)["step"] == step
-    assert list(ckpt.checkpoint_folders(tmp_path)) == [2, 3]
+    assert list(ckpt.checkpoint_folders(tmp_path)) == [500, 5000]
+    write(tmp_path, 6000, keep=1)
+    assert list(ckpt.checkpoint_folders(tmp_path)) == [6000]
 
 
 def test_a_rotation_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(
     tmp_path, monkeypatch
 ):
     folder = write(tmp_path, 1)
-
-    def killed(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ckpt.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(ckpt.shutil, "rmtree", None)
         ckpt.delete(folder)
-    monkeypatch.undo()
     assert not ckpt.checkpoint_folders(tmp_path) and list(folder.parent.glob("*.tmp"))
     write(tmp_path, 2)
     assert not list(folder.parent.glob("*.tmp"))
@@ -207,17 +170,13 @@ def test_a_snapshot_is_not_changed_by_later_steps():
 
 def test_the_background_writer_writes_in_turn_and_raises_what_went_wrong():
     done = []
-
-    def fail():
-        raise OSError("disk full")
-
     with ckpt.BackgroundWriter() as writer:
         writer.start(lambda: done.append(1))
         writer.start(lambda: done.append(2))
         writer.wait()
         assert done == [1, 2]
-        writer.start(fail)
-        with pytest.raises(OSError, match="disk full"):
+        writer.start(lambda: done.remove(5))
+        with pytest.raises(ValueError):
             writer.wait()
         writer.wait()  # said once
         writer.start(lambda: done.append(3))

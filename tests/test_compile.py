@@ -14,17 +14,16 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ comp
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "blocks"), [("flowtok", 2), ("tokenizer", 2)])
+@pytest.mark.parametrize("stage", ["flowtok", "tokenizer"])
 @torch._inductor.config.patch("cpp.simdlen", 1)  # vector code depends on the processor
-def test_compiled_blocks_train_the_same_weights(chain, tmp_path, stage, blocks):
-    options = (
-        ["flow.projector=frozen"] if stage == "flowtok" else []
-    )  # no dropout: compiled, it draws other numbers
+def test_compiled_blocks_train_the_same_weights(chain, tmp_path, stage):
+    # No dropout: compiled, it draws other numbers.
+    options = ["flow.projector=frozen"] if stage == "flowtok" else []
     plain = chain.run_in(tmp_path / "plain", stage, *options)
     torch._dynamo.reset()
     counters.clear()
     compiled = chain.run_in(tmp_path / "compiled", stage, OPTION, *options)
-    assert counters["stats"]["unique_graphs"] >= blocks and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] >= 2 and not counters["graph_break"]
     for left, right in zip(metrics(plain), metrics(compiled), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
     before, after = weights(plain), weights(compiled)

@@ -1,4 +1,4 @@
-"""Disks, data, workers, ranks and signals that fail a real training: one clear line, a whole checkpoint, and going on.
+"""Disks, data, workers, ranks, signals that fail a real training: one line, and the run goes on.
 
 Every training is a process of its own (tests/forks.py). What a healthy run of the same command ends with is compared
 bit for bit where the fault should leave no trace.
@@ -6,36 +6,30 @@ bit for bit where the fault should leave no trace.
 
 import io
 import os
-import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import shape_sample
-from forks import ROOT, Program, start_ranks
+from forks import Program, start_ranks
 from test_checkpoint import write
-from test_resume import environment, program, state
+from test_resume import contents, program, start, state
 from test_stress import logged_step
-from tiny_experiment import equal, metrics
+from tiny_experiment import equal, metrics, training
 from torch.utils.data import DataLoader
 
 from training import checkpoint as ckpt
-from training.metrics import WANDB_FILE
 from training.supervise import STOPPED_STATUS, explained_deaths
 
-ENDLESS = [
-    "training.max_steps=1000000",
-    "training.checkpoint_every_steps=4",
-    "training.log_every_steps=1",
-]
-ENDLESS += ["training.sample_every_steps=0", "optimizer.schedule=constant", "data.num_workers=1"]
+ENDLESS = training(max_steps=1000000, checkpoint_every_steps=4, log_every_steps=1)
+ENDLESS += training(sample_every_steps=0)
+ENDLESS += ["optimizer.schedule=constant", "data.num_workers=1"]
+FAST_LIMIT = "training.timeout_minutes=0.08"
 
 
 class Lab:
@@ -43,35 +37,30 @@ class Lab:
 
     def __init__(self, chain, folder):
         self.chain, self.folder, self.started = chain, folder, []
+        self.run = folder / "tokenizer"
 
-    def start(self, stage="tokenizer", *options, into=None, script=None, **variables):
+    def start(self, *options, stage="tokenizer", into=None, script=None, **variables):
         """A program, the stage's own if `script` names no other; `options` come after ENDLESS."""
-        arguments = program(
-            self.chain,
-            into or self.folder,
-            stage,
-            *(ENDLESS if stage != "tokens" else []),
-            *options,
-        )
-        script = (
-            script or {"tokenizer": "train_tokenizer.py", "tokens": "scripts.encode_tokens"}[stage]
-        )
+        options = options if stage == "tokens" else [*ENDLESS, *options]
+        arguments = program(self.chain, into or self.folder, stage, *options)
+        own = {"tokenizer": "train_tokenizer.py", "tokens": "scripts.encode_tokens"}[stage]
         log = self.folder / f"log{len(self.started)}"
-        self.started.append(Program(log, str(script), *arguments, **variables))
+        self.started.append(Program(log, str(script or own), *arguments, **variables))
         return self.started[-1]
+
+    def train(self, *options, **others):
+        """A training that has a whole checkpoint."""
+        running = self.start(*options, **others)
+        assert running.wait_until(has_checkpoint_and_step(self.run, 6)), running.output
+        return running
 
     def start_ranks(self, *options):
         """Two processes of one training."""
         arguments = program(self.chain, self.folder, "tokenizer", *ENDLESS, *options)
-        ranks = start_ranks(
-            self.folder / f"log{len(self.started)}", 2, "train_tokenizer.py", *arguments
-        )
+        log = self.folder / f"log{len(self.started)}"
+        ranks = start_ranks(log, 2, "train_tokenizer.py", *arguments)
         self.started += ranks
         return ranks
-
-    @property
-    def run(self):
-        return self.folder / "tokenizer"
 
 
 @pytest.fixture
@@ -82,12 +71,8 @@ def lab(chain, tmp_path):
         started.kill_group()
 
 
-def is_at_step(run, step):
-    return lambda: logged_step(run) >= step
-
-
 def has_checkpoint_and_step(run, step):
-    """A checkpoint is whole (it is written in the background, aside), and the log has come to the step."""
+    """A checkpoint is whole (it is written in the background), and the log has come to the step."""
     return lambda: logged_step(run) >= step and bool(ckpt.checkpoint_folders(run))
 
 
@@ -99,15 +84,15 @@ def check_error(running, *texts):
     assert "Traceback" not in running.output, running.output
 
 
-def check_goes_on(lab, *options, into=None):
-    """Nothing half-written is left, and the same command goes on from a whole checkpoint and ends like a whole run."""
-    run = (into or lab.folder) / "tokenizer"
+def check_goes_on(lab, *options):
+    """Nothing half-written is left; the same command goes on and ends like an undisturbed run."""
+    run = lab.run
     step = ckpt.latest_checkpoint(run, verify=[ckpt.ALL_FILES])[0]
     assert not list((run / "checkpoints").glob("step_*.tmp"))
     last = f"training.max_steps={step + 6}"
-    running = lab.start("tokenizer", *options, last, into=into)
+    running = lab.start(*options, last)
     assert running.wait() == 0 and f"resuming at step {step}" in running.output, running.output
-    whole = lab.start("tokenizer", *options, last, into=lab.folder / "whole")
+    whole = lab.start(*options, last, into=lab.folder / "whole")
     assert whole.wait() == 0, whole.output
     assert equal(state(run), state(lab.folder / "whole" / "tokenizer"))
     assert metrics(run) == metrics(lab.folder / "whole" / "tokenizer")
@@ -116,69 +101,34 @@ def check_goes_on(lab, *options, into=None):
 # The disk
 
 
-@contextmanager
-def mounted(folder, options):
-    """A tmpfs with a size, say; skips the test where mounting is not allowed."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_full_disk_ends_with_an_error_and_with_room_again_the_run_goes_on(lab, tmp_path):
-    with mounted(tmp_path / "disk", "size=800k") as disk:  # two checkpoints and a half
-        running = lab.start(into=disk)
-        check_error(running, "cannot write checkpoint", "MB are free there; older ones stay")
-        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
-        check_goes_on(lab, into=disk)
-
-
 def test_a_file_size_limit_inside_a_checkpoint_ends_with_an_error_and_a_whole_one_before(lab):
-    running = lab.start()
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    running = lab.train()
     largest = 60_000  # bytes; the weights have more, the logs of a few hundred steps less
     resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (largest, largest))
-    check_error(running, "cannot write checkpoint", "File too large")
+    check_error(running, "cannot write checkpoint", "File too large", "MB are free there")
     check_goes_on(lab)
 
 
-def test_a_log_that_cannot_be_written_ends_with_an_error_that_names_it(lab):
-    running = lab.start()
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+def test_what_can_no_longer_be_written_is_named_and_later_the_run_goes_on(lab, tmp_path, name):
+    running = lab.train()
     os.kill(running.pid, signal.SIGSTOP)  # or it makes the file again in between
-    (lab.run / "metrics.jsonl").unlink()
-    (lab.run / "metrics.jsonl").mkdir()
+    path, aside = lab.run / name, tmp_path / "aside"
+    path.rename(aside)
+    path.touch() if aside.is_dir() else path.mkdir()
     os.kill(running.pid, signal.SIGCONT)
-    check_error(running, "Is a directory", "metrics.jsonl")
-    (lab.run / "metrics.jsonl").rmdir()
+    check_error(running, str(path))
+    path.rmdir() if path.is_dir() else path.unlink()
+    aside.rename(path)
+    for half_written in (lab.run / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(half_written)
+    check_goes_on(lab)
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_before_any_step(lab, tmp_path):
     (tmp_path / "file").touch()
     running = lab.start(into=tmp_path / "file" / "below")
     check_error(running, "Not a directory", str(tmp_path / "file"))
-    with mounted(tmp_path / "disk", "size=1m,ro") as disk:
-        check_error(lab.start(into=disk), "Read-only file system", str(disk))
-
-
-def test_a_folder_of_checkpoints_that_can_no_longer_be_written_ends_with_an_error_and_later_goes_on(
-    lab, tmp_path
-):
-    running = lab.start()
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
-    (lab.run / "checkpoints").rename(tmp_path / "aside")
-    (lab.run / "checkpoints").touch()
-    check_error(running, str(lab.run / "checkpoints"))
-    (lab.run / "checkpoints").unlink()
-    (tmp_path / "aside").rename(lab.run / "checkpoints")
-    shutil.rmtree(
-        next((lab.run / "checkpoints").glob("*.tmp"), tmp_path / "none"), ignore_errors=True
-    )
-    check_goes_on(lab)
 
 
 def test_rotation_keeps_the_newest_whole_checkpoint_though_a_damaged_one_is_newer(tmp_path):
@@ -186,10 +136,8 @@ def test_rotation_keeps_the_newest_whole_checkpoint_though_a_damaged_one_is_newe
     (damaged / ckpt.MODEL_FILE).unlink()
     write(tmp_path, 4, keep=1)
     write(tmp_path, 6, keep=1)
-    assert ckpt.latest_checkpoint(tmp_path)[0] == 6 and list(ckpt.checkpoint_folders(tmp_path)) == [
-        6,
-        8,
-    ]
+    assert ckpt.latest_checkpoint(tmp_path)[0] == 6
+    assert list(ckpt.checkpoint_folders(tmp_path)) == [6, 8]
 
 
 # Data and its workers
@@ -201,25 +149,24 @@ def test_shards_that_vanish_end_with_an_error_that_names_them_and_when_back_the_
     shards = tmp_path / "shards"
     shutil.copytree(tiny_shards, shards)
     patterns = f"data.shards=[{shards}/*.tar]"
-    running = lab.start("tokenizer", patterns)
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    running = lab.train(patterns)
     shards.rename(tmp_path / "gone")
     check_error(running, "shard: unreadable", f"{shards}/train-0000", "No such file or directory")
     (tmp_path / "gone").rename(shards)
     step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
-    running = lab.start("tokenizer", patterns, f"training.max_steps={step + 3}")
+    running = lab.start(patterns, f"training.max_steps={step + 3}")
     assert running.wait() == 0 and f"resuming at step {step}" in running.output, running.output
-    check_error(lab.start("tokenizer", f"data.shards=[{tmp_path}/gone/*.tar]"), "matches no file")
+    check_error(lab.start(f"data.shards=[{tmp_path}/gone/*.tar]"), "matches no file")
+
+
+KILLED = "was killed (SIGKILL)", "if memory ran out"
 
 
 def test_a_data_worker_that_is_killed_ends_with_an_error_that_says_so_and_the_run_goes_on(lab):
-    running = lab.start()
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    running = lab.train()
     (worker,) = running.children()
     os.kill(worker, signal.SIGKILL)
-    check_error(
-        running, f"a data worker (process {worker}) was killed (SIGKILL)", "if memory ran out"
-    )
+    check_error(running, f"a data worker (process {worker})", *KILLED)
     check_goes_on(lab)
 
 
@@ -234,27 +181,26 @@ runpy.run_path("train_tokenizer.py", run_name="__main__")
 def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_error_that_says_so(
     lab, tmp_path
 ):
+    # Batches of some 300 kB: more than a pipe takes, so that a worker waits in the middle of one.
     shards = tmp_path / "long"
-    shards.mkdir()  # batches of some 300 kB: more than a pipe takes, so that a worker waits in the middle of one
-    write_tar(
-        shards / "long.tar",
-        [shape_sample(number) | {"txt": "a red circle " * 3000} for number in range(24)],
-    )
-    (tmp_path / "impatient.py").write_text(IMPATIENT)
-    running = lab.start(
-        "tokenizer", f"data.shards=[{shards}/*.tar]", script=tmp_path / "impatient.py"
-    )
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    shards.mkdir()
+    long = {"txt": "a red circle " * 3000}
+    write_tar(shards / "long.tar", [shape_sample(number) | long for number in range(24)])
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT)
+    running = lab.train(f"data.shards=[{shards}/*.tar]", script=script)
     (worker,) = running.children()
     os.kill(running.pid, signal.SIGSTOP)
-    deadline = time.monotonic() + 60
-    while not is_writing_to_a_full_pipe(worker) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: is_writing_to_a_full_pipe(worker), seconds=60)
     os.kill(worker, signal.SIGKILL)
     os.kill(running.pid, signal.SIGCONT)
-    check_error(
-        running, f"a data worker (process {worker}) was killed (SIGKILL)", "if memory ran out"
-    )
+    check_error(running, f"a data worker (process {worker})", *KILLED)
+
+
+def wait_for(holds, seconds):
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def is_writing_to_a_full_pipe(pid):
@@ -263,14 +209,10 @@ def is_writing_to_a_full_pipe(pid):
 
 
 def test_a_data_worker_that_hangs_ends_with_an_error_after_the_time_limit_and_the_run_goes_on(lab):
-    limit = "training.timeout_minutes=0.08"
-    running = lab.start("tokenizer", limit)
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    running = lab.train(FAST_LIMIT)
     os.kill(running.children()[0], signal.SIGSTOP)
     start = time.monotonic()
-    check_error(
-        running, limit, "hangs", "waits in metrics.py", "Run the same command again to continue"
-    )
+    check_error(running, FAST_LIMIT, "hangs", "waits in metrics.py", "Run the same command again")
     assert 4 < time.monotonic() - start < 60
     check_goes_on(lab)
 
@@ -286,11 +228,9 @@ class Killer:
 
 
 def test_a_worker_of_another_loader_that_is_killed_ends_with_an_error_that_says_so():
-    reason = "a data worker ended while a batch|DataLoader worker .* exited unexpectedly"  # amid a batch or between two
-    with (
-        pytest.raises(ChildProcessError, match=f"({reason}).*Run the same command again"),
-        explained_deaths(),
-    ):
+    # In the middle of a batch, or between two.
+    reason = "a data worker ended while a batch|DataLoader worker .* exited unexpectedly"
+    with pytest.raises(ChildProcessError, match=reason), explained_deaths():
         list(DataLoader(Killer(), num_workers=2))
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no error comes up elsewhere
 
@@ -299,38 +239,32 @@ def test_a_worker_of_another_loader_that_is_killed_ends_with_an_error_that_says_
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_ends_the_other_with_an_error(lab, victim):
-    ranks = lab.start_ranks()
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_rank_that_dies_or_hangs_ends_the_other_with_an_error_and_both_go_on(lab, victim, how):
+    ranks = lab.start_ranks(*([FAST_LIMIT] if how == "hangs" else []))
     assert ranks[0].wait_until(has_checkpoint_and_step(lab.run, 6)), ranks[0].output
-    ranks[victim].kill()
-    check_error(ranks[1 - victim], "another training process ended; its own output says why")
-    assert ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0] >= 4
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_hangs_ends_the_other_with_an_error_after_the_time_limit(lab, victim):
-    limit = "training.timeout_minutes=0.08"
-    ranks = lab.start_ranks(limit)
-    assert ranks[0].wait_until(has_checkpoint_and_step(lab.run, 6)), ranks[0].output
-    os.kill(ranks[victim].pid, signal.SIGSTOP)
     start = time.monotonic()
-    check_error(ranks[1 - victim], limit, "another process, the storage or a device hangs")
-    assert 4 < time.monotonic() - start < 60
-    ranks[victim].kill_group()
-    assert ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0] >= 4
-    ranks = lab.start_ranks("training.max_steps=20")
+    if how == "dies":
+        ranks[victim].kill()
+        check_error(ranks[1 - victim], "another training process ended; its own output says why")
+    else:
+        os.kill(ranks[victim].pid, signal.SIGSTOP)
+        check_error(ranks[1 - victim], FAST_LIMIT, "another process, the storage or a device hangs")
+        assert 4 < time.monotonic() - start < 60
+        ranks[victim].kill_group()
+    step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
+    ranks = lab.start_ranks(f"training.max_steps={step + 6}")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     assert "resuming at step" in ranks[0].output
 
 
 def test_a_suspended_training_does_not_count_the_time_as_a_hang(lab):
-    running = lab.start("tokenizer", "training.timeout_minutes=0.08")
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    running = lab.train(FAST_LIMIT)
     running.signal_group(signal.SIGSTOP)
     time.sleep(7)
     step = logged_step(lab.run)
     running.signal_group(signal.SIGCONT)
-    assert running.wait_until(is_at_step(lab.run, step + 50)), running.output
+    assert running.wait_until(lambda: logged_step(lab.run) >= step + 50), running.output
 
 
 # Signals to everyone
@@ -338,24 +272,21 @@ def test_a_suspended_training_does_not_count_the_time_as_a_hang(lab):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_whole_group_lets_workers_give_the_batches_of_the_last_step(lab, number):
-    running = lab.start("tokenizer", "data.num_workers=2")
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
-    workers = running.children()
+    running = lab.train("data.num_workers=2")
+    workers = [Path(f"/proc/{pid}") for pid in running.children()]
     running.signal_group(number)
     assert running.wait() == STOPPED_STATUS, running.output
     step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
     assert f"stopped at step {step} (signal {signal.Signals(number).name})" in running.output
     assert "Traceback" not in running.output and len(workers) == 2
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    wait_for(lambda: not any(worker.exists() for worker in workers), seconds=20)
+    assert not any(worker.exists() for worker in workers)
     check_goes_on(lab, "data.num_workers=2")
 
 
 def test_two_starts_at_once_leave_the_first_ones_log_and_checkpoints_alone(lab):
-    running = lab.start("tokenizer", "training.checkpoint_every_steps=1000000")
-    assert running.wait_until(is_at_step(lab.run, 30)), running.output
+    running = lab.start("training.checkpoint_every_steps=1000000")
+    assert running.wait_until(lambda: logged_step(lab.run) >= 30), running.output
     check_error(lab.start(), f"is being trained by another process: process {running.pid}")
     running.signal_group(signal.SIGTERM)
     assert running.wait() == STOPPED_STATUS, running.output
@@ -364,65 +295,35 @@ def test_two_starts_at_once_leave_the_first_ones_log_and_checkpoints_alone(lab):
 
 
 def test_a_signal_stops_encoding_at_once_and_the_same_command_ends_with_the_same_tokens(
-    lab, chain, tmp_path
+    lab, tmp_path
 ):
-    slow = "batch_size=1"
-    running = lab.start("tokens", slow, "num_crops=6")
-    folder = tmp_path / "tokens"
+    slow, folder = ["batch_size=1", "num_crops=6"], tmp_path / "tokens"
+    running = lab.start(*slow, stage="tokens")
     assert running.wait_until(lambda: (folder / "source.json").exists()), running.output
     running.signal_group(signal.SIGUSR1)
+    # Before it listens the signal ends it as any program: nothing is lost either.
     status = running.wait()
-    assert status in (STOPPED_STATUS, -signal.SIGUSR1), (
-        running.output
-    )  # before it listens: nothing is lost either
+    assert status in (STOPPED_STATUS, -signal.SIGUSR1), running.output
     if status == STOPPED_STATUS:
         assert f"{folder}: stopped (signal SIGUSR1)" in running.output
     assert not (folder / "tokens.json").exists() and not list(folder.glob("*.tmp"))
-    running = lab.start("tokens", slow, "num_crops=6")
-    assert running.wait() == 0, running.output
-    whole = lab.start("tokens", slow, "num_crops=6", into=tmp_path / "whole")
-    assert whole.wait() == 0, whole.output
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "whole" / "tokens").iterdir()
-    }
+    for into in (tmp_path, tmp_path / "whole"):
+        running = lab.start(*slow, stage="tokens", into=into)
+        assert running.wait() == 0, running.output
+    assert contents(folder) == contents(tmp_path / "whole" / "tokens")
 
 
 # wandb
 
 
-def wandb_runs(run):
-    """Ids of the offline runs in a run folder, in the order in which they were begun."""
-    return [path.name.rpartition("-")[2] for path in sorted((run / "wandb").glob("offline-run-*"))]
-
-
-def test_wandb_continues_its_run_after_a_kill_and_a_run_made_anew_has_another(lab, tmp_path):
-    pytest.importorskip("wandb")
-    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    options = ["tokenizer", "logging.wandb=offline"]
-    running = lab.start(*options, **quiet)
-    assert running.wait_until(is_at_step(lab.run, 10)), running.output
-    running.kill_group()
-    time.sleep(1.1)  # folders of wandb runs are named by the second
-    running = lab.start(*options, "training.max_steps=40", **quiet)
-    assert running.wait() == 0 and "resuming at step" in running.output, running.output
-    first, second = wandb_runs(lab.run)
-    assert first == second == (lab.run / WANDB_FILE).read_text().strip()
-    anew = tmp_path / "anew"
-    assert lab.start(*options, "training.max_steps=4", into=anew, **quiet).wait() == 0
-    assert len({first, *wandb_runs(anew / "tokenizer")}) == 2
-
-
 def test_a_wandb_service_that_dies_does_not_end_the_training(lab):
     pytest.importorskip("wandb")
-    running = lab.start(
-        "tokenizer", "logging.wandb=offline", WANDB_MODE="offline", WANDB_SILENT="true"
-    )
-    assert running.wait_until(has_checkpoint_and_step(lab.run, 6)), running.output
+    running = lab.train("logging.wandb=offline", WANDB_MODE="offline", WANDB_SILENT="true")
     names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running.children()}
     os.kill(next(pid for pid, name in names.items() if b"wandb-core" in name), signal.SIGKILL)
     step = logged_step(lab.run)
-    assert running.wait_until(is_at_step(lab.run, step + 100)), running.output
-    assert "warning: wandb fails and is left out from here on" in running.output
+    assert running.wait_until(lambda: logged_step(lab.run) >= step + 100), running.output
+    assert "warning: wandb fails" in running.output
 
 
 # Names from data
@@ -432,32 +333,25 @@ def write_tar(path, samples):
     """A tar with any keys."""
     with tarfile.open(path, "w") as tar:
         for sample in samples:
-            for extension in ("png", "txt"):
-                data = sample[extension] if extension == "png" else sample[extension].encode()
+            for extension, data in (("png", sample["png"]), ("txt", sample["txt"].encode())):
                 info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
 
 
-def test_keys_and_captions_with_escapes_do_not_reach_the_terminal(lab, tmp_path):
+@pytest.mark.parametrize("fault", ["optimizer.learning_rate=1e38", "data.max_bad_share=0.01"])
+def test_keys_and_captions_with_escapes_do_not_reach_the_terminal(lab, tmp_path, fault):
     evil = "a\x1b]0;owned\x07\x1b[2J/b\nerror: forged"
     shards = tmp_path / "evil"
     shards.mkdir()
-    samples = [
-        shape_sample(number) | {"__key__": f"{number}{evil}", "txt": f"a {evil}"}
-        for number in range(24)
-    ]
+    names = {"txt": f"a {evil}"}
+    samples = [shape_sample(n) | names | {"__key__": f"{n}{evil}"} for n in range(24)]
+    if "bad" in fault:
+        samples = [sample | {"png": b"no image"} for sample in samples] * 9
     write_tar(shards / "evil.tar", samples)
-    options = ["tokenizer", f"data.shards=[{shards}/*.tar]", "training.sample_every_steps=1"]
-    assert lab.start(*options, "training.max_steps=2").wait() == 0
-    for option in ("optimizer.learning_rate=1e38", "data.max_bad_share=0.01"):
-        write_tar(
-            shards / "evil.tar",
-            samples if "rate" in option else [{**s, "png": b"no image"} for s in samples] * 9,
-        )
-        running = lab.start(*options, option, into=tmp_path / option)
-        check_error(running, ascii(evil)[1:8])
-        assert "\x1b" not in running.output and "\nerror: forged" not in running.output
+    running = lab.start(f"data.shards=[{shards}/*.tar]", "training.sample_every_steps=1", fault)
+    check_error(running, ascii(evil)[1:8])
+    assert "\x1b" not in running.output and "\nerror: forged" not in running.output
 
 
 # The launcher
@@ -468,21 +362,11 @@ def launch(lab, *options, num_processes=1):
     overrides = program(lab.chain, lab.folder, "tokenizer", *ENDLESS, *options)[2:]
     overrides = [f"tokenizer.{override}" for override in overrides]
     variables = {"STAGES": "tokenizer", "NUM_PROCESSES": str(num_processes)}
-    return subprocess.Popen(
-        ["bash", str(ROOT / "train_flowtok.sh"), f"{lab.chain.folder}/configs", *overrides],
-        env=environment(VIRTUAL_ENV=sys.prefix, **variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    return start(
+        ["bash", "train_flowtok.sh", f"{lab.chain.folder}/configs", *overrides],
+        VIRTUAL_ENV=sys.prefix,
+        **variables,
     )
-
-
-def catches(pid, number):
-    """Whether a process has a handler for a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    mask = re.search(r"^SigCgt:\s*(\w+)", status, flags=re.MULTILINE)[1]
-    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.slow
@@ -504,16 +388,3 @@ def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_goes_on(
     output, _ = process.communicate()
     assert process.returncode == 0 and f"resuming at step {step}" in output, output
     assert [line["step"] for line in metrics(lab.run)] == list(range(1, step + 6))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(0)
-def test_the_launcher_hears_a_warning_before_its_first_stage_trains(lab):
-    process = launch(lab)
-    while not catches(process.pid, signal.SIGUSR1):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGUSR1)
-    output, _ = process.communicate()
-    assert process.returncode == STOPPED_STATUS, output
-    assert "bash train_flowtok.sh" in output.splitlines()[-1] and not lab.run.exists(), output

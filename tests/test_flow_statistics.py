@@ -26,10 +26,9 @@ def make_parts(velocity, noise=0.0):
 
 
 def test_the_loss_is_that_of_each_time():
-    text, image = torch.randn(N, K, C), torch.randn(N, K, C)
-    parts = make_parts(
-        lambda x, t, null, context: image - (1 - 1e-5) * text + t.view(-1, 1, 1)
-    )  # off by t
+    text, image = torch.randn(2, N, K, C)
+    straight = image - (1 - 1e-5) * text
+    parts = make_parts(lambda x, t, null, context: straight + t.view(-1, 1, 1))  # off by t
     losses = loss_by_time(parts, text, text, image, null=False)
     assert len(losses) == len(TIMES) == 10
     for name, loss in losses.items():
@@ -37,11 +36,10 @@ def test_the_loss_is_that_of_each_time():
 
 
 def test_the_unconditional_flow_is_told_so_and_ends_at_another_image():
-    text, image = torch.randn(N, K, C), torch.randn(N, K, C)
+    text, image = torch.randn(2, N, K, C)
     ends = torch.stack([image, image.roll(1, dims=0)])  # of the indicator off and on
-    parts = make_parts(
-        lambda x, t, null, context: ends[null.long(), torch.arange(N)] - (1 - 1e-5) * text
-    )
+    rows = torch.arange(N)
+    parts = make_parts(lambda x, t, null, context: ends[null.long(), rows] - (1 - 1e-5) * text)
     found = describe_flow(parts, text, image, SamplingConfig(sample_text_latent=False), 0)
     for name in ("loss_by_time", "null_loss_by_time"):
         assert max(found[name].values()) < 1e-6

@@ -1,4 +1,4 @@
-"""Imports point one way: programs -> eval -> training -> modeling | data; read from the source with ast."""
+"""Imports point one way: programs -> eval -> training -> modeling | data; read with ast."""
 
 import ast
 from functools import cache
@@ -8,15 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("configs", "data", "eval", "modeling", "research", "scripts", "tests", "training")
-ENTRY_POINTS = (
-    "sample",
-    "train_flowtok",
-    "train_text_decoder",
-    "train_text_projector",
-    "train_tokenizer",
-)
+PROGRAMS = ("train_flowtok", "train_text_decoder", "train_text_projector", "train_tokenizer")
+ENTRY_POINTS = ("sample", *PROGRAMS)
 OURS = {*FOLDERS, *ENTRY_POINTS}
-# What a file of each folder may import of ours. Entry points, scripts, research and tests: everything.
+# What a file of each folder may import of ours. Entry points, scripts, research, tests: everything.
 ALLOWED = {
     "modeling": {"modeling"},
     "data": {"data"},
@@ -38,7 +33,7 @@ def sources():
 
 
 def imported_modules(nodes):
-    """(dotted name, is `import x` rather than `from x import y`) of the import statements among syntax nodes."""
+    """(dotted name, is it `import x`, not `from x import y`) of the imports among syntax nodes."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((alias.name, True) for alias in node.names)
@@ -56,19 +51,11 @@ def run_on_import(tree):
             waiting += ast.iter_child_nodes(node)
 
 
-def is_runnable(tree):
-    """Whether the file has `if __name__ == "__main__":`."""
-    return any(
-        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        for node in tree.body
-    )
-
-
 def faults(path, text):
     """What is wrong with the imports of one file, as short strings."""
     tree, folder = ast.parse(text), path.split("/")[0]
     allowed = ALLOWED.get(folder, OURS)
-    if folder == "eval" and is_runnable(tree):
+    if folder == "eval" and "\nif __name__ ==" in text:
         allowed = {*allowed, "configs"}  # the entry points among the evaluations read configs
     found = []
     for name, is_plain in imported_modules(ast.walk(tree)):
@@ -97,22 +84,13 @@ def test_imports_point_one_way(path):
         ("modeling/x.py", "from data.shards import read_shard", "modeling imports data"),
         ("modeling/x.py", "def f():\n    import training.loop", "modeling imports training"),
         ("data/x.py", "from modeling import flow", "data imports modeling"),
-        ("data/x.py", "from configs.schema import check", "data imports configs"),
         ("training/x.py", "from eval.report import main", "training imports eval"),
-        ("eval/x.py", "from research.sweep import main", "eval imports research"),
         ("eval/x.py", "from configs.load import resolved", "eval imports configs"),
         ("eval/x.py", "import train_flowtok", "eval imports train_flowtok"),
-        ("configs/x.py", "from scripts.encode_tokens import main", "configs imports scripts"),
         ("modeling/x.py", "from .flow import FlowConfig", "relative import"),
-        ("sample.py", "import eval.report", "import eval"),
         ("sample.py", "if True:\n    import eval as e", "import eval"),
-        ("data/x.py", "import open_clip", "open_clip"),
         ("scripts/x.py", "def f():\n    from open_clip import tokenizer", "open_clip"),
-        (
-            "training/x.py",
-            "try:\n    import wandb\nexcept ImportError:\n    pass",
-            "wandb on import",
-        ),
+        ("training/x.py", "try:\n    import wandb\nexcept E:\n    pass", "wandb on import"),
         ("training/x.py", "class A:\n    from wandb import init", "wandb on import"),
     ],
 )
@@ -124,13 +102,9 @@ def test_a_wrong_import_is_seen(path, text, fault):
     ("path", "text"),
     [
         ("eval/x.py", "from configs.load import resolved\nif __name__ == '__main__':\n    pass"),
-        ("training/x.py", "def log():\n    import wandb"),
+        ("training/x.py", "def log():\n    import wandb\nfrom modeling import flow"),
         (OPEN_CLIP_USERS[0], "import open_clip"),
-        (
-            "train_flowtok.py",
-            "from training.loading import load_ema\nfrom modeling import flow\nimport data.shards",
-        ),
-        ("modeling/x.py", "import torch\nfrom dataclasses import dataclass"),
+        ("train_flowtok.py", "from training.loading import load_ema\nimport data.shards"),
     ],
 )
 def test_a_right_import_passes(path, text):
@@ -149,9 +123,8 @@ def defined_names(text):
             names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {
-                x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)
-            }
+            parts = [part for target in targets for part in ast.walk(target)]
+            names |= {part.id for part in parts if isinstance(part, ast.Name)}
         elif isinstance(node, ast.If | ast.Try):
             waiting += ast.iter_child_nodes(node)
     return names
@@ -185,11 +158,5 @@ def test_a_re_export_is_seen():
 
 def test_every_file_is_read():
     found = set(sources())
-    assert {
-        "sample.py",
-        "train_flowtok.py",
-        *OPEN_CLIP_USERS,
-        "eval/report.py",
-        "tests/test_imports.py",
-    } <= found
+    assert {*OPEN_CLIP_USERS, "eval/report.py", "tests/test_imports.py"} <= found
     assert {f"{name}.py" for name in ENTRY_POINTS} == {name for name in found if "/" not in name}

@@ -1,4 +1,4 @@
-"""training/loading.py: the parts that a flow is sampled with, moved or not, by fingerprint or not."""
+"""training/loading.py, pipelines.py: the parts that a flow is sampled with, moved or not."""
 
 from dataclasses import asdict
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_CLIP
+from safetensors.torch import save_file
 
 from modeling.clip_weights import build_clip, save_clip
 from modeling.flow import FlowConfig
@@ -17,7 +18,7 @@ from modeling.pipeline import SamplingConfig
 from modeling.text_decoder import TextAutoencoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjectorConfig
-from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, save_weights
+from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint
 from training.loading import find_text_encoder, load_tokenizer, text_encoder_config
 from training.pipelines import (
     direction_of,
@@ -28,12 +29,11 @@ from training.pipelines import (
 )
 
 CPU = torch.device("cpu")
-SIZE = TransformerSize(16, 1, 2)
-PROJECTOR = TextProjectorConfig(
-    text_tokens=16, text_width=32, width=16, depth=1, num_heads=2, token_channels=4
-)
-FLOWTOK = FlowTokConfig(num_tokens=16, token_channels=4, width=16, depth=1, num_heads=2)
-DECODER = TextDecoderConfig(width=16, depth=1, num_heads=2, mlp_width=16, vocabulary_size=8)
+SIZE = {"width": 16, "depth": 1, "num_heads": 2}
+TRANSFORMER = TransformerSize(**SIZE)
+PROJECTOR = TextProjectorConfig(text_tokens=16, text_width=32, token_channels=4, **SIZE)
+FLOWTOK = FlowTokConfig(num_tokens=16, token_channels=4, **SIZE)
+DECODER = TextDecoderConfig(mlp_width=16, vocabulary_size=8, **SIZE)
 
 
 def write_run(folder, module, inputs, **sections):
@@ -41,7 +41,7 @@ def write_run(folder, module, inputs, **sections):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(sections))
     checkpoint = begin_checkpoint(folder, 1)
-    save_weights(module, checkpoint / EMA_FILE)
+    save_file(module.state_dict(), checkpoint / EMA_FILE)
     state = {"step": 1, "ema_updates": 1, "num_processes": 1, "inputs": inputs}
     commit_checkpoint(checkpoint, state, keep=1)
     return module
@@ -56,7 +56,8 @@ def write_tower(folder):
 def write_tokenizer(folder, tower, inputs=(), **changes):
     """A run of stage 1."""
     sizes = {"num_tokens": 16, "token_channels": 4, "text_tokens": 16, "text_width": 32}
-    config = ImageTokenizerConfig(32, encoder=SIZE, decoder=SIZE, **(sizes | changes))
+    parts = {"encoder": TRANSFORMER, "decoder": TRANSFORMER}
+    config = ImageTokenizerConfig(32, **parts, **(sizes | changes))
     text_encoder = TextEncoderConfig(model=f"local-dir:{tower}")
     sections = {"tokenizer": asdict(config), "text_encoder": asdict(text_encoder)}
     return write_run(folder, ImageTokenizer(config), dict(inputs), **sections)
@@ -65,17 +66,11 @@ def write_tokenizer(folder, tower, inputs=(), **changes):
 def write_flow(folder, inputs, tokenizer_run, text_decoder_run="", **flow):
     """A run of stage 3."""
     flow = FlowConfig(**flow)
-    return write_run(
-        folder,
-        build_flow(PROJECTOR, FLOWTOK, flow),
-        inputs,
-        projector=asdict(PROJECTOR),
-        flowtok=asdict(FLOWTOK),
-        flow=asdict(flow),
-        sampling=asdict(SamplingConfig(steps=2)),
-        tokenizer_run=str(tokenizer_run),
-        text_decoder_run=str(text_decoder_run),
-    )
+    parts = {"projector": PROJECTOR, "flowtok": FLOWTOK, "flow": flow}
+    sections = {name: asdict(config) for name, config in parts.items()}
+    sections |= {"sampling": asdict(SamplingConfig(steps=2)), "tokenizer_run": str(tokenizer_run)}
+    sections["text_decoder_run"] = str(text_decoder_run)
+    return write_run(folder, build_flow(PROJECTOR, FLOWTOK, flow), inputs, **sections)
 
 
 def identity(tower):
@@ -146,8 +141,7 @@ def test_a_tower_beside_is_never_taken_for_one_of_the_hub(tmp_path, monkeypatch)
     write_tower(tmp_path / "text_encoder" / "clip")
     write_tokenizer(tmp_path / "tokenizer", "")
     config = tmp_path / "tokenizer" / "config.yaml"
-    hub = config.read_text().replace("'local-dir:'", "ViT-L-14-336-quickgelu")
-    config.write_text(hub)
+    config.write_text(config.read_text().replace("'local-dir:'", "ViT-L-14-336-quickgelu"))
     write_flow(tmp_path / "flowtok", {}, tmp_path / "tokenizer")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_session", None)  # no network
@@ -162,32 +156,26 @@ def test_a_flow_without_any_tokenizer_says_where_one_is_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key_and_value"),
+    ("changes", "keys"),
     [
         ({"num_tokens": 15}, r"\(16, 4\) .*\(15, 4\): set tokenizer_run"),
         ({"token_channels": 8}, r"\(16, 4\) .*\(16, 8\): set tokenizer_run"),
         ({"text_width": 64}, r"\(16, 32\) .*\(16, 64\): set text_encoder"),
     ],
 )
-def test_parts_of_other_sizes_are_refused(tmp_path, tiny_clip_dir, changes, key_and_value):
+def test_parts_of_other_sizes_are_refused(tmp_path, tiny_clip_dir, changes, keys):
     write_tokenizer(tmp_path / "tokenizer", tiny_clip_dir, **changes)
     write_flow(tmp_path / "flowtok", {}, tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match=key_and_value):
+    with pytest.raises(ValueError, match=keys):
         load_pipeline(tmp_path, CPU)
 
 
 def write_captioner(folder, tower):
     """An experiment that flows from image to text; returns its text decoder."""
-    tokenizer = write_tokenizer(folder / "tokenizer", tower)
-    run = folder / "flowtok_caption"
-    flow = write_flow(
-        run,
-        {"tokenizer": fingerprint(tokenizer)},
-        folder / "tokenizer",
-        folder / "text_decoder",
-        direction="image_to_text",
-        projector="frozen",
-    )
+    inputs = {"tokenizer": fingerprint(write_tokenizer(folder / "tokenizer", tower))}
+    runs = [folder / "tokenizer", folder / "text_decoder"]
+    options = {"direction": "image_to_text", "projector": "frozen"}
+    flow = write_flow(folder / "flowtok_caption", inputs, *runs, **options)
     model = TextAutoencoder(PROJECTOR, DECODER)
     model.projector.load_state_dict(flow.projector.state_dict())
     sections = {"projector": asdict(PROJECTOR), "text_decoder": asdict(DECODER)}
@@ -209,16 +197,12 @@ def test_a_captioner_finds_the_text_decoder_of_its_own_projector(tmp_path, tiny_
 
 
 @pytest.mark.parametrize(
-    ("load", "key_and_value"),
-    [
-        (load_tokenizer, "no 'tokenizer'"),
-        (load_flow, "no 'flowtok'"),
-        (lambda run: load_pipeline(run, CPU), "no 'flow'"),
-    ],
+    ("load", "key"),
+    [(load_tokenizer, "tokenizer"), (load_flow, "flowtok"), (load_projector, "projector")],
 )
-def test_a_run_of_another_stage_is_refused(tmp_path, load, key_and_value):
+def test_a_run_of_another_stage_is_refused(tmp_path, load, key):
     write_run(tmp_path, torch.nn.Linear(1, 1), {}, stage="text_encoder")
-    with pytest.raises(ValueError, match=f"{tmp_path} .*{key_and_value}"):
+    with pytest.raises(ValueError, match=f"{tmp_path} .*no '{key}'"):
         load(tmp_path)
 
 

@@ -10,8 +10,6 @@ import torch
 
 from training.metrics import LoggingConfig, MetricLog, MetricWindow
 
-CPU = torch.device("cpu")
-
 
 def same(x):
     return x
@@ -22,30 +20,34 @@ def lines(folder):
 
 
 def open_log(folder, start_step, **options):
-    return MetricLog(folder, LoggingConfig(**options), True, "runs/x/tokenizer", start_step)
+    return MetricLog(folder, LoggingConfig(**options), True, start_step)
 
 
-def test_means_are_over_the_steps_since_the_last_reset():
+def window_of(*steps):
+    """A window of scalars by name; steps count from 1."""
     window = MetricWindow()
-    for step, value in enumerate([1.0, 2.0, 6.0]):
-        window.add(step, {"a": torch.tensor(value), "b": torch.tensor(-value)}, [])
-    assert window.means(same) == {"a": 3.0, "b": -3.0}
+    for step, values in enumerate(steps, start=1):
+        window.add(step, {name: torch.tensor(x) for name, x in values.items()}, [f"key{step}"])
+    return window
+
+
+def test_means_are_over_the_steps_since_the_last_reset_that_had_the_value():
+    window = window_of({"a": 1.0}, {"a": 2.0, "late": 5.0}, {"a": 6.0, "late": 7.0})
+    assert window.means(same) == {"a": 3.0, "late": 6.0}
     window.reset()
-    window.add(3, {"a": torch.tensor(7.0), "b": torch.tensor(8.0)}, [])
-    assert window.means(same) == {"a": 7.0, "b": 8.0}
+    window.add(3, {"a": torch.tensor(7.0)}, [])
+    assert window.means(same) == {"a": 7.0}
 
 
 def test_one_reduction_serves_all_values():
-    window = MetricWindow()
-    window.add(1, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, [])
     calls = []
 
     def with_another_process(x):  # whose values are 3 and 4
         calls.append(x)
         return (x + torch.tensor([3.0, 4.0])) / 2
 
-    assert window.means(with_another_process) == {"a": 2.0, "b": 3.0}
-    assert len(calls) == 1
+    means = window_of({"a": 1.0, "b": 2.0}).means(with_another_process)
+    assert means == {"a": 2.0, "b": 3.0} and len(calls) == 1
 
 
 def test_values_are_summed_in_float32_without_a_graph():
@@ -57,71 +59,50 @@ def test_values_are_summed_in_float32_without_a_graph():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_non_finite_value_names_step_terms_and_keys(bad):
-    window = MetricWindow()
-    window.add(4, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, ["x"])
-    window.check_finite(Path("run"), rank=1)
-    window.add(5, {"a": torch.tensor(5.0), "b": torch.tensor(bad)}, ["y", "z"])
-    window.add(6, {"a": torch.tensor(3.0), "b": torch.tensor(4.0)}, ["w"])
+def test_a_non_finite_value_names_the_first_step_its_terms_and_keys(bad):
+    window_of({"a": 1.0, "b": 2.0}).check_finite(Path("run"), rank=1)
+    window = window_of({"a": 1.0, "b": 2.0}, {"a": 5.0, "b": bad}, {"a": bad, "b": 4.0})
     with pytest.raises(FloatingPointError) as caught:
         window.check_finite(Path("run"), rank=1)
     message = str(caught.value)
-    assert all(part in message for part in ("step 5", "rank 1", "a 5", f"b {bad:.4g}", "y, z"))
-    assert "w" not in message.split("samples: ")[1].split(".")[0]
-
-
-def test_a_value_that_only_some_steps_have_is_averaged_over_these():
-    window = MetricWindow()
-    window.add(1, {"a": torch.tensor(1.0)}, [])
-    window.add(2, {"a": torch.tensor(2.0), "late": torch.tensor(5.0)}, [])
-    assert window.means(same) == {"a": 1.5, "late": 5.0}
+    assert all(part in message for part in ("step 2", "rank 1", "a 5", f"b {bad:.4g}", "key2"))
+    assert "key3" not in message and "key1" not in message
 
 
 def test_a_window_goes_on_where_its_state_was_saved():
-    first, second = MetricWindow(), MetricWindow()
-    first.add(1, {"a": torch.tensor(1.0)}, ["k"])
-    second.load_state_dict(first.state_dict(), CPU)
+    first, second = window_of({"a": 1.0}), MetricWindow()
+    second.load_state_dict(first.state_dict(), torch.device("cpu"))
     for window in (first, second):
         window.add(2, {"a": torch.tensor(0.3)}, ["k"])
     assert first.means(same) == second.means(same)
 
 
 def test_the_log_has_a_line_a_step_on_the_console_and_in_the_file(tmp_path, capsys):
-    log = open_log(tmp_path, 0)
-    log.log(10, 20, {"loss": 0.123456}, seconds_left=90_061.4)
+    log, values = open_log(tmp_path, 0), {"loss": 0.123456, "posterior_std/3": 0.5}
+    log.log(10, 20, values, seconds_left=90_061.4)
     log.log(20, 20, {"loss": 0.1, "learning_rate": 1e-4}, seconds_left=0)
-    assert lines(tmp_path) == [
-        {"step": 10, "loss": 0.123456},
-        {"step": 20, "loss": 0.1, "learning_rate": 1e-4},
-    ]
+    expected = [{"step": 10, **values}, {"step": 20, "loss": 0.1, "learning_rate": 1e-4}]
+    assert lines(tmp_path) == expected
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "step 10/20  loss 0.1235  left 1 day, 1:01:01"
     assert "learning_rate 0.0001" in printed[1]
 
 
-def test_a_resumed_log_drops_the_steps_that_will_be_done_again_and_a_half_line(tmp_path):
+@pytest.mark.parametrize("start", [0, 10])
+def test_a_resumed_log_drops_the_steps_that_will_be_done_again_and_a_half_line(tmp_path, start):
     log = open_log(tmp_path, 0)
     for step in (5, 10, 15, 20):
         log.log(step, 40, {"loss": float(step)}, 0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 25, "loss": 0.')  # killed while writing
-    log = open_log(tmp_path, 10)
-    for step in (15, 20, 25):
-        log.log(step, 40, {"loss": step + 0.5}, 0)
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
-        *((5, 5.0), (10, 10.0)),
-        *((15, 15.5), (20, 20.5), (25, 25.5)),
-    ]
-
-
-def test_a_run_without_checkpoint_starts_its_log_anew(tmp_path):
-    open_log(tmp_path, 0).log(5, 40, {"loss": 1.0}, 0)
-    open_log(tmp_path, 0)
-    assert lines(tmp_path) == []
+    log = open_log(tmp_path, start)
+    log.log(15, 40, {"loss": 15.5}, 0)
+    kept = [(5, 5.0), (10, 10.0)] if start else []
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [*kept, (15, 15.5)]
 
 
 def test_only_the_main_process_writes(tmp_path, capsys):
-    log = MetricLog(tmp_path, LoggingConfig(wandb="online"), False, "x", 0)
+    log = MetricLog(tmp_path, LoggingConfig(wandb="online"), False, 0)
     log.log(1, 2, {"loss": 1.0}, 0)
     log.close()
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
@@ -139,20 +120,20 @@ def test_wandb_gets_the_same_values_and_one_run_id_over_resumes(tmp_path, monkey
 
     fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or FakeRun())
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (tmp_path / "other").mkdir()
     log = open_log(tmp_path, 0, wandb="offline", wandb_project="mine")
     log.log(3, 5, {"loss": 2.0}, 0)
     log.close()
     options, *rest = calls
     assert rest == [(3, {"loss": 2.0}), "finish"]
     assert (options["mode"], options["project"], options["resume"]) == ("offline", "mine", "allow")
-    assert options["name"] == "runs/x/tokenizer" and options["dir"] == tmp_path
-    open_log(tmp_path, 3, wandb="offline").close()  # resumed
-    assert calls[-2]["id"] == options["id"]
-    open_log(tmp_path / "other", 0, wandb="offline").close()
-    assert calls[-2]["id"] != options["id"]
+    assert options["name"] == str(tmp_path) and options["dir"] == tmp_path
+    for start_step, is_same in ((3, True), (0, False)):  # resumed, made anew
+        open_log(tmp_path, start_step, wandb="offline").close()
+        assert (calls[-2]["id"] == options["id"]) == is_same
 
 
-def test_wandb_is_not_imported_when_it_is_off(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
+def test_wandb_is_imported_only_when_it_is_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
     open_log(tmp_path, 0, wandb="off").close()
+    with pytest.raises(ValueError, match="logging.wandb=online"):
+        open_log(tmp_path, 0, wandb="online")

@@ -1,8 +1,8 @@
-"""Between two log lines the training loop never waits for the device: no value is read, no .item(), bool(), float().
+"""Between two log lines the training loop never waits for the device: no .item(), bool(), float().
 
-On the CPU such reads are seen by the operators behind them (_local_scalar_dense; those whose output size is data) and
-by the methods that copy to the host, wherever they are called from. Samples are read in a worker process, as in a real
-run: what it does is not the loop's.
+On the CPU such reads are seen by the operators behind them (_local_scalar_dense; those whose output
+size is data) and by the methods that copy to the host, wherever they are called from. Samples are
+read in a worker process, as in a real run: what it does is not the loop's.
 """
 
 import traceback
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_tokenizer_stage import GAME
+from tiny_experiment import training
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,20 +22,14 @@ from training.metrics import MetricLog, MetricWindow
 
 ROOT = Path(__file__).parents[1]
 ATEN = torch.ops.aten
-WAITING_OPS = {
-    ATEN._local_scalar_dense,
-    ATEN.nonzero,
-    ATEN.masked_select,
-    ATEN.equal,
-    ATEN.is_nonzero,
-}
-WAITING_OPS |= {ATEN._unique2, ATEN.unique_consecutive, ATEN.unique_dim}
+WAITING_OPS = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal}
+WAITING_OPS |= {ATEN.is_nonzero, ATEN._unique2, ATEN.unique_consecutive, ATEN.unique_dim}
 WAITING_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item}
 STAGES = ["tokenizer", "text_projector", "flowtok"]
 
 
 def is_ours(file: str) -> bool:
-    """Whether a file is this repository's, which may have the environment inside it, and not this test."""
+    """Whether a file is the product's: not this test, nor of an environment in the folder."""
     return ROOT in Path(file).parents and "site-packages" not in file and file != __file__
 
 
@@ -48,10 +43,9 @@ class Watch:
 
     def note(self, what) -> None:
         if self.is_on:
-            ours = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
-            self.found.append(
-                f"{what} at {Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}"
-            )
+            place = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)][-1]
+            name = Path(place.filename).relative_to(ROOT)
+            self.found.append(f"{what} at {name}:{place.lineno}")
 
 
 class Operators(TorchDispatchMode):
@@ -104,12 +98,8 @@ def watching(monkeypatch):
 
 def train(chain, folder, stage, monkeypatch, *options, steps=12, log_every=6):
     """What is found in a run of so many steps."""
-    length = [
-        f"training.max_steps={steps}",
-        f"training.log_every_steps={log_every}",
-        "training.sample_every_steps=0",
-    ]
-    length += [f"training.checkpoint_every_steps={steps}", "data.num_workers=1"]
+    length = training(max_steps=steps, log_every_steps=log_every, sample_every_steps=0)
+    length += [*training(checkpoint_every_steps=steps), "data.num_workers=1"]
     with watching(monkeypatch) as watch:
         chain.run_in(folder, stage, *length, *options)
     assert watch.steps == steps
@@ -123,26 +113,16 @@ def test_no_step_between_log_lines_waits_for_the_device(chain, tmp_path, monkeyp
 
 def test_nor_with_every_loss_of_stage_1(chain, tmp_path, monkeypatch, vgg_file, convnext_file):
     options = [option for option in GAME if not option.startswith("training.")]
-    options += [
-        "training.batch_size=2",
-        "losses.perceptual_weight=1.1",
-        f"perceptual.vgg_weights={vgg_file}",
-    ]
-    options += [
-        f"perceptual.convnext_weights={convnext_file}",
-        "activation_checkpointing=selective",
-    ]
+    options += ["training.batch_size=2", "losses.perceptual_weight=1.1"]
+    options += [f"perceptual.vgg_weights={vgg_file}", "activation_checkpointing=selective"]
+    options += [f"perceptual.convnext_weights={convnext_file}"]
     assert train(chain, tmp_path, "tokenizer", monkeypatch, *options, steps=4, log_every=4) == []
 
 
-@pytest.mark.parametrize(
-    "options", [["training.precision=bf16"], ["training.gradient_accumulation=2"]]
-)
-def test_nor_in_bf16_nor_with_accumulation_in_stage_3(chain, tmp_path, monkeypatch, options):
-    assert (
-        train(chain, tmp_path, "flowtok", monkeypatch, "activation_checkpointing=full", *options)
-        == []
-    )
+@pytest.mark.parametrize("option", ["training.precision=bf16", "training.gradient_accumulation=2"])
+def test_nor_in_bf16_nor_with_accumulation_in_stage_3(chain, tmp_path, monkeypatch, option):
+    options = ["activation_checkpointing=full", option]
+    assert train(chain, tmp_path, "flowtok", monkeypatch, *options) == []
 
 
 READS = {
@@ -179,6 +159,5 @@ def test_a_read_in_the_loop_is_found_and_its_place_is_named(chain, tmp_path, mon
     monkeypatch.setattr(loop.EMA, "update", update)
     found = train(chain, tmp_path, "flowtok", monkeypatch)
     assert len(found) == 2 * 12  # each item() and the operator behind it
-    assert all(
-        " at training/loop.py:" in place for place in found
-    )  # which called what this test put there
+    # The loop called what this test put there.
+    assert all(" at training/loop.py:" in place for place in found)

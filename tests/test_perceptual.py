@@ -1,5 +1,4 @@
-"""modeling/perceptual.py with made-up VGG16 and ConvNeXt-Small weights: the lpips package as reference, where gradients
-go, what is built, and what a wrong or absent file says."""
+"""modeling/perceptual.py with made-up weights: the lpips package as reference, gradients, files."""
 
 import hashlib
 import socket
@@ -36,6 +35,12 @@ def lpips_only(vgg_file):
     return PerceptualConfig(convnext_weight=0.0, vgg_weights=str(vgg_file))
 
 
+@pytest.fixture
+def both(vgg_file, convnext_file):
+    files = {"vgg_weights": str(vgg_file), "convnext_weights": str(convnext_file)}
+    return PerceptualLoss(PerceptualConfig(**files))
+
+
 def image_pair(count=2, size=SIZE):
     return torch.rand(2, count, 3, size, size)
 
@@ -50,17 +55,11 @@ def reference_lpips(vgg_file):
     state = torch.load(vgg_file, weights_only=True)
     for layers in package.net.children():
         for index, layer in layers.named_children():
-            if f"features.{index}.weight" in state:
-                layer.load_state_dict(
-                    {part: state[f"features.{index}.{part}"] for part in ("weight", "bias")}
-                )
-    heads = torch.load(
-        f"{lpips.__path__[0]}/weights/v0.1/vgg.pth", map_location="cpu", weights_only=True
-    )
+            for part, parameter in layer.named_parameters():
+                parameter.data = state[f"features.{index}.{part}"]
+    heads = torch.load(f"{lpips.__path__[0]}/weights/v0.1/vgg.pth", weights_only=True)
     for index in range(5):
-        package.lins[index].model[1].load_state_dict(
-            {"weight": heads[f"lin{index}.model.1.weight"]}
-        )
+        package.lins[index].model[1].weight.data = heads[f"lin{index}.model.1.weight"]
     return package
 
 
@@ -79,12 +78,8 @@ def test_the_convnext_part_is_the_mean_squared_error_of_logits_at_224_pixels(con
     net = models.convnext_small()
     net.load_state_dict(torch.load(convnext_file, weights_only=True))
     preset = models.ConvNeXt_Small_Weights.IMAGENET1K_V1.transforms()
-    images = TF.resize(
-        torch.cat([reconstruction, target]),
-        [224, 224],
-        TF.InterpolationMode.BILINEAR,
-        antialias=True,
-    )
+    images = torch.cat([reconstruction, target])
+    images = TF.resize(images, [224, 224], TF.InterpolationMode.BILINEAR, antialias=True)
     with torch.no_grad():
         a, b = net.eval()(TF.normalize(images, preset.mean, preset.std)).chunk(2)
         terms = PerceptualLoss(config)(reconstruction, target)
@@ -93,21 +88,15 @@ def test_the_convnext_part_is_the_mean_squared_error_of_logits_at_224_pixels(con
     torch.testing.assert_close(terms["convnext"], F.mse_loss(a, b), rtol=1e-4, atol=0)
 
 
-def test_both_parts_are_averaged_by_weight_and_vanish_for_equal_images_only(
-    vgg_file, convnext_file
-):
-    loss = PerceptualLoss(
-        PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file))
-    )
+def test_both_parts_are_averaged_by_weight_and_vanish_for_equal_images_only(both):
     reconstruction, target = image_pair(1)
     with torch.no_grad():
-        terms, same = loss(reconstruction, target), loss(target, target)
+        terms, same = both(reconstruction, target), both(target, target)
     assert set(terms) == {"lpips", "convnext", "perceptual"}
     assert all(term.shape == () and term > 0 for term in terms.values())
     assert all(term == 0 for term in same.values())
-    torch.testing.assert_close(
-        terms["perceptual"], (terms["lpips"] + 0.1 * terms["convnext"]) / 1.1
-    )
+    expected = (terms["lpips"] + 0.1 * terms["convnext"]) / 1.1
+    torch.testing.assert_close(terms["perceptual"], expected)
 
 
 def test_the_mean_divides_by_the_weights_in_use_only(vgg_file):
@@ -116,33 +105,20 @@ def test_the_mean_divides_by_the_weights_in_use_only(vgg_file):
     torch.testing.assert_close(terms["perceptual"], terms["lpips"])
 
 
-def test_gradients_reach_the_reconstruction_only(vgg_file, convnext_file):
-    loss = PerceptualLoss(
-        PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file))
-    )
+def test_gradients_reach_the_reconstruction_only(both):
     reconstruction, target = (images.requires_grad_() for images in image_pair(1).unbind())
-    terms = loss(reconstruction, target)
+    terms = both(reconstruction, target)
     for name in ("lpips", "convnext"):
         (gradient,) = torch.autograd.grad(terms[name], reconstruction, retain_graph=True)
         assert gradient.isfinite().all() and gradient.abs().sum() > 0, name
     terms["perceptual"].backward()
     assert target.grad is None
-    assert not [
-        name for name, p in loss.named_parameters() if p.requires_grad or p.grad is not None
-    ]
+    assert not any(p.requires_grad or p.grad is not None for p in both.parameters())
 
 
-def test_it_stays_in_eval_mode(vgg_file, convnext_file):
-    loss = PerceptualLoss(
-        PerceptualConfig(vgg_weights=str(vgg_file), convnext_weights=str(convnext_file))
-    )
-    loss.train()
-    assert not [
-        name
-        for part in loss.parts.values()
-        for name, module in part.named_modules()
-        if module.training
-    ]
+def test_it_stays_in_eval_mode(both):
+    both.train()
+    assert not any(module.training for part in both.parts.values() for module in part.modules())
 
 
 def test_autocast_changes_nothing(vgg_file):
@@ -156,32 +132,19 @@ def test_autocast_changes_nothing(vgg_file):
 
 
 def test_gradients_are_finite_where_images_are_black_and_where_features_are_all_zero(vgg_file):
-    net, black, target = (
-        LPIPS(vgg_file),
-        torch.zeros(1, 3, SIZE, SIZE),
-        torch.rand(1, 3, SIZE, SIZE),
-    )
-    dead = LPIPS(vgg_file)
+    net, dead = LPIPS(vgg_file), LPIPS(vgg_file)
+    black, target = torch.zeros(1, 3, SIZE, SIZE), torch.rand(1, 3, SIZE, SIZE)
+    for layer in dead.features:
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.bias.fill_(0)
     dead.features[0].bias.fill_(-1e3)  # no feature of the first layer is ever above zero
-    for layer in (2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
-        dead.features[layer].bias.fill_(0)
     for distance in (net, dead):
         for other in (target, black):
             images = black.clone().requires_grad_()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it says that it is slow
-                with torch.autograd.detect_anomaly():
-                    distance(images, other).sum().backward()
+            distance(images, other).sum().backward()
             assert images.grad.isfinite().all()
     with torch.no_grad():
         assert not any(features.any() for features in dead.describe(target))
-
-
-def test_all_zero_features_have_a_gradient_which_the_lpips_package_lacks():
-    for normalize, is_finite in ((perceptual.unit_length, True), (lpips.normalize_tensor, False)):
-        features = torch.zeros(1, 4, 2, 2, requires_grad=True)
-        (normalize(features) - 1).square().sum().backward()
-        assert features.grad.isfinite().all() == is_finite
 
 
 def test_building_draws_no_random_numbers(vgg_file):
@@ -190,43 +153,29 @@ def test_building_draws_no_random_numbers(vgg_file):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("off", ["lpips", "convnext"])
+@pytest.mark.parametrize(
+    ("off", "net", "file"),
+    [("lpips", "vgg16", "vgg_weights"), ("convnext", "convnext_small", "convnext_weights")],
+)
 def test_a_part_of_weight_zero_is_neither_looked_for_nor_built(
-    off, vgg_file, convnext_file, no_network, monkeypatch
+    off, net, file, vgg_file, convnext_file, no_network, monkeypatch
 ):
-    def refuse():
-        raise AssertionError(f"the net of {off} was built")
-
-    monkeypatch.setattr(models, {"lpips": "vgg16", "convnext": "convnext_small"}[off], refuse)
-    options = {
-        f"{off}_weight": 0.0,
-        "vgg_weights": str(vgg_file),
-        "convnext_weights": str(convnext_file),
-    }
-    options[{"lpips": "vgg_weights", "convnext": "convnext_weights"}[off]] = "absent.pth"
+    monkeypatch.setattr(models, net, None)
+    options = {"vgg_weights": str(vgg_file), "convnext_weights": str(convnext_file)}
+    options |= {file: "absent.pth", f"{off}_weight": 0.0}
     loss = PerceptualLoss(PerceptualConfig(**options))
     assert set(loss.parts) == {"lpips", "convnext"} - {off}
 
 
-def test_an_absent_file_is_named_with_every_way_out(tmp_path, no_network):
-    absent = tmp_path / "vgg.pth"
-    with pytest.raises(ValueError) as caught:
-        check_weights(PerceptualConfig(vgg_weights=str(absent)))
-    cache = (no_network, "$TORCH_HOME/hub/checkpoints")
-    for part in (absent, *cache, perceptual.VGG16_URL, "perceptual.vgg_weights"):
-        assert str(part) in str(caught.value)
-
-
-def test_a_failed_download_is_named_with_every_way_out(no_network):
-    with pytest.raises(ValueError) as caught:
-        check_weights(PerceptualConfig(lpips_weight=0.0))
-    for part in (
-        no_network,
-        "no such host",
-        perceptual.CONVNEXT_URL,
-        "perceptual.convnext_weights",
+def test_absent_files_are_named_with_every_way_out(tmp_path, no_network):
+    absent, cache = tmp_path / "vgg.pth", "$TORCH_HOME/hub/checkpoints"
+    for config, parts in (
+        (lpips_only(absent), (absent, no_network, cache, perceptual.VGG16_URL, "vgg_weights")),
+        (PerceptualConfig(0.0), (no_network, "no such host", perceptual.CONVNEXT_URL)),
     ):
-        assert str(part) in str(caught.value)
+        with pytest.raises(ValueError) as caught:
+            check_weights(config)
+        assert all(str(part) in str(caught.value) for part in parts)
 
 
 def test_an_absent_file_is_downloaded_to_the_cache_once_and_its_hash_is_asked_for(
@@ -257,41 +206,25 @@ def test_a_hash_in_the_name_is_checked(tmp_path):
     for file in (right, wrong):
         file.write_bytes(b"weights")
     assert check_weights(lpips_only(right)) == {"lpips": right}
-    with pytest.raises(
-        ValueError, match="perceptual.vgg_weights: .*vgg16-397923af.pth is damaged or another file"
-    ):
+    with pytest.raises(ValueError, match="perceptual.vgg_weights: .*vgg16-397923af.pth"):
         check_weights(lpips_only(wrong))
 
 
-def test_a_damaged_file_in_the_cache_is_refused_too(no_network):
-    no_network.mkdir(parents=True)
-    (no_network / "convnext_small-0c510722.pth").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="starts with 0c510722, but it is"):
-        check_weights(PerceptualConfig(lpips_weight=0.0))
-
-
-@pytest.mark.parametrize("content", [b"", b"no weights at all"])
-def test_a_file_without_weights_is_refused(tmp_path, content):
-    file = tmp_path / "vgg.pth"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="vgg.pth has no weights for this net"):
-        PerceptualLoss(lpips_only(file))
-
-
-def test_the_other_nets_file_is_refused(vgg_file, tmp_path):
-    config = PerceptualConfig(lpips_weight=0.0, convnext_weights=str(vgg_file))
-    with pytest.raises(
-        ValueError, match="vgg16-made-up.pth has no weights for this net: .*Missing key"
-    ):
+@pytest.mark.parametrize("content", [b"", b"no weights at all", "list", "vgg"])
+def test_a_file_with_other_weights_or_none_is_refused(tmp_path, content, vgg_file):
+    file = tmp_path / "convnext.pth"
+    if content == "list":
+        torch.save([torch.zeros(3)], file)
+    else:
+        file.write_bytes(vgg_file.read_bytes() if content == "vgg" else content)
+    config = PerceptualConfig(lpips_weight=0.0, convnext_weights=str(file))
+    with pytest.raises(ValueError, match="convnext.pth has no weights for this net"):
         PerceptualLoss(config)
-    torch.save([torch.zeros(3)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="list.pth has no weights for this net"):
-        PerceptualLoss(lpips_only(tmp_path / "list.pth"))
 
 
 def test_negative_weights_and_two_weights_of_zero_are_refused():
     for name in ("lpips_weight", "convnext_weight"):
         with pytest.raises(ValueError, match=f"^{name} .*-1.0"):
             PerceptualConfig(**{name: -1.0})
-    with pytest.raises(ValueError, match="both 0, nothing would be compared"):
+    with pytest.raises(ValueError, match="lpips_weight and convnext_weight"):
         check_weights(PerceptualConfig(0.0, 0.0))

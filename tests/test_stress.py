@@ -1,10 +1,9 @@
-"""Real trainings in real processes, ended by SIGKILL at random moments: they end bit for bit like undisturbed ones.
+"""Real trainings, ended by SIGKILL at random moments: they end bit for bit like undisturbed ones.
 
 As `python train_tokenizer.py` runs them (tests/forks.py): with a data worker, checkpoints written in the background.
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -13,17 +12,15 @@ import time
 import pytest
 from forks import Program, start_ranks
 from test_resume import program, state
-from tiny_experiment import equal, metrics
+from tiny_experiment import equal, metrics, training
 
 from training import checkpoint as ckpt
 from training.metrics import step_of
 
-KILLS, KILLS_INSIDE = (
-    20,
-    6,
-)  # at random moments; of these, inside the writing of a checkpoint at least
+# At random moments; of these, at least so many inside the writing of a checkpoint.
+KILLS, KILLS_INSIDE = 20, 6
 MAX_STEPS, EVERY_STEPS = 360, 4
-OPTIONS = [f"training.max_steps={MAX_STEPS}", f"training.checkpoint_every_steps={EVERY_STEPS}"]
+OPTIONS = training(max_steps=MAX_STEPS, checkpoint_every_steps=EVERY_STEPS, log_every_steps=3)
 OPTIONS += [
     "training.log_every_steps=3",
     "training.sample_every_steps=100",
@@ -42,14 +39,23 @@ def logged_step(run):
 
 def is_writing(run):
     """Whether a checkpoint is begun and not yet whole."""
-    folder = run / "checkpoints"
-    return folder.is_dir() and any(
-        name.startswith("step_") and name.endswith(".tmp") for name in os.listdir(folder)
-    )
+    return any((run / "checkpoints").glob("step_*.tmp"))
+
+
+def start(chain, folder, *options):
+    """A training into a folder: (program, run)."""
+    arguments = program(chain, folder, "tokenizer", *OPTIONS, "data.num_workers=1", *options)
+    log = folder.with_suffix(".log")
+    return Program(log, "train_tokenizer.py", *arguments), folder / "tokenizer"
+
+
+def count(record_property, text):
+    print(text)
+    record_property("counted", text)
 
 
 def kill_somewhere(running, run, draw):
-    """Kill the program at a drawn moment; returns (where, whether a checkpoint was being written, its exit status)."""
+    """Kill the program at a drawn moment: (where, was it writing a checkpoint, exit status)."""
     where = draw.choice(["at the start", "between steps", "in a checkpoint", "in a checkpoint"])
     if where != "at the start":
         target = min(logged_step(run) + draw.randint(1, 12), MAX_STEPS - 40)
@@ -59,9 +65,8 @@ def kill_somewhere(running, run, draw):
         time.sleep(draw.uniform(0, 0.01))
     else:
         time.sleep(draw.uniform(0, 1.0 if where == "at the start" else 0.05))
-    status = (
-        running.kill() if draw.random() < 0.5 else running.kill_group()
-    )  # out of memory, or the machine died
+    # Out of memory, or the machine died.
+    status = running.kill() if draw.random() < 0.5 else running.kill_group()
     return where, is_writing(run), status
 
 
@@ -76,50 +81,41 @@ def compare(run, whole):
 
 
 def test_twenty_kills_at_random_moments_change_no_bit(chain, tmp_path, record_property):
-    def start(name):
-        arguments = program(chain, tmp_path / name, "tokenizer", *OPTIONS, "data.num_workers=1")
-        return Program(
-            tmp_path / f"{name}.log", "train_tokenizer.py", *arguments
-        ), tmp_path / name / "tokenizer"
-
-    running, whole = start("whole")
+    running, whole = start(chain, tmp_path / "whole")
     assert running.wait() == 0, running.output
     draw, kills, inside = random.Random(0), 0, 0
     while kills < KILLS or inside < KILLS_INSIDE:
-        running, run = start("killed")
+        running, run = start(chain, tmp_path / "killed")
         where, was_writing, status = kill_somewhere(running, run, draw)
         assert status == -signal.SIGKILL, (where, running.output)
         kills += 1
         inside += was_writing
         assert kills < 3 * KILLS, f"only {inside} inside the writing of a checkpoint"
     assert logged_step(run) < MAX_STEPS - 30  # there was something left to kill, up to the end
-    running, run = start("killed")
+    running, run = start(chain, tmp_path / "killed")
     assert running.wait() == 0, running.output
     assert not is_writing(run)
     size = compare(run, whole)
-    text = f"{kills} kills, {inside} of them while a checkpoint was being written; {size} bytes compared, no difference"
-    print(text)
-    record_property("counted", text)
+    count(record_property, f"{kills} kills, {inside} in a checkpoint; {size} bytes equal")
 
 
 def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(
     chain, tmp_path, record_property
 ):
-    def start(name):
-        arguments = program(chain, tmp_path / name, "tokenizer", *OPTIONS, "training.max_steps=60")
-        return start_ranks(
-            tmp_path / f"{name}.log", 2, "train_tokenizer.py", *arguments
-        ), tmp_path / name / "tokenizer"
+    def start_two(name):
+        options = [*OPTIONS, "training.max_steps=60"]
+        arguments = program(chain, tmp_path / name, "tokenizer", *options)
+        ranks = start_ranks(tmp_path / f"{name}.log", 2, "train_tokenizer.py", *arguments)
+        return ranks, tmp_path / name / "tokenizer"
 
-    ranks, whole = start("whole")
+    ranks, whole = start_two("whole")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     draw = random.Random(1)
     for victims in ((0, 1), (1,), (0,)):
-        ranks, run = start("killed")
+        ranks, run = start_two("killed")
         target = logged_step(run) + draw.randint(4, 12)
-        assert ranks[0].wait_until(lambda run=run, target=target: logged_step(run) >= target), (
-            ranks[0].output
-        )
+        came = ranks[0].wait_until(lambda run=run, target=target: logged_step(run) >= target)
+        assert came, ranks[0].output
         time.sleep(draw.uniform(0, 0.05))
         for victim in victims:
             assert ranks[victim].kill() == -signal.SIGKILL
@@ -128,38 +124,26 @@ def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(
             assert "error: another training process ended" in ranks[survivor].output
             assert "Traceback" not in ranks[survivor].output
     assert logged_step(run) < 60
-    ranks, run = start("killed")
+    ranks, run = start_two("killed")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     size = compare(run, whole)
-    text = f"2 processes: 4 kills in 3 runs; {size} bytes compared, no difference"
-    print(text)
-    record_property("counted", text)
+    count(record_property, f"2 processes: 4 kills in 3 runs; {size} bytes equal")
 
 
 def test_a_killed_run_whose_newest_checkpoint_is_also_damaged_changes_no_bit(chain, tmp_path):
-    options = [*OPTIONS, "training.max_steps=40", "training.keep_checkpoints=1"]
-
-    def start(name):
-        arguments = program(chain, tmp_path / name, "tokenizer", *options, "data.num_workers=1")
-        return Program(
-            tmp_path / f"{name}.log", "train_tokenizer.py", *arguments
-        ), tmp_path / name / "tokenizer"
-
-    running, whole = start("whole")
+    short = training(max_steps=40, keep_checkpoints=1)
+    running, whole = start(chain, tmp_path / "whole", *short)
     assert running.wait() == 0, running.output
-    running, run = start("killed")
+    running, run = start(chain, tmp_path / "killed", *short)
     assert running.wait_until(lambda: logged_step(run) >= 20), running.output
     running.kill()
+    # One more, newer and not whole.
     newest = max(ckpt.checkpoint_folders(run))
-    damaged = (
-        run / "checkpoints" / f"{ckpt.PREFIX}{newest + EVERY_STEPS:08d}"
-    )  # one more, newer and not whole
+    damaged = run / "checkpoints" / f"{ckpt.PREFIX}{newest + EVERY_STEPS:08d}"
     shutil.copytree(ckpt.checkpoint_folders(run)[newest], damaged)
     (damaged / ckpt.MODEL_FILE).write_bytes(b"half")
-    running, run = start("killed")
+    running, run = start(chain, tmp_path / "killed", *short)
     assert running.wait() == 0, running.output
-    assert (
-        f"{damaged.name} is damaged" in running.output
-        and f"resuming at step {newest}" in running.output
-    )
+    assert f"{damaged.name} is damaged" in running.output
+    assert f"resuming at step {newest}" in running.output
     compare(run, whole)

@@ -1,4 +1,4 @@
-"""modeling/text_encoder.py: the states are open_clip's own, frozen; captions to ids and back; folders; errors."""
+"""modeling/text_encoder.py, clip_weights.py: open_clip's own states; ids and back; files; errors."""
 
 import copy
 import json
@@ -24,6 +24,7 @@ from modeling.text_encoder import (
 L, T = 16, 32
 CAPTIONS = ["a red circle", "a black cat on a green sofa", ""]
 LONG = " ".join(["circle"] * 40)
+CUT = " ".join(["circle"] * (L - 2))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,12 @@ def test_states_pooled_at_the_end_token_and_projected_are_open_clips_text_featur
 
 
 def test_tower_of_a_clip_that_keeps_it_in_text_is_found(tokenize):
-    clip = build_clip(TINY_CLIP)
+    clip, ids = build_clip(TINY_CLIP), tokenize(CAPTIONS)
     wrapper = torch.nn.Module()
     wrapper.text = copy.deepcopy(clip)
-    assert torch.equal(
-        ClipTextEncoder(wrapper)(tokenize(CAPTIONS)), ClipTextEncoder(clip)(tokenize(CAPTIONS))
-    )
+    assert torch.equal(ClipTextEncoder(wrapper)(ids), ClipTextEncoder(clip)(ids))
+    with pytest.raises(ValueError, match="Linear"):
+        ClipTextEncoder(torch.nn.Linear(2, 2))
 
 
 def test_states_are_causal(encoder, tokenize):
@@ -68,27 +69,12 @@ def test_states_are_causal(encoder, tokenize):
     assert all(not torch.allclose(before[:, i], after[:, i]) for i in range(5, L))
 
 
-def test_states_end_in_the_final_layer_norm(encoder, tokenize):
-    assert torch.equal(encoder.ln_final.weight, torch.ones(T))  # as it starts
-    states = encoder(tokenize(CAPTIONS))
-    torch.testing.assert_close(
-        states.mean(dim=-1), torch.zeros(len(CAPTIONS), L), rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(
-        states.var(dim=-1, correction=0), torch.ones(len(CAPTIONS), L), rtol=0, atol=1e-2
-    )
-
-
 def test_tower_is_frozen_and_stays_in_eval_mode(encoder, tokenize):
     assert not any(p.requires_grad for p in encoder.parameters())
     parent = torch.nn.ModuleList([encoder]).train()
     assert parent.training and not any(module.training for module in encoder.modules())
     assert not encoder(tokenize(CAPTIONS)).requires_grad
-
-
-def test_sizes_are_those_of_the_tower(encoder, tokenize):
-    assert encoder.shape == (L, T)
-    assert tokenize.context_length == L
+    assert encoder.shape == (L, T) and tokenize.context_length == L
 
 
 def test_the_identity_follows_weights_and_activation():
@@ -99,51 +85,37 @@ def test_the_identity_follows_weights_and_activation():
     assert first == same and len({first, other_activation, other_weights}) == 3
 
 
-def test_folder_round_trip_gives_the_same_states(tmp_path, tokenize):
-    clip = build_clip(TINY_CLIP)
-    save_clip(clip, TINY_CLIP, tmp_path / "new" / "clip")
-    loaded = load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path / 'new' / 'clip'}"))
-    assert torch.equal(loaded(tokenize(CAPTIONS)), ClipTextEncoder(clip)(tokenize(CAPTIONS)))
-
-
 def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(
     tmp_path, tokenize, monkeypatch
 ):
-    folder = tmp_path / "clip"
+    folder = tmp_path / "new" / "clip"
     old, new = build_clip(TINY_CLIP), build_clip(TINY_CLIP)
+
+    def check_states(clip):
+        loaded = load_text_encoder(TextEncoderConfig(model=f"local-dir:{folder}"))
+        assert torch.equal(loaded(tokenize(CAPTIONS)), ClipTextEncoder(clip)(tokenize(CAPTIONS)))
+
     save_clip(old, TINY_CLIP, folder)
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("modeling.clip_weights.save_file", stop)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr("modeling.clip_weights.save_file", None)
+        with pytest.raises(TypeError):
             save_clip(new, TINY_CLIP, folder)
-    model = TextEncoderConfig(model=f"local-dir:{folder}")
-    assert torch.equal(
-        load_text_encoder(model)(tokenize(CAPTIONS)), ClipTextEncoder(old)(tokenize(CAPTIONS))
-    )
+    check_states(old)
     save_clip(new, TINY_CLIP, folder)
-    assert torch.equal(
-        load_text_encoder(model)(tokenize(CAPTIONS)), ClipTextEncoder(new)(tokenize(CAPTIONS))
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
+    check_states(new)
+    assert [path.name for path in folder.parent.iterdir()] == ["clip"]
 
 
 def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
-    monkeypatch.setattr(
-        "open_clip.get_tokenizer", lambda model: SimpleNamespace(context_length=64)
-    )  # as HFTokenizer
+    other = SimpleNamespace(context_length=64)  # as HFTokenizer
+    monkeypatch.setattr("open_clip.get_tokenizer", lambda model: other)
     with pytest.raises(ValueError, match="text_encoder.model ViT-B-16-SigLIP"):
         TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP"))
 
 
 def test_ids_are_those_of_the_clip_vocabulary_at_the_folders_context_length(tokenize):
     assert torch.equal(tokenize([*CAPTIONS, LONG]), clip_tokenizer(L)([*CAPTIONS, LONG]))
-    assert torch.equal(
-        tokenize(["a cat"])[0, :5], torch.tensor([49406, 320, 2368, 49407, 0])
-    )  # OpenAI's ids
+    assert tokenize(["a cat"])[0, :5].tolist() == [49406, 320, 2368, 49407, 0]  # OpenAI's ids
 
 
 def test_cut_captions_keep_their_end_token(tokenize):
@@ -158,17 +130,11 @@ def test_num_tokens_counts_the_uncut_caption(tokenize):
     assert tokenize.num_tokens(LONG) == 42
 
 
-@pytest.mark.parametrize("caption", ["a red circle", "wow ! a cat", "!~", ""])
+@pytest.mark.parametrize("caption", ["a red circle", "wow ! a cat", "!~", "", LONG])
 def test_decoding_gives_the_caption_back(tokenize, caption):
-    assert tokenize.decode(tokenize([caption])[0]) == caption
-
-
-def test_decoding_a_cut_caption_gives_its_first_words(tokenize):
-    assert tokenize.decode(tokenize([LONG])[0]) == " ".join(["circle"] * (L - 2))
-
-
-def test_decoding_ids_without_an_end_token_drops_the_padding(tokenize):
-    assert tokenize.decode(torch.tensor([49406, 320, 2368, 0, 0])) == "a cat"
+    assert tokenize.decode(tokenize([caption])[0]) == (CUT if caption == LONG else caption)
+    without_end = torch.tensor([49406, 320, 2368, 0, 0])
+    assert tokenize.decode(without_end) == "a cat"
 
 
 def test_tokenizer_survives_pickling(tokenize):
@@ -178,29 +144,26 @@ def test_tokenizer_survives_pickling(tokenize):
 
 
 @pytest.mark.parametrize(
-    ("model", "pretrained", "key_and_value"),
+    ("model", "pretrained", "keys"),
     [
         ("ViT-L-14-337", "openai", "text_encoder.model: .*'ViT-L-14-337'"),
         ("ViT-B-32", "", "text_encoder.pretrained is empty"),
-        ("ViT-B-32", "opena1", "text_encoder.pretrained=opena1 .*ViT-B-32 .tags: openai, "),
+        ("ViT-B-32", "opena1", "text_encoder.pretrained=opena1 .*ViT-B-32 .*openai, "),
     ],
 )
-def test_models_and_weights_that_do_not_exist_are_refused(model, pretrained, key_and_value):
-    with pytest.raises(ValueError, match=key_and_value):
+def test_models_and_weights_that_do_not_exist_are_refused(model, pretrained, keys):
+    with pytest.raises(ValueError, match=keys):
         load_text_encoder(TextEncoderConfig(model, pretrained))
 
 
 @pytest.mark.parametrize("load", [load_text_encoder, TextTokenizer])
-def test_missing_folder_is_refused_with_the_way_to_make_it(tmp_path, load):
-    with pytest.raises(ValueError, match=f"text_encoder.model: .*nowhere.*{CONFIG_FILE}"):
-        load(TextEncoderConfig(model=f"local-dir:{tmp_path / 'nowhere'}"))
-
-
-def test_folder_whose_writing_was_cut_short_is_refused(tmp_path):
-    save_clip(build_clip(TINY_CLIP), TINY_CLIP, tmp_path)
-    (tmp_path / CONFIG_FILE).unlink()
-    with pytest.raises(ValueError, match=f"text_encoder.model: .*{CONFIG_FILE}"):
-        load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path}"))
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_a_folder_that_is_missing_or_was_cut_short_is_refused(tmp_path, load, has_weights):
+    if has_weights:
+        save_clip(build_clip(TINY_CLIP), TINY_CLIP, tmp_path)
+        (tmp_path / CONFIG_FILE).unlink()
+    with pytest.raises(ValueError, match=f"text_encoder.model: {tmp_path} .*{CONFIG_FILE}"):
+        load(TextEncoderConfig(model=f"local-dir:{tmp_path}"))
 
 
 def test_folder_without_weights_is_refused_instead_of_giving_a_random_tower(
@@ -211,18 +174,13 @@ def test_folder_without_weights_is_refused_instead_of_giving_a_random_tower(
         load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path}"))
 
 
-def test_model_without_a_token_embedding_is_refused():
-    with pytest.raises(ValueError, match="Linear"):
-        ClipTextEncoder(torch.nn.Linear(2, 2))
-
-
 PLAIN, QUICK = "tiny-for-tests", "tiny-for-tests-quickgelu"
 REPOSITORY = "nobody/tiny_clip.openai"
 
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
-    """The tiny CLIP under two names, as OpenAI's: with exact GELU and with QuickGELU; a file with weights for both."""
+    """A folder with weights of the tiny CLIP, which open_clip knows by two names, as OpenAI's."""
     folder = tmp_path_factory.mktemp("named")
     (folder / "configs").mkdir()
     for name, config in ((PLAIN, TINY_CLIP), (QUICK, TINY_CLIP | {"quick_gelu": True})):
@@ -234,7 +192,7 @@ def named(tmp_path_factory):
 
 @pytest.fixture
 def hub(named, monkeypatch):
-    """The tiny CLIP as the tag `openai` of both names; downloads give the file, are counted, and need no network."""
+    """The tag `openai` of both names; downloads give the file and are counted, without network."""
     tag = {"openai": {"hf_hub": f"{REPOSITORY}/", "quick_gelu": True}}
     for name in (PLAIN, QUICK):
         monkeypatch.setitem(text_encoder.open_clip.pretrained._PRETRAINED, name, tag)
@@ -244,10 +202,9 @@ def hub(named, monkeypatch):
         downloads.append(f"{repo_id}/{filename}")
         return str(named / filename)
 
+    session = SimpleNamespace(head=lambda url, timeout: None)
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
-    monkeypatch.setattr(
-        "huggingface_hub.get_session", lambda: SimpleNamespace(head=lambda url, timeout: None)
-    )
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: session)
     return downloads
 
 
@@ -265,20 +222,11 @@ def test_a_local_file_gives_the_same_states_as_the_hubs_name(named, hub, tokeniz
     save_file(clip.state_dict(), file)
     if form == "pickle":
         file = tmp_path / "clip.bin"
-        torch.save(
-            {
-                "state_dict": {
-                    f"module.{name}": tensor for name, tensor in clip.state_dict().items()
-                }
-            },
-            file,
-        )
-    from_hub, from_file = (
-        states_of(tokenize, QUICK, "openai"),
-        states_of(tokenize, QUICK, str(file)),
-    )
-    assert torch.equal(from_hub, from_file) and from_hub.dtype == torch.float32
-    assert hub == [f"{REPOSITORY}/{WEIGHTS_FILE}"]
+        weights = {f"module.{name}": tensor for name, tensor in clip.state_dict().items()}
+        torch.save({"state_dict": weights}, file)
+    from_hub = states_of(tokenize, QUICK, "openai")
+    assert torch.equal(from_hub, states_of(tokenize, QUICK, str(file)))
+    assert from_hub.dtype == torch.float32 and hub == [f"{REPOSITORY}/{WEIGHTS_FILE}"]
 
 
 def test_the_name_or_the_option_says_the_activation_of_a_file(named, tokenize):
@@ -286,52 +234,46 @@ def test_the_name_or_the_option_says_the_activation_of_a_file(named, tokenize):
     quick = load_text_encoder(TextEncoderConfig(QUICK, file))
     exact = load_text_encoder(TextEncoderConfig(PLAIN, file, exact_gelu=True))
     assert (quick.quick_gelu, exact.quick_gelu) == (True, False)
-    assert not torch.allclose(
-        quick(tokenize(CAPTIONS)), exact(tokenize(CAPTIONS)), rtol=0, atol=1e-4
-    )
-    with pytest.raises(ValueError) as error:
+    difference = quick(tokenize(CAPTIONS)) - exact(tokenize(CAPTIONS))
+    assert difference.abs().max() > 1e-4
+    with pytest.raises(ValueError, match=f"model={QUICK}.*text_encoder.exact_gelu=true"):
         load_text_encoder(TextEncoderConfig(PLAIN, file))
-    assert f"set text_encoder.model={QUICK}" in str(error.value)
-    assert "set text_encoder.exact_gelu=true" in str(error.value)
 
 
-def test_a_tag_whose_weights_want_the_other_activation_is_refused(hub):
-    with pytest.raises(ValueError, match=f"openai .*set text_encoder.model={QUICK}"):
-        load_text_encoder(TextEncoderConfig(PLAIN, "openai"))
-    with pytest.raises(ValueError, match="set text_encoder.model=ViT-L-14-336-quickgelu"):
-        load_text_encoder(TextEncoderConfig("ViT-L-14-336", "openai"))
+@pytest.mark.parametrize("model", [PLAIN, "ViT-L-14-336"])
+def test_a_tag_whose_weights_want_the_other_activation_is_refused(hub, model):
+    with pytest.raises(ValueError, match=f"set text_encoder.model={model}-quickgelu"):
+        load_text_encoder(TextEncoderConfig(model, "openai"))
     assert not hub
 
 
-def test_exact_gelu_is_refused_where_the_activation_is_said_already(named, hub, tiny_clip_dir):
-    for model, pretrained in (
-        (QUICK, str(named / WEIGHTS_FILE)),
-        (QUICK, "openai"),
-        (f"local-dir:{tiny_clip_dir}", ""),
-    ):
-        with pytest.raises(ValueError, match="text_encoder.exact_gelu.*leave it out"):
-            load_text_encoder(TextEncoderConfig(model, pretrained, exact_gelu=True))
+@pytest.mark.parametrize("where", ["file", "tag", "folder"])
+def test_exact_gelu_is_refused_where_the_activation_is_said_already(
+    named, hub, tiny_clip_dir, where
+):
+    model = f"local-dir:{tiny_clip_dir}" if where == "folder" else QUICK
+    pretrained = {"file": str(named / WEIGHTS_FILE), "tag": "openai", "folder": ""}[where]
+    with pytest.raises(ValueError, match="text_encoder.exact_gelu"):
+        load_text_encoder(TextEncoderConfig(model, pretrained, exact_gelu=True))
 
 
 def test_weights_in_the_hubs_cache_are_used_without_asking_the_hub(
-    named, hub, tokenize, tmp_path, monkeypatch
+    hub, tokenize, tmp_path, monkeypatch
 ):
-    snapshot = tmp_path / f"models--{REPOSITORY.replace('/', '--')}"
-    (snapshot / "refs").mkdir(parents=True)
-    (snapshot / "refs" / "main").write_text("abc")
-    (snapshot / "snapshots" / "abc").mkdir(parents=True)
-    save_file(build_clip(TINY_CLIP).state_dict(), snapshot / "snapshots" / "abc" / WEIGHTS_FILE)
+    folder = tmp_path / f"models--{REPOSITORY.replace('/', '--')}"
+    file = folder / "snapshots" / "abc" / WEIGHTS_FILE
+    for path in (folder / "refs", file.parent):
+        path.mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    save_file(build_clip(TINY_CLIP).state_dict(), file)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_session", None)
     cached = states_of(tokenize, QUICK, "openai")
-    assert torch.equal(
-        cached, states_of(tokenize, QUICK, str(snapshot / "snapshots" / "abc" / WEIGHTS_FILE))
-    )
-    assert not hub
+    assert torch.equal(cached, states_of(tokenize, QUICK, str(file))) and not hub
 
 
 @pytest.mark.parametrize(
-    ("offline", "reason"), [(True, "HF_HUB_OFFLINE is set"), (False, "does not answer")]
+    ("offline", "reason"), [(True, "HF_HUB_OFFLINE"), (False, "does not answer")]
 )
 def test_without_network_the_error_says_what_to_download_and_how_to_name_it(
     hub, monkeypatch, offline, reason
@@ -344,49 +286,35 @@ def test_without_network_the_error_says_what_to_download_and_how_to_name_it(
     with pytest.raises(ValueError) as error:
         load_text_encoder(TextEncoderConfig(QUICK, "openai"))
     message = str(error.value)
-    assert (
-        f"cannot load the text tower {QUICK}, openai: it is not in the hub's cache on this machine"
-        in message
-    )
-    assert reason in message and "\n" not in message and not hub
-    assert f"download {WEIGHTS_FILE} of https://huggingface.co/{REPOSITORY} elsewhere" in message
-    assert (
-        f"set text_encoder.pretrained=PATH_OF_THE_FILE; text_encoder.model stays {QUICK}" in message
-    )
+    source = f"{WEIGHTS_FILE} of https://huggingface.co/{REPOSITORY}"
+    for part in (f"{QUICK}, openai", reason, source, "text_encoder.pretrained=PATH_OF_THE_FILE"):
+        assert part in message
+    assert "\n" not in message and not hub
 
 
 def test_a_repository_that_cannot_be_had_is_named_with_the_way_to_use_its_files(monkeypatch):
-    def download(*arguments, **options):
-        raise OSError("no route")
-
-    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
-    with pytest.raises(
-        ValueError,
-        match="hf-hub:a/b: .*of https://huggingface.co/a/b elsewhere.*model=local-dir:FOLDER",
-    ):
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", None)
+    with pytest.raises(ValueError, match="huggingface.co/a/b elsewhere.*model=local-dir:FOLDER"):
         load_text_encoder(TextEncoderConfig("hf-hub:a/b"))
 
 
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
-)  # torch gives TorchScript up
+# torch gives TorchScript up
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_readable(
     tokenize, named, tmp_path
 ):
     clip = build_clip(TINY_CLIP).eval().half()
     rounded = copy.deepcopy(clip).float()
-    clip.register_buffer(
-        "attn_mask", None
-    )  # the state dict of OpenAI's files has no mask, but three numbers
+    # The state dict of OpenAI's files has no mask, but three numbers.
+    clip.register_buffer("attn_mask", None)
     for name in ("input_resolution", "context_length", "vocab_size"):
         vars(clip).pop(name, None)
         clip.register_buffer(name, torch.tensor(7))
     file = tmp_path / "ViT-L-14-336px.pt"
     example = (torch.randn(1, 3, 32, 32).half(), tokenize(CAPTIONS[:1]))
     torch.jit.trace(clip, example, check_trace=False, strict=False).save(str(file))
-    with pytest.raises(ValueError, match="is a TorchScript archive") as error:
+    with pytest.raises(ValueError, match="TorchScript") as error:
         load_text_encoder(TextEncoderConfig(QUICK, str(file)))
-    assert "\n" not in str(error.value)
     exec(re.search(r'python -c "(.+?)" and', str(error.value))[1], {})
     states = states_of(tokenize, PLAIN, f"{file}.safetensors", exact_gelu=True)
     assert torch.equal(states, ClipTextEncoder(rounded)(tokenize(CAPTIONS)))
@@ -405,8 +333,5 @@ def test_a_broken_weights_file_is_named_in_one_line(named, tmp_path, name, conte
 def test_under_bf16_autocast_the_weights_and_the_final_norm_stay_float32(encoder, tokenize):
     with torch.autocast("cpu", torch.bfloat16):
         states = encoder(tokenize(CAPTIONS))
-    assert {p.dtype for p in encoder.parameters()} == {
-        torch.float32
-    } and states.dtype == torch.float32
-    exact = encoder(tokenize(CAPTIONS))
-    assert 0 < (states - exact).abs().max() < 0.1
+    assert {p.dtype for p in encoder.parameters()} == {states.dtype} == {torch.float32}
+    assert 0 < (states - encoder(tokenize(CAPTIONS))).abs().max() < 0.1

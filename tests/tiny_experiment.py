@@ -1,4 +1,4 @@
-"""An experiment of tiny sizes, whose stages several test files run: the real main() of each, in this process."""
+"""An experiment of tiny sizes: several test files run the real main() of its stages in-process."""
 
 import json
 from pathlib import Path
@@ -39,17 +39,10 @@ def stage_configs(shards: Path) -> dict[str, dict]:
     clip = {"image_size": 32, "context_length": 16, "embed_dim": 24}
     tokenizer = {"image_size": 32, "patch_size": 8, "token_channels": 4, "init_std": 0}
     tokenizer |= {"encoder": size, "decoder": size}
-    training = {
-        "max_steps": 4,
-        "batch_size": 8,
-        "ema_decay": 0.9,
-        "log_every_steps": 2,
-        "checkpoint_every_steps": 2,
-    }
-    common = {
-        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "cosine"},
-        "training": training | {"sample_every_steps": 2},
-    }
+    rhythm = ("log_every_steps", "checkpoint_every_steps", "sample_every_steps")
+    training = {"max_steps": 4, "batch_size": 8, "ema_decay": 0.9} | dict.fromkeys(rhythm, 2)
+    optimizer = {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "cosine"}
+    common = {"optimizer": optimizer, "training": training}
     text_encoder = {"model": "local-dir:${experiment_dir}/text_encoder/clip"}
     return {
         "text_encoder": {
@@ -93,8 +86,13 @@ def stage_configs(shards: Path) -> dict[str, dict]:
     }
 
 
+def training(**values) -> list[str]:
+    """Overrides of training.*."""
+    return [f"training.{name}={value}" for name, value in values.items()]
+
+
 def to_text(experiment: Path, shards: Path) -> list[str]:
-    """Overrides with which stage flowtok learns to flow from image to text, for an experiment's text decoder."""
+    """Overrides with which stage flowtok flows from image to text, for a text decoder's z_T."""
     run = f"{experiment}/text_decoder"
     decoder = [f"projector_run={run}", f"text_decoder_run={run}", "flow.projector=frozen"]
     losses = ["losses.alignment_weight=0", "losses.kl_weight=0"]
@@ -117,17 +115,16 @@ class Experiment:
 
     def inputs(self, stage: str) -> list[str]:
         """Overrides with which a stage in another folder reads this experiment's earlier stages."""
-        tower = [f"text_encoder.model=local-dir:{self.folder}/text_encoder/clip"]
-        tokenizer = [f"tokenizer_run={self.folder}/tokenizer"]
-        tokens = [*tokenizer, f"data.shards=[{self.folder}/tokens/*.tar]"]
-        return {
-            "text_encoder": [],
-            "tokenizer": tower,
-            "tokens": tokenizer,
-            "text_projector": tokens,
-            "text_decoder": tokens,
-            "flowtok": [*tokens, f"projector_run={self.folder}/text_projector"],
-        }[stage]
+        if stage == "text_encoder":
+            return []
+        if stage == "tokenizer":
+            return [f"text_encoder.model=local-dir:{self.folder}/text_encoder/clip"]
+        runs = [f"tokenizer_run={self.folder}/tokenizer"]
+        if stage != "tokens":
+            runs.append(f"data.shards=[{self.folder}/tokens/*.tar]")
+        if stage == "flowtok":
+            runs.append(f"projector_run={self.folder}/text_projector")
+        return runs
 
     def config(self, stage: str, *overrides: str):
         return load_config(PROGRAMS[stage][0], self.config_file(stage), list(overrides))
@@ -145,7 +142,7 @@ class Experiment:
 
 
 def reset_accelerate() -> None:
-    """Let this process start another program: accelerate keeps its settings, precision among them, per process."""
+    """Let this process start another program: accelerate keeps its settings per process."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -163,6 +160,21 @@ def metrics(run: Path) -> list[dict]:
 def weights(run: Path, file: str = ckpt.MODEL_FILE) -> dict[str, torch.Tensor]:
     """Tensors of the newest checkpoint."""
     return load_file(ckpt.latest_checkpoint(run)[1] / file)
+
+
+def last_weights(chain, folder, stage, options) -> dict[str, dict]:
+    """Weights after a short run with each of several (groups of) overrides."""
+    runs = {}
+    for index, option in enumerate(options):
+        quiet = "training.sample_every_steps=0"
+        runs[option] = weights(chain.run_in(folder / str(index), stage, quiet, *option.split()))
+    return runs
+
+
+def all_different(runs: dict[str, dict]) -> bool:
+    """Whether no two runs ended with the same weights."""
+    values = list(runs.values())
+    return not any(equal(a, b) for i, a in enumerate(values) for b in values[:i])
 
 
 def equal(a, b) -> bool:
