@@ -168,7 +168,7 @@ class TimeTable:
         network, row = self.network, self.rows[time]
         branches = slice(int(null[0]), int(null[-1]) + 1)
 
-        # All samples of a branch share its modulation: they are one long sequence but for attention.
+        # All samples of a branch share its modulation: one long sequence, except for attention.
         embedded = (network.embed_tokens(x) + network.positions).flatten(0, 1)  # B K x W
         hidden = embedded.expand(len(null), -1, -1)  # G x B K x W
         for block, modulation in zip(network.blocks, self.modulations):

@@ -104,7 +104,7 @@ def kl_loss(mean: Tensor, logvar: Tensor, form: KLForm = "gaussian") -> Tensor:
     mean, logvar = mean.float(), logvar.float()
     square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
     kl = -0.5 * (1 + logvar - square - logvar.exp())
-    # Differs from the release, which sums over the batch, too: its weight depends on the batch size.
+    # Differs from the release, whose sum over the batch makes the weight depend on its size.
     return kl.sum() / len(mean)
 
 

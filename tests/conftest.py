@@ -125,7 +125,7 @@ def inception_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, tiny_shards):
-    """A tiny experiment whose stages have all run, and its samples; tests leave its folder alone."""
+    """A tiny experiment whose stages have all run, and samples; tests leave its folder alone."""
     # Here, because it imports every stage, which most tests do not need.
     from tiny_experiment import PROGRAMS, Experiment, draw
 

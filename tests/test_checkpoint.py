@@ -1,4 +1,4 @@
-"""training/checkpoint.py: what counts as a checkpoint, rotation, and strict loading that executes nothing."""
+"""training/checkpoint.py: what counts as a checkpoint, rotation, strict loading, no code run."""
 
 import re
 

@@ -1,7 +1,7 @@
 """Disks, data, workers, ranks, signals that fail a real training: one line, and the run goes on.
 
-Every training is a process of its own (tests/forks.py). What a healthy run of the same command ends with is compared
-bit for bit where the fault should leave no trace.
+Every training is a process of its own (tests/forks.py). Where the fault should leave no trace, the
+end is compared bit for bit with that of a healthy run.
 """
 
 import io

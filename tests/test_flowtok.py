@@ -1,4 +1,4 @@
-"""modeling/flowtok.py: the paper's sizes, the adaLN-Zero start, block formulas, conditions, gradients."""
+"""modeling/flowtok.py: the paper's sizes, the adaLN-Zero start, formulas, gradients."""
 
 import math
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Hostile inputs: each ends in an error of ours or a right result; no hang, no left-over file.
 
-Seeded, so that a failure comes again. What the inputs are made from is read from the tiny experiment.
+Seeded, so that a failure comes again. The inputs are made from the tiny experiment.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""training/metrics.py: means, the first bad step, and a metrics.jsonl without gaps or repeats after a resume."""
+"""training/metrics.py: means, the first bad step, a log without gaps or repeats after a resume."""
 
 import json
 import sys

@@ -57,7 +57,8 @@ def reference_lpips(vgg_file):
         for index, layer in layers.named_children():
             for part, parameter in layer.named_parameters():
                 parameter.data = state[f"features.{index}.{part}"]
-    heads = torch.load(f"{lpips.__path__[0]}/weights/v0.1/vgg.pth", weights_only=True)
+    heads_file = f"{lpips.__path__[0]}/weights/v0.1/vgg.pth"
+    heads = torch.load(heads_file, map_location="cpu", weights_only=True)
     for index in range(5):
         package.lins[index].model[1].weight.data = heads[f"lin{index}.model.1.weight"]
     return package

@@ -1,4 +1,4 @@
-"""modeling/pipeline.py: images depend on caption, seed, index, not on the batch; guidance; ranges."""
+"""modeling/pipeline.py: an image depends on caption, seed, index, not on its batch; guidance."""
 
 from dataclasses import replace
 

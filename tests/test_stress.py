@@ -1,6 +1,6 @@
 """Real trainings, ended by SIGKILL at random moments: they end bit for bit like undisturbed ones.
 
-As `python train_tokenizer.py` runs them (tests/forks.py): with a data worker, checkpoints written in the background.
+As `python train_tokenizer.py` runs them (tests/forks.py), with a data worker.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""modeling/text_encoder.py, clip_weights.py: open_clip's own states; ids and back; files; errors."""
+"""modeling/text_encoder.py, clip_weights.py: open_clip's states; ids and back; files; errors."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""train_tokenizer.py: the adversarial game and its resume, perceptual loss, weights to start from."""
+"""train_tokenizer.py: the adversarial game, its resume, perceptual loss, weights to start from."""
 
 import math
 

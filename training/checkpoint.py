@@ -2,7 +2,7 @@
 
 step_00001000/  model.safetensors  ema.safetensors  optimizer.pt  rank_00000.pt ...
                 discriminator_model.safetensors  discriminator_optimizer.pt    (stage 1)
-                state.json    the step, the inputs, bytes and CRC-32 of each other file; written last
+                state.json    step, inputs, bytes and CRC-32 of each other file; written last
 latest -> step_00001000
 Nothing in it executes code when read: safetensors, JSON, and torch.load with weights_only.
 """

@@ -100,7 +100,7 @@ def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
     if folder == config.model or not beside.is_dir():
         return [config]
 
-    # A folder that is where the config says may be that of another experiment by now, so both count.
+    # What lies where the config says may be another experiment's by now: both count.
     moved = replace(config, model=f"local-dir:{beside}")
     return [config, moved] if Path(folder).is_dir() else [moved, config]
 

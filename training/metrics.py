@@ -79,8 +79,8 @@ class MetricWindow:
         step, names, values, keys = self._steps[bad[0]]
         terms = dict(zip(names, values.tolist(), strict=True))
         raise FloatingPointError(
-            f"{describe_bad_step(step, rank, terms, keys)}. The last checkpoint of {run_dir} is from "
-            "before it. Lower the learning rate or training.max_gradient_norm"
+            f"{describe_bad_step(step, rank, terms, keys)}. The last checkpoint of {run_dir} is "
+            "from before it. Lower the learning rate or training.max_gradient_norm"
         )
 
     def state_dict(self) -> dict:
