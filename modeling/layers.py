@@ -32,8 +32,6 @@ def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
     The first half of the channel pairs turns with the row, the second half with the column. Inside
     a half of size d: frequencies 10000^(-2i/d), i = 0..d/2-1, one per pair of adjacent channels.
     """
-    if head_dim % 4:
-        raise ValueError(f"axial RoPE needs a head size that is a multiple of 4, got {head_dim}")
     # In float64, and rounded once at the end.
     half = head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # head_dim / 4
@@ -58,8 +56,6 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
-        if width % num_heads:
-            raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)

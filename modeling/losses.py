@@ -214,20 +214,21 @@ PROJECTOR_LOSSES = {
 VELOCITY_LOSSES = {"flow_matching": flow_matching}
 
 
+def terms_in_use(table: dict, config: ProjectorLossConfig, *inputs) -> dict[str, Tensor]:
+    weights = loss_weights(config)
+    return {name: term(config, *inputs) for name, term in table.items() if weights[name]}
+
+
 def projector_losses(
     config: ProjectorLossConfig, source: SourcePass, image_mean: Tensor
 ) -> dict[str, Tensor]:
     """The terms on z_T of weight > 0, unweighted. image_mean: of z_I, scaled, B x K x C."""
-    weights = loss_weights(config)
-    in_use = {name: term for name, term in PROJECTOR_LOSSES.items() if weights[name]}
-    return {name: term(config, source, image_mean) for name, term in in_use.items()}
+    return terms_in_use(PROJECTOR_LOSSES, config, source, image_mean)
 
 
 def velocity_losses(config: FlowLossConfig, output: FlowPass) -> dict[str, Tensor]:
     """The terms on the velocity of weight > 0, unweighted."""
-    weights = loss_weights(config)
-    in_use = {name: term for name, term in VELOCITY_LOSSES.items() if weights[name]}
-    return {name: term(config, output) for name, term in in_use.items()}
+    return terms_in_use(VELOCITY_LOSSES, config, output)
 
 
 def freeze_unused_alignment(projector: TextProjector, config: ProjectorLossConfig) -> None:

@@ -67,7 +67,6 @@ class TextDecoder(nn.Module):
     def __init__(self, config: TextDecoderConfig, text_tokens: int, token_channels: int):
         super().__init__()
         self.config = config
-        self.shape = (text_tokens, token_channels)
         self.embed = nn.Linear(token_channels, config.width)
         self.positions = nn.Parameter(torch.empty(text_tokens, config.width))
         self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.depth))
@@ -93,9 +92,6 @@ class TextDecoder(nn.Module):
 
     def hidden(self, latents: Tensor) -> Tensor:
         """z_T B x L x C -> B x L x W, in front of the head."""
-        found = tuple(latents.shape[1:])
-        if found != self.shape:
-            raise ValueError(f"text latents are B x {found}, the decoder expects B x {self.shape}")
         x = self.embed(latents) + self.positions  # B x L x W
         for block in self.blocks:
             x = block(x)

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections import Counter
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ import webdataset as wds
 from PIL import Image
 
 from assets.noto_emoji import make_demo_data as demo
-from modeling.text_encoder import clip_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "noto_emoji"
 MANIFEST = json.loads((ASSETS / "manifest.json").read_text(encoding="utf-8"))
@@ -21,7 +20,10 @@ HELDOUT = set((ASSETS / "heldout.txt").read_text(encoding="utf-8").split())
 def read_shard(path):
     """[(key, {"png", "txt", "json"} as raw bytes)] as webdataset reads them."""
     samples = wds.WebDataset([str(path)], shardshuffle=False, empty_check=False)
-    return [(x["__key__"], {name: x[name] for name in ("png", "txt", "json")}) for x in samples]
+    return [
+        (sample["__key__"], {name: sample[name] for name in ("png", "txt", "json")})
+        for sample in samples
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +41,34 @@ def images(samples):
     return {key: Image.open(io.BytesIO(files["png"])).convert("RGB") for key, files in samples}
 
 
-def test_committed_shards_match_the_manifest(shards, images):
-    rows = MANIFEST["shards"]
-    assert {path.name for path in ASSETS.glob("*.tar.gz")} == {row["file"] for row in rows}
-    for row in rows:
-        data, items = (ASSETS / row["file"]).read_bytes(), shards[row["file"]]
-        assert len(data) == row["bytes"] and len(items) == row["samples"]
-        assert hashlib.sha256(data).hexdigest() == row["sha256"], row["file"]
-        described = [files["json"] for _, files in items]
-        pixels = [images[key].tobytes() for key, _ in items]
+def test_committed_shards_match_the_manifest():
+    assert {path.name for path in ASSETS.glob("*.tar.gz")} == {
+        row["file"] for row in MANIFEST["shards"]
+    }
+    for row in MANIFEST["shards"]:
+        data = (ASSETS / row["file"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (row["bytes"], row["sha256"]), row[
+            "file"
+        ]
+
+
+def test_shard_contents_match_the_manifest(shards, images):
+    for row in MANIFEST["shards"]:
+        items = shards[row["file"]]
+        described, pixels = (
+            [files["json"] for _, files in items],
+            [images[key].tobytes() for key, _ in items],
+        )
+        assert len(items) == row["samples"]
         assert demo.content_sha256(described, pixels) == row["content_sha256"], row["file"]
 
 
 def test_counts_of_splits_and_distinct_samples(shards, samples, images):
-    counts = Counter()
+    counts = dict.fromkeys(("train-base", "train-tone", "heldout", "heldout-tone"), 0)
     for file, items in shards.items():
         counts[file.rsplit("-", 1)[0]] += len(items)
     assert counts == {"train-base": 1761, "train-tone": 1725, "heldout": 150, "heldout-tone": 150}
+    assert len(shards["train-base-000000.tar.gz"]) == 512
     totals = MANIFEST["totals"]
     assert totals["samples"] == len({key for key, _ in samples}) == len(samples) == 3786
     assert totals["distinct_captions"] == len({files["txt"] for _, files in samples}) == 3786
@@ -76,21 +89,35 @@ def test_no_heldout_emoji_in_a_training_shard(shards, images):
 
 
 def test_every_sample_is_a_64_pixel_image_with_one_caption_and_description(samples, images):
-    tokenizer = clip_tokenizer(32)
     for key, files in samples:
-        about, caption = json.loads(files["json"]), files["txt"].decode()
+        about = json.loads(files["json"])
         assert images[key].size == (64, 64)
-        assert "." not in key and about["key"] == key and about["caption"] == caption
-        assert caption.startswith(f"{about['name']}, {about['subcategory']}")
+        assert "." not in key and about["key"] == key and about["caption"] == files["txt"].decode()
+        assert about["caption"].startswith(f"{about['name']}, {about['subcategory']}")
         assert (about["tone"] is None) == (about["base"] == key)
+        assert list(about) == ["base", "caption", "category", "key", "name", "subcategory", "tone"]
+
+
+def test_captions_are_lower_case_and_printable(samples):
+    for _, files in samples:
+        caption = files["txt"].decode()
         assert caption == caption.lower().strip() and "  " not in caption
-        assert caption.isprintable() and len(tokenizer.encode(caption)) + 2 <= 32
+        assert not any(unicodedata.category(char).startswith("C") for char in caption), caption
+
+
+def test_captions_fit_32_clip_tokens(samples):
+    tokenizer = pytest.importorskip("open_clip").tokenizer.SimpleTokenizer()
+    lengths = [
+        len(tokenizer.encode(files["txt"].decode())) + 2 for _, files in samples
+    ]  # start and end tokens
+    assert max(lengths) == 21
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("SMILING CAT FACE WITH HEART-SHAPED EYES", "smiling cat face with heart-shaped eyes"),
+        ("United States Flag", "united states flag"),
         ("KEYCAP: *", "keycap *"),
         ("MAN: RED HAIR", "man with red hair"),
         ("PERSON: BALD", "bald person"),
@@ -99,6 +126,7 @@ def test_every_sample_is_a_64_pixel_image_with_one_caption_and_description(sampl
         ("FAMILY: MAN, WOMAN, GIRL, BOY", "family of man, woman, girl and boy"),
         ("CLOCK FACE ONE OCLOCK", "clock face one o'clock"),
         ("BLACK TELEPHONE", "telephone"),
+        ("BLACK CAT", "black cat"),
         ("HEAVY BLACK HEART", "red heart"),
     ],
 )
@@ -107,21 +135,25 @@ def test_names_read_naturally(name, expected):
 
 
 def test_tone_names():
-    names = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FB-1F3FF": "light and dark"}
-    names |= {"1F3FF-1F3FB": "dark and light", "1F3FD-1F3FD": "medium"}
-    assert {variation: demo.tone_name(variation) for variation in names} == names
+    variations = ("1F3FB", "1F3FC", "1F3FB-1F3FF", "1F3FF-1F3FB", "1F3FD-1F3FD")
+    expected = ["light", "medium-light", "light and dark", "dark and light", "medium"]
+    assert [demo.tone_name(variation) for variation in variations] == expected
 
 
 def make_entry(unified, name, short_name, variations=()):
     variants = {tone: {"unified": f"{unified}-{tone}"} for tone in variations}
-    entry = {"unified": unified, "name": name, "short_name": short_name}
-    entry |= {"category": "People & Body", "subcategory": "person-role"}
-    return entry | {"skin_variations": variants}
+    entry = {
+        "unified": unified,
+        "name": name,
+        "short_name": short_name,
+        "category": "People & Body",
+    }
+    return entry | {"subcategory": "person-role", "skin_variations": variants}
 
 
 @pytest.fixture
 def package(tmp_path):
-    """Six images: two emoji of one name, one in two skin tones; a held-out one in one skin tone."""
+    """Six images: two emoji of one name, one of them in two skin tones; a held-out emoji in one skin tone."""
     folder = tmp_path / "package"
     demo.image_folder(folder).mkdir(parents=True)
     entries = [
@@ -130,12 +162,14 @@ def package(tmp_path):
         make_entry("1F44D", "THUMBS UP SIGN", "+1", ("1F3FD",)),
     ]
     (folder / "emoji.json").write_text(json.dumps(entries))
-    version = {"name": demo.PACKAGE_NAME, "version": demo.PACKAGE_VERSION}
-    (folder / "package.json").write_text(json.dumps(version))
+    (folder / "package.json").write_text(
+        json.dumps({"name": demo.PACKAGE_NAME, "version": demo.PACKAGE_VERSION})
+    )
     (folder / "LICENSE").write_text("licence")
     for index, item in enumerate(demo.describe_emoji(entries)):
-        # Alpha 0: white once composited.
-        image = Image.new("RGBA", (64, 64), (255, 0, 0, 40 * index))
+        image = Image.new(
+            "RGBA", (64, 64), (255, 0, 0, 40 * index)
+        )  # alpha 0: white once composited
         image.save(demo.image_folder(folder) / f"{item.key}.png")
     (tmp_path / "heldout.txt").write_text("1f44d\n")
     return folder
@@ -147,22 +181,31 @@ def build(package, output, **changes):
 
 
 def test_two_builds_are_equal_byte_for_byte(package, tmp_path):
-    for name in ("one", "two", "two"):  # over an earlier build, too
-        build(package, tmp_path / name)
+    build(package, tmp_path / "one")
+    build(package, tmp_path / "two")
+    build(package, tmp_path / "two")  # over an earlier build
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("one", "two")
     )
-    splits = ("train-base", "train-tone", "heldout", "heldout-tone")
-    names = {f"{split}-000000.tar.gz" for split in splits}
-    assert one == two and set(one) == names | {"manifest.json", "LICENSE-emoji-datasource"}
+    assert one == two
+    assert set(one) == {
+        "train-base-000000.tar.gz",
+        "train-tone-000000.tar.gz",
+        "heldout-000000.tar.gz",
+        "heldout-tone-000000.tar.gz",
+        "manifest.json",
+        "LICENSE-emoji-datasource",
+    }
 
 
 def test_built_samples_are_captioned_and_composited_on_white(package, tmp_path):
     build(package, tmp_path / "out")
     samples = dict(read_shard(tmp_path / "out" / "train-base-000000.tar.gz"))
-    captions = {files["txt"].decode() for files in samples.values()}
-    assert captions == {"person in tuxedo, person role", "man in tuxedo, person role"}
+    assert {files["txt"].decode() for files in samples.values()} == {
+        "person in tuxedo, person role",
+        "man in tuxedo, person role",
+    }
     image = Image.open(io.BytesIO(samples["1f935"]["png"]))
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
     tones = dict(read_shard(tmp_path / "out" / "train-tone-000000.tar.gz"))
@@ -178,28 +221,38 @@ def write(name, text):
 
 
 IMAGE = "img/google/64/1f44d.png"
-OLD = '{"name": "emoji-datasource-google", "version": "15.0.0"}'
-
-
-def shrink(package):
-    Image.new("RGBA", (32, 32)).save(package / IMAGE)
 
 
 @pytest.mark.parametrize(
-    ("damage", "keys"),
+    ("damage", "message"),
     [
-        (remove("emoji.json"), "emoji.json"),
-        (write("package.json", OLD), "15.0.0"),
-        (remove(IMAGE), r"5 images, expected 6: .*'1f44d'"),
-        (write("img/google/64/extra.png", ""), "'extra'"),
-        (write(IMAGE, "no image"), "1f44d.png"),
-        (shrink, "32x32, expected 64x64"),
-        (write("../heldout.txt", "1f600\n"), "'1f600'"),
-        (write("../heldout.txt", "1f44d\n1f44d\n"), "2 keys .* expected 1"),
+        (remove("emoji.json"), "emoji.json is missing"),
+        (remove("package.json"), "package.json is missing"),
+        (remove("LICENSE"), "LICENSE is missing"),
+        (
+            write("package.json", '{"name": "emoji-datasource-google", "version": "15.0.0"}'),
+            "15.0.0, expected",
+        ),
+        (remove(IMAGE), r"holds 5 images, expected 6: 1 missing \['1f44d'\]"),
+        (write("img/google/64/extra.png", ""), r"1 not in emoji.json \['extra'\]"),
+        (write(IMAGE, "no image"), "1f44d.png is not a readable image"),
+        (
+            lambda package: Image.new("RGBA", (32, 32)).save(package / IMAGE),
+            "is 32x32, expected 64x64",
+        ),
+        (remove("../heldout.txt"), "heldout.txt is missing"),
+        (write("../heldout.txt", "1f600\n"), r"no base emoji of the package: \['1f600'\]"),
+        (write("../heldout.txt", "1f44d\n1f44d\n"), r"lists 2 keys \(1 different\), expected 1"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_written(package, tmp_path, damage, keys):
+def test_bad_input_is_named_and_nothing_is_written(package, tmp_path, damage, message):
     damage(package)
-    with pytest.raises(ValueError, match=keys):
+    with pytest.raises(ValueError, match=message):
         build(package, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_main_refuses_another_number_of_emoji(package, tmp_path):
+    with pytest.raises(SystemExit, match="describes 6 emoji, expected 3786"):
+        demo.main(["--package", str(package), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

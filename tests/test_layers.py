@@ -113,13 +113,6 @@ def test_time_sinusoids_are_cosines_then_sines_of_the_unscaled_time_in_float32()
     torch.testing.assert_close(timestep_sinusoids(t, 256), expected, rtol=0, atol=1e-6)
 
 
-def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="multiple of 4, got 6"):
-        axial_rope_table(*grid_positions(), 6)
-    with pytest.raises(ValueError, match="width 32 .*num_heads 5"):
-        Attention(32, 5)
-
-
 @pytest.mark.parametrize(
     ("layer", "fans"), [(nn.Linear(300, 200), 500), (nn.Conv2d(3, 64, 4), 3 * 4 * 4 + 64)]
 )

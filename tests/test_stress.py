@@ -5,7 +5,6 @@ As `python train_tokenizer.py` runs them (tests/forks.py), with a data worker.
 
 import json
 import random
-import shutil
 import signal
 import time
 
@@ -128,22 +127,3 @@ def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     size = compare(run, whole)
     count(record_property, f"2 processes: 4 kills in 3 runs; {size} bytes equal")
-
-
-def test_a_killed_run_whose_newest_checkpoint_is_also_damaged_changes_no_bit(chain, tmp_path):
-    short = training(max_steps=40, keep_checkpoints=1)
-    running, whole = start(chain, tmp_path / "whole", *short)
-    assert running.wait() == 0, running.output
-    running, run = start(chain, tmp_path / "killed", *short)
-    assert running.wait_until(lambda: logged_step(run) >= 20), running.output
-    running.kill()
-    # One more, newer and not whole.
-    newest = max(ckpt.checkpoint_folders(run))
-    damaged = run / "checkpoints" / f"{ckpt.PREFIX}{newest + EVERY_STEPS:08d}"
-    shutil.copytree(ckpt.checkpoint_folders(run)[newest], damaged)
-    (damaged / ckpt.MODEL_FILE).write_bytes(b"half")
-    running, run = start(chain, tmp_path / "killed", *short)
-    assert running.wait() == 0, running.output
-    assert f"{damaged.name} is damaged" in running.output
-    assert f"resuming at step {newest}" in running.output
-    compare(run, whole)
