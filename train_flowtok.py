@@ -292,7 +292,7 @@ def compute_losses(
     config: FlowTokStage, tokens: StoredTokens, model: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
-    # z_I at deviation 1, which the path's other end, z_T, has as well.
+    # z_I: the latents, scaled to deviation 1 over all tokens.
     posterior = tokens.image_posterior(batch)
     latents = posterior.sample() if config.flow.sample_image_latent else posterior.mean
     image = latents * tokens.info.latent_scale  # B x K x C
