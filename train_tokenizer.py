@@ -300,7 +300,7 @@ def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evalu
     size = config.tokenizer.image_size
     images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
     bf16 = config.training.precision == "bf16"
-    measure = ReconstructionEvaluation(config.evaluation, images, text_encoder, bf16)
+    measure = ReconstructionEvaluation(images, text_encoder, bf16)
     return Evaluation(config.evaluation.every_steps, measure)
 
 

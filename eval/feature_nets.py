@@ -1,4 +1,4 @@
-"""The frozen networks that images are measured with, in full precision and without gradient.
+"""The frozen networks that images are measured with, in float32 and without gradient.
 
 Inception  InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
            TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the
@@ -32,18 +32,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.programs import INSTALL, describe_file
-from eval.protocol import Precision, Protocol
+from eval.protocol import Protocol
 from modeling.clip_weights import AbsentWeights, ClipConfig, clip_inputs, load_clip
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.perceptual import VGG16_URL
+from modeling.pipeline import ImageGenerator
 from modeling.published import PublishedWeights, file_sha256
-from modeling.text_encoder import TextEncoderConfig
 
 INCEPTION_WIDTH = 2048  # D
 DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224
 DINO_MEAN, DINO_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
-CLIP_SCALE = "100 * mean over the images of max(cosine of image and caption, 0)"
 DOWNLOAD = "; --download fetches it"
 INCEPTION = PublishedWeights(
     "InceptionV3",
@@ -82,29 +81,21 @@ class InceptionFeatures(FeatureNet):
 
     width = INCEPTION_WIDTH
 
-    def __init__(self, weights: Path, precision: Precision = "float32"):
+    def __init__(self, weights: Path):
         """Raises ValueError: torch-fidelity is not installed, or the file holds other weights."""
         super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ValueError(f"Inception needs torch-fidelity ({error}): {INSTALL}") from error
-        # Its constructor unpickles whatever it is given (weights_only=False): give it checked tensors.
+        # Its constructor unpickles what it is given (weights_only=False): give it checked tensors
         checked = io.BytesIO()
         torch.save(read_tensors(weights), checked)
         checked.seek(0)
-        try:
-            with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
-                net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
-        except RuntimeError as error:
-            reason = textwrap.shorten(str(error), 300)
-            raise ValueError(f"{weights} has other weights than InceptionV3's: {reason}") from error
-        # Its own option "float64" computes in float32 (0.4.0, helpers.text_to_dtype).
-        self.dtype = net.feature_extractor_internal_dtype = getattr(torch, precision)
-        self.net = net.to(self.dtype)
-        self.layers = list(net.children())[:-1]  # in calling order; the last, fc, gives logits
+        with refusing_others(weights, "InceptionV3"):
+            self.net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
+        self.layers = list(self.net.children())[:-1]  # in calling order; the last gives logits
         self.identity = {"features": "inception", "weights_sha256": file_sha256(weights)}
-        self.identity["precision"] = precision
 
     def forward(self, images: Tensor) -> Tensor:
         with full_precision(images.device):
@@ -112,10 +103,10 @@ class InceptionFeatures(FeatureNet):
             if images.dtype != torch.float32 or images.shape[-1] != self.net.INPUT_IMAGE_SIZE:
                 return self.net(images)[0]  # which refuses other types than uint8
             # Resized already
-            x = (images.to(self.dtype) - 128) / 128
+            x = (images - 128) / 128
             for layer in self.layers:
                 x = layer(x)
-            return x.flatten(1).float()
+            return x.flatten(1)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
@@ -130,19 +121,15 @@ class DinoFeatures(FeatureNet):
     def __init__(self, weights: Path):
         """Raises ValueError: the file does not hold weights of this net."""
         super().__init__()
-        options = {"pretrained": False, "img_size": DINO_PIXELS, "num_classes": 0}
-        with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
-            self.net = timm.create_model(DINO_MODEL, **options).eval().requires_grad_(False)
-        # Positions were learned at 518 px and are resized to the grid of 224 px
         state = read_tensors(weights)
-        try:
-            self.net.load_state_dict(checkpoint_filter_fn(state, self.net))
-        except (RuntimeError, KeyError) as error:
-            reason = textwrap.shorten(str(error), 300)
-            raise ValueError(
-                f"{weights} has other weights than {DINO_MODEL}'s: {reason}"
-            ) from error
-        self.width = self.net.num_features
+        with refusing_others(weights, DINO_MODEL):
+            net = timm.create_model(
+                DINO_MODEL, pretrained=False, img_size=DINO_PIXELS, num_classes=0
+            )
+            # Positions were learned at 518 px and are resized to the grid of 224 px
+            net.load_state_dict(checkpoint_filter_fn(state, net))
+        self.net = net.eval().requires_grad_(False)
+        self.width = net.num_features
         self.identity = {"features": "dinov2", "weights_sha256": file_sha256(weights)}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -182,7 +169,7 @@ class ClipScorer:
             "model": config.model,
             "pretrained": None if ":" in config.model else config.pretrained,
             "weights_fingerprint": fingerprint(self.clip),
-            "scale": CLIP_SCALE,
+            "scale": "100 * mean over the images of max(cosine of image and caption, 0)",
         }
 
     def cosines(self, images: Tensor, captions: list[str]) -> Tensor:
@@ -213,6 +200,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@contextmanager
+def refusing_others(weights: Path, net: str) -> Iterator[None]:
+    """To build a net in: draws no random number, and names a file of another net's weights."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
+            yield
+    except (RuntimeError, KeyError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{weights} has other weights than {net}'s: {reason}") from error
+
+
 @dataclass
 class Networks:
     """The networks that a protocol needs; None where it needs none, or the weights are absent."""
@@ -232,11 +230,7 @@ class WeightsFiles:
     download: bool = False  # absent weights into torch's and the hub's cache
 
     def find(self, features: str) -> Path | None:
-        """The file for a protocol's features; None if there is none.
-
-        Raises:
-            ValueError: no file at a given path.
-        """
+        """The file for a protocol's features, None if absent; ValueError: no file at a path."""
         if features == "inception":
             return INCEPTION.find(self.inception, self.download)
         if self.dinov2 and not Path(self.dinov2).is_file():
@@ -245,45 +239,45 @@ class WeightsFiles:
 
 
 def load_networks(
-    protocol: Protocol,
-    tokenizer: ImageTokenizer,
-    text_encoder: TextEncoderConfig,
-    files: WeightsFiles,
-    state: PartialState,
+    protocol: Protocol, generator: ImageGenerator, files: WeightsFiles, state: PartialState
 ) -> Networks:
-    """What the protocol's metrics need. tokenizer, text_encoder: the run's own.
+    """What the protocol's metrics need. generator: the run's, for its own tokenizer and CLIP.
 
     Raises:
         ValueError: weights of another net, damaged ones, or no file at a given path.
     """
-    # One process a machine downloads, the others find the files
     found, file, kind = Networks(), None, protocol.features
+    needs_features = bool({*protocol.metrics} - {"clip_score"})
+    # One process a machine downloads, the others find the files
     with state.local_main_process_first():
-        if protocol.feature_metrics and kind != "tokenizer":
+        if needs_features and kind != "tokenizer":
             file = files.find(kind)
         if "clip_score" in protocol.metrics:
             try:
-                config = own_clip(protocol.clip, text_encoder)
-                found.clip = ClipScorer(config, state.device, files.download)
+                found.clip = ClipScorer(clip_of(protocol, generator), state.device, files.download)
                 found.weights["clip"] = found.clip.description
             except AbsentWeights as error:
                 found.absent["clip"] = str(error)
     # The feature network, or why there is none
-    if protocol.feature_metrics and kind == "tokenizer":
-        found.features = TokenizerFeatures(tokenizer)
-    elif protocol.feature_metrics and file is None:
+    if needs_features and kind == "tokenizer":
+        found.features = TokenizerFeatures(generator.tokenizer)
+    elif needs_features and file is None:
         found.absent["features"] = ABSENT[kind]
-    elif protocol.feature_metrics:
+    elif needs_features:
         found.weights[kind] = describe_file(file)
-        is_inception = kind == "inception"
-        net = InceptionFeatures(file, protocol.precision) if is_inception else DinoFeatures(file)
+        net = InceptionFeatures(file) if kind == "inception" else DinoFeatures(file)
         found.features = net.to(state.device)
     return found
 
 
-def own_clip(config: ClipConfig, text_encoder: TextEncoderConfig) -> ClipConfig:
-    """The config with model "own" replaced by the CLIP whose text tower the run has."""
-    if config.model != "own":
-        return config
-    names = ("model", "pretrained", "exact_gelu")
-    return replace(config, **{name: getattr(text_encoder, name) for name in names})
+def clip_of(protocol: Protocol, generator: ImageGenerator) -> ClipConfig:
+    """The protocol's CLIP; "own" is the one whose text tower the run has."""
+    if protocol.clip.model != "own":
+        return protocol.clip
+    tower = generator.text_encoder.tokenize.config
+    return replace(
+        protocol.clip,
+        model=tower.model,
+        pretrained=tower.pretrained,
+        exact_gelu=tower.exact_gelu,
+    )

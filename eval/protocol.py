@@ -21,16 +21,8 @@ from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
 
 FOLDER = Path(__file__).parent / "protocols"
-METRICS = (
-    "frechet",
-    "frechet_by_category",
-    "kid",
-    "inception_score",
-    "precision_recall",
-    "retrieval",
-    "clip_score",
-)
-Precision = Literal["float32", "float64"]
+METRICS = ["frechet", "frechet_by_category", "kid", "inception_score", "precision_recall"]
+METRICS += ["retrieval", "clip_score"]
 
 
 @dataclass
@@ -55,8 +47,6 @@ class Protocol:
     steps: int | None = None  # None, also below: as the run's config says
     guidance: float | None = None
     sampler: str | None = None
-    autocast: bool = False  # networks in bf16 where that is safe; False: float32
-    rounding: Literal["round", "truncate"] = "round"  # of [0, 1] to uint8
     # pixels before the features, resized by Pillow, bicubic, antialiased; 0: as generated
     image_size: int = 0
     # how images, generated and real, come to the feature network. crop: at image_size, the real
@@ -72,7 +62,6 @@ class Protocol:
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     # tokenizer: the latent means of the run's own
     features: Literal["inception", "dinov2", "tokenizer"] = "inception"
-    precision: Precision = "float32"  # of the Inception network
     metrics: list[str] = field(
         default_factory=lambda: ["frechet", "kid", "inception_score", "precision_recall"]
     )
@@ -95,8 +84,7 @@ class Protocol:
             valid = ", ".join(METRICS)
             raise ValueError(f"metrics {', '.join(sorted(unknown))}: valid are {valid}")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
-            given = self.background
-            raise ValueError(f"background must be 3 numbers in 0..255, got {given}")
+            raise ValueError(f"background must be 3 numbers in 0..255, got {self.background}")
         # Combinations
         if "inception_score" in self.metrics and self.features != "inception":
             raise ValueError(
@@ -110,17 +98,8 @@ class Protocol:
             raise ValueError(f"choice={self.choice} needs num_captions")
 
     @property
-    def feature_metrics(self) -> set[str]:
-        """Those that need the feature network."""
-        return {*self.metrics} - {"clip_score"}
-
-    @property
     def statistics_file(self) -> Path | None:
-        """The reference if it is a statistics file.
-
-        Raises:
-            ValueError: one among other references.
-        """
+        """The reference if it is a statistics file; ValueError of one among other references."""
         files = [name for name in self.reference if name.endswith(".npz")]
         if files and len(self.reference) > 1:
             given = self.reference
@@ -132,11 +111,7 @@ class Protocol:
         return CLEAN_SIZE if self.resize == "clean" else self.image_size or generated
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
-        """The run's sampling with what the protocol changes.
-
-        Raises:
-            ValueError: unknown sampler, or no step.
-        """
+        """The run's sampling with what the protocol changes; ValueError of impossible values."""
         given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
         changes = {name: value for name, value in given.items() if value is not None}
         return replace(default, **changes)
@@ -159,11 +134,7 @@ class Caption:
 
 
 def protocol_file(name: str) -> Path:
-    """The file of a protocol: a path, or a name among our own.
-
-    Raises:
-        ValueError: neither.
-    """
+    """The file of a protocol: a path, or a name among our own; ValueError if it is neither."""
     ours = FOLDER / f"{name}.yaml"
     path = ours if ours.is_file() else Path(name)
     if not path.is_file():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eval.feature_nets import Networks
-from eval.fid import FeatureSet, fit_gaussian, frechet_distance
+from eval.features import FeatureSet, fit_gaussian, frechet_distance
 from eval.programs import INSTALL
 from eval.protocol import Caption, Protocol
 
@@ -48,9 +48,12 @@ def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[st
 
 def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
     """What a metric's results are called; those by category only while there is none."""
+    # Only Inception's Frechet distance is FID; clean-fid's resize gives another number
+    inception = "clean_fid" if protocol.resize == "clean" else "fid"
+    frechet = inception if protocol.features == "inception" else "frechet_distance"
     return {
-        "frechet": (frechet_name(protocol),),
-        "frechet_by_category": (f"{frechet_name(protocol)}_by_category",),
+        "frechet": (frechet,),
+        "frechet_by_category": (f"{frechet}_by_category",),
         "kid": ("kid", "kid_std"),
         "inception_score": ("inception_score", "inception_score_std"),
         "precision_recall": ("precision", "recall"),
@@ -59,19 +62,8 @@ def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
     }[metric]
 
 
-def frechet_name(protocol: Protocol) -> str:
-    """Only Inception's Frechet distance is FID; clean-fid's resize gives another number."""
-    if protocol.features != "inception":
-        return "frechet_distance"
-    return "clean_fid" if protocol.resize == "clean" else "fid"
-
-
 def compute_score(metric: str, measured: Measured) -> dict[str, float]:
-    """One metric's results by their names.
-
-    Raises:
-        ValueError: why it can't be computed.
-    """
+    """One metric's results by their names; ValueError: why it can't be computed."""
     protocol, reference = measured.protocol, measured.reference
     features, absent = measured.features, measured.networks.absent
     names = result_names(metric, protocol)
@@ -109,10 +101,11 @@ def compute_score(metric: str, measured: Measured) -> dict[str, float]:
         return dict(zip(names, found.values()))
     made = [caption.category for caption in measured.captions]
     distances = distances_by_category(features, made, real, reference.categories)
-    return {f"{frechet_name(protocol)}/{name}": value for name, value in distances.items()}
+    prefix = names[0].removesuffix("_by_category")
+    return {f"{prefix}/{category}": distance for category, distance in distances.items()}
 
 
-# The metrics: generated N x D, real M x D, on one device
+# The metrics: generated N x D, real M x D, on one device; ValueError of too few images
 
 
 def clip_score(cosines: Tensor) -> float:
@@ -125,12 +118,7 @@ def clip_score(cosines: Tensor) -> float:
 def distances_by_category(
     generated: Tensor, made: Sequence[str], real: Tensor, categories: Sequence[str]
 ) -> dict[str, float]:
-    """Frechet distance of each category in `made` to the real images in the folder of that name.
-
-    Raises:
-        ValueError: the real images' folders are not known, or a category has fewer than 2 images.
-    """
-    # A pair of Gaussians a category
+    """Frechet distance of each category in `made` to the real images in the folder of that name."""
     if not categories:
         raise ValueError("the categories of the reference are not known: it must be of folders")
     distances = {}
@@ -147,9 +135,6 @@ def kernel_distance(
     """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (xy/D + 1)^3.
 
     Returns mean and deviation over subsets.
-
-    Raises:
-        ValueError: fewer images than a subset takes.
     """
     refuse_few(generated, real, least=subset_size, key="kid_subset_size")
     metric = fidelity().metric_kid
@@ -162,9 +147,6 @@ def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
     """exp(E KL(p(y|x) | p(y))) (Salimans et al. 2016) of N x classes.
 
     Returns mean and deviation over splits of shuffled rows.
-
-    Raises:
-        ValueError: fewer images than splits.
     """
     refuse_few(logits, least=splits, key="inception_splits")
     metric = fidelity().metric_isc
@@ -176,9 +158,6 @@ def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[
     """Share of generated images inside the real ones' balls, and of real ones inside theirs.
 
     Kynkaanniemi et al. 2019: an image's ball reaches to its `neighbours`-th nearest of its own set.
-
-    Raises:
-        ValueError: a set is not larger than `neighbours`.
     """
     refuse_few(generated, real, least=neighbours + 1, key="neighbours + 1")
     metric = fidelity().metric_prc
@@ -196,7 +175,7 @@ def refuse_few(*sets: Tensor, least: int, key: str) -> None:
 
 
 def fidelity() -> ModuleType:
-    """torch-fidelity with the modules of its metrics; raises ValueError without it."""
+    """torch-fidelity with the modules of its metrics; ValueError if it is not installed."""
     try:
         import torch_fidelity.metric_isc
         import torch_fidelity.metric_kid
