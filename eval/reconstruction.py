@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.files import check_writable, write_json
 from data.images import ImageTextConfig
-from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
+from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures, explain_absence
 from eval.features import FeatureStatistics, frechet_distance, sum_over_processes
 from eval.images import RULES, ImageSet, Reading, iterate_images, list_images
 from eval.programs import (
@@ -341,7 +341,7 @@ def explain_missing(
     }
     for name, published in (("lpips", VGG16), ("rfid", INCEPTION)):
         if files[name] is None:
-            reasons[name] = f"{published.title}'s weights are absent: {published.ways_out}"
+            reasons[name] = explain_absence(published)
     return {name: reasons[name] for name, value in metrics.items() if value is None}
 
 
