@@ -16,8 +16,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from data.tar import read_shard, write_shard
 from eval import reconstruction
 from eval.feature_nets import InceptionFeatures
-from eval.fid import fit_gaussian, frechet_distance
-from eval.reconstruct import Reconstructor, psnr, ssim
+from eval.features import fit_gaussian, frechet_distance
+from eval.reconstruction import Reconstructor, psnr, ssim
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
@@ -25,10 +25,8 @@ from training.checkpoint import EMA_FILE, MODEL_FILE, checkpoint_folders
 from training.loading import find_text_encoder, load_tokenizer
 
 LIMIT = 12
-NEAR = {
-    "rel": 1e-4,
-    "abs": 1e-4,
-}  # a pixel at a rounding edge may fall on either side in other batches
+# A pixel at a rounding edge may fall on either side in other batches
+NEAR = {"rel": 1e-4, "abs": 1e-4}
 
 
 @pytest.fixture(autouse=True)
