@@ -123,7 +123,7 @@ class ClipScorer:
     """Images and captions -> cosines, by any CLIP of open_clip in float32."""
 
     def __init__(self, config: ClipConfig, device: torch.device, download: bool):
-        """Raises AbsentWeights: the file to fetch; ValueError: unknown model, unreadable weights."""
+        """Raises AbsentWeights: the file to fetch; ValueError: unknown model, bad weights."""
         with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
             self.clip = load_clip(config, download).to(device)
         self.preprocess, self.tokenize = clip_inputs(config, self.clip)

@@ -312,8 +312,8 @@ def check_captions(protocol: Protocol, captions: Sequence[Caption], reference: F
             raise ValueError(f"metric retrieval: not in the reference: {', '.join(absent[:3])}")
         if len(reference.rows) < len(reference.groups):
             raise ValueError(
-                "metric retrieval: two reference images of a shard have one name (a key that occurs "
-                "twice, or keys that differ only in . + _), so a caption's own image is not known"
+                "metric retrieval: two reference images of a shard have one name (a key that "
+                "occurs twice, or keys that differ only in . + _): which is a caption's own?"
             )
     available = sorted({*reference.categories})
     absent = sorted({caption.category for caption in captions}.difference(available))

@@ -188,7 +188,7 @@ def _check_use(protocol: Protocol, captions: Sequence[Caption]) -> None:
         raise ValueError("layout=geneval needs captions from a .jsonl: rows are the metadata")
     if "frechet_by_category" in metrics and not all(caption.category for caption in captions):
         raise ValueError(
-            "metric frechet_by_category needs captions with a category, as MJHQ-30K's meta_data.json"
+            "metric frechet_by_category needs captions with a category: MJHQ-30K's meta_data.json"
         )
     if "retrieval" in metrics:
         if not all(caption.source for caption in captions):

@@ -186,8 +186,8 @@ def load_reconstructor(
     expected = (tokenizer.config.text_tokens, tokenizer.config.text_width)
     if text_encoder.shape != expected:
         raise ValueError(
-            f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the tokenizer "
-            f"expects {expected}"
+            f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the "
+            f"tokenizer expects {expected}"
         )
     return Reconstructor(tokenizer, text_encoder.to(device), bf16)
 
@@ -363,8 +363,9 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet) -> dict[str, A
         "ssim": "of each image, mean; 11 x 11 Gaussian window, sigma 1.5, data range 1, mirrored "
         "borders",
         "lpips": "VGG16, linear heads 0.1, mean over the images",
-        "rfid": "all originals against all reconstructions; InceptionV3 as in torch-fidelity (uint8, "
-        f"bilinear as in TensorFlow 1), {INCEPTION_WIDTH} features in float32, statistics in float64",
+        "rfid": "all originals against all reconstructions; InceptionV3 as in torch-fidelity "
+        f"(uint8, bilinear as in TensorFlow 1), {INCEPTION_WIDTH} features in float32, statistics "
+        "in float64",
     }
 
 

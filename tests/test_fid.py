@@ -1,4 +1,4 @@
-"""eval/features.py: closed forms, scipy and numpy as references, two processes, statistics files."""
+"""eval/features.py: closed forms, scipy and numpy as references, processes, statistics files."""
 
 import numpy as np
 import pytest
