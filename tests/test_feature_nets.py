@@ -1,4 +1,4 @@
-"""eval/feature_nets.py with made-up weights: torch-fidelity, open_clip; wrong files."""
+"""eval/feature_nets.py with made-up weights: resizing, precision, open_clip; wrong files."""
 
 import pickle
 import sys
@@ -6,13 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-import torch_fidelity
 from conftest import TINY_CLIP
 from PIL import Image
 from safetensors.torch import save_file
 
 from eval.feature_nets import INCEPTION, ClipScorer, InceptionFeatures
-from eval.features import fit_gaussian, frechet_distance
 from modeling.clip_weights import ClipConfig, build_clip
 
 open_clip = pytest.importorskip("open_clip")
@@ -35,37 +33,7 @@ def clip(tiny_clip_dir):
     return ClipScorer(ClipConfig(f"local-dir:{tiny_clip_dir}"), CPU, download=False)
 
 
-class Images(torch.utils.data.Dataset):
-    """What torch-fidelity takes as a set of images."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-
 # Features
-
-
-def test_fid_is_that_of_torch_fidelity(inception, inception_file):
-    sets = [blots(7, seed=0), blots(8, seed=1, brightness=200)]
-    gaussians = [fit_gaussian(inception(images)) for images in sets]
-    expected = torch_fidelity.calculate_metrics(
-        input1=Images(sets[0]),
-        input2=Images(sets[1]),
-        fid=True,
-        cuda=False,
-        cache=False,
-        save_cpu_ram=True,
-        verbose=False,
-        feature_extractor_weights_path=str(inception_file),
-    )["frechet_inception_distance"]
-    assert expected > 1
-    assert frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-4)
 
 
 def test_inception_takes_resized_floats_as_it_takes_bytes_of_its_size(inception):

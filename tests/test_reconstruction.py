@@ -315,22 +315,6 @@ def test_impossible_arguments_are_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--vgg-weights", "--inception-weights"])
-def test_wrong_and_truncated_weights_are_refused_before_any_work(
-    run, tiny_shards, vgg_file, inception_file, tmp_path, monkeypatch, option
-):
-    monkeypatch.setattr(reconstruction, "measure_reconstructions", None)
-    right, other = vgg_file, inception_file
-    if option == "--inception-weights":
-        right, other = other, right
-    wrong_hash, cut = tmp_path / "net-00000000.pth", tmp_path / "cut.pth"
-    shutil.copy(right, wrong_hash)
-    cut.write_bytes(right.read_bytes()[:-1000])
-    for file in (wrong_hash, cut, other):
-        with pytest.raises(ValueError, match=file.name):
-            report(run, tiny_shards / "*.tar", tmp_path, option, file)
-
-
 def test_without_images_or_a_tokenizer_it_is_refused(chain, run, tiny_shards, tmp_path):
     write_shard(tmp_path / "a.tar", [{"__key__": "7", "txt": "no image"}])
     (tmp_path / "empty").mkdir()
