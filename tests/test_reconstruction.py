@@ -150,9 +150,9 @@ def test_ema_weights_are_measured_and_the_json_names_them_while_training_goes_on
     for folder in checkpoint_folders(copy).values():
         (folder / MODEL_FILE).write_bytes(bytes((folder / MODEL_FILE).stat().st_size))
 
-    def and_train(*arguments):
+    def and_train(*arguments, **options):
         train_on(copy)
-        return measure(*arguments)
+        return measure(*arguments, **options)
 
     monkeypatch.setattr(reconstruction, "measure_reconstructions", and_train)
     found = report(copy, tiny_shards / "*.tar", tmp_path, "--limit", LIMIT)
