@@ -21,7 +21,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.files import check_writable, write_json
@@ -39,6 +38,7 @@ from eval.programs import (
     print_metrics,
     start_processes,
 )
+from eval.scores import psnr, ssim
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.perceptual import LPIPS
@@ -50,8 +50,6 @@ from training.loading import find_text_encoder, load_newest, load_tokenizer, rea
 from training.pictures import caption_grid, pair_rows, save_png
 
 PICTURE_PAIRS = 16
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
-SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -283,38 +281,6 @@ def sum_pairs(
     counts = decibels.new_tensor([len(x), sum(map(bool, captions))])
     sums = [differ.sum(), decibels[differ].sum(), ssim(x, y).sum(), distances]
     return torch.stack([*counts, *sums])
-
-
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair in dB, infinite for equal images.
-
-    B x 3 x R x R in [0, 1] twice -> B.
-    """
-    error = (images.double() - others.double()).square().flatten(1).mean(dim=1)
-    return -10 * torch.log10(error)
-
-
-def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of each pair (Wang et al. 2004): B x 3 x R x R in [0, 1] twice -> B.
-
-    R > 5. 11 x 11 Gaussian window of sigma 1.5, mean over channels and all positions, images
-    mirrored at their borders: as torchmetrics.
-    """
-    # The window, normalised
-    x, y = images.double(), others.double()
-    radius = SSIM_WINDOW // 2
-    offsets = torch.arange(-radius, radius + 1, device=x.device).double()
-    window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
-    window = window / window.sum()
-    # Local means of x, y and their products, by two passes of the separable window
-    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # 5B3 x 1 x R x R
-    maps = F.pad(maps, (radius,) * 4, mode="reflect")
-    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
-    mean_x, mean_y, xx, yy, xy = maps.view(5, len(x), -1).unbind()
-    # Wang et al. 2004, eq. 13
-    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
-    structure = (2 * (xy - mean_x * mean_y) + SSIM_C2) / (xx - mean_x**2 + yy - mean_y**2 + SSIM_C2)
-    return (luminance * structure).mean(dim=1)
 
 
 # What the report says

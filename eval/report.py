@@ -27,8 +27,7 @@ from data.files import write_json
 from data.filters import FilterConfig
 from data.images import ImageTextConfig, image_reader
 from eval.features import fit_gaussian, frechet_distance, number_groups
-from eval.reconstruction import psnr
-from eval.scores import retrieval
+from eval.scores import psnr, retrieval
 from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator, Precision, SamplingConfig
 from training.errors import exit_on_error

@@ -1,7 +1,7 @@
-"""Features of generated and real images -> metrics.
+"""Metrics: of the features of generated and real images, and of pairs of images.
 
-A metric that can't be computed is null, with the reason; the others are there all the same.
-Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
+A metric of a protocol that can't be computed is null, with the reason; the others are there all the
+same. Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
 features, in float64.
 """
 
@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eval.feature_nets import Networks
 from eval.features import FeatureSet, fit_gaussian, frechet_distance
@@ -18,6 +19,8 @@ from eval.programs import INSTALL
 from eval.protocol import Caption, Protocol
 
 ROWS = 1024  # of a distance matrix at a time
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def compute_score(metric: str, measured: Measured) -> dict[str, float]:
     return {f"{prefix}/{category}": distance for category, distance in distances.items()}
 
 
-# The metrics: generated N x D, real M x D, on one device; ValueError of too few images
+# Of features: generated N x D, real M x D, on one device; ValueError of too few images
 
 
 def clip_score(cosines: Tensor) -> float:
@@ -200,3 +203,38 @@ def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dic
     hits = groups[torch.cat(nearest)] == groups[own][:, None]  # N x 5
     top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
     return {"top1": top1, "top5": top5}
+
+
+# Of pairs of images
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair in dB, infinite for equal images.
+
+    B x 3 x R x R in [0, 1] twice -> B.
+    """
+    error = (images.double() - others.double()).square().flatten(1).mean(dim=1)
+    return -10 * torch.log10(error)
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity of each pair (Wang et al. 2004): B x 3 x R x R in [0, 1] twice -> B.
+
+    R > 5. 11 x 11 Gaussian window of sigma 1.5, mean over channels and all positions, images
+    mirrored at their borders: as torchmetrics.
+    """
+    # The window, normalised
+    x, y = images.double(), others.double()
+    radius = SSIM_WINDOW // 2
+    offsets = torch.arange(-radius, radius + 1, device=x.device).double()
+    window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
+    window = window / window.sum()
+    # Local means of x, y and their products, by two passes of the separable window
+    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # 5B3 x 1 x R x R
+    maps = F.pad(maps, (radius,) * 4, mode="reflect")
+    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
+    mean_x, mean_y, xx, yy, xy = maps.view(5, len(x), -1).unbind()
+    # Wang et al. 2004, eq. 13
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
+    structure = (2 * (xy - mean_x * mean_y) + SSIM_C2) / (xx - mean_x**2 + yy - mean_y**2 + SSIM_C2)
+    return (luminance * structure).mean(dim=1)

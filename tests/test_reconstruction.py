@@ -17,7 +17,8 @@ from data.tar import read_shard, write_shard
 from eval import reconstruction
 from eval.feature_nets import InceptionFeatures
 from eval.features import fit_gaussian, frechet_distance
-from eval.reconstruction import Reconstructor, psnr, ssim
+from eval.reconstruction import Reconstructor
+from eval.scores import psnr, ssim
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
