@@ -5,9 +5,9 @@
 RUN is an experiment or its stage-3 run from image to text; EMA weights. DATA: folders or image
 shards whose samples have one or several references (--caption-keys), or one .jsonl with a line
 {"image": FILE, "captions": [...]} each, FILE relative to it. Every image counts: one that is
-unreadable or has no reference stops it. Writes one json: protocol, model, versions, and the metrics
-at each steps and guidance. Also those of what the text decoder reads in z_I itself, without any
-flow. What can't run is null with the reason (eval/caption_scores.py).
+unreadable or has no reference is an error. Writes one json: protocol, model, versions, and the
+metrics at each number of steps and guidance, also those without the flow, of what the text decoder
+reads in z_I itself. What can't run is null, with the reason (eval/caption_scores.py).
 """
 
 import argparse

@@ -41,7 +41,7 @@ from training.pictures import caption_grid, encode_png, save_png
 REPORT = "evaluation.json"
 INPUTS = "inputs.json"
 NUM_SHOWN = 64  # images of the contact sheet and the gallery
-# What of a protocol the images depend on, beside the captions and the sampling
+# The fields of a protocol that the images depend on, beside captions and sampling
 IMAGE_FIELDS = ("images_per_caption", "seed", "group_size", "layout")
 
 
@@ -70,7 +70,7 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     images = ImageFolder(folder / "images", protocol, setup.captions)
     claim_folder(folder, images, sampling, setup.model, state)
     work = generate_images(setup.generator, images, sampling, state)
-    # From here on the images of all processes are there
+    # After this, the images of all processes are there
     work = gather_object([work])
     features = measure_features(setup, images, folder / "features")
     cosines = measure_cosines(setup, images, folder / "features")
@@ -134,7 +134,7 @@ class ImageFolder:
         return [Entry(file, file, captions=[]) for file in files]
 
     def write(self, number: int, image: Tensor) -> None:
-        """3 x R x R uint8; beside it what the layout wants to know of its caption."""
+        """Save 3 x R x R uint8, in GenEval's layout with its caption's record beside it."""
         file = self.file(number)
         if self.protocol.layout == "geneval":
             record = json.dumps(self.caption(number).record) + "\n"
@@ -149,10 +149,7 @@ def claim_folder(
     model: dict[str, Any],
     state: PartialState,
 ) -> None:
-    """Note in a new folder what its images are of; ValueError if it holds images of other inputs.
-
-    Every process calls it.
-    """
+    """Note a new folder's inputs; ValueError if it has images of others. Every process calls it."""
     inputs = {
         "captions_sha256": captions_hash(images.captions),
         "num_captions": len(images.captions),
@@ -202,7 +199,7 @@ def generate_group(
     generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig, numbers: range
 ) -> Tensor:
     """B x 3 x R x R uint8 on the CPU; FloatingPointError if one is not finite."""
-    # The last group is filled up, so that all groups are of one size
+    # The last group is padded, so that all have one size
     protocol = images.protocol
     padded = [*numbers] + [numbers[-1]] * (protocol.group_size - len(numbers))
     captions = [images.caption(number).text for number in padded]

@@ -174,7 +174,7 @@ class Networks:
 
 
 def explain_absence(weights: PublishedWeights) -> str:
-    """Why a metric is null, and what to do."""
+    """Why there is no metric, and where to get the weights."""
     return f"{weights.title}'s weights are absent: {weights.ways_out}"
 
 

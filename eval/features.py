@@ -212,9 +212,9 @@ def extract_features(
 def measure_reference(
     data: Sequence[str], images: ImageSet, net: FeatureNet, reading: Reading, keep: bool = True
 ) -> FeatureSet:
-    """Features of the images of folders and shards (data); ValueError if fewer than 2 are readable.
+    """Features of a reference (data: its names); ValueError if fewer than 2 images are readable.
 
-    keep: those of each image, not only their Gaussian.
+    keep: the features of each image, not only their Gaussian.
     """
     device = reading.state.device
     found = extract_features(

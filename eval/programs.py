@@ -1,4 +1,4 @@
-"""What the evaluation programs share: options, how they start, what their reports say."""
+"""What the evaluation programs share: options, start, environment, the printed summary."""
 
 import argparse
 from collections.abc import Callable

@@ -1,9 +1,8 @@
-"""What an evaluation of generated images is: a small YAML that another code could follow.
+"""An evaluation of generated images as a small YAML that other code could follow.
 
-A number such as a FID depends on captions, reference, resize, rounding, weights, guidance, steps
-and sampler; here each is a field. eval/protocols holds the protocols that papers report. Captions
-come from a text file, a jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and
-shards.
+A FID depends on captions, reference, resize, weights, guidance, steps and sampler: each is a field
+here. eval/protocols holds the protocols that papers report. Captions come from a text file, a
+jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and shards.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ class Protocol:
     # a .txt (one a line), a .jsonl, COCO's captions_*.json, MJHQ-30K's meta_data.json; or folders,
     # or tar shards
     captions: list[str] = field(default_factory=list)
-    # where captions lie in the samples of folders and shards
+    # where the captions of folders and shards are
     caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
     caption_field: str = "prompt"  # of the rows of a .jsonl
     num_captions: int = 0  # 0: all
@@ -49,14 +48,12 @@ class Protocol:
     sampler: str | None = None
     # pixels before the features, resized by Pillow, bicubic, antialiased; 0: as generated
     image_size: int = 0
-    # how images, generated and real, come to the feature network. crop: at image_size, the real
-    # ones' centre; clean: clean-fid's rule, the whole image to 299 px without rounding
-    # (eval/images.py), for features=inception
+    # how generated and real images are resized. crop: the centre, at image_size; clean: clean-fid's
+    # rule, the whole image to 299 px without rounding (eval/images.py), for features=inception
     resize: ResizeRule = "crop"
-    # folders of the images; geneval: those that GenEval's scorer reads
+    # geneval: the folders that GenEval's scorer reads
     layout: Literal["flat", "geneval"] = "flat"
-    # one statistics file (.npz), or folders, or shards, whose images are cropped to the centre;
-    # []: none
+    # one statistics file (.npz), or folders and shards of images; []: none
     reference: list[str] = field(default_factory=list)
     # RGB behind transparent pixels of reference images
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
@@ -107,7 +104,7 @@ class Protocol:
         return Path(files[0]) if files else None
 
     def feature_size(self, generated: int) -> int:
-        """Pixels of the images that features are taken of, which are generated with others."""
+        """Pixels at which the features of `generated`-pixel images are taken."""
         return CLEAN_SIZE if self.resize == "clean" else self.image_size or generated
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
@@ -128,7 +125,7 @@ class Caption:
 
     @property
     def category(self) -> str:
-        """Of MJHQ-30K; "" of others."""
+        """MJHQ-30K's; "" for other sources."""
         category = self.record.get("category")
         return category if isinstance(category, str) else ""
 
