@@ -286,7 +286,7 @@ def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evalu
     keys, background = tuple(config.data.captions.keys), tuple(config.data.background)
     images = ImageSet(entries, config.tokenizer.image_size, keys, background)
     bf16 = config.training.precision == "bf16"
-    measure = ReconstructionEvaluation(config.evaluation, images, text_encoder, bf16)
+    measure = ReconstructionEvaluation(images, text_encoder, bf16)
     return Evaluation(config.evaluation.every_steps, measure)
 
 

@@ -36,11 +36,7 @@ class Captioned:
 
 
 def list_pictures(names: Sequence[str]) -> list[Entry]:
-    """Image files, images of folders (with sub-folders) and of shards, in the order given.
-
-    Raises:
-        ValueError: no such file, or a folder or shard without an image.
-    """
+    """Image files, images of folders (with sub-folders) and of shards, in the order given."""
     entries = []
     for name in names:
         if os.path.isdir(name) or name.endswith(SHARD_ENDINGS):
@@ -88,11 +84,7 @@ def caption_sheet(
 
 
 def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
-    """Contact sheet of batches of images, B x 3 x R x R in [0, 1] each, with their captions.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Contact sheet of batches of images, B x 3 x R x R in [0, 1] each, and all their captions."""
     if not captions:
         raise ValueError("no image could be read")
     pixels = torch.cat([batch for batch in images if len(batch)])
@@ -102,11 +94,7 @@ def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
 def write_captions(
     path: Path, entries: Sequence[Entry], batches: Iterable[Captioned]
 ) -> tuple[int, int]:
-    """Lines {"image", "caption"} into a jsonl, atomically. Returns (captions, skipped images).
-
-    Raises:
-        ValueError: no image could be read.
-    """
+    """Lines {"image", "caption"} into a jsonl, atomically. Returns (captions, skipped images)."""
     lines, skipped = [], 0
     for batch in batches:
         skipped += len(batch.skipped)

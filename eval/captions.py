@@ -5,9 +5,9 @@
 RUN is an experiment or its stage-3 run from image to text; EMA weights. DATA: folders or image
 shards whose samples have one or several references (--caption-keys), or one .jsonl with a line
 {"image": FILE, "captions": [...]} each, FILE relative to it. Every image counts: one that is
-unreadable or has no reference stops it. Writes one json: protocol, model, versions, and the metrics
-at each steps and guidance. Also those of what the text decoder reads in z_I itself, without any
-flow. What can't run is null with the reason (eval/caption_scores.py).
+unreadable or has no reference is an error. Writes one json: protocol, model, versions, and the
+metrics at each number of steps and guidance, also those without the flow, of what the text decoder
+reads in z_I itself. What can't run is null, with the reason (eval/caption_scores.py).
 """
 
 import argparse
@@ -27,19 +27,12 @@ from data.captions import check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json
 from data.files import check_writable, write_json
 from eval.caption_scores import PACKAGE, CaptionScorer
-from eval.images import (
-    RULES,
-    ImageSet,
-    entry_captions,
-    image_name,
-    iterate_images,
-    list_images,
-)
+from eval.images import RULES, ImageSet, entry_captions, image_name, iterate_images, list_images
 from eval.programs import (
     add_reading_options,
+    add_sweep_options,
     build_parser,
     describe_environment,
-    different,
     package_version,
     start_processes,
 )
@@ -58,24 +51,16 @@ COLUMNS = ("steps", "guidance", "exact_match", "bleu_4", "meteor", "rouge_l", "c
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="experiment folder, or a stage-3 run folder"
-    )
+    help_text = "experiment folder, or a stage-3 run folder"
+    parser.add_argument("run", type=Path, metavar="RUN", help=help_text)
     help_text = "folders, image shards, or one .jsonl"
     parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
-    parser.add_argument(
-        "--caption-keys",
-        nargs="+",
-        metavar="KEY",
-        default=["json:captions", "txt", "json:caption"],
-        help="where a sample's references lie, tried in order: an extension, or json:field",
-    )
-    help_text = "as in 1,1.5,2; default: the run's"
-    parser.add_argument("--guidance", type=different(float), metavar="LIST", help=help_text)
-    help_text = "as in 5,20; default: the run's"
-    parser.add_argument("--steps", type=different(int), metavar="LIST", help=help_text)
+    help_text = "where a sample's references lie, tried in order: an extension, or json:field"
+    keys = ["json:captions", "txt", "json:caption"]
+    parser.add_argument("--caption-keys", nargs="+", metavar="KEY", default=keys, help=help_text)
     help_text = f"default: {REPORT} in the stage-3 run's folder"
     parser.add_argument("--output", type=Path, help=help_text)
+    add_sweep_options(parser)
     add_reading_options(parser, 64, "images at a time")
     return parser.parse_intermixed_args(arguments)
 
@@ -96,25 +81,25 @@ def main(args: argparse.Namespace) -> None:
     for point in points:
         check_guidance(point.guidance, captioner.flow.config.null_probability)
 
-    # Where the flow starts is the same at each point
+    # Where the flow starts is the same at each point; None: the text decoder reads z_I itself
     scorer = CaptionScorer(references)
     starts = encode(captioner, entries, args).split(args.batch_size)
     results = []
     for point in [*points, None]:
-        # None: what the text decoder reads in z_I, without any flow
         captions = []
         for start in starts:
             latents = start.to(captioner.device)
             captions += captioner.read(captioner.transport(latents, point) if point else latents)
-        shown = list(zip(entries, captions, references, strict=True))[:NUM_EXAMPLES]
         result = {"steps": point.steps, "guidance": point.guidance} if point else {}
         result["exact_match"] = exact_match(captioner, captions, references)
         result |= scorer.score(captions)
+        shown = list(zip(entries, captions, references, strict=True))[:NUM_EXAMPLES]
         result["examples"] = [
             {"image": image_name(entry), "caption": caption, "references": texts}
             for entry, caption, texts in shown
         ]
         results.append(result)
+
     report = {
         "protocol": describe_protocol(args, scorer, default),
         "model": {
@@ -135,11 +120,7 @@ def main(args: argparse.Namespace) -> None:
 def list_references(
     data: Sequence[str], keys: Sequence[str]
 ) -> tuple[list[Entry], list[list[str]]]:
-    """Images and the references of each.
-
-    Raises:
-        ValueError: no such file, no image, or one without a reference; names it.
-    """
+    """Images and the references of each; ValueError naming one without, or what is not there."""
     check_caption_keys(keys, "--caption-keys")
     if any(name.endswith(".jsonl") for name in data):
         if len(data) > 1:
@@ -150,9 +131,7 @@ def list_references(
 
 
 def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
-    """Images and references of lines {"image": FILE, "captions": [...]}.
-
-    A single reference may be under "caption".
+    """Images and references of lines {"image": FILE, "captions": [...]}, or one at "caption".
 
     Raises:
         ValueError: no file, or a line of another form; names it.

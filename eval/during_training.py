@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from eval.evaluation import FEATURES, EvaluationSetup, evaluate_images
-from eval.feature_nets import WeightsFiles
-from eval.generate import INPUTS
+from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
+from eval.feature_nets import load_networks
+from eval.features import load_reference
 from eval.images import ImageSet, Reading
 from eval.protocol import Protocol, read_captions
-from eval.reconstruct import ReconstructionMetrics, Reconstructor, measure_reconstructions
+from eval.reconstruction import Reconstructor, measure_reconstructions
 from modeling.flow_model import FlowModel
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator, SamplingConfig
@@ -40,7 +40,6 @@ class EvaluationConfig:
     overrides: list[str] = field(default_factory=list)  # key=value: changes of the protocol
     batch_size: int = 64  # images that a feature network sees at once
     inception_weights: str = ""  # path; empty: torch's cache
-    dinov2_weights: str = ""  # path of DINOv2 ViT-L/14, for features=dinov2
 
     def __post_init__(self):
         if self.every_steps < 0:
@@ -98,77 +97,76 @@ class FlowEvaluation:
         """
         self.config, self.protocol, self.run_dir = config, protocol, run_dir
         self.tokenizer_run, self.text_encoder, self.sampling = tokenizer_run, text_encoder, sampling
-        self.state = PartialState()
+        self.reading = Reading(config.batch_size, NUM_WORKERS, PartialState())
         protocol.sampling(sampling)
         if not protocol.metrics:
             raise ValueError(f"protocol {config.protocol} measures nothing: its metrics are empty")
         self.captions, self.reference = read_captions(protocol), None
         with undisturbed():
             setup = self._prepare(None, "")
-        if setup.networks.absent:
-            reasons = "; ".join(setup.networks.absent.values())
-            raise ValueError(f"protocol {config.protocol}: {reasons}")
-        self.reference = setup.reference
+            if setup.networks.absent:
+                reasons = "; ".join(setup.networks.absent.values())
+                raise ValueError(f"protocol {config.protocol}: {reasons}")
+            net, size = setup.networks.features, protocol.feature_size(setup.image_size)
+            self.reference = load_reference(protocol, self.captions, net, size, self.reading)
 
     def __call__(self, model: FlowModel, step: int) -> dict[str, float]:
         """{"eval/fid": ...} on the main process, {} on the others; null metrics are left out."""
+        state = self.reading.state
         folder = self.run_dir / "evaluation" / f"step_{step:08d}"
         # What is there is of a killed process, or of steps that are done again
-        if self.state.is_main_process:
+        if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-        self.state.wait_for_everyone()
+        state.wait_for_everyone()
         with undisturbed():
-            setup = self._prepare(model, folder.name)
-            report = evaluate_images(setup, self.protocol, folder)
-        # Only the report stays
-        if self.state.is_main_process:
-            shutil.rmtree(folder / FEATURES)
-            (folder / INPUTS).unlink()
+            report = evaluate_images(self._prepare(model, folder.name), self.protocol, folder)
+        if state.is_main_process:
+            only_keep(folder / REPORT)
         metrics = report.get("metrics", {}).items()
         return {f"eval/{name}": value for name, value in metrics if value is not None}
 
     def _prepare(self, model: FlowModel | None, checkpoint: str) -> EvaluationSetup:
         """The networks, made anew, and what stays the same. Without a model it can't generate."""
-        device, config = self.state.device, self.config
+        device = self.reading.state.device
         generator = ImageGenerator(
             text_encoder=load_text_encoder(self.text_encoder).to(device),
             tokenizer=load_tokenizer(self.tokenizer_run).to(device),
             flow=model,
         )
+        weights = self.config.inception_weights
         return EvaluationSetup(
-            protocol=self.protocol,
             captions=self.captions,
             generator=generator,
             default=self.sampling,
             model={"checkpoint": checkpoint},
-            files=WeightsFiles(config.inception_weights, config.dinov2_weights),
-            reading=Reading(config.batch_size, NUM_WORKERS, self.state),
-            keep_images=False,
+            networks=load_networks(self.protocol, generator, weights, self.reading.state),
             reference=self.reference,
+            reading=self.reading,
         )
 
 
+def only_keep(file: Path) -> None:
+    """Remove all that lies beside a file."""
+    for path in file.parent.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != file:
+            path.unlink()
+
+
+@dataclass
 class ReconstructionEvaluation:
     """(EMA weights, step) -> PSNR and SSIM of a set of images."""
 
-    def __init__(
-        self,
-        config: ReconstructionEvaluationConfig,
-        images: ImageSet,
-        text_encoder: TextEncoder,
-        bf16: bool,
-    ):
-        """text_encoder, bf16: as a Reconstructor has them."""
-        self.config, self.images = config, images
-        self.text_encoder, self.bf16 = text_encoder, bf16
-        self.state = PartialState()
+    images: ImageSet
+    text_encoder: TextEncoder
+    bf16: bool  # autocast
 
     def __call__(self, model: ImageTokenizer, step: int) -> dict[str, float]:
         """{"eval/psnr_db": ..., "eval/ssim": ...} on every process."""
-        metrics = ReconstructionMetrics(None, None, self.state.device)
         reconstruct = Reconstructor(model, self.text_encoder, self.bf16)
+        reading = Reading(RECONSTRUCTION_BATCH, NUM_WORKERS, PartialState())
         with undisturbed():
-            reading = Reading(RECONSTRUCTION_BATCH, NUM_WORKERS, self.state)
-            measure_reconstructions(self.images, reconstruct, metrics, reading)
-            values, _ = metrics.over_processes().results()
-        return {f"eval/{name}": value for name, value in values.items() if value is not None}
+            measured = measure_reconstructions(self.images, reconstruct, reading)
+        values = measured.metrics.items()
+        return {f"eval/{name}": value for name, value in values if value is not None}

@@ -2,115 +2,83 @@
 
 The program eval/generation.py and the trainer of stage 3 (eval/during_training.py) both run it. All
 processes take part; only the main one writes the report.
+
+Image i is a function of (seed, i): the networks always see the same `group_size` consecutive images
+together, so that neither the batch size nor the number of processes changes a bit on the CPU (with
+equal threads). Images that exist are not made again. On several machines the folder must be one
+that all of them see.
 """
 
 import io
-import shutil
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from data.entries import Entry, load_json
 from data.files import write_bytes, write_json
-from eval.feature_nets import Networks, WeightsFiles, load_networks
-from eval.features import extract_features, load_reference
-from eval.fid import FeatureSet
+from eval.feature_nets import Networks
+from eval.features import BatchFn, FeatureSet, extract_features
 from eval.gallery import write_gallery
-from eval.generate import ImageFolder, claim_folder, generate_images
 from eval.images import ImageSet, Reading, iterate_images
 from eval.programs import describe_environment
 from eval.protocol import Caption, Protocol, captions_hash
 from eval.scores import Measured, compute_scores
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.pictures import caption_grid, save_png
+from training.pictures import caption_grid, encode_png, save_png
 
 REPORT = "evaluation.json"
-FEATURES = "features"  # folder
+INPUTS = "inputs.json"
 NUM_SHOWN = 64  # images of the contact sheet and the gallery
+# The fields of a protocol that the images depend on, beside captions and sampling
+IMAGE_FIELDS = ("images_per_caption", "seed", "group_size", "layout")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationSetup:
-    """What the evaluations of a call share; loads the networks that measure, and the reference.
+    """What the evaluations of a call share."""
 
-    Raises:
-        ValueError: weights or a reference that can't serve.
-    """
-
-    protocol: Protocol
     captions: list[Caption]
     generator: ImageGenerator
     default: SamplingConfig  # the run's
     model: dict[str, Any]  # which weights make the images
-    files: WeightsFiles
+    networks: Networks  # those that measure
+    reference: FeatureSet | None
     reading: Reading
-    keep_images: bool = True  # False: only features stay in the folder
-    reference: FeatureSet | None = None  # given if an earlier setup has loaded it
-    networks: Networks = field(init=False)
-
-    def __post_init__(self):
-        tokenizer, tower = self.generator.tokenizer, self.generator.text_encoder.tokenize.config
-        self.networks = load_networks(
-            self.protocol, tokenizer, tower, self.files, self.reading.state
-        )
-        if self.reference is None:
-            net, size = self.networks.features, self.feature_size
-            self.reference = load_reference(self.protocol, self.captions, net, size, self.reading)
 
     @property
     def image_size(self) -> int:
         """Pixels of the generated images."""
         return self.generator.tokenizer.config.image_size
 
-    @property
-    def feature_size(self) -> int:
-        """Pixels of the images that features are taken of."""
-        return self.protocol.feature_size(self.image_size)
-
 
 def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) -> dict[str, Any]:
-    """Generate and measure images; the report, {} on all processes but the main one.
-
-    Args:
-        protocol: that of the setup, but for guidance and steps.
-    """
+    """Generate and measure images; the report, {} on all processes but the main one."""
     state, started = setup.reading.state, time.perf_counter()
     sampling = protocol.sampling(setup.default)
-    path = folder / ("images" if setup.keep_images else "scratch")
-    images = ImageFolder(path, protocol, setup.captions)
+    images = ImageFolder(folder / "images", protocol, setup.captions)
     claim_folder(folder, images, sampling, setup.model, state)
-
-    # Images are needed for themselves, or for features that no earlier call has left.
-    passes = {each.key: each for each in measuring_passes(setup, images, folder / FEATURES)}
-    absent = [key for key, each in passes.items() if not each.file.is_file()]
-    [absent] = broadcast_object_list([absent])
-    work = (0, 0.0)
-    if setup.keep_images or absent:
-        work = generate_images(setup.generator, images, sampling, state)
-    # From here on the images of all processes are there.
+    work = generate_images(setup.generator, images, sampling, state)
+    # After this, the images of all processes are there
     work = gather_object([work])
-    for key in absent:
-        _, file, own, extract, width = passes[key]
-        found = extract_features(own, extract, width, setup.reading)
-        refuse_damaged(found.skipped)
-        if state.is_main_process:
-            write_array(found.features, file)
+    features = measure_features(setup, images, folder / "features")
+    cosines = measure_cosines(setup, images, folder / "features")
     if not state.is_main_process:
         return {}
-    shutil.rmtree(folder / "scratch", ignore_errors=True)
 
-    # The main process reads what all have measured.
-    arrays = {
-        key: read_array(each.file, len(images)).to(state.device) for key, each in passes.items()
-    }
     each_caption = [images.caption(number) for number in range(len(images))]
-    measured = Measured(protocol, each_caption, setup.networks, setup.reference, **arrays)
+    measured = Measured(protocol, each_caption, setup.networks, setup.reference, features, cosines)
     metrics, missing = compute_scores(measured)
     made, seconds = sum(count for count, _ in work), max(duration for _, duration in work)
     report = {
@@ -120,7 +88,7 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
         "protocol": asdict(protocol),
         "captions_sha256": captions_hash(setup.captions),
         "sampling": asdict(sampling),
-        "image_size": setup.feature_size,
+        "image_size": protocol.feature_size(setup.image_size),
         "reference": setup.reference.description if setup.reference else None,
         "model": setup.model,
         "weights": setup.networks.weights,
@@ -131,61 +99,179 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
         "seconds": round(time.perf_counter() - started, 3),
     }
     write_json(report, folder / REPORT)
-    if setup.keep_images:
-        write_pictures(setup, images, report, folder)
+    write_pictures(setup, images, report, folder)
     return report
 
 
-class Pass(NamedTuple):
-    """Something that is measured of all images: N x width numbers."""
-
-    key: str
-    file: Path  # its name says all that the numbers depend on
-    images: ImageSet
-    extract: Callable[[dict[str, Any]], Tensor]  # batch -> B x width
-    width: int
+# The images
 
 
-def measuring_passes(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> Iterator[Pass]:
-    """The "features" and the "cosines" of image and caption, for those that are wanted."""
-    net, clip = setup.networks.features, setup.networks.clip
-    device, entries = setup.reading.state.device, images.entries()
+@dataclass(frozen=True)
+class ImageFolder:
+    """Where the images of some captions lie. Image i is of caption i // images_per_caption."""
 
-    def cosines(batch: dict[str, Any]) -> Tensor:
+    path: Path
+    protocol: Protocol
+    captions: Sequence[Caption]
+
+    def __len__(self) -> int:
+        return len(self.captions) * self.protocol.images_per_caption
+
+    def caption(self, number: int) -> Caption:
+        """The caption of an image."""
+        return self.captions[number // self.protocol.images_per_caption]
+
+    def file(self, number: int) -> Path:
+        """000012.png; in GenEval's layout 00003/samples/0000.png."""
+        if self.protocol.layout == "flat":
+            return self.path / f"{number:06d}.png"
+        caption, sample = divmod(number, self.protocol.images_per_caption)
+        return self.path / f"{caption:05d}" / "samples" / f"{sample:04d}.png"
+
+    def entries(self) -> list[Entry]:
+        """The images, to be read as a set of images."""
+        files = (str(self.file(number)) for number in range(len(self)))
+        return [Entry(file, file, captions=[]) for file in files]
+
+    def write(self, number: int, image: Tensor) -> None:
+        """Save 3 x R x R uint8, in GenEval's layout with its caption's record beside it."""
+        file = self.file(number)
+        if self.protocol.layout == "geneval":
+            record = json.dumps(self.caption(number).record) + "\n"
+            write_bytes(record.encode(), file.parent.parent / "metadata.jsonl")
+        write_bytes(encode_png(Image.fromarray(rearrange(image, "c h w -> h w c").numpy())), file)
+
+
+def claim_folder(
+    folder: Path,
+    images: ImageFolder,
+    sampling: SamplingConfig,
+    model: dict[str, Any],
+    state: PartialState,
+) -> None:
+    """Note a new folder's inputs; ValueError if it has images of others. Every process calls it."""
+    inputs = {
+        "captions_sha256": captions_hash(images.captions),
+        "num_captions": len(images.captions),
+        **{name: getattr(images.protocol, name) for name in IMAGE_FIELDS},
+        "sampling": asdict(sampling),
+        "model": model,
+    }
+    file = folder / INPUTS
+    if not file.is_file():
+        if state.is_main_process:
+            write_json(inputs, file)
+        return
+    found = load_json(file.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged, so the images there are of no use: delete {folder}")
+    differ = [key for key in inputs if found.get(key) != inputs[key]]
+    if differ:
+        raise ValueError(
+            f"{folder} holds images of another evaluation ({', '.join(differ)} differ): choose "
+            "another --output, or delete it"
+        )
+
+
+def generate_images(
+    generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig, state: PartialState
+) -> tuple[int, float]:
+    """Make this process's share of the absent images: (how many, seconds from text to pixels)."""
+    # Groups are dealt out to the processes in turn
+    made, seconds = 0, 0.0
+    starts = range(0, len(images), images.protocol.group_size)
+    own = starts[state.process_index :: state.num_processes]
+    for start in tqdm(own, "images", disable=not state.is_main_process, delay=10, mininterval=10):
+        numbers = range(len(images))[start : start + images.protocol.group_size]
+        if all(images.file(number).is_file() for number in numbers):
+            continue
+        # The clock stops before files are written
+        began = time.perf_counter()
+        pixels = generate_group(generator, images, sampling, numbers)
+        seconds += time.perf_counter() - began
+        made += len(numbers)
+        for number, image in zip(numbers, pixels, strict=True):
+            images.write(number, image)
+    return made, seconds
+
+
+def generate_group(
+    generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig, numbers: range
+) -> Tensor:
+    """B x 3 x R x R uint8 on the CPU; FloatingPointError if one is not finite."""
+    # The last group is padded, so that all have one size
+    protocol = images.protocol
+    padded = [*numbers] + [numbers[-1]] * (protocol.group_size - len(numbers))
+    captions = [images.caption(number).text for number in padded]
+    pixels, _ = generator.generate(captions, sampling, protocol.seed, padded)
+    if not pixels.isfinite().all():
+        raise FloatingPointError(f"one of the images {numbers[0]}..{numbers[-1]} is not finite")
+    return (pixels[: len(numbers)] * 255).round().to(torch.uint8).cpu()
+
+
+# What is measured of them
+
+
+def measure_features(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> Tensor | None:
+    """N x D of the feature network, on the main process; None without the network."""
+    net, rule = setup.networks.features, images.protocol.resize
+    if net is None:
+        return None
+    size, device = images.protocol.feature_size(setup.image_size), setup.reading.state.device
+    # The name says all that the numbers depend on
+    parts = [str(part)[:12] for part in (*net.identity.values(), rule, f"{size}px")]
+    file = folder / f"{'-'.join(parts)}.npy"
+    resized = ImageSet(images.entries(), size, rule=rule)
+    return measure_once(
+        file, resized, lambda batch: net(batch["image"].to(device)), net.width, setup.reading
+    )
+
+
+def measure_cosines(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> Tensor | None:
+    """N x 1 of image and caption, on the main process; None without a CLIP."""
+    clip = setup.networks.clip
+    if clip is None:
+        return None
+
+    def extract(batch: dict[str, Any]) -> Tensor:
         captions = [images.caption(number).text for number in batch["index"]]
         return clip.cosines(batch["image"], captions)
 
-    if net:
-        size, rule = setup.feature_size, images.protocol.resize
-        parts = [str(part)[:12] for part in (*net.identity.values(), rule, f"{size}px")]
-        file = folder / f"{'-'.join(parts)}.npy"
-        resized = ImageSet(entries, size, rule=rule)
-        yield Pass("features", file, resized, lambda x: net(x["image"].to(device)), net.width)
-    if clip:
-        file = folder / f"clip-{clip.description['weights_fingerprint']}.npy"
-        yield Pass("cosines", file, ImageSet(entries, setup.image_size), cosines, 1)
+    file = folder / f"clip-{clip.description['weights_fingerprint']}.npy"
+    entire = ImageSet(images.entries(), setup.image_size)
+    return measure_once(file, entire, extract, 1, setup.reading)
 
 
-def write_array(features: Tensor, file: Path) -> None:
-    """N x D float32 into a .npy, atomically."""
-    buffer = io.BytesIO()
-    np.save(buffer, features.numpy())
-    write_bytes(buffer.getbuffer(), file)
+def measure_once(
+    file: Path, images: ImageSet, extract: BatchFn, width: int, reading: Reading
+) -> Tensor | None:
+    """N x width of a set of images, kept in a file; every process calls it, the main one gets it.
 
-
-def read_array(file: Path, count: int) -> Tensor:
-    """N x D float32 of `count` images; raises ValueError naming a damaged file."""
+    Raises:
+        ValueError: naming damaged images, or a damaged file.
+    """
+    state = reading.state
+    [is_there] = broadcast_object_list([file.is_file()])
+    if not is_there:
+        found = extract_features(images, extract, width, reading)
+        refuse_damaged(found.skipped)
+        if state.is_main_process:
+            buffer = io.BytesIO()
+            np.save(buffer, found.features.numpy())
+            write_bytes(buffer.getbuffer(), file)
+    if not state.is_main_process:
+        return None
     try:
-        features = torch.from_numpy(np.load(file, allow_pickle=False))
-        if len(features) != count:
-            raise ValueError(f"{len(features)} rows for {count} images")
-        return features
+        numbers = torch.from_numpy(np.load(file, allow_pickle=False))
+        if len(numbers) != len(images):
+            raise ValueError(f"{len(numbers)} rows for {len(images)} images")
     except (EOFError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete it to measure anew") from error
+    return numbers.to(state.device)
 
 
 def refuse_damaged(skipped: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError for generated images, (name, reason), that cannot be read."""
+    """ValueError for generated images, (name, reason), that can't be read."""
     if skipped:
         names = ", ".join(name for name, _ in skipped[:3])
         raise ValueError(f"{len(skipped)} damaged images, delete them to make them anew: {names}")

@@ -1,10 +1,8 @@
-"""The frozen networks that images are measured with, in full precision and without gradient.
+"""The frozen networks that images are measured with, in float32 and without gradient.
 
 Inception  InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
            TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the
            features after the last pooling.
-DINOv2     ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm,
-           for the Frechet distance of Stein et al. 2023.
 Tokenizer  the latent means of the run's own image tokenizer.
 CLIP       cosine of image and caption for the CLIP score of Hessel et al. 2021. Images go through
            its own preprocessing at their full size; captions have no prefix and are cut to its
@@ -21,29 +19,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eval.programs import INSTALL, describe_file
-from eval.protocol import Precision, Protocol
+from eval.protocol import Protocol
 from modeling.clip_weights import AbsentWeights, ClipConfig, clip_inputs, load_clip
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.perceptual import VGG16_URL
+from modeling.pipeline import ImageGenerator
 from modeling.published import PublishedWeights, file_sha256
-from modeling.text_encoder import TextEncoderConfig
 
 INCEPTION_WIDTH = 2048  # D
-DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224
-DINO_MEAN, DINO_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
-CLIP_SCALE = "100 * mean over the images of max(cosine of image and caption, 0)"
 DOWNLOAD = "; --download fetches it"
 INCEPTION = PublishedWeights(
     "InceptionV3",
@@ -53,13 +45,6 @@ INCEPTION = PublishedWeights(
     DOWNLOAD,
 )
 VGG16 = PublishedWeights("VGG16", VGG16_URL, "--vgg-weights", DOWNLOAD)
-ABSENT = {
-    "inception": f"{INCEPTION.title}'s weights are absent: {INCEPTION.ways_out}",
-    "dinov2": "DINOv2's weights are absent: fetch "
-    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth "
-    "(or timm/vit_large_patch14_dinov2.lvd142m, model.safetensors) and name it with "
-    "--dinov2-weights",
-}
 
 
 @contextmanager
@@ -82,29 +67,25 @@ class InceptionFeatures(FeatureNet):
 
     width = INCEPTION_WIDTH
 
-    def __init__(self, weights: Path, precision: Precision = "float32"):
+    def __init__(self, weights: Path):
         """Raises ValueError: torch-fidelity is not installed, or the file holds other weights."""
         super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ValueError(f"Inception needs torch-fidelity ({error}): {INSTALL}") from error
-        # Its constructor unpickles whatever it is given (weights_only=False): give it checked tensors.
+        # Its constructor unpickles what it is given (weights_only=False): give it checked tensors
         checked = io.BytesIO()
         torch.save(read_tensors(weights), checked)
         checked.seek(0)
         try:
             with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
-                net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
+                self.net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
         except RuntimeError as error:
             reason = textwrap.shorten(str(error), 300)
             raise ValueError(f"{weights} has other weights than InceptionV3's: {reason}") from error
-        # Its own option "float64" computes in float32 (0.4.0, helpers.text_to_dtype).
-        self.dtype = net.feature_extractor_internal_dtype = getattr(torch, precision)
-        self.net = net.to(self.dtype)
-        self.layers = list(net.children())[:-1]  # in calling order; the last, fc, gives logits
+        self.layers = list(self.net.children())[:-1]  # in calling order; the last gives logits
         self.identity = {"features": "inception", "weights_sha256": file_sha256(weights)}
-        self.identity["precision"] = precision
 
     def forward(self, images: Tensor) -> Tensor:
         with full_precision(images.device):
@@ -112,47 +93,16 @@ class InceptionFeatures(FeatureNet):
             if images.dtype != torch.float32 or images.shape[-1] != self.net.INPUT_IMAGE_SIZE:
                 return self.net(images)[0]  # which refuses other types than uint8
             # Resized already
-            x = (images.to(self.dtype) - 128) / 128
+            x = (images - 128) / 128
             for layer in self.layers:
                 x = layer(x)
-            return x.flatten(1).float()
+            return x.flatten(1)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """B x 2048 -> B x 1008 float64 without bias, as the inception score takes them."""
         weight = self.net.fc.weight.double()
         return features.to(weight) @ weight.T
-
-
-class DinoFeatures(FeatureNet):
-    """The class token, D = 1024."""
-
-    def __init__(self, weights: Path):
-        """Raises ValueError: the file does not hold weights of this net."""
-        super().__init__()
-        options = {"pretrained": False, "img_size": DINO_PIXELS, "num_classes": 0}
-        with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
-            self.net = timm.create_model(DINO_MODEL, **options).eval().requires_grad_(False)
-        # Positions were learned at 518 px and are resized to the grid of 224 px
-        state = read_tensors(weights)
-        try:
-            self.net.load_state_dict(checkpoint_filter_fn(state, self.net))
-        except (RuntimeError, KeyError) as error:
-            reason = textwrap.shorten(str(error), 300)
-            raise ValueError(
-                f"{weights} has other weights than {DINO_MODEL}'s: {reason}"
-            ) from error
-        self.width = self.net.num_features
-        self.identity = {"features": "dinov2", "weights_sha256": file_sha256(weights)}
-
-    def forward(self, images: Tensor) -> Tensor:
-        size = (DINO_PIXELS, DINO_PIXELS)
-        # Bicubic overshoots at edges
-        x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean = x.new_tensor(DINO_MEAN).view(1, 3, 1, 1)
-        deviation = x.new_tensor(DINO_DEVIATION).view(1, 3, 1, 1)
-        with full_precision(images.device):
-            return self.net((x - mean) / deviation)
 
 
 class TokenizerFeatures(FeatureNet):
@@ -173,7 +123,7 @@ class ClipScorer:
     """Images and captions -> cosines, by any CLIP of open_clip in float32."""
 
     def __init__(self, config: ClipConfig, device: torch.device, download: bool):
-        """Raises AbsentWeights: the file to fetch; ValueError: unknown model, unreadable weights."""
+        """Raises AbsentWeights: the file to fetch; ValueError: unknown model, bad weights."""
         with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
             self.clip = load_clip(config, download).to(device)
         self.preprocess, self.tokenize = clip_inputs(config, self.clip)
@@ -182,7 +132,7 @@ class ClipScorer:
             "model": config.model,
             "pretrained": None if ":" in config.model else config.pretrained,
             "weights_fingerprint": fingerprint(self.clip),
-            "scale": CLIP_SCALE,
+            "scale": "100 * mean over the images of max(cosine of image and caption, 0)",
         }
 
     def cosines(self, images: Tensor, captions: list[str]) -> Tensor:
@@ -223,67 +173,60 @@ class Networks:
     weights: dict[str, Any] = field(default_factory=dict)  # plain values
 
 
-@dataclass
-class WeightsFiles:
-    """Where the weights are."""
-
-    inception: str | None  # path; without one: torch's cache
-    dinov2: str | None  # path; without one there are none
-    download: bool = False  # absent weights into torch's and the hub's cache
-
-    def find(self, features: str) -> Path | None:
-        """The file for a protocol's features; None if there is none.
-
-        Raises:
-            ValueError: no file at a given path.
-        """
-        if features == "inception":
-            return INCEPTION.find(self.inception, self.download)
-        if self.dinov2 and not Path(self.dinov2).is_file():
-            raise ValueError(f"--dinov2-weights: no file {self.dinov2}")
-        return Path(self.dinov2) if self.dinov2 else None
+def explain_absence(weights: PublishedWeights) -> str:
+    """Why there is no metric, and where to get the weights."""
+    return f"{weights.title}'s weights are absent: {weights.ways_out}"
 
 
 def load_networks(
     protocol: Protocol,
-    tokenizer: ImageTokenizer,
-    text_encoder: TextEncoderConfig,
-    files: WeightsFiles,
+    generator: ImageGenerator,
+    inception_weights: str | None,
     state: PartialState,
+    download: bool = False,
 ) -> Networks:
-    """What the protocol's metrics need. tokenizer, text_encoder: the run's own.
+    """What the protocol's metrics need.
+
+    Args:
+        generator: the run's, for its own tokenizer and CLIP.
+        inception_weights: path; None: torch's cache.
+        download: absent weights into torch's and the hub's cache.
 
     Raises:
         ValueError: weights of another net, damaged ones, or no file at a given path.
     """
+    found, file = Networks(), None
+    needs_features = bool({*protocol.metrics} - {"clip_score"})
+    needs_inception = needs_features and protocol.features == "inception"
     # One process a machine downloads, the others find the files
-    found, file, kind = Networks(), None, protocol.features
     with state.local_main_process_first():
-        if protocol.feature_metrics and kind != "tokenizer":
-            file = files.find(kind)
+        if needs_inception:
+            file = INCEPTION.find(inception_weights, download)
         if "clip_score" in protocol.metrics:
             try:
-                config = own_clip(protocol.clip, text_encoder)
-                found.clip = ClipScorer(config, state.device, files.download)
+                found.clip = ClipScorer(clip_of(protocol, generator), state.device, download)
                 found.weights["clip"] = found.clip.description
             except AbsentWeights as error:
                 found.absent["clip"] = str(error)
     # The feature network, or why there is none
-    if protocol.feature_metrics and kind == "tokenizer":
-        found.features = TokenizerFeatures(tokenizer)
-    elif protocol.feature_metrics and file is None:
-        found.absent["features"] = ABSENT[kind]
-    elif protocol.feature_metrics:
-        found.weights[kind] = describe_file(file)
-        is_inception = kind == "inception"
-        net = InceptionFeatures(file, protocol.precision) if is_inception else DinoFeatures(file)
-        found.features = net.to(state.device)
+    if file:
+        found.weights["inception"] = describe_file(file)
+        found.features = InceptionFeatures(file).to(state.device)
+    elif needs_inception:
+        found.absent["features"] = explain_absence(INCEPTION)
+    elif needs_features:
+        found.features = TokenizerFeatures(generator.tokenizer)
     return found
 
 
-def own_clip(config: ClipConfig, text_encoder: TextEncoderConfig) -> ClipConfig:
-    """The config with model "own" replaced by the CLIP whose text tower the run has."""
-    if config.model != "own":
-        return config
-    names = ("model", "pretrained", "exact_gelu")
-    return replace(config, **{name: getattr(text_encoder, name) for name in names})
+def clip_of(protocol: Protocol, generator: ImageGenerator) -> ClipConfig:
+    """The protocol's CLIP; "own" is the one whose text tower the run has."""
+    if protocol.clip.model != "own":
+        return protocol.clip
+    tower = generator.text_encoder.tokenize.config
+    return replace(
+        protocol.clip,
+        model=tower.model,
+        pretrained=tower.pretrained,
+        exact_gelu=tower.exact_gelu,
+    )

@@ -1,23 +1,180 @@
-"""Sets of images -> features: of generated images, and of their reference.
+"""Features of sets of images: their Gaussian, the Frechet distance, statistics files, references.
 
-The processes share the images of a set (eval/images.py); all of them must call these functions.
+    d^2 = |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))
+
+m, C: mean and covariance (n - 1) of D features. Heusel et al. 2017 on Inception features: FID.
+Everything is float64. A statistics file is an npz with `mu`, `sigma`, `count` and `description`, on
+request with `features` (N x D) and `categories` (N names). Files of other codes with only `mu` and
+`sigma` are read as well.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+import io
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from data.files import write_bytes
 from eval.feature_nets import FeatureNet
-from eval.fid import FeatureSet, FeatureStatistics
 from eval.images import RULES, ImageSet, Reading, image_name, iterate_images, list_images
 from eval.protocol import Caption, Protocol
+
+BatchFn = Callable[[dict[str, Any]], Tensor]  # a batch of iterate_images -> B x width
+
+# Gaussians
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean D and covariance D x D of features, float64 on the CPU. count: None if unknown."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None
+
+    def __post_init__(self):
+        width = self.mean.numel()
+        if self.mean.shape != (width,) or self.covariance.shape != (width, width):
+            given = f"mean {tuple(self.mean.shape)}, covariance {tuple(self.covariance.shape)}"
+            raise ValueError(f"statistics of features: {given}, expected D and D x D")
+        if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
+            raise ValueError("statistics of features: not finite")
+
+
+class FeatureStatistics:
+    """Count, sum and outer products of features, float64 on one device. D x D: 34 MB at 2048."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor) -> None:
+        """Count in a batch, B x D."""
+        features = features.to(self.sum)
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.outer.addmm_(features.T, features)
+
+    def over_processes(self) -> "FeatureStatistics":
+        """The sums of all processes, in a new object. Every process must call it."""
+        total = FeatureStatistics(0, self.sum.device)
+        total.count = sum_over_processes(self.count)
+        total.sum = sum_over_processes(self.sum)
+        total.outer = sum_over_processes(self.outer)
+        return total
+
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance; ValueError of fewer than 2 images, or features not finite."""
+        count = self.count.item()
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {count}")
+        mean = self.sum / count
+        covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
+        return Gaussian(mean.cpu(), covariance.cpu(), count)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """A new tensor with the sum of all processes' values."""
+    values = values.clone()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def fit_gaussian(features: Tensor) -> Gaussian:
+    """Mean and covariance of N x D features; raises as FeatureStatistics.gaussian does."""
+    statistics = FeatureStatistics(features.shape[1], features.device)
+    statistics.add(features)
+    return statistics.gaussian()
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """Squared Frechet distance, as papers report. 0 for equal ones up to rounding, so also below.
+
+    The trace of the root is the sum of the roots of the eigenvalues of C1 C2, as in torch-fidelity.
+    """
+    if first.mean.shape != second.mean.shape:
+        widths = f"{len(first.mean)} and {len(second.mean)}"
+        raise ValueError(f"features of widths {widths} have no distance")
+    # C1 C2 is not symmetric, but its eigenvalues are real up to rounding
+    eigenvalues = scipy.linalg.eigvals((first.covariance @ second.covariance).numpy())
+    root_trace = np.sqrt(eigenvalues).real.sum()
+    shift = (first.mean - second.mean).square().sum()
+    traces = first.covariance.trace() + second.covariance.trace()
+    return (shift + traces - 2 * root_trace).item()
+
+
+# Statistics files
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of N images, as a statistics file keeps them."""
+
+    gaussian: Gaussian
+    description: dict[str, Any] = field(default_factory=dict)  # plain values: what it is of
+    features: Tensor | None = None  # N x D float32 on the CPU, if they were kept
+    categories: Sequence[str] = ()  # N names of the folders that the images lie in, if known
+    # known only of images that were just measured:
+    rows: dict[str, int] = field(default_factory=dict)  # name of an image -> its row
+    groups: Tensor | None = None  # N numbers, equal for pixel-identical images
+    skipped: Sequence[tuple[str, str]] = ()  # (name, reason) of unreadable images
+
+    def save(self, path: Path) -> None:
+        """Write a statistics file atomically."""
+        arrays = {"mu": self.gaussian.mean.numpy(), "sigma": self.gaussian.covariance.numpy()}
+        arrays["count"] = -1 if self.gaussian.count is None else self.gaussian.count
+        arrays["description"] = json.dumps(self.description)
+        if self.features is not None:
+            arrays["features"] = self.features.numpy()
+            arrays["categories"] = np.array(self.categories, dtype=np.str_)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_bytes(buffer.getbuffer(), path)
+
+    @staticmethod
+    def load(path: Path) -> "FeatureSet":
+        """Read a statistics file, ours or another code's. Nothing in it is executed.
+
+        Raises:
+            ValueError: no such file, truncated, or not of this form.
+        """
+        if not path.is_file():
+            raise ValueError(f"statistics file {path} does not exist")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return _parse(arrays)
+        except Exception as error:  # numpy, zip and zlib raise types of their own
+            raise ValueError(f"{path} is no statistics file, or truncated: {error}") from error
+
+
+def _parse(arrays: Mapping[str, np.ndarray]) -> FeatureSet:
+    # Every code's
+    mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
+    count = int(arrays["count"]) if "count" in arrays else -1
+    gaussian = Gaussian(mean, covariance, None if count < 0 else count)
+    description = json.loads(str(arrays["description"])) if "description" in arrays else {}
+    # Ours, with --keep-features
+    if "features" not in arrays:
+        return FeatureSet(gaussian, description)
+    features = torch.from_numpy(arrays["features"])
+    categories = arrays["categories"].astype(np.str_).tolist() if "categories" in arrays else []
+    if features.shape != (count, len(mean)) or len(categories) not in (0, count):
+        given = f"features {tuple(features.shape)} and {len(categories)} categories"
+        raise ValueError(f"{given} of {count} images with {len(mean)} features")
+    return FeatureSet(gaussian, description, features, categories)
+
+
+# Measuring. All processes must call these functions; they share the images of a set
 
 
 class Extracted(NamedTuple):
@@ -31,13 +188,9 @@ class Extracted(NamedTuple):
 
 
 def extract_features(
-    images: ImageSet,
-    extract: Callable[[dict[str, Any]], Tensor],
-    width: int,
-    reading: Reading,
-    keep_features: bool = True,
+    images: ImageSet, extract: BatchFn, width: int, reading: Reading, keep_features: bool = True
 ) -> Extracted:
-    """Features of a set of images. extract: a batch of iterate_images -> B x width."""
+    """Features of a set of images, N x width."""
     # This process's share
     statistics, rows, skipped = FeatureStatistics(width, reading.state.device), [], []
     for batch in iterate_images(images, reading.batch_size, reading.num_workers, reading.state):
@@ -59,10 +212,9 @@ def extract_features(
 def measure_reference(
     data: Sequence[str], images: ImageSet, net: FeatureNet, reading: Reading, keep: bool = True
 ) -> FeatureSet:
-    """Features of the images of folders and shards (data).
+    """Features of a reference (data: its names); ValueError if fewer than 2 images are readable.
 
-    Raises:
-        ValueError: fewer than 2 images could be read.
+    keep: the features of each image, not only their Gaussian.
     """
     device = reading.state.device
     found = extract_features(
@@ -76,7 +228,7 @@ def measure_reference(
     entries = [images.entries[number] for number in found.numbers]
     in_folders = not any(entry.span for entry in entries)
     description = {
-        **describe_features(net, images.image_size, RULES[images.rule]),
+        **describe_features(net, images),
         "data": [*data],
         "background": [*images.background],
         "images_sha256": hashlib.sha256("".join(found.digests).encode()).hexdigest(),
@@ -94,15 +246,18 @@ def measure_reference(
     )
 
 
-def describe_features(net: FeatureNet, image_size: int, rule: str) -> dict[str, Any]:
+def describe_features(net: FeatureNet, images: ImageSet) -> dict[str, Any]:
     """What must be equal for features to be compared; plain values."""
-    return {**net.identity, "image_size": image_size, "resize": rule}
+    return {**net.identity, "image_size": images.image_size, "resize": RULES[images.rule]}
 
 
 def number_groups(items: Sequence[Hashable]) -> Tensor:
     """The same number for equal items, counted from 0 in order of first appearance."""
     numbers: dict[Hashable, int] = {}
     return torch.tensor([numbers.setdefault(item, len(numbers)) for item in items])
+
+
+# The reference of a protocol
 
 
 def load_reference(
@@ -114,41 +269,35 @@ def load_reference(
 ) -> FeatureSet | None:
     """The protocol's statistics file, or its images, listed and measured; None without either.
 
-    Without a network the reference is only listed or read.
+    Without a network it is only read or listed: what is not there is an error at once.
 
     Raises:
         ValueError: the reference can't serve.
     """
     path, reference = protocol.statistics_file, None
-    # A file says what it is of
+    entries = [] if path else list_images(protocol.reference)
+    images = ImageSet(entries, image_size, (), tuple(protocol.background), protocol.resize)
     if path:
         reference = FeatureSet.load(path)
         if net:
-            rule = RULES[protocol.resize]
-            check_features(path, reference, net, describe_features(net, image_size, rule))
+            check_features(path, reference, net, images)
         described = {"file": str(path), "num_images": reference.gaussian.count}
         reference = replace(reference, description=described | reference.description)
-    # Images are listed even without a network: what is not there is an error at once
-    elif protocol.reference:
-        entries, background = list_images(protocol.reference), tuple(protocol.background)
-        images = ImageSet(entries, image_size, (), background, protocol.resize)
-        if net:
-            reference = measure_reference(protocol.reference, images, net, reading)
+    elif protocol.reference and net:
+        reference = measure_reference(protocol.reference, images, net, reading)
     if reference:
         check_captions(protocol, captions, reference)
     return reference
 
 
-def check_features(
-    path: Path, found: FeatureSet, net: FeatureNet, expected: dict[str, Any]
-) -> None:
+def check_features(path: Path, found: FeatureSet, net: FeatureNet, images: ImageSet) -> None:
     """Refuse a statistics file of other features or image sizes; another code's says neither."""
     width = len(found.gaussian.mean)
     if width != net.width:
         raise ValueError(f"{path} has {width} features, {net.identity['features']} has {net.width}")
-    for key, value in expected.items():
+    for key, value in describe_features(net, images).items():
         known = found.description.get(key, value)
-        if known != value and key != "precision":  # float32 and float64 may be compared
+        if known != value:
             raise ValueError(
                 f"{path} has {key} {known!r}, expected {value!r}: make another with "
                 "scripts/reference_stats.py"
@@ -163,8 +312,8 @@ def check_captions(protocol: Protocol, captions: Sequence[Caption], reference: F
             raise ValueError(f"metric retrieval: not in the reference: {', '.join(absent[:3])}")
         if len(reference.rows) < len(reference.groups):
             raise ValueError(
-                "metric retrieval: two reference images of a shard have one name (a key that occurs "
-                "twice, or keys that differ only in . + _), so a caption's own image is not known"
+                "metric retrieval: two reference images of a shard have one name (a key that "
+                "occurs twice, or keys that differ only in . + _): which is a caption's own?"
             )
     available = sorted({*reference.categories})
     absent = sorted({caption.category for caption in captions}.difference(available))

@@ -6,10 +6,9 @@
     python -m eval.generation RUN --protocol FILE.yaml --guidance 1,1.5,2,3 --steps 10,20,50
 
 RUN is an experiment or its stage-3 run; EMA weights. A protocol is a YAML (eval/protocol.py);
-key=value changes it. An image does not depend on --batch-size or the number of processes
-(eval/generate.py). The same command continues an interrupted evaluation. Writes images, features
-and evaluation.json; with several values of guidance or steps, a folder for each, a table and a
-chart.
+key=value changes it. An image does not depend on --batch-size or the number of processes. The same
+command continues an interrupted evaluation. Writes images, features and evaluation.json; with
+several values of guidance or steps, a folder for each, a table and a chart.
 """
 
 import argparse
@@ -23,14 +22,16 @@ from accelerate.utils import gather_object
 from configs.load import load_dataclass
 from data.files import check_writable, write_json, write_text
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
-from eval.feature_nets import WeightsFiles
+from eval.feature_nets import load_networks
+from eval.features import load_reference
 from eval.images import Reading
 from eval.programs import (
     INSTALL,
     add_reading_options,
+    add_sweep_options,
     add_weights_options,
     build_parser,
-    different,
+    print_metrics,
     start_processes,
 )
 from eval.protocol import Protocol, protocol_file, read_captions
@@ -47,20 +48,13 @@ from training.pipelines import flow_folder, load_pipeline
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="experiment folder, or a stage-3 run folder"
-    )
+    help_text = "experiment folder, or a stage-3 run folder"
+    parser.add_argument("run", type=Path, metavar="RUN", help=help_text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
-    parser.add_argument(
-        "--protocol", required=True, help="a YAML file, or a name: coco30k, mjhq30k, demo, geneval"
-    )
+    help_text = "a YAML file, or a name: coco30k, mjhq30k, demo, geneval"
+    parser.add_argument("--protocol", required=True, help=help_text)
     parser.add_argument("--output", type=Path, help="folder; default: evaluation/PROTOCOL in RUN")
-    help_text = "as in 1,1.5,2: one evaluation each"
-    parser.add_argument("--guidance", type=different(float), metavar="LIST", help=help_text)
-    help_text = "solver steps, as in 10,20,50"
-    parser.add_argument("--steps", type=different(int), metavar="LIST", help=help_text)
-    parser.add_argument("--no-images", action="store_true", help="keep only features")
-    parser.add_argument("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
+    add_sweep_options(parser)
     add_reading_options(parser, 64, "images that a feature network sees at once")
     add_weights_options(parser)
     return parser.parse_intermixed_args(arguments)
@@ -76,8 +70,8 @@ def main(args: argparse.Namespace) -> None:
         for steps in args.steps or [protocol.steps]
         for guidance in args.guidance or [protocol.guidance]
     ]
-    if len(points) > 1:
-        check_matplotlib()
+    if len(points) > 1 and find_spec("matplotlib") is None:
+        raise ValueError(f"the chart of a sweep needs matplotlib: {INSTALL}")
     output = args.output or args.run / "evaluation" / Path(args.protocol).stem
     state = start_processes(args.device)
     check_writable(output / REPORT)
@@ -96,15 +90,17 @@ def main(args: argparse.Namespace) -> None:
         check_guidance(point.sampling(default).guidance, generator.flow.config.null_probability)
 
     # What the images are measured with
+    reading = Reading(args.batch_size, args.num_workers, state)
+    networks = load_networks(protocol, generator, args.inception_weights, state, args.download)
+    size = protocol.feature_size(generator.tokenizer.config.image_size)
     setup = EvaluationSetup(
-        protocol=protocol,
         captions=captions,
         generator=generator,
         default=default,
         model=model,
-        files=WeightsFiles(args.inception_weights, args.dinov2_weights, args.download),
-        reading=Reading(args.batch_size, args.num_workers, state),
-        keep_images=not args.no_images,
+        networks=networks,
+        reference=load_reference(protocol, captions, networks.features, size, reading),
+        reading=reading,
     )
 
     # A folder for each point
@@ -115,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
         folder = output / name if len(points) > 1 else output
         reports.append(evaluate_images(setup, point, folder))
         if state.is_main_process:
-            print_summary(reports[-1], folder / REPORT)
+            print_report(reports[-1], folder / REPORT)
     if len(points) > 1 and state.is_main_process:
         write_sweep(output, reports)
 
@@ -131,21 +127,11 @@ def describe_model(checkpoint: Path, generator: ImageGenerator) -> dict[str, Any
     }
 
 
-def print_summary(report: dict[str, Any], path: Path) -> None:
-    """A line of metrics, and one for each that is null."""
-    metrics = {name: value for name, value in report["metrics"].items() if value is not None}
-    found = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+def print_report(report: dict[str, Any], path: Path) -> None:
+    """How many images, how fast, and the metrics."""
     made = f"{report['num_images']} images, {report['images_made']} made now"
     rate = f", {report['images_per_second']:.1f} images/s" if report["images_made"] else ""
-    print(f"{path}: {made}{rate}{': ' if found else ''}{found}")
-    for name, reason in report["missing"].items():
-        print(f"  no {name}: {reason}")
-
-
-def check_matplotlib() -> None:
-    """Refuse a sweep whose chart could not be drawn."""
-    if find_spec("matplotlib") is None:
-        raise ValueError(f"the chart of a sweep needs matplotlib: {INSTALL}")
+    print_metrics(report, f"{path}: {made}{rate}")
 
 
 def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
@@ -174,7 +160,7 @@ def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
 
 
 def save_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
-    """The first metric over guidance, a curve for each number of steps."""
+    """A metric over guidance, a curve for each number of steps."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(layout="constrained")

@@ -56,10 +56,9 @@ def image_name(entry: Entry) -> str:
 
 
 def entry_captions(entry: Entry, keys: Sequence[str], option: str) -> list[str]:
-    """All captions under the first of the keys that has any; option: where the keys are set.
+    """All captions under the first of the keys that has any; ValueError if none has.
 
-    Raises:
-        ValueError: there is none.
+    option: where the keys are set, for the message.
     """
     try:
         captions = captions_of(read_parts(entry), keys)

@@ -1,4 +1,4 @@
-"""What the evaluation programs share: options, and what their json says of the environment."""
+"""What the evaluation programs share: options, start, environment, the printed summary."""
 
 import argparse
 from collections.abc import Callable
@@ -14,16 +14,8 @@ from modeling.published import file_sha256
 from training.run import TIMEOUT_MINUTES
 
 INSTALL = "pip install -r requirements-eval.txt"
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "torch-fidelity",
-    "lpips",
-    "numpy",
-    "pillow",
-    "accelerate",
-    "open_clip_torch",
-)
+PACKAGES = ["torch", "torchvision", "torch-fidelity", "lpips", "open_clip_torch"]
+PACKAGES += ["numpy", "pillow", "accelerate"]
 
 
 def integer(least: int) -> Callable[[str], int]:
@@ -58,35 +50,36 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    """--guidance and --steps, each with one value or several."""
+    help_text = "as in 1,1.5,2: one evaluation each"
+    parser.add_argument("--guidance", type=different(float), metavar="LIST", help=help_text)
+    help_text = "solver steps, as in 10,20,50"
+    parser.add_argument("--steps", type=different(int), metavar="LIST", help=help_text)
+
+
 def add_reading_options(parser: argparse.ArgumentParser, batch_size: int, help_text: str) -> None:
     """Images at a time, reading processes, device."""
     parser.add_argument("--batch-size", type=integer(1), default=batch_size, help=help_text)
-    parser.add_argument(
-        "--num-workers", type=integer(0), default=2, help="reading processes of each process"
-    )
+    help_text = "reading processes of each process"
+    parser.add_argument("--num-workers", type=integer(0), default=2, help=help_text)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:
     """Inception's weights, and whether absent weights may be downloaded."""
-    parser.add_argument(
-        "--inception-weights", metavar="FILE", help="InceptionV3 of FID; default: torch's cache"
-    )
-    parser.add_argument(
-        "--download", action="store_true", help="fetch absent weights into the packages' caches"
-    )
+    help_text = "InceptionV3 of FID; default: torch's cache"
+    parser.add_argument("--inception-weights", metavar="FILE", help=help_text)
+    help_text = "fetch absent weights into the packages' caches"
+    parser.add_argument("--download", action="store_true", help=help_text)
 
 
 def start_processes(device: str) -> PartialState:
-    """Join the launcher's processes; convolutions stay float32, which TF32 would round to 10 bits.
-
-    Raises:
-        ValueError: a GPU is wanted, and there is none.
-    """
+    """Join the launcher's processes; ValueError if a GPU is wanted and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # it rounds convolutions to 10 bits
     return PartialState(cpu=device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
 
 
@@ -111,3 +104,12 @@ def package_version(name: str) -> str | None:
 def describe_file(file: Path) -> dict[str, str]:
     """Name and hash."""
     return {"file": file.name, "sha256": file_sha256(file)}
+
+
+def print_metrics(report: dict[str, Any], head: str, tail: str = "") -> None:
+    """A line with the metrics that have a value, and one for each that is null."""
+    metrics = {name: value for name, value in report["metrics"].items() if value is not None}
+    values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"{head}{': ' if values else ''}{values}{tail}")
+    for name, reason in report["missing"].items():
+        print(f"  no {name}: {reason}")

@@ -1,9 +1,8 @@
-"""What an evaluation of generated images is: a small YAML that another code could follow.
+"""An evaluation of generated images as a small YAML that other code could follow.
 
-A number such as a FID depends on captions, reference, resize, rounding, weights, guidance, steps
-and sampler; here each is a field. eval/protocols holds the protocols that papers report. Captions
-come from a text file, a jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and
-shards.
+A FID depends on captions, reference, resize, weights, guidance, steps and sampler: each is a field
+here. eval/protocols holds the protocols that papers report. Captions come from a text file, a
+jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and shards.
 """
 
 import hashlib
@@ -21,16 +20,8 @@ from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
 
 FOLDER = Path(__file__).parent / "protocols"
-METRICS = (
-    "frechet",
-    "frechet_by_category",
-    "kid",
-    "inception_score",
-    "precision_recall",
-    "retrieval",
-    "clip_score",
-)
-Precision = Literal["float32", "float64"]
+METRICS = ["frechet", "frechet_by_category", "kid", "inception_score", "precision_recall"]
+METRICS += ["retrieval", "clip_score"]
 
 
 @dataclass
@@ -40,7 +31,7 @@ class Protocol:
     # a .txt (one a line), a .jsonl, COCO's captions_*.json, MJHQ-30K's meta_data.json; or folders,
     # or tar shards
     captions: list[str] = field(default_factory=list)
-    # where captions lie in the samples of folders and shards
+    # where the captions of folders and shards are
     caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
     caption_field: str = "prompt"  # of the rows of a .jsonl
     num_captions: int = 0  # 0: all
@@ -55,24 +46,19 @@ class Protocol:
     steps: int | None = None  # None, also below: as the run's config says
     guidance: float | None = None
     sampler: str | None = None
-    autocast: bool = False  # networks in bf16 where that is safe; False: float32
-    rounding: Literal["round", "truncate"] = "round"  # of [0, 1] to uint8
     # pixels before the features, resized by Pillow, bicubic, antialiased; 0: as generated
     image_size: int = 0
-    # how images, generated and real, come to the feature network. crop: at image_size, the real
-    # ones' centre; clean: clean-fid's rule, the whole image to 299 px without rounding
-    # (eval/images.py), for features=inception
+    # how generated and real images are resized. crop: the centre, at image_size; clean: clean-fid's
+    # rule, the whole image to 299 px without rounding (eval/images.py), for features=inception
     resize: ResizeRule = "crop"
-    # folders of the images; geneval: those that GenEval's scorer reads
+    # geneval: the folders that GenEval's scorer reads
     layout: Literal["flat", "geneval"] = "flat"
-    # one statistics file (.npz), or folders, or shards, whose images are cropped to the centre;
-    # []: none
+    # one statistics file (.npz), or folders and shards of images; []: none
     reference: list[str] = field(default_factory=list)
     # RGB behind transparent pixels of reference images
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     # tokenizer: the latent means of the run's own
-    features: Literal["inception", "dinov2", "tokenizer"] = "inception"
-    precision: Precision = "float32"  # of the Inception network
+    features: Literal["inception", "tokenizer"] = "inception"
     metrics: list[str] = field(
         default_factory=lambda: ["frechet", "kid", "inception_score", "precision_recall"]
     )
@@ -95,8 +81,7 @@ class Protocol:
             valid = ", ".join(METRICS)
             raise ValueError(f"metrics {', '.join(sorted(unknown))}: valid are {valid}")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
-            given = self.background
-            raise ValueError(f"background must be 3 numbers in 0..255, got {given}")
+            raise ValueError(f"background must be 3 numbers in 0..255, got {self.background}")
         # Combinations
         if "inception_score" in self.metrics and self.features != "inception":
             raise ValueError(
@@ -110,17 +95,8 @@ class Protocol:
             raise ValueError(f"choice={self.choice} needs num_captions")
 
     @property
-    def feature_metrics(self) -> set[str]:
-        """Those that need the feature network."""
-        return {*self.metrics} - {"clip_score"}
-
-    @property
     def statistics_file(self) -> Path | None:
-        """The reference if it is a statistics file.
-
-        Raises:
-            ValueError: one among other references.
-        """
+        """The reference if it is a statistics file; ValueError of one among other references."""
         files = [name for name in self.reference if name.endswith(".npz")]
         if files and len(self.reference) > 1:
             given = self.reference
@@ -128,15 +104,11 @@ class Protocol:
         return Path(files[0]) if files else None
 
     def feature_size(self, generated: int) -> int:
-        """Pixels of the images that features are taken of, which are generated with others."""
+        """Pixels at which the features of `generated`-pixel images are taken."""
         return CLEAN_SIZE if self.resize == "clean" else self.image_size or generated
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
-        """The run's sampling with what the protocol changes.
-
-        Raises:
-            ValueError: unknown sampler, or no step.
-        """
+        """The run's sampling with what the protocol changes; ValueError of impossible values."""
         given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
         changes = {name: value for name, value in given.items() if value is not None}
         return replace(default, **changes)
@@ -153,17 +125,13 @@ class Caption:
 
     @property
     def category(self) -> str:
-        """Of MJHQ-30K; "" of others."""
+        """MJHQ-30K's; "" for other sources."""
         category = self.record.get("category")
         return category if isinstance(category, str) else ""
 
 
 def protocol_file(name: str) -> Path:
-    """The file of a protocol: a path, or a name among our own.
-
-    Raises:
-        ValueError: neither.
-    """
+    """The file of a protocol: a path, or a name among our own; ValueError if it is neither."""
     ours = FOLDER / f"{name}.yaml"
     path = ours if ours.is_file() else Path(name)
     if not path.is_file():
@@ -217,7 +185,7 @@ def _check_use(protocol: Protocol, captions: Sequence[Caption]) -> None:
         raise ValueError("layout=geneval needs captions from a .jsonl: rows are the metadata")
     if "frechet_by_category" in metrics and not all(caption.category for caption in captions):
         raise ValueError(
-            "metric frechet_by_category needs captions with a category, as MJHQ-30K's meta_data.json"
+            "metric frechet_by_category needs captions with a category: MJHQ-30K's meta_data.json"
         )
     if "retrieval" in metrics:
         if not all(caption.source for caption in captions):

@@ -13,17 +13,21 @@ images are split over the processes; one json also has the protocol.
 import argparse
 import time
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
 
 from data.files import check_writable, write_json
 from data.images import ImageTextConfig
-from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
-from eval.images import RULES, ImageSet, Reading, list_images
+from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures, explain_absence
+from eval.features import FeatureStatistics, frechet_distance, sum_over_processes
+from eval.images import RULES, ImageSet, Reading, iterate_images, list_images
 from eval.programs import (
     add_reading_options,
     add_weights_options,
@@ -31,21 +35,18 @@ from eval.programs import (
     describe_environment,
     describe_file,
     integer,
+    print_metrics,
     start_processes,
 )
-from eval.protocol import Precision
-from eval.reconstruct import (
-    ReconstructionMetrics,
-    Reconstructor,
-    load_reconstructor,
-    measure_reconstructions,
-)
+from eval.scores import psnr, ssim
+from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
+from modeling.text_encoder import TextEncoder
 from training.checkpoint import EMA_FILE, read_state
 from training.errors import exit_on_error
-from training.loading import load_newest, read_section
+from training.loading import find_text_encoder, load_newest, load_tokenizer, read_section
 from training.pictures import caption_grid, pair_rows, save_png
 
 PICTURE_PAIRS = 16
@@ -54,21 +55,18 @@ PICTURE_PAIRS = 16
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="stage-1 run folder, or an experiment folder"
-    )
+    help_text = "stage-1 run folder, or an experiment folder"
+    parser.add_argument("run", type=Path, metavar="RUN", help=help_text)
     help_text = "folder of images, or tar shards: paths, braces, globs"
     parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
     help_text = "the json; default: reconstruction.json in the run folder"
     parser.add_argument("--output", type=Path, help=help_text)
     parser.add_argument("--image-size", type=integer(1), help="pixels; default: the run's")
     parser.add_argument("--limit", type=integer(1), help="only the first images, so many")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer"
-    )
+    choices = ("fp32", "bf16")
+    parser.add_argument("--precision", choices=choices, default="fp32", help="of the tokenizer")
     help_text = "VGG16 of LPIPS; default: torch's cache"
     parser.add_argument("--vgg-weights", metavar="FILE", help=help_text)
-    parser.add_argument("--inception-precision", choices=("float32", "float64"), default="float32")
     help_text = "folder for a picture of the first pairs"
     parser.add_argument("--save-images", type=Path, metavar="DIR", help=help_text)
     add_reading_options(parser, 32, "images at a time and process")
@@ -94,29 +92,33 @@ def main(args: argparse.Namespace) -> None:
     )
     model = describe_model(run, checkpoint, reconstruct)
     files = find_weights(args, state)
-    sums = build_metrics(files, args.inception_precision, state.device)
+    lpips = LPIPS(files["lpips"]).to(state.device) if files["lpips"] else None
+    inception = InceptionFeatures(files["rfid"]).to(state.device) if files["rfid"] else None
 
     # The images, shared by the processes
     size = reconstruct.tokenizer.config.image_size
     data = read_section(run, "data", ImageTextConfig)
     images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
     start = time.perf_counter()
-    reading = Reading(args.batch_size, args.num_workers, state)
-    num_pairs = PICTURE_PAIRS if args.save_images else 0
-    pairs, skipped = measure_reconstructions(images, reconstruct, sums, reading, num_pairs)
-    sums = sums.over_processes()
-    pairs = sorted(gather_object(pairs), key=lambda pair: pair[0])
-    skipped = sorted(gather_object(skipped))
+    measured = measure_reconstructions(
+        images,
+        reconstruct,
+        Reading(args.batch_size, args.num_workers, state),
+        lpips,
+        inception,
+        num_pairs=PICTURE_PAIRS if args.save_images else 0,
+    )
+    pairs = sorted(gather_object(measured.pairs), key=lambda pair: pair[0])
+    skipped = sorted(gather_object(measured.skipped))
     if not state.is_main_process:
         return
 
     # The report
-    values, counts = sums.results()
     seconds = time.perf_counter() - start
     report = {
-        "metrics": values,
-        "missing": explain_missing(values, files),
-        **counts,
+        "metrics": measured.metrics,
+        "missing": explain_missing(measured.metrics, files),
+        **measured.counts,
         "skipped_by_reason": dict(Counter(reason for _, reason in skipped)),
         "skipped": [{"image": name, "reason": reason} for name, reason in skipped],
         "protocol": describe_protocol(args, images),
@@ -127,13 +129,69 @@ def main(args: argparse.Namespace) -> None:
         "images_per_second": round(len(images) / seconds, 3),
     }
     write_json(report, output)
-    print_summary(report, output)
+    rate = f" ({report['seconds']:.0f} s, {report['images_per_second']:.1f} images/s)"
+    print_metrics(report, f"{output}: {report['num_images']} images", rate)
+    for reason, count in report["skipped_by_reason"].items():
+        print(f"  skipped {count}: {reason}")
     if pairs:  # none if the first images are unreadable
         save_pairs(pairs, args.save_images / "reconstructions.png")
 
 
+# The networks
+
+
+@dataclass
+class Reconstructor:
+    """Images and captions -> reconstructions."""
+
+    tokenizer: ImageTokenizer
+    text_encoder: TextEncoder
+    bf16: bool  # autocast
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, captions: list[str]) -> Tensor:
+        """B x 3 x R x R uint8 -> the same, from the posterior's mean, clamped and rounded.
+
+        Raises:
+            FloatingPointError: a reconstruction is not finite.
+        """
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            text_states = self.text_encoder(self.text_encoder.tokenize(captions).to(images.device))
+            latents = self.tokenizer.encode(images.float() / 255).mean
+            pixels = self.tokenizer.decode(latents, text_states).float()
+        if not pixels.isfinite().all():
+            raise FloatingPointError("a reconstruction is not finite")
+        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def load_reconstructor(
+    run: Path, image_size: int | None, device: torch.device, bf16: bool
+) -> Reconstructor:
+    """The EMA tokenizer of a run and its text tower, at another image size if one is given.
+
+    Raises:
+        ValueError: no checkpoint, a size that the patches do not divide, or another text tower.
+    """
+    tokenizer = load_tokenizer(run)
+    # No weight depends on the image size: RoPE follows the grid
+    if image_size is not None:
+        resized = ImageTokenizer(replace(tokenizer.config, image_size=image_size))
+        resized.load_state_dict(tokenizer.state_dict())
+        tokenizer = resized
+    tokenizer = tokenizer.to(device).eval().requires_grad_(False)
+    # A converted run may name another tower than its decoder was made for
+    text_encoder = find_text_encoder(run)
+    expected = (tokenizer.config.text_tokens, tokenizer.config.text_width)
+    if text_encoder.shape != expected:
+        raise ValueError(
+            f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the "
+            f"tokenizer expects {expected}"
+        )
+    return Reconstructor(tokenizer, text_encoder.to(device), bf16)
+
+
 def find_weights(args: argparse.Namespace, state: PartialState) -> dict[str, Path | None]:
-    """Files of LPIPS' and rFID's networks, None where there is none; a process a machine downloads."""
+    """Files of LPIPS' and rFID's networks, None where absent; one process a machine downloads."""
     with state.local_main_process_first():
         return {
             "lpips": VGG16.find(args.vgg_weights, args.download),
@@ -141,27 +199,106 @@ def find_weights(args: argparse.Namespace, state: PartialState) -> dict[str, Pat
         }
 
 
-def build_metrics(
-    files: dict[str, Path | None], precision: Precision, device: torch.device
-) -> ReconstructionMetrics:
-    """The metrics whose weights are there; precision: of Inception."""
-    lpips, inception = None, None
-    if files["lpips"]:
-        lpips = LPIPS(files["lpips"]).to(device)
-    if files["rfid"]:
-        inception = InceptionFeatures(files["rfid"], precision).to(device)
-    return ReconstructionMetrics(lpips, inception, device)
+# The numbers
 
 
-def save_pairs(pairs: list[tuple], path: Path) -> None:
-    """Picture: originals left, reconstructions right."""
-    _, originals, reconstructions, captions = zip(*pairs)
-    rows = pair_rows(torch.stack(originals) / 255, torch.stack(reconstructions) / 255)
-    save_png(caption_grid(rows, [*captions], columns=4), path)
+@dataclass
+class Measured:
+    """What was found: metrics and counts over all processes, the rest of this one's images."""
+
+    metrics: dict[str, float | None]  # None: not measured, or not defined
+    counts: dict[str, int]
+    pairs: list[tuple]  # (index, original, reconstruction, caption)
+    skipped: list[tuple[str, str]]  # (name, reason) of each image that could not be read
+
+
+def measure_reconstructions(
+    images: ImageSet,
+    reconstruct: Reconstructor,
+    reading: Reading,
+    lpips: LPIPS | None = None,
+    inception: InceptionFeatures | None = None,
+    num_pairs: int = 0,
+) -> Measured:
+    """Reconstruct and measure a set of images, which the processes share; all must call it.
+
+    num_pairs: of the first images so many are returned.
+
+    Raises:
+        ValueError: not one image could be read.
+    """
+    state, pairs, skipped = reading.state, [], []
+    # Images, with a caption, different from their reconstruction; sums of PSNR, SSIM, LPIPS.
+    # They stay on the device, so that nothing waits for them
+    sums = torch.zeros(6, dtype=torch.float64, device=state.device)
+    num_sets = 2 if inception else 0
+    features = [FeatureStatistics(INCEPTION_WIDTH, state.device) for _ in range(num_sets)]
+    batches = iterate_images(images, reading.batch_size, reading.num_workers, state)
+    for batch in tqdm(batches, disable=not state.is_main_process, delay=10, mininterval=10):
+        skipped += batch["skipped"]
+        if not batch["index"]:
+            continue
+        originals = batch["image"].to(state.device, non_blocking=True)
+        reconstructions = reconstruct(originals, batch["caption"])
+        sums += sum_pairs(originals, reconstructions, batch["caption"], lpips)
+        for statistics, pixels in zip(features, (originals, reconstructions)):
+            statistics.add(inception(pixels))
+        rows = zip(batch["index"], batch["image"], reconstructions, batch["caption"])
+        pairs += [(i, x, y.cpu(), caption) for i, x, y, caption in rows if i < num_pairs]
+
+    # Over all processes
+    total = sum_over_processes(sums).tolist()
+    count, captioned, different, psnr_sum, ssim_sum, lpips_sum = total
+    features = [statistics.over_processes() for statistics in features]
+    if not count:
+        raise ValueError("not one image could be read")
+    rfid = None
+    if inception and count > 1:
+        rfid = frechet_distance(features[0].gaussian(), features[1].gaussian())
+    metrics = {
+        "rfid": rfid,
+        "psnr_db": psnr_sum / different if different else None,
+        "ssim": ssim_sum / count,
+        "lpips": lpips_sum / count if lpips else None,
+    }
+    counts = {
+        "num_images": int(count),
+        "num_identical": int(count - different),
+        "num_without_caption": int(count - captioned),
+    }
+    return Measured(metrics, counts, pairs, skipped)
+
+
+@torch.no_grad()
+def sum_pairs(
+    originals: Tensor, reconstructions: Tensor, captions: list[str], lpips: LPIPS | None
+) -> Tensor:
+    """Of B x 3 x R x R uint8 twice the 6 sums of measure_reconstructions, float64."""
+    x, y = originals.double() / 255, reconstructions.double() / 255
+    decibels = psnr(x, y)
+    differ = decibels.isfinite()  # identical pairs have no PSNR
+    distances = lpips(y, x).double().sum() if lpips else decibels.new_zeros(())
+    counts = decibels.new_tensor([len(x), sum(map(bool, captions))])
+    sums = [differ.sum(), decibels[differ].sum(), ssim(x, y).sum(), distances]
+    return torch.stack([*counts, *sums])
+
+
+# What the report says
+
+
+def describe_model(run: Path, checkpoint: Path, reconstruct: Reconstructor) -> dict[str, Any]:
+    """Which weights are measured; read at once, because training may remove the checkpoint."""
+    return {
+        "run": str(run),
+        "step": read_state(checkpoint)["step"],
+        "ema_sha256": file_sha256(checkpoint / EMA_FILE),
+        "tokenizer_fingerprint": fingerprint(reconstruct.tokenizer),
+        "text_encoder_fingerprint": reconstruct.text_encoder.identity,
+    }
 
 
 def explain_missing(
-    values: dict[str, float | None], files: dict[str, Path | None]
+    metrics: dict[str, float | None], files: dict[str, Path | None]
 ) -> dict[str, str]:
     """Why a metric is null."""
     reasons = {
@@ -170,8 +307,8 @@ def explain_missing(
     }
     for name, published in (("lpips", VGG16), ("rfid", INCEPTION)):
         if files[name] is None:
-            reasons[name] = f"{published.title}'s weights are absent: {published.ways_out}"
-    return {name: reasons[name] for name, value in values.items() if value is None}
+            reasons[name] = explain_absence(published)
+    return {name: reasons[name] for name, value in metrics.items() if value is None}
 
 
 def describe_protocol(args: argparse.Namespace, images: ImageSet) -> dict[str, Any]:
@@ -192,33 +329,17 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet) -> dict[str, A
         "ssim": "of each image, mean; 11 x 11 Gaussian window, sigma 1.5, data range 1, mirrored "
         "borders",
         "lpips": "VGG16, linear heads 0.1, mean over the images",
-        "rfid": "all originals against all reconstructions; InceptionV3 as in torch-fidelity (uint8, "
-        f"bilinear as in TensorFlow 1), {INCEPTION_WIDTH} features in {args.inception_precision}, "
-        "statistics in float64",
+        "rfid": "all originals against all reconstructions; InceptionV3 as in torch-fidelity "
+        f"(uint8, bilinear as in TensorFlow 1), {INCEPTION_WIDTH} features in float32, statistics "
+        "in float64",
     }
 
 
-def describe_model(run: Path, checkpoint: Path, reconstruct: Reconstructor) -> dict[str, Any]:
-    """Which weights are measured; read at once, because training may remove the checkpoint."""
-    return {
-        "run": str(run),
-        "step": read_state(checkpoint)["step"],
-        "ema_sha256": file_sha256(checkpoint / EMA_FILE),
-        "tokenizer_fingerprint": fingerprint(reconstruct.tokenizer),
-        "text_encoder_fingerprint": reconstruct.text_encoder.identity,
-    }
-
-
-def print_summary(report: dict[str, Any], path: Path) -> None:
-    """A line of metrics, and one for each that is null and for each reason of skipped images."""
-    metrics = {name: value for name, value in report["metrics"].items() if value is not None}
-    numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    rate = f"{report['seconds']:.0f} s, {report['images_per_second']:.1f} images/s"
-    print(f"{path}: {report['num_images']} images, {numbers} ({rate})")
-    for name, reason in report["missing"].items():
-        print(f"  no {name}: {reason}")
-    for reason, count in report["skipped_by_reason"].items():
-        print(f"  skipped {count}: {reason}")
+def save_pairs(pairs: list[tuple], path: Path) -> None:
+    """Picture: originals left, reconstructions right."""
+    _, originals, reconstructions, captions = zip(*pairs)
+    rows = pair_rows(torch.stack(originals) / 255, torch.stack(reconstructions) / 255)
+    save_png(caption_grid(rows, [*captions], columns=4), path)
 
 
 if __name__ == "__main__":

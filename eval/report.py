@@ -26,12 +26,10 @@ from configs.load import parse_stage_args
 from data.files import write_json
 from data.filters import FilterConfig
 from data.images import ImageTextConfig, image_reader
-from eval.features import number_groups
-from eval.fid import fit_gaussian, frechet_distance
-from eval.reconstruct import psnr
-from eval.scores import retrieval
+from eval.features import fit_gaussian, frechet_distance, number_groups
+from eval.scores import psnr, retrieval
 from modeling.layers import fingerprint
-from modeling.pipeline import ImageGenerator, SamplingConfig
+from modeling.pipeline import ImageGenerator, Precision, SamplingConfig
 from training.errors import exit_on_error
 from training.loading import read_section
 from training.pictures import caption_grid, pair_rows, save_png
@@ -127,16 +125,6 @@ def main(config: ReportStage) -> None:
     print(f"{path}: written, pictures beside it")
 
 
-def default_device() -> torch.device:
-    """A GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_evenly(number: int, wanted: int) -> list[int]:
-    """At most `wanted` of so many indices, evenly spaced."""
-    return torch.linspace(0, number - 1, min(wanted, number)).round().long().tolist()
-
-
 def measure_set(
     parts: ImageGenerator,
     sampling: SamplingConfig,
@@ -151,100 +139,20 @@ def measure_set(
         samples: image N x 3 x R x R and captions.
         own: their N places in the pool.
     """
+    # The flow, from text states on
     states = encode_texts(parts, samples["caption"])
     started = time.perf_counter()
-    on_device = states.to(parts.device)
-    start = parts.start(on_device, sampling, SEED, list(range(len(states))))
-    latents = in_batches(lambda x, t: parts.transport(x, t, sampling), start, on_device)
-    images = decode(parts, sampling, latents, states)
+    start = parts.start(states.to(parts.device), sampling, SEED, list(range(len(states))))
+    latents = in_batches(parts, lambda x, t: parts.transport(x, t, sampling), start, states)
+    images = decode(parts, latents, states, sampling.precision)
     values = compare(samples["image"], images, latents, pool, own)
     values["images_per_second"] = len(images) / (time.perf_counter() - started)
     yield "", values, images
+    # What it starts from, and the ridge, decoded alike
     source = start.cpu() / parts.flow.latent_scale.cpu()
     for suffix, latents in (("_source_without_flow", source), ("_ridge", ridge(states))):
-        images = decode(parts, sampling, latents, states)
+        images = decode(parts, latents, states, sampling.precision)
         yield suffix, compare(samples["image"], images, latents, pool, own), images
-
-
-def read_all(config: ReportStage, parts: ImageGenerator, shards: list[str]) -> dict:
-    """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions.
-
-    Captions and backgrounds are as the experiment's tokenizer was trained on them.
-    """
-    size = parts.tokenizer.config.image_size
-    trained_on = read_section(f"{config.experiment_dir}/tokenizer", "data", ImageTextConfig)
-    data = replace(trained_on, shards=shards, sources={}, filters=FilterConfig())
-    batches = list(image_reader(data, size, None).once(BATCH_SIZE))
-    captions = [caption for batch in batches for caption in batch["caption"]]
-    return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
-
-
-def take(samples: dict, indices: list[int]) -> dict:
-    """Some of the samples."""
-    return {"image": samples["image"][indices], "caption": [samples["caption"][i] for i in indices]}
-
-
-@torch.no_grad()
-def encode(parts: ImageGenerator, images: Tensor) -> Tensor:
-    """Latent means N x K x C on the CPU."""
-    return in_batches(lambda x: parts.tokenizer.encode(x.to(parts.device)).mean, images)
-
-
-def shrink(images: Tensor) -> Tensor:
-    """N x 3 x R x R -> N x 3 x 16 x 16 by area."""
-    return F.interpolate(images, size=(PIXEL_SIZE, PIXEL_SIZE), mode="area")
-
-
-def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> dict:
-    """Retrieval pool: latent means, small images, numbers of what counts as the same image."""
-    images = torch.cat([s["image"] for s in sets])
-    pool = {"latents": encode(parts, images), "pixels": shrink(images)}
-    pool["groups"] = number_groups([image.numpy().tobytes() for image in images])
-    if config.caption_variant:
-        captions = [caption for s in sets for caption in s["caption"]]
-        subjects = [re.sub(config.caption_variant, "", caption) for caption in captions]
-        pool["subjects"] = number_groups(subjects)
-    return pool
-
-
-@torch.no_grad()
-def reconstruction_psnr(parts: ImageGenerator, samples: dict) -> float:
-    """Mean PSNR per image of posterior-mean reconstructions with the true captions, dB."""
-
-    def decibels(images: Tensor, states: Tensor) -> Tensor:
-        images = images.to(parts.device)
-        latents = parts.tokenizer.encode(images).mean
-        return psnr(images, parts.decode(latents, states.to(parts.device)))
-
-    states = encode_texts(parts, samples["caption"])
-    return in_batches(decibels, samples["image"], states).mean().item()
-
-
-def encode_texts(parts: ImageGenerator, captions: list[str]) -> Tensor:
-    """Text states N x L x T on the CPU."""
-    size = BATCH_SIZE
-    chunks = [captions[i : i + size] for i in range(0, len(captions), size)]
-    return torch.cat([parts.encode_text(chunk).cpu() for chunk in chunks])
-
-
-def in_batches(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Outputs of all rows on the CPU."""
-    batches = zip(*(x.split(BATCH_SIZE) for x in tensors))
-    return torch.cat([function(*rows).cpu() for rows in batches])
-
-
-def decode(
-    parts: ImageGenerator,
-    sampling: SamplingConfig,
-    latents: Tensor,
-    states: Tensor,
-) -> Tensor:
-    """Latents in the tokenizer's own scale N x K x C -> images N x 3 x R x R on the CPU."""
-
-    def decode_batch(z: Tensor, text_states: Tensor) -> Tensor:
-        return parts.decode(z.to(parts.device), text_states.to(parts.device), sampling.precision)
-
-    return in_batches(decode_batch, latents, states)
 
 
 def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tensor) -> dict:
@@ -263,6 +171,90 @@ def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tens
     if "subjects" in pool:
         values["latent_same_subject"] = retrieval(latents, pool["latents"], pool["subjects"], own)
     return values
+
+
+# Images and captions
+
+
+def read_all(config: ReportStage, parts: ImageGenerator, shards: list[str]) -> dict:
+    """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions.
+
+    Captions and backgrounds are as the experiment's tokenizer was trained on them.
+    """
+    size = parts.tokenizer.config.image_size
+    trained_on = read_section(f"{config.experiment_dir}/tokenizer", "data", ImageTextConfig)
+    data = replace(trained_on, shards=shards, sources={}, filters=FilterConfig())
+    batches = list(image_reader(data, size, None).once(BATCH_SIZE))
+    captions = [caption for batch in batches for caption in batch["caption"]]
+    return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
+
+
+def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> dict:
+    """Retrieval pool: latent means, small images, numbers of what counts as the same image."""
+    images = torch.cat([s["image"] for s in sets])
+    pool = {"latents": encode(parts, images), "pixels": shrink(images)}
+    pool["groups"] = number_groups([image.numpy().tobytes() for image in images])
+    if config.caption_variant:
+        captions = [caption for s in sets for caption in s["caption"]]
+        subjects = [re.sub(config.caption_variant, "", caption) for caption in captions]
+        pool["subjects"] = number_groups(subjects)
+    return pool
+
+
+def choose_evenly(number: int, wanted: int) -> list[int]:
+    """At most `wanted` of so many indices, evenly spaced."""
+    return torch.linspace(0, number - 1, min(wanted, number)).round().long().tolist()
+
+
+def take(samples: dict, indices: list[int]) -> dict:
+    """Some of the samples."""
+    return {"image": samples["image"][indices], "caption": [samples["caption"][i] for i in indices]}
+
+
+def shrink(images: Tensor) -> Tensor:
+    """N x 3 x R x R -> N x 3 x 16 x 16 by area."""
+    return F.interpolate(images, size=(PIXEL_SIZE, PIXEL_SIZE), mode="area")
+
+
+# The networks, a batch at a time
+
+
+def default_device() -> torch.device:
+    """A GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def in_batches(parts: ImageGenerator, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Outputs of all rows on the CPU; the function gets them on the device."""
+    batches = zip(*(x.split(BATCH_SIZE) for x in tensors))
+    return torch.cat([function(*(x.to(parts.device) for x in rows)).cpu() for rows in batches])
+
+
+def encode(parts: ImageGenerator, images: Tensor) -> Tensor:
+    """Latent means N x K x C on the CPU."""
+    return in_batches(parts, lambda x: parts.tokenizer.encode(x).mean, images)
+
+
+def encode_texts(parts: ImageGenerator, captions: list[str]) -> Tensor:
+    """Text states N x L x T on the CPU."""
+    size = BATCH_SIZE
+    chunks = [captions[i : i + size] for i in range(0, len(captions), size)]
+    return torch.cat([parts.encode_text(chunk).cpu() for chunk in chunks])
+
+
+def decode(
+    parts: ImageGenerator, latents: Tensor, states: Tensor, precision: Precision = "fp32"
+) -> Tensor:
+    """Latents in the tokenizer's own scale N x K x C -> images N x 3 x R x R on the CPU."""
+    return in_batches(parts, lambda z, t: parts.decode(z, t, precision), latents, states)
+
+
+def reconstruction_psnr(parts: ImageGenerator, samples: dict) -> float:
+    """Mean PSNR per image of posterior-mean reconstructions with the true captions, dB."""
+    states = encode_texts(parts, samples["caption"])
+    reconstructions = decode(parts, encode(parts, samples["image"]), states)
+    return psnr(samples["image"], reconstructions).mean().item()
 
 
 def save_pairs(samples: dict, images: Tensor, path: Path) -> None:

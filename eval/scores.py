@@ -1,7 +1,7 @@
-"""Features of generated and real images -> metrics.
+"""Metrics: of the features of generated and real images, and of pairs of images.
 
-A metric that can't be computed is null, with the reason; the others are there all the same.
-Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
+A metric of a protocol that can't be computed is null, with the reason; the others are there all the
+same. Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
 features, in float64.
 """
 
@@ -11,13 +11,16 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eval.feature_nets import Networks
-from eval.fid import FeatureSet, fit_gaussian, frechet_distance
+from eval.features import FeatureSet, fit_gaussian, frechet_distance
 from eval.programs import INSTALL
 from eval.protocol import Caption, Protocol
 
 ROWS = 1024  # of a distance matrix at a time
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,12 @@ def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[st
 
 def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
     """What a metric's results are called; those by category only while there is none."""
+    # Only Inception's Frechet distance is FID; clean-fid's resize gives another number
+    inception = "clean_fid" if protocol.resize == "clean" else "fid"
+    frechet = inception if protocol.features == "inception" else "frechet_distance"
     return {
-        "frechet": (frechet_name(protocol),),
-        "frechet_by_category": (f"{frechet_name(protocol)}_by_category",),
+        "frechet": (frechet,),
+        "frechet_by_category": (f"{frechet}_by_category",),
         "kid": ("kid", "kid_std"),
         "inception_score": ("inception_score", "inception_score_std"),
         "precision_recall": ("precision", "recall"),
@@ -59,19 +65,8 @@ def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
     }[metric]
 
 
-def frechet_name(protocol: Protocol) -> str:
-    """Only Inception's Frechet distance is FID; clean-fid's resize gives another number."""
-    if protocol.features != "inception":
-        return "frechet_distance"
-    return "clean_fid" if protocol.resize == "clean" else "fid"
-
-
 def compute_score(metric: str, measured: Measured) -> dict[str, float]:
-    """One metric's results by their names.
-
-    Raises:
-        ValueError: why it can't be computed.
-    """
+    """One metric's results by their names; ValueError: why it can't be computed."""
     protocol, reference = measured.protocol, measured.reference
     features, absent = measured.features, measured.networks.absent
     names = result_names(metric, protocol)
@@ -109,10 +104,11 @@ def compute_score(metric: str, measured: Measured) -> dict[str, float]:
         return dict(zip(names, found.values()))
     made = [caption.category for caption in measured.captions]
     distances = distances_by_category(features, made, real, reference.categories)
-    return {f"{frechet_name(protocol)}/{name}": value for name, value in distances.items()}
+    prefix = names[0].removesuffix("_by_category")
+    return {f"{prefix}/{category}": distance for category, distance in distances.items()}
 
 
-# The metrics: generated N x D, real M x D, on one device
+# Of features: generated N x D, real M x D, on one device; ValueError of too few images
 
 
 def clip_score(cosines: Tensor) -> float:
@@ -125,12 +121,7 @@ def clip_score(cosines: Tensor) -> float:
 def distances_by_category(
     generated: Tensor, made: Sequence[str], real: Tensor, categories: Sequence[str]
 ) -> dict[str, float]:
-    """Frechet distance of each category in `made` to the real images in the folder of that name.
-
-    Raises:
-        ValueError: the real images' folders are not known, or a category has fewer than 2 images.
-    """
-    # A pair of Gaussians a category
+    """Frechet distance of each category in `made` to the real images in the folder of that name."""
     if not categories:
         raise ValueError("the categories of the reference are not known: it must be of folders")
     distances = {}
@@ -147,9 +138,6 @@ def kernel_distance(
     """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (xy/D + 1)^3.
 
     Returns mean and deviation over subsets.
-
-    Raises:
-        ValueError: fewer images than a subset takes.
     """
     refuse_few(generated, real, least=subset_size, key="kid_subset_size")
     metric = fidelity().metric_kid
@@ -162,9 +150,6 @@ def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
     """exp(E KL(p(y|x) | p(y))) (Salimans et al. 2016) of N x classes.
 
     Returns mean and deviation over splits of shuffled rows.
-
-    Raises:
-        ValueError: fewer images than splits.
     """
     refuse_few(logits, least=splits, key="inception_splits")
     metric = fidelity().metric_isc
@@ -176,9 +161,6 @@ def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[
     """Share of generated images inside the real ones' balls, and of real ones inside theirs.
 
     Kynkaanniemi et al. 2019: an image's ball reaches to its `neighbours`-th nearest of its own set.
-
-    Raises:
-        ValueError: a set is not larger than `neighbours`.
     """
     refuse_few(generated, real, least=neighbours + 1, key="neighbours + 1")
     metric = fidelity().metric_prc
@@ -196,7 +178,7 @@ def refuse_few(*sets: Tensor, least: int, key: str) -> None:
 
 
 def fidelity() -> ModuleType:
-    """torch-fidelity with the modules of its metrics; raises ValueError without it."""
+    """torch-fidelity with the modules of its metrics; ValueError if it is not installed."""
     try:
         import torch_fidelity.metric_isc
         import torch_fidelity.metric_kid
@@ -221,3 +203,38 @@ def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dic
     hits = groups[torch.cat(nearest)] == groups[own][:, None]  # N x 5
     top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
     return {"top1": top1, "top5": top5}
+
+
+# Of pairs of images
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair in dB, infinite for equal images.
+
+    B x 3 x R x R in [0, 1] twice -> B.
+    """
+    error = (images.double() - others.double()).square().flatten(1).mean(dim=1)
+    return -10 * torch.log10(error)
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity of each pair (Wang et al. 2004): B x 3 x R x R in [0, 1] twice -> B.
+
+    R > 5. 11 x 11 Gaussian window of sigma 1.5, mean over channels and all positions, images
+    mirrored at their borders: as torchmetrics.
+    """
+    # The window, normalised
+    x, y = images.double(), others.double()
+    radius = SSIM_WINDOW // 2
+    offsets = torch.arange(-radius, radius + 1, device=x.device).double()
+    window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
+    window = window / window.sum()
+    # Local means of x, y and their products, by two passes of the separable window
+    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # 5B3 x 1 x R x R
+    maps = F.pad(maps, (radius,) * 4, mode="reflect")
+    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
+    mean_x, mean_y, xx, yy, xy = maps.view(5, len(x), -1).unbind()
+    # Wang et al. 2004, eq. 13
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
+    structure = (2 * (xy - mean_x * mean_y) + SSIM_C2) / (xx - mean_x**2 + yy - mean_y**2 + SSIM_C2)
+    return (luminance * structure).mean(dim=1)

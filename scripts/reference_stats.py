@@ -22,9 +22,8 @@ sys.path.insert(
 )  # run as a file, Python looks into scripts/ only
 
 from data.files import check_writable
-from eval.feature_nets import ABSENT, INCEPTION, InceptionFeatures
-from eval.features import check_features, describe_features, measure_reference
-from eval.fid import FeatureSet, frechet_distance
+from eval.feature_nets import INCEPTION, InceptionFeatures, explain_absence
+from eval.features import FeatureSet, check_features, frechet_distance, measure_reference
 from eval.images import CLEAN_SIZE, RULES, ImageSet, Reading, list_images
 from eval.programs import (
     add_reading_options,
@@ -56,7 +55,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "8 kB an image: KID, precision, recall and categories need them"
     parser.add_argument("--keep-features", action="store_true", help=help_text)
     parser.add_argument("--check", action="store_true", help="read FILE instead of writing it")
-    parser.add_argument("--inception-precision", choices=("float32", "float64"), default="float32")
     add_reading_options(parser, 64, "images that Inception sees at once")
     add_weights_options(parser)
     args = parser.parse_args(arguments)
@@ -104,11 +102,10 @@ def measure(args: argparse.Namespace, file: FeatureSet | None, reading: Reading)
     with reading.state.local_main_process_first():
         weights = INCEPTION.find(args.inception_weights, args.download)
     if weights is None:
-        raise ValueError(ABSENT["inception"])
-    net = InceptionFeatures(weights, args.inception_precision).to(reading.state.device)
+        raise ValueError(explain_absence(INCEPTION))
+    net = InceptionFeatures(weights).to(reading.state.device)
     if file:
-        expected = describe_features(net, size, RULES[rule])
-        check_features(args.file, file, net, expected)
+        check_features(args.file, file, net, images)
     return measure_reference(args.data, images, net, reading, args.keep_features)
 
 

@@ -26,7 +26,7 @@ class QuickInception(FeatureNet):
 
     width = 243
 
-    def __init__(self, weights, precision="float32"):
+    def __init__(self, weights):
         super().__init__()
         self.identity = {"features": "inception", "weights_sha256": weights.name}
 

@@ -1,4 +1,4 @@
-"""eval/fid.py: closed forms, scipy and numpy as references, two processes, statistics files."""
+"""eval/features.py: closed forms, scipy and numpy as references, processes, statistics files."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-from eval.fid import FeatureSet, FeatureStatistics, Gaussian, fit_gaussian, frechet_distance
+from eval.features import FeatureSet, FeatureStatistics, Gaussian, fit_gaussian, frechet_distance
 
 WIDTH = 12
 
@@ -100,13 +100,6 @@ def test_two_processes_sum_up_to_one_and_keep_their_own_sums(tmp_path):
         assert torch.equal(again, total)  # summing up twice doubles nothing
         torch.testing.assert_close(total, whole.sum, rtol=1e-12, atol=0)
         torch.testing.assert_close(outer, whole.outer, rtol=1e-12, atol=0)
-
-
-def test_the_sum_of_one_process_is_a_new_object():
-    own = statistics(features(7, seed=0))
-    total = own.over_processes()
-    total.add(features(2, seed=1))
-    assert (own.count, total.count) == (7, 9)
 
 
 def test_a_statistics_file_gives_back_what_was_saved(tmp_path):

@@ -26,9 +26,9 @@ from evaluations import (
 from PIL import Image
 
 from data.tar import read_shard, write_shard
-from eval import evaluation, feature_nets, generation
+from eval import feature_nets, generation
 from eval.feature_nets import ClipScorer
-from eval.fid import FeatureSet, Gaussian
+from eval.features import FeatureSet, Gaussian
 from eval.images import RULES, ImageSet, list_images
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
@@ -146,12 +146,6 @@ def test_two_processes_make_the_images_and_numbers_of_one(
         assert found[name] == expected[name]
 
 
-def test_a_set_has_no_distance_to_itself(evaluated, whole, quick):
-    own = ["metrics=[frechet,precision_recall]", f"reference=[{whole}/images]"]
-    expected = {"fid": 0, "precision": 1, "recall": 1}
-    assert evaluated(*own, *quick)["metrics"] == pytest.approx(expected, abs=1e-3)
-
-
 def test_two_checkpoints_in_one_process_do_not_mix(chain, inputs, light, evaluated, out, tmp_path):
     other = tmp_path / "flowtok"
     shutil.copytree(chain.folder / "flowtok", other)
@@ -178,7 +172,7 @@ def test_ema_weights_are_used(chain, inputs, whole, out, tmp_path):
     ("module", "name", "loads", "step"),
     [
         (generation, "load_pipeline", 2, 5),  # what was half loaded is loaded again
-        (evaluation, "load_reference", 1, 4),  # what was wholly loaded stays
+        (generation, "load_reference", 1, 4),  # what was wholly loaded stays
     ],
 )
 def test_the_report_names_the_weights_that_made_the_images_while_training_goes_on(
@@ -264,20 +258,6 @@ def test_damaged_images_and_features_are_named_and_made_anew_when_deleted(evalua
         evaluated(*LIGHT)
 
 
-def test_features_without_images_give_the_same_numbers_once_and_again(
-    evaluated, light, out, monkeypatch
-):
-    for made in (CAPTIONS, 0):
-        found = evaluated("--no-images", *LIGHT)
-        assert (found["metrics"], found["images_made"]) == (read(light)["metrics"], made)
-        assert {path.name for path in out.iterdir()} == {
-            "evaluation.json",
-            "features",
-            "inputs.json",
-        }
-        monkeypatch.setattr(ImageGenerator, "generate", None)
-
-
 def test_without_weights_metrics_are_null_with_the_file_to_fetch_and_follow_when_it_has_come(
     evaluated, whole, quick
 ):
@@ -290,32 +270,22 @@ def test_without_weights_metrics_are_null_with_the_file_to_fetch_and_follow_when
     assert "reference=" in found["missing"]["fid"]
 
 
-SAMPLED = {"steps": 2, "guidance": 2.0, "sampler": "euler", "seed": 0, "autocast": False}
+SAMPLED = {"steps": 2, "guidance": 2.0, "sampler": "euler", "seed": 0}
 
 
-@pytest.mark.parametrize(
-    ("change", "seen", "pixel"),
-    [
-        ("seed=1", {"seed": 1}, 101),
-        ("steps=3", {"steps": 3}, 101),
-        ("guidance=5", {"guidance": 5.0}, 101),
-        ("sampler=midpoint", {"sampler": "midpoint"}, 101),
-        ("autocast=true", {"autocast": True}, 101),
-        ("rounding=truncate", {}, 100),
-    ],
-)
-def test_the_images_are_made_as_the_protocol_says(evaluated, out, monkeypatch, change, seen, pixel):
+@pytest.mark.parametrize("change", ["seed=1", "steps=3", "guidance=5", "sampler=midpoint"])
+def test_the_images_are_made_as_the_protocol_says_and_rounded(evaluated, out, monkeypatch, change):
     calls = []
 
     def generate(self, captions, sampling, seed, indices):
-        values = {name: getattr(sampling, name) for name in ("steps", "guidance", "sampler")}
-        calls.append(values | {"seed": seed, "autocast": torch.is_autocast_enabled("cpu")})
+        calls.append({name: getattr(sampling, name, seed) for name in SAMPLED})
         return torch.full((len(captions), 3, 32, 32), 100.7 / 255), None
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)
     evaluated(change, "metrics=[]")
-    assert calls == 3 * [SAMPLED | seen]
-    assert Image.open(out / "images" / "000000.png").getpixel((0, 0)) == (pixel, pixel, pixel)
+    name, value = change.split("=")
+    assert calls == 3 * [SAMPLED | {name: type(SAMPLED[name])(value)}]
+    assert Image.open(out / "images" / "000000.png").getpixel((0, 0)) == (101, 101, 101)
 
 
 def test_the_report_says_what_was_done(whole, inception_file):
@@ -494,10 +464,6 @@ def test_retrieval_refuses_reference_images_of_one_name(evaluated, tiny_shards, 
         ([*LIGHT, "image_size=48"], ["features=tokenizer", "image_size"]),
         (["--output", "/dev/null/out"], ["/dev/null/out/evaluation.json"]),
         (["--inception-weights", "/nowhere.pth"], ["--inception-weights", "/nowhere.pth"]),
-        (
-            ["features=dinov2", "metrics=[frechet]", "--dinov2-weights", "/nowhere.pth"],
-            ["--dinov2-weights", "/nowhere.pth"],
-        ),
         (["metrics=[clip_score]", "clip.model=ViT-B-33"], ["clip.model", "ViT-B-33"]),
         (["metrics=[clip_score]", "clip.model=ViT-B-32"], ["ViT-B-32-quickgelu"]),
         (["clip.modell=x"], ["clip.modell", "clip.model"]),

@@ -15,7 +15,7 @@ from PIL import Image
 from data.tar import write_shard
 from eval import feature_nets
 from eval.feature_nets import InceptionFeatures
-from eval.fid import FeatureSet, fit_gaussian, frechet_distance
+from eval.features import FeatureSet, fit_gaussian, frechet_distance
 from eval.images import CLEAN_SIZE, ImageSet, clean_resize, iterate_images, list_images
 from modeling.pipeline import ImageGenerator
 from scripts import reference_stats

@@ -107,7 +107,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, name, content, part):
         ({"seed": -1}, ["seed", "-1"]),
         ({"background": [0, 0, 256]}, ["background", "256"]),
         ({"resize": "clean", "image_size": 64}, ["resize=clean", "image_size"]),
-        ({"resize": "clean", "features": "dinov2", "metrics": []}, ["resize=clean", "features"]),
+        ({"resize": "clean", "features": "tokenizer", "metrics": []}, ["resize=clean", "features"]),
     ],
 )
 def test_impossible_protocols_are_refused(values, parts):
