@@ -1,11 +1,12 @@
-"""What a refactor must not change, as numbers: losses, weights, tokens, samples and data at fixed seeds.
+"""What a refactor must not change, as numbers: losses, weights, tokens, samples, data order.
 
-    python research/record.py OUT.json                 # 2.5 minutes on one core; --folder DIR keeps the runs
-    python research/record.py --compare A.json B.json  # a line a part; status 1 if anything differs
+    python research/record.py OUT.json                 # 2.5 minutes on one core
+    python research/record.py --compare A.json B.json  # a line per part; status 1 if any differs
 
-Runs every stage of the demo and of tiny copies of the full-size experiments for 20 steps, as programs of their own
-with one thread, then samples their checkpoints and reads their data. Floats are recorded exactly, bytes as sha256. Two
-records of one tree are equal to the last bit; those of two machines need not be (see their row "environment").
+Runs every stage of the demo and of tiny copies of the full-size experiments for 20 steps at fixed
+seeds, as programs of their own with one thread, then samples their checkpoints and reads their
+data. Floats are recorded exactly, bytes as SHA-256. Two records of one tree are equal to the last
+bit; those of two machines need not be (part "environment").
 """
 
 import argparse
@@ -20,23 +21,21 @@ import tarfile
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
-TOWER = "text_encoder.model=local-dir:{runs}/demo/text_encoder/clip"
+# Run as a file, Python looks for modules in research/ only. What needs torch is imported later: its
+# number of threads is set first.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.run_experiment.stages import program_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = "assets/noto_emoji"
-PROGRAMS = {
-    "text_encoder": ["-m", "scripts.train_text_encoder"],
-    "tokens": ["-m", "scripts.encode_tokens"],
-}
-PROGRAMS |= {
-    stage: [f"train_{stage}.py"]
-    for stage in ("tokenizer", "text_projector", "text_decoder", "flowtok")
-}
 TIMES = ("samples_per_second", "data_wait_share")  # of metrics.jsonl: differ between equal runs
 
 
@@ -48,115 +47,82 @@ def keys(group: str, **values) -> list[str]:
 STEPS = keys("training", max_steps=20, log_every_steps=1, checkpoint_every_steps=20)
 FEW = [f"data.shards=[{EMOJI}/train-*-000003.tar.gz]"]
 
-# Tiny sizes of the full-size experiments; 32 tokens are the context length of the demo's text tower.
+# Tiny sizes of the full-size experiments, with the text tower of the demo.
 SMALL = {"width": 64, "depth": 2, "num_heads": 2}
-TRAINING = keys("training", batch_size=8, precision="fp32", ema_decay=0.9) + keys(
-    "optimizer", warmup_steps=5
-)
-TRAINING += keys("data", num_workers=1, shuffle_buffer=100)
+TRAINING = [
+    *keys("training", batch_size=8, precision="fp32", ema_decay=0.9),
+    *keys("data", num_workers=1, shuffle_buffer=100),
+    "optimizer.warmup_steps=5",
+]
 FILTERED = [*FEW, "data.filters.min_longer_side=64"]
-TOKENIZER = [*TRAINING, *FILTERED, TOWER, *keys("tokenizer", image_size=64, patch_size=16)]
-TOKENIZER += keys("tokenizer.encoder", **SMALL) + keys(
-    "tokenizer.decoder", width=96, depth=3, num_heads=3
-)
-TOKENIZER += ["losses.perceptual_weight=0", "adversarial.start_step=5"]
-TOKENIZER += ["discriminator_optimizer.warmup_steps=5"]
+TOKENIZER = [
+    *TRAINING,
+    *FILTERED,
+    *keys("tokenizer", image_size=64, patch_size=16),
+    *keys("tokenizer.encoder", **SMALL),
+    *keys("tokenizer.decoder", width=96, depth=3, num_heads=3),
+    "text_encoder.model=local-dir:{runs}/demo/text_encoder/clip",
+    "losses.perceptual_weight=0",
+    "adversarial.start_step=5",
+    "discriminator_optimizer.warmup_steps=5",
+]
 PROJECTOR = [*TRAINING, *keys("projector", **SMALL, mlp_width=128, alignment_width=64)]
-FLOW_SIZE = keys("flowtok", **SMALL)
-FLOW = [*PROJECTOR, *FLOW_SIZE]  # of a flow whose projector starts from random weights
+SMALL_FLOW = [*TRAINING, *keys("flowtok", **SMALL)]
+FLOW = [*PROJECTOR, *keys("flowtok", **SMALL)]  # its projector starts from random weights
 DECODER = [*PROJECTOR, *keys("text_decoder", **SMALL, mlp_width=128, vocabulary_size=512)]
-CAPTIONED = ["data_dir={runs}/data"]
-STAGE2 = ["projector_run={runs}/projector_clip_l/text_projector"]
-TOKENS = ["data.shards=[{runs}/tokenizer_bl77_256/tokens/*.tar]"]
+STAGE2 = "projector_run={runs}/projector_clip_l/text_projector"
+TOKENS = "data.shards=[{runs}/tokenizer_bl77_256/tokens/*.tar]"
+CAPTIONED = "data_dir={runs}/data"
 
-# (experiment, name of the run, stage, YAML under configs/, overrides), in the order in which they need each other
-RUNS = [
-    ("demo", "text_encoder", "text_encoder", "demo/text_encoder", ["training.batch_size=32"]),
-    ("demo", "tokenizer", "tokenizer", "demo/tokenizer", []),
-    ("demo", "tokens", "tokens", "demo/tokens", [*FEW, "batch_size=32"]),
-    ("demo", "text_projector", "text_projector", "demo/text_projector", []),
-    ("demo", "flowtok", "flowtok", "demo/flowtok", []),
-    ("demo", "text_decoder", "text_decoder", "demo_caption/text_decoder", []),
-    ("demo", "flowtok_caption", "flowtok", "demo_caption/flowtok_caption", []),
-    ("tokenizer_bl77_256", "tokenizer", "tokenizer", "tokenizer_bl77_256/tokenizer", TOKENIZER),
-    (
-        "tokenizer_bl77_256",
-        "tokens",
-        "tokens",
+# Run -> (YAML under configs/, overrides), in the order in which they need each other
+RUNS = {
+    "demo/text_encoder": ("demo/text_encoder", ["training.batch_size=32"]),
+    "demo/tokenizer": ("demo/tokenizer", []),
+    "demo/tokens": ("demo/tokens", [*FEW, "batch_size=32"]),
+    "demo/text_projector": ("demo/text_projector", []),
+    "demo/flowtok": ("demo/flowtok", []),
+    "demo/text_decoder": ("demo_caption/text_decoder", []),
+    "demo/flowtok_caption": ("demo_caption/flowtok_caption", []),
+    "tokenizer_bl77_256/tokenizer": ("tokenizer_bl77_256/tokenizer", TOKENIZER),
+    "tokenizer_bl77_256/tokens": (
         "tokenizer_bl77_256/tokens",
         [*FILTERED, "data.num_workers=2"],
     ),
-    (
-        "projector_clip_l",
-        "text_projector",
-        "text_projector",
-        "projector_clip_l/text_projector",
-        PROJECTOR,
-    ),
-    ("flowtok_b", "flowtok", "flowtok", "flowtok_b/flowtok", FLOW),
-    (
-        "flowtok_b",
-        "projector_run",
-        "flowtok",
-        "flowtok_b/flowtok",
-        [*TRAINING, *FLOW_SIZE, *STAGE2],
-    ),
-    (
-        "flowtok_b",
-        "bf16",
-        "flowtok",
+    "projector_clip_l/text_projector": ("projector_clip_l/text_projector", PROJECTOR),
+    "flowtok_b/flowtok": ("flowtok_b/flowtok", FLOW),
+    "flowtok_b/projector_run": ("flowtok_b/flowtok", [*SMALL_FLOW, STAGE2]),
+    "flowtok_b/bf16": (
         "flowtok_b/flowtok",
         [*FLOW, "training.precision=bf16", "training.max_steps=5"],
     ),
-    (
-        "flowtok_b",
-        "accumulation",
-        "flowtok",
+    "flowtok_b/accumulation": (
         "flowtok_b/flowtok",
         [*FLOW, "training.gradient_accumulation=2"],
     ),
-    (
-        "flowtok_b",
-        "selective",
-        "flowtok",
+    "flowtok_b/selective": (
         "flowtok_b/flowtok",
         [*FLOW, "activation_checkpointing=selective"],
     ),
-    (
-        "flowtok_b",
-        "flowtok_finetune",
-        "flowtok",
-        "flowtok_b/flowtok_finetune",
-        [*TRAINING, *FLOW_SIZE, *TOKENS],
-    ),
-    ("flowtok_b_average_pool", "flowtok", "flowtok", "flowtok_b_average_pool/flowtok", FLOW),
-    ("flowtok_b_cosine_margin", "flowtok", "flowtok", "flowtok_b_cosine_margin/flowtok", FLOW),
-    ("caption_xl", "tokens", "tokens", "caption_xl/tokens", [*CAPTIONED, "data.num_workers=1"]),
-    (
-        "caption_xl",
-        "text_decoder",
-        "text_decoder",
-        "caption_xl/text_decoder",
-        [*DECODER, *CAPTIONED],
-    ),
-    (
-        "caption_xl",
-        "flowtok_caption",
-        "flowtok",
-        "caption_xl/flowtok_caption",
-        [*TRAINING, *FLOW_SIZE, *CAPTIONED],
-    ),
-]
+    "flowtok_b/flowtok_finetune": ("flowtok_b/flowtok_finetune", [*SMALL_FLOW, TOKENS]),
+    "flowtok_b_average_pool/flowtok": ("flowtok_b_average_pool/flowtok", FLOW),
+    "flowtok_b_cosine_margin/flowtok": ("flowtok_b_cosine_margin/flowtok", FLOW),
+    "caption_xl/tokens": ("caption_xl/tokens", [CAPTIONED, "data.num_workers=1"]),
+    "caption_xl/text_decoder": ("caption_xl/text_decoder", [*DECODER, CAPTIONED]),
+    "caption_xl/flowtok_caption": ("caption_xl/flowtok_caption", [*SMALL_FLOW, CAPTIONED]),
+}
+
+
+# Making a record
 
 
 def make_record(runs: Path) -> dict:
     """Run everything under a folder; name of a part -> nested values."""
     record = {"environment": describe_environment()}
     write_captioned(runs / "data")
-    for run in RUNS:
+    for name, (config, overrides) in RUNS.items():
         start = time.perf_counter()
-        record |= record_run(runs, *run)
-        print(f"{run[0]}/{run[1]}: {time.perf_counter() - start:.0f} s", flush=True)
+        record |= record_run(runs, name, config, overrides)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     return record | record_samples(runs) | record_data(runs)
 
 
@@ -164,54 +130,56 @@ def describe_environment() -> dict:
     """What the last bit of a float may depend on beside the code."""
     versions = {name: version(name) for name in ("torch", "numpy", "pillow")}
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return versions | {
-        "cpu": sorted({line for line in lines if line.startswith(("model name", "flags"))})
-    }
+    return versions | {"cpu": sorted({x for x in lines if x.startswith(("model name", "flags"))})}
 
 
 def write_captioned(folder: Path) -> None:
-    """Held-out emoji with several captions in their JSON, as caption_xl has them: karpathy_train, karpathy_val."""
+    """Held-out emoji with several captions each, as caption_xl has: karpathy_train, _val."""
     with tarfile.open(ROOT / EMOJI / "heldout-000000.tar.gz") as source:
         members = {member.name: source.extractfile(member).read() for member in source}
-    keys = sorted(name.removesuffix(".png") for name in members if name.endswith(".png"))
-    for split, part in (("karpathy_train", keys[:120]), ("karpathy_val", keys[120:])):
+    names = sorted(name.removesuffix(".png") for name in members if name.endswith(".png"))
+    for split, part in (("karpathy_train", names[:120]), ("karpathy_val", names[120:])):
         (folder / split).mkdir(parents=True)
         with tarfile.open(folder / split / "0000.tar", "w") as tar:
-            for key in part:
-                text = members[f"{key}.txt"].decode()
-                captions = json.dumps(
-                    {"captions": [text, f"a picture of {text}", f"an emoji: {text}"]}
-                ).encode()
-                for name, data in (
-                    (f"{key}.png", members[f"{key}.png"]),
-                    (f"{key}.json", captions),
-                ):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+            for name in part:
+                text = members[f"{name}.txt"].decode()
+                captions = [text, f"a picture of {text}", f"an emoji: {text}"]
+                add_member(tar, f"{name}.png", members[f"{name}.png"])
+                add_member(tar, f"{name}.json", json.dumps({"captions": captions}).encode())
 
 
-def record_run(
-    runs: Path, experiment: str, name: str, stage: str, config: str, overrides: list[str]
-) -> dict:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file of these bytes."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def record_run(runs: Path, name: str, config: str, overrides: list[str]) -> dict:
     """Run one stage as a program and record what it left in its folder."""
-    folder = runs / experiment / name
-    values = [f"runs_dir={runs}", f"experiment_dir={folder.parent}", f"run_dir={folder}"]
-    values += [] if stage == "tokens" else STEPS
-    values += [value.format(runs=runs) for value in overrides]
-    command = [sys.executable, *PROGRAMS[stage], "--config", f"configs/{config}.yaml", *values]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    folder = runs / name
+    module, _ = program_of(Path(config).stem)
+    is_encoding = module == "scripts.encode_tokens"
+    command = [sys.executable, "-m", module, "--config", f"configs/{config}.yaml"]
+    command += [f"runs_dir={runs}", f"experiment_dir={folder.parent}", f"run_dir={folder}"]
+    command += [] if is_encoding else STEPS
+    command += [value.format(runs=runs) for value in overrides]
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     if result.returncode:
         sys.exit(f"{' '.join(command)}\n{result.stdout[-3000:]}\nstatus {result.returncode}")
-    parts = token_parts(folder) if stage == "tokens" else training_parts(folder)
-    return {f"{experiment}/{name} {part}": value for part, value in parts.items()}
+    parts = token_parts(folder) if is_encoding else training_parts(folder)
+    return {f"{name} {part}": value for part, value in parts.items()}
 
 
 def training_parts(folder: Path) -> dict:
-    """Logged values by step; tensors of each weights file by name; pictures, reports, the CLIP folder."""
+    """Logged values by step; tensors of each weights file; pictures, reports, the CLIP folder."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     parts = {"metrics": {f"step {line['step']}": without(line, *TIMES, "step") for line in lines}}
     for path in sorted((folder / "checkpoints" / "latest").glob("*.safetensors")):
@@ -226,70 +194,57 @@ def without(values: dict, *names: str) -> dict:
 
 
 def tensor_hashes(path: Path) -> dict[str, str]:
-    """Name -> type, shape and sha256 of each tensor of a safetensors file, without torch."""
+    """Name -> type, shape and hash of each tensor of a safetensors file, without torch."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    header = without(json.loads(data[8:start]), "__metadata__")
-    return {
-        name: f"{entry['dtype']} {entry['shape']} {sha256(data[slice(*(start + at for at in entry['data_offsets']))])}"
-        for name, entry in sorted(header.items())
-    }
+    hashes = {}
+    for name, entry in without(json.loads(data[8:start]), "__metadata__").items():
+        first, end = (start + offset for offset in entry["data_offsets"])
+        hashes[name] = f"{entry['dtype']} {entry['shape']} {sha256(data[first:end])}"
+    return dict(sorted(hashes.items()))
 
 
 def token_parts(folder: Path) -> dict:
-    """sha256 of each member of each token shard, and what the folder says about its latents."""
+    """Hash of each member of each token shard, and what the folder says about its latents."""
     members = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
-            members[path.name] = {
-                member.name: sha256(tar.extractfile(member).read()) for member in tar
-            }
-    return {
-        "members": members,
-        "latent_stats": json.loads((folder / "latent_stats.json").read_text()),
-    }
+            members[path.name] = {x.name: sha256(tar.extractfile(x).read()) for x in tar}
+    statistics = json.loads((folder / "latent_stats.json").read_text())
+    return {"members": members, "latent_stats": statistics}
 
 
 def record_samples(runs: Path) -> dict:
-    """Latents and images of two flows for each solver, the demo's captions of three held-out images."""
+    """Latents and images of two flows for each solver, captions of three held-out images."""
     import torch
 
     from data.images import ImageTextConfig, image_reader
     from training.pipelines import load_captioner, load_pipeline
 
     torch.set_num_threads(1)
-    captions = [
-        "pineapple, food fruit",
-        "black cat, animal mammal",
-        "rocket, transport air",
-        "a blue heart",
-    ]
-    variants = {
-        solver: {"sampler": solver} for solver in ("euler", "euler_release", "heun", "adams2")
-    }
+    device = torch.device("cpu")
+    captions = ["pineapple, food fruit", "black cat, animal mammal"]
+    captions += ["rocket, transport air", "a blue heart"]
+    solvers = ("euler", "euler_release", "heun", "adams2")
+    variants: dict[str, dict] = {solver: {"sampler": solver} for solver in solvers}
     variants |= {"interval": {"guidance_interval": [0.2, 0.8]}, "bf16": {"precision": "bf16"}}
     record = {}
     for experiment, (name, values) in product(("demo", "flowtok_b"), variants.items()):
-        parts, sampling = load_pipeline(runs / experiment / "flowtok", torch.device("cpu"))
+        parts, sampling = load_pipeline(runs / experiment / "flowtok", device)
         for start in ("mean", "sampled"):
             config = replace(
                 sampling, steps=20, guidance=1.5, sample_text_latent=start == "sampled", **values
             )
             images, latents = parts.generate(captions, config, seed=1)
-            record[f"samples {experiment} {name} {start}"] = {
-                "latents": describe(latents),
-                "images": describe(images),
-            }
-    captioner, sampling = load_captioner(runs / "demo" / "flowtok_caption", torch.device("cpu"))
+            part = {"latents": describe(latents), "images": describe(images)}
+            record[f"samples {experiment} {name} {start}"] = part
+
+    captioner, sampling = load_captioner(runs / "demo" / "flowtok_caption", device)
     heldout = ImageTextConfig(shards=[str(ROOT / EMOJI / "heldout-000000.tar.gz")])
     images = next(image_reader(heldout, 64, None).once(3, limit=3))["image"] / 255
     latents = captioner.transport(captioner.start(images), sampling)
-    return record | {
-        "samples captions": {
-            "latents": describe(latents),
-            "text": captioner.captions(images, sampling),
-        }
-    }
+    text = captioner.captions(images, sampling)
+    return record | {"samples captions": {"latents": describe(latents), "text": text}}
 
 
 def record_data(runs: Path) -> dict:
@@ -327,53 +282,57 @@ def record_data(runs: Path) -> dict:
 
 
 def describe(tensor) -> dict:
-    """sha256 of a tensor's bytes and its first values."""
+    """Hash of a tensor's bytes and its first values."""
     values = tensor.detach().cpu().contiguous()
-    return {
-        "sha256": sha256(values.numpy().tobytes()),
-        "first": [repr(v) for v in values.flatten()[:8].tolist()],
-    }
+    first = [repr(value) for value in values.flatten()[:8].tolist()]
+    return {"sha256": sha256(values.numpy().tobytes()), "first": first}
 
 
-def describe_batches(batches) -> dict[str, list]:
-    """Field -> its keys, or the sha256 of its contents, batch by batch."""
+def describe_batches(batches: Iterable[dict]) -> dict[str, list]:
+    """Field -> its keys, or the hash of its contents, batch by batch."""
     fields = defaultdict(list)
     for batch in batches:
         for name, value in batch.items():
-            content = (
-                value.numpy().tobytes() if hasattr(value, "numpy") else json.dumps(value).encode()
-            )
+            is_array = hasattr(value, "numpy")
+            content = value.numpy().tobytes() if is_array else json.dumps(value).encode()
             fields[name].append(value if name == "key" else sha256(content))
     return dict(fields)
 
 
 def sha256(data: bytes) -> str:
+    """In hex."""
     return hashlib.sha256(data).hexdigest()
 
 
-def differences(a, b, place: str = "") -> tuple[list[str], list[str]]:
-    """(what differs, what only has another name) in nested values, in order. Floats count as equal by their repr.
+# Comparing records
 
-    In a dict, an entry that only one side has is renamed if the other has an equal one under a name of its own.
+
+def differences(a: Any, b: Any, place: str = "") -> tuple[list[str], list[str]]:
+    """(what differs, what only has another name) in nested values, in order.
+
+    Floats are equal by their repr. In a dict, an entry that only one side has is renamed if the
+    other has an equal one under a name of its own.
     """
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         pairs = [(f"{place}[{index}]", *pair) for index, pair in enumerate(zip(a, b))]
     elif isinstance(a, dict) and isinstance(b, dict):
         pairs = [(f"{place}/{key}", a[key], b[key]) for key in a if key in b]
+    elif repr(a) == repr(b):
+        return [], []
     else:
-        return ([] if repr(a) == repr(b) else [f"{place}: {str(a)[:40]} -> {str(b)[:40]}"]), []
+        return [f"{place}: {str(a)[:40]} -> {str(b)[:40]}"], []
     differing, renamed = [], []
-    for pair in pairs:
-        inner = differences(*pair[1:], pair[0])
-        differing, renamed = differing + inner[0], renamed + inner[1]
+    for inner_place, one, other in pairs:
+        found, same = differences(one, other, inner_place)
+        differing += found
+        renamed += same
     if isinstance(a, dict):
-        left = [key for key in b if key not in a]
+        left = {key: repr(value) for key, value in b.items() if key not in a}
         for key in (key for key in a if key not in b):
-            twin = next((other for other in left if repr(b[other]) == repr(a[key])), None)
-            left = [other for other in left if other != twin]
-            (differing if twin is None else renamed).append(
-                f"{place}/{key} -> {twin or 'nothing equal'}"
-            )
+            twin = next((name for name, value in left.items() if value == repr(a[key])), None)
+            left.pop(twin, None)
+            found = differing if twin is None else renamed
+            found.append(f"{place}/{key} -> {twin or 'nothing equal'}")
         differing += [f"{place}: nothing equal -> {key}" for key in left]
     return differing, renamed
 
@@ -384,33 +343,30 @@ def compare(a: dict, b: dict) -> bool:
     for name in {**a, **b}:
         differing, renamed = differences(a.get(name, "absent"), b.get(name, "absent"))
         is_equal &= not differing
-        result = f"DIFFERS in {len(differing)}, first {differing[0]}" if differing else "equal"
-        print(
-            f"{name:45} {result}"
-            + (f"; {len(renamed)} renamed: {', '.join(renamed[:3])}" if renamed else "")
-        )
+        line = f"DIFFERS in {len(differing)}, first {differing[0]}" if differing else "equal"
+        if renamed:
+            line += f"; {len(renamed)} renamed: {', '.join(renamed[:3])}"
+        print(f"{name:45} {line}")
     print("all equal" if is_equal else "NOT equal")
     return is_equal
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, nargs="?", help="JSON file to write")
-    parser.add_argument(
-        "--folder", type=Path, help="new folder for the runs; default: a temporary one"
-    )
-    parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="records to compare"
-    )
+    help_text = "new folder for the runs; default: a temporary one"
+    parser.add_argument("--folder", type=Path, help=help_text)
+    help_text = "records to compare"
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help=help_text)
     args = parser.parse_args()
     if args.compare:
         sys.exit(not compare(*(json.loads(path.read_text()) for path in args.compare)))
     if args.out is None:
         parser.error("name the file to write, or two with --compare")
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as temporary:
         record = make_record((args.folder or Path(temporary)).resolve())
     args.out.write_text(json.dumps(record, indent=1) + "\n")

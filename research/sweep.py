@@ -1,20 +1,22 @@
-"""A grid of config overrides, several seeds each, unattended: one table, one chart for each metric.
+"""A grid of config overrides, several seeds each, unattended: one table, a chart for each metric.
 
-    python research/sweep.py research/sweeps/FILE.yaml [--output runs/sweeps/FILE] [--only VARIANT ...] [--jobs 2]
+    python research/sweep.py research/sweeps/FILE.yaml [--only VARIANT ...] [--jobs 2]
 
-The file (SweepConfig below) names an experiment, the stages that are run for every variant and seed, the finished
-experiment whose earlier stages they start from, and what is read from the results. Each run is what a user would type,
-`STAGES=... bash train_flowtok.sh EXPERIMENT experiment_dir=OUTPUT/VARIANT/SEED ...`; what it prints is in its log file.
-Variants get equal steps, or with `gflop` equal work: max_steps is then the budget over the GFLOP of a step, as
-scripts/plan.py counts them, without the text tower.
-The same command goes on where it was: finished runs are read, an interrupted one resumes. A run that fails is named in
-the table and the others go on; the exit status is then 1.
-Writes OUTPUT/table.md (mean and deviation over the seeds, number of runs), results.json (every run) and METRIC.png.
+FILE is a SweepConfig (below): an experiment, the stages that are run for every variant and seed,
+the finished experiment whose earlier stages they start from, and what is read from the results.
+Each run is what a user would type, `STAGES=... bash train_flowtok.sh EXPERIMENT
+experiment_dir=OUTPUT/VARIANT/SEED ...`; its log file has what it prints. Variants get equal steps,
+or with `gflop` equal work: max_steps is then the budget over the GFLOP of a step without the text
+tower, as scripts/plan.py counts them.
+Run the same command again to go on: finished runs are read, an interrupted one resumes. A run that
+fails is named in the table and the others go on; the exit status is then 1.
+Writes OUTPUT/table.md (mean and deviation over the seeds), results.json (every run) and METRIC.png.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -23,20 +25,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+# Run as a file, Python looks for modules in research/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run as a file, Python looks into scripts/ only
-
-from configs.load import read_yaml
+from configs.load import load_dataclass
 from data.files import write_json, write_text
 from research.plots import save_dots
 from scripts.plan import make_plan
-from scripts.workload import load_stage
+from scripts.run_experiment.stages import read_stages
 from training.errors import exit_on_error
+from training.stage import TrainedStage
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"
@@ -47,19 +47,15 @@ class SweepConfig:
     """What is run and what is read."""
 
     experiment: str = "demo"  # a folder of configs/
-    stages: list[str] = field(default_factory=list)  # run for every variant and seed, in this order
+    stages: list[str] = field(default_factory=list)  # run for every variant and seed
     start_from: str = ""  # finished experiment; its other stages are linked into each run
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2]
-    )  # training.seed of every stage that is run
-    gflop: dict[str, float] = field(
-        default_factory=dict
-    )  # training work of a stage; without: its config's max_steps
-    overrides: list[str] = field(
-        default_factory=list
-    )  # of all variants, as on the command line of train_flowtok.sh
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # training.seed of every stage
+    # training work of a stage; without: its config's max_steps
+    gflop: dict[str, float] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)  # of all variants
     variants: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides
-    # name -> FILE:KEY of a run: a JSON file, or the last line of a .jsonl that has the key; KEY is dotted in a .json
+    # name -> FILE:KEY of a run: a JSON file with a dotted KEY, or a .jsonl, whose last line that
+    # has the KEY counts
     metrics: dict[str, str] = field(default_factory=dict)
     threads: int = 1  # of each run on a CPU
 
@@ -70,64 +66,96 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path)
-    parser.add_argument(
-        "--output", type=Path, help="folder (default: runs/sweeps/NAME OF THE FILE)"
-    )
+    help_text = "folder; default: runs/sweeps/NAME OF THE FILE"
+    parser.add_argument("--output", type=Path, help=help_text)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run and show these")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what is left, then write.
+
+    Raises:
+        ValueError: a wrong file, an unknown variant, or folders that another command made.
+        SystemExit: a run failed.
+    """
+    sweep = load_sweep(args.file)
+    output = args.output or ROOT / "runs" / "sweeps" / args.file.stem
+    chosen = args.only or list(sweep.variants)
+    unknown = [name for name in chosen if name not in sweep.variants]
+    if unknown:
+        valid = ", ".join(sweep.variants)
+        raise ValueError(f"--only {unknown}: no such variant; valid: {valid}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+
+    # All variants with the first seed come first, so that there is an early table.
+    todo = [(variant, seed) for seed in sweep.seeds for variant in chosen]
+    check_folders(sweep, output, todo)
+    results, start = [], time.monotonic()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(run_one, sweep, *one, output) for one in todo]
+        for future in as_completed(futures):
+            result = future.result()
+            results.append(result)
+            left = (time.monotonic() - start) / len(results) * (len(todo) - len(results))
+            values = (f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
+            place = f"[{len(results)}/{len(todo)}] {result['variant']}, seed {result['seed']}"
+            shown = result.get("error") or ", ".join(values)
+            print(f"{place}: {shown} ({left / 60:.0f} min left)", flush=True)
+            write_summary(sweep, results, output)
+    print(f"{summarise(sweep, results)}{output}: table.md, results.json and charts written")
+    if any("error" in result for result in results):
+        raise SystemExit(1)
+
+
+# What is to be run
 
 
 def load_sweep(path: Path) -> SweepConfig:
     """Read and check a file.
 
     Raises:
-        ValueError: unknown keys, nothing to run or to read, a missing start, or an override that a stage refuses.
+        ValueError: unknown keys, nothing to run or to read, a missing start, or an override that a
+            stage refuses.
     """
-    try:
-        sweep = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(SweepConfig), read_yaml(path))
-        )
-    except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", "") or ""
-        raise ValueError(
-            f"{path}: {key + ': ' if key else ''}{str(error).splitlines()[0]}"
-        ) from error
+    sweep = load_dataclass(SweepConfig, path)
     for name in ("stages", "seeds", "variants", "metrics"):
         if not getattr(sweep, name):
             raise ValueError(f"{path}: {name} is empty")
-    wrong = [
-        name
-        for name in sweep.variants
-        if not name.replace("_", "").replace("-", "").replace(".", "").isalnum()
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path}: variants are names of folders; use letters, digits, '-', '_', '.' in {wrong}"
-        )
+    for name in sweep.variants:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{path}: variants: {name!r} is no name of a folder")
+    if idle := sweep.gflop.keys() - {*sweep.stages}:
+        raise ValueError(f"{path}: gflop has {sorted(idle)}, which are not among stages")
     if sweep.start_from and not Path(sweep.start_from).is_dir():
         raise ValueError(f"{path}: start_from={sweep.start_from} is no folder; train it first")
-    for variant, overrides in sweep.variants.items():
-        for stage in sweep.stages:
-            load_stage(config_file(sweep, stage), own_overrides(sweep, stage, overrides))
-            if stage in sweep.gflop:
-                budget_steps(sweep, stage, variant)
+    for variant in sweep.variants:
+        command_of(sweep, variant, seed=0, folder=Path())
     return sweep
 
 
-def config_file(sweep: SweepConfig, stage: str) -> Path:
-    """The YAML of a stage."""
-    return ROOT / "configs" / sweep.experiment / f"{stage}.yaml"
+def command_of(sweep: SweepConfig, variant: str, seed: int, folder: Path) -> list[str]:
+    """train_flowtok.sh with everything of a run.
 
-
-def own_overrides(sweep: SweepConfig, stage: str, overrides: list[str]) -> list[str]:
-    """The overrides of a stage, without its name: those of all variants, then the variant's."""
-    prefix = f"{stage}."
-    return [
-        item.removeprefix(prefix)
-        for item in (*sweep.overrides, *overrides)
-        if item.startswith(prefix)
-    ]
+    Raises:
+        ValueError: an override that a stage refuses, or a budget of not one step.
+    """
+    overrides = sweep.overrides + sweep.variants[variant]
+    words = [sweep.experiment, *overrides]
+    command = ["bash", str(ROOT / "train_flowtok.sh"), sweep.experiment, f"experiment_dir={folder}"]
+    for stage in read_stages(words, " ".join(sweep.stages), ROOT / "configs"):
+        if isinstance(stage.config, TrainedStage):
+            command.append(f"{stage.name}.training.seed={seed}")
+        if budget := sweep.gflop.get(stage.name):
+            steps = round(budget / gflop_per_step(stage.file, stage.overrides))
+            if steps < 1:
+                raise ValueError(
+                    f"gflop.{stage.name}={budget} is less than one step of variant {variant}"
+                )
+            command.append(f"{stage.name}.training.max_steps={steps}")
+    return command + overrides
 
 
 @cache
@@ -138,39 +166,13 @@ def gflop_per_step(file: Path, overrides: tuple[str, ...]) -> float:
     return (per_sample["total"] - per_sample["text_tower"]) * plan["run"]["batch_size"]
 
 
-def budget_steps(sweep: SweepConfig, stage: str, variant: str) -> int:
-    """Optimiser steps of a stage within its budget.
-
-    Raises:
-        ValueError: not one step fits.
-    """
-    overrides = tuple(own_overrides(sweep, stage, sweep.variants[variant]))
-    steps = round(sweep.gflop[stage] / gflop_per_step(config_file(sweep, stage), overrides))
-    if steps < 1:
-        raise ValueError(
-            f"gflop.{stage}={sweep.gflop[stage]} is less than one step of variant {variant}"
-        )
-    return steps
-
-
-def command_of(sweep: SweepConfig, variant: str, seed: int, folder: Path) -> list[str]:
-    """train_flowtok.sh with everything of a run."""
-    command = ["bash", str(ROOT / "train_flowtok.sh"), sweep.experiment, f"experiment_dir={folder}"]
-    trained = [s for s in sweep.stages if hasattr(load_stage(config_file(sweep, s)), "training")]
-    command += [f"{stage}.training.seed={seed}" for stage in trained]
-    command += [
-        f"{stage}.training.max_steps={budget_steps(sweep, stage, variant)}" for stage in sweep.gflop
-    ]
-    return command + sweep.overrides + sweep.variants[variant]
-
-
 def run_folder(output: Path, variant: str, seed: int) -> Path:
     """Where a run lives."""
     return (output / variant / str(seed)).resolve()
 
 
 def check_folders(sweep: SweepConfig, output: Path, runs: list[tuple[str, int]]) -> None:
-    """Nothing that another command made is continued.
+    """Refuse to continue what another command made.
 
     Raises:
         ValueError: names the folder.
@@ -185,39 +187,28 @@ def check_folders(sweep: SweepConfig, output: Path, runs: list[tuple[str, int]])
             )
 
 
-def run_one(sweep: SweepConfig, variant: str, seed: int, output: Path) -> dict:
-    """Run a variant with a seed, or read what it gave before: {variant, seed, command, seconds, metrics or error}."""
+# Runs
+
+
+def run_one(sweep: SweepConfig, variant: str, seed: int, output: Path) -> dict[str, Any]:
+    """Run a variant with a seed, or read what it gave before.
+
+    Returns variant, seed, command, seconds, and metrics or error.
+    """
     folder = run_folder(output, variant, seed)
-    command = command_of(sweep, variant, seed, folder)
     finished = folder / RESULT_FILE
     if finished.is_file():
         return json.loads(finished.read_text()) | {"metrics": read_metrics(sweep, folder)}
+    command = command_of(sweep, variant, seed, folder)
     write_json(command, folder / COMMAND_FILE)
     link_start(sweep, folder)
     start = time.monotonic()
-    variables = {
-        "STAGES": " ".join(sweep.stages),
-        "OMP_NUM_THREADS": str(sweep.threads),
-        "VIRTUAL_ENV": sys.prefix,
-    }
-    with (folder / "log").open("a") as log:
-        status = subprocess.run(
-            command,
-            env=os.environ | variables,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        ).returncode
-    result = {
-        "variant": variant,
-        "seed": seed,
-        "command": command,
-        "seconds": time.monotonic() - start,
-    }
+    status = run_command(sweep, command, folder / "log")
+    seconds = time.monotonic() - start
+    result = {"variant": variant, "seed": seed, "command": command, "seconds": seconds}
     if status:
-        return result | {
-            "error": f"exit status {status}: {last_error(folder / 'log')}; see {folder / 'log'}"
-        }
+        log = folder / "log"
+        return result | {"error": f"exit status {status}: {last_error(log)}; see {log}"}
     write_json(result, finished)
     return result | {"metrics": read_metrics(sweep, folder)}
 
@@ -230,13 +221,28 @@ def link_start(sweep: SweepConfig, folder: Path) -> None:
             link.symlink_to(path)
 
 
+def run_command(sweep: SweepConfig, command: list[str], log: Path) -> int:
+    """Run a command with its output in a file; returns its exit status."""
+    variables = {
+        "STAGES": " ".join(sweep.stages),
+        "OMP_NUM_THREADS": str(sweep.threads),
+        "VIRTUAL_ENV": sys.prefix,
+    }
+    with log.open("a") as file:
+        return subprocess.run(
+            command,
+            env=os.environ | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ).returncode
+
+
 def last_error(log: Path) -> str:
     """The last line that says what went wrong."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return next(
-        (line for line in reversed(lines) if line.startswith("error")),
-        lines[-1] if lines else "no output",
-    )
+    errors = [line for line in lines if line.startswith("error")]
+    return (errors or lines or ["no output"])[-1]
 
 
 def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
@@ -250,18 +256,19 @@ def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
         file, _, key = place.partition(":")
         text = (folder / file).read_text()
         if file.endswith(".jsonl"):
-            found = next(
-                (row[key] for row in map(json.loads, reversed(text.splitlines())) if key in row),
-                None,
-            )
+            found = [row[key] for row in map(json.loads, text.splitlines()) if key in row]
+            value = found[-1] if found else None
         else:
-            found = json.loads(text)
+            value = json.loads(text)
             for part in key.split("."):
-                found = found.get(part) if isinstance(found, dict) else None
-        if not isinstance(found, int | float):
+                value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, int | float):
             raise ValueError(f"metrics.{name}: {folder / file} has no number {key!r}")
-        values[name] = found
+        values[name] = value
     return values
+
+
+# Summary
 
 
 def finished_runs(results: list[dict], variant: str) -> list[dict]:
@@ -301,36 +308,6 @@ def write_summary(sweep: SweepConfig, results: list[dict], output: Path) -> None
         for name in sweep.metrics:
             dots = {variant: [run["metrics"][name] for run in runs[variant]] for variant in runs}
             save_dots(dots, name, output / f"{name}.png")
-
-
-def main(args: argparse.Namespace) -> None:
-    """Run what is left, then write."""
-    sweep, output = load_sweep(args.file), args.output or ROOT / "runs" / "sweeps" / args.file.stem
-    chosen = args.only or list(sweep.variants)
-    unknown = [name for name in chosen if name not in sweep.variants]
-    if unknown or args.jobs < 1:
-        raise ValueError(
-            f"--only {unknown}: no such variant; valid: {', '.join(sweep.variants)}; --jobs is at least 1"
-        )
-    todo = [
-        (variant, seed) for seed in sweep.seeds for variant in chosen
-    ]  # a first table after the first seed
-    check_folders(sweep, output, todo)
-    results, start = [], time.monotonic()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run_one, sweep, *one, output) for one in todo]
-        for future in as_completed(futures):
-            results.append(result := future.result())
-            left = (time.monotonic() - start) / len(results) * (len(todo) - len(results))
-            shown = result.get("error") or ", ".join(
-                f"{k} {v:.4g}" for k, v in result["metrics"].items()
-            )
-            place = f"[{len(results)}/{len(todo)}] {result['variant']}, seed {result['seed']}"
-            print(f"{place}: {shown} ({left / 60:.0f} min left)", flush=True)
-            write_summary(sweep, results, output)
-    print(summarise(sweep, results) + f"{output}: table.md, results.json and charts written")
-    if any("error" in result for result in results):
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

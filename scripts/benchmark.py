@@ -2,23 +2,22 @@
 
     python scripts/benchmark.py train --config configs/flowtok_b/flowtok.yaml --batch-size 16
     python scripts/benchmark.py sample --config configs/flowtok_b/flowtok.yaml sampling.steps=4
-    python scripts/benchmark.py encode --config configs/tokenizer_bl77_256/tokenizer.yaml
+    python scripts/benchmark.py encode --config configs/tokenizer_bl77_256/tokens.yaml
     python scripts/benchmark.py readers
 
-train: the optimiser step of any stage with its EMA, on stored text states. sample: the parts of an
-image, and a single one's flow. encode: a tokenizer's images to latents, back, and captions to text
-states. These run the programs' own code on made-up batches with random weights, need no data, and
-are in float32 on a CPU. readers: made-up shards of photos and of tokens, read by one process.
+train: the optimiser step of any stage with its EMA, on stored text states. encode: what stage
+tokens does with a batch. sample: the parts of an image, from caption to pixels, and a single one's
+flow. These run the programs' own code on made-up batches with random weights, need no data, and are
+in float32 on a CPU. readers: made-up shards of photos and of tokens, read by one process.
 
 A machine's speed changes while one measures, so everything is timed in rounds, right after
 torch.mm. A share is FLOPs, those of recomputation included, by time, by the best rate of torch.mm.
-Figures are medians with the range of the rounds. On a CPU, malloc should keep what is freed, as
-where train_flowtok.sh trains: set the MALLOC_ variables of its header.
+Figures are medians with the range of the rounds, as YAML. On a CPU, malloc should keep what is
+freed, as where train_flowtok.sh trains: set the MALLOC_ variables of its header.
 """
 
 import argparse
 import io
-import json
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -46,14 +46,14 @@ from data.tar import write_shard
 from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator
-from scripts.workload import Stage, build_tower, build_workload, captions, images, read_stage
+from scripts.workload import print_figures
+from scripts.workload.sizes import Stage, build_tower, read_stage
+from scripts.workload.steps import build_workload, make_batch
 from training.errors import exit_on_error
 from training.optim import EMA
 from training.run import Run, start_run
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOWTOK_B = ROOT / "configs/flowtok_b/flowtok.yaml"
-TOKENIZER = ROOT / "configs/tokenizer_bl77_256/tokenizer.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MM_SIZES = {"cpu": (1024, 1536, 2048), "cuda": (4096, 6144, 8192)}  # of square matrices
 MM_SECONDS = 0.2  # for each of them
@@ -71,22 +71,17 @@ class Way:
     samples: int  # of a call
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds_per_call(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
     """Mean over calls for about so long, one at least."""
-    wait(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    wait()
     start = time.perf_counter()
     call()
-    wait(device)
+    wait()
     more = int(seconds / (time.perf_counter() - start))
     for _ in range(more):
         call()
-    wait(device)
+    wait()
     return (time.perf_counter() - start) / (1 + more)
 
 
@@ -108,28 +103,28 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 
 def time_ways(
-    ways: dict[str, Way], device: torch.device, precision: str, seconds: float, rounds: int
+    ways: dict[str, Way], device: torch.device, precision: str, args: argparse.Namespace
 ) -> dict[str, dict]:
     """Figures of each way, all timed in each round for seconds / rounds."""
     # The first call also pays for allocations and the optimiser's moments.
-    flops = {name: count_flops(way.call) for name, way in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    flops = {name: count_flops(way.call) / way.samples for name, way in ways.items()}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name, way in ways.items():
             peaks[name].append(mm_rate(device, DTYPES[precision]))
-            times[name].append(seconds_per_call(way.call, device, seconds / rounds))
-    return {
-        name: {
-            "samples_per_second": spread([way.samples / t for t in times[name]]),
-            "share_of_mm": spread(
-                [flops[name] / t / peak for t, peak in zip(times[name], peaks[name], strict=True)]
-            ),
-            "gflop_per_sample": flops[name] / way.samples / 1e9,
+            seconds = seconds_per_call(way.call, device, args.seconds / args.rounds)
+            rates[name].append(way.samples / seconds)
+    figures = {}
+    for name in ways:
+        pairs = zip(rates[name], peaks[name], strict=True)
+        figures[name] = {
+            "samples_per_second": spread(rates[name]),
+            "share_of_mm": spread([flops[name] * rate / peak for rate, peak in pairs]),
+            "gflop_per_sample": flops[name] / 1e9,
             "mm_gflop_per_second": median(peaks[name]) / 1e9,
         }
-        for name, way in ways.items()
-    }
+    return figures
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -148,36 +143,38 @@ def fill_zeros(module: nn.Module) -> None:
             parameter.normal_(std=0.02)
 
 
-def start(args: argparse.Namespace, section: str = "training") -> tuple[Stage, Run]:
-    """The stage of --config, in the precision of one of its sections or, on a CPU, in float32."""
-    own = [] if torch.cuda.is_available() else [f"{section}.precision=fp32"]
+def start(args: argparse.Namespace) -> tuple[Stage, Run]:
+    """The stage of --config in its own precision or, on a CPU, in float32."""
+    key = PARTS[args.part].precision_key
+    own = [] if torch.cuda.is_available() else [f"{key}=fp32"]
     stage = read_stage(args.config, [*own, *args.overrides])
-    return stage, start_run("", getattr(stage.config, section).precision, seed=0)
+    return stage, start_run("", attrgetter(key)(stage.config), seed=0)
 
 
-def measure_training(args: argparse.Namespace) -> dict:
+def measure_step(args: argparse.Namespace) -> dict:
     """The step of a stage, its EMA included."""
     stage, run = start(args)
-    work = build_workload(stage, run, stored_states=not args.text_tower)
+    stored_states = not args.text_tower
+    work = build_workload(stage, run, stored_states)
     for network in work.networks.values():
         fill_zeros(network.module)
-    ema = EMA(work.networks[""].module, stage.training.ema_decay)
-    batch = work.make_batch(args.batch_size)
+    ema = EMA(work.networks[""].module, stage.training.ema_decay) if work.networks else None
+    batch = make_batch(stage, args.batch_size, stored_states)
     steps = count()
 
     def step() -> None:
         work.step([batch], next(steps))
-        ema.update()
+        if ema:
+            ema.update()
 
-    ways = {"train": Way(step, args.batch_size)}
-    return time_ways(ways, run.device, stage.precision, args.seconds, args.rounds)
+    return time_ways({args.part: Way(step, args.batch_size)}, run.device, stage.precision, args)
 
 
 def measure_sampling(args: argparse.Namespace) -> dict:
     """The parts of an image, from token ids to pixels."""
-    stage, run = start(args, "sampling")
+    stage, run = start(args)
     config, device, number = stage.config, run.device, args.batch_size
-    sampling, indices = config.sampling, list(range(args.batch_size))
+    sampling, indices = config.sampling, list(range(number))
 
     # Random weights, none of them zero.
     tokenizer = ImageTokenizer(stage.tokenizer)
@@ -188,7 +185,7 @@ def measure_sampling(args: argparse.Namespace) -> dict:
     parts = ImageGenerator(build_tower(stage.clip).to(device), tokenizer, flow)
 
     # What each part hands to the next.
-    token_ids = captions(stage.tokenizer.text_tokens, number)["token_ids"].to(device)
+    token_ids = make_batch(stage, number)["token_ids"].to(device)
     states = parts.text_encoder(token_ids)
     starts = parts.start(states, sampling, seed=0, indices=indices)
     ends = parts.transport(starts, states, sampling)
@@ -199,85 +196,66 @@ def measure_sampling(args: argparse.Namespace) -> dict:
         "flow_of_one": Way(lambda: parts.transport(starts[:1], states[:1], sampling), 1),
         "decode": Way(lambda: parts.decode(ends, states, sampling.precision), number),
     }
-    return time_ways(ways, device, sampling.precision, args.seconds, args.rounds)
-
-
-def measure_encoding(args: argparse.Namespace) -> dict:
-    """What scripts/encode_tokens.py does with a batch, and the way back."""
-    stage, run = start(args)
-    sizes, number = stage.tokenizer, args.batch_size
-    tokenizer = ImageTokenizer(sizes).requires_grad_(False).eval().to(run.device)
-    tower = build_tower(stage.clip).to(run.device)
-    batch = images(sizes.image_size, sizes.text_tokens, number)
-    pixels = batch["image"].to(run.device).float().div_(255)
-    token_ids = batch["token_ids"].to(run.device)
-
-    def timed(function: Callable, *inputs) -> Way:
-        @torch.no_grad()
-        def call() -> Any:
-            with run.accelerator.autocast():
-                return function(*inputs)
-
-        return Way(call, number)
-
-    ways = {"encode": timed(tokenizer.encode, pixels), "text": timed(tower, token_ids)}
-    latents, states = ways["encode"].call().mean, ways["text"].call()
-    ways["decode"] = timed(tokenizer.decode, latents, states)
-    return time_ways(ways, run.device, stage.precision, args.seconds, args.rounds)
-
-
-def made_up_photo(rng: np.random.Generator) -> bytes:
-    """A JPEG of 1200 x 900 pixels with coarse and fine detail."""
-    coarse, fine = (
-        rng.integers(256, size=size, dtype=np.uint8) for size in ((30, 40, 3), (900, 1200, 3))
-    )
-    image = Image.fromarray(coarse).resize((1200, 900))
-    file = io.BytesIO()
-    Image.blend(image, Image.fromarray(fine), 0.1).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    return time_ways(ways, device, sampling.precision, args)
 
 
 def measure_readers(args: argparse.Namespace) -> dict:
     """Training's readers in this process, on shards in a temporary folder."""
-    # One thread, as in a data worker, and captions beside what is decoded.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as in a data worker
     rng = np.random.default_rng(0)
-    contents = {
-        "photos": ({"jpg": made_up_photo(rng)} for _ in range(PHOTOS)),
-        "tokens": (
-            {"latent.npy": rng.standard_normal((2, 77, 16)).astype(np.float16)}
-            for _ in range(TOKENS)
-        ),
-    }
+    latents = rng.standard_normal((2, 77, 16)).astype(np.float16)
+    few = {"num_workers": 0, "shuffle_buffer": 100}
     with TemporaryDirectory() as folder:
-        for name, samples in contents.items():
-            text = {"txt": "a photo of a thing on a table", "json": {"width": 1200}}
-            numbered = ({"__key__": f"{i:06d}", **s, **text} for i, s in enumerate(samples))
-            write_shard(f"{folder}/{name}.tar", numbered)
-        few = {"num_workers": 0, "shuffle_buffer": 100}
-        photos = ImageTextConfig(shards=[f"{folder}/photos.tar"], **few)
-        tokens = TokenTextConfig(shards=[f"{folder}/tokens.tar"], **few)
-        streams = {
-            "photos": image_reader(photos, 256, tokenize=None).stream(16, seed=0),
-            "tokens": token_reader(tokens, 77, 16, tokenize=None).stream(100, seed=0),
+        photos, tokens = f"{folder}/photos.tar", f"{folder}/tokens.tar"
+        write_captioned(photos, [{"jpg": made_up_photo(rng)} for _ in range(PHOTOS)])
+        write_captioned(tokens, [{"latent.npy": latents}] * TOKENS)
+        image_config = ImageTextConfig(shards=[photos], **few)
+        token_config = TokenTextConfig(shards=[tokens], **few)
+        batches = {
+            "photos": iter(image_reader(image_config, 256, tokenize=None).stream(16, seed=0)),
+            "tokens": iter(token_reader(token_config, 77, 16, tokenize=None).stream(100, seed=0)),
         }
-        batches = {name: iter(stream) for name, stream in streams.items()}
         ways = {
             name: Way(partial(next, items), len(next(items)["key"]))
             for name, items in batches.items()
         }
-        return time_ways(ways, torch.device("cpu"), "fp32", args.seconds, args.rounds)
+        return time_ways(ways, torch.device("cpu"), "fp32", args)
 
 
-PARTS = {  # part -> (what measures it, default config, default batch size)
-    "train": (measure_training, FLOWTOK_B, 16),
-    "sample": (measure_sampling, FLOWTOK_B, 8),
-    "encode": (measure_encoding, TOKENIZER, 8),
-    "readers": (measure_readers, None, None),
-}
+def write_captioned(file: str, samples: list[dict]) -> None:
+    """A shard of samples with a caption and metadata beside what is decoded."""
+    text = {"txt": "a photo of a thing on a table", "json": {"width": 1200}}
+    write_shard(file, ({"__key__": f"{i:06d}", **s, **text} for i, s in enumerate(samples)))
+
+
+def made_up_photo(rng: np.random.Generator) -> bytes:
+    """A JPEG of 1200 x 900 pixels with coarse and fine detail."""
+    coarse = Image.fromarray(rng.integers(256, size=(30, 40, 3), dtype=np.uint8))
+    fine = Image.fromarray(rng.integers(256, size=(900, 1200, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    Image.blend(coarse.resize(fine.size), fine, 0.1).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 # Command line
+
+
+@dataclass
+class Part:
+    """What can be measured."""
+
+    measure: Callable[[argparse.Namespace], dict]
+    config: str = ""  # default of --config
+    batch_size: int = 0  # default of --batch-size
+    precision_key: str = ""
+
+
+PARTS = {
+    "train": Part(measure_step, "flowtok_b/flowtok.yaml", 16, "training.precision"),
+    "sample": Part(measure_sampling, "flowtok_b/flowtok.yaml", 8, "sampling.precision"),
+    "encode": Part(measure_step, "tokenizer_bl77_256/tokens.yaml", 8, "precision"),
+    "readers": Part(measure_readers),
+}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -286,15 +264,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    for name, (_, config, batch_size) in PARTS.items():
-        part = parts.add_parser(name)
-        part.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
-        part.add_argument("--rounds", type=int, default=5, help="in which it is cut")
-        part.add_argument("--json", action="store_true", help="print one JSON object")
-        if config:
-            part.add_argument("--config", type=Path, default=config, help="default: %(default)s")
-            part.add_argument("--batch-size", type=int, default=batch_size)
-            part.add_argument("overrides", nargs="*", metavar="key=value")
+    for name, part in PARTS.items():
+        options = parts.add_parser(name)
+        options.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+        options.add_argument("--rounds", type=int, default=5, help="in which it is cut")
+        options.set_defaults(text_tower=False)
+        if part.config:
+            config = ROOT / "configs" / part.config
+            options.add_argument("--config", type=Path, default=config, help="default: %(default)s")
+            options.add_argument("--batch-size", type=int, default=part.batch_size)
+            options.add_argument("overrides", nargs="*", metavar="key=value")
     parts.choices["train"].add_argument(
         "--text-tower", action="store_true", help="run the text tower in each step"
     )
@@ -318,16 +297,8 @@ def describe_machine() -> dict:
 
 def main(args: argparse.Namespace) -> None:
     """Measure and print."""
-    measure, *_ = PARTS[args.part]
-    result = {"part": args.part, "machine": describe_machine(), "measures": measure(args)}
-    if args.json:
-        print(json.dumps(result))
-        return
-    print(json.dumps(result["machine"]))
-    for name, row in result["measures"].items():
-        rate = "samples/s {median:.4g} ({low:.4g}..{high:.4g})".format(**row["samples_per_second"])
-        share = "{median:.0%} ({low:.0%}..{high:.0%}) of torch.mm".format(**row["share_of_mm"])
-        print(f"{name:<12} {rate}, {share}, {row['gflop_per_sample']:.4g} GFLOP a sample")
+    measures = PARTS[args.part].measure(args)
+    print_figures({"part": args.part, "machine": describe_machine(), "measures": measures})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Convert the released FlowTok weights into run folders that sample.py, evaluation and fine-tuning (init_from) read.
+"""Convert the released FlowTok weights into run folders for sample.py, evaluation and fine-tuning.
 
     python scripts/convert_checkpoint.py FlowTok-XL.pth FlowTiTok_512.bin --run runs/released_xl
     python sample.py --run runs/released_xl --prompts "a corgi in the snow" --sampler euler_release
-    python scripts/convert_checkpoint.py FlowTiTok_512.bin runs/released_tokenizer      (one file: its own run folder)
+    python scripts/convert_checkpoint.py FlowTiTok_512.bin runs/released_tokenizer
 
-In: a flow file or a tokenizer file, recognised by its tensors: torch.save with or without data parallel's "module.", in
-a dict under state_dict, model or nnet_ema or not; or safetensors. Nothing in a file is executed: a pickle that needs
-more than tensors and plain containers is refused. What is converted and how strictly: modeling/released.py.
-Out: OUT/config.yaml and OUT/checkpoints/step_00000000/ with ema.safetensors, float32; with --run, OUT/flowtok and
-OUT/tokenizer of these. Written aside and renamed: a folder that is there is whole. The text tower is not part of the
-files: its name goes into the config, and it is loaded when it is used.
+The last: one file, its own run folder. In: a flow file or a tokenizer file, recognised by its
+tensors: safetensors, or torch.save with or without data parallel's "module.", in a dict under
+state_dict, model or nnet_ema or not. Nothing in a file is executed: a pickle that needs more than
+tensors and plain containers is refused. What is checked: modeling/released.py.
+Out: OUT/config.yaml and OUT/checkpoints/step_00000000/ with ema.safetensors, float32; with --run,
+OUT/flowtok and OUT/tokenizer of these. Written aside and renamed: a folder that is there is whole.
+The text tower is not in the files: the config names it, and it is loaded when it is used.
 """
 
 import argparse
@@ -21,13 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# Run as a file, Python looks for modules in scripts/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-# Run as a file, Python looks into scripts/ only
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
@@ -38,10 +39,9 @@ from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, f
 from training.errors import exit_on_error
 from training.run import CONFIG_FILE
 
-# Keys under which a file may have its tensors, the averaged ones first
-WRAPPERS = ("nnet_ema", "state_dict", "model")
+WRAPPERS = ("nnet_ema", "state_dict", "model")  # keys of the tensors, the averaged ones first
 PREFIX = "module."
-FIXED = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")  # tables that are computed here
+TABLES = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")  # computed here
 ZIP_START = b"PK\x03\x04"
 CAPTIONS = [  # of sample.py without prompts
     "a corgi running through fresh snow",
@@ -56,74 +56,47 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "released", type=Path, metavar="RELEASED_FILE", help="a flow or a tokenizer file"
-    )
-    parser.add_argument(
-        "second",
-        type=Path,
-        metavar="OUT_DIR",
-        help="run folder to write; with --run: the other file",
-    )
-    parser.add_argument(
-        "--run",
-        type=Path,
-        metavar="OUT",
-        help="experiment folder to write, from a flow and a tokenizer",
-    )
-    parser.add_argument("--num-heads", type=int, help="of a flow that is none of B, XL, H")
-    parser.add_argument(
-        "--latent-scale",
-        type=float,
-        default=LATENT_SCALE,
-        help="of the flow (default: the release's)",
-    )
-    tower = TextEncoderConfig()
-    parser.add_argument(
-        "--text-encoder-model",
-        default=tower.model,
-        help="open_clip name, hf-hub:... or local-dir:...",
-    )
-    parser.add_argument(
-        "--text-encoder-pretrained",
-        default=tower.pretrained,
-        help="open_clip tag or a weights file",
-    )
+    add, tower = parser.add_argument, TextEncoderConfig()
+    add("released", type=Path, metavar="RELEASED_FILE", help="a flow or a tokenizer file")
+    help_text = "run folder to write; with --run: the other file"
+    add("second", type=Path, metavar="OUT_DIR", help=help_text)
+    help_text = "experiment folder to write, from a flow and a tokenizer"
+    add("--run", type=Path, metavar="OUT", help=help_text)
+    add("--num-heads", type=int, help="of a flow that is none of B, XL, H")
+    help_text = "of the flow; default: the release's"
+    add("--latent-scale", type=float, default=LATENT_SCALE, help=help_text)
+    help_text = "open_clip name, hf-hub:... or local-dir:..."
+    add("--text-encoder-model", default=tower.model, help=help_text)
+    help_text = "open_clip tag or a weights file"
+    add("--text-encoder-pretrained", default=tower.pretrained, help=help_text)
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check, convert everything, then write."""
+    """Check, convert everything, then write.
+
+    Raises:
+        ValueError: a folder that is there, impossible arguments, or a file that can't be converted.
+    """
     target = (args.run or args.second).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already: name a new folder")
     if not (math.isfinite(args.latent_scale) and args.latent_scale > 0):
         raise ValueError(f"--latent-scale must be positive, got {args.latent_scale}")
     text_encoder = text_encoder_of(args)
+
+    # What the files are shows once they are converted.
     files = [args.released, args.second] if args.run else [args.released]
     converted = [convert_file(file, args) for file in files]
     stages = [one.stage for one in converted]
     if args.run and sorted(stages) != ["flowtok", "tokenizer"]:
-        kinds = " and ".join(
-            f"{file} is a {stage} file" for file, stage in zip(files, stages, strict=True)
-        )
+        pairs = zip(files, stages, strict=True)
+        kinds = " and ".join(f"{file} is a {stage} file" for file, stage in pairs)
         raise ValueError(f"--run needs a flow file and a tokenizer file, but {kinds}")
     if args.num_heads is not None and "flowtok" not in stages:
-        raise ValueError(
-            f"--num-heads is for a flow, but {args.released} is a tokenizer file, whose tables give the heads"
-        )
-    partial = target.with_name(target.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        for one in converted:
-            run_dir = target / one.stage if args.run else target
-            write_run(one, text_encoder, run_dir, partial / run_dir.relative_to(target))
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise ValueError(f"--num-heads is for a flow, but {args.released} is a tokenizer file")
+
+    write_folder(target, converted, text_encoder, with_stages=bool(args.run))
     print(f"{target}: written")
     if args.run:
         print(f'python sample.py --run {args.run} --prompts "{CAPTIONS[0]}"')
@@ -145,93 +118,73 @@ def text_encoder_of(args: argparse.Namespace) -> TextEncoderConfig:
     return config
 
 
+# Reading
+
+
 def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     """Read and convert one released file; says what it is and what was done to it.
 
     Raises:
-        ValueError: with the file's name; see read_tensors and modeling.released.convert.
+        ValueError: with the file's name; it can't be read, or holds something else.
     """
-    tensors = read_tensors(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
     try:
+        tensors = check_content(unwrap(read_content(path)))
         converted = convert(tensors, args.num_heads, args.latent_scale)
         check_finite(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     millions = sum(tensor.numel() for tensor in converted.tensors.values()) / 1e6
-    print(
-        f"{path}: {converted.stage}, {len(tensors)} tensors, {millions:.2f}M weights, {sizes_text(converted)}"
-    )
-    other = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}
-    if other:
-        print(f"  note: {' and '.join(sorted(other))} converted to float32")
+    print(f"{path}: {converted.stage}, {len(tensors)} tensors, {millions:.2f}M weights")
+
+    # What is not as it was in the file.
+    notes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}
+    notes = [f"{name} converted to float32" for name in sorted(notes)]
     if converted.stage == "flowtok" and TEMPERATURE not in tensors:
-        print(
-            f"  note: {TEMPERATURE} is not in the file, log(1 / 0.07) is taken; only training reads it"
-        )
-    unfilled = [name for name, tensor in tensors.items() if FIXED.search(name) and not tensor.any()]
-    if unfilled:
-        print(f"  note: {' and '.join(unfilled)} all zero; computed here anyway")
+        notes.append(f"{TEMPERATURE} is not there, log(1 / 0.07) is taken; only training reads it")
+    empty = [name for name, tensor in tensors.items() if TABLES.search(name) and not tensor.any()]
+    notes += [f"{name} is all zero; computed here anyway" for name in empty]
+    for note in notes:
+        print(f"  note: {note}")
     return converted
 
 
-def sizes_text(converted: Converted) -> str:
-    """The network's sizes on one line."""
-    if converted.stage == "flowtok":
-        size = converted.networks["flowtok"]
-        return f"width {size.width}, depth {size.depth}, {size.num_heads} heads"
-    size = converted.networks["tokenizer"]
-    return f"{size.image_size} px, encoder width {size.encoder.width}, decoder width {size.decoder.width}"
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, without wrappers and prefix; nothing in the file is executed.
+def read_content(path: Path) -> Any:
+    """What a file holds; nothing in it is executed.
 
     Raises:
-        ValueError: no such file, one that can't be read, that needs more than tensors, or that holds something else.
+        ValueError: one that can't be read, or that needs more than tensors.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
     with path.open("rb") as file:
         start = file.read(9)
     try:
         if start[8:] == b"{":
-            content = load_file(path)
-        else:
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=start.startswith(ZIP_START)
-            )
+            return load_file(path)
+        is_zip = start.startswith(ZIP_START)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch, pickle, zip and safetensors raise their own types
-        raise ValueError(f"{path}: {reading_problem(error)}") from error
-    try:
-        return check_content(unwrap(content))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def reading_problem(error: Exception) -> str:
-    """One line on why a file was not read; without torch's advice to execute it."""
-    needed = re.search(r"GLOBAL (\S+)", str(error))
-    if needed:
-        return f"refused: its pickle needs {needed[1]}, only tensors and plain containers are read"
-    reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
-    reason = f": {reason[:200]}" if reason and "weights_only" not in reason else ""
-    return f"cannot be read, it is cut short or no checkpoint ({type(error).__name__}{reason})"
+        # One line, without torch's advice to execute the file.
+        if needed := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"refused: its pickle needs {needed[1]}, only tensors and plain containers are read"
+            ) from error
+        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
+        reason = f": {reason[:200]}" if reason and "weights_only" not in reason else ""
+        raise ValueError(
+            f"cannot be read, it is cut short or no checkpoint ({type(error).__name__}{reason})"
+        ) from error
 
 
 def unwrap(content: Any) -> Any:
     """What lies under the wrapping keys, with the prefix taken off all names."""
     for _ in WRAPPERS:
-        wrapped = (
-            [content[key] for key in WRAPPERS if key in content]
-            if isinstance(content, dict)
-            else []
-        )
-        content = next((inner for inner in wrapped if isinstance(inner, dict)), content)
-    while (
-        isinstance(content, dict)
-        and content
-        and all(str(name).startswith(PREFIX) for name in content)
-    ):
+        if isinstance(content, dict):
+            inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
+            content = inner[0] if inner else content
+    while isinstance(content, dict) and content:
+        if not all(str(name).startswith(PREFIX) for name in content):
+            break
         content = {str(name).removeprefix(PREFIX): value for name, value in content.items()}
     return content
 
@@ -245,14 +198,12 @@ def check_content(content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected tensors by name")
     for name, value in content.items():
+        shown = printable(str(name))
         if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise ValueError(
-                f"{printable(str(name))} is a {type(value).__name__}, expected a tensor"
-            )
+            raise ValueError(f"{shown} is a {type(value).__name__}, expected a tensor")
         if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
-            raise ValueError(
-                f"{printable(name)} is {value.dtype}, {value.layout}, on {value.device}; expected floats"
-            )
+            kind = f"{value.dtype}, {value.layout}, on {value.device}"
+            raise ValueError(f"{shown} is {kind}; expected floats")
     return content
 
 
@@ -267,30 +218,44 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} has values that are not finite")
 
 
-def run_config(converted: Converted, text_encoder: TextEncoderConfig, run_dir: Path) -> dict:
-    """What training/loading.py and sample.py read of a run's config; nothing of its training."""
-    sections = dict(converted.networks)
-    paths = {"run_dir": str(run_dir)}
-    if converted.stage == "flowtok":
-        sections |= {"flow": FlowConfig(), "sampling": SamplingConfig()}
-        paths["tokenizer_run"] = str(run_dir.parent / "tokenizer")
-        paths["pictures"] = {"captions": CAPTIONS}
-    else:
-        sections["text_encoder"] = text_encoder
-    values = {name: asdict(section) for name, section in sections.items()}
-    return {"stage": converted.stage, **paths, **values}
+# Writing
+
+
+def write_folder(
+    target: Path, converted: list[Converted], text_encoder: TextEncoderConfig, with_stages: bool
+) -> None:
+    """Write a run folder or, with_stages, an experiment's: aside, flushed, renamed."""
+    partial = target.with_name(target.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        for one in converted:
+            stage = one.stage if with_stages else ""
+            write_run(one, text_encoder, target / stage, partial / stage)
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_run(
     converted: Converted, text_encoder: TextEncoderConfig, run_dir: Path, folder: Path
 ) -> None:
-    """Write what will be the run folder `run_dir` into `folder`.
-
-    It has no inputs: a file does not say what it goes with.
-    """
+    """Write what will be the run folder `run_dir` into `folder`."""
+    # The config has what loading reads, and nothing of the training.
+    config: dict[str, Any] = {"stage": converted.stage, "run_dir": str(run_dir)}
+    sections = dict(converted.networks)
+    if converted.stage == "flowtok":
+        config["tokenizer_run"] = str(run_dir.parent / "tokenizer")
+        config["pictures"] = {"captions": CAPTIONS}
+        sections |= {"flow": FlowConfig(), "sampling": SamplingConfig()}
+    else:
+        sections["text_encoder"] = text_encoder
+    config |= {name: asdict(section) for name, section in sections.items()}
     folder.mkdir(parents=True)
-    config = run_config(converted, text_encoder, run_dir)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
+
+    # No inputs: a file does not say what it goes with.
     checkpoint = begin_checkpoint(folder, step=0)
     save_file(converted.tensors, checkpoint / EMA_FILE)
     state = {"step": 0, "ema_updates": 0, "num_processes": 1, "inputs": {}}

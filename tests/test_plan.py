@@ -1,6 +1,5 @@
-"""scripts/plan.py and scripts/workload.py: FLOPs against hand counts, memory against real steps."""
+"""scripts/plan.py, scripts/workload/: FLOPs against hand counts, memory against real steps."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,11 @@ from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.text_projector import TextProjectorConfig
 from scripts import plan
-from scripts.plan import GIB, CudaLike, Meter, make_plan, measure_step
-from scripts.workload import build_workload, read_stage
+from scripts.plan import make_plan
+from scripts.workload import rounded
+from scripts.workload.fake import GIB, CudaLike, Meter, measure_step, num_bytes, tower_flops
+from scripts.workload.sizes import read_stage
+from scripts.workload.steps import build_workload, make_batch
 from training.run import CONFIG_FILE, Run
 
 FLOWTOK_B = "configs/flowtok_b/flowtok.yaml"
@@ -104,7 +106,7 @@ def test_flops_of_stage_3_are_those_counted_by_hand():
     tower = 12 * (dense(77, 768, 12 * 768) + attention(77, 77, 768))
     expected = step_by_hand(*map(sum, zip(*parts)), inputs) + tower
     assert measure_step(stage, 1, 2).flops == pytest.approx(expected, rel=1e-6)
-    assert plan.tower_flops(stage) == tower
+    assert tower_flops(stage) == tower
 
 
 def test_flops_of_stage_1_are_those_counted_by_hand():
@@ -112,7 +114,7 @@ def test_flops_of_stage_1_are_those_counted_by_hand():
     stage = read_stage(TOKENIZER, plain)
     config = stage.config.tokenizer
     inputs = dense(256, 768, 64) + dense(77, 768, 64)
-    found = measure_step(stage, 1, 2).flops - plan.tower_flops(stage)
+    found = measure_step(stage, 1, 2).flops - tower_flops(stage)
     assert found == pytest.approx(step_by_hand(*tokenizer_by_hand(config), inputs), rel=1e-6)
 
 
@@ -123,7 +125,7 @@ def test_full_checkpointing_adds_one_forward_of_the_blocks_and_selective_nothing
     block = dense(1, 768, 6 * 768) + dense(77, 768, 12 * 768) + attention(77, 77, 768)
     assert none.flops == selective.flops
     assert full.flops - none.flops == pytest.approx(2 * block, rel=0.01)
-    assert none.peak > selective.peak > full.peak
+    assert none.peak_gib > selective.peak_gib > full.peak_gib
 
 
 def test_the_contrastive_loss_has_the_rows_of_all_gpus():
@@ -156,39 +158,38 @@ def test_the_planned_peak_is_that_of_a_real_step(tiny, name, mode):
     run = Run(Path(), Accelerator(cpu=True), 0.0)
     with CudaLike(), Meter() as meter:
         work = build_workload(stage, run)
-        batch = work.make_batch(16)
+        batch = make_batch(stage, 16)
         work.step([batch], 0)  # makes the optimiser's moments
         del batch
         meter.peak = meter.live
-        work.step([work.make_batch(16)], 1)
-    assert measure_step(stage, 1, 16).peak == pytest.approx(meter.peak, rel=0.01)
+        work.step([make_batch(stage, 16)], 1)
+    real = meter.peak + num_bytes(work.networks[""].module)  # the EMA
+    assert measure_step(stage, 1, 16).peak_gib == pytest.approx(real / GIB, rel=0.01)
 
 
 def test_gradients_of_earlier_passes_are_counted():
     one, two = (
         measure_step(flowtok_b(f"training.gradient_accumulation={n}"), 1, 256) for n in (1, 2)
     )
-    gradients = 4 * plan.count_weights(one.work)["trained"]
-    assert two.peak - one.peak == pytest.approx(gradients, rel=0.25)
+    gradients = 4 * one.weights["trained"] / GIB
+    assert two.peak_gib - one.peak_gib == pytest.approx(gradients, rel=0.25)
 
 
 def test_what_lies_on_a_gpu_is_what_float32_training_needs():
-    work = measure_step(flowtok_b(), 8, 1).work
-    counts, sizes = plan.count_weights(work), plan.resident_gib(work, 8)
-    assert sizes["optimizer_moments"] == 8 * counts["trained"] / GIB
-    assert sizes["gradients"] == sizes["gradient_buckets"] == 4 * counts["trained"] / GIB
-    assert sizes["weights"] == sizes["ema"] == 4 * (counts["trained"] + 77 * 768 + 1) / GIB
-    assert plan.resident_gib(work, 1)["gradient_buckets"] == 0
+    eight, one = (measure_step(flowtok_b(), number, 1) for number in (8, 1))
+    trained, sizes = eight.weights["trained"], eight.resident_gib
+    assert sizes["optimizer_moments"] == 8 * trained / GIB
+    assert sizes["gradients"] == sizes["gradient_buckets"] == 4 * trained / GIB
+    assert sizes["weights"] == sizes["ema"] == 4 * (trained + 77 * 768 + 1) / GIB
+    assert one.resident_gib["gradient_buckets"] == 0
 
 
 # The plan
 
 
 def test_a_plan_adds_up(tiny, monkeypatch, capsys):
-    words = [str(tiny.config_file("flowtok")), "training.gradient_accumulation=2", "--num-gpus=2"]
-    monkeypatch.setattr(sys, "argv", ["plan.py", *words, "--json", "--share=0.5"])
-    plan.main()
-    found = json.loads(capsys.readouterr().out)
+    file = str(tiny.config_file("flowtok"))
+    found = make_plan(file, ["training.gradient_accumulation=2"], num_gpus=2, share=0.5)
     modes, run = found["activation_checkpointing"], found["run"]
     assert (run["batch_size"], run["batch_per_gpu_and_pass"]) == (8, 2)
     assert found["memory_gib"]["peak"] == modes["none"]["peak_gib"]
@@ -199,16 +200,19 @@ def test_a_plan_adds_up(tiny, monkeypatch, capsys):
     checkpoint = sum(found["memory_gib"][name] for name in ("weights", "ema", "optimizer_moments"))
     assert found["disk_gib"]["run"] == pytest.approx(checkpoint * 3)
 
+    words = [file, "training.gradient_accumulation=2", "--num-gpus=2", "--share=0.5"]
     monkeypatch.setattr(sys, "argv", ["plan.py", *words])
     plan.main()
-    assert yaml.safe_load(capsys.readouterr().out)["run"] == run
+    assert yaml.safe_load(capsys.readouterr().out) == rounded(found)
 
 
-def test_the_largest_batch_fits_and_a_larger_does_not():
-    _, found = plan.fit_mode(flowtok_b(), 1, 64, usable_gib=10.0)
-    for factor, fits in ((0.99, True), (1.02, False)):
-        _, at = plan.fit_mode(flowtok_b(), 1, int(factor * found["largest_batch"]), usable_gib=10.0)
-        assert at["fits"] is fits
+@pytest.mark.parametrize("usable_gib", [10.0, 400.0])  # within the probe's batch, and beyond
+def test_the_largest_batch_fits_and_a_larger_does_not(usable_gib):
+    stage = flowtok_b()
+    _, found = plan.fit_mode(stage, "none", 8, 64, usable_gib)
+    for factor, fits in ((0.98, True), (1.02, False)):
+        batch = int(factor * found["largest_batch"])
+        assert (measure_step(stage, 8, batch).peak_gib <= usable_gib) is fits
 
 
 def test_bf16_runs_have_twice_the_peak_of_tf32_and_less_to_keep(tiny):
@@ -233,9 +237,9 @@ def test_steps_before_the_discriminator_cost_less(tiny):
 
 
 def test_perceptual_networks_have_the_sizes_of_the_published():
-    work = measure_step(read_stage(TOKENIZER, SMALL), 1, 1).work
+    weights = measure_step(read_stage(TOKENIZER, SMALL), 1, 1).weights
     lpips = 14_714_688 + 64 + 128 + 256 + 512 + 512
-    assert plan.count_weights(work)["perceptual_frozen"] == lpips + 50_223_688
+    assert weights["perceptual_frozen"] == lpips + 50_223_688
 
 
 # Sizes from earlier runs

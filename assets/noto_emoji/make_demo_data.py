@@ -1,15 +1,14 @@
-"""Builds the demo data: Noto emoji as 64x64 image-caption shards, from the npm package emoji-datasource-google 16.0.0.
+"""Build the demo data: Noto emoji as 64 x 64 image-caption shards, from an npm package.
 
-    npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz     # unpacks to ./package
+    npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz
     python assets/noto_emoji/make_demo_data.py --package package --output assets/noto_emoji
 
-In:  the unpacked package (emoji.json, img/google/64/*.png, LICENSE) and the committed list of held-out base emoji.
-Out: webdataset shards of {key}.png (64x64 RGB, the emoji on white), {key}.txt (caption, UTF-8) and {key}.json;
-     manifest.json; the package's licence. A key is the emoji's code points in lower-case hex ("1f600", "1f44d-1f3fb").
-Shards are gzip-compressed tar (14 MB; plain tar would be 24 MB, the rest headers and padding around small files).
-webdataset and tarfile recognise the compression by themselves.
-The same package gives the same bytes with the same Pillow and zlib; content_sha256 in the manifest covers captions and
-pixels only, so it agrees with every version of them.
+In: the unpacked package (emoji.json, img/google/64/*.png, LICENSE) and the committed list of
+held-out base emoji. Out: shards of {key}.png (the emoji on white, RGB), {key}.txt (caption) and
+{key}.json; manifest.json; the package's licence. A key is the emoji's code points in lower-case hex
+("1f600", "1f44d-1f3fb"). Shards are gzip-compressed tar: 14 MB, where plain tar has 24.
+The same package gives the same bytes with the same Pillow and zlib; content_sha256 in the manifest
+covers captions and pixels only, so it agrees with every version of them.
 """
 
 import argparse
@@ -17,11 +16,8 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import tarfile
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,8 +40,8 @@ TONES = {
     "1f3ff": "dark",
 }
 
-# Names whose "black" or "white" means filled or outlined (Unicode's old usage), or whose "red" is another design's: the
-# picture has another colour, so the word is left out of the caption.
+# Names whose "black" or "white" means filled or outlined (Unicode's old usage), or whose "red" is
+# another design's: the picture has another colour, so the word is left out of the caption.
 MISLEADING_COLOUR = {
     "black right-pointing double triangle",
     "black left-pointing double triangle",
@@ -104,13 +100,9 @@ class Emoji:
 
 
 def natural_name(name: str) -> str:
-    """'KISS: MAN, WOMAN' -> 'kiss of man and woman', 'MAN: RED HAIR' -> 'man with red hair'; lower case throughout."""
-    name = (
-        name.lower()
-        .replace("’", "'")
-        .replace("oclock", "o'clock")
-        .replace("ideograph-", "ideograph ")
-    )
+    """'KISS: MAN, WOMAN' -> 'kiss of man and woman', 'MAN: RED HAIR' -> 'man with red hair'."""
+    name = name.lower().replace("’", "'")
+    name = name.replace("oclock", "o'clock").replace("ideograph-", "ideograph ")
     name = RENAMED.get(name, name)
     if name in MISLEADING_COLOUR:
         name = re.sub(r"\b(black|white|red) ", "", name)
@@ -138,95 +130,85 @@ def describe_emoji(entries: list[dict]) -> list[Emoji]:
     emoji = []
     for entry in entries:
         base = entry["unified"].lower()
-        # Where the package gives two emoji one name ("MAN IN TUXEDO"), its short names still differ.
+        # Two emoji of one name ("MAN IN TUXEDO") still have different short names.
         is_shared = name_counts[entry["name"]] > 1
         name = entry["short_name"].replace("_", " ") if is_shared else natural_name(entry["name"])
         if base in TONES:
             name = f"{TONES[base]} skin tone"
         subcategory = entry["subcategory"].replace("-", " ").lower()
-        fields = {
-            "name": name,
-            "subcategory": subcategory,
-            "category": entry["category"].lower(),
-            "base": base,
-        }
-        emoji.append(Emoji(key=base, tone=None, caption=f"{name}, {subcategory}", **fields))
+        category = entry["category"].lower()
+        caption = f"{name}, {subcategory}"
+        emoji.append(Emoji(base, name, subcategory, category, base, None, caption))
         for variation, variant in entry.get("skin_variations", {}).items():
-            tone = tone_name(variation)
-            caption = f"{name}, {subcategory}, {tone} skin tone"
-            emoji.append(
-                Emoji(key=variant["unified"].lower(), tone=tone, caption=caption, **fields)
-            )
+            key, tone = variant["unified"].lower(), tone_name(variation)
+            toned = f"{caption}, {tone} skin tone"
+            emoji.append(Emoji(key, name, subcategory, category, base, tone, toned))
     return emoji
 
 
 def load_package(package: Path, num_images: int = NUM_IMAGES) -> list[Emoji]:
-    """Reads and checks the unpacked package. ValueError names what is missing or differs."""
+    """Read the unpacked package.
+
+    Raises:
+        ValueError: a file is missing, another version, or other images than emoji.json lists.
+    """
     for file in ("package.json", "emoji.json", "LICENSE"):
         if not (package / file).is_file():
             raise ValueError(
-                f"{package / file} is missing: --package must be the unpacked {PACKAGE_NAME} package"
+                f"{package / file} is missing: expected the unpacked package {PACKAGE_NAME}"
             )
     about = json.loads((package / "package.json").read_text(encoding="utf-8"))
-    given, expected = (about.get("name"), about.get("version")), (PACKAGE_NAME, PACKAGE_VERSION)
-    if given != expected:
-        raise ValueError(
-            f"{package} holds {given[0]} {given[1]}, expected {expected[0]} {expected[1]}"
-        )
+    found, expected = f"{about['name']} {about['version']}", f"{PACKAGE_NAME} {PACKAGE_VERSION}"
+    if found != expected:
+        raise ValueError(f"{package} holds {found}, expected {expected}")
     emoji = describe_emoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
-    if len({item.key for item in emoji}) != num_images or len(emoji) != num_images:
+    keys = {item.key for item in emoji}
+    if not len(keys) == len(emoji) == num_images:
         raise ValueError(
-            f"{package / 'emoji.json'} describes {len(emoji)} emoji, expected {num_images} different ones"
+            f"{package / 'emoji.json'} describes {len(emoji)} emoji, expected {num_images}"
         )
-    listed, found = (
-        {item.key for item in emoji},
-        {path.stem for path in image_folder(package).glob("*.png")},
-    )
-    if listed != found:
-        missing, unknown = sorted(listed - found), sorted(found - listed)
+    images = {path.stem for path in image_folder(package).glob("*.png")}
+    if keys != images:
         raise ValueError(
-            f"{image_folder(package)} holds {len(found)} images, expected {num_images}: "
-            f"{len(missing)} missing {missing[:3]}, {len(unknown)} not in emoji.json {unknown[:3]}"
+            f"{image_folder(package)} holds {len(images)} images: missing "
+            f"{sorted(keys - images)[:3]}, not in emoji.json {sorted(images - keys)[:3]}"
         )
     return emoji
 
 
 def image_folder(package: Path) -> Path:
+    """Where the package has its images."""
     return package / "img" / "google" / str(IMAGE_SIZE)
 
 
 def load_image(path: Path) -> Image.Image:
     """The package's RGBA image composited on white: 64x64 RGB."""
     try:
-        with Image.open(path) as image:
-            rgba = image.convert("RGBA")
+        rgba = Image.open(path).convert("RGBA")
     except OSError as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
     if rgba.size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(
-            f"{path} is {rgba.width}x{rgba.height}, expected {IMAGE_SIZE}x{IMAGE_SIZE}"
-        )
+        raise ValueError(f"{path} has {rgba.size} pixels, expected {IMAGE_SIZE} x {IMAGE_SIZE}")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def load_heldout(path: Path, emoji: list[Emoji], num_heldout: int = NUM_HELDOUT) -> set[str]:
-    """The list of held-out base keys, one a line."""
+    """The list of held-out base keys, one a line.
+
+    Raises:
+        ValueError: no such file, another number of keys, or keys of no base emoji.
+    """
     if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: it lists the {num_heldout} held-out base emoji, one key a line"
-        )
+        raise ValueError(f"{path} is missing: it lists the held-out base emoji, one key a line")
     keys = path.read_text(encoding="utf-8").split()
-    unknown = sorted(set(keys) - {item.base for item in emoji})
+    unknown = sorted({*keys} - {item.base for item in emoji})
     if unknown:
-        raise ValueError(
-            f"{path}: {len(unknown)} keys are no base emoji of the package: {unknown[:3]}"
-        )
-    if len(keys) != num_heldout or len(set(keys)) != num_heldout:
-        raise ValueError(
-            f"{path} lists {len(keys)} keys ({len(set(keys))} different), expected {num_heldout} different"
-        )
-    return set(keys)
+        raise ValueError(f"{path}: {unknown[:3]} are no base emoji of the package")
+    if not len(keys) == len({*keys}) == num_heldout:
+        found = f"{len(keys)} keys ({len({*keys})} different)"
+        raise ValueError(f"{path} lists {found}, expected {num_heldout} different")
+    return {*keys}
 
 
 def shuffle_rank(item: Emoji) -> str:
@@ -237,7 +219,7 @@ def shuffle_rank(item: Emoji) -> str:
 def plan_shards(
     emoji: list[Emoji], heldout: set[str], samples_per_shard: int
 ) -> dict[str, list[Emoji]]:
-    """File name -> its samples in order. Held-out emoji fill one shard each for base and variants."""
+    """File name -> its samples in order; one held-out shard each for base emoji and variants."""
     split = {"train-base": [], "train-tone": [], "heldout": [], "heldout-tone": []}
     for item in sorted(emoji, key=shuffle_rank):
         prefix = "heldout" if item.base in heldout else "train"
@@ -277,59 +259,39 @@ def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
                 "json": describe_json(item),
             }
             for extension, data in members.items():
-                info = tarfile.TarInfo(
-                    f"{item.key}.{extension}"
-                )  # TarInfo starts with mtime, uid and gid 0
+                info = tarfile.TarInfo(f"{item.key}.{extension}")  # mtime, uid and gid are 0
                 info.size, info.mode = len(data), 0o644
                 tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 
 def content_sha256(described: list[bytes], pixels: list[bytes]) -> str:
-    """Hash over each sample's .json and RGB pixels in order: independent of the PNG and gzip encoders."""
+    """Hash over each sample's .json and RGB pixels: independent of PNG and gzip encoders."""
     digest = hashlib.sha256()
     for description, rgb in zip(described, pixels, strict=True):
         digest.update(description + b"\n" + rgb)
     return digest.hexdigest()
 
 
-def describe_shard(
-    file: str, data: bytes, items: list[Emoji], images: dict[str, Image.Image]
+def make_manifest(
+    plan: dict[str, list[Emoji]], files: dict[str, bytes], images: dict[str, Image.Image]
 ) -> dict:
-    """The shard's row in manifest.json."""
-    content = content_sha256(
-        [describe_json(item) for item in items], [images[item.key].tobytes() for item in items]
-    )
-    return {
-        "file": file,
-        "samples": len(items),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "content_sha256": content,
-    }
-
-
-def make_manifest(shards: list[dict], emoji: list[Emoji], images: dict[str, Image.Image]) -> dict:
+    """manifest.json: a row for each shard, and totals."""
+    rows = []
+    for file, items in plan.items():
+        described = [describe_json(item) for item in items]
+        pixels = [images[item.key].tobytes() for item in items]
+        row = {"file": file, "samples": len(items), "bytes": len(files[file])}
+        row["sha256"] = hashlib.sha256(files[file]).hexdigest()
+        row["content_sha256"] = content_sha256(described, pixels)
+        rows.append(row)
     totals = {
-        "samples": sum(shard["samples"] for shard in shards),
-        "bytes": sum(shard["bytes"] for shard in shards),
-        "distinct_captions": len({item.caption for item in emoji}),
+        "samples": sum(row["samples"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "distinct_captions": len({item.caption for items in plan.values() for item in items}),
         "distinct_images": len({image.tobytes() for image in images.values()}),
     }
-    return {"package": f"{PACKAGE_NAME} {PACKAGE_VERSION}", "shards": shards, "totals": totals}
-
-
-def write_files(output: Path, files: dict[str, bytes]) -> None:
-    """Writes all files aside, then renames them into place in the given order."""
-    output.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".building-", dir=output))
-    try:
-        for name, data in files.items():
-            (aside / name).write_bytes(data)
-        for name in files:
-            os.replace(aside / name, output / name)
-    finally:
-        shutil.rmtree(aside)
+    return {"package": f"{PACKAGE_NAME} {PACKAGE_VERSION}", "shards": rows, "totals": totals}
 
 
 def build(
@@ -340,32 +302,31 @@ def build(
     num_heldout: int = NUM_HELDOUT,
     samples_per_shard: int = SAMPLES_PER_SHARD,
 ) -> dict:
-    """Checks the input, then writes shards, manifest.json and the licence copy to `output`; returns the manifest."""
+    """Check the input, then write shards, manifest.json and the licence; returns the manifest."""
     emoji = load_package(package, num_images)
     heldout = load_heldout(heldout_list, emoji, num_heldout)
     images = {item.key: load_image(image_folder(package) / f"{item.key}.png") for item in emoji}
     plan = plan_shards(emoji, heldout, samples_per_shard)
     files = {file: shard_bytes(items, images) for file, items in plan.items()}
-    shards = [describe_shard(file, files[file], items, images) for file, items in plan.items()]
-    manifest = make_manifest(shards, emoji, images)
+    manifest = make_manifest(plan, files, images)
     files["LICENSE-emoji-datasource"] = (package / "LICENSE").read_bytes()
     files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
-    write_files(output, files)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (output / name).write_bytes(data)
     return manifest
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--package", type=Path, required=True, help="folder of the unpacked npm package"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for the shards, made if missing"
-    )
-    heldout_help = "list of held-out base keys, one a line (default: assets/noto_emoji/heldout.txt)"
-    parser.add_argument("--heldout", type=Path, default=DEFAULT_HELDOUT, help=heldout_help)
+    add = parser.add_argument
+    add("--package", type=Path, required=True, help="folder of the unpacked npm package")
+    add("--output", type=Path, required=True, help="folder for the shards, made if missing")
+    help_text = "list of held-out base keys, one a line; default: %(default)s"
+    add("--heldout", type=Path, default=DEFAULT_HELDOUT, help=help_text)
     args = parser.parse_args(argv)
     try:
         manifest = build(args.package, args.output, args.heldout)

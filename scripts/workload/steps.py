@@ -1,0 +1,165 @@
+"""The real step of every stage with random weights: no data, no weights files, no compilation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils import flop_counter
+
+import train_flowtok
+import train_text_decoder
+import train_text_projector
+import train_tokenizer
+from modeling import perceptual
+from modeling.discriminator import Discriminator
+from modeling.image_tokenizer import ImageTokenizer
+from modeling.losses import freeze_unused_alignment
+from modeling.text_encoder import ClipTextEncoder
+from modeling.text_projector import TextProjector
+from scripts import train_text_encoder
+from scripts.workload.sizes import Stage, build_tower
+from training.optim import OptimizedNetwork, descend
+from training.run import Run
+from training.tokens import StoredCaptions, StoredTokens, unknown_tokens
+
+MAX_TOKEN_ID = 49_000  # below CLIP's vocabulary
+READ_IMAGES = ("text_encoder", "tokenizer", "tokens")  # stages
+READ_TOKENS = ("text_projector", "flowtok")
+
+# torch counts the FLOPs of attention by CUDA's kernels only.
+for kernel, formula in (
+    ("_scaled_dot_product_flash_attention_for_cpu", flop_counter.sdpa_flop),
+    ("_scaled_dot_product_flash_attention_for_cpu_backward", flop_counter.sdpa_backward_flop),
+):
+    register = flop_counter.register_flop_formula(getattr(torch.ops.aten, kernel), get_raw=True)
+    register(formula)
+
+
+def make_batch(stage: Stage, count: int, stored_states: bool = False) -> dict:
+    """Random samples, with the fields that the stage's loader gives.
+
+    stored_states: stages 2 and 3 read text states in place of token ids.
+    """
+    config, sizes = stage.config, stage.tokenizer
+    length, image_size = sizes.text_tokens, sizes.image_size
+    if config.stage == "text_encoder":
+        length, image_size = config.clip.context_length, config.clip.image_size
+    batch = {}
+    if config.stage in READ_IMAGES:
+        shape = (count, 3, image_size, image_size)
+        batch["image"] = torch.randint(256, shape, dtype=torch.uint8)
+    if config.stage in READ_TOKENS:
+        shape = (count, sizes.num_tokens, sizes.token_channels)
+        batch["latent_mean"] = torch.randn(shape)
+        batch["latent_logvar"] = torch.randn(shape) - 4
+    if stored_states and config.stage in READ_TOKENS:
+        batch["text_states"] = torch.randn(count, length, sizes.text_width).half()
+    else:
+        batch["token_ids"] = torch.randint(MAX_TOKEN_ID, (count, length))
+    return batch
+
+
+@dataclass
+class Workload:
+    """A stage's own step."""
+
+    networks: dict[str, OptimizedNetwork]  # what is trained; "" is the one with an EMA
+    frozen: dict[str, nn.Module]  # what else is on the GPU
+    step: Callable[[Sequence[dict], int], Any]  # (batches, index)
+
+
+def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workload:
+    """The step of any stage; stored_states: see make_batch."""
+    config = stage.config
+    tower = None
+    if stage.clip and not (stored_states and config.stage in READ_TOKENS):
+        tower = build_tower(stage.clip).to(run.device)
+    if config.stage == "tokens":
+        return encoding_workload(stage, run, tower)
+    if config.stage == "tokenizer":
+        return tokenizer_workload(stage, run, tower)
+
+    # The other stages train one network by one loss.
+    training = config.training
+    model, loss_fn = build_loss(stage, run, tower)
+    network = OptimizedNetwork(run, model, config.optimizer, training.max_gradient_norm)
+    network.wrap()
+
+    def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
+        return descend(network, batches, loss_fn, index, training.max_steps)
+
+    return Workload({"": network}, {"text_tower": tower} if tower else {}, step)
+
+
+def build_loss(stage: Stage, run: Run, tower: ClipTextEncoder | None) -> tuple[nn.Module, Callable]:
+    """(network, loss of a batch) of a stage that trains one network."""
+    config, sizes = stage.config, stage.tokenizer
+    if config.stage == "text_encoder":
+        clip = train_text_encoder.open_clip_config(config.clip)
+        return train_text_encoder.ClipPair(clip), partial(train_text_encoder.compute_losses, run)
+    if config.stage == "text_decoder":
+        captions = StoredCaptions(run, None, config.data, None, tower, has_text_states=False)
+        decoder = train_text_decoder.build_model(config, None)
+        return decoder, partial(train_text_decoder.compute_losses, config, captions)
+    info = unknown_tokens(sizes.num_tokens, sizes.token_channels, latent_scale=1.0)
+    tokens = StoredTokens(run, None, config.data, info, None, tower)
+    if config.stage == "flowtok":
+        flow = train_flowtok.build_model(config, info, None)
+        return flow, partial(train_flowtok.compute_losses, config, tokens)
+    projector = TextProjector(config.projector)
+    freeze_unused_alignment(projector, config.losses)
+    return projector, partial(train_text_projector.compute_losses, config, tokens)
+
+
+def tokenizer_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Workload:
+    """Stage 1: tokenizer and discriminator in turn."""
+    config, frozen = stage.config, {"text_tower": tower}
+    if config.losses.perceptual_weight:
+        frozen["perceptual"] = made_up_distance(config.perceptual).to(run.device)
+    model = train_tokenizer.build_model(config, run, has_checkpoint=True)
+    clip = config.training.max_gradient_norm
+    networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
+    if config.adversarial.weight:
+        discriminator = Discriminator()
+        optimizer = config.discriminator_optimizer
+        networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
+    for network in networks.values():
+        network.wrap()
+    parts = train_tokenizer.Parts(run, tower, frozen.get("perceptual"))
+    step = partial(train_tokenizer.train_step, config, parts, networks)
+    return Workload(networks, frozen, step)
+
+
+def made_up_distance(config: perceptual.PerceptualConfig) -> perceptual.PerceptualLoss:
+    """Stage 1's perceptual networks, with random numbers in place of their weights files."""
+
+    def fill(net: nn.Module, file: None, prefix: str = "") -> nn.Module:
+        # Of one sign: no distance is zero or infinite. load_state_dict can't swap fake tensors.
+        for module in net.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(0.02 * torch.rand(parameter.shape)))
+        return net
+
+    with (
+        patch.object(perceptual.PublishedWeights, "find", return_value=None),
+        patch.object(perceptual, "_load_into", fill),
+    ):
+        return perceptual.PerceptualLoss(config)
+
+
+def encoding_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Workload:
+    """scripts/encode_tokens.py: nothing is trained."""
+    tokenizer = ImageTokenizer(stage.tokenizer).requires_grad_(False).eval().to(run.device)
+
+    def encode(batches: Sequence[dict], index: int) -> None:
+        with torch.no_grad(), run.accelerator.autocast():
+            for batch in batches:
+                tokenizer.encode(batch["image"].to(run.device).float().div_(255))
+                if stage.config.store_text_states:
+                    tower(batch["token_ids"].to(run.device))
+
+    return Workload({}, {"tokenizer": tokenizer, "text_tower": tower}, encode)

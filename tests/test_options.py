@@ -1,0 +1,51 @@
+"""scripts/options.py: docs/options.md is fresh, and has every key that a stage accepts."""
+
+import re
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Literal
+
+from configs.load import valid_keys
+from scripts import options
+from scripts.run_experiment.stages import PROGRAMS
+
+
+@dataclass
+class Part:
+    size: int = 3  # pixels
+
+
+@dataclass
+class Schema:
+    # What it is.
+    # And why.
+    name: str = ""  # of the thing
+    kind: Literal["a", "b"] = "a"
+    parts: dict[str, Part] = field(default_factory=dict)  # by name
+    part: Part = field(default_factory=lambda: Part(size=4))
+    width: int = field(default=1, metadata={"derived": "the tokenizer"})
+    maybe: Part | None = None
+
+
+def test_the_page_is_what_the_program_writes():
+    assert options.PAGE.read_text() == options.build_page()
+
+
+def test_the_page_has_every_key():
+    found = set(re.findall(r"^\| `([\w.]+)`", options.PAGE.read_text(), re.MULTILINE))
+    for module, name in PROGRAMS.values():
+        keys = valid_keys(getattr(import_module(module), name))
+        sections = {key.rpartition(".")[0] for key in keys}
+        assert {*keys} - sections <= found
+
+
+def test_comments_above_and_beside_a_field_are_its_meaning():
+    assert options.rows_of(Schema) == [
+        ("`name`", "str", '`""`', "What it is. And why. of the thing"),
+        ("`kind`", "`a` or `b`", '`"a"`', ""),
+        ("`parts`", "sections by name", "`{}`", "by name"),
+        ("`parts.NAME.size`", "int", "`3`", "pixels"),
+        ("`part.size`", "int", "`4`", "pixels"),
+        ("`maybe`", "section or null", "`null`", ""),
+        ("`maybe.size`", "int", "`3`", "pixels"),
+    ]
