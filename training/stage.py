@@ -24,6 +24,11 @@ class StageConfig:
     stage: ClassVar[str]  # the name of the program's stage
     networks: ClassVar[tuple[str, ...]] = ()  # sections that can't change in a started run
 
+    def __post_init__(self):
+        for name in ("runs_dir", "experiment_dir", "run_dir", "data_dir"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} is empty, expected a folder")
+
     def check(self) -> None:
         """Refuse combinations that can't work.
 

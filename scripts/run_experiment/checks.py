@@ -7,13 +7,15 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from data.files import check_writable
 from data.storage import is_remote
-from data.tar import expand_shards
+from data.tar import expand_shards, split_pattern
 from scripts.encode_tokens import TokensStage, output_paths
 from scripts.run_experiment.stages import Stage
 from scripts.train_text_encoder import TextEncoderStage
 from train_tokenizer import TokenizerStage
 from training.checkpoint import latest_checkpoint
+from training.run import CONFIG_FILE
 from training.stage import TrainedStage
 from training.tokens import TOKENS_INFO_FILE
 
@@ -48,12 +50,13 @@ def check_inputs(stages: Sequence[Stage]) -> None:
     """Refuse stages whose images, runs or tokens are neither there nor made by an earlier stage.
 
     Raises:
-        ValueError: naming stage, key and value, and the way out.
+        ValueError: naming stage, key and value, and the way out; or a folder that can't be written.
     """
     made: dict[str, Stage] = {}
     for stage in stages:
         check_runs(stage, made)
         if not is_complete(stage):
+            check_writable(Path(stage.config.run_dir) / CONFIG_FILE)
             check_images(stage)
             check_tokens(stage, made)
         folder = os.path.normpath(stage.config.run_dir)
@@ -71,6 +74,12 @@ def is_complete(stage: Stage) -> bool:
         return False
     latest = latest_checkpoint(folder)
     return latest is not None and latest[0] >= stage.config.training.max_steps
+
+
+def is_newer(picture: Path, run_dir: str) -> bool:
+    """Whether a picture was drawn after a run's newest checkpoint was written."""
+    latest = latest_checkpoint(Path(run_dir)) if picture.is_file() else None
+    return latest is not None and latest[1].stat().st_mtime < picture.stat().st_mtime
 
 
 def check_runs(stage: Stage, made: dict[str, Stage]) -> None:
@@ -107,19 +116,25 @@ def check_images(stage: Stage) -> None:
 
 def check_tokens(stage: Stage, made: dict[str, Stage]) -> None:
     """Token shards are there, or an earlier stage of this command will write them."""
-    patterns = [pattern for pattern in stage.config.token_shards() if not is_remote(pattern)]
-    for part in (part for pattern in patterns for part in braceexpand(pattern, escape=False)):
-        writer = made.get(os.path.normpath(os.path.dirname(part)))
-        try:
-            if writer and isinstance(writer.config, TokensStage) and not is_complete(writer):
-                check_will_match(part, writer)
-            else:
-                expand_shards([part])
-        except ValueError as error:
-            raise ValueError(
-                f"stage {stage}: data.{error}. Run the stage that writes them first, or set "
-                f"{stage.name}.data.shards"
-            ) from error
+
+    def will_be_there(path: str) -> bool:
+        folder = os.path.normpath(path)
+        return os.path.isdir(path) or any(f"{name}/".startswith(f"{folder}/") for name in made)
+
+    for pattern in stage.config.token_shards():
+        folder, rest = split_pattern(pattern, will_be_there)
+        for part in (folder + name for name in braceexpand(rest, escape=False)):
+            writer = made.get(os.path.normpath(os.path.dirname(part)))
+            try:
+                if writer and isinstance(writer.config, TokensStage) and not is_complete(writer):
+                    check_will_match(part, writer)
+                elif not is_remote(part):
+                    expand_shards([part])
+            except ValueError as error:
+                raise ValueError(
+                    f"stage {stage}: data.{error}. Run the stage that writes them first, or set "
+                    f"{stage.name}.data.shards"
+                ) from error
 
 
 def check_will_match(pattern: str, writer: Stage) -> None:

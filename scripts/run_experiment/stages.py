@@ -63,6 +63,17 @@ def program_of(name: str) -> tuple[str, str]:
     raise ValueError(f"{name}.yaml is of none of the stages {', '.join(PROGRAMS)}")
 
 
+def stage_class(name: str) -> type["StageConfig"]:
+    """The dataclass of a stage or of a round of it: that of flowtok_512 is stage flowtok's."""
+    module, schema = program_of(name)
+    return getattr(importlib.import_module(module), schema)
+
+
+def load_stage(file: Path, overrides: Sequence[str] = ()) -> "StageConfig":
+    """The config of a YAML that is named after its stage."""
+    return load_config(stage_class(file.stem), file, list(overrides))
+
+
 def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]:
     """The stages of a command line in the order in which they run, with checked configs.
 
@@ -88,12 +99,6 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
             raise ValueError(f"stage {file.parent.name}/{file.stem}: {error}") from error
         stages.append(Stage(file, own, config))
     return stages
-
-
-def load_stage(file: Path, overrides: Sequence[str]) -> "StageConfig":
-    """The config of a YAML, by the dataclass of the program that its name stands for."""
-    module, schema = program_of(file.stem)
-    return load_config(getattr(importlib.import_module(module), schema), file, list(overrides))
 
 
 def find_experiment(name: str, configs: Path) -> Path:
