@@ -11,6 +11,7 @@ images are split over the processes; one json also has the protocol.
 """
 
 import argparse
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+# Run as a file, Python looks into eval/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, write_json
 from data.images import ImageTextConfig
