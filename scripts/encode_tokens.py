@@ -333,14 +333,13 @@ def describe(outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> To
 
 def describe_captions(config: TokensStage, outputs: list[Path]) -> None:
     """Write the words of the captions, where every epoch has the same captions."""
-    if config.data.has_several_captions() or not all(
-        count_file(path).is_file() for path in outputs
-    ):
+    files = [count_file(path) for path in outputs]
+    if config.data.has_several_captions() or not all(file.is_file() for file in files):
         return
-    counts = [json.loads(count_file(path).read_text()) for path in outputs]
-    parts = [Vocabulary(**count["vocabulary"]) for count in counts if "vocabulary" in count]
-    if len(parts) == len(outputs):
-        save_vocabulary(join_vocabularies(parts), outputs[0].parent)
+    parts = [json.loads(file.read_text()).get("vocabulary") for file in files]
+    if all(parts):
+        words = join_vocabularies([Vocabulary(**part) for part in parts])
+        save_vocabulary(words, outputs[0].parent)
 
 
 def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:

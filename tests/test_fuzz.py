@@ -351,9 +351,9 @@ def test_hostile_prompts(chain, tmp_path, record_property):
         captions = sample.read_prompts(args)
         sampling = sample.sampling_of(args, default)
         with contextlib.redirect_stderr(io.StringIO()):
-            sample.warn_of_cuts(parts, captions)
-        images, captions = sample.generate(parts, args, sampling, captions)
-        save_png(caption_grid(images, captions, 1), tmp_path / "out" / "x.png")
+            print(*sample.list_cuts(parts, captions), *sample.list_strangers(args.run, captions))
+        [(image, caption)] = sample.generate(parts, args, sampling, captions)
+        save_png(caption_grid(image[None], [caption], 1), tmp_path / "out" / "x.png")
         return Image.open(tmp_path / "out" / "x.png")
 
     for prompt in prompts:
