@@ -49,7 +49,8 @@ def main(words: Sequence[str]) -> None:
     print(job, *skipped, sep="\n", flush=True)
 
     # What takes one process is for the first machine.
-    session = Session(runner, shlex.join(words), is_dry)
+    again = f"To go on, run the same command again: bash train_flowtok.sh {shlex.join(words)}"
+    session = Session(runner, again, is_dry)
     is_first = job.machine_rank == 0
     alone = [clean(os.environ)]
     for stage in stages:
@@ -74,13 +75,13 @@ class Session:
     """One command of a user's, and how its programs are run."""
 
     runner: Runner
-    words: str  # what was typed
+    again: str  # how to go on
     is_dry: bool  # print the commands, run nothing
 
     def run_stage(self, stage: Stage, environments: Sequence[Mapping[str, str]]) -> None:
         """Run one stage, a process in each environment."""
         if self.runner.requests:
-            print(f"asked to stop before stage {stage}. {self.go_on}")
+            print(f"asked to stop before stage {stage}. {self.again}")
             raise SystemExit(STOPPED_STATUS)
         print(f"== {stage}", flush=True)
         start = time.monotonic()
@@ -100,16 +101,11 @@ class Session:
         print(f"+ {shlex.join(command)}", flush=True)
         status = 0 if self.is_dry else self.runner.run(command, environments)
         if status == STOPPED_STATUS:
-            print(f"{name} stopped. {self.go_on}", flush=True)
+            print(f"{name} stopped. {self.again}", flush=True)
         elif status not in (0, 2):  # 2: its last line says what is wrong
-            print(f"{name} failed with status {status}. {self.go_on}", file=sys.stderr, flush=True)
+            print(f"{name} failed with status {status}. {self.again}", file=sys.stderr, flush=True)
         if status:
             raise SystemExit(status)
-
-    @property
-    def go_on(self) -> str:
-        """What to type next."""
-        return f"To go on, run the same command again: bash train_flowtok.sh {self.words}"
 
 
 def count_cores() -> int:
