@@ -112,7 +112,7 @@ def test_home_is_filled_in_wherever_a_path_is(tmp_path, monkeypatch):
     assert config.data.shards == ["/home/me/a.tar"]
     assert config.text_encoder.model == "local-dir:/home/me/clip"
     assert config.text_encoder.pretrained == "~"
-    assert "~nobody" in error_of(TokenizerStage, TOKENIZER, "runs_dir=~nobody/x")
+    assert "~no-one" in error_of(TokenizerStage, TOKENIZER, "runs_dir=~no-one/x")
 
 
 # Keys and values
