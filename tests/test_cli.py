@@ -1,6 +1,7 @@
 """Errors of the programs end in one line: on their own, and under accelerate, torchrun and train_flowtok.sh."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,14 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.parametrize("path", [path for path in PROGRAMS if "/" in path])
+def test_a_program_in_a_folder_looks_for_our_modules_in_the_repository(path):
+    top = r"^from (configs|data|eval|modeling|research|scripts|training)\.|\Z"
+    before, *_ = re.split(top, (ROOT / path).read_text(), maxsplit=1, flags=re.MULTILINE)
+    assert "sys.path.insert(0, " in before or "assets/" in path
+
+
+@pytest.mark.slow
 def test_every_program_starts_as_a_file_and_as_a_module():
     assert {"sample.py", "scripts/encode_tokens.py", "eval/reconstruction.py"} <= {*PROGRAMS}
     status, output = launch(sys.executable, "-c", START_ALL, *PROGRAMS)
