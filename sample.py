@@ -1,17 +1,20 @@
-"""Prompts + a run folder -> an image grid with captions (paper, Sec. 3.1: 20 Euler steps from text to image), and back.
+"""Prompts + a run folder -> image grids with captions, and images -> captions.
 
-    python sample.py --run runs/demo --prompts "pineapple, food fruit" "black cat, animal mammal" --output grid.png
-    python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport" --frames 8
-    python sample.py --run runs/released_xl --prompts "a corgi in the snow" --sampler euler_release
+    python sample.py --run runs/demo --prompts "pineapple, food fruit" "black cat, animal mammal"
+    python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport"
+    python sample.py --run runs/released_xl --prompts "a corgi in snow" --sampler euler_release
     python sample.py --run runs/demo --caption photo.jpg other.png
     python sample.py --run runs/demo --caption FOLDER --output captions.jsonl
 
-The third: the published weights, as scripts/convert_checkpoint.py writes them, on their own time grid. The last two:
-image to text, printed and as a contact sheet, or as a line an image; an unreadable image in a folder is left out, named
-and counted.
+The third: the published weights, as scripts/convert_checkpoint.py writes them, on their own time
+grid. The last two: image to text, printed and as a contact sheet, or as a line an image; an
+unreadable image in a folder is left out, named and counted. Without prompts or images, the captions
+or images of the run's own pictures.
 
-EMA weights. Without prompts or images, the captions or images of the run's own pictures. The same seed gives the same
-image whatever the batch size (up to float rounding); sampling defaults (steps, guidance) are the run's.
+EMA weights. 20 Euler steps from text to image (paper, Sec. 3.1); defaults are the run's. The same
+seed gives the same image whatever the batch size (up to float rounding). A grid holds about 64
+images; the next ones go to NAME_002.png, and so on, each written when it is full. What a prompt has
+that no caption of the training had is said, where the run knows these.
 """
 
 import argparse
@@ -19,9 +22,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.entries import Entry
 from data.files import check_writable
@@ -47,8 +52,12 @@ from training.pipelines import (
     load_captioner,
     load_pipeline,
 )
+from training.vocabulary import find_vocabulary
 
 SHEET_IMAGES = 60  # of a caption's contact sheet
+PAGE_IMAGES, COLUMNS, MAX_COLUMNS = 64, 8, 16  # of a grid, about; for images of one prompt at most
+MAX_WARNINGS = 10  # about prompts
+Picture = tuple[Tensor, str]  # 3 x R x R in [0, 1], its caption
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,54 +65,103 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--run", required=True, type=Path, help="experiment folder, or a stage-3 run folder"
-    )
-    source = parser.add_mutually_exclusive_group()
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--run", required=True, type=Path, help="experiment folder, or a stage-3 run folder")
     source.add_argument("--prompts", nargs="+", metavar="TEXT")
     source.add_argument("--prompts-file", type=Path, help="one prompt a line")
-    source.add_argument(
-        "--caption",
-        nargs="+",
-        metavar="IMAGE",
-        help="images, folders or tar shards to make captions of",
-    )
-    source.add_argument(
-        "--interpolate", nargs=2, metavar=("A", "B"), help="walk between the latents of two prompts"
-    )
-    parser.add_argument(
-        "--frames", type=int, default=8, help="images of --interpolate, ends included"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("samples.png"),
-        help="the grid, a PNG; of captions also a .jsonl",
-    )
-    parser.add_argument("--save-dir", type=Path, help="also write each image as its own PNG here")
-    parser.add_argument(
-        "--gallery", type=Path, help="also write a page with images, captions and settings here"
-    )
-    parser.add_argument("--steps", type=int, help="solver steps")
-    parser.add_argument("--guidance", type=float, help="1: no guidance, half the work")
-    parser.add_argument(
-        "--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release"
-    )
-    parser.add_argument(
-        "--guidance-interval",
-        nargs=2,
-        type=float,
-        metavar=("START", "END"),
-        help="times with guidance",
-    )
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], help="of velocity network and decoder"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images-per-prompt", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    source.add_argument("--caption", nargs="+", metavar="IMAGE", help="images, folders, tar shards")
+    source.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="between two prompts")
+    add("--frames", type=int, help="images of --interpolate, ends included; default: 8")
+    add("--output", type=Path, default=Path("samples.png"), help="PNG; of captions also .jsonl")
+    add("--save-dir", type=Path, help="also write each image as its own PNG here")
+    add("--gallery", type=Path, help="also write a page with images, captions, settings here")
+    add("--steps", type=int, help="solver steps")
+    add("--guidance", type=float, help="1: no guidance, half the work")
+    add("--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release")
+    times = ("START", "END")
+    add("--guidance-interval", nargs=2, type=float, metavar=times, help="times with guidance")
+    add("--precision", choices=["fp32", "bf16"], help="of velocity network and decoder")
+    add("--seed", type=int, default=0)
+    add("--images-per-prompt", type=int, default=1)
+    add("--batch-size", type=int, default=64, help="images at a time")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, generate, write."""
+    is_left_open = not (args.prompts or args.prompts_file or args.interpolate)
+    check_args(args)
+    to_text = bool(args.caption) or (is_left_open and only_captions(args.run))
+    check_outputs(args, (".png", ".jsonl") if to_text else (".png",))
+    if to_text:
+        caption(args)
+    else:
+        draw(args)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded, impossible numbers and options that would be ignored."""
+    for name, smallest in (("frames", 2), ("images_per_prompt", 1), ("batch_size", 1), ("seed", 0)):
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and value < smallest:
+            raise ValueError(f"{option} must be at least {smallest}, got {value}")
+    if args.frames and not args.interpolate:
+        raise ValueError(f"--frames {args.frames} is for --interpolate")
+    if args.interpolate and args.images_per_prompt > 1:
+        raise ValueError("--images-per-prompt is for prompts, not for --interpolate")
+    if args.caption and (args.save_dir or args.gallery or args.images_per_prompt > 1):
+        raise ValueError(
+            "--save-dir, --gallery and --images-per-prompt are for prompts, not for --caption"
+        )
+
+
+def check_outputs(args: argparse.Namespace, endings: tuple[str, ...]) -> None:
+    """Refuse, before anything is loaded, files that can't be written or would have a wrong name."""
+    if args.output.suffix.lower() not in endings:
+        raise ValueError(f"--output {args.output}: expected a name in {' or '.join(endings)}")
+    single = args.save_dir and args.save_dir / "00000.png"
+    for path in filter(None, (args.output, args.gallery, single)):
+        check_writable(path)
+
+
+def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
+    """The run's sampling with what the command line changes."""
+    names = ("steps", "guidance", "sampler", "guidance_interval", "precision")
+    given = {name: getattr(args, name) for name in names}
+    return replace(default, **{name: x for name, x in given.items() if x is not None})
+
+
+# Text to image
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Make images of prompts, or between two of them, and write them."""
+    prompts = read_prompts(args)
+    parts, default = load_pipeline(args.run, torch.device(args.device))
+    sampling = sampling_of(args, default)
+    remarks = [*check_request(args, sampling), *list_cuts(parts, prompts)]
+    remarks += list_strangers(args.run, prompts)
+    for remark in remarks[:MAX_WARNINGS]:
+        print(f"warning: {remark}", file=sys.stderr)
+    if len(remarks) > MAX_WARNINGS:
+        print(f"warning: {len(remarks) - MAX_WARNINGS} more about prompts", file=sys.stderr)
+
+    start = time.perf_counter()
+    if args.interpolate:
+        in_row = args.frames or COLUMNS
+        pictures = interpolate(parts, args, sampling, prompts, in_row)
+    else:
+        in_row = args.images_per_prompt
+        pictures = generate(parts, args, sampling, prompts)
+    columns = in_row if 1 < in_row <= MAX_COLUMNS else min(COLUMNS, len(prompts) * in_row)
+    number, last = write_pages(pictures, columns, args, sampling)
+    rate = number / (time.perf_counter() - start)
+    names = args.output if last == args.output else f"{args.output} ... {last}"
+    print(
+        f"{names}: {number} images, {sampling.steps} steps, guidance {sampling.guidance:g}, "
+        f"seed {args.seed}, {rate:.1f} images/s"
+    )
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -116,9 +174,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts_file:
         if not args.prompts_file.is_file():
             raise ValueError(f"--prompts-file {args.prompts_file} does not exist")
-        lines = args.prompts_file.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # splitlines would also split at U+2028
+        # splitlines would also split at U+2028
+        lines = args.prompts_file.read_text(encoding="utf-8-sig").split("\n")
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
         prompts = list(read_run_config(flow_folder(args.run)).pictures.captions)
@@ -129,81 +186,92 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse impossible numbers before anything is loaded."""
-    for name, smallest in (("frames", 2), ("images_per_prompt", 1), ("batch_size", 1), ("seed", 0)):
-        if getattr(args, name) < smallest:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(args, name)}"
-            )
-    if args.caption and (args.save_dir or args.gallery or args.images_per_prompt > 1):
-        raise ValueError(
-            "--save-dir, --gallery and --images-per-prompt are for prompts, not for --caption"
-        )
+def check_request(args: argparse.Namespace, sampling: SamplingConfig) -> Iterator[str]:
+    """What a run that draws nothing can't do: refuse several images of a prompt, name a seed."""
+    if sampling.sample_text_latent:
+        return
+    reason = f"{args.run} draws nothing: a prompt has one image (sampling.sample_text_latent=false)"
+    if args.images_per_prompt > 1:
+        raise ValueError(f"--images-per-prompt {args.images_per_prompt}: {reason}")
+    if args.seed:
+        yield f"--seed {args.seed} changes nothing: {reason}"
 
 
-def check_outputs(args: argparse.Namespace, captioning: bool) -> None:
-    """Refuse, before anything is loaded, files that could not be written or would have a wrong name."""
-    endings = (".png", ".jsonl") if captioning else (".png",)
-    if args.output.suffix.lower() not in endings:
-        raise ValueError(
-            f"--output {args.output}: expected a name that ends in {' or '.join(endings)}"
-        )
-    for path in (args.output, args.gallery):
-        if path:
-            check_writable(path)
-
-
-def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
-    """The run's sampling with what the command line changes."""
-    names = ("steps", "guidance", "sampler", "guidance_interval", "precision")
-    return replace(
-        default, **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    )
-
-
-def warn_of_cuts(parts: ImageGenerator, prompts: list[str]) -> None:
-    """Say which prompts the text tower can't read to their end."""
+def list_cuts(parts: ImageGenerator, prompts: list[str]) -> Iterator[str]:
+    """Which prompts the text tower can't read to their end."""
     tokenize = parts.text_encoder.tokenize
     limit = tokenize.context_length
     for prompt in prompts:
         length = tokenize.num_tokens(prompt)
         if length > limit:
-            print(
-                f"warning: prompt cut from {length} to {limit} tokens: {prompt!r}", file=sys.stderr
-            )
+            yield f"prompt cut from {length} to {limit} tokens: {prompt!r}"
 
 
-@torch.no_grad()
-def interpolate(
-    parts: ImageGenerator, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]
-):
-    """Images along the straight line between two starts of the flow, and between their text states for the decoder."""
-    states = parts.encode_text(prompts)
-    starts = parts.start(states, sampling, args.seed, indices=[0, 0])
-    weights = torch.linspace(0, 1, args.frames, device=parts.device).view(-1, 1, 1)
-    starts = torch.lerp(starts[:1], starts[1:], weights)
-    states = torch.lerp(states[:1], states[1:], weights)
-    latents = parts.transport(starts, states, sampling)
-    images = parts.decode(latents, states, sampling.precision)
-    captions = [prompts[0], *(f"{w:.2f}" for w in weights.flatten()[1:-1].tolist()), prompts[1]]
-    return images.cpu(), captions
+def list_strangers(run: Path, prompts: list[str]) -> Iterator[str]:
+    """Which prompts are unlike the captions of the training, and in what."""
+    vocabulary = find_vocabulary(flow_folder(run))
+    for prompt in prompts if vocabulary else []:
+        if difference := vocabulary.difference(prompt):
+            yield f"prompt {prompt!r}: {difference}"
 
 
 def generate(
     parts: ImageGenerator, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]
-):
-    """Images of all prompts, `images_per_prompt` each, in batches; image i of the grid has randomness (seed, i)."""
+) -> Iterator[Picture]:
+    """`images_per_prompt` images of each prompt, in batches; the i-th has randomness (seed, i)."""
     captions = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
-    images = []
     for start in range(0, len(captions), args.batch_size):
         chunk = captions[start : start + args.batch_size]
-        images.append(
-            parts.generate(chunk, sampling, args.seed, list(range(start, start + len(chunk))))[
-                0
-            ].cpu()
-        )
-    return torch.cat(images), captions
+        indices = list(range(start, start + len(chunk)))
+        images, _ = parts.generate(chunk, sampling, args.seed, indices)
+        yield from zip(images.cpu(), chunk, strict=True)
+
+
+def interpolate(
+    parts: ImageGenerator,
+    args: argparse.Namespace,
+    sampling: SamplingConfig,
+    prompts: list[str],
+    frames: int,
+) -> Iterator[Picture]:
+    """Images along the line between two starts of the flow, and two text states for the decoder."""
+    ends = parts.encode_text(prompts)
+    starts = parts.start(ends, sampling, args.seed, indices=[0, 0])
+    names = {0.0: prompts[0], 1.0: prompts[1]}
+    for weights in torch.linspace(0, 1, frames).split(args.batch_size):
+        weight = weights.view(-1, 1, 1).to(parts.device)
+        states = torch.lerp(ends[:1], ends[1:], weight)
+        latents = parts.transport(torch.lerp(starts[:1], starts[1:], weight), states, sampling)
+        images = parts.decode(latents, states, sampling.precision)
+        captions = [names.get(value, f"{value:.2f}") for value in weights.tolist()]
+        yield from zip(images.cpu(), captions, strict=True)
+
+
+def write_pages(
+    pictures: Iterator[Picture], columns: int, args: argparse.Namespace, sampling: SamplingConfig
+) -> tuple[int, Path]:
+    """Write grids, galleries and single images, a page at a time. Returns (images, last grid)."""
+    settings = {"run": args.run.name, **asdict(sampling), "seed": args.seed}
+    size = max(PAGE_IMAGES // columns, 1) * columns
+    number, path = 0, args.output
+    while page := list(islice(pictures, size)):
+        suffix = f"_{number // size + 1:03d}" if number else ""
+        images = torch.stack([image for image, _ in page])
+        captions = [caption for _, caption in page]
+        path = args.output.with_stem(args.output.stem + suffix)
+        save_png(caption_grid(images, captions, columns), path)
+        if args.gallery:
+            gallery = args.gallery.with_stem(args.gallery.stem + suffix)
+            files = zip(map(png_bytes, images), captions, strict=True)
+            write_gallery(gallery, "Samples", files, settings)
+        if args.save_dir:
+            for index, image in enumerate(images, start=number):
+                save_png(to_pil(image), args.save_dir / f"{index:05d}.png")
+        number += len(page)
+    return number, path
+
+
+# Image to text
 
 
 def only_captions(run: Path) -> bool:
@@ -223,13 +291,12 @@ def caption(args: argparse.Namespace) -> None:
     sampling = sampling_of(args, default)
     start = time.perf_counter()
     batches = tell_skipped(caption_images(parts, entries, sampling, args.batch_size))
-    if args.output.suffix.lower() == ".jsonl":
-        number, skipped = write_captions(args.output, entries, batches)
-    else:
-        number, skipped = print_captions(args.output, entries, batches)
+    write = write_captions if args.output.suffix.lower() == ".jsonl" else print_captions
+    number, skipped = write(args.output, entries, batches)
+    rate = number / (time.perf_counter() - start)
     print(
-        f"{args.output}: {number} captions, {sampling.steps} steps, guidance {sampling.guidance:g}, "
-        f"{number / (time.perf_counter() - start):.1f} images/s"
+        f"{args.output}: {number} captions, {sampling.steps} steps, guidance "
+        f"{sampling.guidance:g}, {rate:.1f} images/s"
         + (f"; {skipped} unreadable images" if skipped else "")
     )
 
@@ -256,39 +323,6 @@ def print_captions(
         number, skipped = number + len(batch.captions), skipped + len(batch.skipped)
     save_png(sheet_of(images, captions), path)
     return number, skipped
-
-
-def main(args: argparse.Namespace) -> None:
-    """Load, generate, write."""
-    check_args(args)
-    is_left_open = not (args.prompts or args.prompts_file or args.interpolate)
-    captioning = bool(args.caption) or (is_left_open and only_captions(args.run))
-    check_outputs(args, captioning)
-    if captioning:
-        caption(args)
-        return
-    prompts = read_prompts(args)
-    parts, default = load_pipeline(args.run, torch.device(args.device))
-    sampling = sampling_of(args, default)
-    warn_of_cuts(parts, prompts)
-    start = time.perf_counter()
-    images, captions = (interpolate if args.interpolate else generate)(
-        parts, args, sampling, prompts
-    )
-    seconds = time.perf_counter() - start
-    columns = len(images) if args.interpolate else args.images_per_prompt
-    columns = columns if columns > 1 else min(8, len(images))
-    save_png(caption_grid(images, captions, columns), args.output)
-    if args.gallery:
-        settings = {"run": args.run.name, **asdict(sampling), "seed": args.seed}
-        write_gallery(args.gallery, "Samples", zip(map(png_bytes, images), captions), settings)
-    if args.save_dir:
-        for index, image in enumerate(images):
-            save_png(to_pil(image), args.save_dir / f"{index:05d}.png")
-    print(
-        f"{args.output}: {len(images)} images, {sampling.steps} steps, guidance {sampling.guidance:g}, "
-        f"seed {args.seed}, {len(images) / seconds:.1f} images/s"
-    )
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 configs/demo/flowtok.yaml configures the run runs/demo/flowtok: `experiment_dir` is `runs_dir` and
 the file's folder, `run_dir` adds the file's name, unless YAML or command line set them.
 `base: FILE` (relative to the YAML) is read first and overridden. The command line has
-`key.subkey=value`, the value as YAML. Unknown keys, wrong types and impossible combinations
-raise ValueError, naming the key, the value and the nearest valid name.
+`key.subkey=value`, the value as YAML, or as it is where the field is text. Paths may begin with ~.
+Unknown keys, wrong types and impossible combinations raise ValueError, naming the key, the value
+and the nearest valid name.
 """
 
 import argparse
 import dataclasses
 import difflib
+import json
 import os.path
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
+HOME_PATH = re.compile(r"([\w-]+:|)(~[\w.-]*/.*)", re.DOTALL)  # ~/x, ~user/x, local-dir:~/x
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,11 +89,12 @@ def load_dataclass(
     path = Path(path)
     node = OmegaConf.merge(OmegaConf.structured(schema), defaults or {})
     try:
-        changes = {str(path): read_yaml(path), "command line": parse_overrides(overrides or [])}
+        typed = [quote_text(override, schema) for override in overrides or []]
+        changes = {str(path): read_yaml(path), "command line": parse_overrides(typed)}
         for origin, values in changes.items():
             refuse_derived(values, schema, origin)
             node = merge(node, values, origin)
-        values = OmegaConf.to_container(node, resolve=True)
+        values = expand_home(OmegaConf.to_container(node, resolve=True))
         return build(schema, values)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ValueError(f"{path}: {explain(error, schema)}") from error
@@ -144,6 +149,44 @@ def parse_overrides(overrides: list[str]) -> Any:
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         given = " ".join(overrides)
         raise ValueError(f"command line: cannot read {given}: {one_line(error)}") from error
+
+
+def quote_text(override: str, schema: type) -> str:
+    """`key=value` with quotes around text: YAML would cut a folder at " #" and read 20_1 as 201."""
+    key, equals, value = override.partition("=")
+    if not equals or value.startswith(("'", '"')) or not is_text(key, schema):
+        return override
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def is_text(key: str, schema: type) -> bool:
+    """Whether a dotted key is a field of type str."""
+    name, _, rest = key.partition(".")
+    for field in dataclasses.fields(schema):
+        if field.name == name and rest:
+            return part_of(field) is not None and is_text(rest, part_of(field))
+        if field.name == name:
+            return field.type is str
+    return False
+
+
+def expand_home(value: Any) -> Any:
+    """Nested values with the home folder for ~ in front of a path; local-dir:~/x is one, too.
+
+    Raises:
+        ValueError: the home folder of an unknown user.
+    """
+    if isinstance(value, dict):
+        return {name: expand_home(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [expand_home(part) for part in value]
+    if not isinstance(value, str) or not (match := HOME_PATH.fullmatch(value)):
+        return value
+    prefix, path = match.groups()
+    expanded = os.path.expanduser(path)
+    if expanded == path:
+        raise ValueError(f"{value}: there is no home folder {path.split('/')[0]}")
+    return prefix + expanded
 
 
 def build(schema: type[T], values: dict, prefix: str = "") -> T:

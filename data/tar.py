@@ -11,7 +11,7 @@ import glob
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +30,8 @@ PARSER_ERRORS = (tarfile.TarError, ArithmeticError, LookupError, RecursionError,
 def expand_shards(patterns: Sequence[str]) -> list[str]:
     """Paths, `~`, braces (`x-{000..010}.tar`, `{a,b}.tar`), globs -> paths, sorted in each pattern.
 
-    URLs have braces only, and nothing is looked up.
+    A folder that is there is taken as it is, also with [ ] { } in its name. URLs have braces only,
+    and nothing is looked up.
 
     Raises:
         ValueError: a pattern that matches no file, or a shard that two patterns name.
@@ -53,16 +54,28 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
 
 
 def _expand_pattern(pattern: str) -> Iterator[str]:
-    for name in braceexpand(os.path.expanduser(pattern), escape=False):
-        if is_remote(name):
-            yield name
+    folder, rest = split_pattern(os.path.expanduser(pattern))
+    for name in braceexpand(rest, escape=False):
+        if is_remote(folder + name):
+            yield folder + name
             continue
-        has_magic = glob.has_magic(name) and not os.path.exists(name)
-        matches = glob.glob(name) if has_magic else [name]
-        for path in matches or [name]:
+        has_magic = glob.has_magic(name) and not os.path.exists(folder + name)
+        matches = glob.glob(name, root_dir=folder or None) if has_magic else []
+        for path in [folder + match for match in matches or [name]]:
             if not os.path.isfile(path):
                 raise ValueError(f"shards: {pattern!r} {_explain_missing(path)}")
             yield path
+
+
+def split_pattern(
+    pattern: str, is_folder: Callable[[str], bool] = os.path.isdir
+) -> tuple[str, str]:
+    """(folder as far as it is there, with its slash; the rest, which is a pattern)."""
+    if os.path.exists(pattern):
+        return pattern, ""
+    ends = [index + 1 for index, letter in enumerate(pattern) if letter == "/"]
+    end = next((end for end in reversed(ends) if is_folder(pattern[:end])), 0)
+    return pattern[:end], pattern[end:]
 
 
 def _explain_missing(path: str) -> str:

@@ -13,6 +13,7 @@ reads in z_I itself. What can't run is null, with the reason (eval/caption_score
 import argparse
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -22,6 +23,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
+
+# Run as a file, Python looks into eval/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.captions import check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json

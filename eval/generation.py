@@ -12,12 +12,16 @@ several values of guidance or steps, a folder for each, a table and a chart.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+
+# Run as a file, Python looks into eval/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import load_dataclass
 from data.files import check_writable, write_json, write_text

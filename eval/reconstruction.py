@@ -11,6 +11,7 @@ images are split over the processes; one json also has the protocol.
 """
 
 import argparse
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
+
+# Run as a file, Python looks into eval/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, write_json
 from data.images import ImageTextConfig

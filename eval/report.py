@@ -13,6 +13,7 @@ image left, generated right).
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Run as a file, Python looks into eval/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.files import write_json

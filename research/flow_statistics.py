@@ -8,11 +8,15 @@ EXPERIMENT/flow_statistics.json.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Run as a file, Python looks into research/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.files import write_json

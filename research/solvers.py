@@ -9,11 +9,15 @@ run's own pictures, EMA weights. Writes RUN/solvers/solvers.json and a chart for
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+# Run as a file, Python looks into research/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, write_json
 from modeling.pipeline import ImageGenerator, SamplingConfig

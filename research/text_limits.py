@@ -17,12 +17,16 @@ image times 2, as guidance 2 does. Writes EXPERIMENT/text_limits.json.
 
 import copy
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+# Run as a file, Python looks into research/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.files import write_json

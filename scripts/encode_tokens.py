@@ -10,11 +10,12 @@ after a stop. Written last: latent_stats.json with the latent scale, and tokens.
 import json
 import os
 import signal
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,9 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+# Run as a file, Python looks into scripts/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.encoding import build_encoding_loader, encoding_sources
@@ -40,6 +44,12 @@ from training.run import start_accelerator
 from training.stage import StageConfig
 from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS
 from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo
+from training.vocabulary import (
+    Vocabulary,
+    join_vocabularies,
+    measure_vocabulary,
+    save_vocabulary,
+)
 
 SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
 COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
@@ -114,6 +124,7 @@ def main(config: TokensStage) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         info = describe(outputs, tokenizer, source)
+        describe_captions(config, outputs)
         info.save(folder)
         for path in [folder / SOURCE_FILE, *map(count_file, outputs)]:
             path.unlink(missing_ok=True)
@@ -285,7 +296,8 @@ def encode_shards(
             samples[index] += encoder(item)
             continue
         token_shard, made = shards[index][1], samples.pop(index, [])
-        counts = {"num_samples": len(made), "skipped": item["end"]}
+        words = measure_vocabulary(sample["txt"].decode() for sample in made)
+        counts = {"num_samples": len(made), "skipped": item["end"], "vocabulary": asdict(words)}
         write_json(counts, count_file(token_shard))
         write_shard(token_shard, made)
         num_done += 1
@@ -317,6 +329,17 @@ def describe(outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> To
         stats=measure(outputs, config.num_tokens, config.token_channels),
         **source,
     )
+
+
+def describe_captions(config: TokensStage, outputs: list[Path]) -> None:
+    """Write the words of the captions, where every epoch has the same captions."""
+    files = [count_file(path) for path in outputs]
+    if config.data.has_several_captions() or not all(file.is_file() for file in files):
+        return
+    parts = [json.loads(file.read_text()).get("vocabulary") for file in files]
+    if all(parts):
+        words = join_vocabularies([Vocabulary(**part) for part in parts])
+        save_vocabulary(words, outputs[0].parent)
 
 
 def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:

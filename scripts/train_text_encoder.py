@@ -7,12 +7,17 @@ OpenAI's ViT-L/14-336 can be had, use that instead (configs/flowtok_*). The same
 and does nothing when the run is complete.
 """
 
+import sys
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# Run as a file, Python looks into scripts/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader

@@ -1,6 +1,7 @@
 """What train_flowtok.sh checks before the first stage: what will fail later is named, with stage, key and value."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_an_experiment_passes_before_any_of_its_stages_has_run(tiny):
         ("flowtok.tokenizer_run=/gone", ["configs/flowtok", "tokenizer_run=/gone"]),
         ("tokenizer.text_encoder.model=local-dir:/gone/clip", ["text_encoder.model=/gone/clip"]),
         ("flowtok.run_dir=${experiment_dir}/tokens", ["configs/tokens", "configs/flowtok"]),
+        ("flowtok.run_dir=/dev/null/below", ["/dev/null/below"]),
         # token shards: of a stage of this command, of nobody
         (
             "flowtok.data.shards=['${experiment_dir}/tokens/base-*.tar']",
@@ -87,6 +89,34 @@ def test_what_will_fail_is_found_before_the_first_stage(tiny, override, said):
         check(tiny, override, num_processes=2)
     assert all(part in str(caught.value) for part in said), caught.value
     assert "\n" not in str(caught.value)
+
+
+ODD_NAMES = ["a[1]", "a{b,c}", "a{1..3}", "{b}", "*?", "[!a]", "a #1, b: c", "~", "2024_11_29"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_folder_of_ours_is_never_a_pattern(tiny, tiny_shards, tmp_path, name):
+    folder = tmp_path / "results" / name
+    check(tiny, f"experiment_dir={folder}")
+    images = tmp_path / "images" / name
+    shutil.copytree(tiny_shards, images)
+    check(tiny, f"experiment_dir={folder}", f"tokenizer.data.shards=['{images}/train-*.tar']")
+    with pytest.raises(ValueError, match="train-00002.tar"):
+        check(tiny, f"experiment_dir={folder}", f"tokens.data.shards=['{images}/train-00002.tar']")
+    with pytest.raises(ValueError, match=r"base-\*.tar"):
+        tokens = "flowtok.data.shards=['${experiment_dir}/tokens/base-*.tar']"
+        check(tiny, f"experiment_dir={folder}", tokens)
+
+
+def test_stages_write_and_read_below_a_folder_that_looks_like_a_pattern(chain, tmp_path):
+    folder = tmp_path / "a[1]{b,c} #"
+    shutil.copytree(chain.folder / "tokenizer", folder / "tokenizer")
+    where = f"experiment_dir={folder}"
+    tokens = chain.run("tokens", where)
+    assert tokens == folder / "tokens"
+    run = chain.run("text_projector", where, "training.max_steps=1")
+    assert (run / "checkpoints" / "step_00000001").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_finished_stages_need_their_data_no_more(chain):

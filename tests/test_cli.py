@@ -1,6 +1,7 @@
 """Errors of the programs end in one line: on their own, and under accelerate, torchrun and train_flowtok.sh."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,55 @@ def test_errors_of_users_data_and_machines_end_in_one_line(kind, capsys):
         exit_on_error(fail)
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "two lines" in line and "test_cli.py" in line
+
+
+# How programs start
+
+PROGRAMS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.rglob("*.py")
+    if not {"tests", ".venv", "runs"} & {*path.relative_to(ROOT).parts}
+    and 'if __name__ == "__main__":' in path.read_text()
+)
+# Each in a fork of a process that has imported what takes long, and nothing of ours.
+START_ALL = """
+import os, runpy, sys
+import accelerate, omegaconf, PIL.Image, torch, torch.utils.flop_counter, torchdata, torchvision
+import open_clip, webdataset
+
+def start(path, as_module):
+    sys.argv = [path, "--help"]
+    sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.abspath(path))
+    if as_module:
+        module = path.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(path, run_name="__main__")
+
+for path in sys.argv[1:]:
+    for as_module in (False, True):
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            start(path, as_module)
+            sys.exit()
+        if os.waitpid(child, 0)[1]:
+            print(f"{path} does not start as a {'module' if as_module else 'file'}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("path", [path for path in PROGRAMS if "/" in path])
+def test_a_program_in_a_folder_looks_for_our_modules_in_the_repository(path):
+    top = r"^from (configs|data|eval|modeling|research|scripts|training)\.|\Z"
+    before, *_ = re.split(top, (ROOT / path).read_text(), maxsplit=1, flags=re.MULTILINE)
+    assert "sys.path.insert(0, " in before or "assets/" in path
+
+
+@pytest.mark.slow
+def test_every_program_starts_as_a_file_and_as_a_module():
+    assert {"sample.py", "scripts/encode_tokens.py", "eval/reconstruction.py"} <= {*PROGRAMS}
+    status, output = launch(sys.executable, "-c", START_ALL, *PROGRAMS)
+    assert (status, output) == (0, "")
 
 
 # Under launchers
@@ -186,9 +236,11 @@ def test_a_stage_that_cannot_start_says_why_in_its_last_line(launcher, words):
 
 
 @pytest.mark.slow
-def test_an_error_of_one_of_two_processes_is_the_last_line_of_train_flowtok_sh(chain):
-    words = [f"{chain.folder}/configs", "tokenizer.run_dir=/dev/null/below"]
+def test_an_error_of_one_of_two_processes_is_the_last_line_of_train_flowtok_sh(chain, tmp_path):
+    weights = ["tokenizer.losses.perceptual_weight=1", "tokenizer.perceptual.vgg_weights=/gone"]
+    words = [f"{chain.folder}/configs", f"experiment_dir={tmp_path}", *weights]
+    words.append(f"tokenizer.text_encoder.model=local-dir:{chain.folder}/text_encoder/clip")
     variables = {"STAGES": "tokenizer", "NUM_PROCESSES": "2", "VIRTUAL_ENV": sys.prefix}
     status, output = launch("bash", "train_flowtok.sh", *words, **variables)
     assert status == 2 and output.count("rror: ") == 1, output
-    assert "/dev/null/below" in output.splitlines()[-1], output
+    assert "/gone" in output.splitlines()[-1], output

@@ -77,6 +77,44 @@ def test_files_that_can_not_be_read_are_named(tmp_path):
         assert message in error_of(TokenizerStage, tmp_path / "x.yaml")
 
 
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ("~/runs", "/home/me/runs"),
+        ("2024_11_29", "2024_11_29"),
+        ("007", "007"),
+        ("on", "on"),
+        ("/data/my #1 run", "/data/my #1 run"),
+        ("[a]{b,c}: d", "[a]{b,c}: d"),
+        ("'quoted'", "quoted"),
+        ("~", "~"),
+    ],
+)
+def test_a_folder_is_what_was_typed(given, folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(FlowTokStage, FLOWTOK, [f"experiment_dir={given}"])
+    assert config.run_dir == f"{folder}/flowtok".replace("~", "/home/me")
+    assert config.data.shards == [f"{folder}/tokens/train-*.tar".replace("~", "/home/me")]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "{b,c}", "a'b", "2024_11_29", "a #b", "$a"])
+def test_the_folder_of_a_yaml_may_have_any_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    path = write(tmp_path / name / "tokens.yaml", data={"shards": ["a.tar"]})
+    assert load_config(PROGRAMS["tokens"][0], path).run_dir == f"runs/{name}/tokens"
+
+
+def test_home_is_filled_in_wherever_a_path_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    model = "text_encoder.model=local-dir:~/clip"
+    captions = "text_encoder.pretrained=~"
+    config = load_config(TokenizerStage, TOKENIZER, ["data.shards=[~/a.tar]", model, captions])
+    assert config.data.shards == ["/home/me/a.tar"]
+    assert config.text_encoder.model == "local-dir:/home/me/clip"
+    assert config.text_encoder.pretrained == "~"
+    assert "~no-one" in error_of(TokenizerStage, TOKENIZER, "runs_dir=~no-one/x")
+
+
 # Keys and values
 
 
@@ -156,6 +194,8 @@ def test_a_size_that_an_earlier_stage_knows_can_not_be_set(override):
         (TokenizerStage, TOKENIZER, "tokenizer.patch_size=7", ["tokenizer.", "64", "7"]),
         (TokenizerStage, TOKENIZER, "tokenizer.encoder.num_heads=5", ["encoder", "128"]),
         (TokenizerStage, TOKENIZER, "data.shards=[]", ["data.", "shards"]),
+        (TokenizerStage, TOKENIZER, "experiment_dir=", ["experiment_dir"]),
+        (TokenizerStage, TOKENIZER, "run_dir=' '", ["run_dir"]),
         (TokenizerStage, TOKENIZER, "data.flip_probability=2", ["flip_probability", "2.0"]),
         (TokenizerStage, TOKENIZER, "training.batch_size=0", ["training.batch_size", "0"]),
         (TokenizerStage, TOKENIZER, "training.max_gradient_norm=-1", ["max_gradient_norm", "-1"]),

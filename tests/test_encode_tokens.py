@@ -112,6 +112,7 @@ def test_what_is_skipped_is_counted_also_over_a_restart_and_an_empty_shard_is_no
         "b.tar",
         "latent_stats.json",
         "tokens.json",
+        "vocabulary.json",
     ]
     with pytest.raises(ValueError, match="no usable sample"):  # nothing at all: no statistics
         encode(chain, tmp_path / "none", shards, lenient, filters)

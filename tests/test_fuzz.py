@@ -268,10 +268,10 @@ def test_hostile_prompts(chain, tmp_path, record_property):
         args = sample.parse_args([*arguments, "--prompts", prompt])
         captions = sample.read_prompts(args)
         with contextlib.redirect_stderr(io.StringIO()):
-            sample.warn_of_cuts(parts, captions)
+            print(*sample.list_cuts(parts, captions), *sample.list_strangers(args.run, captions))
         sampling = sample.sampling_of(args, default)
-        images, captions = sample.generate(parts, args, sampling, captions)
-        save_png(caption_grid(images, captions, 1), file)
+        [(image, caption)] = sample.generate(parts, args, sampling, captions)
+        save_png(caption_grid(image[None], [caption], 1), file)
         return Image.open(file)
 
     for prompt in prompts:

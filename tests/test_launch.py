@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -133,11 +134,10 @@ def test_impossible_machines_are_refused(variables, said):
 
 
 def test_processes_find_each_other_and_nothing_of_another_launcher():
-    left = TORCHRUN | {
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "HOME": "/root",
-        "MALLOC_TOP_PAD_": "1",
-    }
+    names = ("TORCHELASTIC_USE_AGENT_STORE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    names += ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "FSDP_VERSION")
+    names += ("FORK_LAUNCHED", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    left = TORCHRUN | dict.fromkeys(names, "1") | {"HOME": "/root", "MALLOC_TOP_PAD_": "1"}
     (alone,) = find_job({}, 0, 8).environments(left)
     expected = {"HOME": "/root", "OMP_NUM_THREADS": "8", "ACCELERATE_USE_CPU": "true"}
     assert alone == KEEP_FREED_MEMORY | expected | {"MALLOC_TOP_PAD_": "1"}
@@ -148,7 +148,9 @@ def test_processes_find_each_other_and_nothing_of_another_launcher():
         ["2", "0", "4", "2", "node0", "29500"],
         ["3", "1", "4", "2", "node0", "29500"],
     ]
-    assert not any("ACCELERATE_USE_CPU" in rank for rank in ranks)
+    left = left | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    ranks += find_job({}, 1, 8).environments(left)
+    assert not any(name.startswith("ACCELERATE_") for rank in ranks for name in rank)
 
 
 # Running programs
@@ -301,6 +303,73 @@ def test_help_prints_the_launch_manual(tmp_path):
     result = bash(tmp_path, str(ROOT / "train_flowtok.sh"), "--help")
     assert result.returncode == 0
     assert "NUM_PROCESSES" in result.stdout and "set -euo" not in result.stdout
+
+
+# Words that macOS's bash 3.2 does not have, and programs that only GNU has.
+NOT_ON_MACOS = [
+    r"\b(mapfile|readarray|coproc)\b",
+    r"\b(declare|local|typeset|readonly) +-\w*[Agnlu]",
+    r"\$\{\w+(\[[^]]*\])?(,|\^|@[A-Za-z])",
+    r"(\[|\btest) +(! +)?-[vR] ",
+    r"\bwait +-[nfp]",
+    r"&>>|\|&|;&",
+    r"\$\{?(BASHPID|EPOCHSECONDS|EPOCHREALTIME|SRANDOM)\b",
+    r"\bshopt .*(globstar|lastpipe|inherit_errexit)",
+    r"%\([^)]*\)T",
+    r"\{0\d*\.\.|\.\.\d+\.\.",
+    r"\bread .*(-N|-i|-t *0?\.)",
+    r"\bexec +\{\w+\}",
+    r"\$\{\w+(\[-|: *-?\w*: *-)",
+    r'"\$\{\w+\[@\]\}"',  # of an empty array, under set -u
+    r"\b(nproc|realpath|tac|timeout|readlink +-f|sed +-i|grep +-\w*P|stat +-c|date +-d|sort +-V)\b",
+]
+SCRIPTS = [
+    path
+    for name in ("*.sh", "scripts/*.sh", "scripts/*.sbatch", ".ci/*")
+    for path in ROOT.glob(name)
+]
+
+
+def words_of_newer_shells(text):
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return [line for line in lines if any(re.search(word, line) for word in NOT_ON_MACOS)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_use_no_word_that_macos_lacks(path):
+    assert words_of_newer_shells(path.read_text()) == []
+
+
+def test_words_that_macos_lacks_are_found():
+    lines = """mapfile -t a < b
+readarray a
+declare -A a
+local -n b=a
+declare -g a=1
+echo "${a,,}"
+echo "${a[0]^^}"
+echo "${a@Q}"
+[[ -v a ]]
+test -v a
+wait -n
+ls &>> log
+ls |& cat
+case a in a) b ;;& esac
+echo $EPOCHSECONDS
+shopt -s globstar
+printf '%(%s)T'
+for i in {01..10}; do
+for i in {1..9..2}; do
+read -t 0.1 a
+exec {fd}<a
+echo "${a[-1]}"
+echo "${a:0:-1}"
+echo "${a[@]}"
+nproc
+sed -i s/a/b/ c""".splitlines()
+    assert words_of_newer_shells("\n".join(lines)) == lines
+    older = ["local a=${B:-${C:-}}", 'echo "${a[0]}" "$@" 2>&1', "[[ -n $a ]] && wait"]
+    assert words_of_newer_shells("\n".join([*older, "# mapfile"])) == []
 
 
 SET_UP = f"set -euo pipefail; source {ROOT}/scripts/environment.sh; set_up_environment $1; echo PYTHON=$PYTHON"

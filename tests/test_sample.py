@@ -9,6 +9,13 @@ from tiny_experiment import Experiment, draw
 
 import sample
 from modeling.flowtok import TimeTable
+from modeling.pipeline import ImageGenerator
+from training.vocabulary import (
+    MAX_WORDS,
+    VOCABULARY_FILE,
+    join_vocabularies,
+    measure_vocabulary,
+)
 
 
 def images(folder):
@@ -113,6 +120,109 @@ def test_a_run_without_an_unconditional_flow_is_not_guided(chain, tmp_path):
     assert not (tmp_path / "y.png").exists()
 
 
+def test_more_images_than_a_page_holds_are_written_as_they_are_made(
+    chain, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sample, "PAGE_IMAGES", 4)
+    monkeypatch.setattr(sample, "COLUMNS", 2)
+    where = ["--output", tmp_path / "x.png", "--gallery", tmp_path / "x.html"]
+    prompts = ["a red circle", "a blue square", "a green triangle"] * 3
+    arguments = ["--prompts", *prompts, *where, "--save-dir", tmp_path / "single", "--batch-size"]
+    draw(chain.folder, *arguments, "3")
+    pages = [Image.open(tmp_path / f"x{suffix}.png") for suffix in ("", "_002", "_003")]
+    assert pages[0].size == pages[1].size and pages[2].height < pages[0].height
+    assert len(images(tmp_path / "single")) == 9
+    names = sorted(path.name for path in tmp_path.glob("x*"))
+    assert names == [f"x{n}.{kind}" for n in ("", "_002", "_003") for kind in ("html", "png")]
+    assert f"{tmp_path}/x.png ... {tmp_path}/x_003.png: 9 images" in capsys.readouterr().out
+
+    # what is made before a failure stays
+    shutil.rmtree(tmp_path / "single")
+    for path in tmp_path.glob("x*"):
+        path.unlink()
+    made = []
+    generate = ImageGenerator.generate
+
+    def generate_twice(self, *rest):
+        made.append(1)
+        if len(made) == 3:
+            raise OSError("no memory")
+        return generate(self, *rest)
+
+    monkeypatch.setattr(ImageGenerator, "generate", generate_twice)
+    with pytest.raises(OSError, match="no memory"):
+        draw(chain.folder, *arguments, "3")
+    assert [path.name for path in tmp_path.glob("*.png")] == ["x.png"]
+    assert len(images(tmp_path / "single")) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompts", "a", "--frames", "3"], ["--frames", "--interpolate"]),
+        (["--interpolate", "a", "b", "--images-per-prompt", "2"], ["--images-per-prompt"]),
+        (["--interpolate", "a", "b", "--frames", "1"], ["--frames", "2"]),
+        (["--caption", "x", "--save-dir", "y"], ["--save-dir", "--caption"]),
+        (["--prompts", "a", "--seed", "-1"], ["--seed", "-1"]),
+        (["--prompts", "a", "--output", "x.jpg"], ["x.jpg", ".png"]),
+        (["--prompts", "a", "--save-dir", "/dev/null/x"], ["/dev/null/x"]),
+        (["--prompts", "a", "--gallery", "/dev/null/x.html"], ["/dev/null/x.html"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_loaded(arguments, said):
+    with pytest.raises(ValueError) as caught:
+        draw("nowhere", *arguments)
+    assert all(part in str(caught.value) for part in said), caught.value
+
+
+def test_a_run_that_draws_nothing_makes_one_image_of_a_prompt(chain, tmp_path, capsys):
+    run = chain.run_in(tmp_path, "flowtok", "sampling.sample_text_latent=false")
+    arguments = ["--prompts", "a red circle", "--output", tmp_path / "x.png"]
+    with pytest.raises(ValueError, match="--images-per-prompt 2: .*sample_text_latent=false"):
+        draw(run, *arguments, "--images-per-prompt", "2")
+    assert not (tmp_path / "x.png").exists()
+    draw(run, *arguments)
+    assert "warning" not in capsys.readouterr().err
+    draw(run, *arguments, "--seed", "3")
+    assert "--seed 3 changes nothing" in capsys.readouterr().err
+
+
+def test_prompts_unlike_the_captions_of_the_training_are_named(chain, tmp_path, capsys):
+    prompts = ["a red circle", "A  Green Square", "red circle", "a purple cat"]
+    draw(chain.folder, "--prompts", *prompts, "--output", tmp_path / "x.png")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "'red circle'" in first and "every caption" in first and " 'a'" in first
+    assert "'a purple cat'" in second and "'cat', 'purple'" in second
+    draw(chain.folder, "--prompts", *["a cat"] * 12, "--output", tmp_path / "x.png")
+    assert capsys.readouterr().err.splitlines()[-1] == "warning: 2 more about prompts"
+
+
+def test_nothing_is_said_of_words_where_the_captions_are_not_known(chain, tmp_path, capsys):
+    for name in ("flowtok", "tokenizer", "text_encoder"):
+        shutil.copytree(chain.folder / name, tmp_path / name)
+    tokens = shutil.copytree(chain.folder / "tokens", tmp_path / "tokens")
+    config = tmp_path / "flowtok" / "config.yaml"
+    config.write_text(config.read_text().replace(str(chain.folder), "/gone"))
+    draw(tmp_path, "--prompts", "a cat", "--output", tmp_path / "x.png")
+    assert "'cat'" in capsys.readouterr().err  # the tokens beside a moved run are its own
+    (tokens / VOCABULARY_FILE).unlink()
+    draw(tmp_path, "--prompts", "a cat", "--output", tmp_path / "x.png")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_vocabulary_is_that_of_all_captions_together():
+    parts = [["a cat, animal", "A dog, animal"], [], ["a car"]]
+    found = join_vocabularies([measure_vocabulary(part) for part in parts])
+    assert found == measure_vocabulary(caption for part in parts for caption in part)
+    assert (found.example, found.common) == ("a cat, animal", ["a"])
+    assert found.words == [",", "a", "animal", "car", "cat", "dog"]
+    assert found.difference("a Dog, cat") == ""
+    many = measure_vocabulary(f"the {number}" for number in range(MAX_WORDS + 1))
+    assert many.words is None and many.difference("the cat") == ""
+    assert "'the'" in join_vocabularies([found, many, many][1:]).difference("cat")
+    assert join_vocabularies([found, many]).difference("anything") == ""
+
+
 def test_interpolation_walks_from_one_image_to_the_other(chain, tmp_path, capsys):
     draw(
         chain.folder,
@@ -136,8 +246,8 @@ def test_interpolation_walks_from_one_image_to_the_other(chain, tmp_path, capsys
 
 
 def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(chain, tmp_path, capsys):
-    long = "cat " * 30
-    draw(chain.folder, "--prompts", long, "a cat", "--output", tmp_path / "x.png")
+    long = "a red circle " * 10
+    draw(chain.folder, "--prompts", long, "a red circle", "--output", tmp_path / "x.png")
     assert capsys.readouterr().err.splitlines() == [
         f"warning: prompt cut from 32 to 16 tokens: {long!r}"
     ]

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_MESSAGE = 5000  # characters; a hostile name or value may be longer
-OUR_LAUNCHER = "scripts.run_experiment"
+OUR_LAUNCHERS = {"scripts.run_experiment", "run_experiment"}  # as a module, as a folder
 ERROR_SIGNAL = signal.SIGUSR2
 ERROR_STATUS = 2
 SECONDS_TO_LIVE = 60.0  # while our launcher ends this process
@@ -104,12 +104,12 @@ def end_launcher(parent: int) -> None:
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
         launcher = program_of(command.split("\0"))
-        if launcher not in {OUR_LAUNCHER, *LAUNCHERS}:
+        if launcher not in OUR_LAUNCHERS | LAUNCHERS:
             return
         others = find_siblings(parent)
         if len(others) + 1 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             return  # one has crashed: how, the launcher will say
-        if launcher == OUR_LAUNCHER:
+        if launcher in OUR_LAUNCHERS:
             if others:
                 os.kill(parent, ERROR_SIGNAL)
                 time.sleep(SECONDS_TO_LIVE)

@@ -24,6 +24,11 @@ class StageConfig:
     stage: ClassVar[str]  # the name of the program's stage
     networks: ClassVar[tuple[str, ...]] = ()  # sections that can't change in a started run
 
+    def __post_init__(self):
+        for name in ("runs_dir", "experiment_dir", "run_dir", "data_dir"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} is empty, expected a folder")
+
     def check(self) -> None:
         """Refuse combinations that can't work.
 
@@ -82,6 +87,20 @@ class TrainingConfig:
         if not 0 < self.timeout_minutes < 1e6:
             raise ValueError(f"timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}")
 
+    def split_batch(self, num_processes: int) -> int:
+        """Samples in a batch of one process.
+
+        Raises:
+            ValueError: batch_size is not divisible by processes x accumulation.
+        """
+        batches = num_processes * self.gradient_accumulation
+        if self.batch_size % batches:
+            raise ValueError(
+                f"training.batch_size {self.batch_size} is not divisible by processes x "
+                f"gradient_accumulation = {num_processes} x {self.gradient_accumulation}"
+            )
+        return self.batch_size // batches
+
 
 @dataclass
 class TrainedStage(StageConfig):
@@ -102,16 +121,5 @@ class TrainedStage(StageConfig):
 
 
 def batch_per_process(run: Run, config: TrainingConfig) -> int:
-    """Samples in a batch of this process.
-
-    Raises:
-        ValueError: batch_size is not divisible by processes x accumulation.
-    """
-    num_processes = run.accelerator.num_processes
-    batches = num_processes * config.gradient_accumulation
-    if config.batch_size % batches:
-        raise ValueError(
-            f"training.batch_size {config.batch_size} is not divisible by processes x "
-            f"gradient_accumulation = {num_processes} x {config.gradient_accumulation}"
-        )
-    return config.batch_size // batches
+    """Samples in a batch of this process; ValueError as of split_batch."""
+    return config.split_batch(run.accelerator.num_processes)

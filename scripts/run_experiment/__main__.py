@@ -15,7 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.run_experiment.processes import STOPPED_STATUS, Job, Runner, clean, find_job
+# Run as a file, Python looks into this folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.run_experiment.processes import STOPPED_STATUS, Runner, clean, find_job
 from scripts.run_experiment.stages import Stage, read_stages
 from training.errors import exit_on_error
 
@@ -27,65 +30,64 @@ def main(words: Sequence[str]) -> None:
         ValueError: what can't work.
         SystemExit: with the status of the first program that did not end well.
     """
+    if "-h" in words or "--help" in words:
+        print(__doc__)
+        return
     runner = Runner()  # before torch is imported: it takes seconds, and a request to stop may come
     import torch
 
     from scripts.run_experiment import checks
 
+    # What runs where
     stages = read_stages(words, os.environ.get("STAGES", ""), Path("configs"))
     stages, skipped = checks.skip_unused_towers(stages)
     job = find_job(os.environ, torch.cuda.device_count(), count_cores())
-    session = Session(words, job, runner, is_dry=os.environ.get("DRY_RUN", "0") != "0")
+    is_dry = os.environ.get("DRY_RUN", "0") != "0"
     checks.check_configs(stages, job.num_processes)
-    if not session.is_dry:
+    if not is_dry:
         checks.check_inputs(stages)
     print(job, *skipped, sep="\n", flush=True)
 
     # What takes one process is for the first machine.
+    again = f"To go on, run the same command again: bash train_flowtok.sh {shlex.join(words)}"
+    session = Session(runner, again, is_dry)
     is_first = job.machine_rank == 0
+    alone = [clean(os.environ)]
     for stage in stages:
-        if is_first or stage.config.stage != "report":
-            session.run_stage(stage)
+        if stage.config.stage != "report":
+            session.run_stage(stage, job.environments(os.environ))
+        elif is_first:
+            session.run_stage(stage, alone)
     for stage in stages:
         if is_first and stage.config.stage == "flowtok":
-            session.draw_samples(stage)
-    if is_first and not session.is_dry:
+            picture = picture_of(stage)
+            if checks.is_newer(picture, stage.config.run_dir):
+                print(f"{picture}: complete, nothing to do")
+            else:
+                command = ["sample.py", "--run", stage.config.run_dir, "--output", str(picture)]
+                session.run("sample.py", command, alone)
+    if is_first and not is_dry:
         list_results(stages)
 
 
 @dataclass
 class Session:
-    """One command: what was typed, where it runs."""
+    """One command of a user's, and how its programs are run."""
 
-    words: Sequence[str]
-    job: Job
     runner: Runner
+    again: str  # how to go on
     is_dry: bool  # print the commands, run nothing
 
-    def run_stage(self, stage: Stage) -> None:
-        """Run one stage in all processes, the report in one."""
+    def run_stage(self, stage: Stage, environments: Sequence[Mapping[str, str]]) -> None:
+        """Run one stage, a process in each environment."""
         if self.runner.requests:
-            print(f"asked to stop before stage {stage}. {self.go_on}")
+            print(f"asked to stop before stage {stage}. {self.again}")
             raise SystemExit(STOPPED_STATUS)
         print(f"== {stage}", flush=True)
-        is_report = stage.config.stage == "report"
-        environments = [clean(os.environ)] if is_report else self.job.environments(os.environ)
         start = time.monotonic()
         self.run(f"stage {stage}", stage.command, environments)
         if not self.is_dry:
             print(f"== {stage} took {time.monotonic() - start:.0f} s", flush=True)
-
-    def draw_samples(self, stage: Stage) -> None:
-        """Images or captions of a flow, unless they are newer than its checkpoints."""
-        picture = picture_of(stage)
-        checkpoints = Path(stage.config.run_dir) / "checkpoints"
-        if picture.is_file() and not any(
-            is_newer(path, picture) for path in checkpoints.rglob("*")
-        ):
-            print(f"{picture}: complete, nothing to do")
-            return
-        command = ["sample.py", "--run", stage.config.run_dir, "--output", str(picture)]
-        self.run("sample.py", command, [clean(os.environ)])
 
     def run(
         self, name: str, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]
@@ -99,18 +101,11 @@ class Session:
         print(f"+ {shlex.join(command)}", flush=True)
         status = 0 if self.is_dry else self.runner.run(command, environments)
         if status == STOPPED_STATUS:
-            print(f"{name} stopped. {self.go_on}", flush=True)
+            print(f"{name} stopped. {self.again}", flush=True)
         elif status not in (0, 2):  # 2: its last line says what is wrong
-            print(f"{name} failed with status {status}. {self.go_on}", file=sys.stderr, flush=True)
+            print(f"{name} failed with status {status}. {self.again}", file=sys.stderr, flush=True)
         if status:
             raise SystemExit(status)
-
-    @property
-    def go_on(self) -> str:
-        """What to type next."""
-        return (
-            f"To go on, run the same command again: bash train_flowtok.sh {shlex.join(self.words)}"
-        )
 
 
 def count_cores() -> int:
@@ -124,11 +119,6 @@ def picture_of(stage: Stage) -> Path:
     """Where the samples of a flow go: samples_512.png for flowtok_512."""
     suffix = stage.name.removeprefix("flowtok")
     return Path(stage.config.experiment_dir) / f"samples{suffix}.png"
-
-
-def is_newer(path: Path, other: Path) -> bool:
-    """Whether a file was written after another one."""
-    return path.stat().st_mtime > other.stat().st_mtime
 
 
 def list_results(stages: Sequence[Stage]) -> None:

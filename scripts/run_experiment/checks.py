@@ -2,23 +2,36 @@
 
 import fnmatch
 import os.path
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from braceexpand import braceexpand
 
+from data.files import check_writable
 from data.storage import is_remote
-from data.tar import expand_shards
+from data.tar import expand_shards, split_pattern
 from scripts.encode_tokens import TokensStage, output_paths
 from scripts.run_experiment.stages import Stage
 from scripts.train_text_encoder import TextEncoderStage
 from train_tokenizer import TokenizerStage
 from training.checkpoint import latest_checkpoint
+from training.run import CONFIG_FILE
 from training.stage import TrainedStage
 from training.tokens import TOKENS_INFO_FILE
 
 LOCAL_TOWER = "local-dir:"
 TOWER = "clip"  # in the run of stage text_encoder
+Made = dict[str, Stage]  # folder -> the earlier stage of this command that makes it
+
+
+@contextmanager
+def errors_of(stage: Stage) -> Iterator[None]:
+    """Errors say which stage they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {stage}: {error}") from error
 
 
 def check_configs(stages: Sequence[Stage], num_processes: int) -> None:
@@ -27,35 +40,31 @@ def check_configs(stages: Sequence[Stage], num_processes: int) -> None:
     Raises:
         ValueError: naming stage, key and value.
     """
-    owners: dict[str, Stage] = {}
+    owners: Made = {}
     for stage in stages:
-        config = stage.config
-        if isinstance(config, TrainedStage):
-            training = config.training
-            if training.batch_size % (num_processes * training.gradient_accumulation):
-                raise ValueError(
-                    f"stage {stage}: training.batch_size {training.batch_size} is not divisible by "
-                    f"processes x gradient_accumulation = {num_processes} x "
-                    f"{training.gradient_accumulation}"
-                )
-        folder = os.path.normpath(config.run_dir)
-        other = owners.setdefault(folder, stage)
-        if other is not stage:
-            raise ValueError(f"stages {other} and {stage} have the same run_dir {folder}")
+        with errors_of(stage):
+            if isinstance(stage.config, TrainedStage):
+                stage.config.training.split_batch(num_processes)
+            folder = os.path.normpath(stage.config.run_dir)
+            if owners.setdefault(folder, stage) is not stage:
+                raise ValueError(f"run_dir {folder} is that of stage {owners[folder]} already")
 
 
 def check_inputs(stages: Sequence[Stage]) -> None:
     """Refuse stages whose images, runs or tokens are neither there nor made by an earlier stage.
 
     Raises:
-        ValueError: naming stage, key and value, and the way out.
+        ValueError: naming stage, key and value, and the way out; or a folder that can't be written.
     """
-    made: dict[str, Stage] = {}
+    made: Made = {}
     for stage in stages:
-        check_runs(stage, made)
-        if not is_complete(stage):
-            check_images(stage)
-            check_tokens(stage, made)
+        with errors_of(stage):
+            check_runs(stage, made)
+            if not is_complete(stage):
+                check_writable(Path(stage.config.run_dir) / CONFIG_FILE)
+                check_images(stage)
+                for pattern in stage.config.token_shards():
+                    check_tokens(stage, pattern, made)
         folder = os.path.normpath(stage.config.run_dir)
         made[folder] = stage
         if isinstance(stage.config, TextEncoderStage):
@@ -73,8 +82,14 @@ def is_complete(stage: Stage) -> bool:
     return latest is not None and latest[0] >= stage.config.training.max_steps
 
 
-def check_runs(stage: Stage, made: dict[str, Stage]) -> None:
-    """The runs that a stage reads are there, or an earlier stage of this command makes them."""
+def is_newer(picture: Path, run_dir: str) -> bool:
+    """Whether a picture was drawn after a run's newest checkpoint was written."""
+    latest = latest_checkpoint(Path(run_dir)) if picture.is_file() else None
+    return latest is not None and latest[1].stat().st_mtime < picture.stat().st_mtime
+
+
+def check_runs(stage: Stage, made: Made) -> None:
+    """The runs that a stage reads are there, or an earlier stage makes them."""
     runs = stage.config.earlier_runs()
     if isinstance(stage.config, TokenizerStage) and (tower := tower_folder(stage.config)):
         runs = {**runs, "text_encoder.model": tower}
@@ -82,9 +97,9 @@ def check_runs(stage: Stage, made: dict[str, Stage]) -> None:
         folder = os.path.normpath(run)
         if folder not in made and not os.path.isdir(folder):
             raise ValueError(
-                f"stage {stage}: {key}={folder} does not exist, and no earlier stage of this "
-                f"command makes it: run that stage first (its experiment may be named in front of "
-                f"this one, in the same command), or set {stage.name}.{key}"
+                f"{key}={folder} does not exist, and no earlier stage of this command makes it: "
+                "run that stage first (its experiment may be named in front of this one, in the "
+                f"same command), or set {stage.name}.{key}"
             )
 
 
@@ -100,25 +115,30 @@ def check_images(stage: Stage) -> None:
         if any(pattern.startswith(f"{data_dir}/") for pattern in patterns):
             ways.insert(0, f"data_dir=FOLDER (now {data_dir})")
         raise ValueError(
-            f"stage {stage}: {error}. Make image shards with scripts/make_shards.py "
-            f"(docs/data.md) and say where they are: {' or '.join(ways)}"
+            f"{error}. Make image shards with scripts/make_shards.py (docs/data.md) and say where "
+            f"they are: {' or '.join(ways)}"
         ) from error
 
 
-def check_tokens(stage: Stage, made: dict[str, Stage]) -> None:
-    """Token shards are there, or an earlier stage of this command will write them."""
-    patterns = [pattern for pattern in stage.config.token_shards() if not is_remote(pattern)]
-    for part in (part for pattern in patterns for part in braceexpand(pattern, escape=False)):
+def check_tokens(stage: Stage, pattern: str, made: Made) -> None:
+    """Token shards are there, or an earlier stage will write them."""
+
+    def will_be_there(path: str) -> bool:
+        folder = os.path.normpath(path)
+        return os.path.isdir(path) or any(f"{name}/".startswith(f"{folder}/") for name in made)
+
+    folder, rest = split_pattern(pattern, will_be_there)
+    for part in (folder + name for name in braceexpand(rest, escape=False)):
         writer = made.get(os.path.normpath(os.path.dirname(part)))
         try:
             if writer and isinstance(writer.config, TokensStage) and not is_complete(writer):
                 check_will_match(part, writer)
-            else:
+            elif not is_remote(part):
                 expand_shards([part])
         except ValueError as error:
+            way_out = f"set {stage.name}.data.shards"
             raise ValueError(
-                f"stage {stage}: data.{error}. Run the stage that writes them first, or set "
-                f"{stage.name}.data.shards"
+                f"data.{error}. Run the stage that writes them first, or {way_out}"
             ) from error
 
 
@@ -135,11 +155,7 @@ def check_will_match(pattern: str, writer: Stage) -> None:
 
 def skip_unused_towers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
     """The stages without the text towers that the tokenizer beside them does not use; says why."""
-    used = {
-        stage.file.parent: stage.config
-        for stage in stages
-        if isinstance(stage.config, TokenizerStage)
-    }
+    used = {s.file.parent: s.config for s in stages if isinstance(s.config, TokenizerStage)}
     kept, reasons = [], []
     for stage in stages:
         tokenizer = used.get(stage.file.parent)

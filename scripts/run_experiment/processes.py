@@ -2,11 +2,10 @@
 
 The processes find each other by the variables that torchrun sets. They are started here, without
 accelerate's launcher or torchrun in between: a signal reaches the trainers, their exit status is
-the stage's, and no traceback but their own is printed.
+the stage's, no traceback but their own is printed, and no config file of accelerate's is read.
 """
 
 import os
-import random
 import shutil
 import signal
 import socket
@@ -21,10 +20,13 @@ from training.errors import ERROR_SIGNAL, ERROR_STATUS
 STOPPED_STATUS = os.EX_TEMPFAIL  # of a training that stopped with a checkpoint, on a signal
 POLL_SECONDS = 0.1
 REPEAT_SECONDS = 2.0  # a program that starts up does not hear a request to stop
-GRACE_SECONDS = 10.0  # for the others, when one process failed
-# What another launcher left, which would make our processes wait for a group that nobody forms.
-FOREIGN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-FOREIGN += ("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What other launchers, MPI and accelerate's settings leave: our processes would wait for a group
+# that nobody forms, or train in another way than their config says.
+FOREIGN = {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+FOREIGN |= {"GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FORK_LAUNCHED"}
+FOREIGN |= {"MPI_LOCALRANKID", "MPI_LOCALNRANKS"}
+FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+FOREIGN_PREFIXES += ("TORCHELASTIC_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
 # glibc gives back what a step frees and faults it in again in the next one: up to a third of the
 # time of a large network on a CPU.
 KEEP_FREED_MEMORY = {
@@ -46,22 +48,13 @@ class Job:
     on_gpus: bool
     num_threads: int  # OpenMP's, of each process
 
-    @property
-    def per_machine(self) -> int:
-        """Processes on this machine."""
-        return self.num_processes // self.num_machines
-
     def __str__(self) -> str:
-        variables = {
-            "NUM_MACHINES": self.num_machines,
-            "MACHINE_RANK": self.machine_rank,
-            "MAIN_PROCESS_IP": self.host,
-            "MAIN_PROCESS_PORT": self.port,
-            "NUM_PROCESSES": self.num_processes,
-            "OMP_NUM_THREADS": self.num_threads,
-        }
-        values = " ".join(f"{name}={value}" for name, value in variables.items())
-        return f"{values} on {'GPUs' if self.on_gpus else 'the CPU'}"
+        return (
+            f"NUM_MACHINES={self.num_machines} MACHINE_RANK={self.machine_rank} "
+            f"MAIN_PROCESS_IP={self.host} MAIN_PROCESS_PORT={self.port} "
+            f"NUM_PROCESSES={self.num_processes} OMP_NUM_THREADS={self.num_threads} "
+            f"on {'GPUs' if self.on_gpus else 'the CPU'}"
+        )
 
     def environments(self, variables: Mapping[str, str]) -> list[dict[str, str]]:
         """The environment of each process on this machine."""
@@ -70,25 +63,26 @@ class Job:
             common = KEEP_FREED_MEMORY | common | {"ACCELERATE_USE_CPU": "true"}
         if self.num_processes == 1:
             return [common]
+        per_machine = self.num_processes // self.num_machines
         common |= {
             "WORLD_SIZE": str(self.num_processes),
-            "LOCAL_WORLD_SIZE": str(self.per_machine),
+            "LOCAL_WORLD_SIZE": str(per_machine),
             "MASTER_ADDR": self.host,
             "MASTER_PORT": str(self.port),
         }
-        first = self.machine_rank * self.per_machine
+        first = self.machine_rank * per_machine
         return [
             common | {"LOCAL_RANK": str(local_rank), "RANK": str(first + local_rank)}
-            for local_rank in range(self.per_machine)
+            for local_rank in range(per_machine)
         ]
 
 
 def clean(variables: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what another launcher left in it."""
+    """An environment without what decides, beside our command and its config, how a stage runs."""
     return {
         name: value
         for name, value in variables.items()
-        if name not in FOREIGN and not name.startswith("TORCHELASTIC_")
+        if name not in FOREIGN and not name.startswith(FOREIGN_PREFIXES)
     }
 
 
@@ -141,19 +135,17 @@ def find_job(variables: Mapping[str, str], num_gpus: int, num_cores: int) -> Job
 def launcher_defaults(variables: Mapping[str, str]) -> dict[str, str]:
     """Our variables from those of Slurm, or of torchrun."""
     if "SLURM_NNODES" in variables:
-        return {
-            "NUM_MACHINES": variables["SLURM_NNODES"],
-            "MACHINE_RANK": variables.get("SLURM_NODEID", "0"),
-        }
-    found = {}
-    if "WORLD_SIZE" in variables and "LOCAL_WORLD_SIZE" in variables:
+        names = {"SLURM_NNODES": "NUM_MACHINES", "SLURM_NODEID": "MACHINE_RANK"}
+    else:
+        names = {"MASTER_ADDR": "MAIN_PROCESS_IP", "MASTER_PORT": "MAIN_PROCESS_PORT"}
+    found = {ours: variables[name] for name, ours in names.items() if name in variables}
+    if "SLURM_NNODES" not in variables and {"WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= variables.keys():
         num_processes = read_number(variables, "WORLD_SIZE", default=1, least=1)
         per_machine = read_number(variables, "LOCAL_WORLD_SIZE", default=1, least=1)
         found["NUM_PROCESSES"] = str(num_processes)
         found["NUM_MACHINES"] = str(num_processes // per_machine)
         found["MACHINE_RANK"] = variables.get("GROUP_RANK", "0")
-    names = {"MASTER_ADDR": "MAIN_PROCESS_IP", "MASTER_PORT": "MAIN_PROCESS_PORT"}
-    return found | {ours: variables[name] for name, ours in names.items() if name in variables}
+    return found
 
 
 def read_number(variables: Mapping[str, str], name: str, default: int, least: int) -> int:
@@ -180,12 +172,10 @@ def first_host(variables: Mapping[str, str], num_machines: int) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that systems hand out to whoever asks."""
-    while True:
-        port = random.SystemRandom().randint(10_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Runner:
@@ -237,7 +227,8 @@ class Runner:
                 if self._has_error:
                     return ERROR_STATUS
                 if failed:
-                    return as_shell_status(min(failed))
+                    status = min(failed)
+                    return status if status > 0 else 128 - status  # as a shell counts signals
                 if None not in statuses:
                     return max(statuses, default=0)
                 if self.requests and time.monotonic() > next_repeat:
@@ -245,7 +236,9 @@ class Runner:
                     next_repeat += REPEAT_SECONDS
                 time.sleep(POLL_SECONDS)
         finally:
-            end(self._processes)
+            kill(self._processes)
+            for process in self._processes:
+                process.wait()
             self._processes = []
 
 
@@ -254,26 +247,8 @@ def ignore_warnings() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def as_shell_status(status: int) -> int:
-    """What a shell calls the end by a signal, 128 + N."""
-    return status if status >= 0 else 128 - status
-
-
-def end(processes: Sequence[subprocess.Popen]) -> None:
-    """End what still runs, by force in the end."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(deadline - time.monotonic(), 0))
-    kill(processes)
-    for process in processes:
-        process.wait()
-
-
 def kill(processes: Sequence[subprocess.Popen]) -> None:
-    """End what still runs at once, with its data workers."""
+    """End what still runs, with its data workers: what it writes gets its name when it is whole."""
     for process in processes:
         if process.poll() is None:
             with suppress(ProcessLookupError):

@@ -63,6 +63,17 @@ def program_of(name: str) -> tuple[str, str]:
     raise ValueError(f"{name}.yaml is of none of the stages {', '.join(PROGRAMS)}")
 
 
+def stage_class(name: str) -> type["StageConfig"]:
+    """The dataclass of a stage or of a round of it: that of flowtok_512 is stage flowtok's."""
+    module, schema = program_of(name)
+    return getattr(importlib.import_module(module), schema)
+
+
+def load_stage(file: Path, overrides: Sequence[str] = ()) -> "StageConfig":
+    """The config of a YAML that is named after its stage."""
+    return load_config(stage_class(file.stem), file, list(overrides))
+
+
 def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]:
     """The stages of a command line in the order in which they run, with checked configs.
 
@@ -74,31 +85,50 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
     Raises:
         ValueError: an unknown experiment or stage, or a config that can't work.
     """
-    names = [word for word in words if "=" not in word] or ["demo"]
-    overrides = [word for word in words if "=" in word]
-    folders = [find_experiment(name, configs) for name in names]
-    files = choose_files(folders, wanted.split())
-    check_targets(overrides, {file.stem for file in files})
+    overrides = [split_target(word) for word in words if is_override(word)]
+    names = [word for word in words if not is_override(word)] or ["demo"]
+    files = [file for name in names for file in stage_files(find_experiment(name, configs))]
+
+    # Only those of STAGES, and no override for another one
+    present = {file.stem for file in files}
+    chosen = set(wanted.split()) or present
+    if unknown := chosen - present:
+        valid = ", ".join(name for name in ORDER if name in present)
+        raise ValueError(f"STAGES={' '.join(sorted(unknown))}: the stages are {valid}")
+    for target, rest in overrides:
+        if target and target not in chosen:
+            valid = [name for name in ORDER if name in chosen]
+            raise ValueError(
+                f"{target}.{rest} is for stage {target}, which is not among those to run: "
+                f"{', '.join(valid)}. A key {target!r} of another stage takes its name in front: "
+                f"{valid[0]}.{target}.{rest}"
+            )
+
     stages = []
     for file in files:
-        own = tuple(overrides_of(file.stem, overrides))
-        try:
-            config = load_stage(file, own)
-        except ValueError as error:
-            raise ValueError(f"stage {file.parent.name}/{file.stem}: {error}") from error
-        stages.append(Stage(file, own, config))
+        if file.stem in chosen:
+            own = tuple(rest for target, rest in overrides if target in ("", file.stem))
+            try:
+                stages.append(Stage(file, own, load_stage(file, own)))
+            except ValueError as error:
+                raise ValueError(f"stage {file.parent.name}/{file.stem}: {error}") from error
     return stages
 
 
-def load_stage(file: Path, overrides: Sequence[str]) -> "StageConfig":
-    """The config of a YAML, by the dataclass of the program that its name stands for."""
-    module, schema = program_of(file.stem)
-    return load_config(getattr(importlib.import_module(module), schema), file, list(overrides))
+def is_override(word: str) -> bool:
+    """Whether a word is key=value; a folder may have a = in its name."""
+    return "=" in word and "/" not in word.partition("=")[0]
+
+
+def split_target(override: str) -> tuple[str, str]:
+    """(stage, key=value) of STAGE.key=value; the stage is "" if the override is for all."""
+    first, _, rest = override.partition(".")
+    return (first, rest) if first in ORDER else ("", override)
 
 
 def find_experiment(name: str, configs: Path) -> Path:
     """The folder of an experiment that has stages."""
-    folder = Path(name) if "/" in name else configs / name
+    folder = Path(name).expanduser() if "/" in name else configs / name
     if stage_files(folder):
         return folder
     if name in ORDER:
@@ -110,39 +140,3 @@ def find_experiment(name: str, configs: Path) -> Path:
 def stage_files(folder: Path) -> list[Path]:
     """The YAML files of an experiment, in order."""
     return [path for name in ORDER if (path := folder / f"{name}.yaml").is_file()]
-
-
-def choose_files(folders: Sequence[Path], wanted: Sequence[str]) -> list[Path]:
-    """The YAML files of experiments, one experiment after the other; only those of `wanted` stages."""
-    files = [file for folder in folders for file in stage_files(folder)]
-    present = {file.stem for file in files}
-    for name in wanted:
-        if name not in present:
-            valid = [name for name in ORDER if name in present]
-            raise ValueError(f"STAGES={name}: the stages are {', '.join(valid)}")
-    return [file for file in files if not wanted or file.stem in wanted]
-
-
-def target_of(override: str) -> str:
-    """The stage that STAGE.key=value is for, "" if it is for all."""
-    first, _, rest = override.partition("=")[0].partition(".")
-    return first if rest and first in ORDER else ""
-
-
-def check_targets(overrides: Sequence[str], names: set[str]) -> None:
-    """Refuse an override for a stage that does not run."""
-    for override in overrides:
-        target = target_of(override)
-        if target and target not in names:
-            chosen = [name for name in ORDER if name in names]
-            raise ValueError(
-                f"{override} is for stage {target}, which is not among those to run: "
-                f"{', '.join(chosen)}. A key {target!r} of another stage takes its name in front: "
-                f"{chosen[0]}.{override}"
-            )
-
-
-def overrides_of(name: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides of one stage, without its name, in the order given."""
-    own = [override for override in overrides if target_of(override) in ("", name)]
-    return [word.removeprefix(f"{name}.") if target_of(word) else word for word in own]
