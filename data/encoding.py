@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.captions import Tokenize
@@ -20,6 +19,7 @@ from data.images import ImageTextConfig, collate_images, decode_image
 from data.samples import SampleDraws
 from data.shards import NoUsableSample, Source, read_batches
 from data.transforms import IMAGE_KEYS
+from data.workers import share_batch, start_worker
 
 PREFETCH_BATCHES = 4  # that each worker keeps ready
 LARGEST_MEMBER = 1 << 20  # bytes; longer ones are no text
@@ -125,9 +125,6 @@ def build_encoding_loader(
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if workers else None,
+        collate_fn=share_batch,
+        worker_init_fn=start_worker,
     )
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

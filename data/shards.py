@@ -36,11 +36,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from data.samples import BadSample, SampleCounter, SampleDraws
 from data.storage import ShardError, is_remote, open_shard
 from data.tar import scan_shard
+from data.workers import share_batch, start_worker, with_short_errors
 
 PREFETCH_BATCHES = 2  # batches that each worker keeps ready
 DRAWS_PER_BLOCK = 1024  # of sources, made at once
 LOST_EPOCHS = 10  # in a row in which a reader can read none of its shards; in each it has others
-WORKER_ERROR = "Caught ValueError in DataLoader worker process"  # how torch begins the text of one
 DATA_SETTINGS = ("seed", "num_sources", "num_shards", "shard_names_crc32")
 
 # (raw sample, its random numbers; None: read in order, nothing drawn) -> decoded; may raise
@@ -419,7 +419,7 @@ class ShardLoader(StatefulDataLoader):
     """StatefulDataLoader that refuses a state of other settings and has short errors."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return _with_short_errors(super().__iter__())
+        return with_short_errors(super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "settings": self.dataset.settings(self.num_workers)}
@@ -441,17 +441,6 @@ def _stream_states(state: Any) -> Iterator[dict[str, Any]]:
         else:
             for value in state.values():
                 yield from _stream_states(value)
-
-
-def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same batches; torch puts a worker's traceback into the message of its error."""
-    try:
-        yield from batches
-    except ValueError as error:
-        text = str(error)
-        if not text.startswith(WORKER_ERROR):
-            raise
-        raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from error
 
 
 def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False) -> ShardLoader:
@@ -478,13 +467,10 @@ def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False
             stream,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_unchanged,
+            collate_fn=share_batch,
+            worker_init_fn=start_worker,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             prefetch_factor=PREFETCH_BATCHES if num_workers > 0 else None,
             generator=torch.Generator(),  # its own: iter() then takes no number from the global one
         )
-
-
-def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
