@@ -1,8 +1,8 @@
 """What can happen to a training process from outside, behind one door: `with supervised(...)`.
 
 - SIGTERM, SIGUSR1 (Slurm's warning), SIGINT (Ctrl-C) or the time limit: the step finishes, the loop
-  writes a checkpoint and ends with STOPPED_STATUS. A second SIGTERM or SIGINT ends at once, unless it
-  comes with the first: queue, launcher and torchrun may each pass on the same request.
+  writes a checkpoint and ends with STOPPED_STATUS. A second SIGTERM or SIGINT ends at once, unless
+  it comes with the first: queue, launcher and torchrun may each pass on the same request.
 - A data worker or another rank dies, or something hangs: the program ends with one line on it.
   Programs that do not train have that part of the watch: `with watched(loader)`, and a Watchdog.
 The last checkpoint is whole in each case, and the same command continues from it.
@@ -89,7 +89,7 @@ def watched(loader) -> Iterator[Iterator[dict]]:
 
 
 class StopRequest:
-    """Whether the run is to stop after this step, and why. A context: the old handlers come back."""
+    """Whether the run is to stop after this step, and why. A context: old handlers come back."""
 
     def __init__(self, started: float, max_hours: float, timeout_minutes: float):
         self._deadline = started + 3600 * max_hours if max_hours else float("inf")
