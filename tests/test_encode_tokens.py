@@ -2,11 +2,17 @@
 
 import io
 import json
+import os
+import re
+import resource
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 from conftest import shape_sample
@@ -97,29 +103,90 @@ def test_mirrored_and_cropped_views_are_samples_of_their_own(chain, tmp_path, ca
     assert (info.num_samples, info.flip, info.num_crops) == (16, True, 2)
 
 
-def test_what_is_skipped_is_counted_also_over_a_restart_and_an_empty_shard_is_no_error(
-    chain, tmp_path, captioned
+def test_what_is_skipped_is_counted_and_named_and_an_empty_shard_is_no_error(
+    chain, tmp_path, captioned, capsys
 ):
     shards, lenient = [captioned / "a.tar", captioned / "b.tar"], "data.max_bad_share=1"
-    filters = "data.filters.min_longer_side=33"
     assert TokensInfo.load(encode(chain, tmp_path / "good", shards[:1], lenient)).skipped == {}
     folder = encode(chain, tmp_path / "bad", shards, lenient)
     info = TokensInfo.load(folder)
     assert info.num_samples == 5
     assert sum(info.skipped.values()) == 1 and "image: " in next(iter(info.skipped))
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "a.tar",
-        "b.tar",
-        "latent_stats.json",
-        "tokens.json",
-    ]
+    assert re.search(r"image: .*: 1, the first: 00005 \(members png txt", capsys.readouterr().out)
+    assert {path.name for path in folder.iterdir()} == {
+        *("a.tar", "b.tar"),
+        *("latent_stats.json", "source.json", "tokens.json"),
+    }
     with pytest.raises(ValueError, match="no usable sample"):  # nothing at all: no statistics
-        encode(chain, tmp_path / "none", shards, lenient, filters)
-    filtered = [
-        json.loads(p.read_text()) for p in sorted((tmp_path / "none/tokens").glob("*.count.json"))
-    ]
-    assert [c["num_samples"] for c in filtered] == [0, 0]
-    assert [sum(c["skipped"].values()) for c in filtered] == [4, 2]
+        encode(chain, tmp_path / "none", shards, lenient, "data.filters.min_longer_side=33")
+    files = sorted((tmp_path / "none/tokens").glob("*.count.json"))
+    filtered = [json.loads(path.read_text()) for path in files]
+    assert [counts["num_samples"] for counts in filtered] == [0, 0]
+    assert [sum(counts["skipped"].values()) for counts in filtered] == [4, 2]
+
+
+# what the tokens are made of
+
+
+def remake(path, sample):
+    """A shard under the same name: as it was, with another sample, or only touched."""
+    samples = [shape_sample(number) for number in range(4)]
+    if sample is not None:
+        samples[2] |= sample
+    write_shard(path, samples)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize(
+    "sample", [{"txt": "a corrected caption"}, {"png": shape_sample(9)["png"]}, None]
+)
+def test_image_shards_made_anew_under_the_same_names_are_refused(chain, tmp_path, sample, is_whole):
+    for name in "ab":
+        remake(tmp_path / f"{name}.tar", None)
+    shards = [f"{tmp_path}/*.tar"]
+    folder = encode(chain, tmp_path / "run", shards)
+    before = contents(folder)
+    assert contents(encode(chain, tmp_path / "run", shards)) == before
+    if not is_whole:
+        (folder / "tokens.json").unlink()
+        (folder / "a.tar").unlink()
+    remake(tmp_path / "b.tar", sample)
+    with pytest.raises(ValueError, match=r"source: images\.b\.tar was .*bytes, .* is .*Delete it"):
+        encode(chain, tmp_path / "run", shards)
+    # they are the same after all, says the user
+    (folder / "source.json").unlink()
+    encode(chain, tmp_path / "run", shards)
+    after = contents(folder)
+    assert after.pop("source.json") != before.pop("source.json") and after == before
+
+
+def test_a_shard_of_a_store_that_was_made_anew_is_refused(chain, tmp_path):
+    store = fsspec.filesystem("memory")
+    for number in (2, 3):
+        write_shard(tmp_path / "a.tar", [shape_sample(i) for i in range(number * 8)])
+        store.pipe_file("/images/a.tar", (tmp_path / "a.tar").read_bytes())
+        if number == 2:
+            folder = encode(chain, tmp_path / "run", ["memory://images/a.tar"])
+            assert re.match(
+                r"size \d+", json.loads((folder / "source.json").read_text())["images"]["a.tar"]
+            )
+    with pytest.raises(ValueError, match=r"images\.a\.tar was size \d+, is size \d+"):
+        encode(chain, tmp_path / "run", ["memory://images/a.tar"])
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("data.captions.keys=[recap_txt]", "data.sources..captions.keys was"),
+        ("data.filters.min_longer_side=20", "data.sources..filters.min_longer_side was 0, is 20"),
+        ("data.background=[0,0,0]", "data.background was [255, 255, 255], is [0, 0, 0]"),
+        ("precision=bf16", "precision was fp32, is bf16"),
+    ],
+)
+def test_tokens_of_other_options_are_refused(chain, tmp_path, captioned, option, named):
+    encode(chain, tmp_path, [captioned / "a.tar"])
+    with pytest.raises(ValueError, match=re.escape(named)):
+        encode(chain, tmp_path, [captioned / "a.tar"], option)
 
 
 def test_the_number_of_workers_changes_no_byte(chain, tmp_path, tiny_shards):
@@ -189,6 +256,95 @@ def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain,
             break
     chain.run_in(tmp_path / "killed", "tokens", *options)
     assert kills and contents(folder) == contents(whole)
+
+
+# disks, workers, shared memory
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(chain, tmp_path, captioned):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large.*run/tokens/a.tar"):
+            encode(chain, tmp_path / "run", [captioned / "a.tar"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    names = {path.name for path in (tmp_path / "run/tokens").iterdir()}
+    assert names == {"source.json", "a.tar.count.json"}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_shard_of_which_not_all_images_arrived_is_not_written(
+    chain, tmp_path, captioned, monkeypatch, lost
+):
+    build = encode_tokens.build_encoding_loader
+
+    def lossy(*arguments):
+        return [item for number, item in enumerate(build(*arguments)) if number != lost]
+
+    monkeypatch.setattr(encode_tokens, "build_encoding_loader", lossy)
+    with pytest.raises(ChildProcessError, match=r"a\.tar is not written: of the 4 .* 2 arrived"):
+        encode(chain, tmp_path, [captioned / "a.tar"], "batch_size=2")
+    assert not list((tmp_path / "tokens").glob("*.tar"))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A shard of 800 images: more than 1 MB in batches of 400."""
+    sample, path = shape_sample(0), tmp_path_factory.mktemp("many") / "many.tar"
+    write_shard(path, ({**sample, "__key__": f"{i:05d}"} for i in range(800)))
+    return path
+
+
+# what leaves 1 MB of shared memory to the command after it; the second without privileges
+SMALL_MEMORY = {
+    "mount": ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && "$@"', "-"],
+    "limit": ["bash", "-c", 'ulimit -f 1024; "$@"', "-"],
+}
+
+
+@pytest.mark.parametrize("how", SMALL_MEMORY)
+@pytest.mark.parametrize("name", ["encoding", "training", "evaluation"])
+def test_too_little_shared_memory_ends_the_program_with_one_line(chain, tmp_path, many, name, how):
+    if (
+        how == "mount"
+        and subprocess.run([*SMALL_MEMORY[how], "true"], capture_output=True).returncode
+    ):
+        pytest.skip("mounting is not allowed here")
+    images, run = [f"data.shards=[{many}]", "data.num_workers=2"], chain.folder / "tokenizer"
+    words = {
+        "encoding": [
+            *("-m", "scripts.encode_tokens"),
+            *program(chain, tmp_path, "tokens", *images, "batch_size=800"),
+        ],
+        "training": [
+            "train_tokenizer.py",
+            *program(chain, tmp_path, "tokenizer", *images, "training.batch_size=800"),
+        ],
+        "evaluation": [
+            *("-m", "eval.reconstruction", run, many, "--output", tmp_path / "r.json"),
+            *("--batch-size", "800", "--num-workers", "2", "--device", "cpu"),
+        ],
+    }[name]
+    process = start([*SMALL_MEMORY[how], sys.executable, *map(str, words)])
+    output, _ = process.communicate(timeout=120)
+    lines = [line for line in output.splitlines() if "error: " in line]
+    assert process.returncode == 2 and len(lines) == 1, output
+    assert "batch of 2.5 MB in /dev/shm" in lines[0] and "--shm-size" in lines[0], output
+    assert not list(tmp_path.rglob("*.tar*")) and not (tmp_path / "r.json").exists()
+
+
+def test_a_worker_that_is_killed_ends_encoding_with_one_line(chain, tmp_path, many):
+    options = [f"data.shards=[{many}]", "data.num_workers=1", "batch_size=1"]
+    words = program(chain, tmp_path, "tokens", *options)
+    process = start([sys.executable, "-m", "scripts.encode_tokens", *words])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not children.read_text():
+        time.sleep(0.01)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "a data worker" in output, output
+    assert "Traceback" not in output and not list((tmp_path / "tokens").glob("*.tar")), output
 
 
 def test_the_program_reports_a_bad_tokenizer_run_in_one_line(chain, tmp_path):
