@@ -98,9 +98,9 @@ def shard_states(paths: Sequence[str]) -> list[str]:
 def _shard_state(path: str) -> str:
     try:
         if is_remote(path):
-            fs, name = open_store(path)
-            info = fs.info(name)
-            return ", ".join(f"{name} {info[name]}" for name in STATE_FIELDS if info.get(name))
+            store, name = open_store(path)
+            info = store.info(name)
+            return ", ".join(f"{field} {info[field]}" for field in STATE_FIELDS if info.get(field))
         status = os.stat(path)
     except Exception:  # each file system has its own; who reads the shard says what is wrong
         return ""
