@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
@@ -104,7 +104,7 @@ def _shard_state(path: str) -> str:
         status = os.stat(path)
     except Exception:  # each file system has its own; who reads the shard says what is wrong
         return ""
-    changed = datetime.fromtimestamp(status.st_mtime, UTC).isoformat()
+    changed = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()
     return f"{status.st_size} bytes, {changed}"
 
 
