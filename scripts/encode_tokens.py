@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.load import parse_stage_args
+from data.config import ONLY_SOURCE
 from data.encoding import build_encoding_loader, encoding_sources
 from data.files import write_json
 from data.images import ImageTextConfig
@@ -218,7 +219,8 @@ def describe_data(data: ImageTextConfig) -> dict:
         name: {"captions": asdict(source.captions), "filters": asdict(source.filters)}
         for name, source in data.full_sources().items()
     }
-    return {"background": list(data.background), "sources": sources}
+    parts = sources.get(ONLY_SOURCE, {"sources": sources})
+    return {"background": list(data.background), **parts}
 
 
 def is_complete(folder: Path, made_of: dict) -> bool:
