@@ -158,7 +158,7 @@ def finish(folder: Path, outputs: list[Path], tokenizer: ImageTokenizer, source:
     for path in outputs:
         count_file(path).unlink(missing_ok=True)
     print(
-        f"{folder}: {num_samples} samples, skipped {info.skipped or 'none'}, latent scale "
+        f"{folder}: {num_samples} samples, skipped {skipped.total() or 'none'}, latent scale "
         f"{info.latent_scale:.4f} (over {stats.num_samples} samples)"
     )
     for reason, sample in first.items():

@@ -225,10 +225,8 @@ def test_training_resizes_fast_unless_it_is_asked_otherwise(tmp_path):
 def test_crop_and_flip_options_change_the_images_and_each_epoch_its_crops(image_shards):
     def epochs(**options):
         batches = stream(images(image_shards, **options), 20)
-        return [
-            dict(zip(batch["key"], batch["image"], strict=True))
-            for batch in (next(batches), next(batches))
-        ]
+        two = next(batches), next(batches)
+        return [dict(zip(batch["key"], batch["image"], strict=True)) for batch in two]
 
     (base, again), (cropped, other), (flipped, _) = (
         epochs(random_crop=random_crop, flip_probability=flip)
@@ -293,37 +291,33 @@ def test_each_source_has_its_own_captions_filters_and_share(tmp_path):
 
 BOMB = bytearray(jpeg(8, 8, format="BMP"))
 BOMB[18:26] = (60000).to_bytes(4, "little") * 2
-SCORED = {"aesthetic": 6.0, "caption": "from json"}
-# key: (parts, its caption, or why it is skipped)
+GOOD = {"jpg": jpeg(20, 20), "txt": "x", "json": {"aesthetic": 6.0, "caption": "from json"}}
+# what differs from a good sample (None: it is absent), and its caption, or why it is skipped
 HOSTILE = {
-    "good": ({"jpg": jpeg(20, 20), "txt": "fine", "json": SCORED}, "fine"),
-    "other": ({"png": jpeg(20, 20, format="PNG"), "json": SCORED}, "from json"),
-    "low": (
-        {"jpg": b"no image", "txt": "x", "json": {"aesthetic": 4.0}},
-        "filter: min_aesthetic_score",
-    ),
-    "broken": ({"jpg": jpeg(20, 20), "txt": "x", "json": b"{"}, "json: unreadable"),
-    "truncated": (
-        {"jpg": jpeg(90, 90)[:300], "txt": "x", "json": SCORED},
-        "image: unreadable (OSError)",
-    ),
-    "empty": (
-        {"jpg": b"", "txt": "x", "json": SCORED},
-        "image: unreadable (UnidentifiedImageError)",
-    ),
-    "imageless": ({"txt": "x", "json": SCORED}, "image: missing"),
-    "raw": ({"dng": jpeg(20, 20), "txt": "x", "json": SCORED}, "image: missing"),
-    "wordless": ({"jpg": jpeg(20, 20), "json": {"aesthetic": 6.0}}, "caption: missing"),
-    "blank": ({"jpg": jpeg(20, 20), "txt": " \n"}, "caption: missing"),
-    "bomb": ({"bmp": bytes(BOMB), "txt": "x", "json": SCORED}, "image: too many pixels"),
-    "small": ({"jpg": jpeg(17, 11), "txt": "x", "json": SCORED}, "filter: min_longer_side"),
-    "long": ({"jpg": jpeg(41, 20), "txt": "x", "json": SCORED}, "filter: max_aspect_ratio"),
-    "atlimits": ({"jpg": jpeg(18, 9), "txt": "x", "json": SCORED}, "x"),
+    "good": ({"txt": "fine"}, "fine"),
+    "other": ({"jpg": None, "png": jpeg(20, 20, format="PNG"), "txt": None}, "from json"),
+    "low": ({"jpg": b"no image", "json": {"aesthetic": 4.0}}, "filter: min_aesthetic_score"),
+    "broken": ({"json": b"{"}, "json: unreadable"),
+    "truncated": ({"jpg": jpeg(90, 90)[:300]}, "image: unreadable (OSError)"),
+    "empty": ({"jpg": b""}, "image: unreadable (UnidentifiedImageError)"),
+    "imageless": ({"jpg": None}, "image: missing"),
+    "raw": ({"jpg": None, "dng": jpeg(20, 20)}, "image: missing"),
+    "wordless": ({"txt": None, "json": {"aesthetic": 6.0}}, "caption: missing"),
+    "blank": ({"txt": " \n", "json": None}, "caption: missing"),
+    "bomb": ({"jpg": None, "bmp": bytes(BOMB)}, "image: too many pixels"),
+    "small": ({"jpg": jpeg(17, 11)}, "filter: min_longer_side"),
+    "long": ({"jpg": jpeg(41, 20)}, "filter: max_aspect_ratio"),
+    "atlimits": ({"jpg": jpeg(18, 9)}, "x"),
 }
 
 
 def test_hostile_images_are_counted_by_reason_and_the_others_read(tmp_path):
-    path = write(tmp_path, [{"__key__": key, **parts} for key, (parts, _) in HOSTILE.items()])
+    changed = {key: GOOD | parts for key, (parts, _) in HOSTILE.items()}
+    samples = [
+        {"__key__": key, **{name: part for name, part in parts.items() if part is not None}}
+        for key, parts in changed.items()
+    ]
+    path = write(tmp_path, samples)
     limits = {"min_longer_side": 18, "max_aspect_ratio": 2.0, "min_aesthetic_score": 5.0}
     (batch,) = images(path, filters=FilterConfig(**limits)).once(20)
     assert batch["key"] == ["good", "other", "atlimits"]

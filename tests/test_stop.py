@@ -9,16 +9,16 @@ import time
 import pytest
 from test_resume import ROOT, environment, program, start, state
 from tiny_experiment import equal, metrics
+from torch.utils.data import DataLoader
 
+from data.workers import start_worker
 from training import checkpoint as ckpt
-from training.supervise import STOPPED_STATUS, StopRequest
+from training import supervise
+from training.supervise import STOPPED_STATUS, StopRequest, watched
 
-LONG = [
-    "training.max_steps=100000",
-    "training.checkpoint_every_steps=100000",
-    "training.log_every_steps=7",
-]
-LONG += ["training.sample_every_steps=0", "optimizer.schedule=constant"]
+LONG = ["training.max_steps=100000", "training.checkpoint_every_steps=100000"]
+LONG += ["training.log_every_steps=7", "training.sample_every_steps=0"]
+LONG += ["optimizer.schedule=constant"]
 
 
 def test_without_a_signal_or_limit_nothing_stops():
@@ -62,6 +62,40 @@ def test_a_second_signal_ends_at_once_unless_it_comes_with_the_first():
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
     )
     assert (result.stdout, result.returncode) == ("goes on\n", 128 + signal.SIGTERM)
+
+
+def read_item(item):
+    """In a data worker: items that are signals end it."""
+    return os.kill(os.getpid(), item) if isinstance(item, signal.Signals) else item
+
+
+def loader_of(items):
+    options = {"batch_size": None, "num_workers": 2, "worker_init_fn": start_worker}
+    return DataLoader(items, collate_fn=read_item, **options)
+
+
+@pytest.mark.parametrize(
+    ("item", "named"),
+    [
+        (signal.SIGKILL, "was killed (SIGKILL): if memory ran out"),
+        (signal.SIGBUS, "was killed (SIGBUS): give the container a larger /dev/shm"),
+        (lambda: "what no pipe takes", "ended with status 1"),
+    ],
+)
+def test_a_worker_that_dies_or_cannot_send_a_batch_ends_the_program_with_one_line(item, named):
+    with pytest.raises(ChildProcessError) as error, watched(loader_of([1, 2, item, 3])) as batches:
+        list(batches)
+    assert "a data worker (process " in str(error.value) and named in str(error.value)
+
+
+def test_workers_that_have_no_more_data_are_no_fault(monkeypatch):
+    monkeypatch.setattr(supervise, "WORKER_GRACE_SECONDS", 0)
+    monkeypatch.setattr(supervise, "abort", lambda reason: aborted.append(reason))
+    aborted = []
+    with watched(loader_of(range(4))) as batches:
+        assert list(batches) == [0, 1, 2, 3]
+        time.sleep(0.5)
+    assert not aborted
 
 
 def wait_for_steps(run, process):
