@@ -114,6 +114,7 @@ class EncodingReader(IterableDataset):
             try:
                 for batch in read_batches(shard, collate, self.batch_size, counter):
                     skipped.update(batch.pop("skipped"))
+                    batch.pop("first_skipped", None)  # the shard's end tells
                     num_read += len(batch["key"])
                     yield {"shard": index, **batch}
             except NoUsableSample:  # all filtered: an empty token shard

@@ -12,7 +12,8 @@ In place of latent.npy, the FlowTok release's `token.npy` is read: no header, li
 values of shape (2C, K) = 32 x 77, mean channels first.
 
 A batch has lists of B strings, "key" and "caption"; "token_ids": B x L int64 where a tokenizer is
-given; "skipped": {reason: count} since the last batch of the same worker; and what its reader says.
+given; "skipped": {reason: count} since the last batch of the same worker, with "first_skipped" of a
+reason that is new: the sample and its members; and what its reader says.
 An array whose shape or type does not fit the run stops it; one that is missing, unreadable or not
 finite skips its sample.
 """

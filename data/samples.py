@@ -60,6 +60,7 @@ class SampleCounter:
         self._num_bad = 0  # in _recent
         # the first sample of each reason, with what lay there instead
         self.first: dict[str, str] = {}
+        self._num_told = 0  # of them, by `tell`
 
     def usable(self) -> None:
         """Count a usable sample."""
@@ -80,6 +81,15 @@ class SampleCounter:
         """{reason: count} since the last call."""
         skipped, self._skipped = dict(self._skipped), Counter()
         return skipped
+
+    def tell(self) -> dict[str, dict]:
+        """What a batch says of the samples that were skipped since the one before it.
+
+        "skipped": {reason: count}, and "first_skipped" of each reason that is new.
+        """
+        new = dict(list(self.first.items())[self._num_told :])
+        self._num_told = len(self.first)
+        return {"skipped": self.take_skipped(), **({"first_skipped": new} if new else {})}
 
     def describe(self) -> str:
         """What was skipped since the last take_skipped, and the first case of each reason."""

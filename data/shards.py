@@ -89,8 +89,7 @@ class ShardStream(IterableDataset):
     """An endless, seeded, resumable stream of batches: what one rank reads, split among workers.
 
     sources: a sample for which `decode` raises BadSample is skipped and counted.
-    collate: decoded samples -> batch, to which the stream adds "skipped": {reason: count} since the
-        last batch of this reader.
+    collate: decoded samples -> batch, to which the stream adds SampleCounter.tell of this reader.
     shuffle_buffer: raw samples per block, which each worker holds in memory and permutes; up to 1
         is in order.
 
@@ -213,7 +212,7 @@ class ShardStream(IterableDataset):
             if len(batch) == self.batch_size:
                 drawn += len(batch)
                 self._drawn, self._positions = drawn, list(positions)
-                yield {**self.collate(batch), "skipped": counter.take_skipped()}
+                yield self.collate(batch) | counter.tell()
                 batch = []
 
     def _draw_sources(self, drawn: int, reader: int) -> Iterator[int]:
@@ -403,7 +402,7 @@ def read_batches(
                 continue
             # only now, so that the last batch also counts the bad samples after it
             if len(batch) == batch_size:
-                yield {**collate(batch), "skipped": counter.take_skipped()}
+                yield collate(batch) | counter.tell()
                 batch = []
             batch.append(sample)
             count += 1
@@ -413,7 +412,7 @@ def read_batches(
         text = f"no usable sample in {len(shards)} shards from {shards[0]} on, {counter.describe()}"
         raise NoUsableSample(text)
     if batch:
-        yield {**collate(batch), "skipped": counter.take_skipped()}
+        yield collate(batch) | counter.tell()
 
 
 # ------------------------------------------------------------------------------------------- loader

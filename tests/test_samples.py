@@ -34,10 +34,12 @@ def test_as_many_as_allowed_and_filtered_ones_do_not_stop_it_and_a_share_of_one_
         (count(most, 1.0), 149),
         (count(most, 0.05, "filter: min_longer_side"), 149),
     ):
-        (skipped,) = counter.take_skipped().values()
-        (first,) = counter.first.values()
-        assert (skipped, counter.take_skipped()) == (number, {})
-        assert first in ("00003 (members cls)", "00000 (members cls)")
+        told = counter.tell()
+        (reason,) = counter.first
+        assert told["skipped"] == {reason: number} and told["first_skipped"] == counter.first
+        assert counter.first[reason] in ("00003 (members cls)", "00000 (members cls)")
+        counter.skip("later", reason)
+        assert counter.tell() == {"skipped": {reason: 1}} and counter.tell() == {"skipped": {}}
 
 
 def test_only_the_recent_samples_count():
