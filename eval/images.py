@@ -34,6 +34,7 @@ RULES = {
 }
 CLEAN_SIZE = 299  # pixels, Inception's own
 WHITE = (255, 255, 255)
+SILENCE = f"no batch of images for {TIMEOUT_MINUTES:g} minutes"
 
 
 def list_images(data: Sequence[str]) -> list[Entry]:
@@ -156,7 +157,7 @@ def iterate_images(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that no number is taken from the global one
     )
-    with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, "no batch of images") as watchdog:
+    with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog:
         for batch in batches:
             yield batch
             watchdog.heartbeat()

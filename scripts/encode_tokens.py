@@ -50,6 +50,7 @@ SOURCE_FILE = "source.json"  # what the tokens of the folder are made of
 COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
 STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples at most
 REPORT_SECONDS = 10.0
+SILENCE = f"no images encoded for {TIMEOUT_MINUTES:g} minutes"
 NUM_NAMED = 3  # differences that an error names
 
 
@@ -337,7 +338,7 @@ def encode_shards(
     loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
     samples: dict[int, list[dict]] = defaultdict(list)
     arrived: Counter[int] = Counter()
-    with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, "no images encoded") as watchdog:
+    with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog:
         items = TimedIterator(batches)
         progress = Progress(rank, len(shards), items)
         for item in items:
