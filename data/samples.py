@@ -10,8 +10,9 @@ a resume it starts empty.
 
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -57,18 +58,22 @@ class SampleCounter:
         # None for a usable sample, (name, reason) for a bad one
         self._recent: deque[tuple[str, str] | None] = deque(maxlen=WINDOW)
         self._num_bad = 0  # in _recent
+        # the first sample of each reason, with what lay there instead
+        self.first: dict[str, str] = {}
+        self._num_told = 0  # of them, by `tell`
 
     def usable(self) -> None:
         """Count a usable sample."""
         self._add(None)
 
-    def skip(self, name: str, reason: str) -> None:
-        """Count a sample that is not used.
+    def skip(self, name: str, reason: str, found: str = "") -> None:
+        """Count a sample that is not used. found: what lay there instead, as members_of says it.
 
         Raises:
             ValueError: too many of the recent ones are bad.
         """
         self._skipped[reason] += 1
+        self.first.setdefault(reason, f"{name} ({found})" if found else name)
         if not reason.startswith(DROP):
             self._add((name, reason))
 
@@ -77,10 +82,22 @@ class SampleCounter:
         skipped, self._skipped = dict(self._skipped), Counter()
         return skipped
 
+    def tell(self) -> dict[str, dict]:
+        """What a batch says of the samples that were skipped since the one before it.
+
+        "skipped": {reason: count}, and "first_skipped" of each reason that is new.
+        """
+        new = dict(list(self.first.items())[self._num_told :])
+        self._num_told = len(self.first)
+        return {"skipped": self.take_skipped(), **({"first_skipped": new} if new else {})}
+
     def describe(self) -> str:
-        """What was skipped since the last take_skipped, and the first bad samples of the window."""
-        names = _first_names(filter(None, self._recent))
-        return f"skipped {_counts(self._skipped)}" + (f"; the first bad: {names}" if names else "")
+        """What was skipped since the last take_skipped, and the first case of each reason."""
+        return f"skipped {self._counts(self._skipped)}"
+
+    def _counts(self, counter: Counter[str]) -> str:
+        reasons = [f"{name}: {n}, first {self.first[name]}" for name, n in counter.most_common()]
+        return "; ".join(reasons) or "nothing"
 
     def _add(self, bad: tuple[str, str] | None) -> None:
         recent = self._recent
@@ -91,20 +108,21 @@ class SampleCounter:
         allowed = self.max_bad_share * len(recent)
         if self._num_bad > allowed and len(recent) >= MIN_SAMPLES_FOR_SHARE:
             bad_ones = list(filter(None, recent))
-            reasons = _counts(Counter(reason for _, reason in bad_ones))
+            reasons = self._counts(Counter(reason for _, reason in bad_ones))
+            names = list(dict.fromkeys(name for name, _ in bad_ones))[:NUM_NAMED_IN_ERROR]
             raise ValueError(
                 f"{self.reader}: {len(bad_ones)} of the last {len(recent)} samples are bad, more "
                 f"than max_bad_share = {self.max_bad_share} allows ({reasons}); the first: "
-                f"{_first_names(bad_ones)}. Repair the data, or raise max_bad_share (1 never stops)"
+                f"{', '.join(names)}. Repair the data, or raise max_bad_share (1 never stops)"
             )
 
 
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in counter.most_common()) or "nothing"
-
-
-def _first_names(bad: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(list(dict.fromkeys(name for name, _ in bad))[:NUM_NAMED_IN_ERROR])
+def members_of(sample: Mapping[str, Any]) -> str:
+    """What a raw sample of a tar holds, for messages about what it lacks."""
+    names = [name for name in sample if not name.startswith("__")]
+    text = f"members {' '.join(names) or 'none'}"
+    is_cut = any("." in name for name in names if not name.endswith("npy"))
+    return f"{text}: keys end at the first dot" if is_cut else text
 
 
 def check_fields(config: object, **expected: tuple[bool, str]) -> None:

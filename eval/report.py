@@ -30,6 +30,8 @@ from configs.load import parse_stage_args
 from data.files import write_json
 from data.filters import FilterConfig
 from data.images import ImageTextConfig, image_reader
+from data.storage import shard_states
+from data.tar import expand_shards
 from eval.features import fit_gaussian, frechet_distance, number_groups
 from eval.scores import psnr, retrieval
 from modeling.layers import fingerprint
@@ -80,6 +82,7 @@ def main(config: ReportStage) -> None:
         "sampling": asdict(sampling),
         "tokenizer_fingerprint": fingerprint(parts.tokenizer),
         "flow_fingerprint": fingerprint(parts.flow),
+        "images": shard_states(expand_shards(config.image_shards())),
     }
     if path.is_file() and json.loads(path.read_text()).get("inputs") == inputs:
         print(f"{path}: complete, nothing to do")

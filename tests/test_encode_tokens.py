@@ -2,11 +2,17 @@
 
 import io
 import json
+import os
+import re
+import resource
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 from conftest import shape_sample
@@ -97,30 +103,85 @@ def test_mirrored_and_cropped_views_are_samples_of_their_own(chain, tmp_path, ca
     assert (info.num_samples, info.flip, info.num_crops) == (16, True, 2)
 
 
-def test_what_is_skipped_is_counted_also_over_a_restart_and_an_empty_shard_is_no_error(
-    chain, tmp_path, captioned
+def test_what_is_skipped_is_counted_and_named_and_an_empty_shard_is_no_error(
+    chain, tmp_path, captioned, capsys
 ):
     shards, lenient = [captioned / "a.tar", captioned / "b.tar"], "data.max_bad_share=1"
-    filters = "data.filters.min_longer_side=33"
     assert TokensInfo.load(encode(chain, tmp_path / "good", shards[:1], lenient)).skipped == {}
     folder = encode(chain, tmp_path / "bad", shards, lenient)
     info = TokensInfo.load(folder)
     assert info.num_samples == 5
     assert sum(info.skipped.values()) == 1 and "image: " in next(iter(info.skipped))
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "a.tar",
-        "b.tar",
-        "latent_stats.json",
-        "tokens.json",
-        "vocabulary.json",
-    ]
+    assert re.search(r"image: .*: 1, the first: 00005 \(members png txt", capsys.readouterr().out)
+    names = "a.tar b.tar latent_stats.json source.json tokens.json vocabulary.json"
+    assert sorted(path.name for path in folder.iterdir()) == names.split()
     with pytest.raises(ValueError, match="no usable sample"):  # nothing at all: no statistics
-        encode(chain, tmp_path / "none", shards, lenient, filters)
-    filtered = [
-        json.loads(p.read_text()) for p in sorted((tmp_path / "none/tokens").glob("*.count.json"))
-    ]
-    assert [c["num_samples"] for c in filtered] == [0, 0]
-    assert [sum(c["skipped"].values()) for c in filtered] == [4, 2]
+        encode(chain, tmp_path / "none", shards, lenient, "data.filters.min_longer_side=33")
+    files = sorted((tmp_path / "none/tokens").glob("*.count.json"))
+    filtered = [json.loads(path.read_text()) for path in files]
+    assert [counts["num_samples"] for counts in filtered] == [0, 0]
+    assert [sum(counts["skipped"].values()) for counts in filtered] == [4, 2]
+
+
+# what the tokens are made of
+
+
+def remake(path, sample):
+    """A shard under the same name: as it was, with another sample, or only touched."""
+    samples = [shape_sample(number) for number in range(4)]
+    if sample is not None:
+        samples[2] |= sample
+    write_shard(path, samples)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize(
+    "sample", [{"txt": "a corrected caption"}, {"png": shape_sample(9)["png"]}, None]
+)
+def test_image_shards_made_anew_under_the_same_names_are_refused(chain, tmp_path, sample, is_whole):
+    for name in "ab":
+        remake(tmp_path / f"{name}.tar", None)
+    shards = [f"{tmp_path}/*.tar"]
+    folder = encode(chain, tmp_path / "run", shards)
+    before = contents(folder)
+    assert contents(encode(chain, tmp_path / "run", shards)) == before
+    if not is_whole:
+        (folder / "tokens.json").unlink()
+        (folder / "a.tar").unlink()
+    remake(tmp_path / "b.tar", sample)
+    with pytest.raises(ValueError, match=r"source: images\.b\.tar was .*bytes, .* is .*Delete it"):
+        encode(chain, tmp_path / "run", shards)
+    # they are the same after all, says the user
+    (folder / "source.json").unlink()
+    encode(chain, tmp_path / "run", shards)
+    after = contents(folder)
+    assert after.pop("source.json") != before.pop("source.json") and after == before
+
+
+def test_a_shard_of_a_store_that_was_made_anew_is_refused(chain, tmp_path):
+    store, shards = fsspec.filesystem("memory"), ["memory://images/a.tar"]
+    for number in (16, 24):
+        write_shard(tmp_path / "a.tar", [shape_sample(i) for i in range(number)])
+        store.pipe_file("/images/a.tar", (tmp_path / "a.tar").read_bytes())
+        if number == 16:
+            encode(chain, tmp_path / "run", shards)
+    with pytest.raises(ValueError, match=r"images\.a\.tar was size \d+, is size \d+"):
+        encode(chain, tmp_path / "run", shards)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("data.captions.keys=[recap_txt]", "data.captions.keys was"),
+        ("data.filters.min_longer_side=20", "data.filters.min_longer_side was 0, is 20"),
+        ("data.background=[0,0,0]", "data.background was [255, 255, 255], is [0, 0, 0]"),
+        ("precision=bf16", "precision was fp32, is bf16"),
+    ],
+)
+def test_tokens_of_other_options_are_refused(chain, tmp_path, captioned, option, named):
+    encode(chain, tmp_path, [captioned / "a.tar"])
+    with pytest.raises(ValueError, match=re.escape(named)):
+        encode(chain, tmp_path, [captioned / "a.tar"], option)
 
 
 def test_the_number_of_workers_changes_no_byte(chain, tmp_path, tiny_shards):
@@ -130,15 +191,12 @@ def test_the_number_of_workers_changes_no_byte(chain, tmp_path, tiny_shards):
 
 
 def test_bf16_encodes_nearly_the_same_latents(chain, tmp_path, captioned):
-    folders = [
-        encode(chain, tmp_path / p, [captioned / "a.tar"], f"precision={p}")
+    exact, half = (
+        samples_of(encode(chain, tmp_path / p, [captioned / "a.tar"], f"precision={p}"))
         for p in ("fp32", "bf16")
-    ]
-    exact, half = map(samples_of, folders)
-    differences = [
-        np.abs(latent(exact[key]).astype(float) - latent(half[key])).max() for key in exact
-    ]
-    assert 0 < max(differences) < 0.2
+    )
+    differences = [latent(exact[key]).astype(float) - latent(half[key]) for key in exact]
+    assert 0 < np.abs(differences).max() < 0.2
 
 
 def test_each_data_set_of_a_mixture_keeps_its_own_filters(chain, tmp_path, captioned):
@@ -149,37 +207,23 @@ def test_each_data_set_of_a_mixture_keeps_its_own_filters(chain, tmp_path, capti
     assert info.num_samples == 1 and info.skipped["filter: min_longer_side"] == 4
 
 
-def test_states_of_one_caption_are_not_stored_for_several(chain):
-    for option in (
-        "data.captions.keys=[json:captions]",
-        "data.captions.recaption_keys=[recap_txt]",
-    ):
-        with pytest.raises(
-            ValueError, match="store_text_states=true stores the states of one caption"
-        ):
-            chain.config("tokens", option)
+@pytest.mark.parametrize("option", ["keys=[json:captions]", "recaption_keys=[recap_txt]"])
+def test_states_of_one_caption_are_not_stored_for_several(chain, option):
+    with pytest.raises(ValueError, match="store_text_states=true stores .* of one caption"):
+        chain.config("tokens", f"data.captions.{option}")
 
 
 def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain, tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
     for shard in range(6):
-        write_shard(
-            images / f"{shard}.tar",
-            [shape_sample(number) for number in range(shard * 40, shard * 40 + 40)],
-        )
-    options = [f"data.shards=[{images}/*.tar]", "data.num_workers=1", "batch_size=4"]
+        samples = [shape_sample(number) for number in range(shard * 40, shard * 40 + 40)]
+        write_shard(tmp_path / f"{shard}.tar", samples)
+    options = [f"data.shards=[{tmp_path}/*.tar]", "data.num_workers=1", "batch_size=4"]
     whole = chain.run_in(tmp_path / "whole", "tokens", *options)
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.encode_tokens",
-        *program(chain, tmp_path / "killed", "tokens", *options),
-    ]
+    words = program(chain, tmp_path / "killed", "tokens", *options)
     folder, kills = tmp_path / "killed" / "tokens", 0
     rng = np.random.default_rng(0)
     for _ in range(4):
-        process = start(command)
+        process = start([sys.executable, "-m", "scripts.encode_tokens", *words])
         while not (folder / "source.json").is_file() and process.poll() is None:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
@@ -190,6 +234,86 @@ def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain,
             break
     chain.run_in(tmp_path / "killed", "tokens", *options)
     assert kills and contents(folder) == contents(whole)
+
+
+# disks, workers, shared memory
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(chain, tmp_path, captioned):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large.*run/tokens/a.tar"):
+            encode(chain, tmp_path / "run", [captioned / "a.tar"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    names = {path.name for path in (tmp_path / "run/tokens").iterdir()}
+    assert names == {"source.json", "a.tar.count.json"}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_shard_of_which_not_all_images_arrived_is_not_written(
+    chain, tmp_path, captioned, monkeypatch, lost
+):
+    build = encode_tokens.build_encoding_loader
+
+    def lossy(*arguments):
+        return [item for number, item in enumerate(build(*arguments)) if number != lost]
+
+    monkeypatch.setattr(encode_tokens, "build_encoding_loader", lossy)
+    with pytest.raises(ChildProcessError, match=r"a\.tar is not written: of the 4 .* 2 arrived"):
+        encode(chain, tmp_path, [captioned / "a.tar"], "batch_size=2")
+    assert not list((tmp_path / "tokens").glob("*.tar"))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A shard of 800 images, which are 2.5 MB as pixels."""
+    sample, path = shape_sample(0), tmp_path_factory.mktemp("many") / "many.tar"
+    write_shard(path, ({**sample, "__key__": f"{i:05d}"} for i in range(800)))
+    return path
+
+
+# what leaves 1 MB of shared memory to the command after it; the second without privileges
+SMALL_MEMORY = {
+    "mount": 'unshare -m sh -c "mount -t tmpfs -o size=1m tmpfs /dev/shm && $*"',
+    "limit": "ulimit -f 1024; $*",
+}
+
+
+@pytest.mark.parametrize("how", SMALL_MEMORY)
+@pytest.mark.parametrize("name", ["encoding", "training", "evaluation"])
+def test_too_little_shared_memory_ends_the_program_with_one_line(chain, tmp_path, many, name, how):
+    command = ["bash", "-c", SMALL_MEMORY[how], "-"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    if name == "evaluation":
+        words = ["-m", "eval.reconstruction", chain.folder / "tokenizer", many, "--output"]
+        words += [tmp_path / "r.json", "--batch-size=800", "--num-workers=2", "--device=cpu"]
+    else:
+        script = ["-m", "scripts.encode_tokens"] if name == "encoding" else ["train_tokenizer.py"]
+        stage, prefix = ("tokens", "") if name == "encoding" else ("tokenizer", "training.")
+        options = [f"data.shards=[{many}]", "data.num_workers=2", f"{prefix}batch_size=800"]
+        words = script + program(chain, tmp_path, stage, *options)
+    process = start([*command, sys.executable, *map(str, words)])
+    output, _ = process.communicate(timeout=120)
+    lines = [line for line in output.splitlines() if "error: " in line]
+    assert process.returncode == 2 and len(lines) == 1, output
+    assert re.search(r"batch of 2\.\d MB in /dev/shm, where .* --shm-size", lines[0]), output
+    assert not list(tmp_path.rglob("*.tar*")) and not (tmp_path / "r.json").exists()
+
+
+def test_a_worker_that_is_killed_ends_encoding_with_one_line(chain, tmp_path, many):
+    options = [f"data.shards=[{many}]", "data.num_workers=1", "batch_size=1"]
+    words = program(chain, tmp_path, "tokens", *options)
+    process = start([sys.executable, "-m", "scripts.encode_tokens", *words])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not children.read_text():
+        time.sleep(0.01)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "a data worker" in output, output
+    assert "Traceback" not in output and not list((tmp_path / "tokens").glob("*.tar")), output
 
 
 def test_the_program_reports_a_bad_tokenizer_run_in_one_line(chain, tmp_path):

@@ -2,23 +2,23 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from test_resume import ROOT, environment, program, start, state
+from test_resume import program, start, state
 from tiny_experiment import equal, metrics
+from torch.utils.data import DataLoader
 
+from data.workers import start_worker
 from training import checkpoint as ckpt
-from training.supervise import STOPPED_STATUS, StopRequest
+from training import supervise
+from training.supervise import STOPPED_STATUS, StopRequest, watched
 
-LONG = [
-    "training.max_steps=100000",
-    "training.checkpoint_every_steps=100000",
-    "training.log_every_steps=7",
-]
-LONG += ["training.sample_every_steps=0", "optimizer.schedule=constant"]
+LONG = ["training.max_steps=100000", "training.checkpoint_every_steps=100000"]
+LONG += ["training.log_every_steps=7", "training.sample_every_steps=0"]
+LONG += ["optimizer.schedule=constant"]
 
 
 def test_without_a_signal_or_limit_nothing_stops():
@@ -57,21 +57,50 @@ with StopRequest(time.monotonic(), 0.0, 60.0):
 
 
 def test_a_second_signal_ends_at_once_unless_it_comes_with_the_first():
-    command = [sys.executable, "-c", SECOND_SIGNAL]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert (result.stdout, result.returncode) == ("goes on\n", 128 + signal.SIGTERM)
+    process = start([sys.executable, "-c", SECOND_SIGNAL])
+    output, _ = process.communicate(timeout=120)
+    assert (output, process.returncode) == ("goes on\n", 128 + signal.SIGTERM)
+
+
+def read_item(item):
+    """In a data worker: items that are signals end it."""
+    return os.kill(os.getpid(), item) if isinstance(item, signal.Signals) else item
+
+
+def loader_of(items):
+    options = {"batch_size": None, "num_workers": 2, "worker_init_fn": start_worker}
+    return DataLoader(items, collate_fn=read_item, **options)
+
+
+@pytest.mark.parametrize(
+    ("item", "named"),
+    [
+        (signal.SIGKILL, "was killed (SIGKILL): if memory ran out"),
+        (signal.SIGBUS, "was killed (SIGBUS): give the container a larger /dev/shm"),
+        (lambda: "what no pipe takes", "ended with status 1"),
+    ],
+)
+def test_a_worker_that_dies_or_cannot_send_a_batch_ends_the_program_with_one_line(item, named):
+    with pytest.raises(ChildProcessError) as error, watched(loader_of([1, 2, item, 3])) as batches:
+        list(batches)
+    assert "a data worker (process " in str(error.value) and named in str(error.value)
+
+
+def test_workers_that_have_no_more_data_are_no_fault(monkeypatch):
+    monkeypatch.setattr(supervise, "WORKER_GRACE_SECONDS", 0)
+    monkeypatch.setattr(supervise, "abort", lambda reason: aborted.append(reason))
+    aborted = []
+    with watched(loader_of(range(4))) as batches:
+        assert list(batches) == [0, 1, 2, 3]
+        time.sleep(0.5)
+    assert not aborted
 
 
 def wait_for_steps(run, process):
     """Until the first line of the log is there."""
-    deadline = time.monotonic() + 200
-    while (
-        not (run / "metrics.jsonl").is_file()
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
+    for _ in range(10_000):
+        if (run / "metrics.jsonl").is_file() or process.poll() is not None:
+            break
         time.sleep(0.02)
 
 
@@ -80,12 +109,8 @@ def test_a_signalled_training_checkpoints_and_ends_with_its_status_and_goes_on_l
     chain, tmp_path, number
 ):
     folder = tmp_path / "stopped"
-    command = [
-        sys.executable,
-        "train_tokenizer.py",
-        *program(chain, folder, "tokenizer", *LONG, "data.num_workers=1"),
-    ]
-    process, run = start(command), folder / "tokenizer"
+    words = program(chain, folder, "tokenizer", *LONG, "data.num_workers=1")
+    process, run = start([sys.executable, "train_tokenizer.py", *words]), folder / "tokenizer"
     wait_for_steps(run, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
@@ -110,17 +135,13 @@ def test_max_hours_stops_cleanly(chain, tmp_path):
 
 
 def test_two_processes_stop_together_when_one_is_told_to(chain, tmp_path):
-    flags = (
-        "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 --mixed_precision no"
-    )
-    flags += " --dynamo_backend no --num_cpu_threads_per_process 1"
+    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 "
+    flags += "--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
     words = ["train_tokenizer.py", *program(chain, tmp_path, "tokenizer", *LONG)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *words]
     process, run = start(command, ACCELERATE_USE_CPU="true"), tmp_path / "tokenizer"
     wait_for_steps(run, process)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGUSR1)  # one of the two trainers
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -134,9 +155,7 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(chain, tmp_path):
     command = [sys.executable, "train_tokenizer.py", *program(chain, tmp_path, "tokenizer", *LONG)]
     process = start(command)
     wait_for_steps(tmp_path / "tokenizer", process)
-    with pytest.raises(
-        ValueError, match=rf"is being trained by another process: process {process.pid} on "
-    ):
+    with pytest.raises(ValueError, match=f"by another process: process {process.pid} on "):
         chain.run_in(tmp_path, "tokenizer", *LONG)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)

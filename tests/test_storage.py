@@ -3,6 +3,7 @@
 import gzip
 import re
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
@@ -12,7 +13,7 @@ from test_shards import make_shards, make_stream, same, take
 
 from data import storage
 from data.shards import build_loader
-from data.storage import ShardError, open_shard
+from data.storage import ShardError, open_shard, shard_states
 from data.tar import count_samples, read_shard
 
 torch.set_num_threads(1)
@@ -56,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         self.send_header("Content-Length", str(end - start))
+        self.send_header("ETag", f'"{zlib.crc32(data)}"')
         self.end_headers()
         if with_body:
             server.ranges.append((start, end))
@@ -96,6 +98,17 @@ def test_a_shard_in_another_store_reads_like_the_local_one(tmp_path):
     (path,) = make_shards(tmp_path, [30])
     fsspec.filesystem("memory").pipe_file("/store/a.tar", (tmp_path / "s-000.tar").read_bytes())
     assert list(read_shard("memory://store/a.tar")) == list(read_shard(path))
+
+
+def test_the_state_of_a_shard_is_another_once_it_is_made_anew(tmp_path, server):
+    (path,) = make_shards(tmp_path, [3])
+    names = [path, server.url("s-000.tar"), server.url("none.tar"), str(tmp_path / "none.tar")]
+    before = shard_states(names)
+    assert shard_states(names) == before and before[2:] == ["", ""]
+    make_shards(tmp_path, [3], bad=[1])  # of the same size
+    after = shard_states(names)
+    assert all(old != new for old, new in zip(before[:2], after[:2], strict=True))
+    assert after[0].startswith("10240 bytes, ") and after[1].startswith("size 10240, ETag ")
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from data.files import write_text
+from training.errors import printable
 from training.run import Run
 
 WANDB_FILE = "wandb_id"  # in the run folder
@@ -204,6 +205,7 @@ class TimedIterator:
         self._batches = batches
         self._seconds = 0.0
         self._skipped: Counter[str] = Counter()
+        self._told: set[str] = set()
 
     def __iter__(self) -> "TimedIterator":
         return self
@@ -213,6 +215,10 @@ class TimedIterator:
         batch = next(self._batches)
         self._seconds += time.perf_counter() - start
         self._skipped.update(batch.pop("skipped", {}))
+        for reason, sample in batch.pop("first_skipped", {}).items():
+            if reason not in self._told:  # once, though each data worker has a first one
+                self._told.add(reason)
+                print(printable(f"skipped, {reason}: the first is {sample}"), flush=True)
         return batch
 
     def take_seconds(self) -> float:

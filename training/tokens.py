@@ -1,8 +1,8 @@
-"""Folders of token shards and what they say about themselves; tokens and captions as stages use them.
+"""Folders of token shards and what they say; tokens and captions as stages use them.
 
-scripts/encode_tokens.py writes latent_stats.json beside the shards, and tokens.json, which marks the
-folder as complete. Stages 2 and 3 check the one against their tokenizer's run and take the latent
-scale from the other.
+scripts/encode_tokens.py writes latent_stats.json beside the shards, and tokens.json, which marks
+the folder as complete. Stages 2 and 3 check the one against their tokenizer's run and take the
+latent scale from the other.
 """
 
 import json
@@ -32,14 +32,13 @@ TOKENS_INFO_FILE, LATENT_STATS_FILE = "tokens.json", "latent_stats.json"
 
 @dataclass
 class LatentStats:
-    """Statistics of the latents of the first `num_samples` samples, in the tokenizer's own scale."""
+    """Statistics of the first `num_samples` samples' latents, in the tokenizer's own scale."""
 
     num_samples: int
     channel_mean: list[float]  # of the posterior means, over samples and tokens
     channel_std: list[float]
-    latent_scale: (
-        float  # 1 / deviation of the sampled latents over everything: z_I = latent_scale * latent
-    )
+    # 1 / deviation of the sampled latents over everything: z_I = latent_scale * latent
+    latent_scale: float
 
 
 @dataclass
@@ -170,8 +169,8 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
         for name in ("tokenizer_fingerprint", "text_encoder_fingerprint", "has_text_states"):
             if getattr(info, name) != getattr(first, name):
                 raise ValueError(
-                    f"token shards that do not go together: {name} is {getattr(first, name)} in {first_folder}, "
-                    f"{getattr(info, name)} in {folder}"
+                    f"token shards that do not go together: {name} is {getattr(first, name)} in "
+                    f"{first_folder}, {getattr(info, name)} in {folder}"
                 )
     total = sum(info.num_samples for info in infos.values())
     variance = sum(info.num_samples / info.latent_scale**2 for info in infos.values()) / max(
