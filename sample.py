@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from data.entries import Entry
-from data.files import check_writable
+from data.files import check_writable, read_text_file
 from eval.captioning import (
     Captioned,
     caption_images,
@@ -114,11 +114,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """
     prompts = args.prompts or args.interpolate
     if args.prompts_file:
-        if not args.prompts_file.is_file():
-            raise ValueError(f"--prompts-file {args.prompts_file} does not exist")
-        lines = args.prompts_file.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # splitlines would also split at U+2028
+        # splitlines would also split at U+2028
+        lines = read_text_file(args.prompts_file).split("\n")
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
         prompts = list(read_run_config(flow_folder(args.run)).pictures.captions)

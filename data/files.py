@@ -1,4 +1,7 @@
-"""Writing files whole: aside, synced, renamed. A killed process leaves the old file or the new one."""
+"""Files: written whole (aside, synced, renamed), and text files read whatever their encoding.
+
+A killed process leaves the old file or the new one.
+"""
 
 import json
 import os
@@ -6,7 +9,64 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
+
+# --------------------------------------------------------------------------------------- text files
+
+
+def decode_text(data: bytes, errors: str = "strict") -> str:
+    """UTF-8, or UTF-16 or -32 by its byte order mark or its zeros; errors: of what is none of them.
+
+    Raises:
+        UnicodeDecodeError: it is in another encoding.
+    """
+    try:
+        return data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError:
+        return data.decode("utf-8", errors)
+
+
+def read_text_file(path: str | Path) -> str:
+    """A text file, its lines ending in \n.
+
+    Raises:
+        ValueError: it cannot be read, or is in another encoding; names it.
+    """
+    try:
+        text = decode_text(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} {not_unicode(error)}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def open_text(path: str | Path, newline: str) -> TextIO:
+    """A text file of any length; what is not UTF-8 is escaped (surrogateescape)."""
+    with open(path, "rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    return open(path, encoding=encoding, errors=errors, newline=newline)
+
+
+def not_unicode(error: UnicodeDecodeError) -> str:
+    """What an error of decoding says after the name of the file."""
+    given = error.object[error.start : error.start + 4]
+    return f"is not UTF-8, UTF-16 or UTF-32 at byte {error.start}: {given!r}; save it as UTF-8"
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def errors_naming(path: str | Path) -> Iterator[None]:
+    """Errors of a full or broken disk name the file; the system does so only on opening it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 @contextmanager
@@ -14,10 +74,13 @@ def written_whole(path: str | Path, writer: str = "") -> Iterator[BinaryIO]:
     """A file to write to, which gets its name once the block ends without an error.
 
     writer: tells the unfinished files of processes apart that may write the same file at once.
+
+    Raises:
+        OSError: naming the file.
     """
     partial = Path(f"{path}{writer and f'.{writer}'}.tmp")
     try:
-        with open(partial, "wb") as file:
+        with errors_naming(path), open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -27,7 +90,9 @@ def written_whole(path: str | Path, writer: str = "") -> Iterator[BinaryIO]:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold; nothing is left there.
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Nothing is left there.
 
     Raises:
         ValueError: it is a folder, or no file can be made where it is to be.

@@ -10,8 +10,9 @@ a resume it starts empty.
 
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -54,23 +55,23 @@ class SampleCounter:
         self.max_bad_share = max_bad_share
         self.reader = reader
         self._skipped: Counter[str] = Counter()
-        # None for a usable sample, (name, reason) for a bad one
-        self._recent: deque[tuple[str, str] | None] = deque(maxlen=WINDOW)
+        # None for a usable sample, (name, reason, what lay there instead) for a bad one
+        self._recent: deque[tuple[str, str, str] | None] = deque(maxlen=WINDOW)
         self._num_bad = 0  # in _recent
 
     def usable(self) -> None:
         """Count a usable sample."""
         self._add(None)
 
-    def skip(self, name: str, reason: str) -> None:
-        """Count a sample that is not used.
+    def skip(self, name: str, reason: str, found: str = "") -> None:
+        """Count a sample that is not used. found: what lay there instead, as members_of says it.
 
         Raises:
             ValueError: too many of the recent ones are bad.
         """
         self._skipped[reason] += 1
         if not reason.startswith(DROP):
-            self._add((name, reason))
+            self._add((name, reason, found))
 
     def take_skipped(self) -> dict[str, int]:
         """{reason: count} since the last call."""
@@ -82,7 +83,7 @@ class SampleCounter:
         names = _first_names(filter(None, self._recent))
         return f"skipped {_counts(self._skipped)}" + (f"; the first bad: {names}" if names else "")
 
-    def _add(self, bad: tuple[str, str] | None) -> None:
+    def _add(self, bad: tuple[str, str, str] | None) -> None:
         recent = self._recent
         if len(recent) == WINDOW and recent[0] is not None:
             self._num_bad -= 1
@@ -91,7 +92,7 @@ class SampleCounter:
         allowed = self.max_bad_share * len(recent)
         if self._num_bad > allowed and len(recent) >= MIN_SAMPLES_FOR_SHARE:
             bad_ones = list(filter(None, recent))
-            reasons = _counts(Counter(reason for _, reason in bad_ones))
+            reasons = _counts(Counter(reason for _, reason, _ in bad_ones))
             raise ValueError(
                 f"{self.reader}: {len(bad_ones)} of the last {len(recent)} samples are bad, more "
                 f"than max_bad_share = {self.max_bad_share} allows ({reasons}); the first: "
@@ -103,8 +104,21 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{name}: {count}" for name, count in counter.most_common()) or "nothing"
 
 
-def _first_names(bad: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(list(dict.fromkeys(name for name, _ in bad))[:NUM_NAMED_IN_ERROR])
+def _first_names(bad: Iterable[tuple[str, str, str]]) -> str:
+    """The first names; of the first one of each reason, what lay there."""
+    names, reasons = {}, set()
+    for name, reason, found in bad:
+        names.setdefault(name, f"{name} ({found})" if found and reason not in reasons else name)
+        reasons.add(reason)
+    return ", ".join(list(names.values())[:NUM_NAMED_IN_ERROR])
+
+
+def members_of(sample: Mapping[str, Any]) -> str:
+    """What a raw sample of a tar holds, for messages about what it lacks."""
+    names = [name for name in sample if not name.startswith("__")]
+    text = f"members {' '.join(names) or 'none'}"
+    is_cut = any("." in name for name in names if not name.endswith("npy"))
+    return f"{text}: keys end at the first dot" if is_cut else text
 
 
 def check_fields(config: object, **expected: tuple[bool, str]) -> None:

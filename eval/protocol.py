@@ -16,6 +16,7 @@ import numpy as np
 
 from data.captions import strings
 from data.entries import load_json
+from data.files import read_text_file
 from eval.images import CLEAN_SIZE, ResizeRule, entry_captions, image_name, list_images
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
@@ -236,14 +237,9 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
         return [Caption(text, image_name(entry)) for text, entry in zip(texts, entries)]
     if len(names) > 1:
         raise ValueError(f"captions is one file, or folders and shards, got {names}")
-    # One file; a byte order mark is no part of its first caption
+    # One file
     path = files[0]
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(f"captions file {path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    text = read_text_file(path)
     if path.suffix == ".json":
         return _from_json(path, load_json(text))
     # splitlines would also split at what a caption may hold, such as U+2028
