@@ -14,7 +14,6 @@ import math
 import os
 import re
 import stat
-import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from fsspec.utils import infer_compression
 from PIL import Image
 
 from data.captions import clean_caption, strings
-from data.files import decode_text, errors_naming
+from data.files import decode_text, errors_naming, same_name
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
 from data.tar import scan_file
@@ -290,11 +289,6 @@ def _names_like(path: str) -> list[str]:
         if other != name and same_name(other).partition(".")[0].casefold() == stem
     ]
     return sorted(others)[:NUM_NAMES]
-
-
-def same_name(name: str) -> str:
-    """A name in one Unicode form: disks, archives and tables have others for the same letters."""
-    return unicodedata.normalize("NFC", name)
 
 
 # -------------------------------------------------------------------------------------- inside tars

@@ -28,9 +28,8 @@ from data.entries import (
     list_samples,
     load_json,
     no_image,
-    same_name,
 )
-from data.files import not_unicode, open_text
+from data.files import not_unicode, open_text, same_name
 from data.processes import map_in_processes
 from data.storage import is_remote
 from data.tar import expand_shards
