@@ -8,18 +8,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.captions import Tokenize
 from data.config import SourceConfig, open_sources
 from data.images import ImageTextConfig, collate_images, decode_image
-from data.samples import SampleDraws
+from data.samples import SampleCounter, SampleDraws
 from data.shards import NoUsableSample, Source, read_batches
 from data.transforms import IMAGE_KEYS
+from data.workers import share_batch, start_worker
 
 PREFETCH_BATCHES = 4  # that each worker keeps ready
 LARGEST_MEMBER = 1 << 20  # bytes; longer ones are no text
@@ -82,11 +82,19 @@ def encoding_sources(config: ImageTextConfig, image_size: int, num_crops: int) -
     return [replace(source, shards=(path,)) for source in sources for path in source.shards]
 
 
+class ShardEnd(NamedTuple):
+    """What was read of a shard: images, {reason: samples skipped} and {reason: the first one}."""
+
+    num_images: int
+    skipped: dict[str, int]
+    first: dict[str, str]
+
+
 @dataclass
 class EncodingReader(IterableDataset):
     """Items of this worker's shards: {"shard": index} and a batch; after each {"shard", "end"}.
 
-    "end": {reason: count} of what the shard skipped.
+    "end": a ShardEnd.
     """
 
     sources: Sequence[Source]
@@ -98,16 +106,19 @@ class EncodingReader(IterableDataset):
         info = get_worker_info()
         first, step = (info.id, info.num_workers) if info else (0, 1)
         for index in range(first, len(self.sources), step):
+            counter = SampleCounter(self.max_bad_share, self.sources[index].shards[0])
             skipped: Counter[str] = Counter()
+            num_read = 0
             collate = partial(collate_views, self.tokenize)
             shard = [self.sources[index]]
             try:
-                for batch in read_batches(shard, collate, self.batch_size, self.max_bad_share):
+                for batch in read_batches(shard, collate, self.batch_size, counter):
                     skipped.update(batch.pop("skipped"))
+                    num_read += len(batch["key"])
                     yield {"shard": index, **batch}
-            except NoUsableSample as error:  # all filtered: an empty token shard
-                skipped.update(error.skipped)
-            yield {"shard": index, "end": dict(skipped)}
+            except NoUsableSample:  # all filtered: an empty token shard
+                skipped.update(counter.take_skipped())
+            yield {"shard": index, "end": ShardEnd(num_read, dict(skipped), counter.first)}
 
 
 def build_encoding_loader(
@@ -125,9 +136,6 @@ def build_encoding_loader(
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if workers else None,
+        collate_fn=share_batch,
+        worker_init_fn=start_worker,
     )
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

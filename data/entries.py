@@ -28,10 +28,10 @@ from fsspec.utils import infer_compression
 from PIL import Image
 
 from data.captions import clean_caption, strings
-from data.files import decode_text, errors_naming, same_name
+from data.files import decode_text, errors_naming
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
-from data.tar import scan_file
+from data.tar import one_form, scan_file
 from data.transforms import FORMATS, IMAGE_KEYS
 
 # bytes of an entry's line, the first entry of the same image, whether its key came before, whether
@@ -282,11 +282,11 @@ def _instead_of(path: str) -> str:
 def _names_like(path: str) -> list[str]:
     """Other files in the folder of one, with its name up to the first dot, in whatever case."""
     folder, name = os.path.split(path)
-    stem = same_name(name).partition(".")[0].casefold()
+    stem = one_form(name).partition(".")[0].casefold()
     others = [
         other
         for other in os.listdir(folder or ".")
-        if other != name and same_name(other).partition(".")[0].casefold() == stem
+        if other != name and one_form(other).partition(".")[0].casefold() == stem
     ]
     return sorted(others)[:NUM_NAMES]
 

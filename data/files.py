@@ -6,17 +6,10 @@ A killed process leaves the old file or the new one.
 import json
 import os
 import tempfile
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
-
-
-def same_name(name: str) -> str:
-    """A name in one Unicode form: disks, archives and tables have others for the same letters."""
-    return unicodedata.normalize("NFC", name)
-
 
 # --------------------------------------------------------------------------------------- text files
 

@@ -15,6 +15,7 @@ from data.config import ReaderConfig, SourceConfig
 from data.readers import Reader, take_caption
 from data.samples import BadSample, SampleDraws, check_fields
 from data.transforms import (
+    HEIF_KEYS,
     IMAGE_KEYS,
     Resize,
     center_crop,
@@ -92,6 +93,8 @@ def image_bytes(sample: dict[str, Any]) -> bytes:
         BadSample: it has none.
     """
     data = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
+    if data is None and any(key in sample for key in HEIF_KEYS):
+        raise BadSample("image: HEIC needs the package pillow-heif")
     if data is None:
         raise BadSample("image: missing")
     return data

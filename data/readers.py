@@ -1,4 +1,6 @@
-"""What the stages read: stored tokens or captions (images: data/images.py) -> batches, as a stream or in one pass.
+"""What the stages read: stored tokens, captions (images: data/images.py) -> batches.
+
+They come as a stream, or in one pass.
 
 A sample, for K = 77 tokens of C = 16 channels and a text tower of L x T = 77 x 768:
     000000012.jpg         images; or another extension of IMAGE_KEYS
@@ -27,7 +29,7 @@ import torch
 
 from data.captions import Tokenize, collate_text, metadata_of
 from data.config import ReaderConfig, SourceConfig, open_sources
-from data.samples import BadSample, SampleDraws, check_fields
+from data.samples import BadSample, SampleCounter, SampleDraws, check_fields
 from data.shards import Collate, ShardLoader, ShardStream, build_loader, read_batches
 
 
@@ -97,7 +99,7 @@ class Reader:
             sources=open_sources(self.config, self.decode, shards),
             collate=self.collate,
             batch_size=batch_size,
-            max_bad_share=self.config.max_bad_share,
+            counter=SampleCounter(self.config.max_bad_share, "reading in order"),
             limit=limit,
         )
 

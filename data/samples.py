@@ -10,7 +10,7 @@ a resume it starts empty.
 
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -55,9 +55,11 @@ class SampleCounter:
         self.max_bad_share = max_bad_share
         self.reader = reader
         self._skipped: Counter[str] = Counter()
-        # None for a usable sample, (name, reason, what lay there instead) for a bad one
-        self._recent: deque[tuple[str, str, str] | None] = deque(maxlen=WINDOW)
+        # None for a usable sample, (name, reason) for a bad one
+        self._recent: deque[tuple[str, str] | None] = deque(maxlen=WINDOW)
         self._num_bad = 0  # in _recent
+        # the first sample of each reason, with what lay there instead
+        self.first: dict[str, str] = {}
 
     def usable(self) -> None:
         """Count a usable sample."""
@@ -70,8 +72,9 @@ class SampleCounter:
             ValueError: too many of the recent ones are bad.
         """
         self._skipped[reason] += 1
+        self.first.setdefault(reason, f"{name} ({found})" if found else name)
         if not reason.startswith(DROP):
-            self._add((name, reason, found))
+            self._add((name, reason))
 
     def take_skipped(self) -> dict[str, int]:
         """{reason: count} since the last call."""
@@ -79,11 +82,14 @@ class SampleCounter:
         return skipped
 
     def describe(self) -> str:
-        """What was skipped since the last take_skipped, and the first bad samples of the window."""
-        names = _first_names(filter(None, self._recent))
-        return f"skipped {_counts(self._skipped)}" + (f"; the first bad: {names}" if names else "")
+        """What was skipped since the last take_skipped, and the first case of each reason."""
+        return f"skipped {self._counts(self._skipped)}"
 
-    def _add(self, bad: tuple[str, str, str] | None) -> None:
+    def _counts(self, counter: Counter[str]) -> str:
+        reasons = [f"{name}: {n}, first {self.first[name]}" for name, n in counter.most_common()]
+        return "; ".join(reasons) or "nothing"
+
+    def _add(self, bad: tuple[str, str] | None) -> None:
         recent = self._recent
         if len(recent) == WINDOW and recent[0] is not None:
             self._num_bad -= 1
@@ -92,25 +98,13 @@ class SampleCounter:
         allowed = self.max_bad_share * len(recent)
         if self._num_bad > allowed and len(recent) >= MIN_SAMPLES_FOR_SHARE:
             bad_ones = list(filter(None, recent))
-            reasons = _counts(Counter(reason for _, reason, _ in bad_ones))
+            reasons = self._counts(Counter(reason for _, reason in bad_ones))
+            names = list(dict.fromkeys(name for name, _ in bad_ones))[:NUM_NAMED_IN_ERROR]
             raise ValueError(
                 f"{self.reader}: {len(bad_ones)} of the last {len(recent)} samples are bad, more "
                 f"than max_bad_share = {self.max_bad_share} allows ({reasons}); the first: "
-                f"{_first_names(bad_ones)}. Repair the data, or raise max_bad_share (1 never stops)"
+                f"{', '.join(names)}. Repair the data, or raise max_bad_share (1 never stops)"
             )
-
-
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in counter.most_common()) or "nothing"
-
-
-def _first_names(bad: Iterable[tuple[str, str, str]]) -> str:
-    """The first names; of the first one of each reason, what lay there."""
-    names, reasons = {}, set()
-    for name, reason, found in bad:
-        names.setdefault(name, f"{name} ({found})" if found and reason not in reasons else name)
-        reasons.add(reason)
-    return ", ".join(list(names.values())[:NUM_NAMED_IN_ERROR])
 
 
 def members_of(sample: Mapping[str, Any]) -> str:

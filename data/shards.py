@@ -33,14 +33,15 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data.samples import BadSample, SampleCounter, SampleDraws
+from data.samples import BadSample, SampleCounter, SampleDraws, members_of
 from data.storage import ShardError, is_remote, open_shard
-from data.tar import scan_shard
+from data.tar import one_form, scan_shard
+from data.workers import share_batch, start_worker, with_short_errors
 
 PREFETCH_BATCHES = 2  # batches that each worker keeps ready
 DRAWS_PER_BLOCK = 1024  # of sources, made at once
+AGAIN = "__again__"  # in a raw sample whose key came before in its shard
 LOST_EPOCHS = 10  # in a row in which a reader can read none of its shards; in each it has others
-WORKER_ERROR = "Caught ValueError in DataLoader worker process"  # how torch begins the text of one
 DATA_SETTINGS = ("seed", "num_sources", "num_shards", "shard_names_crc32")
 
 # (raw sample, its random numbers; None: read in order, nothing drawn) -> decoded; may raise
@@ -60,11 +61,7 @@ class Source:
 
 
 class NoUsableSample(ValueError):
-    """Shards were read to their end and gave nothing. skipped: {reason: count}."""
-
-    def __init__(self, message: str, skipped: dict[str, int]):
-        super().__init__(message)
-        self.skipped = skipped
+    """Shards were read to their end and gave nothing."""
 
 
 class Position(NamedTuple):
@@ -325,9 +322,15 @@ def _scan(
     path: str, offset: int, ordinal: int, reader: int, readers: int
 ) -> Iterator[tuple[dict[str, Any] | Fault | None, int | None]]:
     """scan_shard, in which everything that could not be read is one more sample, without an end."""
+    keys = set()
     try:
         for sample, end in scan_shard(path, offset, ordinal, reader, readers):
             ordinal += 1
+            if sample is not None:
+                key = hash(one_form(sample["__key__"]))
+                if key in keys:
+                    sample[AGAIN] = b""
+                keys.add(key)
             yield sample, end
     except ShardError as error:
         is_mine = ordinal % readers == reader
@@ -344,8 +347,10 @@ def _decoded(
     try:
         sample = source.decode(raw, draws)
     except BadSample as error:
-        key = raw["__key__"]
-        counter.skip(f"{source.name}: {key}" if source.name else key, error.reason)
+        key, found = raw["__key__"], members_of(raw)
+        if AGAIN in raw:
+            found = f"{found}: the key came before, so the tar is not sorted"
+        counter.skip(f"{source.name}: {key}" if source.name else key, error.reason, found)
         return None
     counter.usable()
     return sample
@@ -373,7 +378,7 @@ def read_batches(
     sources: Sequence[Source],
     collate: Collate,
     batch_size: int,
-    max_bad_share: float,
+    counter: SampleCounter,
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One pass over all shards in order, in this process, with nothing drawn: `decode` gets None.
@@ -387,7 +392,6 @@ def read_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size: given {batch_size}, expected samples >= 1")
     # samples in the order of the sources, their shards and the tars
-    counter = SampleCounter(max_bad_share, "reading in order")
     batch, count = [], 0
     for source, path in ((each, path) for each in sources for path in each.shards):
         for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1):
@@ -407,7 +411,7 @@ def read_batches(
     if count == 0 and limit != 0:
         shards = [path for source in sources for path in source.shards]
         text = f"no usable sample in {len(shards)} shards from {shards[0]} on, {counter.describe()}"
-        raise NoUsableSample(text, counter.take_skipped())
+        raise NoUsableSample(text)
     if batch:
         yield {**collate(batch), "skipped": counter.take_skipped()}
 
@@ -419,7 +423,7 @@ class ShardLoader(StatefulDataLoader):
     """StatefulDataLoader that refuses a state of other settings and has short errors."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return _with_short_errors(super().__iter__())
+        return with_short_errors(super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "settings": self.dataset.settings(self.num_workers)}
@@ -441,17 +445,6 @@ def _stream_states(state: Any) -> Iterator[dict[str, Any]]:
         else:
             for value in state.values():
                 yield from _stream_states(value)
-
-
-def _with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same batches; torch puts a worker's traceback into the message of its error."""
-    try:
-        yield from batches
-    except ValueError as error:
-        text = str(error)
-        if not text.startswith(WORKER_ERROR):
-            raise
-        raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from error
 
 
 def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False) -> ShardLoader:
@@ -478,13 +471,10 @@ def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False
             stream,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_unchanged,
+            collate_fn=share_batch,
+            worker_init_fn=start_worker,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             prefetch_factor=PREFETCH_BATCHES if num_workers > 0 else None,
             generator=torch.Generator(),  # its own: iter() then takes no number from the global one
         )
-
-
-def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch

@@ -29,10 +29,10 @@ from data.entries import (
     load_json,
     no_image,
 )
-from data.files import not_unicode, open_text, same_name
+from data.files import not_unicode, open_text
 from data.processes import map_in_processes
 from data.storage import is_remote
-from data.tar import expand_shards
+from data.tar import expand_shards, one_form
 from data.transforms import IMAGE_KEYS
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -170,7 +170,7 @@ def folder_entries(
 
 def _split(name: str) -> tuple[str, str]:
     """What images and their sidecars have in common, and the ending."""
-    stem, ending = os.path.splitext(same_name(name))
+    stem, ending = os.path.splitext(one_form(name))
     return stem, ending[1:].lower()
 
 
@@ -495,10 +495,10 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
             raise ValueError(f"{path}: expected a tar (.tar, .tar.gz, .tgz, ...)")
     found = False
     for path, samples in zip(paths, map_in_processes(list_samples, paths, workers), strict=True):
-        counts = Counter(same_name(key) for key, _, _ in samples)
+        counts = Counter(one_form(key) for key, _, _ in samples)
         for key, begin, end in samples:
             found = True
-            again = counts[same_name(key)] > 1
+            again = counts[one_form(key)] > 1
             note = "its key comes again, the tar is not sorted" if again else ""
             yield Entry(clean_key(key), path, span=(begin, end), note=note)
     if not found:

@@ -10,10 +10,13 @@ Nothing is kept on disk.
 import gzip
 import io
 import lzma
+import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
@@ -26,6 +29,9 @@ REMOTE_BUFFER = 1 << 22  # bytes of a request; a jump within them needs no other
 TRIES = 5  # in a row without a byte
 BACKOFF_SECONDS = 1.0  # before the second try, doubled for each further one
 TRY_AGAIN = {408, 425, 429}  # HTTP statuses below 500 that a later try may change
+PARALLEL_REQUESTS = 16
+# what stores say of a file that changes with its content
+STATE_FIELDS = ("size", "ETag", "etag", "Last-Modified", "LastModified", "updated", "blob_id")
 TIMEOUT_SECONDS = 30.0  # of a web server, without a byte
 
 
@@ -80,6 +86,34 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
         raise ShardError("unreadable", f"{path}: {error.strerror or error}") from None
 
 
+def shard_states(paths: Sequence[str]) -> list[str]:
+    """What is another text once a shard is made anew, as far as it is known unread; "" if nothing.
+
+    Of a file its size and time, of a URL what its store says of it (one request each).
+    """
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        return list(pool.map(_shard_state, paths))
+
+
+def _shard_state(path: str) -> str:
+    try:
+        if is_remote(path):
+            fs, name = open_store(path)
+            info = fs.info(name)
+            return ", ".join(f"{name} {info[name]}" for name in STATE_FIELDS if info.get(name))
+        status = os.stat(path)
+    except Exception:  # each file system has its own; who reads the shard says what is wrong
+        return ""
+    changed = datetime.fromtimestamp(status.st_mtime, UTC).isoformat()
+    return f"{status.st_size} bytes, {changed}"
+
+
+def open_store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL, and the name that the file has there."""
+    options = http_options() if path.startswith("http") else {}
+    return fsspec.url_to_fs(path, **options)
+
+
 class RemoteFile(io.RawIOBase):
     """A file of fsspec. A read that fails is tried again from the byte where the last one ended.
 
@@ -89,8 +123,7 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, path: str):
-        options = http_options() if path.startswith("http") else {}
-        self._fs, self._path = fsspec.url_to_fs(path, **options)
+        self._fs, self._path = open_store(path)
         self._file = self._size = None
         self._position = 0  # byte at which the next read starts
         self._request = REMOTE_BUFFER  # bytes

@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import tarfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,7 +100,7 @@ def write_shard(path: str | Path, samples: Iterable[Mapping[str, Any]]) -> int:
         for sample in samples:
             parts, key = _parts(sample), sample["__key__"]
             if key in seen:
-                raise ValueError(f"sample key {key!r} occurs twice in one shard")
+                raise ValueError(f"{path}: sample key {key!r} occurs twice")
             seen.add(key)
             for extension, value in parts.items():
                 # one by one: of a whole sample, webdataset sorts the members
@@ -150,8 +151,9 @@ def scan_shard(
     bytes unread.
 
     Raises:
-        ShardError: the tar breaks off, or cannot be read. The sample before the break is then not
-            given, as it may lack members, whether its bytes were to be read or not.
+        ShardError: the tar breaks off, cannot be read, or has members but no sample. The sample
+            before a break is not given, as it may lack members, whether its bytes were to be read
+            or not.
     """
     with open_shard(path) as file:
         for _, sample, end in scan_file(file, path, offset, ordinal, reader, readers):
@@ -163,25 +165,28 @@ def scan_file(
 ) -> Iterator[tuple[str, dict[str, Any] | None, int]]:
     """(key, sample, byte offset of the next one) of an open tar, as scan_shard has them."""
     key, sample, end = None, None, offset
+    others = []  # names that belong to no sample
     for member, next_header in _members(file, path, offset):
+        if member.type == tarfile.DIRTYPE:
+            continue
         # what belongs to a sample: the key is the path up to the name's first dot
         folder, slash, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
-        is_file = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
         # not "._x.jpg" of macOS, names without an extension, webdataset's own "__meta__" files
-        if not is_file or not stem or not dot or name.startswith("__"):
+        if not stem or not dot or name.startswith("__"):
+            others = others[:2] + [member.name]
             continue
         # the first member of another sample ends the one before
         member_key = folder + slash + stem
-        if member_key != key:
+        if member_key != key and (key is None or one_form(member_key) != one_form(key)):
             if key is not None:
                 yield key, sample, member.offset
             key = member_key
             sample = {"__key__": key} if ordinal % readers == reader else None
             ordinal += 1
         end = next_header
-        # its bytes, if the sample is this reader's
-        if sample is not None:
+        # its bytes, if the sample is this reader's; a link has none, but its sample counts
+        if sample is not None and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
             extension = extension.lower()
             if extension in sample:
                 text = (
@@ -195,6 +200,14 @@ def scan_file(
         pass  # a compressed shard shows at its end whether its checksum fits
     if key is not None:
         yield key, sample, end
+    elif others and offset == 0:
+        text = f"{path}: no sample: members {' '.join(others[:3])}, expected KEY.EXTENSION"
+        raise ShardError("no sample", text)
+
+
+def one_form(name: str) -> str:
+    """The same for names that look the same: macOS writes accents as characters of their own."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _members(file: BinaryIO, path: str, offset: int) -> Iterator[tuple[tarfile.TarInfo, int]]:

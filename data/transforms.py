@@ -1,5 +1,7 @@
 """Bytes -> RGB image -> square crop: uint8 in [0, 255], 3 x size x size; training divides by 255.
 
+What an image is, Pillow decides by its bytes, not by its name. Phones' HEIC needs pillow-heif.
+
 Resizing is bicubic with antialiasing, in two ways:
 exact  the whole image is decoded and Pillow resizes: the very pixels of torchvision's Resize + crop
        of a Pillow image, by which published reconstruction numbers are measured.
@@ -18,16 +20,34 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from data.samples import BadSample, SampleDraws
 
 Resize = Literal["fast", "exact"]
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192; above it a file is taken for a decompression bomb
-# extensions under which a sample's image is looked for
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif")
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+Image.init()  # loads Pillow's own formats
 # named, because Pillow would otherwise also try formats that run other programs (EPS: ghostscript)
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "HEIF")
+    if name in Image.OPEN  # AVIF needs Pillow 11.2
+)
+HEIF_KEYS = ("heic", "heics", "heif", "heifs", "hif")
+# extensions under which a sample's image is looked for, in this order. After the usual ones all
+# others of FORMATS, but for pfm, which holds floats; and what browsers call a JPEG
+USUAL_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif")
+OTHER_KEYS = {"jif", "jfi", "pjp", "pjpeg"} | {
+    extension[1:]
+    for extension, name in Image.registered_extensions().items()
+    if name in (*FORMATS, "MPO")
+}
+IMAGE_KEYS = (*USUAL_KEYS, *sorted(OTHER_KEYS - {*USUAL_KEYS, "pfm"}))
 # fast: the shorter side keeps so many times the crop's size. Less would alias: what is then still
 # to be resized away must lie below the frequencies that the smaller decoding cuts off.
 SPARE = 1.5
@@ -36,6 +56,8 @@ SPARE = 1.5
 MAX_WHOLE_RATIO = 4
 # without AVX2, torch takes twice as long as Pillow
 TORCH_IS_FASTER = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+# their range is not defined, or Pillow has no conversion
+UNDEFINED_MODES = {"F": "float", "LAB": "CIELAB"}
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,8 +83,8 @@ class Picture(NamedTuple):
 def decode_image(data: bytes, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
     """Any image file -> RGB, upright by EXIF orientation, transparency on `background` (0..255).
 
-    16-bit grey is scaled to 8 bits; of an animation the first frame counts. BadSample: unreadable
-    or over MAX_PIXELS.
+    16-bit grey is scaled to 8 bits; of an animation the first frame counts. BadSample: unreadable,
+    over MAX_PIXELS, or of a kind whose colours are not defined.
     """
     return load_picture(open_image(data), background).image
 
@@ -82,24 +104,27 @@ def load_picture(image: Image.Image, background: Sequence[int], for_size: int = 
     for_size: a JPEG may be decoded smaller, if its shorter side keeps SPARE x for_size pixels. 0:
     whole.
     """
-    width, height = image.size
+    drafted = None
     with _errors_as_bad_samples():
-        orientation = _orientation(image)
         # a part of a pixel lies at the right or the bottom, and a turned image must have none: it
         # would lie elsewhere
         if (
             for_size
             and image.format in ("JPEG", "MPO")
-            and (orientation == 1 or width % 8 == height % 8 == 0)
+            and (_orientation(image) == 1 or image.width % 8 == image.height % 8 == 0)
         ):
             drafted = image.draft(None, (int(SPARE * for_size),) * 2)
-            width, height = drafted[1][2:] if drafted else (width, height)
+        _fit_transparency(image)
         image.load()
+        width, height = drafted[1][2:] if drafted else image.size
+        # only now: Pillow has turned TIFFs, and taken the tag off them
+        orientation = _orientation(image)
+        rgb = _to_rgb(image, background)
         if orientation in TURNS:
-            image = image.transpose(TURNS[orientation])
+            rgb = rgb.transpose(TURNS[orientation])
         if orientation >= 5:
             width, height = height, width
-        return Picture(_to_rgb(image, background), width, height)
+        return Picture(rgb, width, height)
 
 
 @contextmanager
@@ -124,17 +149,46 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
+def _fit_transparency(image: Image.Image) -> None:
+    """PNG names its transparent grey in the file's bits, Pillow compares it with 8 of them."""
+    if image.format != "PNG" or "transparency" not in image.info or not image.tile:
+        return
+    stored = image.tile[0][3]
+    if stored in ("L;2", "L;4"):
+        image.info["transparency"] *= 255 // (3 if stored == "L;2" else 15)
+    if stored == "RGB;16B":
+        raise BadSample("image: a transparent colour of 16 bits")
+
+
 def _to_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:
-    if image.mode.startswith("I"):  # "I;16", "I;16B", ..., and "I" with 16-bit content
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise BadSample("image: float pixels")  # their range is not defined
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode.startswith("I"):
+        return _grey_to_rgb(image, background)
+    if image.mode in UNDEFINED_MODES:
+        raise BadSample(f"image: {UNDEFINED_MODES[image.mode]} pixels")
+    if image.mode == "La":  # Pillow would drop the alpha
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*background, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:
+    """Grey of 9 to 16 bits: modes "I;16", "I;16B", ..., and "I" with 16-bit content."""
+    white, is_negative = 65535, False
+    if image.format == "TIFF":
+        if image.mode == "I":
+            raise BadSample("image: grey of 32 bits or with a sign")  # their range is not defined
+        # neither of which Pillow looks at
+        white = (1 << image.tag_v2[BITSPERSAMPLE][0]) - 1
+        is_negative = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION, 0) == 0
+    values = np.asarray(image).astype(np.int64).clip(0, white)
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    rgb = np.repeat((255 - grey if is_negative else grey)[:, :, None], 3, axis=2)
+    if "transparency" in image.info:
+        rgb[values == image.info["transparency"]] = background
+    return Image.fromarray(rgb)
 
 
 # -------------------------------------------------------------------------------------------- crops

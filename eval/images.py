@@ -22,6 +22,9 @@ from data.images import image_bytes
 from data.samples import BadSample
 from data.sources import folder_entries, tar_entries
 from data.transforms import center_crop, load_picture, open_image
+from data.workers import share_batch, start_worker
+from training.run import TIMEOUT_MINUTES
+from training.supervise import Watchdog, watched
 
 ResizeRule = Literal["crop", "clean"]
 RULES = {
@@ -139,29 +142,37 @@ def iterate_images(
     "image": B x 3 x R x R uint8 (float32 by the rule "clean") in [0, 255]; "index": B numbers;
     "caption": B strings; "skipped": [(name, reason)] of unreadable images in between. B counts the
     readable ones and may be 0.
+
+    Raises:
+        ChildProcessError: a reading process died.
+        ValueError: no room for a batch in shared memory.
     """
-    # An own generator, so that no number is taken from the global one
     rank, num_processes = (state.process_index, state.num_processes) if state else (0, 1)
-    return iter(
-        DataLoader(
-            images,
-            batch_size,
-            sampler=range(len(images))[rank::num_processes],
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
+    loader = DataLoader(
+        images,
+        batch_size,
+        sampler=range(len(images))[rank::num_processes],
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=start_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that no number is taken from the global one
     )
+    with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, "no batch of images") as watchdog:
+        for batch in batches:
+            yield batch
+            watchdog.heartbeat()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples of an ImageSet -> a batch of iterate_images."""
     readable = [sample for sample in samples if "reason" not in sample]
     pixels = [sample["image"] for sample in readable]
-    return {
-        "image": torch.from_numpy(np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)),
+    images = np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
+    batch = {
+        "image": torch.from_numpy(images),
         "index": [sample["index"] for sample in readable],
         "caption": [sample["caption"] for sample in readable],
         "skipped": [(sample["name"], sample["reason"]) for sample in samples if "reason" in sample],
     }
+    return share_batch(batch)

@@ -1,20 +1,23 @@
-"""Encode image shards with a trained tokenizer into token shards for stages 2 and 3 (format: data/readers.py).
+"""Encode image shards with a trained tokenizer into token shards for stages 2 and 3.
 
-    accelerate launch --module scripts.encode_tokens --config configs/demo/tokens.yaml [key=value ...]
+    accelerate launch --module scripts.encode_tokens --config configs/demo/tokens.yaml [key=value]
 
-A sample keeps its text members (captions, JSON); its latents are the posterior's mean and log-variance as float16.
-Shards are split over processes and reading workers, written aside and renamed; run the same command again to go on
-after a stop. Written last: latent_stats.json with the latent scale, and tokens.json with the tokenizer's fingerprint.
+A sample keeps its text members (captions, JSON); its latents are the posterior's mean and
+log-variance as float16 (format: data/readers.py). Shards are split over processes and reading
+workers, written aside and renamed; run the same command again to go on after a stop. source.json
+says what the tokens are made of: image shards that were made anew are refused. Written last:
+latent_stats.json with the latent scale, and tokens.json with the tokenizer's fingerprint.
 """
 
 import json
 import os
 import signal
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -29,22 +32,24 @@ from data.files import write_json
 from data.images import ImageTextConfig
 from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
+from data.storage import shard_states
 from data.tar import count_samples, write_shard
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
-from training.errors import exit_on_error
+from training.errors import exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
-from training.run import start_accelerator
+from training.run import TIMEOUT_MINUTES, start_accelerator
 from training.stage import StageConfig
-from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS
+from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS, Watchdog, watched
 from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo
 
-SOURCE_FILE = "source.json"  # whose tokens the folder holds, while it is being written
+SOURCE_FILE = "source.json"  # what the tokens of the folder are made of
 COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
 STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples at most
 REPORT_SECONDS = 10.0
+NUM_NAMED = 3  # differences that an error names
 
 
 @dataclass
@@ -91,7 +96,10 @@ def main(config: TokensStage) -> None:
     tokenizer = load_tokenizer(config.tokenizer_run)
     text_encoder = find_text_encoder(config.tokenizer_run)
     images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
-    outputs = output_paths([image.shards[0] for image in images], folder)
+    image_shards = [image.shards[0] for image in images]
+    outputs = output_paths(image_shards, folder)
+
+    # What the tokens are made of: tokens.json says the first part.
     source = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "text_encoder_fingerprint": text_encoder.identity,
@@ -100,12 +108,22 @@ def main(config: TokensStage) -> None:
         "num_crops": config.num_crops,
         "shards": [path.name for path in outputs],
     }
-    if is_complete(folder, source):
+    states = zip(source["shards"], shard_states(image_shards), strict=True)
+    made_of = source | {
+        "precision": config.precision,
+        "data": describe_data(config.data),
+        "images": {name: state for name, state in states if state},
+    }
+    complete = is_complete(folder, made_of)
+    accelerator.wait_for_everyone()
+    is_known = complete and (folder / SOURCE_FILE).is_file()
+    if accelerator.is_main_process and not is_known:
+        write_json(made_of, folder / SOURCE_FILE)
+    if complete:
         accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
         return
-    if accelerator.is_main_process:
-        claim_folder(folder, source)
-    accelerator.wait_for_everyone()
+
+    # This process's share
     left = [(image, path) for image, path in zip(images, outputs, strict=True) if not path.exists()]
     mine = left[accelerator.process_index :: accelerator.num_processes]
     encoder = Encoder(config, accelerator, tokenizer, text_encoder)
@@ -113,16 +131,38 @@ def main(config: TokensStage) -> None:
         encode_shards(encoder, mine, stop_if_asked)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        info = describe(outputs, tokenizer, source)
-        info.save(folder)
-        for path in [folder / SOURCE_FILE, *map(count_file, outputs)]:
-            path.unlink(missing_ok=True)
-        print(
-            f"{folder}: {info.num_samples} samples, skipped {info.skipped or 'none'}, latent scale "
-            f"{info.latent_scale:.4f} (over {info.stats.num_samples} samples)",
-            flush=True,
-        )
+        finish(folder, outputs, tokenizer, source)
     accelerator.wait_for_everyone()
+
+
+def finish(folder: Path, outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> None:
+    """Write what marks the folder as complete, and say what was skipped."""
+    counts = [read_counts(path) for path in outputs]
+    skipped, first = Counter(), {}
+    for each in counts:
+        skipped.update(each["skipped"])
+        first = each["first"] | first
+    num_samples = sum(each["num_samples"] for each in counts)
+    config = tokenizer.config
+    stats = measure(outputs, config.num_tokens, config.token_channels)
+    info = TokensInfo(
+        num_samples=num_samples,
+        num_tokens=config.num_tokens,
+        token_channels=config.token_channels,
+        skipped=dict(skipped),
+        stats=stats,
+        **source,
+    )
+    info.save(folder)
+    for path in outputs:
+        count_file(path).unlink(missing_ok=True)
+    print(
+        f"{folder}: {num_samples} samples, skipped {info.skipped or 'none'}, latent scale "
+        f"{info.latent_scale:.4f} (over {stats.num_samples} samples)"
+    )
+    for reason, sample in first.items():
+        print(printable(f"  {reason}: {skipped[reason]}, the first: {sample}"))
+    sys.stdout.flush()
 
 
 @contextmanager
@@ -172,39 +212,54 @@ def output_paths(image_shards: list[str], folder: Path) -> list[Path]:
     return outputs
 
 
-def is_complete(folder: Path, source: dict) -> bool:
-    """True if the folder holds all tokens of this source.
+def describe_data(data: ImageTextConfig) -> dict:
+    """What of a config decides which samples a token shard holds, and with which text."""
+    sources = {
+        name: {"captions": asdict(source.captions), "filters": asdict(source.filters)}
+        for name, source in data.full_sources().items()
+    }
+    return {"background": list(data.background), "sources": sources}
+
+
+def is_complete(folder: Path, made_of: dict) -> bool:
+    """True if the folder holds all tokens that are made of this.
 
     Raises:
-        ValueError: it holds tokens of another tokenizer, text tower, list of shards or option.
+        ValueError: its tokens, complete or not, are of another tokenizer, text tower, option or
+            image shard.
     """
+    path = folder / SOURCE_FILE
+    if path.is_file():
+        check_source(folder, json.loads(path.read_text()), made_of)
     if not (folder / TOKENS_INFO_FILE).is_file():
         return False
-    info = TokensInfo.load(folder)
-    check_source(folder, {key: getattr(info, key) for key in source}, source)
+    check_source(folder, asdict(TokensInfo.load(folder)), made_of)
     return True
 
 
 def check_source(folder: Path, found: dict, source: dict) -> None:
-    """Refuse to mix what differs."""
-    changed = [
-        f"{key} was {found.get(key)}, is {value}"
-        for key, value in source.items()
-        if found.get(key) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} holds tokens of another source: {'; '.join(changed)}. Delete it and run this again"
-        )
+    """Refuse to mix what differs; of what `found` does not name, nothing is known."""
+    changed = list(differences(found, source))
+    if not changed:
+        return
+    named = "; ".join(changed[:NUM_NAMED])
+    if len(changed) > NUM_NAMED:
+        named += f"; and {len(changed) - NUM_NAMED} more"
+    way_out = "Delete it and run this again"
+    if all(change.startswith("images.") for change in changed):
+        way_out += f"; if they are the same images, only copied, delete {folder / SOURCE_FILE}"
+    raise ValueError(f"{folder} holds tokens of another source: {named}. {way_out}")
 
 
-def claim_folder(folder: Path, source: dict) -> None:
-    """Write down whose tokens go into the folder, so that a continued run can't mix two."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SOURCE_FILE
-    if path.is_file():
-        check_source(folder, json.loads(path.read_text()), source)
-    write_json(source, path)
+def differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
+    """A line for each value that is known and another one."""
+    for key, value in wanted.items():
+        if key not in found or found[key] == value:
+            continue
+        if isinstance(value, dict):
+            yield from differences(found[key], value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} was {found[key]}, is {value}"
 
 
 def count_file(token_shard: Path) -> Path:
@@ -214,7 +269,7 @@ def count_file(token_shard: Path) -> Path:
 
 @dataclass
 class Encoder:
-    """The frozen networks on this process's device: a batch of images in, samples of a token shard out."""
+    """The frozen networks on this process's device: images in, samples of a token shard out."""
 
     config: TokensStage
     accelerator: Accelerator
@@ -266,7 +321,12 @@ def to_half(values: Tensor):
 def encode_shards(
     encoder: Encoder, shards: list[tuple[Source, Path]], stop_if_asked: Callable[[], None]
 ) -> None:
-    """Encode pairs of image and token shard, several at a time in the reading workers; reports rate and time left."""
+    """Encode pairs of image and token shard, several at a time in the reading workers.
+
+    Raises:
+        ChildProcessError: a worker died, or not all of its images arrived.
+        OSError: a token shard cannot be written; it is left out as a whole.
+    """
     if not shards:
         return
     config, rank = encoder.config, encoder.accelerator.process_index
@@ -274,53 +334,72 @@ def encode_shards(
     sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
     loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
     samples: dict[int, list[dict]] = defaultdict(list)
-    items, start = TimedIterator(iter(loader)), time.perf_counter()
-    reported, waited = start, 0.0
-    num_images = num_done = 0
-    for item in items:
-        stop_if_asked()
-        index = item["shard"]
-        if "end" not in item:
-            num_images += len(item["key"])
-            samples[index] += encoder(item)
-            continue
-        token_shard, made = shards[index][1], samples.pop(index, [])
-        counts = {"num_samples": len(made), "skipped": item["end"]}
-        write_json(counts, count_file(token_shard))
-        write_shard(token_shard, made)
-        num_done += 1
+    arrived: Counter[int] = Counter()
+    with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, "no images encoded") as watchdog:
+        items = TimedIterator(batches)
+        progress = Progress(rank, len(shards), items)
+        for item in items:
+            stop_if_asked()
+            watchdog.heartbeat()
+            index = item["shard"]
+            image, token_shard = shards[index]
+            if "end" not in item:
+                arrived[index] += len(item["key"])
+                progress.num_images += len(item["key"])
+                samples[index] += encoder(item)
+                continue
+            end, made = item["end"], samples.pop(index, [])
+            if arrived[index] != end.num_images:
+                raise ChildProcessError(
+                    f"{token_shard} is not written: of the {end.num_images} images that a data "
+                    f"worker read of {image.shards[0]}, {arrived[index]} arrived"
+                )
+            counts = {"num_samples": len(made), "skipped": end.skipped, "first": end.first}
+            write_json(counts, count_file(token_shard))
+            write_shard(token_shard, made)
+            progress.report(token_shard.parent)
+
+
+class Progress:
+    """Says how far the shards of a process are, and whether the network waits for images."""
+
+    def __init__(self, rank: int, num_shards: int, items: TimedIterator):
+        self.rank = rank
+        self.num_shards = num_shards
+        self.items = items
+        self.num_done = self.num_images = 0
+        self.start = self.reported = time.perf_counter()
+        self.waited = 0.0
+
+    def report(self, folder: Path) -> None:
+        """Count a shard; print a line now and then, and after the last one."""
+        self.num_done += 1
         now = time.perf_counter()
-        if now - reported > REPORT_SECONDS or num_done == len(shards):
-            reported, rate, waited = now, num_images / (now - start), waited + items.take_seconds()
-            left = (now - start) / num_done * (len(shards) - num_done)
-            progress = f"{num_done}/{len(shards)} shards, {num_images} images, {rate:.1f} images/s, {left:.0f} s left"
-            share = f"{waited / (now - start):.1%} of the time waiting for images"
-            print(f"[{rank}] {token_shard.parent}: {progress}, {share}", flush=True)
+        if now - self.reported <= REPORT_SECONDS and self.num_done < self.num_shards:
+            return
+        self.reported = now
+        self.waited += self.items.take_seconds()
+        seconds = now - self.start
+        left = seconds / self.num_done * (self.num_shards - self.num_done)
+        print(
+            f"[{self.rank}] {folder}: {self.num_done}/{self.num_shards} shards, {self.num_images} "
+            f"images, {self.num_images / seconds:.1f} images/s, {left:.0f} s left, "
+            f"{self.waited / seconds:.1%} of the time waiting for images",
+            flush=True,
+        )
 
 
-def describe(outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> TokensInfo:
-    """What the folder holds, from the counts of its shards and the first latents."""
-    num_samples, skipped = 0, Counter()
-    for path in outputs:
-        if count_file(path).is_file():
-            counts = json.loads(count_file(path).read_text())
-            skipped.update(counts["skipped"])
-        else:  # of an earlier, complete run whose tokens.json is gone
-            counts = {"num_samples": count_samples(path)}
-        num_samples += counts["num_samples"]
-    config = tokenizer.config
-    return TokensInfo(
-        num_samples=num_samples,
-        num_tokens=config.num_tokens,
-        token_channels=config.token_channels,
-        skipped=dict(skipped),
-        stats=measure(outputs, config.num_tokens, config.token_channels),
-        **source,
-    )
+def read_counts(token_shard: Path) -> dict:
+    """{"num_samples", "skipped", "first"} of a finished token shard."""
+    path = count_file(token_shard)
+    if path.is_file():
+        return json.loads(path.read_text())
+    # of an earlier, complete run whose tokens.json is gone
+    return {"num_samples": count_samples(token_shard), "skipped": {}, "first": {}}
 
 
 def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:
-    """Deviation of the sampled latents, and per-channel statistics of the means, over the first samples."""
+    """Deviation of the sampled latents, per-channel statistics of the means; the first samples."""
     shards = TokenTextConfig(shards=[str(path) for path in outputs])
     batches = list(
         islice(

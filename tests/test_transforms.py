@@ -12,7 +12,15 @@ from torchvision.transforms import v2
 
 from data import transforms
 from data.samples import BadSample, SampleDraws
-from data.transforms import Picture, center_crop, decode_image, load_picture, open_image, train_crop
+from data.transforms import (
+    IMAGE_KEYS,
+    Picture,
+    center_crop,
+    decode_image,
+    load_picture,
+    open_image,
+    train_crop,
+)
 
 torch.set_num_threads(1)
 
@@ -42,19 +50,178 @@ def encoded(image, format, **options):
     return buffer.getvalue()
 
 
-def test_jpeg_and_png_decode_to_rgb():
-    image = photo(40, 30)
-    decoded = decode_image(encoded(image, "PNG"))
-    assert decoded.mode == "RGB" and np.array_equal(decoded, image)
-    near = np.asarray(decode_image(encoded(image, "JPEG", quality=95)), np.int16)
-    assert np.abs(near - np.asarray(image, np.int16)).mean() < 6
+# what a file shows
 
 
-def test_exif_rotation_is_applied():
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [
+        ("PNG", "RGB"),
+        ("JPEG", "RGB"),
+        ("JPEG", "L"),
+        ("PNG", "1"),
+        ("WEBP", "RGB"),
+        ("WEBP", "RGBA"),
+        ("AVIF", "RGB"),
+        ("TIFF", "RGB"),
+        ("TIFF", "CMYK"),
+        ("TIFF", "YCbCr"),
+        ("JPEG2000", "RGB"),
+        ("BMP", "RGB"),
+        ("PPM", "L"),
+        ("GIF", "L"),
+        ("GIF", "P"),
+    ],
+)
+def test_formats_decode_to_rgb(format, mode):
+    image = photo(40, 30).convert(mode)
+    frames = {"save_all": True, "append_images": [photo(40, 30, 1)]} if format == "GIF" else {}
+    decoded = decode_image(encoded(image, format, **frames))
+    assert decoded.mode == "RGB" and decoded.size == (40, 30)
+    difference = np.abs(np.asarray(decoded, np.int16) - np.asarray(image.convert("RGB")))
+    assert difference.mean() < 6 and (format != "PNG" or not difference.any())
+
+
+UPRIGHT = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: np.rot90(pixels),
+}  # by orientation: what the tag says of the stored H x W x 3 pixels
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("JPEG", {"quality": 95}),
+        ("MPO", {"quality": 95, "append_images": [photo(8, 8)]}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("AVIF", {"quality": 95}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("XMP", {}),
+    ],
+)
+def test_images_are_upright_whatever_the_format(format, options, orientation):
+    if format == "XMP":
+        tag = {"xmp": b'<rdf:Description tiff:Orientation="%d"/>' % orientation}
+    else:
+        tag = {"exif": exif_of(orientation)}
+    data = encoded(photo(40, 32), "PNG" if format == "XMP" else format, **options, **tag)
+    picture = load_picture(open_image(data), (0, 0, 0), for_size=16)
+    expected = UPRIGHT[orientation](np.asarray(photo(40, 32), np.int16))
+    assert picture.image.size == (picture.width, picture.height) == expected.shape[1::-1]
+    assert np.abs(np.asarray(picture.image) - expected).mean() < 4
+
+
+def exif_of(orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
-    decoded = decode_image(encoded(photo(40, 30), "PNG", exif=exif))
-    assert np.array_equal(decoded, photo(40, 30).transpose(Image.Transpose.ROTATE_270))
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"]
+)
+def test_broken_metadata_does_not_cost_the_image(exif):
+    assert decode_image(encoded(photo(40, 30), "JPEG", exif=exif)).size == (40, 30)
+
+
+def png(bits, colour, row, transparent=()):
+    """A PNG of one row of packed bytes; colour: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+
+    def chunk(kind, body):
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+
+    width = len(row) * 8 // bits // {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0))]
+    if transparent:
+        parts.append(chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)))
+    parts += [chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff(bits, photometric, row, width, order="<", **tags):
+    """A TIFF of one row of packed bytes; bits: of each sample; tags: t339=1, ..."""
+    entries = {256: [width], 257: [1], 258: bits, 259: [1], 262: [photometric], 277: [len(bits)]}
+    entries |= {278: [1], 279: [len(row)]} | {int(name[1:]): [tags[name]] for name in tags}
+    entries[273] = [8 + 2 + 12 * (len(entries) + 1) + 4]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(entries))
+    for tag, values in sorted(entries.items()):
+        head += struct.pack(order + "HHIHH", tag, 3, len(values), *values, *[0] * (2 - len(values)))
+    return head + bytes(4) + row
+
+
+def shorts(order, *values):
+    return struct.pack(f"{order}{len(values)}H", *values)
+
+
+GREYS = shorts("<", 0, 257, 32768, 65535)
+BACKGROUND = (10, 20, 30)
+# what grey files hold -> the grey that a viewer shows, None: the background
+GREY = {
+    "PNG of 16 bits": (png(16, 0, GREYS[::-1]), [255, 128, 1, 0]),
+    "of 16 bits, one transparent": (png(16, 0, GREYS[::-1], [257]), [255, 128, None, 0]),
+    "of 8 bits, one transparent": (png(8, 0, bytes([7, 8, 255]), [8]), [7, None, 255]),
+    "of 4 bits, one transparent": (png(4, 0, b"\x0f\x20", [2]), [0, 255, None, 0]),
+    "of 2 bits, one transparent": (png(2, 0, b"\x1b", [2]), [0, 85, None, 255]),
+    "of 1 bit, one transparent": (png(1, 0, b"\x55", [1]), [0, None] * 4),
+    "of 16 bits and alpha": (png(16, 4, shorts(">", 0xFFFF, 0xFFFF, 9, 0)), [255, None]),
+    "TIFF of 16 bits": (tiff([16], 1, GREYS, 4), [0, 1, 128, 255]),
+    "of 16 bits, big end first": (tiff([16], 1, GREYS[::-1], 4, ">"), [255, 128, 1, 0]),
+    "of 16 bits, white is zero": (tiff([16], 0, GREYS, 4), [255, 254, 127, 0]),
+    "of 12 bits": (tiff([12], 1, b"\x00\x0f\xff", 2), [0, 255]),
+    "of 8 bits, white is zero": (tiff([8], 0, b"\x00\x01\xff", 3), [255, 254, 0]),
+    "of 1 bit, white is zero": (tiff([1], 0, b"\x55", 8), [255, 0] * 4),
+    "with alpha": (tiff([8, 8], 1, bytes([200, 255, 200, 0]), 2, t338=2), [200, None]),
+    "premultiplied by alpha": (tiff([8, 8], 1, bytes([200, 255, 0, 0]), 2, t338=1), [200, None]),
+    "of 32 bits": (tiff([32], 1, bytes(8), 2), "image: grey of 32 bits or with a sign"),
+    "with a sign": (tiff([16], 1, GREYS, 4, t339=2), "image: grey of 32 bits or with a sign"),
+    "of floats": (tiff([32], 1, bytes(8), 2, t339=3), "image: float pixels"),
+    "PGM of 10 bits": (b"P5 3 1 1023\n" + shorts(">", 0, 512, 1023), [0, 128, 255]),
+    "PGM of 16 bits": (b"P5 4 1 65535\n" + GREYS[::-1], [255, 128, 1, 0]),
+    "PGM of 4 values": (b"P5 4 1 3\n\x00\x01\x02\x03", [0, 85, 170, 255]),
+    "PBM": (b"P4 8 1\n\x55", [255, 0] * 4),
+    "PFM": (b"Pf 1 1 -1.0\n" + bytes(4), "image: float pixels"),
+    "JPEG 2000": (
+        encoded(Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16)), "JPEG2000"),
+        [0, 1, 128, 255],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GREY)
+def test_grey_files_show_what_a_viewer_shows_or_are_dropped_by_name(kind):
+    data, expected = GREY[kind]
+    if isinstance(expected, str):
+        with pytest.raises(BadSample, match=f"^{expected}$"):
+            decode_image(data)
+        return
+    pixels = np.asarray(decode_image(data, BACKGROUND))
+    assert pixels.tolist() == [[[*BACKGROUND] if x is None else [x] * 3 for x in expected]]
+
+
+def test_files_in_colour_show_what_a_viewer_shows_or_are_dropped_by_name():
+    row = shorts(">", 0, 0x8000, 0xFFFF, 0x0101, 0x4000, 0xC000)
+    assert np.asarray(decode_image(png(16, 2, row))).tolist() == [[[0, 128, 255], [1, 64, 192]]]
+    reasons = {
+        "image: a transparent colour of 16 bits": png(16, 2, row, (0, 0x8000, 0xFFFF)),
+        "image: CIELAB pixels": encoded(Image.new("LAB", (4, 4)), "TIFF"),
+    }
+    for reason, data in reasons.items():
+        with pytest.raises(BadSample, match=f"^{reason}$"):
+            decode_image(data)
+    # a stored red; Adobe's JPEGs say that their values are inverted
+    data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    red, green, blue = np.asarray(decode_image(data)).reshape(-1, 3).mean(0)
+    assert b"Adobe" in data and red > 200 and green < 60 and blue < 60
 
 
 def transparent(mode):
@@ -71,8 +238,8 @@ def transparent(mode):
 def test_transparent_pixels_show_the_background(mode):
     data = transparent(mode)
     assert np.unique(np.asarray(decode_image(data))).tolist() == [255]
-    decoded = np.asarray(decode_image(data, background=(10, 20, 30)))
-    assert np.unique(decoded.reshape(-1, 3), axis=0).tolist() == [[10, 20, 30]]
+    decoded = np.asarray(decode_image(data, background=BACKGROUND))
+    assert np.unique(decoded.reshape(-1, 3), axis=0).tolist() == [[*BACKGROUND]]
 
 
 def test_a_palette_with_alpha_per_colour_is_composited():
@@ -83,60 +250,12 @@ def test_a_palette_with_alpha_per_colour_is_composited():
     assert np.asarray(decoded).tolist() == [[[200, 0, 0], [255, 255, 255]]]
 
 
-def test_cmyk_becomes_rgb_with_adobes_inversion():
-    data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
-    assert b"Adobe" in data  # it says that the stored values are inverted
-    red, green, blue = np.asarray(decode_image(data)).reshape(-1, 3).mean(0)
-    assert red > 200 and green < 60 and blue < 60
-
-
-@pytest.mark.parametrize(
-    ("format", "mode"), [("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB"), ("TIFF", "RGB")]
-)
-def test_other_formats_decode(format, mode):
-    decoded = decode_image(encoded(photo(40, 30).convert(mode), format))
-    assert (
-        decoded.size == (40, 30)
-        and np.abs(np.asarray(decoded, np.int16) - np.asarray(photo(40, 30))).mean() < 6
-    )
-
-
-def test_sixteen_bit_colour_keeps_its_high_bytes():
-    def chunk(kind, body):
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)  # 2 x 1 pixels, 16 bits, RGB
-    row = b"\0" + struct.pack(">6H", 0, 0x8000, 0xFFFF, 0x0101, 0x4000, 0xC000)
-    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")]
-    decoded = decode_image(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    assert np.asarray(decoded).tolist() == [[[0, 128, 255], [1, 64, 192]]]
-
-
-@pytest.mark.parametrize(
-    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"]
-)
-def test_broken_metadata_does_not_cost_the_image(exif):
-    assert decode_image(encoded(photo(40, 30), "JPEG", exif=exif)).size == (40, 30)
-
-
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(format):
-    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
-    decoded = np.asarray(decode_image(encoded(Image.fromarray(values), format)))
-    assert decoded[0, :, 0].tolist() == [0, 1, 128, 255] and decoded.shape == (1, 4, 3)
-
-
-def test_greyscale_bilevel_and_animations_decode():
-    frames = [photo(6, 6, seed).convert("L") for seed in range(2)]
-    for data in (
-        encoded(photo(6, 6).convert("L"), "JPEG"),
-        encoded(photo(6, 6).convert("1"), "PNG"),
-        encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
-    ):
-        decoded = decode_image(data)
-        assert decoded.mode == "RGB" and decoded.size == (6, 6)
+def test_image_keys_are_the_names_of_what_is_read():
+    usual = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif")
+    assert IMAGE_KEYS[: len(usual)] == usual and len({*IMAGE_KEYS}) == len(IMAGE_KEYS)
+    assert {"jfif", "jpe", "pjpeg", "apng", "mpo", "j2k", "ppm", "pgm", "avifs"} < {*IMAGE_KEYS}
+    assert not {*IMAGE_KEYS} & {"eps", "pdf", "psd", "pfm", "dng", "txt", "json", "npy", "jxl"}
+    assert ("heic" in IMAGE_KEYS) == ("HEIF" in Image.OPEN)
 
 
 BROKEN = {
@@ -329,8 +448,7 @@ def test_grey_and_cmyk_photos_are_decoded_smaller_too(mode):
 
 
 def test_a_photo_that_lies_on_its_side_is_decoded_smaller_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6
+    exif = exif_of(6)
     data = encoded(textured(304, 216), "JPEG", quality=95, exif=exif)
     whole, small, difference = whole_and_small(data)
     assert (whole.width, whole.height) == (216, 304) and (small.width, small.height) == (108, 152)

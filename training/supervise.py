@@ -1,9 +1,10 @@
 """What can happen to a training process from outside, behind one door: `with supervised(...)`.
 
 - SIGTERM, SIGUSR1 (Slurm's warning), SIGINT (Ctrl-C) or the time limit: the step finishes, the loop
-  writes a checkpoint and ends with STOPPED_STATUS. A second SIGTERM or SIGINT ends at once, unless it
-  comes with the first: queue, launcher and torchrun may each pass on the same request.
+  writes a checkpoint and ends with STOPPED_STATUS. A second SIGTERM or SIGINT ends at once, unless
+  it comes with the first: queue, launcher and torchrun may each pass on the same request.
 - A data worker or another rank dies, or something hangs: the program ends with one line on it.
+  Programs that do not train have that part of the watch: `with watched(loader)`, and a Watchdog.
 The last checkpoint is whole in each case, and the same command continues from it.
 """
 
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
+from data.workers import SHARED_MEMORY_CURE, start_worker, with_short_errors
 from training.errors import ERROR_STATUS, report_error
 from training.run import Run, locked, process_group_timeout
 
@@ -32,6 +34,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SECONDS = 1.0
 CONTINUE = "Run the same command again to continue"
 POLLS_PER_TIMEOUT = 20  # how often the watchdog looks before it aborts
+PROGRAM_FOLDERS = ("training", "eval", "scripts")
 WORKER_GRACE_SECONDS = 30  # after a data worker's death; a waiting loader looks every 5
 
 
@@ -53,21 +56,40 @@ def supervised(run: Run, loader, max_hours: float, timeout_minutes: float) -> It
         ChildProcessError, ConnectionError: a data worker or another training process died.
         ValueError: another process trains in this folder.
     """
-    loader.worker_init_fn = ignore_stop_signals
+    loader.worker_init_fn = start_training_worker
     with ExitStack() as stack:
-        workers = stack.enter_context(explained_deaths())
         # Workers start before the lock is taken: those of a killed trainer would keep holding it.
-        batches = iter(loader)
-        workers += multiprocessing.active_children()
+        batches = stack.enter_context(watched(loader))
         stack.enter_context(locked(run))
-        stack.enter_context(abort_if_worker_dies(workers))
-        watchdog = stack.enter_context(Watchdog(timeout_minutes))
+        silence = f"no step for training.timeout_minutes={timeout_minutes:g}"
+        watchdog = stack.enter_context(Watchdog(timeout_minutes, silence))
         stop = stack.enter_context(StopRequest(run.started, max_hours, timeout_minutes))
         yield Supervisor(batches, watchdog.heartbeat, stop.reason)
 
 
+@contextmanager
+def watched(loader) -> Iterator[Iterator[dict]]:
+    """The batches of a loader, whose workers are started and watched.
+
+    Raises:
+        ChildProcessError: one died.
+        ConnectionError: another process of the program did.
+        OSError: they cannot be started.
+    """
+    with explained_deaths() as workers:
+        others = multiprocessing.active_children()
+        try:
+            batches = with_short_errors(iter(loader))
+        except OSError as error:  # of the semaphores, which lie in shared memory, or of fork
+            reason = f"data workers cannot be started ({error.strerror})"
+            raise OSError(f"{reason}: {SHARED_MEMORY_CURE}") from error
+        workers += [each for each in multiprocessing.active_children() if each not in others]
+        with abort_if_worker_dies(workers):
+            yield batches
+
+
 class StopRequest:
-    """Whether the run is to stop after this step, and why. A context: the old handlers come back."""
+    """Whether the run is to stop after this step, and why. A context: old handlers come back."""
 
     def __init__(self, started: float, max_hours: float, timeout_minutes: float):
         self._deadline = started + 3600 * max_hours if max_hours else float("inf")
@@ -120,12 +142,14 @@ class StopRequest:
 class Watchdog:
     """Aborts with one line if no heartbeat comes for `minutes`. A context.
 
-    It has its own thread: the main one may wait for a rank, a worker, a disk or a device, where
-    nothing else reaches it. Time in which the whole program was suspended does not count.
+    silence: what did not happen, for the line. It has its own thread: the main one may wait for a
+    rank, a worker, a disk or a device, where nothing else reaches it. Time in which the whole
+    program was suspended does not count.
     """
 
-    def __init__(self, minutes: float):
+    def __init__(self, minutes: float, silence: str):
         self.minutes = minutes
+        self.silence = silence
         self._alive = False
         self._done = threading.Event()
         self._owner = threading.get_ident()
@@ -147,14 +171,14 @@ class Watchdog:
             self._alive = False
             if silent_polls == POLLS_PER_TIMEOUT:
                 abort(
-                    f"no step for training.timeout_minutes={self.minutes:g}: another process, the "
-                    f"storage or a device hangs; this one waits in {self._where()}"
+                    f"{self.silence}: another process, the storage or a device hangs; this one "
+                    f"waits in {self._where()}"
                 )
 
     def _where(self) -> str:
-        """The line of training/ in which the main thread is."""
+        """The line of a program of ours in which the main thread is, however deep in a library."""
         frame = sys._current_frames()[self._owner]
-        while frame.f_back and Path(frame.f_code.co_filename).parent != Path(__file__).parent:
+        while frame.f_back and Path(frame.f_code.co_filename).parent.name not in PROGRAM_FOLDERS:
             frame = frame.f_back
         return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}"
 
@@ -185,16 +209,27 @@ def restore_sigchld_default() -> None:
 
 
 def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
-    """One line on a dead worker, "" if all live."""
-    if not workers or not wait([worker.sentinel for worker in workers], timeout=1):
+    """One line on a worker that failed, "" if none did: those with no more data end, too."""
+    wait_for_one(workers, timeout=1)
+    dead = next((worker for worker in workers if worker.exitcode), None)
+    if dead is None:
         return ""
-    dead = next(worker for worker in workers if wait([worker.sentinel], timeout=0))
-    dead.join()
     if dead.exitcode == -signal.SIGKILL:
         how = "was killed (SIGKILL): if memory ran out, lower data.num_workers or shuffle_buffer"
+    elif dead.exitcode == -signal.SIGBUS:  # a page that there was no room for
+        how = f"was killed (SIGBUS): {SHARED_MEMORY_CURE}"
     else:
         how = f"ended with status {dead.exitcode} (-N: signal N)"
     return f"a data worker (process {dead.pid}) {how}"
+
+
+def wait_for_one(workers: Sequence[BaseProcess], timeout: float | None = None) -> None:
+    """Wait until one of the living workers has ended, or for so many seconds."""
+    living = [worker for worker in workers if worker.exitcode is None]
+    ended = wait([worker.sentinel for worker in living], timeout) if living else []
+    for worker in living:
+        if worker.sentinel in ended:
+            worker.join()  # the sentinel comes a moment before the exit code
 
 
 def describe_lost_batch(error: Exception) -> str:
@@ -211,7 +246,10 @@ def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        wait([worker.sentinel for worker in workers])
+        while not any(worker.exitcode for worker in workers):
+            if all(worker.exitcode == 0 for worker in workers):
+                return
+            wait_for_one(workers)
         if not done.wait(WORKER_GRACE_SECONDS):
             abort(describe_dead_worker(workers))
 
@@ -231,11 +269,12 @@ def abort(reason: str) -> None:
     os._exit(ERROR_STATUS)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """For data workers: a request to stop often reaches the whole process group.
+def start_training_worker(worker: int) -> None:
+    """start_worker, deaf to requests to stop, which often reach the whole process group.
 
     The trainer needs batches to finish its step; a worker ends when its trainer ends it or is gone.
     """
+    start_worker(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS

@@ -1,0 +1,74 @@
+"""Worker processes of the loaders: a batch that one has made arrives, or the program ends.
+
+torch sends batches from a thread of the worker, which prints an error and drops the batch: the
+loader then waits for ever, or goes on without it. So what can fail is done before, in the worker's
+main code, whose errors reach the loader; and a worker that cannot send ends.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from multiprocessing.queues import Queue
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps it; a container has 64 MB unless told otherwise
+SHARED_MEMORY_CURE = (
+    f"give the container a larger {SHARED_MEMORY} (docker run --shm-size=8g), or use fewer workers "
+    "(num_workers; 0 needs none) or smaller batches"
+)
+WORKER_ERROR = "Caught ValueError in DataLoader worker process"  # how torch begins the text of one
+
+
+def start_worker(worker: int) -> None:
+    """The worker_init_fn of every loader: a worker that cannot send a batch ends."""
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)
+
+
+def _end_worker(error: Exception, item: Any) -> None:
+    print(f"error: a data worker cannot send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def share_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same batch; in a worker, its tensors are moved into shared memory.
+
+    Raises:
+        ValueError: there is no room for it.
+    """
+    if get_worker_info() is None:
+        return batch
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        size = sum(tensor.nbytes for tensor in tensors) / 1e6
+        place = f"{SHARED_MEMORY}, where {_free_megabytes()} MB are free"
+        reason = str(error).rpartition(": ")[2].partition("\n")[0]
+        raise ValueError(
+            f"no room for a batch of {size:.1f} MB in {place} ({reason}): {SHARED_MEMORY_CURE}"
+        ) from None
+    return batch
+
+
+def _free_megabytes() -> str:
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:  # not there: macOS keeps it elsewhere
+        return "no"
+    return f"{usage.free / 1e6:.1f} of {usage.total / 1e6:.1f}"
+
+
+def with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same batches; torch puts a worker's traceback into the message of its error."""
+    try:
+        yield from batches
+    except ValueError as error:
+        text = str(error)
+        if not text.startswith(WORKER_ERROR):
+            raise
+        raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from error
