@@ -162,8 +162,9 @@ class Task:
     part: int  # of the Slurm array; distinguishes unfinished files of parts that work side by side
     config: SampleConfig
     numbers: np.ndarray  # of each sample's first entry, in the order of the shard
-    counts: np.ndarray  # entries of each sample
-    rows: np.ndarray  # in the index, of all entries, sample by sample
+    rows: np.ndarray  # theirs in the index
+    num_others: np.ndarray  # further entries of each sample, whose captions it gets
+    others: np.ndarray  # theirs in the index, sample by sample
     states: np.ndarray  # UNCHECKED, USABLE or DUPLICATE
 
     @property
@@ -189,10 +190,12 @@ class Task:
     def samples(self) -> Iterator[tuple[list[Entry], int]]:
         """(entries, state) of each."""
         with open(index_path(self.output), "rb") as index:
-            rows = iter(self.rows)
-            samples = zip(self.numbers, self.counts, self.states, strict=True)
-            for number, count, state in samples:
-                yield [read_entry(index, number, row) for row in islice(rows, count)], state
+            others = iter(self.others)
+            samples = zip(self.numbers, self.rows, self.num_others, self.states, strict=True)
+            for number, row, count, state in samples:
+                first = read_entry(index, number, row)
+                rest = [read_entry(index, 0, other) for other in islice(others, count)]
+                yield [first, *rest], state
 
     def is_finished(self) -> bool:
         if not self.record.is_file():

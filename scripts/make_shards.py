@@ -83,7 +83,7 @@ class Plan:
     config: SampleConfig
     shards: dict[str, np.ndarray]  # by name: the numbers of its samples' first entries
     rows: np.ndarray  # of the index, by number of entry
-    images: np.ndarray  # by number of entry: the first one of the sample that has its caption
+    images: np.ndarray  # by number of entry: the first entry of the sample that gets its captions
     states: np.ndarray  # by number of entry
 
     @cached_property
@@ -97,9 +97,9 @@ class Plan:
 
     def task(self, shard: str) -> Task:
         numbers, (order, images) = self.shards[shard], self.by_image
-        # where the entries of each sample stand in that order
+        # behind its first entry stand the others of a sample; those of a duplicate are elsewhere
         begins, ends = (np.searchsorted(images, numbers, side) for side in ("left", "right"))
-        counts = ends - begins
+        counts = np.maximum(ends - begins - 1, 0)
         places = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
         return Task(
             name=shard,
@@ -107,8 +107,9 @@ class Plan:
             part=self.part,
             config=self.config,
             numbers=numbers,
-            counts=counts,
-            rows=self.rows[order[places]],
+            rows=self.rows[numbers],
+            num_others=counts,
+            others=self.rows[order[places]],
             states=self.states[numbers],
         )
 
