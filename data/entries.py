@@ -16,7 +16,7 @@ import re
 import stat
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -248,10 +248,11 @@ def _texts_at(key: str, parts: Mapping[str, bytes], metadata: Mapping[str, Any])
 
 def explain(entry: Entry, reason: str) -> str:
     """A sample that is dropped, by name, with what lies there in place of what it lacks."""
-    path, name = entry.path, os.path.basename(entry.path)
+    path, name, found = entry.path, os.path.basename(entry.path), ""
     if entry.span is not None:
-        found = members_of(_read_span(path, *entry.span)) if "missing" in reason else ""
         name = f"{name}: {entry.key}"
+        if "missing" in reason:
+            found = members_of(_read_span(path, *entry.span))
     elif "://" in path:
         name, found = re.search(r"\w*://.*", path)[0], "a URL, expected a file"
     elif os.path.isdir(path):
@@ -261,10 +262,8 @@ def explain(entry: Entry, reason: str) -> str:
     elif reason.startswith("caption"):
         found = f"beside it {', '.join(_names_like(path)) or 'nothing'}"
     elif reason.startswith(("image: unreadable", "no image")):
-        with open(path, "rb") as file:
+        with suppress(OSError), open(path, "rb") as file:
             found = f"begins with {file.read(12)!r}"
-    else:
-        found = ""
     return ": ".join(filter(None, (name, found, entry.note)))
 
 

@@ -7,6 +7,7 @@ shards.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from data.captions import strings
 from data.entries import load_json
 from data.files import read_text_file
+from data.sources import is_tar_name
 from eval.images import CLEAN_SIZE, ResizeRule, entry_captions, image_name, list_images
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
@@ -232,6 +234,10 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
     files = [Path(name) for name in names if name.endswith((".txt", ".jsonl", ".json"))]
     # Folders and shards
     if not files:
+        if other := [name for name in names if not os.path.isdir(name) and not is_tar_name(name)]:
+            raise ValueError(
+                f"captions {other[0]}: expected a .txt, .jsonl or .json, or folders, or tars"
+            )
         keys, entries = protocol.caption_keys, list_images(names)
         texts = [entry_captions(entry, keys, "protocol: caption_keys")[0] for entry in entries]
         return [Caption(text, image_name(entry)) for text, entry in zip(texts, entries)]
