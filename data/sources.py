@@ -175,6 +175,8 @@ def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
     visited = set()
     if output and os.path.isdir(output):
         visited.add(_identity(output))
+    if _identity(root) in visited:
+        raise ValueError(f"output: {output} is the folder of the source, expected another one")
 
     def fail(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}")

@@ -243,6 +243,7 @@ REFUSED = [
     ("folder photos --shard-index 2 --num-shards 2", ["shard_index", "2", "0..1"]),
     ("folder photos --samples-per-shard 0", ["--samples-per-shard", "0"]),
     ("folder photos --holdout 1", ["holdout", "1"]),
+    ("folder photos --output photos", ["output", "photos"]),
     ("folder photos --resize -1", ["--resize", "-1"]),
     ("folder photos --quality 0", ["--quality", "0", "1..100"]),
     ("folder photos --background 0 0 256", ["--background", "256", "0..255"]),
@@ -292,7 +293,8 @@ def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(command, named, h
     write_shard(here / "cut.tar", [{"__key__": str(i), "txt": "x"} for i in range(9)])
     (here / "cut.tar").write_bytes((here / "cut.tar").read_bytes()[:1024])
     before = sorted(here.rglob("*"))
-    message = fails(capsys, *command.split(), "--output", "new/out")
+    output = [] if "--output" in command else ["--output", "new/out"]
+    message = fails(capsys, *command.split(), *output)
     assert all(name in message.splitlines()[-1] for name in named)
     assert sorted(here.rglob("*")) == before
 
