@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from data.entries import Entry
-from data.files import check_writable
+from data.files import check_writable, read_text_file
 from eval.captioning import (
     Captioned,
     caption_images,
@@ -172,10 +172,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """
     prompts = args.prompts or args.interpolate
     if args.prompts_file:
-        if not args.prompts_file.is_file():
-            raise ValueError(f"--prompts-file {args.prompts_file} does not exist")
         # splitlines would also split at U+2028
-        lines = args.prompts_file.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text_file(args.prompts_file).split("\n")
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
         prompts = list(read_run_config(flow_folder(args.run)).pictures.captions)

@@ -8,7 +8,8 @@ transforms  bytes -> RGB image -> crop                 captions     where they l
 images      images -> batches                          samples      draws, bad ones, how many may be
 filters     which samples are good enough              files        writing files whole
 sources     folders, tables, COCO, ... -> entries      entries      samples that are not yet read
-packing     entries -> shards                          encoding     shards as they are encoded
+tables      csv, jsonl, parquet -> rows                packing      entries -> shards
+encoding    shards as they are encoded
 
 Nothing here knows a network, a run folder or a device.
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data.files import decode_text
 from data.samples import BadSample, SampleDraws, check_fields
 
 # B captions -> B x L int64; picklable, it runs in the workers
@@ -106,7 +107,7 @@ def _raw_captions(sample: Mapping[str, Any], key: str) -> list[str]:
     if field_name:
         return strings((metadata_of(sample) or {}).get(field_name))
     try:
-        return [sample[extension].decode("utf-8")] if extension in sample else []
+        return [decode_text(sample[extension])] if extension in sample else []
     except UnicodeDecodeError:
         return []
 

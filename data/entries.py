@@ -2,7 +2,9 @@
 
 A source (data/sources.py) gives entries; `build_index` puts them into a file with a row of an array
 for each, so that a worker reads any of them by its number and nobody holds the captions of a data
-set in memory. `read_parts` and `read_text` then read one sample.
+set in memory. Entries of one image (rows of a table) are one sample, which has the captions of all.
+`read_parts` and `read_captions` then read an entry, `explain` says what lies there in place of
+what it lacks.
 """
 
 import hashlib
@@ -11,9 +13,10 @@ import json
 import math
 import os
 import re
+import stat
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,17 +28,24 @@ from fsspec.utils import infer_compression
 from PIL import Image
 
 from data.captions import clean_caption, strings
-from data.samples import BadSample
+from data.files import decode_text, errors_naming
+from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
-from data.tar import scan_file
+from data.tar import one_form, scan_file
 from data.transforms import FORMATS, IMAGE_KEYS
 
-# bytes of an entry's line, and whether its key came before
-INDEX_ROW = np.dtype([("begin", "<i8"), ("end", "<i8"), ("repeated", "?")])
+# bytes of an entry's line, the first entry of the same image, whether its key came before, whether
+# it is no sample
+INDEX_ROW = np.dtype(
+    [("begin", "<i8"), ("end", "<i8"), ("image", "<i8"), ("repeated", "?"), ("faulty", "?")]
+)
 # how bytes that are not UTF-8 were decoded ("surrogateescape")
 ESCAPED_BYTES = re.compile("[\udc80-\udcff]")
 # else the format's name
 FORMAT_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}
+# what only TIFFs have whose first picture is a preview: camera raws
+DNG_VERSION, NEW_SUBFILE_TYPE = 50706, 254
+NUM_NAMES = 5  # of files that a message lists
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,15 @@ class Entry:
     path: str
     # first byte and end of the sample in its tar; None: path is an image
     span: tuple[int, int] | None = None
-    # None: they are to be found in the tar, or in files beside the image
+    # None: they are to be found in the tar, or in `sidecars`
     captions: list[str] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    # files with the rest of the sample, by extension
+    sidecars: dict[str, str] = field(default_factory=dict)
+    # why it is no sample, where the source knows
+    fault: str | None = None
+    # what the source knows about it that would explain a fault
+    note: str = ""
 
 
 def clean_key(name: str) -> str:
@@ -69,7 +85,7 @@ def clean_key(name: str) -> str:
 def load_json(data: str | bytes) -> Any:
     """Parsed JSON, NaN and infinite numbers as None; None if it is none, or nested too deeply."""
     if isinstance(data, bytes):
-        data = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+        data = decode_text(data, "surrogateescape")
     try:
         return json.loads(data, parse_constant=lambda name: None, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -85,19 +101,41 @@ def _finite(text: str) -> float | None:
 
 
 def build_index(entries: Iterable[Entry], file: BinaryIO) -> np.ndarray:
-    """Write one JSON line per entry; returns N rows of INDEX_ROW. Memory: 16 bytes per entry."""
-    ends, keys = array("q", [0]), array("Q")
-    for entry in entries:
+    """Write one JSON line per entry; returns N rows of INDEX_ROW. Memory: 41 bytes per entry."""
+    ends, faulty = array("q", [0]), bytearray()
+    keys, images = bytearray(), bytearray()  # digests
+    for number, entry in enumerate(entries):
         # default: dates and decimals of parquet
         line = json.dumps(vars(entry), default=str).encode() + b"\n"
         ends.append(ends[-1] + file.write(line))
-        digest = hashlib.blake2b(entry.key.encode(), digest_size=8).digest()
-        keys.append(int.from_bytes(digest, "little"))
-    rows = np.zeros(len(keys), INDEX_ROW)
-    rows["begin"], rows["end"], rows["repeated"] = ends[:-1], ends[1:], True
-    _, firsts = np.unique(np.frombuffer(keys, np.uint64), return_index=True)
-    rows["repeated"][firsts] = False
+        faulty.append(entry.fault is not None)
+        keys += digest_of(entry.key.encode())
+        # what is no sample has no image to share
+        image = f"{number}" if faulty[-1] else f"{os.path.abspath(entry.path)} {entry.span}"
+        images += digest_of(image.encode("utf-8", "surrogatepass"))
+    rows = np.zeros(len(ends) - 1, INDEX_ROW)
+    rows["begin"], rows["end"] = ends[:-1], ends[1:]
+    rows["image"] = first_equals(np.frombuffer(images, np.uint64))
+    rows["repeated"] = first_equals(np.frombuffer(keys, np.uint64)) != np.arange(len(rows))
+    rows["faulty"] = np.frombuffer(faulty, bool)
     return rows
+
+
+def digest_of(data: bytes) -> bytes:
+    """16 bytes that stand for the data."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def first_equals(digests: np.ndarray) -> np.ndarray:
+    """For each of N digests, 2N uint64, the number of the first one that equals it: N int64."""
+    digests = digests.reshape(-1, 2)
+    # equal ones stand together, in their own order
+    order = np.lexsort(digests.T)
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+    firsts = np.empty(len(order), np.int64)
+    firsts[order] = order[is_first][np.cumsum(is_first) - 1]
+    return firsts
 
 
 def read_entry(index: BinaryIO, number: int, row: np.void) -> Entry:
@@ -114,54 +152,85 @@ def read_parts(entry: Entry) -> dict[str, bytes]:
     """{extension: bytes} of one sample.
 
     Raises:
-        BadSample: the image file is missing, or a tar member occurs twice.
+        BadSample: the image file is missing or no image, or a tar member occurs twice.
+        OSError: naming a file that cannot be read.
     """
     if entry.span is not None:
         return _read_span(entry.path, *entry.span)
-    if not os.path.isfile(entry.path):
+    if file_stamp(entry.path) is None:
         raise BadSample("image: missing")
-    stem, extension = os.path.splitext(entry.path)
-    data = Path(entry.path).read_bytes()
-    extension = extension[1:].lower()
-    parts = {extension if extension in IMAGE_KEYS else _format_extension(data): data}
-    if entry.captions is None:
-        for name in ("txt", "json"):
-            if (path := Path(f"{stem}.{name}")).is_file():
-                parts[name] = path.read_bytes()
+    extension = os.path.splitext(entry.path)[1][1:].lower()
+    if extension not in IMAGE_KEYS:
+        extension = image_extension(entry.path)
+    if extension is None:
+        raise BadSample(no_image(entry.path))
+    files = {extension: entry.path, **entry.sidecars}
+    parts = {}
+    for extension, path in files.items():
+        with errors_naming(path):
+            parts[extension] = Path(path).read_bytes()
     return parts
 
 
-def _format_extension(data: bytes) -> str:
-    """What an image file without a usable extension is; readers go by its content anyway."""
+def file_stamp(path: str) -> list[int] | None:
+    """Size in bytes and time of change in ns of a file; None: there is none."""
     try:
-        name = Image.open(io.BytesIO(data), formats=FORMATS).format
-    except Exception:  # not an image: found out, and counted, by who decodes it
-        name = "JPEG"
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a zero or half a character in its name
+        return None
+    return [status.st_size, status.st_mtime_ns] if stat.S_ISREG(status.st_mode) else None
+
+
+def image_extension(path: str) -> str | None:
+    """The extension that an image file's content asks for; None: no image that is read.
+
+    Nor are camera raws, of which Pillow would show the preview.
+    """
+    if file_stamp(path) is None:
+        return None
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            name, tags = image.format, getattr(image, "tag_v2", {})
+    except Exception:  # Pillow raises a dozen types on what is no image
+        return None
+    if DNG_VERSION in tags or tags.get(NEW_SUBFILE_TYPE) == 1:
+        return None
     extension = FORMAT_EXTENSIONS.get(name, name.lower())
     return extension if extension in IMAGE_KEYS else "jpg"
 
 
-def read_text(
-    entry: Entry, parts: Mapping[str, bytes], keys: Sequence[str]
-) -> tuple[list[str], dict[str, Any]]:
-    """(captions, metadata) of a sample; captions of the first of `keys` that has any, cleaned.
+def no_image(path: str) -> str:
+    """The reason why a file is no sample: by its ending, for there may be many."""
+    ending = os.path.splitext(path)[1].lower()
+    is_usual = ending[1:].isalnum() and len(ending) <= 10
+    return f"no image: {ending if is_usual else 'unusual ending'}"
 
-    Metadata is what the source knows beside them, {} for a JSON that is none.
+
+def read_metadata(entry: Entry, parts: Mapping[str, bytes]) -> dict[str, Any]:
+    """What the source knows of a sample beside captions, {} for a JSON that is none."""
+    if entry.captions is not None:
+        return entry.metadata
+    content = load_json(parts["json"]) if "json" in parts else None
+    return content if isinstance(content, dict) else {}
+
+
+def read_captions(
+    entry: Entry, parts: Mapping[str, bytes], metadata: Mapping[str, Any], keys: Sequence[str]
+) -> list[str]:
+    """Captions of the first of `keys` that has any, cleaned.
 
     Raises:
-        BadSample: no caption, or none that is UTF-8.
+        BadSample: no caption, or none that is UTF-8 (or -16, -32).
     """
-    metadata, candidates = entry.metadata, [entry.captions]
+    candidates = [entry.captions]
     if entry.captions is None:
-        content = load_json(parts["json"]) if "json" in parts else None
-        metadata = content if isinstance(content, dict) else {}
         candidates = [_texts_at(key, parts, metadata) for key in keys]
     reason = "caption: missing"
     for texts in candidates:
         whole = [text for text in texts if not ESCAPED_BYTES.search(text)]
         captions = list(filter(None, map(clean_caption, whole)))
         if captions:
-            return captions, metadata
+            return captions
         if len(whole) < len(texts):
             reason = "caption: not UTF-8"
     raise BadSample(reason)
@@ -171,7 +240,54 @@ def _texts_at(key: str, parts: Mapping[str, bytes], metadata: Mapping[str, Any])
     extension, _, name = key.partition(":")
     if name:
         return strings(metadata.get(name))
-    return [parts[extension].decode("utf-8", "surrogateescape")] if extension in parts else []
+    return [decode_text(parts[extension], "surrogateescape")] if extension in parts else []
+
+
+# -------------------------------------------------------------------------------------- explanation
+
+
+def explain(entry: Entry, reason: str) -> str:
+    """A sample that is dropped, by name, with what lies there in place of what it lacks."""
+    path, name, found = entry.path, os.path.basename(entry.path), ""
+    if entry.span is not None:
+        name = f"{name}: {entry.key}"
+        if "missing" in reason:
+            found = members_of(_read_span(path, *entry.span))
+    elif "://" in path:
+        name, found = re.search(r"\w*://.*", path)[0], "a URL, expected a file"
+    elif os.path.isdir(path):
+        name, found = path, "a folder, expected a file"
+    elif file_stamp(path) is None:
+        name, found = path, _instead_of(path)
+    elif reason.startswith("caption"):
+        found = f"beside it {', '.join(_names_like(path)) or 'nothing'}"
+    elif reason.startswith(("image: unreadable", "no image")):
+        with suppress(OSError), open(path, "rb") as file:
+            found = f"begins with {file.read(12)!r}"
+    return ": ".join(filter(None, (name, found, entry.note)))
+
+
+def _instead_of(path: str) -> str:
+    """What there is where a file is missing: names like its own, else the first ones."""
+    if "\\" in path:
+        return "no such file: backslashes, expected /"
+    wanted = Path(path).absolute()
+    while not wanted.parent.is_dir():
+        wanted = wanted.parent
+    names = _names_like(str(wanted)) or sorted(os.listdir(wanted.parent))[:NUM_NAMES]
+    return f"no such file; in {wanted.parent} are {', '.join(names) or 'none'}"
+
+
+def _names_like(path: str) -> list[str]:
+    """Other files in the folder of one, with its name up to the first dot, in whatever case."""
+    folder, name = os.path.split(path)
+    stem = one_form(name).partition(".")[0].casefold()
+    others = [
+        other
+        for other in os.listdir(folder or ".")
+        if other != name and one_form(other).partition(".")[0].casefold() == stem
+    ]
+    return sorted(others)[:NUM_NAMES]
 
 
 # -------------------------------------------------------------------------------------- inside tars

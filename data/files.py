@@ -3,6 +3,7 @@
 A killed process leaves the old file or the new one.
 """
 
+import io
 import json
 import os
 import tempfile
@@ -69,6 +70,18 @@ def errors_naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+class NamingFile(io.FileIO):
+    """A file to write to, whose errors name another: the one that it will be."""
+
+    def __init__(self, path: Path, name: str | Path):
+        super().__init__(path, "wb")
+        self._name = name
+
+    def write(self, data: Any) -> int | None:
+        with errors_naming(self._name):
+            return super().write(data)
+
+
 @contextmanager
 def written_whole(path: str | Path, writer: str = "") -> Iterator[BinaryIO]:
     """A file to write to, which gets its name once the block ends without an error.
@@ -80,7 +93,7 @@ def written_whole(path: str | Path, writer: str = "") -> Iterator[BinaryIO]:
     """
     partial = Path(f"{path}{writer and f'.{writer}'}.tmp")
     try:
-        with errors_naming(path), open(partial, "wb") as file:
+        with errors_naming(path), io.BufferedWriter(NamingFile(partial, path)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -3,19 +3,27 @@
 A task is one shard. Whatever is written appears whole or not at all, and depends on the task only.
 """
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data.entries import Entry, read_entry, read_parts, read_text
+from data.entries import (
+    Entry,
+    digest_of,
+    explain,
+    read_captions,
+    read_entry,
+    read_metadata,
+    read_parts,
+)
 from data.files import written_whole
 from data.filters import FilterConfig
 from data.samples import BadSample
@@ -44,17 +52,24 @@ class SampleConfig:
 
 
 def make_sample(
-    entry: Entry, config: SampleConfig, is_usable: bool = False
+    entries: Sequence[Entry], config: SampleConfig, is_usable: bool = False
 ) -> tuple[dict[str, Any], bytes]:
-    """(sample for write_shard, the source's image file). is_usable: no need to decode the image.
+    """(sample for write_shard, the source's image file) of the entries of one image.
+
+    The captions of all, in order, the image and metadata of the first. is_usable: no need to decode
+    the image.
 
     Raises:
         BadSample: no image, no caption, or filtered.
         ValueError: a score is missing that must not be.
     """
+    entry = entries[0]
+    if entry.fault is not None:
+        raise BadSample(entry.fault)
     # captions and scores first: of a table with scores most images may be dropped unread
-    parts = {} if entry.captions is not None else read_parts(entry)
-    captions, metadata = read_text(entry, parts, config.caption_keys)
+    parts = text_parts(entry)
+    metadata = read_metadata(entry, parts)
+    captions = gather_captions(entries, parts, metadata, config.caption_keys)
     try:
         config.filters.check_metadata(captions[0], metadata)
     except ValueError as error:
@@ -81,6 +96,37 @@ def make_sample(
     }
     texts = {"txt": captions[0], "json": to_json({**metadata, "captions": captions})}
     return {"__key__": entry.key, extension: data, **texts, **others}, original
+
+
+def text_parts(entry: Entry) -> dict[str, bytes]:
+    """What holds the captions of an entry, {} if they are known."""
+    return {} if entry.captions is not None else read_parts(entry)
+
+
+def gather_captions(
+    entries: Sequence[Entry],
+    parts: dict[str, bytes],
+    metadata: dict[str, Any],
+    keys: Sequence[str],
+) -> list[str]:
+    """The captions of all entries, none for the second time; parts, metadata: of the first.
+
+    Raises:
+        BadSample: none has any; why the first has none.
+    """
+    captions, fault = [], None
+    for number, entry in enumerate(entries):
+        try:
+            if number:
+                parts = text_parts(entry)
+                metadata = read_metadata(entry, parts)
+            texts = read_captions(entry, parts, metadata, keys)
+            captions += [text for text in texts if text not in captions]
+        except BadSample as error:
+            fault = fault or error
+    if not captions:
+        raise fault
+    return captions
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
@@ -111,32 +157,45 @@ def to_json(content: dict[str, Any]) -> bytes:
 class Task:
     """The samples of one shard: a job for a worker."""
 
-    shard: int
+    name: str  # of the shard, as 000000 or holdout/000000
     output: Path
     part: int  # of the Slurm array; distinguishes unfinished files of parts that work side by side
     config: SampleConfig
-    numbers: np.ndarray  # of the entries, in the order of the shard
+    numbers: np.ndarray  # of each sample's first entry, in the order of the shard
     rows: np.ndarray  # theirs in the index
+    num_others: np.ndarray  # further entries of each sample, whose captions it gets
+    others: np.ndarray  # theirs in the index, sample by sample
     states: np.ndarray  # UNCHECKED, USABLE or DUPLICATE
 
     @property
     def tar(self) -> Path:
-        return self.output / f"{self.shard:06d}.tar"
+        return self.output / f"{self.name}.tar"
 
     @property
     def record(self) -> Path:
-        """What a finished shard is made of: {"read", "kept", "dropped"}; written after it."""
-        return self.output / PROGRESS_FOLDER / f"{self.shard:06d}.json"
+        """What a finished shard is made of; written after it.
+
+        {"read", "kept", "dropped": {reason: count}, "first": {reason: example}}
+        """
+        return self._progress(".json")
 
     @property
     def digests(self) -> Path:
         """One row of 16 bytes per sample, zeros for what is dropped."""
-        return self.output / PROGRESS_FOLDER / f"{self.shard:06d}.digests.npy"
+        return self._progress(".digests.npy")
 
-    def entries(self) -> Iterator[tuple[Entry, int]]:
+    def _progress(self, ending: str) -> Path:
+        return self.output / PROGRESS_FOLDER / (self.name.replace("/", "_") + ending)
+
+    def samples(self) -> Iterator[tuple[list[Entry], int]]:
+        """(entries, state) of each."""
         with open(index_path(self.output), "rb") as index:
-            for number, row, state in zip(self.numbers, self.rows, self.states, strict=True):
-                yield read_entry(index, int(number), row), state
+            others = iter(self.others)
+            samples = zip(self.numbers, self.rows, self.num_others, self.states, strict=True)
+            for number, row, count, state in samples:
+                first = read_entry(index, number, row)
+                rest = [read_entry(index, 0, other) for other in islice(others, count)]
+                yield [first, *rest], state
 
     def is_finished(self) -> bool:
         if not self.record.is_file():
@@ -147,20 +206,29 @@ class Task:
 def write_task(task: Task) -> int:
     """Write a shard, then its record; returns how many samples were read."""
     dropped: Counter[str] = Counter()
+    first: dict[str, str] = {}
 
     def samples() -> Iterator[dict[str, Any]]:
-        for entry, state in task.entries():
+        for entries, state in task.samples():
             try:
                 if state == DUPLICATE:
                     raise BadSample("duplicate")
-                yield make_sample(entry, task.config, is_usable=state == USABLE)[0]
+                yield make_sample(entries, task.config, is_usable=state == USABLE)[0]
             except BadSample as error:
                 dropped[error.reason] += 1
+                if error.reason not in first:
+                    first[error.reason] = explain(entries[0], error.reason)
 
+    task.tar.parent.mkdir(exist_ok=True)
     kept = write_shard(task.tar, samples())
     if not kept:
         task.tar.unlink()
-    record = {"read": len(task.numbers), "kept": kept, "dropped": dict(sorted(dropped.items()))}
+    record = {
+        "read": len(task.numbers),
+        "kept": kept,
+        "dropped": dict(sorted(dropped.items())),
+        "first": first,
+    }
     with written_whole(task.record, str(task.part)) as file:
         file.write(json.dumps(record).encode())
     return len(task.numbers)
@@ -171,10 +239,10 @@ def digest_task(task: Task) -> int:
     if not task.digests.is_file():
         digests = np.zeros((len(task.numbers), 2), np.uint64)
         config = replace(task.config, resize=0)
-        for row, (entry, _) in zip(digests, task.entries(), strict=True):
+        for row, (entries, _) in zip(digests, task.samples(), strict=True):
             try:
-                _, data = make_sample(entry, config)
-                row[:] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
+                _, data = make_sample(entries, config)
+                row[:] = np.frombuffer(digest_of(data), np.uint64)
             except BadSample:
                 pass  # counted when the shard is written
         with written_whole(task.digests, str(task.part)) as file:

@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,6 +14,8 @@ from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
+
+from data.files import errors_naming
 
 
 def map_in_processes(
@@ -56,9 +59,10 @@ def _end_with_parent() -> None:
 def _through_a_file(folder: str, function: Callable[[Any], Any], item: Any) -> str:
     """A pipe takes 4 kB at once: all would wait for the rest of a longer, broken answer."""
     result = pickle.dumps(function(item))
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(result)
-    return file.name
+    path = Path(folder, f"{os.getpid()}-{time.monotonic_ns()}")
+    with errors_naming(path):
+        path.write_bytes(result)
+    return str(path)
 
 
 def _answer(future: Future) -> Any:

@@ -1,44 +1,71 @@
 """Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in their own order.
 
-A source is a generator of data.entries.Entry, registered with its command-line arguments: a new one
-is one more function here, and a sub-command of scripts/make_shards.py by that. Its parameters are
-the arguments' names, and `workers`, the number of processes, if it wants to know it. Its first
-entry comes after everything that can be checked at once.
+A source is a generator of data.entries.Entry, registered with its command-line arguments and the
+files that it is read from: a new one is one more function here, and a sub-command of
+scripts/make_shards.py by that. Its parameters are the arguments' names, and `workers`, the number
+of processes, or `output`, the folder of the shards, if it wants to know them. Its first entry comes
+after everything that can be checked at once.
 """
 
 import argparse
-import csv
 import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from data.captions import strings
-from data.entries import Entry, clean_key, list_samples, load_json
+from data.entries import (
+    Entry,
+    clean_key,
+    file_stamp,
+    image_extension,
+    list_samples,
+    load_json,
+    no_image,
+)
 from data.processes import map_in_processes
 from data.storage import is_remote
-from data.tar import expand_shards
+from data.tables import open_table, separator
+from data.tar import expand_shards, one_form
 from data.transforms import IMAGE_KEYS
 
-TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet", ".jsonl")
-MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more means a quote that never closes
+TAR_ENDINGS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz")
 
 
 # ----------------------------------------------------------------------------------------- registry
 
 
 Arguments = dict[str, dict[str, Any]]  # flag -> options of argparse's add_argument
-SOURCES: dict[str, tuple[str, Arguments, Callable[..., Iterator[Entry]]]] = {}
 
 
-def source(name: str, text: str, arguments: Arguments) -> Callable[[Callable], Callable]:
+@dataclass(frozen=True)
+class SourceKind:
+    """A sub-command: its help, its arguments, its generator."""
+
+    text: str
+    arguments: Arguments
+    entries: Callable[..., Iterator[Entry]]
+    # the files that it is read from, but for the images that entries name
+    files: Callable[[argparse.Namespace], Iterable[str]]
+
+
+SOURCES: dict[str, SourceKind] = {}
+
+
+def source(
+    name: str,
+    text: str,
+    arguments: Arguments,
+    files: Callable[[argparse.Namespace], Iterable[str]] = lambda options: [options.file],
+) -> Callable[[Callable], Callable]:
     """Register a generator of entries under the name of its sub-command."""
 
     def register(entries: Callable[..., Iterator[Entry]]) -> Callable[..., Iterator[Entry]]:
-        SOURCES[name] = (text, arguments, entries)
+        SOURCES[name] = SourceKind(text, arguments, entries, files)
         return entries
 
     return register
@@ -46,9 +73,14 @@ def source(name: str, text: str, arguments: Arguments) -> Callable[[Callable], C
 
 def find_entries(options: argparse.Namespace) -> Iterator[Entry]:
     """The entries of a command line."""
-    entries = SOURCES[options.source][2]
+    entries = SOURCES[options.source].entries
     names = inspect.signature(entries).parameters
     return entries(**{name: getattr(options, name) for name in names})
+
+
+def source_files(options: argparse.Namespace) -> Iterable[str]:
+    """The files that the entries of a command line come from, but for the images they name."""
+    return SOURCES[options.source].files(options)
 
 
 def folder_path(text: str) -> str:
@@ -58,10 +90,11 @@ def folder_path(text: str) -> str:
     return os.path.normpath(text)
 
 
+DEFAULT_KEYS = ("json:captions", "txt", "json:caption")
 CAPTION_KEYS = {
     "--caption-keys": {
         "nargs": "+",
-        "default": ["json:captions", "txt", "json:caption"],
+        "default": list(DEFAULT_KEYS),
         "metavar": "KEY",
         "help": "where captions lie, tried in order: an extension, or json:FIELD (text or a list)",
     }
@@ -79,43 +112,87 @@ IMAGES = {
     "folder",
     "images with same-named .txt or .json captions, also in sub-folders",
     {"folder": {"type": folder_path}} | CAPTION_KEYS,
+    files=lambda options: _files(options.folder, options.output),
 )
-def folder_entries(folder: str) -> Iterator[Entry]:
-    """Images of a folder and its sub-folders, by name, no hidden ones; captions lie beside them.
+def folder_entries(
+    folder: str, caption_keys: Sequence[str] = DEFAULT_KEYS, output: str = ""
+) -> Iterator[Entry]:
+    """Files of a folder and its sub-folders, by name; captions lie beside the images.
+
+    An image is what has an image's ending, or decodes. Its sidecars have its name and the ending of
+    a caption key, .txt or .json. Every other file is an entry with a fault.
 
     Raises:
         ValueError: no image in it.
     """
-    others, found = Counter(), False
-    for name in _files(folder):
-        stem, extension = os.path.splitext(name)
-        if extension[1:].lower() in IMAGE_KEYS:
-            found = True
-            yield Entry(clean_key(stem), os.path.join(folder, name))
-        else:
-            others[extension or "no extension"] += 1
-    if not found:
+    endings = {"txt", "json", *(key.partition(":")[0] for key in caption_keys)}
+    others, has_image = Counter(), False
+    for place, names in _folders(folder, output):
+        images, texts = set(), {}
+        for name in names:
+            stem, ending = _split(name)
+            if name.startswith("."):
+                continue
+            if ending in endings:
+                texts[stem, ending] = name
+            elif ending in IMAGE_KEYS or image_extension(os.path.join(place, name)):
+                images.add(name)
+        stems = {_split(name)[0] for name in images}
+        for name in names:
+            stem, ending = _split(name)
+            path = os.path.join(place, name)
+            key = clean_key(os.path.splitext(os.path.relpath(path, folder))[0])
+            if name in images:
+                beside = {e: texts[stem, e] for e in sorted(endings) if (stem, e) in texts}
+                sidecars = {e: os.path.join(place, name) for e, name in beside.items()}
+                yield Entry(key, path, sidecars=sidecars)
+            elif stem not in stems or texts.get((stem, ending)) != name:
+                fault = "no image: hidden" if name.startswith(".") else no_image(name)
+                others[fault.removeprefix("no image: ")] += 1
+                yield Entry(key, path, fault=fault)
+        has_image = has_image or bool(images)
+    if not has_image:
         there = ", ".join(f"{name} ({count})" for name, count in others.most_common(5)) or "none"
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there}")
 
 
-def _files(root: str) -> Iterator[str]:
-    """Paths below root, relative to it, sorted folder by folder; links are followed once."""
+def _split(name: str) -> tuple[str, str]:
+    """What images and their sidecars have in common, and the ending."""
+    stem, ending = os.path.splitext(one_form(name))
+    return stem, ending[1:].lower()
+
+
+def _files(root: str, output: str) -> Iterator[str]:
+    """Paths of all files that are not hidden."""
+    for place, names in _folders(root, output):
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+
+
+def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
+    """(folder, file names), sorted, from root on; links are followed once, hidden ones and `output`
+    are left out.
+    """
     visited = set()
+    if output and os.path.isdir(output):
+        visited.add(_identity(output))
+    if _identity(root) in visited:
+        raise ValueError(f"output: {output} is the folder of the source, expected another one")
 
     def fail(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}")
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
+        if _identity(folder) in visited:
             folders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(_identity(folder))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root)
+        yield folder, sorted(names)
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -128,11 +205,26 @@ def _files(root: str) -> Iterator[str]:
         "tables": {"type": os.path.normpath, "nargs": "+", "metavar": "FILE"},
         "--path-column": {"default": "path", "help": "of the image file"},
         "--caption-column": {"default": "caption", "help": "a text; jsonl, parquet: or a list"},
+        "--separator": {
+            "type": separator,
+            "help": "between fields, a character or tab; default: by the file's ending",
+        },
+        "--quotes": {
+            "action": argparse.BooleanOptionalAction,
+            "default": True,
+            "help": "fields may stand in double quotes; without, quotes are text (CC3M)",
+        },
     }
     | IMAGES,
+    files=lambda options: options.tables,
 )
 def table_entries(
-    tables: Sequence[str], images: str | None, path_column: str, caption_column: str
+    tables: Sequence[str],
+    images: str | None,
+    path_column: str,
+    caption_column: str,
+    separator: str | None,
+    quotes: bool,
 ) -> Iterator[Entry]:
     """Rows of tables; the columns beside path and caption become metadata.
 
@@ -140,93 +232,26 @@ def table_entries(
     list of captions.
 
     Raises:
-        ValueError: a table that is missing, broken or of another kind, a column that is not there,
-            no row at all.
+        ValueError: a table that is missing, broken or of another kind, a column that is not there
+            or not of text, a row with other columns, no row at all.
     """
     found = False
     for table in tables:
-        root = os.path.dirname(table) if images is None else images
-        columns, rows = _open_table(table)
-        missing = [name for name in (path_column, caption_column) if name not in columns]
-        if missing:
-            there = ", ".join(columns) or "none"
-            raise ValueError(
-                f"{table} has no column {' and no column '.join(missing)}; it has {there}"
-            )
+        columns, rows = open_table(table, separator, quotes)
+        for name in (path_column, caption_column):
+            if name not in columns:
+                there = ", ".join(map(repr, columns)) or "none"
+                raise ValueError(f"{table} has no column {name!r}; it has {there}")
+            if (kind := columns[name]) is not None:
+                raise ValueError(f"{table}: column {name!r} is of type {kind}, expected text")
         # what is left of a row is its metadata
         for row in rows:
             found = True
             path = row.pop(path_column, None)
             captions = strings(row.pop(caption_column, None))
-            # without a path: the root itself, which is no file
-            path = path if isinstance(path, str) else ""
-            # an absolute path leaves the key short
-            inside = path.removeprefix(os.path.join(os.path.abspath(root), ""))
-            yield Entry(path_key(inside), os.path.join(root, path), captions=captions, metadata=row)
+            yield _entry(table, images, path if isinstance(path, str) else "", captions, row)
     if not found:
         raise ValueError(f"{', '.join(tables)}: no row")
-
-
-def _open_table(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
-    """Column names (of a jsonl: those in its first lines) and rows."""
-    extension = os.path.splitext(path)[1].lower()
-    if extension not in TABLE_EXTENSIONS:
-        raise ValueError(f"table {path}: expected one of {', '.join(TABLE_EXTENSIONS)}")
-    if not os.path.isfile(path):
-        raise ValueError(f"table {path} does not exist")
-    if extension == ".parquet":
-        return _open_parquet(path)
-    if extension == ".jsonl":
-        first = islice(_jsonl_rows(path), 100)  # a row may lack a column
-        return list({name: None for row in first for name in row}), _jsonl_rows(path)
-    rows = _csv_rows(path, "\t" if extension == ".tsv" else ",")
-    return next(rows), rows
-
-
-def _csv_rows(path: str, delimiter: str) -> Iterator[Any]:
-    """First the list of columns, then a dict per row. Short rows lack their last columns."""
-    csv.field_size_limit(MAX_FIELD_CHARACTERS)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            columns = next(reader, [])
-            yield columns
-            for row in reader:
-                if row:
-                    yield dict(zip(columns, row, strict=False))
-        except csv.Error as error:
-            raise ValueError(f"{path} line {reader.line_num}: {error}") from None
-
-
-def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                row = load_json(line)
-                if not isinstance(row, dict):
-                    given = line[:60].strip()
-                    raise ValueError(
-                        f"{path} line {number}: expected a JSON object, given {given!r}"
-                    )
-                yield row
-
-
-def _open_parquet(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(
-            f"{path}: parquet needs the package pyarrow: pip install pyarrow"
-        ) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-    # no stored images
-    columns = [column.name for column in file.schema_arrow if "binary" not in str(column.type)]
-    batches = file.iter_batches(batch_size=1000, columns=columns)
-    return columns, (row for batch in batches for row in batch.to_pylist())
 
 
 # ---------------------------------------------------------------------------------- known data sets
@@ -298,7 +323,17 @@ def _entry(
 ) -> Entry:
     """An image that a file names; images: the folder where paths start, None: that of the file."""
     root = os.path.dirname(file) if images is None else images
-    return Entry(path_key(path), os.path.join(root, path), captions=captions, metadata=metadata)
+    # an absolute path leaves the key short
+    key = path_key(path.removeprefix(os.path.join(os.path.abspath(root), "")))
+    place = os.path.join(root, path)
+    if not path:
+        note = f"no path in its row of {file}"
+        return Entry(key, place, captions=captions, fault="image: missing", note=note)
+    # the same name on disk may be in another Unicode form
+    if not path.isascii() and file_stamp(place) is None:
+        forms = [os.path.join(root, normalize(form, path)) for form in ("NFC", "NFD")]
+        place = next((other for other in forms if file_stamp(other)), place)
+    return Entry(key, place, captions=captions, metadata=metadata)
 
 
 def path_key(path: str) -> str:
@@ -345,6 +380,7 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
         }
     }
     | CAPTION_KEYS,
+    files=lambda options: expand_shards(options.patterns),
 )
 def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     """Samples of webdataset tars, in order.
@@ -356,10 +392,21 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
         if is_remote(pattern):
             raise ValueError(f"shards: {pattern!r} is not a local file; download the tars first")
     paths = expand_shards(patterns)
+    if other := [path for path in paths if not is_tar_name(path)]:
+        raise ValueError(f"{other[0]}: expected a tar (.tar, .tar.gz, .tgz, ...)")
     found = False
     for path, samples in zip(paths, map_in_processes(list_samples, paths, workers), strict=True):
+        counts = Counter(one_form(key) for key, _, _ in samples)
         for key, begin, end in samples:
             found = True
-            yield Entry(clean_key(key), path, span=(begin, end))
+            again = counts[one_form(key)] > 1
+            note = "its key comes again, the tar is not sorted" if again else ""
+            yield Entry(clean_key(key), path, span=(begin, end), note=note)
     if not found:
         raise ValueError(f"{len(paths)} tars from {paths[0]} on: no sample")
+
+
+def is_tar_name(path: str) -> bool:
+    """Whether a file says that it is a tar, plain or compressed."""
+    name = os.path.basename(path).lower()
+    return name.endswith(TAR_ENDINGS) or ".tar." in name

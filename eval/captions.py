@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.captions import check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json
-from data.files import check_writable, write_json
+from data.files import check_writable, read_text_file, write_json
 from eval.caption_scores import PACKAGE, CaptionScorer
 from eval.images import RULES, ImageSet, entry_captions, image_name, iterate_images, list_images
 from eval.programs import (
@@ -140,11 +140,9 @@ def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
     Raises:
         ValueError: no file, or a line of another form; names it.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
     entries, references = [], []
     # splitlines would also cut at U+2028
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    lines = read_text_file(path).split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

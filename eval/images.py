@@ -46,6 +46,8 @@ def list_images(data: Sequence[str]) -> list[Entry]:
     entries, seen = [], set()
     for name in data:
         for entry in folder_entries(name) if os.path.isdir(name) else tar_entries([name]):
+            if entry.fault is not None:  # other files of a folder
+                continue
             place = (os.path.abspath(entry.path), entry.span)
             if place in seen:
                 raise ValueError(f"{image_name(entry)} is named twice by {' '.join(data)}")

@@ -6,6 +6,7 @@ jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and shards.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 
 from data.captions import strings
 from data.entries import load_json
+from data.files import read_text_file
+from data.sources import is_tar_name
 from eval.images import CLEAN_SIZE, ResizeRule, entry_captions, image_name, list_images
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
@@ -199,19 +202,18 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
     files = [Path(name) for name in names if name.endswith((".txt", ".jsonl", ".json"))]
     # Folders and shards
     if not files:
+        if other := [name for name in names if not os.path.isdir(name) and not is_tar_name(name)]:
+            raise ValueError(
+                f"captions {other[0]}: expected a .txt, .jsonl or .json, or folders, or tars"
+            )
         keys, entries = protocol.caption_keys, list_images(names)
         texts = [entry_captions(entry, keys, "protocol: caption_keys")[0] for entry in entries]
         return [Caption(text, image_name(entry)) for text, entry in zip(texts, entries)]
     if len(names) > 1:
         raise ValueError(f"captions is one file, or folders and shards, got {names}")
-    # One file; a byte order mark is no part of its first caption
+    # One file
     path = files[0]
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(f"captions file {path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    text = read_text_file(path)
     if path.suffix == ".json":
         return _from_json(path, load_json(text))
     # splitlines would also split at what a caption may hold, such as U+2028

@@ -9,16 +9,22 @@
 
 A sample is {key}.jpg (or its own extension; the file's bytes as they are, unless --resize),
 {key}.txt (the first caption), {key}.json (the source's metadata and all "captions"), and what else
-a source tar has under its key. Keys are the source's names without dots. Shard i is made of the
-i-th --samples-per-shard samples of the shuffled source; those that are dropped leave it smaller. So
-the result depends neither on --workers nor on how often the run was stopped: the same command
-continues where it was. A Slurm array gives every part the same command, with `--shard-index
-$SLURM_ARRAY_TASK_ID --num-shards N`; the part that finishes last writes summary.json.
+a source tar has under its key. Keys are the source's names without dots. Rows that name the same
+image are one sample, with the captions of all and the other columns of the first.
+
+Shard i is made of the i-th --samples-per-shard samples of the shuffled source; those that are
+dropped leave it smaller. So the result depends neither on --workers nor on how often the run was
+stopped: the same command continues where it was, unless a file of the source has changed. A Slurm
+array gives every part the same command, with `--shard-index $SLURM_ARRAY_TASK_ID --num-shards N`;
+the part that finishes last writes summary.json.
 
     OUTPUT/000000.tar ...   the shards; one without any sample left is not written
+    OUTPUT/holdout/         with --holdout N: shards of N samples that are in no other shard
     OUTPUT/source.json      the settings; other settings need another folder
-    OUTPUT/summary.json     samples read, kept and dropped by reason; samples of each shard
-    OUTPUT/progress/        index of the source, counts per shard; of no use beside summary.json
+    OUTPUT/summary.json     samples read, kept and dropped by reason, with the first of each reason;
+                            samples of each shard. A file of a folder that is no image and belongs
+                            to none counts as a dropped sample.
+    OUTPUT/progress/        index of the source, its files' sizes and times, counts per shard
 """
 
 import argparse
@@ -26,12 +32,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -39,7 +46,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, Python looks into scripts/ only
 
 from data.captions import check_caption_keys
-from data.entries import build_index
+from data.entries import Entry, build_index, file_stamp, first_equals
 from data.files import written_whole
 from data.filters import FilterConfig
 from data.packing import (
@@ -53,9 +60,12 @@ from data.packing import (
     write_task,
 )
 from data.processes import map_in_processes
-from data.sources import SOURCES, find_entries
+from data.sources import SOURCES, find_entries, source_files
+from training.errors import printable
 
 SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
+HOLDOUT_FOLDER = "holdout"  # in the output folder
+NUM_CHANGES = 5  # of the source's files, that an error names
 # what may differ between runs into one folder
 NOT_SETTINGS = ("output", "workers", "shard_index", "num_shards")
 
@@ -71,35 +81,43 @@ class Plan:
     part: int
     num_parts: int
     config: SampleConfig
-    samples_per_shard: int
-    order: np.ndarray  # numbers of all entries
-    rows: np.ndarray  # of the index, by number
-    states: np.ndarray  # by number
+    shards: dict[str, np.ndarray]  # by name: the numbers of its samples' first entries
+    rows: np.ndarray  # of the index, by number of entry
+    images: np.ndarray  # by number of entry: the first entry of the sample that gets its captions
+    states: np.ndarray  # by number of entry
 
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.order) // self.samples_per_shard)
+    @cached_property
+    def by_image(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of all entries, those of a sample together, its first one first; their images."""
+        order = np.argsort(self.images, kind="stable")
+        return order, self.images[order]
 
-    def shards_of(self, part: int) -> range:
-        return range(part, self.num_shards, self.num_parts)
+    def shards_of(self, part: int) -> list[str]:
+        return list(self.shards)[part :: self.num_parts]
 
-    def task(self, shard: int) -> Task:
-        numbers = self.order[shard * self.samples_per_shard : (shard + 1) * self.samples_per_shard]
+    def task(self, shard: str) -> Task:
+        numbers, (order, images) = self.shards[shard], self.by_image
+        # behind its first entry stand the others of a sample; those of a duplicate are elsewhere
+        begins, ends = (np.searchsorted(images, numbers, side) for side in ("left", "right"))
+        counts = np.maximum(ends - begins - 1, 0)
+        places = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
         return Task(
-            shard=shard,
+            name=shard,
             output=self.output,
             part=self.part,
             config=self.config,
             numbers=numbers,
             rows=self.rows[numbers],
+            num_others=counts,
+            others=self.rows[order[places]],
             states=self.states[numbers],
         )
 
     def run(
-        self, work: Callable[[Task], int], shards: Sequence[int], workers: int, title: str
+        self, work: Callable[[Task], int], shards: Sequence[str], workers: int, title: str
     ) -> None:
         """work(task) of some shards, in several processes, with a progress bar."""
-        num_samples = sum(len(self.task(shard).numbers) for shard in shards)
+        num_samples = sum(len(self.shards[shard]) for shard in shards)
         workers = max(1, min(workers, len(shards)))
         with progress_bar(title, total=num_samples) as progress:
             for count in map_in_processes(work, map(self.task, shards), workers):
@@ -123,7 +141,7 @@ def make_shards(args: argparse.Namespace) -> None:
     plan = make_plan(args)
     todo = [shard for shard in plan.shards_of(plan.part) if not plan.task(shard).is_finished()]
     if todo and args.drop_duplicates:
-        find_duplicates(plan, args.workers)
+        plan = find_duplicates(plan, args.workers)
     if todo:
         plan.run(write_task, todo, args.workers, "writing")
     report(plan, num_written=len(todo))
@@ -136,22 +154,43 @@ def make_plan(args: argparse.Namespace) -> Plan:
     output = Path(args.output)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     check_output(output, settings)
-    if not index_path(output).is_file():
+    if index_path(output).is_file():
+        check_source(args, output)
+    else:
         make_index(args, output, settings)
     rows = np.load(rows_path(output), mmap_mode="r")
-    order = np.arange(len(rows))
+    order = first_entries(rows)
     if args.shuffle:
-        order = np.random.default_rng(args.seed).permutation(len(rows))
+        order = order[np.random.default_rng(args.seed).permutation(len(order))]
     return Plan(
         output=output,
         part=args.shard_index,
         num_parts=args.num_shards,
         config=config,
-        samples_per_shard=args.samples_per_shard,
-        order=order,
+        shards=divide(order, rows["faulty"], args.samples_per_shard, args.holdout),
         rows=rows,
+        images=rows["image"],
         states=np.full(len(rows), UNCHECKED, np.uint8),
     )
+
+
+def first_entries(rows: np.ndarray) -> np.ndarray:
+    """The number of each sample's first entry."""
+    return np.flatnonzero(rows["image"] == np.arange(len(rows)))
+
+
+def divide(
+    order: np.ndarray, faulty: np.ndarray, samples_per_shard: int, holdout: int
+) -> dict[str, np.ndarray]:
+    """Name of each shard -> its samples; the first `holdout` that may be usable have their own."""
+    held_out = np.zeros(len(faulty), bool)
+    held_out[order[~faulty[order]][:holdout]] = True
+    shards = {}
+    for folder, is_here in (("", ~held_out), (f"{HOLDOUT_FOLDER}/", held_out)):
+        numbers = order[is_here[order]]
+        for i, begin in enumerate(range(0, len(numbers), samples_per_shard)):
+            shards[f"{folder}{i:06d}"] = numbers[begin : begin + samples_per_shard]
+    return shards
 
 
 def sample_config(args: argparse.Namespace) -> SampleConfig:
@@ -175,6 +214,11 @@ def sample_config(args: argparse.Namespace) -> SampleConfig:
 
 def rows_path(output: Path) -> Path:
     return index_path(output).with_name("index.npy")
+
+
+def files_path(output: Path) -> Path:
+    """One line for each file of the source: [path, [bytes, time of change]], null if missing."""
+    return index_path(output).with_name("files.jsonl")
 
 
 def check_output(output: Path, settings: dict[str, Any]) -> None:
@@ -205,6 +249,34 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def check_source(args: argparse.Namespace, output: Path) -> None:
+    """Refuse to go on from an index of files that have changed: a look at each, none is read.
+
+    Raises:
+        ValueError: naming the first that have changed, are new or are gone.
+    """
+    if not files_path(output).is_file():
+        raise ValueError(
+            f"output: {output} is of an earlier version of this program. Delete it or name another"
+        )
+    new = dict.fromkeys(source_files(args))
+    changes = []
+    with open(files_path(output)) as file:
+        for path, before in map(json.loads, file):
+            new.pop(path, None)
+            now = file_stamp(path)
+            if now != before:
+                change = "is gone" if now is None else "is new" if before is None else "has changed"
+                changes.append(f"{path} {change}")
+    changes += [f"{path} is new" for path in new]
+    if changes:
+        raise ValueError(
+            f"output: {output} holds shards of another state of the source, {len(changes)} files "
+            f"differ: {', '.join(changes[:NUM_CHANGES])}. Delete it or name another, and all shards "
+            "are made anew"
+        )
+
+
 def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any]) -> None:
     """Find the samples and write the index; nothing stays behind if that fails."""
     path, part = index_path(output), str(args.shard_index)
@@ -213,8 +285,18 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
     try:
         # the index last, as a sign that the others are there; of parts side by side all write the
         # same
-        with written_whole(path, part) as index:
-            rows = build_index(progress_bar("finding", iterable=find_entries(args)), index)
+        with (
+            written_whole(path, part) as index,
+            written_whole(files_path(output), part) as files,
+        ):
+            entries = progress_bar("finding", iterable=find_entries(args))
+            rows = build_index(with_files(entries, args, files), index)
+            usable = len(first_entries(rows)) - np.count_nonzero(rows["faulty"])
+            if args.holdout >= max(usable, 1):
+                raise ValueError(
+                    f"holdout: given {args.holdout}, expected fewer than the {usable} samples of "
+                    "the source"
+                )
             with written_whole(output / SOURCE_FILE, part) as file:
                 file.write(json.dumps(settings, indent=2).encode())
             with written_whole(rows_path(output), part) as file:
@@ -226,8 +308,24 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
         raise
 
 
-def find_duplicates(plan: Plan, workers: int) -> None:
-    """Fill plan.states: of kept samples with the same image file, the first of the source stays.
+def with_files(
+    entries: Iterable[Entry], args: argparse.Namespace, file: BinaryIO
+) -> Iterator[Entry]:
+    """The entries; what they come from is written down before any of it is read."""
+
+    def write(path: str) -> None:
+        file.write(json.dumps([path, file_stamp(path)]).encode() + b"\n")
+
+    for path in source_files(args):
+        write(path)
+    for entry in entries:
+        if entry.captions is not None and entry.fault is None:  # an image that a file names
+            write(entry.path)
+        yield entry
+
+
+def find_duplicates(plan: Plan, workers: int) -> Plan:
+    """Of kept samples with the same image file, the first of the source stays, with all captions.
 
     The parts of an array share the work, each with its own shards first: what is there already is
     not done again, and nobody waits for a part that has not started.
@@ -237,17 +335,18 @@ def find_duplicates(plan: Plan, workers: int) -> None:
     missing = [shard for shard in shards if not plan.task(shard).digests.is_file()]
     if missing:
         plan.run(digest_task, missing, workers, "comparing")
-    digests = np.empty((len(plan.order), 2), np.uint64)
-    for shard in range(plan.num_shards):
+    digests = np.zeros((len(plan.rows), 2), np.uint64)
+    for shard in plan.shards:
         task = plan.task(shard)
         digests[task.numbers] = np.load(task.digests)
-    # equal digests stand together, in the order of the source; zeros are of dropped samples
-    is_kept = digests.any(axis=1)
-    by_digest = np.lexsort(digests.T)
-    later, earlier = by_digest[1:], by_digest[:-1]
-    repeats = later[(digests[later] == digests[earlier]).all(axis=1)]
-    plan.states[is_kept] = USABLE
-    plan.states[repeats[is_kept[repeats]]] = DUPLICATE
+    # zeros are of dropped samples
+    kept = np.flatnonzero(digests.any(axis=1))
+    firsts = kept[first_equals(digests[kept])]
+    states = np.full(len(plan.rows), UNCHECKED, np.uint8)
+    states[kept] = np.where(firsts == kept, USABLE, DUPLICATE)
+    first_of = np.arange(len(plan.rows))
+    first_of[kept] = firsts
+    return replace(plan, images=first_of[plan.images], states=states)
 
 
 def report(plan: Plan, num_written: int) -> None:
@@ -256,33 +355,40 @@ def report(plan: Plan, num_written: int) -> None:
     Raises:
         ValueError: no sample was kept at all.
     """
-    tasks = [plan.task(shard) for shard in range(plan.num_shards)]
+    tasks = [plan.task(shard) for shard in plan.shards]
     # what is there of all parts of the array
-    missing = [task.tar.name for task in tasks if not task.is_finished()]
-    there = plan.num_shards - len(missing)
-    print(f"{plan.output}: {num_written} shards written, {there} of {plan.num_shards} there")
+    missing = [task.name for task in tasks if not task.is_finished()]
+    there = len(tasks) - len(missing)
+    print(f"{plan.output}: {num_written} shards written, {there} of {len(tasks)} there")
     if missing:
         names = ", ".join(missing[:5])
         print(f"{SUMMARY_FILE} comes with the last part of the array; missing: {names} ...")
         return
     # all of it: the records of the shards make the summary
-    records = {task.tar.name: json.loads(task.record.read_text()) for task in tasks}
-    dropped = sum((Counter(record["dropped"]) for record in records.values()), Counter())
+    records = {f"{task.name}.tar": json.loads(task.record.read_text()) for task in tasks}
+    dropped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for record in records.values():
+        dropped.update(record["dropped"])
+        first = record["first"] | first
     summary = {
         "read": sum(record["read"] for record in records.values()),
         "kept": sum(record["kept"] for record in records.values()),
         "dropped": dict(sorted(dropped.items())),
+        "first": dict(sorted(first.items())),
         "shards": {name: record["kept"] for name, record in records.items() if record["kept"]},
     }
     with written_whole(plan.output / SUMMARY_FILE, str(plan.part)) as file:
         file.write(json.dumps(summary, indent=2).encode())
     read, kept = summary["read"], summary["kept"]
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common()) or "none"
-    print(
-        f"{read} samples read, {kept} kept in {len(summary['shards'])} shards; dropped: {reasons}"
-    )
+    reasons = [
+        f"{reason}: {count}, first {printable(first[reason])}"
+        for reason, count in dropped.most_common()
+    ]
     if not kept:
-        raise ValueError(f"none of the {read} samples was kept; dropped: {reasons}")
+        raise ValueError(f"none of the {read} samples was kept; dropped: {'; '.join(reasons)}")
+    print(f"{read} samples read, {kept} kept in {len(summary['shards'])} shards; dropped:", end=" ")
+    print("none" if not reasons else "".join(f"\n  {reason}" for reason in reasons))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -293,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         make_shards(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except BrokenProcessPool:
         parser.exit(
@@ -327,12 +433,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_output_options(shared.add_argument_group("output"))
     add_filter_options(shared.add_argument_group("filters"))
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    for name, (text, arguments, _) in SOURCES.items():
-        style = argparse.ArgumentDefaultsHelpFormatter
+    for name, kind in SOURCES.items():
         command = commands.add_parser(
-            name, help=text, description=text, parents=[shared], formatter_class=style
+            name,
+            help=kind.text,
+            description=kind.text,
+            parents=[shared],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        for flag, options in arguments.items():
+        for flag, options in kind.arguments.items():
             command.add_argument(flag, **options)
     return parser
 
@@ -345,6 +454,7 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
     at_least_0, at_least_1, byte = whole_number(0), whole_number(1), whole_number(0, 255)
     group.add_argument("--output", required=True, metavar="FOLDER")
     add("--samples-per-shard", 1000, "before filters", type=at_least_1)
+    add("--holdout", 0, "samples that go to OUTPUT/holdout, before filters", type=at_least_0)
     add("--shuffle", True, "over the whole source", action=argparse.BooleanOptionalAction)
     add("--seed", 0, "of the shuffle", type=at_least_0)
     add("--resize", 0, "shorter side to which larger images shrink; 0: off", type=at_least_0)

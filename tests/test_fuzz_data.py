@@ -1,14 +1,20 @@
 """Hostile shards: each ends in an error of ours or right batches; no other exception, no hang,
-nothing executed.
+nothing executed. Made-up folders, tables and tars: no sample is lost without being counted.
 """
 
+import csv
 import gzip
 import io
+import json
+import os
 import pickle
 import struct
 import tarfile
 import tempfile
 import unicodedata
+from collections import Counter
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +23,11 @@ from conftest import shape_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sources import captions_of, run, samples_of, summary_of, write_files
 
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
+from data.shards import NoUsableSample
 from data.tar import write_shard
 
 K, C, PIXELS = 16, 4, 32
@@ -230,3 +238,139 @@ def test_hostile_arrays_in_token_shards(latent, states):
     hostile = {name: data for name, data in parts.items() if data is not None}
     good = {"__key__": "0", "latent.npy": GOOD_LATENT, "txt": "a"}
     read_tokens(shard_of([{**good, "__key__": "1", **hostile}, good]))
+
+
+# ------------------------------------------------------------- counted, against an independent count
+
+
+def made(files, *command):
+    """(summary, {key: captions}) of shards made of files; None where there is no sample at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "in").mkdir()
+        write_files(root / "in", files)
+        words = [f"{root}/in/{word}" if word.startswith("FILE ") else word for word in command]
+        words = [word.replace("FILE ", "") for word in words]
+        with suppress(SystemExit):  # none is kept, or there is none
+            run(*words, "--output", root / "out", "--samples-per-shard", 3)
+        if not (root / "out").exists():
+            return None
+        kept = {sample["__key__"]: captions_of(sample) for sample in samples_of(root / "out")}
+        summary = summary_of(root / "out")
+        assert summary["read"] == summary["kept"] + sum(summary["dropped"].values())
+        assert summary["kept"] == len(kept) and summary["first"].keys() == summary["dropped"].keys()
+        return summary, kept
+
+
+FILES = st.dictionaries(
+    st.builds(
+        "{}{}{}".format,
+        st.sampled_from(["", "x/", "x/y/"]),
+        st.sampled_from(["a", "b.c", "ü"]),
+        st.sampled_from([".jpg", ".PNG", ".heic", ".md", "", ".txt", ".TXT", ".json"]),
+    ),
+    st.sampled_from([7, "words", "", '{"caption": "words"}']),
+    min_size=1,
+    max_size=9,
+)
+
+
+@FEW
+@given(files=FILES)
+def test_every_file_of_a_folder_is_an_image_a_sidecar_or_counted(files):
+    images, texts = {}, {}
+    for name, content in sorted(files.items()):
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in (".txt", ".json"):
+            texts[stem, ending.lower()] = (name, content)
+        elif ending in (".jpg", ".PNG") or content == 7:
+            images[name] = stem
+    sidecars = {name: c for (stem, _), (name, c) in texts.items() if stem in images.values()}
+    others = files.keys() - images.keys() - sidecars.keys()
+    outcome = made(files, "folder", "FILE ")
+    if not images:
+        assert outcome is None
+        return
+    summary, kept = outcome
+    assert summary["read"] == len(files) - len(sidecars)
+    endings = Counter(os.path.splitext(name)[1].lower() or "unusual ending" for name in others)
+    counted = {f"no image: {ending}": number for ending, number in endings.items()}
+    assert {k: v for k, v in summary["dropped"].items() if k.startswith("no image")} == counted
+    usable = 0
+    for name, stem in images.items():
+        text = texts.get((stem, ".txt"), ("", ""))[1]
+        field = texts.get((stem, ".json"), ("", ""))[1]
+        has_caption = text not in ("", 7) or field == '{"caption": "words"}'
+        usable += files[name] == 7 and has_caption
+    assert summary["kept"] == usable == len(kept)
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.sampled_from(["a.jpg", "./a.jpg", "b.jpg", "text.jpg", "gone.jpg", ""]),
+        st.sampled_from(["one", "two, three", 'say "four"', "five\nsix", " ", ""]),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@FEW
+@given(rows=ROWS, ending=st.sampled_from(["csv", "tsv", "jsonl"]))
+def test_every_row_of_a_table_is_of_an_image_or_counted(rows, ending):
+    names, text = ("path", "caption"), io.StringIO(newline="")
+    table = csv.writer(text, delimiter="\t" if ending == "tsv" else ",")
+    table.writerows([names, *rows])
+    lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
+    content = "\n".join(lines) if ending == "jsonl" else text.getvalue()
+    files = {"a.jpg": 1, "b.jpg": 2, "text.jpg": "no image", f"t.{ending}": content}
+    summary, kept = made(files, "table", f"FILE t.{ending}")
+
+    captions = {}
+    for path, caption in rows:
+        captions.setdefault(path.removeprefix("./"), []).append(" ".join(caption.split()))
+    without_path = len(captions.pop("", []))
+    assert summary["read"] == len(captions) + without_path
+    expected = {path[0]: captions.get(path, []) for path in ("a.jpg", "b.jpg")}
+    expected = {key: list(dict.fromkeys(filter(None, texts))) for key, texts in expected.items()}
+    assert kept == {key: texts for key, texts in expected.items() if texts}
+
+
+MEMBERS = st.lists(
+    st.sampled_from(
+        ["a.jpg", "a.txt", "a.json", "b.jpg", "b.txt", "b.v1.jpg", "u\u0308.jpg", "ü.txt", "none"]
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@FEW
+@given(members=MEMBERS)
+def test_every_sample_of_a_tar_is_kept_or_counted_also_by_the_reader(members):
+    content = {".jpg": 7, ".txt": "words", ".json": "{}"}
+    files = {"x.tar": [(name, content.get(os.path.splitext(name)[1], "")) for name in members]}
+    outcome = made(files, "shards", "FILE x.tar")
+    pairs = [unicodedata.normalize("NFC", name).split(".", 1) for name in members if "." in name]
+    groups = [[end for _, end in group] for _, group in groupby(pairs, key=lambda pair: pair[0])]
+    if not groups:
+        assert outcome is None
+        return
+    summary, _ = outcome
+    whole = [group for group in groups if len({*group}) == len(group)]
+    assert summary["read"] == len(groups)
+    assert summary["dropped"].get("sample: a member occurs twice", 0) == len(groups) - len(whole)
+    assert summary["kept"] == sum({"jpg", "txt"} <= {*group} for group in whole)
+
+    if whole != groups:  # of such a shard the reader does not give the rest
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), files)
+        read, skipped = 0, Counter()
+        config = ImageTextConfig([f"{folder}/x.tar"], max_bad_share=1.0)
+        with suppress(NoUsableSample):
+            for batch in image_reader(config, PIXELS, None).once(4):
+                read += len(batch["key"])
+                skipped.update(batch["skipped"])
+    assert read == summary["kept"]
+    assert not read or read + skipped.total() == len(groups)

@@ -50,6 +50,12 @@ def test_captions_keep_their_record_category_and_image(tmp_path, tiny_shards):
     assert len(captions) == 24 and captions[3].source == f"{shard}: 00003"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_captions_in_another_encoding_are_the_same(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("ein Hündchen 犬\r\na cow".encode(encoding))
+    assert texts(tmp_path / "a.txt") == ["ein Hündchen 犬", "a cow"]
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_caption_with_a_line_separator_of_unicode_stays_one(tmp_path, name):
     captions = ["a cat\u2028on a mat", "a cow"]
@@ -80,7 +86,9 @@ def test_captions_are_chosen_by_the_protocol(tmp_path):
     ("name", "content", "part"),
     [
         ("a.txt", "", "a.txt"),
-        ("a.txt", b"\xff\xfe", "UTF-8"),
+        ("a.txt", b"caf\xe9", "UTF-8"),
+        ("a.tsv", "prompt\na dog", "jsonl"),
+        ("a.csv", "prompt\na dog", "jsonl"),
         ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', "line 2"),
         ("a.jsonl", '{"prompt": " "}', "caption 0"),
         ("a.json", '{"annotations": [3]}', "annotations"),

@@ -1,0 +1,120 @@
+"""Tables: csv and tsv with any separator, jsonl, parquet -> columns and rows.
+
+Nothing is guessed: a row with more or fewer fields than the header is an error that names its line,
+and so is text in an unknown encoding.
+"""
+
+import argparse
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from data.entries import load_json
+from data.files import not_unicode, open_text
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more means a quote that never closes
+
+# name -> None if it holds text, or may; else its type
+Columns = dict[str, str | None]
+
+
+def open_table(
+    path: str, separator: str | None, quotes: bool
+) -> tuple[Columns, Iterator[dict[str, Any]]]:
+    """Columns (of a jsonl: those in its first lines) and rows.
+
+    separator: of its fields, None: by the file's ending. quotes: fields may stand in double quotes.
+
+    Raises:
+        ValueError: it is missing, broken or of another kind; later a row that is.
+    """
+    extension = os.path.splitext(path)[1].lower()
+    if separator is None and extension not in (*SEPARATORS, ".parquet", ".jsonl"):
+        endings = ", ".join(SEPARATORS)
+        raise ValueError(f"table {path}: expected {endings}, .parquet or .jsonl, or a --separator")
+    if not os.path.isfile(path):
+        raise ValueError(f"table {path} does not exist")
+    if extension == ".parquet":
+        return _open_parquet(path)
+    if extension == ".jsonl":
+        first = islice(_jsonl_rows(path), 100)  # a row may lack a column
+        return {name: None for row in first for name in row}, _jsonl_rows(path)
+    rows = _csv_rows(path, separator or SEPARATORS[extension], quotes)
+    return dict.fromkeys(next(rows)), rows
+
+
+def _csv_rows(path: str, separator: str, quotes: bool) -> Iterator[Any]:
+    """First the list of columns, then a dict per row."""
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    with open_text(path, newline="") as file:
+        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+        try:
+            columns = next(reader, [])
+            if twice := [name for name, count in Counter(columns).items() if count > 1]:
+                raise ValueError(f"{path} has two columns {twice[0]!r}")
+            yield columns
+            for row in filter(None, reader):
+                if len(row) != len(columns):
+                    raise ValueError(
+                        f"{path} line {reader.line_num}: {len(row)} fields, expected "
+                        f"{len(columns)} ({', '.join(columns)}), separated by {separator!r}: put "
+                        "fields that hold it, or a line end, in double quotes, or see --separator"
+                    )
+                yield dict(zip(columns, row, strict=True))
+        except csv.Error as error:
+            cure = "; if quotes are text there, see --no-quotes" if quotes else ""
+            raise ValueError(f"{path} line {reader.line_num}: {error}{cure}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} {not_unicode(error)}") from None
+
+
+def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
+    with open_text(path, newline="\n") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = load_json(line)
+                    if not isinstance(row, dict):
+                        given = f"expected a JSON object, given {line[:60].strip()!r}"
+                        raise ValueError(f"{path} line {number}: {given}")
+                    yield row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} {not_unicode(error)}") from None
+
+
+def _open_parquet(path: str) -> tuple[Columns, Iterator[dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            f"{path}: parquet needs the package pyarrow: pip install pyarrow"
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+    columns = {}
+    for column in file.schema_arrow:
+        kind = column.type
+        while hasattr(kind, "value_type"):  # of lists and dictionaries
+            kind = kind.value_type
+        is_text = str(kind) in ("string", "large_string", "string_view")
+        columns[column.name] = None if is_text else str(column.type)
+    # without stored images
+    names = [name for name, kind in columns.items() if "binary" not in str(kind)]
+    batches = file.iter_batches(batch_size=1000, columns=names)
+    return columns, (row for batch in batches for row in batch.to_pylist())
+
+
+def separator(text: str) -> str:
+    """argparse type: what stands between the fields of a row."""
+    character = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(character) != 1 or character in '"\r\n':
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected one character, or tab")
+    return character

@@ -1,0 +1,319 @@
+"""scripts/make_shards.py, case by case: what users' sources look like, and what becomes of them."""
+
+import json
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from sources import (
+    captions_of,
+    encode,
+    fails,
+    noise,
+    run,
+    samples_of,
+    summary_of,
+    write_files,
+    write_parquet,
+)
+
+from data.tar import write_shard
+
+NFC, NFD = (unicodedata.normalize(form, "ünï") for form in ("NFC", "NFD"))
+FIELDS = json.dumps({"caption": "from the field", "alt": ["", "first", "second"]})
+TEXTS = {"a.jpg": 0, "a.txt": "from the text", "a.json": FIELDS}
+PNG, JPEG, TIFF = (encode(noise(20), format=name) for name in ("PNG", "JPEG", "TIFF"))
+PREVIEW = encode(noise(0), format="TIFF", tiffinfo={254: 1})  # as camera raws begin
+HEIC = b"\0\0\0\x18ftypheic"
+
+
+def table(*rows):
+    """A csv with a path and a caption; a row without a comma gets one."""
+    return "\n".join(["path,caption", *(row if "," in row else f"{row},a dog" for row in rows)])
+
+
+def coco(*images):
+    """COCO's json of (name, its captions)."""
+    notes = [
+        {"image_id": i, "caption": text} for i, (_, *texts) in enumerate(images) for text in texts
+    ]
+    records = [{"id": i, "file_name": name} for i, (name, *_) in enumerate(images)]
+    return json.dumps({"images": records, "annotations": notes})
+
+
+def karpathy(*splits):
+    images = [{"filename": f"{i}.jpg", "split": split} for i, split in enumerate(splits)]
+    return json.dumps({"images": [image | {"sentences": [{"raw": "x"}]} for image in images]})
+
+
+SPLITS = {f"{i}.jpg": i for i in range(6)}
+SPLITS["k.json"] = karpathy("train", "restval", "train", "restval", "val", "test")
+UMLAUTS = table(f"{NFC}.jpg,ein Hündchen 犬")
+UMLAUTS_JSON = f'{{"path": "{NFC}.jpg", "caption": "ein Hündchen 犬"}}\n'
+PHONE = {"a.JPG": 0, "b.jfif": 1, "c.jpe": 2, "d.apng": PNG, "e": JPEG, "f.v1": TIFF}
+PHONE |= {"g.HEIC": HEIC, "h.jxl": b"\xff\x0a", "i.DNG": PREVIEW}
+PHONE |= {f"{name}.txt": name for name in "abcdefghi"}
+REST = {"notes.md": "", ".DS_Store": "", "x/._a.jpg": "", "x/a.c d": "", "y.txt": "text"}
+NAMED = {"a.v0": JPEG, "b.v1": PNG, "c": TIFF, "e.dng": PREVIEW, "f.md": "# text"}
+
+# name: (files as in write_files, command, {key: captions}, {reason: count})
+# fmt: off
+KEPT = {
+    # rows and files of one image are one sample
+    "rows of an image": (
+        {"a.jpg": 0, "b.jpg": 1, "t.csv": table("a.jpg,1", "b.jpg,x", "./a.jpg,2", "a.jpg,1")},
+        "table t.csv", {"a": ["1", "2"], "b": ["x"]}, {}),
+    "rows of two tables": (
+        {"a.jpg": 0, "t.csv": table("a.jpg"), "u.jsonl": '{"path": "x/../a.jpg", "caption": ["b"]}'},
+        "table t.csv u.jsonl", {"a": ["a dog", "b"]}, {}),
+    "its first row lacks a caption": (
+        {"a.jpg": 0, "t.csv": table("a.jpg,", "a.jpg,2")}, "table t.csv", {"a": ["2"]}, {}),
+    "rows without a path are of no image": (
+        {"a.jpg": 0, "t.csv": table("a.jpg", ",1", ",2")},
+        "table t.csv", {"a": ["a dog"]}, {"image: missing": 2}),
+    "five captions": (
+        {"a.jpg": 0, "c.json": coco(("a.jpg", *"12345"))}, "coco c.json", {"a": [*"12345"]}, {}),
+    "two of COCO's images are a file": (
+        {"a.jpg": 0, "c.json": coco(("a.jpg", "1"), ("a.jpg", "2"))},
+        "coco c.json", {"a": ["1", "2"]}, {}),
+    "equal files": (
+        {"a.jpg": 0, "a.txt": "1", "b.jpg": 0, "b.txt": "2", "c.jpg": 0, "c.json": FIELDS},
+        "folder . --drop-duplicates", {"a": ["1", "2", "from the field"]}, {"duplicate": 2}),
+    "equal files with rows each": (
+        {"a.jpg": 0, "b.jpg": 0, "t.csv": table("b.jpg,1", "a.jpg,2", "b.jpg,3", "a.jpg,4")},
+        "table t.csv --drop-duplicates", {"b": ["1", "3", "2", "4"]}, {"duplicate": 1}),
+    "restval is train": (SPLITS, "karpathy k.json --split train", {key: ["x"] for key in "0123"}, {}),
+    "no restval": (
+        SPLITS, "karpathy k.json --split train --no-restval", {"0": ["x"], "2": ["x"]}, {}),
+    "val": (SPLITS, "karpathy k.json --split val", {"4": ["x"]}, {}),
+    # tables
+    "another separator": (
+        {"a.jpg": 0, "t.csv": "path\tcaption\na.jpg\ta dog, running\n"},
+        "table t.csv --separator tab", {"a": ["a dog, running"]}, {}),
+    "another ending": (
+        {"a.jpg": 0, "captions.txt": "path|caption\na.jpg|a dog\n"},
+        "table captions.txt --separator |", {"a": ["a dog"]}, {}),
+    "quotes around a separator and a line end": (
+        {"a.jpg": 0, "t.csv": table('a.jpg,"a ""dog"", \nrunning"')},
+        "table t.csv", {"a": ['a "dog", running']}, {}),
+    "quotes are text": (
+        {"a.jpg": 0, "b.jpg": 1, "t.tsv": 'path\tcaption\na.jpg\t"a dog\nb.jpg\tsay "hi"\n'},
+        "table t.tsv --no-quotes", {"a": ['"a dog'], "b": ['say "hi"']}, {}),
+    "columns that differ in a space": (
+        {"a.jpg": 0, "t.csv": "path,caption,caption \na.jpg,one,two\n"},
+        "table t.csv", {"a": ["one"]}, {}),
+    **{f"{name} in {encoding}": (
+        {f"{NFC}.jpg": 0, name: text.encode(encoding)},
+        f"table {name}", {NFC: ["ein Hündchen 犬"]}, {})
+       for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-32")
+       for name, text in {"t.csv": UMLAUTS, "t.jsonl": UMLAUTS_JSON}.items()},
+    "paths out of the folder": (
+        {"secret.jpg": 0, "x/t.csv": table("../secret.jpg", "/dev/zero", "\0", "HERE/x/b.jpg"),
+         "x/b.jpg": 1},
+        "table x/t.csv --images x", {"secret": ["a dog"], "b": ["a dog"]}, {"image: missing": 2}),
+    "keys that are taken": (
+        {"t.jsonl": "\n".join(f'{{"path": "do{c}ts.jpg", "caption": "x"}}' for c in "_.+"),
+         "do_ts.jpg": 0, "do.ts.jpg": 1, "do+ts.jpg": 2},
+        "table t.jsonl", {"do_ts": ["x"], "do_ts+1": ["x"], "do_ts+2": ["x"]}, {}),
+    # one name in two Unicode forms
+    "forms in a table": (
+        {f"{NFD}.jpg": 0, "t.csv": table(f"{NFC}.jpg,1", f"{NFD}.jpg,2")},
+        "table t.csv", {NFC: ["1", "2"]}, {}),
+    "forms in COCO": (
+        {f"x/{NFC}.jpg": 0, "c.json": coco((f"x/{NFD}.jpg", "1"))},
+        "coco c.json", {f"x/{NFD}": ["1"]}, {}),
+    "forms in a folder": ({f"{NFD}.jpg": 0, f"{NFC}.txt": "1"}, "folder .", {NFD: ["1"]}, {}),
+    "forms in a tar": (
+        {"x.tar": [f"{NFD}.jpg", f"{NFC}.txt"]}, "shards x.tar", {NFD: ["text"]}, {}),
+    # text beside images
+    "encodings": (
+        {"a.jpg": 0, "a.txt": "犬".encode("utf-16"), "b.jpg": 1, "b.json": FIELDS.encode("utf-16-le"),
+         "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252")},
+        "folder .", {"a": ["犬"], "b": ["from the field"]}, {"caption: not UTF-8": 1}),
+    "encodings in a tar": (
+        {"x.tar": ["a.jpg", ("a.txt", "犬".encode("utf-16"))]}, "shards x.tar", {"a": ["犬"]}, {}),
+    "capitals, and both": (
+        {"A.JPG": 0, "A.TXT": "1", "b.jpg": 1, "b.txt": "2", "b.TXT": "3"},
+        "folder .", {"A": ["1"], "b": ["2"]}, {"no image: .txt": 1}),
+    "another caption key": (
+        {"a.jpg": 0, "a.caption": "1", "a.txt": "2"},
+        "folder . --caption-keys caption", {"a": ["1"]}, {}),
+    "default keys": (TEXTS, "folder .", {"a": ["from the text"]}, {}),
+    "keys in order": (
+        TEXTS, "folder . --caption-keys json:caption txt", {"a": ["from the field"]}, {}),
+    "a list": (
+        TEXTS, "folder . --caption-keys json:no json:alt", {"a": ["first", "second"]}, {}),
+    "json that is none": (
+        {f"{i}{end}": content
+         for i, bad in enumerate(["{", "[" * 5000, "[1]", '{"caption": "\\ud83d", "x": 1e999}'])
+         for end, content in {".jpg": i, ".txt": "1", ".json": bad}.items()},
+        "folder .", {key: ["1"] for key in "0123"}, {}),
+    # what is an image, and what is not
+    "a phone's folder": (
+        PHONE | REST, "folder .", {name: [name] for name in "abcdef"},
+        {"no image: .heic": 1, "no image: .jxl": 1, "no image: .dng": 1, "no image: .md": 1,
+         "no image: hidden": 2, "no image: unusual ending": 1, "no image: .txt": 4}),
+    "files that a table names": (
+        NAMED | {"t.csv": table(*NAMED)},
+        "table t.csv", {key: ["a dog"] for key in ("a_v0", "b_v1", "c")},
+        {"no image: .dng": 1, "no image: .md": 1}),
+    "links": (
+        {"a.jpg": 0, "a.txt": "1", ".b/c.jpg": 1, ".b/c.txt": "2", "b": Path(".b"), ".b/d": Path("..")},
+        "folder .", {"a": ["1"], "b/c": ["2"]}, {}),
+    "odd members": (
+        {"x.tar": ["a.jpg", "a.txt", "a.", "__meta__.json", "none", "b.jpg", "b.txt", "b.JPG",
+                   "c.JPG", "c.TXT"]},
+        "shards x.tar", {"a": ["text"], "c": ["text"]}, {"sample: a member occurs twice": 1}),
+}
+
+# (files, command, reason, what its first example says)
+EXPLAINED = [
+    ({"x.tar": ["a.jpg", "b.jpg", "a.txt", "b.txt"]}, "shards x.tar",
+     "caption: missing", ["x.tar", "a", "members jpg", "not sorted"]),
+    ({"x.tar": ["b.txt", "a.jpg", "b.jpg"]}, "shards x.tar",
+     "image: missing", ["b", "members txt", "not sorted"]),
+    ({"x.tar": ["photo.v1.0.jpg", "photo.v1.0.txt"]}, "shards x.tar",
+     "image: missing", ["photo", "members v1.0.jpg v1.0.txt", "first dot"]),
+    ({"x.tar": ["sample0.input.jpg", "sample0.txt"]}, "shards x.tar",
+     "image: missing", ["sample0", "members input.jpg txt", "first dot"]),
+    ({"x.tar": ["a.jpg", "a.caption"]}, "shards x.tar", "caption: missing", ["jpg caption"]),
+    ({"images/a.jpg": 0, "t.csv": table("images\\a.jpg")}, "table t.csv",
+     "image: missing", ["images\\a.jpg", "backslashes"]),
+    ({"a.jpg": 0, "t.csv": table("http://host/a.jpg")}, "table t.csv",
+     "image: missing", ["http://host/a.jpg", "URL"]),
+    ({"IMG_1.JPG": 0, "t.csv": table("IMG_1.jpg")}, "table t.csv",
+     "image: missing", ["IMG_1.jpg", "IMG_1.JPG"]),
+    ({"a.jpg": 0, "t.csv": table("images/a.jpg")}, "table t.csv",
+     "image: missing", ["images/a.jpg", "are a.jpg", "t.csv"]),
+    ({"a.jpg": 0, "t.csv": table(",words")}, "table t.csv", "image: missing", ["no path", "t.csv"]),
+    ({"a.jpg": 0, "t.csv": table(".")}, "table t.csv", "image: missing", ["folder"]),
+    ({"a.jpg": 0, "a.caption": "x"}, "folder .", "caption: missing", ["a.jpg", "a.caption"]),
+    ({"a.jpg": 0, "a.jpg.txt": "x"}, "folder .", "caption: missing", ["a.jpg.txt"]),
+    ({"IMG_1.JPG": 0, "img_1.txt": "x"}, "folder .", "caption: missing", ["img_1.txt"]),
+    ({"a.jpg": "<html><body>", "a.txt": "x"}, "folder .",
+     "image: unreadable (UnidentifiedImageError)", ["a.jpg", "<html>"]),
+    ({"b.jpg": "", "a.heic": HEIC}, "folder .", "no image: .heic", ["a.heic", "ftypheic"]),
+]
+
+BAD_INPUTS = {
+    "empty/.hidden.jpg": "", "texts/a.txt": "", "texts/b.heic": "", "texts/c.heic": "",
+    "photos/a.jpg": 0, "photos/a.txt": "a caption",
+    "pairs.xlsx": "", "pairs.csv": "file,words,score\na.jpg,a,1\n", "empty.csv": "",
+    "header.csv": "path,caption\n", "open.csv": 'path,caption\na.jpg,"a caption\nb.jpg,b\n',
+    "wide.csv": "path,caption\na.jpg,a dog\n0.jpg,a dog, running on the beach, at sunset\n",
+    "short.csv": "path,caption\na.jpg,a dog\non the beach\n", "twice.csv": "path,caption,path\n",
+    "spaced.csv": "path, caption\na.jpg, a dog\n", "odd.csv": UMLAUTS.encode("utf-16")[:-1],
+    "list.jsonl": '{"path": "a.jpg", "caption": "a"}\n[1]\n', "broken.parquet": "PAR1",
+    "split.json": '{"images": [{"split": "test"}, {"split": "train"}]}', "broken.json": "{",
+    "text.tar": "this is no tar " * 100, "nothing.tar": [],
+}
+REFUSED = [
+    ("folder none", ["folder", "none"]),
+    ("folder empty", ["empty"]),
+    ("folder texts", ["texts", ".heic (2), .txt (1)"]),
+    ("table none.csv", ["none.csv"]),
+    ("table pairs.xlsx", ["pairs.xlsx", ".csv, .tsv, .parquet or .jsonl", "--separator"]),
+    ("table pairs.csv", ["'path'", "'file', 'words', 'score'"]),
+    ("table pairs.csv --path-column file --caption-column text", ["'text'", "'words'"]),
+    ("table pairs.csv --separator ab", ["--separator", "'ab'"]),
+    ("table empty.csv", ["empty.csv", "none"]),
+    ("table header.csv", ["header.csv"]),
+    ("table open.csv", ["open.csv line 3", "--no-quotes"]),
+    ("table wide.csv", ["wide.csv line 3", "4 fields", "2 (path, caption)", "--separator"]),
+    ("table short.csv", ["short.csv line 3", "1 fields", "2 (path, caption)"]),
+    ("table twice.csv", ["twice.csv", "'path'"]),
+    ("table spaced.csv", ["spaced.csv", "'caption'", "' caption'"]),
+    ("table odd.csv", ["odd.csv", "UTF-16"]),
+    ("table list.jsonl", ["list.jsonl line 2", "'[1]'"]),
+    ("table broken.parquet", ["broken.parquet"]),
+    ("table header.csv --images none", ["--images", "none"]),
+    ("coco none.json", ["none.json", "No such file"]),
+    ("coco split.json", ["split.json", "'annotations'", "images"]),
+    ("coco list.jsonl", ["list.jsonl", "images, annotations"]),
+    ("karpathy split.json --split dev", ["split", "'dev'", "test, train"]),
+    ("mjhq split.json", ["split.json", "'images'"]),
+    ("mjhq broken.json", ["broken.json"]),
+    ("shards none/*.tar", ["none/*.tar"]),
+    ("shards cut.tar", ["cut.tar"]),
+    ("shards text.tar", ["text.tar"]),
+    ("shards nothing.tar", ["nothing.tar"]),
+    ("shards pairs.csv", ["pairs.csv", ".tar"]),
+    ("shards http://host/x.tar", ["http://host/x.tar"]),
+    ("folder photos --shard-index 2 --num-shards 2", ["shard_index", "2", "0..1"]),
+    ("folder photos --samples-per-shard 0", ["--samples-per-shard", "0"]),
+    ("folder photos --holdout 1", ["holdout", "1"]),
+    ("folder photos --output photos", ["output", "photos"]),
+    ("folder photos --resize -1", ["--resize", "-1"]),
+    ("folder photos --quality 0", ["--quality", "0", "1..100"]),
+    ("folder photos --background 0 0 256", ["--background", "256", "0..255"]),
+    ("folder photos --seed -1", ["--seed", "-1"]),
+    ("folder photos --max-aspect-ratio 0.5", ["max_aspect_ratio", "0.5"]),
+    ("folder photos --caption-keys json:", ["caption_keys", "json:"]),
+]
+# fmt: on
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """The test's folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_with_which_captions(name, here):
+    files, command, captions, dropped = KEPT[name]
+    for file, content in files.items():
+        text = content.replace("HERE", str(here)) if isinstance(content, str) else content
+        write_files(here, {file: text})
+    # the output is no part of the source when the same command comes again
+    for _ in range(2):
+        run(*command.split(), "--output", "new/out")
+    assert {sample["__key__"]: captions_of(sample) for sample in samples_of("new/out")} == captions
+    summary = summary_of("new/out")
+    assert summary["dropped"] == dropped
+    assert summary["read"] == summary["kept"] + sum(dropped.values())
+
+
+@pytest.mark.parametrize(("files", "command", "reason", "words"), EXPLAINED)
+def test_a_reason_shows_its_first_case_with_what_lies_there(
+    files, command, reason, words, here, capsys
+):
+    write_files(here, files)
+    message = fails(capsys, *command.split(), "--output", "out", "--no-shuffle")
+    example = summary_of("out")["first"][reason]
+    assert all(word in example for word in words)
+    assert reason in message and example in message
+
+
+@pytest.mark.parametrize(("command", "named"), REFUSED)
+def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(command, named, here, capsys):
+    write_files(here, BAD_INPUTS)
+    write_shard(here / "cut.tar", [{"__key__": str(i), "txt": "x"} for i in range(9)])
+    (here / "cut.tar").write_bytes((here / "cut.tar").read_bytes()[:1024])
+    before = sorted(here.rglob("*"))
+    output = [] if "--output" in command else ["--output", "new/out"]
+    message = fails(capsys, *command.split(), *output)
+    assert all(name in message.splitlines()[-1] for name in named)
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"path": b"\xff", "caption": "a"}, "'path' is of type binary"),
+        ({"path": "a.jpg", "caption": {"text": "a"}}, "'caption' is of type struct"),
+        ({"path": "a.jpg", "caption": [1]}, "'caption' is of type list"),
+        ({"image": {"bytes": b"\xff", "path": "a.jpg"}, "caption": "a"}, "'path'; it has 'image'"),
+    ],
+)
+def test_a_column_of_parquet_that_is_no_text_is_named_with_its_type(row, named, here, capsys):
+    write_parquet(here / "t.parquet", [row])
+    assert named in fails(capsys, "table", "t.parquet", "--output", "out")
+
+
+def test_parquet_without_pyarrow_names_the_package(here, monkeypatch, capsys):
+    (here / "t.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in fails(capsys, "table", "t.parquet", "--output", "out")

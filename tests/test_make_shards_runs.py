@@ -1,0 +1,279 @@
+"""scripts/make_shards.py and its processes: stopped, killed, in parts, on a full disk, or after the
+source has changed.
+"""
+
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sources import fails, outcome, run, summary_of, write_files, write_photos
+from tqdm import tqdm
+
+# tqdm's own lock is shared with forked runs: one that is killed with it would hold up the others
+tqdm.set_lock(threading.RLock())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+# -------------------------------------------------------------------------- processes, parts, stops
+
+
+BUSY = ["--samples-per-shard", "5", "--drop-duplicates", "--max-watermark-probability", "0.8"]
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="finds the workers by Linux's /proc"
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    run("folder", photos, *BUSY, "--output", output)
+    expected = {"duplicate", "filter: max_watermark_probability"}
+    assert summary_of(output)["dropped"].keys() == expected
+    return outcome(output)
+
+
+@pytest.fixture
+def busy(photos, tmp_path):
+    """Arguments of that run, into another folder."""
+    return ["folder", photos, *BUSY, "--output", tmp_path / "out"]
+
+
+def start(arguments, **options):
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=arguments, kwargs=options
+    )
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_the_number_of_processes_changes_nothing(workers, busy, undisturbed, tmp_path):
+    run(*busy, workers=workers)
+    assert outcome(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("num_parts", [2, 5])
+def test_the_parts_of_an_array_together_are_the_whole(num_parts, busy, undisturbed, tmp_path):
+    for part in np.random.default_rng(num_parts).permutation(num_parts):
+        assert not (tmp_path / "out" / "summary.json").exists()
+        run(*busy, "--num-shards", num_parts, "--shard-index", part)
+    assert outcome(tmp_path / "out") == undisturbed
+
+
+def test_parts_may_run_side_by_side(busy, undisturbed, tmp_path):
+    parts = [start([*busy, "--num-shards", 3, "--shard-index", part]) for part in range(3)]
+    for part in parts:
+        part.join()
+    assert [part.exitcode for part in parts] == [0, 0, 0]
+    assert outcome(tmp_path / "out") == undisturbed
+
+
+@needs_proc
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(busy, undisturbed, tmp_path):
+    """SIGKILL once so many files of the index, digests, shards and records are there."""
+    output, kills = tmp_path / "out", 0
+    for num_files in (0, 1, 3, 4, 6, 9, 13, 16, 17, 20, 23, 26, 33, 37, 39):
+        process = start(busy, workers=2)
+        while process.is_alive() and sum(path.is_file() for path in output.rglob("*")) < num_files:
+            time.sleep(0.001)
+        if process.is_alive():
+            kills += 1
+            kill_and_see_workers_end(process)
+    assert kills >= 8
+    run(*busy, workers=2)
+    assert outcome(output) == undisturbed
+    assert not list(output.glob("*.tmp"))
+
+
+def kill_and_see_workers_end(process):
+    """They end with it, but not at once."""
+    os.kill(process.pid, signal.SIGSTOP)  # it starts no more
+    workers = workers_of(process)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def workers_of(process):
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return path.read_text().split() if path.is_file() else []
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@needs_proc
+@pytest.mark.parametrize("is_worker", [True, False])
+def test_a_run_that_is_interrupted_ends_and_continues_later(is_worker, busy, undisturbed, tmp_path):
+    """A worker is killed, or Ctrl-C reaches the run and its workers."""
+    process = start(busy, workers=2)
+    while process.is_alive() and not list((tmp_path / "out").glob("*.tar")):
+        time.sleep(0.001)
+    number = signal.SIGKILL if is_worker else signal.SIGINT
+    for pid in workers_of(process)[:1] if is_worker else [process.pid, *workers_of(process)]:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), number)
+    process.join(60)
+    # 0: it was through before
+    assert process.exitcode in (1 if is_worker else 130, 0)
+    run(*busy)
+    assert outcome(tmp_path / "out") == undisturbed
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_finished_shards_stay_and_lost_ones_are_made_again(busy, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    run(*busy)
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
+    (output / "000003.tar").unlink()
+    (output / "summary.json").unlink()
+    run(*busy)
+    after = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
+    assert {name for name in before if before[name] != after[name]} == {"000003.tar"}
+    assert outcome(output) == undisturbed
+
+
+def test_a_shard_of_which_nothing_is_left_is_not_written(photos, tmp_path):
+    options = ["--samples-per-shard", "1", "--no-shuffle", "--max-caption-characters", "4"]
+    for _ in range(2):
+        run("folder", photos, "--output", tmp_path / "out", *options)
+        shards = {f"{i:06d}.tar": 1 for i in range(0, 60, 5)}
+        assert summary_of(tmp_path / "out")["shards"] == shards
+        assert len(list((tmp_path / "out").glob("*.tar"))) == 12
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "name"), [(0, "files.jsonl"), (14_000, "index.jsonl"), (20_000, ".tar")]
+)
+def test_a_full_disk_ends_in_one_line_with_the_file(
+    num_bytes, name, busy, undisturbed, tmp_path, capsys
+):
+    """In place of a disk: no file may be longer than num_bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        line = fails(capsys, *busy).splitlines()[-1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line.startswith("error: ") and str(tmp_path / "out") in line and name in line
+    assert not list(tmp_path.rglob("*.tmp"))
+    run(*busy)
+    assert outcome(tmp_path / "out") == undisturbed
+
+
+# --------------------------------------------------------------------------- sources that change
+
+
+ONE = {"a.jpg": 0, "a.txt": "one", "b.jpg": 1, "b.txt": "two", "c.jpg": 2}
+CSV = {"t.csv": "path,caption\na.jpg,one\nb.jpg,two\nc.jpg,three\nd.jpg,four\n"}
+TARS = {f"{name}.tar": [f"{name}.jpg", f"{name}.txt"] for name in "abc"}
+COCO = {
+    "c.json": '{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}], '
+    '"annotations": [{"image_id": 1, "caption": "one"}, {"image_id": 2, "caption": "two"}]}'
+}
+CHANGES = [
+    ("folder .", ONE, {"d.jpg": 3, "d.txt": "new"}, ["2 files", "d.jpg is new", "d.txt is new"]),
+    ("folder .", ONE, {"sub/d.png": 3}, ["sub/d.png is new"]),
+    ("folder .", ONE, {"a.txt": "two"}, ["a.txt has changed"]),
+    ("folder .", ONE, {"a.txt": "1, corrected"}, ["a.txt has changed"]),
+    ("folder .", ONE, {"a.json": '{"caption": "one"}'}, ["a.json is new"]),
+    ("folder .", ONE, {"c.txt": "three"}, ["c.txt is new"]),
+    ("folder .", ONE, {"b.jpg": 4}, ["b.jpg has changed"]),
+    ("folder .", ONE, {"b.txt": None}, ["b.txt is gone"]),
+    ("table t.csv", ONE | CSV, {"t.csv": CSV["t.csv"].replace("two", "2")}, ["t.csv has changed"]),
+    ("table t.csv", ONE | CSV, {"a.jpg": 5}, ["a.jpg has changed"]),
+    ("table t.csv", ONE | CSV, {"d.jpg": 3}, ["d.jpg is new"]),
+    ("table t.csv", ONE | CSV, {"a.jpg": None}, ["a.jpg is gone"]),
+    ("coco c.json", ONE | COCO, {"c.json": COCO["c.json"].replace("two", "2")}, ["c.json has"]),
+    ("shards *.tar", TARS, {"b.tar": ["b.jpg", ("b.txt", "new")]}, ["b.tar has changed"]),
+    ("shards *.tar", TARS, {"d.tar": ["d.jpg", "d.txt"]}, ["d.tar is new"]),
+    ("shards *.tar", TARS, {"c.tar": None}, ["c.tar is gone"]),
+]
+
+
+@pytest.mark.parametrize(("command", "files", "changes", "named"), CHANGES)
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_source_that_has_changed_is_not_taken_for_the_old_one(
+    part, command, files, changes, named, tmp_path, monkeypatch, capsys
+):
+    """Neither by a finished run nor by the second part of an array."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, files)
+    command = [*command.split(), "--output", "out", "--samples-per-shard", 1]
+    if part:
+        command += ["--num-shards", 2]
+    for _ in range(2):  # as long as nothing has
+        run(*command)
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    for name in changes:
+        Path(name).unlink(missing_ok=True)
+    write_files(tmp_path, changes)
+    message = fails(capsys, *command, *(["--shard-index", 1] if part else []))
+    assert all(text in message for text in ["output: out", *named])
+    after = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_an_output_without_the_files_times_is_of_an_earlier_version(photos, tmp_path, capsys):
+    run("folder", photos, "--output", tmp_path / "out")
+    (tmp_path / "out" / "progress" / "files.jsonl").unlink()
+    message = fails(capsys, "folder", photos, "--output", tmp_path / "out")
+    assert str(tmp_path / "out") in message and "version" in message
+
+
+# ---------------------------------------------------------------- other settings, other outcomes
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("min_longer_side", 50)])
+def test_other_settings_need_another_folder(key, value, photos, tmp_path, capsys):
+    run("folder", photos, "--output", tmp_path / "out")
+    before = outcome(tmp_path / "out")
+    option = f"--{key.replace('_', '-')}"
+    message = fails(capsys, "folder", photos, "--output", tmp_path / "out", option, value)
+    assert f"{key} was 0, is {value}" in message
+    assert outcome(tmp_path / "out") == before
+
+
+def test_tars_of_something_else_are_not_overwritten(photos, tmp_path, capsys):
+    run("folder", photos, "--output", tmp_path / "once", "--samples-per-shard", 30)
+    (tmp_path / "once" / "source.json").unlink()
+    before = outcome(tmp_path / "once")
+    command = ["shards", tmp_path / "once" / "*.tar", "--output", tmp_path / "once"]
+    assert "source.json" in fails(capsys, *command)
+    assert outcome(tmp_path / "once") == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_missing_score_stops_the_run_naming_the_sample_and_its_keys(
+    workers, photos, tmp_path, capsys
+):
+    options = ["--min-aesthetic-score", 5, "--samples-per-shard", 9]
+    command = ["folder", photos, "--output", tmp_path / "out", *options]
+    message = fails(capsys, *command, workers=workers)
+    assert "aesthetic score missing" in message and "caption, pwatermark" in message
+    assert re.search(r"sample \d{3} of ", message)
+    assert not list((tmp_path / "out").glob("*.t*"))
+
+
+def test_a_source_of_which_nothing_is_kept_is_an_error(photos, tmp_path, capsys):
+    options = ["--output", tmp_path / "out", "--min-longer-side", 999]
+    assert "filter: min_longer_side: 60" in fails(capsys, "folder", photos, *options)

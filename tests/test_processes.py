@@ -1,0 +1,60 @@
+"""data/processes.py: results in order, and no hang whenever a worker is killed."""
+
+import multiprocessing
+import os
+import signal
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from data import processes
+from data.processes import map_in_processes
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HalfAnAnswer:
+    """Its bytes end in the death of the process that makes them."""
+
+    def __reduce__(self):
+        die()
+
+
+def die_in_an_answer(item):
+    return ["x" * 100_000, HalfAnAnswer()]
+
+
+def die_unless_first(item):
+    return time.sleep(0.2) if item == 0 else die()
+
+
+@pytest.mark.parametrize("function", [die, die_in_an_answer, die_unless_first])
+def test_a_worker_that_is_killed_at_whatever_moment_holds_nobody_up(function):
+    with pytest.raises(BrokenProcessPool):
+        list(map_in_processes(function, range(20), workers=3))
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_before_it_begins_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(processes, "_start_worker", die)
+    with pytest.raises(BrokenProcessPool):
+        list(map_in_processes(abs, range(20), workers=3))
+
+
+def give_back_later(seconds):
+    time.sleep(seconds)
+    return 1 / seconds
+
+
+def test_processes_give_back_the_results_in_order_and_the_error_of_their_function():
+    items = [0.02, 0.001, 0.01, 0.002, 0.003]
+    for workers in (1, 2):
+        results = map_in_processes(give_back_later, items, workers)
+        assert list(results) == [1 / item for item in items]
+        with pytest.raises(ZeroDivisionError):
+            list(map_in_processes(give_back_later, [*items, 0], workers))
+    assert list(map_in_processes(abs, [], workers=3)) == []
+    assert not multiprocessing.active_children()
