@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
-from eval.feature_nets import load_networks
+from eval.feature_nets import WeightsFiles, load_networks
 from eval.features import load_reference
 from eval.images import ImageSet, Reading
 from eval.protocol import Protocol, read_captions
@@ -40,6 +40,7 @@ class EvaluationConfig:
     overrides: list[str] = field(default_factory=list)  # key=value: changes of the protocol
     batch_size: int = 64  # images that a feature network sees at once
     inception_weights: str = ""  # path; empty: torch's cache
+    dinov2_weights: str = ""  # path of DINOv2 ViT-L/14, for features=dinov2
 
     def __post_init__(self):
         if self.every_steps < 0:
@@ -133,13 +134,13 @@ class FlowEvaluation:
             tokenizer=load_tokenizer(self.tokenizer_run).to(device),
             flow=model,
         )
-        weights = self.config.inception_weights
+        files = WeightsFiles(self.config.inception_weights, self.config.dinov2_weights)
         return EvaluationSetup(
             captions=self.captions,
             generator=generator,
             default=self.sampling,
             model={"checkpoint": checkpoint},
-            networks=load_networks(self.protocol, generator, weights, self.reading.state),
+            networks=load_networks(self.protocol, generator, files, self.reading.state),
             reference=self.reference,
             reading=self.reading,
         )

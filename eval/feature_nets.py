@@ -3,6 +3,8 @@
 Inception  InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
            TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the
            features after the last pooling.
+DINOv2     ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm,
+           for the Frechet distance of Stein et al. 2023.
 Tokenizer  the latent means of the run's own image tokenizer.
 CLIP       cosine of image and caption for the CLIP score of Hessel et al. 2021. Images go through
            its own preprocessing at their full size; captions have no prefix and are cut to its
@@ -19,12 +21,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eval.programs import INSTALL, describe_file
 from eval.protocol import Protocol
@@ -36,6 +41,8 @@ from modeling.pipeline import ImageGenerator
 from modeling.published import PublishedWeights, file_sha256
 
 INCEPTION_WIDTH = 2048  # D
+DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224
+DINO_MEAN, DINO_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 DOWNLOAD = "; --download fetches it"
 INCEPTION = PublishedWeights(
     "InceptionV3",
@@ -45,6 +52,13 @@ INCEPTION = PublishedWeights(
     DOWNLOAD,
 )
 VGG16 = PublishedWeights("VGG16", VGG16_URL, "--vgg-weights", DOWNLOAD)
+ABSENT = {
+    "inception": f"{INCEPTION.title}'s weights are absent: {INCEPTION.ways_out}",
+    "dinov2": "DINOv2's weights are absent: fetch "
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth "
+    "(or timm/vit_large_patch14_dinov2.lvd142m, model.safetensors) and name it with "
+    "--dinov2-weights",
+}
 
 
 @contextmanager
@@ -78,12 +92,8 @@ class InceptionFeatures(FeatureNet):
         checked = io.BytesIO()
         torch.save(read_tensors(weights), checked)
         checked.seek(0)
-        try:
-            with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
-                self.net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
-        except RuntimeError as error:
-            reason = textwrap.shorten(str(error), 300)
-            raise ValueError(f"{weights} has other weights than InceptionV3's: {reason}") from error
+        with refusing_others(weights, "InceptionV3"):
+            self.net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
         self.layers = list(self.net.children())[:-1]  # in calling order; the last gives logits
         self.identity = {"features": "inception", "weights_sha256": file_sha256(weights)}
 
@@ -103,6 +113,33 @@ class InceptionFeatures(FeatureNet):
         """B x 2048 -> B x 1008 float64 without bias, as the inception score takes them."""
         weight = self.net.fc.weight.double()
         return features.to(weight) @ weight.T
+
+
+class DinoFeatures(FeatureNet):
+    """The class token, D = 1024."""
+
+    def __init__(self, weights: Path):
+        """Raises ValueError: the file does not hold weights of this net."""
+        super().__init__()
+        state = read_tensors(weights)
+        with refusing_others(weights, DINO_MODEL):
+            net = timm.create_model(
+                DINO_MODEL, pretrained=False, img_size=DINO_PIXELS, num_classes=0
+            )
+            # Positions were learned at 518 px and are resized to the grid of 224 px
+            net.load_state_dict(checkpoint_filter_fn(state, net))
+        self.net = net.eval().requires_grad_(False)
+        self.width = net.num_features
+        self.identity = {"features": "dinov2", "weights_sha256": file_sha256(weights)}
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = (DINO_PIXELS, DINO_PIXELS)
+        # Bicubic overshoots at edges
+        x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean = x.new_tensor(DINO_MEAN).view(1, 3, 1, 1)
+        deviation = x.new_tensor(DINO_DEVIATION).view(1, 3, 1, 1)
+        with full_precision(images.device):
+            return self.net((x - mean) / deviation)
 
 
 class TokenizerFeatures(FeatureNet):
@@ -163,6 +200,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@contextmanager
+def refusing_others(weights: Path, net: str) -> Iterator[None]:
+    """To build a net in: draws no random number, and names a file of another net's weights."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
+            yield
+    except (RuntimeError, KeyError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{weights} has other weights than {net}'s: {reason}") from error
+
+
 @dataclass
 class Networks:
     """The networks that a protocol needs; None where it needs none, or the weights are absent."""
@@ -173,49 +221,52 @@ class Networks:
     weights: dict[str, Any] = field(default_factory=dict)  # plain values
 
 
-def explain_absence(weights: PublishedWeights) -> str:
-    """Why there is no metric, and where to get the weights."""
-    return f"{weights.title}'s weights are absent: {weights.ways_out}"
+@dataclass
+class WeightsFiles:
+    """Where the weights are."""
+
+    inception: str | None  # path; without one: torch's cache
+    dinov2: str | None  # path; without one there are none
+    download: bool = False  # absent weights into torch's and the hub's cache
+
+    def find(self, features: str) -> Path | None:
+        """The file for a protocol's features, None if absent; ValueError: no file at a path."""
+        if features == "inception":
+            return INCEPTION.find(self.inception, self.download)
+        if self.dinov2 and not Path(self.dinov2).is_file():
+            raise ValueError(f"--dinov2-weights: no file {self.dinov2}")
+        return Path(self.dinov2) if self.dinov2 else None
 
 
 def load_networks(
-    protocol: Protocol,
-    generator: ImageGenerator,
-    inception_weights: str | None,
-    state: PartialState,
-    download: bool = False,
+    protocol: Protocol, generator: ImageGenerator, files: WeightsFiles, state: PartialState
 ) -> Networks:
-    """What the protocol's metrics need.
-
-    Args:
-        generator: the run's, for its own tokenizer and CLIP.
-        inception_weights: path; None: torch's cache.
-        download: absent weights into torch's and the hub's cache.
+    """What the protocol's metrics need. generator: the run's, for its own tokenizer and CLIP.
 
     Raises:
         ValueError: weights of another net, damaged ones, or no file at a given path.
     """
-    found, file = Networks(), None
+    found, file, kind = Networks(), None, protocol.features
     needs_features = bool({*protocol.metrics} - {"clip_score"})
-    needs_inception = needs_features and protocol.features == "inception"
     # One process a machine downloads, the others find the files
     with state.local_main_process_first():
-        if needs_inception:
-            file = INCEPTION.find(inception_weights, download)
+        if needs_features and kind != "tokenizer":
+            file = files.find(kind)
         if "clip_score" in protocol.metrics:
             try:
-                found.clip = ClipScorer(clip_of(protocol, generator), state.device, download)
+                found.clip = ClipScorer(clip_of(protocol, generator), state.device, files.download)
                 found.weights["clip"] = found.clip.description
             except AbsentWeights as error:
                 found.absent["clip"] = str(error)
     # The feature network, or why there is none
-    if file:
-        found.weights["inception"] = describe_file(file)
-        found.features = InceptionFeatures(file).to(state.device)
-    elif needs_inception:
-        found.absent["features"] = explain_absence(INCEPTION)
-    elif needs_features:
+    if needs_features and kind == "tokenizer":
         found.features = TokenizerFeatures(generator.tokenizer)
+    elif needs_features and file is None:
+        found.absent["features"] = ABSENT[kind]
+    elif needs_features:
+        found.weights[kind] = describe_file(file)
+        net = InceptionFeatures(file) if kind == "inception" else DinoFeatures(file)
+        found.features = net.to(state.device)
     return found
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.load import load_dataclass
 from data.files import check_writable, write_json, write_text
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
-from eval.feature_nets import load_networks
+from eval.feature_nets import WeightsFiles, load_networks
 from eval.features import load_reference
 from eval.images import Reading
 from eval.programs import (
@@ -58,6 +58,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "a YAML file, or a name: coco30k, mjhq30k, demo, geneval"
     parser.add_argument("--protocol", required=True, help=help_text)
     parser.add_argument("--output", type=Path, help="folder; default: evaluation/PROTOCOL in RUN")
+    parser.add_argument("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
     add_sweep_options(parser)
     add_reading_options(parser, 64, "images that a feature network sees at once")
     add_weights_options(parser)
@@ -95,7 +96,8 @@ def main(args: argparse.Namespace) -> None:
 
     # What the images are measured with
     reading = Reading(args.batch_size, args.num_workers, state)
-    networks = load_networks(protocol, generator, args.inception_weights, state, args.download)
+    files = WeightsFiles(args.inception_weights, args.dinov2_weights, args.download)
+    networks = load_networks(protocol, generator, files, state)
     size = protocol.feature_size(generator.tokenizer.config.image_size)
     setup = EvaluationSetup(
         captions=captions,

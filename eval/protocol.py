@@ -61,7 +61,7 @@ class Protocol:
     # RGB behind transparent pixels of reference images
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     # tokenizer: the latent means of the run's own
-    features: Literal["inception", "tokenizer"] = "inception"
+    features: Literal["inception", "dinov2", "tokenizer"] = "inception"
     metrics: list[str] = field(
         default_factory=lambda: ["frechet", "kid", "inception_score", "precision_recall"]
     )

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, write_json
 from data.images import ImageTextConfig
-from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures, explain_absence
+from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.features import FeatureStatistics, frechet_distance, sum_over_processes
 from eval.images import RULES, ImageSet, Reading, iterate_images, list_images
 from eval.programs import (
@@ -311,7 +311,7 @@ def explain_missing(
     }
     for name, published in (("lpips", VGG16), ("rfid", INCEPTION)):
         if files[name] is None:
-            reasons[name] = explain_absence(published)
+            reasons[name] = f"{published.title}'s weights are absent: {published.ways_out}"
     return {name: reasons[name] for name, value in metrics.items() if value is None}
 
 
