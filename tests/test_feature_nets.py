@@ -5,16 +5,19 @@ import sys
 from functools import partial
 
 import pytest
+import timm
 import torch
 from conftest import TINY_CLIP
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval.feature_nets import INCEPTION, ClipScorer, InceptionFeatures
+from eval import feature_nets
+from eval.feature_nets import INCEPTION, ClipScorer, DinoFeatures, InceptionFeatures
 from modeling.clip_weights import ClipConfig, build_clip
 
 open_clip = pytest.importorskip("open_clip")
 CPU = torch.device("cpu")
+SMALL = "vit_small_patch14_dinov2"
 
 
 def blots(count, seed, brightness=256, size=32):
@@ -26,6 +29,22 @@ def blots(count, seed, brightness=256, size=32):
 @pytest.fixture(scope="module")
 def inception(inception_file):
     return InceptionFeatures(inception_file)
+
+
+@pytest.fixture(scope="module")
+def dino_file(tmp_path_factory):
+    """Weights of a small DINOv2 at its own 518 px, with positions that differ."""
+    state = timm.create_model(SMALL, pretrained=False, num_classes=0).state_dict()
+    state["pos_embed"] = torch.randn(state["pos_embed"].shape)
+    file = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_file(state, file)
+    return file
+
+
+@pytest.fixture
+def dino(monkeypatch, dino_file):
+    monkeypatch.setattr(feature_nets, "DINO_MODEL", SMALL)
+    return DinoFeatures(dino_file)
 
 
 @pytest.fixture
@@ -41,6 +60,19 @@ def test_inception_takes_resized_floats_as_it_takes_bytes_of_its_size(inception)
     torch.testing.assert_close(inception(image.float()), inception(image), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="uint8"):
         inception(torch.rand(1, 3, 32, 32))  # neither bytes nor resized
+
+
+def test_dinov2s_features_are_timms(dino, dino_file):
+    overlay = {"file": str(dino_file), "source": "file"}
+    reference = timm.create_model(SMALL, True, overlay, img_size=224, num_classes=0).eval()
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    config = timm.data.resolve_data_config(model=reference) | {"input_size": (3, 224, 224)}
+    normalise = timm.data.create_transform(**config).transforms[-1]
+    with torch.no_grad():
+        expected = reference(normalise(images / 255))
+    found = dino(images)
+    assert (found.shape, dino.width, found.dtype) == ((2, 384), 384, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_cosines_are_open_clips_and_images_are_preprocessed_from_their_full_size(
@@ -71,7 +103,7 @@ def test_clips_images_are_preprocessed_as_the_tag_of_the_weights_says(tmp_path, 
     assert torch.allclose(black.mean(dim=(1, 2)), torch.tensor([-0.2, -0.4, -0.6]))
 
 
-@pytest.mark.parametrize("name", ["inception", "clip"])
+@pytest.mark.parametrize("name", ["inception", "dino", "clip"])
 def test_autocast_changes_nothing_and_no_gradient_is_kept(name, request):
     net, images = request.getfixturevalue(name), blots(2, seed=0)
     if name == "clip":
@@ -82,9 +114,11 @@ def test_autocast_changes_nothing_and_no_gradient_is_kept(name, request):
     assert torch.equal(found, expected) and not found.requires_grad
 
 
-def test_building_draws_no_random_numbers(inception_file, tiny_clip_dir):
+def test_building_draws_no_random_numbers(inception_file, dino_file, tiny_clip_dir, monkeypatch):
+    monkeypatch.setattr(feature_nets, "DINO_MODEL", SMALL)
     state = torch.get_rng_state()
     InceptionFeatures(inception_file)
+    DinoFeatures(dino_file)
     ClipScorer(ClipConfig(f"local-dir:{tiny_clip_dir}"), CPU, download=False)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -116,16 +150,21 @@ def test_a_file_that_would_execute_code_is_refused_and_executes_nothing(tmp_path
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_a_file_without_weights_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{tmp_path}/{name}"):
-        InceptionFeatures(tmp_path / name)
+    for net in (InceptionFeatures, DinoFeatures):
+        with pytest.raises(ValueError, match=f"{tmp_path}/{name}"):
+            net(tmp_path / name)
 
 
-def test_truncated_and_another_nets_files_are_refused(tmp_path, inception_file, vgg_file):
-    cut = tmp_path / "cut.pth"
-    cut.write_bytes(inception_file.read_bytes()[:-5000])
-    for file in (cut, vgg_file):
-        with pytest.raises(ValueError, match=str(file)):
-            InceptionFeatures(file)
+def test_truncated_and_another_nets_files_are_refused(
+    tmp_path, monkeypatch, inception_file, vgg_file, dino_file
+):
+    monkeypatch.setattr(feature_nets, "DINO_MODEL", SMALL)
+    for net, right in ((InceptionFeatures, inception_file), (DinoFeatures, dino_file)):
+        cut = tmp_path / f"cut{right.suffix}"
+        cut.write_bytes(right.read_bytes()[:-5000])
+        for file in (cut, vgg_file):
+            with pytest.raises(ValueError, match=str(file)):
+                net(file)
 
 
 def test_a_truncated_clip_is_refused(tmp_path, tiny_clip_dir):
