@@ -17,7 +17,7 @@ from modeling.layers import check_not_negative
 from modeling.posterior import FlowPass, SourcePass
 from modeling.text_projector import TextProjector
 
-KLForm = Literal["gaussian", "wall"]
+KLForm = Literal["gaussian", "wall", "variance"]
 AlignmentForm = Literal["contrastive", "cosine_margin"]
 
 
@@ -99,10 +99,14 @@ def kl_loss(mean: Tensor, logvar: Tensor, form: KLForm = "gaussian") -> Tensor:
 
     Args:
         form: gaussian: -1/2 (1 + logvar - mean^2 - exp(logvar)). wall: the release's (0.3 mean)^6
-            for mean^2, a wall around |mean| = 3 more than a KL.
+            for mean^2, a wall around |mean| = 3 more than a KL. variance: 0 for mean^2, only the
+            deviation is drawn to 1.
     """
     mean, logvar = mean.float(), logvar.float()
-    square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
+    if form == "variance":
+        square = torch.zeros_like(mean)
+    else:
+        square = mean.square() if form == "gaussian" else (0.3 * mean).pow(6)
     kl = -0.5 * (1 + logvar - square - logvar.exp())
     # Differs from the release, whose sum over the batch makes the weight depend on its size.
     return kl.sum() / len(mean)
@@ -233,10 +237,10 @@ def velocity_losses(config: FlowLossConfig, output: FlowPass) -> dict[str, Tenso
 
 def freeze_unused_alignment(projector: TextProjector, config: ProjectorLossConfig) -> None:
     """Freeze what no loss gives a gradient, or DDP waits for it: the MLP at weight 0, or tau."""
-    is_aligned = config.alignment_weight > 0
-    projector.alignment.requires_grad_(is_aligned)
-    contrasts = is_aligned and config.alignment_form == "contrastive"
-    projector.alignment.log_temperature.requires_grad_(contrasts)
+    if not config.alignment_weight:
+        projector.alignment.requires_grad_(False)
+    elif config.alignment_form != "contrastive":
+        projector.alignment.log_temperature.requires_grad_(False)
 
 
 # What shows a collapse

@@ -51,6 +51,12 @@ def test_wall_kl_is_the_releases_formula():
     torch.testing.assert_close(kl_loss(mean, logvar, "wall"), expected)
 
 
+def test_variance_kl_draws_the_deviation_to_one_and_leaves_the_mean_alone():
+    mean, logvar = moments()
+    expected = kl_loss(torch.zeros_like(mean), logvar)
+    torch.testing.assert_close(kl_loss(mean, logvar, "variance"), expected)
+
+
 def manual_contrastive(latents, targets, log_temperature):
     """Row by row in float64."""
     z, a = (x.double().reshape(len(x), -1) for x in (latents, targets))
