@@ -9,7 +9,7 @@ Watch z_text_between_captions_std: the flow loss falls while it collapses (docs/
 The same command resumes, and does nothing when the run is complete.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from eval.during_training import EvaluationConfig, FlowEvaluation
 from eval.protocol import Protocol, protocol_file
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.flow import FlowConfig, check_guidance
-from modeling.flow_model import FlowModel, build_flow
+from modeling.flow_model import FlowModel, build_flow, check_condition
 from modeling.flowtok import FlowTokConfig
 from modeling.layers import fingerprint
 from modeling.losses import (
@@ -118,6 +118,11 @@ class FlowTokStage(TrainedStage):
         if self.flow.projector == "detached" and not has_projector_loss(self.losses):
             raise ValueError("flow.projector=detached and all losses on z_T are 0: set one above 0")
 
+        # What tells the network the text.
+        check_condition(self.flowtok, self.flow)
+        if self.flow.source == "noise":
+            self._check_flow_from_noise()
+
         # What is sampled on the way.
         check_guidance(self.sampling.guidance, self.flow.null_probability)
         if self.evaluation.every_steps:
@@ -126,6 +131,13 @@ class FlowTokStage(TrainedStage):
             self._check_flow_to_text()
         elif not self.pictures.captions:
             raise ValueError("pictures.captions is empty: name the captions of the pictures")
+
+    def _check_flow_from_noise(self) -> None:
+        if has_projector_loss(self.losses):
+            raise ValueError("flow.source=noise has no z_T: set the losses on it to 0")
+        for section in ("flow", "sampling"):
+            if not getattr(self, section).sample_text_latent:
+                raise ValueError(f"flow.source=noise needs {section}.sample_text_latent=true")
 
     def _check_flow_to_text(self) -> None:
         direction = "flow.direction=image_to_text"
@@ -203,11 +215,10 @@ def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
     if not config.init_from:
         return load_projector(config.projector_run) if config.projector_run else None
     source = load_flow(config.init_from)
-    # The token sizes come from the tokenizer; all others are typed, and may disagree.
+    # Some sizes come from tokenizer and projector; all others are typed, and may disagree.
     found = source.flowtok.config
-    wanted = replace(
-        config.flowtok, num_tokens=found.num_tokens, token_channels=found.token_channels
-    )
+    derived = {f.name: getattr(found, f.name) for f in fields(found) if f.metadata.get("derived")}
+    wanted = replace(config.flowtok, **derived)
     changes = list_changes(asdict(found), asdict(wanted), "flowtok")
     if changes:
         lines = "; ".join(line for _, line in changes)
@@ -235,8 +246,13 @@ def fill_in_networks(
             raise ValueError(
                 f"the projector of {config.source_run} has {found}, {config.tokenizer_run} {sizes}"
             )
+    reads_text = config.flowtok.condition != "none"
     config.flowtok = replace(
-        config.flowtok, num_tokens=info.num_tokens, token_channels=info.token_channels
+        config.flowtok,
+        num_tokens=info.num_tokens,
+        token_channels=info.token_channels,
+        context_tokens=config.projector.text_tokens if reads_text else 0,
+        context_width=config.projector.width if reads_text else 0,
     )
 
 
@@ -304,7 +320,10 @@ def compute_losses(
         image_mean = posterior.mean * tokens.info.latent_scale
         terms |= projector_losses(config.losses, output.source, image_mean)
     loss = sum(weighted_terms(terms, loss_weights(config.losses)).values())
-    return terms | {"loss": loss} | latent_statistics(output.source.mean)
+    terms |= {"loss": loss}
+    if config.flow.source == "noise":
+        return terms
+    return terms | latent_statistics(output.source.mean)
 
 
 @torch.no_grad()

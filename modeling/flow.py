@@ -21,6 +21,9 @@ VelocityBranches = Callable[[Tensor, float, tuple[bool, ...]], Tensor]
 class FlowConfig:
     """How the flow is trained. The defaults are the paper's; each departure says why it exists."""
 
+    # text: the flow starts at z_T (paper). noise: at unit noise, and flowtok.condition reads the
+    # text: ordinary flow matching, to compare with.
+    source: Literal["text", "noise"] = "text"
     sigma_min: float = 1e-5
     # logit_normal(0, 1): the release. power: t = u^time_power, more low t, where the caption
     # decides (demo).
@@ -42,6 +45,8 @@ class FlowConfig:
             raise ValueError(f"null_probability must be in [0, 1), got {self.null_probability}")
         if self.time_power <= 0:
             raise ValueError(f"time_power must be positive, got {self.time_power}")
+        if self.source == "noise" and self.direction == "image_to_text":
+            raise ValueError("direction=image_to_text ends at z_T: it needs source=text")
 
 
 def check_guidance(guidance: float, null_probability: float) -> None:

@@ -1,9 +1,8 @@
 """Source, velocity network and path as one module: stage 3 trains it, sampling loads it (Sec. 3.3).
 
 Three seams, so that a comparison changes one part only:
-Source             where the flow starts; FlowTok's is the text projector. Noise, with the text as
-                   context, would be another.
-VelocityNetwork    FlowTok, which reads no context.
+Source             where the flow starts: at the text projector's z_T (FlowTok), or at noise.
+VelocityNetwork    FlowTok, which reads nothing but its tokens, or the text besides.
 FlowConfig         path, times, direction, what is learned.
 `build_flow` says which parts a run's config means.
 """
@@ -24,13 +23,14 @@ from modeling.flow import (
 )
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.posterior import FlowPass, SourcePass
-from modeling.text_projector import TextProjector, TextProjectorConfig
+from modeling.text_projector import NoiseSource, TextProjector, TextProjectorConfig
 
 
 class Source(Protocol):
     """A module that says where the flow starts, given the text."""
 
     shape: tuple[int, int]  # K x C of the latents
+    tells_text: bool  # whether the start says what the text is
 
     def __call__(self, text_states: Tensor, sample: bool) -> SourcePass:
         """Training pass: text states B x L x T -> start of the flow and what losses need."""
@@ -38,8 +38,8 @@ class Source(Protocol):
     def start(self, text_states: Tensor, noise: Tensor | None) -> Tensor:
         """Start of the flow for sampling, B x K x C, a function of unit noise of that shape."""
 
-    def context(self, text_states: Tensor) -> Tensor | None:
-        """What the velocity network reads of the text; None: the start says it all."""
+    def features(self, text_states: Tensor) -> Tensor:
+        """What a velocity network with a condition reads of the text, B x L x W."""
 
     def freeze(self) -> None:
         """Stop training for good."""
@@ -49,6 +49,7 @@ class VelocityNetwork(Protocol):
     """A module that gives the velocity at a point of the path."""
 
     shape: tuple[int, int]  # K x C of the tokens
+    reads_text: bool  # whether it takes a context
 
     def __call__(self, tokens: Tensor, t: Tensor, null: Tensor, context: Tensor | None) -> Tensor:
         """Tokens B x K x C, t B in [0, 1], null B bool, context -> velocity B x K x C."""
@@ -86,16 +87,19 @@ class FlowModel(nn.Module):
         # Both ends of the path: z_T and z_I, or the other way for captions (Sec. 4.1).
         flow = self.config
         source = self.projector(text_states, sample=flow.sample_text_latent)
-        context = self.projector.context(text_states)
-        text = source.latents if flow.projector == "joint" else source.latents.detach()
+        text = source.latents
+        context = source.features if self.flowtok.reads_text else None
+        if flow.projector != "joint":
+            text = text.detach()
+            context = None if context is None else context.detach()
         to_text = flow.direction == "image_to_text"
         start, end = (image_latents, text) if to_text else (text, image_latents)
 
-        # Times, and the samples of the unconditional flow. A network with a context leaves it out
-        # there; without one, only another target can hide the text.
+        # Times, and the samples of the unconditional flow. The network leaves out a context there;
+        # where the start says what the text is, only another target can hide it.
         t = sample_times(flow, len(start), start.device)  # B
         null = draw_null(len(start), flow.null_probability, start.device)  # B
-        if context is None:
+        if self.projector.tells_text:
             end = swap_targets(end, null)
 
         # L_fm regresses the network at z_t onto the path's velocity (Sec. 3.3).
@@ -103,9 +107,22 @@ class FlowModel(nn.Module):
         velocity = self.flowtok(z_t, t, null, context)
         return FlowPass(velocity, target_velocity(start, end, flow.sigma_min), source)
 
+    def context(self, text_states: Tensor) -> Tensor | None:
+        """What the velocity network reads for sampling: text states B x L x T -> B x L x W."""
+        return self.projector.features(text_states) if self.flowtok.reads_text else None
+
+
+def check_condition(flowtok: FlowTokConfig, flow: FlowConfig) -> None:
+    """Refuse a flow that nothing tells the text, and one to text that reads it."""
+    if flow.source == "noise" and flowtok.condition == "none":
+        raise ValueError("flow.source=noise needs flowtok.condition, or nothing tells the text")
+    if flow.direction == "image_to_text" and flowtok.condition != "none":
+        raise ValueError("flow.direction=image_to_text with flowtok.condition: it ends in the text")
+
 
 def build_flow(
     projector: TextProjectorConfig, flowtok: FlowTokConfig, flow: FlowConfig
 ) -> FlowModel:
     """The flow that a run's config describes, with new weights."""
-    return FlowModel(TextProjector(projector), FlowTok(flowtok), flow)
+    source = {"text": TextProjector, "noise": NoiseSource}[flow.source]
+    return FlowModel(source(projector), FlowTok(flowtok), flow)

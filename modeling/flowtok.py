@@ -2,17 +2,21 @@
 
 In: tokens on the path B x K x C, times B in [0, 1] (t = 0 text, t = 1 image), null indicator B
 (bool). Out: velocity B x K x C. It is conditioned on time and indicator only: text enters as the
-start of the flow, there is no cross-attention and no concatenation.
+start of the flow. To compare with the usual way, it can read features of the text besides, by
+cross-attention or concatenation (`condition`).
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling.activation_checkpointing import ActivationCheckpointing, run_block
 from modeling.layers import (
+    FROM_PROJECTOR,
     FROM_TOKENIZER,
     Attention,
     init_linear_,
@@ -32,6 +36,11 @@ class FlowTokConfig:
     width: int = 768
     depth: int = 12
     num_heads: int = 12
+    # How the text is read besides: not at all (paper), by cross-attention in each block, or as
+    # tokens beside those on the path.
+    condition: Literal["none", "cross_attention", "concatenation"] = "none"
+    context_tokens: int = field(default=0, metadata=FROM_PROJECTOR)  # L of the text's features
+    context_width: int = field(default=0, metadata=FROM_PROJECTOR)  # and their W
 
     def __post_init__(self):
         if self.width % self.num_heads or self.width % 2:
@@ -59,8 +68,46 @@ class TimeEmbedding(nn.Module):
         return self.mlp(timestep_sinusoids(t, TIME_SINUSOIDS))
 
 
+class TextContext(nn.Module):
+    """Features of the text, B x L x W of the projector -> context B x L x W of the DiT."""
+
+    def __init__(self, config: FlowTokConfig):
+        super().__init__()
+        self.embed = nn.Linear(config.context_width, config.width)
+        self.positions = nn.Parameter(torch.empty(config.context_tokens, config.width))
+        self.null = nn.Parameter(torch.empty(config.width))  # in place of each unconditional token
+        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.null, std=0.02)
+
+    def forward(self, features: Tensor, null: Tensor) -> Tensor:
+        """null: B bool, the samples that do not see their text."""
+        context = torch.where(null.view(-1, 1, 1), self.null, self.embed(features))
+        return context + self.positions
+
+
+class CrossAttention(nn.Module):
+    """Tokens B x N x W attend to a context B x L x W; B x N x W."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        heads = self.num_heads
+        q = rearrange(self.query(x), "b n (h d) -> b h n d", h=heads)
+        k, v = rearrange(self.key_value(context), "b n (two h d) -> two b h n d", two=2, h=heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+
 class FlowTokBlock(nn.Module):
-    """adaLN-Zero: x += gate * attn(mod(ln(x))); x += gate * mlp(mod(ln(x))); B x K x W."""
+    """adaLN-Zero: x += gate * attn(mod(ln(x))); x += gate * mlp(mod(ln(x))); B x K x W.
+
+    With cross-attention, x += cross(ln(x), context) lies between the two.
+    """
 
     def __init__(self, config: FlowTokConfig):
         super().__init__()
@@ -68,16 +115,22 @@ class FlowTokBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.norm_attention = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(width, config.num_heads)
+        self.cross_attention = None
+        if config.condition == "cross_attention":
+            self.norm_cross = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+            self.cross_attention = CrossAttention(width, config.num_heads)
         self.norm_mlp = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
         )
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`condition` is SiLU(c), B x W."""
-        return self.transform(x, self.modulation(condition), x.shape[1])
+    def forward(self, x: Tensor, condition: Tensor, context: Tensor | None = None) -> Tensor:
+        """`condition` is SiLU(c), B x W; context: B x L x W with cross-attention, else None."""
+        return self.transform(x, self.modulation(condition), x.shape[1], context)
 
-    def transform(self, x: Tensor, modulation: Tensor, num_tokens: int) -> Tensor:
+    def transform(
+        self, x: Tensor, modulation: Tensor, num_tokens: int, context: Tensor | None
+    ) -> Tensor:
         """The block with known modulations, G x 6 W: per sample, or shared by groups of samples.
 
         x is G x (B / G * K) x W, K = num_tokens tokens a sample; attention stays in a sample.
@@ -86,6 +139,9 @@ class FlowTokBlock(nn.Module):
         inner = modulate(self.norm_attention(x), shift_a, scale_a)
         attended = self.attention(inner.view(-1, num_tokens, x.shape[-1])).view(x.shape)
         x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
+        if self.cross_attention is not None:
+            inner = self.norm_cross(x).view(-1, num_tokens, x.shape[-1])
+            x = x + self.cross_attention(inner, context).view(x.shape)
         inner = modulate(self.norm_mlp(x), shift_m, scale_m)
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(inner))
 
@@ -97,32 +153,46 @@ class FlowTok(nn.Module):
         super().__init__()
         self.config = config
         self.shape = (config.num_tokens, config.token_channels)  # K x C
+        self.reads_text = config.condition != "none"
         self.activation_checkpointing: ActivationCheckpointing = "none"
         self.embed_tokens = nn.Linear(config.token_channels, config.width)
         positions = sincos_position_table(config.num_tokens, config.width)
         self.register_buffer("positions", positions, persistent=False)
         self.embed_time = TimeEmbedding(config.width)
         self.embed_null = nn.Embedding(2, config.width)  # row 1: indicator on, unconditional
+        self.embed_context = TextContext(config) if self.reads_text else None
         self.blocks = nn.ModuleList(FlowTokBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(config.width, 2 * config.width)
         self.to_velocity = nn.Linear(config.width, config.token_channels)
         self.init_weights()
 
-    def forward(self, tokens: Tensor, t: Tensor, null: Tensor, context: None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, t: Tensor, null: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         """Tokens B x K x C, t B float in [0, 1], null B bool -> velocity B x K x C.
 
-        context: what other velocity networks may read (modeling/flow_model.py); None here.
+        context: features of the text, B x L x W of the projector, where there is a condition.
         """
         x = self.embed_tokens(tokens) + self.positions  # B x K x W
         condition = self.condition(t, null)  # B x W
+        if self.reads_text:
+            context = self.embed_context(context, null)  # B x L x W
+        x, context = self.join(x, context)
         for block in self.blocks:
-            x = run_block(block, self.activation_checkpointing, x, condition)
+            x = run_block(block, self.activation_checkpointing, x, condition, context)
+        x = x[:, : tokens.shape[1]]
         return self.project_out(x, self.modulation_out(condition))  # B x K x C
 
-    def at_times(self, times: list[float], context: None = None) -> "TimeTable":
-        """The network for sampling, at times that are known beforehand."""
-        return TimeTable(self, times)
+    def join(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(tokens of the blocks, context of their cross-attention), each ... x N x W or None."""
+        if self.config.condition == "concatenation":
+            return torch.cat([x, context], dim=-2), None
+        return x, context
+
+    def at_times(self, times: list[float], context: Tensor | None = None) -> "TimeTable":
+        """The network for sampling, at times and with features of the text known beforehand."""
+        return TimeTable(self, times, context)
 
     def condition(self, t: Tensor, null: Tensor) -> Tensor:
         """SiLU(c), B x W: all that the blocks know besides the tokens."""
@@ -141,7 +211,8 @@ class FlowTok(nn.Module):
 
         # adaLN-Zero: every block starts as the identity, and the velocity as zero.
         modulations = [block.modulation for block in self.blocks]
-        for module in [*modulations, self.modulation_out, self.to_velocity]:
+        crosses = [block.cross_attention.out for block in self.blocks if block.cross_attention]
+        for module in [*modulations, *crosses, self.modulation_out, self.to_velocity]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
@@ -152,7 +223,7 @@ class TimeTable:
     # Modulations depend on time and indicator only: computed once, they are shared by all samples,
     # and a third of the weights is read once for all steps instead of once a step.
     @torch.no_grad()
-    def __init__(self, network: FlowTok, times: list[float]):
+    def __init__(self, network: FlowTok, times: list[float], features: Tensor | None):
         self.network = network
         self.rows = {time: row for row, time in enumerate(times)}
         t = torch.tensor(times, dtype=torch.float32, device=network.positions.device)
@@ -162,16 +233,29 @@ class TimeTable:
         layers = [*(block.modulation for block in network.blocks), network.modulation_out]
         # T x 2 x 6 W for each block, T x 2 x 2 W for the last norm
         self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]
+        self.contexts = None
+        if network.reads_text:
+            hidden = torch.tensor([[False], [True]], device=t.device).expand(2, len(features))
+            rows = [network.embed_context(features, null) for null in hidden]
+            self.contexts = torch.stack(rows)  # 2 x B x L x W
 
     def __call__(self, x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:
         """Velocity of each branch at the same points (flow.VelocityBranches), G B x K x C."""
         network, row = self.network, self.rows[time]
         branches = slice(int(null[0]), int(null[-1]) + 1)
 
+        # G x B x N tokens of the branches, their samples with the same tokens on the path.
+        embedded = network.embed_tokens(x) + network.positions  # B x K x W
+        embedded = embedded.expand(len(null), -1, -1, -1)
+        context = None if self.contexts is None else self.contexts[branches]  # G x B x L x W
+        embedded, context = network.join(embedded, context)
+        context = None if context is None else context.flatten(0, 1)  # G B x L x W
+
         # All samples of a branch share its modulation: one long sequence, except for attention.
-        embedded = (network.embed_tokens(x) + network.positions).flatten(0, 1)  # B K x W
-        hidden = embedded.expand(len(null), -1, -1)  # G x B K x W
+        num_samples, num_tokens = embedded.shape[1:3]
+        hidden = embedded.flatten(1, 2)  # G x B N x W
         for block, modulation in zip(network.blocks, self.modulations):
-            hidden = block.transform(hidden, modulation[row, branches], num_tokens=x.shape[1])
+            hidden = block.transform(hidden, modulation[row, branches], num_tokens, context)
+        hidden = hidden.unflatten(1, (num_samples, num_tokens))[:, :, : x.shape[1]].flatten(1, 2)
         velocity = network.project_out(hidden, self.modulations[-1][row, branches])  # G x B K x C
         return velocity.unflatten(1, x.shape[:2]).flatten(0, 1)

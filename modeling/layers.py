@@ -17,6 +17,7 @@ from torch.nn import functional as F
 # builds the network; YAML files and the command line may not set them.
 FROM_TEXT_ENCODER = {"derived": "the text encoder"}
 FROM_TOKENIZER = {"derived": "the tokenizer's run"}
+FROM_PROJECTOR = {"derived": "the text projector"}
 
 
 def check_not_negative(config: Any, *names: str) -> None:

@@ -75,7 +75,7 @@ def transport(
     """Follow the guided flow from t = 0 to t = 1: B x K x C -> B x K x C.
 
     Args:
-        context: what the velocity network reads beside the tokens (flow_model.Source.context).
+        context: what the velocity network reads beside the tokens (FlowModel.context).
     """
     check_guidance(config.guidance, flow.config.null_probability)
     solver = SOLVERS[config.sampler]
@@ -118,7 +118,7 @@ class ImageGenerator:
     @torch.no_grad()
     def transport(self, start: Tensor, text_states: Tensor, config: SamplingConfig) -> Tensor:
         """Start of the flow -> image latents in the tokenizer's own scale, B x K x C."""
-        context = self.flow.projector.context(text_states)
+        context = self.flow.context(text_states)
         return transport(self.flow, start, context, config) / self.flow.latent_scale
 
     @torch.no_grad()

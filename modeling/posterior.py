@@ -35,13 +35,14 @@ def split_moments(moments: Tensor) -> Posterior:
 
 
 class SourcePass(NamedTuple):
-    """Where the flow starts, and what the losses on it need."""
+    """Where the flow starts, and what the losses on it need; None where the start is noise."""
 
     latents: Tensor  # B x L x C
-    mean: Tensor  # B x L x C
-    logvar: Tensor  # B x L x C
-    alignment: Tensor  # B x L x C, target of the alignment
-    log_temperature: Tensor  # scalar
+    features: Tensor  # B x L x W, what a velocity network with a condition reads of the text
+    mean: Tensor | None = None  # B x L x C
+    logvar: Tensor | None = None  # B x L x C
+    alignment: Tensor | None = None  # B x L x C, target of the alignment
+    log_temperature: Tensor | None = None  # scalar
 
 
 class FlowPass(NamedTuple):

@@ -188,6 +188,7 @@ class TextProjector(nn.Module):
         super().__init__()
         self.config = config
         self.shape = (config.text_tokens, config.token_channels)  # L x C of z_T
+        self.tells_text = True  # where its flow starts says what the text is
         self.is_frozen = False
 
         # In front of the blocks
@@ -225,22 +226,27 @@ class TextProjector(nn.Module):
         """Training mode, unless frozen."""
         return super().train(mode and not self.is_frozen)
 
-    def posterior(self, text_states: Tensor) -> Posterior:
-        """Text states B x L x T -> posterior of B x L x C latents (float32)."""
+    def features(self, text_states: Tensor) -> Tensor:
+        """Text states B x L x T -> what the moments are read from, B x L x W."""
         found = tuple(text_states.shape[1:])
         expected = (self.config.text_tokens, self.config.text_width)
         if found != expected:
             raise ValueError(f"text states are B x {found}, the projector expects B x {expected}")
 
-        # Blocks over the text states
         x = self.embed(self.whitening(text_states))  # B x L x W
         if self.positions is not None:
             x = x + self.positions
         for block in self.blocks:
             x = block(x)
+        return self.norm_out(x)
 
-        # Moments: fixed_std takes the place of the log-variance, the linear skip adds to the mean
-        moments = self.to_moments(self.norm_out(x))  # B x L x 2C, or C with a fixed deviation
+    def posterior(self, text_states: Tensor, features: Tensor | None = None) -> Posterior:
+        """Text states B x L x T, and their features if known -> B x L x C moments (float32)."""
+        if features is None:
+            features = self.features(text_states)
+
+        # fixed_std takes the place of the log-variance, the linear skip adds to the mean.
+        moments = self.to_moments(features)  # B x L x 2C, or C with a fixed deviation
         if self.config.fixed_std:
             logvar = torch.full_like(moments, 2 * math.log(self.config.fixed_std))
             moments = torch.cat([moments, logvar], dim=-1)
@@ -251,9 +257,11 @@ class TextProjector(nn.Module):
 
     def forward(self, text_states: Tensor, sample: bool) -> SourcePass:
         """Training pass, z_T drawn or its mean; one call, so that DDP sees every weight."""
-        posterior = self.posterior(text_states)
+        features = self.features(text_states)
+        posterior = self.posterior(text_states, features)
         return SourcePass(
             latents=posterior.sample() if sample else posterior.mean,
+            features=features,
             mean=posterior.mean,
             logvar=posterior.logvar,
             alignment=self.alignment(text_states),
@@ -265,5 +273,25 @@ class TextProjector(nn.Module):
         posterior = self.posterior(text_states)
         return posterior.mean if noise is None else posterior.at(noise)
 
-    def context(self, text_states: Tensor) -> None:
-        """None: all that the velocity network learns of the text is where its flow starts."""
+
+class NoiseSource(TextProjector):
+    """Unit noise: the text is only what the velocity network reads (ordinary flow matching)."""
+
+    def __init__(self, config: TextProjectorConfig):
+        super().__init__(config)
+        self.tells_text = False
+        # Its weights are a text projector's, so that stage 2 can start them; no loss reaches these.
+        self.to_moments.requires_grad_(False)
+        self.alignment.requires_grad_(False)
+
+    def forward(self, text_states: Tensor, sample: bool) -> SourcePass:
+        """Training pass: noise, and the features of the text. sample: has to be true."""
+        features = self.features(text_states)
+        noise = torch.randn(len(text_states), *self.shape, device=text_states.device)
+        return SourcePass(latents=noise, features=features)
+
+    def start(self, text_states: Tensor, noise: Tensor | None) -> Tensor:
+        """The noise itself."""
+        if noise is None:
+            raise ValueError("a flow from noise is sampled with sampling.sample_text_latent=true")
+        return noise

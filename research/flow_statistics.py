@@ -99,7 +99,7 @@ def loss_by_time(
     sigma_min = flow.config.sigma_min
     target = target_velocity(start, image_latents, sigma_min)
     indicator = torch.full((len(start),), null, device=start.device)
-    context = flow.projector.context(text_states)
+    context = flow.context(text_states)
     losses = {}
     for time in TIMES:
         t = torch.full((len(start),), time, device=start.device)

@@ -9,7 +9,6 @@ from modeling.flow import FlowConfig
 from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.losses import FlowLossConfig, ProjectorLossConfig, projector_losses, velocity_losses
-from modeling.posterior import SourcePass
 from modeling.text_projector import TextProjector, TextProjectorConfig
 
 B, K, C, T = 4, 5, 3, 16
@@ -112,44 +111,3 @@ def test_source_and_network_of_different_token_shapes_are_refused():
     network = FlowTok(FlowTokConfig(num_tokens=6, **SIZE))
     with pytest.raises(ValueError, match=r"\(5, 3\).*\(6, 3\)"):
         FlowModel(TextProjector(PROJECTOR), network, FlowConfig())
-
-
-# Another source, with a network that reads the text
-
-
-class Noise(nn.Module):
-    """A source that knows nothing of the text."""
-
-    shape = (K, C)
-
-    def forward(self, text_states, sample):
-        noise = torch.randn(len(text_states), *self.shape)
-        zeros = torch.zeros_like(noise)
-        return SourcePass(noise, zeros, zeros, zeros, zeros.sum())
-
-    def context(self, text_states):
-        return text_states
-
-    def freeze(self):
-        pass
-
-
-class Reader(nn.Module):
-    """A network that remembers what it was called with."""
-
-    shape = (K, C)
-
-    def forward(self, *inputs):
-        self.inputs = inputs
-        return inputs[0]
-
-
-def test_a_network_reads_the_context_that_the_source_gives_and_keeps_every_target():
-    flow, (states, image) = FlowModel(Noise(), Reader(), FlowConfig(null_probability=0.9)), inputs()
-    result = flow(states, image)
-    z_t, t, null, context = flow.flowtok.inputs
-    assert context is states and null.any()
-    start = result.source.latents
-    torch.testing.assert_close(result.target, image - (1 - 1e-5) * start)
-    time = t.view(-1, 1, 1)
-    torch.testing.assert_close(z_t, (1 - (1 - 1e-5) * time) * start + time * image)

@@ -93,7 +93,7 @@ def test_sampling_starts_from_the_noise_it_is_given_or_from_the_mean():
     mean, logvar = projector.posterior(text)
     assert torch.equal(projector.start(text, None), mean)
     torch.testing.assert_close(projector.start(text, noise), mean + (logvar / 2).exp() * noise)
-    assert projector.context(text) is None and projector.shape == (L, C)
+    assert projector.tells_text and projector.shape == (L, C)
 
 
 def test_a_frozen_projector_gets_no_gradient_keeps_no_graph_and_stays_in_eval_mode():
