@@ -23,7 +23,7 @@ from eval.during_training import EvaluationConfig, FlowEvaluation
 from eval.protocol import Protocol, protocol_file
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.flow import FlowConfig, check_guidance
-from modeling.flow_model import FlowModel, build_flow, check_condition
+from modeling.flow_model import FlowModel, build_flow, check_condition, fill_in_sizes
 from modeling.flowtok import FlowTokConfig
 from modeling.layers import fingerprint
 from modeling.losses import (
@@ -246,14 +246,7 @@ def fill_in_networks(
             raise ValueError(
                 f"the projector of {config.source_run} has {found}, {config.tokenizer_run} {sizes}"
             )
-    reads_text = config.flowtok.condition != "none"
-    config.flowtok = replace(
-        config.flowtok,
-        num_tokens=info.num_tokens,
-        token_channels=info.token_channels,
-        context_tokens=config.projector.text_tokens if reads_text else 0,
-        context_width=config.projector.width if reads_text else 0,
-    )
+    config.flowtok = fill_in_sizes(config.flowtok, config.projector, info.num_tokens)
 
 
 def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel) -> None:

@@ -7,6 +7,7 @@ FlowConfig         path, times, direction, what is learned.
 `build_flow` says which parts a run's config means.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from modeling.flow import (
     target_velocity,
 )
 from modeling.flowtok import FlowTok, FlowTokConfig
-from modeling.posterior import FlowPass, SourcePass
+from modeling.layers import FlowPass, SourcePass
 from modeling.text_projector import NoiseSource, TextProjector, TextProjectorConfig
 
 
@@ -110,6 +111,20 @@ class FlowModel(nn.Module):
     def context(self, text_states: Tensor) -> Tensor | None:
         """What the velocity network reads for sampling: text states B x L x T -> B x L x W."""
         return self.projector.features(text_states) if self.flowtok.reads_text else None
+
+
+def fill_in_sizes(
+    flowtok: FlowTokConfig, projector: TextProjectorConfig, num_tokens: int
+) -> FlowTokConfig:
+    """The velocity network's config with the sizes that tokenizer and projector decide."""
+    reads_text = flowtok.condition != "none"
+    return replace(
+        flowtok,
+        num_tokens=num_tokens,
+        token_channels=projector.token_channels,
+        context_tokens=projector.text_tokens if reads_text else 0,
+        context_width=projector.width if reads_text else 0,
+    )
 
 
 def check_condition(flowtok: FlowTokConfig, flow: FlowConfig) -> None:

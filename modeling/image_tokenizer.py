@@ -15,8 +15,15 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from modeling.activation_checkpointing import ActivationCheckpointing, run_block
-from modeling.layers import FROM_TEXT_ENCODER, Attention, SwiGLU, axial_rope_table, init_linear_
-from modeling.posterior import Posterior, split_moments
+from modeling.layers import (
+    FROM_TEXT_ENCODER,
+    Attention,
+    Posterior,
+    SwiGLU,
+    axial_rope_table,
+    init_linear_,
+    split_moments,
+)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Transformer parts that networks share: attention with optional RoPE, SwiGLU, tables, init.
+"""What networks share: attention with optional RoPE, SwiGLU, tables, init; latent posteriors.
 
 Sources: RoPE as in TA-TiTok with RoPE (axial, row half first, adjacent channel pairs), SwiGLU of
 Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
@@ -6,7 +6,7 @@ Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W 
 
 import hashlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 FROM_TEXT_ENCODER = {"derived": "the text encoder"}
 FROM_TOKENIZER = {"derived": "the tokenizer's run"}
 FROM_PROJECTOR = {"derived": "the text projector"}
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
 def check_not_negative(config: Any, *names: str) -> None:
@@ -144,3 +145,51 @@ def fingerprint(module: nn.Module, salt: bytes = b"") -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# The diagonal Gaussian over latent tokens that image tokenizer and text projector output
+
+
+class Posterior(NamedTuple):
+    """Mean and log-variance, each B x K x C. A named tuple, so that DDP sees its tensors."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def at(self, noise: Tensor) -> Tensor:
+        """mean + exp(logvar / 2) * noise: B x K x C, from unit noise of that shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        mean = self.mean
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self.at(noise)
+
+
+def split_moments(moments: Tensor) -> Posterior:
+    """B x K x 2C -> Posterior; C channels of mean, then C of log-variance, clamped to [-30, 20]."""
+    # Float32 in any autocast precision: exp(logvar) of a half-precision value is not usable.
+    mean, logvar = moments.float().chunk(2, dim=-1)
+    return Posterior(mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))
+
+
+# What a training pass gives the losses; named tuples, so that DDP sees their tensors.
+
+
+class SourcePass(NamedTuple):
+    """Where the flow starts, and what the losses on it need; None where the start is noise."""
+
+    latents: Tensor  # B x L x C
+    features: Tensor  # B x L x W, what a velocity network with a condition reads of the text
+    mean: Tensor | None = None  # B x L x C
+    logvar: Tensor | None = None  # B x L x C
+    alignment: Tensor | None = None  # B x L x C, target of the alignment
+    log_temperature: Tensor | None = None  # scalar
+
+
+class FlowPass(NamedTuple):
+    """A velocity and its target, at a random time of each sample."""
+
+    velocity: Tensor  # B x K x C, predicted
+    target: Tensor  # B x K x C
+    source: SourcePass  # before any detaching

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeling.layers import check_not_negative
-from modeling.posterior import FlowPass, SourcePass
+from modeling.layers import FlowPass, SourcePass, check_not_negative
 from modeling.text_projector import TextProjector
 
 KLForm = Literal["gaussian", "wall", "variance"]

@@ -13,8 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modeling.layers import FROM_TOKENIZER, Attention, check_not_negative, init_linear_
-from modeling.posterior import Posterior, SourcePass, split_moments
+from modeling.layers import (
+    FROM_TOKENIZER,
+    Attention,
+    Posterior,
+    SourcePass,
+    check_not_negative,
+    init_linear_,
+    split_moments,
+)
 
 WHITENING_FLOOR = 1e-3
 

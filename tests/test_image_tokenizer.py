@@ -13,8 +13,8 @@ from modeling.image_tokenizer import (
     TransformerSize,
     squarest_grid,
 )
+from modeling.layers import Posterior, split_moments
 from modeling.losses import kl_loss
-from modeling.posterior import Posterior, split_moments
 
 B, K, C, L, T, PIXELS, PATCH = 2, 5, 4, 6, 24, 16, 4
 GRID = PIXELS // PATCH

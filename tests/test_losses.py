@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.multiprocessing import start_processes
 
 from modeling import losses
+from modeling.layers import FlowPass, SourcePass
 from modeling.losses import (
     FlowLossConfig,
     ProjectorLossConfig,
@@ -27,7 +28,6 @@ from modeling.losses import (
     velocity_losses,
     weighted_terms,
 )
-from modeling.posterior import FlowPass, SourcePass
 from modeling.text_projector import TextProjector, TextProjectorConfig
 
 B, L, C = 4, 5, 3

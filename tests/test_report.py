@@ -23,7 +23,7 @@ from eval.report import (
     shrink,
     take,
 )
-from modeling.posterior import Posterior
+from modeling.layers import Posterior
 
 
 def fake_generator(seen=None):

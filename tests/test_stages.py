@@ -21,7 +21,7 @@ from tiny_experiment import (
 )
 
 from data.tar import read_shard, write_shard
-from modeling.posterior import Posterior
+from modeling.layers import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.loading import load_tokenizer, text_encoder_config
 from training.run import start_run

@@ -19,8 +19,7 @@ from data.files import write_json
 from data.readers import TokenTextConfig, caption_reader, token_reader
 from data.storage import is_remote
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from modeling.layers import fingerprint
-from modeling.posterior import Posterior
+from modeling.layers import Posterior, fingerprint
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, load_text_encoder
 from modeling.text_projector import TextProjector
 from training.ridge import fit_linear_skip

@@ -15,6 +15,7 @@ import torch
 
 from modeling.clip_weights import CONFIG_FILE as CLIP_CONFIG_FILE
 from modeling.clip_weights import build_clip
+from modeling.flow_model import fill_in_sizes
 from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.text_encoder import ClipTextEncoder, TextEncoderConfig
 from modeling.text_projector import TextProjectorConfig
@@ -76,8 +77,7 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     elif isinstance(config, TrainedStage):
         config.projector = replace(find_projector(config, file), **projector_sizes(tokenizer))
     if config.stage == "flowtok":
-        sizes = {"num_tokens": length, "token_channels": tokenizer.token_channels}
-        config.flowtok = replace(config.flowtok, **sizes)
+        config.flowtok = fill_in_sizes(config.flowtok, config.projector, length)
     return Stage(config, clip, tokenizer)
 
 
