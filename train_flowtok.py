@@ -39,10 +39,10 @@ from modeling.losses import (
 from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.text_encoder import TextEncoderConfig, TextTokenizer, load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
-from training.checkpoint import latest_checkpoint
+from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_tokenizer, text_encoder_config
-from training.loop import Evaluation, is_complete, train_network
+from training.loop import Evaluation, train_network
 from training.pictures import caption_grid, sample_path, save_png
 from training.pipelines import load_autoencoder, load_flow, load_projector
 from training.run import Run, list_changes, save_config, start_run
@@ -176,7 +176,7 @@ def main(config: FlowTokStage) -> None:
     del tokenizer
     source_key = "init_from" if config.init_from else "projector"
     inputs = info.inputs() | {source_key: fingerprint(source) if source else "none"}
-    if is_complete(run, training, inputs):
+    if is_complete(run, training.max_steps, inputs):
         return
 
     # All that a picture or an evaluation will read, so that nothing is missed after hours.

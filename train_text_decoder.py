@@ -34,10 +34,10 @@ from modeling.text_decoder import (
 )
 from modeling.text_encoder import load_text_encoder
 from modeling.text_projector import TextProjector, TextProjectorConfig
-from training.checkpoint import latest_checkpoint
+from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import read_section, text_encoder_config
-from training.loop import is_complete, train_network
+from training.loop import train_network
 from training.pictures import sample_path
 from training.pipelines import load_projector
 from training.run import save_config, start_run
@@ -108,7 +108,7 @@ def main(config: TextDecoderStage) -> None:
         "text_encoder": load_text_encoder(text_config).identity,
         "projector": fingerprint(source) if source else "none",
     }
-    if is_complete(run, training, inputs):
+    if is_complete(run, training.max_steps, inputs):
         return
 
     # Data and networks.

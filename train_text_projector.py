@@ -26,10 +26,10 @@ from modeling.losses import (
     weighted_terms,
 )
 from modeling.text_projector import TextProjector, TextProjectorConfig
-from training.checkpoint import latest_checkpoint
+from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_tokenizer, text_encoder_config
-from training.loop import is_complete, train_network
+from training.loop import train_network
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.run import save_config, start_run
 from training.stage import TrainedStage
@@ -81,7 +81,7 @@ def main(config: TextProjectorStage) -> None:
     text_config = text_encoder_config(config.tokenizer_run)
     info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
     config.projector = replace(config.projector, **projector_sizes(tokenizer.config))
-    if is_complete(run, training, info.inputs()):
+    if is_complete(run, training.max_steps, info.inputs()):
         return
     tokens = open_stored_tokens(run, config.data, training, info, text_config)
 

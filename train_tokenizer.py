@@ -43,10 +43,10 @@ from modeling.losses import (
 )
 from modeling.perceptual import PerceptualConfig, PerceptualLoss
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
-from training.checkpoint import latest_checkpoint
+from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_tokenizer
-from training.loop import Evaluation, is_complete, train
+from training.loop import Evaluation, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.run import Run, save_config, start_run
@@ -138,7 +138,7 @@ def main(config: TokenizerStage) -> None:
         config.tokenizer, num_tokens=length, text_tokens=length, text_width=width
     )
     inputs = {"text_encoder": text_encoder.identity}
-    if is_complete(run, training, inputs):
+    if is_complete(run, training.max_steps, inputs):
         return
 
     # Data, and all that a picture or an evaluation will read.

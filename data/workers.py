@@ -7,13 +7,16 @@ main code, whose errors reach the loader; and a worker that cannot send ends.
 
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps it; a container has 64 MB unless told otherwise
 SHARED_MEMORY_CURE = (
@@ -26,6 +29,26 @@ WORKER_ERROR = "Caught ValueError in DataLoader worker process"  # how torch beg
 def start_worker(worker: int) -> None:
     """The worker_init_fn of every loader: a worker that cannot send a batch ends."""
     Queue._on_queue_feeder_error = staticmethod(_end_worker)
+
+
+def start_training_worker(worker: int) -> None:
+    """start_worker, deaf to requests to stop, which often reach the whole process group.
+
+    The trainer needs batches to finish its step; a worker ends when its trainer ends it or is gone.
+    """
+    start_worker(worker)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=exit_when_the_trainer_says_so, daemon=True).start()
+
+
+def exit_when_the_trainer_says_so() -> None:
+    """Wait for a SIGTERM of the parent; one of anybody else is ignored."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _end_worker(error: Exception, item: Any) -> None:
@@ -63,6 +86,19 @@ def _free_megabytes() -> str:
     return f"{usage.free / 1e6:.1f} of {usage.total / 1e6:.1f}"
 
 
+def start_batches(loader) -> Iterator[dict[str, Any]]:
+    """The batches of a loader, whose workers are started.
+
+    Raises:
+        OSError: they cannot be.
+    """
+    try:
+        return with_short_errors(iter(loader))
+    except OSError as error:  # of the semaphores, which lie in shared memory, or of fork
+        reason = f"data workers cannot be started ({error.strerror})"
+        raise OSError(f"{reason}: {SHARED_MEMORY_CURE}") from error
+
+
 def with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The same batches; torch puts a worker's traceback into the message of its error."""
     try:
@@ -72,3 +108,20 @@ def with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, A
         if not text.startswith(WORKER_ERROR):
             raise
         raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from error
+
+
+def restore_sigchld_default() -> None:
+    """Undo torch's SIGCHLD handler, which raises between any two instructions, even in a save.
+
+    A loader that waits for a batch looks every few seconds whether its workers live.
+    """
+    _set_SIGCHLD_handler()  # torch sets it once per process: not again for the next loader
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def describe_lost_batch(error: Exception) -> str:
+    """One line if a worker of another loader, say an evaluation's, caused the error."""
+    # gloo's connection errors are RuntimeErrors, so these are a worker's
+    if isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError):
+        return "a data worker ended while a batch was read from it"
+    return str(error) if str(error).startswith("DataLoader worker") else ""

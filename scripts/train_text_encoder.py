@@ -24,10 +24,10 @@ from data.images import ImageTextConfig, image_reader
 from modeling.clip_weights import build_clip, save_clip
 from modeling.losses import contrastive_loss
 from modeling.text_encoder import clip_tokenizer
-from training.checkpoint import latest_checkpoint
+from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_ema
-from training.loop import is_complete, train_network
+from training.loop import train_network
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, batch_per_process
 
@@ -71,7 +71,7 @@ def main(config: TextEncoderStage) -> None:
     """Run the stage from start or checkpoint to its last step, then write the CLIP folder."""
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    if not is_complete(run, training, inputs={}):
+    if not is_complete(run, training.max_steps, inputs={}):
         train_clip(config, run)
     if run.is_main:
         write_clip(config, run)

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.run import Run
+
 PREFIX, PARTIAL_SUFFIX = "step_", ".tmp"
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.pt"
 STATE_FILE, LATEST_LINK = "state.json", "latest"
@@ -96,6 +98,22 @@ def file_crc32(path: Path) -> int:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def is_complete(run: Run, max_steps: int, inputs: dict) -> bool:
+    """True if the run has a checkpoint of its last step; says so.
+
+    Raises:
+        ValueError: its checkpoints were trained on other `inputs` (what earlier stages gave).
+    """
+    latest = latest_checkpoint(run.folder)
+    if latest is None:
+        return False
+    step, folder = latest
+    check_inputs(folder, inputs)
+    if step >= max_steps:
+        run.say(f"{run.folder}: complete at step {step}, nothing to do")
+    return step >= max_steps
 
 
 # Reading

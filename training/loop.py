@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -20,8 +19,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import training.checkpoint as ckpt
 from training.metrics import MetricLog, MetricWindow, Progress, TimedIterator
 from training.optim import EMA, LossFn, OptimizedNetwork, descend, load_optimizer
-from training.run import Run
-from training.stage import TrainedStage, TrainingConfig
+from training.run import Run, seed_step
+from training.stage import TrainedStage
 from training.supervise import CONTINUE, STOPPED_STATUS, supervised
 
 # (batches of one optimiser step, its index from 0) -> the terms to log, on the device
@@ -35,22 +34,6 @@ class Evaluation:
 
     every_steps: int
     measure: Callable[[nn.Module, int], dict[str, float]]  # (ema, step) -> values; all processes
-
-
-def is_complete(run: Run, config: TrainingConfig, inputs: dict) -> bool:
-    """True if the run has a checkpoint of its last step; says so.
-
-    Raises:
-        ValueError: its checkpoints were trained on other `inputs` (what earlier stages gave).
-    """
-    latest = ckpt.latest_checkpoint(run.folder)
-    if latest is None:
-        return False
-    step, folder = latest
-    ckpt.check_inputs(folder, inputs)
-    if step >= config.max_steps:
-        run.say(f"{run.folder}: complete at step {step}, nothing to do")
-    return step >= config.max_steps
 
 
 def train_network(
@@ -174,12 +157,6 @@ def train(
     run.say(f"{run.folder}: {progress.summary(step)}, now complete")
 
 
-def seed_step(seed: int, rank: int, step: int) -> None:
-    """Make the randomness of a step a function of (seed, rank, step)."""
-    mixed = np.random.SeedSequence(seed, spawn_key=(rank, step)).generate_state(1, np.uint32)
-    torch.manual_seed(int(mixed[0]))
-
-
 @dataclass
 class TrainingState:
     """Networks, moments, average, position in the data, metrics that are not reported yet."""
@@ -203,8 +180,6 @@ class TrainingState:
             return 0
         step, folder = latest
         state = ckpt.read_state(folder)
-
-        # What all processes have alike, then what each has for itself.
         for prefix, network in self.networks.items():
             ckpt.load_weights(network.module, folder / (prefix + ckpt.MODEL_FILE))
             load_optimizer(network.optimizer, folder / (prefix + ckpt.OPTIMIZER_FILE))

@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -182,3 +183,9 @@ def list_changes(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}.{key}" if prefix else key
         changes += list_changes(old.get(key), new.get(key), name)
     return changes
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Make the randomness of a step a function of (seed, rank, step)."""
+    mixed = np.random.SeedSequence(seed, spawn_key=(rank, step)).generate_state(1, np.uint32)
+    torch.manual_seed(int(mixed[0]))

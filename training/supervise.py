@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
-from data.workers import SHARED_MEMORY_CURE, start_worker, with_short_errors
+import data.workers as data_workers
 from training.errors import ERROR_STATUS, report_error
 from training.run import Run, locked, process_group_timeout
 
@@ -56,7 +55,7 @@ def supervised(run: Run, loader, max_hours: float, timeout_minutes: float) -> It
         ChildProcessError, ConnectionError: a data worker or another training process died.
         ValueError: another process trains in this folder.
     """
-    loader.worker_init_fn = start_training_worker
+    loader.worker_init_fn = data_workers.start_training_worker
     with ExitStack() as stack:
         # Workers start before the lock is taken: those of a killed trainer would keep holding it.
         batches = stack.enter_context(watched(loader))
@@ -78,11 +77,7 @@ def watched(loader) -> Iterator[Iterator[dict]]:
     """
     with explained_deaths() as workers:
         others = multiprocessing.active_children()
-        try:
-            batches = with_short_errors(iter(loader))
-        except OSError as error:  # of the semaphores, which lie in shared memory, or of fork
-            reason = f"data workers cannot be started ({error.strerror})"
-            raise OSError(f"{reason}: {SHARED_MEMORY_CURE}") from error
+        batches = data_workers.start_batches(loader)
         workers += [each for each in multiprocessing.active_children() if each not in others]
         with abort_if_worker_dies(workers):
             yield batches
@@ -186,26 +181,17 @@ class Watchdog:
 @contextmanager
 def explained_deaths() -> Iterator[list[BaseProcess]]:
     """Name the cause of an error that another process's death caused; lists the data workers."""
-    restore_sigchld_default()
+    data_workers.restore_sigchld_default()
     workers: list[BaseProcess] = []
     try:
         yield workers
     except (RuntimeError, OSError, EOFError) as error:
-        if reason := describe_dead_worker(workers) or describe_lost_batch(error):
+        if reason := describe_dead_worker(workers) or data_workers.describe_lost_batch(error):
             raise ChildProcessError(f"{reason}. {CONTINUE}") from error
         if "gloo/" in str(error) or isinstance(error, dist.DistError):
             reason = "another training process ended; its own output says why"
             raise ConnectionError(f"{reason}. {CONTINUE}") from error
         raise
-
-
-def restore_sigchld_default() -> None:
-    """Undo torch's SIGCHLD handler, which raises between any two instructions, even in a save.
-
-    A loader that waits for a batch looks every few seconds whether its workers live.
-    """
-    _set_SIGCHLD_handler()  # torch sets it once per process: not again for the next loader
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
@@ -217,7 +203,7 @@ def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
     if dead.exitcode == -signal.SIGKILL:
         how = "was killed (SIGKILL): if memory ran out, lower data.num_workers or shuffle_buffer"
     elif dead.exitcode == -signal.SIGBUS:  # a page that there was no room for
-        how = f"was killed (SIGBUS): {SHARED_MEMORY_CURE}"
+        how = f"was killed (SIGBUS): {data_workers.SHARED_MEMORY_CURE}"
     else:
         how = f"ended with status {dead.exitcode} (-N: signal N)"
     return f"a data worker (process {dead.pid}) {how}"
@@ -230,14 +216,6 @@ def wait_for_one(workers: Sequence[BaseProcess], timeout: float | None = None) -
     for worker in living:
         if worker.sentinel in ended:
             worker.join()  # the sentinel comes a moment before the exit code
-
-
-def describe_lost_batch(error: Exception) -> str:
-    """One line if a worker of another loader, say an evaluation's, caused the error."""
-    # gloo's connection errors are RuntimeErrors, so these are a worker's
-    if isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError):
-        return "a data worker ended while a batch was read from it"
-    return str(error) if str(error).startswith("DataLoader worker") else ""
 
 
 @contextmanager
@@ -267,23 +245,3 @@ def abort(reason: str) -> None:
         worker.kill()
     report_error(f"error: {reason}. {CONTINUE}")
     os._exit(ERROR_STATUS)
-
-
-def start_training_worker(worker: int) -> None:
-    """start_worker, deaf to requests to stop, which often reach the whole process group.
-
-    The trainer needs batches to finish its step; a worker ends when its trainer ends it or is gone.
-    """
-    start_worker(worker)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=exit_when_the_trainer_says_so, daemon=True).start()
-
-
-def exit_when_the_trainer_says_so() -> None:
-    """Wait for a SIGTERM of the parent; one of anybody else is ignored."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
