@@ -288,8 +288,8 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
         with (
             written_whole(path, part) as index,
             written_whole(files_path(output), part) as files,
+            progress_bar("finding", iterable=find_entries(args)) as entries,
         ):
-            entries = progress_bar("finding", iterable=find_entries(args))
             rows = build_index(with_files(entries, args, files), index)
             usable = len(first_entries(rows)) - np.count_nonzero(rows["faulty"])
             if args.holdout >= max(usable, 1):

@@ -82,7 +82,7 @@ KEPT = {
         "folder . --drop-duplicates", {"a": ["1", "2", "from the field"]}, {"duplicate": 2}),
     "equal files with rows each": (
         {"a.jpg": 0, "b.jpg": 0, "t.csv": table("b.jpg,1", "a.jpg,2", "b.jpg,3", "a.jpg,4")},
-        "table t.csv --drop-duplicates", {"b": ["1", "3", "2", "4"]}, {"duplicate": 1}),
+        "table t.csv --drop-duplicates", {"b": ["1", "2", "3", "4"]}, {"duplicate": 1}),
     "restval is train": (SPLITS, "karpathy k.json --split train", {key: ["x"] for key in "0123"}, {}),
     "no restval": (
         SPLITS, "karpathy k.json --split train --no-restval", {"0": ["x"], "2": ["x"]}, {}),
@@ -174,7 +174,7 @@ EXPLAINED = [
     ({"x.tar": ["b.txt", "a.jpg", "b.jpg"]}, "shards x.tar",
      "image: missing", ["b", "members txt", "not sorted"]),
     ({"x.tar": ["photo.v1.0.jpg", "photo.v1.0.txt"]}, "shards x.tar",
-     "image: missing", ["photo", "members v1.0.jpg v1.0.txt", "first dot"]),
+     "caption: missing", ["photo", "members v1.0.jpg v1.0.txt", "first dot"]),
     ({"x.tar": ["sample0.input.jpg", "sample0.txt"]}, "shards x.tar",
      "image: missing", ["sample0", "members input.jpg txt", "first dot"]),
     ({"x.tar": ["a.jpg", "a.caption"]}, "shards x.tar", "caption: missing", ["jpg caption"]),

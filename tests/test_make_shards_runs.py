@@ -162,7 +162,7 @@ def test_a_shard_of_which_nothing_is_left_is_not_written(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "name"), [(0, "files.jsonl"), (14_000, "index.jsonl"), (20_000, ".tar")]
+    ("num_bytes", "name"), [(0, "files.jsonl"), (9_000, ".jsonl"), (20_000, ".tar")]
 )
 def test_a_full_disk_ends_in_one_line_with_the_file(
     num_bytes, name, busy, undisturbed, tmp_path, capsys
