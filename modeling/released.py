@@ -304,19 +304,15 @@ def find_heads(width: int, depth: int, num_heads: int | None) -> int:
     Raises:
         ValueError: neither, or another number than the known.
     """
-    known = FLOW_HEADS.get((width, depth))
     size = f"width {width} and depth {depth}"
-    if known is None and num_heads is None:
-        raise ValueError(
-            f"it is a flow of {size}, none of B, XL, H, and the file does not say its number of "
-            "heads: give --num-heads"
-        )
-    if None not in (known, num_heads) and known != num_heads:
+    known = FLOW_HEADS.get((width, depth), num_heads)
+    if known is None:
+        raise ValueError(f"it is a flow of {size}, none of B, XL, H: give --num-heads")
+    if num_heads not in (None, known):
         raise ValueError(f"a flow of {size} has {known} heads, --num-heads says {num_heads}")
-    heads = known or num_heads
-    if heads < 1 or width % heads:
-        raise ValueError(f"--num-heads {heads} does not divide the flow's width {width}")
-    return heads
+    if known < 1 or width % known:
+        raise ValueError(f"--num-heads {known} does not divide the flow's width {width}")
+    return known
 
 
 def dimensions(shape: Iterable[int]) -> str:

@@ -132,7 +132,6 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     try:
         tensors = check_content(unwrap(read_content(path)))
         converted = convert(tensors, args.num_heads, args.latent_scale)
-        check_finite(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     millions = sum(tensor.numel() for tensor in converted.tensors.values()) / 1e6
@@ -190,7 +189,7 @@ def unwrap(content: Any) -> Any:
 
 
 def check_content(content: Any) -> dict[str, Tensor]:
-    """Refuse everything but floating-point tensors by name.
+    """Refuse everything but finite floating-point tensors by name.
 
     Raises:
         ValueError: naming what else is there.
@@ -204,18 +203,9 @@ def check_content(content: Any) -> dict[str, Tensor]:
         if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
             kind = f"{value.dtype}, {value.layout}, on {value.device}"
             raise ValueError(f"{shown} is {kind}; expected floats")
+        if not torch.isfinite(value.float()).all():
+            raise ValueError(f"{shown} has values that are not finite")
     return content
-
-
-def check_finite(tensors: dict[str, Tensor]) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"{name} has values that are not finite")
 
 
 # Writing
