@@ -290,7 +290,7 @@ def describe_machine() -> dict:
         "cpu": next(line.split(": ")[1] for line in info if line.startswith("model name")),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "load": os.getloadavg()[0],
     }
 

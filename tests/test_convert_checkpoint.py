@@ -52,7 +52,7 @@ CLIP = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 1},
 }
 SCALE = "projector.alignment.log_temperature"
-GENERIC = re.compile(r"\.\d+\.")  # the number of a block
+BLOCK = re.compile(r"\b(blocks|layers|transformer)\.\d+\.")
 
 
 def shapes(name):
@@ -70,14 +70,14 @@ def tables(name):
 
 def weights(name):
     """The little models' weights: each tensor drawn from its name, as the vectors were made."""
-    drawn = {}
+    drawn = {"t2t_temperature": torch.tensor(math.log(1 / 0.07))} if name == FLOW else {}
     for key, shape in shapes(name).items():
-        x = normal(zlib.crc32(key.encode()), *shape)
         if len(shape) == 1:
-            x = 1 + 0.1 * x if key.endswith((".weight", ".g")) else 0.1 * x
+            x = 0.1 * normal(zlib.crc32(key.encode()), *shape)
+            drawn[key] = 1 + x if key.endswith((".weight", ".g")) else x
         elif shape:
-            x = x / np.float32(math.sqrt(math.prod(shape[1:])))
-        drawn[key] = x if shape else torch.tensor(math.log(1 / 0.07))
+            scale = float(np.float32(math.sqrt(math.prod(shape[1:]))))
+            drawn[key] = normal(zlib.crc32(key.encode()), *shape) / scale
     return drawn | tables(name)
 
 
@@ -327,7 +327,7 @@ def test_the_temperature_is_the_files_or_its_starting_value_which_is_said(tmp_pa
 
 @pytest.mark.parametrize("file", [FLOW, TOKENIZER])
 def test_a_tensor_that_is_missing_or_of_a_wrong_shape_is_named_and_no_other(file):
-    for name in {GENERIC.sub(".N.", name): name for name in shapes(file)}.values():
+    for name in {BLOCK.sub(r"\1.N.", name): name for name in shapes(file)}.values():
         tensors = only_shapes(file)
         shape = tensors.pop(name).shape
         if name not in {"t2t_temperature", *tables(file)}:  # these may be missing

@@ -206,13 +206,14 @@ def test_a_plan_adds_up(tiny, monkeypatch, capsys):
     assert yaml.safe_load(capsys.readouterr().out) == rounded(found)
 
 
-@pytest.mark.parametrize("usable_gib", [10.0, 400.0])  # within the probe's batch, and beyond
-def test_the_largest_batch_fits_and_a_larger_does_not(usable_gib):
+# Within the batch that is probed, and beyond it, where the contrastive loss of 8 GPUs shows.
+@pytest.mark.parametrize(("num_gpus", "usable_gib"), [(1, 10.0), (8, 400.0)])
+def test_the_largest_batch_fits_and_a_larger_does_not(num_gpus, usable_gib):
     stage = flowtok_b()
-    _, found = plan.fit_mode(stage, "none", 8, 64, usable_gib)
+    _, found = plan.fit_mode(stage, "none", num_gpus, 64, usable_gib)
     for factor, fits in ((0.98, True), (1.02, False)):
         batch = int(factor * found["largest_batch"])
-        assert (measure_step(stage, 8, batch).peak_gib <= usable_gib) is fits
+        assert (measure_step(stage, num_gpus, batch).peak_gib <= usable_gib) is fits
 
 
 def test_bf16_runs_have_twice_the_peak_of_tf32_and_less_to_keep(tiny):

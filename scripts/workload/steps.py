@@ -136,19 +136,18 @@ def tokenizer_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Worklo
 
 def made_up_distance(config: perceptual.PerceptualConfig) -> perceptual.PerceptualLoss:
     """Stage 1's perceptual networks, with random numbers in place of their weights files."""
-
-    def fill(net: nn.Module, file: None, prefix: str = "") -> nn.Module:
-        # Of one sign: no distance is zero or infinite. load_state_dict can't swap fake tensors.
-        for module in net.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(0.02 * torch.rand(parameter.shape)))
-        return net
-
+    # Without files the networks stay on the meta device, but for LPIPS' heads.
     with (
         patch.object(perceptual.PublishedWeights, "find", return_value=None),
-        patch.object(perceptual, "_load_into", fill),
+        patch.object(perceptual, "_load_into", lambda net, file, prefix="": net),
     ):
-        return perceptual.PerceptualLoss(config)
+        distance = perceptual.PerceptualLoss(config)
+    # All get weights of one sign, so that no distance is zero or infinite.
+    for module in distance.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            values = 0.02 * torch.rand(parameter.shape)
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+    return distance
 
 
 def encoding_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Workload:
