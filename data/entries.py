@@ -1,10 +1,10 @@
-"""Entries: samples that are known but not read. An index of them on disk, and how one is read.
+"""Entries: samples that are known but not yet read; their index on disk, and how one is read.
 
-A source (data/sources.py) gives entries; `build_index` puts them into a file with a row of an array
-for each, so that a worker reads any of them by its number and nobody holds the captions of a data
-set in memory. Entries of one image (rows of a table) are one sample, which has the captions of all.
-`read_parts` and `read_captions` then read an entry, `explain` says what lies there in place of
-what it lacks.
+A source (data/sources.py) gives entries. `build_index` writes them to a file, with an array's row
+for each: a worker reads any of them by its number, and nobody holds a data set's captions in
+memory. Entries of one image (rows of a table) are one sample, which has the captions of all.
+`read_parts` and `read_captions` then read an entry; `explain` says what lies where something is
+missing.
 """
 
 import hashlib
@@ -307,7 +307,7 @@ def list_samples(path: str) -> list[tuple[str, int, int]]:
                 samples.append((key, begin, end))
                 begin = end
     except ShardError as error:
-        # of its own kind it would not survive the way out of a worker
+        # a ShardError cannot be passed on by a worker: it does not pickle
         raise ValueError(str(error)) from None
     return samples
 

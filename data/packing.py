@@ -1,4 +1,4 @@
-"""Packing samples into shards: what scripts/make_shards.py does once it knows the order.
+"""Packing samples into shards: what scripts/make_shards.py does once their order is known.
 
 A task is one shard. Whatever is written appears whole or not at all, and depends on the task only.
 """
@@ -56,12 +56,12 @@ def make_sample(
 ) -> tuple[dict[str, Any], bytes]:
     """(sample for write_shard, the source's image file) of the entries of one image.
 
-    The captions of all, in order, the image and metadata of the first. is_usable: no need to decode
-    the image.
+    Has the captions of all, in order, and the image and metadata of the first. is_usable: no need
+    to decode the image.
 
     Raises:
         BadSample: no image, no caption, or filtered.
-        ValueError: a score is missing that must not be.
+        ValueError: a required score is missing.
     """
     entry = entries[0]
     if entry.fault is not None:
@@ -109,10 +109,10 @@ def gather_captions(
     metadata: dict[str, Any],
     keys: Sequence[str],
 ) -> list[str]:
-    """The captions of all entries, none for the second time; parts, metadata: of the first.
+    """The captions of all entries, each once; parts, metadata: of the first.
 
     Raises:
-        BadSample: none has any; why the first has none.
+        BadSample: none has any; says why the first has none.
     """
     captions, fault = [], None
     for number, entry in enumerate(entries):

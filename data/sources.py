@@ -1,10 +1,10 @@
 """Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in their own order.
 
 A source is a generator of data.entries.Entry, registered with its command-line arguments and the
-files that it is read from: a new one is one more function here, and a sub-command of
-scripts/make_shards.py by that. Its parameters are the arguments' names, and `workers`, the number
-of processes, or `output`, the folder of the shards, if it wants to know them. Its first entry comes
-after everything that can be checked at once.
+files that it is read from. To add one, write its function here: that also makes it a sub-command of
+scripts/make_shards.py. Its parameters have the arguments' names; it may also take `workers`, the
+number of processes, and `output`, the folder of the shards. All that can be checked at once is
+checked before its first entry.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class SourceKind:
     text: str
     arguments: Arguments
     entries: Callable[..., Iterator[Entry]]
-    # the files that it is read from, but for the images that entries name
+    # the files that it is read from, except the images that entries name
     files: Callable[[argparse.Namespace], Iterable[str]]
 
 
@@ -79,7 +79,7 @@ def find_entries(options: argparse.Namespace) -> Iterator[Entry]:
 
 
 def source_files(options: argparse.Namespace) -> Iterable[str]:
-    """The files that the entries of a command line come from, but for the images they name."""
+    """The files that the entries of a command line come from, except the images they name."""
     return SOURCES[options.source].files(options)
 
 
@@ -169,14 +169,14 @@ def _files(root: str, output: str) -> Iterator[str]:
 
 
 def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, file names), sorted, from root on; links are followed once, hidden ones and `output`
-    are left out.
+    """(folder, file names), sorted, from root on; links are followed once, hidden folders and
+    `output` are left out.
     """
     visited = set()
     if output and os.path.isdir(output):
         visited.add(_identity(output))
     if _identity(root) in visited:
-        raise ValueError(f"output: {output} is the folder of the source, expected another one")
+        raise ValueError(f"output: {output} is the source's own folder, name another")
 
     def fail(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}")
@@ -204,7 +204,7 @@ def _identity(folder: str) -> tuple[int, int]:
     {
         "tables": {"type": os.path.normpath, "nargs": "+", "metavar": "FILE"},
         "--path-column": {"default": "path", "help": "of the image file"},
-        "--caption-column": {"default": "caption", "help": "a text; jsonl, parquet: or a list"},
+        "--caption-column": {"default": "caption", "help": "text; in jsonl, parquet also a list"},
         "--separator": {
             "type": separator,
             "help": "between fields, a character or tab; default: by the file's ending",
@@ -212,7 +212,7 @@ def _identity(folder: str) -> tuple[int, int]:
         "--quotes": {
             "action": argparse.BooleanOptionalAction,
             "default": True,
-            "help": "fields may stand in double quotes; without, quotes are text (CC3M)",
+            "help": "fields may be in double quotes; --no-quotes: quotes are text (CC3M)",
         },
     }
     | IMAGES,
@@ -280,7 +280,7 @@ def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
         "--restval": {
             "action": argparse.BooleanOptionalAction,
             "default": True,
-            "help": "train includes restval, as in papers: 113,287 images; without it 82,783",
+            "help": "train includes restval, as in papers (113,287 images; 82,783 without)",
         },
     },
 )
@@ -400,7 +400,7 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
         for key, begin, end in samples:
             found = True
             again = counts[one_form(key)] > 1
-            note = "its key comes again, the tar is not sorted" if again else ""
+            note = "its key occurs again, the tar is not sorted" if again else ""
             yield Entry(clean_key(key), path, span=(begin, end), note=note)
     if not found:
         raise ValueError(f"{len(paths)} tars from {paths[0]} on: no sample")

@@ -16,7 +16,7 @@ from data.entries import load_json
 from data.files import not_unicode, open_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more means a quote that never closes
+MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more: a quote that never closes
 
 # name -> None if it holds text, or may; else its type
 Columns = dict[str, str | None]
@@ -67,7 +67,7 @@ def _csv_rows(path: str, separator: str, quotes: bool) -> Iterator[Any]:
                     )
                 yield dict(zip(columns, row, strict=True))
         except csv.Error as error:
-            cure = "; if quotes are text there, see --no-quotes" if quotes else ""
+            cure = "; if quotes are plain text, see --no-quotes" if quotes else ""
             raise ValueError(f"{path} line {reader.line_num}: {error}{cure}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} {not_unicode(error)}") from None

@@ -1,8 +1,8 @@
-"""Worker processes of the loaders: a batch that one has made arrives, or the program ends.
+"""Worker processes of the loaders: every batch that one makes arrives, or the program ends.
 
-torch sends batches from a thread of the worker, which prints an error and drops the batch: the
-loader then waits for ever, or goes on without it. So what can fail is done before, in the worker's
-main code, whose errors reach the loader; and a worker that cannot send ends.
+torch sends batches from a thread of the worker; on an error it prints it and drops the batch. The
+loader then waits for ever, or goes on without it. So whatever can fail is done before, in the
+worker's main code, whose errors reach the loader, and a worker that cannot send a batch exits.
 """
 
 import os
@@ -45,7 +45,7 @@ def start_training_worker(worker: int) -> None:
 
 
 def exit_when_the_trainer_says_so() -> None:
-    """Wait for a SIGTERM of the parent; one of anybody else is ignored."""
+    """Wait for a SIGTERM from the parent; those from others are ignored."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -113,14 +113,14 @@ def with_short_errors(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, A
 def restore_sigchld_default() -> None:
     """Undo torch's SIGCHLD handler, which raises between any two instructions, even in a save.
 
-    A loader that waits for a batch looks every few seconds whether its workers live.
+    A loader that waits for a batch checks every few seconds that its workers are alive.
     """
     _set_SIGCHLD_handler()  # torch sets it once per process: not again for the next loader
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def describe_lost_batch(error: Exception) -> str:
-    """One line if a worker of another loader, say an evaluation's, caused the error."""
+    """One line if a worker of another loader, e.g. an evaluation's, caused the error; else ""."""
     # gloo's connection errors are RuntimeErrors, so these are a worker's
     if isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError):
         return "a data worker ended while a batch was read from it"

@@ -4,9 +4,10 @@
 
 A sample keeps its text members (captions, JSON); its latents are the posterior's mean and
 log-variance as float16 (format: data/readers.py). Shards are split over processes and reading
-workers, written aside and renamed; run the same command again to go on after a stop. source.json
-says what the tokens are made of: image shards that were made anew are refused. Written last:
-latent_stats.json with the latent scale, and tokens.json with the tokenizer's fingerprint.
+workers, written aside and renamed; after a stop, the same command continues. source.json says what
+the tokens are made of, so that image shards that were made anew are refused. Written last:
+vocabulary.json with the captions' words, latent_stats.json with the latent scale, and tokens.json
+with the tokenizer's fingerprint.
 """
 
 import json
@@ -110,7 +111,7 @@ def main(config: TokensStage) -> None:
     image_shards = [image.shards[0] for image in images]
     outputs = output_paths(image_shards, folder)
 
-    # What the tokens are made of: tokens.json says the first part.
+    # What the tokens are made of; tokens.json repeats the first part.
     source = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "text_encoder_fingerprint": text_encoder.identity,
@@ -187,7 +188,7 @@ def finish(
 def stop_requests(folder: Path) -> Iterator[Callable[[], None]]:
     """Gives a function that ends the program with STOPPED_STATUS once a signal has asked for it.
 
-    It is called between two batches: an exception of the signal's handler could come up, and get
+    Call it between two batches: an exception raised in the signal's handler could surface, and get
     lost, anywhere. Processes that are forked inside do not react: a signal to the whole group is
     for this one.
     """
@@ -257,7 +258,7 @@ def is_complete(folder: Path, made_of: dict) -> bool:
 
 
 def check_source(folder: Path, found: dict, source: dict) -> None:
-    """Refuse to mix what differs; of what `found` does not name, nothing is known."""
+    """Refuse to mix what differs; what `found` does not name is unknown, and passes."""
     changed = list(differences(found, source))
     if not changed:
         return
@@ -271,7 +272,7 @@ def check_source(folder: Path, found: dict, source: dict) -> None:
 
 
 def differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
-    """A line for each value that is known and another one."""
+    """A line for each value that is known and differs."""
     for key, value in wanted.items():
         if key not in found or found[key] == value:
             continue

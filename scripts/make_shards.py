@@ -8,22 +8,22 @@
     python scripts/make_shards.py shards 'laion/*.tar' --min-aesthetic-score 5 --output shards/laion
 
 A sample is {key}.jpg (or its own extension; the file's bytes as they are, unless --resize),
-{key}.txt (the first caption), {key}.json (the source's metadata and all "captions"), and what else
-a source tar has under its key. Keys are the source's names without dots. Rows that name the same
-image are one sample, with the captions of all and the other columns of the first.
+{key}.txt (the first caption), {key}.json (the source's metadata and all "captions"), and whatever
+else a source tar has under its key. Keys are the source's names without dots. Rows that name the
+same image are one sample, with all their captions and the other columns of the first row.
 
-Shard i is made of the i-th --samples-per-shard samples of the shuffled source; those that are
-dropped leave it smaller. So the result depends neither on --workers nor on how often the run was
-stopped: the same command continues where it was, unless a file of the source has changed. A Slurm
-array gives every part the same command, with `--shard-index $SLURM_ARRAY_TASK_ID --num-shards N`;
-the part that finishes last writes summary.json.
+Shard i is made of the i-th --samples-per-shard samples of the shuffled source; dropped samples
+leave it smaller. So the result depends neither on --workers nor on how often the run was stopped:
+the same command continues it, and refuses if a file of the source has changed. In a Slurm array,
+give every part the same command with `--shard-index $SLURM_ARRAY_TASK_ID --num-shards N`; the part
+that finishes last writes summary.json.
 
-    OUTPUT/000000.tar ...   the shards; one without any sample left is not written
-    OUTPUT/holdout/         with --holdout N: shards of N samples that are in no other shard
+    OUTPUT/000000.tar ...   the shards; one with no sample left is not written
+    OUTPUT/holdout/         with --holdout N: shards with N samples that no other shard has
     OUTPUT/source.json      the settings; other settings need another folder
     OUTPUT/summary.json     samples read, kept and dropped by reason, with the first of each reason;
-                            samples of each shard. A file of a folder that is no image and belongs
-                            to none counts as a dropped sample.
+                            samples of each shard. A file of a folder that is neither an image nor
+                            its text counts as a dropped sample.
     OUTPUT/progress/        index of the source, its files' sizes and times, counts per shard
 """
 
@@ -65,7 +65,7 @@ from training.errors import printable
 
 SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
 HOLDOUT_FOLDER = "holdout"  # in the output folder
-NUM_CHANGES = 5  # of the source's files, that an error names
+NUM_CHANGES = 5  # changed source files that an error names
 # what may differ between runs into one folder
 NOT_SETTINGS = ("output", "workers", "shard_index", "num_shards")
 
@@ -244,7 +244,7 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"output: {output} is a file, expected a folder")
     elif any(output.glob("*.tar")):
         raise ValueError(
-            f"output: {output} holds tars, but not of this script ({SOURCE_FILE} is missing); name "
+            f"output: {output} holds tars of another program ({SOURCE_FILE} is missing); name "
             "another"
         )
 
@@ -257,7 +257,7 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
     """
     if not files_path(output).is_file():
         raise ValueError(
-            f"output: {output} is of an earlier version of this program. Delete it or name another"
+            f"output: {output} is by an earlier version of this program. Delete it or name another"
         )
     new = dict.fromkeys(source_files(args))
     changes = []
@@ -271,9 +271,9 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
     changes += [f"{path} is new" for path in new]
     if changes:
         raise ValueError(
-            f"output: {output} holds shards of another state of the source, {len(changes)} files "
-            f"differ: {', '.join(changes[:NUM_CHANGES])}. Delete it or name another, and all shards "
-            "are made anew"
+            f"output: {output} holds shards of an older state of the source: {len(changes)} files "
+            f"differ: {', '.join(changes[:NUM_CHANGES])}. To make all shards anew, delete it or "
+            "name another"
         )
 
 
@@ -325,10 +325,10 @@ def with_files(
 
 
 def find_duplicates(plan: Plan, workers: int) -> Plan:
-    """Of kept samples with the same image file, the first of the source stays, with all captions.
+    """Of kept samples with equal image files, the first in the source stays, with all captions.
 
     The parts of an array share the work, each with its own shards first: what is there already is
-    not done again, and nobody waits for a part that has not started.
+    not done again, and no part waits for one that has not started.
     """
     parts = [(plan.part + shift) % plan.num_parts for shift in range(plan.num_parts)]
     shards = [shard for part in parts for shard in plan.shards_of(part)]
@@ -362,7 +362,7 @@ def report(plan: Plan, num_written: int) -> None:
     print(f"{plan.output}: {num_written} shards written, {there} of {len(tasks)} there")
     if missing:
         names = ", ".join(missing[:5])
-        print(f"{SUMMARY_FILE} comes with the last part of the array; missing: {names} ...")
+        print(f"the last part of the array writes {SUMMARY_FILE}; missing: {names} ...")
         return
     # all of it: the records of the shards make the summary
     records = {f"{task.name}.tar": json.loads(task.record.read_text()) for task in tasks}
@@ -472,14 +472,14 @@ def add_filter_options(group: argparse._ArgumentGroup) -> None:
         flag, default = f"--{name.replace('_', '-')}", getattr(FilterConfig(), name)
         group.add_argument(flag, default=default, help=text, **options)
 
-    duplicates = "same image file, byte by byte; reads all twice"
+    duplicates = "of equal image files keep the first; reads all of them twice"
     group.add_argument("--drop-duplicates", action="store_true", help=duplicates)
     choices = ["keep", "drop", "fail"]
     add("min_longer_side", "pixels; 0: off", type=int)
     add("max_aspect_ratio", "longer / shorter side; 0: off", type=float)
     add("min_aesthetic_score", "as the source's JSON or table has it", type=float)
     add("max_watermark_probability", "0..1, as the source's JSON or table has it", type=float)
-    add("missing_score", "of a sample without a score that is asked for", choices=choices)
+    add("missing_score", "of a sample without the score that a filter needs", choices=choices)
     add("min_caption_characters", "of the first caption; 0: off", type=int)
     add("max_caption_characters", "of the first caption; 0: off", type=int)
 
