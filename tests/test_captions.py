@@ -1,4 +1,4 @@
-"""data/captions.py and data/samples.py: where captions lie, which is taken, how they are cleaned."""
+"""data/captions.py and data/samples.py: where captions lie, which is taken, cleaning."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What train_flowtok.sh checks before the first stage: what will fail later is named, with stage, key and value."""
+"""What train_flowtok.sh checks before the first stage: what will fail later is named."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Errors of the programs end in one line: on their own, and under accelerate, torchrun and train_flowtok.sh."""
+"""Errors of programs end in one line: alone, under accelerate, torchrun and train_flowtok.sh."""
 
 import os
 import re

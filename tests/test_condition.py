@@ -1,4 +1,4 @@
-"""The usual way, to compare with: a flow from noise whose network reads the text, and both at once."""
+"""The usual way, to compare with: a flow from noise whose network reads the text; and both."""
 
 from dataclasses import replace
 

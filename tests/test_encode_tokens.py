@@ -1,4 +1,4 @@
-"""scripts/encode_tokens.py: what token shards hold, views, filters, workers; killed and run again."""
+"""scripts/encode_tokens.py: what token shards hold, views, filters, workers; run again."""
 
 import io
 import json

@@ -240,7 +240,7 @@ def test_hostile_arrays_in_token_shards(latent, states):
     read_tokens(shard_of([{**good, "__key__": "1", **hostile}, good]))
 
 
-# ------------------------------------------------------------- counted, against an independent count
+# ----------------------------------------------------------- counted, against an independent count
 
 
 def made(files, *command):

@@ -1,4 +1,4 @@
-"""What train_flowtok.sh runs, where, and what it refuses; how programs end; scripts/environment.sh."""
+"""What train_flowtok.sh runs, where, and what it refuses; how programs end; environment.sh."""
 
 import importlib
 import os
@@ -184,7 +184,7 @@ while "ends" not in sys.argv:
 
 
 def start_runner(folder, *behaviour, num_processes=2):
-    """A program with a Runner, as train_flowtok.sh is; what it runs touches a file when it listens."""
+    """A program with a Runner, as train_flowtok.sh is; what it runs touches a file when ready."""
     (folder / "program.py").write_text(PROGRAM)
     program = [folder / "program.py", folder / "listens", *behaviour]
     command = [sys.executable, "-c", RUN, str(num_processes), *map(str, program)]
@@ -274,7 +274,7 @@ def this_python(folder):
 
 
 def bash(folder, *command, **variables):
-    """No variables of the machine that runs the tests: it may be a Slurm job or an active environment."""
+    """No variables of the machine that runs the tests, say a Slurm job or an environment."""
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     environment = {"PATH": path, "HOME": str(folder), **variables}
     return subprocess.run(
@@ -372,7 +372,8 @@ sed -i s/a/b/ c""".splitlines()
     assert words_of_newer_shells("\n".join([*older, "# mapfile"])) == []
 
 
-SET_UP = f"set -euo pipefail; source {ROOT}/scripts/environment.sh; set_up_environment $1; echo PYTHON=$PYTHON"
+SET_UP = f"set -euo pipefail; source {ROOT}/scripts/environment.sh; "
+SET_UP += "set_up_environment $1; echo PYTHON=$PYTHON"
 
 
 def test_an_active_environment_that_lacks_packages_is_refused_by_name(tmp_path):

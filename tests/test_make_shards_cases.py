@@ -65,7 +65,8 @@ KEPT = {
         {"a.jpg": 0, "b.jpg": 1, "t.csv": table("a.jpg,1", "b.jpg,x", "./a.jpg,2", "a.jpg,1")},
         "table t.csv", {"a": ["1", "2"], "b": ["x"]}, {}),
     "rows of two tables": (
-        {"a.jpg": 0, "t.csv": table("a.jpg"), "u.jsonl": '{"path": "x/../a.jpg", "caption": ["b"]}'},
+        {"a.jpg": 0, "t.csv": table("a.jpg"),
+         "u.jsonl": '{"path": "x/../a.jpg", "caption": ["b"]}'},
         "table t.csv u.jsonl", {"a": ["a dog", "b"]}, {}),
     "its first row lacks a caption": (
         {"a.jpg": 0, "t.csv": table("a.jpg,", "a.jpg,2")}, "table t.csv", {"a": ["2"]}, {}),
@@ -83,7 +84,8 @@ KEPT = {
     "equal files with rows each": (
         {"a.jpg": 0, "b.jpg": 0, "t.csv": table("b.jpg,1", "a.jpg,2", "b.jpg,3", "a.jpg,4")},
         "table t.csv --drop-duplicates", {"b": ["1", "2", "3", "4"]}, {"duplicate": 1}),
-    "restval is train": (SPLITS, "karpathy k.json --split train", {key: ["x"] for key in "0123"}, {}),
+    "restval is train": (
+        SPLITS, "karpathy k.json --split train", {key: ["x"] for key in "0123"}, {}),
     "no restval": (
         SPLITS, "karpathy k.json --split train --no-restval", {"0": ["x"], "2": ["x"]}, {}),
     "val": (SPLITS, "karpathy k.json --split val", {"4": ["x"]}, {}),
@@ -128,8 +130,8 @@ KEPT = {
         {"x.tar": [f"{NFD}.jpg", f"{NFC}.txt"]}, "shards x.tar", {NFD: ["text"]}, {}),
     # text beside images
     "encodings": (
-        {"a.jpg": 0, "a.txt": "犬".encode("utf-16"), "b.jpg": 1, "b.json": FIELDS.encode("utf-16-le"),
-         "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252")},
+        {"a.jpg": 0, "a.txt": "犬".encode("utf-16"),
+         "b.jpg": 1, "b.json": FIELDS.encode("utf-16-le"), "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252")},
         "folder .", {"a": ["犬"], "b": ["from the field"]}, {"caption: not UTF-8": 1}),
     "encodings in a tar": (
         {"x.tar": ["a.jpg", ("a.txt", "犬".encode("utf-16"))]}, "shards x.tar", {"a": ["犬"]}, {}),
@@ -159,7 +161,8 @@ KEPT = {
         "table t.csv", {key: ["a dog"] for key in ("a_v0", "b_v1", "c")},
         {"no image: .dng": 1, "no image: .md": 1}),
     "links": (
-        {"a.jpg": 0, "a.txt": "1", ".b/c.jpg": 1, ".b/c.txt": "2", "b": Path(".b"), ".b/d": Path("..")},
+        {"a.jpg": 0, "a.txt": "1", ".b/c.jpg": 1, ".b/c.txt": "2",
+         "b": Path(".b"), ".b/d": Path("..")},
         "folder .", {"a": ["1"], "b/c": ["2"]}, {}),
     "odd members": (
         {"x.tar": ["a.jpg", "a.txt", "a.", "__meta__.json", "none", "b.jpg", "b.txt", "b.JPG",

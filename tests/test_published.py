@@ -1,4 +1,4 @@
-"""modeling/published.py: where files of weights are found, what a wrong or absent one says, downloads."""
+"""modeling/published.py: where files of weights are found, wrong and absent ones, downloads."""
 
 import hashlib
 import socket

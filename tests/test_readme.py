@@ -118,7 +118,7 @@ def test_every_command_would_run(page, monkeypatch):
         "python scripts/plan.py configs/demo/flowtok.yaml training.lr=1",
         "python -m eval.generation runs/demo --protocol demo guidence=1",
         "accelerate launch train_tokenizer.py --config configs/demo/tokenizers.yaml",
-        "accelerate launch --num_proceses 2 train_tokenizer.py --config configs/demo/tokenizer.yaml",
+        "accelerate launch --num_proceses 2 sample.py --run runs/demo",
         "bash scripts/tests.sh",
         "pyhton sample.py --run runs/demo",
     ],

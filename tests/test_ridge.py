@@ -44,7 +44,7 @@ def test_predictions_are_those_of_the_primal_form():
 
 
 def leave_out(states, latents, strength):
-    """Predictions for each sample from all others, by their own mean, N x D; the penalty is that of all samples."""
+    """Each sample's prediction from all others, by their own mean, N x D; the penalty of all."""
     x, y, predictions = states.flatten(1).double(), latents.flatten(1).double(), []
     for i in range(len(x)):
         kept = [j for j in range(len(x)) if j != i]

@@ -1,4 +1,4 @@
-"""Every sample of a tar is read, or counted by a reason that names the first one and its members."""
+"""Every sample of a tar is read, or counted by a reason that names the first one's members."""
 
 import io
 import re
@@ -50,7 +50,7 @@ def write_members(folder, members):
 
 
 def count_samples(path):
-    """(kept, {reason: skipped}, {reason: first}) of one pass over a shard; encoding has the same."""
+    """(kept, {reason: skipped}, {reason: first}) of one pass over a shard; encoding's, too."""
     config = config_of(path)
     reader = image_reader(config, 16, None)
     counter, kept, skipped = SampleCounter(1.0, "test"), 0, Counter()

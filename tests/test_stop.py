@@ -1,4 +1,4 @@
-"""training/supervise.py: a signal or the time limit lets the step finish, and leaves a checkpoint and a status."""
+"""training/supervise.py: a signal or the time limit leaves a checkpoint and a status."""
 
 import os
 import signal
@@ -105,7 +105,7 @@ def wait_for_steps(run, process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signalled_training_checkpoints_and_ends_with_its_status_and_goes_on_like_an_undisturbed_one(
+def test_a_signalled_training_checkpoints_ends_with_its_status_and_goes_on_undisturbed(
     chain, tmp_path, number
 ):
     folder = tmp_path / "stopped"

@@ -1,1 +1,1 @@
-"""What all stages share: loop, checkpoints, metrics, run folders; runs -> networks, stored tokens."""
+"""What all stages share: loop, checkpoints, metrics, run folders; runs -> networks; tokens."""

@@ -1,4 +1,4 @@
-"""Pictures that people look at: grids of images with captions. PNG files are written aside and renamed."""
+"""Pictures that people look at: grids of images with captions. PNGs are written whole."""
 
 import io
 import textwrap

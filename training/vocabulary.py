@@ -1,8 +1,8 @@
 """What the captions of a training have in common: their words, if they are few, and what all have.
 
-scripts/encode_tokens.py writes vocabulary.json beside the token shards. sample.py says what a prompt
-has that no caption had, or lacks that every caption had: such a prompt gives a poor image, and
-nothing else shows why.
+scripts/encode_tokens.py writes vocabulary.json beside the token shards. sample.py says what a
+prompt has that no caption had, or lacks that every caption had: such a prompt gives a poor image,
+and nothing else shows why.
 """
 
 import json
