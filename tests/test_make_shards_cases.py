@@ -131,7 +131,8 @@ KEPT = {
     # text beside images
     "encodings": (
         {"a.jpg": 0, "a.txt": "犬".encode("utf-16"),
-         "b.jpg": 1, "b.json": FIELDS.encode("utf-16-le"), "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252")},
+         "b.jpg": 1, "b.json": FIELDS.encode("utf-16-le"),
+         "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252")},
         "folder .", {"a": ["犬"], "b": ["from the field"]}, {"caption: not UTF-8": 1}),
     "encodings in a tar": (
         {"x.tar": ["a.jpg", ("a.txt", "犬".encode("utf-16"))]}, "shards x.tar", {"a": ["犬"]}, {}),
