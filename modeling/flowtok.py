@@ -223,7 +223,7 @@ class TimeTable:
     # Modulations depend on time and indicator only: computed once, they are shared by all samples,
     # and a third of the weights is read once for all steps instead of once a step.
     @torch.no_grad()
-    def __init__(self, network: FlowTok, times: list[float], features: Tensor | None):
+    def __init__(self, network: FlowTok, times: list[float], features: Tensor | None = None):
         self.network = network
         self.rows = {time: row for row, time in enumerate(times)}
         t = torch.tensor(times, dtype=torch.float32, device=network.positions.device)

@@ -180,11 +180,12 @@ class SourcePass(NamedTuple):
     """Where the flow starts, and what the losses on it need; None where the start is noise."""
 
     latents: Tensor  # B x L x C
-    features: Tensor  # B x L x W, what a velocity network with a condition reads of the text
     mean: Tensor | None = None  # B x L x C
     logvar: Tensor | None = None  # B x L x C
     alignment: Tensor | None = None  # B x L x C, target of the alignment
     log_temperature: Tensor | None = None  # scalar
+    # B x L x W, what a velocity network with a condition reads of the text
+    features: Tensor | None = None
 
 
 class FlowPass(NamedTuple):

@@ -12,12 +12,16 @@ import dataclasses
 import inspect
 import io
 import json
+import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+# Run as a file, Python looks into scripts/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import is_mapping_of_parts, part_of
 from data.files import write_text

@@ -44,7 +44,7 @@ def second_is_null(monkeypatch):
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_unconditional_samples_learn_nothing_of_their_text(second_is_null, condition, source):
     flow = build(condition, source=source, sample_text_latent=source == "noise")
-    states, image = torch.randn(B, K, T), torch.randn(B, K, C)
+    states, others, image = (torch.randn(B, K, width) for width in (T, T, C))
     torch.manual_seed(0)
     result = flow(states, image)
 
@@ -54,8 +54,8 @@ def test_unconditional_samples_learn_nothing_of_their_text(second_is_null, condi
     if source == "text":
         return
     torch.manual_seed(0)
-    changed = flow(torch.randn(B, K, T), image).velocity - result.velocity
-    assert changed[1].abs().max() == 0
+    changed = flow(others, image).velocity - result.velocity
+    assert changed[1].abs().max() < 1e-6
     assert all(changed[i].abs().max() > 1e-3 for i in (0, 2, 3))
 
 

@@ -15,8 +15,10 @@ N, K, C = 6, 3, 2
 
 def make_parts(velocity):
     """Starts: the states themselves; transport: nothing."""
-    source = SimpleNamespace(start=lambda states, noise: states, context=lambda states: None)
-    flow = SimpleNamespace(flowtok=velocity, projector=source, config=FlowConfig())
+    source = SimpleNamespace(start=lambda states, noise: states)
+    flow = SimpleNamespace(
+        flowtok=velocity, projector=source, config=FlowConfig(), context=lambda states: None
+    )
     return SimpleNamespace(
         start=lambda states, *drawn: states,
         flow=flow,

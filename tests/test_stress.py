@@ -4,6 +4,7 @@ As `python train_tokenizer.py` runs them (tests/forks.py), with a data worker.
 """
 
 import json
+import os
 import random
 import signal
 import time
@@ -117,7 +118,8 @@ def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(
         assert came, ranks[0].output
         time.sleep(draw.uniform(0, 0.05))
         for victim in victims:
-            assert ranks[victim].kill() == -signal.SIGKILL
+            os.kill(ranks[victim].pid, signal.SIGKILL)
+        assert {ranks[victim].wait() for victim in victims} == {-signal.SIGKILL}
         for survivor in {0, 1} - set(victims):
             assert ranks[survivor].wait() == 2
             assert "error: another training process ended" in ranks[survivor].output

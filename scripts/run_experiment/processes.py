@@ -6,6 +6,7 @@ the stage's, no traceback but their own is printed, and no config file of accele
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -172,10 +173,12 @@ def first_host(variables: Mapping[str, str], num_machines: int) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, below those that systems hand out to whoever asks."""
+    while True:
+        port = random.SystemRandom().randint(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Runner:
