@@ -397,16 +397,15 @@ def report(plan: Plan, num_written: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(arguments)
+    # Ctrl-C ends the workers, too: it may come up while their end is handled.
     try:
-        make_shards(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    except BrokenProcessPool:
-        parser.exit(
-            1,
-            "error: a worker was killed (out of memory?); the same command, with fewer --workers, "
-            "continues\n",
-        )
+        try:
+            make_shards(args)
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"error: {error}\n")
+        except BrokenProcessPool:
+            reason = "a worker was killed (out of memory?)"
+            parser.exit(1, f"error: {reason}; the same command, with fewer --workers, continues\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command continues from here\n")
 
