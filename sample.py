@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from data.entries import Entry
-from data.files import check_writable, read_text_file
+from data.files import check_writable, read_text_file, user_path
 from eval.captioning import (
     Captioned,
     caption_images,
@@ -66,15 +66,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--run", required=True, type=Path, help="experiment folder, or a stage-3 run folder")
+    add("--run", required=True, type=user_path, help="experiment folder, or a stage-3 run folder")
     source.add_argument("--prompts", nargs="+", metavar="TEXT")
-    source.add_argument("--prompts-file", type=Path, help="one prompt a line")
+    source.add_argument("--prompts-file", type=user_path, help="one prompt a line")
     source.add_argument("--caption", nargs="+", metavar="IMAGE", help="images, folders, tar shards")
     source.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="between two prompts")
     add("--frames", type=int, help="images of --interpolate, ends included; default: 8")
-    add("--output", type=Path, default=Path("samples.png"), help="PNG; of captions also .jsonl")
-    add("--save-dir", type=Path, help="also write each image as its own PNG here")
-    add("--gallery", type=Path, help="also write a page with images, captions, settings here")
+    add(
+        "--output", type=user_path, default=Path("samples.png"), help="PNG; of captions also .jsonl"
+    )
+    add("--save-dir", type=user_path, help="also write each image as its own PNG here")
+    add("--gallery", type=user_path, help="also write a page with images, captions, settings here")
     add("--steps", type=int, help="solver steps")
     add("--guidance", type=float, help="1: no guidance, half the work")
     add("--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release")

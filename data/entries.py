@@ -32,7 +32,7 @@ from data.files import decode_text, errors_naming
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
 from data.tar import one_form, scan_file
-from data.transforms import FORMATS, IMAGE_KEYS
+from data.transforms import FORMATS, HEIF_KEYS, IMAGE_KEYS
 
 # bytes of an entry's line, the first entry of the same image, whether its key came before, whether
 # it is no sample
@@ -168,6 +168,8 @@ def read_parts(entry: Entry) -> dict[str, bytes]:
     files = {extension: entry.path, **entry.sidecars}
     parts = {}
     for extension, path in files.items():
+        if file_stamp(path) is None:
+            continue  # a sidecar that is a pipe, a folder or a link to nowhere
         with errors_naming(path):
             parts[extension] = Path(path).read_bytes()
     return parts
@@ -260,11 +262,15 @@ def explain(entry: Entry, reason: str) -> str:
         name, found = path, "a folder, expected a file"
     elif file_stamp(path) is None:
         name, found = path, _instead_of(path)
+    elif reason.startswith("caption") and entry.captions is not None:
+        found = f"its captions are {str(entry.captions)[:60]}"
     elif reason.startswith("caption"):
         found = f"beside it {', '.join(_names_like(path)) or 'nothing'}"
     elif reason.startswith(("image: unreadable", "no image")):
         with suppress(OSError), open(path, "rb") as file:
             found = f"begins with {file.read(12)!r}"
+        if os.path.splitext(path)[1][1:].lower() in HEIF_KEYS:
+            found = "HEIC needs the package pillow-heif"
     return ": ".join(filter(None, (name, found, entry.note)))
 
 

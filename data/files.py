@@ -56,6 +56,11 @@ def not_unicode(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8, UTF-16 or UTF-32 at byte {error.start}: {given!r}; save it as UTF-8"
 
 
+def user_path(text: str) -> Path:
+    """argparse type: a path, with the home folder for ~ also where the shell leaves it."""
+    return Path(text).expanduser()
+
+
 # ------------------------------------------------------------------------------------------ writing
 
 

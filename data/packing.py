@@ -90,10 +90,9 @@ def make_sample(
             metadata = sizes | {"width": small.width, "height": small.height}
             extension, data = "jpg", to_jpeg(small, config.quality)
 
-    # what else a source tar has under the key is kept
-    others = {
-        name: part for name, part in parts.items() if name not in (*IMAGE_KEYS, "txt", "json", "")
-    }
+    # what else a source tar has under the key is kept, further images too: readers take the first
+    taken = {*IMAGE_KEYS[: IMAGE_KEYS.index(extension) + 1], "txt", "json", ""}
+    others = {name: part for name, part in parts.items() if name not in taken}
     texts = {"txt": captions[0], "json": to_json({**metadata, "captions": captions})}
     return {"__key__": entry.key, extension: data, **texts, **others}, original
 
@@ -175,7 +174,7 @@ class Task:
     def record(self) -> Path:
         """What a finished shard is made of; written after it.
 
-        {"read", "kept", "dropped": {reason: count}, "first": {reason: example}}
+        {"read", "kept", "bytes", "dropped": {reason: count}, "first": {reason: example}}
         """
         return self._progress(".json")
 
@@ -198,9 +197,11 @@ class Task:
                 yield [first, *rest], state
 
     def is_finished(self) -> bool:
+        """Whether its record and its shard are there, the shard with all its bytes."""
         if not self.record.is_file():
             return False
-        return self.tar.is_file() or not json.loads(self.record.read_text())["kept"]
+        size = self.tar.stat().st_size if self.tar.is_file() else 0
+        return size == json.loads(self.record.read_text())["bytes"]
 
 
 def write_task(task: Task) -> int:
@@ -226,6 +227,7 @@ def write_task(task: Task) -> int:
     record = {
         "read": len(task.numbers),
         "kept": kept,
+        "bytes": task.tar.stat().st_size if kept else 0,
         "dropped": dict(sorted(dropped.items())),
         "first": first,
     }

@@ -27,6 +27,7 @@ from data.entries import (
     load_json,
     no_image,
 )
+from data.files import user_path
 from data.processes import map_in_processes
 from data.storage import is_remote
 from data.tables import open_table, separator
@@ -85,9 +86,15 @@ def source_files(options: argparse.Namespace) -> Iterable[str]:
 
 def folder_path(text: str) -> str:
     """argparse type: a folder that exists."""
-    if not os.path.isdir(text):
+    folder = file_path(text)
+    if not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"{text} is not a folder")
-    return os.path.normpath(text)
+    return folder
+
+
+def file_path(text: str) -> str:
+    """argparse type: a path without ~ and without detours."""
+    return os.path.normpath(user_path(text))
 
 
 DEFAULT_KEYS = ("json:captions", "txt", "json:caption")
@@ -99,7 +106,7 @@ CAPTION_KEYS = {
         "help": "where captions lie, tried in order: an extension, or json:FIELD (text or a list)",
     }
 }
-FILE = {"file": {"type": os.path.normpath, "metavar": "FILE"}}
+FILE = {"file": {"type": file_path, "metavar": "FILE"}}
 IMAGES = {
     "--images": {"type": folder_path, "help": "where paths start; default: the folder of FILE"}
 }
@@ -202,7 +209,7 @@ def _identity(folder: str) -> tuple[int, int]:
     "table",
     "csv, tsv, parquet or jsonl files with a path and a caption in each row",
     {
-        "tables": {"type": os.path.normpath, "nargs": "+", "metavar": "FILE"},
+        "tables": {"type": file_path, "nargs": "+", "metavar": "FILE"},
         "--path-column": {"default": "path", "help": "of the image file"},
         "--caption-column": {"default": "caption", "help": "text; in jsonl, parquet also a list"},
         "--separator": {

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.captions import check_caption_keys, clean_caption, strings
 from data.entries import Entry, clean_key, load_json
-from data.files import check_writable, read_text_file, write_json
+from data.files import check_writable, read_text_file, user_path, write_json
 from eval.caption_scores import PACKAGE, CaptionScorer
 from eval.images import RULES, ImageSet, entry_captions, image_name, iterate_images, list_images
 from eval.programs import (
@@ -56,14 +56,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
     help_text = "experiment folder, or a stage-3 run folder"
-    parser.add_argument("run", type=Path, metavar="RUN", help=help_text)
+    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
     help_text = "folders, image shards, or one .jsonl"
     parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
     help_text = "where a sample's references lie, tried in order: an extension, or json:field"
     keys = ["json:captions", "txt", "json:caption"]
     parser.add_argument("--caption-keys", nargs="+", metavar="KEY", default=keys, help=help_text)
     help_text = f"default: {REPORT} in the stage-3 run's folder"
-    parser.add_argument("--output", type=Path, help=help_text)
+    parser.add_argument("--output", type=user_path, help=help_text)
     add_sweep_options(parser)
     add_reading_options(parser, 64, "images at a time")
     return parser.parse_intermixed_args(arguments)

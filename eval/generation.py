@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import load_dataclass
-from data.files import check_writable, write_json, write_text
+from data.files import check_writable, user_path, write_json, write_text
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
 from eval.feature_nets import WeightsFiles, load_networks
 from eval.features import load_reference
@@ -53,11 +53,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
     help_text = "experiment folder, or a stage-3 run folder"
-    parser.add_argument("run", type=Path, metavar="RUN", help=help_text)
+    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
     help_text = "a YAML file, or a name: coco30k, mjhq30k, demo, geneval"
     parser.add_argument("--protocol", required=True, help=help_text)
-    parser.add_argument("--output", type=Path, help="folder; default: evaluation/PROTOCOL in RUN")
+    parser.add_argument(
+        "--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN"
+    )
     parser.add_argument("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
     add_sweep_options(parser)
     add_reading_options(parser, 64, "images that a feature network sees at once")

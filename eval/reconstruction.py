@@ -27,7 +27,7 @@ from tqdm import tqdm
 # Run as a file, Python looks into eval/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import check_writable, write_json
+from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.features import FeatureStatistics, frechet_distance, sum_over_processes
@@ -60,11 +60,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
     help_text = "stage-1 run folder, or an experiment folder"
-    parser.add_argument("run", type=Path, metavar="RUN", help=help_text)
+    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
     help_text = "folder of images, or tar shards: paths, braces, globs"
     parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
     help_text = "the json; default: reconstruction.json in the run folder"
-    parser.add_argument("--output", type=Path, help=help_text)
+    parser.add_argument("--output", type=user_path, help=help_text)
     parser.add_argument("--image-size", type=integer(1), help="pixels; default: the run's")
     parser.add_argument("--limit", type=integer(1), help="only the first images, so many")
     choices = ("fp32", "bf16")
@@ -72,7 +72,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "VGG16 of LPIPS; default: torch's cache"
     parser.add_argument("--vgg-weights", metavar="FILE", help=help_text)
     help_text = "folder for a picture of the first pairs"
-    parser.add_argument("--save-images", type=Path, metavar="DIR", help=help_text)
+    parser.add_argument("--save-images", type=user_path, metavar="DIR", help=help_text)
     add_reading_options(parser, 32, "images at a time and process")
     add_weights_options(parser)
     return parser.parse_args(arguments)

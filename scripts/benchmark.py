@@ -40,6 +40,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.files import user_path
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
 from data.tar import write_shard
@@ -271,7 +272,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         options.set_defaults(text_tower=False)
         if part.config:
             config = ROOT / "configs" / part.config
-            options.add_argument("--config", type=Path, default=config, help="default: %(default)s")
+            options.add_argument(
+                "--config", type=user_path, default=config, help="default: %(default)s"
+            )
             options.add_argument("--batch-size", type=int, default=part.batch_size)
             options.add_argument("overrides", nargs="*", metavar="key=value")
     parts.choices["train"].add_argument(

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import training.checkpoint as ckpt
 from configs.load import one_line
+from data.files import user_path
 from data.tar import count_samples
 from training.errors import exit_on_error, printable
 from training.metrics import step_of
@@ -58,7 +59,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder, or a folder with run folders in it")
+    parser.add_argument(
+        "run", type=user_path, help="run folder, or a folder with run folders in it"
+    )
     parser.add_argument("--quick", action="store_true", help="names and sizes only")
     return parser.parse_args(arguments)
 

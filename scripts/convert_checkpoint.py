@@ -30,6 +30,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.files import user_path
 from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
 from modeling.pipeline import SamplingConfig
@@ -57,11 +58,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, tower = parser.add_argument, TextEncoderConfig()
-    add("released", type=Path, metavar="RELEASED_FILE", help="a flow or a tokenizer file")
+    add("released", type=user_path, metavar="RELEASED_FILE", help="a flow or a tokenizer file")
     help_text = "run folder to write; with --run: the other file"
-    add("second", type=Path, metavar="OUT_DIR", help=help_text)
+    add("second", type=user_path, metavar="OUT_DIR", help=help_text)
     help_text = "experiment folder to write, from a flow and a tokenizer"
-    add("--run", type=Path, metavar="OUT", help=help_text)
+    add("--run", type=user_path, metavar="OUT", help=help_text)
     add("--num-heads", type=int, help="of a flow that is none of B, XL, H")
     help_text = "of the flow; default: the release's"
     add("--latent-scale", type=float, default=LATENT_SCALE, help=help_text)

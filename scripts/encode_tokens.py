@@ -10,19 +10,23 @@ vocabulary.json with the captions' words, latent_stats.json with the latent scal
 with the tokenizer's fingerprint.
 """
 
+import hashlib
+import io
 import json
 import os
 import signal
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -38,7 +42,7 @@ from data.images import ImageTextConfig
 from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
 from data.storage import shard_states
-from data.tar import count_samples, write_shard
+from data.tar import read_shard, write_shard
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
@@ -161,6 +165,7 @@ def finish(
         skipped.update(each["skipped"])
         first = each["first"] | first
     num_samples = sum(each["num_samples"] for each in counts)
+    contents = [each["crc32"] for each in counts]
     sizes = tokenizer.config
     stats = measure(outputs, sizes.num_tokens, sizes.token_channels)
     info = TokensInfo(
@@ -169,6 +174,7 @@ def finish(
         token_channels=sizes.token_channels,
         skipped=dict(skipped),
         stats=stats,
+        identity=hashlib.sha256(repr(contents).encode()).hexdigest()[:16],
         **source,
     )
     describe_captions(config, outputs)
@@ -376,7 +382,8 @@ def encode_shards(
                 )
             words = measure_vocabulary(sample["txt"].decode() for sample in made)
             counts = {"num_samples": len(made), "skipped": end.skipped, "first": end.first}
-            write_json(counts | {"vocabulary": asdict(words)}, count_file(token_shard))
+            counts |= {"vocabulary": asdict(words), "crc32": content_crc32(made)}
+            write_json(counts, count_file(token_shard))
             write_shard(token_shard, made)
             progress.report(token_shard.parent)
 
@@ -411,12 +418,27 @@ class Progress:
 
 
 def read_counts(token_shard: Path) -> dict:
-    """{"num_samples", "skipped", "first"} of a finished token shard."""
+    """{"num_samples", "skipped", "first", "crc32"} of a finished token shard."""
     path = count_file(token_shard)
     if path.is_file():
         return json.loads(path.read_text())
     # of an earlier, complete run whose tokens.json is gone
-    return {"num_samples": count_samples(token_shard), "skipped": {}, "first": {}}
+    samples = list(read_shard(token_shard))
+    found = {"num_samples": len(samples), "crc32": content_crc32(samples)}
+    return found | {"skipped": {}, "first": {}}
+
+
+def content_crc32(samples: Iterable[dict]) -> int:
+    """Of all keys, arrays and texts of a token shard, in order: what later stages learn from."""
+    value = 0
+    for sample in samples:
+        for name, part in sample.items():
+            if name.endswith(".npy"):
+                array = np.load(io.BytesIO(part)) if isinstance(part, bytes) else part
+                part = np.ascontiguousarray(array).tobytes()
+            data = part.encode() if isinstance(part, str) else part
+            value = zlib.crc32(data, zlib.crc32(name.encode(), value))
+    return value
 
 
 def describe_captions(config: TokensStage, outputs: list[Path]) -> None:

@@ -60,7 +60,7 @@ from data.packing import (
     write_task,
 )
 from data.processes import map_in_processes
-from data.sources import SOURCES, find_entries, source_files
+from data.sources import SOURCES, file_path, find_entries, source_files
 from training.errors import printable
 
 SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
@@ -451,7 +451,7 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_least_0, at_least_1, byte = whole_number(0), whole_number(1), whole_number(0, 255)
-    group.add_argument("--output", required=True, metavar="FOLDER")
+    group.add_argument("--output", required=True, type=file_path, metavar="FOLDER")
     add("--samples-per-shard", 1000, "before filters", type=at_least_1)
     add("--holdout", 0, "samples that go to OUTPUT/holdout, before filters", type=at_least_0)
     add("--shuffle", True, "over the whole source", action=argparse.BooleanOptionalAction)

@@ -21,7 +21,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a file, Python looks into scripts/ only
 
-from data.files import check_writable
+from data.files import check_writable, user_path
 from eval.feature_nets import ABSENT, INCEPTION, InceptionFeatures
 from eval.features import FeatureSet, check_features, frechet_distance, measure_reference
 from eval.images import CLEAN_SIZE, RULES, ImageSet, Reading, list_images
@@ -42,7 +42,7 @@ TOLERANCE = (
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line; refuses what can't go together."""
     parser = build_parser(__doc__)
-    parser.add_argument("file", type=Path, metavar="FILE.npz")
+    parser.add_argument("file", type=user_path, metavar="FILE.npz")
     help_text = "folder of images, or tar shards: paths, braces, globs"
     parser.add_argument("data", nargs="*", metavar="DATA", help=help_text)
     help_text = "pixels of the square that an image is resized and cropped to"

@@ -158,6 +158,17 @@ def test_image_shards_made_anew_under_the_same_names_are_refused(chain, tmp_path
     assert after.pop("source.json") != before.pop("source.json") and after == before
 
 
+def test_later_stages_tell_tokens_of_other_captions_apart(chain, tmp_path):
+    inputs = []
+    for number, caption in enumerate(("", "a corrected caption", "")):
+        remake(tmp_path / "a.tar", {"txt": caption} if caption else None)
+        folder = encode(chain, tmp_path / str(number), [f"{tmp_path}/a.tar"])
+        inputs.append(TokensInfo.load(folder).inputs())
+    first, other, again = inputs
+    assert first == again
+    assert {name for name in first if first[name] != other[name]} == {"tokens"}
+
+
 def test_a_shard_of_a_store_that_was_made_anew_is_refused(chain, tmp_path):
     store, shards = fsspec.filesystem("memory"), ["memory://images/a.tar"]
     for number in (16, 24):

@@ -18,7 +18,8 @@ from sources import (
     write_parquet,
 )
 
-from data.tar import write_shard
+from data.images import image_bytes
+from data.tar import read_shard, write_shard
 
 NFC, NFD = (unicodedata.normalize(form, "ünï") for form in ("NFC", "NFD"))
 FIELDS = json.dumps({"caption": "from the field", "alt": ["", "first", "second"]})
@@ -165,6 +166,9 @@ KEPT = {
         {"a.jpg": 0, "a.txt": "1", ".b/c.jpg": 1, ".b/c.txt": "2",
          "b": Path(".b"), ".b/d": Path("..")},
         "folder .", {"a": ["1"], "b/c": ["2"]}, {}),
+    "a sidecar that leads nowhere": (
+        {"a.jpg": 0, "a.txt": Path("nowhere"), "b.jpg": 1, "b.txt": "2"},
+        "folder .", {"b": ["2"]}, {"caption: missing": 1}),
     "odd members": (
         {"x.tar": ["a.jpg", "a.txt", "a.", "__meta__.json", "none", "b.jpg", "b.txt", "b.JPG",
                    "c.JPG", "c.TXT"]},
@@ -315,6 +319,24 @@ def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(command, named, h
 def test_a_column_of_parquet_that_is_no_text_is_named_with_its_type(row, named, here, capsys):
     write_parquet(here / "t.parquet", [row])
     assert named in fails(capsys, "table", "t.parquet", "--output", "out")
+
+
+def test_further_images_of_a_sample_stay_and_readers_take_the_same_as_before(here):
+    write_files(here, {"x.tar": ["a.png", "a.jpg", "a.txt"]})
+    run("shards", "x.tar", "--output", "out")
+    (before,), (after,) = read_shard(here / "x.tar"), samples_of("out")
+    assert {name: after[name] for name in ("jpg", "png")} == {
+        name: before[name] for name in ("jpg", "png")
+    }
+    assert image_bytes(after) == image_bytes(before)
+
+
+def test_the_home_folder_is_meant_by_a_tilde_that_the_shell_leaves(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    write_files(here, {"photos/a.jpg": 0, "photos/a.txt": "1"})
+    run("folder", "~/photos", "--output", "~/out")
+    assert [sample["__key__"] for sample in samples_of(here / "out")] == ["a"]
+    assert not (here / "~").exists()
 
 
 def test_parquet_without_pyarrow_names_the_package(here, monkeypatch, capsys):

@@ -140,15 +140,17 @@ def test_a_run_that_is_interrupted_ends_and_continues_later(is_worker, busy, und
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-def test_finished_shards_stay_and_lost_ones_are_made_again(busy, undisturbed, tmp_path):
+def test_finished_shards_stay_and_lost_or_cut_ones_are_made_again(busy, undisturbed, tmp_path):
     output = tmp_path / "out"
     run(*busy)
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
     (output / "000003.tar").unlink()
+    os.truncate(output / "000001.tar", 5000)
     (output / "summary.json").unlink()
     run(*busy)
     after = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
-    assert {name for name in before if before[name] != after[name]} == {"000003.tar"}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"000001.tar", "000003.tar"}
     assert outcome(output) == undisturbed
 
 

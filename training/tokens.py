@@ -55,6 +55,7 @@ class TokensInfo:
     shards: list[str]  # names of the token shards
     skipped: dict[str, int]  # image samples that gave no latents, by reason
     stats: LatentStats
+    identity: str = ""  # a digest of the token shards; "" where nobody took it
 
     @property
     def latent_scale(self) -> float:
@@ -64,9 +65,9 @@ class TokensInfo:
     def inputs(self) -> dict:
         """What a stage that trains on these tokens depends on."""
         names = ("tokenizer", "text_encoder")
-        return {name: getattr(self, f"{name}_fingerprint") for name in names} | {
-            "latent_scale": self.latent_scale
-        }
+        inputs = {name: getattr(self, f"{name}_fingerprint") for name in names}
+        inputs["latent_scale"] = self.latent_scale
+        return inputs | ({"tokens": self.identity} if self.identity else {})
 
     def save(self, folder: Path) -> None:
         """Write both files, the one that marks the folder as complete last."""
@@ -179,6 +180,7 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
     values = asdict(first) | {
         "num_samples": total,
         "stats": LatentStats(total, [], [], latent_scale or measured),
+        "identity": "+".join(filter(None, (info.identity for info in infos.values()))),
     }
     return TokensInfo(**values)
 
