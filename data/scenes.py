@@ -1,0 +1,264 @@
+"""Scenes of coloured shapes: what is in them, what a caption says of them, how they are drawn.
+
+A scene has one object, two of different shapes in a relation, or two or three equal ones, on a
+plain background. A Statement is what a caption says: size and background may be left open, and are
+then drawn anew for each image, as positions are. A statement belongs to one split (split_of): what
+is never shown in training is stated here. Numbers come in as a numpy Generator.
+Lengths and positions are shares of the image's side; x goes right, y down.
+"""
+
+import zlib
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# -------------------------------------------------------------------------- what scenes are made of
+
+COLOURS = {
+    "red": (215, 35, 35),
+    "orange": (255, 140, 0),
+    "yellow": (255, 225, 40),
+    "green": (40, 160, 60),
+    "cyan": (40, 205, 220),
+    "blue": (40, 70, 215),
+    "purple": (130, 45, 165),
+    "pink": (255, 145, 200),
+}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (20, 20, 20)}
+SIZES = {"small": (0.28, 0.32), "large": (0.41, 0.46)}  # side of the box around an object
+MARGIN = 0.015  # between an object's box and the border, and between two boxes
+MAX_SLANT = 0.6  # across / along a stated relation, so that nobody would name the other one
+CANDIDATES = 64  # arrangements drawn at a time, of which the first that fits is taken
+SUPERSAMPLING = 4
+
+
+def _arc(radius: float, start: float, end: float, x: float = 0.0) -> list[tuple[float, float]]:
+    """Points of a circle around (x, 0) between two angles in degrees."""
+    angles = np.radians(np.linspace(start, end, 33))
+    return [(x + radius * np.cos(a), radius * np.sin(a)) for a in angles]
+
+
+def _star(points: int, inner: float) -> list[tuple[float, float]]:
+    """Corners of a star that points up; inner: radius between its points."""
+    radii, angles = [1, inner] * points, np.radians(np.arange(2 * points) * 180 / points - 90)
+    return [(r * np.cos(a), r * np.sin(a)) for r, a in zip(radii, angles)]
+
+
+_THIRD = 0.36
+OUTLINES = {  # corners in the box [-1, 1] x [-1, 1]
+    "circle": _arc(1, 0, 360),
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+    "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
+    "star": _star(5, inner=0.42),
+    "cross": [
+        *((-_THIRD, -1), (_THIRD, -1), (_THIRD, -_THIRD), (1, -_THIRD), (1, _THIRD)),
+        *((_THIRD, _THIRD), (_THIRD, 1), (-_THIRD, 1), (-_THIRD, _THIRD), (-1, _THIRD)),
+        *((-1, -_THIRD), (-_THIRD, -_THIRD)),
+    ],
+    "ring": _arc(1, 0, 360),
+    # both circles meet at its tips
+    "crescent": [*_arc(1, 72.5, 287.5, x=0.35), *reversed(_arc(0.986, 104.7, 255.3, x=0.9))],
+    "bar": [(-1, -0.38), (1, -0.38), (1, 0.38), (-1, 0.38)],
+}
+SHAPES = tuple(OUTLINES)
+RING_HOLE = 0.55  # radius
+
+# ------------------------------------------------------------------------------ what is never shown
+
+SPLITS = ("train", "seen", "new", "pairs", "relations", "counts")
+# 14 of the 64 pairs; each shape and each colour is shown in six or seven others
+UNSEEN_PAIRS = {
+    (SHAPES[i], tuple(COLOURS)[(i + shift) % 8])
+    for shift, number in ((0, 8), (3, 6))
+    for i in range(number)
+}
+# 16 of the 112 ways in which two shapes lie; each shape is shown in every place
+UNSEEN_RELATIONS = {
+    (SHAPES[i], relation, SHAPES[(i + step) % 8])
+    for relation, step in (("left of", 3), ("above", 1))
+    for i in range(8)
+}
+UNSEEN_COUNTS = {(2, "cross"), (2, "triangle"), (3, "ring"), (3, "star")}
+NEW_SHARE = 5  # one in so many statements of what is shown is kept for the split "new"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a caption says of an object."""
+
+    shape: str
+    colour: str
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a caption says; None: nothing is said.
+
+    With a relation ("left of", "above") it holds from the first object to the second, of another
+    shape; without one all objects are equal.
+    """
+
+    objects: tuple[Kind, ...]
+    relation: str | None = None
+    background: str | None = None
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object of a scene: centre and side of its box."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    diameter: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that an image shows."""
+
+    background: str
+    objects: tuple[Object, ...]
+
+
+def split_of(statement: Statement) -> str | None:
+    """The split that a statement is for, "seen" if it may be trained on; None: for none.
+
+    new: objects and relations that are shown, never together. pairs: each object is of a
+    colour-shape pair never shown. relations, counts: shown objects, as these shapes never lie, or
+    in a number in which this shape is never shown. For none: what is held out twice, or in part.
+    """
+    first, last = statement.objects[0], statement.objects[-1]
+    pairs = [(kind.shape, kind.colour) for kind in statement.objects]
+    unseen = [pair in UNSEEN_PAIRS for pair in pairs]
+    is_relation = (first.shape, statement.relation, last.shape) in UNSEEN_RELATIONS
+    is_count = statement.relation is None and (len(pairs), first.shape) in UNSEEN_COUNTS
+    if any(unseen):
+        is_pure = all(unseen) and not is_relation and not is_count
+        return "pairs" if is_pure and len(pairs) <= 2 else None
+    if is_relation or is_count:
+        return "relations" if is_relation else "counts"
+    said = repr((pairs, statement.relation))  # whatever size and background
+    return "new" if zlib.crc32(said.encode()) % NEW_SHARE == 0 else "seen"
+
+
+# --------------------------------------------------------------------------------------- statements
+
+
+def draw_statement(rng: np.random.Generator) -> Statement:
+    """One object, equal ones, or two in a relation (half of the time), of any split."""
+    numbers = iter(rng.random(10).tolist())
+
+    def pick(options):
+        return options[int(next(numbers) * len(options))]
+
+    arrangement = pick(("one", "equal", "relation", "relation"))
+    background = pick((None,) * len(BACKGROUNDS) + tuple(BACKGROUNDS))
+    sizes = (None,) * len(SIZES) + tuple(SIZES)
+    first = Kind(pick(SHAPES), pick(tuple(COLOURS)), pick(sizes))
+    if arrangement == "one":
+        return Statement((first,), background=background)
+    if arrangement == "equal":
+        return Statement((first,) * pick((2, 3)), background=background)
+    others = [shape for shape in SHAPES if shape != first.shape]
+    second = Kind(pick(others), pick(tuple(COLOURS)), pick(sizes))
+    return Statement((first, second), pick(("left of", "above")), background)
+
+
+RELATION_WORDS = {  # (from first to second, from second to first)
+    "left of": (("left of", "to the left of"), ("right of", "to the right of")),
+    "above": (("above", "over"), ("below", "under")),
+}
+NUMBERS = {2: "two", 3: "three"}
+OPENINGS = ("{}", "{}", "a picture of {}", "an image with {}")
+GROUNDS = ("{} on {}", "{} on a {} background", "{} against {}")
+
+
+def draw_caption(statement: Statement, rng: np.random.Generator) -> str:
+    """A plain English phrasing of a statement."""
+    numbers = iter(rng.random(4).tolist())
+
+    def pick(options):
+        return options[int(next(numbers) * len(options))]
+
+    first, last = statement.objects[0], statement.objects[-1]
+    if statement.relation:
+        turned = pick((0, 1))
+        words = pick(RELATION_WORDS[statement.relation][turned])
+        ends = (last, first) if turned else (first, last)
+        text = f"{name_kind(ends[0])} {words} {name_kind(ends[1])}"
+    else:
+        text = name_kind(first, len(statement.objects))
+    text = pick(OPENINGS).format(text)
+    return pick(GROUNDS).format(text, statement.background) if statement.background else text
+
+
+def name_kind(kind: Kind, count: int = 1) -> str:
+    """'a small red circle', 'an orange star', 'two crosses'."""
+    words = " ".join(filter(None, (kind.size, kind.colour, kind.shape)))
+    if count > 1:
+        return f"{NUMBERS[count]} {words}{'es' if kind.shape == 'cross' else 's'}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+# ------------------------------------------------------------------------------------------- scenes
+
+
+def draw_scene(statement: Statement, rng: np.random.Generator) -> Scene:
+    """A scene of which a statement is true; what it leaves open is drawn. Equal objects: one size."""
+    names = tuple(SIZES)
+    if statement.relation:
+        sizes = [kind.size or names[rng.integers(2)] for kind in statement.objects]
+    else:
+        sizes = [statement.objects[0].size or names[rng.integers(2)]] * len(statement.objects)
+    background = statement.background or tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    bounds = np.array([SIZES[size] for size in sizes])
+    diameters = rng.uniform(bounds[:, 0], bounds[:, 1])
+    centres = _arrange(diameters, statement.relation, rng)
+    return Scene(
+        background,
+        tuple(
+            Object(kind.shape, kind.colour, size, round(x, 4), round(y, 4), round(diameter, 4))
+            for kind, size, (x, y), diameter in zip(
+                statement.objects, sizes, centres.tolist(), diameters.tolist()
+            )
+        ),
+    )
+
+
+def _arrange(diameters: np.ndarray, relation: str | None, rng: np.random.Generator) -> np.ndarray:
+    """Centres N x 2 of boxes that lie inside, apart, and in the relation."""
+    lowest = diameters[:, None] / 2 + MARGIN  # N x 1
+    while True:
+        centres = rng.uniform(lowest, 1 - lowest, size=(CANDIDATES, len(diameters), 2))
+        fits = np.ones(CANDIDATES, dtype=bool)
+        for i, j in combinations(range(len(diameters)), 2):
+            distance = centres[:, j] - centres[:, i]
+            fits &= abs(distance).max(axis=1) >= (diameters[i] + diameters[j]) / 2 + MARGIN
+            if relation:
+                axis = ("left of", "above").index(relation)
+                along, across = distance[:, axis], abs(distance[:, 1 - axis])
+                fits &= across <= MAX_SLANT * along
+        if fits.any():
+            return centres[fits.argmax()]
+
+
+def draw_image(scene: Scene, image_size: int) -> Image.Image:
+    """Antialiased RGB image of a scene."""
+    side = image_size * SUPERSAMPLING
+    ground = BACKGROUNDS[scene.background]
+    image = Image.new("RGB", (side, side), ground)
+    draw = ImageDraw.Draw(image)
+    for item in scene.objects:
+        centre, radius = np.array([item.x, item.y]) * side - 0.5, item.diameter * side / 2
+        outline = centre + radius * np.array(OUTLINES[item.shape])
+        draw.polygon(outline.ravel().tolist(), fill=COLOURS[item.colour])
+        if item.shape == "ring":
+            hole = centre + RING_HOLE * radius * np.array(OUTLINES["circle"])
+            draw.polygon(hole.ravel().tolist(), fill=ground)
+    return image.reduce(SUPERSAMPLING)

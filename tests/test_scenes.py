@@ -1,0 +1,304 @@
+"""Scenes: what is held out, what is drawn, what captions say, and the program that writes them."""
+
+import io
+import json
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    MARGIN,
+    MAX_SLANT,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    UNSEEN_COUNTS,
+    UNSEEN_PAIRS,
+    UNSEEN_RELATIONS,
+    Kind,
+    Object,
+    Scene,
+    Statement,
+    draw_caption,
+    draw_image,
+    draw_scene,
+    draw_statement,
+    split_of,
+)
+from data.tar import read_shard
+from scripts import make_scenes
+
+SMALL = ("--captions", 400, "--images-per-caption", 2, "--heldout-captions", 40)
+
+
+def make(folder, *options):
+    make_scenes.main([str(folder), *map(str, (*SMALL, *options))])
+    return folder
+
+
+def read(folder, split):
+    """Facts of all samples of a split."""
+    samples = [s for path in sorted(folder.glob(f"{split}-*.tar")) for s in read_shard(path)]
+    return [json.loads(sample["json"]) for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("scenes"))
+
+
+def pairs_of(scene):
+    return {(item["shape"], item["colour"]) for item in scene["objects"]}
+
+
+def relation_of(scene):
+    """What the positions of two different shapes say, or None."""
+    if len({item["shape"] for item in scene["objects"]}) == 1:
+        return None
+    first, second = scene["objects"]
+    x, y = second["x"] - first["x"], second["y"] - first["y"]
+    if max(x, y, key=abs) < 0:
+        first, second = second, first
+    return first["shape"], "left of" if abs(x) > abs(y) else "above", second["shape"]
+
+
+def counts_of(scene):
+    return {(n, shape) for shape, n in Counter(i["shape"] for i in scene["objects"]).items()}
+
+
+def core(about):
+    kinds = [(kind["shape"], kind["colour"]) for kind in about["statement"]["objects"]]
+    return about["statement"]["relation"], tuple(kinds)
+
+
+# What is held out
+
+
+def test_training_images_show_nothing_that_is_held_out(scenes):
+    train = [about["scene"] for about in read(scenes, "train")]
+    assert len(train) == 800
+    for scene in train:
+        assert not pairs_of(scene) & UNSEEN_PAIRS
+        assert relation_of(scene) not in UNSEEN_RELATIONS
+        assert not counts_of(scene) & UNSEEN_COUNTS
+
+
+def test_each_split_shows_in_every_image_what_it_is_for(scenes):
+    splits = {name: [about["scene"] for about in read(scenes, name)] for name in SPLITS}
+    assert all(pairs_of(scene) <= UNSEEN_PAIRS for scene in splits["pairs"])
+    assert all(relation_of(scene) in UNSEEN_RELATIONS for scene in splits["relations"])
+    assert all(counts_of(scene) <= UNSEEN_COUNTS for scene in splits["counts"])
+    for name in ("seen", "new", "relations", "counts"):
+        assert not any(pairs_of(scene) & UNSEEN_PAIRS for scene in splits[name]), name
+    assert {len(scene["objects"]) for scene in splits["pairs"]} == {1, 2}
+
+
+def test_captions_of_split_new_say_what_is_never_said_in_training(scenes):
+    said = {core(about) for about in read(scenes, "train")}
+    new = {core(about) for about in read(scenes, "new")}
+    assert len(new) > 30 and not said & new
+
+
+def test_captions_of_split_seen_are_training_captions_under_new_images(scenes):
+    samples = {
+        name: [s for path in sorted(scenes.glob(f"{name}-*.tar")) for s in read_shard(path)]
+        for name in ("train", "seen")
+    }
+    texts, pixels = (
+        {name: {sample[part] for sample in rows} for name, rows in samples.items()}
+        for part in ("txt", "png")
+    )
+    assert texts["seen"] <= texts["train"] and not pixels["seen"] & pixels["train"]
+
+
+def test_every_shape_and_colour_is_shown_in_most_pairs_places_and_counts():
+    assert (len(UNSEEN_PAIRS), len(UNSEEN_RELATIONS)) == (14, 16)
+    shown = [draw_statement(np.random.default_rng(seed)) for seed in range(6000)]
+    shown = [statement for statement in shown if split_of(statement) == "seen"]
+    pairs = {(kind.shape, kind.colour) for said in shown for kind in said.objects}
+    places = {
+        (said.objects[0].shape, said.relation, said.objects[1].shape)
+        for said in shown
+        if said.relation
+    }
+    counts = {(len(said.objects), said.objects[0].shape) for said in shown if not said.relation}
+    assert len(pairs) == 64 - 14 and len(places) == 2 * 8 * 7 - 16
+    assert len(counts) == 3 * 8 - len(UNSEEN_COUNTS)
+    for names in (SHAPES, COLOURS):
+        assert all(sum(name in pair for pair in pairs) in (6, 7) for name in names)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        Statement((Kind("circle", "red"), Kind("square", "red")), "left of"),  # one pair is unseen
+        Statement((Kind("cross", "purple"),) * 2),  # a pair and a count
+        Statement((Kind("circle", "red"),) * 3),  # three of a pair
+    ],
+)
+def test_what_is_held_out_twice_or_in_part_is_in_no_split(statement):
+    assert split_of(statement) is None
+
+
+# What is drawn
+
+
+def test_objects_lie_inside_apart_and_plainly_in_their_relation():
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        statement = draw_statement(rng)
+        scene = draw_scene(statement, rng)
+        for item in scene.objects:
+            low, high = SIZES[item.size]
+            assert low <= item.diameter + 1e-4 and item.diameter - 1e-4 <= high
+            for place in (item.x, item.y):
+                assert item.diameter / 2 <= place <= 1 - item.diameter / 2
+        for a, b in combinations(scene.objects, 2):
+            distance = max(abs(a.x - b.x), abs(a.y - b.y))
+            assert distance > (a.diameter + b.diameter) / 2 + MARGIN / 2
+        if statement.relation:
+            first, second = scene.objects
+            along, across = second.x - first.x, second.y - first.y
+            if statement.relation == "above":
+                along, across = across, along
+            assert abs(across) <= (MAX_SLANT + 0.01) * along
+
+
+def test_a_scene_has_what_its_statement_says_and_draws_what_is_left_open():
+    said = Statement((Kind("star", "red", "small"),) * 2, background="grey")
+    scenes = [draw_scene(said, np.random.default_rng(seed)) for seed in range(20)]
+    for scene in scenes:
+        assert scene.background == "grey" and len(scene.objects) == 2
+        assert {(o.shape, o.colour, o.size) for o in scene.objects} == {("star", "red", "small")}
+    left_open = Statement((Kind("star", "red"),))
+    scenes = [draw_scene(left_open, np.random.default_rng(seed)) for seed in range(40)]
+    assert {scene.background for scene in scenes} == set(BACKGROUNDS)
+    assert {scene.objects[0].size for scene in scenes} == set(SIZES)
+    assert len({scene.objects[0].x for scene in scenes}) > 30
+
+
+@pytest.mark.parametrize("image_size", [64, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_fills_its_box_with_its_colour_and_nothing_else(shape, image_size):
+    item = Object(shape, "red", "large", 0.4, 0.6, 0.45)
+    pixels = np.asarray(draw_image(Scene("white", (item,)), image_size)).astype(int)
+    assert pixels.shape == (image_size, image_size, 3)
+    drawn = (pixels != 255).any(axis=2)
+    rows, columns = np.nonzero(drawn)
+    for places, centre in ((rows, item.y), (columns, item.x)):
+        assert abs((places.min() + places.max() + 1) / 2 / image_size - centre) < 0.02
+    sides = [np.ptp(places) / image_size for places in (rows, columns)]
+    assert max(sides) == pytest.approx(0.45, abs=0.05)
+    full = (pixels == COLOURS["red"]).all(axis=2)
+    assert 0.5 * drawn.sum() < full.sum() < drawn.sum()  # the rest is the antialiased border
+
+
+def test_the_shapes_differ_at_the_smallest_size():
+    images = []
+    for shape in SHAPES:
+        item = Object(shape, "blue", "small", 0.5, 0.5, SIZES["small"][0])
+        images.append(np.asarray(draw_image(Scene("white", (item,)), 64)).astype(int))
+    area = [(image != 255).any(axis=2).sum() for image in images]
+    for (a, size), (b, other) in combinations(zip(images, area), 2):
+        assert (abs(a - b).max(axis=2) > 64).sum() > 0.15 * min(size, other)
+
+
+# What captions say
+
+
+def words_of(statement):
+    kinds = statement.objects
+    return {
+        *(kind.colour for kind in kinds),
+        *(kind.size for kind in kinds if kind.size),
+        *([statement.background] if statement.background else []),
+    }
+
+
+def test_captions_say_all_of_a_statement_and_nothing_else():
+    vocabulary = {*COLOURS, *BACKGROUNDS, *SIZES}
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        statement = draw_statement(rng)
+        text = draw_caption(statement, rng)
+        assert {*text.split()} & vocabulary == words_of(statement), text
+        for kind in statement.objects:
+            assert kind.shape in text
+        assert len(text.split()) <= 24
+
+
+def test_a_relation_is_said_from_either_side():
+    said = Statement((Kind("circle", "red"), Kind("star", "orange", "small")), "above")
+    texts = {draw_caption(said, np.random.default_rng(seed)) for seed in range(100)}
+    assert {
+        "a red circle above a small orange star",
+        "a small orange star below a red circle",
+    } <= texts
+    for text in texts:
+        is_turned = text.index("orange") < text.index("red")
+        assert is_turned == any(word in text.split() for word in ("below", "under"))
+
+
+def test_numbers_and_articles_are_plain_english():
+    crosses = Statement((Kind("cross", "orange"),) * 2)
+    one = Statement((Kind("cross", "orange"),), background="black")
+    texts = {draw_caption(said, np.random.default_rng(3)) for said in (crosses, one)}
+    assert any("two orange crosses" in text for text in texts)
+    assert any("an orange cross" in text and "black" in text for text in texts)
+
+
+# The program
+
+
+def test_the_same_command_gives_the_same_bytes_with_any_number_of_processes(scenes, tmp_path):
+    make(tmp_path, "--num-processes", 2)
+    files = sorted(path.name for path in scenes.iterdir())
+    assert files == sorted(path.name for path in tmp_path.iterdir())
+    assert all((scenes / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
+
+
+def test_another_seed_gives_other_images(scenes, tmp_path):
+    make(tmp_path, "--seed", 1)
+    assert read(tmp_path, "train")[0]["scene"] != read(scenes, "train")[0]["scene"]
+
+
+def test_more_images_begin_with_the_same_ones(scenes, tmp_path):
+    make(tmp_path, "--images-per-caption", 3)
+    assert read(tmp_path, "train")[:800] == read(scenes, "train")
+
+
+def test_samples_are_images_of_their_size_with_captions_and_facts(tmp_path):
+    make(tmp_path, "--image-size", 48)
+    for sample in list(read_shard(tmp_path / "new-000000.tar"))[:5]:
+        about = json.loads(sample["json"])
+        assert about["captions"][0] == sample["txt"].decode() and len(about["captions"]) == 4
+        item = about["scene"]["objects"][0]
+        image = Image.open(io.BytesIO(sample["png"]))
+        assert image.size == (48, 48) and image.mode == "RGB"
+        if item["shape"] not in ("ring", "crescent"):
+            centre = (int(item["x"] * 48), int(item["y"] * 48))
+            assert image.getpixel(centre) == COLOURS[item["colour"]]
+
+
+def test_the_program_goes_on_and_refuses_another_data_set(scenes, tmp_path, capsys):
+    make(tmp_path)
+    wanted = (tmp_path / "new-000000.tar").read_bytes()
+    (tmp_path / "new-000000.tar").unlink()
+    make(tmp_path)
+    assert (tmp_path / "new-000000.tar").read_bytes() == wanted
+    make(tmp_path)
+    assert "complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="another data set"):
+        make(tmp_path, "--seed", 2)
+
+
+@pytest.mark.parametrize("option", [("--captions", 0), ("--image-size", 8), ("--captions", 10)])
+def test_a_plan_that_cannot_be_made_is_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=option[0]):
+        make(tmp_path, *option)
+    assert not any(tmp_path.iterdir())
