@@ -210,7 +210,7 @@ def name_kind(kind: Kind, count: int = 1) -> str:
 
 
 def draw_scene(statement: Statement, rng: np.random.Generator) -> Scene:
-    """A scene of which a statement is true; what it leaves open is drawn. Equal objects: one size."""
+    """A scene of which a statement is true; what it leaves open is drawn. Equal ones: one size."""
     names = tuple(SIZES)
     if statement.relation:
         sizes = [kind.size or names[rng.integers(2)] for kind in statement.objects]
