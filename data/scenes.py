@@ -41,9 +41,10 @@ def _arc(radius: float, start: float, end: float, x: float = 0.0) -> list[tuple[
 
 
 def _star(points: int, inner: float) -> list[tuple[float, float]]:
-    """Corners of a star that points up; inner: radius between its points."""
+    """Corners of a star that points up, in the middle of its box; inner: radius between points."""
     radii, angles = [1, inner] * points, np.radians(np.arange(2 * points) * 180 / points - 90)
-    return [(r * np.cos(a), r * np.sin(a)) for r, a in zip(radii, angles)]
+    x, y = radii * np.cos(angles), radii * np.sin(angles)
+    return list(zip(x, y - (y.min() + y.max()) / 2))
 
 
 _THIRD = 0.36

@@ -137,7 +137,7 @@ def test_every_shape_and_colour_is_shown_in_most_pairs_places_and_counts():
     "statement",
     [
         Statement((Kind("circle", "red"), Kind("square", "red")), "left of"),  # one pair is unseen
-        Statement((Kind("cross", "purple"),) * 2),  # a pair and a count
+        Statement((Kind("cross", "cyan"),) * 2),  # a pair and a count
         Statement((Kind("circle", "red"),) * 3),  # three of a pair
     ],
 )
