@@ -201,7 +201,7 @@ EXPLAINED = [
     ({"IMG_1.JPG": 0, "img_1.txt": "x"}, "folder .", "caption: missing", ["img_1.txt"]),
     ({"a.jpg": "<html><body>", "a.txt": "x"}, "folder .",
      "image: unreadable (UnidentifiedImageError)", ["a.jpg", "<html>"]),
-    ({"b.jpg": "", "a.heic": HEIC}, "folder .", "no image: .heic", ["a.heic", "ftypheic"]),
+    ({"b.jpg": "", "a.heic": HEIC}, "folder .", "no image: .heic", ["a.heic", "pillow-heif"]),
 ]
 
 BAD_INPUTS = {

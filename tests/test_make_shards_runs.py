@@ -50,9 +50,15 @@ def busy(photos, tmp_path):
     return ["folder", photos, *BUSY, "--output", tmp_path / "out"]
 
 
+def run_by_itself(*arguments, **options):
+    """As a program of its own, whatever the tests before have made of Ctrl-C in this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run(*arguments, **options)
+
+
 def start(arguments, **options):
     process = multiprocessing.get_context("fork").Process(
-        target=run, args=arguments, kwargs=options
+        target=run_by_itself, args=arguments, kwargs=options
     )
     process.start()
     return process
