@@ -52,13 +52,12 @@ INCEPTION = PublishedWeights(
     DOWNLOAD,
 )
 VGG16 = PublishedWeights("VGG16", VGG16_URL, "--vgg-weights", DOWNLOAD)
-ABSENT = {
-    "inception": f"{INCEPTION.title}'s weights are absent: {INCEPTION.ways_out}",
-    "dinov2": "DINOv2's weights are absent: fetch "
+DINO_ABSENT = (
+    "DINOv2's weights are absent: fetch "
     "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth "
     "(or timm/vit_large_patch14_dinov2.lvd142m, model.safetensors) and name it with "
-    "--dinov2-weights",
-}
+    "--dinov2-weights"
+)
 
 
 @contextmanager
@@ -238,6 +237,11 @@ class WeightsFiles:
         return Path(self.dinov2) if self.dinov2 else None
 
 
+def explain_absence(weights: PublishedWeights) -> str:
+    """Why there is no metric, and where to get the weights."""
+    return f"{weights.title}'s weights are absent: {weights.ways_out}"
+
+
 def load_networks(
     protocol: Protocol, generator: ImageGenerator, files: WeightsFiles, state: PartialState
 ) -> Networks:
@@ -262,7 +266,8 @@ def load_networks(
     if needs_features and kind == "tokenizer":
         found.features = TokenizerFeatures(generator.tokenizer)
     elif needs_features and file is None:
-        found.absent["features"] = ABSENT[kind]
+        is_inception = kind == "inception"
+        found.absent["features"] = explain_absence(INCEPTION) if is_inception else DINO_ABSENT
     elif needs_features:
         found.weights[kind] = describe_file(file)
         net = InceptionFeatures(file) if kind == "inception" else DinoFeatures(file)

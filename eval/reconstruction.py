@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
-from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
+from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures, explain_absence
 from eval.features import FeatureStatistics, frechet_distance, sum_over_processes
 from eval.images import RULES, ImageSet, Reading, iterate_images, list_images
 from eval.programs import (
@@ -133,12 +133,17 @@ def main(args: argparse.Namespace) -> None:
         "images_per_second": round(len(images) / seconds, 3),
     }
     write_json(report, output)
+    print_report(report, output)
+    if pairs:  # none if the first images are unreadable
+        save_pairs(pairs, args.save_images / "reconstructions.png")
+
+
+def print_report(report: dict[str, Any], output: Path) -> None:
+    """Metrics, how fast, and what was left out."""
     rate = f" ({report['seconds']:.0f} s, {report['images_per_second']:.1f} images/s)"
     print_metrics(report, f"{output}: {report['num_images']} images", rate)
     for reason, count in report["skipped_by_reason"].items():
         print(f"  skipped {count}: {reason}")
-    if pairs:  # none if the first images are unreadable
-        save_pairs(pairs, args.save_images / "reconstructions.png")
 
 
 # The networks
@@ -311,7 +316,7 @@ def explain_missing(
     }
     for name, published in (("lpips", VGG16), ("rfid", INCEPTION)):
         if files[name] is None:
-            reasons[name] = f"{published.title}'s weights are absent: {published.ways_out}"
+            reasons[name] = explain_absence(published)
     return {name: reasons[name] for name, value in metrics.items() if value is None}
 
 

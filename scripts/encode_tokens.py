@@ -147,25 +147,27 @@ def main(config: TokensStage) -> None:
         encode_shards(encoder, mine, stop_if_asked)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(config, folder, outputs, tokenizer, source)
+        finish(folder, outputs, tokenizer, source)
     accelerator.wait_for_everyone()
 
 
-def finish(
-    config: TokensStage,
-    folder: Path,
-    outputs: list[Path],
-    tokenizer: ImageTokenizer,
-    source: dict,
-) -> None:
+def finish(folder: Path, outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> None:
     """Write what marks the folder as complete, and say what was skipped."""
-    counts = [read_counts(path) for path in outputs]
-    skipped, first = Counter(), {}
-    for each in counts:
-        skipped.update(each["skipped"])
-        first = each["first"] | first
-    num_samples = sum(each["num_samples"] for each in counts)
-    contents = [each["crc32"] for each in counts]
+    skipped, first, num_samples, contents = Counter(), {}, 0, []
+    vocabulary: Vocabulary | None = Vocabulary("", [], [])
+    for path in outputs:
+        counts = read_counts(path)
+        num_samples += counts["num_samples"]
+        skipped.update(counts["skipped"])
+        first = counts["first"] | first
+        contents.append(counts["crc32"])
+        # Shard by shard: the words of all at once may not fit into memory. Where those of one shard
+        # are unknown, nothing can be said of a prompt.
+        words = counts["vocabulary"]
+        if vocabulary and words:
+            vocabulary = join_vocabularies([vocabulary, Vocabulary(**words)])
+        else:
+            vocabulary = None
     sizes = tokenizer.config
     stats = measure(outputs, sizes.num_tokens, sizes.token_channels)
     info = TokensInfo(
@@ -177,7 +179,8 @@ def finish(
         identity=hashlib.sha256(repr(contents).encode()).hexdigest()[:16],
         **source,
     )
-    describe_captions(config, outputs)
+    if vocabulary:
+        save_vocabulary(vocabulary, folder)
     info.save(folder)
     for path in outputs:
         count_file(path).unlink(missing_ok=True)
@@ -380,9 +383,8 @@ def encode_shards(
                     f"{token_shard} is not written: of the {end.num_images} images that a data "
                     f"worker read of {image.shards[0]}, {arrived[index]} arrived"
                 )
-            words = measure_vocabulary(sample["txt"].decode() for sample in made)
             counts = {"num_samples": len(made), "skipped": end.skipped, "first": end.first}
-            counts |= {"vocabulary": asdict(words), "crc32": content_crc32(made)}
+            counts |= {"vocabulary": words_of(config, made), "crc32": content_crc32(made)}
             write_json(counts, count_file(token_shard))
             write_shard(token_shard, made)
             progress.report(token_shard.parent)
@@ -418,14 +420,14 @@ class Progress:
 
 
 def read_counts(token_shard: Path) -> dict:
-    """{"num_samples", "skipped", "first", "crc32"} of a finished token shard."""
+    """{"num_samples", "skipped", "first", "vocabulary", "crc32"} of a finished token shard."""
     path = count_file(token_shard)
-    if path.is_file():
-        return json.loads(path.read_text())
-    # of an earlier, complete run whose tokens.json is gone
-    samples = list(read_shard(token_shard))
-    found = {"num_samples": len(samples), "crc32": content_crc32(samples)}
-    return found | {"skipped": {}, "first": {}}
+    counts = json.loads(path.read_text()) if path.is_file() else {}
+    # of a complete run whose tokens.json is gone, or of an earlier version
+    if "crc32" not in counts:
+        samples = list(read_shard(token_shard))
+        counts |= {"num_samples": len(samples), "crc32": content_crc32(samples)}
+    return {"skipped": {}, "first": {}, "vocabulary": None} | counts
 
 
 def content_crc32(samples: Iterable[dict]) -> int:
@@ -441,15 +443,11 @@ def content_crc32(samples: Iterable[dict]) -> int:
     return value
 
 
-def describe_captions(config: TokensStage, outputs: list[Path]) -> None:
-    """Write the words of the captions, where every epoch has the same captions."""
-    files = [count_file(path) for path in outputs]
-    if config.data.has_several_captions() or not all(file.is_file() for file in files):
-        return
-    parts = [json.loads(file.read_text()).get("vocabulary") for file in files]
-    if all(parts):
-        words = join_vocabularies([Vocabulary(**part) for part in parts])
-        save_vocabulary(words, outputs[0].parent)
+def words_of(config: TokensStage, samples: list[dict]) -> dict | None:
+    """The vocabulary of a shard's captions; None where an epoch may have others."""
+    if config.data.has_several_captions():
+        return None
+    return asdict(measure_vocabulary(sample["txt"].decode() for sample in samples))
 
 
 def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:

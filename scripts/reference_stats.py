@@ -22,7 +22,7 @@ sys.path.insert(
 )  # run as a file, Python looks into scripts/ only
 
 from data.files import check_writable, user_path
-from eval.feature_nets import ABSENT, INCEPTION, InceptionFeatures
+from eval.feature_nets import INCEPTION, InceptionFeatures, explain_absence
 from eval.features import FeatureSet, check_features, frechet_distance, measure_reference
 from eval.images import CLEAN_SIZE, RULES, ImageSet, Reading, list_images
 from eval.programs import (
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, file: FeatureSet | None, reading: Reading)
     with reading.state.local_main_process_first():
         weights = INCEPTION.find(args.inception_weights, args.download)
     if weights is None:
-        raise ValueError(ABSENT["inception"])
+        raise ValueError(explain_absence(INCEPTION))
     net = InceptionFeatures(weights).to(reading.state.device)
     if file:
         check_features(args.file, file, net, images)
