@@ -136,11 +136,11 @@ def find_job(variables: Mapping[str, str], num_gpus: int, num_cores: int) -> Job
 def launcher_defaults(variables: Mapping[str, str]) -> dict[str, str]:
     """Our variables from those of Slurm, or of torchrun."""
     if "SLURM_NNODES" in variables:
-        names = {"SLURM_NNODES": "NUM_MACHINES", "SLURM_NODEID": "MACHINE_RANK"}
-    else:
-        names = {"MASTER_ADDR": "MAIN_PROCESS_IP", "MASTER_PORT": "MAIN_PROCESS_PORT"}
+        rank = variables.get("SLURM_NODEID", "0")
+        return {"NUM_MACHINES": variables["SLURM_NNODES"], "MACHINE_RANK": rank}
+    names = {"MASTER_ADDR": "MAIN_PROCESS_IP", "MASTER_PORT": "MAIN_PROCESS_PORT"}
     found = {ours: variables[name] for name, ours in names.items() if name in variables}
-    if "SLURM_NNODES" not in variables and {"WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= variables.keys():
+    if {"WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= variables.keys():
         num_processes = read_number(variables, "WORLD_SIZE", default=1, least=1)
         per_machine = read_number(variables, "LOCAL_WORLD_SIZE", default=1, least=1)
         found["NUM_PROCESSES"] = str(num_processes)
