@@ -103,8 +103,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is of another set of trainable weights ({error}): optimizer.name and what "
-            "freezes or adds parts (flow.projector, losses.alignment_weight 0 or not) can't change in "
-            "a started run"
+            "freezes or adds parts (flow.projector, losses.alignment_weight 0 or not) can't change "
+            "in a started run"
         ) from error
 
     # torch compares the number of weights only: moments of another shape would fail in a step.
