@@ -17,8 +17,8 @@ from scripts.workload.fake import measure_step
 from scripts.workload.sizes import read_stage
 from training.stage import TrainedStage
 
-# Those of fine-tuning and of 512 px have the networks of the round before.
-ROUNDS_BEFORE = ("report", "flowtok_finetune", "flowtok_512", "tokens_finetune")
+# No network; those of fine-tuning and of 512 px have the networks of the round before.
+ROUNDS_BEFORE = ("scenes", "report", "flowtok_finetune", "flowtok_512", "tokens_finetune")
 PLANNED = [file for file in FILES if Path(file).stem not in ROUNDS_BEFORE]
 COMMAND = re.compile(r"^# ((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:bash|accelerate launch|python) .*)$")
 NUM_GPUS = 8

@@ -54,8 +54,8 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     """
     file = Path(file)
     config = load_stage(file, overrides)
-    if config.stage == "report":
-        raise ValueError(f"{file}: stage report only reads runs")
+    if config.stage in ("scenes", "report"):
+        raise ValueError(f"{file}: stage {config.stage} trains no network")
     if config.stage == "text_encoder":
         return Stage(config, None, ImageTokenizerConfig())
 
