@@ -1,7 +1,7 @@
 """One evaluation of generated images: a folder of images, of their features, and evaluation.json.
 
-The program eval/generation.py and the trainer of stage 3 (eval/during_training.py) both run it. All
-processes take part; only the main one writes the report.
+eval/generation.py runs it, as a program and while stage 3 trains. All processes take part; only the
+main one writes the report.
 
 Image i is a function of (seed, i): the networks always see the same `group_size` consecutive images
 together, so that neither the batch size nor the number of processes changes a bit on the CPU (with
@@ -30,13 +30,12 @@ from data.entries import Entry, load_json
 from data.files import write_bytes, write_json
 from eval.feature_nets import Networks
 from eval.features import BatchFn, FeatureSet, extract_features
-from eval.gallery import write_gallery
 from eval.images import ImageSet, Reading, iterate_images
 from eval.programs import describe_environment
 from eval.protocol import Caption, Protocol, captions_hash
 from eval.scores import Measured, compute_scores
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.pictures import caption_grid, encode_png, save_png
+from training.pictures import caption_grid, encode_png, save_png, write_gallery
 
 REPORT = "evaluation.json"
 INPUTS = "inputs.json"
@@ -65,22 +64,25 @@ class EvaluationSetup:
 
 def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) -> dict[str, Any]:
     """Generate and measure images; the report, {} on all processes but the main one."""
+    # The images of all processes are there once their counts are
     state, started = setup.reading.state, time.perf_counter()
     sampling = protocol.sampling(setup.default)
     images = ImageFolder(folder / "images", protocol, setup.captions)
     claim_folder(folder, images, sampling, setup.model, state)
-    work = generate_images(setup.generator, images, sampling, state)
-    # After this, the images of all processes are there
-    work = gather_object([work])
+    work = gather_object([generate_images(setup.generator, images, sampling, state)])
+
+    # The numbers
     features = measure_features(setup, images, folder / "features")
     cosines = measure_cosines(setup, images, folder / "features")
     if not state.is_main_process:
         return {}
-
     each_caption = [images.caption(number) for number in range(len(images))]
     measured = Measured(protocol, each_caption, setup.networks, setup.reference, features, cosines)
     metrics, missing = compute_scores(measured)
-    made, seconds = sum(count for count, _ in work), max(duration for _, duration in work)
+
+    # The report, with all that the numbers depend on
+    made = sum(count for count, _ in work)
+    seconds = max(duration for _, duration in work)
     report = {
         "metrics": metrics,
         "missing": missing,

@@ -52,12 +52,14 @@ INCEPTION = PublishedWeights(
     DOWNLOAD,
 )
 VGG16 = PublishedWeights("VGG16", VGG16_URL, "--vgg-weights", DOWNLOAD)
-DINO_ABSENT = (
-    "DINOv2's weights are absent: fetch "
-    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth "
-    "(or timm/vit_large_patch14_dinov2.lvd142m, model.safetensors) and name it with "
-    "--dinov2-weights"
+DINOV2 = PublishedWeights(
+    "DINOv2",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "--dinov2-weights",
+    DOWNLOAD,
 )
+# By the protocol's `features`: where the weights come from; the tokenizer's are the run's own
+PUBLISHED = {"inception": INCEPTION, "dinov2": DINOV2}
 
 
 @contextmanager
@@ -222,19 +224,11 @@ class Networks:
 
 @dataclass
 class WeightsFiles:
-    """Where the weights are."""
+    """Where the weights are: paths; without one torch's cache."""
 
-    inception: str | None  # path; without one: torch's cache
-    dinov2: str | None  # path; without one there are none
+    inception: str | None = None
+    dinov2: str | None = None
     download: bool = False  # absent weights into torch's and the hub's cache
-
-    def find(self, features: str) -> Path | None:
-        """The file for a protocol's features, None if absent; ValueError: no file at a path."""
-        if features == "inception":
-            return INCEPTION.find(self.inception, self.download)
-        if self.dinov2 and not Path(self.dinov2).is_file():
-            raise ValueError(f"--dinov2-weights: no file {self.dinov2}")
-        return Path(self.dinov2) if self.dinov2 else None
 
 
 def explain_absence(weights: PublishedWeights) -> str:
@@ -254,8 +248,8 @@ def load_networks(
     needs_features = bool({*protocol.metrics} - {"clip_score"})
     # One process a machine downloads, the others find the files
     with state.local_main_process_first():
-        if needs_features and kind != "tokenizer":
-            file = files.find(kind)
+        if needs_features and kind in PUBLISHED:
+            file = PUBLISHED[kind].find(getattr(files, kind), files.download)
         if "clip_score" in protocol.metrics:
             try:
                 found.clip = ClipScorer(clip_of(protocol, generator), state.device, files.download)
@@ -266,8 +260,7 @@ def load_networks(
     if needs_features and kind == "tokenizer":
         found.features = TokenizerFeatures(generator.tokenizer)
     elif needs_features and file is None:
-        is_inception = kind == "inception"
-        found.absent["features"] = explain_absence(INCEPTION) if is_inception else DINO_ABSENT
+        found.absent["features"] = explain_absence(PUBLISHED[kind])
     elif needs_features:
         found.weights[kind] = describe_file(file)
         net = InceptionFeatures(file) if kind == "inception" else DinoFeatures(file)

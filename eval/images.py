@@ -1,4 +1,4 @@
-"""Images to measure on: folders and tar shards -> batches, every image once over all processes.
+"""Images to measure or to caption: files, folders, tar shards -> batches of all processes.
 
 The data is listed before anything is read: an image's number depends only on the data, and a broken
 shard stops an evaluation before it starts. Process r of P reads the images r, r + P, ...: none
@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.captions import captions_of
-from data.entries import Entry, read_parts
+from data.entries import Entry, clean_key, read_parts
 from data.images import image_bytes
 from data.samples import BadSample
 from data.sources import folder_entries, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 from data.workers import share_batch, start_worker
+from modeling.pipeline import Captioner, SamplingConfig
+from training.pictures import caption_grid
 from training.run import TIMEOUT_MINUTES
 from training.supervise import Watchdog, watched
 
@@ -34,7 +37,11 @@ RULES = {
 }
 CLEAN_SIZE = 299  # pixels, Inception's own
 WHITE = (255, 255, 255)
+SHARD_ENDINGS = (".tar", ".tar.gz")
+SHEET_COLUMNS = 6
 SILENCE = f"no batch of images for {TIMEOUT_MINUTES:g} minutes"
+
+# What there is
 
 
 def list_images(data: Sequence[str]) -> list[Entry]:
@@ -56,6 +63,30 @@ def list_images(data: Sequence[str]) -> list[Entry]:
     return entries
 
 
+def list_pictures(names: Sequence[str]) -> list[Entry]:
+    """Image files, images of folders (with sub-folders) and of shards, in the order given."""
+    entries = []
+    for name in names:
+        if os.path.isdir(name) or name.endswith(SHARD_ENDINGS):
+            entries += list_images([name])
+        elif os.path.isfile(name):
+            entries.append(Entry(clean_key(name), name, captions=[]))
+        else:
+            raise ValueError(f"{name} does not exist; expected an image, a folder or a tar shard")
+    return entries
+
+
+def choose_images(names: Sequence[str], number: int) -> list[Entry]:
+    """`number` evenly spaced images of folders and shards, or all if there are fewer."""
+    entries = list_images(names)
+    return [entries[index] for index in spread_evenly(len(entries), number)]
+
+
+def spread_evenly(available: int, wanted: int) -> list[int]:
+    """`wanted` evenly spaced indices of so many, both ends included, or all if there are fewer."""
+    return np.linspace(0, available - 1, min(wanted, available)).round().astype(int).tolist()
+
+
 def image_name(entry: Entry) -> str:
     """What messages call an image: its file, or its shard and its key there."""
     return entry.path if entry.span is None else f"{entry.path}: {entry.key}"
@@ -74,6 +105,9 @@ def entry_captions(entry: Entry, keys: Sequence[str], option: str) -> list[str]:
         tried = ", ".join(keys)
         raise ValueError(f"{image_name(entry)} has no caption under {tried} ({option})")
     return captions
+
+
+# Reading
 
 
 @dataclass(frozen=True)
@@ -176,3 +210,52 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "skipped": [(sample["name"], sample["reason"]) for sample in samples if "reason" in sample],
     }
     return share_batch(batch)
+
+
+# Captioning
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Images of a batch that could be read, and what could not."""
+
+    index: list[int]  # of the entries
+    images: Tensor  # B x 3 x R x R in [0, 1]
+    captions: list[str]
+    skipped: list[tuple[str, str]]  # (name, reason)
+
+
+def caption_images(
+    captioner: Captioner, entries: Sequence[Entry], sampling: SamplingConfig, batch_size: int
+) -> Iterator[Captioned]:
+    """Captions batch by batch, in order; unreadable images of folders and shards are left out.
+
+    Raises:
+        ValueError: an image that was named itself cannot be read.
+    """
+    images = ImageSet(entries, captioner.tokenizer.config.image_size)
+    # An image that was named itself comes with its captions known: none
+    named = {entry.path for entry in entries if entry.captions == []}
+    for batch in iterate_images(images, batch_size):
+        for name, reason in batch["skipped"]:
+            if name in named:
+                raise ValueError(f"{name} cannot be captioned: {reason}")
+        pixels = batch["image"].float() / 255
+        captions = captioner.captions(pixels, sampling) if len(pixels) else []
+        yield Captioned(batch["index"], pixels, captions, batch["skipped"])
+
+
+def caption_sheet(
+    captioner: Captioner, entries: Sequence[Entry], sampling: SamplingConfig
+) -> Image.Image:
+    """Contact sheet of a few images with their captions; unreadable ones are left out."""
+    [batch] = caption_images(captioner, entries, sampling, len(entries))
+    return sheet_of([batch.images], batch.captions)
+
+
+def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
+    """Contact sheet of batches of images, B x 3 x R x R in [0, 1] each, and all their captions."""
+    if not captions:
+        raise ValueError("no image could be read")
+    pixels = torch.cat([batch for batch in images if len(batch)])
+    return caption_grid(pixels, [*captions], min(SHEET_COLUMNS, len(captions)))

@@ -1,7 +1,8 @@
-"""What the evaluation programs share: options, start, environment, the printed summary."""
+"""What evaluations share: options, start, a place beside training, environment, what is printed."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -81,6 +82,19 @@ def start_processes(device: str) -> PartialState:
         raise ValueError("--device cuda: torch sees no GPU")
     torch.backends.cudnn.allow_tf32 = False  # it rounds convolutions to 10 bits
     return PartialState(cpu=device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without touching training's random numbers, and without its lossy speed settings."""
+    convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.random.fork_rng(devices=[]), convolutions:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
 
 
 def describe_environment(state: PartialState) -> dict[str, Any]:
