@@ -1,7 +1,7 @@
 """What evaluations share: options, start, a place beside training, environment, what is printed."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
@@ -97,11 +97,11 @@ def undisturbed() -> Iterator[None]:
         torch.set_float32_matmul_precision(products)
 
 
-def describe_environment(state: PartialState) -> dict[str, Any]:
-    """Versions, device and number of processes, on which a number can depend."""
+def describe_environment(state: PartialState, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Versions (None: not installed), device and processes, on which a number can depend."""
     device = state.device
     return {
-        "versions": {name: package_version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in [*PACKAGES, *packages]},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "num_processes": state.num_processes,
     }

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.files import write_json
+from eval.images import spread_evenly
 from eval.report import (
     SEED,
     ReportStage,
-    choose_evenly,
     default_device,
     encode,
     encode_texts,
@@ -45,7 +45,7 @@ def main(config: ReportStage) -> None:
     """Measure, print, write."""
     parts, sampling = load_pipeline(config.experiment_dir, default_device())
     train = read_all(config, parts, config.train_shards)
-    chosen = choose_evenly(len(train["caption"]), config.num_train_captions)
+    chosen = spread_evenly(len(train["caption"]), config.num_train_captions)
     heldout = read_all(config, parts, config.heldout_shards)
     report = {}
     for name, samples in (("train", take(train, chosen)), ("heldout", heldout)):
