@@ -64,14 +64,14 @@ class EvaluationSetup:
 
 def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) -> dict[str, Any]:
     """Generate and measure images; the report, {} on all processes but the main one."""
-    # The images of all processes are there once their counts are
     state, started = setup.reading.state, time.perf_counter()
     sampling = protocol.sampling(setup.default)
     images = ImageFolder(folder / "images", protocol, setup.captions)
     claim_folder(folder, images, sampling, setup.model, state)
+    # The images of all processes are there once their counts are
     work = gather_object([generate_images(setup.generator, images, sampling, state)])
 
-    # The numbers
+    # The numbers, on the main process
     features = measure_features(setup, images, folder / "features")
     cosines = measure_cosines(setup, images, folder / "features")
     if not state.is_main_process:

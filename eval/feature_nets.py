@@ -26,7 +26,6 @@ import torch
 from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +38,7 @@ from modeling.layers import fingerprint
 from modeling.perceptual import VGG16_URL
 from modeling.pipeline import ImageGenerator
 from modeling.published import PublishedWeights, file_sha256
+from training.checkpoint import load_plain
 
 INCEPTION_WIDTH = 2048  # D
 DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224
@@ -184,18 +184,12 @@ class ClipScorer:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, of a .safetensors or of what torch.save wrote; nothing in it is executed.
+    """Tensors by name of what torch.save wrote; nothing in it is executed.
 
     Raises:
-        ValueError: truncated, no such file, or one that needs more than tensors.
+        ValueError: truncated, no such file, or one that holds more than tensors.
     """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds; torch's text advises to execute the file
-        kind = type(error).__name__
-        raise ValueError(f"{file} is no file of weights, or truncated ({kind})") from error
+    tensors = load_plain(file)
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise ValueError(f"{file} is no file of weights: it does not hold tensors by name")
     return tensors

@@ -36,8 +36,8 @@ def dino_file(tmp_path_factory):
     """Weights of a small DINOv2 at its own 518 px, with positions that differ."""
     state = timm.create_model(SMALL, pretrained=False, num_classes=0).state_dict()
     state["pos_embed"] = torch.randn(state["pos_embed"].shape)
-    file = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_file(state, file)
+    file = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(state, file)
     return file
 
 
@@ -147,12 +147,11 @@ def test_a_file_that_would_execute_code_is_refused_and_executes_nothing(tmp_path
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights at all", pickle.dumps([1, 2], protocol=2)])
-@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-def test_a_file_without_weights_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
+def test_a_file_without_weights_is_refused(tmp_path, content):
+    (tmp_path / "weights.pth").write_bytes(content)
     for net in (InceptionFeatures, DinoFeatures):
-        with pytest.raises(ValueError, match=f"{tmp_path}/{name}"):
-            net(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{tmp_path}/weights.pth"):
+            net(tmp_path / "weights.pth")
 
 
 def test_truncated_and_another_nets_files_are_refused(
@@ -160,7 +159,7 @@ def test_truncated_and_another_nets_files_are_refused(
 ):
     monkeypatch.setattr(feature_nets, "DINO_MODEL", SMALL)
     for net, right in ((InceptionFeatures, inception_file), (DinoFeatures, dino_file)):
-        cut = tmp_path / f"cut{right.suffix}"
+        cut = tmp_path / "cut.pth"
         cut.write_bytes(right.read_bytes()[:-5000])
         for file in (cut, vgg_file):
             with pytest.raises(ValueError, match=str(file)):
