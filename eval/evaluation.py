@@ -219,13 +219,16 @@ def measure_features(setup: EvaluationSetup, images: ImageFolder, folder: Path) 
     net, rule = setup.networks.features, images.protocol.resize
     if net is None:
         return None
-    size, device = images.protocol.feature_size(setup.image_size), setup.reading.state.device
+    device = setup.reading.state.device
+    size = images.protocol.feature_size(setup.image_size)
     # The name says all that the numbers depend on
     parts = [str(part)[:12] for part in (*net.identity.values(), rule, f"{size}px")]
-    file = folder / f"{'-'.join(parts)}.npy"
-    resized = ImageSet(images.entries(), size, rule=rule)
     return measure_once(
-        file, resized, lambda batch: net(batch["image"].to(device)), net.width, setup.reading
+        folder / f"{'-'.join(parts)}.npy",
+        ImageSet(images.entries(), size, rule=rule),
+        lambda batch: net(batch["image"].to(device)),
+        net.width,
+        setup.reading,
     )
 
 
@@ -235,13 +238,14 @@ def measure_cosines(setup: EvaluationSetup, images: ImageFolder, folder: Path) -
     if clip is None:
         return None
 
-    def extract(batch: dict[str, Any]) -> Tensor:
+    def cosines(batch: dict[str, Any]) -> Tensor:
         captions = [images.caption(number).text for number in batch["index"]]
         return clip.cosines(batch["image"], captions)
 
     file = folder / f"clip-{clip.description['weights_fingerprint']}.npy"
-    entire = ImageSet(images.entries(), setup.image_size)
-    return measure_once(file, entire, extract, 1, setup.reading)
+    return measure_once(
+        file, ImageSet(images.entries(), setup.image_size), cosines, 1, setup.reading
+    )
 
 
 def measure_once(

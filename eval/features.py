@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from data.files import write_bytes
@@ -66,9 +66,8 @@ class FeatureStatistics:
     def over_processes(self) -> "FeatureStatistics":
         """The sums of all processes, in a new object. Every process must call it."""
         total = FeatureStatistics(0, self.sum.device)
-        total.count = sum_over_processes(self.count)
-        total.sum = sum_over_processes(self.sum)
-        total.outer = sum_over_processes(self.outer)
+        own = (self.count, self.sum, self.outer)
+        total.count, total.sum, total.outer = reduce(own, reduction="sum")
         return total
 
     def gaussian(self) -> Gaussian:
@@ -79,14 +78,6 @@ class FeatureStatistics:
         mean = self.sum / count
         covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
         return Gaussian(mean.cpu(), covariance.cpu(), count)
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """A new tensor with the sum of all processes' values."""
-    values = values.clone()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values
 
 
 def fit_gaussian(features: Tensor) -> Gaussian:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures, explain_absence
-from eval.features import FeatureStatistics, frechet_distance, sum_over_processes
+from eval.features import FeatureStatistics, frechet_distance
 from eval.images import RULES, ImageSet, Reading, iterate_images, list_images
 from eval.programs import (
     add_reading_options,
@@ -55,6 +55,7 @@ from training.errors import exit_on_error
 from training.loading import find_text_encoder, load_newest, load_tokenizer, read_section
 from training.pictures import caption_grid, pair_rows, save_png
 
+WEIGHTS = {"lpips": VGG16, "rfid": INCEPTION}  # of the metrics that need a network
 PICTURE_PAIRS = 16
 BATCH_SIZE, NUM_WORKERS = 32, 2  # images at a time and process, reading processes of each
 
@@ -97,11 +98,9 @@ def main(args: argparse.Namespace) -> None:
     )
     model = describe_model(run, checkpoint, reconstruct)
     # One process a machine downloads, the others find the files
+    paths = {"lpips": args.vgg_weights, "rfid": args.inception_weights}
     with state.local_main_process_first():
-        files = {
-            "lpips": VGG16.find(args.vgg_weights, args.download),
-            "rfid": INCEPTION.find(args.inception_weights, args.download),
-        }
+        files = {name: WEIGHTS[name].find(path, args.download) for name, path in paths.items()}
     lpips = LPIPS(files["lpips"]).to(state.device) if files["lpips"] else None
     inception = InceptionFeatures(files["rfid"]).to(state.device) if files["rfid"] else None
 
@@ -245,7 +244,7 @@ def measure_reconstructions(
         pairs += [(i, x, y.cpu(), caption) for i, x, y, caption in rows if i < num_pairs]
 
     # Over all processes
-    total = sum_over_processes(sums).tolist()
+    total = reduce(sums, reduction="sum").tolist()
     count, captioned, different, psnr_sum, ssim_sum, lpips_sum = total
     features = [statistics.over_processes() for statistics in features]
     if not count:
@@ -303,9 +302,8 @@ def explain_missing(
         "psnr_db": "all reconstructions are identical to their images",
         "rfid": "it needs at least 2 images",
     }
-    for name, published in (("lpips", VGG16), ("rfid", INCEPTION)):
-        if files[name] is None:
-            reasons[name] = explain_absence(published)
+    absent = [name for name, file in files.items() if file is None]
+    reasons |= {name: explain_absence(WEIGHTS[name]) for name in absent}
     return {name: reasons[name] for name, value in metrics.items() if value is None}
 
 
@@ -317,10 +315,8 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet) -> dict[str, A
         "image_size": images.image_size,
         "crop": RULES["crop"],
         "background": list(images.background),
-        "reconstruction": f"EMA weights, mean of the posterior, {args.precision}",
-        "text_guidance": "each image's caption, else the empty caption",
         "caption_keys": list(images.caption_keys),
-        "rounding": "reconstructions clamped to [0, 1] and rounded to uint8, as originals are",
+        "reconstruction": f"EMA weights, mean of the posterior, {args.precision}, uint8",
         "psnr": "mean over the images that differ from their reconstruction, in RGB",
         "ssim": "11 x 11 Gaussian window, sigma 1.5, data range 1, mirrored borders",
         "lpips": "VGG16, linear heads 0.1",

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,20 +74,32 @@ def evaluate(run: Path, inputs: Path, output: Path, *arguments) -> dict | None:
 
 
 def launch(run: Path, inputs: Path, output: Path, *arguments) -> str:
-    """The program in two processes; what it printed."""
-    return launch_two("--module", "eval.generation", *words_of(run, inputs, output, *arguments))
+    """The program in two processes; what they printed."""
+    return launch_two("-m", "eval.generation", *words_of(run, inputs, output, *arguments))
 
 
 def launch_two(*words) -> str:
-    """A program in two processes on the CPU; what it printed."""
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0"
-    flags += " --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *map(str, words)]
+    """A program in two processes on the CPU, as a launcher starts them; what they printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
     kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    kept |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            env=kept | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    printed = "".join(process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], printed
+    return printed
 
 
 def read(folder: Path) -> dict:

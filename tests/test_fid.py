@@ -1,11 +1,9 @@
-"""eval/features.py: closed forms, scipy and numpy as references, processes, statistics files."""
+"""eval/features.py: closed forms, scipy and numpy as references, statistics files."""
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch.distributed as dist
-from torch.multiprocessing import start_processes
 
 from eval.features import FeatureSet, FeatureStatistics, Gaussian, fit_gaussian, frechet_distance
 
@@ -79,27 +77,6 @@ def test_other_widths_too_few_images_and_features_that_are_not_finite_are_refuse
         statistics(features(9, seed=0), torch.full((1, WIDTH), torch.nan)).gaussian()
     with pytest.raises(ValueError, match=r"\(3,\).*\(4, 4\)"):
         Gaussian(torch.zeros(3).double(), torch.eye(4).double(), 5)
-
-
-def run_one_process(rank, folder):
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    own = statistics(features(7, seed=0)[rank * 3 :][: 3 + rank])  # 3 and 4 of them
-    total, again = own.over_processes(), own.over_processes()
-    torch.save([own.count, again.sum, total.count, total.sum, total.outer], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_sum_up_to_one_and_keep_their_own_sums(tmp_path):
-    start_processes(run_one_process, (str(tmp_path),), nprocs=2, start_method="spawn")
-    whole = statistics(features(7, seed=0))
-    for rank in range(2):
-        own_count, again, count, total, outer = torch.load(tmp_path / f"{rank}.pt")
-        assert (own_count, count) == (3 + rank, 7)
-        assert torch.equal(again, total)  # summing up twice doubles nothing
-        torch.testing.assert_close(total, whole.sum, rtol=1e-12, atol=0)
-        torch.testing.assert_close(outer, whole.outer, rtol=1e-12, atol=0)
 
 
 def test_a_statistics_file_gives_back_what_was_saved(tmp_path):
