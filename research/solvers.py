@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 from torch import Tensor
 
 # Run as a file, Python looks into research/ only.
@@ -22,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.files import check_writable, write_json
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
-from research.plots import save_lines
 from training.errors import exit_on_error
 from training.loading import read_run_config
 from training.pipelines import flow_folder, load_pipeline
@@ -118,10 +118,15 @@ def main(args: argparse.Namespace) -> None:
 
 def draw_chart(rows: list[dict], path: Path) -> None:
     """Error over evaluations, a curve for each solver."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        curves.setdefault(row["sampler"], []).append((row["evaluations"], row["error"]))
-    save_lines(curves, "evaluations", "error", path, y_scale="log")
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(xlabel="evaluations", ylabel="error", yscale="log")
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        points = [row for row in rows if row["sampler"] == name]
+        evaluations, errors = ([row[key] for row in points] for key in ("evaluations", "error"))
+        axes.plot(evaluations, errors, "o-", label=name)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
