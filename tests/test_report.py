@@ -17,7 +17,6 @@ from eval.report import (
     ReportStage,
     build_pool,
     compare,
-    encode,
     read_all,
 )
 from modeling.layers import Posterior
@@ -72,13 +71,6 @@ def test_a_set_of_its_own_is_an_easier_pool_and_equal_sets_have_no_frechet_dista
     assert found["latent_among_own_set"]["top5"] == 1
     found = compare(images[:2], images[:2], pool["latents"][:2], pool, own)
     assert found["frechet_latent"] == pytest.approx(0, abs=1e-6)
-
-
-def test_images_are_encoded_in_batches_in_order(monkeypatch):
-    monkeypatch.setattr(report, "BATCH_SIZE", 4)
-    seen, images = [], torch.rand(10, 3, 8, 8)
-    assert torch.equal(encode(fake_generator(seen), images), images.flatten(2))
-    assert seen == [4, 4, 2]
 
 
 def test_images_and_captions_are_read_as_the_tokenizer_was_trained_on_them(tmp_path):
