@@ -159,11 +159,13 @@ def claim_folder(
         "sampling": asdict(sampling),
         "model": model,
     }
+    # Written before the first image: an image without it would be of unknown origin
     file = folder / INPUTS
     if not file.is_file():
         if state.is_main_process:
             write_json(inputs, file)
         return
+    # Images of other weights or captions must not be continued
     found = load_json(file.read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged, so the images there are of no use: delete {folder}")
@@ -256,6 +258,7 @@ def measure_once(
     Raises:
         ValueError: naming damaged images, or a damaged file.
     """
+    # One process's look counts: a file may appear between two looks
     state = reading.state
     [is_there] = broadcast_object_list([file.is_file()])
     if not is_there:

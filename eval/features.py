@@ -202,6 +202,7 @@ def measure_reference(
 
     keep: the features of each image, not only their Gaussian.
     """
+    # A covariance of fewer than two images is not defined
     device = reading.state.device
     found = extract_features(
         images, lambda batch: net(batch["image"].to(device)), net.width, reading, keep
@@ -210,6 +211,7 @@ def measure_reference(
     if count < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped[:3])
         raise ValueError(f"reference: {count} readable images, expected at least 2 ({reasons})")
+    # The hash tells whether two references are of the same pixels
     description = {
         **describe_features(net, images),
         "data": [*data],
@@ -256,9 +258,11 @@ def load_reference(
     Raises:
         ValueError: the reference can't serve.
     """
+    # Listing is quick, and finds a wrong name before networks run
     path = protocol.statistics_file
     entries = [] if path else list_images(protocol.reference)
     images = ImageSet(entries, image_size, (), tuple(protocol.background), protocol.resize)
+    # A file was measured once and for all, images are measured now
     if path:
         found = FeatureSet.load(path)
         if net:

@@ -242,6 +242,8 @@ class FlowEvaluation:
         self.text_encoder = text_encoder
         self.sampling = sampling
         self.reading = Reading(config.batch_size, NUM_WORKERS, PartialState())
+
+        # All that can be wrong is found now, not after hours of training
         protocol.sampling(sampling)
         if not protocol.metrics:
             raise ValueError(f"protocol {config.protocol} measures nothing: its metrics are empty")
@@ -258,12 +260,13 @@ class FlowEvaluation:
         """{"eval/fid": ...} on the main process, {} on the others; null metrics are left out."""
         state = self.reading.state
         folder = self.run_dir / "evaluation" / f"step_{step:08d}"
-        # What is there is of a killed process, or of steps that are done again
+        # What is there is of a killed process, or of steps that are done again: of other weights
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         state.wait_for_everyone()
         with undisturbed():
             report = evaluate_images(self._prepare(model, folder.name), self.protocol, folder)
+            # Of each step the numbers and a sheet stay: 30,000 images would fill the disk
             if state.is_main_process:
                 for name in ("images", "features"):
                     shutil.rmtree(folder / name)

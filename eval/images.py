@@ -181,6 +181,7 @@ def iterate_images(
         ChildProcessError: a reading process died.
         ValueError: no room for a batch in shared memory.
     """
+    # A sampler of our own: torch's repeats images so that all processes get equally many
     rank, num_processes = (state.process_index, state.num_processes) if state else (0, 1)
     loader = DataLoader(
         images,
@@ -192,6 +193,7 @@ def iterate_images(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that no number is taken from the global one
     )
+    # A process that waits in vain for another's images must end, too
     with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog:
         for batch in batches:
             yield batch

@@ -90,12 +90,14 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--evaluations must be positive, got {args.evaluations}")
     folder = args.output or args.run / "solvers"
     check_writable(folder / "solvers.json")
+    # All solvers start from the same latents, in float32
     captions = list(read_run_config(flow_folder(args.run)).pictures.captions)
     parts, sampling = load_pipeline(args.run, torch.device(args.device))
     sampling = replace(sampling, precision="fp32")
     text_states = parts.encode_text(captions)
     start = parts.start(text_states, sampling, seed=0, indices=list(range(len(captions))))
     budgets = sorted({*args.evaluations, BASELINE_STEPS})
+    # Guidance bends the flow: each value has its own reference
     report = {}
     for guidance in args.guidance:
         guided = replace(sampling, guidance=guidance)

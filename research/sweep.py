@@ -204,6 +204,7 @@ def run_one(sweep: SweepConfig, variant: str, seed: int, output: Path) -> dict[s
         if path.is_dir() and path.name not in sweep.stages and not link.exists():
             link.symlink_to(path)
 
+    # As a user would type it, with its output in a file
     start = time.monotonic()
     variables = {
         "STAGES": " ".join(sweep.stages),

@@ -44,6 +44,7 @@ JITTER = 1e-6
 
 def main(config: ReportStage) -> None:
     """Measure, print, write; up to a few minutes on a CPU."""
+    # Images as latents, captions as text states
     parts, _ = load_pipeline(Path(config.experiment_dir), torch.device("cpu"))
     sets = [
         read_all(config, parts, shards) for shards in (config.train_shards, config.heldout_shards)
@@ -51,6 +52,7 @@ def main(config: ReportStage) -> None:
     train, heldout = (encode(parts, samples["image"]) for samples in sets)
     captions = [samples["caption"] for samples in sets]
     states = [encode_texts(parts, part) for part in captions]
+    # What a regression may read of a caption
     shuffled = replace(parts, text_encoder=shuffle_weights(parts.text_encoder))
     tokenize = parts.text_encoder.tokenize
     texts = {
@@ -60,6 +62,7 @@ def main(config: ReportStage) -> None:
         "bag of words": bags_of_words(*map(tokenize, captions)),
     }
     rows = list(measure(texts, train, heldout))
+    # The table
     columns = {
         "top1": "top-1",
         "top5": "top-5",

@@ -97,12 +97,14 @@ def check_tokens(folder: Path) -> tuple[str, list[str]]:
 
 def check_run(run: Path) -> tuple[str, list[str]]:
     """The same of a run folder."""
+    # Every file of every checkpoint, by its checksum
     config = read_saved(run / CONFIG_FILE)
     folders = ckpt.checkpoint_folders(run)
     damage = {step: ckpt.find_damage(folder, [ckpt.ALL_FILES]) for step, folder in folders.items()}
     problems = [
         f"checkpoint {step} is damaged: {reason}" for step, reason in damage.items() if reason
     ]
+    # Resuming takes the newest whole one
     whole = [step for step, reason in damage.items() if not reason]
     newest = max(whole, default=0)
     if whole:
@@ -117,11 +119,13 @@ def check_run(run: Path) -> tuple[str, list[str]]:
 
 def check_finite(folder: Path) -> list[str]:
     """Weights and moments of a checkpoint that are no numbers, and files that hold none."""
+    # Weights and their EMA
     problems = []
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
             if not is_finite(tensor):
                 problems.append(f"{folder.name}/{path.name}: {name} is not finite")
+    # The optimisers' moments; mapped, since they are twice as large as the weights
     for path in sorted(folder.glob(f"*{ckpt.OPTIMIZER_FILE}")):
         try:
             moments = [
@@ -135,6 +139,7 @@ def check_finite(folder: Path) -> list[str]:
             continue
         for index, name in bad:
             problems.append(f"{folder.name}/{path.name}: {name} of weight {index} is not finite")
+    # Where each process was in its data: without it a resumed run would repeat samples
     for path in sorted(folder.glob("rank_*.pt")):
         saved = ckpt.load_plain(path)
         if not isinstance(saved, dict) or not {"loader", "metrics"} <= saved.keys():
