@@ -77,7 +77,8 @@ def main(config: ReportStage) -> None:
     """Measure and write; deterministic, a few minutes on a CPU."""
     experiment = Path(config.experiment_dir)
     path = experiment / "report.json"
-    parts, sampling = load_pipeline(experiment, default_device())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts, sampling = load_pipeline(experiment, device)
     inputs = {
         "config": asdict(config),
         "sampling": asdict(sampling),
@@ -220,11 +221,6 @@ def shrink(images: Tensor) -> Tensor:
 
 
 # The networks, a batch at a time
-
-
-def default_device() -> torch.device:
-    """A GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()

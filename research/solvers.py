@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 from torch import Tensor
 
 # Run as a file, Python looks into research/ only.
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.files import check_writable, write_json
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
+from research.plots import save_lines
 from training.errors import exit_on_error
 from training.loading import read_run_config
 from training.pipelines import flow_folder, load_pipeline
@@ -90,14 +90,12 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--evaluations must be positive, got {args.evaluations}")
     folder = args.output or args.run / "solvers"
     check_writable(folder / "solvers.json")
-    # All solvers start from the same latents, in float32
     captions = list(read_run_config(flow_folder(args.run)).pictures.captions)
     parts, sampling = load_pipeline(args.run, torch.device(args.device))
     sampling = replace(sampling, precision="fp32")
     text_states = parts.encode_text(captions)
     start = parts.start(text_states, sampling, seed=0, indices=list(range(len(captions))))
     budgets = sorted({*args.evaluations, BASELINE_STEPS})
-    # Guidance bends the flow: each value has its own reference
     report = {}
     for guidance in args.guidance:
         guided = replace(sampling, guidance=guidance)
@@ -120,15 +118,10 @@ def main(args: argparse.Namespace) -> None:
 
 def draw_chart(rows: list[dict], path: Path) -> None:
     """Error over evaluations, a curve for each solver."""
-    figure = Figure(layout="constrained")
-    axes = figure.add_subplot(xlabel="evaluations", ylabel="error", yscale="log")
-    for name in dict.fromkeys(row["sampler"] for row in rows):
-        points = [row for row in rows if row["sampler"] == name]
-        evaluations, errors = ([row[key] for row in points] for key in ("evaluations", "error"))
-        axes.plot(evaluations, errors, "o-", label=name)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        curves.setdefault(row["sampler"], []).append((row["evaluations"], row["error"]))
+    save_lines(curves, "evaluations", "error", path, y_scale="log")
 
 
 if __name__ == "__main__":

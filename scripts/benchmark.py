@@ -47,14 +47,9 @@ from data.tar import write_shard
 from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator
-from scripts.workload import (
-    Stage,
-    build_tower,
-    build_workload,
-    make_batch,
-    print_figures,
-    read_stage,
-)
+from scripts.workload import print_figures
+from scripts.workload.sizes import Stage, build_tower, read_stage
+from scripts.workload.steps import build_workload, make_batch
 from training.errors import exit_on_error
 from training.optim import EMA
 from training.run import Run, start_run

@@ -23,8 +23,9 @@ from typing import Any
 # Run as a file, Python looks for modules in scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.fake_step import Cost, measure_step, tower_flops
-from scripts.workload import Stage, print_figures, read_stage
+from scripts.workload import print_figures
+from scripts.workload.fake import Cost, measure_step, tower_flops
+from scripts.workload.sizes import Stage, read_stage
 from training.errors import exit_on_error
 
 DAY = 86400  # seconds

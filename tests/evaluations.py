@@ -1,22 +1,18 @@
 """Evaluations as tests run them: captions and a protocol on disk, the program, what it wrote."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import yaml
+from forks import start_ranks
 from tiny_experiment import reset_accelerate
 
 from eval import generation
 from eval.feature_nets import FeatureNet
 from training.checkpoint import STATE_FILE, checkpoint_folders
 
-ROOT = Path(__file__).parents[1]
 CAPTIONS = 12
 LIGHT = ("features=tokenizer", "metrics=[frechet]")  # takes no time
 CPU = ("--device", "cpu", "--num-workers", 0)
@@ -75,30 +71,16 @@ def evaluate(run: Path, inputs: Path, output: Path, *arguments) -> dict | None:
 
 def launch(run: Path, inputs: Path, output: Path, *arguments) -> str:
     """The program in two processes; what they printed."""
-    return launch_two("-m", "eval.generation", *words_of(run, inputs, output, *arguments))
+    words = words_of(run, inputs, output, *arguments)
+    return launch_two(output.with_name("log"), "eval.generation", *words)
 
 
-def launch_two(*words) -> str:
-    """A program in two processes on the CPU, as a launcher starts them; what they printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
-    kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    kept |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=ROOT,
-            env=kept | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    printed = "".join(process.communicate()[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], printed
+def launch_two(log: Path, script: str, *words) -> str:
+    """A script, or a module, in two processes on the CPU; what they printed."""
+    ranks = start_ranks(log, 2, script, *map(str, words))
+    statuses = [rank.wait() for rank in ranks]
+    printed = "".join(rank.output for rank in ranks)
+    assert statuses == [0, 0], printed
     return printed
 
 

@@ -6,8 +6,8 @@ import yaml
 from tiny_experiment import Experiment, reset_accelerate
 
 from scripts import benchmark
-from scripts.fake_step import measure_step
-from scripts.workload import read_stage
+from scripts.workload.fake import measure_step
+from scripts.workload.sizes import read_stage
 
 WAYS = {
     "train": {"train"},

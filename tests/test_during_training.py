@@ -148,7 +148,8 @@ def test_a_stopped_and_resumed_run_neither_lacks_nor_repeats_an_evaluation(
 
 def test_two_processes_take_part(chain, inputs, tmp_path):
     overrides = [*chain.inputs("flowtok"), f"experiment_dir={tmp_path}", *options(inputs, every=4)]
-    launch_two("train_flowtok.py", "--config", chain.config_file("flowtok"), *overrides)
+    words = ["--config", chain.config_file("flowtok"), *overrides]
+    launch_two(tmp_path / "log", "train_flowtok.py", *words)
     run = tmp_path / "flowtok"
     assert read(run / "evaluation" / "step_00000004")["num_processes"] == 2
     expected = evaluate(run, inputs, tmp_path / "out", *MEASURES)

@@ -11,10 +11,10 @@ from tiny_experiment import reset_accelerate
 
 from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
-from scripts.fake_step import measure_step
 from scripts.plan import GPUS, RESERVE, batch_sizes
 from scripts.run_experiment.stages import program_of, read_stages
-from scripts.workload import read_stage
+from scripts.workload.fake import measure_step
+from scripts.workload.sizes import read_stage
 from training.stage import TrainedStage
 
 # Those of fine-tuning and of 512 px have the networks of the round before.

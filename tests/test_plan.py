@@ -1,4 +1,4 @@
-"""scripts/plan.py, scripts/fake_step.py: FLOPs against hand counts, memory against real steps."""
+"""scripts/plan.py, scripts/workload/: FLOPs against hand counts, memory against real steps."""
 
 import sys
 from dataclasses import asdict
@@ -15,9 +15,11 @@ from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.text_projector import TextProjectorConfig
 from scripts import plan
-from scripts.fake_step import GIB, CudaLike, Meter, measure_step, num_bytes, tower_flops
 from scripts.plan import make_plan
-from scripts.workload import build_workload, make_batch, read_stage, rounded
+from scripts.workload import rounded
+from scripts.workload.fake import GIB, CudaLike, Meter, measure_step, num_bytes, tower_flops
+from scripts.workload.sizes import read_stage
+from scripts.workload.steps import build_workload, make_batch
 from training.run import CONFIG_FILE, Run
 
 FLOWTOK_B = "configs/flowtok_b/flowtok.yaml"
@@ -148,9 +150,8 @@ def test_the_meter_counts_what_a_linear_layer_makes_and_keeps():
         assert meter.flops == 2 * dense(32, 8, 16)  # forward, and the gradient of the weight
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [("flowtok", "none"), ("flowtok", "selective"), ("tokenizer", "full")]
-)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["flowtok", "tokenizer"])
 def test_the_planned_peak_is_that_of_a_real_step(tiny, name, mode):
     stage = read_stage(tiny.config_file(name), [f"activation_checkpointing={mode}"])
     reset_accelerate()
@@ -215,8 +216,7 @@ def test_the_largest_batch_fits_and_a_larger_does_not(num_gpus, usable_gib):
         assert (measure_step(stage, num_gpus, batch).peak_gib <= usable_gib) is fits
 
 
-def test_bf16_runs_have_twice_the_peak_of_tf32_and_less_to_keep(tiny, monkeypatch):
-    monkeypatch.setattr(plan, "MODES", ("none",))
+def test_bf16_runs_have_twice_the_peak_of_tf32_and_less_to_keep(tiny):
     bf16, fp32 = (
         make_plan(tiny.config_file("tokenizer"), [f"training.precision={name}"], num_gpus=1)
         for name in ("bf16", "fp32")
@@ -227,15 +227,14 @@ def test_bf16_runs_have_twice_the_peak_of_tf32_and_less_to_keep(tiny, monkeypatc
 
 
 def test_steps_before_the_discriminator_cost_less(tiny):
-    def flops(game):
-        stage = read_stage(tiny.config_file("tokenizer"), [f"adversarial={game}"])
-        cost = measure_step(stage, 1, 8)
-        return cost.weights, plan.mean_flops(stage, cost, 1, 8)
-
-    games = ("{weight: 0}", "{weight: 0.1, start_step: 2}", "{weight: 0.1, start_step: 0}")
-    never, half, always = map(flops, games)
-    assert half[1] == pytest.approx((never[1] + always[1]) / 2)
-    assert half[0].keys() - never[0].keys() == {"discriminator_network"}
+    never, half, always = (
+        make_plan(tiny.config_file("tokenizer"), [f"adversarial={game}"], num_gpus=1)
+        for game in ("{weight: 0}", "{weight: 0.1, start_step: 2}", "{weight: 0.1, start_step: 0}")
+    )
+    days = [found["time"]["days"] for found in (never, half, always)]
+    assert days[1] == pytest.approx((days[0] + days[2]) / 2)
+    discriminator = half["weights"].keys() - never["weights"].keys()
+    assert discriminator == {"discriminator_network"}
 
 
 def test_perceptual_networks_have_the_sizes_of_the_published():

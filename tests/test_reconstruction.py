@@ -112,7 +112,8 @@ def test_the_numbers_are_those_of_independent_computations(whole, pairs, vgg_fil
 def test_two_processes_get_the_numbers_of_one(run, tiny_shards, whole, weights, tmp_path):
     words = [run, tiny_shards / "*.tar", "--limit", LIMIT, "--batch-size", 3, *weights]
     words += ["--output", tmp_path / "report.json", "--num-workers", 1, "--device", "cpu"]
-    output = launch_two("-m", "eval.reconstruction", *words, "--save-images", tmp_path)
+    words += ["--save-images", tmp_path]
+    output = launch_two(tmp_path / "log", "eval.reconstruction", *words)
     assert output.count(f"report.json: {LIMIT} images") == 1  # one process talks
     found, expected = read(tmp_path), read(whole)
     assert (found["num_processes"], found["num_images"]) == (2, LIMIT)

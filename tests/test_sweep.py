@@ -78,8 +78,9 @@ def test_a_grid_becomes_a_table_though_a_run_fails_and_the_same_command_trains_n
     base, broken = (output / "table.md").read_text().splitlines()[2:4]
     assert base.startswith(f"| base | {sum(losses) / 2:.4g} +- ") and base.endswith("| 2 |")
     assert broken == "| broken |  | 0 |"
-    assert "[4/4] broken, seed 1: exit status 2" in capsys.readouterr().out
-    assert "/nowhere/*.tar" in (output / "broken" / "1" / "log").read_text()
+    assert (output / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    text = capsys.readouterr().out
+    assert "[4/4] broken, seed 1: exit status 2" in text and "/nowhere/*.tar" in text
 
     # The same command reads what is there; another one does not continue it.
     trained = (linked / "log").stat().st_mtime
@@ -108,10 +109,13 @@ def test_equal_work_gives_a_larger_network_fewer_steps(lab, chain):
     ("changes", "message"),
     [
         ({"variants": {}}, "variants is empty"),
+        ({"metrics": {}}, "metrics is empty"),
         ({"variant": {}}, "variant"),
+        ({"seeds": "many"}, "seeds"),
         ({"variants": {"../up": []}}, r"variants: '\.\./up'"),
         ({"start_from": "/nowhere"}, "start_from=/nowhere"),
         ({"variants": {"a": ["text_projector.optimizer.lr=1"]}}, r"optimizer\.lr"),
+        ({"experiment": "none"}, "'none'"),
         ({"gflop": {"text_projector": 1e-9}}, "less than one step of variant base"),
         ({"gflop": {"flowtok": 1.0}}, r"gflop has \['flowtok'\]"),
     ],

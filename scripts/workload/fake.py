@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_text_decoder
 from modeling import losses
 from scripts import train_text_encoder
-from scripts.workload import Stage, Workload, build_tower, build_workload, make_batch
+from scripts.workload.sizes import Stage, build_tower
+from scripts.workload.steps import Workload, build_workload, make_batch
 from training.run import Run
 
 GIB = 2**30  # bytes
