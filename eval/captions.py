@@ -157,6 +157,7 @@ def list_references(
 
 def encode(captioner: Captioner, entries: Sequence[Entry], args: argparse.Namespace) -> Tensor:
     """Starts of the flow of all images, N x K x C on the CPU; ValueError if one is unreadable."""
+    # Encoded once for all points of the sweep: the tokenizer is most of the work
     images = ImageSet(entries, captioner.tokenizer.config.image_size)
     starts = []
     for batch in iterate_images(images, args.batch_size, args.num_workers):
@@ -170,6 +171,7 @@ def exact_match(
     captioner: Captioner, captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> float:
     """Percent of captions that are one of their references, as the tokenizer spells and cuts it."""
+    # References go through the tokenizer, as what the decoder writes has: lower case, cut
     tokenize, hits = captioner.tokenize, 0
     for caption, texts in zip(captions, references, strict=True):
         hits += caption in [join_punctuation(tokenize.decode(ids)) for ids in tokenize([*texts])]
@@ -274,6 +276,7 @@ def ptb_tokens(texts: Sequence[Sequence[str]]) -> Texts:
     Raises:
         ValueError, OSError: it can't run, and why.
     """
+    # Without Java the package's own error would be a FileNotFoundError of "java"
     package_folder(needs_java=True)
     tokenizer = import_module(f"{PACKAGE}.tokenizer.ptbtokenizer").PTBTokenizer()
     # One text a line

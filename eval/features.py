@@ -72,6 +72,7 @@ class FeatureStatistics:
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance; ValueError of fewer than 2 images, or features not finite."""
+        # Sums of squares lose digits where means are large: float64 has enough of them
         count = self.count.item()
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {count}")

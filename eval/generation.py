@@ -152,7 +152,7 @@ def print_report(report: dict[str, Any], path: Path) -> None:
 
 def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
     """sweep.json, sweep.md and sweep.png: a row, a point for each guidance and number of steps."""
-    # Metrics that at least one point has
+    # Metrics that at least one point has: a column without a number says nothing
     names = [
         name
         for name in reports[0]["metrics"]
@@ -275,6 +275,7 @@ class FlowEvaluation:
 
     def _prepare(self, model: FlowModel | None, checkpoint: str) -> EvaluationSetup:
         """The networks, made anew, and what stays the same. Without a model it can't generate."""
+        # Loaded for this evaluation only: in between, the GPU's memory is training's
         device = self.reading.state.device
         generator = ImageGenerator(
             text_encoder=load_text_encoder(self.text_encoder).to(device),

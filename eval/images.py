@@ -55,6 +55,7 @@ def list_images(data: Sequence[str]) -> list[Entry]:
         for entry in folder_entries(name) if os.path.isdir(name) else tar_entries([name]):
             if entry.fault is not None:  # other files of a folder
                 continue
+            # Twice in a reference, an image would count twice in its statistics
             place = (os.path.abspath(entry.path), entry.span)
             if place in seen:
                 raise ValueError(f"{image_name(entry)} is named twice by {' '.join(data)}")
@@ -97,6 +98,7 @@ def entry_captions(entry: Entry, keys: Sequence[str], option: str) -> list[str]:
 
     option: where the keys are set, for the message.
     """
+    # Metrics need a text for every image: here a broken caption is no reason to skip
     try:
         captions = captions_of(read_parts(entry), keys)
     except BadSample as error:
@@ -153,6 +155,7 @@ def clean_resize(image: np.ndarray) -> np.ndarray:
     Parmar et al. 2022: each channel by Pillow in float32, bicubic and antialiased, whatever the
     aspect; clipped to the range, not rounded.
     """
+    # Pillow resizes float32 one channel at a time; bytes it would round on the way
     channels = [Image.fromarray(image[:, :, channel].astype(np.float32)) for channel in range(3)]
     size = (CLEAN_SIZE, CLEAN_SIZE)
     resized = [channel.resize(size, Image.Resampling.BICUBIC) for channel in channels]

@@ -229,6 +229,7 @@ def _from_jsonl(path: Path, lines: Sequence[str]) -> list[Caption]:
 
 def _from_json(path: Path, content: Any) -> list[Caption]:
     """COCO's captions_*.json (every annotation), or MJHQ-30K's meta_data.json."""
+    # Told apart by their form: files are renamed, and both end in .json
     if isinstance(content, dict):
         rows = content.get("annotations")
         if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):

@@ -118,6 +118,7 @@ def kernel_distance(
 
     Returns mean and deviation over subsets.
     """
+    # torch-fidelity would fail with an error about sampling
     refuse_few(generated, real, least=subset_size, key="kid_subset_size")
     metric = fidelity().metric_kid
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "verbose": False}

@@ -105,6 +105,7 @@ def load_package(package: Path) -> list[Emoji]:
     Raises:
         ValueError: another version, or other images than emoji.json lists.
     """
+    # Another version has other pictures, and would silently become another data set
     about = json.loads((package / "package.json").read_text(encoding="utf-8"))
     found = f"{about['name']} {about['version']}"
     if found != PACKAGE:
@@ -175,6 +176,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
     """One gzip-compressed tar without times, owners or host details."""
+    # No time in gzip's header, no owner in tar's: equal inputs give equal bytes
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream,
@@ -205,6 +207,7 @@ def make_manifest(
     plan: dict[str, list[Emoji]], files: dict[str, bytes], images: dict[str, Image.Image]
 ) -> dict:
     """manifest.json: a row for each shard, and totals."""
+    # The hash of a file depends on Pillow and zlib, that of its contents does not
     rows = []
     for file, items in plan.items():
         described = [describe_json(item) for item in items]
