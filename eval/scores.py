@@ -118,8 +118,6 @@ def kernel_distance(
 
     Returns mean and deviation over subsets.
     """
-    # torch-fidelity would fail with an error about sampling
-    refuse_few(generated, real, least=subset_size, key="kid_subset_size")
     metric = fidelity().metric_kid
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "verbose": False}
     found = metric.kid_features_to_metric(generated.double(), real.double(), **options)
@@ -131,6 +129,7 @@ def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
 
     Returns mean and deviation over splits of shuffled rows.
     """
+    # A split without a row would make the mean no number, without a word
     refuse_few(logits, least=splits, key="inception_splits")
     metric = fidelity().metric_isc
     found = metric.isc_features_to_metric(logits.cpu(), splits)
