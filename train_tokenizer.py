@@ -22,8 +22,8 @@ from torch import Tensor
 from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader
 from data.tar import expand_shards
-from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from eval.images import ImageSet, list_images
+from eval.reconstruction import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.discriminator import (
     AdversarialConfig,
