@@ -267,6 +267,8 @@ def clip_of(protocol: Protocol, generator: ImageGenerator) -> ClipConfig:
     if protocol.clip.model != "own":
         return protocol.clip
     tower = generator.text_encoder.tokenize.config
+    if tower.family != "open_clip":
+        raise AbsentWeights(f"clip.model=own: {tower.model} has no image tower, name a CLIP")
     return replace(
         protocol.clip,
         model=tower.model,

@@ -154,6 +154,7 @@ def convert_tokenizer(tensors: dict[str, Tensor]) -> Converted:
     config = ImageTokenizerConfig(
         image_size=grid * patch_size,
         patch_size=patch_size,
+        num_tokens=77,
         encoder=transformer_size(tensors, "encoder.transformer."),
         decoder=transformer_size(tensors, "decoder.transformer."),
     )

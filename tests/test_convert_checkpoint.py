@@ -65,7 +65,8 @@ def tables(name):
     if "pos_embed" in shapes(name):
         _, length, width = shapes(name)["pos_embed"]
         return {"pos_embed": sincos_position_table(length, width)[None]}
-    return rope_tables(ImageTokenizerConfig(image_size=int(name.rpartition("_")[2])))
+    size = int(name.rpartition("_")[2])
+    return rope_tables(ImageTokenizerConfig(image_size=size, num_tokens=77))
 
 
 def weights(name):

@@ -50,6 +50,8 @@ def test_it_loads_and_is_named_after_its_stage(file):
 
 @pytest.mark.parametrize("file", PLANNED)
 def test_its_step_runs_on_shapes_alone_and_fits_8_a100_of_80_gb(file):
+    if "_t5/" in file:
+        pytest.importorskip("transformers", reason="requirements-text.txt is not installed")
     stage = read_stage(ROOT / file)
     config, tokens = stage.config, stage.tokenizer
     _, batch = batch_sizes(stage, NUM_GPUS)
@@ -61,10 +63,8 @@ def test_its_step_runs_on_shapes_alone_and_fits_8_a100_of_80_gb(file):
     if isinstance(config, TrainedStage) and config.stage not in ("text_encoder", "tokenizer"):
         sizes = config.projector
         assert (sizes.text_tokens, sizes.text_width) == (tokens.text_tokens, tokens.text_width)
-        assert (tokens.num_tokens, tokens.token_channels) == (
-            sizes.text_tokens,
-            sizes.token_channels,
-        )
+        latents = (sizes.input_shape[0], sizes.token_channels)
+        assert (tokens.num_tokens, tokens.token_channels) == latents
 
 
 # Commands in the headers

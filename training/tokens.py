@@ -186,11 +186,14 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
 
 
 def projector_sizes(tokenizer: ImageTokenizerConfig) -> dict[str, int]:
-    """The derived sizes of a TextProjectorConfig: text flows into image token by token."""
+    """The derived sizes of a TextProjectorConfig."""
+    # Text flows into image token by token, if it has as many and none of them is padding.
+    is_paired = tokenizer.num_tokens == tokenizer.text_tokens and not tokenizer.text_is_masked
     return {
         "text_tokens": tokenizer.text_tokens,
         "text_width": tokenizer.text_width,
         "token_channels": tokenizer.token_channels,
+        "num_queries": 0 if is_paired else tokenizer.num_tokens,
     }
 
 
