@@ -224,9 +224,8 @@ def is_parquet(name: str) -> bool:
 @contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
     """The bytes of a file, local or remote, to seek in."""
-    with (
-        io.BufferedReader(RemoteFile(path), REMOTE_BUFFER) if is_remote(path) else open(path, "rb")
-    ) as file:
+    # a small buffer: who jumps about in a parquet file asks for as much as it needs
+    with io.BufferedReader(RemoteFile(path)) if is_remote(path) else open(path, "rb") as file:
         yield file
 
 
@@ -317,11 +316,13 @@ def read_rows(file: HubFile, columns: Columns) -> Iterator[dict[str, Any]]:
         find_columns(parquet, *columns, file.path)
         # all columns, but for further images
         others = [f.name for f in parquet.schema_arrow if "binary" not in str(f.type)]
-        names = dict.fromkeys([*columns, *others])
-        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=[*names]):
-            for row in batch.to_pylist():
-                yield {"__key__": f"{folder}/{number:08d}", **row_parts(row, columns)}
-                number += 1
+        names = [*dict.fromkeys([*columns, *others])]
+        for group in range(parquet.num_row_groups):
+            # one by one: a batch over several would hold them all
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names):
+                for row in batch.to_pylist():
+                    yield {"__key__": f"{folder}/{number:08d}", **row_parts(row, columns)}
+                    number += 1
 
 
 def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
