@@ -184,12 +184,12 @@ def file_stamp(path: str) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns] if stat.S_ISREG(status.st_mode) else None
 
 
-def image_extension(path: str | BinaryIO) -> str | None:
+def image_extension(path: str) -> str | None:
     """The extension that an image file's content asks for; None: no image that is read.
 
     Nor are camera raws, of which Pillow would show the preview.
     """
-    if isinstance(path, str) and file_stamp(path) is None:
+    if file_stamp(path) is None:
         return None
     try:
         with Image.open(path, formats=FORMATS) as image:

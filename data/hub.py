@@ -4,45 +4,34 @@ There, images lie in parquet files (a column of bytes, or of bytes and path) or 
 webdataset's layout. What is not a local tar is first copied, file by file, into tars in
 OUTPUT/progress/copies: parquet is read in small batches of rows, its image bytes stay as they are.
 From the copies on, all is as for local tars, so shuffling, held-out samples and filters do not read
-the network again. They are removed once all shards are there.
+the network again. The copies are removed once all shards are there.
 """
 
 import argparse
 import fnmatch
-import io
-import json
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
 from tqdm import tqdm
 
-from data.captions import clean_caption, strings
-from data.entries import Entry, clean_key, digest_of, image_extension
+from data.entries import Entry, clean_key, digest_of
 from data.files import written_whole
 from data.packing import PROGRESS_FOLDER
+from data.parquet import Columns, find_columns, read_rows
 from data.processes import map_in_processes
 from data.sources import CAPTION_KEYS, DEFAULT_KEYS, file_path, is_tar_name, source, tar_entries
-from data.storage import REMOTE_BUFFER, STATE_FIELDS, RemoteFile, is_remote, open_store
-from data.tables import import_pyarrow
+from data.storage import REMOTE_BUFFER, STATE_FIELDS, is_remote, open_file, open_store
 from data.tar import write_shard
 
 COPIES_FOLDER = "copies"
-# by which a column is taken if several are of its type
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
-CAPTION_NAMES = ("text", "caption", "captions", "prompt")
-BYTES = ("binary", "large_binary", "binary_view")
-TEXT = ("string", "large_string", "string_view")
 # words in file names; without any of them, all files are of the split "train"
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
-ROWS_AT_ONCE = 16  # of a parquet file
 NUM_NAMES = 8  # that an error lists
 
 
@@ -54,13 +43,6 @@ class HubFile:
     name: str  # below the data set's root
     size: int  # bytes
     state: str  # another text once it has changed
-
-
-class Columns(NamedTuple):
-    """Of a parquet file; what others it has become metadata."""
-
-    image: str
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -139,8 +121,7 @@ def hub_entries(
     if is_parquet(found[0].name):
         if tuple(caption_keys) != DEFAULT_KEYS:
             raise ValueError(f"caption_keys: {dataset} has parquet files: see --caption-column")
-        with open_parquet(found[0]) as parquet:
-            columns = find_columns(parquet, image_column, caption_column, found[0].path)
+        columns = find_columns(found[0].path, image_column, caption_column)
     elif image_column or caption_column:
         raise ValueError(f"image_column, caption_column: {dataset} has tars: see --caption-keys")
 
@@ -221,14 +202,6 @@ def is_parquet(name: str) -> bool:
     return name.lower().endswith(".parquet")
 
 
-@contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, local or remote, to seek in."""
-    # a small buffer: who jumps about in a parquet file asks for as much as it needs
-    with io.BufferedReader(RemoteFile(path)) if is_remote(path) else open(path, "rb") as file:
-        yield file
-
-
 # ------------------------------------------------------------------------------------------- copies
 
 
@@ -276,10 +249,11 @@ def make_copy(copy: Copy) -> int:
     if not copy.target.exists():
         own = copy.target.with_name(f"{copy.part}-{copy.target.name}")
         if copy.columns is None:
-            with opened(copy.file.path) as tar, written_whole(own) as file:
+            with open_file(copy.file.path) as tar, written_whole(own) as file:
                 shutil.copyfileobj(tar, file, REMOTE_BUFFER)
         else:
-            write_shard(own, read_rows(copy.file, copy.columns))
+            prefix = clean_key(os.path.splitext(copy.file.name)[0])
+            write_shard(own, read_rows(copy.file.path, copy.columns, prefix))
         os.replace(own, copy.target)
     return copy.file.size
 
@@ -287,98 +261,3 @@ def make_copy(copy: Copy) -> int:
 def remove_copies(output: Path) -> None:
     """Free their disk space, once the shards are there."""
     shutil.rmtree(copies_folder(output), ignore_errors=True)
-
-
-# ------------------------------------------------------------------------------------------ parquet
-
-
-@contextmanager
-def open_parquet(file: HubFile) -> Iterator[Any]:
-    """A pyarrow ParquetFile that reads no more than it is asked for.
-
-    Raises:
-        ValueError: it cannot be read, also later while reading.
-    """
-    pyarrow = import_pyarrow(file.path)
-    try:
-        with opened(file.path) as stored:
-            # with a buffer, a column of a row group is read page by page
-            yield pyarrow.parquet.ParquetFile(stored, buffer_size=REMOTE_BUFFER, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file.path} is not a readable parquet file: {error}") from None
-
-
-def read_rows(file: HubFile, columns: Columns) -> Iterator[dict[str, Any]]:
-    """Each row of a parquet file as a sample for write_shard; key: the file's name, its number."""
-    folder = clean_key(os.path.splitext(file.name)[0])
-    number = 0
-    with open_parquet(file) as parquet:
-        find_columns(parquet, *columns, file.path)
-        # all columns, but for further images
-        others = [f.name for f in parquet.schema_arrow if "binary" not in str(f.type)]
-        names = [*dict.fromkeys([*columns, *others])]
-        for group in range(parquet.num_row_groups):
-            # one by one: a batch over several would hold them all
-            for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names):
-                for row in batch.to_pylist():
-                    yield {"__key__": f"{folder}/{number:08d}", **row_parts(row, columns)}
-                    number += 1
-
-
-def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
-    """{extension: bytes}: the image unless it is null, and the captions with the other columns."""
-    image = row.pop(columns.image)
-    if isinstance(image, dict):
-        image = image["bytes"]
-    captions = list(filter(None, map(clean_caption, strings(row.pop(columns.caption)))))
-    # no caption: nor may another column pass for one
-    content = {**row, "captions": captions} if captions else {}
-    parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
-    if image is not None:
-        parts[image_extension(io.BytesIO(image)) or "jpg"] = image
-    return parts
-
-
-def find_columns(
-    parquet: Any, image_column: str | None, caption_column: str | None, path: str
-) -> Columns:
-    """Image and caption of an open parquet file, by name, else by type, then by usual names.
-
-    Raises:
-        ValueError: one that is missing or could be several, listing what there is.
-    """
-    kinds = {field.name: field.type for field in parquet.schema_arrow}
-    images = [name for name, kind in kinds.items() if str(bytes_type(kind)) in BYTES]
-    texts = [name for name, kind in kinds.items() if str(item_type(kind)) in TEXT]
-    shown = ", ".join(f"{name} ({str(kind)[:40]})" for name, kind in kinds.items())
-    there = f"{path} has the columns {shown or 'none'}"
-    image = choose_column("image_column", images, image_column, IMAGE_NAMES, there)
-    caption = choose_column("caption_column", texts, caption_column, CAPTION_NAMES, there)
-    return Columns(image, caption)
-
-
-def bytes_type(kind: Any) -> Any:
-    """The type itself, or that of the field "bytes" of a struct."""
-    index = kind.get_field_index("bytes") if hasattr(kind, "get_field_index") else -1
-    return kind.field(index).type if index >= 0 else kind
-
-
-def item_type(kind: Any) -> Any:
-    """The type itself, or that of the items of lists and dictionaries."""
-    while hasattr(kind, "value_type"):
-        kind = kind.value_type
-    return kind
-
-
-def choose_column(
-    option: str, candidates: Sequence[str], wanted: str | None, usual: Sequence[str], there: str
-) -> str:
-    """The wanted column, or the only one of the type, or the only one with a usual name."""
-    names = [name for name in candidates if name == wanted]
-    if wanted is None:
-        names = [name for name in candidates if name.lower() in usual] or list(candidates)
-    if len(names) != 1:
-        given = f"given {wanted!r}" if wanted else f"could be {' or '.join(names) or 'none'}"
-        expected = f"expected one of {', '.join(candidates) or 'none'}"
-        raise ValueError(f"{option}: {given}, {expected}; {there}")
-    return names[0]

@@ -86,6 +86,14 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
         raise ShardError("unreadable", f"{path}: {error.strerror or error}") from None
 
 
+@contextmanager
+def open_file(path: str) -> Iterator[BinaryIO]:
+    """A file as it is stored, to read and seek in; its own OSErrors."""
+    # a small buffer: who jumps about asks for as much as is needed
+    with io.BufferedReader(RemoteFile(path)) if is_remote(path) else open(path, "rb") as file:
+        yield file
+
+
 def shard_states(paths: Sequence[str]) -> list[str]:
     """What is another text once a shard is made anew, as far as it is known unread; "" if nothing.
 

@@ -1,4 +1,4 @@
-"""data/hub.py: parquet and tars of every layout, from a store that stands in for the hub."""
+"""data/hub.py, data/parquet.py: files of every layout, from a store that stands in for the hub."""
 
 import io
 import json
@@ -24,8 +24,10 @@ from sources import (
 )
 from test_make_shards_runs import kill_and_see_workers_end, needs_proc, start
 
-from data import hub, storage
-from data.hub import HubFile, copies_folder, find_columns, open_parquet, read_rows
+from data import parquet as parquet_reader
+from data import storage
+from data.hub import copies_folder
+from data.parquet import Columns, find_columns, read_rows
 from data.storage import RemoteFile
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -126,11 +128,11 @@ def test_a_file_is_read_row_group_by_row_group_and_once(tmp_path, monkeypatch):
             num_bytes.append(super().readinto(buffer))
             return num_bytes[-1]
 
-    monkeypatch.setattr(hub, "is_remote", lambda path: True)
-    monkeypatch.setattr(hub, "RemoteFile", CountingFile)
-    monkeypatch.setattr(hub, "REMOTE_BUFFER", 1 << 14)
+    monkeypatch.setattr(storage, "is_remote", lambda path: True)
+    monkeypatch.setattr(storage, "RemoteFile", CountingFile)
+    monkeypatch.setattr(parquet_reader, "REMOTE_BUFFER", 1 << 14)
     size = path.stat().st_size
-    samples = read_rows(HubFile(str(path), "x.parquet", size, ""), hub.Columns("image", "text"))
+    samples = read_rows(str(path), Columns("image", "text"), "x")
     first = next(samples)
     assert first["jpg"] == rows[0][0] and sum(num_bytes) < size / 2
     assert len(list(samples)) == 8 and sum(num_bytes) < 1.2 * size
@@ -156,8 +158,7 @@ def test_parquet_is_read_where_requests_fail(root, tmp_path, monkeypatch):
 def columns_of(tmp_path, types, image=None, caption=None):
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.schema(types).empty_table(), path)
-    with open_parquet(HubFile(str(path), "x.parquet", 0, "")) as file:
-        return find_columns(file, image, caption, "x")
+    return find_columns(str(path), image, caption)
 
 
 IMAGE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})

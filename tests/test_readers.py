@@ -210,7 +210,7 @@ def test_a_part_of_a_long_caption_is_drawn_anew_each_epoch_and_resumes(tmp_path)
     iterator = iter(whole)
     batches = [next(iterator) for _ in range(4)]
     state = pickle.loads(pickle.dumps(whole.state_dict()))
-    batches += [next(iterator) for _ in range(8)]
+    batches += [next(iterator) for _ in range(20)]
     drawn = {key: [] for key in batches[0]["key"]}
     for batch in batches:
         assert torch.equal(batch["token_ids"], tokenize(batch["caption"]))
