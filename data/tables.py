@@ -87,14 +87,23 @@ def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path} {not_unicode(error)}") from None
 
 
-def _open_parquet(path: str) -> tuple[Columns, Iterator[dict[str, Any]]]:
+def import_pyarrow(path: str) -> Any:
+    """pyarrow with its parquet, which only those who have such files install.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
             f"{path}: parquet needs the package pyarrow: pip install pyarrow"
         ) from None
+    return pyarrow
+
+
+def _open_parquet(path: str) -> tuple[Columns, Iterator[dict[str, Any]]]:
+    pyarrow = import_pyarrow(path)
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:

@@ -111,9 +111,17 @@ class TextTokenizer:
         return tokenizer.decode(ids).strip()
 
 
-def clip_tokenizer(context_length: int):
+class ClipTokenizer(open_clip.SimpleTokenizer):
     """CLIP's BPE tokenizer (shipped with open_clip): list of captions -> ids B x context_length."""
-    return open_clip.SimpleTokenizer(context_length=context_length)
+
+    def num_tokens(self, caption: str) -> int:
+        """Tokens of the uncut caption, start and end included."""
+        return len(self.encode(caption)) + 2
+
+
+def clip_tokenizer(context_length: int) -> ClipTokenizer:
+    """The tokenizer of a CLIP that is trained here."""
+    return ClipTokenizer(context_length=context_length)
 
 
 class ClipTextEncoder(nn.Module):

@@ -6,6 +6,7 @@
     python scripts/make_shards.py karpathy dataset_coco.json --split test --output shards/coco_test
     python scripts/make_shards.py mjhq meta_data.json --images mjhq30k --output shards/mjhq
     python scripts/make_shards.py shards 'laion/*.tar' --min-aesthetic-score 5 --output shards/laion
+    python scripts/make_shards.py hub lambdalabs/naruto-blip-captions --output shards/naruto
 
 A sample is {key}.jpg (or its own extension; the file's bytes as they are, unless --resize),
 {key}.txt (the first caption), {key}.json (the source's metadata and all "captions"), and whatever
@@ -24,14 +25,15 @@ that finishes last writes summary.json.
     OUTPUT/summary.json     samples read, kept and dropped by reason, with the first of each reason;
                             samples of each shard. A file of a folder that is neither an image nor
                             its text counts as a dropped sample.
-    OUTPUT/progress/        index of the source, its files' sizes and times, counts per shard
+    OUTPUT/progress/        index of the source, its files' sizes and times, counts per shard;
+                            of `hub` until all shards are there, a copy of the data set
 """
 
 import argparse
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -49,6 +51,7 @@ from data.captions import check_caption_keys
 from data.entries import Entry, build_index, file_stamp, first_equals
 from data.files import written_whole
 from data.filters import FilterConfig
+from data.hub import remove_copies  # with the import, `hub` is one of SOURCES
 from data.packing import (
     DUPLICATE,
     UNCHECKED,
@@ -140,6 +143,9 @@ def make_shards(args: argparse.Namespace) -> None:
         )
     plan = make_plan(args)
     todo = [shard for shard in plan.shards_of(plan.part) if not plan.task(shard).is_finished()]
+    if todo and (plan.output / SUMMARY_FILE).is_file():
+        # a shard is gone; so are the copies of a source's files since the earlier run was complete
+        deque(find_entries(args), maxlen=0)
     if todo and args.drop_duplicates:
         plan = find_duplicates(plan, args.workers)
     if todo:
@@ -380,6 +386,7 @@ def report(plan: Plan, num_written: int) -> None:
     }
     with written_whole(plan.output / SUMMARY_FILE, str(plan.part)) as file:
         file.write(json.dumps(summary, indent=2).encode())
+    remove_copies(plan.output)
     read, kept = summary["read"], summary["kept"]
     reasons = [
         f"{reason}: {count}, first {printable(first[reason])}"
