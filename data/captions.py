@@ -10,7 +10,7 @@ lost; with window "sentences" each epoch reads another part of it.
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -65,26 +65,36 @@ class CaptionConfig:
             window=(self.window in ("start", "sentences"), "start or sentences"),
         )
 
-    def choose(self, sample: Mapping[str, Any], draws: SampleDraws | None) -> str:
+    def choose(
+        self,
+        sample: Mapping[str, Any],
+        draws: SampleDraws | None,
+        fault: Callable[[str], str | None] = lambda caption: None,
+    ) -> str:
         """A caption, cleaned and not empty.
 
         draws None, as when a data set is read in order: the first one, re-captioned only if all
-        are.
+        are. fault: why a caption is not wanted, None if it is (FilterConfig.caption_fault).
 
         Raises:
-            BadSample: there is none.
+            BadSample: there is none, or none that is wanted.
         """
-        captions = []
+        captions, unwanted = [], []
+
+        def wanted(texts: Iterable[str]) -> list[str]:
+            faults = [(text, fault(text)) for text in texts]
+            unwanted.extend(reason for _, reason in faults if reason)
+            return [text for text, reason in faults if not reason]
+
         if self.recaption_keys:
             draw = draws.recaption if draws is not None else 1 - 1e-9
             if draw < self.recaption_probability:
                 texts = captions_of(sample, self.recaption_keys)
-                captions = list(
-                    filter(None, (RECAPTION_OPENING.sub("", text, 1) for text in texts))
-                )
-        captions = captions or captions_of(sample, self.keys)
+                texts = (RECAPTION_OPENING.sub("", text, 1) for text in texts)
+                captions = wanted(filter(None, texts))
+        captions = captions or wanted(captions_of(sample, self.keys))
         if not captions:
-            raise BadSample("caption: missing")
+            raise BadSample(unwanted[0] if unwanted else "caption: missing")
         if draws is None or len(captions) == 1:
             return captions[0]
         return captions[int(draws.caption * len(captions))]

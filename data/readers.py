@@ -139,11 +139,11 @@ def take_caption(
     Raises:
         BadSample: no caption, dropped, or its JSON is needed by a filter and cannot be read.
     """
-    caption = source.captions.choose(sample, draws)
+    caption = source.captions.choose(sample, draws, source.filters.caption_fault)
     metadata = metadata_of(sample) if source.filters.needs_metadata else {}
     if metadata is None:
         raise BadSample("json: unreadable")
-    source.filters.check_metadata(caption, metadata)
+    source.filters.check_metadata(metadata)
     decoded = {"key": sample["__key__"], "caption": caption}
     if source.captions.window == "sentences":
         decoded["window"] = 0.0 if draws is None else draws.window

@@ -15,6 +15,7 @@ from data.captions import (
     metadata_of,
     sentences_that_fit,
 )
+from data.filters import FilterConfig
 from data.samples import BadSample, SampleDraws
 
 DRAWS = ("crop_x", "crop_y", "flip", "recaption", "caption", "window")
@@ -80,6 +81,17 @@ def test_metadata_is_told_apart_from_none_and_from_broken():
 
 
 # which is taken
+
+
+def test_only_wanted_captions_are_drawn_and_a_sample_without_one_says_why():
+    sample = {"recap_txt": b"short", **with_json(caption=["one", "two", "longer", "longest"])}
+    fault = FilterConfig(min_caption_characters=6).caption_fault
+    config = CaptionConfig(["json:caption"], ["recap_txt"], 0.5)
+    taken = {config.choose(sample, SampleDraws(0, epoch, "key"), fault) for epoch in range(50)}
+    assert taken == {"longer", "longest"}
+    assert config.choose(sample, None, fault) == "longer"
+    with pytest.raises(BadSample, match="^filter: min_caption_characters$"):
+        config.choose(with_json(caption=["one", "two"]), None, fault)
 
 
 def test_one_of_several_captions_is_drawn_evenly_and_the_first_without_draws():
