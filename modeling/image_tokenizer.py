@@ -14,8 +14,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from modeling.activation_checkpointing import ActivationCheckpointing, run_block
-from modeling.layers import (
+from .activation_checkpointing import ActivationCheckpointing, run_block
+from .layers import (
     FROM_TEXT_ENCODER,
     Attention,
     Posterior,

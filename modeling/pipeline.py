@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.flow import check_guidance, guided_velocity
-from modeling.flow_model import FlowModel
-from modeling.image_tokenizer import ImageTokenizer
-from modeling.samplers import SOLVERS, check_solver, evaluation_times, integrate, make_times
-from modeling.text_decoder import TextDecoder
-from modeling.text_encoder import TextEncoder, Tokenizer
+from .flow import check_guidance, guided_velocity
+from .flow_model import FlowModel
+from .image_tokenizer import ImageTokenizer
+from .samplers import SOLVERS, check_solver, evaluation_times, integrate, make_times
+from .text_decoder import TextDecoder
+from .text_encoder import TextEncoder, Tokenizer
 
 Precision = Literal["fp32", "bf16"]
 

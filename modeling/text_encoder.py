@@ -19,8 +19,8 @@ import torch
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from modeling.clip_weights import ClipWeights, check_local_dir, load_clip
-from modeling.layers import fingerprint
+from .clip_weights import ClipWeights, check_local_dir, load_clip
+from .layers import fingerprint
 
 
 @dataclass
