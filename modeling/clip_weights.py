@@ -171,18 +171,25 @@ def find_weights(config: ClipWeights, download: bool) -> str:
         if isinstance(path, str):
             return path
 
-    # To be downloaded. One request tells whether the hub answers: without network, huggingface_hub
-    # on its own retries for three quarters of a minute.
+    # To be downloaded
     absent = "it is not in the hub's cache on this machine"
     if not download:
         raise cannot_load(config, absent, AbsentWeights)
+    if reason := why_no_hub():
+        raise cannot_load(config, f"{absent}, and {reason}", AbsentWeights)
+    return config.pretrained
+
+
+def why_no_hub() -> str:
+    """Why the hub can't be asked, "" if it can."""
+    # One request tells: without network, huggingface_hub on its own retries for three quarters of a
+    # minute.
     try:
         huggingface_hub.get_session().head(HUB, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of requests or httpx, by the version of huggingface_hub
+    except Exception:  # of requests or httpx, by the version of huggingface_hub
         is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if is_offline else f"{HUB} does not answer"
-        raise cannot_load(config, f"{absent}, and {reason}", AbsentWeights) from error
-    return config.pretrained
+        return "HF_HUB_OFFLINE is set" if is_offline else f"{HUB} does not answer"
+    return ""
 
 
 def cannot_load(

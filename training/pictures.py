@@ -5,23 +5,17 @@ import textwrap
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.files import write_bytes
+from modeling.pipeline import to_pil
 
 CELL_WIDTH_MIN = (
     128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
 )
 MARGIN, LINE_HEIGHT, CAPTION_LINES = 6, 13, 3
 FONT_SIZE, CHARACTER_WIDTH = 11, 6
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """3 x R x R in [0, 1] -> PIL image, rounded to 8 bits."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 
 def caption_grid(images: Tensor, captions: list[str], columns: int) -> Image.Image:
