@@ -239,6 +239,17 @@ def build_clip(model_config: dict) -> nn.Module:
     return open_clip.model.CLIP(**model_config)
 
 
+def pack_clip(config: ClipWeights, folder: Path) -> bool:
+    """Put weights of this machine into a new folder for local-dir:; False: they are on a hub."""
+    if config.model.startswith("local-dir:"):
+        shutil.copytree(config.model.removeprefix("local-dir:"), folder)
+    elif not config.names_its_weights and Path(config.pretrained).is_file():
+        save_clip(load_clip(config), open_clip.get_model_config(config.model), folder)
+    else:
+        return False
+    return True
+
+
 def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:
     """Write the folder that `model: local-dir:FOLDER` reads: aside, then renamed over an older."""
     partial = folder.with_name(folder.name + ".tmp")

@@ -26,13 +26,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import huggingface_hub
-import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from data.files import check_new_folder, folder_written_whole, user_path, write_json, write_text
-from modeling.clip_weights import load_clip, save_clip, why_no_hub
+from modeling.clip_weights import pack_clip, why_no_hub
 from modeling.flow import FlowConfig
 from modeling.flowtok import FlowTokConfig
 from modeling.layers import fingerprint
@@ -130,7 +129,8 @@ def main(args: argparse.Namespace) -> None:
             path = folder / f"{part}.safetensors"
             save_file(network.state_dict(), path)
             path.chmod(0o644)  # safetensors makes files that only their owner can read
-        config.text_encoder = pack_tower(config.text_encoder, folder / TOWER_FOLDER)
+        if pack_clip(config.text_encoder, folder / TOWER_FOLDER):
+            config.text_encoder = TextEncoderConfig(model=f"{LOCAL_TOWER}{TOWER_FOLDER}")
         write_json(asdict(config), folder / CONFIG_FILE)
         has_picture = copy_picture([*runs.values()][-1], folder / SAMPLES_FILE)
         card = write_card(
@@ -178,17 +178,6 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
         runs["tokenizer"] = find_tokenizer(flow_dir)[0]
         runs[direction] = flow_dir
     return runs, networks, config
-
-
-def pack_tower(config: TextEncoderConfig, folder: Path) -> TextEncoderConfig:
-    """Copy a text tower of this machine into a folder; one of a hub stays a name."""
-    if config.model.startswith(LOCAL_TOWER):
-        shutil.copytree(config.model.removeprefix(LOCAL_TOWER), folder)
-    elif Path(config.pretrained).is_file():
-        save_clip(load_clip(config), open_clip.get_model_config(config.model), folder)
-    else:
-        return config
-    return TextEncoderConfig(model=f"{LOCAL_TOWER}{folder.name}")
 
 
 def copy_picture(run: Path, path: Path) -> bool:

@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from conftest import TINY_CLIP, shape_sample
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from tiny_experiment import draw
 
 import sample
+from modeling import clip_weights
 from modeling.clip_weights import build_clip
 from modeling.pipeline import FlowTokPipeline
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
@@ -176,15 +176,14 @@ def test_one_direction_is_exported_alone_and_figures_of_another_flow_are_not(
 
 def test_a_text_tower_of_a_file_goes_along_and_one_of_a_hub_is_named(tmp_path):
     (tmp_path / "tiny-tower.json").write_text(json.dumps(TINY_CLIP))
-    open_clip.add_model_config(tmp_path)
+    clip_weights.open_clip.add_model_config(tmp_path)
     save_file(build_clip(TINY_CLIP).state_dict(), tmp_path / "weights.safetensors")
     named = TextEncoderConfig("tiny-tower", str(tmp_path / "weights.safetensors"))
-    packed = export.pack_tower(named, tmp_path / "text_encoder")
-    assert packed.model == "local-dir:text_encoder"
+    assert clip_weights.pack_clip(named, tmp_path / "text_encoder")
     there = TextEncoderConfig(f"local-dir:{tmp_path / 'text_encoder'}")
     assert load_text_encoder(there).identity == load_text_encoder(named).identity
-    hub = TextEncoderConfig()
-    assert export.pack_tower(hub, tmp_path / "none") == hub and not (tmp_path / "none").exists()
+    assert not clip_weights.pack_clip(TextEncoderConfig(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_pushed_comes_back_from_the_hubs_cache(chain, tmp_path, monkeypatch):
