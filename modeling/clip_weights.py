@@ -41,7 +41,7 @@ class ClipWeights:
     """Which CLIP of open_clip."""
 
     model: str = "ViT-L-14-336-quickgelu"  # open_clip name, hf-hub:ORG/REPO or local-dir:FOLDER
-    # open_clip tag or weights file; hf-hub: and local-dir: have their own
+    # open_clip tag or weights file; hf-hub:, local-dir: and transformers have their own
     pretrained: str = "openai"
     # Only with a weights file of a model that exists with and without -quickgelu: the file wants
     # the one without.
@@ -175,15 +175,13 @@ def find_weights(config: ClipWeights, download: bool) -> str:
     absent = "it is not in the hub's cache on this machine"
     if not download:
         raise cannot_load(config, absent, AbsentWeights)
-    if reason := why_no_hub():
-        raise cannot_load(config, f"{absent}, and {reason}", AbsentWeights)
+    if silence := why_hub_is_silent():
+        raise cannot_load(config, f"{absent}, and {silence}", AbsentWeights)
     return config.pretrained
 
 
-def why_no_hub() -> str:
-    """Why the hub can't be asked, "" if it can."""
-    # One request tells: without network, huggingface_hub on its own retries for three quarters of a
-    # minute.
+def why_hub_is_silent() -> str:
+    """Why the hub can't be asked, "" if it answers."""
     try:
         huggingface_hub.get_session().head(HUB, timeout=HUB_TIMEOUT)
     except Exception:  # of requests or httpx, by the version of huggingface_hub
@@ -239,15 +237,9 @@ def build_clip(model_config: dict) -> nn.Module:
     return open_clip.model.CLIP(**model_config)
 
 
-def pack_clip(config: ClipWeights, folder: Path) -> bool:
-    """Put weights of this machine into a new folder for local-dir:; False: they are on a hub."""
-    if config.model.startswith("local-dir:"):
-        shutil.copytree(config.model.removeprefix("local-dir:"), folder)
-    elif not config.names_its_weights and Path(config.pretrained).is_file():
-        save_clip(load_clip(config), open_clip.get_model_config(config.model), folder)
-    else:
-        return False
-    return True
+def copy_clip(config: ClipWeights, folder: Path) -> None:
+    """Write the weights of a named model into a folder for local-dir:."""
+    save_clip(load_clip(config), open_clip.get_model_config(config.model), folder)
 
 
 def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:

@@ -24,7 +24,7 @@ from .flow import FlowConfig, check_guidance, guided_velocity
 from .flow_model import FlowModel, build_flow
 from .flowtok import FlowTokConfig
 from .image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from .pretrained import find_folder, load_weights, read_config
+from .pretrained import TOWER_FOLDER, find_folder, load_weights, read_config
 from .samplers import SOLVERS, check_solver, evaluation_times, integrate, make_times
 from .text_decoder import TextDecoder, TextDecoderConfig
 from .text_encoder import (
@@ -39,7 +39,6 @@ from .text_projector import TextProjectorConfig
 Module = TypeVar("Module", bound=nn.Module)
 
 Precision = Literal["fp32", "bf16"]
-LOCAL_TOWER = "local-dir:"  # the text tower in a folder of weights
 
 # Spaces that decoded BPE tokens have around punctuation and between digits
 SUPERFLUOUS_SPACES = re.compile(
@@ -276,10 +275,12 @@ class DirectionConfig:
 
 @dataclass
 class PipelineConfig:
-    """config.json of an exported folder. The tensors of a part are in PART.safetensors."""
+    """config.json of an exported folder. The tensors of a part are in PART.safetensors.
+
+    The text tower is the one in text_encoder/, if there is that, else the one of a hub.
+    """
 
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
-    # local-dir: is a folder in this one
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     text_to_image: DirectionConfig | None = None
     image_to_text: DirectionConfig | None = None
@@ -316,11 +317,9 @@ class FlowTokPipeline:
         """
         folder = find_folder(folder_or_id)
         config = read_config(folder, PipelineConfig)
-        tower = config.text_encoder
-        if tower.model.startswith(LOCAL_TOWER):
-            # Its name only: nothing outside the folder is read.
-            name = Path(tower.model.removeprefix(LOCAL_TOWER)).name
-            tower.model = f"{LOCAL_TOWER}{folder / name}"
+        tower, packed = config.text_encoder, folder / TOWER_FOLDER
+        if packed.is_dir():
+            tower.model = f"local-dir:{packed}" if tower.family == "open_clip" else str(packed)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(folder, config, torch.device(device or default))
 

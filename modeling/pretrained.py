@@ -3,7 +3,7 @@
     FOLDER/config.json, *.safetensors, and text_encoder/ where the text tower is on no hub
 
 scripts/export.py writes one, FlowTokPipeline (modeling/pipeline.py) says what is in it. Nothing in
-a folder is executed, and its config names nothing outside it but a text tower of a hub.
+a folder is executed.
 """
 
 import json
@@ -17,12 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from torch import nn
 
-from .clip_weights import why_no_hub
+from .clip_weights import why_hub_is_silent
 
 T = TypeVar("T")
-CONFIG_FILE = "config.json"
+CONFIG_FILE, TOWER_FOLDER = "config.json", "text_encoder"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # USER/NAME
-HUB_FILES = ["*.json", "*.safetensors", "text_encoder/*"]
+HUB_FILES = ["*.json", "*.safetensors", f"{TOWER_FOLDER}/*"]
 
 
 def is_pretrained(folder: str | Path) -> bool:
@@ -41,7 +41,7 @@ def find_folder(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.exists() or folder.parent.is_dir() or not HUB_ID.fullmatch(str(name)):
         return folder
-    silence = why_no_hub()
+    silence = why_hub_is_silent()
     try:
         found = huggingface_hub.snapshot_download(
             str(name), allow_patterns=HUB_FILES, local_files_only=bool(silence)

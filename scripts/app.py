@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.files import user_path
-from eval.captioning import caption_images, list_pictures
+from eval.images import caption_images, list_pictures
 from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig, to_pil
 from modeling.pretrained import find_folder
 from sample import list_cuts, list_strangers

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data.files import check_new_folder, folder_written_whole, user_path, write_json, write_text
-from modeling.clip_weights import pack_clip, why_no_hub
+from modeling.clip_weights import copy_clip, why_hub_is_silent
 from modeling.flow import FlowConfig
 from modeling.flowtok import FlowTokConfig
 from modeling.layers import fingerprint
-from modeling.pipeline import LOCAL_TOWER, DirectionConfig, PipelineConfig, SamplingConfig
-from modeling.pretrained import CONFIG_FILE, HUB_ID
+from modeling.pipeline import DirectionConfig, PipelineConfig, SamplingConfig
+from modeling.pretrained import CONFIG_FILE, HUB_ID, TOWER_FOLDER
 from modeling.text_encoder import TextEncoderConfig
 from modeling.text_projector import TextProjectorConfig
 from training.checkpoint import latest_checkpoint
@@ -53,7 +53,7 @@ from training.pipelines import (
     load_pipeline,
 )
 
-SAMPLES_FILE, TOWER_FOLDER = "samples.png", "text_encoder"
+SAMPLES_FILE = "samples.png"
 SECTIONS = {
     "projector": TextProjectorConfig,
     "flowtok": FlowTokConfig,
@@ -129,8 +129,7 @@ def main(args: argparse.Namespace) -> None:
             path = folder / f"{part}.safetensors"
             save_file(network.state_dict(), path)
             path.chmod(0o644)  # safetensors makes files that only their owner can read
-        if pack_clip(config.text_encoder, folder / TOWER_FOLDER):
-            config.text_encoder = TextEncoderConfig(model=f"{LOCAL_TOWER}{TOWER_FOLDER}")
+        config.text_encoder = pack_tower(config.text_encoder, folder / TOWER_FOLDER)
         write_json(asdict(config), folder / CONFIG_FILE)
         has_picture = copy_picture([*runs.values()][-1], folder / SAMPLES_FILE)
         card = write_card(
@@ -180,6 +179,19 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
     return runs, networks, config
 
 
+def pack_tower(config: TextEncoderConfig, folder: Path) -> TextEncoderConfig:
+    """Copy a text tower of this machine into a folder; one of a hub stays a name."""
+    named = config.model.removeprefix("local-dir:")
+    is_path = named != config.model or config.family == "transformers"
+    if is_path and Path(named).is_dir():
+        shutil.copytree(named, folder)
+    elif not config.names_its_weights and Path(config.pretrained).is_file():
+        copy_clip(config, folder)
+    else:
+        return config
+    return replace(config, model=folder.name, pretrained="")
+
+
 def copy_picture(run: Path, path: Path) -> bool:
     """Copy the newest picture that a run made of itself; False: it made none."""
     pictures = sorted(sample_path(run, 0).parent.glob("step_*.png"))
@@ -195,7 +207,7 @@ def check_hub(name: str) -> None:
     """Refuse, before anything is written, an id that is none, or a hub that knows no user."""
     if not HUB_ID.fullmatch(name):
         raise ValueError(f"--push {name}: expected USER/NAME")
-    if silence := why_no_hub():
+    if silence := why_hub_is_silent():
         raise ValueError(f"--push {name}: {silence}")
     huggingface_hub.HfApi().whoami()
 

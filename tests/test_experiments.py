@@ -17,8 +17,8 @@ from scripts.workload.fake import measure_step
 from scripts.workload.sizes import read_stage
 from training.stage import TrainedStage
 
-# Those of fine-tuning and of 512 px have the networks of the round before.
-ROUNDS_BEFORE = ("report", "flowtok_finetune", "flowtok_512", "tokens_finetune")
+# No network; those of fine-tuning and of 512 px have the networks of the round before.
+ROUNDS_BEFORE = ("scenes", "report", "flowtok_finetune", "flowtok_512", "tokens_finetune")
 PLANNED = [file for file in FILES if Path(file).stem not in ROUNDS_BEFORE]
 COMMAND = re.compile(r"^# ((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:bash|accelerate launch|python) .*)$")
 NUM_GPUS = 8
@@ -50,6 +50,8 @@ def test_it_loads_and_is_named_after_its_stage(file):
 
 @pytest.mark.parametrize("file", PLANNED)
 def test_its_step_runs_on_shapes_alone_and_fits_8_a100_of_80_gb(file):
+    if "_t5/" in file:
+        pytest.importorskip("transformers", reason="requirements-text.txt is not installed")
     stage = read_stage(ROOT / file)
     config, tokens = stage.config, stage.tokenizer
     _, batch = batch_sizes(stage, NUM_GPUS)
@@ -61,10 +63,8 @@ def test_its_step_runs_on_shapes_alone_and_fits_8_a100_of_80_gb(file):
     if isinstance(config, TrainedStage) and config.stage not in ("text_encoder", "tokenizer"):
         sizes = config.projector
         assert (sizes.text_tokens, sizes.text_width) == (tokens.text_tokens, tokens.text_width)
-        assert (tokens.num_tokens, tokens.token_channels) == (
-            sizes.text_tokens,
-            sizes.token_channels,
-        )
+        latents = (sizes.input_shape[0], sizes.token_channels)
+        assert (tokens.num_tokens, tokens.token_channels) == latents
 
 
 # Commands in the headers

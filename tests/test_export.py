@@ -136,6 +136,7 @@ def test_captions_and_what_the_run_draws_by_itself_are_those_of_the_run(
 
 def test_the_card_says_what_it_is_and_what_was_measured(both_ways, exported):
     card = (exported / "README.md").read_text()
+    assert str(both_ways.parents[1]) not in (exported / "config.json").read_text()
     report = json.loads((both_ways / "report.json").read_text())
     assert "# shapes\n" in card and "pipeline_tag: text-to-image" in card
     assert f"| `tokenizer.heldout_psnr_db` | {report['tokenizer']['heldout_psnr_db']:.4g} |" in card
@@ -179,11 +180,12 @@ def test_a_text_tower_of_a_file_goes_along_and_one_of_a_hub_is_named(tmp_path):
     clip_weights.open_clip.add_model_config(tmp_path)
     save_file(build_clip(TINY_CLIP).state_dict(), tmp_path / "weights.safetensors")
     named = TextEncoderConfig("tiny-tower", str(tmp_path / "weights.safetensors"))
-    assert clip_weights.pack_clip(named, tmp_path / "text_encoder")
+    packed = export.pack_tower(named, tmp_path / "text_encoder")
+    assert str(tmp_path) not in str(packed)
     there = TextEncoderConfig(f"local-dir:{tmp_path / 'text_encoder'}")
     assert load_text_encoder(there).identity == load_text_encoder(named).identity
-    assert not clip_weights.pack_clip(TextEncoderConfig(), tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    hub = TextEncoderConfig()
+    assert export.pack_tower(hub, tmp_path / "none") == hub and not (tmp_path / "none").exists()
 
 
 def test_what_is_pushed_comes_back_from_the_hubs_cache(chain, tmp_path, monkeypatch):
@@ -207,7 +209,7 @@ def test_what_is_pushed_comes_back_from_the_hubs_cache(chain, tmp_path, monkeypa
     calls = []
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.HfApi", Hub)
-        patch.setattr(export, "why_no_hub", lambda: "")
+        patch.setattr(export, "why_hub_is_silent", lambda: "")
         run_script(chain.folder, "--output", tmp_path / "out", "--push", "user/shapes")
     assert calls == ["whoami", "user/shapes"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -86,6 +86,7 @@ def test_sources_are_opened_but_for_those_of_weight_zero_or_in_place_of_all_othe
         ({}, False),
         ({"captions": CaptionConfig(keys=["json:captions"])}, True),
         ({"captions": CaptionConfig(recaption_keys=["recap_txt"])}, True),
+        ({"captions": CaptionConfig(window="sentences")}, True),
     ],
 )
 def test_captions_that_change_from_epoch_to_epoch_are_known(options, several):
