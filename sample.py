@@ -5,9 +5,10 @@
     python sample.py --run runs/released_xl --prompts "a corgi in snow" --sampler euler_release
     python sample.py --run runs/demo --caption photo.jpg other.png
     python sample.py --run runs/demo --caption FOLDER --output captions.jsonl
+    python sample.py --run USER/NAME --prompts "a corgi in snow"
 
 The third: the published weights, as scripts/convert_checkpoint.py writes them, on their own time
-grid. The last two: image to text, printed and as a contact sheet, or as a line an image; an
+grid. The two after it: image to text, printed and as a contact sheet, or as a line an image; an
 unreadable image in a folder is left out, named and counted. Without prompts or images, the captions
 or images of the run's own pictures.
 
@@ -22,7 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -39,14 +40,16 @@ from eval.images import (
     list_pictures,
     sheet_of,
 )
-from modeling.pipeline import ImageGenerator, SamplingConfig
+from modeling.pipeline import ImageGenerator, SamplingConfig, to_pil
+from modeling.pretrained import find_folder, is_pretrained
 from modeling.samplers import SOLVERS
 from training.errors import exit_on_error, printable
 from training.loading import read_run_config
-from training.pictures import caption_grid, png_bytes, save_png, to_pil, write_gallery
+from training.pictures import caption_grid, png_bytes, save_png, write_gallery
 from training.pipelines import (
     captioning_run,
-    direction_of,
+    directions_of,
+    example_captions,
     flow_folder,
     load_captioner,
     load_pipeline,
@@ -65,7 +68,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--run", required=True, type=user_path, help="experiment folder, or a stage-3 run folder")
+    help_text = "experiment folder, stage-3 run, or a folder of scripts/export.py or its hub id"
+    add("--run", required=True, type=user_path, help=help_text)
     source.add_argument("--prompts", nargs="+", metavar="TEXT")
     source.add_argument("--prompts-file", type=user_path, help="one prompt a line")
     source.add_argument("--caption", nargs="+", metavar="IMAGE", help="images, folders, tar shards")
@@ -93,7 +97,8 @@ def main(args: argparse.Namespace) -> None:
     """Load, generate, write."""
     is_left_open = not (args.prompts or args.prompts_file or args.interpolate)
     check_args(args)
-    to_text = bool(args.caption) or (is_left_open and only_captions(args.run))
+    args.run = find_folder(args.run)
+    to_text = bool(args.caption) or (is_left_open and directions_of(args.run) == {"image_to_text"})
     check_outputs(args, (".png", ".jsonl") if to_text else (".png",))
     if to_text:
         caption(args)
@@ -129,8 +134,7 @@ def check_outputs(args: argparse.Namespace, endings: tuple[str, ...]) -> None:
 def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
     """The run's sampling with what the command line changes."""
     names = ("steps", "guidance", "sampler", "guidance_interval", "precision")
-    given = {name: getattr(args, name) for name in names}
-    return replace(default, **{name: x for name, x in given.items() if x is not None})
+    return default.but(**{name: getattr(args, name) for name in names})
 
 
 # Text to image
@@ -177,7 +181,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         lines = read_text_file(args.prompts_file).split("\n")
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
-        prompts = list(read_run_config(flow_folder(args.run)).pictures.captions)
+        prompts = example_captions(args.run)
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError(
             "no prompt, or an empty one: give --prompts, --prompts-file or --interpolate"
@@ -208,7 +212,7 @@ def list_cuts(parts: ImageGenerator, prompts: list[str]) -> Iterator[str]:
 
 def list_strangers(run: Path, prompts: list[str]) -> Iterator[str]:
     """Which prompts are unlike the captions of the training, and in what."""
-    vocabulary = find_vocabulary(flow_folder(run))
+    vocabulary = None if is_pretrained(run) else find_vocabulary(flow_folder(run))
     for prompt in prompts if vocabulary else []:
         if difference := vocabulary.difference(prompt):
             yield f"prompt {prompt!r}: {difference}"
@@ -233,15 +237,10 @@ def interpolate(
     prompts: list[str],
     frames: int,
 ) -> Iterator[Picture]:
-    """Images along the line between two starts of the flow, and two text states for the decoder."""
-    ends = parts.encode_text(prompts)
-    starts = parts.start(ends, sampling, args.seed, indices=[0, 0])
+    """Images between two prompts, named by their place."""
     names = {0.0: prompts[0], 1.0: prompts[1]}
     for weights in torch.linspace(0, 1, frames).split(args.batch_size):
-        weight = weights.view(-1, 1, 1).to(parts.device)
-        states = torch.lerp(ends[:1], ends[1:], weight)
-        latents = parts.transport(torch.lerp(starts[:1], starts[1:], weight), states, sampling)
-        images = parts.decode(latents, states, sampling.precision)
+        images = parts.between(prompts, weights, sampling, args.seed)
         captions = [names.get(value, f"{value:.2f}") for value in weights.tolist()]
         yield from zip(images.cpu(), captions, strict=True)
 
@@ -273,16 +272,12 @@ def write_pages(
 # Image to text
 
 
-def only_captions(run: Path) -> bool:
-    """Whether a run, or an experiment's only stage 3, flows from image to text alone."""
-    run = flow_folder(run) if (run / "flowtok").is_dir() else captioning_run(run)
-    return direction_of(run) == "image_to_text"
-
-
 def caption(args: argparse.Namespace) -> None:
     """Caption the images of the command line, or those of the run's own pictures."""
     if args.caption:
         entries = list_pictures(args.caption)
+    elif is_pretrained(args.run):
+        raise ValueError(f"{args.run} comes without pictures: give --caption IMAGE")
     else:
         pictures = read_run_config(captioning_run(args.run)).pictures
         entries = choose_images(pictures.images, pictures.num_images)

@@ -177,17 +177,14 @@ def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
 
 def save_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     """A metric over guidance, a curve for each number of steps."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from eval.charts import save_lines  # matplotlib is needed for charts only
 
-    figure = Figure(layout="constrained")
-    axes = figure.add_subplot(xlabel="guidance", ylabel=metric)
-    for steps in dict.fromkeys(row["steps"] for row in rows):
-        points = [row for row in rows if row["steps"] == steps and row[metric] is not None]
-        points.sort(key=lambda row: row["guidance"])
-        guidance, values = ([row[key] for row in points] for key in ("guidance", metric))
-        axes.plot(guidance, values, "o-", label=f"{steps} steps")
-    axes.legend()
-    figure.savefig(path)
+    curves: dict[str, list] = {}
+    for row in rows:
+        if row[metric] is not None:
+            points = curves.setdefault(f"{row['steps']} steps", [])
+            points.append((row["guidance"], row[metric]))
+    save_lines(curves, "guidance", metric, path)
 
 
 # While stage 3 trains

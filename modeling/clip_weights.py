@@ -171,8 +171,7 @@ def find_weights(config: ClipWeights, download: bool) -> str:
         if isinstance(path, str):
             return path
 
-    # To be downloaded. One request tells whether the hub answers: without network, huggingface_hub
-    # on its own retries for three quarters of a minute.
+    # To be downloaded
     absent = "it is not in the hub's cache on this machine"
     if not download:
         raise cannot_load(config, absent, AbsentWeights)
@@ -236,6 +235,11 @@ def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callabl
 def build_clip(model_config: dict) -> nn.Module:
     """A fresh open_clip.CLIP from {"embed_dim", "vision_cfg", "text_cfg"}, with random weights."""
     return open_clip.model.CLIP(**model_config)
+
+
+def copy_clip(config: ClipWeights, folder: Path) -> None:
+    """Write the weights of a named model into a folder for local-dir:."""
+    save_clip(load_clip(config), open_clip.get_model_config(config.model), folder)
 
 
 def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling.layers import check_not_negative
+from .layers import check_not_negative
 
 NUM_GROUPS = 32  # of GroupNorm
 SLOPE = 0.1  # of LeakyReLU

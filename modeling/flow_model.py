@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from modeling.flow import (
+from .flow import (
     FlowConfig,
     VelocityBranches,
     draw_null,
@@ -22,9 +22,9 @@ from modeling.flow import (
     swap_targets,
     target_velocity,
 )
-from modeling.flowtok import FlowTok, FlowTokConfig
-from modeling.layers import FlowPass, SourcePass
-from modeling.text_projector import NoiseSource, TextProjector, TextProjectorConfig
+from .flowtok import FlowTok, FlowTokConfig
+from .layers import FlowPass, SourcePass
+from .text_projector import NoiseSource, TextProjector, TextProjectorConfig
 
 
 class Source(Protocol):

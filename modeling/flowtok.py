@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling.activation_checkpointing import ActivationCheckpointing, run_block
-from modeling.layers import (
+from .activation_checkpointing import ActivationCheckpointing, run_block
+from .layers import (
     FROM_PROJECTOR,
     FROM_TOKENIZER,
     Attention,

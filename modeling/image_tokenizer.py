@@ -15,8 +15,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling.activation_checkpointing import ActivationCheckpointing, run_block
-from modeling.layers import (
+from .activation_checkpointing import ActivationCheckpointing, run_block
+from .layers import (
     FROM_TEXT_ENCODER,
     Attention,
     Posterior,

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeling.layers import FlowPass, SourcePass, check_not_negative
-from modeling.text_projector import TextProjector
+from .layers import FlowPass, SourcePass, check_not_negative
+from .text_projector import TextProjector
 
 KLForm = Literal["gaussian", "wall", "variance"]
 AlignmentForm = Literal["contrastive", "cosine_margin"]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
-from modeling.layers import check_not_negative
-from modeling.published import PublishedWeights
+from .layers import check_not_negative
+from .published import PublishedWeights
 
 VGG16_URL = models.VGG16_Weights.IMAGENET1K_V1.url
 CONVNEXT_URL = models.ConvNeXt_Small_Weights.IMAGENET1K_V1.url

@@ -4,23 +4,39 @@ ImageGenerator: captions -> z_T -> flow -> image latents -> images (paper, Sec. 
 of an image is a function of (seed, its index), not of the batch it was made in.
 Captioner: images -> z_I -> flow -> z_T -> text decoder -> captions (Sec. 4.1). Nothing is drawn: an
 image has one caption.
+FlowTokPipeline: both of a folder that scripts/export.py wrote; prompts -> PIL images.
 Images are B x 3 x R x R in [0, 1], latents B x K x C.
 """
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
 
-from modeling.flow import check_guidance, guided_velocity
-from modeling.flow_model import FlowModel
-from modeling.image_tokenizer import ImageTokenizer
-from modeling.samplers import SOLVERS, check_solver, evaluation_times, integrate, make_times
-from modeling.text_decoder import TextDecoder
-from modeling.text_encoder import TextEncoder, Tokenizer
+from .flow import FlowConfig, check_guidance, guided_velocity
+from .flow_model import FlowModel, build_flow
+from .flowtok import FlowTokConfig
+from .image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from .pretrained import TOWER_FOLDER, find_folder, load_weights, read_config
+from .samplers import SOLVERS, check_solver, evaluation_times, integrate, make_times
+from .text_decoder import TextDecoder, TextDecoderConfig
+from .text_encoder import (
+    TextEncoder,
+    TextEncoderConfig,
+    TextTokenizer,
+    Tokenizer,
+    load_text_encoder,
+)
+from .text_projector import TextProjectorConfig
+
+Module = TypeVar("Module", bound=nn.Module)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -52,6 +68,10 @@ class SamplingConfig:
                 f"{self.guidance_interval}"
             )
 
+    def but(self, **changes: Any) -> "SamplingConfig":
+        """With those changes that are not None."""
+        return replace(self, **{name: x for name, x in changes.items() if x is not None})
+
 
 def unit_noise(shape: tuple[int, int], seed: int, indices: list[int]) -> Tensor:
     """Unit noise, len(indices) x K x C, each row a function of (seed, index). CPU float32.
@@ -70,12 +90,17 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 @torch.no_grad()
 def transport(
-    flow: FlowModel, start: Tensor, context: Tensor | None, config: SamplingConfig
+    flow: FlowModel,
+    start: Tensor,
+    context: Tensor | None,
+    config: SamplingConfig,
+    visited: dict[float, Tensor] | None = None,
 ) -> Tensor:
     """Follow the guided flow from t = 0 to t = 1: B x K x C -> B x K x C.
 
     Args:
         context: what the velocity network reads beside the tokens (FlowModel.context).
+        visited: gets the points at which the solver asked for the velocity, by their times.
     """
     check_guidance(config.guidance, flow.config.null_probability)
     solver = SOLVERS[config.sampler]
@@ -83,7 +108,13 @@ def transport(
     with autocast(start.device, config.precision):
         branches = flow.flowtok.at_times(evaluation_times(solver, times), context)
         velocity = guided_velocity(branches, config.guidance, tuple(config.guidance_interval))
-        return integrate(velocity, start, solver, times)
+
+        def visit(x: Tensor, time: float) -> Tensor:
+            if visited is not None:
+                visited[time] = x
+            return velocity(x, time)
+
+        return integrate(visit, start, solver, times)
 
 
 @dataclass
@@ -146,6 +177,49 @@ class ImageGenerator:
         latents = self.transport(start, text_states, config)
         return self.decode(latents, text_states, config.precision), latents
 
+    @torch.no_grad()
+    def between(
+        self, captions: list[str], weights: Tensor, config: SamplingConfig, seed: int = 0
+    ) -> Tensor:
+        """Images along the line between the starts, and the text states, of two captions.
+
+        Args:
+            weights: N in [0, 1]; 0 is the first caption, 1 the second.
+
+        Returns:
+            N x 3 x R x R in [0, 1].
+        """
+        ends = self.encode_text(captions)  # 2 x L x T
+        starts = self.start(ends, config, seed, indices=[0, 0])
+        weight = weights.view(-1, 1, 1).to(self.device)
+        states = torch.lerp(ends[:1], ends[1:], weight)  # N x L x T
+        latents = self.transport(torch.lerp(starts[:1], starts[1:], weight), states, config)
+        return self.decode(latents, states, config.precision)
+
+    @torch.no_grad()
+    def trajectory(
+        self, caption: str, config: SamplingConfig, seed: int, number: int
+    ) -> tuple[list[float], Tensor]:
+        """What the flow passes on its way from text to image, decoded.
+
+        Args:
+            number: points, both ends included, as evenly spaced as the solver's steps allow.
+
+        Returns:
+            Their times in [0, 1], and images N x 3 x R x R in [0, 1]. At most steps + 1.
+        """
+        text_states = self.encode_text([caption])
+        points: dict[float, Tensor] = {}
+        start = self.start(text_states, config, seed, indices=[0])
+        context = self.flow.context(text_states)
+        end = transport(self.flow, start, context, config, points)
+        points = {time: x for time, x in points.items() if time < 1} | {1.0: end}
+        places = np.linspace(0, len(points) - 1, min(number, len(points))).round().astype(int)
+        times = [sorted(points)[place] for place in places]
+        latents = torch.cat([points[time] for time in times]) / self.flow.latent_scale
+        states = text_states.expand(len(times), -1, -1)
+        return times, self.decode(latents, states, config.precision)
+
 
 def join_punctuation(text: str) -> str:
     """Decoded tokens as they are usually written: "cat , t - rex ( 1 0 )" -> "cat, t-rex (10)"."""
@@ -184,3 +258,120 @@ class Captioner:
     def captions(self, images: Tensor, config: SamplingConfig) -> list[str]:
         """Images B x 3 x R x R in [0, 1] -> captions, lower case as CLIP's tokenizer has it."""
         return self.read(self.transport(self.start(images), config))
+
+
+# What scripts/export.py writes
+
+
+@dataclass
+class DirectionConfig:
+    """How the flow of one direction is built and sampled."""
+
+    projector: TextProjectorConfig = field(default_factory=TextProjectorConfig)
+    flowtok: FlowTokConfig = field(default_factory=FlowTokConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass
+class PipelineConfig:
+    """config.json of an exported folder. The tensors of a part are in PART.safetensors.
+
+    The text tower is the one in text_encoder/, if there is that, else the one of a hub.
+    """
+
+    tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    text_to_image: DirectionConfig | None = None
+    image_to_text: DirectionConfig | None = None
+    text_decoder: TextDecoderConfig | None = None  # reads where image_to_text ends
+    captions: list[str] = field(default_factory=list)  # to try
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """3 x R x R in [0, 1] -> PIL image, rounded to 8 bits."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
+
+
+@dataclass
+class FlowTokPipeline:
+    """An exported folder. Each network is loaded when it is first used.
+
+    pipeline = FlowTokPipeline.from_pretrained("USER/NAME")
+    [image] = pipeline("a red circle", steps=20, guidance=1.5, seed=0)
+    """
+
+    folder: Path
+    config: PipelineConfig
+    device: torch.device
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_id: str | Path, device: str | torch.device | None = None
+    ) -> "FlowTokPipeline":
+        """Of a folder here or the hub's USER/NAME; device: a GPU, if there is one.
+
+        Raises:
+            ValueError: the folder is not there or not whole.
+        """
+        folder = find_folder(folder_or_id)
+        config = read_config(folder, PipelineConfig)
+        tower, packed = config.text_encoder, folder / TOWER_FOLDER
+        if packed.is_dir():
+            tower.model = f"local-dir:{packed}" if tower.family == "open_clip" else str(packed)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(folder, config, torch.device(device or default))
+
+    def __call__(
+        self,
+        prompts: str | list[str],
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+    ) -> list[Image.Image]:
+        """One image of each prompt, all in one batch; None: as the run samples.
+
+        The i-th image is a function of its prompt and of (seed, i), as in sample.py.
+        """
+        sampling = self.direction("text_to_image").sampling.but(steps=steps, guidance=guidance)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        images, _ = self.generator.generate(prompts, sampling, seed)
+        return [to_pil(image) for image in images]
+
+    def direction(self, name: str) -> DirectionConfig:
+        """text_to_image or image_to_text; ValueError if the folder does not have it."""
+        if (found := getattr(self.config, name)) is None:
+            raise ValueError(f"{self.folder} does not flow from {name.replace('_', ' ')}")
+        return found
+
+    @cached_property
+    def generator(self) -> ImageGenerator:
+        """The networks that make images."""
+        flow = self._load_flow("text_to_image")
+        text_encoder = load_text_encoder(self.config.text_encoder).to(self.device)
+        return ImageGenerator(text_encoder, self._tokenizer, flow)
+
+    @cached_property
+    def captioner(self) -> Captioner:
+        """The networks that make captions."""
+        flow = self._load_flow("image_to_text")
+        decoder = TextDecoder(self.config.text_decoder, *flow.projector.shape)
+        return Captioner(
+            tokenize=TextTokenizer(self.config.text_encoder),
+            tokenizer=self._tokenizer,
+            flow=flow,
+            decoder=self._load(decoder, "text_decoder"),
+        )
+
+    @cached_property
+    def _tokenizer(self) -> ImageTokenizer:
+        return self._load(ImageTokenizer(self.config.tokenizer), "tokenizer")
+
+    def _load_flow(self, name: str) -> FlowModel:
+        parts = self.direction(name)
+        return self._load(build_flow(parts.projector, parts.flowtok, parts.flow), name)
+
+    def _load(self, module: Module, part: str) -> Module:
+        load_weights(module, self.folder / f"{part}.safetensors")
+        return module.eval().requires_grad_(False).to(self.device)

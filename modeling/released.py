@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.flow import FlowConfig
-from modeling.flow_model import build_flow
-from modeling.flowtok import FlowTokConfig
-from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
-from modeling.layers import axial_rope_table, sincos_position_table
-from modeling.text_projector import TextProjectorConfig
+from .flow import FlowConfig
+from .flow_model import build_flow
+from .flowtok import FlowTokConfig
+from .image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
+from .layers import axial_rope_table, sincos_position_table
+from .text_projector import TextProjectorConfig
 
 LATENT_SCALE = 1.0143  # 1 / deviation of the released tokenizer's latents
 FLOW_HEADS = {(768, 12): 12, (1152, 28): 16, (1280, 36): 20}  # B, XL, H: (width, depth) -> heads

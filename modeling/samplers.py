@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from modeling.flow import VelocityFn
+from .flow import VelocityFn
 
 Solver = Callable[[VelocityFn, Tensor, list[float]], Tensor]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling.layers import check_not_negative, init_linear_
-from modeling.text_projector import ProjectorBlock, TextProjector, TextProjectorConfig
+from .layers import check_not_negative, init_linear_
+from .text_projector import ProjectorBlock, TextProjector, TextProjectorConfig
 
 CLIP_VOCABULARY = 49408
 

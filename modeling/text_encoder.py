@@ -19,8 +19,8 @@ import torch
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from modeling.clip_weights import ClipWeights, check_local_dir, load_clip
-from modeling.layers import check_not_negative, fingerprint
+from .clip_weights import ClipWeights, check_local_dir, load_clip
+from .layers import check_not_negative, fingerprint
 
 
 @dataclass
@@ -174,7 +174,7 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         ValueError: as clip_weights.load_clip, or transformers_text.load_tower.
     """
     if config.family == "transformers":
-        from modeling.transformers_text import load_tower  # it imports this file
+        from .transformers_text import load_tower  # it imports this file
 
         return load_tower(config)
     return ClipTextEncoder(load_clip(config), TextTokenizer(config))

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modeling.layers import (
+from .layers import (
     FROM_TOKENIZER,
     Attention,
     CrossAttention,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.clip_weights import HUB, AbsentWeights, why_hub_is_silent
-from modeling.layers import fingerprint
-from modeling.text_encoder import TextEncoderConfig
+from .clip_weights import HUB, AbsentWeights, why_hub_is_silent
+from .layers import fingerprint
+from .text_encoder import TextEncoderConfig
 
 T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 CLIP = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel"}

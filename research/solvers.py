@@ -20,9 +20,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, write_json
+from eval.charts import save_lines
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
-from research.plots import save_lines
 from training.errors import exit_on_error
 from training.loading import read_run_config
 from training.pipelines import flow_folder, load_pipeline

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import load_dataclass
 from data.files import write_json, write_text
-from research.plots import save_dots
+from eval.charts import save_dots
 from scripts.plan import make_plan
 from scripts.run_experiment.stages import read_stages
 from training.errors import exit_on_error

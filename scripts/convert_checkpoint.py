@@ -16,7 +16,6 @@ The text tower is not in the files: the config names it, and it is loaded when i
 import argparse
 import math
 import re
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -30,13 +29,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import user_path
+from data.files import check_new_folder, folder_written_whole, user_path
 from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
 from modeling.pipeline import SamplingConfig
 from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
 from modeling.text_encoder import TextEncoderConfig
-from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, flush
+from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint
 from training.errors import exit_on_error
 from training.run import CONFIG_FILE
 
@@ -80,8 +79,7 @@ def main(args: argparse.Namespace) -> None:
         ValueError: a folder that is there, impossible arguments, or a file that can't be converted.
     """
     target = (args.run or args.second).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already: name a new folder")
+    check_new_folder(target)
     if not (math.isfinite(args.latent_scale) and args.latent_scale > 0):
         raise ValueError(f"--latent-scale must be positive, got {args.latent_scale}")
     text_encoder = text_encoder_of(args)
@@ -216,17 +214,10 @@ def write_folder(
     target: Path, converted: list[Converted], text_encoder: TextEncoderConfig, with_stages: bool
 ) -> None:
     """Write a run folder or, with_stages, an experiment's: aside, flushed, renamed."""
-    partial = target.with_name(target.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
+    with folder_written_whole(target) as partial:
         for one in converted:
             stage = one.stage if with_stages else ""
             write_run(one, text_encoder, target / stage, partial / stage)
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_run(
@@ -243,7 +234,7 @@ def write_run(
     else:
         sections["text_encoder"] = text_encoder
     config |= {name: asdict(section) for name, section in sections.items()}
-    folder.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
 
     # No inputs: a file does not say what it goes with.

@@ -3,6 +3,7 @@
 import io
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,15 @@ def captioner(tmp_path_factory, chain, tiny_shards) -> Path:
     folder = tmp_path_factory.mktemp("captioner")
     run = f"run_dir={folder}/flowtok_caption"
     return chain.run_in(folder, "flowtok", run, *to_text(chain.folder, tiny_shards))
+
+
+@pytest.fixture(scope="session")
+def both_ways(tmp_path_factory, chain, captioner) -> Path:
+    """An experiment from text to image and back, moved from where its configs say."""
+    folder = tmp_path_factory.mktemp("both_ways") / "shapes"
+    shutil.copytree(chain.folder, folder)
+    shutil.copytree(captioner, folder / "flowtok_caption")
+    return folder
 
 
 def shape_sample(number: int) -> dict:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from modeling.pretrained import load_weights
 from training import checkpoint as ckpt
 from training.optim import EMA, OptimizerConfig, build_optimizer
 
@@ -32,7 +33,7 @@ def test_a_committed_checkpoint_has_its_files_and_is_read_back(tmp_path):
     names = {ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE}
     assert {path.name for path in folder.iterdir()} == names
     assert ckpt.read_state(folder).items() >= state_of(7).items()
-    ckpt.load_weights(other, folder / ckpt.MODEL_FILE)
+    load_weights(other, folder / ckpt.MODEL_FILE)
     assert torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
     assert ckpt.latest_checkpoint(tmp_path) == (7, folder)
     assert ckpt.latest_checkpoint(tmp_path / "nowhere") is None
@@ -70,7 +71,7 @@ def test_writing_a_step_again_replaces_it(tmp_path):
     model = nn.Linear(2, 2)
     folder = write(tmp_path, 4, model=model)
     other = nn.Linear(2, 2)
-    ckpt.load_weights(other, folder / ckpt.MODEL_FILE)
+    load_weights(other, folder / ckpt.MODEL_FILE)
     assert torch.equal(other.weight, model.weight)
 
 
@@ -85,11 +86,11 @@ def test_writing_a_step_again_replaces_it(tmp_path):
 def test_loading_is_strict_and_names_file_and_tensors(tmp_path, build, reason):
     path = write(tmp_path, 1) / ckpt.MODEL_FILE
     with pytest.raises(ValueError, match=rf"(?s){re.escape(str(path))} .*{reason}"):
-        ckpt.load_weights(build(), path)
+        load_weights(build(), path)
     for spoiling in (lambda: path.write_bytes(b"half"), path.unlink):
         spoiling()
         with pytest.raises(ValueError, match=re.escape(str(path))):
-            ckpt.load_weights(build(), path)
+            load_weights(build(), path)
 
 
 def test_inputs_are_compared_with_those_of_the_checkpoint(tmp_path):

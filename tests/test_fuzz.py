@@ -26,6 +26,7 @@ import sample
 from configs.load import load_config
 from data.tar import write_shard
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from modeling.pretrained import load_weights
 from scripts import check_run
 from training import checkpoint as ckpt
 from training.loading import read_section
@@ -317,7 +318,7 @@ def test_hostile_checkpoints(chain, tmp_path, record_property):
             latest = ckpt.latest_checkpoint(run, verify=[ckpt.ALL_FILES])
             return ckpt.check_inputs(latest[1], ckpt.read_state(latest[1])["inputs"])
         if name.endswith(".safetensors"):
-            return ckpt.load_weights(network, path)
+            return load_weights(network, path)
         is_optimizer = name == ckpt.OPTIMIZER_FILE
         return load_optimizer(optimizer, path) if is_optimizer else ckpt.load_plain(path)
 

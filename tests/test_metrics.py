@@ -137,3 +137,22 @@ def test_wandb_is_imported_only_when_it_is_on(tmp_path, monkeypatch):
     open_log(tmp_path, 0, wandb="off").close()
     with pytest.raises(ValueError, match="logging.wandb=online"):
         open_log(tmp_path, 0, wandb="online")
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = open_log(tmp_path, start_step, tensorboard=True)
+        for step in steps:
+            log.log(step, 4, {"loss": step + 10.0 * start_step}, seconds_left=0)
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(x.step, x.value) for x in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+
+
+def test_tensorboard_that_is_absent_is_named_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="logging.tensorboard"):
+        open_log(tmp_path, 0, tensorboard=True)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling.pipeline import to_pil
 from training.pictures import (
     CAPTION_LINES,
     LINE_HEIGHT,
@@ -13,7 +14,6 @@ from training.pictures import (
     pair_rows,
     sample_path,
     save_png,
-    to_pil,
 )
 
 WHITE = [255, 255, 255]

@@ -19,6 +19,7 @@ from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, Trans
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjectorConfig, TextWhitening
 from modeling.transformers_text import build_tower
+from scripts import export
 from training.tokens import projector_sizes
 
 transformers = pytest.importorskip("transformers", reason="requirements-text.txt is not installed")
@@ -177,6 +178,10 @@ def test_three_stages_and_sampling_run_with_a_t5(folders, tmp_path, tiny_shards)
     picture = tmp_path / "picture.png"
     draw(tmp_path, "--prompts", "a red circle", "a blue square", "--output", picture)
     Image.open(picture).verify()
+    export.main(export.parse_args([str(tmp_path), "--output", str(tmp_path / "exported")]))
+    again = tmp_path / "again.png"
+    draw(tmp_path / "exported", "--prompts", "a red circle", "a blue square", "--output", again)
+    assert again.read_bytes() == picture.read_bytes()
     with pytest.raises(ValueError, match="text_encoder.family=open_clip"):
         experiment.run("text_decoder")
 

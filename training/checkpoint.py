@@ -8,7 +8,6 @@ Nothing in it executes code when read: safetensors, JSON, and torch.load with we
 """
 
 import json
-import os
 import shutil
 import sys
 import zlib
@@ -20,9 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
+from data.files import flush
 from training.run import Run
 
 PREFIX, PARTIAL_SUFFIX = "step_", ".tmp"
@@ -136,16 +136,6 @@ def read_state(folder: Path) -> dict:
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: {name} is {state.get(name)!r}, expected {kind.__name__}")
     return state
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Strictly load safetensors into a module; ValueError names the file and what is wrong."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        module.load_state_dict(load_file(path), strict=True)
-    except Exception as error:  # safetensors raises its own types, torch a RuntimeError
-        raise ValueError(f"{path} does not fit the configured model: {error}") from error
 
 
 def load_plain(path: Path, mmap: bool = False) -> Any:
@@ -281,15 +271,6 @@ def delete(folder: Path) -> None:
     doomed = folder.with_name(f"{folder.name}.deleted{PARTIAL_SUFFIX}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def point_latest_to(folder: Path) -> None:

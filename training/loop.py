@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import training.checkpoint as ckpt
+from modeling.pretrained import load_weights
 from training.metrics import MetricLog, MetricWindow, Progress, TimedIterator
 from training.optim import EMA, LossFn, OptimizedNetwork, descend, load_optimizer
 from training.run import Run, seed_step
@@ -184,9 +185,9 @@ class TrainingState:
         step, folder = latest
         state = ckpt.read_state(folder)
         for prefix, network in self.networks.items():
-            ckpt.load_weights(network.module, folder / (prefix + ckpt.MODEL_FILE))
+            load_weights(network.module, folder / (prefix + ckpt.MODEL_FILE))
             load_optimizer(network.optimizer, folder / (prefix + ckpt.OPTIMIZER_FILE))
-        ckpt.load_weights(self.ema.average, folder / ckpt.EMA_FILE)
+        load_weights(self.ema.average, folder / ckpt.EMA_FILE)
         self.ema.num_updates = state["ema_updates"]
         self._resume_rank(folder, state["num_processes"])
         self.run.say(f"{self.run.folder}: resuming at step {step}")

@@ -22,7 +22,7 @@ from data.files import write_text
 from training.errors import printable
 from training.run import Run
 
-WANDB_FILE = "wandb_id"  # in the run folder
+METRICS_FILE, WANDB_FILE = "metrics.jsonl", "wandb_id"  # in the run folder
 
 
 @dataclass
@@ -31,6 +31,7 @@ class LoggingConfig:
 
     wandb: Literal["off", "online", "offline"] = "off"
     wandb_project: str = "flowtok"
+    tensorboard: bool = False  # event files in the run folder; needs pip install tensorboard
 
 
 class MetricWindow:
@@ -108,17 +109,19 @@ def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[
 
 
 class MetricLog:
-    """Writes a step's values to console, metrics.jsonl and wandb, on the main process (enabled)."""
+    """Writes a step's values to all that LoggingConfig names, on the main process (enabled)."""
 
     def __init__(self, run_dir: Path, config: LoggingConfig, enabled: bool, start_step: int):
         self.enabled = enabled
-        self.path = run_dir / "metrics.jsonl"
-        self._wandb = None
+        self.path = run_dir / METRICS_FILE
+        self._wandb = self._tensorboard = None
         if not enabled:
             return
         self._drop_after(start_step)
         if config.wandb != "off":
             self._wandb = start_wandb(run_dir, config, is_new=start_step == 0)
+        if config.tensorboard:
+            self._tensorboard = start_tensorboard(run_dir, start_step)
 
     def _drop_after(self, start_step: int) -> None:
         """Remove broken lines, and those of steps that the resumed run will do again."""
@@ -139,6 +142,8 @@ class MetricLog:
         print(f"step {step}/{max_steps}  {shown}  left {left}", flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items() if self._tensorboard else ():
+            self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             try:
                 self._wandb.log(values, step=step)
@@ -156,6 +161,18 @@ class MetricLog:
     def close(self) -> None:
         if self._wandb is not None:
             self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Names of metrics.jsonl -> (step, value) of each report that has it, without broken lines."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text(errors="replace").splitlines():
+        if (step := step_of(line)) is not None:
+            for name, value in json.loads(line).items():
+                curves.setdefault(name, []).append((step, value))
+    return curves
 
 
 def step_of(line: str) -> int | None:
@@ -196,6 +213,15 @@ def start_wandb(run_dir: Path, config: LoggingConfig, is_new: bool):
         )
     except wandb.Error as error:
         raise ValueError(f"logging.wandb={config.wandb}: {error}") from error
+
+
+def start_tensorboard(run_dir: Path, start_step: int):
+    """Start event files; ValueError: tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # only where it is wanted, as wandb
+    except ImportError as error:
+        raise ValueError("logging.tensorboard=true: pip install tensorboard") from error
+    return SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
 
 
 class TimedIterator:

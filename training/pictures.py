@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.files import write_bytes, write_text
+from modeling.pipeline import to_pil
 
 CELL_WIDTH_MIN = (
     128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
@@ -33,12 +33,6 @@ img { display: block; width: 100%; margin-bottom: 4px; outline: 1px solid #ddd; 
 """
 # The browser itself refuses scripts and anything from elsewhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """3 x R x R in [0, 1] -> PIL image, rounded to 8 bits."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 
 def caption_grid(images: Tensor, captions: list[str], columns: int) -> Image.Image:

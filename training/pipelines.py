@@ -1,7 +1,8 @@
 """Runs of stages 2 and 3 -> projectors, flows, and all parts of a generator or captioner.
 
 EMA weights. A flow names its tokenizer's run, and that one its text encoder. Where the experiment's
-folder was moved, the parts are found beside the flow's run; fingerprints refuse wrong ones.
+folder was moved, the parts are found beside the flow's run; fingerprints refuse wrong ones. Whole
+pipelines are also those of folders that scripts/export.py wrote.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
-from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
+from modeling.pipeline import Captioner, FlowTokPipeline, ImageGenerator, SamplingConfig
+from modeling.pretrained import is_pretrained
 from modeling.text_decoder import TextAutoencoder, TextDecoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoder, TextTokenizer
 from modeling.text_projector import TextProjector, TextProjectorConfig
@@ -48,6 +50,23 @@ def captioning_run(run_dir: str | Path) -> Path:
 def direction_of(flow_dir: str | Path) -> str:
     """Which way a stage-3 run flows."""
     return read_section(flow_dir, "flow", FlowConfig).direction
+
+
+def directions_of(run_dir: str | Path) -> set[str]:
+    """Which ways an experiment, a stage-3 run or an exported folder flows."""
+    if is_pretrained(run_dir):
+        config = FlowTokPipeline.from_pretrained(run_dir).config
+        return {name for name in ("text_to_image", "image_to_text") if getattr(config, name)}
+    # Of an experiment's two runs of stage 3, either may be absent.
+    runs = {flow_folder(run_dir), captioning_run(run_dir)} - {Path(run_dir)}
+    return {direction_of(run) for run in runs or {Path(run_dir)}}
+
+
+def example_captions(run_dir: str | Path) -> list[str]:
+    """The captions of the pictures that an experiment or a stage-3 run makes of itself."""
+    if is_pretrained(run_dir):
+        return FlowTokPipeline.from_pretrained(run_dir).config.captions
+    return list(read_run_config(flow_folder(run_dir)).pictures.captions)
 
 
 def load_flow(run_dir: str | Path) -> FlowModel:
@@ -120,6 +139,9 @@ def load_pipeline(
     run_dir: str | Path, device: torch.device
 ) -> tuple[ImageGenerator, SamplingConfig]:
     """All parts of an experiment, or of a stage-3 run, for images; and its default sampling."""
+    if is_pretrained(run_dir):
+        exported = FlowTokPipeline.from_pretrained(run_dir, device)
+        return exported.generator, exported.direction("text_to_image").sampling
     flow_dir = flow_folder(run_dir)
     if direction_of(flow_dir) == "image_to_text":
         raise ValueError(f"{flow_dir} flows from image to text, no images: sample.py --caption")
@@ -133,6 +155,9 @@ def load_pipeline(
 
 def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner, SamplingConfig]:
     """All parts of an experiment, or of a stage-3 run, for captions; and its default sampling."""
+    if is_pretrained(run_dir):
+        exported = FlowTokPipeline.from_pretrained(run_dir, device)
+        return exported.captioner, exported.direction("image_to_text").sampling
     flow_dir = captioning_run(run_dir)
     if direction_of(flow_dir) == "text_to_image":
         raise ValueError(

@@ -1,0 +1,285 @@
+"""A page to try a run in a browser.
+
+    python scripts/app.py --run runs/demo
+    python scripts/app.py --run USER/NAME --port 8000
+
+What sample.py takes for --run. Prompts to images, images between two prompts, the way of the flow
+from text to image and, where the run has a text decoder, images to captions. EMA weights. One
+process; requests wait for each other. Only this machine reaches the page unless --host says
+otherwise, and nothing is sent to anybody. Needs pip install -r requirements-app.txt.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# Run as a file, Python looks for modules in scripts/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.files import user_path
+from eval.images import caption_images, list_pictures
+from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig, to_pil
+from modeling.pretrained import find_folder
+from sample import list_cuts, list_strangers
+from training.errors import exit_on_error
+from training.pipelines import directions_of, example_captions, load_captioner, load_pipeline
+
+MAX_STEPS, MAX_IMAGES, MAX_POINTS, MAX_WAITING = 1000, 16, 12, 100
+MIN_PIXELS = 256  # of an image on the page: smaller ones are enlarged by a whole factor
+Gallery = list[tuple[Image.Image, str]]  # images and what is written under them
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    help_text = "experiment folder, stage-3 run, or a folder of scripts/export.py or its hub id"
+    add("--run", required=True, type=user_path, help=help_text)
+    add("--host", default="127.0.0.1", help="0.0.0.0: every machine that reaches this one")
+    add("--port", type=int, default=7860)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load the run, then serve the page until Ctrl-C."""
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs gradio: pip install -r requirements-app.txt")
+    page = build_page(load_studio(args.run, torch.device(args.device)))
+    serve(page, args.host, args.port, wait=True)
+
+
+# What the buttons do
+
+
+@dataclass
+class Studio:
+    """A run's networks at work. Methods raise ValueError: a sentence for who sits at the page."""
+
+    name: str
+    run: Path
+    generator: ImageGenerator | None
+    sampling: SamplingConfig
+    captioner: Captioner | None
+    caption_sampling: SamplingConfig
+    prompts: list[str]  # to try
+
+    def draw(
+        self, prompt: str, steps: float, guidance: float, seed: float, number: float
+    ) -> tuple[Gallery, str]:
+        """Images of a prompt, and what is to be said of it."""
+        sampling, seed = self.settings(steps, guidance, seed)
+        number = whole("the number of images", number, 1, MAX_IMAGES)
+        if number > 1 and not sampling.sample_text_latent:
+            raise ValueError("This run draws nothing at random: a prompt has one image.")
+        remarks = self.remarks(prompt)
+        images, _ = self.generator.generate([prompt] * number, sampling, seed)
+        return [(shown(image), prompt) for image in images], remarks
+
+    def blend(
+        self, first: str, second: str, place: float, steps: float, guidance: float, seed: float
+    ) -> tuple[Image.Image, str]:
+        """The image at a place between two prompts: 0 is the first, 1 the second."""
+        sampling, seed = self.settings(steps, guidance, seed)
+        remarks = self.remarks(first, second)
+        weights = torch.tensor([float(number_of("the place", place, 0, 1))])
+        [image] = self.generator.between([first, second], weights, sampling, seed)
+        return shown(image), remarks
+
+    def follow(
+        self, prompt: str, steps: float, guidance: float, seed: float, number: float
+    ) -> tuple[Gallery, str]:
+        """What the flow passes on its way from text to image."""
+        sampling, seed = self.settings(steps, guidance, seed)
+        number = whole("the number of points", number, 2, MAX_POINTS)
+        remarks = self.remarks(prompt)
+        times, images = self.generator.trajectory(prompt, sampling, seed, number)
+        pairs = zip(times, images, strict=True)
+        return [(shown(image), f"t = {time:.2f}") for time, image in pairs], remarks
+
+    def caption(self, path: str | None) -> str:
+        """The caption of an image file."""
+        if not path:
+            raise ValueError("Choose an image first.")
+        [batch] = caption_images(self.captioner, list_pictures([path]), self.caption_sampling, 1)
+        return batch.captions[0]
+
+    def settings(self, steps: float, guidance: float, seed: float) -> tuple[SamplingConfig, int]:
+        """Sampling and seed of a request."""
+        sampling = self.sampling.but(
+            steps=whole("steps", steps, 1, MAX_STEPS),
+            guidance=number_of("guidance", guidance, 0, 100),
+        )
+        return sampling, whole("the seed", seed, 0, 2**32)
+
+    def remarks(self, *prompts: str) -> str:
+        """What is to be said of prompts, a line each; ValueError for an empty one."""
+        if not all(prompt and prompt.strip() for prompt in prompts):
+            raise ValueError("Type a prompt first.")
+        said = [*list_cuts(self.generator, [*prompts]), *list_strangers(self.run, [*prompts])]
+        return "\n\n".join(said)
+
+
+def load_studio(name: Path, device: torch.device) -> Studio:
+    """All that a run, an exported folder or one of the hub can do."""
+    run = find_folder(name)
+    directions = directions_of(run)
+    generator, captioner, sampling, caption_sampling = None, None, SamplingConfig(), None
+    if "text_to_image" in directions:
+        generator, sampling = load_pipeline(run, device)
+    if "image_to_text" in directions:
+        captioner, caption_sampling = load_captioner(run, device)
+    return Studio(
+        name=name.name,
+        run=run,
+        generator=generator,
+        sampling=sampling,
+        captioner=captioner,
+        caption_sampling=caption_sampling,
+        prompts=(example_captions(run) if generator else []) or [""],
+    )
+
+
+def number_of(name: str, value: Any, least: float, most: float) -> float:
+    """A number that was typed; ValueError: none, or out of its range."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:  # NaN is not
+        given = "nothing" if value is None else repr(value)
+        raise ValueError(f"Give {name} as a number from {least:g} to {most:g}, not {given}.")
+    return value
+
+
+def whole(name: str, value: Any, least: int, most: int) -> int:
+    """A whole number that was typed."""
+    if number_of(name, value, least, most) != int(value):
+        raise ValueError(f"Give {name} as a whole number, not {value!r}.")
+    return int(value)
+
+
+def shown(image: Tensor) -> Image.Image:
+    """3 x R x R in [0, 1] -> a picture whose pixels can be seen."""
+    factor = max(1, -(-MIN_PIXELS // image.shape[-1]))
+    picture = to_pil(image)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+# The page
+
+
+def build_page(studio: Studio) -> Any:
+    """The page of a studio, a gradio.Blocks: a tab for each thing that it can do."""
+    # It asks the world for its newest version unless told otherwise before it is imported.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
+    with gr.Blocks(title="FlowTok", analytics_enabled=False) as page:
+        gr.Markdown(f"# FlowTok: {studio.name}")
+        if studio.generator:
+            with gr.Accordion("Settings", open=False):
+                settings = [
+                    gr.Slider(1, 100, studio.sampling.steps, step=1, label="Steps"),
+                    gr.Slider(0, 10, studio.sampling.guidance, label="Guidance (1: none)"),
+                    gr.Number(0, label="Seed", precision=0),
+                ]
+            with gr.Tab("Image"):
+                add_drawing(studio, settings)
+            with gr.Tab("Between two prompts"):
+                add_blending(studio, settings)
+            with gr.Tab("From text to image"):
+                add_following(studio, settings)
+        if studio.captioner:
+            with gr.Tab("Caption"):
+                picture = gr.Image(type="filepath", sources=["upload"], label="Picture")
+                caption = gr.Textbox(label="Caption")
+                button = gr.Button("Read", variant="primary")
+                attach([button.click], studio.caption, [picture], [caption])
+    return page
+
+
+def add_drawing(studio: Studio, settings: list) -> None:
+    """Images of a prompt."""
+    import gradio as gr
+
+    prompt = gr.Textbox(studio.prompts[0], label="Prompt")
+    number = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images")
+    button = gr.Button("Draw", variant="primary")
+    outputs = [gr.Gallery(label="Images", columns=4, format="png"), gr.Markdown()]
+    gr.Examples([[text] for text in studio.prompts], prompt, label="Prompts to try")
+    attach([button.click, prompt.submit], studio.draw, [prompt, *settings, number], outputs)
+
+
+def add_blending(studio: Studio, settings: list) -> None:
+    """The image between two prompts; the slider draws it where it is let go."""
+    import gradio as gr
+
+    first = gr.Textbox(studio.prompts[0], label="From")
+    second = gr.Textbox(studio.prompts[-1], label="To")
+    place = gr.Slider(0, 1, 0.5, step=0.05, label="Place between them")
+    button = gr.Button("Blend", variant="primary")
+    outputs = [gr.Image(label="Image", format="png"), gr.Markdown()]
+    inputs = [first, second, place, *settings]
+    attach([button.click, place.release], studio.blend, inputs, outputs)
+
+
+def add_following(studio: Studio, settings: list) -> None:
+    """The way of the flow."""
+    import gradio as gr
+
+    prompt = gr.Textbox(studio.prompts[0], label="Prompt")
+    number = gr.Slider(2, MAX_POINTS, 6, step=1, label="Points on the way")
+    button = gr.Button("Follow", variant="primary")
+    gr.Markdown("Points of the flow from the text (t = 0) to the image (t = 1), decoded:")
+    way = gr.Gallery(show_label=False, columns=6, format="png")
+    inputs = [prompt, *settings, number]
+    attach([button.click, prompt.submit], studio.follow, inputs, [way, gr.Markdown()])
+
+
+def attach(triggers: list, method: Callable, inputs: list, outputs: list) -> None:
+    """Run a method at events; all wait in one queue, and errors are shown as their sentence."""
+    import gradio as gr
+
+    @wraps(method)
+    def call(*arguments):
+        try:
+            return method(*arguments)
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    gr.on(triggers, call, inputs, outputs, concurrency_limit=1, concurrency_id="networks")
+
+
+def serve(page: Any, host: str, port: int, wait: bool) -> str:
+    """Serve the page and print its address; returns that, at once or after Ctrl-C."""
+    page.queue(max_size=MAX_WAITING)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        footer_links=[],
+        run_history=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"{address}: open it in a browser; Ctrl-C ends it", flush=True)
+    if wait:
+        page.block_thread()
+    return address
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    exit_on_error(lambda: main(arguments))

@@ -1,0 +1,302 @@
+"""Pack a trained run to pass it on: a folder of safetensors, config.json and a model card.
+
+    python scripts/export.py runs/demo --output exported/demo
+    python scripts/export.py runs/demo --output exported/demo --push USER/NAME
+    python sample.py --run exported/demo --prompts "pineapple, food fruit"
+
+RUN is an experiment, or one of its stage-3 runs. EMA weights of the tokenizer, of the flow with its
+projector and, where the run has one, of the flow to captions with its text decoder. A text tower
+that was trained here, or read from a file, goes into text_encoder/; one of a hub is named. The card
+(README.md) has the figures of report.json and the newest picture of the run.
+FlowTokPipeline.from_pretrained reads the folder, or the id to which --push uploads it (after
+`hf auth login`). Written aside and renamed: a folder that is there is whole.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+# Run as a file, Python looks for modules in scripts/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import huggingface_hub
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from data.files import check_new_folder, folder_written_whole, user_path, write_json, write_text
+from modeling.clip_weights import copy_clip, why_hub_is_silent
+from modeling.flow import FlowConfig
+from modeling.flowtok import FlowTokConfig
+from modeling.layers import fingerprint
+from modeling.pipeline import DirectionConfig, PipelineConfig, SamplingConfig
+from modeling.pretrained import CONFIG_FILE, HUB_ID, TOWER_FOLDER
+from modeling.text_encoder import TextEncoderConfig
+from modeling.text_projector import TextProjectorConfig
+from training.checkpoint import latest_checkpoint
+from training.errors import ROOT, exit_on_error
+from training.loading import read_run_config, read_section
+from training.pictures import sample_path
+from training.pipelines import (
+    captioning_run,
+    directions_of,
+    example_captions,
+    find_tokenizer,
+    flow_folder,
+    load_captioner,
+    load_pipeline,
+)
+
+SAMPLES_FILE = "samples.png"
+SECTIONS = {
+    "projector": TextProjectorConfig,
+    "flowtok": FlowTokConfig,
+    "flow": FlowConfig,
+    "sampling": SamplingConfig,
+}
+CARD = """---
+library_name: flowtok
+pipeline_tag: {tag}
+---
+# {name}
+
+[FlowTok](https://arxiv.org/abs/2503.10772): text tokens flow into image tokens. Images of {size} x
+{size} pixels are {tokens} tokens of {channels} channels.
+{picture}
+## Use
+
+With the code that wrote this folder{commit}, after `pip install .` in its folder:
+
+```python
+from flowtok.pipeline import FlowTokPipeline
+
+pipeline = FlowTokPipeline.from_pretrained("{name}")
+{calls}
+```
+
+## Training
+
+| run | steps | batch size | data |
+|---|---|---|---|
+{runs}
+
+The weights are averages over the training (EMA), float32.
+
+## Figures
+
+{figures}
+"""
+DRAW = 'pipeline({prompt!r}, steps={steps}, guidance={guidance:g}, seed=0)[0].save("image.png")'
+CAPTION = """sampling = pipeline.direction("image_to_text").sampling
+# images: B x 3 x {size} x {size} in [0, 1]
+captions = pipeline.captioner.captions(images, sampling)"""
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
+    add("--output", type=user_path, required=True, metavar="FOLDER", help="a new folder")
+    help_text = "then upload it to the hub; a repository that is not there yet is made private"
+    add("--push", metavar="USER/NAME", help=help_text)
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check, collect, write, upload.
+
+    Raises:
+        ValueError: no such run, a folder that is there, or no id of the hub.
+        OSError: the hub refuses.
+    """
+    target = args.output.resolve()
+    check_new_folder(target)
+    if args.push:
+        check_hub(args.push)
+
+    runs, networks, config = collect(args.run)
+    with folder_written_whole(target) as folder:
+        for part, network in networks.items():
+            path = folder / f"{part}.safetensors"
+            save_file(network.state_dict(), path)
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+        config.text_encoder = pack_tower(config.text_encoder, folder / TOWER_FOLDER)
+        write_json(asdict(config), folder / CONFIG_FILE)
+        has_picture = copy_picture([*runs.values()][-1], folder / SAMPLES_FILE)
+        card = write_card(
+            name=args.push or args.output.name,
+            runs=runs,
+            config=config,
+            has_picture=has_picture,
+            figures=describe_report(args.run, networks),
+        )
+        write_text(card, folder / "README.md")
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{target}: written, {size / 1e6:.1f} MB")
+    if args.push:
+        print(upload(target, args.push))
+    print(f"python sample.py --run {args.push or args.output}")
+
+
+def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineConfig]:
+    """(runs by what they made, networks by the file that they go to, config) of a run.
+
+    Raises:
+        ValueError: the two directions have different tokenizers.
+    """
+    runs, networks, config = {}, {}, PipelineConfig(captions=[])
+    cpu = torch.device("cpu")
+    for direction in sorted(directions_of(run)):
+        if direction == "text_to_image":
+            flow_dir = flow_folder(run)
+            parts, _ = load_pipeline(run, cpu)
+            config.text_encoder = parts.text_encoder.tokenize.config
+            config.captions = example_captions(run)
+        else:
+            flow_dir = captioning_run(run)
+            parts, _ = load_captioner(run, cpu)
+            config.text_encoder = parts.tokenize.config
+            config.text_decoder = parts.decoder.config
+            networks["text_decoder"] = parts.decoder
+        before = networks.setdefault("tokenizer", parts.tokenizer)
+        if fingerprint(before) != fingerprint(parts.tokenizer):
+            raise ValueError(f"{run} has another tokenizer for captions: export each run by itself")
+        sections = {name: read_section(flow_dir, name, schema) for name, schema in SECTIONS.items()}
+        setattr(config, direction, DirectionConfig(**sections))
+        config.tokenizer = parts.tokenizer.config
+        networks[direction] = parts.flow
+        runs["tokenizer"] = find_tokenizer(flow_dir)[0]
+        runs[direction] = flow_dir
+    return runs, networks, config
+
+
+def pack_tower(config: TextEncoderConfig, folder: Path) -> TextEncoderConfig:
+    """Copy a text tower of this machine into a folder; one of a hub stays a name."""
+    named = config.model.removeprefix("local-dir:")
+    is_path = named != config.model or config.family == "transformers"
+    if is_path and Path(named).is_dir():
+        shutil.copytree(named, folder)
+    elif not config.names_its_weights and Path(config.pretrained).is_file():
+        copy_clip(config, folder)
+    else:
+        return config
+    return replace(config, model=folder.name, pretrained="")
+
+
+def copy_picture(run: Path, path: Path) -> bool:
+    """Copy the newest picture that a run made of itself; False: it made none."""
+    pictures = sorted(sample_path(run, 0).parent.glob("step_*.png"))
+    if pictures:
+        shutil.copyfile(pictures[-1], path)
+    return bool(pictures)
+
+
+# The hub
+
+
+def check_hub(name: str) -> None:
+    """Refuse, before anything is written, an id that is none, or a hub that knows no user."""
+    if not HUB_ID.fullmatch(name):
+        raise ValueError(f"--push {name}: expected USER/NAME")
+    if silence := why_hub_is_silent():
+        raise ValueError(f"--push {name}: {silence}")
+    huggingface_hub.HfApi().whoami()
+
+
+def upload(folder: Path, name: str) -> str:
+    """Upload a folder to the hub; returns the address of the commit."""
+    hub = huggingface_hub.HfApi()
+    hub.create_repo(name, private=True, exist_ok=True)
+    return hub.upload_folder(repo_id=name, folder_path=folder).commit_url
+
+
+# The model card
+
+
+def write_card(
+    name: str, runs: dict[str, Path], config: PipelineConfig, has_picture: bool, figures: str
+) -> str:
+    """What it is, how to use it, what it was trained on, what was measured."""
+    calls, tokenizer = [], config.tokenizer
+    if draws := config.text_to_image:
+        prompt = next(iter(config.captions), "a prompt")
+        sampling = draws.sampling
+        call = DRAW.format(prompt=prompt, steps=sampling.steps, guidance=sampling.guidance)
+        calls.append(call)
+    if config.image_to_text:
+        calls.append(CAPTION.format(size=tokenizer.image_size))
+    commit = find_commit()
+    return CARD.format(
+        tag="text-to-image" if draws else "image-to-text",
+        name=name,
+        size=tokenizer.image_size,
+        tokens=tokenizer.num_tokens,
+        channels=tokenizer.token_channels,
+        picture=f"\n![samples]({SAMPLES_FILE})\n" if has_picture else "",
+        commit=f" (commit {commit})" if commit else "",
+        calls="\n".join(calls),
+        runs="\n".join(describe_run(folder) for folder in runs.values()),
+        figures=figures,
+    )
+
+
+def find_commit() -> str:
+    """The commit of this code, with -dirty if files differ from it; "" outside a clone."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        return ""
+
+
+def describe_run(folder: Path) -> str:
+    """A row: name, steps, batch size and the names of the shards that a run was trained on."""
+    config = read_run_config(folder)
+    step, _ = latest_checkpoint(folder)
+    if "training" not in config:
+        return f"| {folder.name} | converted weights | | |"
+    sources = [*config.data.get("sources", {}).values()] or [config.data]
+    # Without the folders of this machine.
+    shards = ["/".join(Path(shard).parts[-2:]) for one in sources for shard in one.shards]
+    batch_size = config.training.batch_size
+    return f"| {folder.name} | {step} | {batch_size} | {', '.join(map(code, shards))} |"
+
+
+def describe_report(run: Path, networks: dict[str, nn.Module]) -> str:
+    """The numbers of the report.json of an experiment as a table, if they are of this flow."""
+    files = [folder / "report.json" for folder in (run, run.parent)]
+    values = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
+    flow = networks.get("text_to_image")
+    inputs = values.pop("inputs", {})
+    if flow is None or inputs.get("flow_fingerprint") != fingerprint(flow):
+        return "None were measured (stage report)."
+    rows = [f"| {code(name)} | {value:.4g} |" for name, value in list_numbers(values)]
+    return "\n".join(["| report.json | |", "|---|---|", *rows])
+
+
+def list_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of nested dicts by their dotted names."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from list_numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", value
+
+
+def code(text: str) -> str:
+    """Text in backticks."""
+    return f"`{text}`"
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    exit_on_error(lambda: main(arguments))
