@@ -3,8 +3,12 @@
 import io
 import math
 import random
+import socket
+import urllib.error
+from functools import cache
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -13,6 +17,9 @@ from data.tar import write_shard
 from modeling.clip_weights import build_clip, save_clip
 
 torch.set_num_threads(1)
+# Its vocabulary takes 0.2 s to read, and each stage reads it up to five times.
+open_clip.factory.SimpleTokenizer = cache(open_clip.factory.SimpleTokenizer)
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0  # s that a failed worker is waited for
 
 TINY_CLIP = {
     "embed_dim": 24,
@@ -48,6 +55,18 @@ def tiny_shards(tmp_path_factory) -> Path:
         numbers = range(shard * SAMPLES_PER_SHARD, (shard + 1) * SAMPLES_PER_SHARD)
         write_shard(folder / f"train-{shard:05d}.tar", [shape_sample(number) for number in numbers])
     return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path) -> Path:
+    """An empty cache of torch's, and downloads that fail; the cache's folder."""
+
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError(socket.gaierror("no such host"))
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 def save_weights_file(tmp_path_factory, name, state) -> Path:
