@@ -18,6 +18,7 @@ that no caption of the training had is said, where the run knows these.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -29,22 +30,20 @@ import torch
 from torch import Tensor
 
 from data.entries import Entry
-from data.files import check_writable, read_text_file, user_path
-from eval.captioning import (
+from data.files import check_writable, read_text_file, user_path, write_text
+from eval.images import (
     Captioned,
     caption_images,
     choose_images,
+    image_name,
     list_pictures,
     sheet_of,
-    write_captions,
 )
-from eval.gallery import write_gallery
-from eval.images import image_name
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS
 from training.errors import exit_on_error, printable
 from training.loading import read_run_config
-from training.pictures import caption_grid, png_bytes, save_png, to_pil
+from training.pictures import caption_grid, png_bytes, save_png, to_pil, write_gallery
 from training.pipelines import (
     captioning_run,
     direction_of,
@@ -323,6 +322,22 @@ def print_captions(
         number, skipped = number + len(batch.captions), skipped + len(batch.skipped)
     save_png(sheet_of(images, captions), path)
     return number, skipped
+
+
+def write_captions(
+    path: Path, entries: list[Entry], batches: Iterator[Captioned]
+) -> tuple[int, int]:
+    """Lines {"image", "caption"} into a jsonl, atomically. Returns (captions, skipped images)."""
+    lines, skipped = [], 0
+    for batch in batches:
+        skipped += len(batch.skipped)
+        for index, text in zip(batch.index, batch.captions, strict=True):
+            row = {"image": image_name(entries[index]), "caption": text}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    if not lines:
+        raise ValueError(f"none of {skipped} images could be read")
+    write_text("".join(lines), path)
+    return len(lines), skipped
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from configs.load import load_dataclass, parse_stage_args
 from data.entries import Entry
 from data.readers import TokenTextConfig
-from eval.captioning import caption_sheet, choose_images
-from eval.during_training import EvaluationConfig, FlowEvaluation
+from eval.generation import EvaluationConfig, FlowEvaluation
+from eval.images import caption_sheet, choose_images
 from eval.protocol import Protocol, protocol_file
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.flow import FlowConfig, check_guidance

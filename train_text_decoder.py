@@ -98,6 +98,11 @@ def main(config: TextDecoderStage) -> None:
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     tokenizer_config = read_section(config.tokenizer_run, "tokenizer", ImageTokenizerConfig)
     text_config = text_encoder_config(config.tokenizer_run)
+    if text_config.family != "open_clip" or projector_sizes(tokenizer_config)["num_queries"]:
+        raise ValueError(
+            f"{config.tokenizer_run}: a text decoder reads one of CLIP's token ids from each "
+            "token: it needs text_encoder.family=open_clip and tokenizer.num_tokens=0"
+        )
     source = load_projector(config.projector_run) if config.projector_run else None
     if source is None:
         sizes = projector_sizes(tokenizer_config)

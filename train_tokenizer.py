@@ -4,7 +4,8 @@
     python train_tokenizer.py --config configs/demo/tokenizer.yaml training.max_steps=100
 
 The second: one process. In: image shards with captions. Out: a run folder; its EMA weights encode
-images to K x C tokens and decode them. K is the text tower's number of tokens.
+images to K x C tokens and decode them. K is the text tower's number of tokens, if
+tokenizer.num_tokens sets none.
 Losses: pixels, perceptual (modeling/perceptual.py), adversarial from a step on
 (modeling/discriminator.py), KL; each is off by weight 0. Watch channels_in_use and posterior_std:
 a posterior collapse shows there first.
@@ -12,7 +13,7 @@ The same command resumes, and does nothing when the run is complete.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from torch import Tensor
 from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader
 from data.tar import expand_shards
-from eval.during_training import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from eval.images import ImageSet, list_images
+from eval.reconstruction import ReconstructionEvaluation, ReconstructionEvaluationConfig
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.discriminator import (
     AdversarialConfig,
@@ -129,14 +130,11 @@ class Parts(NamedTuple):
 
 def main(config: TokenizerStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
-    # The text tower: its length is the number of latent tokens.
+    # The text tower: its length is the number of latent tokens, if none is set.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
-    length, width = text_encoder.shape
-    config.tokenizer = replace(
-        config.tokenizer, num_tokens=length, text_tokens=length, text_width=width
-    )
+    config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
     inputs = {"text_encoder": text_encoder.identity}
     if is_complete(run, training.max_steps, inputs):
         return

@@ -33,6 +33,7 @@ class CropAt:
     flip: float = 1.0
     recaption: float = 1 - 1e-9  # only where all captions are re-captioned
     caption: float = 0.0
+    window: float = 0.0
 
     @property
     def crop_x(self) -> float:

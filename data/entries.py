@@ -32,7 +32,7 @@ from data.files import decode_text, errors_naming
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
 from data.tar import one_form, scan_file
-from data.transforms import FORMATS, HEIF_KEYS, IMAGE_KEYS
+from data.transforms import FORMATS, HEIF_KEYS, IMAGE_KEYS, WITHOUT_SIGNATURE, decode_image
 
 # bytes of an entry's line, the first entry of the same image, whether its key came before, whether
 # it is no sample
@@ -187,14 +187,17 @@ def file_stamp(path: str) -> list[int] | None:
 def image_extension(path: str) -> str | None:
     """The extension that an image file's content asks for; None: no image that is read.
 
-    Nor are camera raws, of which Pillow would show the preview.
+    Nor are camera raws, of which Pillow would show the preview, or what may begin like an image,
+    but does not decode.
     """
     if file_stamp(path) is None:
         return None
     try:
         with Image.open(path, formats=FORMATS) as image:
             name, tags = image.format, getattr(image, "tag_v2", {})
-    except Exception:  # Pillow raises a dozen types on what is no image
+        if name in WITHOUT_SIGNATURE:
+            decode_image(Path(path).read_bytes())
+    except Exception:  # also what Pillow raises on what is no image: a dozen types
         return None
     if DNG_VERSION in tags or tags.get(NEW_SUBFILE_TYPE) == 1:
         return None
@@ -206,37 +209,40 @@ def no_image(path: str) -> str:
     """The reason why a file is no sample: by its ending, for there may be many."""
     ending = os.path.splitext(path)[1].lower()
     is_usual = ending[1:].isalnum() and len(ending) <= 10
-    return f"no image: {ending if is_usual else 'unusual ending'}"
+    return f"no image: {ending if is_usual else 'unusual ending' if ending else 'no ending'}"
 
 
-def read_metadata(entry: Entry, parts: Mapping[str, bytes]) -> dict[str, Any]:
-    """What the source knows of a sample beside captions, {} for a JSON that is none."""
+def read_metadata(entry: Entry, parts: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """What the source knows of a sample beside captions; None: its JSON holds no object."""
     if entry.captions is not None:
         return entry.metadata
-    content = load_json(parts["json"]) if "json" in parts else None
-    return content if isinstance(content, dict) else {}
+    content = load_json(parts["json"]) if "json" in parts else {}
+    return content if isinstance(content, dict) else None
 
 
 def read_captions(
-    entry: Entry, parts: Mapping[str, bytes], metadata: Mapping[str, Any], keys: Sequence[str]
-) -> list[str]:
-    """Captions of the first of `keys` that has any, cleaned.
+    entry: Entry,
+    parts: Mapping[str, bytes],
+    metadata: Mapping[str, Any] | None,
+    keys: Sequence[str],
+) -> tuple[list[str], list[str]]:
+    """Captions of the first of `keys` that has any, cleaned; why others are of no use.
 
-    Raises:
-        BadSample: no caption, or none that is UTF-8 (or -16, -32).
+    Without any caption there is at least one reason.
     """
     candidates = [entry.captions]
     if entry.captions is None:
-        candidates = [_texts_at(key, parts, metadata) for key in keys]
-    reason = "caption: missing"
+        candidates = [_texts_at(key, parts, metadata or {}) for key in keys]
+    captions, reasons = [], []
     for texts in candidates:
         whole = [text for text in texts if not ESCAPED_BYTES.search(text)]
+        reasons += ["caption: not UTF-8"] * (len(texts) - len(whole))
         captions = list(filter(None, map(clean_caption, whole)))
         if captions:
-            return captions
-        if len(whole) < len(texts):
-            reason = "caption: not UTF-8"
-    raise BadSample(reason)
+            break
+    if not captions and not reasons:
+        reasons.append("caption: missing" if metadata is not None else "json: unreadable")
+    return captions, reasons
 
 
 def _texts_at(key: str, parts: Mapping[str, bytes], metadata: Mapping[str, Any]) -> list[str]:
@@ -254,7 +260,7 @@ def explain(entry: Entry, reason: str) -> str:
     path, name, found = entry.path, os.path.basename(entry.path), ""
     if entry.span is not None:
         name = f"{name}: {entry.key}"
-        if "missing" in reason:
+        if "missing" in reason or reason.startswith("json"):
             found = members_of(_read_span(path, *entry.span))
     elif "://" in path:
         name, found = re.search(r"\w*://.*", path)[0], "a URL, expected a file"
@@ -264,7 +270,7 @@ def explain(entry: Entry, reason: str) -> str:
         name, found = path, _instead_of(path)
     elif reason.startswith("caption") and entry.captions is not None:
         found = f"its captions are {str(entry.captions)[:60]}"
-    elif reason.startswith("caption"):
+    elif reason.startswith(("caption", "json")):
         found = f"beside it {', '.join(_names_like(path)) or 'nothing'}"
     elif reason.startswith(("image: unreadable", "no image")):
         with suppress(OSError), open(path, "rb") as file:
@@ -300,22 +306,23 @@ def _names_like(path: str) -> list[str]:
 # -------------------------------------------------------------------------------------- inside tars
 
 
-def list_samples(path: str) -> list[tuple[str, int, int]]:
-    """(key, first byte, end) of each sample of a tar; reads headers only.
+def list_samples(path: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
+    """(key, first byte, end) of each sample of a tar, (name, why) of each member that no sample
+    has; reads headers only.
 
     Raises:
         ValueError: truncated, or no tar.
     """
-    samples, begin = [], 0
+    samples, strays, begin = [], [], 0
     try:
         with open_shard(path) as file:
-            for key, _, end in scan_file(file, path, 0, 0, reader=-1, readers=1):
+            for key, _, end in scan_file(file, path, 0, 0, reader=-1, readers=1, strays=strays):
                 samples.append((key, begin, end))
                 begin = end
     except ShardError as error:
         # a ShardError cannot be passed on by a worker: it does not pickle
         raise ValueError(str(error)) from None
-    return samples
+    return samples, strays
 
 
 def _read_span(path: str, begin: int, end: int) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -38,22 +39,30 @@ def read_text_file(path: str | Path) -> str:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} {not_unicode(error)}") from None
+        raise ValueError(not_decodable(path, error.encoding)) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def open_text(path: str | Path, newline: str) -> TextIO:
-    """A text file of any length; what is not UTF-8 is escaped (surrogateescape)."""
-    with open(path, "rb") as file:
-        encoding = json.detect_encoding(file.read(4))
-    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-    return open(path, encoding=encoding, errors=errors, newline=newline)
+def open_text(path: str | Path, newline: str, encoding: str | None = None) -> TextIO:
+    """A text file of any length; encoding None: UTF-8, -16 or -32, as its first bytes say."""
+    if encoding is None:
+        with open(path, "rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+    return open(path, encoding=encoding, newline=newline)
 
 
-def not_unicode(error: UnicodeDecodeError) -> str:
-    """What an error of decoding says after the name of the file."""
-    given = error.object[error.start : error.start + 4]
-    return f"is not UTF-8, UTF-16 or UTF-32 at byte {error.start}: {given!r}; save it as UTF-8"
+def not_decodable(path: str | Path, encoding: str) -> str:
+    """What an error says of a text file that is in another encoding: its first such line."""
+    # what cannot be decoded is missing in one, and a mark in the other
+    with (
+        open(path, encoding=encoding, errors="ignore") as cut,
+        open(path, encoding=encoding, errors="replace") as marked,
+    ):
+        pairs = enumerate(zip_longest(cut, marked, fillvalue=""), start=1)
+        number, (_, line) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+    place = line.find("\N{REPLACEMENT CHARACTER}")
+    given = line[max(place - 20, 0) : place + 20].strip()
+    return f"{path} line {number} is not {encoding.upper()}: {given!r}; save the file as UTF-8"
 
 
 def user_path(text: str) -> Path:

@@ -39,7 +39,7 @@ class FilterConfig:
     max_watermark_probability: float | None = None
     # a sample without the score that a filter needs; "fail" stops the run at the first one
     missing_score: Literal["keep", "drop", "fail"] = "fail"
-    # of the cleaned caption; 0: off
+    # of a cleaned caption; a sample that has others keeps those. 0: off
     min_caption_characters: int = 0
     max_caption_characters: int = 0
 
@@ -70,17 +70,21 @@ class FilterConfig:
         scores = (self.min_aesthetic_score, self.max_watermark_probability)
         return scores != (None, None) or self.min_longer_side > 0 or self.max_aspect_ratio > 0
 
-    def check_metadata(self, caption: str, metadata: Mapping[str, Any]) -> None:
+    def caption_fault(self, caption: str) -> str | None:
+        """The reason to drop a cleaned caption, and a sample that has no other; None: it stays."""
+        if len(caption) < self.min_caption_characters:
+            return "filter: min_caption_characters"
+        if self.max_caption_characters and len(caption) > self.max_caption_characters:
+            return "filter: max_caption_characters"
+        return None
+
+    def check_metadata(self, metadata: Mapping[str, Any]) -> None:
         """What is known before the image is decoded; metadata: the sample's JSON, {} without.
 
         Raises:
             BadSample: the sample is dropped.
             ValueError: a score is missing and missing_score is "fail".
         """
-        if len(caption) < self.min_caption_characters:
-            raise BadSample("filter: min_caption_characters")
-        if self.max_caption_characters and len(caption) > self.max_caption_characters:
-            raise BadSample("filter: max_caption_characters")
         for keys in SIZE_KEYS:
             width, height = (_number(metadata.get(key)) for key in keys)
             if width is not None and height is not None and width > 0 and height > 0:

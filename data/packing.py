@@ -6,7 +6,7 @@ A task is one shard. Whatever is written appears whole or not at all, and depend
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -26,12 +26,13 @@ from data.entries import (
 )
 from data.files import written_whole
 from data.filters import FilterConfig
-from data.samples import BadSample
+from data.samples import BadSample, members_of
 from data.tar import write_shard
 from data.transforms import IMAGE_KEYS, decode_image
 
 PROGRESS_FOLDER = "progress"  # in the output folder
 UNCHECKED, USABLE, DUPLICATE = 0, 1, 2  # what digest_task has found out about a sample
+MAX_SHOWN = 60  # characters of a caption in a message
 
 
 # --------------------------------------------------------------------------------------- one sample
@@ -51,13 +52,17 @@ class SampleConfig:
     background: tuple[int, int, int]
 
 
+# of what a sample has but does not use: why, and its entry, with a note of what it is
+Unused = list[tuple[str, Entry]]
+
+
 def make_sample(
     entries: Sequence[Entry], config: SampleConfig, is_usable: bool = False
-) -> tuple[dict[str, Any], bytes]:
-    """(sample for write_shard, the source's image file) of the entries of one image.
+) -> tuple[dict[str, Any], bytes, Unused]:
+    """(sample for write_shard, the source's image file, what is not used) of one image's entries.
 
-    Has the captions of all, in order, and the image and metadata of the first. is_usable: no need
-    to decode the image.
+    Has the captions of all that the filters want, in order, and the image and metadata of the
+    first. is_usable: no need to decode the image.
 
     Raises:
         BadSample: no image, no caption, or filtered.
@@ -67,18 +72,26 @@ def make_sample(
     if entry.fault is not None:
         raise BadSample(entry.fault)
     # captions and scores first: of a table with scores most images may be dropped unread
-    parts = text_parts(entry)
-    metadata = read_metadata(entry, parts)
-    captions = gather_captions(entries, parts, metadata, config.caption_keys)
+    parts, metadata, captions, unused = read_texts(entry, config)
+    for other in entries[1:]:
+        _, _, more, more_unused = read_texts(other, config)
+        captions += more
+        unused += more_unused
+    captions = list(dict.fromkeys(captions))
+    if not captions:
+        raise BadSample(unused[0][0])
+    if metadata is None and config.filters.needs_metadata:
+        raise BadSample("json: unreadable")
+    metadata = metadata or {}
     try:
-        config.filters.check_metadata(captions[0], metadata)
+        config.filters.check_metadata(metadata)
     except ValueError as error:
         raise ValueError(f"sample {entry.key} of {entry.path}: {error}") from None
     parts = parts or read_parts(entry)
-    extension = next((key for key in IMAGE_KEYS if key in parts), None)
-    if extension is None:
+    source = next((key for key in IMAGE_KEYS if key in parts), None)
+    if source is None:
         raise BadSample("image: missing")
-    original = data = parts[extension]
+    extension, data = source, parts[source]
 
     # then the image itself
     if config.resize or not is_usable:
@@ -91,41 +104,44 @@ def make_sample(
             extension, data = "jpg", to_jpeg(small, config.quality)
 
     # what else a source tar has under the key is kept, further images too: readers take the first
-    taken = {*IMAGE_KEYS[: IMAGE_KEYS.index(extension) + 1], "txt", "json", ""}
+    taken = {source, *IMAGE_KEYS[: IMAGE_KEYS.index(extension) + 1], "txt", "json"}
     others = {name: part for name, part in parts.items() if name not in taken}
+    for name in others:
+        if name.rpartition(".")[2] in IMAGE_KEYS:
+            unused.append(("image: further one", replace(entry, note=members_of(parts))))
     texts = {"txt": captions[0], "json": to_json({**metadata, "captions": captions})}
-    return {"__key__": entry.key, extension: data, **texts, **others}, original
+    return {"__key__": entry.key, extension: data, **texts, **others}, parts[source], unused
 
 
-def text_parts(entry: Entry) -> dict[str, bytes]:
-    """What holds the captions of an entry, {} if they are known."""
-    return {} if entry.captions is not None else read_parts(entry)
+def read_texts(
+    entry: Entry, config: SampleConfig
+) -> tuple[dict[str, bytes], dict[str, Any] | None, list[str], Unused]:
+    """(parts that had to be read, metadata, captions that the filters want, what is not used).
 
-
-def gather_captions(
-    entries: Sequence[Entry],
-    parts: dict[str, bytes],
-    metadata: dict[str, Any],
-    keys: Sequence[str],
-) -> list[str]:
-    """The captions of all entries, each once; parts, metadata: of the first.
+    Without a caption, the first of what is not used says why. Metadata as by read_metadata.
 
     Raises:
-        BadSample: none has any; says why the first has none.
+        BadSample: as read_parts does.
     """
-    captions, fault = [], None
-    for number, entry in enumerate(entries):
-        try:
-            if number:
-                parts = text_parts(entry)
-                metadata = read_metadata(entry, parts)
-            texts = read_captions(entry, parts, metadata, keys)
-            captions += [text for text in texts if text not in captions]
-        except BadSample as error:
-            fault = fault or error
-    if not captions:
-        raise fault
-    return captions
+    # captions that are known need no file
+    parts = {} if entry.captions is not None else read_parts(entry)
+    metadata = read_metadata(entry, parts)
+    captions, reasons = read_captions(entry, parts, metadata, config.caption_keys)
+    unused = [(reason, entry) for reason in reasons]
+    wanted = []
+    for caption in captions:
+        fault = config.filters.caption_fault(caption)
+        if fault is None:
+            wanted.append(caption)
+        else:
+            unused.append((fault, replace(entry, note=repr(caption[:MAX_SHOWN]))))
+    # other text than captions
+    if metadata is None and "json: unreadable" not in reasons:
+        unused.append(("json: unreadable", entry))
+    for ending, path in entry.sidecars.items():
+        if ending not in parts:
+            unused.append((f"{ending}: no plain file", replace(entry, note=path)))
+    return parts, metadata, wanted, unused
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
@@ -174,7 +190,8 @@ class Task:
     def record(self) -> Path:
         """What a finished shard is made of; written after it.
 
-        {"read", "kept", "bytes", "dropped": {reason: count}, "first": {reason: example}}
+        {"read", "kept", "bytes", "dropped": {reason: count}, "first": {reason: example}, and, of
+        what kept samples do not use, "unused" and "first_unused"}
         """
         return self._progress(".json")
 
@@ -204,21 +221,35 @@ class Task:
         return size == json.loads(self.record.read_text())["bytes"]
 
 
+@dataclass
+class Reasons:
+    """How often each reason came, and its first case."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, entry: Entry) -> None:
+        self.counts[reason] += 1
+        if reason not in self.first:
+            self.first[reason] = explain(entry, reason)
+
+
 def write_task(task: Task) -> int:
     """Write a shard, then its record; returns how many samples were read."""
-    dropped: Counter[str] = Counter()
-    first: dict[str, str] = {}
+    dropped, unused = Reasons(), Reasons()
 
     def samples() -> Iterator[dict[str, Any]]:
         for entries, state in task.samples():
             try:
                 if state == DUPLICATE:
                     raise BadSample("duplicate")
-                yield make_sample(entries, task.config, is_usable=state == USABLE)[0]
+                sample, _, rest = make_sample(entries, task.config, is_usable=state == USABLE)
             except BadSample as error:
-                dropped[error.reason] += 1
-                if error.reason not in first:
-                    first[error.reason] = explain(entries[0], error.reason)
+                dropped.add(error.reason, entries[0])
+                continue
+            for reason, entry in rest:
+                unused.add(reason, entry)
+            yield sample
 
     task.tar.parent.mkdir(exist_ok=True)
     kept = write_shard(task.tar, samples())
@@ -228,8 +259,10 @@ def write_task(task: Task) -> int:
         "read": len(task.numbers),
         "kept": kept,
         "bytes": task.tar.stat().st_size if kept else 0,
-        "dropped": dict(sorted(dropped.items())),
-        "first": first,
+        "dropped": dict(sorted(dropped.counts.items())),
+        "first": dropped.first,
+        "unused": dict(sorted(unused.counts.items())),
+        "first_unused": unused.first,
     }
     with written_whole(task.record, str(task.part)) as file:
         file.write(json.dumps(record).encode())
@@ -243,7 +276,7 @@ def digest_task(task: Task) -> int:
         config = replace(task.config, resize=0)
         for row, (entries, _) in zip(digests, task.samples(), strict=True):
             try:
-                _, data = make_sample(entries, config)
+                _, data, _ = make_sample(entries, config)
                 row[:] = np.frombuffer(digest_of(data), np.uint64)
             except BadSample:
                 pass  # counted when the shard is written

@@ -11,9 +11,10 @@ A sample, for K = 77 tokens of C = 16 channels and a text tower of L x T = 77 x 
 In place of latent.npy, the FlowTok release's `token.npy` is read: no header, little-endian float16
 values of shape (2C, K) = 32 x 77, mean channels first.
 
-A batch has lists of B strings, "key" and "caption"; "token_ids": B x L int64 where a tokenizer is
-given; "skipped": {reason: count} since the last batch of the same worker, with "first_skipped" of a
-reason that is new: the sample and its members; and what its reader says.
+A batch has lists of B strings, "key" and "caption"; where a tokenizer is given, "token_ids": B x L
+int64 and "captions_cut": the share that the text tower cuts; "skipped": {reason: count} since the
+last batch of the same worker, with "first_skipped" of a reason that is new: the sample and its
+members; and what its reader says.
 An array whose shape or type does not fit the run stops it; one that is missing, unreadable or not
 finite skips its sample.
 """
@@ -133,15 +134,20 @@ def take_caption(
 ) -> dict[str, Any]:
     """{"key", "caption"} of a raw sample that passes the filters, but for the size of its image.
 
+    And "window", by which collate_text chooses sentences, where the config wants that.
+
     Raises:
         BadSample: no caption, dropped, or its JSON is needed by a filter and cannot be read.
     """
-    caption = source.captions.choose(sample, draws)
+    caption = source.captions.choose(sample, draws, source.filters.caption_fault)
     metadata = metadata_of(sample) if source.filters.needs_metadata else {}
     if metadata is None:
         raise BadSample("json: unreadable")
-    source.filters.check_metadata(caption, metadata)
-    return {"key": sample["__key__"], "caption": caption}
+    source.filters.check_metadata(metadata)
+    decoded = {"key": sample["__key__"], "caption": caption}
+    if source.captions.window == "sentences":
+        decoded["window"] = 0.0 if draws is None else draws.window
+    return decoded
 
 
 def decode_tokens(

@@ -31,13 +31,14 @@ class SampleDraws:
 
     @cached_property
     def _numbers(self) -> list[float]:
-        return np.random.Generator(np.random.Philox(key=self._key)).random(5).tolist()
+        return np.random.Generator(np.random.Philox(key=self._key)).random(6).tolist()
 
     crop_x = property(lambda self: self._numbers[0])  # where the crop lies along the width
     crop_y = property(lambda self: self._numbers[1])  # and along the height
     flip = property(lambda self: self._numbers[2])  # flipped if below flip_probability
     recaption = property(lambda self: self._numbers[3])  # if below recaption_probability
     caption = property(lambda self: self._numbers[4])  # which of several captions
+    window = property(lambda self: self._numbers[5])  # which sentences of one that is too long
 
 
 class BadSample(Exception):

@@ -13,7 +13,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
@@ -27,10 +26,10 @@ from data.entries import (
     load_json,
     no_image,
 )
-from data.files import user_path
+from data.files import read_text_file, user_path
 from data.processes import map_in_processes
 from data.storage import is_remote
-from data.tables import open_table, separator
+from data.tables import encoding, open_table, separator
 from data.tar import expand_shards, one_form
 from data.transforms import IMAGE_KEYS
 
@@ -126,8 +125,9 @@ def folder_entries(
 ) -> Iterator[Entry]:
     """Files of a folder and its sub-folders, by name; captions lie beside the images.
 
-    An image is what has an image's ending, or decodes. Its sidecars have its name and the ending of
-    a caption key, .txt or .json. Every other file is an entry with a fault.
+    An image is what has an image's ending, or decodes. Every other file is an entry with a fault.
+    The sidecars of a file, which are no entries, have its name and the ending of a caption key,
+    .txt or .json. Of a hidden folder nothing is read; it counts as a file.
 
     Raises:
         ValueError: no image in it.
@@ -135,29 +135,24 @@ def folder_entries(
     endings = {"txt", "json", *(key.partition(":")[0] for key in caption_keys)}
     others, has_image = Counter(), False
     for place, names in _folders(folder, output):
-        images, texts = set(), {}
-        for name in names:
-            stem, ending = _split(name)
-            if name.startswith("."):
-                continue
-            if ending in endings:
-                texts[stem, ending] = name
-            elif ending in IMAGE_KEYS or image_extension(os.path.join(place, name)):
-                images.add(name)
-        stems = {_split(name)[0] for name in images}
-        for name in names:
-            stem, ending = _split(name)
+        parts = {name: _split(name) for name in names}
+        texts = {part: name for name, part in parts.items() if part[1] in endings}
+        owners = {stem for stem, ending in parts.values() if ending not in endings}
+        for name, (stem, ending) in parts.items():
+            if stem in owners and texts.get((stem, ending)) == name:
+                continue  # of the file of that name, whatever becomes of it
             path = os.path.join(place, name)
             key = clean_key(os.path.splitext(os.path.relpath(path, folder))[0])
-            if name in images:
+            is_hidden, is_text = name.startswith("."), ending in endings
+            if not is_hidden | is_text and (ending in IMAGE_KEYS or image_extension(path)):
+                has_image = True
                 beside = {e: texts[stem, e] for e in sorted(endings) if (stem, e) in texts}
                 sidecars = {e: os.path.join(place, name) for e, name in beside.items()}
                 yield Entry(key, path, sidecars=sidecars)
-            elif stem not in stems or texts.get((stem, ending)) != name:
-                fault = "no image: hidden" if name.startswith(".") else no_image(name)
+            else:
+                fault = "no image: hidden" if is_hidden else no_image(name)
                 others[fault.removeprefix("no image: ")] += 1
                 yield Entry(key, path, fault=fault)
-        has_image = has_image or bool(images)
     if not has_image:
         there = ", ".join(f"{name} ({count})" for name, count in others.most_common(5)) or "none"
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there}")
@@ -176,10 +171,11 @@ def _files(root: str, output: str) -> Iterator[str]:
 
 
 def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, file names), sorted, from root on; links are followed once, hidden folders and
-    `output` are left out.
+    """(folder, file names), sorted, from root on; links are followed once, `output` is left out.
+
+    Hidden folders come last, as file names, unless a link with another name has led to them.
     """
-    visited = set()
+    visited, hidden = set(), []
     if output and os.path.isdir(output):
         visited.add(_identity(output))
     if _identity(root) in visited:
@@ -193,8 +189,12 @@ def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
             folders.clear()
             continue
         visited.add(_identity(folder))
+        hidden += [os.path.join(folder, name) for name in sorted(folders) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield folder, sorted(names)
+    for folder in hidden:
+        if _identity(folder) not in visited:
+            yield os.path.dirname(folder), [os.path.basename(folder)]
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -221,6 +221,10 @@ def _identity(folder: str) -> tuple[int, int]:
             "default": True,
             "help": "fields may be in double quotes; --no-quotes: quotes are text (CC3M)",
         },
+        "--encoding": {
+            "type": encoding,
+            "help": "of the text, as cp1252; default: UTF-8, -16 or -32, by its first bytes",
+        },
     }
     | IMAGES,
     files=lambda options: options.tables,
@@ -232,6 +236,7 @@ def table_entries(
     caption_column: str,
     separator: str | None,
     quotes: bool,
+    encoding: str | None,
 ) -> Iterator[Entry]:
     """Rows of tables; the columns beside path and caption become metadata.
 
@@ -244,7 +249,7 @@ def table_entries(
     """
     found = False
     for table in tables:
-        columns, rows = open_table(table, separator, quotes)
+        columns, rows = open_table(table, separator, quotes, encoding)
         for name in (path_column, caption_column):
             if name not in columns:
                 there = ", ".join(map(repr, columns)) or "none"
@@ -266,7 +271,10 @@ def table_entries(
 
 @source("coco", "captions_*.json of COCO, with all captions of an image", FILE | IMAGES)
 def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
-    """captions_*.json of COCO: every image in the file's order with all its captions."""
+    """captions_*.json of COCO: every image in the file's order with all its captions.
+
+    Captions of an image that is not in the list are an entry with a fault.
+    """
     content = _load_object(file, "images", "annotations")
     captions: dict[Any, list[str]] = {}
     for annotation in content["annotations"]:
@@ -275,6 +283,11 @@ def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
     for image in content["images"]:
         path = str(image.get("file_name", ""))
         yield _entry(file, images, path, captions.get(image.get("id"), []), image)
+    listed = {image.get("id") for image in content["images"]}
+    for number in captions:
+        if number not in listed:
+            note = f"annotations of the image {number}, which is not in images"
+            yield Entry(clean_key(str(number)), file, fault="image: missing", note=note)
 
 
 @source(
@@ -353,12 +366,9 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
     """A JSON file that holds an object with these lists of objects.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, also in another encoding.
     """
-    try:
-        content = load_json(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    content = load_json(read_text_file(path))
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected a JSON object with {', '.join(lists) or 'entries'}")
     for name in lists:
@@ -390,10 +400,10 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
     files=lambda options: expand_shards(options.patterns),
 )
 def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
-    """Samples of webdataset tars, in order.
+    """Samples of webdataset tars, in order; after those of a tar, the members that belong to none.
 
     Raises:
-        ValueError: a tar that is missing, cut off or no tar.
+        ValueError: a tar that is missing, cut off or no tar, no sample at all.
     """
     for pattern in patterns:
         if is_remote(pattern):
@@ -401,16 +411,21 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     paths = expand_shards(patterns)
     if other := [path for path in paths if not is_tar_name(path)]:
         raise ValueError(f"{other[0]}: expected a tar (.tar, .tar.gz, .tgz, ...)")
-    found = False
-    for path, samples in zip(paths, map_in_processes(list_samples, paths, workers), strict=True):
+    found, others = False, []
+    lists = map_in_processes(list_samples, paths, workers)
+    for path, (samples, strays) in zip(paths, lists, strict=True):
         counts = Counter(one_form(key) for key, _, _ in samples)
         for key, begin, end in samples:
             found = True
             again = counts[one_form(key)] > 1
             note = "its key occurs again, the tar is not sorted" if again else ""
             yield Entry(clean_key(key), path, span=(begin, end), note=note)
+        for name, reason in strays:
+            others += [name] if len(others) < 3 else []
+            yield Entry(clean_key(name), path, fault=f"no sample: {reason}", note=f"member {name}")
     if not found:
-        raise ValueError(f"{len(paths)} tars from {paths[0]} on: no sample")
+        there = f"members {' '.join(others) or 'none'}, expected KEY.EXTENSION"
+        raise ValueError(f"{len(paths)} tars from {paths[0]} on: no sample: {there}")
 
 
 def is_tar_name(path: str) -> bool:

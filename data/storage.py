@@ -13,7 +13,7 @@ import lzma
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -86,6 +86,14 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
         raise ShardError("unreadable", f"{path}: {error.strerror or error}") from None
 
 
+@contextmanager
+def open_file(path: str) -> Iterator[BinaryIO]:
+    """A file as it is stored, to read and seek in; its own OSErrors."""
+    # a small buffer: who jumps about asks for as much as is needed
+    with io.BufferedReader(RemoteFile(path)) if is_remote(path) else open(path, "rb") as file:
+        yield file
+
+
 def shard_states(paths: Sequence[str]) -> list[str]:
     """What is another text once a shard is made anew, as far as it is known unread; "" if nothing.
 
@@ -136,35 +144,44 @@ class RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END:
-            raise io.UnsupportedOperation("seek from the end")
-        self._position = offset + (self._position if whence == io.SEEK_CUR else 0)
-        return self._position
+            self._try(self._open)
+            offset += self._size
+        elif whence == io.SEEK_CUR:
+            offset += self._position
+        self._position = offset
+        return offset
 
     def readinto(self, buffer) -> int:
+        data = self._try(lambda: self._read(min(len(buffer), self._request)))
+        self._request = min(self._request * 2, REMOTE_BUFFER)
+        self._position += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        """What the action gives, as soon as it does."""
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
             try:
-                data = self._read(min(len(buffer), self._request))
+                return action()
             except Exception as error:  # each file system has its own
                 failure = error.__cause__ or error  # fsspec takes a busy server for a missing file
                 if not may_pass(failure):
                     break
                 self._request = max(self._request // 8, 1024)
-            else:
-                self._request = min(self._request * 2, REMOTE_BUFFER)
-                self._position += len(data)
-                buffer[: len(data)] = data
-                return len(data)
         reason = " ".join(str(failure).split()) or type(failure).__name__
         raise OSError(f"{reason} (try {attempt + 1})")
 
-    def _read(self, size: int) -> bytes:
+    def _open(self) -> None:
         if self._file is None:
             self._file = self._fs.open(self._path, block_size=REMOTE_BUFFER, cache_type="none")
             self._size = self._file.size
         if self._size is None:  # a server that does not say
             self._take_whole()
+
+    def _read(self, size: int) -> bytes:
+        self._open()
         size = min(size, self._size - self._position)
         if size <= 0:
             return b""

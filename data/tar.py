@@ -174,9 +174,19 @@ def scan_shard(
 
 
 def scan_file(
-    file: BinaryIO, path: str, offset: int, ordinal: int, reader: int, readers: int
+    file: BinaryIO,
+    path: str,
+    offset: int,
+    ordinal: int,
+    reader: int,
+    readers: int,
+    strays: list[tuple[str, str]] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any] | None, int]]:
-    """(key, sample, byte offset of the next one) of an open tar, as scan_shard has them."""
+    """(key, sample, byte offset of the next one) of an open tar, as scan_shard has them.
+
+    strays: gets (name, why) of every member whose bytes no sample has; a tar of nothing else is
+    then no error.
+    """
     key, sample, end = None, None, offset
     others = []  # names that belong to no sample
     for member, next_header in _members(file, path, offset):
@@ -184,9 +194,12 @@ def scan_file(
             continue
         # what belongs to a sample: the key is the path up to the name's first dot
         folder, slash, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        # not "._x.jpg" of macOS, names without an extension, webdataset's own "__meta__" files
-        if not stem or not dot or name.startswith("__"):
+        stem, _, extension = name.partition(".")
+        is_plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+        fault = _stray(stem, extension)
+        if strays is not None and (fault or not is_plain):
+            strays.append((member.name, fault or "no plain file"))
+        if fault:
             others = others[:2] + [member.name]
             continue
         # the first member of another sample ends the one before
@@ -199,7 +212,7 @@ def scan_file(
             ordinal += 1
         end = next_header
         # its bytes, if the sample is this reader's; a link has none, but its sample counts
-        if sample is not None and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        if sample is not None and is_plain:
             extension = extension.lower()
             if extension in sample:
                 text = (
@@ -213,9 +226,18 @@ def scan_file(
         pass  # a compressed shard shows at its end whether its checksum fits
     if key is not None:
         yield key, sample, end
-    elif others and offset == 0:
+    elif others and offset == 0 and strays is None:
         text = f"{path}: no sample: members {' '.join(others[:3])}, expected KEY.EXTENSION"
         raise ShardError("no sample", text)
+
+
+def _stray(stem: str, extension: str) -> str | None:
+    """Why a name belongs to no sample: macOS's "._x.jpg", webdataset's own "__meta__.json", "x"."""
+    if stem.startswith("__"):
+        return "begins with __"
+    if not stem:
+        return "hidden"
+    return None if extension else "no ending"
 
 
 def one_form(name: str) -> str:

@@ -32,12 +32,18 @@ with suppress(ImportError):
 
     register_heif_opener()
 Image.init()  # loads Pillow's own formats
-# named, because Pillow would otherwise also try formats that run other programs (EPS: ghostscript)
+USUAL_FORMATS = "JPEG PNG WEBP GIF BMP TIFF JPEG2000 PPM AVIF HEIF"
+# last TGA, which has no signature
+OTHER_FORMATS = "ICO ICNS QOI PCX DCX SGI SUN DIB XBM XPM MSP TGA"
+# named, because of what else Pillow opens much is no picture: documents and drawings, for which it
+# runs other programs (EPS, WMF), videos (MPEG, FLI), textures (DDS), measurements (FITS), files
+# whose picture may be missing or a preview (PSD, PCD)
 FORMATS = tuple(
     name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "HEIF")
+    for name in f"{USUAL_FORMATS} {OTHER_FORMATS}".split()
     if name in Image.OPEN  # AVIF needs Pillow 11.2
 )
+WITHOUT_SIGNATURE = ("TGA",)  # anything may begin like one
 HEIF_KEYS = ("heic", "heics", "heif", "heifs", "hif")
 # extensions under which a sample's image is looked for, in this order. After the usual ones all
 # others of FORMATS, but for pfm, which holds floats; and what browsers call a JPEG
@@ -115,11 +121,12 @@ def load_picture(image: Image.Image, background: Sequence[int], for_size: int = 
         ):
             drafted = image.draft(None, (int(SPARE * for_size),) * 2)
         _fit_transparency(image)
+        ignores_alpha = image.format == "TGA" and _tga_alpha_bits(image) == 0
         image.load()
         width, height = drafted[1][2:] if drafted else image.size
         # only now: Pillow has turned TIFFs, and taken the tag off them
         orientation = _orientation(image)
-        rgb = _to_rgb(image, background)
+        rgb = image.convert("RGB") if ignores_alpha else _to_rgb(image, background)
         if orientation in TURNS:
             rgb = rgb.transpose(TURNS[orientation])
         if orientation >= 5:
@@ -158,6 +165,12 @@ def _fit_transparency(image: Image.Image) -> None:
         image.info["transparency"] *= 255 // (3 if stored == "L;2" else 15)
     if stored == "RGB;16B":
         raise BadSample("image: a transparent colour of 16 bits")
+
+
+def _tga_alpha_bits(image: Image.Image) -> int:
+    """Of a pixel; 0: what Pillow takes for its alpha is of no meaning, and often all zeros."""
+    image.fp.seek(17)
+    return image.fp.read(1)[0] & 15
 
 
 def _to_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:

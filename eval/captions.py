@@ -3,41 +3,48 @@
     python -m eval.captions RUN DATA [DATA ...] [--guidance 1,1.5,2] [--steps 5,20]
 
 RUN is an experiment or its stage-3 run from image to text; EMA weights. DATA: folders or image
-shards whose samples have one or several references (--caption-keys), or one .jsonl with a line
-{"image": FILE, "captions": [...]} each, FILE relative to it. Every image counts: one that is
-unreadable or has no reference is an error. Writes one json: protocol, model, versions, and the
+shards whose samples have one or several references (--caption-keys). Every image counts: one that
+is unreadable or has no reference is an error. Writes one json: protocol, model, versions, and the
 metrics at each number of steps and guidance, also those without the flow, of what the text decoder
-reads in z_I itself. What can't run is null, with the reason (eval/caption_scores.py).
+reads in z_I itself.
+
+Scores are pycocoevalcap's, times 100, as papers print them. Published numbers need Java: for the
+PTB tokenizer, METEOR and SPICE. Without it, captions are tokenized by a regular expression, which
+gives other numbers (the json says which tokenizer it was), and METEOR and SPICE are null with the
+reason. SPICE also needs Stanford's CoreNLP 3.6.0 models, which its package does not have and
+nothing here downloads. CIDEr weighs words by how rare they are in the given references: only
+numbers on the same set can be compared.
 """
 
 import argparse
-import shutil
-import subprocess
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from shutil import which
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 # Run as a file, Python looks into eval/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.captions import check_caption_keys, clean_caption, strings
-from data.entries import Entry, clean_key, load_json
-from data.files import check_writable, read_text_file, user_path, write_json
-from eval.caption_scores import PACKAGE, CaptionScorer
+from data.captions import check_caption_keys
+from data.entries import Entry
+from data.files import check_writable, user_path, write_json
 from eval.images import RULES, ImageSet, entry_captions, image_name, iterate_images, list_images
 from eval.programs import (
+    INSTALL,
     add_reading_options,
     add_sweep_options,
     build_parser,
     describe_environment,
-    package_version,
     start_processes,
 )
 from modeling.flow import check_guidance
@@ -49,7 +56,25 @@ from training.pipelines import captioning_run, load_captioner
 
 REPORT = "captions.json"
 NUM_EXAMPLES = 20
-COLUMNS = ("steps", "guidance", "exact_match", "bleu_4", "meteor", "rouge_l", "cider", "spice")
+PTB, SIMPLE = "PTB (Stanford CoreNLP 3.4.1)", "regular expression (not that of published numbers)"
+WORD = re.compile(r"\w+(?:['-]\w+)*")
+SCORERS = {  # of pycocoevalcap: module and class; each scores the whole set
+    "bleu_4": ("bleu.bleu", "Bleu"),
+    "meteor": ("meteor.meteor", "Meteor"),
+    "rouge_l": ("rouge.rouge", "Rouge"),
+    "cider": ("cider.cider", "Cider"),
+    "spice": ("spice.spice", "Spice"),
+}
+COLUMNS = ("steps", "guidance", "exact_match", *SCORERS)
+PACKAGE = "pycocoevalcap"
+NO_PACKAGE = f"{PACKAGE} is not installed: {INSTALL}"
+NO_JAVA = "there is no Java on this machine"
+SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+FETCH_MODELS = (
+    "from pycocoevalcap.spice.get_stanford_models import get_stanford_models as get; get()"
+)
+
+Texts = dict[int, list[str]]  # of each image, tokens with spaces between
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +82,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     help_text = "experiment folder, or a stage-3 run folder"
     parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
-    help_text = "folders, image shards, or one .jsonl"
+    help_text = "folders or image shards"
     parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
     help_text = "where a sample's references lie, tried in order: an extension, or json:field"
     keys = ["json:captions", "txt", "json:caption"]
@@ -113,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
             "text_decoder_fingerprint": fingerprint(captioner.decoder),
             "tokenizer_fingerprint": fingerprint(captioner.tokenizer),
         },
-        **describe_versions(state),
+        **describe_environment(state, [PACKAGE]),
         "results": results[:-1],
         "without_flow": results[-1],
     }
@@ -126,45 +151,13 @@ def list_references(
 ) -> tuple[list[Entry], list[list[str]]]:
     """Images and the references of each; ValueError naming one without, or what is not there."""
     check_caption_keys(keys, "--caption-keys")
-    if any(name.endswith(".jsonl") for name in data):
-        if len(data) > 1:
-            raise ValueError(f"DATA is one .jsonl, or folders and shards, got {' '.join(data)}")
-        return read_jsonl(Path(data[0]))
     entries = list_images(data)
     return entries, [entry_captions(entry, keys, "--caption-keys") for entry in entries]
 
 
-def read_jsonl(path: Path) -> tuple[list[Entry], list[list[str]]]:
-    """Images and references of lines {"image": FILE, "captions": [...]}, or one at "caption".
-
-    Raises:
-        ValueError: no file, or a line of another form; names it.
-    """
-    entries, references = [], []
-    # splitlines would also cut at U+2028
-    lines = read_text_file(path).split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        # Form, references, file
-        row = load_json(line)
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-            raise ValueError(f'{path} line {number}: expected {{"image": FILE, "captions": [...]}}')
-        texts = map(clean_caption, strings(row.get("captions")) or strings(row.get("caption")))
-        references.append([text for text in texts if text])
-        if not references[-1]:
-            raise ValueError(f"{path} line {number}: no reference under captions or caption")
-        file = path.parent / row["image"]
-        if not file.is_file():
-            raise ValueError(f"{path} line {number}: {file} does not exist")
-        entries.append(Entry(clean_key(row["image"]), str(file), captions=[]))
-    if not entries:
-        raise ValueError(f"{path} has no line with an image")
-    return entries, references
-
-
 def encode(captioner: Captioner, entries: Sequence[Entry], args: argparse.Namespace) -> Tensor:
     """Starts of the flow of all images, N x K x C on the CPU; ValueError if one is unreadable."""
+    # Encoded once for all points of the sweep: the tokenizer is most of the work
     images = ImageSet(entries, captioner.tokenizer.config.image_size)
     starts = []
     for batch in iterate_images(images, args.batch_size, args.num_workers):
@@ -178,6 +171,7 @@ def exact_match(
     captioner: Captioner, captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> float:
     """Percent of captions that are one of their references, as the tokenizer spells and cuts it."""
+    # References go through the tokenizer, as what the decoder writes has: lower case, cut
     tokenize, hits = captioner.tokenize, 0
     for caption, texts in zip(captions, references, strict=True):
         hits += caption in [join_punctuation(tokenize.decode(ids)) for ids in tokenize([*texts])]
@@ -185,7 +179,7 @@ def exact_match(
 
 
 def describe_protocol(
-    args: argparse.Namespace, scorer: CaptionScorer, sampling: SamplingConfig
+    args: argparse.Namespace, scorer: "CaptionScorer", sampling: SamplingConfig
 ) -> dict[str, Any]:
     """What the numbers depend on, beside the model."""
     counts = [len(texts) for texts in scorer.references.values()]
@@ -200,16 +194,6 @@ def describe_protocol(
         "tokenizer": scorer.tokenizer,
         "tokenizer_reason": scorer.tokenizer_reason,
     }
-
-
-def describe_versions(state: PartialState) -> dict[str, Any]:
-    """Versions and device, with the metrics' package and Java."""
-    found, java = describe_environment(state), None
-    if shutil.which("java"):
-        said = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr
-        java = next((line for line in said.splitlines() if "version" in line), None)
-    found["versions"] |= {PACKAGE: package_version(PACKAGE), "java": java}
-    return found
 
 
 def print_report(report: dict, path: Path) -> None:
@@ -227,6 +211,91 @@ def print_report(report: dict, path: Path) -> None:
     for name, reason in without_flow["reasons"].items():
         print(f"{name}: null: {reason}")
     print(f"{path}: {protocol['num_images']} images")
+
+
+# The scores
+
+
+class CaptionScorer:
+    """Scores captions of some images against the same references again and again.
+
+    `tokenizer` says how texts are split, `tokenizer_reason` why not by PTB.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]):
+        try:
+            self.references = ptb_tokens(references)
+            self.tokenizer, self.tokenizer_reason = PTB, None
+        except (OSError, ValueError) as error:
+            self.references = simple_tokens(references)
+            self.tokenizer, self.tokenizer_reason = SIMPLE, str(error)
+
+    def score(self, captions: Sequence[str]) -> dict[str, Any]:
+        """{"bleu_4" ... "spice": number or None, "reasons": {name: why}} of a caption an image."""
+        tokens = ptb_tokens if self.tokenizer == PTB else simple_tokens
+        texts = tokens([[caption] for caption in captions])
+        scores: dict[str, float | None] = {}
+        reasons = {}
+        for name in SCORERS:
+            try:
+                scores[name] = 100 * score_texts(name, self.references, texts)
+            except (OSError, ValueError, CalledProcessError) as error:
+                scores[name] = None
+                reasons[name] = str(error) or type(error).__name__
+        return scores | {"reasons": reasons}
+
+
+def score_texts(name: str, references: Texts, texts: Texts) -> float:
+    """One metric of the captions; ValueError: it can't run here, and why."""
+    folder = package_folder(needs_java=name in ("meteor", "spice"))
+    absent = [file for file in SPICE_MODELS if not (folder / "spice" / "lib" / file).is_file()]
+    if name == "spice" and absent:
+        files = " and ".join(absent)
+        raise ValueError(f'{files} not in {PACKAGE}; to fetch: python -c "{FETCH_MODELS}"')
+    module, kind = SCORERS[name]
+    scorer = getattr(import_module(f"{PACKAGE}.{module}"), kind)()
+    # BLEU gives a list, of 1- to 4-grams
+    if name == "bleu_4":
+        return float(scorer.compute_score(references, texts, verbose=0)[0][3])
+    return float(scorer.compute_score(references, texts)[0])
+
+
+def package_folder(needs_java: bool) -> Path:
+    """Where pycocoevalcap is; ValueError without it, or without Java where it is needed."""
+    spec = find_spec(PACKAGE)
+    if spec is None:
+        raise ValueError(NO_PACKAGE)
+    if needs_java and which("java") is None:
+        raise ValueError(NO_JAVA)
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def ptb_tokens(texts: Sequence[Sequence[str]]) -> Texts:
+    """Texts of each image, split as the COCO caption evaluation does, without punctuation.
+
+    Raises:
+        ValueError, OSError: it can't run, and why.
+    """
+    # Without Java the package's own error would be a FileNotFoundError of "java"
+    package_folder(needs_java=True)
+    tokenizer = import_module(f"{PACKAGE}.tokenizer.ptbtokenizer").PTBTokenizer()
+    # One text a line
+    lines = {
+        index: [{"caption": " ".join(text.split())} for text in group]
+        for index, group in enumerate(texts)
+    }
+    found = tokenizer.tokenize(lines)
+    if [len(found.get(index, [])) for index in lines] != [*map(len, texts)]:
+        raise ValueError("the PTB tokenizer did not give a line for each text")
+    return found
+
+
+def simple_tokens(texts: Sequence[Sequence[str]]) -> Texts:
+    """Lower-case words without punctuation."""
+    return {
+        index: [" ".join(WORD.findall(text.lower())) for text in group]
+        for index, group in enumerate(texts)
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One evaluation of generated images: a folder of images, of their features, and evaluation.json.
 
-The program eval/generation.py and the trainer of stage 3 (eval/during_training.py) both run it. All
-processes take part; only the main one writes the report.
+eval/generation.py runs it, as a program and while stage 3 trains. All processes take part; only the
+main one writes the report.
 
 Image i is a function of (seed, i): the networks always see the same `group_size` consecutive images
 together, so that neither the batch size nor the number of processes changes a bit on the CPU (with
@@ -30,13 +30,12 @@ from data.entries import Entry, load_json
 from data.files import write_bytes, write_json
 from eval.feature_nets import Networks
 from eval.features import BatchFn, FeatureSet, extract_features
-from eval.gallery import write_gallery
 from eval.images import ImageSet, Reading, iterate_images
 from eval.programs import describe_environment
 from eval.protocol import Caption, Protocol, captions_hash
 from eval.scores import Measured, compute_scores
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.pictures import caption_grid, encode_png, save_png
+from training.pictures import caption_grid, encode_png, save_png, write_gallery
 
 REPORT = "evaluation.json"
 INPUTS = "inputs.json"
@@ -69,18 +68,21 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     sampling = protocol.sampling(setup.default)
     images = ImageFolder(folder / "images", protocol, setup.captions)
     claim_folder(folder, images, sampling, setup.model, state)
-    work = generate_images(setup.generator, images, sampling, state)
-    # After this, the images of all processes are there
-    work = gather_object([work])
+    # The images of all processes are there once their counts are
+    work = gather_object([generate_images(setup.generator, images, sampling, state)])
+
+    # The numbers, on the main process
     features = measure_features(setup, images, folder / "features")
     cosines = measure_cosines(setup, images, folder / "features")
     if not state.is_main_process:
         return {}
-
     each_caption = [images.caption(number) for number in range(len(images))]
     measured = Measured(protocol, each_caption, setup.networks, setup.reference, features, cosines)
     metrics, missing = compute_scores(measured)
-    made, seconds = sum(count for count, _ in work), max(duration for _, duration in work)
+
+    # The report, with all that the numbers depend on
+    made = sum(count for count, _ in work)
+    seconds = max(duration for _, duration in work)
     report = {
         "metrics": metrics,
         "missing": missing,
@@ -157,11 +159,13 @@ def claim_folder(
         "sampling": asdict(sampling),
         "model": model,
     }
+    # Written before the first image: an image without it would be of unknown origin
     file = folder / INPUTS
     if not file.is_file():
         if state.is_main_process:
             write_json(inputs, file)
         return
+    # Images of other weights or captions must not be continued
     found = load_json(file.read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged, so the images there are of no use: delete {folder}")
@@ -217,13 +221,16 @@ def measure_features(setup: EvaluationSetup, images: ImageFolder, folder: Path) 
     net, rule = setup.networks.features, images.protocol.resize
     if net is None:
         return None
-    size, device = images.protocol.feature_size(setup.image_size), setup.reading.state.device
+    device = setup.reading.state.device
+    size = images.protocol.feature_size(setup.image_size)
     # The name says all that the numbers depend on
     parts = [str(part)[:12] for part in (*net.identity.values(), rule, f"{size}px")]
-    file = folder / f"{'-'.join(parts)}.npy"
-    resized = ImageSet(images.entries(), size, rule=rule)
     return measure_once(
-        file, resized, lambda batch: net(batch["image"].to(device)), net.width, setup.reading
+        folder / f"{'-'.join(parts)}.npy",
+        ImageSet(images.entries(), size, rule=rule),
+        lambda batch: net(batch["image"].to(device)),
+        net.width,
+        setup.reading,
     )
 
 
@@ -233,13 +240,14 @@ def measure_cosines(setup: EvaluationSetup, images: ImageFolder, folder: Path) -
     if clip is None:
         return None
 
-    def extract(batch: dict[str, Any]) -> Tensor:
+    def cosines(batch: dict[str, Any]) -> Tensor:
         captions = [images.caption(number).text for number in batch["index"]]
         return clip.cosines(batch["image"], captions)
 
     file = folder / f"clip-{clip.description['weights_fingerprint']}.npy"
-    entire = ImageSet(images.entries(), setup.image_size)
-    return measure_once(file, entire, extract, 1, setup.reading)
+    return measure_once(
+        file, ImageSet(images.entries(), setup.image_size), cosines, 1, setup.reading
+    )
 
 
 def measure_once(
@@ -250,6 +258,7 @@ def measure_once(
     Raises:
         ValueError: naming damaged images, or a damaged file.
     """
+    # One process's look counts: a file may appear between two looks
     state = reading.state
     [is_there] = broadcast_object_list([file.is_file()])
     if not is_there:

@@ -26,7 +26,6 @@ import torch
 from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +38,7 @@ from modeling.layers import fingerprint
 from modeling.perceptual import VGG16_URL
 from modeling.pipeline import ImageGenerator
 from modeling.published import PublishedWeights, file_sha256
+from training.checkpoint import load_plain
 
 INCEPTION_WIDTH = 2048  # D
 DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224
@@ -52,12 +52,14 @@ INCEPTION = PublishedWeights(
     DOWNLOAD,
 )
 VGG16 = PublishedWeights("VGG16", VGG16_URL, "--vgg-weights", DOWNLOAD)
-DINO_ABSENT = (
-    "DINOv2's weights are absent: fetch "
-    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth "
-    "(or timm/vit_large_patch14_dinov2.lvd142m, model.safetensors) and name it with "
-    "--dinov2-weights"
+DINOV2 = PublishedWeights(
+    "DINOv2",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "--dinov2-weights",
+    DOWNLOAD,
 )
+# By the protocol's `features`: where the weights come from; the tokenizer's are the run's own
+PUBLISHED = {"inception": INCEPTION, "dinov2": DINOV2}
 
 
 @contextmanager
@@ -182,18 +184,12 @@ class ClipScorer:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, of a .safetensors or of what torch.save wrote; nothing in it is executed.
+    """Tensors by name of what torch.save wrote; nothing in it is executed.
 
     Raises:
-        ValueError: truncated, no such file, or one that needs more than tensors.
+        ValueError: truncated, no such file, or one that holds more than tensors.
     """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds; torch's text advises to execute the file
-        kind = type(error).__name__
-        raise ValueError(f"{file} is no file of weights, or truncated ({kind})") from error
+    tensors = load_plain(file)
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise ValueError(f"{file} is no file of weights: it does not hold tensors by name")
     return tensors
@@ -222,19 +218,11 @@ class Networks:
 
 @dataclass
 class WeightsFiles:
-    """Where the weights are."""
+    """Where the weights are: paths; without one torch's cache."""
 
-    inception: str | None  # path; without one: torch's cache
-    dinov2: str | None  # path; without one there are none
+    inception: str | None = None
+    dinov2: str | None = None
     download: bool = False  # absent weights into torch's and the hub's cache
-
-    def find(self, features: str) -> Path | None:
-        """The file for a protocol's features, None if absent; ValueError: no file at a path."""
-        if features == "inception":
-            return INCEPTION.find(self.inception, self.download)
-        if self.dinov2 and not Path(self.dinov2).is_file():
-            raise ValueError(f"--dinov2-weights: no file {self.dinov2}")
-        return Path(self.dinov2) if self.dinov2 else None
 
 
 def explain_absence(weights: PublishedWeights) -> str:
@@ -254,8 +242,8 @@ def load_networks(
     needs_features = bool({*protocol.metrics} - {"clip_score"})
     # One process a machine downloads, the others find the files
     with state.local_main_process_first():
-        if needs_features and kind != "tokenizer":
-            file = files.find(kind)
+        if needs_features and kind in PUBLISHED:
+            file = PUBLISHED[kind].find(getattr(files, kind), files.download)
         if "clip_score" in protocol.metrics:
             try:
                 found.clip = ClipScorer(clip_of(protocol, generator), state.device, files.download)
@@ -266,8 +254,7 @@ def load_networks(
     if needs_features and kind == "tokenizer":
         found.features = TokenizerFeatures(generator.tokenizer)
     elif needs_features and file is None:
-        is_inception = kind == "inception"
-        found.absent["features"] = explain_absence(INCEPTION) if is_inception else DINO_ABSENT
+        found.absent["features"] = explain_absence(PUBLISHED[kind])
     elif needs_features:
         found.weights[kind] = describe_file(file)
         net = InceptionFeatures(file) if kind == "inception" else DinoFeatures(file)
@@ -280,6 +267,8 @@ def clip_of(protocol: Protocol, generator: ImageGenerator) -> ClipConfig:
     if protocol.clip.model != "own":
         return protocol.clip
     tower = generator.text_encoder.tokenize.config
+    if tower.family != "open_clip":
+        raise AbsentWeights(f"clip.model=own: {tower.model} has no image tower, name a CLIP")
     return replace(
         protocol.clip,
         model=tower.model,

@@ -4,8 +4,7 @@
 
 m, C: mean and covariance (n - 1) of D features. Heusel et al. 2017 on Inception features: FID.
 Everything is float64. A statistics file is an npz with `mu`, `sigma`, `count` and `description`, on
-request with `features` (N x D) and `categories` (N names). Files of other codes with only `mu` and
-`sigma` are read as well.
+request with `features` (N x D). Files of other codes with only `mu` and `sigma` are read as well.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from data.files import write_bytes
@@ -67,27 +66,19 @@ class FeatureStatistics:
     def over_processes(self) -> "FeatureStatistics":
         """The sums of all processes, in a new object. Every process must call it."""
         total = FeatureStatistics(0, self.sum.device)
-        total.count = sum_over_processes(self.count)
-        total.sum = sum_over_processes(self.sum)
-        total.outer = sum_over_processes(self.outer)
+        own = (self.count, self.sum, self.outer)
+        total.count, total.sum, total.outer = reduce(own, reduction="sum")
         return total
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance; ValueError of fewer than 2 images, or features not finite."""
+        # Sums of squares lose digits where means are large: float64 has enough of them
         count = self.count.item()
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {count}")
         mean = self.sum / count
         covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
         return Gaussian(mean.cpu(), covariance.cpu(), count)
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """A new tensor with the sum of all processes' values."""
-    values = values.clone()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values
 
 
 def fit_gaussian(features: Tensor) -> Gaussian:
@@ -123,7 +114,6 @@ class FeatureSet:
     gaussian: Gaussian
     description: dict[str, Any] = field(default_factory=dict)  # plain values: what it is of
     features: Tensor | None = None  # N x D float32 on the CPU, if they were kept
-    categories: Sequence[str] = ()  # N names of the folders that the images lie in, if known
     # known only of images that were just measured:
     rows: dict[str, int] = field(default_factory=dict)  # name of an image -> its row
     groups: Tensor | None = None  # N numbers, equal for pixel-identical images
@@ -132,11 +122,11 @@ class FeatureSet:
     def save(self, path: Path) -> None:
         """Write a statistics file atomically."""
         arrays = {"mu": self.gaussian.mean.numpy(), "sigma": self.gaussian.covariance.numpy()}
-        arrays["count"] = -1 if self.gaussian.count is None else self.gaussian.count
         arrays["description"] = json.dumps(self.description)
+        if self.gaussian.count is not None:
+            arrays["count"] = self.gaussian.count
         if self.features is not None:
             arrays["features"] = self.features.numpy()
-            arrays["categories"] = np.array(self.categories, dtype=np.str_)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         write_bytes(buffer.getbuffer(), path)
@@ -158,20 +148,16 @@ class FeatureSet:
 
 
 def _parse(arrays: Mapping[str, np.ndarray]) -> FeatureSet:
-    # Every code's
-    mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
-    count = int(arrays["count"]) if "count" in arrays else -1
-    gaussian = Gaussian(mean, covariance, None if count < 0 else count)
+    # Only mean and covariance are in every code's files
+    mean = torch.from_numpy(arrays["mu"].astype(np.float64))
+    covariance = torch.from_numpy(arrays["sigma"].astype(np.float64))
+    count = int(arrays["count"]) if "count" in arrays else None
     description = json.loads(str(arrays["description"])) if "description" in arrays else {}
-    # Ours, with --keep-features
-    if "features" not in arrays:
-        return FeatureSet(gaussian, description)
-    features = torch.from_numpy(arrays["features"])
-    categories = arrays["categories"].astype(np.str_).tolist() if "categories" in arrays else []
-    if features.shape != (count, len(mean)) or len(categories) not in (0, count):
-        given = f"features {tuple(features.shape)} and {len(categories)} categories"
+    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+    if features is not None and features.shape != (count, len(mean)):
+        given = f"features {tuple(features.shape)}"
         raise ValueError(f"{given} of {count} images with {len(mean)} features")
-    return FeatureSet(gaussian, description, features, categories)
+    return FeatureSet(Gaussian(mean, covariance, count), description, features)
 
 
 # Measuring. All processes must call these functions; they share the images of a set
@@ -192,7 +178,8 @@ def extract_features(
 ) -> Extracted:
     """Features of a set of images, N x width."""
     # This process's share
-    statistics, rows, skipped = FeatureStatistics(width, reading.state.device), [], []
+    statistics = FeatureStatistics(width, reading.state.device)
+    rows, skipped = [], []
     for batch in iterate_images(images, reading.batch_size, reading.num_workers, reading.state):
         skipped += batch["skipped"]
         if batch["index"]:
@@ -216,6 +203,7 @@ def measure_reference(
 
     keep: the features of each image, not only their Gaussian.
     """
+    # A covariance of fewer than two images is not defined
     device = reading.state.device
     found = extract_features(
         images, lambda batch: net(batch["image"].to(device)), net.width, reading, keep
@@ -224,9 +212,7 @@ def measure_reference(
     if count < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped[:3])
         raise ValueError(f"reference: {count} readable images, expected at least 2 ({reasons})")
-    # Where an image lies says its category, as in MJHQ-30K; a shard does not
-    entries = [images.entries[number] for number in found.numbers]
-    in_folders = not any(entry.span for entry in entries)
+    # The hash tells whether two references are of the same pixels
     description = {
         **describe_features(net, images),
         "data": [*data],
@@ -239,8 +225,7 @@ def measure_reference(
         gaussian=found.statistics.gaussian(),
         description=description,
         features=found.features,
-        categories=[Path(entry.path).parent.name for entry in entries] if in_folders else (),
-        rows={image_name(entry): row for row, entry in enumerate(entries)},
+        rows={image_name(images.entries[n]): row for row, n in enumerate(found.numbers)},
         groups=number_groups(found.digests),
         skipped=found.skipped,
     )
@@ -274,20 +259,23 @@ def load_reference(
     Raises:
         ValueError: the reference can't serve.
     """
-    path, reference = protocol.statistics_file, None
+    # Listing is quick, and finds a wrong name before networks run
+    path = protocol.statistics_file
     entries = [] if path else list_images(protocol.reference)
     images = ImageSet(entries, image_size, (), tuple(protocol.background), protocol.resize)
+    # A file was measured once and for all, images are measured now
     if path:
-        reference = FeatureSet.load(path)
+        found = FeatureSet.load(path)
         if net:
-            check_features(path, reference, net, images)
-        described = {"file": str(path), "num_images": reference.gaussian.count}
-        reference = replace(reference, description=described | reference.description)
-    elif protocol.reference and net:
-        reference = measure_reference(protocol.reference, images, net, reading)
-    if reference:
-        check_captions(protocol, captions, reference)
-    return reference
+            check_features(path, found, net, images)
+        described = {"file": str(path), "num_images": found.gaussian.count}
+        return replace(found, description=described | found.description)
+    if not (protocol.reference and net):
+        return None
+    found = measure_reference(protocol.reference, images, net, reading)
+    if "retrieval" in protocol.metrics:
+        check_retrieval(captions, found)
+    return found
 
 
 def check_features(path: Path, found: FeatureSet, net: FeatureNet, images: ImageSet) -> None:
@@ -304,21 +292,13 @@ def check_features(path: Path, found: FeatureSet, net: FeatureNet, images: Image
             )
 
 
-def check_captions(protocol: Protocol, captions: Sequence[Caption], reference: FeatureSet) -> None:
-    """Refuse captions whose image or category is not in the reference."""
-    if "retrieval" in protocol.metrics:
-        absent = [caption.source for caption in captions if caption.source not in reference.rows]
-        if absent:
-            raise ValueError(f"metric retrieval: not in the reference: {', '.join(absent[:3])}")
-        if len(reference.rows) < len(reference.groups):
-            raise ValueError(
-                "metric retrieval: two reference images of a shard have one name (a key that "
-                "occurs twice, or keys that differ only in . + _): which is a caption's own?"
-            )
-    available = sorted({*reference.categories})
-    absent = sorted({caption.category for caption in captions}.difference(available))
-    if "frechet_by_category" in protocol.metrics and available and absent:
+def check_retrieval(captions: Sequence[Caption], reference: FeatureSet) -> None:
+    """Refuse captions whose image is not in the reference, or is not known among two."""
+    absent = [caption.source for caption in captions if caption.source not in reference.rows]
+    if absent:
+        raise ValueError(f"metric retrieval: not in the reference: {', '.join(absent[:3])}")
+    if len(reference.rows) < len(reference.groups):
         raise ValueError(
-            f"metric frechet_by_category: not in the reference: {', '.join(absent)}; there are "
-            f"{', '.join(available)}"
+            "metric retrieval: two reference images of a shard have one name (a key that occurs "
+            "twice, or keys that differ only in . + _): which is a caption's own?"
         )

@@ -8,16 +8,19 @@
 RUN is an experiment or its stage-3 run; EMA weights. A protocol is a YAML (eval/protocol.py);
 key=value changes it. An image does not depend on --batch-size or the number of processes. The same
 command continues an interrupted evaluation. Writes images, features and evaluation.json; with
-several values of guidance or steps, a folder for each, a table and a chart.
+several values of guidance or steps, a folder for each, a table and a chart. FlowEvaluation gives
+the same numbers while stage 3 trains.
 """
 
 import argparse
+import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 # Run as a file, Python looks into eval/ only.
@@ -37,16 +40,21 @@ from eval.programs import (
     build_parser,
     print_metrics,
     start_processes,
+    undisturbed,
 )
 from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow import check_guidance
+from modeling.flow_model import FlowModel
 from modeling.layers import fingerprint
-from modeling.pipeline import ImageGenerator
+from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.published import file_sha256
+from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from training.checkpoint import EMA_FILE
 from training.errors import exit_on_error
-from training.loading import load_newest
+from training.loading import load_newest, load_tokenizer
 from training.pipelines import flow_folder, load_pipeline
+
+NUM_WORKERS = 2  # reading processes of each process, in training
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -144,7 +152,7 @@ def print_report(report: dict[str, Any], path: Path) -> None:
 
 def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
     """sweep.json, sweep.md and sweep.png: a row, a point for each guidance and number of steps."""
-    # Metrics that at least one point has
+    # Metrics that at least one point has: a column without a number says nothing
     names = [
         name
         for name in reports[0]["metrics"]
@@ -180,6 +188,110 @@ def save_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
         axes.plot(guidance, values, "o-", label=f"{steps} steps")
     axes.legend()
     figure.savefig(path)
+
+
+# While stage 3 trains
+
+
+@dataclass
+class EvaluationConfig:
+    """Generation metrics while stage 3 trains."""
+
+    # as often, and at the end; 0: never. One evaluation must end within training.timeout_minutes
+    every_steps: int = 0
+    protocol: str = ""  # a name among eval/protocols, or a YAML file
+    overrides: list[str] = field(default_factory=list)  # key=value: changes of the protocol
+    batch_size: int = 64  # images that a feature network sees at once
+    inception_weights: str = ""  # path; empty: torch's cache
+    dinov2_weights: str = ""  # path of DINOv2 ViT-L/14, for features=dinov2
+
+    def __post_init__(self):
+        if self.every_steps < 0:
+            raise ValueError(f"every_steps must be at least 0, got {self.every_steps}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.every_steps and not self.protocol:
+            raise ValueError("every_steps needs protocol: a name among eval/protocols, or a YAML")
+
+
+class FlowEvaluation:
+    """(EMA weights, step) -> metrics of a protocol; report and pictures: RUN/evaluation/step_*.
+
+    All processes take part. Captions and reference are read once; networks and sums are made anew
+    each time, so that nothing passes from one evaluation to the next.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        protocol: Protocol,
+        run_dir: Path,
+        tokenizer_run: str,
+        text_encoder: TextEncoderConfig,
+        sampling: SamplingConfig,
+    ):
+        """Read and measure what stays the same.
+
+        Raises:
+            ValueError: captions, reference or weights that are absent or can't serve.
+        """
+        self.config = config
+        self.protocol = protocol
+        self.run_dir = run_dir
+        self.tokenizer_run = tokenizer_run
+        self.text_encoder = text_encoder
+        self.sampling = sampling
+        self.reading = Reading(config.batch_size, NUM_WORKERS, PartialState())
+
+        # All that can be wrong is found now, not after hours of training
+        protocol.sampling(sampling)
+        if not protocol.metrics:
+            raise ValueError(f"protocol {config.protocol} measures nothing: its metrics are empty")
+        self.captions, self.reference = read_captions(protocol), None
+        with undisturbed():
+            setup = self._prepare(None, "")
+            if setup.networks.absent:
+                reasons = "; ".join(setup.networks.absent.values())
+                raise ValueError(f"protocol {config.protocol}: {reasons}")
+            net, size = setup.networks.features, protocol.feature_size(setup.image_size)
+            self.reference = load_reference(protocol, self.captions, net, size, self.reading)
+
+    def __call__(self, model: FlowModel, step: int) -> dict[str, float]:
+        """{"eval/fid": ...} on the main process, {} on the others; null metrics are left out."""
+        state = self.reading.state
+        folder = self.run_dir / "evaluation" / f"step_{step:08d}"
+        # What is there is of a killed process, or of steps that are done again: of other weights
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        state.wait_for_everyone()
+        with undisturbed():
+            report = evaluate_images(self._prepare(model, folder.name), self.protocol, folder)
+            # Of each step the numbers and a sheet stay: 30,000 images would fill the disk
+            if state.is_main_process:
+                for name in ("images", "features"):
+                    shutil.rmtree(folder / name)
+        metrics = report.get("metrics", {}).items()
+        return {f"eval/{name}": value for name, value in metrics if value is not None}
+
+    def _prepare(self, model: FlowModel | None, checkpoint: str) -> EvaluationSetup:
+        """The networks, made anew, and what stays the same. Without a model it can't generate."""
+        # Loaded for this evaluation only: in between, the GPU's memory is training's
+        device = self.reading.state.device
+        generator = ImageGenerator(
+            text_encoder=load_text_encoder(self.text_encoder).to(device),
+            tokenizer=load_tokenizer(self.tokenizer_run).to(device),
+            flow=model,
+        )
+        files = WeightsFiles(self.config.inception_weights, self.config.dinov2_weights)
+        return EvaluationSetup(
+            captions=self.captions,
+            generator=generator,
+            default=self.sampling,
+            model={"checkpoint": checkpoint},
+            networks=load_networks(self.protocol, generator, files, self.reading.state),
+            reference=self.reference,
+            reading=self.reading,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images to measure on: folders and tar shards -> batches, every image once over all processes.
+"""Images to measure or to caption: files, folders, tar shards -> batches of all processes.
 
 The data is listed before anything is read: an image's number depends only on the data, and a broken
 shard stops an evaluation before it starts. Process r of P reads the images r, r + P, ...: none
@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.captions import captions_of
-from data.entries import Entry, read_parts
+from data.entries import Entry, clean_key, read_parts
 from data.images import image_bytes
 from data.samples import BadSample
 from data.sources import folder_entries, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 from data.workers import share_batch, start_worker
+from modeling.pipeline import Captioner, SamplingConfig
+from training.pictures import caption_grid
 from training.run import TIMEOUT_MINUTES
 from training.supervise import Watchdog, watched
 
@@ -34,7 +37,11 @@ RULES = {
 }
 CLEAN_SIZE = 299  # pixels, Inception's own
 WHITE = (255, 255, 255)
+SHARD_ENDINGS = (".tar", ".tar.gz")
+SHEET_COLUMNS = 6
 SILENCE = f"no batch of images for {TIMEOUT_MINUTES:g} minutes"
+
+# What there is
 
 
 def list_images(data: Sequence[str]) -> list[Entry]:
@@ -48,12 +55,37 @@ def list_images(data: Sequence[str]) -> list[Entry]:
         for entry in folder_entries(name) if os.path.isdir(name) else tar_entries([name]):
             if entry.fault is not None:  # other files of a folder
                 continue
+            # Twice in a reference, an image would count twice in its statistics
             place = (os.path.abspath(entry.path), entry.span)
             if place in seen:
                 raise ValueError(f"{image_name(entry)} is named twice by {' '.join(data)}")
             seen.add(place)
             entries.append(entry)
     return entries
+
+
+def list_pictures(names: Sequence[str]) -> list[Entry]:
+    """Image files, images of folders (with sub-folders) and of shards, in the order given."""
+    entries = []
+    for name in names:
+        if os.path.isdir(name) or name.endswith(SHARD_ENDINGS):
+            entries += list_images([name])
+        elif os.path.isfile(name):
+            entries.append(Entry(clean_key(name), name, captions=[]))
+        else:
+            raise ValueError(f"{name} does not exist; expected an image, a folder or a tar shard")
+    return entries
+
+
+def choose_images(names: Sequence[str], number: int) -> list[Entry]:
+    """`number` evenly spaced images of folders and shards, or all if there are fewer."""
+    entries = list_images(names)
+    return [entries[index] for index in spread_evenly(len(entries), number)]
+
+
+def spread_evenly(available: int, wanted: int) -> list[int]:
+    """`wanted` evenly spaced indices of so many, both ends included, or all if there are fewer."""
+    return np.linspace(0, available - 1, min(wanted, available)).round().astype(int).tolist()
 
 
 def image_name(entry: Entry) -> str:
@@ -66,6 +98,7 @@ def entry_captions(entry: Entry, keys: Sequence[str], option: str) -> list[str]:
 
     option: where the keys are set, for the message.
     """
+    # Metrics need a text for every image: here a broken caption is no reason to skip
     try:
         captions = captions_of(read_parts(entry), keys)
     except BadSample as error:
@@ -74,6 +107,9 @@ def entry_captions(entry: Entry, keys: Sequence[str], option: str) -> list[str]:
         tried = ", ".join(keys)
         raise ValueError(f"{image_name(entry)} has no caption under {tried} ({option})")
     return captions
+
+
+# Reading
 
 
 @dataclass(frozen=True)
@@ -119,6 +155,7 @@ def clean_resize(image: np.ndarray) -> np.ndarray:
     Parmar et al. 2022: each channel by Pillow in float32, bicubic and antialiased, whatever the
     aspect; clipped to the range, not rounded.
     """
+    # Pillow resizes float32 one channel at a time; bytes it would round on the way
     channels = [Image.fromarray(image[:, :, channel].astype(np.float32)) for channel in range(3)]
     size = (CLEAN_SIZE, CLEAN_SIZE)
     resized = [channel.resize(size, Image.Resampling.BICUBIC) for channel in channels]
@@ -147,6 +184,7 @@ def iterate_images(
         ChildProcessError: a reading process died.
         ValueError: no room for a batch in shared memory.
     """
+    # A sampler of our own: torch's repeats images so that all processes get equally many
     rank, num_processes = (state.process_index, state.num_processes) if state else (0, 1)
     loader = DataLoader(
         images,
@@ -158,6 +196,7 @@ def iterate_images(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that no number is taken from the global one
     )
+    # A process that waits in vain for another's images must end, too
     with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog:
         for batch in batches:
             yield batch
@@ -176,3 +215,52 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "skipped": [(sample["name"], sample["reason"]) for sample in samples if "reason" in sample],
     }
     return share_batch(batch)
+
+
+# Captioning
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Images of a batch that could be read, and what could not."""
+
+    index: list[int]  # of the entries
+    images: Tensor  # B x 3 x R x R in [0, 1]
+    captions: list[str]
+    skipped: list[tuple[str, str]]  # (name, reason)
+
+
+def caption_images(
+    captioner: Captioner, entries: Sequence[Entry], sampling: SamplingConfig, batch_size: int
+) -> Iterator[Captioned]:
+    """Captions batch by batch, in order; unreadable images of folders and shards are left out.
+
+    Raises:
+        ValueError: an image that was named itself cannot be read.
+    """
+    images = ImageSet(entries, captioner.tokenizer.config.image_size)
+    # An image that was named itself comes with its captions known: none
+    named = {entry.path for entry in entries if entry.captions == []}
+    for batch in iterate_images(images, batch_size):
+        for name, reason in batch["skipped"]:
+            if name in named:
+                raise ValueError(f"{name} cannot be captioned: {reason}")
+        pixels = batch["image"].float() / 255
+        captions = captioner.captions(pixels, sampling) if len(pixels) else []
+        yield Captioned(batch["index"], pixels, captions, batch["skipped"])
+
+
+def caption_sheet(
+    captioner: Captioner, entries: Sequence[Entry], sampling: SamplingConfig
+) -> Image.Image:
+    """Contact sheet of a few images with their captions; unreadable ones are left out."""
+    [batch] = caption_images(captioner, entries, sampling, len(entries))
+    return sheet_of([batch.images], batch.captions)
+
+
+def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
+    """Contact sheet of batches of images, B x 3 x R x R in [0, 1] each, and all their captions."""
+    if not captions:
+        raise ValueError("no image could be read")
+    pixels = torch.cat([batch for batch in images if len(batch)])
+    return caption_grid(pixels, [*captions], min(SHEET_COLUMNS, len(captions)))

@@ -1,7 +1,8 @@
-"""What the evaluation programs share: options, start, environment, the printed summary."""
+"""What evaluations share: options, start, a place beside training, environment, what is printed."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -83,11 +84,24 @@ def start_processes(device: str) -> PartialState:
     return PartialState(cpu=device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
 
 
-def describe_environment(state: PartialState) -> dict[str, Any]:
-    """Versions, device and number of processes, on which a number can depend."""
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without touching training's random numbers, and without its lossy speed settings."""
+    convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.random.fork_rng(devices=[]), convolutions:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+
+
+def describe_environment(state: PartialState, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Versions (None: not installed), device and processes, on which a number can depend."""
     device = state.device
     return {
-        "versions": {name: package_version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in [*PACKAGES, *packages]},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "num_processes": state.num_processes,
     }

@@ -18,25 +18,30 @@ from data.captions import strings
 from data.entries import load_json
 from data.files import read_text_file
 from data.sources import is_tar_name
-from eval.images import CLEAN_SIZE, ResizeRule, entry_captions, image_name, list_images
+from eval.images import (
+    CLEAN_SIZE,
+    ResizeRule,
+    entry_captions,
+    image_name,
+    list_images,
+    spread_evenly,
+)
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
 
 FOLDER = Path(__file__).parent / "protocols"
-METRICS = ["frechet", "frechet_by_category", "kid", "inception_score", "precision_recall"]
-METRICS += ["retrieval", "clip_score"]
+METRICS = ["frechet", "kid", "inception_score", "precision_recall", "retrieval", "clip_score"]
 
 
 @dataclass
 class Protocol:
     """Captions, reference, sampling and metrics of one evaluation."""
 
-    # a .txt (one a line), a .jsonl, COCO's captions_*.json, MJHQ-30K's meta_data.json; or folders,
-    # or tar shards
+    # a .txt (one a line), a .jsonl of {"prompt": ...}, COCO's captions_*.json, MJHQ-30K's
+    # meta_data.json; or folders, or tar shards
     captions: list[str] = field(default_factory=list)
     # where the captions of folders and shards are
     caption_keys: list[str] = field(default_factory=lambda: ["txt", "json:caption"])
-    caption_field: str = "prompt"  # of the rows of a .jsonl
     num_captions: int = 0  # 0: all
     # all: num_captions must be what is there; first; random: without repeats, by choice_seed, in
     # file order; spread: evenly
@@ -123,14 +128,7 @@ class Caption:
 
     text: str
     source: str | None = None  # image_name of the image that it belongs to
-    # its row of a jsonl, or of MJHQ-30K's meta_data.json
-    record: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def category(self) -> str:
-        """MJHQ-30K's; "" for other sources."""
-        category = self.record.get("category")
-        return category if isinstance(category, str) else ""
+    record: dict[str, Any] = field(default_factory=dict)  # its row of a jsonl
 
 
 def protocol_file(name: str) -> Path:
@@ -177,20 +175,15 @@ def _chosen_indices(protocol: Protocol, available: int) -> list[int]:
         order = np.random.default_rng(protocol.choice_seed).permutation(available)
         return sorted(order[:wanted].tolist())
     if protocol.choice == "spread":
-        return np.linspace(0, available - 1, wanted).round().astype(int).tolist()
+        return spread_evenly(available, wanted)
     return list(range(wanted))
 
 
 def _check_use(protocol: Protocol, captions: Sequence[Caption]) -> None:
     """Refuse captions that the layout or the metrics can't use."""
-    metrics = protocol.metrics
     if protocol.layout == "geneval" and not all(caption.record for caption in captions):
         raise ValueError("layout=geneval needs captions from a .jsonl: rows are the metadata")
-    if "frechet_by_category" in metrics and not all(caption.category for caption in captions):
-        raise ValueError(
-            "metric frechet_by_category needs captions with a category: MJHQ-30K's meta_data.json"
-        )
-    if "retrieval" in metrics:
+    if "retrieval" in protocol.metrics:
         if not all(caption.source for caption in captions):
             raise ValueError("metric retrieval needs captions of images in folders or shards")
         if not protocol.reference or protocol.statistics_file:
@@ -220,33 +213,29 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
     lines = text.split("\n")
     if path.suffix == ".txt":
         return [Caption(line.strip()) for line in lines if line.strip()]
-    return _from_jsonl(path, lines, protocol.caption_field)
+    return _from_jsonl(path, lines)
 
 
-def _from_jsonl(path: Path, lines: Sequence[str], field_name: str) -> list[Caption]:
+def _from_jsonl(path: Path, lines: Sequence[str]) -> list[Caption]:
     captions = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             row = load_json(line)
-            if not isinstance(row, dict) or not isinstance(row.get(field_name), str):
-                raise ValueError(
-                    f"{path} line {number}: expected an object with a text at {field_name!r}"
-                )
-            captions.append(Caption(row[field_name], record=row))
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                raise ValueError(f"{path} line {number}: expected an object with a text at prompt")
+            captions.append(Caption(row["prompt"], record=row))
     return captions
 
 
 def _from_json(path: Path, content: Any) -> list[Caption]:
     """COCO's captions_*.json (every annotation), or MJHQ-30K's meta_data.json."""
+    # Told apart by their form: files are renamed, and both end in .json
     if isinstance(content, dict):
         rows = content.get("annotations")
         if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
             return [Caption(*strings(row.get("caption"))[:1] or [""]) for row in rows]
         if content and all(isinstance(row, dict) for row in content.values()):
-            return [
-                Caption(str(row.get("prompt") or ""), record={"id": name, **row})
-                for name, row in content.items()
-            ]
+            return [Caption(str(row.get("prompt") or "")) for row in content.values()]
     raise ValueError(f"{path}: expected COCO's captions ('annotations') or MJHQ-30K's meta_data")
 
 

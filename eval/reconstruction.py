@@ -7,20 +7,21 @@ RUN is a stage-1 run folder, or an experiment with one; its EMA weights reconstr
 posterior's mean. The decoder gets an image's caption (from its shard, or a same-named .txt beside
 it), or the empty caption. Images are cropped to the centre; reconstructions are clamped and rounded
 to 8 bits before every metric. A metric whose weights are absent is null, with the reason. The
-images are split over the processes; one json also has the protocol.
+images are split over the processes; one json also has the protocol. ReconstructionEvaluation gives
+PSNR and SSIM while stage 1 trains.
 """
 
 import argparse
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures, explain_absence
-from eval.features import FeatureStatistics, frechet_distance, sum_over_processes
+from eval.features import FeatureStatistics, frechet_distance
 from eval.images import RULES, ImageSet, Reading, iterate_images, list_images
 from eval.programs import (
     add_reading_options,
@@ -41,6 +42,7 @@ from eval.programs import (
     integer,
     print_metrics,
     start_processes,
+    undisturbed,
 )
 from eval.scores import psnr, ssim
 from modeling.image_tokenizer import ImageTokenizer
@@ -53,7 +55,9 @@ from training.errors import exit_on_error
 from training.loading import find_text_encoder, load_newest, load_tokenizer, read_section
 from training.pictures import caption_grid, pair_rows, save_png
 
+WEIGHTS = {"lpips": VGG16, "rfid": INCEPTION}  # of the metrics that need a network
 PICTURE_PAIRS = 16
+BATCH_SIZE, NUM_WORKERS = 32, 2  # images at a time and process, reading processes of each
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +69,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
     help_text = "the json; default: reconstruction.json in the run folder"
     parser.add_argument("--output", type=user_path, help=help_text)
-    parser.add_argument("--image-size", type=integer(1), help="pixels; default: the run's")
     parser.add_argument("--limit", type=integer(1), help="only the first images, so many")
     choices = ("fp32", "bf16")
     parser.add_argument("--precision", choices=choices, default="fp32", help="of the tokenizer")
@@ -73,7 +76,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vgg-weights", metavar="FILE", help=help_text)
     help_text = "folder for a picture of the first pairs"
     parser.add_argument("--save-images", type=user_path, metavar="DIR", help=help_text)
-    add_reading_options(parser, 32, "images at a time and process")
+    add_reading_options(parser, BATCH_SIZE, "images at a time and process")
     add_weights_options(parser)
     return parser.parse_args(arguments)
 
@@ -90,12 +93,14 @@ def main(args: argparse.Namespace) -> None:
 
     # The run's networks, then those that measure
     state = start_processes(args.device)
-    bf16 = args.precision == "bf16"
     reconstruct, checkpoint = load_newest(
-        run, lambda: load_reconstructor(run, args.image_size, state.device, bf16)
+        run, lambda: load_reconstructor(run, state.device, args.precision == "bf16")
     )
     model = describe_model(run, checkpoint, reconstruct)
-    files = find_weights(args, state)
+    # One process a machine downloads, the others find the files
+    paths = {"lpips": args.vgg_weights, "rfid": args.inception_weights}
+    with state.local_main_process_first():
+        files = {name: WEIGHTS[name].find(path, args.download) for name, path in paths.items()}
     lpips = LPIPS(files["lpips"]).to(state.device) if files["lpips"] else None
     inception = InceptionFeatures(files["rfid"]).to(state.device) if files["rfid"] else None
 
@@ -123,7 +128,6 @@ def main(args: argparse.Namespace) -> None:
         "metrics": measured.metrics,
         "missing": explain_missing(measured.metrics, files),
         **measured.counts,
-        "skipped_by_reason": dict(Counter(reason for _, reason in skipped)),
         "skipped": [{"image": name, "reason": reason} for name, reason in skipped],
         "protocol": describe_protocol(args, images),
         "model": model,
@@ -142,7 +146,7 @@ def print_report(report: dict[str, Any], output: Path) -> None:
     """Metrics, how fast, and what was left out."""
     rate = f" ({report['seconds']:.0f} s, {report['images_per_second']:.1f} images/s)"
     print_metrics(report, f"{output}: {report['num_images']} images", rate)
-    for reason, count in report["skipped_by_reason"].items():
+    for reason, count in Counter(entry["reason"] for entry in report["skipped"]).items():
         print(f"  skipped {count}: {reason}")
 
 
@@ -173,21 +177,13 @@ class Reconstructor:
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def load_reconstructor(
-    run: Path, image_size: int | None, device: torch.device, bf16: bool
-) -> Reconstructor:
-    """The EMA tokenizer of a run and its text tower, at another image size if one is given.
+def load_reconstructor(run: Path, device: torch.device, bf16: bool) -> Reconstructor:
+    """The EMA tokenizer of a run and its text tower.
 
     Raises:
-        ValueError: no checkpoint, a size that the patches do not divide, or another text tower.
+        ValueError: no checkpoint, or another text tower than the tokenizer's.
     """
-    tokenizer = load_tokenizer(run)
-    # No weight depends on the image size: RoPE follows the grid
-    if image_size is not None:
-        resized = ImageTokenizer(replace(tokenizer.config, image_size=image_size))
-        resized.load_state_dict(tokenizer.state_dict())
-        tokenizer = resized
-    tokenizer = tokenizer.to(device).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(run).to(device)
     # A converted run may name another tower than its decoder was made for
     text_encoder = find_text_encoder(run)
     expected = (tokenizer.config.text_tokens, tokenizer.config.text_width)
@@ -197,15 +193,6 @@ def load_reconstructor(
             f"tokenizer expects {expected}"
         )
     return Reconstructor(tokenizer, text_encoder.to(device), bf16)
-
-
-def find_weights(args: argparse.Namespace, state: PartialState) -> dict[str, Path | None]:
-    """Files of LPIPS' and rFID's networks, None where absent; one process a machine downloads."""
-    with state.local_main_process_first():
-        return {
-            "lpips": VGG16.find(args.vgg_weights, args.download),
-            "rfid": INCEPTION.find(args.inception_weights, args.download),
-        }
 
 
 # The numbers
@@ -236,7 +223,8 @@ def measure_reconstructions(
     Raises:
         ValueError: not one image could be read.
     """
-    state, pairs, skipped = reading.state, [], []
+    state = reading.state
+    pairs, skipped = [], []
     # Images, with a caption, different from their reconstruction; sums of PSNR, SSIM, LPIPS.
     # They stay on the device, so that nothing waits for them
     sums = torch.zeros(6, dtype=torch.float64, device=state.device)
@@ -256,7 +244,7 @@ def measure_reconstructions(
         pairs += [(i, x, y.cpu(), caption) for i, x, y, caption in rows if i < num_pairs]
 
     # Over all processes
-    total = sum_over_processes(sums).tolist()
+    total = reduce(sums, reduction="sum").tolist()
     count, captioned, different, psnr_sum, ssim_sum, lpips_sum = total
     features = [statistics.over_processes() for statistics in features]
     if not count:
@@ -314,9 +302,8 @@ def explain_missing(
         "psnr_db": "all reconstructions are identical to their images",
         "rfid": "it needs at least 2 images",
     }
-    for name, published in (("lpips", VGG16), ("rfid", INCEPTION)):
-        if files[name] is None:
-            reasons[name] = explain_absence(published)
+    absent = [name for name, file in files.items() if file is None]
+    reasons |= {name: explain_absence(WEIGHTS[name]) for name in absent}
     return {name: reasons[name] for name, value in metrics.items() if value is None}
 
 
@@ -328,19 +315,12 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet) -> dict[str, A
         "image_size": images.image_size,
         "crop": RULES["crop"],
         "background": list(images.background),
-        "reconstruction": f"EMA weights, mean of the posterior, {args.precision}",
-        "text_guidance": "each image's caption, else the empty caption",
         "caption_keys": list(images.caption_keys),
-        "rounding": "reconstructions clamped to [0, 1] and rounded to uint8 before every metric; "
-        "originals are uint8",
-        "psnr": "of each image in RGB, mean over the images; identical pairs, which have none, are "
-        "left out",
-        "ssim": "of each image, mean; 11 x 11 Gaussian window, sigma 1.5, data range 1, mirrored "
-        "borders",
-        "lpips": "VGG16, linear heads 0.1, mean over the images",
-        "rfid": "all originals against all reconstructions; InceptionV3 as in torch-fidelity "
-        f"(uint8, bilinear as in TensorFlow 1), {INCEPTION_WIDTH} features in float32, statistics "
-        "in float64",
+        "reconstruction": f"EMA weights, mean of the posterior, {args.precision}, uint8",
+        "psnr": "mean over the images that differ from their reconstruction, in RGB",
+        "ssim": "11 x 11 Gaussian window, sigma 1.5, data range 1, mirrored borders",
+        "lpips": "VGG16, linear heads 0.1",
+        "rfid": "InceptionV3 as in torch-fidelity, all originals against all reconstructions",
     }
 
 
@@ -349,6 +329,42 @@ def save_pairs(pairs: list[tuple], path: Path) -> None:
     _, originals, reconstructions, captions = zip(*pairs)
     rows = pair_rows(torch.stack(originals) / 255, torch.stack(reconstructions) / 255)
     save_png(caption_grid(rows, [*captions], columns=4), path)
+
+
+# While stage 1 trains
+
+
+@dataclass
+class ReconstructionEvaluationConfig:
+    """PSNR and SSIM while stage 1 trains."""
+
+    # as often, and at the end; 0: never. One evaluation must end within training.timeout_minutes
+    every_steps: int = 0
+    shards: list[str] = field(default_factory=list)  # or folders; empty: pictures.shards
+    num_images: int = 256  # the first ones; 0: all
+
+    def __post_init__(self):
+        for name in ("every_steps", "num_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass
+class ReconstructionEvaluation:
+    """(EMA weights, step) -> PSNR and SSIM of a set of images."""
+
+    images: ImageSet
+    text_encoder: TextEncoder
+    bf16: bool  # autocast
+
+    def __call__(self, model: ImageTokenizer, step: int) -> dict[str, float]:
+        """{"eval/psnr_db": ..., "eval/ssim": ...} on every process."""
+        reconstruct = Reconstructor(model, self.text_encoder, self.bf16)
+        reading = Reading(BATCH_SIZE, NUM_WORKERS, PartialState())
+        with undisturbed():
+            measured = measure_reconstructions(self.images, reconstruct, reading)
+        values = measured.metrics.items()
+        return {f"eval/{name}": value for name, value in values if value is not None}
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from data.images import ImageTextConfig, image_reader
 from data.storage import shard_states
 from data.tar import expand_shards
 from eval.features import fit_gaussian, frechet_distance, number_groups
+from eval.images import spread_evenly
 from eval.scores import psnr, retrieval
 from modeling.layers import fingerprint
 from modeling.pipeline import ImageGenerator, Precision, SamplingConfig
@@ -76,7 +77,8 @@ def main(config: ReportStage) -> None:
     """Measure and write; deterministic, a few minutes on a CPU."""
     experiment = Path(config.experiment_dir)
     path = experiment / "report.json"
-    parts, sampling = load_pipeline(experiment, default_device())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts, sampling = load_pipeline(experiment, device)
     inputs = {
         "config": asdict(config),
         "sampling": asdict(sampling),
@@ -96,7 +98,7 @@ def main(config: ReportStage) -> None:
         sets.append(read_all(config, parts, config.distractor_shards))
     pool = build_pool(config, parts, sets)
     num_train = len(train["caption"])
-    chosen = choose_evenly(num_train, config.num_train_captions)
+    chosen = spread_evenly(num_train, config.num_train_captions)
     shown_train = take(train, chosen)
 
     # The tokenizer, the ridge, and the flow on both sets
@@ -208,11 +210,6 @@ def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> 
     return pool
 
 
-def choose_evenly(number: int, wanted: int) -> list[int]:
-    """At most `wanted` of so many indices, evenly spaced."""
-    return torch.linspace(0, number - 1, min(wanted, number)).round().long().tolist()
-
-
 def take(samples: dict, indices: list[int]) -> dict:
     """Some of the samples."""
     return {"image": samples["image"][indices], "caption": [samples["caption"][i] for i in indices]}
@@ -224,11 +221,6 @@ def shrink(images: Tensor) -> Tensor:
 
 
 # The networks, a batch at a time
-
-
-def default_device() -> torch.device:
-    """A GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
@@ -266,7 +258,7 @@ def reconstruction_psnr(parts: ImageGenerator, samples: dict) -> float:
 
 def save_pairs(samples: dict, images: Tensor, path: Path) -> None:
     """Picture: true image left, generated right; evenly spaced samples."""
-    shown = choose_evenly(len(images), PICTURE_SAMPLES)
+    shown = spread_evenly(len(images), PICTURE_SAMPLES)
     pairs = pair_rows(samples["image"][shown], images[shown])
     save_png(caption_grid(pairs, [samples["caption"][i] for i in shown], columns=8), path)
 

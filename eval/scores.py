@@ -22,6 +22,8 @@ ROWS = 1024  # of a distance matrix at a time
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
 
+# Of a protocol
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -40,23 +42,21 @@ def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[st
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     for metric in measured.protocol.metrics:
+        names = result_names(metric, measured.protocol)
         try:
-            values |= compute_score(metric, measured)
+            values |= zip(names, compute_score(metric, measured))
         except ValueError as error:
-            names = result_names(metric, measured.protocol)
             values |= dict.fromkeys(names)
             reasons |= dict.fromkeys(names, str(error))
     return values, reasons
 
 
 def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
-    """What a metric's results are called; those by category only while there is none."""
+    """What a metric's results are called."""
     # Only Inception's Frechet distance is FID; clean-fid's resize gives another number
     inception = "clean_fid" if protocol.resize == "clean" else "fid"
-    frechet = inception if protocol.features == "inception" else "frechet_distance"
     return {
-        "frechet": (frechet,),
-        "frechet_by_category": (f"{frechet}_by_category",),
+        "frechet": (inception if protocol.features == "inception" else "frechet_distance",),
         "kid": ("kid", "kid_std"),
         "inception_score": ("inception_score", "inception_score_std"),
         "precision_recall": ("precision", "recall"),
@@ -65,47 +65,40 @@ def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
     }[metric]
 
 
-def compute_score(metric: str, measured: Measured) -> dict[str, float]:
-    """One metric's results by their names; ValueError: why it can't be computed."""
+def compute_score(metric: str, measured: Measured) -> tuple[float, ...]:
+    """One metric's results, in the order of their names; ValueError: why it can't be computed."""
     protocol, reference = measured.protocol, measured.reference
     features, absent = measured.features, measured.networks.absent
-    names = result_names(metric, protocol)
 
     # Without a reference
     if metric == "clip_score":
         if measured.cosines is None:
             raise ValueError(absent["clip"])
-        return {"clip_score": clip_score(measured.cosines)}
+        return (clip_score(measured.cosines),)
     if features is None:
         raise ValueError(absent["features"])
     if metric == "inception_score":
         logits = [measured.networks.features.logits(rows) for rows in features.split(ROWS)]
-        return dict(zip(names, inception_score(torch.cat(logits), protocol.inception_splits)))
+        return inception_score(torch.cat(logits), protocol.inception_splits)
 
     # Against its mean and covariance
     if reference is None:
         raise ValueError("no reference: add reference=[FILE.npz] (scripts/reference_stats.py)")
     if metric == "frechet":
-        return {names[0]: frechet_distance(fit_gaussian(features), reference.gaussian)}
+        return (frechet_distance(fit_gaussian(features), reference.gaussian),)
 
     # Against its single images
     if reference.features is None:
         file = reference.description["file"]
         raise ValueError(f"{file} was made without --keep-features (scripts/reference_stats.py)")
-    real = reference.features.to(features)
-    if metric == "kid":
-        found = kernel_distance(features, real, protocol.kid_subsets, protocol.kid_subset_size)
-        return dict(zip(names, found))
-    if metric == "precision_recall":
-        return dict(zip(names, precision_recall(features, real, protocol.neighbours)))
     if metric == "retrieval":
         own = torch.tensor([reference.rows[caption.source] for caption in measured.captions])
         found = retrieval(features.cpu(), reference.features, reference.groups, own)
-        return dict(zip(names, found.values()))
-    made = [caption.category for caption in measured.captions]
-    distances = distances_by_category(features, made, real, reference.categories)
-    prefix = names[0].removesuffix("_by_category")
-    return {f"{prefix}/{category}": distance for category, distance in distances.items()}
+        return (found["top1"], found["top5"])
+    real = reference.features.to(features)
+    if metric == "kid":
+        return kernel_distance(features, real, protocol.kid_subsets, protocol.kid_subset_size)
+    return precision_recall(features, real, protocol.neighbours)
 
 
 # Of features: generated N x D, real M x D, on one device; ValueError of too few images
@@ -118,20 +111,6 @@ def clip_score(cosines: Tensor) -> float:
     return 100 * cosines.double().clamp(min=0).mean().item()
 
 
-def distances_by_category(
-    generated: Tensor, made: Sequence[str], real: Tensor, categories: Sequence[str]
-) -> dict[str, float]:
-    """Frechet distance of each category in `made` to the real images in the folder of that name."""
-    if not categories:
-        raise ValueError("the categories of the reference are not known: it must be of folders")
-    distances = {}
-    for category in sorted({*made}):
-        own = fit_gaussian(generated[[name == category for name in made]])
-        others = fit_gaussian(real[[name == category for name in categories]])
-        distances[category] = frechet_distance(own, others)
-    return distances
-
-
 def kernel_distance(
     generated: Tensor, real: Tensor, subsets: int, subset_size: int
 ) -> tuple[float, float]:
@@ -139,7 +118,6 @@ def kernel_distance(
 
     Returns mean and deviation over subsets.
     """
-    refuse_few(generated, real, least=subset_size, key="kid_subset_size")
     metric = fidelity().metric_kid
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "verbose": False}
     found = metric.kid_features_to_metric(generated.double(), real.double(), **options)
@@ -151,6 +129,7 @@ def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
 
     Returns mean and deviation over splits of shuffled rows.
     """
+    # A split without a row would make the mean no number, without a word
     refuse_few(logits, least=splits, key="inception_splits")
     metric = fidelity().metric_isc
     found = metric.isc_features_to_metric(logits.cpu(), splits)

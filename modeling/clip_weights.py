@@ -41,7 +41,7 @@ class ClipWeights:
     """Which CLIP of open_clip."""
 
     model: str = "ViT-L-14-336-quickgelu"  # open_clip name, hf-hub:ORG/REPO or local-dir:FOLDER
-    # open_clip tag or weights file; hf-hub: and local-dir: have their own
+    # open_clip tag or weights file; hf-hub:, local-dir: and transformers have their own
     pretrained: str = "openai"
     # Only with a weights file of a model that exists with and without -quickgelu: the file wants
     # the one without.
@@ -176,13 +176,19 @@ def find_weights(config: ClipWeights, download: bool) -> str:
     absent = "it is not in the hub's cache on this machine"
     if not download:
         raise cannot_load(config, absent, AbsentWeights)
+    if silence := why_hub_is_silent():
+        raise cannot_load(config, f"{absent}, and {silence}", AbsentWeights)
+    return config.pretrained
+
+
+def why_hub_is_silent() -> str:
+    """Why the hub can't be asked, "" if it answers."""
     try:
         huggingface_hub.get_session().head(HUB, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of requests or httpx, by the version of huggingface_hub
+    except Exception:  # of requests or httpx, by the version of huggingface_hub
         is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if is_offline else f"{HUB} does not answer"
-        raise cannot_load(config, f"{absent}, and {reason}", AbsentWeights) from error
-    return config.pretrained
+        return "HF_HUB_OFFLINE is set" if is_offline else f"{HUB} does not answer"
+    return ""
 
 
 def cannot_load(

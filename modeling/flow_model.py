@@ -122,7 +122,7 @@ def fill_in_sizes(
         flowtok,
         num_tokens=num_tokens,
         token_channels=projector.token_channels,
-        context_tokens=projector.text_tokens if reads_text else 0,
+        context_tokens=projector.input_shape[0] if reads_text else 0,
         context_width=projector.width if reads_text else 0,
     )
 

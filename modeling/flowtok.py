@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +18,7 @@ from modeling.layers import (
     FROM_PROJECTOR,
     FROM_TOKENIZER,
     Attention,
+    CrossAttention,
     init_linear_,
     sincos_position_table,
     timestep_sinusoids,
@@ -83,24 +83,6 @@ class TextContext(nn.Module):
         """null: B bool, the samples that do not see their text."""
         context = torch.where(null.view(-1, 1, 1), self.null, self.embed(features))
         return context + self.positions
-
-
-class CrossAttention(nn.Module):
-    """Tokens B x N x W attend to a context B x L x W; B x N x W."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        heads = self.num_heads
-        q = rearrange(self.query(x), "b n (h d) -> b h n d", h=heads)
-        k, v = rearrange(self.key_value(context), "b n (two h d) -> two b h n d", two=2, h=heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
 
 class FlowTokBlock(nn.Module):

@@ -8,11 +8,12 @@ RoPE, unless `latent_grid` also gives the latents a position on a coarse grid ov
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modeling.activation_checkpointing import ActivationCheckpointing, run_block
 from modeling.layers import (
@@ -21,6 +22,8 @@ from modeling.layers import (
     Posterior,
     SwiGLU,
     axial_rope_table,
+    check_not_negative,
+    find_text,
     init_linear_,
     split_moments,
 )
@@ -41,13 +44,15 @@ class ImageTokenizerConfig:
 
     image_size: int = 256  # pixels, a multiple of patch_size
     patch_size: int = 16  # pixels
-    # K = L: text flows into image token by token
-    num_tokens: int = field(default=77, metadata=FROM_TEXT_ENCODER)
+    # K; 0: the text's L, as in the paper, where text flows into image token by token
+    num_tokens: int = 0
     token_channels: int = 16  # C
     encoder: TransformerSize = field(default_factory=TransformerSize)
     decoder: TransformerSize = field(default_factory=lambda: TransformerSize(1024, 24, 16))
     text_tokens: int = field(default=77, metadata=FROM_TEXT_ENCODER)  # L
     text_width: int = field(default=768, metadata=FROM_TEXT_ENCODER)  # T
+    # Zeros among the text states are padding, which the decoder does not look at.
+    text_is_masked: bool = field(default=False, metadata=FROM_TEXT_ENCODER)
 
     # Not in the paper, for small scale (docs/recipe.md):
     # Give each latent token a RoPE position at the centre of its cell of a grid over the image.
@@ -60,6 +65,7 @@ class ImageTokenizerConfig:
     initial_logvar: float = 0.0
 
     def __post_init__(self):
+        check_not_negative(self, "num_tokens")
         if self.patch_size <= 0 or self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
@@ -77,6 +83,17 @@ class ImageTokenizerConfig:
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
+    def for_text(self, shape: tuple[int, int], is_masked: bool) -> "ImageTokenizerConfig":
+        """The config for a text tower: L x T of its states, and whether it hides padding."""
+        length, width = shape
+        return replace(
+            self,
+            num_tokens=self.num_tokens or length,
+            text_tokens=length,
+            text_width=width,
+            text_is_masked=is_masked,
+        )
+
 
 class TokenizerBlock(nn.Module):
     """x += attn(ln(x)); x += swiglu(ln(x)); B x N x W."""
@@ -88,9 +105,15 @@ class TokenizerBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = SwiGLU(width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kept: slice | None = None) -> Tensor:
-        """`kept`: compute only these tokens, from all."""
-        attended = self.attention(self.norm_attention(x), rope, kept)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        kept: slice | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """kept, mask: as in Attention."""
+        attended = self.attention(self.norm_attention(x), rope, kept, mask)
         x = attended + (x if kept is None else x[:, kept])
         return x + self.mlp(self.norm_mlp(x))
 
@@ -109,15 +132,15 @@ class RopeTransformer(nn.Module):
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
 
-    def forward(self, x: Tensor, kept: slice) -> Tensor:
-        """Run the blocks and return the tokens in `kept`, normalised."""
+    def forward(self, x: Tensor, kept: slice, mask: Tensor | None = None) -> Tensor:
+        """Run the blocks and return the tokens in `kept`, normalised. mask: as in Attention."""
         mode = self.activation_checkpointing
         x = self.norm_in(x)
         rope = (self.rope_cos, self.rope_sin)
         for block in self.blocks[:-1]:
-            x = run_block(block, mode, x, rope)
+            x = run_block(block, mode, x, rope, None, mask)
         # Nobody reads the last block's other tokens.
-        return self.norm_out(run_block(self.blocks[-1], mode, x, rope, kept))
+        return self.norm_out(run_block(self.blocks[-1], mode, x, rope, kept, mask))
 
 
 def squarest_grid(num_cells: int) -> tuple[int, int]:
@@ -171,6 +194,7 @@ class ImageDecoder(nn.Module):
     def __init__(self, config: ImageTokenizerConfig):
         super().__init__()
         size = config.decoder
+        self.text_is_masked = config.text_is_masked
         self.grid_size, self.patch_size = config.grid_size, config.patch_size
         self.mask_token = nn.Parameter(torch.empty(1, 1, size.width))
         self.embed_tokens = nn.Linear(config.token_channels, size.width)
@@ -188,11 +212,17 @@ class ImageDecoder(nn.Module):
         masks = self.mask_token.expand(len(tokens), num_patches, -1).to(latents.dtype)
         text = self.embed_text(text_states.to(tokens.dtype)) + self.text_positions  # B x L x W
         sequence = torch.cat([masks, latents, text], dim=1)
-        x = self.transformer(sequence, kept=slice(0, num_patches))  # B x grid^2 x W
+        mask = self.find_tokens(text_states, sequence.shape[1]) if self.text_is_masked else None
+        x = self.transformer(sequence, slice(0, num_patches), mask)  # B x grid^2 x W
         layout = "b (h w) (p q c) -> b c (h p) (w q)"
         patch = self.patch_size
         pixels = rearrange(self.to_pixels(x), layout, h=self.grid_size, p=patch, q=patch)
         return self.smooth(pixels)
+
+    def find_tokens(self, text_states: Tensor, length: int) -> Tensor:
+        """Which tokens of the sequence, the text at its end, are no padding: B x length bool."""
+        text = find_text(text_states)
+        return F.pad(text, (length - text.shape[1], 0), value=True)
 
 
 class ImageTokenizer(nn.Module):

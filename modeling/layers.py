@@ -63,15 +63,25 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, kept: slice | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        kept: slice | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """rope: cosines and sines, N x D / 2. kept: compute only these tokens, attending to all."""
+        """B x N x W -> B x N x W, or the kept tokens.
+
+        Args:
+            rope: cosines and sines, N x D / 2.
+            kept: compute only these tokens, attending to all.
+            mask: B x N bool, the tokens that are attended to.
+        """
         q, k, v = self.split(x) if kept is None else self.split_kept(x, kept)
         if rope is not None:
             cos, sin = (table.to(q.dtype) for table in rope)
             k = rotate_pairs(k, cos, sin)
             q = rotate_pairs(q, cos, sin) if kept is None else rotate_pairs(q, cos[kept], sin[kept])
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=for_all_queries(mask))
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -87,6 +97,35 @@ class Attention(nn.Module):
         kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])
         k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.num_heads).unbind(0)
         return rearrange(q, "b n (h d) -> b h n d", h=self.num_heads), k, v
+
+
+class CrossAttention(nn.Module):
+    """Tokens B x N x W attend to a context B x L x V, V = W if not given; B x N x W."""
+
+    def __init__(self, width: int, num_heads: int, context_width: int | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width or width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: B x L bool, the part of the context that is attended to."""
+        heads = self.num_heads
+        q = rearrange(self.query(x), "b n (h d) -> b h n d", h=heads)
+        k, v = rearrange(self.key_value(context), "b n (two h d) -> two b h n d", two=2, h=heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=for_all_queries(mask))
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+
+def for_all_queries(mask: Tensor | None) -> Tensor | None:
+    """A mask of keys, B x N, as attention takes it: for all heads and queries, B x 1 x 1 x N."""
+    return None if mask is None else mask[:, None, None]
+
+
+def find_text(text_states: Tensor) -> Tensor:
+    """Which states B x L x T are no padding, B x L bool: a tower that hides it gives zeros."""
+    return text_states.any(-1)
 
 
 class SwiGLU(nn.Module):

@@ -40,6 +40,7 @@ class PublishedWeights:
             ValueError: no file at `path`, a failed download, or a file that is not what its name
                 says.
         """
+        # A path that was given is never replaced by a download
         file = Path(path).expanduser() if path else self.cached
         if path and not file.is_file():
             raise ValueError(f"{self.option}: no file {file}; {self.ways_out}")
@@ -47,6 +48,7 @@ class PublishedWeights:
             self._download()
         if not file.is_file():
             return None
+        # Hashing takes a second: only names that promise a hash are checked
         expected = hash_prefix(file)
         found = file_sha256(file) if expected else ""
         if not found.startswith(expected):

@@ -10,7 +10,6 @@ only compared.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +30,7 @@ HEAD_DIM = 64  # of the tokenizers
 TABLE_TOLERANCE = 1e-4
 TEMPERATURE = "t2t_temperature"
 GAINS = r"projector\.blocks\.\d+\.norm_(attention|mlp)\.weight"
+ROPE_TABLE = "encoder.positional_embedding.freqs_cos"
 CONVOLUTIONS = ("encoder.to_moments.weight", "decoder.to_pixels.weight")  # 1x1 there
 
 # Ours -> theirs: whole names, or those of modules with weight and bias. N numbers the blocks.
@@ -123,7 +123,7 @@ def convert_flow(
 ) -> Converted:
     """Projector and velocity network of a flow file."""
     # No shape shows the heads, and none depends on them.
-    width = most_common(sizes_of(tensors, "blocks.", -1), "blocks.")
+    width = size_of(tensors, "x_embedder.weight", 0)
     depth = num_blocks(tensors, "blocks.")
     flowtok = FlowTokConfig(width=width, depth=depth, num_heads=1)
     projector = TextProjectorConfig()
@@ -147,16 +147,14 @@ def convert_flow(
 
 def convert_tokenizer(tensors: dict[str, Tensor]) -> Converted:
     """Encoder and decoder of a tokenizer file."""
-    # The RoPE tables have a row for each patch, the last layer a channel for each of its values.
-    rope = [t.shape[0] for name, t in tensors.items() if ".freqs_" in name and t.ndim]
-    grid = math.isqrt(most_common(rope, "encoder.positional_embedding.freqs_"))
-    values = [t.shape[0] for name, t in tensors.items() if "decoder.ffn." in name and t.ndim]
-    sides = [math.isqrt(number // 3) for number in values]
-    sides += sizes_of(tensors, "encoder.patch_embed.", -1)
-    patch_size = most_common(sides, "encoder.patch_embed.")
+    # The RoPE tables have a row for each patch
+    rope = next((name for name in tensors if ".freqs_" in name), ROPE_TABLE)
+    grid = math.isqrt(size_of(tensors, rope, 0))
+    patch_size = size_of(tensors, "encoder.patch_embed.weight", 2)
     config = ImageTokenizerConfig(
         image_size=grid * patch_size,
         patch_size=patch_size,
+        num_tokens=77,
         encoder=transformer_size(tensors, "encoder.transformer."),
         decoder=transformer_size(tensors, "decoder.transformer."),
     )
@@ -260,28 +258,14 @@ def rope_tables(config: ImageTokenizerConfig) -> dict[str, Tensor]:
     return tables
 
 
-# Sizes: what most tensors say, so that a single one of a wrong shape is the one found wrong
+# Sizes
 
 
-def sizes_of(tensors: dict[str, Tensor], prefix: str, dimension: int) -> list[int]:
-    """One dimension of each matrix or convolution under a prefix."""
-    return [
-        tensor.shape[dimension]
-        for name, tensor in tensors.items()
-        if name.startswith(prefix) and tensor.ndim > 1
-    ]
-
-
-def most_common(sizes: list[int], prefix: str) -> int:
-    """The most frequent size that is not 0.
-
-    Raises:
-        ValueError: there is none; `prefix` names what is missing.
-    """
-    sizes = [size for size in sizes if size]
-    if not sizes:
-        raise ValueError(f"{prefix}* is missing or empty")
-    return Counter(sizes).most_common(1)[0][0]
+def size_of(tensors: dict[str, Tensor], name: str, dimension: int) -> int:
+    """One dimension of a tensor; ValueError if it is missing or has no such dimension."""
+    if name not in tensors or tensors[name].ndim <= dimension or not tensors[name].numel():
+        raise ValueError(f"{name} is missing")
+    return tensors[name].shape[dimension]
 
 
 def num_blocks(tensors: dict[str, Tensor], prefix: str) -> int:
@@ -292,7 +276,7 @@ def num_blocks(tensors: dict[str, Tensor], prefix: str) -> int:
 
 def transformer_size(tensors: dict[str, Tensor], prefix: str) -> TransformerSize:
     """Size of a tokenizer's encoder or decoder."""
-    width = most_common(sizes_of(tensors, prefix, -1), prefix)
+    width = size_of(tensors, f"{prefix}0.attn.proj.weight", 0)
     if width % HEAD_DIM:
         raise ValueError(f"{prefix}* has width {width}, expected a multiple of {HEAD_DIM}")
     return TransformerSize(width, num_blocks(tensors, prefix), width // HEAD_DIM)

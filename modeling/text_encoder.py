@@ -3,7 +3,7 @@
 In: token ids B x L from its tokenizer, which cuts and pads. Out: text states B x L x T, for CLIP
 the last hidden states after the final LayerNorm, causal mask kept, no projection. All other parts
 know a text encoder by the protocol `TextEncoder` only; `load_text_encoder` says which one a config
-means.
+means. Those of the package transformers: modeling/transformers_text.py.
 
 Precision: the weights stay float32. Under a run's bf16 autocast the matrix products are bf16,
 LayerNorms and the sum over the blocks float32; a tower cast to bf16 would lose the latter and save
@@ -12,7 +12,7 @@ only the cast of its weights.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import open_clip
 import torch
@@ -20,15 +20,26 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from modeling.clip_weights import ClipWeights, check_local_dir, load_clip
-from modeling.layers import fingerprint
+from modeling.layers import check_not_negative, fingerprint
 
 
 @dataclass
 class TextEncoderConfig(ClipWeights):
     """Which text tower. The release's is the default: 77 tokens, width 768."""
 
+    # Of open_clip, or of the package transformers (T5, CLIP, SigLIP), whose `model` is a folder or
+    # a name on the hub
+    family: Literal["open_clip", "transformers"] = "open_clip"
+    # Of transformers: tokens to which captions are cut and padded; 0: as many as the tower has
+    # places for, 77 for T5, which has no limit
+    context_length: int = 0
     key: ClassVar[str] = "text_encoder"
     title: ClassVar[str] = "the text tower"
+
+    def __post_init__(self):
+        check_not_negative(self, "context_length")
+        if self.family == "open_clip" and self.context_length:
+            raise ValueError("context_length is for family=transformers: the model says it")
 
 
 class Tokenizer(Protocol):
@@ -56,6 +67,7 @@ class TextEncoder(Protocol):
     tokenize: Tokenizer
     shape: tuple[int, int]  # L x T of the text states
     identity: str  # fingerprint; another one is another encoder
+    masks_padding: bool  # whether padding is hidden, and has zeros for states
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Token ids B x L -> text states B x L x T (float32, or the autocast precision)."""
@@ -99,13 +111,23 @@ class TextTokenizer:
         return tokenizer.decode(ids).strip()
 
 
-def clip_tokenizer(context_length: int):
+class ClipTokenizer(open_clip.SimpleTokenizer):
     """CLIP's BPE tokenizer (shipped with open_clip): list of captions -> ids B x context_length."""
-    return open_clip.SimpleTokenizer(context_length=context_length)
+
+    def num_tokens(self, caption: str) -> int:
+        """Tokens of the uncut caption, start and end included."""
+        return len(self.encode(caption)) + 2
+
+
+def clip_tokenizer(context_length: int) -> ClipTokenizer:
+    """The tokenizer of a CLIP that is trained here."""
+    return ClipTokenizer(context_length=context_length)
 
 
 class ClipTextEncoder(nn.Module):
     """The text half of an open_clip model, frozen and in eval mode: a TextEncoder."""
+
+    masks_padding = False
 
     def __init__(self, clip: nn.Module, tokenize: Tokenizer | None = None):
         super().__init__()
@@ -146,5 +168,13 @@ class ClipTextEncoder(nn.Module):
 
 
 def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Load the frozen text encoder, in float32; ValueError as clip_weights.load_clip."""
+    """Load the frozen text encoder, in float32.
+
+    Raises:
+        ValueError: as clip_weights.load_clip, or transformers_text.load_tower.
+    """
+    if config.family == "transformers":
+        from modeling.transformers_text import load_tower  # it imports this file
+
+        return load_tower(config)
     return ClipTextEncoder(load_clip(config), TextTokenizer(config))

@@ -3,6 +3,10 @@
 In: text states B x L x T of the frozen tower. Out: posterior of B x L x C latents, where FlowTok's
 flow starts. The alignment head maps the same text states to a target A (B x L x C) for the
 contrastive loss (paper, Sec. 3.3).
+
+Where text has another length than the image's K tokens, or padding that its tower hides, K learned
+queries take its place: blocks, alignment and what a velocity network reads are B x K x C then, and
+know nothing of padding.
 """
 
 import math
@@ -16,9 +20,11 @@ from torch import Tensor, nn
 from modeling.layers import (
     FROM_TOKENIZER,
     Attention,
+    CrossAttention,
     Posterior,
     SourcePass,
     check_not_negative,
+    find_text,
     init_linear_,
     split_moments,
 )
@@ -38,6 +44,8 @@ class TextProjectorConfig:
     mlp_width: int = 1024
     dropout: float = 0.1
     token_channels: int = field(default=16, metadata=FROM_TOKENIZER)  # C
+    # K learned queries stand for the text, which has more or fewer tokens, or padding; 0: none
+    num_queries: int = field(default=0, metadata=FROM_TOKENIZER)
     alignment_width: int = 512  # hidden width of the alignment MLP
     # What z_T is aligned to: an MLP of the text states, or their channels averaged in C groups of
     # neighbours (paper, Sec. 5.3, ablation of the target; no weights).
@@ -60,9 +68,10 @@ class TextProjectorConfig:
     fixed_std: float = 0.0
 
     def __post_init__(self):
-        if self.alignment_target == "average_pool" and self.text_width % self.token_channels:
+        width = self.input_shape[1]
+        if self.alignment_target == "average_pool" and width % self.token_channels:
             raise ValueError(
-                f"alignment_target=average_pool: text_width {self.text_width} is not divisible by "
+                f"alignment_target=average_pool: width {width} of the text is not divisible by "
                 f"token_channels {self.token_channels}"
             )
         if self.width % self.num_heads:
@@ -70,6 +79,13 @@ class TextProjectorConfig:
         check_not_negative(self, "fixed_std")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """Tokens x width of what blocks and alignment read: the queries', or the text states'."""
+        if self.num_queries:
+            return self.num_queries, self.width
+        return self.text_tokens, self.text_width
 
 
 class TextWhitening(nn.Module):
@@ -89,6 +105,7 @@ class TextWhitening(nn.Module):
         count, total, products = 0, 0.0, 0.0
         for states in batches:
             rows = states.flatten(0, 1).double()
+            rows = rows[find_text(rows)]
             count += len(rows)
             total = total + rows.sum(0)
             products = products + rows.T @ rows
@@ -108,7 +125,7 @@ class TextWhitening(nn.Module):
 
 
 class LinearSkip(nn.Module):
-    """Text states B x L x T -> latents B x L x C: one affine map of all tokens, zero until fitted.
+    """Text states B x L x T -> latents B x K x C: one affine map of all tokens, zero until fitted.
 
     Float32 in any autocast precision.
     """
@@ -116,15 +133,34 @@ class LinearSkip(nn.Module):
     def __init__(self, config: TextProjectorConfig):
         super().__init__()
         inputs = config.text_tokens * config.text_width
-        outputs = config.text_tokens * config.token_channels
+        shape = (config.input_shape[0], config.token_channels)
         # Buffers: part of the state dict, but not trained, or weight decay would undo the map.
-        self.register_buffer("offset", torch.zeros(config.text_tokens, config.token_channels))
-        self.register_buffer("matrix", torch.zeros(inputs, outputs))
+        self.register_buffer("offset", torch.zeros(shape))
+        self.register_buffer("matrix", torch.zeros(inputs, math.prod(shape)))
 
     def forward(self, text_states: Tensor) -> Tensor:
         with torch.autocast(text_states.device.type, enabled=False):
-            latents = text_states.float().flatten(1) @ self.matrix  # B x LC
+            latents = text_states.float().flatten(1) @ self.matrix  # B x KC
             return latents.unflatten(1, self.offset.shape) + self.offset
+
+
+class LearnedQueries(nn.Module):
+    """Text states B x L x T -> B x K x W: K learned queries, and what they find, padding left out.
+
+    Not in the paper, whose text and image both have 77 tokens.
+    """
+
+    def __init__(self, config: TextProjectorConfig):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(config.num_queries, config.width))
+        self.norm = nn.LayerNorm(config.text_width)
+        self.attention = CrossAttention(config.width, config.num_heads, config.text_width)
+        nn.init.normal_(self.queries, std=0.5)
+
+    def forward(self, text_states: Tensor, mask: Tensor) -> Tensor:
+        """mask: B x L bool, the states that are no padding."""
+        queries = self.queries.expand(len(text_states), -1, -1)  # B x K x W
+        return queries + self.attention(queries, self.norm(text_states), mask)
 
 
 class ProjectorBlock(nn.Module):
@@ -175,7 +211,7 @@ class AlignmentHead(nn.Module):
             self.mlp = ChannelPool(config.token_channels)
         else:
             self.mlp = nn.Sequential(
-                nn.Linear(config.text_width, hidden),
+                nn.Linear(config.input_shape[1], hidden),
                 nn.SiLU(),
                 nn.Linear(hidden, hidden),
                 nn.SiLU(),
@@ -184,7 +220,7 @@ class AlignmentHead(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, text_states: Tensor) -> Tensor:
-        """Text states B x L x T -> alignment target B x L x C."""
+        """Text states B x L x T, or the queries' B x K x W -> alignment target B x K x C."""
         return self.mlp(text_states)
 
 
@@ -194,18 +230,20 @@ class TextProjector(nn.Module):
     def __init__(self, config: TextProjectorConfig):
         super().__init__()
         self.config = config
-        self.shape = (config.text_tokens, config.token_channels)  # L x C of z_T
+        num_tokens, width = config.input_shape
+        self.shape = (num_tokens, config.token_channels)  # of z_T
         self.tells_text = True  # where its flow starts says what the text is
         self.is_frozen = False
 
         # In front of the blocks
         self.whitening = TextWhitening(config.text_width) if config.whiten_text else nn.Identity()
+        self.queries = LearnedQueries(config) if config.num_queries else None
         self.embed = nn.Identity()
-        if config.width != config.text_width:
-            self.embed = nn.Linear(config.text_width, config.width)
+        if config.width != width:
+            self.embed = nn.Linear(width, config.width)
         self.positions = None
         if config.learned_positions:
-            self.positions = nn.Parameter(torch.empty(config.text_tokens, config.width))
+            self.positions = nn.Parameter(torch.empty(num_tokens, config.width))
             nn.init.normal_(self.positions, std=0.5)
 
         # Blocks and heads
@@ -233,27 +271,37 @@ class TextProjector(nn.Module):
         """Training mode, unless frozen."""
         return super().train(mode and not self.is_frozen)
 
-    def features(self, text_states: Tensor) -> Tensor:
-        """Text states B x L x T -> what the moments are read from, B x L x W."""
+    def gather(self, text_states: Tensor) -> Tensor:
+        """Text states -> what blocks and alignment read: the same, or the queries' B x K x W."""
         found = tuple(text_states.shape[1:])
         expected = (self.config.text_tokens, self.config.text_width)
         if found != expected:
             raise ValueError(f"text states are B x {found}, the projector expects B x {expected}")
+        if self.queries is None:
+            return text_states
+        return self.queries(self.whitening(text_states), find_text(text_states))
 
-        x = self.embed(self.whitening(text_states))  # B x L x W
+    def transform(self, x: Tensor) -> Tensor:
+        """What `gather` gives -> what the moments are read from, B x K x W."""
+        if self.queries is None:
+            x = self.embed(self.whitening(x))
         if self.positions is not None:
             x = x + self.positions
         for block in self.blocks:
             x = block(x)
         return self.norm_out(x)
 
+    def features(self, text_states: Tensor) -> Tensor:
+        """Text states B x L x T -> what the moments are read from, B x K x W."""
+        return self.transform(self.gather(text_states))
+
     def posterior(self, text_states: Tensor, features: Tensor | None = None) -> Posterior:
-        """Text states B x L x T, and their features if known -> B x L x C moments (float32)."""
+        """Text states B x L x T, and their features if known -> B x K x C moments (float32)."""
         if features is None:
             features = self.features(text_states)
 
         # fixed_std takes the place of the log-variance, the linear skip adds to the mean.
-        moments = self.to_moments(features)  # B x L x 2C, or C with a fixed deviation
+        moments = self.to_moments(features)  # B x K x 2C, or C with a fixed deviation
         if self.config.fixed_std:
             logvar = torch.full_like(moments, 2 * math.log(self.config.fixed_std))
             moments = torch.cat([moments, logvar], dim=-1)
@@ -264,14 +312,15 @@ class TextProjector(nn.Module):
 
     def forward(self, text_states: Tensor, sample: bool) -> SourcePass:
         """Training pass, z_T drawn or its mean; one call, so that DDP sees every weight."""
-        features = self.features(text_states)
+        states = self.gather(text_states)
+        features = self.transform(states)
         posterior = self.posterior(text_states, features)
         return SourcePass(
             latents=posterior.sample() if sample else posterior.mean,
             features=features,
             mean=posterior.mean,
             logvar=posterior.logvar,
-            alignment=self.alignment(text_states),
+            alignment=self.alignment(states),
             log_temperature=self.alignment.log_temperature,
         )
 

@@ -228,6 +228,7 @@ def record_samples(runs: Path) -> dict:
     solvers = ("euler", "euler_release", "heun", "adams2")
     variants: dict[str, dict] = {solver: {"sampler": solver} for solver in solvers}
     variants |= {"interval": {"guidance_interval": [0.2, 0.8]}, "bf16": {"precision": "bf16"}}
+    # Text to image: every solver, each from z_T's mean and from a sample of it
     record = {}
     for experiment, (name, values) in product(("demo", "flowtok_b"), variants.items()):
         parts, sampling = load_pipeline(runs / experiment / "flowtok", device)
@@ -239,6 +240,7 @@ def record_samples(runs: Path) -> dict:
             part = {"latents": describe(latents), "images": describe(images)}
             record[f"samples {experiment} {name} {start}"] = part
 
+    # Image to text
     captioner, sampling = load_captioner(runs / "demo" / "flowtok_caption", device)
     heldout = ImageTextConfig(shards=[str(ROOT / EMOJI / "heldout-000000.tar.gz")])
     images = next(image_reader(heldout, 64, None).once(3, limit=3))["image"] / 255
@@ -261,6 +263,7 @@ def record_data(runs: Path) -> dict:
     captioned = [f"{runs}/data/karpathy_train/*.tar"]
     info = json.loads((runs / "demo/tokens/tokens.json").read_text())
     epoch = math.ceil(info["num_samples"] / 16)
+    # Shuffled streams, which must not depend on how many processes read
     record = {}
     for workers in (0, 2):
         reading = {"num_workers": workers, "shuffle_buffer": 200}
@@ -274,6 +277,7 @@ def record_data(runs: Path) -> dict:
         config = ReaderConfig(shards=captioned, captions=several, **reading)
         batches = islice(caption_reader(config, tokenize, False).stream(16, seed=3), 30)
         record[f"data captions, {workers} workers"] = describe_batches(batches)
+    # In the order of the shards
     ordered = token_reader(TokenTextConfig(shards=tokens), 32, 16, tokenize).once(100)
     record["data tokens in order"] = describe_batches(ordered)
     ordered = caption_reader(ReaderConfig(shards=tokens), tokenize, True).once(100)
@@ -313,6 +317,7 @@ def differences(a: Any, b: Any, place: str = "") -> tuple[list[str], list[str]]:
     Floats are equal by their repr. In a dict, an entry that only one side has is renamed if the
     other has an equal one under a name of its own.
     """
+    # What is compared with what
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         pairs = [(f"{place}[{index}]", *pair) for index, pair in enumerate(zip(a, b))]
     elif isinstance(a, dict) and isinstance(b, dict):
@@ -326,6 +331,7 @@ def differences(a: Any, b: Any, place: str = "") -> tuple[list[str], list[str]]:
         found, same = differences(one, other, inner_place)
         differing += found
         renamed += same
+    # A tensor whose name changed still has its bytes
     if isinstance(a, dict):
         left = {key: repr(value) for key, value in b.items() if key not in a}
         for key in (key for key in a if key not in b):

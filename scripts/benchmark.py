@@ -48,7 +48,7 @@ from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator
 from scripts.workload import print_figures
-from scripts.workload.sizes import Stage, build_tower, read_stage
+from scripts.workload.sizes import Stage, read_stage
 from scripts.workload.steps import build_workload, make_batch
 from training.errors import exit_on_error
 from training.optim import EMA
@@ -183,7 +183,7 @@ def measure_sampling(args: argparse.Namespace) -> dict:
     for module in (tokenizer, flow):
         fill_zeros(module)
         module.requires_grad_(False).eval().to(device)
-    parts = ImageGenerator(build_tower(stage.clip).to(device), tokenizer, flow)
+    parts = ImageGenerator(stage.make_tower().to(device), tokenizer, flow)
 
     # What each part hands to the next.
     token_ids = make_batch(stage, number)["token_ids"].to(device)

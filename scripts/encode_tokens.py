@@ -95,7 +95,7 @@ class TokensStage(StageConfig):
         if self.store_text_states and self.data.has_several_captions():
             raise ValueError(
                 "store_text_states=true stores the states of one caption; with several "
-                "(json:captions, recaption_keys) set it to false"
+                "(json:captions, recaption_keys, captions.window=sentences) set it to false"
             )
 
     def image_shards(self) -> list[str]:
@@ -366,7 +366,7 @@ def encode_shards(
     arrived: Counter[int] = Counter()
     with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog:
         items = TimedIterator(batches)
-        progress = Progress(rank, len(shards), items)
+        progress = Progress(rank, len(shards), items, reads_text=tokenize is not None)
         for item in items:
             stop_if_asked()
             watchdog.heartbeat()
@@ -375,6 +375,7 @@ def encode_shards(
             if "end" not in item:
                 arrived[index] += len(item["key"])
                 progress.num_images += len(item["key"])
+                progress.num_cut += len(item["key"]) * float(item.get("captions_cut", 0))
                 samples[index] += encoder(item)
                 continue
             end, made = item["end"], samples.pop(index, [])
@@ -393,11 +394,13 @@ def encode_shards(
 class Progress:
     """Says how far the shards of a process are, and whether the network waits for images."""
 
-    def __init__(self, rank: int, num_shards: int, items: TimedIterator):
+    def __init__(self, rank: int, num_shards: int, items: TimedIterator, reads_text: bool):
         self.rank = rank
         self.num_shards = num_shards
         self.items = items
         self.num_done = self.num_images = 0
+        self.reads_text = reads_text
+        self.num_cut = 0.0  # captions that the text tower cuts
         self.start = self.reported = time.perf_counter()
         self.waited = 0.0
 
@@ -410,11 +413,13 @@ class Progress:
         self.reported = now
         self.waited += self.items.take_seconds()
         seconds = now - self.start
+        share = self.num_cut / max(self.num_images, 1)
+        cut = f", {share:.1%} of captions cut by the text tower" if self.reads_text else ""
         left = seconds / self.num_done * (self.num_shards - self.num_done)
         print(
             f"[{self.rank}] {folder}: {self.num_done}/{self.num_shards} shards, {self.num_images} "
             f"images, {self.num_images / seconds:.1f} images/s, {left:.0f} s left, "
-            f"{self.waited / seconds:.1%} of the time waiting for images",
+            f"{self.waited / seconds:.1%} of the time waiting for images{cut}",
             flush=True,
         )
 

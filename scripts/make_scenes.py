@@ -1,7 +1,7 @@
 """A data set that is a program: scenes of coloured shapes with captions, as image shards.
 
-    python scripts/make_scenes.py runs/scenes/data
-    python scripts/make_scenes.py DIR --captions 20000 --image-size 128 --num-processes 8
+    python -m scripts.make_scenes --config configs/scenes/scenes.yaml
+    python -m scripts.make_scenes --config configs/scenes/scenes.yaml run_dir=DIR captions=20000
 
 Splits (data/scenes.py), each in shards of its own: train; seen (other images of captions that were
 trained on); new (captions of shown objects that are never together in train); pairs (colours that
@@ -13,9 +13,9 @@ its number), whatever the number of processes and of images. Also writes manifes
 command continues an interrupted one.
 """
 
-import argparse
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
+from configs.load import parse_stage_args
 from data.files import check_writable, write_json
 from data.scenes import (
     SPLITS,
@@ -39,35 +40,46 @@ from data.scenes import (
 )
 from data.tar import write_shard
 from training.errors import exit_on_error
+from training.stage import StageConfig
 
 SAMPLES_PER_SHARD = 2000
 PHRASINGS = 4  # of a caption; some may be equal
 MANIFEST = "manifest.json"
+PLAN = (  # the settings that decide what is drawn
+    *("image_size", "seed", "captions", "images_per_caption"),
+    *("heldout_captions", "heldout_images_per_caption"),
+)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a data set is made of, as the manifest has it."""
+@dataclass
+class ScenesStage(StageConfig):
+    """What can be set in scenes.yaml."""
 
-    image_size: int = 64
+    image_size: int = 64  # pixels
     seed: int = 0
     captions: int = 4000  # of split train; they may repeat
     images_per_caption: int = 4
     heldout_captions: int = 256  # of each other split
     heldout_images_per_caption: int = 4
+    num_processes: int = 1  # shards that are drawn at a time; changes nothing in them
 
-    def __post_init__(self):
-        for name, value in asdict(self).items():
+    stage = "scenes"
+
+    def check(self) -> None:
+        """Refuse impossible numbers."""
+        for name, value in self.plan().items() | {"num_processes": self.num_processes}.items():
             least = {"image_size": 16, "seed": 0}.get(name, 1)
             if value < least:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least {least}, got {value}"
-                )
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.heldout_captions > self.captions:
             raise ValueError(
-                f"--heldout-captions {self.heldout_captions}: the split seen takes them from "
-                f"--captions {self.captions}"
+                f"heldout_captions {self.heldout_captions}: the split seen takes them from "
+                f"captions {self.captions}"
             )
+
+    def plan(self) -> dict[str, int]:
+        """What the data set is made of, as the manifest has it."""
+        return {name: getattr(self, name) for name in PLAN}
 
     def size_of(self, split: str) -> tuple[int, int]:
         """(captions, images of each) of a split."""
@@ -75,78 +87,64 @@ class Plan:
             return self.captions, self.images_per_caption
         return self.heldout_captions, self.heldout_images_per_caption
 
+    def outputs(self) -> list[str]:
+        """The shards that the stage writes."""
+        return [str(shard_file(self, *task)) for task in shard_tasks(self)]
 
-def main(arguments: list[str] | None = None) -> None:
+
+def main(config: ScenesStage) -> None:
     """Write the shards that are not there."""
-    args = vars(parse_args(arguments))
-    output, num_processes = args.pop("output"), args.pop("num_processes")
-    plan = Plan(**args)
     # Whose shards these are is written first: an interrupted run goes on
-    path = output / MANIFEST
+    folder, plan = Path(config.run_dir), config.plan()
+    path = folder / MANIFEST
     check_writable(path)
-    if path.is_file() and json.loads(path.read_text())["plan"] != asdict(plan):
-        raise ValueError(f"{output} holds another data set (see {path}): delete it")
-    sizes = {split: plan.size_of(split) for split in SPLITS}
-    counts = {split: captions * images for split, (captions, images) in sizes.items()}
-    write_json({"plan": asdict(plan), "images": counts}, path)
-    tasks = [task for task in shard_tasks(plan) if not shard_file(output, *task).is_file()]
+    if path.is_file() and json.loads(path.read_text())["plan"] != plan:
+        raise ValueError(f"{folder} holds another data set (see {path}): delete it")
+    sizes = {split: math.prod(config.size_of(split)) for split in SPLITS}
+    write_json({"plan": plan, "images": sizes}, path)
+    tasks = [task for task in shard_tasks(config) if not shard_file(config, *task).is_file()]
     if not tasks:
-        print(f"{output}: complete, nothing to do")
+        print(f"{folder}: complete, nothing to do")
         return
     # One shard after the other, or several at a time
-    if num_processes == 1:
+    if config.num_processes == 1:
         for task in tasks:
-            make_shard(output, plan, *task)
+            make_shard(config, *task)
     else:
-        with ProcessPoolExecutor(num_processes) as pool:
-            for future in [pool.submit(make_shard, output, plan, *task) for task in tasks]:
+        with ProcessPoolExecutor(config.num_processes) as pool:
+            for future in [pool.submit(make_shard, config, *task) for task in tasks]:
                 future.result()
-    print(f"{output}: {sum(counts.values())} images of {plan.image_size} px")
+    print(f"{folder}: {sum(sizes.values())} images of {config.image_size} px")
 
 
-def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path, help="folder of the shards")
-    for name, default in asdict(Plan()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--num-processes", type=int, default=1)
-    args = parser.parse_args(arguments)
-    if args.num_processes < 1:
-        parser.error(f"--num-processes must be at least 1, got {args.num_processes}")
-    return args
-
-
-def shard_tasks(plan: Plan) -> Iterator[tuple[str, int]]:
+def shard_tasks(config: ScenesStage) -> Iterator[tuple[str, int]]:
     """(split, number of the shard) of all shards."""
     for split in SPLITS:
-        captions, images = plan.size_of(split)
+        captions, images = config.size_of(split)
         for shard in range(-(-captions * images // SAMPLES_PER_SHARD)):
             yield split, shard
 
 
-def shard_file(output: Path, split: str, shard: int) -> Path:
+def shard_file(config: ScenesStage, split: str, shard: int) -> Path:
     """Where a shard is written."""
-    return output / f"{split}-{shard:06d}.tar"
+    return Path(config.run_dir) / f"{split}-{shard:06d}.tar"
 
 
-def make_shard(output: Path, plan: Plan, split: str, shard: int) -> None:
+def make_shard(config: ScenesStage, split: str, shard: int) -> None:
     """Write one shard."""
-    captions, images = plan.size_of(split)
-    numbers = range(captions * images)[shard * SAMPLES_PER_SHARD :][:SAMPLES_PER_SHARD]
-    samples = (make_sample(plan, split, number) for number in numbers)
-    write_shard(shard_file(output, split, shard), samples)
+    total = math.prod(config.size_of(split))
+    numbers = range(total)[shard * SAMPLES_PER_SHARD :][:SAMPLES_PER_SHARD]
+    samples = (make_sample(config, split, number) for number in numbers)
+    write_shard(shard_file(config, split, shard), samples)
 
 
-def make_sample(plan: Plan, split: str, number: int) -> dict[str, Any]:
+def make_sample(config: ScenesStage, split: str, number: int) -> dict[str, Any]:
     """Raw sample of an image: captions take turns, so that those of one lie far apart."""
-    caption = number % plan.size_of(split)[0]
-    statement, texts = make_caption(plan.seed, "train" if split == "seen" else split, caption)
-    scene = draw_scene(statement, generator(plan.seed, split, "image", number))
+    caption = number % config.size_of(split)[0]
+    statement, texts = make_caption(config.seed, "train" if split == "seen" else split, caption)
+    scene = draw_scene(statement, generator(config.seed, split, "image", number))
     buffer = io.BytesIO()
-    draw_image(scene, plan.image_size).save(buffer, format="PNG", compress_level=6)
+    draw_image(scene, config.image_size).save(buffer, format="PNG", compress_level=6)
     about = {"captions": texts, "caption_number": caption}
     about |= {"statement": asdict(statement), "scene": asdict(scene)}
     return {
@@ -174,4 +172,4 @@ def generator(seed: int, split: str, use: str, number: int) -> np.random.Generat
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    exit_on_error(lambda: main(parse_stage_args(ScenesStage, __doc__)))

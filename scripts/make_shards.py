@@ -6,6 +6,7 @@
     python scripts/make_shards.py karpathy dataset_coco.json --split test --output shards/coco_test
     python scripts/make_shards.py mjhq meta_data.json --images mjhq30k --output shards/mjhq
     python scripts/make_shards.py shards 'laion/*.tar' --min-aesthetic-score 5 --output shards/laion
+    python scripts/make_shards.py hub lambdalabs/naruto-blip-captions --output shards/naruto
 
 A sample is {key}.jpg (or its own extension; the file's bytes as they are, unless --resize),
 {key}.txt (the first caption), {key}.json (the source's metadata and all "captions"), and whatever
@@ -22,16 +23,18 @@ that finishes last writes summary.json.
     OUTPUT/holdout/         with --holdout N: shards with N samples that no other shard has
     OUTPUT/source.json      the settings; other settings need another folder
     OUTPUT/summary.json     samples read, kept and dropped by reason, with the first of each reason;
-                            samples of each shard. A file of a folder that is neither an image nor
-                            its text counts as a dropped sample.
-    OUTPUT/progress/        index of the source, its files' sizes and times, counts per shard
+                            samples of each shard. What belongs to no sample (a file of a folder, a
+                            member of a tar) counts as a dropped one. "unused": what kept samples
+                            had but do not use (captions that a filter drops, broken JSON).
+    OUTPUT/progress/        index of the source, its files' sizes and times, counts per shard;
+                            of `hub` until all shards are there, a copy of the data set
 """
 
 import argparse
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -49,6 +52,7 @@ from data.captions import check_caption_keys
 from data.entries import Entry, build_index, file_stamp, first_equals
 from data.files import written_whole
 from data.filters import FilterConfig
+from data.hub import remove_copies  # with the import, `hub` is one of SOURCES
 from data.packing import (
     DUPLICATE,
     UNCHECKED,
@@ -140,6 +144,9 @@ def make_shards(args: argparse.Namespace) -> None:
         )
     plan = make_plan(args)
     todo = [shard for shard in plan.shards_of(plan.part) if not plan.task(shard).is_finished()]
+    if todo and (plan.output / SUMMARY_FILE).is_file():
+        # a shard is gone; so are the copies of a source's files since the earlier run was complete
+        deque(find_entries(args), maxlen=0)
     if todo and args.drop_duplicates:
         plan = find_duplicates(plan, args.workers)
     if todo:
@@ -366,29 +373,48 @@ def report(plan: Plan, num_written: int) -> None:
         return
     # all of it: the records of the shards make the summary
     records = {f"{task.name}.tar": json.loads(task.record.read_text()) for task in tasks}
-    dropped: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for record in records.values():
-        dropped.update(record["dropped"])
-        first = record["first"] | first
+    dropped, first = join_reasons(records.values(), "dropped", "first")
+    unused, first_unused = join_reasons(records.values(), "unused", "first_unused")
     summary = {
         "read": sum(record["read"] for record in records.values()),
         "kept": sum(record["kept"] for record in records.values()),
         "dropped": dict(sorted(dropped.items())),
         "first": dict(sorted(first.items())),
+        "unused": dict(sorted(unused.items())),
+        "first_unused": dict(sorted(first_unused.items())),
         "shards": {name: record["kept"] for name, record in records.items() if record["kept"]},
     }
     with written_whole(plan.output / SUMMARY_FILE, str(plan.part)) as file:
         file.write(json.dumps(summary, indent=2).encode())
+    remove_copies(plan.output)
     read, kept = summary["read"], summary["kept"]
-    reasons = [
-        f"{reason}: {count}, first {printable(first[reason])}"
-        for reason, count in dropped.most_common()
-    ]
+    reasons = describe_reasons(dropped, first)
     if not kept:
         raise ValueError(f"none of the {read} samples was kept; dropped: {'; '.join(reasons)}")
     print(f"{read} samples read, {kept} kept in {len(summary['shards'])} shards; dropped:", end=" ")
-    print("none" if not reasons else "".join(f"\n  {reason}" for reason in reasons))
+    print("\n  ".join(["", *reasons]) or "none")
+    if unused:
+        print("\n  ".join(["not used of kept samples:", *describe_reasons(unused, first_unused)]))
+
+
+def join_reasons(
+    records: Iterable[dict[str, Any]], counts: str, firsts: str
+) -> tuple[Counter[str], dict[str, str]]:
+    """({reason: count}, {reason: first case}) of all shards, from these fields of their records."""
+    counter: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for record in records:
+        # an earlier version counted nothing as unused
+        counter.update(record.get(counts, {}))
+        first = record.get(firsts, {}) | first
+    return counter, first
+
+
+def describe_reasons(counter: Counter[str], first: dict[str, str]) -> list[str]:
+    return [
+        f"{reason}: {count}, first {printable(first[reason])}"
+        for reason, count in counter.most_common()
+    ]
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -479,8 +505,8 @@ def add_filter_options(group: argparse._ArgumentGroup) -> None:
     add("min_aesthetic_score", "as the source's JSON or table has it", type=float)
     add("max_watermark_probability", "0..1, as the source's JSON or table has it", type=float)
     add("missing_score", "of a sample without the score that a filter needs", choices=choices)
-    add("min_caption_characters", "of the first caption; 0: off", type=int)
-    add("max_caption_characters", "of the first caption; 0: off", type=int)
+    add("min_caption_characters", "shorter captions are dropped; 0: off", type=int)
+    add("max_caption_characters", "longer captions are dropped; 0: off", type=int)
 
 
 if __name__ == "__main__":

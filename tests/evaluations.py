@@ -1,21 +1,18 @@
 """Evaluations as tests run them: captions and a protocol on disk, the program, what it wrote."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import yaml
+from forks import start_ranks
 from tiny_experiment import reset_accelerate
 
 from eval import generation
 from eval.feature_nets import FeatureNet
 from training.checkpoint import STATE_FILE, checkpoint_folders
 
-ROOT = Path(__file__).parents[1]
 CAPTIONS = 12
 LIGHT = ("features=tokenizer", "metrics=[frechet]")  # takes no time
 CPU = ("--device", "cpu", "--num-workers", 0)
@@ -26,9 +23,9 @@ class QuickInception(FeatureNet):
 
     width = 243
 
-    def __init__(self, weights):
+    def __init__(self, weights=None):
         super().__init__()
-        self.identity = {"features": "inception", "weights_sha256": weights.name}
+        self.identity = {"features": "inception", "weights_sha256": "quick"}
 
     def forward(self, images):
         return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 9).flatten(1)
@@ -73,20 +70,18 @@ def evaluate(run: Path, inputs: Path, output: Path, *arguments) -> dict | None:
 
 
 def launch(run: Path, inputs: Path, output: Path, *arguments) -> str:
-    """The program in two processes; what it printed."""
-    return launch_two("--module", "eval.generation", *words_of(run, inputs, output, *arguments))
+    """The program in two processes; what they printed."""
+    words = words_of(run, inputs, output, *arguments)
+    return launch_two(output.with_name("log"), "eval.generation", *words)
 
 
-def launch_two(*words) -> str:
-    """A program in two processes on the CPU; what it printed."""
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0"
-    flags += " --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *map(str, words)]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
-    kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def launch_two(log: Path, script: str, *words) -> str:
+    """A script, or a module, in two processes on the CPU; what they printed."""
+    ranks = start_ranks(log, 2, script, *map(str, words))
+    statuses = [rank.wait() for rank in ranks]
+    printed = "".join(rank.output for rank in ranks)
+    assert statuses == [0, 0], printed
+    return printed
 
 
 def read(folder: Path) -> dict:

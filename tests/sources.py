@@ -119,13 +119,15 @@ def write_files(root, files):
 
 
 def write_tar(path, members):
-    """Members are (name, content), or names of pictures and of texts."""
+    """Members are (name, content), or names of pictures and of texts; a Path is a link's target."""
     pairs = [
         m if isinstance(m, tuple) else (m, 0 if "jp" in m.lower() else "text") for m in members
     ]
     with tarfile.open(path, "w") as tar:
         for name, content in pairs:
             info = tarfile.TarInfo(name)
+            if isinstance(content, Path):
+                info.type, info.linkname, content = tarfile.SYMTYPE, str(content), b""
             info.size = len(as_bytes(content))
             tar.addfile(info, io.BytesIO(as_bytes(content)))
 
@@ -158,9 +160,13 @@ def in_folder(root, samples):
     return ["folder", root]
 
 
+def drop_latin(samples):
+    """One file with all captions is UTF-8, or refused."""
+    samples.remove(next(sample for sample in samples if sample.name == "latin"))
+
+
 def in_table(ending, root, samples):
-    if ending == "parquet":  # its strings are UTF-8
-        samples.remove(next(sample for sample in samples if sample.name == "latin"))
+    drop_latin(samples)
     write_files(root / "images", {sample.file: sample.data for sample in samples})
     path, rows = (
         root / f"pairs.{ending}",
@@ -178,9 +184,8 @@ def in_table(ending, root, samples):
         table = csv.DictWriter(text, rows[0], delimiter="," if ending == "csv" else "\t")
         table.writeheader()
         for row in rows:
-            words = as_bytes(row["words"] or "").decode("utf-8", "surrogateescape")
-            table.writerow(row | {"words": words})
-        path.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+            table.writerow(row)
+        path.write_bytes(text.getvalue().encode())
     columns = ["--path-column", "file", "--caption-column", "words"]
     return ["table", path, *columns, "--images", root / "images"]
 
@@ -193,6 +198,7 @@ def write_parquet(path, rows, **options):
 
 
 def in_coco(root, samples):
+    drop_latin(samples)
     images, notes = [], []
     for i, sample in enumerate(samples, 100):
         images.append({"id": i, "file_name": sample.file, "aesthetic": sample.score})
@@ -204,6 +210,7 @@ def in_coco(root, samples):
 
 
 def in_karpathy(root, samples):
+    drop_latin(samples)
     images = [
         {
             "filepath": "val2014",
@@ -220,6 +227,7 @@ def in_karpathy(root, samples):
 
 
 def in_mjhq(root, samples):
+    drop_latin(samples)
     for sample in samples:
         sample.extension = "jpg"
     content = {

@@ -4,11 +4,21 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 
-from data.captions import CaptionConfig, captions_of, clean_caption, metadata_of
+from data.captions import (
+    CaptionConfig,
+    captions_of,
+    clean_caption,
+    collate_text,
+    is_cut,
+    metadata_of,
+    sentences_that_fit,
+)
+from data.filters import FilterConfig
 from data.samples import BadSample, SampleDraws
 
-DRAWS = ("crop_x", "crop_y", "flip", "recaption", "caption")
+DRAWS = ("crop_x", "crop_y", "flip", "recaption", "caption", "window")
 
 
 def with_json(**fields):
@@ -73,6 +83,17 @@ def test_metadata_is_told_apart_from_none_and_from_broken():
 # which is taken
 
 
+def test_only_wanted_captions_are_drawn_and_a_sample_without_one_says_why():
+    sample = {"recap_txt": b"short", **with_json(caption=["one", "two", "longer", "longest"])}
+    fault = FilterConfig(min_caption_characters=6).caption_fault
+    config = CaptionConfig(["json:caption"], ["recap_txt"], 0.5)
+    taken = {config.choose(sample, SampleDraws(0, epoch, "key"), fault) for epoch in range(50)}
+    assert taken == {"longer", "longest"}
+    assert config.choose(sample, None, fault) == "longer"
+    with pytest.raises(BadSample, match="^filter: min_caption_characters$"):
+        config.choose(with_json(caption=["one", "two"]), None, fault)
+
+
 def test_one_of_several_captions_is_drawn_evenly_and_the_first_without_draws():
     sample = with_json(caption=["one", "two", "three", "four", "five"])
     assert drawn(choice(), sample) == dict.fromkeys(["one", "two", "three", "four", "five"], 0.2)
@@ -129,6 +150,64 @@ def test_captions_lose_control_characters_and_outer_space(text, clean):
     assert clean_caption(text) == clean
 
 
+# the text tower's context
+
+
+class Words:
+    """A tokenizer with a start and an end token, for which each word is a token."""
+
+    context_length = 6
+
+    def __call__(self, captions):
+        return torch.zeros(len(captions), self.context_length)
+
+    def num_tokens(self, caption):
+        return len(caption.split()) + 2
+
+
+def runs_of(caption):
+    """All that can be drawn of a caption, in the order of the draws."""
+    return list(dict.fromkeys(sentences_that_fit(caption, i / 50, Words()) for i in range(50)))
+
+
+@pytest.mark.parametrize(
+    ("caption", "runs"),
+    [
+        ("a b. c d.", ["a b. c d."]),
+        ("a b c. d. e f.", ["a b c. d.", "d. e f."]),
+        ("a b. c d. e f. g h.", ["a b. c d.", "c d. e f.", "e f. g h."]),
+        ('a "b c!" d e. Is 1.5 f? g', ['a "b c!"', "d e.", "Is 1.5 f? g"]),
+        ("a b c d e f. g. h i.", ["a b c d e f.", "g. h i."]),
+        ("a b c d e", ["a b c d e"]),
+    ],
+)
+def test_a_caption_that_is_too_long_gives_runs_of_whole_sentences_that_fit(caption, runs):
+    assert runs_of(caption) == runs
+    draws = [sentences_that_fit(caption, i / 300, Words()) for i in range(300)]
+    assert max(Counter(draws).values()) - min(Counter(draws).values()) <= 1
+
+
+def test_sentences_without_spaces_between_them_are_told_apart():
+    class Letters(Words):
+        def num_tokens(self, caption):
+            return len(caption) + 2
+
+    runs = [sentences_that_fit("猫。犬。鳥。", draw, Letters()) for draw in (0, 0.9)]
+    assert runs == ["猫。犬。", "犬。鳥。"]
+
+
+def test_the_share_of_cut_captions_is_that_of_what_the_tower_is_given():
+    long = "a b c. d e f. g"
+    assert is_cut(long, Words()) and not is_cut("a b c d", Words())
+    samples = [{"key": str(i), "caption": caption} for i, caption in enumerate([long, "a", "b"])]
+    batch = collate_text(samples, Words())
+    assert batch["captions_cut"].item() == pytest.approx(1 / 3) and batch["caption"][0] == long
+    samples[0]["window"] = 0.9
+    batch = collate_text(samples, Words())
+    assert batch["captions_cut"] == 0 and batch["caption"][0] == "d e f. g"
+    assert collate_text(samples, None).keys() == {"key", "caption"}
+
+
 # the random numbers of a sample
 
 
@@ -139,7 +218,7 @@ def numbers(*arguments):
 def test_each_use_has_its_own_number_whatever_else_is_drawn_and_in_which_order():
     draws = SampleDraws(3, 1, "key")
     backwards = [getattr(draws, name) for name in reversed(DRAWS)]
-    assert backwards[::-1] == numbers(3, 1, "key") and len(set(backwards)) == 5
+    assert backwards[::-1] == numbers(3, 1, "key") and len(set(backwards)) == 6
     assert all(0 <= number < 1 for number in backwards)
 
 

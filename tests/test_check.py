@@ -84,6 +84,19 @@ def test_what_will_fail_is_found_before_the_first_stage(tiny, override, said):
     assert "\n" not in str(caught.value)
 
 
+def test_scenes_that_an_earlier_stage_draws_are_known_beforehand(tmp_path):
+    where = f"experiment_dir={tmp_path}/run"
+    check(CONFIGS / "scenes", where)
+    assert not any(tmp_path.iterdir())
+    for override in (
+        "tokenizer.data.shards=['${experiment_dir}/scenes/seem-*.tar']",
+        "tokens.data.shards=['${experiment_dir}/scene/train-*.tar']",
+        "flowtok.data.shards=['${experiment_dir}/tokens/seen-*.tar']",
+    ):
+        with pytest.raises(ValueError, match=override.split("/")[-1].split("*")[0]):
+            check(CONFIGS / "scenes", where, override)
+
+
 ODD_NAMES = ["a[1]", "a{1..3}", "*? #1, b: c"]
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import modeling.flow_model as module
 from modeling.flow import FlowConfig
 from modeling.flow_model import build_flow
-from modeling.flowtok import CrossAttention, FlowTok, FlowTokConfig
+from modeling.flowtok import FlowTok, FlowTokConfig
+from modeling.layers import CrossAttention
 from modeling.pipeline import SamplingConfig, transport
 from modeling.text_projector import TextProjectorConfig
 

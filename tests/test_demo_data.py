@@ -153,8 +153,8 @@ def package(tmp_path):
         make_entry("1F44D", "THUMBS UP SIGN", "+1", ("1F3FD",)),
     ]
     (folder / "emoji.json").write_text(json.dumps(entries))
-    about = {"name": demo.PACKAGE_NAME, "version": demo.PACKAGE_VERSION}
-    (folder / "package.json").write_text(json.dumps(about))
+    name, version = demo.PACKAGE.split()
+    (folder / "package.json").write_text(json.dumps({"name": name, "version": version}))
     (folder / "LICENSE").write_text("licence")
     for index, item in enumerate(demo.describe_emoji(entries)):
         image = Image.new("RGBA", (64, 64), (255, 0, 0, 40 * index))  # the first: white on white
@@ -163,9 +163,8 @@ def package(tmp_path):
     return folder
 
 
-def build(package, output, **changes):
-    options = {"num_images": 6, "num_heldout": 1, "samples_per_shard": 2} | changes
-    return demo.build(package, output, package.parent / "heldout.txt", **options)
+def build(package, output):
+    return demo.build(package, output, package.parent / "heldout.txt")
 
 
 def test_two_builds_are_equal_byte_for_byte(package, tmp_path):
@@ -194,44 +193,18 @@ def test_built_samples_are_captioned_and_composited_on_white(package, tmp_path):
     assert tones["1f935-1f3ff"]["txt"].decode() == "person in tuxedo, person role, dark skin tone"
 
 
-def remove(name):
-    return lambda package: (package / name).unlink()
-
-
-def write(name, text):
-    return lambda package: (package / name).write_text(text)
-
-
-IMAGE = "img/google/64/1f44d.png"
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "text", "message"),
     [
-        (remove("emoji.json"), "emoji.json is missing"),
-        (remove("package.json"), "package.json is missing"),
-        (remove("LICENSE"), "LICENSE is missing"),
-        (write("package.json", '{"name": "emoji", "version": "15.0"}'), "emoji 15.0, expected"),
-        (remove(IMAGE), r"holds 5 images: missing \['1f44d'\]"),
-        (write("img/google/64/extra.png", ""), r"not in emoji.json \['extra'\]"),
-        (write(IMAGE, "no image"), "1f44d.png is not a readable image"),
-        (
-            lambda package: Image.new("RGBA", (32, 32)).save(package / IMAGE),
-            r"\(32, 32\).* 64 x 64",
-        ),
-        (remove("../heldout.txt"), "heldout.txt is missing"),
-        (write("../heldout.txt", "1f600\n"), r"\['1f600'\] are no base emoji"),
-        (write("../heldout.txt", "1f44d\n1f44d\n"), r"lists 2 keys \(1 different\), expected 1"),
+        ("package.json", '{"name": "emoji", "version": "15.0"}', "emoji 15.0, expected"),
+        ("img/google/64/extra.png", "", r"not in emoji.json \['extra'\]"),
+        ("../heldout.txt", "1f600\n", r"\['1f600'\] are no base emoji"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_written(package, tmp_path, damage, message):
-    damage(package)
+def test_bad_input_is_named_and_nothing_is_written(package, tmp_path, name, text, message):
+    (package / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         build(package, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_main_refuses_another_number_of_emoji(package, tmp_path):
-    with pytest.raises(SystemExit, match="describes 6 emoji, expected 3786"):
-        demo.main(["--package", str(package), "--output", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="error: "):
+        demo.main(["--package", str(tmp_path), "--output", str(tmp_path / "out")])

@@ -219,10 +219,17 @@ def test_each_data_set_of_a_mixture_keeps_its_own_filters(chain, tmp_path, capti
     assert info.num_samples == 1 and info.skipped["filter: min_longer_side"] == 4
 
 
-@pytest.mark.parametrize("option", ["keys=[json:captions]", "recaption_keys=[recap_txt]"])
+@pytest.mark.parametrize(
+    "option", ["keys=[json:captions]", "recaption_keys=[recap_txt]", "window=sentences"]
+)
 def test_states_of_one_caption_are_not_stored_for_several(chain, option):
     with pytest.raises(ValueError, match="store_text_states=true stores .* of one caption"):
         chain.config("tokens", f"data.captions.{option}")
+
+
+def test_parts_of_captions_are_not_drawn_where_their_states_are_stored(chain, tmp_path):
+    with pytest.raises(ValueError, match="data.captions.window=sentences"):
+        chain.run_in(tmp_path, "text_projector", "data.captions.window=sentences")
 
 
 def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain, tmp_path):

@@ -1,4 +1,4 @@
-"""Image to text after training: sample.py --caption, and eval/'s captioning and captions."""
+"""Image to text after training: sample.py --caption, and eval/captions.py."""
 
 import json
 import shutil
@@ -11,14 +11,13 @@ from PIL import Image
 from tiny_experiment import draw
 
 from data.tar import write_shard
-from eval import caption_scores, captions
-from eval.caption_scores import NO_JAVA, PTB, SCORERS, SIMPLE, CaptionScorer, simple_tokens
-from eval.captioning import choose_images, list_pictures
+from eval import captions
+from eval.captions import NO_JAVA, PTB, SCORERS, SIMPLE, CaptionScorer, ptb_tokens, simple_tokens
 from modeling.pipeline import Captioner, join_punctuation
 from training.pipelines import load_captioner
 
 CPU_DEVICE = torch.device("cpu")
-HAS_JAVA = caption_scores.shutil.which("java") is not None
+HAS_JAVA = captions.which("java") is not None
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def pictures(tmp_path):
 @pytest.fixture
 def no_java(monkeypatch):
     """Only the fast half of the metrics."""
-    monkeypatch.setattr(caption_scores.shutil, "which", lambda name: None)
+    monkeypatch.setattr(captions, "which", lambda name: None)
 
 
 # The captioner
@@ -84,13 +83,6 @@ def test_a_run_of_the_other_direction_is_refused_both_ways(chain, captioner, tmp
 
 
 # sample.py
-
-
-def test_a_caption_depends_only_on_its_image(captioner):
-    parts, sampling = load_captioner(captioner, CPU_DEVICE)
-    images = torch.rand(5, 3, 32, 32)
-    together = parts.captions(images, sampling)
-    assert [parts.captions(image[None], sampling)[0] for image in images] == together
 
 
 def test_captions_are_printed_with_a_contact_sheet(captioner, pictures, tmp_path, capsys):
@@ -150,13 +142,6 @@ def test_what_can_not_be_captioned_is_an_error_that_leaves_nothing(
     assert not [*(tmp_path / "out").rglob("*")]
 
 
-def test_images_of_shards_are_chosen_evenly(tiny_shards):
-    entries = choose_images([f"{tiny_shards}/*.tar"], 3)
-    assert [entry.key for entry in entries] == ["00000", "00024", "00047"]
-    assert len(choose_images([f"{tiny_shards}/*.tar"], 99)) == 48
-    assert len(list_pictures([f"{tiny_shards}/train-00000.tar"])) == 24
-
-
 # Scores
 
 
@@ -164,6 +149,7 @@ def test_equal_captions_score_as_high_as_can_be_without_java(no_java):
     texts = ["a red circle on white paper", "a blue square above it", "two green triangles here"]
     scorer = CaptionScorer([[text, "something else entirely in here"] for text in texts])
     assert (scorer.tokenizer, scorer.tokenizer_reason) == (SIMPLE, NO_JAVA)
+    assert simple_tokens([["A man's T-shirt, (red)!"]]) == {0: ["a man's t-shirt red"]}
     same, other = scorer.score(texts), scorer.score(texts[1:] + texts[:1])
     assert same["bleu_4"] == pytest.approx(100, abs=1e-3) and same["rouge_l"] == pytest.approx(100)
     for name in ("bleu_4", "rouge_l", "cider"):
@@ -173,24 +159,20 @@ def test_equal_captions_score_as_high_as_can_be_without_java(no_java):
 
 
 def test_without_the_package_all_is_null_with_the_reason(monkeypatch):
-    monkeypatch.setattr(caption_scores, "package_folder", lambda: None)
+    monkeypatch.setattr(captions, "find_spec", lambda name: None)
     scores = CaptionScorer([["a cat"]]).score(["a cat"])
     assert all(scores[name] is None for name in SCORERS) and scores["reasons"].keys() == {*SCORERS}
     assert all("requirements-eval.txt" in reason for reason in scores["reasons"].values())
 
 
-def test_the_simple_tokenizer_keeps_only_words():
-    assert simple_tokens([["A man's T-shirt, (red)!"]]) == {0: ["a man's t-shirt red"]}
-
-
 @pytest.mark.skipif(not HAS_JAVA, reason="no Java")
-def test_the_ptb_tokenizer_is_the_packages_own():
-    tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
-    texts = [["A man's T-shirt, (red)!", "two\nlines"], [""], ["Zoë & co. -- 3.5 m"]]
-    scorer = CaptionScorer(texts)
-    assert scorer.tokenizer == PTB
-    captioned = {i: [{"caption": text} for text in group] for i, group in enumerate(texts)}
-    assert scorer.references == tokenizer.PTBTokenizer().tokenize(captioned)
+def test_the_ptb_tokenizer_gives_a_line_for_each_text():
+    pytest.importorskip("pycocoevalcap")
+    texts = [["A man's T-shirt, (red)!", "two\nlines"], [""], ["Zoë & co. -- 3.5 m\u2028end"]]
+    found = ptb_tokens(texts)
+    assert found[0][0].startswith("a man 's t-shirt ") and found[0][1] == "two lines"
+    assert found[1] == [""] and found[2][0].startswith("zoë & co. ")
+    assert CaptionScorer(texts).tokenizer == PTB
 
 
 # eval/captions.py
@@ -211,7 +193,7 @@ def test_shards_are_measured_at_each_steps_and_guidance(captioner, tiny_shards, 
     assert (protocol["num_images"], protocol["tokenizer"]) == (48, SIMPLE)
     assert protocol["references_per_image"] == {"min": 1, "max": 1, "mean": 1.0}
     assert len(report["model"]["flow_fingerprint"]) == 16
-    assert {"pycocoevalcap", "java", "torch"} <= report["versions"].keys()
+    assert {"pycocoevalcap", "torch"} <= report["versions"].keys()
     for row in [*report["results"], report["without_flow"]]:
         assert {*SCORERS} <= row.keys() and 0 <= row["exact_match"] <= 100
         assert len(row["examples"]) == 20
@@ -224,19 +206,19 @@ def rouge(common, length, reference_length):
     return (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
 
 
-def test_several_references_of_a_jsonl_count_and_one_hit_is_an_exact_match(
+def test_several_references_count_and_one_hit_is_an_exact_match(
     captioner, pictures, tmp_path, no_java, monkeypatch
 ):
     caption = "a black cat, old"
     monkeypatch.setattr(Captioner, "read", lambda self, latents: [caption] * len(latents))
     rows = [
-        {"image": "pictures/0.png", "captions": ["another", "A black cat , old"]},
-        {"image": "pictures/1.png", "caption": "a black cat"},
-        {"image": "pictures/2.png", "captions": ["a  black\u2028cat, old"]},  # one line
+        {"captions": ["another", "A black cat , old"]},
+        {"caption": "a black cat"},
+        {"captions": ["a  black\u2028cat, old"]},
     ]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    report = evaluate(captioner, tmp_path, tmp_path / "data.jsonl", "--steps", "1")
+    for number, row in enumerate(rows):
+        (pictures / f"{number}.json").write_text(json.dumps(row), encoding="utf-8")
+    report = evaluate(captioner, tmp_path, pictures, "--steps", "1")
     assert report["protocol"]["references_per_image"]["max"] == 2
     [result] = report["results"]
     assert result["exact_match"] == pytest.approx(100 * 2 / 3)
@@ -254,38 +236,26 @@ def test_the_json_names_the_weights_that_were_measured_while_training_goes_on(
     assert report["model"]["checkpoint"] == "flowtok_caption/step_00000004"
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ('{"image": "pictures/0.png", "captions": [" "]}', ["line 1", "captions"]),
-        ('{"image": "pictures/0.png"}', ["line 1", "captions"]),
-        ('\n{"captions": ["a"]}', ["line 2", "image"]),
-        ('{"image": "absent.png", "caption": "a"}', ["line 1", "absent.png"]),
-        ("[1", ["line 1", "image"]),
-        ("", ["data.jsonl"]),
-        ('{"image": "pictures/broken.png", "caption": "a"}', ["broken.png"]),
-    ],
-)
-def test_a_file_without_references_or_images_is_refused(captioner, pictures, tmp_path, text, parts):
-    (pictures / "broken.png").write_bytes(b"no image")
-    (tmp_path / "data.jsonl").write_text(text)
-    with pytest.raises(ValueError) as caught:
-        evaluate(captioner, tmp_path, tmp_path / "data.jsonl")
-    assert all(part in str(caught.value) for part in parts)
+def test_an_unreadable_image_is_refused(captioner, pictures, tmp_path):
+    for file in [*pictures.iterdir()]:
+        file.with_suffix(".txt").write_text("a cat")
+    (pictures / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1.png cannot be measured"):
+        evaluate(captioner, tmp_path, pictures)
     assert not (tmp_path / "report.json").exists()
 
 
 def test_wrong_arguments_are_refused_before_any_work(captioner, tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(captions, "load_captioner", None)
-    sample = shape_sample(0)
-    del sample["txt"]
-    write_shard(tmp_path / "bare.tar", [sample])
-    (tmp_path / "data.jsonl").write_text('{"image": "pictures/0.png", "caption": "a"}')
+    bare, whole = (shape_sample(number) for number in range(2))
+    del bare["txt"]
+    write_shard(tmp_path / "bare.tar", [bare])
+    write_shard(tmp_path / "whole.tar", [whole])
     for arguments, part in (
         ([tmp_path / "bare.tar"], "bare.tar: 00000.*json:captions, txt"),
-        ([tmp_path / "x.jsonl", pictures], "x.jsonl"),
-        ([tmp_path / "data.jsonl", "--output", pictures], str(pictures)),
-        ([tmp_path / "data.jsonl", "--output", pictures / "0.png" / "a.json"], "0.png"),
+        ([tmp_path / "absent.tar"], "absent.tar"),
+        ([tmp_path / "whole.tar", "--output", pictures], str(pictures)),
+        ([tmp_path / "whole.tar", "--output", pictures / "0.png" / "a.json"], "0.png"),
     ):
         with pytest.raises(ValueError, match=part):
             evaluate(captioner, tmp_path, *arguments)

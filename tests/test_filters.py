@@ -7,9 +7,11 @@ from data.samples import BadSample
 
 
 def reason_of(config, caption="a caption", metadata=None, size=None):
-    """Why a sample is dropped, None if it is kept."""
+    """Why a sample with this one caption is dropped, None if it is kept."""
+    if fault := config.caption_fault(caption):
+        return fault
     try:
-        config.check_metadata(caption, metadata or {})
+        config.check_metadata(metadata or {})
         if size is not None:
             config.check_size(*size)
     except BadSample as error:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import tarfile
 import tempfile
@@ -23,7 +24,16 @@ from conftest import shape_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sources import captions_of, run, samples_of, summary_of, write_files
+from sources import (
+    captions_of,
+    encode,
+    fails,
+    noise,
+    run,
+    samples_of,
+    summary_of,
+    write_files,
+)
 
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
@@ -259,50 +269,83 @@ def made(files, *command):
         summary = summary_of(root / "out")
         assert summary["read"] == summary["kept"] + sum(summary["dropped"].values())
         assert summary["kept"] == len(kept) and summary["first"].keys() == summary["dropped"].keys()
+        assert summary["first_unused"].keys() == summary["unused"].keys()
         return summary, kept
 
 
+SHORTEST = st.sampled_from(["0", "6"])  # characters of a caption
+FILTER = "filter: min_caption_characters"
+
+
+def split_wanted(captions, shortest):
+    """(captions that stay, how many others there are)."""
+    texts = [text for caption in captions if (text := " ".join(caption.split()))]
+    wanted = [text for text in texts if len(text) >= int(shortest)]
+    return wanted, len(texts) - len(wanted)
+
+
+ICON = encode(noise(8, 16, 16), format="ICO", sizes=[(16, 16)])
+PICTURES = (7, ICON)
+FIELD = '{"caption": ["words", "and more"]}'
 FILES = st.dictionaries(
     st.builds(
         "{}{}{}".format,
-        st.sampled_from(["", "x/", "x/y/"]),
-        st.sampled_from(["a", "b.c", "ü"]),
-        st.sampled_from([".jpg", ".PNG", ".heic", ".md", "", ".txt", ".TXT", ".json"]),
+        st.sampled_from(["", "", "x/", "x/y/", ".z/", "x/.z/"]),
+        st.sampled_from(["a", "a", "b.c", "ü", ".d"]),
+        st.sampled_from([".jpg", ".PNG", ".heic", ".md", "", ".txt", ".TXT", ".json", ".json"]),
     ),
-    st.sampled_from([7, "words", "", '{"caption": "words"}']),
+    st.sampled_from([7, ICON, "words", "more words", "", "{", FIELD]),
     min_size=1,
     max_size=9,
 )
 
 
 @FEW
-@given(files=FILES)
-def test_every_file_of_a_folder_is_an_image_a_sidecar_or_counted(files):
-    images, texts = {}, {}
-    for name, content in sorted(files.items()):
+@given(files=FILES, shortest=SHORTEST)
+def test_every_file_of_a_folder_is_an_image_a_sidecar_or_counted(files, shortest):
+    # a hidden folder counts once; text belongs to the files of its name, of two the last
+    hidden = {name.partition(".z/")[0] for name in files if ".z/" in name}
+    counted, groups = Counter({"hidden": len(hidden)}), {}
+    for name in sorted(name for name in files if ".z/" not in name):
         stem, ending = os.path.splitext(name)
+        texts, others = groups.setdefault(stem, ({}, []))
         if ending.lower() in (".txt", ".json"):
-            texts[stem, ending.lower()] = (name, content)
-        elif ending in (".jpg", ".PNG") or content == 7:
-            images[name] = stem
-    sidecars = {name: c for (stem, _), (name, c) in texts.items() if stem in images.values()}
-    others = files.keys() - images.keys() - sidecars.keys()
-    outcome = made(files, "folder", "FILE ")
+            texts.setdefault(ending.lower(), []).append(files[name])
+        else:
+            others.append(name)
+    images, kept, unused = 0, {}, Counter()
+    for stem, (texts, others) in groups.items():
+        is_hidden = os.path.basename(stem).startswith(".")
+        for ending, contents in texts.items():
+            counted["hidden" if is_hidden else ending] += len(contents) - bool(others)
+        # its captions, and what is wrong with them
+        text, field = (texts.get(ending, [None])[-1] for ending in (".txt", ".json"))
+        captions = [] if text in (*PICTURES, None, "") else [text]
+        if not captions and field == FIELD:
+            captions = ["words", "and more"]
+        wanted, num_short = split_wanted(captions, shortest)
+        faults = Counter({FILTER: num_short, "caption: not UTF-8": int(text in PICTURES)})
+        faults["json: unreadable"] = int(field not in (FIELD, None))
+        for name in others:
+            ending = os.path.splitext(name)[1]
+            if is_hidden:
+                counted["hidden"] += 1
+            elif ending in (".jpg", ".PNG") or files[name] in PICTURES:
+                images += 1
+                if wanted and files[name] in PICTURES:
+                    kept[name] = wanted
+                    unused += faults
+            else:
+                counted[ending or "no ending"] += 1
+    outcome = made(files, "folder", "FILE ", "--min-caption-characters", shortest)
     if not images:
         assert outcome is None
         return
-    summary, kept = outcome
-    assert summary["read"] == len(files) - len(sidecars)
-    endings = Counter(os.path.splitext(name)[1].lower() or "unusual ending" for name in others)
-    counted = {f"no image: {ending}": number for ending, number in endings.items()}
-    assert {k: v for k, v in summary["dropped"].items() if k.startswith("no image")} == counted
-    usable = 0
-    for name, stem in images.items():
-        text = texts.get((stem, ".txt"), ("", ""))[1]
-        field = texts.get((stem, ".json"), ("", ""))[1]
-        has_caption = text not in ("", 7) or field == '{"caption": "words"}'
-        usable += files[name] == 7 and has_caption
-    assert summary["kept"] == usable == len(kept)
+    summary, found = outcome
+    assert summary["read"] == images + counted.total()
+    dropped = {f"no image: {ending}": number for ending, number in (+counted).items()}
+    assert {k: v for k, v in summary["dropped"].items() if k.startswith("no image")} == dropped
+    assert sorted(found.values()) == sorted(kept.values()) and summary["unused"] == unused
 
 
 ROWS = st.lists(
@@ -313,32 +356,87 @@ ROWS = st.lists(
     min_size=1,
     max_size=9,
 )
+ENDINGS = st.sampled_from(["csv", "tsv", "jsonl"])
 
 
-@FEW
-@given(rows=ROWS, ending=st.sampled_from(["csv", "tsv", "jsonl"]))
-def test_every_row_of_a_table_is_of_an_image_or_counted(rows, ending):
+def table_of(rows, ending):
+    """Text of a table of (path, caption)."""
     names, text = ("path", "caption"), io.StringIO(newline="")
     table = csv.writer(text, delimiter="\t" if ending == "tsv" else ",")
     table.writerows([names, *rows])
-    lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
-    content = "\n".join(lines) if ending == "jsonl" else text.getvalue()
-    files = {"a.jpg": 1, "b.jpg": 2, "text.jpg": "no image", f"t.{ending}": content}
-    summary, kept = made(files, "table", f"FILE t.{ending}")
+    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows]
+    return "".join(f"{line}\n" for line in lines) if ending == "jsonl" else text.getvalue()
+
+
+@FEW
+@given(rows=ROWS, ending=ENDINGS, shortest=SHORTEST)
+def test_every_row_of_a_table_is_of_an_image_or_counted(rows, ending, shortest):
+    files = {"a.jpg": 1, "b.jpg": 2, "text.jpg": "no image", f"t.{ending}": table_of(rows, ending)}
+    options = ["--min-caption-characters", shortest]
+    summary, kept = made(files, "table", f"FILE t.{ending}", *options)
 
     captions = {}
     for path, caption in rows:
-        captions.setdefault(path.removeprefix("./"), []).append(" ".join(caption.split()))
+        captions.setdefault(path.removeprefix("./"), []).append(caption)
     without_path = len(captions.pop("", []))
     assert summary["read"] == len(captions) + without_path
-    expected = {path[0]: captions.get(path, []) for path in ("a.jpg", "b.jpg")}
-    expected = {key: list(dict.fromkeys(filter(None, texts))) for key, texts in expected.items()}
-    assert kept == {key: texts for key, texts in expected.items() if texts}
+    expected, unused = {}, Counter()
+    for key, texts in {path[0]: captions.get(path, []) for path in ("a.jpg", "b.jpg")}.items():
+        wanted, short = split_wanted(texts, shortest)
+        if any(wanted):
+            expected[key] = list(dict.fromkeys(filter(None, wanted)))
+            empty = sum(not text.strip() for text in texts)
+            unused += Counter({FILTER: short, "caption: missing": empty})
+    assert kept == expected and summary["unused"] == unused
+
+
+def test_a_table_that_cannot_be_read_to_its_end_is_refused_with_the_line(capsys):
+    """Where the quote stands, or what is in another encoding; nothing is written."""
+
+    @FEW
+    @given(
+        before=ROWS,
+        after=ROWS,
+        ending=ENDINGS,
+        fault=st.sampled_from(
+            [
+                ("cp1252", "strict", "é"),
+                ("utf-8", "surrogatepass", "\ud800"),
+                ("utf-16", "surrogatepass", "\ud800"),
+                ("utf-8", "strict", '"'),
+            ]
+        ),
+    )
+    def check(before, after, ending, fault):
+        encoding, errors, letter = fault
+        is_quote = letter == '"' and ending != "jsonl"
+        if letter == '"' and not is_quote:
+            return
+        head, tail = table_of(before, ending), table_of([("a.jpg", "@"), *after], ending)
+        tail = tail[tail.index("\n") + 1 :] if ending != "jsonl" else tail
+        # the quote may stand in a row that has another quoted field before
+        if is_quote:
+            tail = tail.replace("a.jpg", '"a\n.jpg"', 1)
+        content = head + tail.replace("@", f"{letter}open", 1)
+        line = 1 + len(re.findall("\r\n|\n", content[: len(head) + tail.index("@")]))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"t.{ending}")
+            path.write_bytes(content.encode(encoding, errors))
+            message = fails(capsys, "table", path, "--output", Path(folder, "out"))
+            assert os.listdir(folder) == [path.name]
+        cure = "--no-quotes" if is_quote else "--encoding"
+        assert f"t.{ending} line {line} " in message.replace(":", " ") and cure in message
+
+    check()
 
 
 MEMBERS = st.lists(
     st.sampled_from(
-        ["a.jpg", "a.txt", "a.json", "b.jpg", "b.txt", "b.v1.jpg", "u\u0308.jpg", "ü.txt", "none"]
+        [
+            *("a.jpg", "a.jpg", "a.txt", "a.txt", "a.json", "b.jpg", "b.txt", "b.png", "b.v1.jpg"),
+            *("u\u0308.jpg", "ü.txt", "none", "d/none", "a.", "__a.jpg", ".a.jpg", "d/._a.jpg"),
+            *(("a.json", "{"), ("a.txt", Path("b.txt")), ("b.jpg", Path("a.jpg"))),
+        ]
     ),
     min_size=1,
     max_size=12,
@@ -347,25 +445,54 @@ MEMBERS = st.lists(
 
 @FEW
 @given(members=MEMBERS)
-def test_every_sample_of_a_tar_is_kept_or_counted_also_by_the_reader(members):
-    content = {".jpg": 7, ".txt": "words", ".json": "{}"}
-    files = {"x.tar": [(name, content.get(os.path.splitext(name)[1], "")) for name in members]}
-    outcome = made(files, "shards", "FILE x.tar")
-    pairs = [unicodedata.normalize("NFC", name).split(".", 1) for name in members if "." in name]
-    groups = [[end for _, end in group] for _, group in groupby(pairs, key=lambda pair: pair[0])]
+def test_every_member_of_a_tar_is_of_a_sample_or_counted_also_by_the_reader(members):
+    content = {".jpg": 7, ".png": 7, ".txt": "words", ".json": "{}"}
+    pairs = [
+        member if isinstance(member, tuple) else (member, content.get(os.path.splitext(member)[1]))
+        for member in members
+    ]
+    pairs = [(name, "" if content is None else content) for name, content in pairs]
+    outcome = made({"x.tar": pairs}, "shards", "FILE x.tar")
+    # a member has a key, or is counted; a link is counted in any case
+    named, reasons = [], Counter()
+    for name, content in pairs:
+        base = unicodedata.normalize("NFC", name).rpartition("/")[2]
+        faults = {"hidden": base[0] == ".", "begins with __": base[:2] == "__"}
+        faults |= {"no ending": base.partition(".")[2] == "", "no plain file": content is not None}
+        faults["no plain file"] = isinstance(content, Path)
+        reason = next((reason for reason, is_so in faults.items() if is_so), None)
+        reasons.update([reason] if reason else [])
+        if reason in (None, "no plain file"):
+            named.append((*base.split(".", 1), content))
+    groups = [list(group) for _, group in groupby(named, key=lambda part: part[0])]
     if not groups:
         assert outcome is None
         return
     summary, _ = outcome
-    whole = [group for group in groups if len({*group}) == len(group)]
-    assert summary["read"] == len(groups)
-    assert summary["dropped"].get("sample: a member occurs twice", 0) == len(groups) - len(whole)
-    assert summary["kept"] == sum({"jpg", "txt"} <= {*group} for group in whole)
+    assert summary["read"] == len(groups) + reasons.total()
+    found = {k[11:]: n for k, n in summary["dropped"].items() if k.startswith("no sample: ")}
+    assert found == reasons
+    ends = [[end for _, end, what in group if not isinstance(what, Path)] for group in groups]
+    whole = [len({*names}) == len(names) for names in ends]
+    assert summary["dropped"].get("sample: a member occurs twice", 0) == whole.count(False)
+    kept = [
+        group
+        for group, names, is_whole in zip(groups, ends, whole, strict=True)
+        if is_whole and "txt" in names and {"jpg", "png"} & {*names}
+    ]
+    assert summary["kept"] == len(kept)
+    unused = Counter()
+    for group in kept:
+        files = {end: what for _, end, what in group if not isinstance(what, Path)}
+        unused["json: unreadable"] += files.get("json") == "{"
+        pictures = sum(end in ("jpg", "png", "v1.jpg") for end in files)
+        unused["image: further one"] += pictures - 1
+    assert summary["unused"] == +unused
 
-    if whole != groups:  # of such a shard the reader does not give the rest
+    if not all(whole):  # of such a shard the reader does not give the rest
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), files)
+        write_files(Path(folder), {"x.tar": pairs})
         read, skipped = 0, Counter()
         config = ImageTextConfig([f"{folder}/x.tar"], max_bad_share=1.0)
         with suppress(NoUsableSample):

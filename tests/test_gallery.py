@@ -1,4 +1,4 @@
-"""eval/gallery.py: a page that needs nothing else and executes nothing."""
+"""training/pictures.py, pages: a page that needs nothing else and executes nothing."""
 
 import base64
 import re
@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from conftest import shape_sample
 from tiny_experiment import draw
 
-from eval.gallery import gallery, write_gallery
+from training.pictures import gallery, write_gallery
 
 EVIL = """<script>alert(1)</script> " onerror='x' & é 😀"""
 OWN_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "dl", "dt", "dd", "main"}

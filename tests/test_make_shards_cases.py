@@ -157,7 +157,7 @@ KEPT = {
     "a phone's folder": (
         PHONE | REST, "folder .", {name: [name] for name in "abcdef"},
         {"no image: .heic": 1, "no image: .jxl": 1, "no image: .dng": 1, "no image: .md": 1,
-         "no image: hidden": 2, "no image: unusual ending": 1, "no image: .txt": 4}),
+         "no image: hidden": 2, "no image: unusual ending": 1, "no image: .txt": 1}),
     "files that a table names": (
         NAMED | {"t.csv": table(*NAMED)},
         "table t.csv", {key: ["a dog"] for key in ("a_v0", "b_v1", "c")},
@@ -172,7 +172,19 @@ KEPT = {
     "odd members": (
         {"x.tar": ["a.jpg", "a.txt", "a.", "__meta__.json", "none", "b.jpg", "b.txt", "b.JPG",
                    "c.JPG", "c.TXT"]},
-        "shards x.tar", {"a": ["text"], "c": ["text"]}, {"sample: a member occurs twice": 1}),
+        "shards x.tar", {"a": ["text"], "c": ["text"]},
+        {"sample: a member occurs twice": 1, "no sample: no ending": 2,
+         "no sample: begins with __": 1}),
+    "a tar without a sample beside others": (
+        {"x.tar": ["._a.jpg", "a"], "y.tar": ["a.jpg", "a.txt"]}, "shards x.tar y.tar",
+        {"a": ["text"]}, {"no sample: hidden": 1, "no sample: no ending": 1}),
+    "captions of no image": (
+        {"a.jpg": 0, "c.json": coco(("a.jpg", "1")).replace('"id": 0', '"id": 7').replace(
+            '"annotations": [', '"annotations": [{"image_id": 7, "caption": "2"}, ')},
+        "coco c.json", {"a": ["2"]}, {"image: missing": 1}),
+    "another encoding": (
+        {"a.jpg": 0, "t.csv": table("a.jpg,Hündchen").encode("cp1252")},
+        "table t.csv --encoding cp1252", {"a": ["Hündchen"]}, {}),
 }
 
 # (files, command, reason, what its first example says)
@@ -202,6 +214,12 @@ EXPLAINED = [
     ({"a.jpg": "<html><body>", "a.txt": "x"}, "folder .",
      "image: unreadable (UnidentifiedImageError)", ["a.jpg", "<html>"]),
     ({"b.jpg": "", "a.heic": HEIC}, "folder .", "no image: .heic", ["a.heic", "pillow-heif"]),
+    ({"b.jpg": "", ".x/a.jpg": 0}, "folder .", "no image: hidden", [".x"]),
+    ({"a.jpg": 0, "a.json": "{"}, "folder .", "json: unreadable", ["a.jpg", "a.json"]),
+    ({"x.tar": ["a.jpg", ("a.json", "{")]}, "shards x.tar", "json: unreadable", ["a", "jpg json"]),
+    ({"x.tar": ["a.jpg", "b/c"]}, "shards x.tar", "no sample: no ending", ["x.tar", "b/c"]),
+    ({"c.json": coco(("a.jpg", "1")).replace('"image_id": 0', '"image_id": 7')}, "coco c.json",
+     "image: missing", ["c.json", "7"]),
 ]
 
 BAD_INPUTS = {
@@ -212,6 +230,8 @@ BAD_INPUTS = {
     "wide.csv": "path,caption\na.jpg,a dog\n0.jpg,a dog, running on the beach, at sunset\n",
     "short.csv": "path,caption\na.jpg,a dog\non the beach\n", "twice.csv": "path,caption,path\n",
     "spaced.csv": "path, caption\na.jpg, a dog\n", "odd.csv": UMLAUTS.encode("utf-16")[:-1],
+    "latin.csv": table("a.jpg", '"b\nc.jpg",ein Hündchen').encode("cp1252"),
+    "latin.json": coco(("a.jpg", "1")).replace("1", "Hündchen").encode("cp1252"),
     "list.jsonl": '{"path": "a.jpg", "caption": "a"}\n[1]\n', "broken.parquet": "PAR1",
     "split.json": '{"images": [{"split": "test"}, {"split": "train"}]}', "broken.json": "{",
     "text.tar": "this is no tar " * 100, "nothing.tar": [],
@@ -227,7 +247,11 @@ REFUSED = [
     ("table pairs.csv --separator ab", ["--separator", "'ab'"]),
     ("table empty.csv", ["empty.csv", "none"]),
     ("table header.csv", ["header.csv"]),
-    ("table open.csv", ["open.csv line 3", "--no-quotes"]),
+    ("table open.csv", ["open.csv line 2", "--no-quotes"]),
+    ("table latin.csv", ["latin.csv line 4", "UTF-8", "ein H", "--encoding"]),
+    ("table latin.csv --encoding ascii", ["latin.csv line 4", "ASCII"]),
+    ("table latin.csv --encoding hex", ["--encoding", "'hex'", "cp1252"]),
+    ("coco latin.json", ["latin.json line 1", "UTF-8"]),
     ("table wide.csv", ["wide.csv line 3", "4 fields", "2 (path, caption)", "--separator"]),
     ("table short.csv", ["short.csv line 3", "1 fields", "2 (path, caption)"]),
     ("table twice.csv", ["twice.csv", "'path'"]),

@@ -84,6 +84,12 @@ def test_flops_of_stage_3_are_those_counted_by_hand():
     assert tower_flops(stage) == tower
 
 
+def test_flops_of_a_t5_are_those_counted_by_hand():
+    pytest.importorskip("transformers", reason="requirements-text.txt is not installed")
+    block = 4 * dense(256, 1024, 1024) + 3 * dense(256, 1024, 2816) + attention(256, 256, 1024)
+    assert tower_flops(read_stage("configs/flowtok_b_t5/flowtok.yaml")) == 24 * block
+
+
 def test_full_checkpointing_adds_one_forward_of_the_blocks_and_selective_nothing():
     none, selective, full = (
         measure_step(flowtok_b(f"activation_checkpointing={mode}"), 1, 64) for mode in MODES

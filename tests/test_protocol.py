@@ -38,21 +38,17 @@ def test_captions_come_from_text_jsonl_coco_and_mjhq(tmp_path, name):
     assert texts(tmp_path / name) == ["one", "two"]
 
 
-def test_captions_keep_their_record_category_and_image(tmp_path, tiny_shards):
-    for name, content in SOURCES.items():
-        (tmp_path / name).write_text(content)
+def test_captions_keep_their_record_and_image(tmp_path, tiny_shards):
+    (tmp_path / "a.jsonl").write_text(SOURCES["a.jsonl"])
     [first, _] = read_captions(Protocol(captions=[f"{tmp_path}/a.jsonl"]))
     assert first.record == {"prompt": "one", "tag": 1}
-    mjhq = read_captions(Protocol(captions=[f"{tmp_path}/mjhq.json"]))
-    assert [caption.category for caption in mjhq] == ["a", ""]
     shard = f"{tiny_shards}/train-00000.tar"
     captions = read_captions(Protocol(captions=[shard]))
     assert len(captions) == 24 and captions[3].source == f"{shard}: 00003"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
-def test_captions_in_another_encoding_are_the_same(tmp_path, encoding):
-    (tmp_path / "a.txt").write_bytes("ein Hündchen 犬\r\na cow".encode(encoding))
+def test_captions_in_another_encoding_are_the_same(tmp_path):
+    (tmp_path / "a.txt").write_bytes("ein Hündchen 犬\r\na cow".encode("utf-16"))
     assert texts(tmp_path / "a.txt") == ["ein Hündchen 犬", "a cow"]
 
 
@@ -88,13 +84,10 @@ def test_captions_are_chosen_by_the_protocol(tmp_path):
         ("a.txt", "", "a.txt"),
         ("a.txt", b"caf\xe9", "UTF-8"),
         ("a.tsv", "prompt\na dog", "jsonl"),
-        ("a.csv", "prompt\na dog", "jsonl"),
         ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', "line 2"),
         ("a.jsonl", '{"prompt": " "}', "caption 0"),
         ("a.json", '{"annotations": [3]}', "annotations"),
-        ("a.json", "[1]", "annotations"),
         ("a.json", "{", "annotations"),
-        ("a.json", '{"a": 3}', "annotations"),
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path, name, content, part):

@@ -22,9 +22,19 @@ K, C = 6, 4
 IN_MEMORY = {"num_workers": 0, "shuffle_buffer": 8}
 
 
-def tokenize(captions):
-    """B captions -> B x 4: their first four code points."""
-    return torch.tensor([[ord(c) for c in caption[:4].ljust(4)] for caption in captions])
+class Letters:
+    """A text tower's tokenizer: B captions -> B x 4, their first four code points."""
+
+    context_length = 4
+
+    def __call__(self, captions):
+        return torch.tensor([[ord(c) for c in caption[:4].ljust(4)] for caption in captions])
+
+    def num_tokens(self, caption):
+        return len(caption)
+
+
+tokenize = Letters()
 
 
 def jpeg(width, height, seed=0, format="JPEG"):
@@ -115,7 +125,7 @@ def token_shards(tmp_path):
 
 def test_batches_of_images_have_the_documented_keys_shapes_and_types(image_shards):
     batch = next(stream(images(image_shards, tokenizer=tokenize), 3))
-    assert set(batch) == {"image", "token_ids", "caption", "key", "skipped"}
+    assert set(batch) == {"image", "token_ids", "captions_cut", "caption", "key", "skipped"}
     assert batch["image"].shape == (3, 3, 16, 16) and batch["image"].dtype == torch.uint8
     assert batch["caption"] == [f"photo {key}" for key in batch["key"]] and batch["skipped"] == {}
     assert torch.equal(batch["token_ids"], tokenize(batch["caption"]))
@@ -125,7 +135,7 @@ def test_batches_of_images_have_the_documented_keys_shapes_and_types(image_shard
 def test_stored_tokens_come_back_as_written(tmp_path):
     samples = [token_sample(i, **{"text.npy": states(i)}) for i in range(3)]
     (batch,) = tokens(write(tmp_path, samples), tokenizer=tokenize).once(8)
-    text = {"text_states", "token_ids", "caption", "key", "skipped"}
+    text = {"text_states", "token_ids", "captions_cut", "caption", "key", "skipped"}
     assert set(batch) == {"latent_mean", "latent_logvar"} | text
     stored = torch.from_numpy(np.stack([latent(i) for i in range(3)])).float()
     assert torch.equal(batch["latent_mean"], stored[:, 0])
@@ -154,10 +164,11 @@ def test_headerless_release_tokens_equal_the_same_latents_in_our_format(tmp_path
 def test_captions_are_read_of_any_shards_and_states_where_they_are_wanted(tmp_path, image_shards):
     path = write(tmp_path, [token_sample(i, **{"text.npy": states(i)}) for i in range(3)], "t.tar")
     (batch,) = captions(path, with_states=True).once(8)
-    assert set(batch) == {"text_states", "token_ids", "caption", "key", "skipped"}
+    text = {"token_ids", "captions_cut", "caption", "key", "skipped"}
+    assert set(batch) == text | {"text_states"}
     assert torch.equal(batch["text_states"][1], torch.from_numpy(states(1)))
     (batch,) = captions(path, image_shards).once(30)
-    assert set(batch) == {"token_ids", "caption", "key", "skipped"} and len(batch["key"]) == 23
+    assert set(batch) == text and len(batch["key"]) == 23
     (batch,) = captions(image_shards, with_states=True).once(8, shards=[path, image_shards])
     assert batch["key"] == ["000", "001", "002"] and batch["skipped"] == {"text: missing": 20}
 
@@ -190,6 +201,31 @@ def test_batches_resume_bit_for_bit(kind, num_workers, image_shards, token_shard
     resumed.load_state_dict(state)
     for batch, other in zip(expected, iter(resumed), strict=False):
         same(batch, other)
+
+
+def test_a_part_of_a_long_caption_is_drawn_anew_each_epoch_and_resumes(tmp_path):
+    path = write(tmp_path, [token_sample(i, txt="a. b. c.") for i in range(3)])
+    reader = tokens(path, tokenizer=tokenize, captions=CaptionConfig(window="sentences"))
+    whole = reader.stream(3, seed=5)
+    iterator = iter(whole)
+    batches = [next(iterator) for _ in range(4)]
+    state = pickle.loads(pickle.dumps(whole.state_dict()))
+    batches += [next(iterator) for _ in range(20)]
+    drawn = {key: [] for key in batches[0]["key"]}
+    for batch in batches:
+        assert torch.equal(batch["token_ids"], tokenize(batch["caption"]))
+        assert batch["captions_cut"] == 0
+        for key, caption in zip(batch["key"], batch["caption"], strict=True):
+            drawn[key].append(caption)
+    assert all({*captions} == {"a.", "b.", "c."} for captions in drawn.values())
+    assert len({tuple(captions) for captions in drawn.values()}) == 3
+
+    resumed = reader.stream(3, seed=5)
+    resumed.load_state_dict(state)
+    for batch, other in zip(batches[4:], iter(resumed), strict=False):
+        same(batch, other)
+    (ordered,) = reader.once(3)
+    assert ordered["caption"] == ["a."] * 3
 
 
 def test_one_pass_is_in_order_centre_cropped_exact_and_ends_short(image_shards):

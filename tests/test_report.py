@@ -16,12 +16,8 @@ from eval.report import (
     PIXEL_SIZE,
     ReportStage,
     build_pool,
-    choose_evenly,
     compare,
-    encode,
     read_all,
-    shrink,
-    take,
 )
 from modeling.layers import Posterior
 
@@ -75,25 +71,6 @@ def test_a_set_of_its_own_is_an_easier_pool_and_equal_sets_have_no_frechet_dista
     assert found["latent_among_own_set"]["top5"] == 1
     found = compare(images[:2], images[:2], pool["latents"][:2], pool, own)
     assert found["frechet_latent"] == pytest.approx(0, abs=1e-6)
-
-
-def test_images_are_encoded_in_batches_in_order(monkeypatch):
-    monkeypatch.setattr(report, "BATCH_SIZE", 4)
-    seen, images = [], torch.rand(10, 3, 8, 8)
-    assert torch.equal(encode(fake_generator(seen), images), images.flatten(2))
-    assert seen == [4, 4, 2]
-
-
-def test_shrinking_averages_areas():
-    images = torch.rand(2, 3, 32, 32)
-    expected = images.view(2, 3, PIXEL_SIZE, 2, PIXEL_SIZE, 2).mean(dim=(3, 5))
-    torch.testing.assert_close(shrink(images), expected)
-
-
-def test_samples_are_spread_evenly():
-    assert choose_evenly(11, 3) == [0, 5, 10] and choose_evenly(2, 5) == [0, 1]
-    taken = take({"image": torch.arange(5), "caption": list("abcde")}, [4, 1])
-    assert taken["image"].tolist() == [4, 1] and taken["caption"] == ["e", "b"]
 
 
 def test_images_and_captions_are_read_as_the_tokenizer_was_trained_on_them(tmp_path):

@@ -33,11 +33,13 @@ from data.scenes import (
 from data.tar import read_shard
 from scripts import make_scenes
 
-SMALL = ("--captions", 400, "--images-per-caption", 2, "--heldout-captions", 40)
+SMALL = {"captions": 400, "images_per_caption": 2, "heldout_captions": 40}
 
 
-def make(folder, *options):
-    make_scenes.main([str(folder), *map(str, (*SMALL, *options))])
+def make(folder, **options):
+    config = make_scenes.ScenesStage(run_dir=str(folder), **SMALL | options)
+    config.check()
+    make_scenes.main(config)
     return folder
 
 
@@ -214,14 +216,14 @@ def test_samples_are_images_of_their_size_with_captions_and_facts(scenes):
 
 
 def test_the_same_command_gives_the_same_bytes_with_any_number_of_processes(scenes, tmp_path):
-    make(tmp_path, "--num-processes", 2)
+    make(tmp_path, num_processes=2)
     files = sorted(path.name for path in scenes.iterdir())
     assert files == sorted(path.name for path in tmp_path.iterdir())
     assert all((scenes / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
 
 
 def test_more_images_begin_with_the_same_ones(scenes, tmp_path):
-    make(tmp_path, "--images-per-caption", 3)
+    make(tmp_path, images_per_caption=3)
     assert read(tmp_path, "train")[:800] == read(scenes, "train")
 
 
@@ -234,11 +236,11 @@ def test_the_program_goes_on_and_refuses_another_data_set(scenes, tmp_path, caps
     make(tmp_path)
     assert "complete" in capsys.readouterr().out
     with pytest.raises(ValueError, match="another data set"):
-        make(tmp_path, "--seed", 2)
+        make(tmp_path, seed=2)
 
 
-@pytest.mark.parametrize("option", [("--image-size", 8), ("--captions", 10)])
+@pytest.mark.parametrize("option", [{"image_size": 8}, {"captions": 10}])
 def test_a_plan_that_cannot_be_made_is_refused(tmp_path, option):
-    with pytest.raises(ValueError, match=option[0]):
-        make(tmp_path, *option)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        make(tmp_path, **option)
     assert not any(tmp_path.iterdir())

@@ -127,9 +127,12 @@ def silent(module):
 
 
 FULL = {"pre_norm": True, "width": 32, "learned_positions": True, "whiten_text": True}
+QUERIES = FULL | {"num_queries": 7}
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "width": 32}, {"fixed_std": 0.5}, FULL])
+@pytest.mark.parametrize(
+    "options", [{}, {"pre_norm": True, "width": 32}, {"fixed_std": 0.5}, FULL, QUERIES]
+)
 def test_gradient_reaches_every_parameter(options):
     projector = build(**options)
     loss_of(projector(states(), sample=True)).backward()
@@ -143,7 +146,7 @@ def test_init_misses_no_parameter(monkeypatch):
 
     # What PyTorch starts with must not be what is left.
     monkeypatch.setattr(nn.Linear, "reset_parameters", unset)
-    assert not [name for name, p in build(**FULL).named_parameters() if p.isnan().any()]
+    assert not [name for name, p in build(**QUERIES).named_parameters() if p.isnan().any()]
 
 
 def correlated():
@@ -204,15 +207,17 @@ def test_a_fixed_deviation_is_that_of_every_token_and_leaves_the_mean_alone():
 SKIP = {"pre_norm": True, "linear_skip": True}
 
 
-def test_a_linear_skip_gives_the_ridge_and_the_blocks_add_to_it():
-    projector, text, queries = build(**SKIP).eval(), states(50), states(7)
-    latents = torch.randn(50, L, C) + 1
+@pytest.mark.parametrize("num_queries", [0, 7])
+def test_a_linear_skip_gives_the_ridge_and_the_blocks_add_to_it(num_queries):
+    projector = build(**SKIP, num_queries=num_queries).eval()
+    text, queries = states(50), states(7)
+    latents = torch.randn(50, num_queries or L, C) + 1
     assert not projector.posterior(text).mean.any()  # nothing is fitted yet
     fit_linear_skip(projector.linear_skip, text, latents, 0.1)
     expected = fit_ridge(text, latents, [0.1])(queries)
     torch.testing.assert_close(projector.posterior(queries).mean, expected)
     nn.init.normal_(projector.to_moments.weight)
-    plain = build(pre_norm=True).eval()
+    plain = build(pre_norm=True, num_queries=num_queries).eval()
     plain.load_state_dict(projector.state_dict(), strict=False)
     added = projector.posterior(queries).mean - projector.linear_skip(queries)
     torch.testing.assert_close(added, plain.posterior(queries).mean, rtol=1e-4, atol=1e-5)
@@ -264,6 +269,20 @@ def test_learned_positions_tell_equal_tokens_apart():
 def test_text_states_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(5, 23\).*\(5, 24\)"):
         build().posterior(torch.randn(B, L, T - 1))
+
+
+def test_learned_queries_look_at_text_and_never_at_padding():
+    projector, text = build(num_queries=7, width=32).eval(), states()
+    with_padding = torch.cat([text[:, :2], torch.zeros(B, L - 2, T)], dim=1)
+    before, after = projector.posterior(text).mean, projector.posterior(with_padding).mean
+    assert projector.shape == (7, C) == before.shape[1:] and not torch.allclose(before, after)
+
+    # As if the text had two tokens: the padding's number and places do not count.
+    short = build(num_queries=7, width=32, text_tokens=2).eval()
+    short.load_state_dict(projector.state_dict())
+    torch.testing.assert_close(short.posterior(text[:, :2]).mean, after)
+    pooled = build(num_queries=7, width=32, alignment_target="average_pool")
+    assert pooled(text, sample=False).alignment.shape == (B, 7, C)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def encoded(image, format, **options):
 
 
 FORMATS = "PNG/RGB PNG/1 JPEG/RGB JPEG/L WEBP/RGB WEBP/RGBA AVIF/RGB TIFF/RGB TIFF/CMYK TIFF/YCbCr "
-FORMATS += "JPEG2000/RGB BMP/RGB PPM/L GIF/L GIF/P"
+FORMATS += "JPEG2000/RGB BMP/RGB PPM/L GIF/L GIF/P ICO/RGBA QOI/RGB PCX/RGB PCX/L SGI/RGB SGI/L "
+FORMATS += "DIB/RGB XBM/1 MSP/1 TGA/RGB TGA/L TGA/RGBA"
 
 
 @pytest.mark.parametrize("kind", FORMATS.split())
@@ -62,7 +63,8 @@ def test_formats_decode_to_rgb(kind):
     format, mode = kind.split("/")
     image = photo(40, 30).convert(mode)
     frames = {"save_all": True, "append_images": [photo(40, 30, 1)]} if format == "GIF" else {}
-    decoded = decode_image(encoded(image, format, **frames))
+    sizes = {"sizes": [(40, 30)]} if format == "ICO" else {}
+    decoded = decode_image(encoded(image, format, **frames, **sizes))
     assert decoded.mode == "RGB" and decoded.size == (40, 30)
     difference = np.abs(np.asarray(decoded, np.int16) - np.asarray(image.convert("RGB")))
     assert difference.mean() < 6 and (format != "PNG" or not difference.any())
@@ -152,6 +154,14 @@ def palette(*transparency):
     return encoded(image, "PNG", transparency=bytes(transparency))
 
 
+def tga(alpha_bits, *row):
+    """A TGA of one row of 32-bit pixels, BGRA."""
+    width = len(row) // 4
+    return struct.pack("<3B5x4H2B", 0, 0, 2, 0, 0, width, 1, 32, alpha_bits) + bytes(row)
+
+
+DCX = struct.pack("<3I", 987654321, 12, 0) + encoded(Image.new("L", (2, 1), 9), "PCX")
+XPM = b'/* XPM */\nstatic char *x[] = {\n"2 1 2 1",\n"a c #010203",\n"b c None",\n"ab"\n};\n'
 GREYS = shorts("<", 0, 257, 32768, 65535)
 COLOURS = shorts(">", 0, 0x8000, 0xFFFF, 0x0101, 0x4000, 0xC000)
 BACKGROUND = (10, 20, 30)
@@ -183,6 +193,11 @@ SHOWN = {
     "PGM of 4 values": (b"P5 4 1 3\n\x00\x01\x02\x03", [0, 85, 170, 255]),
     "PBM": (b"P4 8 1\n\x55", [255, 0] * 4),
     "PFM": (b"Pf 1 1 -1.0\n" + bytes(4), "image: float pixels"),
+    "TGA with alpha": (tga(8, 1, 2, 3, 255, 4, 5, 6, 0), [(3, 2, 1), None]),
+    "TGA whose alpha has no bits": (tga(0, 1, 2, 3, 0, 4, 5, 6, 0), [(3, 2, 1), (6, 5, 4)]),
+    "DCX": (DCX, [9, 9]),
+    "SUN": (struct.pack(">8I", 1504078485, 1, 1, 24, 3, 3, 0, 0) + bytes([1, 2, 3]), [(1, 2, 3)]),
+    "XPM": (XPM, [(1, 2, 3), None]),
     "JPEG 2000 of 16 bits": (
         encoded(Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16)), "JPEG2000"),
         [0, 1, 128, 255],
@@ -212,7 +227,9 @@ def test_image_keys_are_the_names_of_what_is_read():
     usual = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif")
     assert IMAGE_KEYS[: len(usual)] == usual and len({*IMAGE_KEYS}) == len(IMAGE_KEYS)
     assert {"jfif", "jpe", "pjpeg", "apng", "mpo", "j2k", "ppm", "pgm", "avifs"} < {*IMAGE_KEYS}
+    assert {"ico", "icns", "qoi", "pcx", "dcx", "sgi", "ras", "dib", "xpm", "tga"} < {*IMAGE_KEYS}
     assert not {*IMAGE_KEYS} & {"eps", "pdf", "psd", "pfm", "dng", "txt", "json", "npy", "jxl"}
+    assert not {*IMAGE_KEYS} & {"wmf", "dds", "fits", "mpg", "flc", "h5"}
     assert ("heic" in IMAGE_KEYS) == ("HEIF" in Image.OPEN)
 
 
@@ -234,7 +251,7 @@ def test_what_is_no_image_is_a_bad_sample(kind):
 
 def test_flipped_bytes_give_an_image_or_a_bad_sample():
     rng = np.random.default_rng(0)
-    for format in ("JPEG", "PNG", "GIF", "TIFF", "WEBP"):
+    for format in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "ICO", "PCX", "QOI", "SGI", "TGA"):
         data = np.frombuffer(encoded(photo(40, 40), format), np.uint8)
         for _ in range(30):
             broken = data.copy()

@@ -104,6 +104,9 @@ def train(
             # One optimiser step. Nothing in it waits for the device.
             parts = [next(batches) for _ in range(config.gradient_accumulation)]
             terms = step_fn(parts, step)
+            if "captions_cut" in parts[0]:
+                shares = [part["captions_cut"].to(run.device, non_blocking=True) for part in parts]
+                terms["captions_cut"] = torch.stack(shares).mean()
             ema.update()
             step += 1
             window.add(step, terms, keys=[key for part in parts for key in part["key"]])

@@ -1,21 +1,38 @@
-"""Pictures that people look at: grids of images with captions. PNGs are written whole."""
+"""Pictures that people look at: grids of images with captions, and pages that hold them.
 
+A page is one HTML file that needs nothing beside it. Files are written whole.
+"""
+
+import base64
+import html
 import io
 import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.files import write_bytes
+from data.files import write_bytes, write_text
 
 CELL_WIDTH_MIN = (
     128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
 )
 MARGIN, LINE_HEIGHT, CAPTION_LINES = 6, 13, 3
 FONT_SIZE, CHARACTER_WIDTH = 11, 6
+STYLE = """
+body { font: 14px sans-serif; margin: 16px; color: #222; background: #fff; }
+dl { display: grid; grid-template-columns: max-content auto; gap: 2px 12px; }
+dt { color: #666; } dd { margin: 0; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 12px; }
+figure { margin: 0; } figcaption { overflow-wrap: anywhere; unicode-bidi: isolate; }
+img { display: block; width: 100%; margin-bottom: 4px; outline: 1px solid #ddd; }
+"""
+# The browser itself refuses scripts and anything from elsewhere.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -71,3 +88,48 @@ def save_png(image: Image.Image, path: Path) -> None:
 def sample_path(run_dir: Path, step: int) -> Path:
     """Where a stage writes its picture of a step."""
     return run_dir / "samples" / f"step_{step:08d}.png"
+
+
+# Pages
+
+
+def gallery(title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]) -> str:
+    """The page's text.
+
+    Args:
+        pictures: (PNG file's bytes, caption) of each image.
+        settings: shown above them.
+    """
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(show(value))}</dd>\n"
+        for name, value in settings.items()
+    )
+    figures = "".join(
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" '
+        f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>\n'
+        for data, caption in pictures
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{escape(title)}</h1>\n"
+        f"<dl>\n{rows}</dl>\n<main>\n{figures}</main>\n</body>\n</html>\n"
+    )
+
+
+def show(value: Any) -> Any:
+    """A setting as people read it: six digits of a number."""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def escape(value: Any) -> str:
+    """Text in which nothing is markup; what no page can hold (lone surrogates) is replaced."""
+    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
+
+
+def write_gallery(
+    path: Path, title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]
+) -> None:
+    """Write the page aside and rename it."""
+    write_text(gallery(title, pictures, settings), path)

@@ -186,11 +186,14 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
 
 
 def projector_sizes(tokenizer: ImageTokenizerConfig) -> dict[str, int]:
-    """The derived sizes of a TextProjectorConfig: text flows into image token by token."""
+    """The derived sizes of a TextProjectorConfig."""
+    # Text flows into image token by token, if it has as many and none of them is padding.
+    is_paired = tokenizer.num_tokens == tokenizer.text_tokens and not tokenizer.text_is_masked
     return {
         "text_tokens": tokenizer.text_tokens,
         "text_width": tokenizer.text_width,
         "token_channels": tokenizer.token_channels,
+        "num_queries": 0 if is_paired else tokenizer.num_tokens,
     }
 
 
@@ -254,8 +257,14 @@ def open_stored_tokens(
     """Open token shards for this process.
 
     Raises:
-        ValueError: the text tower is not the one that the tokens were made with.
+        ValueError: the text tower is not the one that the tokens were made with, or their text
+            states are of whole captions where parts are wanted.
     """
+    if info.has_text_states and data.draws_sentences():
+        raise ValueError(
+            "data.captions.window=sentences: the token shards hold text states of whole captions; "
+            "encode them again with store_text_states=false"
+        )
     encoder = load_text_encoder(text_config)
     if info.text_encoder_fingerprint not in ("unknown", encoder.identity):
         raise ValueError(
@@ -307,7 +316,9 @@ def open_stored_captions(
 ) -> StoredCaptions:
     """Open any shards with captions for this process."""
     encoder = load_text_encoder(text_config)
-    has_text_states = all(holds_states_of(encoder, pattern) for pattern in data.all_shards())
+    has_text_states = not data.draws_sentences() and all(
+        holds_states_of(encoder, pattern) for pattern in data.all_shards()
+    )
     loader = caption_reader(data, encoder.tokenize, has_text_states).stream(
         batch_per_process(run, training),
         training.seed,

@@ -3,10 +3,12 @@
     npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz
     python assets/noto_emoji/make_demo_data.py --package package --output assets/noto_emoji
 
-In: the unpacked package (emoji.json, img/google/64/*.png, LICENSE) and the committed list of
-held-out base emoji. Out: shards of {key}.png (the emoji on white, RGB), {key}.txt (caption) and
-{key}.json; manifest.json; the package's licence. A key is the emoji's code points in lower-case hex
-("1f600", "1f44d-1f3fb"). Shards are gzip-compressed tar: 14 MB, where plain tar has 24.
+In: the unpacked package (emoji.json, img/google/64/*.png, LICENSE), and beside this file the list
+of held-out base emoji and names.json: what is called otherwise. "Black", "white" and "red" mean
+filled, outlined or another design's in some names; the picture has another colour.
+Out: shards of {key}.png (the emoji on white, RGB), {key}.txt (caption) and {key}.json;
+manifest.json; the package's licence. A key is the emoji's code points in lower-case hex ("1f600",
+"1f44d-1f3fb"). Shards are gzip-compressed tar: 14 MB, where plain tar has 24.
 The same package gives the same bytes with the same Pillow and zlib; content_sha256 in the manifest
 covers captions and pixels only, so it agrees with every version of them.
 """
@@ -16,7 +18,6 @@ import gzip
 import hashlib
 import io
 import json
-import re
 import tarfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -24,13 +25,12 @@ from pathlib import Path
 
 from PIL import Image
 
-PACKAGE_NAME, PACKAGE_VERSION = "emoji-datasource-google", "16.0.0"
-NUM_IMAGES = 3786  # base emoji and skin-tone variants in that version
-NUM_HELDOUT = 150  # base emoji
+HERE = Path(__file__).parent
+PACKAGE = "emoji-datasource-google 16.0.0"
 SAMPLES_PER_SHARD = 512
 SHUFFLE_SEED = "noto-emoji"
 IMAGE_SIZE = 64
-DEFAULT_HELDOUT = Path(__file__).with_name("heldout.txt")
+NAMES = json.loads((HERE / "names.json").read_text(encoding="utf-8"))
 
 TONES = {
     "1f3fb": "light",
@@ -38,51 +38,6 @@ TONES = {
     "1f3fd": "medium",
     "1f3fe": "medium-dark",
     "1f3ff": "dark",
-}
-
-# Names whose "black" or "white" means filled or outlined (Unicode's old usage), or whose "red" is
-# another design's: the picture has another colour, so the word is left out of the caption.
-MISLEADING_COLOUR = {
-    "black right-pointing double triangle",
-    "black left-pointing double triangle",
-    "black up-pointing double triangle",
-    "black down-pointing double triangle",
-    "black right-pointing triangle",
-    "black left-pointing triangle",
-    "up-pointing small red triangle",
-    "down-pointing small red triangle",
-    "playing card black joker",
-    "black sun with rays",
-    "white up pointing index",
-    "white up pointing backhand index",
-    "white down pointing backhand index",
-    "white left pointing backhand index",
-    "white right pointing backhand index",
-    "white smiling face",
-    "black telephone",
-    "black heart suit",
-    "black diamond suit",
-    "black universal recycling symbol",
-    "black scissors",
-    "black nib",
-    "eight pointed black star",
-    "white medium star",
-    "black question mark ornament",
-    "black rightwards arrow",
-    "leftwards black arrow",
-    "upwards black arrow",
-    "downwards black arrow",
-}
-RENAMED = {
-    "heavy black heart": "red heart",
-    "hash key": "keycap #",
-    "womans hat": "woman's hat",
-    "womans clothes": "woman's clothes",
-    "womans sandal": "woman's sandal",
-    "womans boots": "woman's boots",
-    "womens symbol": "women's symbol",
-    "mans shoe": "man's shoe",
-    "mens symbol": "men's symbol",
 }
 
 
@@ -103,9 +58,7 @@ def natural_name(name: str) -> str:
     """'KISS: MAN, WOMAN' -> 'kiss of man and woman', 'MAN: RED HAIR' -> 'man with red hair'."""
     name = name.lower().replace("’", "'")
     name = name.replace("oclock", "o'clock").replace("ideograph-", "ideograph ")
-    name = RENAMED.get(name, name)
-    if name in MISLEADING_COLOUR:
-        name = re.sub(r"\b(black|white|red) ", "", name)
+    name = NAMES.get(name, name)
     head, colon, rest = name.partition(": ")
     if not colon:
         return name
@@ -146,27 +99,19 @@ def describe_emoji(entries: list[dict]) -> list[Emoji]:
     return emoji
 
 
-def load_package(package: Path, num_images: int = NUM_IMAGES) -> list[Emoji]:
+def load_package(package: Path) -> list[Emoji]:
     """Read the unpacked package.
 
     Raises:
-        ValueError: a file is missing, another version, or other images than emoji.json lists.
+        ValueError: another version, or other images than emoji.json lists.
     """
-    for file in ("package.json", "emoji.json", "LICENSE"):
-        if not (package / file).is_file():
-            raise ValueError(
-                f"{package / file} is missing: expected the unpacked package {PACKAGE_NAME}"
-            )
+    # Another version has other pictures, and would silently become another data set
     about = json.loads((package / "package.json").read_text(encoding="utf-8"))
-    found, expected = f"{about['name']} {about['version']}", f"{PACKAGE_NAME} {PACKAGE_VERSION}"
-    if found != expected:
-        raise ValueError(f"{package} holds {found}, expected {expected}")
+    found = f"{about['name']} {about['version']}"
+    if found != PACKAGE:
+        raise ValueError(f"{package} holds {found}, expected {PACKAGE}")
     emoji = describe_emoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
     keys = {item.key for item in emoji}
-    if not len(keys) == len(emoji) == num_images:
-        raise ValueError(
-            f"{package / 'emoji.json'} describes {len(emoji)} emoji, expected {num_images}"
-        )
     images = {path.stem for path in image_folder(package).glob("*.png")}
     if keys != images:
         raise ValueError(
@@ -182,33 +127,19 @@ def image_folder(package: Path) -> Path:
 
 
 def load_image(path: Path) -> Image.Image:
-    """The package's RGBA image composited on white: 64x64 RGB."""
-    try:
-        rgba = Image.open(path).convert("RGBA")
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
-    if rgba.size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"{path} has {rgba.size} pixels, expected {IMAGE_SIZE} x {IMAGE_SIZE}")
+    """The package's RGBA image composited on white: 64 x 64 RGB."""
+    rgba = Image.open(path).convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def load_heldout(path: Path, emoji: list[Emoji], num_heldout: int = NUM_HELDOUT) -> set[str]:
-    """The list of held-out base keys, one a line.
-
-    Raises:
-        ValueError: no such file, another number of keys, or keys of no base emoji.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: it lists the held-out base emoji, one key a line")
-    keys = path.read_text(encoding="utf-8").split()
-    unknown = sorted({*keys} - {item.base for item in emoji})
+def load_heldout(path: Path, emoji: list[Emoji]) -> set[str]:
+    """The list of held-out base keys, one a line; ValueError naming what is no base emoji."""
+    keys = {*path.read_text(encoding="utf-8").split()}
+    unknown = sorted(keys - {item.base for item in emoji})
     if unknown:
         raise ValueError(f"{path}: {unknown[:3]} are no base emoji of the package")
-    if not len(keys) == len({*keys}) == num_heldout:
-        found = f"{len(keys)} keys ({len({*keys})} different)"
-        raise ValueError(f"{path} lists {found}, expected {num_heldout} different")
-    return {*keys}
+    return keys
 
 
 def shuffle_rank(item: Emoji) -> str:
@@ -216,9 +147,7 @@ def shuffle_rank(item: Emoji) -> str:
     return hashlib.sha256(f"{SHUFFLE_SEED}:{item.key}".encode()).hexdigest()
 
 
-def plan_shards(
-    emoji: list[Emoji], heldout: set[str], samples_per_shard: int
-) -> dict[str, list[Emoji]]:
+def plan_shards(emoji: list[Emoji], heldout: set[str]) -> dict[str, list[Emoji]]:
     """File name -> its samples in order; one held-out shard each for base emoji and variants."""
     split = {"train-base": [], "train-tone": [], "heldout": [], "heldout-tone": []}
     for item in sorted(emoji, key=shuffle_rank):
@@ -227,7 +156,7 @@ def plan_shards(
         split[prefix + suffix].append(item)
     shards = {}
     for name, items in split.items():
-        size = samples_per_shard if name.startswith("train") else max(len(items), 1)
+        size = SAMPLES_PER_SHARD if name.startswith("train") else max(len(items), 1)
         for index, start in enumerate(range(0, len(items), size)):
             shards[f"{name}-{index:06d}.tar.gz"] = items[start : start + size]
     return shards
@@ -247,6 +176,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
     """One gzip-compressed tar without times, owners or host details."""
+    # No time in gzip's header, no owner in tar's: equal inputs give equal bytes
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream,
@@ -277,6 +207,7 @@ def make_manifest(
     plan: dict[str, list[Emoji]], files: dict[str, bytes], images: dict[str, Image.Image]
 ) -> dict:
     """manifest.json: a row for each shard, and totals."""
+    # The hash of a file depends on Pillow and zlib, that of its contents does not
     rows = []
     for file, items in plan.items():
         described = [describe_json(item) for item in items]
@@ -291,22 +222,15 @@ def make_manifest(
         "distinct_captions": len({item.caption for items in plan.values() for item in items}),
         "distinct_images": len({image.tobytes() for image in images.values()}),
     }
-    return {"package": f"{PACKAGE_NAME} {PACKAGE_VERSION}", "shards": rows, "totals": totals}
+    return {"package": PACKAGE, "shards": rows, "totals": totals}
 
 
-def build(
-    package: Path,
-    output: Path,
-    heldout_list: Path = DEFAULT_HELDOUT,
-    num_images: int = NUM_IMAGES,
-    num_heldout: int = NUM_HELDOUT,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-) -> dict:
+def build(package: Path, output: Path, heldout_list: Path) -> dict:
     """Check the input, then write shards, manifest.json and the licence; returns the manifest."""
-    emoji = load_package(package, num_images)
-    heldout = load_heldout(heldout_list, emoji, num_heldout)
+    emoji = load_package(package)
+    heldout = load_heldout(heldout_list, emoji)
     images = {item.key: load_image(image_folder(package) / f"{item.key}.png") for item in emoji}
-    plan = plan_shards(emoji, heldout, samples_per_shard)
+    plan = plan_shards(emoji, heldout)
     files = {file: shard_bytes(items, images) for file, items in plan.items()}
     manifest = make_manifest(plan, files, images)
     files["LICENSE-emoji-datasource"] = (package / "LICENSE").read_bytes()
@@ -325,12 +249,10 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--package", type=Path, required=True, help="folder of the unpacked npm package")
     add("--output", type=Path, required=True, help="folder for the shards, made if missing")
-    help_text = "list of held-out base keys, one a line; default: %(default)s"
-    add("--heldout", type=Path, default=DEFAULT_HELDOUT, help=help_text)
     args = parser.parse_args(argv)
     try:
-        manifest = build(args.package, args.output, args.heldout)
-    except ValueError as error:
+        manifest = build(args.package, args.output, HERE / "heldout.txt")
+    except (OSError, KeyError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     for shard in manifest["shards"]:
         print(f"{shard['file']}: {shard['samples']} samples, {shard['bytes']} bytes")

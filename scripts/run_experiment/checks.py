@@ -12,6 +12,7 @@ from data.files import check_writable
 from data.storage import is_remote
 from data.tar import expand_shards, split_pattern
 from scripts.encode_tokens import TokensStage, output_paths
+from scripts.make_scenes import ScenesStage
 from scripts.run_experiment.stages import Stage
 from scripts.train_text_encoder import TextEncoderStage
 from train_tokenizer import TokenizerStage
@@ -62,7 +63,7 @@ def check_inputs(stages: Sequence[Stage]) -> None:
             check_runs(stage, made)
             if not is_complete(stage):
                 check_writable(Path(stage.config.run_dir) / CONFIG_FILE)
-                check_images(stage)
+                find_images(stage, made)
                 for pattern in stage.config.token_shards():
                     check_tokens(stage, pattern, made)
         folder = os.path.normpath(stage.config.run_dir)
@@ -103,12 +104,14 @@ def check_runs(stage: Stage, made: Made) -> None:
             )
 
 
-def check_images(stage: Stage) -> None:
-    """Image shards are there."""
+def find_images(stage: Stage, made: Made) -> list[str]:
+    """Image shards that the stage will find: those that are there, or that scenes will write."""
     patterns = sorted(set(stage.config.image_shards()))
+    planned = [shard for pattern in patterns for shard in planned_scenes(pattern, made)]
+    if planned or not patterns:
+        return planned
     try:
-        if patterns:
-            expand_shards(patterns)
+        return expand_shards(patterns)
     except ValueError as error:
         data_dir = stage.config.data_dir
         ways = [f"{stage.name}.data.shards=[FOLDER/*.tar]"]
@@ -118,6 +121,26 @@ def check_images(stage: Stage) -> None:
             f"{error}. Make image shards with scripts/make_shards.py (docs/data.md) and say where "
             f"they are: {' or '.join(ways)}"
         ) from error
+
+
+def planned_scenes(pattern: str, made: Made) -> list[str]:
+    """Shards of scenes that an earlier stage writes and a pattern matches; none: not its folder.
+
+    Raises:
+        ValueError: the pattern is in its folder and matches none.
+    """
+    folder = os.path.normpath(os.path.dirname(pattern))
+    writer = made.get(folder)
+    if writer is None or not isinstance(writer.config, ScenesStage):
+        return []
+    shards = [os.path.normpath(shard) for shard in writer.config.outputs()]
+    matched = fnmatch.filter(shards, os.path.join(folder, os.path.basename(pattern)))
+    if not matched:
+        raise ValueError(
+            f"shards: {pattern!r} matches none of those that stage {writer} will write: "
+            f"{shards[0]} ... {shards[-1]}"
+        )
+    return matched
 
 
 def check_tokens(stage: Stage, pattern: str, made: Made) -> None:
@@ -132,7 +155,7 @@ def check_tokens(stage: Stage, pattern: str, made: Made) -> None:
         writer = made.get(os.path.normpath(os.path.dirname(part)))
         try:
             if writer and isinstance(writer.config, TokensStage) and not is_complete(writer):
-                check_will_match(part, writer)
+                check_will_match(part, writer, made)
             elif not is_remote(part):
                 expand_shards([part])
         except ValueError as error:
@@ -142,9 +165,9 @@ def check_tokens(stage: Stage, pattern: str, made: Made) -> None:
             ) from error
 
 
-def check_will_match(pattern: str, writer: Stage) -> None:
+def check_will_match(pattern: str, writer: Stage, made: Made) -> None:
     """A pattern matches a shard that a stage of tokens will write."""
-    images = expand_shards(writer.config.image_shards())
+    images = find_images(writer, made)
     names = [path.name for path in output_paths(images, Path(writer.config.run_dir))]
     if not fnmatch.filter(names, os.path.basename(pattern)):
         raise ValueError(

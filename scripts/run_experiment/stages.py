@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
     from training.stage import StageConfig
 
 PROGRAMS = {  # stage -> module and dataclass of its program
+    "scenes": ("scripts.make_scenes", "ScenesStage"),
     "text_encoder": ("scripts.train_text_encoder", "TextEncoderStage"),
     "tokenizer": ("train_tokenizer", "TokenizerStage"),
     "tokens": ("scripts.encode_tokens", "TokensStage"),
@@ -21,7 +22,7 @@ PROGRAMS = {  # stage -> module and dataclass of its program
     "report": ("eval.report", "ReportStage"),
 }
 ORDER = (  # of the YAML files of an experiment: stages, and further rounds of them
-    *("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
+    *("scenes", "text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
     *("tokens_finetune", "flowtok_finetune", "tokenizer_512", "tokens_512", "flowtok_512"),
     *("text_decoder", "flowtok_caption", "report"),
 )

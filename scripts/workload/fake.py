@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_text_decoder
 from modeling import losses
 from scripts import train_text_encoder
-from scripts.workload.sizes import Stage, build_tower
+from scripts.workload.sizes import Stage
 from scripts.workload.steps import Workload, build_workload, make_batch
 from training.run import Run
 
@@ -134,10 +134,10 @@ def measure_step(stage: Stage, num_gpus: int, batch_size: int, is_last: bool = T
 
 def tower_flops(stage: Stage) -> int:
     """Of the text states of a caption."""
-    if stage.clip is None or not getattr(stage.config, "store_text_states", True):
+    if stage.make_tower is None or not getattr(stage.config, "store_text_states", True):
         return 0
     with fake_machine("fp32") as (_, meter):
-        tower = build_tower(stage.clip)
+        tower = stage.make_tower()
         tower(torch.zeros(1, tower.shape[0], dtype=torch.int64))
         return meter.flops
 

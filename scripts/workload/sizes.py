@@ -5,8 +5,10 @@ made by configs/X/STAGE.yaml.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from modeling.clip_weights import CONFIG_FILE as CLIP_CONFIG_FILE
 from modeling.clip_weights import build_clip
 from modeling.flow_model import fill_in_sizes
 from modeling.image_tokenizer import ImageTokenizerConfig
-from modeling.text_encoder import ClipTextEncoder, TextEncoderConfig
+from modeling.text_encoder import ClipTextEncoder, TextEncoder, TextEncoderConfig
 from modeling.text_projector import TextProjectorConfig
+from modeling.transformers_text import build_tower, load_package, load_part
 from scripts.run_experiment.stages import load_stage
 from scripts.train_text_encoder import ClipSize, open_clip_config
 from training.loading import read_section
@@ -26,13 +29,24 @@ from training.run import CONFIG_FILE
 from training.stage import StageConfig, TrainedStage, TrainingConfig
 from training.tokens import projector_sizes
 
+# Of T5 v1.1 and of Flan-T5: width, blocks, heads of 64 channels, width of the gated MLP
+T5_NAME = re.compile(r"google/(?:t5-v1_1|flan-t5)-(\w+)")
+T5_SIZES = {
+    "small": (512, 8, 6, 1024),
+    "base": (768, 12, 12, 2048),
+    "large": (1024, 24, 16, 2816),
+    "xl": (2048, 24, 32, 5120),
+    "xxl": (4096, 24, 64, 10240),
+}
+
 
 @dataclass
 class Stage:
     """A stage's config with all sizes filled in."""
 
     config: StageConfig
-    clip: dict | None  # open_clip's model config of the text tower; None: the stage has none
+    # Makes the text tower with random weights; None: the stage has none
+    make_tower: Callable[[], TextEncoder] | None
     tokenizer: ImageTokenizerConfig
 
     @property
@@ -54,22 +68,22 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     """
     file = Path(file)
     config = load_stage(file, overrides)
-    if config.stage == "report":
-        raise ValueError(f"{file}: stage report only reads runs")
+    if config.stage in ("scenes", "report"):
+        raise ValueError(f"{file}: stage {config.stage} trains no network")
     if config.stage == "text_encoder":
         return Stage(config, None, ImageTokenizerConfig())
 
-    # The text tower's L x T are the number of tokens and the sizes of the text.
+    # The text tower's L x T are the sizes of the text.
     if config.stage == "tokenizer":
         text_encoder, tokenizer = config.text_encoder, config.tokenizer
     else:
         run = config.tokenizer_run
         text_encoder = read_earlier(run, "text_encoder", TextEncoderConfig, file)
         tokenizer = read_earlier(run, "tokenizer", ImageTokenizerConfig, file)
-    clip = find_clip(text_encoder.model, file)
+    make_tower = find_tower(text_encoder, file)
     with torch.device("meta"):
-        length, width = build_tower(clip).shape
-    tokenizer = replace(tokenizer, num_tokens=length, text_tokens=length, text_width=width)
+        tower = make_tower()
+    tokenizer = tokenizer.for_text(tower.shape, tower.masks_padding)
 
     # The stage's own networks follow.
     if config.stage == "tokenizer":
@@ -77,8 +91,8 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     elif isinstance(config, TrainedStage):
         config.projector = replace(find_projector(config, file), **projector_sizes(tokenizer))
     if config.stage == "flowtok":
-        config.flowtok = fill_in_sizes(config.flowtok, config.projector, length)
-    return Stage(config, clip, tokenizer)
+        config.flowtok = fill_in_sizes(config.flowtok, config.projector, tokenizer.num_tokens)
+    return Stage(config, make_tower, tokenizer)
 
 
 def read_earlier(run_dir: str, section: str, schema: type, file: Path) -> Any:
@@ -115,6 +129,30 @@ def find_projector(config: StageConfig, file: Path) -> TextProjectorConfig:
     return config.projector or TextProjectorConfig()
 
 
+def find_tower(text_encoder: TextEncoderConfig, file: Path) -> Callable[[], TextEncoder]:
+    """What makes a text tower of a config's sizes, with random weights.
+
+    Raises:
+        ValueError: its sizes can't be known without a download.
+    """
+    if text_encoder.family == "open_clip":
+        return partial(build_clip_tower, find_clip(text_encoder.model, file))
+    name = T5_NAME.fullmatch(text_encoder.model)
+    if name and name[1] in T5_SIZES:
+        width, depth, num_heads, mlp_width = T5_SIZES[name[1]]
+        settings = load_package().T5Config(
+            d_model=width,
+            num_layers=depth,
+            num_heads=num_heads,
+            d_ff=mlp_width,
+            feed_forward_proj="gated-gelu",
+        )
+    else:
+        settings = load_part("AutoConfig", text_encoder)
+    settings = getattr(settings, "text_config", settings)  # of a whole CLIP
+    return partial(build_tower, settings, text_encoder.context_length)
+
+
 def find_clip(model: str, file: Path) -> dict:
     """open_clip's model config of a text tower.
 
@@ -133,7 +171,7 @@ def find_clip(model: str, file: Path) -> dict:
     return json.loads(known.read_text())
 
 
-def build_tower(clip: dict) -> ClipTextEncoder:
+def build_clip_tower(clip: dict) -> ClipTextEncoder:
     """A frozen text tower; the image tower, which is not used, is next to nothing."""
     vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
     text = {key: clip[key] for key in ("embed_dim", "text_cfg", "quick_gelu") if key in clip}

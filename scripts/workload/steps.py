@@ -18,15 +18,15 @@ from modeling import perceptual
 from modeling.discriminator import Discriminator
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.losses import freeze_unused_alignment
-from modeling.text_encoder import ClipTextEncoder
+from modeling.text_encoder import TextEncoder
 from modeling.text_projector import TextProjector
 from scripts import train_text_encoder
-from scripts.workload.sizes import Stage, build_tower
+from scripts.workload.sizes import Stage
 from training.optim import OptimizedNetwork, descend
 from training.run import Run
 from training.tokens import StoredCaptions, StoredTokens, unknown_tokens
 
-MAX_TOKEN_ID = 49_000  # below CLIP's vocabulary
+MAX_TOKEN_ID = 32_000  # below the vocabularies of T5 and CLIP
 READ_IMAGES = ("text_encoder", "tokenizer", "tokens")  # stages
 READ_TOKENS = ("text_projector", "flowtok")
 
@@ -76,8 +76,8 @@ def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workl
     """The step of any stage; stored_states: see make_batch."""
     config = stage.config
     tower = None
-    if stage.clip and not (stored_states and config.stage in READ_TOKENS):
-        tower = build_tower(stage.clip).to(run.device)
+    if stage.make_tower and not (stored_states and config.stage in READ_TOKENS):
+        tower = stage.make_tower().to(run.device)
     if config.stage == "tokens":
         return encoding_workload(stage, run, tower)
     if config.stage == "tokenizer":
@@ -95,7 +95,7 @@ def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workl
     return Workload({"": network}, {"text_tower": tower} if tower else {}, step)
 
 
-def build_loss(stage: Stage, run: Run, tower: ClipTextEncoder | None) -> tuple[nn.Module, Callable]:
+def build_loss(stage: Stage, run: Run, tower: TextEncoder | None) -> tuple[nn.Module, Callable]:
     """(network, loss of a batch) of a stage that trains one network."""
     config, sizes = stage.config, stage.tokenizer
     if config.stage == "text_encoder":
@@ -115,7 +115,7 @@ def build_loss(stage: Stage, run: Run, tower: ClipTextEncoder | None) -> tuple[n
     return projector, partial(train_text_projector.compute_losses, config, tokens)
 
 
-def tokenizer_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Workload:
+def tokenizer_workload(stage: Stage, run: Run, tower: TextEncoder) -> Workload:
     """Stage 1: tokenizer and discriminator in turn."""
     config, frozen = stage.config, {"text_tower": tower}
     if config.losses.perceptual_weight:
@@ -150,7 +150,7 @@ def made_up_distance(config: perceptual.PerceptualConfig) -> perceptual.Perceptu
     return distance
 
 
-def encoding_workload(stage: Stage, run: Run, tower: ClipTextEncoder) -> Workload:
+def encoding_workload(stage: Stage, run: Run, tower: TextEncoder) -> Workload:
     """scripts/encode_tokens.py: nothing is trained."""
     tokenizer = ImageTokenizer(stage.tokenizer).requires_grad_(False).eval().to(run.device)
 

@@ -1,0 +1,263 @@
+"""Data sets by their id on the hub, or in a folder or store that has the same files: a source.
+
+There, images lie in parquet files (a column of bytes, or of bytes and path) or in tars of
+webdataset's layout. What is not a local tar is first copied, file by file, into tars in
+OUTPUT/progress/copies: parquet is read in small batches of rows, its image bytes stay as they are.
+From the copies on, all is as for local tars, so shuffling, held-out samples and filters do not read
+the network again. The copies are removed once all shards are there.
+"""
+
+import argparse
+import fnmatch
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+from data.entries import Entry, clean_key, digest_of
+from data.files import written_whole
+from data.packing import PROGRESS_FOLDER
+from data.parquet import Columns, find_columns, read_rows
+from data.processes import map_in_processes
+from data.sources import CAPTION_KEYS, DEFAULT_KEYS, file_path, is_tar_name, source, tar_entries
+from data.storage import REMOTE_BUFFER, STATE_FIELDS, is_remote, open_file, open_store
+from data.tar import write_shard
+
+COPIES_FOLDER = "copies"
+# words in file names; without any of them, all files are of the split "train"
+SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
+NUM_NAMES = 8  # that an error lists
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a data set."""
+
+    path: str
+    name: str  # below the data set's root
+    size: int  # bytes
+    state: str  # another text once it has changed
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A job for a worker: make a tar of a file. columns: of a parquet file, None: it is a tar."""
+
+    file: HubFile
+    target: Path
+    columns: Columns | None
+    part: int  # of the Slurm array; distinguishes unfinished files of parts that work side by side
+
+
+# ------------------------------------------------------------------------------------------- source
+
+
+def dataset_name(text: str) -> str:
+    """argparse type: an id of the hub, a folder that exists, or a URL."""
+    if "://" in text:
+        return text.rstrip("/")
+    folder = file_path(text)
+    if os.path.isdir(folder):
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is neither a folder nor an id like OWNER/NAME")
+    return text
+
+
+def local_files(options: argparse.Namespace) -> list[str]:
+    """The files of a data set in a folder. Remote ones may change once they are copied."""
+    if not os.path.isdir(options.dataset):
+        return []
+    found = list_files(options.dataset, options.revision)
+    chosen = choose_files(found, options.split, options.files, options.dataset)
+    return [file.path for file in chosen]
+
+
+@source(
+    "hub",
+    "a data set by its id on the hub: parquet with images in a column, or webdataset tars",
+    {
+        "dataset": {
+            "type": dataset_name,
+            "metavar": "ID",
+            "help": "OWNER/NAME, or a folder or a URL (s3://, ...) that has such files",
+        },
+        "--split": {"default": "train", "help": "a word in the names of its files or folders"},
+        "--revision": {"help": "branch, tag or commit; refs/convert/parquet: as the hub converts"},
+        "--files": {"metavar": "GLOB", "help": "which of its files, in place of --split: 'big/*'"},
+        "--image-column": {"metavar": "NAME", "help": "of parquet; default: by type and name"},
+        "--caption-column": {"metavar": "NAME", "help": "of parquet: text, or a list of texts"},
+    }
+    | CAPTION_KEYS,
+    files=local_files,
+)
+def hub_entries(
+    dataset: str,
+    split: str,
+    revision: str | None,
+    files: str | None,
+    image_column: str | None,
+    caption_column: str | None,
+    caption_keys: Sequence[str],
+    output: str,
+    workers: int,
+    shard_index: int,
+    num_shards: int,
+) -> Iterator[Entry]:
+    """Rows of parquet files or samples of tars, in the order of the files' names.
+
+    Raises:
+        ValueError: a data set, split or column that is not there or could be several, a file that
+            cannot be read, a disk without room for the copies.
+    """
+    found = choose_files(list_files(dataset, revision), split, files, dataset)
+    columns = None
+    if is_parquet(found[0].name):
+        if tuple(caption_keys) != DEFAULT_KEYS:
+            raise ValueError(f"caption_keys: {dataset} has parquet files: see --caption-column")
+        columns = find_columns(found[0].path, image_column, caption_column)
+    elif image_column or caption_column:
+        raise ValueError(f"image_column, caption_column: {dataset} has tars: see --caption-keys")
+
+    # what has to be copied; each part of a Slurm array begins at another file
+    copies = [plan_copy(file, columns, Path(output), shard_index) for file in found]
+    missing = [copy for copy in copies if not copy.target.exists()]
+    begin = shard_index * len(missing) // num_shards
+    make_copies([*missing[begin:], *missing[:begin]], Path(output), workers)
+    yield from tar_entries([str(copy.target) for copy in copies], workers)
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def list_files(dataset: str, revision: str | None) -> list[HubFile]:
+    """All files of a data set that are not hidden, by name.
+
+    Raises:
+        ValueError: there is no such data set, or no way to it.
+    """
+    root = dataset
+    if not os.path.isdir(dataset) and "://" not in dataset:
+        root = f"hf://datasets/{dataset}"
+        if revision:
+            root += f"@{quote(revision, safe='/' if revision.startswith('refs/') else '')}"
+    elif revision:
+        raise ValueError(f"revision: given {revision!r}, but {dataset} is no id of the hub")
+    try:
+        store, folder = open_store(root)
+        found = store.find(folder, detail=True)
+    except Exception as error:  # each file system has its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{root} cannot be listed: {reason}") from None
+    files = []
+    for path, info in sorted(found.items()):
+        name = path.removeprefix(folder).lstrip("/")
+        if not any(part.startswith(".") for part in name.split("/")):
+            state = " ".join(str(info.get(field)) for field in (*STATE_FIELDS, "mtime"))
+            files.append(HubFile(f"{root}/{name}", name, info["size"] or 0, state))
+    return files
+
+
+def choose_files(
+    files: Sequence[HubFile], split: str, pattern: str | None, dataset: str
+) -> list[HubFile]:
+    """The parquet files or the tars of a split, or those that fit a pattern.
+
+    Raises:
+        ValueError: none, or files of both kinds.
+    """
+    usable = [file for file in files if is_parquet(file.name) or is_tar_name(file.name)]
+    if not usable:
+        endings = Counter(os.path.splitext(file.name)[1] or file.name for file in files)
+        there = ", ".join(f"{name} ({count})" for name, count in endings.most_common(NUM_NAMES))
+        raise ValueError(f"{dataset}: expected parquet files or tars, found {there or 'no file'}")
+    if pattern is not None:
+        given, fault = f"files: given {pattern!r}", "has no such file"
+        chosen = [file for file in usable if fnmatch.fnmatchcase(file.name, pattern)]
+    else:
+        given, fault = f"split: given {split!r}", "has no such file"
+        words = [{*re.split(r"[\W_]+", file.name.lower())} for file in usable]
+        chosen = [file for file, own in zip(usable, words, strict=True) if split.lower() in own]
+        without = sum(not own & {split.lower(), *SPLITS} for own in words)
+        if split == "train" and without == len(usable):
+            chosen = usable
+        elif chosen and without:
+            chosen, fault = [], f"has {without} files of no split"
+    if len({is_parquet(file.name) for file in chosen}) > 1:
+        chosen, fault = [], "has both parquet files and tars"
+    if not chosen:
+        names = ", ".join(file.name for file in usable[:NUM_NAMES])
+        raise ValueError(f"{given}: {dataset} {fault}; choose by --files among {names} ...")
+    return chosen
+
+
+def is_parquet(name: str) -> bool:
+    """Whether a file is named like a parquet file."""
+    return name.lower().endswith(".parquet")
+
+
+# ------------------------------------------------------------------------------------------- copies
+
+
+def copies_folder(output: Path) -> Path:
+    """Where the copies of an output folder's source lie."""
+    return output / PROGRESS_FOLDER / COPIES_FOLDER
+
+
+def plan_copy(file: HubFile, columns: Columns | None, output: Path, part: int) -> Copy:
+    """Where a file is copied to; a local tar stays where it is.
+
+    The name is another one for another state of the file, or for other columns of it.
+    """
+    name = os.path.basename(file.name)
+    if columns is None and not is_remote(file.path):
+        return Copy(file, Path(file.path), columns, part)
+    digest = digest_of(repr((file, columns)).encode("utf-8", "surrogateescape")).hex()[:12]
+    target = copies_folder(output) / f"{digest}-{name if columns is None else f'{name}.tar'}"
+    return Copy(file, target, columns, part)
+
+
+def make_copies(copies: Sequence[Copy], output: Path, workers: int) -> None:
+    """Copy in several processes, with a progress bar.
+
+    Raises:
+        ValueError: there is no room for them, or a file cannot be read.
+    """
+    total = sum(copy.file.size for copy in copies)
+    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if total > free:
+        raise ValueError(
+            f"output: {output} has {free / 1e9:.1f} GB free, expected {total / 1e9:.1f} GB for a "
+            "copy of the data set, and as much again for its shards"
+        )
+    if copies:
+        copies_folder(output).mkdir(parents=True, exist_ok=True)
+        with tqdm(desc="copying", total=total, unit="B", unit_scale=True) as progress:
+            for size in map_in_processes(make_copy, copies, min(workers, len(copies))):
+                progress.update(size)
+
+
+def make_copy(copy: Copy) -> int:
+    """Write a copy whole, unless another part has by now; returns the bytes of its file."""
+    if not copy.target.exists():
+        own = copy.target.with_name(f"{copy.part}-{copy.target.name}")
+        if copy.columns is None:
+            with open_file(copy.file.path) as tar, written_whole(own) as file:
+                shutil.copyfileobj(tar, file, REMOTE_BUFFER)
+        else:
+            prefix = clean_key(os.path.splitext(copy.file.name)[0])
+            write_shard(own, read_rows(copy.file.path, copy.columns, prefix))
+        os.replace(own, copy.target)
+    return copy.file.size
+
+
+def remove_copies(output: Path) -> None:
+    """Free their disk space, once the shards are there."""
+    shutil.rmtree(copies_folder(output), ignore_errors=True)

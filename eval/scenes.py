@@ -1,0 +1,315 @@
+"""What a run draws of the scenes' captions (data/scenes.py), fact by fact, for each split.
+
+    python -m eval.scenes --run runs/scenes
+    python -m eval.scenes --run RUN --data DIR --steps 1,2,4,8,20 --guidance 1,2 --captions 64
+
+The judge (eval/judge.py) reads the images; the facts that their captions state are in the scenes'
+shards. Shares of images with each fact right, and with all; diversity, which is how far the images
+of one caption differ in places and sizes, as a share of what real ones do; KID on the judge's
+features. Before the generated images come the ceilings: real images, and their reconstructions by
+the tokenizer. RUN is an experiment or its stage-3 run; EMA weights. Prints a table and writes
+report.json and captions.png: captions never trained on, with four images each, by the last values
+of guidance and steps.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+# Run as a file, Python looks into eval/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.entries import load_json
+from data.files import check_writable, user_path, write_json
+from data.images import image_bytes
+from data.scenes import SPLITS, Kind, Statement
+from data.tar import expand_shards, read_shard
+from data.transforms import open_image
+from eval.generation import describe_model
+from eval.judge import (
+    FACTS,
+    Facts,
+    Judge,
+    Wanted,
+    is_said,
+    joined,
+    load_judge,
+    right,
+    spread,
+    wanted_by,
+)
+from eval.programs import (
+    INSTALL,
+    add_sweep_options,
+    build_parser,
+    describe_environment,
+    integer,
+    start_processes,
+)
+from eval.reconstruction import Reconstructor
+from eval.scores import kernel_distance
+from modeling.flow import check_guidance
+from modeling.pipeline import ImageGenerator, SamplingConfig
+from training.errors import exit_on_error
+from training.loading import load_newest
+from training.pictures import caption_grid, save_png
+from training.pipelines import flow_folder, load_pipeline
+
+EVALUATED = SPLITS[1:]  # seen: other images of captions that were trained on
+REPORT, PICTURE = "report.json", "captions.png"
+SHOWN_CAPTIONS, SHOWN_IMAGES = 4, 4  # of each split that is not seen; of each caption
+GAP = 2  # pixels between the images of a caption
+Row = dict[str, Any]  # of the table
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = build_parser(__doc__)
+    add = parser.add_argument
+    add("--run", required=True, type=user_path, help="experiment folder, or a stage-3 run folder")
+    add("--data", type=user_path, metavar="DIR", help="default: scenes in RUN")
+    add("--output", type=user_path, metavar="DIR", help="default: evaluation/scenes in RUN")
+    add("--captions", type=integer(1), help="of each split, the first ones; default: all")
+    add("--images-per-caption", type=integer(1), default=4)
+    add("--seed", type=integer(0), default=0)
+    add_sweep_options(parser)
+    add("--batch-size", type=integer(1), default=64, help="images at a time")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cuda", "cpu"), default=default)
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure the ceilings, then each point of the sweep; write."""
+    # What needs no network is checked first
+    output = args.output or args.run / "evaluation" / "scenes"
+    check_writable(output / REPORT)
+    check_writable(output / PICTURE)
+    sets = [read_split(args.data or args.run / "scenes", s, args.captions) for s in EVALUATED]
+
+    # The run
+    state = start_processes(args.device)
+    (generator, default), checkpoint = load_newest(
+        flow_folder(args.run), lambda: load_pipeline(args.run, state.device)
+    )
+    model = describe_model(checkpoint, generator)
+    size = generator.tokenizer.config.image_size
+    for scenes in sets:
+        scenes.check_size(size)
+    points = [
+        replace(default, guidance=guidance, steps=steps)
+        for guidance in args.guidance or [default.guidance]
+        for steps in args.steps or [default.steps]
+    ]
+    for sampling in points:
+        check_guidance(sampling.guidance, generator.flow.config.null_probability)
+
+    # A row for each set of images
+    judge = load_judge(state.device)
+    rows, strips = [], []
+    for scenes in sets:
+        found, images = measure_split(judge, generator, scenes, points, args)
+        rows += found
+        if scenes.split != "seen":
+            strips += choose_strips(scenes, images)
+    report = {
+        "rows": rows,
+        "captions": {scenes.split: len(scenes.texts) for scenes in sets},
+        "images_per_caption": args.images_per_caption,
+        "seed": args.seed,
+        "sampling": asdict(points[-1]),
+        "model": model,
+        **describe_environment(state),
+    }
+    write_json(report, output / REPORT)
+    pictures, texts = zip(*strips)
+    save_png(caption_grid(torch.stack(pictures), [*texts], columns=2), output / PICTURE)
+    print_table(rows)
+    if not has_fidelity():
+        print(f"no kid: it needs torch-fidelity: {INSTALL}")
+    print(f"{output}: {REPORT}, {PICTURE} written")
+
+
+def measure_split(
+    judge: Judge,
+    generator: ImageGenerator,
+    scenes: "Scenes",
+    points: list[SamplingConfig],
+    args: argparse.Namespace,
+) -> tuple[list[Row], Tensor]:
+    """(a row for each set of images, those generated at the last point)."""
+    # The ceilings. Half of the real images is compared with the other half
+    real = read(judge, scenes.images, args.batch_size)
+    row = measure(scenes, real, real)
+    halves = rearrange(real.features, "(n m) d -> m n d", n=len(scenes.texts)).chunk(2)
+    row |= {"kid": distance(*(half.flatten(0, 1) for half in halves)) if len(halves) == 2 else None}
+    rows = [{"split": scenes.split, "images": "real"} | row]
+    rebuilt = read(judge, reconstruct(generator, scenes, args.batch_size), args.batch_size)
+    rows += [{"split": scenes.split, "images": "reconstructed"} | measure(scenes, rebuilt, real)]
+
+    # The run's own
+    for sampling in points:
+        start = time.perf_counter()
+        images = generate(generator, scenes, sampling, args)
+        rate = len(images) / (time.perf_counter() - start)
+        row = {"split": scenes.split, "images": "generated", "steps": sampling.steps}
+        row |= {"guidance": sampling.guidance}
+        row |= measure(scenes, read(judge, images, args.batch_size), real)
+        rows.append(row | {"images_per_second": rate})
+    return rows, images
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """N captions of a split, what they say, and M real images of each."""
+
+    split: str
+    texts: list[str]
+    wanted: Wanted
+    images: Tensor  # NM x 3 x R x R uint8; those of a caption follow each other
+
+    def check_size(self, pixels: int) -> None:
+        """ValueError if the images are not of this size."""
+        if self.images.shape[-1] != pixels:
+            raise ValueError(
+                f"the images of split {self.split} have {self.images.shape[-1]} px, those of the "
+                f"run {pixels}: make scenes with image_size={pixels}"
+            )
+
+
+def read_split(folder: Path, split: str, most: int | None) -> Scenes:
+    """The first captions of a split, with their images, off its shards.
+
+    Raises:
+        ValueError: no such shards.
+    """
+    about: dict[int, dict[str, Any]] = {}
+    images: dict[int, list[np.ndarray]] = {}
+    for shard in expand_shards([f"{folder}/{split}-*.tar"]):
+        for sample in read_shard(shard):
+            facts = load_json(sample["json"])
+            number = facts["caption_number"]
+            if most is None or number < most:
+                about[number] = facts
+                image = np.asarray(open_image(image_bytes(sample)))
+                images.setdefault(number, []).append(image)
+    numbers = sorted(about)
+    pixels = np.stack([image for number in numbers for image in images[number]])
+    return Scenes(
+        split=split,
+        texts=[about[number]["captions"][0] for number in numbers],
+        wanted=wanted_by([statement_of(about[number]["statement"]) for number in numbers]),
+        images=rearrange(torch.from_numpy(pixels), "b h w c -> b c h w"),
+    )
+
+
+def statement_of(values: dict[str, Any]) -> Statement:
+    """A statement from a sample's json."""
+    return Statement(**values | {"objects": tuple(Kind(**kind) for kind in values["objects"])})
+
+
+def reconstruct(generator: ImageGenerator, scenes: Scenes, batch_size: int) -> Tensor:
+    """The tokenizer's reconstructions of the real images."""
+    reconstructor = Reconstructor(generator.tokenizer, generator.text_encoder, bf16=False)
+    captions = np.repeat(scenes.texts, len(scenes.images) // len(scenes.texts)).tolist()
+    parts = []
+    for i in range(0, len(captions), batch_size):
+        batch = scenes.images[i : i + batch_size].to(generator.device)
+        parts.append(reconstructor(batch, captions[i : i + batch_size]).cpu())
+    return torch.cat(parts)
+
+
+def generate(
+    generator: ImageGenerator, scenes: Scenes, sampling: SamplingConfig, args: argparse.Namespace
+) -> Tensor:
+    """B x 3 x R x R uint8; those of a caption follow each other. Noise of (seed, number)."""
+    captions = np.repeat(scenes.texts, args.images_per_caption).tolist()
+    parts = []
+    for i in range(0, len(captions), args.batch_size):
+        batch = captions[i : i + args.batch_size]
+        numbers = list(range(i, i + len(batch)))
+        pixels, _ = generator.generate(batch, sampling, args.seed, numbers)
+        if not pixels.isfinite().all():
+            raise FloatingPointError(f"an image of split {scenes.split} is not finite")
+        parts.append((pixels * 255).round().to(torch.uint8).cpu())
+    return torch.cat(parts)
+
+
+def choose_strips(scenes: Scenes, images: Tensor) -> list[tuple[Tensor, str]]:
+    """Of the first captions: (images side by side, 3 x R x W in [0, 1], and the caption)."""
+    strips = images.unflatten(0, (len(scenes.texts), -1))[:SHOWN_CAPTIONS, :SHOWN_IMAGES]
+    strips = F.pad(strips.float() / 255, (0, GAP), value=1)
+    strips = rearrange(strips, "n m c h w -> n c h (m w)")
+    return [(strip, f"{scenes.split}: {text}") for strip, text in zip(strips, scenes.texts)]
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+@torch.no_grad()
+def read(judge: Judge, images: Tensor, batch_size: int) -> Facts:
+    """What images show, B x 3 x R x R uint8; on the CPU."""
+    device = judge.background.weight.device
+    batches = images.split(batch_size)
+    return joined([judge(batch.to(device).float() / 255).each(Tensor.cpu) for batch in batches])
+
+
+def measure(scenes: Scenes, facts: Facts, real: Facts) -> Row:
+    """Shares of images with each fact right (None: no caption states it), diversity, KID."""
+    num_captions = len(scenes.texts)
+    wanted = scenes.wanted.each(lambda x: x.repeat_interleave(len(facts.count) // num_captions, 0))
+    verdicts, said = right(facts, wanted), is_said(wanted)
+    row: Row = {
+        name: verdicts[name][said[name]].double().mean().item() if said[name].any() else None
+        for name in FACTS
+    }
+    own, others = spread(facts, scenes.wanted), spread(real, scenes.wanted)
+    row["diversity"] = None if None in (own, others) else own / others
+    return row | {"kid": distance(facts.features, real.features)}
+
+
+def distance(features: Tensor, real: Tensor) -> float | None:
+    """KID; None without torch-fidelity."""
+    if not has_fidelity():
+        return None
+    smaller = min(len(features), len(real))
+    kid, _ = kernel_distance(features, real, subsets=1, subset_size=smaller)
+    return kid
+
+
+def has_fidelity() -> bool:
+    """Whether KID can be computed."""
+    return find_spec("torch_fidelity") is not None
+
+
+def print_table(rows: list[Row]) -> None:
+    """Markdown: shares in percent."""
+
+    def cell(row: Row, name: str) -> str:
+        value = row.get(name)
+        if value is None or isinstance(value, str):
+            return value or ""
+        return f"{100 * value:.1f}" if name in FACTS else f"{value:.3g}"
+
+    names = ["split", "images", "steps", "guidance", *reversed(FACTS)]
+    names += ["diversity", "kid", "images_per_second"]
+    lines = [names, ["---"] * len(names), *([cell(row, name) for name in names] for row in rows)]
+    print("".join(f"| {' | '.join(line)} |\n" for line in lines), end="")
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    exit_on_error(lambda: main(arguments))

@@ -1,0 +1,170 @@
+"""Text towers of the package transformers: encoders of T5, and the text halves of CLIP and SigLIP.
+
+The package is optional (requirements-text.txt), and this module knows how to do without it until a
+tower is wanted. `text_encoder.model` is a folder, or a name on the hub whose files are taken from
+the hub's cache if they are there.
+
+Padding: T5 was trained with it hidden, so it is hidden here, and its states are zeros. CLIP and
+SigLIP were trained with it in sight, SigLIP even to sum up the text there: all states count.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeling.clip_weights import HUB, AbsentWeights, why_hub_is_silent
+from modeling.layers import fingerprint
+from modeling.text_encoder import TextEncoderConfig
+
+T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+CLIP = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel"}
+TOWERS = T5 | CLIP | {f"{kind}_text_model": tower for kind, tower in CLIP.items()}
+T5_LENGTH = 77  # of a tower without a limit, if none is set
+
+
+def load_package() -> Any:
+    """The package transformers; ValueError without it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            "text_encoder.family=transformers needs the package of that name: "
+            "pip install -r requirements-text.txt"
+        ) from error
+    transformers.logging.set_verbosity_error()  # or it lists CLIP's images' half as unused
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def load_part(name: str, config: TextEncoderConfig, **options: Any) -> Any:
+    """CLASS.from_pretrained(model, ...) of the package's class `name`.
+
+    Raises:
+        ValueError: a folder from which it can't be loaded.
+        AbsentWeights: it is not on this machine and can't be downloaded.
+    """
+    load = getattr(load_package(), name).from_pretrained
+    folder = Path(config.model)
+    if folder.is_absolute() and not folder.is_dir():
+        raise AbsentWeights(f"text_encoder.model={folder} is no folder")
+    try:
+        # The hub's cache, without asking the hub
+        return load(config.model, local_files_only=True, **options)
+    except Exception as error:  # OSError, ValueError, those of the hub, safetensors, tokenizers
+        reason = " ".join(str(error).split())[:300]
+        if folder.is_dir():
+            raise ValueError(f"cannot load text_encoder.model={folder}: {reason}") from error
+    try:
+        if silence := why_hub_is_silent():
+            raise OSError(f"it is neither a folder nor in the hub's cache, and {silence}")
+        return load(config.model, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AbsentWeights(
+            f"cannot load text_encoder.model={config.model}: {reason}. Without network: download "
+            f"the files of {HUB}/{config.model} elsewhere, put them into one folder here and set "
+            "text_encoder.model=FOLDER"
+        ) from error
+
+
+class TransformersTokenizer:
+    """A tower's own tokenizer: ids cut to the context length with the end token kept, padded."""
+
+    def __init__(self, config: TextEncoderConfig, context_length: int):
+        self.config = config
+        self.context_length = context_length
+        self._tokenizer = None
+        self.pad_id: int = self._load().pad_token_id
+
+    def _load(self) -> Any:
+        if self._tokenizer is None:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are enough
+            self._tokenizer = load_part("AutoTokenizer", self.config)
+        return self._tokenizer
+
+    def __getstate__(self):
+        # Each worker process builds its own: the vocabulary is large.
+        return {**self.__dict__, "_tokenizer": None}
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        length = self.context_length
+        batch = self._load()(captions, padding="max_length", truncation=True, max_length=length)
+        return torch.tensor(batch["input_ids"])
+
+    def num_tokens(self, caption: str) -> int:
+        return len(self._load()(caption, verbose=False)["input_ids"])
+
+    def decode(self, token_ids: Tensor) -> str:
+        return self._load().decode(token_ids.tolist(), skip_special_tokens=True).strip()
+
+
+class TransformersTextEncoder(nn.Module):
+    """A text tower of transformers, frozen and in eval mode, in float32: a TextEncoder."""
+
+    tokenize: TransformersTokenizer | None = None
+
+    def __init__(self, tower: nn.Module, length: int = 0):
+        """length: of its states; 0: see TextEncoderConfig.context_length."""
+        super().__init__()
+        limit = getattr(tower.config, "max_position_embeddings", None)
+        if limit and length > limit:
+            raise ValueError(f"text_encoder.context_length={length}: the tower has {limit} places")
+        self.shape = (length or limit or T5_LENGTH, tower.config.hidden_size)
+        self.masks_padding = tower.config.model_type in T5
+        self.pad_id = tower.config.pad_token_id
+        self.tower = tower.float()
+        self.requires_grad_(False).eval()
+
+    @cached_property
+    def identity(self) -> str:
+        # The weights show neither the kind, nor the activation, nor where captions are cut.
+        config = self.tower.config
+        activation = config.feed_forward_proj if self.masks_padding else config.hidden_act
+        facts = f"{config.model_type} {activation} {self.shape[0]}"
+        return fingerprint(self, facts.encode())
+
+    def train(self, mode: bool = True) -> "TransformersTextEncoder":
+        """Stay in eval mode: the tower is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if not self.masks_padding:
+            return self.tower(input_ids=token_ids).last_hidden_state
+        # As what is added to the scores of all heads and queries, B x 1 x 1 x L: of a mask B x L
+        # the package reads the values, for which it waits for the device.
+        padding = token_ids == self.pad_id  # B x L
+        lowest = torch.finfo(torch.float32).min
+        scores = torch.zeros(padding.shape, device=padding.device).masked_fill(padding, lowest)
+        output = self.tower(input_ids=token_ids, attention_mask=scores[:, None, None])
+        return output.last_hidden_state.masked_fill(padding.unsqueeze(-1), 0)
+
+
+def build_tower(settings: Any, length: int = 0) -> TransformersTextEncoder:
+    """A tower with random weights, from a T5Config, CLIPTextConfig or the like."""
+    tower = getattr(load_package(), tower_class(settings.model_type))
+    return TransformersTextEncoder(tower(settings), length)
+
+
+def tower_class(kind: str) -> str:
+    """Name of the class of a text tower; ValueError for other models."""
+    if kind not in TOWERS:
+        raise ValueError(f"text_encoder.model is a {kind}, expected one of {', '.join(TOWERS)}")
+    return TOWERS[kind]
+
+
+def load_tower(config: TextEncoderConfig) -> TransformersTextEncoder:
+    """The tower that a config names, in float32; ValueError as load_part, or it lacks weights."""
+    name = tower_class(load_part("AutoConfig", config).model_type)
+    tower, report = load_part(name, config, output_loading_info=True)
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ValueError(f"text_encoder.model={config.model} lacks weights: {missing}")
+    encoder = TransformersTextEncoder(tower, config.context_length)
+    encoder.tokenize = TransformersTokenizer(config, encoder.shape[0])
+    encoder.pad_id = encoder.tokenize.pad_id
+    return encoder

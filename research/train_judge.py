@@ -1,0 +1,334 @@
+"""Train the judge of scenes (eval/judge.py) and measure it on images that it has not seen.
+
+    python -m research.train_judge runs/judge
+    python -m research.train_judge runs/judge --seconds 500    # again until it is done
+
+Images are drawn once into the folder: half of them scenes as statements have them, of all splits
+and of none; half with up to four objects, each of any shape, colour and size, so that the judge
+knows no rule of what goes together. Training blurs and damages most of them as a tokenizer does:
+smoothing, lower resolution, JPEG's loss, noise fine and coarse. The same command goes on from where
+it stopped; at the end it measures on fresh scenes of each split and writes
+assets/scenes/judge.safetensors. 12 minutes on one core.
+"""
+
+import argparse
+import math
+import sys
+import time
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+# Run as a file, Python looks into research/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    MARGIN,
+    SHAPES,
+    SPLITS,
+    Object,
+    Scene,
+    Statement,
+    draw_image,
+    draw_scene,
+    draw_statement,
+    split_of,
+)
+from eval.judge import (
+    GRID,
+    IMAGE_SIZE,
+    MAX_OBJECTS,
+    SIZE_BOUND,
+    SPREAD,
+    WEIGHTS,
+    Facts,
+    Judge,
+    cell_centres,
+    contents,
+    joined,
+    load_judge,
+)
+from training.errors import exit_on_error
+
+IMAGES_PER_FILE = 2000
+DIAMETERS = (0.25, 0.5)  # of free objects: also between and beyond the two sizes
+BATCH_SIZE = 64
+LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 1e-2
+SAVE_EVERY_STEPS = 200
+MEASURED = 2000  # fresh images of each split
+PLACE_ERROR = 0.03  # of a right place: two pixels of 64
+Truth = dict[str, Tensor]  # objects: N x 4 x 5 (shape, colour, x, y, diameter), 0 if absent
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw, train, measure, write."""
+    deadline = time.monotonic() + args.seconds
+    torch.manual_seed(0)
+    images, truth = load_images(args.folder, args.images, deadline)
+    judge = Judge()
+    if not train(judge, images, truth, args.folder / "state.pt", args.steps, deadline):
+        print("out of time: the same command goes on")
+        return
+    WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous() for name, value in judge.state_dict().items()}
+    save_file(weights, WEIGHTS, metadata=contents())
+    print(f"{WEIGHTS}: written, {sum(p.numel() for p in judge.parameters())} weights")
+    print_accuracy()
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="for drawn images and the state of the training")
+    parser.add_argument("--images", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=1600, help=f"of {BATCH_SIZE} images")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after, to go on later"
+    )
+    return parser.parse_args(arguments)
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+def load_images(folder: Path, number: int, deadline: float) -> tuple[Tensor, Truth]:
+    """(images N x 3 x 64 x 64 uint8, what they show); draws those that the folder lacks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"images_{i:03d}.npz" for i in range(-(-number // IMAGES_PER_FILE))]
+    for seed, file in enumerate(files):
+        if not file.is_file() and time.monotonic() < deadline:
+            rng = np.random.default_rng(seed)
+            scenes = [draw_any_scene(rng) for _ in range(IMAGES_PER_FILE)]
+            aside = file.with_suffix(".partial.npz")
+            np.savez(aside, images=draw_images(scenes), **truth_of(scenes))
+            aside.rename(file)
+    parts = [dict(np.load(file)) for file in files if file.is_file()]
+    whole = {name: torch.from_numpy(np.concatenate([p[name] for p in parts])) for name in parts[0]}
+    return whole.pop("images"), whole
+
+
+def draw_any_scene(rng: np.random.Generator) -> Scene:
+    """As a statement has it, or with objects that have nothing to do with each other."""
+    return draw_scene(draw_statement(rng), rng) if rng.random() < 0.5 else draw_free_scene(rng)
+
+
+def draw_free_scene(rng: np.random.Generator) -> Scene:
+    """Up to four objects of any kind and size, apart."""
+    number = rng.integers(0, MAX_OBJECTS + 1)
+    while True:
+        diameters = rng.uniform(*DIAMETERS, size=number)
+        centres = rng.uniform(diameters[:, None] / 2, 1 - diameters[:, None] / 2, size=(number, 2))
+        if all(
+            abs(centres[i] - centres[j]).max() >= (diameters[i] + diameters[j]) / 2 + MARGIN
+            for i, j in combinations(range(number), 2)
+        ):
+            break
+    kinds = [(rng.choice(SHAPES), rng.choice([*COLOURS])) for _ in range(number)]
+    objects = (
+        Object(shape, colour, "large" if diameter > SIZE_BOUND else "small", x, y, diameter)
+        for (shape, colour), (x, y), diameter in zip(kinds, centres, diameters)
+    )
+    return Scene(rng.choice([*BACKGROUNDS]), tuple(objects))
+
+
+def draw_images(scenes: list[Scene]) -> np.ndarray:
+    """N x 3 x 64 x 64 uint8."""
+    images = np.stack([np.asarray(draw_image(scene, IMAGE_SIZE)) for scene in scenes])
+    return images.transpose(0, 3, 1, 2)
+
+
+def truth_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
+    """What scenes show, as numbers."""
+    objects = np.zeros((len(scenes), MAX_OBJECTS, 5), dtype=np.float32)
+    for row, scene in zip(objects, scenes):
+        for place, item in zip(row, scene.objects):
+            kind = (SHAPES.index(item.shape), [*COLOURS].index(item.colour))
+            place[:] = (*kind, item.x, item.y, item.diameter)
+    backgrounds = [[*BACKGROUNDS].index(scene.background) for scene in scenes]
+    return {"objects": objects, "background": np.array(backgrounds)}
+
+
+# ------------------------------------------------------------------------------------------ damages
+
+
+def damage(images: Tensor, rng: torch.Generator) -> Tensor:
+    """B x 3 x R x R in [0, 1], each smoothed and damaged as much as is drawn for it; most are."""
+    b, _, r, _ = images.shape
+
+    def draw(probability: float, most: float) -> Tensor:
+        """B x 1 x 1 x 1: 0, or uniform up to `most`."""
+        values = torch.rand(b, 1, 1, 1, generator=rng) * most
+        return values * (torch.rand(b, 1, 1, 1, generator=rng) < probability)
+
+    # Smoothed by a Gaussian, as a matrix on rows and columns
+    distance = torch.arange(r)[:, None] - torch.arange(r)
+    kernel = torch.exp(-(distance**2) / (2 * draw(0.6, 1.6)[:, 0] ** 2 + 1e-4))
+    kernel = (kernel / kernel.sum(dim=2, keepdim=True))[:, None]
+    images = kernel @ images @ kernel.mT
+    # Half the resolution
+    low = F.interpolate(F.avg_pool2d(images, kernel_size=2), scale_factor=2, mode="bilinear")
+    images = torch.lerp(images, low, draw(0.3, 1))
+    # JPEG's loss: cosines of 8 x 8 blocks, the finer the coarser rounded
+    k = torch.arange(8)
+    cosines = torch.cos(math.pi * k[:, None] * (2 * k + 1) / 16) / 2
+    cosines[0] /= 2**0.5
+    blocks = images.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    waves = cosines @ blocks @ cosines.T
+    step = draw(0.3, 0.1)[..., None, None] * (1 + k + k[:, None]) / 2 + 1e-4
+    blocks = cosines.T @ ((waves / step).round() * step) @ cosines
+    images = blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    # Noise of single pixels, and of patches of 8
+    images = images + torch.randn(images.shape, generator=rng) * draw(0.4, 0.06)
+    coarse = torch.randn(b, 3, r // 8, r // 8, generator=rng)
+    coarse = F.interpolate(coarse, size=(r, r), mode="bicubic")
+    return (images + coarse * draw(0.4, 0.08)).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def train(
+    judge: Judge, images: Tensor, truth: Truth, file: Path, steps: int, deadline: float
+) -> bool:
+    """Train from where the file left off; whether all steps are done."""
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=WEIGHT_DECAY)
+    first = 0
+    if file.is_file():
+        state = torch.load(file)
+        judge.load_state_dict(state["judge"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    judge.to(memory_format=torch.channels_last)
+    started = time.monotonic()
+    for step in range(first, steps + 1):
+        is_over = step == steps or time.monotonic() > deadline
+        if is_over or step % SAVE_EVERY_STEPS == 0:
+            state = {"judge": judge.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state, file.with_suffix(".partial"))
+            file.with_suffix(".partial").rename(file)
+        if is_over:
+            break
+        # Numbers are a function of the step
+        rng = torch.Generator().manual_seed(step)
+        rows = torch.randint(len(images), (BATCH_SIZE,), generator=rng)
+        batch = damage(images[rows].float() / 255, rng)
+        parts, background, _ = judge.outputs(batch.contiguous(memory_format=torch.channels_last))
+        losses = compute_losses(parts, background, {k: v[rows] for k, v in truth.items()})
+        rate = min((step + 1) / WARMUP_STEPS, (1 + math.cos(math.pi * step / steps)) / 2)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        if step % 100 == 0:
+            values = ", ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
+            print(f"step {step} ({time.monotonic() - started:.0f} s): {values}", flush=True)
+    judge.eval()
+    return step == steps
+
+
+def compute_losses(
+    parts: tuple[Tensor, ...], background: Tensor, truth: Truth
+) -> dict[str, Tensor]:
+    """Of each output of the net; those of objects by how near the centre a cell is."""
+    mark, shape, colour, offset, diameter = (part.flatten(2) for part in parts)  # B x C x 64
+    objects = truth["objects"]  # B x 4 x 5
+    # Marks: of the nearest object, by its distance in cells
+    centres = cell_centres(objects.device)
+    away = objects[:, :, None, 2:4] * GRID - centres  # B x 4 x 64 x 2
+    is_absent = objects[:, :, None, 4] == 0
+    wanted = torch.exp(-away.square().sum(dim=3) / (2 * SPREAD**2)).masked_fill(is_absent, 0)
+    wanted, nearest = wanted.max(dim=1)  # B x 64
+    own = objects.gather(1, nearest[:, :, None].expand(-1, -1, 5))  # B x 64 x 5
+    weight = wanted * (wanted > 0.3)
+    weight = weight / weight.sum()
+
+    def of_objects(loss: Tensor) -> Tensor:
+        return (loss * weight).sum()
+
+    target = own[..., 2:4] * GRID - centres
+    return {
+        "mark": 10 * F.binary_cross_entropy_with_logits(mark[:, 0], wanted)
+        - 10 * F.binary_cross_entropy(wanted, wanted),  # 0 at best
+        "shape": of_objects(F.cross_entropy(shape, own[..., 0].long(), reduction="none")),
+        "colour": of_objects(F.cross_entropy(colour, own[..., 1].long(), reduction="none")),
+        "place": 2 * of_objects((offset.mT - target).abs().sum(dim=2)),
+        "diameter": 20 * of_objects((diameter[:, 0] - own[..., 4]).abs()),
+        "background": F.cross_entropy(background, truth["background"]),
+    }
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+def print_accuracy() -> None:
+    """The share of fresh images of which each fact is right, by split; and of the same, damaged."""
+    judge = load_judge()
+    rng = torch.Generator().manual_seed(1)
+    for split in SPLITS[1:]:
+        numbers = np.random.default_rng([1, SPLITS.index(split)])  # no seed of the training's
+        said = [draw_statement_of(split, numbers) for _ in range(MEASURED)]
+        scenes = [draw_scene(one, numbers) for one in said]
+        images = torch.from_numpy(draw_images(scenes)) / 255
+        for name, shown in ((split, images), (f"{split}, damaged", damage(images, rng))):
+            shares = compare(look(judge, shown), scenes)
+            values = (f"{fact} {is_right.float().mean():.2%}" for fact, is_right in shares.items())
+            print(f"{name}: {', '.join(values)}", flush=True)
+
+
+def draw_statement_of(split: str, rng: np.random.Generator) -> Statement:
+    """A statement of a split."""
+    while split_of(statement := draw_statement(rng)) != split:
+        pass
+    return statement
+
+
+def look(judge: Judge, images: Tensor) -> Facts:
+    """What images show, N x 3 x 64 x 64 in [0, 1], a few at a time."""
+    return joined([judge(batch) for batch in images.split(500)])
+
+
+def compare(facts: Facts, scenes: list[Scene]) -> dict[str, Tensor]:
+    """Fact -> N bool: right for all of an image's objects, each against the nearest one read."""
+    truth = {name: torch.from_numpy(values) for name, values in truth_of(scenes).items()}
+    objects = truth["objects"]
+    is_absent = objects[..., 4] == 0  # N x 4
+    distance = torch.cdist(objects[..., 2:4], facts.place)
+    distance, nearest = distance.masked_fill(~facts.present[:, None], 9).min(dim=2)
+
+    def agree(found: Tensor, wanted: Tensor) -> Tensor:
+        return ((found.gather(1, nearest) == wanted.long()) | is_absent).all(dim=1)
+
+    # Of equal objects no relation is stated, and they may lie on a diagonal
+    read = facts.place.gather(1, nearest[:, :, None].expand(-1, -1, 2))
+    is_free = is_absent[:, 1] | (objects[:, 0, 0] == objects[:, 1, 0])
+    verdicts = {
+        "shape": agree(facts.shape, objects[..., 0]),
+        "colour": agree(facts.colour, objects[..., 1]),
+        "size": agree(facts.size, objects[..., 4] > SIZE_BOUND),
+        "place": ((distance < PLACE_ERROR) | is_absent).all(dim=1),
+        "count": facts.count == (~is_absent).sum(dim=1),
+        "relation": (relation_of(read) == relation_of(objects[..., 2:4])) | is_free,
+        "background": facts.background == truth["background"],
+    }
+    return verdicts | {"all": torch.stack([*verdicts.values()]).all(dim=0)}
+
+
+def relation_of(place: Tensor) -> Tensor:
+    """Where the second object lies from the first: N x 4 x 2 -> N (right, left, below, above)."""
+    distance = place[:, 1] - place[:, 0]
+    axis = distance.abs().argmax(dim=1)
+    return 2 * axis + (distance.gather(1, axis[:, None])[:, 0] < 0)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    exit_on_error(lambda: main(arguments))

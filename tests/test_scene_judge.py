@@ -1,0 +1,240 @@
+"""The judge of scenes, what it calls right, and the program that judges a run."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from evaluations import run_program
+from PIL import Image
+
+from data.scenes import SPLITS, Kind, Object, Scene, Statement, draw_scene
+from eval import scenes
+from eval.judge import FACTS, WEIGHTS, is_said, load_judge, right, spread, wanted_by
+from research import train_judge
+from research.train_judge import compare, draw_images, draw_statement_of
+from scripts import make_scenes
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
+
+
+def read(judge, drawn):
+    """Facts of scenes' images."""
+    return judge(torch.from_numpy(draw_images(drawn)).float() / 255)
+
+
+def scene(*objects, background="white"):
+    """Of (shape, colour, size, x, y)."""
+    diameters = {"small": 0.3, "large": 0.43}
+    return Scene(background, tuple(Object(*item, diameters[item[2]]) for item in objects))
+
+
+# Reading
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_the_judge_reads_fresh_scenes_of_each_split(judge, split):
+    rng = np.random.default_rng([2, SPLITS.index(split)])
+    drawn = [draw_scene(draw_statement_of(split, rng), rng) for _ in range(200)]
+    for name, is_right in compare(read(judge, drawn), drawn).items():
+        assert is_right.float().mean() >= 0.99, name
+
+
+def test_it_knows_no_rule_of_what_goes_together(judge):
+    drawn = scene(
+        ("cross", "pink", "large", 0.25, 0.25),
+        ("cross", "cyan", "small", 0.8, 0.2),
+        ("star", "pink", "small", 0.2, 0.8),
+        ("bar", "blue", "large", 0.75, 0.75),
+    )
+    facts = read(judge, [drawn, Scene("grey", ())])
+    assert facts.count.tolist() == [4, 0]
+    assert all(verdict.all() for verdict in compare(read(judge, [drawn]), [drawn]).values())
+
+
+def test_images_of_other_sizes_are_resized(judge):
+    rng = np.random.default_rng(0)
+    drawn = [draw_scene(draw_statement_of("new", rng), rng) for _ in range(20)]
+    large = [np.asarray(train_judge.draw_image(one, 128)) for one in drawn]
+    facts, others = (
+        judge(torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2) / 255),
+        read(judge, drawn),
+    )
+    for name in ("count", "background"):
+        assert torch.equal(getattr(facts, name), getattr(others, name))
+    assert (facts.place - others.place)[facts.present].abs().max() < 0.03
+
+
+def test_weights_for_other_scenes_are_refused(monkeypatch):
+    monkeypatch.setattr("eval.judge.SHAPES", ("circle", "hexagon"))
+    with pytest.raises(ValueError, match="hexagon"):
+        load_judge()
+
+
+def test_the_weights_are_small():
+    assert WEIGHTS.stat().st_size <= 2_000_000
+
+
+# What is right
+
+LEFT = scene(("circle", "red", "small", 0.25, 0.5), ("star", "blue", "large", 0.7, 0.55))
+RED, BLUE = Kind("circle", "red"), Kind("star", "blue")
+TWO = scene(("ring", "green", "small", 0.25, 0.3), ("ring", "green", "small", 0.7, 0.6))
+RING = Kind("ring", "green")
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said", "wrong"),
+    [
+        (LEFT, Statement((RED, BLUE), "left of"), set()),
+        (LEFT, Statement((Kind("circle", "red", "small"), BLUE), "left of", "white"), set()),
+        (LEFT, Statement((RED, BLUE), "above"), {"relation"}),
+        (LEFT, Statement((BLUE, RED), "left of"), {"relation"}),
+        (LEFT, Statement((Kind("cross", "red"), BLUE), "left of"), {"shape", "object"}),
+        (LEFT, Statement((Kind("circle", "pink"), BLUE), "left of"), {"colour", "object"}),
+        # Shape and colour are there, but not together; a size, but of the other object
+        (
+            LEFT,
+            Statement((Kind("star", "red"), Kind("circle", "blue")), "above"),
+            {"object", "relation"},
+        ),
+        (LEFT, Statement((Kind("circle", "red", "large"), BLUE), "left of"), {"all"}),
+        (LEFT, Statement((RED, BLUE), "left of", "grey"), {"background"}),
+        (LEFT, Statement((RED,)), {"count"}),
+        (LEFT, Statement((RED, RED)), {"shape", "colour", "object"}),
+        (TWO, Statement((RING, RING)), set()),
+        (TWO, Statement((RING,) * 3), {"shape", "colour", "object", "count"}),
+        (TWO, Statement((RING,)), {"count"}),
+        (TWO, Statement((Kind("ring", "green", "large"),) * 2), {"size"}),
+        (Scene("white", ()), Statement((RING,)), {"shape", "colour", "object", "count"}),
+    ],
+)
+def test_what_differs_from_the_caption_is_wrong(judge, drawn, said, wrong):
+    verdicts = right(read(judge, [drawn]), wanted_by([said]))
+    found = {name for name in FACTS if not verdicts[name]}
+    assert found == (wrong and wrong | {"all"})
+
+
+@torch.no_grad()
+def test_images_of_one_caption_fail_another(judge):
+    rng = np.random.default_rng(5)
+    said = [draw_statement_of("seen", rng) for _ in range(200)]
+    facts = read(judge, [draw_scene(one, rng) for one in said])
+    own, others = wanted_by(said), wanted_by(said[1:] + said[:1])
+    assert right(facts, own)["all"].float().mean() >= 0.98
+    verdicts, is_asked = right(facts, others), is_said(others)
+    assert verdicts["all"].float().mean() < 0.03
+    for name, most in (("shape", 0.35), ("colour", 0.35), ("relation", 0.6), ("count", 0.6)):
+        assert verdicts[name][is_asked[name]].float().mean() < most, name
+
+
+def test_relations_are_wrong_where_they_cannot_be_told(judge):
+    # Whichever of two equal objects is meant
+    drawn = scene(
+        ("circle", "red", "small", 0.2, 0.5),
+        ("star", "blue", "small", 0.5, 0.5),
+        ("circle", "red", "small", 0.8, 0.5),
+    )
+    assert not right(read(judge, [drawn]), wanted_by([Statement((RED, BLUE), "left of")]))[
+        "relation"
+    ]
+
+
+@torch.no_grad()
+def test_the_diversity_of_equal_images_is_0_and_that_of_real_ones_1(judge):
+    rng = np.random.default_rng(7)
+    said = [draw_statement_of("new", rng) for _ in range(60)]
+    wanted = wanted_by(said)
+    first, second = (
+        read(judge, [draw_scene(one, rng) for one in said for _ in range(4)]) for _ in range(2)
+    )
+    assert spread(first, wanted) / spread(second, wanted) == pytest.approx(1, abs=0.08)
+    equal = first.each(lambda x: x[::4].repeat_interleave(4, dim=0))
+    assert spread(equal, wanted) == 0
+    none = first.each(lambda x: x.clone())
+    none.present[:] = False
+    assert spread(none, wanted) is None
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("scenes"), captions=6, image_size=32)
+
+
+def make(folder, captions, image_size):
+    config = make_scenes.ScenesStage(
+        run_dir=str(folder), captions=captions, heldout_captions=captions, image_size=image_size
+    )
+    make_scenes.main(config)
+    return folder
+
+
+def judge_run(chain, data, output, *options):
+    words = ("--run", chain.folder, "--data", data, "--output", output, "--device", "cpu")
+    run_program(scenes, *words, *options)
+    return json.loads((output / "report.json").read_text())
+
+
+def test_a_run_is_judged_beside_its_ceilings(chain, data, tmp_path, capsys):
+    options = ("--steps", "1,2", "--guidance", "1", "--captions", 5, "--images-per-caption", 3)
+    report = judge_run(chain, data, tmp_path, *options)
+    rows = report["rows"]
+    kinds = [(row["split"], row["images"], row.get("steps")) for row in rows]
+    sets = (("real", None), ("reconstructed", None), ("generated", 1), ("generated", 2))
+    assert kinds == [(split, *one) for split in SPLITS[1:] for one in sets]
+    for row in rows:
+        if row["images"] == "real":
+            assert min(row[name] for name in FACTS if row[name] is not None) > 0.9
+            assert row["diversity"] == 1
+        if row["images"] == "generated":
+            assert row["all"] < 0.5 and row["kid"] > 0  # networks that have learned nothing
+    # 16 captions, 8 rows of 2; three images and gaps each
+    assert Image.open(tmp_path / "captions.png").width > 2 * 3 * 32
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") == len(rows) + 1
+
+
+def test_scenes_of_another_size_are_refused(chain, data, tmp_path):
+    other = make(tmp_path / "other", captions=2, image_size=64)
+    with pytest.raises(ValueError, match="image_size=32"):
+        judge_run(chain, other, tmp_path)
+
+
+# Training
+
+
+def test_training_goes_on_from_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_judge, "BATCH_SIZE", 4)
+    monkeypatch.setattr(train_judge, "SAVE_EVERY_STEPS", 2)
+    monkeypatch.setattr(train_judge, "IMAGES_PER_FILE", 20)
+    images, truth = train_judge.load_images(tmp_path, 40, deadline=math.inf)
+    assert images.shape == (40, 3, 64, 64) and truth["objects"].shape == (40, 4, 5)
+
+    def trained(file):
+        torch.manual_seed(0)
+        judge = train_judge.Judge()
+        assert train_judge.train(judge, images, truth, file, steps=4, deadline=math.inf)
+        return judge.state_dict()
+
+    whole = trained(tmp_path / "whole.pt")
+    # Stopped in step 3
+    damage, calls = train_judge.damage, []
+
+    def stop(batch, rng):
+        calls.append(len(batch))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return damage(batch, rng)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_judge, "damage", stop)
+        trained(tmp_path / "parts.pt")
+    resumed = trained(tmp_path / "parts.pt")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
