@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.tar import write_shard
 from modeling.clip_weights import build_clip, save_clip
@@ -19,7 +20,9 @@ from modeling.clip_weights import build_clip, save_clip
 torch.set_num_threads(1)
 # Its vocabulary takes 0.2 s to read, and each stage reads it up to five times.
 open_clip.factory.SimpleTokenizer = cache(open_clip.factory.SimpleTokenizer)
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0  # s that a failed worker is waited for
+# How often torch looks whether a data worker lives, and how long it waits for a dead one: not 5 s.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
+_MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (1.0,)
 
 TINY_CLIP = {
     "embed_dim": 24,
