@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.pretrained import load_weights
+from modeling.layers import load_weights
 from training import checkpoint as ckpt
 from training.optim import EMA, OptimizerConfig, build_optimizer
 
@@ -50,7 +50,7 @@ def test_a_half_written_folder_is_ignored_and_removed_when_its_step_comes_again(
     assert not half.exists() and not (whole / "left_over").exists()
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     write(tmp_path, 2, model=model)  # once more: it replaces the first
-    ckpt.load_weights(other, whole / ckpt.MODEL_FILE)
+    load_weights(other, whole / ckpt.MODEL_FILE)
     assert torch.equal(other.weight, model.weight)
 
 

@@ -26,7 +26,7 @@ import sample
 from configs.load import load_config
 from data.tar import write_shard
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from modeling.pretrained import load_weights
+from modeling.layers import load_weights
 from scripts import check_run
 from training import checkpoint as ckpt
 from training.loading import read_section

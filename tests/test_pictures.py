@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.pipeline import to_pil
+from modeling.layers import to_pil
 from training.pictures import (
     CAPTION_LINES,
     LINE_HEIGHT,
