@@ -18,8 +18,8 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from data.files import check_writable, write_json
+from data.processes import map_in_processes
 from data.scenes import (
     SPLITS,
     Statement,
@@ -93,14 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not tasks:
         print(f"{output}: complete, nothing to do")
         return
-    # One shard after the other, or several at a time
-    if num_processes == 1:
-        for task in tasks:
-            make_shard(output, plan, *task)
-    else:
-        with ProcessPoolExecutor(num_processes) as pool:
-            for future in [pool.submit(make_shard, output, plan, *task) for task in tasks]:
-                future.result()
+    for _ in map_in_processes(partial(make_shard, output, plan), tasks, num_processes):
+        pass
     print(f"{output}: {sum(counts.values())} images of {plan.image_size} px")
 
 
@@ -132,8 +127,9 @@ def shard_file(output: Path, split: str, shard: int) -> Path:
     return output / f"{split}-{shard:06d}.tar"
 
 
-def make_shard(output: Path, plan: Plan, split: str, shard: int) -> None:
+def make_shard(output: Path, plan: Plan, task: tuple[str, int]) -> None:
     """Write one shard."""
+    split, shard = task
     captions, images = plan.size_of(split)
     numbers = range(captions * images)[shard * SAMPLES_PER_SHARD :][:SAMPLES_PER_SHARD]
     samples = (make_sample(plan, split, number) for number in numbers)
