@@ -117,11 +117,11 @@ def check_folder(folder: Path, quick: bool) -> Report:
 def check_tokens(folder: Path, quick: bool, report: Report) -> Iterator[str]:
     """Problems of a folder of token shards."""
     info = TokensInfo.load(folder)
-    missing = [name for name in info.shards if not (folder / name).is_file()]
-    present = len(info.shards) - len(missing)
-    report.checkpoints = f"{present} shards, {info.num_samples} samples"
-    if missing:
-        yield f"{len(missing)} shards are missing, the first: {missing[0]}"
+    damage = info.damage(folder)
+    whole = len(info.shards) - len(damage)
+    report.checkpoints = f"{whole} shards, {info.num_samples} samples"
+    if damage:
+        yield f"{len(damage)} shards are damaged or missing, the first: {damage[0]}"
     elif not quick:
         found = sum(count_samples(folder / name) for name in info.shards)
         if found != info.num_samples:
