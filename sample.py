@@ -14,8 +14,9 @@ or images of the run's own pictures.
 
 EMA weights. 20 Euler steps from text to image (paper, Sec. 3.1); defaults are the run's. The same
 seed gives the same image whatever the batch size (up to float rounding). A grid holds about 64
-images; the next ones go to NAME_002.png, and so on, each written when it is full. What a prompt has
-that no caption of the training had is said, where the run knows these.
+images; the next ones go to NAME_002.png, and so on, each written when it is full. Where the run
+knows the captions of its training, it says what a prompt has that none of them had, and how many
+prompts are captions themselves.
 """
 
 import argparse
@@ -55,7 +56,7 @@ from training.pipelines import (
     load_captioner,
     load_pipeline,
 )
-from training.vocabulary import find_vocabulary
+from training.vocabulary import VOCABULARY_FILE, Vocabulary, find_vocabulary, one_form
 
 SHEET_IMAGES = 60  # of a caption's contact sheet
 PAGE_IMAGES, COLUMNS, MAX_COLUMNS = 64, 8, 16  # of a grid, about; for images of one prompt at most
@@ -147,7 +148,8 @@ def draw(args: argparse.Namespace) -> None:
     parts, default = load_pipeline(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
     remarks = [*check_request(args, sampling), *list_cuts(parts, prompts)]
-    remarks += list_strangers(args.run, prompts)
+    vocabulary = find_vocabulary(flow_folder(args.run))
+    remarks += list_strangers(vocabulary, prompts)
     for remark in remarks[:MAX_WARNINGS]:
         print(f"warning: {remark}", file=sys.stderr)
     if len(remarks) > MAX_WARNINGS:
@@ -168,6 +170,10 @@ def draw(args: argparse.Namespace) -> None:
         f"{names}: {number} images, {sampling.steps} steps, guidance {sampling.guidance:g}, "
         f"seed {args.seed}, {rate:.1f} images/s"
     )
+    if vocabulary and vocabulary.captions is not None:
+        captions = {*vocabulary.captions}
+        known = sum(one_form(prompt) in captions for prompt in prompts)
+        print(f"{known} of {len(prompts)} prompts are captions that the run was trained on")
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -211,10 +217,15 @@ def list_cuts(parts: ImageGenerator, prompts: list[str]) -> Iterator[str]:
             yield f"prompt cut from {length} to {limit} tokens: {prompt!r}"
 
 
-def list_strangers(run: Path, prompts: list[str]) -> Iterator[str]:
-    """Which prompts are unlike the captions of the training, and in what."""
-    vocabulary = None if is_pretrained(run) else find_vocabulary(flow_folder(run))
-    for prompt in prompts if vocabulary else []:
+def list_strangers(vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
+    """Which prompts are unlike the captions of the training, and in what; or that nobody knows."""
+    if vocabulary is None:
+        yield (
+            "the run does not know the words of its captions, with which prompts would be "
+            f"compared: {VOCABULARY_FILE} is not beside its token shards"
+        )
+        return
+    for prompt in prompts:
         if difference := vocabulary.difference(prompt):
             yield f"prompt {prompt!r}: {difference}"
 

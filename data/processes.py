@@ -25,12 +25,19 @@ def map_in_processes(
 
     Raises:
         BrokenProcessPool: a worker was killed.
+        OSError: there is no room for what they share.
     """
     if workers == 1:
         yield from map(function, items)
         return
     with tempfile.TemporaryDirectory() as folder:
-        pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+        try:
+            pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+        except OSError as error:  # of its semaphores
+            raise OSError(
+                f"processes cannot be started ({error.strerror}): use 1, or give the container a "
+                "larger /dev/shm (docker run --shm-size=8g)"
+            ) from error
         waiting: deque[Future] = deque()
         try:
             for item in items:

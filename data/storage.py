@@ -30,8 +30,11 @@ TRIES = 5  # in a row without a byte
 BACKOFF_SECONDS = 1.0  # before the second try, doubled for each further one
 TRY_AGAIN = {408, 425, 429}  # HTTP statuses below 500 that a later try may change
 PARALLEL_REQUESTS = 16
-# what stores say of a file that changes with its content
-STATE_FIELDS = ("size", "ETag", "etag", "Last-Modified", "LastModified", "updated", "blob_id")
+# what stores say of a file: what follows from its content, the surest first; when it was written
+CONTENT_FIELDS = ("md5Hash", "blob_id", "ETag", "etag")
+TIME_FIELDS = ("Last-Modified", "LastModified", "updated")
+# of a file, evenly spaced, that its state is of: all of it up to 2 MiB
+PARTS, PART_BYTES = 16, 1 << 17
 TIMEOUT_SECONDS = 30.0  # of a web server, without a byte
 
 
@@ -95,9 +98,10 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 
 def shard_states(paths: Sequence[str]) -> list[str]:
-    """What is another text once a shard is made anew, as far as it is known unread; "" if nothing.
+    """What is another text once a shard is made anew, as far as it is cheap to know; "" if nothing.
 
-    Of a file its size and time, of a URL what its store says of it (one request each).
+    Of a file its size and the CRC-32 of PARTS of it, of a URL what its store says (one request
+    each), whatever its folder. If that does not tell all, a time follows after ";".
     """
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         return list(pool.map(_shard_state, paths))
@@ -108,12 +112,35 @@ def _shard_state(path: str) -> str:
         if is_remote(path):
             store, name = open_store(path)
             info = store.info(name)
-            return ", ".join(f"{field} {info[field]}" for field in STATE_FIELDS if info.get(field))
-        status = os.stat(path)
+            state = f"size {info['size']}" if info.get("size") else ""
+            known = [field for field in (*CONTENT_FIELDS, *TIME_FIELDS) if info.get(field)][:1]
+            for field in known:
+                state += f"{', ' if field in CONTENT_FIELDS else '; '}{field} {info[field]}"
+            return state
+        return _file_state(path)
     except Exception:  # each file system has its own; who reads the shard says what is wrong
         return ""
+
+
+def _file_state(path: str) -> str:
+    crc = 0
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        last = max(status.st_size - PART_BYTES, 0)
+        for start in sorted({last * part // (PARTS - 1) for part in range(PARTS)}):
+            file.seek(start)
+            crc = zlib.crc32(file.read(PART_BYTES), crc)
+    state = f"{status.st_size} bytes, CRC-32 {crc:08x}"
+    if status.st_size <= PARTS * PART_BYTES:
+        return state
     changed = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()
-    return f"{status.st_size} bytes, {changed}"
+    return f"{state} of parts; {changed}"
+
+
+def is_other(before: str, now: str) -> bool:
+    """Whether two states are certainly of different shards: another time alone does not say so."""
+    sure = [state.partition(";")[0] for state in (before, now)]
+    return all(sure) and sure[0] != sure[1]
 
 
 def open_store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:

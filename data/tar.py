@@ -79,6 +79,11 @@ def split_pattern(
     return pattern[:end], pattern[end:]
 
 
+def shard_name(path: str) -> str:
+    """The file name of a path or URL, without what follows after "?"."""
+    return os.path.basename(path.partition("?")[0] if is_remote(path) else path)
+
+
 def _explain_missing(path: str) -> str:
     """What is there instead of `path`: the nearest names in the nearest folder that exists."""
     if os.path.isdir(path):

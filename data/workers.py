@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps it; a container has 64 MB unless told otherwise
 SHARED_MEMORY_CURE = (
@@ -95,6 +97,11 @@ def start_batches(loader) -> Iterator[dict[str, Any]]:
     try:
         return with_short_errors(iter(loader))
     except OSError as error:  # of the semaphores, which lie in shared memory, or of fork
+        # what was begun would fail once more, with a traceback, when it is thrown away
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            begun = frame.f_locals.get("self")
+            if isinstance(begun, _BaseDataLoaderIter):
+                begun._shutdown = True
         reason = f"data workers cannot be started ({error.strerror})"
         raise OSError(f"{reason}: {SHARED_MEMORY_CURE}") from error
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from modeling.published import file_sha256
-from training.run import TIMEOUT_MINUTES
+from training.run import TIMEOUT_MINUTES, refuse_engines
 
 INSTALL = "pip install -r requirements-eval.txt"
 PACKAGES = ["torch", "torchvision", "torch-fidelity", "lpips", "open_clip_torch"]
@@ -77,7 +77,12 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
 
 
 def start_processes(device: str) -> PartialState:
-    """Join the launcher's processes; ValueError if a GPU is wanted and there is none."""
+    """Join the launcher's processes.
+
+    Raises:
+        ValueError: a GPU is wanted and there is none, or another engine than DDP.
+    """
+    refuse_engines()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     torch.backends.cudnn.allow_tf32 = False  # it rounds convolutions to 10 bits

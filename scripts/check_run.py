@@ -84,10 +84,10 @@ def check_folder(folder: Path) -> tuple[str, list[str]]:
 def check_tokens(folder: Path) -> tuple[str, list[str]]:
     """The same of a folder of token shards."""
     info = TokensInfo.load(folder)
-    missing = [name for name in info.shards if not (folder / name).is_file()]
-    shown = f"{len(info.shards) - len(missing)} shards, {info.num_samples} samples"
-    if missing:
-        return shown, [f"{len(missing)} shards are missing, the first: {missing[0]}"]
+    damage = info.damage(folder)
+    shown = f"{len(info.shards) - len(damage)} shards, {info.num_samples} samples"
+    if damage:
+        return shown, [f"{len(damage)} shards are damaged or missing, the first: {damage[0]}"]
     found = sum(count_samples(folder / name) for name in info.shards)
     if found == info.num_samples:
         return shown, []

@@ -4,8 +4,9 @@
 
 A sample keeps its text members (captions, JSON); its latents are the posterior's mean and
 log-variance as float16 (format: data/readers.py). Shards are split over processes and reading
-workers, written aside and renamed; after a stop, the same command continues. source.json says what
-the tokens are made of, so that image shards that were made anew are refused. Written last:
+workers, written aside and renamed; after a stop, the same command continues, and token shards that
+are lost or cut short are made again. source.json says what the tokens are made of, so that image
+shards that were made anew are refused. Written last:
 vocabulary.json with the captions' words, latent_stats.json with the latent scale, and tokens.json
 with the tokenizer's fingerprint.
 """
@@ -41,18 +42,18 @@ from data.files import write_json
 from data.images import ImageTextConfig
 from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
-from data.storage import shard_states
-from data.tar import read_shard, write_shard
+from data.tar import read_shard, shard_name, write_shard
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
 from training.errors import exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
+from training.provenance import IMAGES, check_source, image_states, read_source, save_source
 from training.run import TIMEOUT_MINUTES, start_accelerator
 from training.stage import StageConfig
 from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS, Watchdog, watched
-from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo
+from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo, shard_damage
 from training.vocabulary import (
     Vocabulary,
     join_vocabularies,
@@ -60,12 +61,12 @@ from training.vocabulary import (
     save_vocabulary,
 )
 
-SOURCE_FILE = "source.json"  # what the tokens of the folder are made of
+NUM_NAMED = 3  # token shards that are made again
+KEPT_COUNTS = ("num_samples", "skipped", "crc32", "bytes")  # of each token shard, in tokens.json
 COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
 STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples at most
 REPORT_SECONDS = 10.0
 SILENCE = f"no images encoded for {TIMEOUT_MINUTES:g} minutes"
-NUM_NAMED = 3  # differences that an error names
 
 
 @dataclass
@@ -124,43 +125,45 @@ def main(config: TokensStage) -> None:
         "num_crops": config.num_crops,
         "shards": [path.name for path in outputs],
     }
-    states = zip(source["shards"], shard_states(image_shards), strict=True)
     made_of = source | {
         "precision": config.precision,
         "data": describe_data(config.data),
-        "images": {name: state for name, state in states if state},
+        IMAGES: image_states(image_shards),
     }
-    complete = is_complete(folder, made_of)
+    info = find_info(folder, made_of)
+    whole = find_whole(outputs, info)
     accelerator.wait_for_everyone()
-    is_known = complete and (folder / SOURCE_FILE).is_file()
-    if accelerator.is_main_process and not is_known:
-        write_json(made_of, folder / SOURCE_FILE)
-    if complete:
-        accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
-        return
+    if accelerator.is_main_process:
+        save_source(folder, made_of)
 
     # This process's share
-    left = [(image, path) for image, path in zip(images, outputs, strict=True) if not path.exists()]
+    left = [each for each in zip(images, outputs, strict=True) if each[1] not in whole]
+    if info and not left:
+        accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
+        return
+    if info:
+        names = ", ".join(path.name for _, path in left[:NUM_NAMED])
+        accelerator.print(f"{folder}: {len(left)} shards are lost or damaged, made again: {names}")
     mine = left[accelerator.process_index :: accelerator.num_processes]
     encoder = Encoder(config, accelerator, tokenizer, text_encoder)
     with stop_requests(folder) as stop_if_asked:
         encode_shards(encoder, mine, stop_if_asked)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(folder, outputs, tokenizer, source)
+        finish(folder, find_whole(outputs, info), tokenizer, source)
     accelerator.wait_for_everyone()
 
 
-def finish(folder: Path, outputs: list[Path], tokenizer: ImageTokenizer, source: dict) -> None:
-    """Write what marks the folder as complete, and say what was skipped."""
-    skipped, first, num_samples, contents = Counter(), {}, 0, []
-    vocabulary: Vocabulary | None = Vocabulary("", [], [])
-    for path in outputs:
-        counts = read_counts(path)
+def finish(folder: Path, whole: dict[Path, dict], tokenizer: ImageTokenizer, source: dict) -> None:
+    """Write what marks the folder as complete, and say what was skipped; whole: of find_whole."""
+    skipped, first, num_samples, kept = Counter(), {}, 0, {}
+    vocabulary: Vocabulary | None = join_vocabularies([])
+    for path, known in whole.items():
+        counts = complete_counts(path, known)
         num_samples += counts["num_samples"]
         skipped.update(counts["skipped"])
         first = counts["first"] | first
-        contents.append(counts["crc32"])
+        kept[path.name] = {name: counts[name] for name in KEPT_COUNTS}
         # Shard by shard: the words of all at once may not fit into memory. Where those of one shard
         # are unknown, nothing can be said of a prompt.
         words = counts["vocabulary"]
@@ -169,20 +172,21 @@ def finish(folder: Path, outputs: list[Path], tokenizer: ImageTokenizer, source:
         else:
             vocabulary = None
     sizes = tokenizer.config
-    stats = measure(outputs, sizes.num_tokens, sizes.token_channels)
+    stats = measure([*whole], sizes.num_tokens, sizes.token_channels)
     info = TokensInfo(
         num_samples=num_samples,
         num_tokens=sizes.num_tokens,
         token_channels=sizes.token_channels,
         skipped=dict(skipped),
         stats=stats,
-        identity=hashlib.sha256(repr(contents).encode()).hexdigest()[:16],
+        identity=identity_of(kept),
+        counts=kept,
         **source,
     )
     if vocabulary:
         save_vocabulary(vocabulary, folder)
     info.save(folder)
-    for path in outputs:
+    for path in whole:
         count_file(path).unlink(missing_ok=True)
     print(
         f"{folder}: {num_samples} samples, skipped {skipped.total() or 'none'}, latent scale "
@@ -231,7 +235,7 @@ def output_paths(image_shards: list[str], folder: Path) -> list[Path]:
     Raises:
         ValueError: two image shards have the same name.
     """
-    names = [Path(shard.split("?")[0]).name.split(" ")[0] for shard in image_shards]
+    names = map(shard_name, image_shards)
     outputs = [folder / (name.removesuffix(".gz").removesuffix(".tar") + ".tar") for name in names]
     if len(set(outputs)) != len(outputs):
         raise ValueError(
@@ -250,45 +254,31 @@ def describe_data(data: ImageTextConfig) -> dict:
     return {"background": list(data.background), **parts}
 
 
-def is_complete(folder: Path, made_of: dict) -> bool:
-    """True if the folder holds all tokens that are made of this.
+def find_info(folder: Path, made_of: dict) -> TokensInfo | None:
+    """What a folder holds that was complete once, checked against what its tokens are made of.
 
     Raises:
         ValueError: its tokens, complete or not, are of another tokenizer, text tower, option or
             image shard.
     """
-    path = folder / SOURCE_FILE
-    if path.is_file():
-        check_source(folder, json.loads(path.read_text()), made_of)
+    check_source(folder, read_source(folder), made_of)
     if not (folder / TOKENS_INFO_FILE).is_file():
-        return False
-    check_source(folder, asdict(TokensInfo.load(folder)), made_of)
-    return True
+        return None
+    info = TokensInfo.load(folder)
+    check_source(folder, asdict(info), made_of)
+    return info
 
 
-def check_source(folder: Path, found: dict, source: dict) -> None:
-    """Refuse to mix what differs; what `found` does not name is unknown, and passes."""
-    changed = list(differences(found, source))
-    if not changed:
-        return
-    named = "; ".join(changed[:NUM_NAMED])
-    if len(changed) > NUM_NAMED:
-        named += f"; and {len(changed) - NUM_NAMED} more"
-    way_out = "Delete it and run this again"
-    if all(change.startswith("images.") for change in changed):
-        way_out += f"; if they are the same images, only copied, delete {folder / SOURCE_FILE}"
-    raise ValueError(f"{folder} holds tokens of another source: {named}. {way_out}")
-
-
-def differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
-    """A line for each value that is known and differs."""
-    for key, value in wanted.items():
-        if key not in found or found[key] == value:
-            continue
-        if isinstance(value, dict):
-            yield from differences(found[key], value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key} was {found[key]}, is {value}"
+def find_whole(outputs: list[Path], info: TokensInfo | None) -> dict[Path, dict]:
+    """The token shards that are there with all their bytes, and what is known of each."""
+    whole = {}
+    for path in outputs:
+        file, counts = count_file(path), info.counts.get(path.name, {}) if info else {}
+        if file.is_file():
+            counts = json.loads(file.read_text())
+        if not shard_damage(path, counts):
+            whole[path] = counts
+    return whole
 
 
 def count_file(token_shard: Path) -> Path:
@@ -388,6 +378,8 @@ def encode_shards(
             counts |= {"vocabulary": words_of(config, made), "crc32": content_crc32(made)}
             write_json(counts, count_file(token_shard))
             write_shard(token_shard, made)
+            counts["bytes"] = token_shard.stat().st_size
+            write_json(counts, count_file(token_shard))
             progress.report(token_shard.parent)
 
 
@@ -424,15 +416,19 @@ class Progress:
         )
 
 
-def read_counts(token_shard: Path) -> dict:
-    """{"num_samples", "skipped", "first", "vocabulary", "crc32"} of a finished token shard."""
-    path = count_file(token_shard)
-    counts = json.loads(path.read_text()) if path.is_file() else {}
-    # of a complete run whose tokens.json is gone, or of an earlier version
+def complete_counts(token_shard: Path, counts: dict) -> dict:
+    """Counts of a token shard, with what is not known of one of an earlier version read from it."""
     if "crc32" not in counts:
         samples = list(read_shard(token_shard))
-        counts |= {"num_samples": len(samples), "crc32": content_crc32(samples)}
-    return {"skipped": {}, "first": {}, "vocabulary": None} | counts
+        counts = counts | {"num_samples": len(samples), "crc32": content_crc32(samples)}
+    unknown = {"skipped": {}, "first": {}, "vocabulary": None}
+    return unknown | {"bytes": token_shard.stat().st_size} | counts
+
+
+def identity_of(counts: dict[str, dict]) -> str:
+    """A digest of all token shards, in their order."""
+    contents = [each["crc32"] for each in counts.values()]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
 
 
 def content_crc32(samples: Iterable[dict]) -> int:

@@ -18,8 +18,8 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from configs.load import parse_stage_args
 from data.files import check_writable, write_json
+from data.processes import map_in_processes
 from data.scenes import (
     SPLITS,
     Statement,
@@ -106,14 +107,8 @@ def main(config: ScenesStage) -> None:
     if not tasks:
         print(f"{folder}: complete, nothing to do")
         return
-    # One shard after the other, or several at a time
-    if config.num_processes == 1:
-        for task in tasks:
-            make_shard(config, *task)
-    else:
-        with ProcessPoolExecutor(config.num_processes) as pool:
-            for future in [pool.submit(make_shard, config, *task) for task in tasks]:
-                future.result()
+    for _ in map_in_processes(partial(make_shard, config), tasks, config.num_processes):
+        pass
     print(f"{folder}: {sum(sizes.values())} images of {config.image_size} px")
 
 
@@ -130,8 +125,9 @@ def shard_file(config: ScenesStage, split: str, shard: int) -> Path:
     return Path(config.run_dir) / f"{split}-{shard:06d}.tar"
 
 
-def make_shard(config: ScenesStage, split: str, shard: int) -> None:
+def make_shard(config: ScenesStage, task: tuple[str, int]) -> None:
     """Write one shard."""
+    split, shard = task
     total = math.prod(config.size_of(split))
     numbers = range(total)[shard * SAMPLES_PER_SHARD :][:SAMPLES_PER_SHARD]
     samples = (make_sample(config, split, number) for number in numbers)

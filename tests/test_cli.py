@@ -79,6 +79,11 @@ def test_programs_in_a_folder_look_for_our_modules_in_the_repository():
         assert "sys.path.insert(" in before or path.startswith("assets/"), path
 
 
+def test_a_program_in_a_folder_starts_as_a_file():
+    status, output = launch(sys.executable, "scripts/encode_tokens.py", "--help")
+    assert status == 0 and output.startswith("usage: "), output
+
+
 # Under launchers
 
 PROGRAM = """
@@ -180,6 +185,20 @@ def test_a_parent_that_is_no_launcher_lives_on(program):
     words = [sys.executable, "-c", parent, "torchrun", *program, "all"]
     status, output = launch(*words, **variables)
     assert status == 0 and output.splitlines()[-1] == "2", output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        ("accelerate", ["train_tokenizer.py", "--config", TOKENIZER]),
+        ("torchrun", ["train_flowtok.py", "--config", "configs/demo/flowtok.yaml"]),
+    ],
+)
+def test_a_stage_that_cannot_start_says_why_in_its_last_line(launcher, words):
+    status, output = launch(*LAUNCHERS[launcher], *words, "bad=1")
+    assert status != 0 and output.count("error: ") == 1
+    assert output.splitlines()[-1].startswith("error: command line: bad: "), output
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling.flowtok import FlowTok, FlowTokBlock, FlowTokConfig, TimeEmbedding
+from modeling.layers import sincos_position_table
 
 B, K, C, W = 3, 5, 4, 24
 CONFIG = FlowTokConfig(num_tokens=K, token_channels=C, width=W, depth=2, num_heads=3)
@@ -52,6 +53,19 @@ def test_block_equals_its_formula():
     inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
     added = (0.5 * hidden * (1 + torch.tanh(inner))) @ last.weight.T + last.bias
     torch.testing.assert_close(block(x, condition), y + gate_m * added)
+
+
+def test_network_equals_its_parts_composed_by_hand():
+    network = perturbed(build())
+    tokens, t, null = inputs()
+    null[1] = True
+    condition = F.silu(network.embed_time(t) + network.embed_null.weight[null.long()])
+    x = network.embed_tokens(tokens) + sincos_position_table(K, W)
+    for block in network.blocks:
+        x = block(x, condition)
+    shift, scale = network.modulation_out(condition)[:, None].split(W, dim=-1)
+    expected = network.to_velocity(F.layer_norm(x, (W,), eps=1e-6) * (1 + scale) + shift)
+    torch.testing.assert_close(network(tokens, t, null), expected)
 
 
 def test_time_embedding_is_two_linears_with_silu_on_256_sinusoids_of_the_unscaled_time():

@@ -37,6 +37,38 @@ def test_training_pass_samples_and_its_moments_do_not():
     assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
 
 
+def test_encoder_equals_its_layers_composed_by_hand():
+    tokenizer, (images, _) = build(), inputs()
+    encoder, transformer = tokenizer.encoder, tokenizer.encoder.transformer
+    embed = encoder.patch_embed
+    x = F.conv2d(images, embed.weight, embed.bias, stride=PATCH).flatten(2).mT
+    latents = (encoder.latent_tokens + encoder.latent_positions).expand(B, -1, -1)
+    x = transformer.norm_in(torch.cat([x, latents], dim=1))
+    rope = (transformer.rope_cos, transformer.rope_sin)
+    for block in transformer.blocks:
+        x = x + block.attention(block.norm_attention(x), rope)
+        x = x + block.mlp(block.norm_mlp(x))
+    moments = encoder.to_moments(transformer.norm_out(x[:, -K:]))
+    posterior = tokenizer.encode(images)
+    torch.testing.assert_close(posterior.mean, moments[..., :C])
+    torch.testing.assert_close(posterior.logvar, moments[..., C:])
+
+
+def test_decoder_equals_its_layers_composed_by_hand():
+    decoder, states, tokens = build().decoder, torch.randn(B, L, T), torch.randn(B, K, C)
+    transformer = decoder.transformer
+    latents = decoder.embed_tokens(tokens) + decoder.latent_positions
+    text = decoder.embed_text(states) + decoder.text_positions
+    masks = decoder.mask_token.expand(B, GRID**2, -1)
+    x = transformer.norm_in(torch.cat([masks, latents, text], dim=1))
+    for block in transformer.blocks:
+        x = block(x, (transformer.rope_cos, transformer.rope_sin))
+    pixels = decoder.to_pixels(transformer.norm_out(x[:, : GRID**2]))
+    cells = pixels.view(B, GRID, GRID, PATCH, PATCH, 3).permute(0, 5, 1, 3, 2, 4)
+    image = cells.reshape(B, 3, PIXELS, PIXELS)
+    torch.testing.assert_close(decoder(tokens, states), decoder.smooth(image))
+
+
 def test_pixels_of_a_patch_are_laid_out_row_column_channel():
     tokenizer = build()
     last, values = tokenizer.decoder.to_pixels, torch.arange(3.0 * PATCH**2)

@@ -1,6 +1,7 @@
 """What train_flowtok.sh runs, where, and what it refuses; how programs end; environment.sh."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -337,3 +338,70 @@ def test_an_old_python_is_refused_with_its_version(tmp_path):
     (tmp_path / "few.txt").touch()
     result = bash(tmp_path, "-c", SET_UP, "_", "few.txt")
     assert result.returncode == 2 and "3.8.1" in result.stderr
+
+
+# Words that macOS's bash 3.2 does not have, and programs that only GNU has.
+NOT_ON_MACOS = [
+    r"\b(mapfile|readarray|coproc)\b",
+    r"\b(declare|local|typeset|readonly) +-\w*[Agnlu]",
+    r"\$\{\w+(\[[^]]*\])?(,|\^|@[A-Za-z])",
+    r"(\[|\btest) +(! +)?-[vR] ",
+    r"\bwait +-[nfp]",
+    r"&>>|\|&|;&",
+    r"\$\{?(BASHPID|EPOCHSECONDS|EPOCHREALTIME|SRANDOM)\b",
+    r"\bshopt .*(globstar|lastpipe|inherit_errexit)",
+    r"%\([^)]*\)T",
+    r"\{0\d*\.\.|\.\.\d+\.\.",
+    r"\bread .*(-N|-i|-t *0?\.)",
+    r"\bexec +\{\w+\}",
+    r"\$\{\w+(\[-|: *-?\w*: *-)",
+    r'"\$\{\w+\[@\]\}"',  # of an empty array, under set -u
+    r"\b(nproc|realpath|tac|timeout|readlink +-f|sed +-i|grep +-\w*P|stat +-c|date +-d|sort +-V)\b",
+]
+SCRIPTS = [
+    path
+    for name in ("*.sh", "scripts/*.sh", "scripts/*.sbatch", ".ci/*")
+    for path in ROOT.glob(name)
+]
+
+
+def words_of_newer_shells(text):
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return [line for line in lines if any(re.search(word, line) for word in NOT_ON_MACOS)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_use_no_word_that_macos_lacks(path):
+    assert words_of_newer_shells(path.read_text()) == []
+
+
+def test_words_that_macos_lacks_are_found():
+    lines = """mapfile -t a < b
+readarray a
+declare -A a
+local -n b=a
+declare -g a=1
+echo "${a,,}"
+echo "${a[0]^^}"
+echo "${a@Q}"
+[[ -v a ]]
+test -v a
+wait -n
+ls &>> log
+ls |& cat
+case a in a) b ;;& esac
+echo $EPOCHSECONDS
+shopt -s globstar
+printf '%(%s)T'
+for i in {01..10}; do
+for i in {1..9..2}; do
+read -t 0.1 a
+exec {fd}<a
+echo "${a[-1]}"
+echo "${a:0:-1}"
+echo "${a[@]}"
+nproc
+sed -i s/a/b/ c""".splitlines()
+    assert words_of_newer_shells("\n".join(lines)) == lines
+    older = ["local a=${B:-${C:-}}", 'echo "${a[0]}" "$@" 2>&1', "[[ -n $a ]] && wait"]
+    assert words_of_newer_shells("\n".join([*older, "# mapfile"])) == []

@@ -1,10 +1,12 @@
 """data/processes.py: results in order, and no hang whenever a worker is killed."""
 
+import errno
 import multiprocessing
 import os
 import signal
 import time
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import SemLock
 
 import pytest
 
@@ -41,6 +43,24 @@ def test_a_worker_that_is_killed_at_whatever_moment_holds_nobody_up(function):
 def test_a_worker_that_is_killed_before_it_begins_holds_nobody_up(monkeypatch):
     monkeypatch.setattr(processes, "_start_worker", die)
     with pytest.raises(BrokenProcessPool):
+        list(map_in_processes(abs, range(20), workers=3))
+
+
+def leave_room_for(monkeypatch, number):
+    """So many semaphores: each takes 4 kB of shared memory."""
+    made, original = [], SemLock.__init__
+
+    def limited(*arguments, **options):
+        if len(made) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        made.append(original(*arguments, **options))
+
+    monkeypatch.setattr(SemLock, "__init__", limited)
+
+
+def test_no_room_for_what_processes_share_names_the_way_out(monkeypatch):
+    leave_room_for(monkeypatch, 0)
+    with pytest.raises(OSError, match="No space left.*--shm-size"):
         list(map_in_processes(abs, range(20), workers=3))
 
 

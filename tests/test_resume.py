@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import shape_sample
 from forks import launch_two, start_ranks
 from safetensors.torch import load_file, save_file
 from tiny_experiment import PROGRAMS, equal, metrics, training, weights
@@ -17,6 +18,7 @@ from tiny_experiment import PROGRAMS, equal, metrics, training, weights
 import train_flowtok
 import train_text_decoder
 import train_tokenizer
+from data.tar import write_shard
 from modeling.layers import fingerprint
 from scripts import encode_tokens
 from training import checkpoint as ckpt
@@ -300,6 +302,32 @@ def test_a_flow_whose_start_was_trained_anew_is_refused(chain, tmp_path, source,
     name = key.removesuffix("_run")
     with refused(f"flowtok was trained: {name} was [0-9a-f]{{16}}, is .{{16}}. "):
         chain.run_in(tmp_path, "flowtok", *options, "training.max_steps=6")
+
+
+@pytest.mark.parametrize("max_steps", [1, 2])  # a complete run, a run to be resumed
+@pytest.mark.parametrize("stage", ["text_encoder", "tokenizer"])
+def test_a_run_on_image_shards_that_were_made_anew_is_refused_naming_them(
+    chain, tmp_path, capsys, stage, max_steps
+):
+    samples = [shape_sample(number) for number in range(8)]
+    write_shard(tmp_path / "a.tar", samples)
+    options = [f"data.shards=[{tmp_path}/*.tar]", "training.sample_every_steps=0"]
+    run = chain.run_in(tmp_path, stage, *options, "training.max_steps=1")
+    options.append(f"training.max_steps={max_steps}")
+    before = files(run)
+    samples[3]["txt"] = "a new caption"
+    write_shard(tmp_path / "a.tar", samples)
+    write_shard(tmp_path / "b.tar", samples)
+    with refused(f"{stage} was made of another .*a.tar was .*, is .*; .*b.tar is new. Delete it"):
+        chain.run_in(tmp_path, stage, *options)
+    assert files(run) == before
+    # on another machine, where the data lies elsewhere
+    samples[3] = shape_sample(3)
+    (tmp_path / "copy").mkdir()
+    write_shard(tmp_path / "copy" / "a.tar", samples)
+    chain.run_in(tmp_path, stage, *options, f"data.shards=[{tmp_path}/copy/*.tar]")
+    said = "complete at step 1" if max_steps == 1 else "resuming at step 1"
+    assert said in capsys.readouterr().out
 
 
 def test_a_tokenizer_of_another_text_encoder_is_refused(chain, tmp_path, tiny_clip_dir):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 import pytest
 import yaml
 
+from eval.programs import start_processes
 from training.run import CONFIG_FILE, list_changes, save_config, start_run
 
 
@@ -37,6 +38,16 @@ def saved(folder):
 
 def values(config=None):
     return {"stage": "toy", **asdict(config or Config())}
+
+
+def test_engines_that_the_environment_asks_for_are_refused(monkeypatch):
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        for begin in (lambda: start_run("a", "fp32", seed=0), lambda: start_processes("cpu")):
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name}=true: "):
+                patch.setenv(name, "true")
+                begin()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    start_processes("cpu")
 
 
 def test_starting_alone_writes_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """sample.py on a tiny experiment: prompts in, pictures out, the same for the same seed."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,14 +191,16 @@ def test_a_run_that_draws_nothing_makes_one_image_of_a_prompt(chain, tmp_path, c
 def test_prompts_unlike_the_captions_of_the_training_are_named(chain, tmp_path, capsys):
     prompts = ["a red circle", "A  Green Square", "red circle", "a purple cat"]
     draw(chain.folder, "--prompts", *prompts, "--output", tmp_path / "x.png")
-    first, second = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr()
+    first, second = said.err.splitlines()
+    assert "2 of 4 prompts are captions" in said.out
     assert "'red circle'" in first and "every caption" in first and " 'a'" in first
     assert "'a purple cat'" in second and "'cat', 'purple'" in second
     draw(chain.folder, "--prompts", *["a cat"] * 12, "--output", tmp_path / "x.png")
     assert capsys.readouterr().err.splitlines()[-1] == "warning: 2 more about prompts"
 
 
-def test_nothing_is_said_of_words_where_the_captions_are_not_known(chain, tmp_path, capsys):
+def test_where_the_words_of_captions_are_not_known_that_is_said_once(chain, tmp_path, capsys):
     for name in ("flowtok", "tokenizer", "text_encoder"):
         shutil.copytree(chain.folder / name, tmp_path / name)
     tokens = shutil.copytree(chain.folder / "tokens", tmp_path / "tokens")
@@ -206,6 +209,10 @@ def test_nothing_is_said_of_words_where_the_captions_are_not_known(chain, tmp_pa
     draw(tmp_path, "--prompts", "a cat", "--output", tmp_path / "x.png")
     assert "'cat'" in capsys.readouterr().err  # the tokens beside a moved run are its own
     (tokens / VOCABULARY_FILE).unlink()
+    draw(tmp_path, "--prompts", "a cat", "a dog", "--output", tmp_path / "x.png")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert VOCABULARY_FILE in line
+    config.write_text(config.read_text().replace("recaption_keys: []", "recaption_keys: [txt]"))
     draw(tmp_path, "--prompts", "a cat", "--output", tmp_path / "x.png")
     assert capsys.readouterr().err == ""
 
@@ -216,7 +223,9 @@ def test_a_vocabulary_is_that_of_all_captions_together():
     assert found == measure_vocabulary(caption for part in parts for caption in part)
     assert (found.example, found.common) == ("a cat, animal", ["a"])
     assert found.words == [",", "a", "animal", "car", "cat", "dog"]
+    assert found.captions == ["a car", "a cat, animal", "a dog, animal"]
     assert found.difference("a Dog, cat") == ""
+    assert join_vocabularies([found, replace(found, captions=None)]).captions is None
     many = measure_vocabulary(f"the {number}" for number in range(MAX_WORDS + 1))
     assert many.words is None and many.difference("the cat") == ""
     assert "'the'" in join_vocabularies([found, many, many][1:]).difference("cat")

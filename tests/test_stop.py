@@ -1,12 +1,16 @@
 """training/supervise.py: a signal or the time limit leaves a checkpoint and a status."""
 
+import gc
 import os
 import signal
+import sys
 import time
 
 import pytest
 from forks import Program
+from test_processes import leave_room_for
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.workers import start_worker
 from training import checkpoint as ckpt
@@ -76,6 +80,19 @@ def test_a_worker_that_dies_or_cannot_send_a_batch_ends_the_program_with_one_lin
     with pytest.raises(ChildProcessError) as error, watched(loader_of([1, 2, item, 3])) as batches:
         list(batches)
     assert "a data worker (process " in str(error.value) and named in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("number", [0, 3, 9])  # fails at a queue, at an event, at the next queue
+def test_no_room_for_the_first_semaphores_is_one_error_and_nothing_else(monkeypatch, kind, number):
+    ignored = []
+    leave_room_for(monkeypatch, number)
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    loader = kind(range(4), batch_size=None, num_workers=2)
+    with pytest.raises(OSError, match="workers cannot be started.*--shm-size"), watched(loader):
+        pass
+    gc.collect()
+    assert not ignored
 
 
 def test_workers_that_have_no_more_data_are_no_fault(monkeypatch):

@@ -1,7 +1,9 @@
 """data/storage.py: web servers that misbehave; read directly and through streams."""
 
 import gzip
+import os
 import re
+import shutil
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +15,7 @@ from test_shards import make_shards, make_stream, same, take
 
 from data import storage
 from data.shards import build_loader
-from data.storage import ShardError, open_shard, shard_states
+from data.storage import ShardError, is_other, open_shard, shard_states
 from data.tar import count_samples, read_shard
 
 torch.set_num_threads(1)
@@ -109,6 +111,34 @@ def test_the_state_of_a_shard_is_another_once_it_is_made_anew(tmp_path, server):
     after = shard_states(names)
     assert all(old != new for old, new in zip(before[:2], after[:2], strict=True))
     assert after[0].startswith("10240 bytes, ") and after[1].startswith("size 10240, ETag ")
+    (tmp_path / "copy").mkdir()
+    copy = shutil.copy(path, tmp_path / "copy")
+    os.utime(copy, (1, 1))
+    assert shard_states([copy]) == after[:1]
+
+
+def test_of_a_large_shard_parts_are_compared_and_a_time_alone_does_not_make_it_another(tmp_path):
+    path = tmp_path / "a.tar"
+    size = storage.PARTS * storage.PART_BYTES + 1
+    states = []
+    for changed, time in [((), 1), ((), 2), ((0,), 1), ((size - 1,), 1)]:
+        data = bytearray(size)
+        for position in changed:
+            data[position] = 1
+        path.write_bytes(data)
+        os.utime(path, (time, time))
+        states += shard_states([str(path)])
+    first, touched, *others = states
+    assert first != touched and not is_other(first, touched)
+    assert all(is_other(first, other) for other in others)
+    assert not is_other("", first) and is_other("size 1; updated 2", "size 2; updated 2")
+    # up to that size no byte escapes
+    path.write_bytes(bytes(size - 1))
+    before = shard_states([str(path)])
+    with path.open("r+b") as file:
+        file.seek(storage.PART_BYTES * 7 // 2)
+        file.write(b"1")
+    assert is_other(*before, *shard_states([str(path)]))
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])

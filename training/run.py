@@ -32,6 +32,8 @@ from data.files import write_text
 CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
 # NCCL's own ten minutes are too short for pictures, checkpoints and uneven shards.
 TIMEOUT_MINUTES = 60.0
+# What accelerate's variables, or the config file of its launcher, may ask for beside DDP
+ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 @dataclass
@@ -61,6 +63,21 @@ def process_group_timeout(timeout_minutes: float) -> timedelta:
     return timedelta(minutes=2 * timeout_minutes)
 
 
+def refuse_engines() -> None:
+    """Refuse what the environment asks for and no program here is written for.
+
+    Raises:
+        ValueError: naming the variable.
+    """
+    for name in (f"ACCELERATE_USE_{engine}" for engine in ENGINES):
+        value = os.environ.get(name, "")
+        if value.lower() not in ("", "0", "false"):
+            raise ValueError(
+                f"{name}={value}: only DDP is supported; unset it, or start without accelerate's "
+                "config file (accelerate config)"
+            )
+
+
 def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) -> Accelerator:
     """Join the other processes, if any.
 
@@ -69,7 +86,9 @@ def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) 
 
     Raises:
         ConnectionError: the other processes can't be reached.
+        ValueError: the environment asks for another engine than DDP.
     """
+    refuse_engines()
     # TF32 for what is left in float32 on a GPU; the CPU ignores it.
     torch.set_float32_matmul_precision("high")
     # Buffers are the same everywhere by construction: no exchange of them in each step.

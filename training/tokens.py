@@ -7,7 +7,7 @@ latent scale from the other.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -56,11 +56,18 @@ class TokensInfo:
     skipped: dict[str, int]  # image samples that gave no latents, by reason
     stats: LatentStats
     identity: str = ""  # a digest of the token shards; "" where nobody took it
+    # name of each shard -> "num_samples", "skipped", "crc32", "bytes"; {} where nobody counted
+    counts: dict[str, dict] = field(default_factory=dict)
 
     @property
     def latent_scale(self) -> float:
         """z_I = latent_scale * latent has deviation 1."""
         return self.stats.latent_scale
+
+    def damage(self, folder: Path) -> list[str]:
+        """What names and sizes show to be wrong with the shards in a folder."""
+        found = (shard_damage(folder / name, self.counts.get(name, {})) for name in self.shards)
+        return [damage for damage in found if damage]
 
     def inputs(self) -> dict:
         """What a stage that trains on these tokens depends on."""
@@ -98,6 +105,33 @@ class TokensInfo:
             raise ValueError(
                 f"{folder}: not what scripts/encode_tokens.py writes: {error}"
             ) from error
+
+
+def shard_damage(path: Path, counts: dict) -> str:
+    """What is wrong with a token shard by its name and size, "" if nothing; counts: if known."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    if size != counts.get("bytes", size):
+        return f"{path.name} has {size} bytes instead of {counts['bytes']}"
+    return ""
+
+
+def refuse_damage(data: ReaderConfig) -> None:
+    """Refuse shards that are no longer as scripts/encode_tokens.py wrote them.
+
+    Raises:
+        ValueError: naming the first one, and the way out.
+    """
+    patterns = [pattern for pattern in data.all_shards() if not is_remote(pattern)]
+    for folder in sorted({Path(pattern).expanduser().parent for pattern in patterns}):
+        is_known = (folder / TOKENS_INFO_FILE).is_file()
+        damage = TokensInfo.load(folder).damage(folder) if is_known else []
+        if damage:
+            raise ValueError(
+                f"{folder}: {damage[0]} ({len(damage)} damaged or lost shards): run "
+                "scripts/encode_tokens.py (stage tokens) again, which makes them anew"
+            )
 
 
 def load_tokens_info(
@@ -181,6 +215,7 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
         "num_samples": total,
         "stats": LatentStats(total, [], [], latent_scale or measured),
         "identity": "+".join(filter(None, (info.identity for info in infos.values()))),
+        "counts": {},
     }
     return TokensInfo(**values)
 
@@ -257,14 +292,15 @@ def open_stored_tokens(
     """Open token shards for this process.
 
     Raises:
-        ValueError: the text tower is not the one that the tokens were made with, or their text
-            states are of whole captions where parts are wanted.
+        ValueError: the text tower is not the one that the tokens were made with, their text states
+            are of whole captions where parts are wanted, or a shard is lost or damaged.
     """
     if info.has_text_states and data.draws_sentences():
         raise ValueError(
             "data.captions.window=sentences: the token shards hold text states of whole captions; "
             "encode them again with store_text_states=false"
         )
+    refuse_damage(data)
     encoder = load_text_encoder(text_config)
     if info.text_encoder_fingerprint not in ("unknown", encoder.identity):
         raise ValueError(
@@ -314,7 +350,8 @@ class StoredCaptions:
 def open_stored_captions(
     run: Run, data: ReaderConfig, training: TrainingConfig, text_config: TextEncoderConfig
 ) -> StoredCaptions:
-    """Open any shards with captions for this process."""
+    """Open any shards with captions for this process; ValueError if one of tokens is damaged."""
+    refuse_damage(data)
     encoder = load_text_encoder(text_config)
     has_text_states = not data.draws_sentences() and all(
         holds_states_of(encoder, pattern) for pattern in data.all_shards()

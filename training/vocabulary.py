@@ -1,8 +1,9 @@
-"""What the captions of a training have in common: their words, if they are few, and what all have.
+"""The captions of a training and their words, where these are few, and the words that all have.
 
 scripts/encode_tokens.py writes vocabulary.json beside the token shards. sample.py says what a
 prompt has that no caption had, or lacks that every caption had: such a prompt gives a poor image,
-and nothing else shows why.
+and nothing else shows why. How many prompts are captions themselves is said as well, since their
+images may be recalled ones.
 """
 
 import json
@@ -15,7 +16,7 @@ from data.files import write_json
 from training.loading import read_run_config
 
 VOCABULARY_FILE = "vocabulary.json"
-MAX_WORDS = 10_000  # captions of more words are free text
+MAX_WORDS = 10_000  # captions of more words are free text; so many captions are listed at most
 WORD = re.compile(r"\w+|[^\w\s]")  # a punctuation mark counts as a word
 
 
@@ -26,6 +27,7 @@ class Vocabulary:
     example: str  # a caption; "": there is none
     common: list[str]  # words that every caption has
     words: list[str] | None  # all words; None: more than MAX_WORDS
+    captions: list[str] | None = None  # all in one form; None: more than MAX_WORDS, or not known
 
     def difference(self, prompt: str) -> str:
         """How a prompt differs from all captions, "" if it does not."""
@@ -42,6 +44,11 @@ class Vocabulary:
         return "; ".join(remarks)
 
 
+def one_form(caption: str) -> str:
+    """The same for captions that the text tower takes for equal."""
+    return " ".join(caption.lower().split())
+
+
 def split_words(text: str) -> set[str]:
     """Words and punctuation marks of a text."""
     return {*WORD.findall(text.lower())}
@@ -54,29 +61,35 @@ def quote(words: Iterable[str]) -> str:
 
 def measure_vocabulary(captions: Iterable[str]) -> Vocabulary:
     """The vocabulary of some captions."""
-    example, common, words = "", set(), set()
+    example, common, words, different = "", set(), set(), set()
     for caption in captions:
         found = split_words(caption)
         common = common & found if example else found
         words |= found
+        different.add(one_form(caption))
         example = example or caption
-    return Vocabulary(example, sorted(common), limit(words))
+    return Vocabulary(example, sorted(common), limit(words), limit(different))
 
 
 def join_vocabularies(parts: Sequence[Vocabulary]) -> Vocabulary:
     """The vocabulary of all captions together."""
     parts = [part for part in parts if part.example]
     if not parts:
-        return Vocabulary("", [], [])
+        return Vocabulary("", [], [], [])
     common = set.intersection(*({*part.common} for part in parts))
-    is_free = any(part.words is None for part in parts)
-    words = None if is_free else limit({word for part in parts for word in part.words})
-    return Vocabulary(parts[0].example, sorted(common), words)
+    words = join_lists([part.words for part in parts])
+    captions = join_lists([part.captions for part in parts])
+    return Vocabulary(parts[0].example, sorted(common), words, captions)
 
 
-def limit(words: set[str]) -> list[str] | None:
-    """Sorted words; None for too many."""
-    return sorted(words) if len(words) <= MAX_WORDS else None
+def join_lists(lists: Sequence[list[str] | None]) -> list[str] | None:
+    """What is in any of the lists; None if one is not known, or for too many."""
+    return None if None in lists else limit({text for each in lists for text in each})
+
+
+def limit(texts: set[str]) -> list[str] | None:
+    """Sorted texts; None for too many."""
+    return sorted(texts) if len(texts) <= MAX_WORDS else None
 
 
 def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
@@ -85,16 +98,22 @@ def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
-    """The vocabulary of a stage-3 run's captions; None if it is not known.
+    """The vocabulary of a stage-3 run's captions; None if it is not where it should be.
 
     It lies beside the token shards, where the run's config has them or, if the experiment was
-    moved, beside the run.
+    moved, beside the run. Converted weights, and captions that are others in each epoch, are taken
+    for free text.
     """
     data = read_run_config(flow_dir).get("data") or {}
     sources = [*data.get("sources", {}).values()] or [data]
     folders = {Path(pattern).parent for source in sources for pattern in source.get("shards", [])}
+    captions = [source.get("captions") or data.get("captions") or {} for source in sources]
+    if not folders or any(
+        each.get("recaption_keys") or "json:captions" in each.get("keys", []) for each in captions
+    ):
+        return Vocabulary("", [], None)
     files = [find_file(folder, flow_dir.parent) for folder in sorted(folders)]
-    if not files or not all(files):
+    if not all(files):
         return None
     return join_vocabularies([Vocabulary(**json.loads(file.read_text())) for file in files])
 

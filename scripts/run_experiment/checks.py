@@ -19,7 +19,7 @@ from train_tokenizer import TokenizerStage
 from training.checkpoint import latest_checkpoint
 from training.run import CONFIG_FILE
 from training.stage import TrainedStage
-from training.tokens import TOKENS_INFO_FILE
+from training.tokens import TOKENS_INFO_FILE, TokensInfo
 
 LOCAL_TOWER = "local-dir:"
 TOWER = "clip"  # in the run of stage text_encoder
@@ -76,7 +76,8 @@ def is_complete(stage: Stage) -> bool:
     """Whether the stage's run needs no data any more."""
     folder = Path(stage.config.run_dir)
     if isinstance(stage.config, TokensStage):
-        return (folder / TOKENS_INFO_FILE).is_file()
+        is_there = (folder / TOKENS_INFO_FILE).is_file()
+        return is_there and not TokensInfo.load(folder).damage(folder)
     if not isinstance(stage.config, TrainedStage):
         return False
     latest = latest_checkpoint(folder)

@@ -22,7 +22,7 @@ from modeling import losses
 from scripts import train_text_encoder
 from scripts.workload.sizes import Stage
 from scripts.workload.steps import Workload, build_workload, make_batch
-from training.run import Run
+from training.run import Run, refuse_engines
 
 GIB = 2**30  # bytes
 
@@ -82,6 +82,7 @@ class Meter(TorchDispatchMode):
 def fake_machine(precision: str, num_gpus: int = 1) -> Iterator[tuple[Run, Meter]]:
     """(the run of one GPU of a job, the meter); all tensors made inside are fake."""
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier plan in this process
+    refuse_engines()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     replaced = [
         # What looks at values: captions fill the context, images and weights are not random.
