@@ -39,7 +39,7 @@ class TextEncoderConfig(ClipWeights):
     def __post_init__(self):
         check_not_negative(self, "context_length")
         if self.family == "open_clip" and self.context_length:
-            raise ValueError("context_length is for family=transformers: the model says it")
+            raise ValueError("context_length is set, but only family=transformers reads it")
 
 
 class Tokenizer(Protocol):
