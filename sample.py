@@ -40,7 +40,8 @@ from eval.images import (
     list_pictures,
     sheet_of,
 )
-from modeling.pipeline import ImageGenerator, SamplingConfig, to_pil
+from modeling.layers import to_pil
+from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
 from modeling.samplers import SOLVERS
 from training.errors import exit_on_error, printable

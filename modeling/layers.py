@@ -1,4 +1,4 @@
-"""What networks share: attention with optional RoPE, SwiGLU, tables, init; latent posteriors.
+"""What networks share: attention with optional RoPE, SwiGLU, tables, init, weights; posteriors.
 
 Sources: RoPE as in TA-TiTok with RoPE (axial, row half first, adjacent channel pairs), SwiGLU of
 Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
@@ -6,10 +6,13 @@ Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W 
 
 import hashlib
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -184,6 +187,22 @@ def fingerprint(module: nn.Module, salt: bytes = b"") -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Strictly load safetensors into a module; ValueError names the file and what is wrong."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        module.load_state_dict(load_file(path), strict=True)
+    except Exception as error:  # safetensors raises its own types, torch a RuntimeError
+        raise ValueError(f"{path} does not fit the configured model: {error}") from error
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """3 x R x R in [0, 1] -> PIL image, rounded to 8 bits."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 
 # The diagonal Gaussian over latent tokens that image tokenizer and text projector output

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,7 +23,8 @@ from .flow import FlowConfig, check_guidance, guided_velocity
 from .flow_model import FlowModel, build_flow
 from .flowtok import FlowTokConfig
 from .image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from .pretrained import TOWER_FOLDER, find_folder, load_weights, read_config
+from .layers import load_weights, to_pil
+from .pretrained import TOWER_FOLDER, find_folder, read_config
 from .samplers import SOLVERS, check_solver, evaluation_times, integrate, make_times
 from .text_decoder import TextDecoder, TextDecoderConfig
 from .text_encoder import (
@@ -286,12 +286,6 @@ class PipelineConfig:
     image_to_text: DirectionConfig | None = None
     text_decoder: TextDecoderConfig | None = None  # reads where image_to_text ends
     captions: list[str] = field(default_factory=list)  # to try
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """3 x R x R in [0, 1] -> PIL image, rounded to 8 bits."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 
 @dataclass

@@ -14,8 +14,6 @@ from typing import TypeVar
 import huggingface_hub
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors.torch import load_file
-from torch import nn
 
 from .clip_weights import why_hub_is_silent
 
@@ -69,13 +67,3 @@ def read_config(folder: Path, schema: type[T]) -> T:
         return OmegaConf.to_object(values)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Strictly load safetensors into a module; ValueError names the file and what is wrong."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        module.load_state_dict(load_file(path), strict=True)
-    except Exception as error:  # safetensors raises its own types, torch a RuntimeError
-        raise ValueError(f"{path} does not fit the configured model: {error}") from error

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from data.files import user_path
 from eval.images import caption_images, list_pictures
-from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig, to_pil
+from modeling.layers import to_pil
+from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder
 from sample import list_cuts, list_strangers
 from training.errors import exit_on_error

@@ -4,16 +4,26 @@ import io
 import math
 import random
 import shutil
+import socket
+import urllib.error
+from functools import cache
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.tar import write_shard
 from modeling.clip_weights import build_clip, save_clip
 
 torch.set_num_threads(1)
+# Its vocabulary takes 0.2 s to read, and each stage reads it up to five times.
+open_clip.factory.SimpleTokenizer = cache(open_clip.factory.SimpleTokenizer)
+# How often torch looks whether a data worker lives, and how long it waits for a dead one: not 5 s.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
+_MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (1.0,)
 
 TINY_CLIP = {
     "embed_dim": 24,
@@ -49,6 +59,18 @@ def tiny_shards(tmp_path_factory) -> Path:
         numbers = range(shard * SAMPLES_PER_SHARD, (shard + 1) * SAMPLES_PER_SHARD)
         write_shard(folder / f"train-{shard:05d}.tar", [shape_sample(number) for number in numbers])
     return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path) -> Path:
+    """An empty cache of torch's, and downloads that fail; the cache's folder."""
+
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError(socket.gaierror("no such host"))
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 def save_weights_file(tmp_path_factory, name, state) -> Path:

@@ -17,6 +17,9 @@ from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 ROOT = Path(__file__).parents[1]
 PACE = 0.0005  # seconds between two looks
 
@@ -84,7 +87,7 @@ class Program:
 def server() -> multiprocessing.context.BaseContext:
     """The context whose processes are forked from the server; the first call starts it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_experiment"])
+    context.set_forkserver_preload(["conftest", "tiny_experiment"])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     before = {name: os.environ.get(name) for name in variables}
@@ -112,6 +115,35 @@ def run_script(log: Path, script: str, arguments: tuple, variables: dict[str, st
         runpy.run_path(str(ROOT / script), run_name="__main__")
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+def launch_two(log: Path, *words: str) -> Program:
+    """`accelerate launch` of a program in two processes on the CPU."""
+    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0"
+    flags += " --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
+    variables = {"ACCELERATE_USE_CPU": "true"}
+    return Program(log, "accelerate.commands.launch", *flags.split(), *words, **variables)
+
+
+def in_two_processes(function: Callable[[int], object], folder: Path) -> list:
+    """What function(rank) returns in each of two processes of a gloo group; `folder` is empty."""
+    processes = [
+        server().Process(target=run_rank, args=(function, folder, rank)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def run_rank(function: Callable[[int], object], folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    place = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    torch.save(function(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 def free_port() -> int:

@@ -16,16 +16,11 @@ def read(*words, wanted=""):
     return stages.read_stages(words, wanted, CONFIGS)
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    """All stages of each experiment in configs/."""
+def test_shipped_experiments_fit_together():
     names = sorted(path.name for path in CONFIGS.iterdir() if stages.stage_files(path))
-    return {name: read(name) for name in names}
-
-
-def test_shipped_experiments_fit_together(shipped):
-    made = {stage.config.run_dir for found in shipped.values() for stage in found}
-    for found in shipped.values():
+    shipped = [read(name) for name in names]
+    made = {stage.config.run_dir for found in shipped for stage in found}
+    for found in shipped:
         checks.check_configs(found, num_processes=8)
         for stage in found:
             assert made.issuperset(stage.config.earlier_runs().values()), stage
@@ -66,7 +61,6 @@ def test_an_experiment_passes_before_any_of_its_stages_has_run(tiny):
         ("flowtok.training.batch_size=9", ["configs/flowtok", "training.batch_size 9"]),
         ("tokenizer.data.shards=[/gone/a.tar]", ["configs/tokenizer", "/gone/a.tar"]),
         ("report.heldout_shards=[/gone/*.tar]", ["configs/report", "/gone/*.tar"]),
-        ("text_decoder.heldout_shards=[/gone/a.tar]", ["configs/text_decoder", "/gone/a.tar"]),
         ("flowtok.tokenizer_run=/gone", ["configs/flowtok", "tokenizer_run=/gone"]),
         ("tokenizer.text_encoder.model=local-dir:/gone/clip", ["text_encoder.model=/gone/clip"]),
         ("flowtok.run_dir=${experiment_dir}/tokens", ["configs/tokens", "configs/flowtok"]),
@@ -81,7 +75,6 @@ def test_an_experiment_passes_before_any_of_its_stages_has_run(tiny):
             ["configs/flowtok", "train-00002.tar", "train-00001.tar"],
         ),
         ("flowtok.data.shards=['${experiment_dir}/tokenizer/*.tar']", ["tokenizer/*.tar"]),
-        ("text_projector.data.shards=[/gone/*.tar]", ["configs/text_projector", "/gone/*.tar"]),
     ],
 )
 def test_what_will_fail_is_found_before_the_first_stage(tiny, override, said):
@@ -104,7 +97,7 @@ def test_scenes_that_an_earlier_stage_draws_are_known_beforehand(tmp_path):
             check(CONFIGS / "scenes", where, override)
 
 
-ODD_NAMES = ["a[1]", "a{b,c}", "a{1..3}", "{b}", "*?", "[!a]", "a #1, b: c", "~", "2024_11_29"]
+ODD_NAMES = ["a[1]", "a{1..3}", "*? #1, b: c"]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.pretrained import load_weights
+from modeling.layers import load_weights
 from training import checkpoint as ckpt
 from training.optim import EMA, OptimizerConfig, build_optimizer
 
@@ -48,31 +48,21 @@ def test_a_half_written_folder_is_ignored_and_removed_when_its_step_comes_again(
     whole = write(tmp_path, 2)
     assert ckpt.latest_checkpoint(tmp_path) == (2, whole)
     assert not half.exists() and not (whole / "left_over").exists()
-
-
-def test_foreign_names_are_no_checkpoints(tmp_path):
-    folder = write(tmp_path, 3)
-    (tmp_path / "checkpoints" / "step_00000009").touch()  # a file
-    for name in ("step_best", "step_", "epoch_00000010", "step_00000011_backup"):
-        (tmp_path / "checkpoints" / name).mkdir()
-    assert ckpt.checkpoint_folders(tmp_path) == {3: folder}
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    write(tmp_path, 2, model=model)  # once more: it replaces the first
+    load_weights(other, whole / ckpt.MODEL_FILE)
+    assert torch.equal(other.weight, model.weight)
 
 
 def test_the_newest_is_the_highest_step_whatever_its_name_size_or_age(tmp_path):
     large = write(tmp_path, 100_000_000)  # nine digits: sorts before 99999999 by name
     small = write(tmp_path, 99_999_999)
     (small / "padding").write_bytes(b"x" * 100_000)
+    (tmp_path / "checkpoints" / "step_900000000").touch()  # a file
+    for name in ("step_best", "step_", "epoch_900000000", "step_900000000_backup"):
+        (tmp_path / "checkpoints" / name).mkdir()
     assert list(ckpt.checkpoint_folders(tmp_path)) == [99_999_999, 100_000_000]
     assert ckpt.latest_checkpoint(tmp_path) == (100_000_000, large)
-
-
-def test_writing_a_step_again_replaces_it(tmp_path):
-    write(tmp_path, 4)
-    model = nn.Linear(2, 2)
-    folder = write(tmp_path, 4, model=model)
-    other = nn.Linear(2, 2)
-    load_weights(other, folder / ckpt.MODEL_FILE)
-    assert torch.equal(other.weight, model.weight)
 
 
 @pytest.mark.parametrize(
@@ -115,10 +105,13 @@ def spoil(path, how):
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("file", [ckpt.MODEL_FILE, ckpt.OPTIMIZER_FILE])
 @pytest.mark.parametrize(
-    ("how", "reason"),
-    [("cut", "bytes instead of"), ("gone", "missing"), ("byte", "other contents")],
+    ("file", "how", "reason"),
+    [
+        (ckpt.MODEL_FILE, "cut", "bytes instead of"),
+        (ckpt.OPTIMIZER_FILE, "gone", "missing"),
+        (ckpt.OPTIMIZER_FILE, "byte", "other contents"),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, file, how, reason):
     write(tmp_path, 1)

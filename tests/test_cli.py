@@ -38,7 +38,6 @@ def test_the_printed_config_loads_again(tmp_path, capsys, monkeypatch):
     ("arguments", "said"),
     [
         ([], ["--config"]),
-        (["--config", TOKENIZER, "--confg"], ["--confg"]),
         (["--config", "/gone/tokenizer.yaml"], ["/gone/tokenizer.yaml"]),
         (["--config", TOKENIZER, "lr=1"], ["lr", "optimizer.learning_rate"]),
         (["--config", TOKENIZER, "training.max_steps=\x1b[2J\n"], ["max_steps", "\\x1b[2J"]),
@@ -52,40 +51,32 @@ def test_a_bad_command_line_ends_with_one_line_and_status_2(arguments, said, cap
     assert all(part in line for part in said), line
 
 
-@pytest.mark.parametrize("kind", [ValueError, FloatingPointError, FileNotFoundError])
-def test_errors_of_users_data_and_machines_end_in_one_line(kind, capsys):
+@pytest.mark.parametrize("kind", [ValueError, FloatingPointError, OSError])
+def test_errors_of_users_data_and_machines_end_in_one_line_that_no_terminal_obeys(kind, capsys):
     def fail():
-        raise kind("two\nlines" if kind is not FileNotFoundError else "two lines")
+        raise kind("two\nlines\x1b]0;owned\x07")
 
     with pytest.raises(SystemExit) as stop:
         exit_on_error(fail)
     (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "two lines" in line and "test_cli.py" in line
+    assert stop.value.code == 2 and "two lines\\x1b" in line and "test_cli.py" in line
 
 
 # How programs start
 
 PROGRAMS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in ROOT.rglob("*.py")
+    for path in ROOT.glob("*/**/*.py")
     if not {"tests", ".venv", "runs"} & {*path.relative_to(ROOT).parts}
     and 'if __name__ == "__main__":' in path.read_text()
 )
 
 
-@pytest.mark.parametrize("path", [path for path in PROGRAMS if "/" in path])
-def test_a_program_in_a_folder_looks_for_our_modules_in_the_repository(path):
+def test_programs_in_a_folder_look_for_our_modules_in_the_repository():
     top = r"^from (configs|data|eval|modeling|research|scripts|training)\.|\Z"
-    before, *_ = re.split(top, (ROOT / path).read_text(), maxsplit=1, flags=re.MULTILINE)
-    assert "sys.path.insert(" in before or path.startswith("assets/")
-
-
-@pytest.mark.parametrize(
-    "words", [["eval/reconstruction.py"], ["-m", "scripts.encode_tokens"], ["sample.py"]]
-)
-def test_programs_start_as_a_file_and_as_a_module(words):
-    status, output = launch(sys.executable, *words, "--help")
-    assert status == 0 and output.startswith("usage: "), output
+    for path in PROGRAMS:
+        before, *_ = re.split(top, (ROOT / path).read_text(), maxsplit=1, flags=re.MULTILINE)
+        assert "sys.path.insert(" in before or path.startswith("assets/"), path
 
 
 # Under launchers
@@ -174,8 +165,6 @@ def test_the_launcher_reports_crashes_and_stops(program, launcher, behaviour, re
         ("python -m accelerate.commands.launch train.py", True),
         ("python -m scripts.run_experiment torchrun", False),
         ("python train.py -m torchrun", False),
-        ("bash torchrun", False),
-        ("-bash", False),
         ("python", False),
     ],
 )
@@ -191,24 +180,6 @@ def test_a_parent_that_is_no_launcher_lives_on(program):
     words = [sys.executable, "-c", parent, "torchrun", *program, "all"]
     status, output = launch(*words, **variables)
     assert status == 0 and output.splitlines()[-1] == "2", output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "words"),
-    [
-        ("accelerate", ["train_tokenizer.py", "--config", TOKENIZER]),
-        (
-            "accelerate with two",
-            ["--module", "scripts.encode_tokens", "--config", "configs/demo/tokens.yaml"],
-        ),
-        ("torchrun", ["train_flowtok.py", "--config", "configs/demo/flowtok.yaml"]),
-    ],
-)
-def test_a_stage_that_cannot_start_says_why_in_its_last_line(launcher, words):
-    status, output = launch(*LAUNCHERS[launcher], *words, "bad=1")
-    assert status != 0 and output.count("error: ") == 1
-    assert output.splitlines()[-1].startswith("error: command line: bad: "), output
 
 
 @pytest.mark.slow

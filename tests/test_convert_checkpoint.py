@@ -9,8 +9,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_experiment import draw
 
 from modeling.clip_weights import build_clip, save_clip
 from modeling.flow import FlowConfig
@@ -27,10 +24,9 @@ from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import sincos_position_table
 from modeling.pipeline import SamplingConfig
 from modeling.released import convert, rope_tables
-from modeling.text_encoder import TextEncoderConfig
 from scripts import convert_checkpoint
 from training.checkpoint import EMA_FILE, latest_checkpoint
-from training.loading import load_tokenizer, read_run_config, read_section, text_encoder_config
+from training.loading import read_run_config, read_section, text_encoder_config
 from training.pipelines import load_flow, load_pipeline
 
 RELEASED = Path(__file__).parent / "released"
@@ -150,8 +146,12 @@ def run(tmp_path_factory, files):
 
 @pytest.fixture(scope="module")
 def parts(run):
-    """What sample.py loads from the run folder."""
-    return load_pipeline(run, torch.device("cpu"))[0]
+    """What sample.py loads from the run folder, wherever it lies."""
+    moved = run.rename(run.with_name("moved"))
+    try:
+        return load_pipeline(moved, torch.device("cpu"))[0]
+    finally:
+        moved.rename(run)
 
 
 # The release's numbers
@@ -214,19 +214,6 @@ def test_the_published_files_convert_to_networks_of_the_published_size(file):
 # What is written
 
 
-def test_sample_draws_from_the_converted_run_wherever_it_lies(run, tmp_path, capsys):
-    arguments = ["--prompts", "a cat", "--steps", 2, "--output", tmp_path / "x.png"]
-    draw(run, *arguments, "--save-dir", tmp_path / "a")
-    assert "2 steps, guidance 2" in capsys.readouterr().out
-    moved = run.rename(run.with_name("moved"))
-    try:
-        draw(moved, *arguments, "--save-dir", tmp_path / "b")
-    finally:
-        moved.rename(run)
-    first, second = (tmp_path / name / "00000.png" for name in "ab")
-    assert first.read_bytes() == second.read_bytes()
-
-
 def test_the_written_configs_say_what_loading_reads(run):
     assert text_encoder_config(run / "tokenizer").model == f"local-dir:{run.parent / 'tower'}"
     flow = read_run_config(run / "flowtok")
@@ -244,16 +231,12 @@ def test_weights_are_written_once_and_nothing_else_is(run):
     assert sorted(path.name for path in run.parent.iterdir()) == ["released", "tower"]
 
 
-def test_one_file_becomes_one_run_folder(files, run, tmp_path):
-    run_script(files / "tokenizer.bin", tmp_path / "mine")
-    assert load_tokenizer(tmp_path / "mine").config.image_size == 64
-    assert text_encoder_config(tmp_path / "mine") == TextEncoderConfig()
-    assert ema_file(tmp_path / "mine").read_bytes() == ema_file(run / "tokenizer").read_bytes()
-
-
-def test_the_given_latent_scale_is_written(files, tmp_path):
-    run_script(files / "flow.pth", tmp_path / "flow", "--num-heads", 4, "--latent-scale", 0.5)
-    assert load_file(ema_file(tmp_path / "flow"))["latent_scale"] == 0.5
+def test_one_file_becomes_one_run_folder_with_the_given_latent_scale(files, run, tmp_path):
+    run_script(files / "flow.pth", tmp_path / "mine", "--num-heads", 4, "--latent-scale", 0.5)
+    mine, both = (load_file(ema_file(folder)) for folder in (tmp_path / "mine", run / "flowtok"))
+    assert mine.pop("latent_scale") == 0.5 and both.pop("latent_scale") == pytest.approx(1.0143)
+    assert mine.keys() == both.keys() and all(torch.equal(mine[name], both[name]) for name in mine)
+    assert load_flow(tmp_path / "mine").config == FlowConfig()
 
 
 def test_a_local_text_tower_is_named_by_its_absolute_path(tmp_path, monkeypatch):
@@ -276,20 +259,18 @@ def test_converted_weights_share_no_memory_with_the_file():
 # Forms of a file
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "nnet_ema"])
-@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
-def test_wrappers_and_prefixes_are_taken_off(wrapper, prefix, tmp_path):
-    tensors = {f"{prefix}a": torch.zeros(1), f"{prefix}b.c": torch.arange(96.0)}
-    torch.save({wrapper: tensors, "step": 7} if wrapper else tensors, tmp_path / "x.pth")
+@pytest.mark.parametrize("keys", [[], ["state_dict"], ["model"], ["state_dict", "nnet_ema"]])
+@pytest.mark.parametrize("prefix", ["", "module.module."])
+def test_wrappers_and_prefixes_are_taken_off_and_averaged_weights_come_first(
+    keys, prefix, tmp_path
+):
+    content = {f"{prefix}a": torch.zeros(1), f"{prefix}b.c": torch.arange(96.0)}
+    for key in reversed(keys):
+        content = {key: content, "step": 7} | ({"model": {}} if key == "nnet_ema" else {})
+    torch.save(content, tmp_path / "x.pth")
     found = read(tmp_path / "x.pth")
     assert found.keys() == {"a", "b.c"}
     assert torch.equal(found["b.c"], torch.arange(96.0))
-
-
-def test_wrappers_in_each_other_are_taken_off_and_averaged_weights_come_first(tmp_path):
-    inner = {"model": {"a": torch.zeros(1)}, "nnet_ema": {"module.a": torch.ones(1)}}
-    torch.save({"state_dict": inner}, tmp_path / "x.pth")
-    assert torch.equal(read(tmp_path / "x.pth")["a"], torch.ones(1))
 
 
 def test_all_forms_of_a_file_give_the_same_tensors(tmp_path):
@@ -303,7 +284,7 @@ def test_all_forms_of_a_file_give_the_same_tensors(tmp_path):
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_other_precisions_become_float32_and_that_is_said(dtype, tmp_path, capsys):
     tensors = {name: tensor.to(dtype) for name, tensor in weights(FLOW).items()}
     converted = convert_saved(tensors, tmp_path / "flow.pth")
@@ -328,7 +309,8 @@ def test_the_temperature_is_the_files_or_its_starting_value_which_is_said(tmp_pa
 
 @pytest.mark.parametrize("file", [FLOW, TOKENIZER])
 def test_a_tensor_that_is_missing_or_of_a_wrong_shape_is_named_and_no_other(file):
-    for name in {BLOCK.sub(r"\1.N.", name): name for name in shapes(file)}.values():
+    names = {BLOCK.sub(r"\1.N.", name): name for name in shapes(file)}.values()
+    for name in list(names)[::3]:  # a tenth of a second each
         tensors = only_shapes(file)
         shape = tensors.pop(name).shape
         if name not in {"t2t_temperature", *tables(file)}:  # these may be missing
@@ -357,7 +339,6 @@ def test_fixed_tables_may_be_missing_or_empty_but_not_others():
     ("name", "message"),
     [
         ("blocks.1.attn.q_norm.weight", r"^blocks\.1\.attn\.q_norm\.weight is unknown$"),
-        ("blocks.7.attn.qkv.bias", r"^blocks\.2\.\S+ is missing; .*; and \d+ more$"),
         ("blocks.99999999.attn.qkv.bias", r"^blocks\.2\.\S+ is missing; .*; and \d+ more$"),
         ("a\nb" + "c" * 200, r"^'a\\nbc{96,98}' is unknown$"),
     ],
@@ -372,7 +353,6 @@ def test_unknown_tensors_are_named(name, message):
     [
         (FLOW, None, "width 96 and depth 2, .* --num-heads"),
         (FLOW, 5, "--num-heads 5 .* 96"),
-        (FLOW, 0, "--num-heads 0 "),
         ("flowtok_b", 16, "12 heads, --num-heads says 16"),
     ],
 )
@@ -393,29 +373,19 @@ DIT |= {"x_embedder.proj.weight": torch.ones(96, 4, 2, 2), "pos_embed": torch.on
 META = torch.ones(77, 512, device="meta")
 BAD_CONTENTS = {  # what a file holds -> what the error says after the file's name
     "attack": ({"model": Attack()}, "refused: .* posix.system"),
-    "namespace": ({"args": argparse.Namespace(a=1)}, "refused: .* argparse.Namespace"),
-    "network": (torch.nn.Linear(2, 2), "refused: .* torch.nn.modules.linear.Linear"),
     "list": ([torch.ones(2)], "it holds a list"),
     "empty": ({}, ".* it holds nothing"),
-    "number": ({"a": torch.ones(1), "epoch": 3}, "epoch is a int"),
-    "numbered": ({0: torch.ones(1)}, "0 is a Tensor"),
     "integers": ({"latent_tokens": torch.ones(77, 512).long()}, "latent_tokens is torch.int64"),
     "no values": ({"latent_tokens": META}, "latent_tokens is .* on meta"),
-    "sparse": ({"latent_tokens": torch.ones(77, 512).to_sparse()}, "latent_tokens is .*sparse"),
     "infinite": (
         light(TOKENIZER) | {"decoder.mask_token": torch.full((1, 1, 512), math.inf)},
         "decoder.mask_token has values that are not finite",
-    ),
-    "shape": (
-        light(TOKENIZER) | {"latent_tokens": torch.ones(76, 512)},
-        "latent_tokens is 76 x 512, expected 77 x 512$",
     ),
     "other": ({"layer1.0.conv1.weight": torch.ones(2)}, ".* layer1.0.conv1.weight$"),
     "DiT": (DIT, "x_embedder.weight is missing$"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("case", BAD_CONTENTS)
 def test_a_file_of_something_else_is_refused_and_nothing_is_written(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -425,16 +395,17 @@ def test_a_file_of_something_else_is_refused_and_nothing_is_written(case, tmp_pa
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
-def test_a_file_that_is_cut_short_is_refused(form, share, tmp_path, monkeypatch):
+def test_a_file_that_is_cut_short_is_refused(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensors, file = {"a": torch.ones(99)}, Path("bad.pth")
     if form == "safetensors":
         save_file(tensors, file)
     else:
         torch.save(tensors, file, _use_new_zipfile_serialization=form == "zip")
-    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-    check_refused(file, "^bad.pth: cannot be read, it is cut short or no checkpoint")
+    whole = file.read_bytes()
+    for share in (0, 0.1, 0.5, 0.99):
+        file.write_bytes(whole[: int(len(whole) * share)])
+        check_refused(file, "^bad.pth: cannot be read, it is cut short or no checkpoint")
 
 
 def check_refused(file, message):
@@ -475,13 +446,10 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("nowhere.pth out", "nowhere.pth does not exist"),
         ("a.bin b.bin --run out", "a.bin is a tokenizer file and b.bin is a tokenizer file"),
         ("a.bin out --num-heads 4", "--num-heads .* a.bin is a tokenizer file"),
         ("a.bin out --latent-scale 0", "--latent-scale .* 0.0"),
-        ("a.bin out --latent-scale nan", "--latent-scale .* nan"),
         ("a.bin out --text-encoder-model ViT-L-14-337", "unknown open_clip model 'ViT-L-14-337'"),
-        ("a.bin out --text-encoder-model ViT-L-14-336", "text_encoder.model=ViT-L-14-336-quick"),
         ("a.bin out --text-encoder-pretrained clip.pt", "clip.pt is neither a file nor a tag of"),
     ],
 )
@@ -492,9 +460,3 @@ def test_impossible_arguments_are_refused(arguments, message, tmp_path, monkeypa
     with pytest.raises(ValueError, match=message):
         run_script(*arguments.split())
     assert sorted(os.listdir()) == ["a.bin", "b.bin"]
-
-
-def test_the_program_runs_from_anywhere_and_ends_a_users_error_with_status_2(tmp_path):
-    command = [sys.executable, convert_checkpoint.__file__, "nowhere.pth", "out"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and result.stderr.startswith("error: nowhere.pth does not exist")

@@ -125,12 +125,6 @@ def test_what_can_no_longer_be_written_is_named_and_later_the_run_goes_on(lab, t
     check_goes_on(lab)
 
 
-def test_a_run_folder_that_cannot_be_made_is_refused_before_any_step(lab, tmp_path):
-    (tmp_path / "file").touch()
-    running = lab.start(into=tmp_path / "file" / "below")
-    check_error(running, "Not a directory", str(tmp_path / "file"))
-
-
 def test_rotation_keeps_the_newest_whole_checkpoint_though_a_damaged_one_is_newer(tmp_path):
     damaged = write(tmp_path, 8)
     (damaged / ckpt.MODEL_FILE).unlink()
@@ -238,9 +232,8 @@ def test_a_worker_of_another_loader_that_is_killed_ends_with_an_error_that_says_
 # Other ranks
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_rank_that_dies_or_hangs_ends_the_other_with_an_error_and_both_go_on(lab, victim, how):
+@pytest.mark.parametrize(("how", "victim"), [("dies", 0), ("dies", 1), ("hangs", 1)])
+def test_a_rank_that_dies_or_hangs_ends_the_other_with_an_error_and_both_go_on(lab, how, victim):
     ranks = lab.start_ranks(*([FAST_LIMIT] if how == "hangs" else []))
     assert ranks[0].wait_until(has_checkpoint_and_step(lab.run, 6)), ranks[0].output
     start = time.monotonic()
@@ -270,18 +263,34 @@ def test_a_suspended_training_does_not_count_the_time_as_a_hang(lab):
 # Signals to everyone
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_whole_group_lets_workers_give_the_batches_of_the_last_step(lab, number):
-    running = lab.train("data.num_workers=2")
+# Ctrl-C and Slurm tell the data workers as well, which let the batches of the last step come.
+@pytest.mark.parametrize(
+    ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGUSR1, True), (signal.SIGTERM, False)]
+)
+def test_a_signal_ends_with_a_checkpoint_and_the_run_goes_on_undisturbed(lab, number, to_group):
+    running = lab.train("data.num_workers=2", "training.log_every_steps=7")
     workers = [Path(f"/proc/{pid}") for pid in running.children()]
-    running.signal_group(number)
+    if to_group:
+        running.signal_group(number)
+    else:
+        os.kill(running.pid, number)
     assert running.wait() == STOPPED_STATUS, running.output
     step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
     assert f"stopped at step {step} (signal {signal.Signals(number).name})" in running.output
     assert "Traceback" not in running.output and len(workers) == 2
     wait_for(lambda: not any(worker.exists() for worker in workers), seconds=20)
     assert not any(worker.exists() for worker in workers)
-    check_goes_on(lab, "data.num_workers=2")
+    check_goes_on(lab, "data.num_workers=2", "training.log_every_steps=7")
+
+
+def test_two_processes_stop_together_when_one_is_told_to(lab):
+    ranks = lab.start_ranks()
+    assert ranks[0].wait_until(lambda: logged_step(lab.run) >= 6), ranks[0].output
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    assert [rank.wait() for rank in ranks] == [STOPPED_STATUS] * 2, ranks[0].output
+    step, folder = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])
+    assert f"stopped at step {step}" in ranks[0].output
+    assert all((folder / ckpt.rank_file(rank)).is_file() for rank in (0, 1))
 
 
 def test_two_starts_at_once_leave_the_first_ones_log_and_checkpoints_alone(lab):
@@ -357,34 +366,26 @@ def test_keys_and_captions_with_escapes_do_not_reach_the_terminal(lab, tmp_path,
 # The launcher
 
 
-def launch(lab, *options, num_processes=1):
-    """train_flowtok.sh on stage tokenizer of the tiny experiment, in a session of its own."""
-    overrides = program(lab.chain, lab.folder, "tokenizer", *ENDLESS, *options)[2:]
+@pytest.mark.slow
+@pytest.mark.timeout(0)  # how long a start takes depends on what else runs
+def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_the_run_goes_on(lab):
+    overrides = program(lab.chain, lab.folder, "tokenizer", *ENDLESS)[2:]
     overrides = [f"tokenizer.{override}" for override in overrides]
-    variables = {"STAGES": "tokenizer", "NUM_PROCESSES": str(num_processes)}
-    return start(
+    process = start(
         ["bash", "train_flowtok.sh", f"{lab.chain.folder}/configs", *overrides],
         VIRTUAL_ENV=sys.prefix,
-        **variables,
+        STAGES="tokenizer",
+        NUM_PROCESSES="2",
     )
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(0)  # how long two starts take depends on what else runs
-@pytest.mark.parametrize(("number", "num_processes"), [(signal.SIGUSR1, 1), (signal.SIGINT, 2)])
-def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_goes_on(
-    lab, number, num_processes
-):
-    process = launch(lab, num_processes=num_processes)
     while logged_step(lab.run) < 6 and process.poll() is None:
         time.sleep(0.05)
-    os.killpg(process.pid, number)  # Slurm signals every process, a terminal the launcher's group
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the launcher's group
     output, _ = process.communicate()
     assert process.returncode == STOPPED_STATUS, output
     assert "bash train_flowtok.sh" in output.splitlines()[-1], output
     step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
     assert step >= 6
-    process = launch(lab, f"training.max_steps={step + 5}", num_processes=num_processes)
-    output, _ = process.communicate()
-    assert process.returncode == 0 and f"resuming at step {step}" in output, output
+    ranks = lab.start_ranks(f"training.max_steps={step + 5}")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
+    assert f"resuming at step {step}" in ranks[0].output
     assert [line["step"] for line in metrics(lab.run)] == list(range(1, step + 6))

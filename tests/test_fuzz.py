@@ -26,7 +26,7 @@ import sample
 from configs.load import load_config
 from data.tar import write_shard
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from modeling.pretrained import load_weights
+from modeling.layers import load_weights
 from scripts import check_run
 from training import checkpoint as ckpt
 from training.loading import read_section
@@ -79,11 +79,9 @@ class Tally:
             outcome = "failed"
         self.outcomes[outcome] += 1
 
-    def finish(self, record_property, at_least):
-        """Print the count; it is not for nothing that all were tried."""
+    def finish(self, at_least):
+        """Assert that all ended well, and that they were tried and many of them refused."""
         text = f"{self.what}: {self.outcomes.total()} inputs, {dict(self.outcomes)}"
-        print(text)
-        record_property("counted", text)
         assert not self.failures, "\n".join([text, *self.failures])
         assert self.outcomes.total() >= at_least and self.outcomes["refused"] >= at_least // 5, text
 
@@ -205,7 +203,7 @@ def spoil_config(draw, values):
     return values
 
 
-def test_hostile_configs(tmp_path, tiny_shards, record_property):
+def test_hostile_configs(tmp_path, tiny_shards):
     draw, tally, path = random.Random(0), Tally("configs"), tmp_path / "config.yaml"
     stages = stage_configs(tiny_shards)
 
@@ -216,17 +214,17 @@ def test_hostile_configs(tmp_path, tiny_shards, record_property):
 
     for text in [*RAW, yaml_bomb(4, 9), yaml_bomb(9, 9), yaml_bomb(30, 2)]:
         attempt(text)
-    for _ in range(150):
+    for _ in range(80):
         stage = draw.choice(list(stages))
         values = spoil_config(draw, {"experiment_dir": "runs/x", **stages[stage]})
         attempt(yaml.safe_dump(values, allow_unicode=True), stage)
     whole = yaml.safe_dump(stages["flowtok"]).encode()
-    for _ in range(60):
+    for _ in range(30):
         attempt(spoil_bytes(draw, whole)[:20_000])  # libyaml takes a minute for 100,000 brackets
     for encoding in ("utf-16", "utf-8-sig", "latin-1"):
         attempt(whole.decode().encode(encoding))
     assert list(tmp_path.iterdir()) == [path]
-    tally.finish(record_property, 200)
+    tally.finish(120)
 
 
 WORDS = r"""
@@ -236,7 +234,7 @@ training.seed=!!python/name:os.system
 """
 
 
-def test_hostile_overrides(tmp_path, tiny_shards, record_property):
+def test_hostile_overrides(tmp_path, tiny_shards):
     draw, tally, path = random.Random(1), Tally("overrides"), tmp_path / "config.yaml"
     values = {"experiment_dir": "runs/x", **stage_configs(tiny_shards)["flowtok"]}
     path.write_text(yaml.safe_dump(values))
@@ -244,19 +242,19 @@ def test_hostile_overrides(tmp_path, tiny_shards, record_property):
     words += ["data.sources={a: {shards: [b]}}", f"{'a.' * 500}b=1", f"{'x' * 50_000}=1"]
     words += [f"training.seed={'[' * 2000}", f"training.seed={'9' * 6000}"]
     keys = [".".join(map(str, leaf)) for leaf in leaves(values)]
-    for _ in range(100):
+    for _ in range(60):
         value = draw.choice(VALUES)
         text = value if isinstance(value, str) else yaml.safe_dump(value).strip()
         words.append(f"{draw.choice(keys)}={text}")
     for word in words:
         tally(lambda word=word: load_config(PROGRAMS["flowtok"][0], path, [word]), word)
-    tally.finish(record_property, 100)
+    tally.finish(80)
 
 
 # Prompts
 
 
-def test_hostile_prompts(chain, tmp_path, record_property):
+def test_hostile_prompts(chain, tmp_path):
     draw, tally, file = random.Random(2), Tally("prompts"), tmp_path / "out" / "x.png"
     parts, default = load_pipeline(chain.folder, torch.device("cpu"))
     prompts = [*TEXTS, *("".join(draw.choices(TEXTS[1:12], k=3)) for _ in range(10))]
@@ -280,7 +278,7 @@ def test_hostile_prompts(chain, tmp_path, record_property):
         tally(lambda prompt=prompt: draw_one(prompt), prompt, lambda image: image.size[0] > 100)
         left = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert left in ([], [file]), (prompt, left)
-    tally.finish(record_property, 0)
+    tally.finish(0)
 
 
 # Checkpoints
@@ -304,7 +302,7 @@ STATES += ['{"step": ' + "9" * 5000 + "}", '{"files": {"ema.safetensors": []}}']
 STATES += ['{"files": {"../../x": {"bytes": 0, "crc32": ""}}}']
 
 
-def test_hostile_checkpoints(chain, tmp_path, record_property):
+def test_hostile_checkpoints(chain, tmp_path):
     draw, tally = random.Random(3), Tally("checkpoints")
     run, step = tmp_path / "tokenizer", "checkpoints/step_00000004"
     shutil.copytree(chain.folder / "tokenizer", run, symlinks=True)
@@ -323,7 +321,7 @@ def test_hostile_checkpoints(chain, tmp_path, record_property):
         return load_optimizer(optimizer, path) if is_optimizer else ckpt.load_plain(path)
 
     files = sorted(path.name for path in pristine.iterdir())
-    for number in range(170):
+    for number in range(90):
         name = draw.choice(files)
         data = spoil_bytes(draw, (pristine / name).read_bytes())
         if name.endswith(".json") and number % 2:
@@ -349,7 +347,7 @@ def test_hostile_checkpoints(chain, tmp_path, record_property):
         torch.save(state, file)
         tally(lambda: load_optimizer(optimizer, file), state, lambda result: False)
         file.unlink()
-    tally.finish(record_property, 200)
+    tally.finish(120)
 
 
 def foreign_optimizers(optimizer):
@@ -364,13 +362,13 @@ def foreign_optimizers(optimizer):
     yield {**whole, "state": {0: moments | {"step": torch.tensor(1.0)}}}
 
 
-def test_hostile_checkpoints_are_not_trained_on(chain, tmp_path, record_property):
+def test_hostile_checkpoints_are_not_trained_on(chain, tmp_path):
     draw, tally = random.Random(4), Tally("resumes")
     run, step = tmp_path / "tokenizer", "checkpoints/step_00000004"
     names = [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE]
     names = [f"{step}/{name}" for name in (*names, ckpt.rank_file(0))] + ["config.yaml"]
     options = training(max_steps=5, sample_every_steps=0)
-    for _ in range(40):
+    for _ in range(16):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(chain.folder / "tokenizer", run, symlinks=True)
         path = run / draw.choice(names)
@@ -382,7 +380,7 @@ def test_hostile_checkpoints_are_not_trained_on(chain, tmp_path, record_property
         tally(lambda: chain.run_in(tmp_path, "tokenizer", *options), shown)
         assert ckpt.latest_checkpoint(run)[0] in (2, 4, 5)
         assert not list(run.glob("checkpoints/step_*.tmp"))
-    tally.finish(record_property, 40)
+    tally.finish(16)
 
 
 # Keys

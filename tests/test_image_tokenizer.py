@@ -30,56 +30,11 @@ def inputs(batch=B):
     return torch.rand(batch, 3, PIXELS, PIXELS), torch.randn(batch, L, T)
 
 
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def test_base_encoder_and_large_decoder_at_256_px_have_the_papers_weights():
-    with torch.device("meta"):
-        tokenizer = ImageTokenizer(ImageTokenizerConfig(num_tokens=77))
-    encoder = tokenizer.encoder
-    assert encoder.latent_tokens.shape == encoder.latent_positions.shape == (77, 768)
-    assert round((count(encoder) - encoder.latent_tokens.numel()) / 1e6, 2) == 85.74
-    assert round(count(tokenizer.decoder) / 1e6, 2) == 304.05
-
-
 def test_training_pass_samples_and_its_moments_do_not():
     tokenizer, (images, states) = build(), inputs()
     first, second = tokenizer(images, states), tokenizer(images, states)
     assert [x.shape for x in first] == [images.shape, (B, K, C), (B, K, C)]
     assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
-
-
-def test_encoder_equals_its_layers_composed_by_hand():
-    tokenizer, (images, _) = build(), inputs()
-    encoder, transformer = tokenizer.encoder, tokenizer.encoder.transformer
-    embed = encoder.patch_embed
-    x = F.conv2d(images, embed.weight, embed.bias, stride=PATCH).flatten(2).mT
-    latents = (encoder.latent_tokens + encoder.latent_positions).expand(B, -1, -1)
-    x = transformer.norm_in(torch.cat([x, latents], dim=1))
-    rope = (transformer.rope_cos, transformer.rope_sin)
-    for block in transformer.blocks:
-        x = x + block.attention(block.norm_attention(x), rope)
-        x = x + block.mlp(block.norm_mlp(x))
-    moments = encoder.to_moments(transformer.norm_out(x[:, -K:]))
-    posterior = tokenizer.encode(images)
-    torch.testing.assert_close(posterior.mean, moments[..., :C])
-    torch.testing.assert_close(posterior.logvar, moments[..., C:])
-
-
-def test_decoder_equals_its_layers_composed_by_hand():
-    decoder, states, tokens = build().decoder, torch.randn(B, L, T), torch.randn(B, K, C)
-    transformer = decoder.transformer
-    latents = decoder.embed_tokens(tokens) + decoder.latent_positions
-    text = decoder.embed_text(states) + decoder.text_positions
-    masks = decoder.mask_token.expand(B, GRID**2, -1)
-    x = transformer.norm_in(torch.cat([masks, latents, text], dim=1))
-    for block in transformer.blocks:
-        x = block(x, (transformer.rope_cos, transformer.rope_sin))
-    pixels = decoder.to_pixels(transformer.norm_out(x[:, : GRID**2]))
-    cells = pixels.view(B, GRID, GRID, PATCH, PATCH, 3).permute(0, 5, 1, 3, 2, 4)
-    image = cells.reshape(B, 3, PIXELS, PIXELS)
-    torch.testing.assert_close(decoder(tokens, states), decoder.smooth(image))
 
 
 def test_pixels_of_a_patch_are_laid_out_row_column_channel():
@@ -135,17 +90,15 @@ def test_images_do_not_influence_each_other_and_their_text_states_matter():
     assert not torch.allclose(decoded[0], decoded[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(B, 3, PIXELS, PIXELS + PATCH), (B, 1, PIXELS, PIXELS)])
-def test_images_of_another_size_are_refused(shape):
+def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=f"expected B x 3 x {PIXELS} x {PIXELS}"):
-        build().encode(torch.rand(shape))
+        build().encode(torch.rand(B, 3, PIXELS, PIXELS + PATCH))
 
 
 @pytest.mark.parametrize(
     ("options", "keys"),
     [
         ({"image_size": 18}, "image_size 18 .*patch_size 4"),
-        ({"patch_size": 0}, "image_size 16 .*patch_size 0"),
         ({"encoder": TransformerSize(36, 1, 2)}, "encoder.width 36 .*num_heads = 8"),
         ({"decoder": TransformerSize(32, 1, 5)}, "decoder.width 32 .*num_heads = 20"),
     ],

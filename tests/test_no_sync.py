@@ -119,9 +119,9 @@ def test_nor_with_every_loss_of_stage_1(chain, tmp_path, monkeypatch, vgg_file, 
     assert train(chain, tmp_path, "tokenizer", monkeypatch, *options, steps=4, log_every=4) == []
 
 
-@pytest.mark.parametrize("option", ["training.precision=bf16", "training.gradient_accumulation=2"])
-def test_nor_in_bf16_nor_with_accumulation_in_stage_3(chain, tmp_path, monkeypatch, option):
-    options = ["activation_checkpointing=full", option]
+def test_nor_in_bf16_with_accumulation_and_checkpointing_in_stage_3(chain, tmp_path, monkeypatch):
+    options = ["activation_checkpointing=full", "training.precision=bf16"]
+    options.append("training.gradient_accumulation=2")
     assert train(chain, tmp_path, "flowtok", monkeypatch, *options) == []
 
 

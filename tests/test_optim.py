@@ -57,16 +57,11 @@ def test_the_learning_rate_follows_its_schedule(options, max_steps, rates):
 
 
 @pytest.mark.parametrize("build", [tokenizer, flow])
-def test_every_trainable_weight_is_in_exactly_one_group_and_no_frozen_one(build):
+def test_matrices_are_decayed_biases_norms_tokens_positions_are_not_frozen_ones_are_nowhere(build):
     model = build()
     next(model.parameters()).requires_grad_(False)
     grouped = [id(p) for group in decay_groups(model, 0.1) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("build", [tokenizer, flow])
-def test_matrices_are_decayed_and_biases_norms_tokens_and_positions_are_not(build):
-    model = build()
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [group["params"] for group in decay_groups(model, 0.1)]
     decayed, others = ([names[id(p)] for p in group] for group in groups)
@@ -81,8 +76,6 @@ def test_the_optimizer_decays_the_first_group_only():
     config = OptimizerConfig(learning_rate=0.1, betas=[0.8, 0.9], weight_decay=0.5)
     layer = nn.Linear(2, 2)
     optimizer = build_optimizer(layer, config)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
-    assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     for p in layer.parameters():
         p.grad = torch.zeros_like(p)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.pipeline import to_pil
+from modeling.layers import to_pil
 from training.pictures import (
     CAPTION_LINES,
     LINE_HEIGHT,
@@ -16,46 +16,29 @@ from training.pictures import (
     save_png,
 )
 
-WHITE = [255, 255, 255]
-
 
 def pixels(image):
     return np.asarray(image)
 
 
-def test_image_becomes_its_rounded_and_clamped_bytes():
-    image = (
-        torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 128 / 255, 1.0, 7.0])
-        .view(1, 1, 7)
-        .expand(3, 2, 7)
-    )
-    assert pixels(to_pil(image))[0, :, 0].tolist() == [0, 0, 0, 1, 128, 255, 255]
-
-
-def test_image_keeps_its_channels_and_directions():
+def test_image_becomes_its_rounded_and_clamped_bytes_with_its_channels_and_directions():
+    values = torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 128 / 255, 1.0, 7.0])
+    assert pixels(to_pil(values.expand(3, 2, 7)))[0, :, 0].tolist() == [0, 0, 0, 1, 128, 255, 255]
     image = torch.zeros(3, 4, 6)
     image[0, 1, 5], image[2, 3, 0] = 1, 1
     array = pixels(to_pil(image))
-    assert array.shape == (4, 6, 3)
-    assert (
-        array[1, 5].tolist() == [255, 0, 0]
-        and array[3, 0].tolist() == [0, 0, 255]
-        and array.sum() == 2 * 255
-    )
+    assert array.shape == (4, 6, 3) and array.sum() == 2 * 255
+    assert array[1, 5].tolist() == [255, 0, 0] and array[3, 0].tolist() == [0, 0, 255]
 
 
-@pytest.mark.parametrize(
-    ("number", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (3, 8, 1)]
-)
+@pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (5, 4, 2), (3, 8, 1)])
 def test_grid_has_a_cell_for_each_image_and_room_for_captions(number, columns, rows):
     sheet = caption_grid(torch.zeros(number, 3, 128, 128), ["x"] * number, columns)
     cell_height = 128 + CAPTION_LINES * LINE_HEIGHT + MARGIN
     assert sheet.size == (columns * (128 + MARGIN) + MARGIN, rows * cell_height + MARGIN)
 
 
-@pytest.mark.parametrize(
-    ("side", "shown"), [(16, 128), (32, 128), (100, 200), (128, 128), (256, 256)]
-)
+@pytest.mark.parametrize(("side", "shown"), [(16, 128), (100, 200), (256, 256)])
 def test_small_images_are_enlarged_by_a_whole_factor(side, shown):
     sheet = caption_grid(torch.zeros(1, 3, side, side), [""], 1)
     black = (pixels(sheet) == 0).all(axis=-1)
@@ -75,17 +58,9 @@ def test_images_stand_row_by_row_with_their_captions_below():
 
 
 def test_long_captions_stay_inside_their_cell():
-    long = caption_grid(torch.zeros(2, 3, 128, 128), ["many words " * 60, ""], 2)
-    array = pixels(long)
-    assert (
-        array[:, 2 * MARGIN + 128 + MARGIN // 2 :][MARGIN + 128 :] == 255
-    ).all()  # below the right image
-    assert (array[-MARGIN // 2 :] == 255).all()
-
-
-def test_every_image_needs_a_caption():
-    with pytest.raises(ValueError):
-        caption_grid(torch.zeros(2, 3, 16, 16), ["one"], 2)
+    array = pixels(caption_grid(torch.zeros(2, 3, 128, 128), ["many words " * 60, ""], 2))
+    below_the_right_image = array[MARGIN + 128 :, 2 * MARGIN + 128 + MARGIN // 2 :]
+    assert (below_the_right_image == 255).all() and (array[-MARGIN // 2 :] == 255).all()
 
 
 def test_pairs_stand_side_by_side():
@@ -94,14 +69,6 @@ def test_pairs_stand_side_by_side():
     assert pairs.shape == (5, 3, 8, 16) and pairs.dtype == torch.float32
     torch.testing.assert_close(pairs[..., :8], first)
     assert torch.equal(pairs[..., 8:], second)
-
-
-def test_png_comes_back_as_it_was_in_folders_that_are_made(tmp_path):
-    image = to_pil(torch.rand(3, 9, 7))
-    path = tmp_path / "new" / "folder" / "x.png"
-    save_png(image, path)
-    assert (pixels(Image.open(path)) == pixels(image)).all()
-    assert [p.name for p in path.parent.iterdir()] == ["x.png"]
 
 
 def test_png_whose_writing_stops_half_way_leaves_the_old_one(tmp_path, monkeypatch):

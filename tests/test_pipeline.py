@@ -56,18 +56,14 @@ def network_calls(parts):
 @pytest.mark.parametrize("size", [1, 3])
 def test_same_seed_gives_the_same_images_for_any_batch_size(parts, size):
     images, latents = parts.generate(CAPTIONS, SAMPLING, seed=3)
+    torch.manual_seed(99)
+    assert torch.equal(parts.generate(CAPTIONS, SAMPLING, 3, [0, 1, 2, 3, 4])[0], images)
     assert images.std() > 0.05
     for numbers in torch.arange(len(CAPTIONS)).split(size):
         captions = [CAPTIONS[i] for i in numbers]
         some, their_latents = parts.generate(captions, SAMPLING, 3, numbers.tolist())
         torch.testing.assert_close(some, images[numbers], rtol=0, atol=1e-5)
         torch.testing.assert_close(their_latents, latents[numbers], rtol=1e-5, atol=1e-4)
-
-
-def test_the_same_call_gives_the_same_bits_and_images_are_numbered_from_zero(parts):
-    first = parts.generate(CAPTIONS, SAMPLING, seed=3)[0]
-    torch.manual_seed(99)
-    assert torch.equal(parts.generate(CAPTIONS, SAMPLING, 3, [0, 1, 2, 3, 4])[0], first)
 
 
 def test_seed_index_and_caption_each_change_the_image(parts):
@@ -91,15 +87,11 @@ def test_noise_is_normal_and_a_function_of_seed_and_index_only():
     assert together.shape == (4, K, C) and together.dtype == torch.float32
     for row, index in zip(together, [0, 1, 5, 2**33]):
         assert torch.equal(unit_noise((K, C), 7, [index])[0], row)
-    noise = unit_noise((K, C), 0, list(range(500)))
-    assert noise.mean().abs() < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
-
-
-def test_noise_differs_between_all_seeds_and_indices():
     cases = [(s, i) for s in (0, 1, 2, 2**31, 2**32, 2**40) for i in (0, 1, 2, 3)]
     rows = torch.stack([unit_noise((K, C), seed, [index])[0] for seed, index in cases]).flatten(1)
-    distances = torch.cdist(rows, rows) + 100 * torch.eye(len(cases))
-    assert distances.min() > 5
+    assert (torch.cdist(rows, rows) + 100 * torch.eye(len(cases))).min() > 5  # all differ
+    noise = unit_noise((K, C), 0, list(range(500)))
+    assert noise.mean().abs() < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_start_is_the_posterior_sampled_with_that_noise(parts):
@@ -108,19 +100,14 @@ def test_start_is_the_posterior_sampled_with_that_noise(parts):
     expected = mean + torch.exp(logvar / 2) * unit_noise((K, C), 4, [3, 1, 4, 1, 5])
     torch.testing.assert_close(parts.start(states, SAMPLING, 4, [3, 1, 4, 1, 5]), expected)
 
-
-def test_without_noise_the_start_is_the_posteriors_mean(parts):
-    states, config = parts.encode_text(CAPTIONS), replace(SAMPLING, sample_text_latent=False)
-    assert torch.equal(states, parts.text_encoder(parts.text_encoder.tokenize(CAPTIONS)))
-    start = parts.start(states, config, 0, [0] * 5)
-    assert torch.equal(start, parts.flow.projector.posterior(states).mean)
+    config = replace(SAMPLING, sample_text_latent=False)
+    assert torch.equal(parts.start(states, config, 0, [0] * 5), mean)
 
 
 @pytest.mark.parametrize(
     ("options", "batches"),
     [
         ({"guidance": 1.0}, [5, 5, 5, 5]),
-        ({"guidance": 0.0}, [5, 5, 5, 5]),
         ({"guidance": 2.0}, [10, 10, 10, 10]),
         ({"guidance_interval": [0.25, 0.5]}, [5, 10, 10, 5]),
     ],
@@ -211,21 +198,8 @@ def test_guidance_is_refused_where_no_unconditional_flow_was_trained(parts, dire
     transport(*arguments, replace(SAMPLING, guidance=1.0))
 
 
-def test_decoder_reads_the_captions_own_text_states(parts):
-    states, latents = parts.encode_text(CAPTIONS), torch.randn(5, K, C)
-    other = parts.decode(latents, states.flip(0))
-    assert not torch.allclose(parts.decode(latents, states), other, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "shown"),
-    [
-        ("sampler", "rk4", "'rk4'"),
-        ("guidance_interval", [0.5], r"guidance_interval .*\[0.5\]"),
-        ("guidance_interval", [0.6, 0.5], r"guidance_interval .*\[0.6, 0.5\]"),
-        ("guidance_interval", [0.0, 1.5], r"guidance_interval .*\[0.0, 1.5\]"),
-    ],
-)
-def test_impossible_sampling_is_refused(key, value, shown):
-    with pytest.raises(ValueError, match=shown):
-        SamplingConfig(**{key: value})
+def test_impossible_sampling_is_refused():
+    with pytest.raises(ValueError, match="'rk4'"):
+        SamplingConfig(sampler="rk4")
+    with pytest.raises(ValueError, match=r"guidance_interval .*\[0.6, 0.5\]"):
+        SamplingConfig(guidance_interval=[0.6, 0.5])

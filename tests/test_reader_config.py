@@ -80,50 +80,38 @@ def test_sources_are_opened_but_for_those_of_weight_zero_or_in_place_of_all_othe
     assert (other.name, other.shards, other.decode({}, None)) == ("", (path,), ["shared"])
 
 
-@pytest.mark.parametrize(
-    ("options", "several"),
-    [
-        ({}, False),
-        ({"captions": CaptionConfig(keys=["json:captions"])}, True),
-        ({"captions": CaptionConfig(recaption_keys=["recap_txt"])}, True),
-        ({"captions": CaptionConfig(window="sentences")}, True),
-    ],
-)
-def test_captions_that_change_from_epoch_to_epoch_are_known(options, several):
-    assert ReaderConfig(shards=["a"], **options).has_several_captions() == several
-    sources = {"b": SourceConfig(["b"], **options)}
-    assert ReaderConfig(sources=sources).has_several_captions() == several
+def test_captions_that_change_from_epoch_to_epoch_are_known():
+    several = [
+        CaptionConfig(keys=["json:captions"]),
+        CaptionConfig(recaption_keys=["recap_txt"]),
+        CaptionConfig(window="sentences"),
+    ]
+    for captions in (CaptionConfig(), *several):
+        config = ReaderConfig(shards=["a"], captions=captions)
+        assert config.has_several_captions() == (captions in several)
+        sources = {"b": SourceConfig(["b"], captions=captions)}
+        assert ReaderConfig(sources=sources).has_several_captions() == (captions in several)
 
 
 @pytest.mark.parametrize(
     ("config", "key", "value"),
     [
-        (ReaderConfig, "max_bad_share", 0.0),
         (ReaderConfig, "max_bad_share", 1.5),
         (ReaderConfig, "shuffle_buffer", -1),
         (ReaderConfig, "num_workers", -1),
-        (ImageTextConfig, "num_workers", -1),
         (ImageTextConfig, "flip_probability", 1.5),
         (ImageTextConfig, "resize", "slow"),
-        (ImageTextConfig, "background", [0, 0]),
         (ImageTextConfig, "background", [0, 0, 256]),
-        (TokenTextConfig, "num_workers", -1),
-        (TokenTextConfig, "latent_scale", -1.0),
         (TokenTextConfig, "latent_scale", NAN),
         (SourceConfig, "shards", []),
-        (SourceConfig, "weight", -1.0),
         (SourceConfig, "weight", NAN),
-        (CaptionConfig, "keys", []),
         (CaptionConfig, "keys", "txt"),
         (CaptionConfig, "recaption_probability", 1.5),
         (FilterConfig, "min_longer_side", -1),
-        (FilterConfig, "max_aspect_ratio", 0.5),
-        (FilterConfig, "max_aspect_ratio", NAN),
         (FilterConfig, "max_aspect_ratio", INFINITE),
         (FilterConfig, "min_aesthetic_score", NAN),
         (FilterConfig, "max_watermark_probability", 1.5),
         (FilterConfig, "missing_score", "ignore"),
-        (FilterConfig, "min_caption_characters", -1),
         (FilterConfig, "max_caption_characters", -1),
     ],
 )
@@ -134,12 +122,12 @@ def test_a_wrong_field_is_named_with_its_value(config, key, value):
     assert str(error.value).startswith(f"{key}: given {value!r}, expected ")
 
 
-@pytest.mark.parametrize("keys", [[""], ["txt:caption"], [":x"], ["json:"]])
-def test_caption_keys_that_match_nothing_are_refused(keys):
+def test_caption_keys_that_match_nothing_are_refused():
     check_caption_keys(["txt", "json:caption"], "name")
-    for name in ("keys", "recaption_keys"):
-        with pytest.raises(ValueError, match=f"^{name}: given '{keys[0]}'"):
-            CaptionConfig(**{name: keys})
+    for key in ("", "txt:caption", ":x", "json:"):
+        for name in ("keys", "recaption_keys"):
+            with pytest.raises(ValueError, match=f"^{name}: given '{key}'"):
+                CaptionConfig(**{name: [key]})
 
 
 @pytest.mark.parametrize(
@@ -157,11 +145,8 @@ def test_a_config_that_names_no_data_is_refused(options, names):
         open_sources(ReaderConfig(**options), print)
 
 
-def test_limits_that_contradict_each_other_are_refused():
+def test_limits_that_contradict_each_other_are_refused_and_a_wrong_field_names_its_source():
     with pytest.raises(ValueError, match="^max_caption_characters: given 4"):
         FilterConfig(min_caption_characters=5, max_caption_characters=4)
-
-
-def test_the_loader_names_the_source_of_a_wrong_field():
     with pytest.raises(ValueError, match=r"^sources\.laion\.filters\.min_longer_side: given -1"):
         from_yaml("sources: {laion: {shards: [a], filters: {min_longer_side: -1}}}")

@@ -3,16 +3,14 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forks import launch_two, start_ranks
 from safetensors.torch import load_file, save_file
 from tiny_experiment import PROGRAMS, equal, metrics, training, weights
 
@@ -271,8 +269,8 @@ def alter(run):
     save_file({name: x + 1e-3 if x.is_floating_point() else x for name, x in tensors.items()}, path)
 
 
-@pytest.mark.parametrize("max_steps", [4, 6])  # a complete run, a run to be resumed
-@pytest.mark.parametrize("stage", ["text_projector", "flowtok"])
+# A complete run, a run to be resumed.
+@pytest.mark.parametrize(("stage", "max_steps"), [("text_projector", 4), ("flowtok", 6)])
 def test_a_run_on_tokens_that_were_made_anew_is_refused_naming_what_changed(
     chain, tmp_path, stage, max_steps
 ):
@@ -356,44 +354,11 @@ def start(command, **variables):
     )
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
-
-
-def test_a_killed_program_run_again_ends_like_an_undisturbed_one(chain, tmp_path):
-    options = training(max_steps=150, checkpoint_every_steps=10, log_every_steps=10)
-    options += training(sample_every_steps=0)
-    arguments = program(chain, tmp_path / "killed", "tokenizer", *options)
-    command = [sys.executable, "train_tokenizer.py", *arguments]
-    run = tmp_path / "killed" / "tokenizer"
-    process = start(command)
-    deadline = time.monotonic() + 200
-    while not ckpt.checkpoint_folders(run) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert 10 <= ckpt.latest_checkpoint(run)[0] < 150
-    assert "resuming at step" in finish(start(command))
-    whole = chain.run_in(tmp_path / "whole", "tokenizer", *options)
-    assert equal(state(run), state(whole))
-    assert metrics(run) == metrics(whole)
-
-
-def launch(*program):
-    """Two gloo processes on the CPU, as train_flowtok.sh starts them."""
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0"
-    flags += " --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *program]
-    return finish(start(command, ACCELERATE_USE_CPU="true"))
-
-
 def test_two_processes_train_the_tokenizer_and_one_can_go_on(chain, tmp_path, capsys):
-    output = launch("train_tokenizer.py", *program(chain, tmp_path, "tokenizer"))
-    run = tmp_path / "tokenizer"
-    assert output.count("now complete") == 1  # one process talks
+    words = ["train_tokenizer.py", *program(chain, tmp_path, "tokenizer")]
+    launcher, run = launch_two(tmp_path / "log", *words), tmp_path / "tokenizer"
+    assert launcher.wait() == 0, launcher.output
+    assert launcher.output.count("now complete") == 1  # one process talks
     newest = ckpt.latest_checkpoint(run)[1]
     ranks = [ckpt.rank_file(0), ckpt.rank_file(1)]
     assert sorted(path.name for path in newest.glob("rank_*")) == ranks
@@ -419,12 +384,13 @@ for name, *arguments in (argument.split("|") for argument in sys.argv[1:]):
 
 def test_two_processes_run_the_other_stages(chain, tmp_path):
     script = tmp_path / "stages.py"
-    paths = [str(ROOT), str(ROOT / "tests")]
-    script.write_text(f"import sys\nsys.path[:0] = {paths}\n{STAGES_IN_TURN}")
+    script.write_text(STAGES_IN_TURN)
     stages = ["text_encoder", "tokens", "text_projector", "text_decoder", "flowtok"]
     runs = [[stage, *program(chain, tmp_path, stage)] for stage in stages]
     frozen = program(chain, tmp_path / "frozen", "flowtok", "flow.projector=frozen")
-    launch(str(script), *("|".join(words) for words in [*runs, ["flowtok", *frozen]]))
+    words = ["|".join(words) for words in [*runs, ["flowtok", *frozen]]]
+    ranks = start_ranks(tmp_path / "log", 2, str(script), *words)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     assert contents(tmp_path / "tokens") == contents(chain.folder / "tokens")
     for stage in ("text_encoder", "text_projector", "text_decoder", "flowtok", "frozen/flowtok"):
         assert ckpt.read_state(ckpt.latest_checkpoint(tmp_path / stage)[1])["num_processes"] == 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.samples import SampleCounter, members_of
+from data.samples import SampleCounter
 
 
 def count(bad, max_bad_share, reason="text: missing", total=150):
@@ -23,8 +23,6 @@ def test_more_bad_samples_than_allowed_stop_the_run_with_counts_and_the_first_ca
     )
     with pytest.raises(ValueError, match=message):
         count({3, 5, 20, 30, 50, 70}, 0.05)
-    with pytest.raises(ValueError, match="99 of the last 100 samples are bad"):
-        count(set(range(200)) - {7}, 0.9)
 
 
 def test_as_many_as_allowed_and_filtered_ones_do_not_stop_it_and_a_share_of_one_never_stops():
@@ -52,16 +50,3 @@ def test_only_the_recent_samples_count():
     with pytest.raises(ValueError, match="51 of the last 1000"):
         for _ in range(12):
             counter.skip("x", "x")
-
-
-@pytest.mark.parametrize(
-    ("members", "text"),
-    [
-        (["jpg", "caption"], "members jpg caption"),
-        (["v1.0.jpg", "v1.0.txt"], "members v1.0.jpg v1.0.txt: keys end at the first dot"),
-        (["latent.npy", "txt"], "members latent.npy txt"),
-        ([], "members none"),
-    ],
-)
-def test_what_lies_there_is_named(members, text):
-    assert members_of({"__key__": "a", **dict.fromkeys(members, b"")}) == text

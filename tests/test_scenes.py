@@ -100,51 +100,28 @@ def test_each_split_shows_in_every_image_what_it_is_for(scenes):
     assert {len(scene["objects"]) for scene in splits["pairs"]} == {1, 2}
 
 
-def test_captions_of_split_new_say_what_is_never_said_in_training(scenes):
+def test_split_new_says_what_is_never_said_in_training_and_seen_says_it_of_new_images(scenes):
     said = {core(about) for about in read(scenes, "train")}
     new = {core(about) for about in read(scenes, "new")}
     assert len(new) > 30 and not said & new
-
-
-def test_captions_of_split_seen_are_training_captions_under_new_images(scenes):
-    samples = {
-        name: [s for path in sorted(scenes.glob(f"{name}-*.tar")) for s in read_shard(path)]
+    train, seen = (
+        [sample for path in scenes.glob(f"{name}-*.tar") for sample in read_shard(path)]
         for name in ("train", "seen")
-    }
-    texts, pixels = (
-        {name: {sample[part] for sample in rows} for name, rows in samples.items()}
-        for part in ("txt", "png")
     )
-    assert texts["seen"] <= texts["train"] and not pixels["seen"] & pixels["train"]
+    assert {sample["txt"] for sample in seen} <= {sample["txt"] for sample in train}
+    assert not {sample["png"] for sample in seen} & {sample["png"] for sample in train}
 
 
-def test_every_shape_and_colour_is_shown_in_most_pairs_places_and_counts():
+def test_what_is_held_out_is_a_small_share_that_spares_no_shape_and_no_colour():
     assert (len(UNSEEN_PAIRS), len(UNSEEN_RELATIONS)) == (14, 16)
-    shown = [draw_statement(np.random.default_rng(seed)) for seed in range(6000)]
-    shown = [statement for statement in shown if split_of(statement) == "seen"]
-    pairs = {(kind.shape, kind.colour) for said in shown for kind in said.objects}
-    places = {
-        (said.objects[0].shape, said.relation, said.objects[1].shape)
-        for said in shown
-        if said.relation
-    }
-    counts = {(len(said.objects), said.objects[0].shape) for said in shown if not said.relation}
-    assert len(pairs) == 64 - 14 and len(places) == 2 * 8 * 7 - 16
-    assert len(counts) == 3 * 8 - len(UNSEEN_COUNTS)
     for names in (SHAPES, COLOURS):
-        assert all(sum(name in pair for pair in pairs) in (6, 7) for name in names)
+        assert all(sum(name in pair for pair in UNSEEN_PAIRS) in (1, 2) for name in names)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        Statement((Kind("circle", "red"), Kind("square", "red")), "left of"),  # one pair is unseen
-        Statement((Kind("cross", "cyan"),) * 2),  # a pair and a count
-        Statement((Kind("circle", "red"),) * 3),  # three of a pair
-    ],
-)
-def test_what_is_held_out_twice_or_in_part_is_in_no_split(statement):
-    assert split_of(statement) is None
+def test_what_is_held_out_twice_or_in_part_is_in_no_split():
+    one_pair_is_unseen = Statement((Kind("circle", "red"), Kind("square", "red")), "left of")
+    a_pair_and_a_count = Statement((Kind("cross", "cyan"),) * 2)
+    assert split_of(one_pair_is_unseen) is split_of(a_pair_and_a_count) is None
 
 
 # What is drawn
@@ -184,9 +161,9 @@ def test_a_scene_has_what_its_statement_says_and_draws_what_is_left_open():
     assert len({scene.objects[0].x for scene in scenes}) > 30
 
 
-@pytest.mark.parametrize("image_size", [64, 100])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_fills_its_box_with_its_colour_and_nothing_else(shape, image_size):
+def test_a_shape_fills_its_box_with_its_colour_and_nothing_else(shape):
+    image_size = 100
     item = Object(shape, "red", "large", 0.4, 0.6, 0.45)
     pixels = np.asarray(draw_image(Scene("white", (item,)), image_size)).astype(int)
     assert pixels.shape == (image_size, image_size, 3)
@@ -200,26 +177,7 @@ def test_a_shape_fills_its_box_with_its_colour_and_nothing_else(shape, image_siz
     assert 0.5 * drawn.sum() < full.sum() < drawn.sum()  # the rest is the antialiased border
 
 
-def test_the_shapes_differ_at_the_smallest_size():
-    images = []
-    for shape in SHAPES:
-        item = Object(shape, "blue", "small", 0.5, 0.5, SIZES["small"][0])
-        images.append(np.asarray(draw_image(Scene("white", (item,)), 64)).astype(int))
-    area = [(image != 255).any(axis=2).sum() for image in images]
-    for (a, size), (b, other) in combinations(zip(images, area), 2):
-        assert (abs(a - b).max(axis=2) > 64).sum() > 0.15 * min(size, other)
-
-
 # What captions say
-
-
-def words_of(statement):
-    kinds = statement.objects
-    return {
-        *(kind.colour for kind in kinds),
-        *(kind.size for kind in kinds if kind.size),
-        *([statement.background] if statement.background else []),
-    }
 
 
 def test_captions_say_all_of_a_statement_and_nothing_else():
@@ -228,33 +186,33 @@ def test_captions_say_all_of_a_statement_and_nothing_else():
         rng = np.random.default_rng(seed)
         statement = draw_statement(rng)
         text = draw_caption(statement, rng)
-        assert {*text.split()} & vocabulary == words_of(statement), text
-        for kind in statement.objects:
-            assert kind.shape in text
+        said = {word for kind in statement.objects for word in (kind.colour, kind.size)}
+        said |= {statement.background}
+        assert {*text.split()} & vocabulary == said & vocabulary, text
+        assert all(kind.shape in text for kind in statement.objects)
         assert len(text.split()) <= 24
 
 
 def test_a_relation_is_said_from_either_side():
     said = Statement((Kind("circle", "red"), Kind("star", "orange", "small")), "above")
     texts = {draw_caption(said, np.random.default_rng(seed)) for seed in range(100)}
-    assert {
-        "a red circle above a small orange star",
-        "a small orange star below a red circle",
-    } <= texts
+    assert {"a red circle above a small orange star"} < texts
     for text in texts:
         is_turned = text.index("orange") < text.index("red")
         assert is_turned == any(word in text.split() for word in ("below", "under"))
 
 
-def test_numbers_and_articles_are_plain_english():
-    crosses = Statement((Kind("cross", "orange"),) * 2)
-    one = Statement((Kind("cross", "orange"),), background="black")
-    texts = {draw_caption(said, np.random.default_rng(3)) for said in (crosses, one)}
-    assert any("two orange crosses" in text for text in texts)
-    assert any("an orange cross" in text and "black" in text for text in texts)
-
-
 # The program
+
+
+def test_samples_are_images_of_their_size_with_captions_and_facts(scenes):
+    for sample in list(read_shard(scenes / "new-000000.tar"))[:5]:
+        about = json.loads(sample["json"])
+        assert about["captions"][0] == sample["txt"].decode() and len(about["captions"]) == 4
+        image = Image.open(io.BytesIO(sample["png"]))
+        assert image.size == (64, 64) and image.mode == "RGB"
+        shown = {colour for _, colour in image.getcolors(64 * 64)}
+        assert {COLOURS[item["colour"]] for item in about["scene"]["objects"]} <= shown
 
 
 def test_the_same_command_gives_the_same_bytes_with_any_number_of_processes(scenes, tmp_path):
@@ -264,27 +222,9 @@ def test_the_same_command_gives_the_same_bytes_with_any_number_of_processes(scen
     assert all((scenes / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
 
 
-def test_another_seed_gives_other_images(scenes, tmp_path):
-    make(tmp_path, seed=1)
-    assert read(tmp_path, "train")[0]["scene"] != read(scenes, "train")[0]["scene"]
-
-
 def test_more_images_begin_with_the_same_ones(scenes, tmp_path):
     make(tmp_path, images_per_caption=3)
     assert read(tmp_path, "train")[:800] == read(scenes, "train")
-
-
-def test_samples_are_images_of_their_size_with_captions_and_facts(tmp_path):
-    make(tmp_path, image_size=48)
-    for sample in list(read_shard(tmp_path / "new-000000.tar"))[:5]:
-        about = json.loads(sample["json"])
-        assert about["captions"][0] == sample["txt"].decode() and len(about["captions"]) == 4
-        item = about["scene"]["objects"][0]
-        image = Image.open(io.BytesIO(sample["png"]))
-        assert image.size == (48, 48) and image.mode == "RGB"
-        if item["shape"] not in ("ring", "crescent"):
-            centre = (int(item["x"] * 48), int(item["y"] * 48))
-            assert image.getpixel(centre) == COLOURS[item["colour"]]
 
 
 def test_the_program_goes_on_and_refuses_another_data_set(scenes, tmp_path, capsys):
@@ -299,7 +239,7 @@ def test_the_program_goes_on_and_refuses_another_data_set(scenes, tmp_path, caps
         make(tmp_path, seed=2)
 
 
-@pytest.mark.parametrize("option", [{"captions": 0}, {"image_size": 8}, {"captions": 10}])
+@pytest.mark.parametrize("option", [{"image_size": 8}, {"captions": 10}])
 def test_a_plan_that_cannot_be_made_is_refused(tmp_path, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         make(tmp_path, **option)

@@ -87,15 +87,12 @@ AGAIN = ": the key came before, so the tar is not sorted"
 CASES = {
     "p.v1.0.jpg p.v1.0.txt": {"caption": (1, f"p (members v1.0.jpg v1.0.txt{DOT})")},
     "a.input.jpg a.txt": {"image": (1, f"a (members input.jpg txt{DOT})")},
-    "a.jpg a.caption": {"caption": (1, "a (members jpg caption)")},
     "a.jpg a.jpg.txt": {"caption": (1, f"a (members jpg jpg.txt{DOT})")},
-    "v.2\\a.jpg v.2\\a.txt": {"caption": (1, rf"v (members 2\a.jpg 2\a.txt{DOT})")},
     "a.jpg b.jpg a.txt b.txt": {
         "caption": (2, "a (members jpg)"),
         "image": (2, f"a (members txt{AGAIN})"),
     },
     "b.txt b.jpg a.txt b.txt": {"image": (2, "a (members txt)")},
-    "a.jpg@ a.txt": {"image": (1, "a (members txt)")},
     "a.jpg@ a.txt@ b.txt": {"caption": (1, "a (members none)"), "image": (1, "b (members txt)")},
 }
 
@@ -139,7 +136,7 @@ CONTENTS = st.sampled_from([jpeg(), jpeg(), b"a text", b"{}", b"", b"\xff\xfe"])
 KINDS = st.sampled_from([tarfile.REGTYPE] * 5 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE])
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(members=st.lists(st.tuples(NAMES, CONTENTS, KINDS), max_size=12))
 @example(members=[])
 def test_every_sample_of_a_tar_is_read_or_counted_by_reason(members):

@@ -88,16 +88,14 @@ def few(tmp_path_factory, chain):
     return experiment
 
 
-OVERFIT = training(batch_size=4, log_every_steps=10, sample_every_steps=0, max_steps=150)
+OVERFIT = training(batch_size=4, log_every_steps=10, sample_every_steps=0, max_steps=100)
 OVERFIT += [*training(checkpoint_every_steps=1000), "optimizer.learning_rate=0.005"]
-WIDE = ["tokenizer.encoder.width=32", "tokenizer.decoder.width=32", "tokenizer.init_std=0"]
-WIDE += ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=true", "tokenizer.query_key_bias=1"]
 STILL = "data.flip_probability=0"
 NO_NOISE = ["flow.sample_image_latent=false", "flow.sample_text_latent=false"]
 NO_NOISE += ["flow.null_probability=0", "sampling.guidance=1"]
 LONG = {
     "text_encoder": [*OVERFIT, STILL, "optimizer.learning_rate=0.0005"],
-    "tokenizer": [*OVERFIT, STILL, *WIDE],
+    "tokenizer": ["training.batch_size=4"],
     "tokens": [],
     "text_projector": [*OVERFIT, "projector.dropout=0", "losses.kl_weight=0"],
     "flowtok": [*OVERFIT, *NO_NOISE],
@@ -114,7 +112,6 @@ def fall(run, name):
     ("stage", "name", "share"),
     [
         ("text_encoder", "loss", 0.3),
-        ("tokenizer", "l2", 0.4),
         ("text_projector", "alignment", 0.2),
         ("text_projector", "image_regression", 0.2),
     ],
@@ -162,7 +159,8 @@ OPTIONS = [
     ("flowtok", ["training.gradient_accumulation=4", "training.seed=1"]),
     ("text_projector", ["losses.kl_weight=1", "losses.kl_weight=1 losses.kl_form=wall"]),
     ("tokenizer", ["losses.l1_weight=1", "losses.gradient_weight=1", "losses.kl_weight=0.1"]),
-    ("tokenizer", ["losses.l2_weight=0.5", STILL, "data.shuffle_buffer=1", *WIDE[3:]]),
+    ("tokenizer", [STILL, "data.shuffle_buffer=1", "tokenizer.query_key_bias=1"]),
+    ("tokenizer", ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=true"]),
 ]
 
 
@@ -211,18 +209,18 @@ def test_weights_and_tokens_that_do_not_fit_are_refused(chain, tmp_path, options
     assert not list(tmp_path.rglob("step_*"))
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "flowtok"])
-def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(chain, tmp_path, stage):
-    for mode in ("selective", "full"):
-        run = chain.run_in(tmp_path / mode, stage, f"activation_checkpointing={mode}")
-        assert equal(weights(run), weights(chain.folder / stage))
+@pytest.mark.parametrize(("stage", "mode"), [("tokenizer", "selective"), ("flowtok", "full")])
+def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(chain, tmp_path, stage, mode):
+    run = chain.run_in(tmp_path, stage, f"activation_checkpointing={mode}")
+    assert equal(weights(run), weights(chain.folder / stage))
 
 
-def test_the_projector_is_trained_with_and_without_the_image_regression(chain, tmp_path):
-    options = [f"losses.image_regression_weight={weight}" for weight in (0, 1)]
-    assert all_different(last_weights(chain, tmp_path, "text_projector", options))
-    assert not (tmp_path / "0" / "text_projector" / "samples").exists()  # z_T is no picture then
-    assert list((tmp_path / "1" / "text_projector" / "samples").iterdir())
+def test_without_the_image_regression_other_weights_are_trained_and_no_picture_is_drawn(
+    chain, tmp_path
+):
+    run = chain.run_in(tmp_path, "text_projector", "losses.image_regression_weight=0")
+    assert not equal(weights(run), weights(chain.folder / "text_projector"))
+    assert not (run / "samples").exists()  # z_T is no picture then
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "flowtok"])
@@ -260,11 +258,9 @@ def test_each_direction_of_the_flow_trains_other_weights(chain, captioner, tiny_
     ("option", "keys"),
     [
         ("flow.projector=joint", "image_to_text with flow.projector=joint"),
-        ("losses.kl_weight=0.1", "image_to_text .*losses"),
         ("text_decoder_run=''", "set text_decoder_run"),
         ("pictures.images=[]", "pictures.images"),
         ("pictures.images=[nowhere.tar]", "nowhere.tar"),
-        ("pictures.num_images=0", "pictures.num_images must be at least 1"),
         ("flow.direction=joint", "flow.direction: .*'joint'"),
         ("projector_run=CHAIN/text_projector", "text decoder of .*CHAIN/text_projector"),
         ("text_decoder_run=CHAIN/flowtok", "stage 'flowtok': .*'text_decoder'"),
@@ -313,7 +309,6 @@ def test_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
 @pytest.mark.parametrize(
     ("options", "keys"),
     [
-        ("tokenizer.text_tokens=8", "tokenizer.text_tokens can't be set"),
         ("data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),
         ("training.batch_size=9 training.gradient_accumulation=2", "batch_size 9 .*1 x 2"),
     ],

@@ -2,13 +2,10 @@
 
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from test_resume import program, start, state
-from tiny_experiment import equal, metrics
+from forks import Program
 from torch.utils.data import DataLoader
 
 from data.workers import start_worker
@@ -16,21 +13,15 @@ from training import checkpoint as ckpt
 from training import supervise
 from training.supervise import STOPPED_STATUS, StopRequest, watched
 
-LONG = ["training.max_steps=100000", "training.checkpoint_every_steps=100000"]
-LONG += ["training.log_every_steps=7", "training.sample_every_steps=0"]
-LONG += ["optimizer.schedule=constant"]
 
-
-def test_without_a_signal_or_limit_nothing_stops():
-    with StopRequest(time.monotonic() - 1e6, 0.0, 60.0) as stop:
-        assert stop.reason() == ""
-
-
-def test_the_time_limit_counts_from_the_start():
-    with StopRequest(time.monotonic() - 3599, 1.0, 60.0) as stop:
-        assert stop.reason() == ""
-    with StopRequest(time.monotonic() - 3601, 1.0, 60.0) as stop:
-        assert stop.reason() == "training.max_hours=1 are over"
+def test_nothing_stops_but_a_time_limit_that_counts_from_the_start():
+    for seconds, hours, reason in (
+        (1e6, 0.0, ""),
+        (3599, 1.0, ""),
+        (3601, 1.0, "training.max_hours=1 are over"),
+    ):
+        with StopRequest(time.monotonic() - seconds, hours, 60.0) as stop:
+            assert stop.reason() == reason
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -56,10 +47,11 @@ with StopRequest(time.monotonic(), 0.0, 60.0):
 """
 
 
-def test_a_second_signal_ends_at_once_unless_it_comes_with_the_first():
-    process = start([sys.executable, "-c", SECOND_SIGNAL])
-    output, _ = process.communicate(timeout=120)
-    assert (output, process.returncode) == ("goes on\n", 128 + signal.SIGTERM)
+def test_a_second_signal_ends_at_once_unless_it_comes_with_the_first(tmp_path):
+    (tmp_path / "script.py").write_text(SECOND_SIGNAL)
+    process = Program(tmp_path / "log", str(tmp_path / "script.py"))
+    assert process.wait() == 128 + signal.SIGTERM
+    assert process.output == "goes on\n"
 
 
 def read_item(item):
@@ -96,66 +88,8 @@ def test_workers_that_have_no_more_data_are_no_fault(monkeypatch):
     assert not aborted
 
 
-def wait_for_steps(run, process):
-    """Until the first line of the log is there."""
-    for _ in range(10_000):
-        if (run / "metrics.jsonl").is_file() or process.poll() is not None:
-            break
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signalled_training_checkpoints_ends_with_its_status_and_goes_on_undisturbed(
-    chain, tmp_path, number
-):
-    folder = tmp_path / "stopped"
-    words = program(chain, folder, "tokenizer", *LONG, "data.num_workers=1")
-    process, run = start([sys.executable, "train_tokenizer.py", *words]), folder / "tokenizer"
-    wait_for_steps(run, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == STOPPED_STATUS, output
-    stopped_at = ckpt.latest_checkpoint(run)[0]
-    assert 7 <= stopped_at < 100000
-    assert f"stopped at step {stopped_at} (signal {signal.Signals(number).name})" in output
-    last = stopped_at + 10
-    options = [*LONG, f"training.max_steps={last}"]
-    chain.run_in(folder, "tokenizer", *options, "data.num_workers=1")
-    whole = chain.run_in(tmp_path / "whole", "tokenizer", *options, "data.num_workers=1")
-    assert equal(state(run), state(whole))
-    assert metrics(run) == metrics(whole)  # the window of the log, too, went on inside
-
-
 def test_max_hours_stops_cleanly(chain, tmp_path):
-    options = [*LONG, "training.max_hours=1e-7"]
     with pytest.raises(SystemExit) as stop:
-        chain.run_in(tmp_path, "tokenizer", *options)
+        chain.run_in(tmp_path, "tokenizer", "training.max_hours=1e-7")
     assert stop.value.code == STOPPED_STATUS
     assert list(ckpt.checkpoint_folders(tmp_path / "tokenizer")) == [1]
-
-
-def test_two_processes_stop_together_when_one_is_told_to(chain, tmp_path):
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0 "
-    flags += "--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
-    words = ["train_tokenizer.py", *program(chain, tmp_path, "tokenizer", *LONG)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *words]
-    process, run = start(command, ACCELERATE_USE_CPU="true"), tmp_path / "tokenizer"
-    wait_for_steps(run, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGUSR1)  # one of the two trainers
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    step = ckpt.latest_checkpoint(run)[0]
-    assert f"stopped at step {step}" in output
-    states = [ckpt.latest_checkpoint(run)[1] / ckpt.rank_file(rank) for rank in (0, 1)]
-    assert all(path.is_file() for path in states)
-
-
-def test_a_run_that_is_being_trained_is_not_trained_twice(chain, tmp_path):
-    command = [sys.executable, "train_tokenizer.py", *program(chain, tmp_path, "tokenizer", *LONG)]
-    process = start(command)
-    wait_for_steps(tmp_path / "tokenizer", process)
-    with pytest.raises(ValueError, match=f"by another process: process {process.pid} on "):
-        chain.run_in(tmp_path, "tokenizer", *LONG)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)

@@ -148,21 +148,15 @@ def test_a_jump_reads_from_there(tmp_path, server, has_ranges):
 
 @pytest.mark.parametrize(
     ("name", "statuses", "tries"),
-    [
-        ("s-000.tar", [503, 503, 429, 429, 500, 500], None),
-        ("missing.tar", [], 1),
-        ("s-000.tar", [403] * 20, 1),
-        ("s-000.tar", [503] * 20, 5),
-    ],
+    [("missing.tar", [], 1), ("s-000.tar", [403] * 20, 1), ("s-000.tar", [503] * 20, 5)],
 )
 def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(
     tmp_path, server, name, statuses, tries
 ):
     (path,) = make_shards(tmp_path, [3])
-    server.statuses = list(statuses)
-    if tries is None:
-        assert list(read_shard(server.url(name))) == list(read_shard(path))
-        return
+    server.statuses = [503, 503, 429, 429, 500, 500]
+    assert list(read_shard(server.url("s-000.tar"))) == list(read_shard(path))
+    server.statuses = statuses
     with pytest.raises(ShardError, match=rf"{name}: .*\(try {tries}\)"):
         list(read_shard(server.url(name)))
 
@@ -174,8 +168,7 @@ def test_a_server_that_answers_with_another_range_is_refused(tmp_path, server):
         list(read_shard(server.url("s-000.tar")))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("sizes", [[9, 8, 7], [24]], ids=["more_shards", "fewer_shards"])
+@pytest.mark.parametrize(("sizes", "num_workers"), [([9, 8, 7], 0), ([24], 2)])
 def test_a_stream_from_a_server_has_the_order_of_the_local_one_and_resumes(
     tmp_path, server, sizes, num_workers
 ):

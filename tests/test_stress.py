@@ -3,7 +3,6 @@
 As `python train_tokenizer.py` runs them (tests/forks.py), with a data worker.
 """
 
-import json
 import os
 import random
 import signal
@@ -18,14 +17,10 @@ from training import checkpoint as ckpt
 from training.metrics import step_of
 
 # At random moments; of these, at least so many inside the writing of a checkpoint.
-KILLS, KILLS_INSIDE = 20, 6
-MAX_STEPS, EVERY_STEPS = 360, 4
+KILLS, KILLS_INSIDE = 16, 5
+MAX_STEPS, EVERY_STEPS = 240, 4
 OPTIONS = training(max_steps=MAX_STEPS, checkpoint_every_steps=EVERY_STEPS, log_every_steps=3)
-OPTIONS += [
-    "training.log_every_steps=3",
-    "training.sample_every_steps=100",
-    "training.gradient_accumulation=2",
-]
+OPTIONS += ["training.sample_every_steps=100", "training.gradient_accumulation=2"]
 
 pytestmark = pytest.mark.slow
 
@@ -47,11 +42,6 @@ def start(chain, folder, *options):
     arguments = program(chain, folder, "tokenizer", *OPTIONS, "data.num_workers=1", *options)
     log = folder.with_suffix(".log")
     return Program(log, "train_tokenizer.py", *arguments), folder / "tokenizer"
-
-
-def count(record_property, text):
-    print(text)
-    record_property("counted", text)
 
 
 def kill_somewhere(running, run, draw):
@@ -76,16 +66,15 @@ def kill_somewhere(running, run, draw):
 
 
 def compare(run, whole):
-    """Assert that two runs ended alike; returns the bytes that were compared."""
+    """Assert that two runs ended alike, bit for bit."""
     assert metrics(run) == metrics(whole)
     assert equal(state(run), state(whole))
     folders = [ckpt.latest_checkpoint(one, verify=[ckpt.ALL_FILES])[1] for one in (run, whole)]
     for name in (ckpt.MODEL_FILE, ckpt.EMA_FILE):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-    return sum(path.stat().st_size for path in folders[0].iterdir()) + len(json.dumps(metrics(run)))
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(chain, tmp_path, record_property):
+def test_kills_at_random_moments_change_no_bit(chain, tmp_path):
     running, whole = start(chain, tmp_path / "whole")
     assert running.wait() == 0, running.output
     draw, kills, inside = random.Random(0), 0, 0
@@ -100,13 +89,10 @@ def test_twenty_kills_at_random_moments_change_no_bit(chain, tmp_path, record_pr
     running, run = start(chain, tmp_path / "killed")
     assert running.wait() == 0, running.output
     assert not is_writing(run)
-    size = compare(run, whole)
-    count(record_property, f"{kills} kills, {inside} in a checkpoint; {size} bytes equal")
+    compare(run, whole)
 
 
-def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(
-    chain, tmp_path, record_property
-):
+def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(chain, tmp_path):
     def start_two(name):
         options = [*OPTIONS, "training.max_steps=60"]
         arguments = program(chain, tmp_path / name, "tokenizer", *options)
@@ -132,5 +118,4 @@ def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(
     assert logged_step(run) < 60
     ranks, run = start_two("killed")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
-    size = compare(run, whole)
-    count(record_property, f"2 processes: 4 kills in 3 runs; {size} bytes equal")
+    compare(run, whole)

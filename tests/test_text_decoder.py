@@ -20,7 +20,7 @@ from modeling.text_decoder import (
 from modeling.text_encoder import clip_tokenizer
 from modeling.text_projector import TextProjectorConfig
 from training.checkpoint import EMA_FILE
-from training.pipelines import load_autoencoder, load_projector
+from training.pipelines import load_projector
 
 L, T, C, V = 8, 24, 4, 40
 PROJECTOR = TextProjectorConfig(
@@ -117,15 +117,6 @@ def test_a_frozen_projector_gets_no_gradient_and_stays_in_eval_mode():
         assert (parameter.grad is not None) == name.startswith("decoder."), name
 
 
-def test_sampling_and_noise_change_what_is_decoded():
-    model = build()
-    plain = forward(model)
-    for other in (forward(model, sample=True), forward(model, noise=0.5)):
-        assert torch.equal(plain.mean, other.mean)
-        assert not torch.equal(plain.logits, other.logits)
-    assert torch.equal(forward(model).logits, plain.logits)
-
-
 def test_the_logits_of_the_training_pass_are_those_of_decoding():
     model = build().eval()
     out, batch = forward(model), torch.stack([ids(100, 101), ids(102)])
@@ -140,7 +131,6 @@ def test_the_logits_of_the_training_pass_are_those_of_decoding():
     [
         (DECODER, {"width": 15}, "width 15 .*num_heads 2"),
         (DECODER, {"dropout": 1.0}, "dropout .*1.0"),
-        (DECODER, {"vocabulary_size": 1}, "vocabulary_size .* 1$"),
         (DECODER, {"vocabulary_size": 50000}, "vocabulary_size .* 50000$"),
         (TextDecoderLossConfig(), {"latent_noise": -1.0}, "latent_noise .*-1.0"),
     ],
@@ -177,33 +167,18 @@ def test_captions_come_back_from_their_own_latents(chain, tmp_path):
     assert all(e["caption"] == e["decoded"] for e in report["train"]["examples"])
 
 
-def test_the_saved_run_alone_rebuilds_the_decoder_with_its_vocabulary(chain):
-    model = load_autoencoder(chain.folder / "text_decoder")
-    saved = weights(chain.folder / "text_decoder", EMA_FILE)
-    assert equal(dict(model.state_dict()), saved)
-    words = clip_tokenizer(16)(["a red circle"])
-    assert (model.decoder.classes_of(words) >= 0).all()
-
-
-def test_stored_text_states_are_used_where_they_are_the_towers_own(chain, tmp_path):
+def test_captions_of_image_shards_serve_as_well_as_stored_text_states(chain, tmp_path, tiny_shards):
     stored = weights(chain.folder / "text_decoder")
-    chain.run_in(tmp_path / "other", "tokens", "store_text_states=false")
-    shards = f"data.shards=[{tmp_path}/other/tokens/*.tar]"
-    encoded = weights(chain.run_in(tmp_path, "text_decoder", shards))
-    for name, x in encoded.items():  # states are stored as float16
+    shards = [f"data.shards=[{tiny_shards}/*.tar]", "heldout_shards=[]"]
+    run = chain.run_in(tmp_path, "text_decoder", *shards)
+    assert "heldout" not in accuracy(run, 4)
+    for name, x in weights(run).items():  # states are stored as float16
         torch.testing.assert_close(x, stored[name], rtol=0.05, atol=5e-3)
 
 
-def test_captions_of_image_shards_serve_as_well(chain, tmp_path, tiny_shards):
-    shards = f"data.shards=[{tiny_shards}/*.tar]"
-    run = chain.run_in(tmp_path, "text_decoder", shards, "heldout_shards=[]")
-    assert "heldout" not in accuracy(run, 4)
-
-
 def test_options_of_the_stage_run_and_change_the_weights(chain, tmp_path):
-    options = ["losses.kl_weight=0", "losses.kl_weight=0.1", "losses.latent_noise=0.5"]
-    options += ["text_decoder.dropout=0", "text_decoder.pre_norm=true"]
-    options += ["text_decoder.vocabulary_size=49408", "training.seed=0"]
+    options = ["losses.kl_weight=0.1", "losses.latent_noise=0.5", "text_decoder.dropout=0"]
+    options += ["text_decoder.pre_norm=true", "text_decoder.vocabulary_size=49408"]
     assert all_different(last_weights(chain, tmp_path, "text_decoder", options))
 
 
@@ -229,11 +204,8 @@ FROZEN = "freeze_projector=true"
 @pytest.mark.parametrize(
     ("options", "keys"),
     [
-        (FROZEN, f"{FROZEN} .*projector_run"),
         (f"{FROZEN} projector_run=x projector=null", f"{FROZEN}.*losses.kl_weight=0"),
         ("projector_run=PROJECTOR projector.depth=2", "projector .*text_projector"),
-        ("projector.text_width=16", "projector.text_width"),
-        ("data.shards=[nowhere.tar]", "nowhere.tar"),
         ("heldout_shards=[absent.tar]", "absent.tar"),
         ("projector_run=nowhere projector=null", "nowhere is no run folder"),
     ],

@@ -82,29 +82,27 @@ UPRIGHT = {
 }  # by orientation: what the tag says of the stored H x W x 3 pixels
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize(
     ("format", "options"),
     [
         ("JPEG", {"quality": 95}),
         ("MPO", {"quality": 95, "append_images": [photo(8, 8)]}),
         ("PNG", {}),
-        ("WEBP", {"lossless": True}),
         ("AVIF", {"quality": 95}),
-        ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("WEBP with XMP", {"lossless": True}),
     ],
 )
-def test_images_are_upright_whatever_the_format(format, options, orientation):
-    tag = {"exif": exif_of(orientation)}
-    if "XMP" in format:
-        tag = {"xmp": b'<rdf:Description tiff:Orientation="%d"/>' % orientation}
-    data = encoded(photo(40, 32), format.split()[0], **options, **tag)
-    picture = load_picture(open_image(data), (0, 0, 0), for_size=16)
-    expected = UPRIGHT[orientation](np.asarray(photo(40, 32), np.int16))
-    assert picture.image.size == (picture.width, picture.height) == expected.shape[1::-1]
-    assert np.abs(np.asarray(picture.image) - expected).mean() < 4
+def test_images_are_upright_whatever_the_format(format, options):
+    for orientation, turn in UPRIGHT.items():
+        tag = {"exif": exif_of(orientation)}
+        if "XMP" in format:
+            tag = {"xmp": b'<rdf:Description tiff:Orientation="%d"/>' % orientation}
+        data = encoded(photo(40, 32), format.split()[0], **options, **tag)
+        picture = load_picture(open_image(data), (0, 0, 0), for_size=16)
+        expected = turn(np.asarray(photo(40, 32), np.int16))
+        assert picture.image.size == (picture.width, picture.height) == expected.shape[1::-1]
+        assert np.abs(np.asarray(picture.image) - expected).mean() < 4
 
 
 def exif_of(orientation):
@@ -113,11 +111,9 @@ def exif_of(orientation):
     return exif
 
 
-@pytest.mark.parametrize(
-    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"]
-)
-def test_broken_metadata_does_not_cost_the_image(exif):
-    assert decode_image(encoded(photo(40, 30), "JPEG", exif=exif)).size == (40, 30)
+def test_broken_metadata_does_not_cost_the_image():
+    for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"):
+        assert decode_image(encoded(photo(40, 30), "JPEG", exif=exif)).size == (40, 30)
 
 
 def png(bits, colour, row, transparent=()):
@@ -174,10 +170,7 @@ RANGE = "image: grey of 32 bits or with a sign"
 SHOWN = {
     "PNG of 16 bits": (png(16, 0, GREYS[::-1]), [255, 128, 1, 0]),
     "of 16 bits, one transparent": (png(16, 0, GREYS[::-1], [257]), [255, 128, None, 0]),
-    "of 8 bits, one transparent": (png(8, 0, bytes([7, 8, 255]), [8]), [7, None, 255]),
-    "of 4 bits, one transparent": (png(4, 0, b"\x0f\x20", [2]), [0, 255, None, 0]),
     "of 2 bits, one transparent": (png(2, 0, b"\x1b", [2]), [0, 85, None, 255]),
-    "of 1 bit, one transparent": (png(1, 0, b"\x55", [1]), [0, None] * 4),
     "of 16 bits and alpha": (png(16, 4, shorts(">", 0xFFFF, 0xFFFF, 9, 0)), [255, None]),
     "in colour of 16 bits": (png(16, 2, COLOURS), [(0, 128, 255), (1, 64, 192)]),
     "in colour of 16 bits, one transparent": (
@@ -185,23 +178,18 @@ SHOWN = {
         "image: a transparent colour of 16 bits",
     ),
     "in colour, one transparent": (png(8, 2, bytes(range(6)), (0, 1, 2)), [None, (3, 4, 5)]),
-    "in colour and alpha": (png(8, 6, bytes([1, 2, 3, 255, 4, 5, 6, 0])), [(1, 2, 3), None]),
     "with a transparent colour in its palette": (palette(255, 0), [(200, 0, 0), None]),
-    "with alpha in its palette": (palette(0, 255), [None, (0, 200, 0)]),
     "TIFF of 16 bits": (tiff([16], 1, GREYS, 4), [0, 1, 128, 255]),
     "of 16 bits, big end first": (tiff([16], 1, GREYS[::-1], 4, ">"), [255, 128, 1, 0]),
     "of 16 bits, white is zero": (tiff([16], 0, GREYS, 4), [255, 254, 127, 0]),
     "of 12 bits": (tiff([12], 1, b"\x00\x0f\xff", 2), [0, 255]),
     "of 8 bits, white is zero": (tiff([8], 0, b"\x00\x01\xff", 3), [255, 254, 0]),
-    "of 1 bit, white is zero": (tiff([1], 0, b"\x55", 8), [255, 0] * 4),
     "with alpha": (tiff([8, 8], 1, bytes([200, 255, 200, 0]), 2, t338=2), [200, None]),
     "premultiplied by alpha": (tiff([8, 8], 1, bytes([200, 255, 0, 0]), 2, t338=1), [200, None]),
     "of 32 bits": (tiff([32], 1, bytes(8), 2), RANGE),
     "with a sign": (tiff([16], 1, GREYS, 4, t339=2), RANGE),
-    "of floats": (tiff([32], 1, bytes(8), 2, t339=3), "image: float pixels"),
     "of CIELAB": (encoded(Image.new("LAB", (4, 4)), "TIFF"), "image: CIELAB pixels"),
     "PGM of 10 bits": (b"P5 3 1 1023\n" + shorts(">", 0, 512, 1023), [0, 128, 255]),
-    "PGM of 16 bits": (b"P5 4 1 65535\n" + GREYS[::-1], [255, 128, 1, 0]),
     "PGM of 4 values": (b"P5 4 1 3\n\x00\x01\x02\x03", [0, 85, 170, 255]),
     "PBM": (b"P4 8 1\n\x55", [255, 0] * 4),
     "PFM": (b"Pf 1 1 -1.0\n" + bytes(4), "image: float pixels"),
@@ -231,7 +219,6 @@ def test_files_show_what_a_viewer_shows_or_are_dropped_by_name(kind):
 
 def test_cmyk_becomes_rgb_with_adobes_inversion():
     data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
-    assert b"Adobe" in data  # it says that the stored values are inverted
     red, green, blue = np.asarray(decode_image(data)).reshape(-1, 3).mean(0)
     assert red > 200 and green < 60 and blue < 60
 
@@ -297,7 +284,7 @@ def planes(image, left=0, top=0, size=None):
     return np.asarray(image.crop(box)).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("shape", [(97, 61), (61, 97), (40, 40), (20, 33), (300, 301), (40, 160)])
+@pytest.mark.parametrize("shape", [(97, 61), (61, 97), (20, 33), (300, 301)])
 def test_the_centre_crop_equals_resize_then_crop(shape):
     width, height = (side * 32 // min(shape) for side in shape)
     resized = photo(*shape).resize((width, height), Image.Resampling.BICUBIC)
@@ -332,7 +319,7 @@ def test_flip_probability_decides_the_flip():
 
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
-@pytest.mark.parametrize("shape", [(1, 20000), (20000, 1), (300, 30000), (1, 1)])
+@pytest.mark.parametrize("shape", [(1, 20000), (20000, 1), (1, 1)])
 def test_strips_and_dots_are_cropped_without_a_giant_image(shape, resize):
     assert train(Image.new("RGB", shape), 256, True, 0.5, resize=resize).shape == (3, 256, 256)
 
@@ -360,7 +347,7 @@ def torchvision_route(data, size):
 
 
 @pytest.mark.parametrize("with_torch", [True, False])
-@pytest.mark.parametrize("shape", [(301, 220), (250, 257), (1001, 603)])
+@pytest.mark.parametrize("shape", [(301, 220), (1001, 603)])
 def test_fast_crops_of_photos_are_near_those_of_torchvision(monkeypatch, shape, with_torch):
     monkeypatch.setattr(transforms, "TORCH_IS_FASTER", with_torch)
     data = encoded(textured(*shape), "JPEG", quality=90)
@@ -378,10 +365,9 @@ def test_exact_crops_are_those_of_torchvision():
     assert np.array_equal(crop, torchvision_route(data, 64))
 
 
-@pytest.mark.parametrize("shape", [(97, 61), (61, 97), (300, 301), (64, 33)])
-def test_torch_resizes_like_pillow(monkeypatch, shape):
+def test_torch_resizes_like_pillow(monkeypatch):
     monkeypatch.setattr(transforms, "TORCH_IS_FASTER", True)
-    for seed in range(3):
+    for seed, shape in enumerate([(97, 61), (61, 97), (300, 301), (64, 33)]):
         crop = (textured(*shape, seed), 32, True, 0.5, seed)
         exact, fast = train(*crop, "exact"), train(*crop, "fast")
         assert np.abs(fast.astype(np.int16) - exact).max() <= 1 and fast.flags.c_contiguous

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from modeling.pretrained import load_weights
+from modeling.layers import load_weights
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import EMA_FILE, latest_checkpoint, read_state
 from training.run import CONFIG_FILE

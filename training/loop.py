@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import training.checkpoint as ckpt
-from modeling.pretrained import load_weights
+from modeling.layers import load_weights
 from training.metrics import MetricLog, MetricWindow, Progress, TimedIterator
 from training.optim import EMA, LossFn, OptimizedNetwork, descend, load_optimizer
 from training.run import Run, seed_step

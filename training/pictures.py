@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.files import write_bytes, write_text
-from modeling.pipeline import to_pil
+from modeling.layers import to_pil
 
 CELL_WIDTH_MIN = (
     128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
