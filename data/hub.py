@@ -26,10 +26,18 @@ from data.packing import PROGRESS_FOLDER
 from data.parquet import Columns, find_columns, read_rows
 from data.processes import map_in_processes
 from data.sources import CAPTION_KEYS, DEFAULT_KEYS, file_path, is_tar_name, source, tar_entries
-from data.storage import REMOTE_BUFFER, STATE_FIELDS, is_remote, open_file, open_store
+from data.storage import (
+    CONTENT_FIELDS,
+    REMOTE_BUFFER,
+    TIME_FIELDS,
+    is_remote,
+    open_file,
+    open_store,
+)
 from data.tar import write_shard
 
 COPIES_FOLDER = "copies"
+STATE_FIELDS = ("size", *CONTENT_FIELDS, *TIME_FIELDS, "mtime")  # what a store says of a file
 # words in file names; without any of them, all files are of the split "train"
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
 NUM_NAMES = 8  # that an error lists
@@ -159,7 +167,7 @@ def list_files(dataset: str, revision: str | None) -> list[HubFile]:
     for path, info in sorted(found.items()):
         name = path.removeprefix(folder).lstrip("/")
         if not any(part.startswith(".") for part in name.split("/")):
-            state = " ".join(str(info.get(field)) for field in (*STATE_FIELDS, "mtime"))
+            state = " ".join(str(info.get(field)) for field in STATE_FIELDS)
             files.append(HubFile(f"{root}/{name}", name, info["size"] or 0, state))
     return files
 
