@@ -26,8 +26,10 @@ MODES = ("none", "selective", "full")
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    """Configs of a tiny experiment, none of whose stages has run."""
+def tiny(tmp_path, monkeypatch):
+    """Configs of a tiny experiment, none of whose stages has run, and a GPU of its size."""
+    # On a real one the largest batch is so large that its captions alone take seconds to make.
+    monkeypatch.setitem(plan.GPUS, "a100-80g", (0.5, *plan.GPUS["a100-80g"][1:]))
     return Experiment(tmp_path, tmp_path / "nowhere")
 
 
