@@ -28,19 +28,6 @@ def save_lines(
     figure.savefig(path)
 
 
-def save_dots(rows: Mapping[str, Sequence[float]], name: str, path: Path) -> None:
-    """A row for each name: a dot for each of its values, a bar at their mean."""
-    figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.add_subplot(xlabel=name, yticks=range(len(rows)), yticklabels=[*rows])
-    axes.invert_yaxis()  # the first row on top
-    for row, values in enumerate(rows.values()):
-        axes.plot(values, [row] * len(values), "o", color="C0", fillstyle="none")
-        if values:
-            axes.plot(sum(values) / len(values), row, "|", color="C3", markersize=15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
 def save_panels(
     rows: Mapping[str, Mapping[str, Mapping[str, Curve]]], x_name: str, path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""A grid of config overrides, several seeds each, unattended: one table, a chart for each metric.
+"""A grid of config overrides, several seeds each, unattended: one table.
 
     python research/sweep.py research/sweeps/FILE.yaml [--only VARIANT ...] [--jobs 2]
 
@@ -10,7 +10,7 @@ or with `gflop` equal work: max_steps is then the budget over the GFLOP of a ste
 tower, as scripts/plan.py counts them.
 Run the same command again to go on: finished runs are read, an interrupted one resumes. A run that
 fails is named in the table and the others go on; the exit status is then 1.
-Writes OUTPUT/table.md (mean and deviation over the seeds), results.json (every run) and METRIC.png.
+Writes OUTPUT/table.md (mean and deviation over the seeds) and results.json (every run).
 """
 
 import argparse
@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import load_dataclass
 from data.files import write_json, write_text
-from eval.charts import save_dots
 from scripts.plan import make_plan
 from scripts.run_experiment.stages import read_stages
 from training.errors import exit_on_error
@@ -90,22 +89,20 @@ def main(args: argparse.Namespace) -> None:
     if args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
 
-    # All variants with the first seed come first, so that there is an early table.
+    # All variants with the first seed come first, so that there is an early table
     todo = [(variant, seed) for seed in sweep.seeds for variant in chosen]
     check_folders(sweep, output, todo)
-    results, start = [], time.monotonic()
+    results = []
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(run_one, sweep, *one, output) for one in todo]
         for future in as_completed(futures):
             result = future.result()
             results.append(result)
-            left = (time.monotonic() - start) / len(results) * (len(todo) - len(results))
-            values = (f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
+            shown = result.get("error") or result["metrics"]
             place = f"[{len(results)}/{len(todo)}] {result['variant']}, seed {result['seed']}"
-            shown = result.get("error") or ", ".join(values)
-            print(f"{place}: {shown} ({left / 60:.0f} min left)", flush=True)
+            print(f"{place}: {shown}", flush=True)
             write_summary(sweep, results, output)
-    print(f"{summarise(sweep, results)}{output}: table.md, results.json and charts written")
+    print(f"{summarise(sweep, results)}{output}: table.md and results.json written")
     if any("error" in result for result in results):
         raise SystemExit(1)
 
@@ -271,18 +268,13 @@ def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
 # Summary
 
 
-def finished_runs(results: list[dict], variant: str) -> list[dict]:
-    """Those of a variant that did not fail."""
-    return [result for result in results if result["variant"] == variant and "metrics" in result]
-
-
 def summarise(sweep: SweepConfig, results: list[dict]) -> str:
     """The table: a row for each variant, mean +- deviation over its seeds."""
     names = list(sweep.metrics)
     lines = [["variant", *names, "runs"], ["---"] * (len(names) + 2)]
     shown = {result["variant"] for result in results}
     for variant in (name for name in sweep.variants if name in shown):
-        runs = finished_runs(results, variant)
+        runs = [run for run in results if run["variant"] == variant and "metrics" in run]
         cells = [mean_and_deviation([run["metrics"][name] for run in runs]) for name in names]
         lines.append([variant, *cells, str(len(runs))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -297,17 +289,12 @@ def mean_and_deviation(values: list[float]) -> str:
 
 
 def write_summary(sweep: SweepConfig, results: list[dict], output: Path) -> None:
-    """table.md, results.json and a chart for each metric."""
+    """table.md and results.json."""
     results = sorted(results, key=lambda r: (list(sweep.variants).index(r["variant"]), r["seed"]))
     write_json({"sweep": asdict(sweep), "results": results}, output / "results.json")
-    table = summarise(sweep, results)
     failed = [f"{r['variant']}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]
-    write_text(table + "".join(f"\nfailed: {line}\n" for line in failed), output / "table.md")
-    runs = {variant: finished_runs(results, variant) for variant in sweep.variants}
-    if any(runs.values()):
-        for name in sweep.metrics:
-            dots = {variant: [run["metrics"][name] for run in runs[variant]] for variant in runs}
-            save_dots(dots, name, output / f"{name}.png")
+    lines = "".join(f"\nfailed: {line}\n" for line in failed)
+    write_text(summarise(sweep, results) + lines, output / "table.md")
 
 
 if __name__ == "__main__":

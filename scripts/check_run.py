@@ -26,11 +26,9 @@ from configs.load import one_line
 from data.files import user_path
 from data.tar import count_samples
 from training.errors import exit_on_error, printable
-from training.metrics import step_of
+from training.metrics import METRICS_FILE, step_of
 from training.run import CONFIG_FILE, read_saved
 from training.tokens import TOKENS_INFO_FILE, TokensInfo
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

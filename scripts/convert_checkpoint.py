@@ -5,9 +5,9 @@
     python scripts/convert_checkpoint.py FlowTiTok_512.bin runs/released_tokenizer
 
 The last: one file, its own run folder. In: a flow file or a tokenizer file, recognised by its
-tensors: safetensors, or torch.save with or without data parallel's "module.", in a dict under
-state_dict, model or nnet_ema or not. Nothing in a file is executed: a pickle that needs more than
-tensors and plain containers is refused. What is checked: modeling/released.py.
+tensors, with or without data parallel's "module.", in a dict under state_dict, model or nnet_ema or
+not. Nothing in a file is executed: a pickle that needs more than tensors and plain containers is
+refused. What is checked: modeling/released.py.
 Out: OUT/config.yaml and OUT/checkpoints/step_00000000/ with ema.safetensors, float32; with --run,
 OUT/flowtok and OUT/tokenizer of these. Written aside and renamed: a folder that is there is whole.
 The text tower is not in the files: the config names it, and it is loaded when it is used.
@@ -20,13 +20,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 # Run as a file, Python looks for modules in scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import check_new_folder, folder_written_whole, user_path
@@ -35,14 +36,13 @@ from modeling.flow import FlowConfig
 from modeling.pipeline import SamplingConfig
 from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
 from modeling.text_encoder import TextEncoderConfig
-from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint
+from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, load_plain
 from training.errors import exit_on_error
 from training.run import CONFIG_FILE
 
 WRAPPERS = ("nnet_ema", "state_dict", "model")  # keys of the tensors, the averaged ones first
 PREFIX = "module."
 TABLES = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")  # computed here
-ZIP_START = b"PK\x03\x04"
 CAPTIONS = [  # of sample.py without prompts
     "a corgi running through fresh snow",
     "a red bicycle leaning against a white wall",
@@ -128,8 +128,10 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    # Mapped, so that a file of gigabytes is not copied; the older form can't be
+    content = load_plain(path, mmap=is_zipfile(path))
     try:
-        tensors = check_content(unwrap(read_content(path)))
+        tensors = check_content(unwrap(content))
         converted = convert(tensors, args.num_heads, args.latent_scale)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -146,32 +148,6 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     for note in notes:
         print(f"  note: {note}")
     return converted
-
-
-def read_content(path: Path) -> Any:
-    """What a file holds; nothing in it is executed.
-
-    Raises:
-        ValueError: one that can't be read, or that needs more than tensors.
-    """
-    with path.open("rb") as file:
-        start = file.read(9)
-    try:
-        if start[8:] == b"{":
-            return load_file(path)
-        is_zip = start.startswith(ZIP_START)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # torch, pickle, zip and safetensors raise their own types
-        # One line, without torch's advice to execute the file.
-        if needed := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"refused: its pickle needs {needed[1]}, only tensors and plain containers are read"
-            ) from error
-        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
-        reason = f": {reason[:200]}" if reason and "weights_only" not in reason else ""
-        raise ValueError(
-            f"cannot be read, it is cut short or no checkpoint ({type(error).__name__}{reason})"
-        ) from error
 
 
 def unwrap(content: Any) -> Any:

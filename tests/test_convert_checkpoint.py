@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from modeling.clip_weights import build_clip, save_clip
 from modeling.flow import FlowConfig
@@ -25,7 +25,7 @@ from modeling.layers import sincos_position_table
 from modeling.pipeline import SamplingConfig
 from modeling.released import convert, rope_tables
 from scripts import convert_checkpoint
-from training.checkpoint import EMA_FILE, latest_checkpoint
+from training.checkpoint import EMA_FILE, latest_checkpoint, load_plain
 from training.loading import read_run_config, read_section, text_encoder_config
 from training.pipelines import load_flow, load_pipeline
 
@@ -103,7 +103,7 @@ def convert_saved(tensors, file, num_heads=4):
 
 def read(file):
     """The tensors that the script finds in a file."""
-    return convert_checkpoint.unwrap(convert_checkpoint.read_content(file))
+    return convert_checkpoint.unwrap(load_plain(file))
 
 
 def ema_file(run):
@@ -273,15 +273,14 @@ def test_wrappers_and_prefixes_are_taken_off_and_averaged_weights_come_first(
     assert torch.equal(found["b.c"], torch.arange(96.0))
 
 
-def test_all_forms_of_a_file_give_the_same_tensors(tmp_path):
-    tensors = {"a": torch.randn(3, 4), "b": torch.nn.Parameter(torch.randn(()))}
-    torch.save(tensors, tmp_path / "zip.pth")
-    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    save_file(tensors, tmp_path / "x.safetensors")
-    for file in tmp_path.iterdir():
-        found = read(file)
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+def test_a_file_of_the_older_form_gives_the_same_weights(files, tmp_path):
+    torch.save(weights(FLOW), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    arguments = argparse.Namespace(num_heads=4, latent_scale=1.0)
+    new, old = (
+        convert_checkpoint.convert_file(file, arguments).tensors
+        for file in (files / "flow.pth", tmp_path / "old.pth")
+    )
+    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in new)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -372,7 +371,7 @@ DIT = {name: x for name, x in light(FLOW).items() if name.startswith("blocks")}
 DIT |= {"x_embedder.proj.weight": torch.ones(96, 4, 2, 2), "pos_embed": torch.ones(1, 64, 96)}
 META = torch.ones(77, 512, device="meta")
 BAD_CONTENTS = {  # what a file holds -> what the error says after the file's name
-    "attack": ({"model": Attack()}, "refused: .* posix.system"),
+    "attack": ({"model": Attack()}, "refused$"),
     "list": ([torch.ones(2)], "it holds a list"),
     "empty": ({}, ".* it holds nothing"),
     "integers": ({"latent_tokens": torch.ones(77, 512).long()}, "latent_tokens is torch.int64"),
@@ -391,21 +390,18 @@ def test_a_file_of_something_else_is_refused_and_nothing_is_written(case, tmp_pa
     monkeypatch.chdir(tmp_path)
     content, message = BAD_CONTENTS[case]
     torch.save(content, "bad.pth")
-    check_refused("bad.pth", f"^bad.pth: {message}")
+    check_refused("bad.pth", f"^bad.pth.* {message}")
 
 
-@pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
-def test_a_file_that_is_cut_short_is_refused(form, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_file_that_is_cut_short_is_refused(is_new, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tensors, file = {"a": torch.ones(99)}, Path("bad.pth")
-    if form == "safetensors":
-        save_file(tensors, file)
-    else:
-        torch.save(tensors, file, _use_new_zipfile_serialization=form == "zip")
+    file = Path("bad.pth")
+    torch.save({"a": torch.ones(99)}, file, _use_new_zipfile_serialization=is_new)
     whole = file.read_bytes()
     for share in (0, 0.1, 0.5, 0.99):
         file.write_bytes(whole[: int(len(whole) * share)])
-        check_refused(file, "^bad.pth: cannot be read, it is cut short or no checkpoint")
+        check_refused(file, "^bad.pth is broken")
 
 
 def check_refused(file, message):
@@ -419,7 +415,7 @@ def check_refused(file, message):
 def test_a_bad_second_file_and_a_full_disk_leave_nothing(files, tmp_path, monkeypatch):
     (tmp_path / "bad.bin").write_bytes(b"PK\x03\x04")
     both = [files / "flow.pth", tmp_path / "bad.bin", "--run", tmp_path / "out", "--num-heads", 4]
-    with pytest.raises(ValueError, match=r"bad\.bin: cannot be read"):
+    with pytest.raises(ValueError, match=r"bad\.bin is broken"):
         run_script(*both)
 
     def fail(*args):
