@@ -49,7 +49,7 @@ from modeling.text_encoder import TextEncoder
 from training.errors import exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
-from training.provenance import IMAGES, check_source, image_states, read_source, save_source
+from training.provenance import SHARDS, check_source, read_source, save_source, states_by_name
 from training.run import TIMEOUT_MINUTES, start_accelerator
 from training.stage import StageConfig
 from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS, Watchdog, watched
@@ -128,7 +128,7 @@ def main(config: TokensStage) -> None:
     made_of = source | {
         "precision": config.precision,
         "data": describe_data(config.data),
-        IMAGES: image_states(image_shards),
+        SHARDS: states_by_name(image_shards),
     }
     info = find_info(folder, made_of)
     whole = find_whole(outputs, info)
