@@ -88,7 +88,7 @@ def few(tmp_path_factory, chain):
     return experiment
 
 
-OVERFIT = training(batch_size=4, log_every_steps=10, sample_every_steps=0, max_steps=100)
+OVERFIT = training(batch_size=4, log_every_steps=10, sample_every_steps=0, max_steps=120)
 OVERFIT += [*training(checkpoint_every_steps=1000), "optimizer.learning_rate=0.005"]
 STILL = "data.flip_probability=0"
 NO_NOISE = ["flow.sample_image_latent=false", "flow.sample_text_latent=false"]
