@@ -198,8 +198,9 @@ def finish(
     if vocabulary:
         save_vocabulary(vocabulary, folder)
     now.save(folder)
-    for path in outputs:
-        count_file(path).unlink(missing_ok=True)
+    # Counts, and files that killed processes have not finished
+    for path in [*map(count_file, outputs), *folder.glob("*.tmp")]:
+        path.unlink(missing_ok=True)
     print(
         f"{folder}: {num_samples} samples, skipped {skipped.total() or 'none'}, latent scale "
         f"{now.latent_scale:.4f} (over {stats.num_samples} samples)"
