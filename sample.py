@@ -148,8 +148,8 @@ def draw(args: argparse.Namespace) -> None:
     parts, default = load_pipeline(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
     remarks = [*check_request(args, sampling), *list_cuts(parts, prompts)]
-    vocabulary = find_vocabulary(flow_folder(args.run))
-    remarks += list_strangers(vocabulary, prompts)
+    vocabulary = known_words(args.run)
+    remarks += list_strangers(args.run, vocabulary, prompts)
     for remark in remarks[:MAX_WARNINGS]:
         print(f"warning: {remark}", file=sys.stderr)
     if len(remarks) > MAX_WARNINGS:
@@ -217,15 +217,19 @@ def list_cuts(parts: ImageGenerator, prompts: list[str]) -> Iterator[str]:
             yield f"prompt cut from {length} to {limit} tokens: {prompt!r}"
 
 
-def list_strangers(vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
+def known_words(run: Path) -> Vocabulary | None:
+    """Those of the captions of a run; they do not leave with an exported folder."""
+    return None if is_pretrained(run) else find_vocabulary(flow_folder(run))
+
+
+def list_strangers(run: Path, vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
     """Which prompts are unlike the captions of the training, and in what; or that nobody knows."""
-    if vocabulary is None:
+    if vocabulary is None and not is_pretrained(run):
         yield (
             "the run does not know the words of its captions, with which prompts would be "
             f"compared: {VOCABULARY_FILE} is not beside its token shards"
         )
-        return
-    for prompt in prompts:
+    for prompt in prompts if vocabulary else []:
         if difference := vocabulary.difference(prompt):
             yield f"prompt {prompt!r}: {difference}"
 

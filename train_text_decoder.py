@@ -40,6 +40,7 @@ from training.loading import read_section, text_encoder_config
 from training.loop import train_network
 from training.pictures import sample_path
 from training.pipelines import load_projector
+from training.provenance import check_shards, save_source
 from training.run import save_config, start_run
 from training.stage import TrainedStage
 from training.tokens import StoredCaptions, open_stored_captions, projector_sizes
@@ -113,6 +114,7 @@ def main(config: TextDecoderStage) -> None:
         "text_encoder": load_text_encoder(text_config).identity,
         "projector": fingerprint(source) if source else "none",
     }
+    shards = check_shards(run, config.data)
     if is_complete(run, training.max_steps, inputs):
         return
 
@@ -127,6 +129,8 @@ def main(config: TextDecoderStage) -> None:
             captions.fit_whitening(model.projector)
         choose_vocabulary(model, captions)
     save_config(run, config, has_checkpoint)
+    if run.is_main:
+        save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,

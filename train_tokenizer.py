@@ -50,7 +50,7 @@ from training.loading import load_tokenizer
 from training.loop import Evaluation, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
-from training.provenance import check_images, save_source
+from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, batch_per_process
 
@@ -137,7 +137,7 @@ def main(config: TokenizerStage) -> None:
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
     config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
     inputs = {"text_encoder": text_encoder.identity}
-    source = check_images(run, config.data)
+    shards = check_shards(run, config.data)
     if is_complete(run, training.max_steps, inputs):
         return
 
@@ -159,7 +159,7 @@ def main(config: TokenizerStage) -> None:
     model = build_model(config, run, has_checkpoint)
     save_config(run, config, has_checkpoint)
     if run.is_main:
-        save_source(run.folder, source)
+        save_source(run.folder, shards)
     clip = training.max_gradient_norm
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:

@@ -249,15 +249,17 @@ def _arrange(diameters: np.ndarray, relation: str | None, rng: np.random.Generat
             return centres[fits.argmax()]
 
 
-def draw_image(scene: Scene, image_size: int) -> Image.Image:
-    """Antialiased RGB image of a scene."""
+def draw_image(
+    scene: Scene, image_size: int, outlines: dict[str, list[tuple[float, float]]] = OUTLINES
+) -> Image.Image:
+    """Antialiased RGB image of a scene; outlines: of its objects' shapes."""
     side = image_size * SUPERSAMPLING
     ground = BACKGROUNDS[scene.background]
     image = Image.new("RGB", (side, side), ground)
     draw = ImageDraw.Draw(image)
     for item in scene.objects:
         centre, radius = np.array([item.x, item.y]) * side - 0.5, item.diameter * side / 2
-        outline = centre + radius * np.array(OUTLINES[item.shape])
+        outline = centre + radius * np.array(outlines[item.shape])
         draw.polygon(outline.ravel().tolist(), fill=COLOURS[item.colour])
         if item.shape == "ring":
             hole = centre + RING_HOLE * radius * np.array(OUTLINES["circle"])

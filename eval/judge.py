@@ -4,9 +4,10 @@
     verdicts = right(facts, wanted_by(statements))  # {"shape": B bool, ..., "all": B bool}
 
 The judge is a convolutional net that research/train_judge.py trains on scenes of any objects in any
-number, so that it knows no rule of what goes together; assets/scenes/judge.safetensors. For each
-cell of an 8 x 8 grid it says how near the centre of an object is, and of which shape, colour, place
-and size that object is (Zhou et al. 2019, "Objects as Points").
+number, so that it knows no rule of what goes together, on what has another outline, and on images
+laid over each other, whose objects do not count; assets/scenes/judge.safetensors. For each cell of
+an 8 x 8 grid it says how near the centre of an object is, and of which shape, colour, place and
+size that object is (Zhou et al. 2019, "Objects as Points").
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ WIDTH = 96  # channels of the features
 SPREAD = 0.8  # of an object's mark on the grid, in cells: a Gaussian's deviation
 THRESHOLD = 0.4  # an object's mark is at least 0.67 in the cell of its centre
 MAX_OBJECTS = 4  # that are read; scenes have at most three
+NO_SHAPE = len(SHAPES)  # read of an object with any other outline
 RELATIONS = ("left of", "above")
 FACTS = ("shape", "colour", "object", "size", "relation", "count", "background", "all")
 # Diameter between those of two sizes
@@ -60,7 +62,7 @@ class Facts(Rows):
     """What B images show: up to K objects each, the surest first. Numbers index data/scenes.py."""
 
     present: Tensor  # B x K bool
-    shape: Tensor  # B x K
+    shape: Tensor  # B x K; NO_SHAPE: none of them
     colour: Tensor  # B x K
     place: Tensor  # B x K x 2: centre (x, y), shares of the image's side
     diameter: Tensor  # B x K
@@ -97,8 +99,8 @@ class Judge(nn.Module):
             *_convolution(WIDTH, WIDTH),
             *_convolution(WIDTH, WIDTH),
         )
-        # In each cell: mark, shapes, colours, centre from the cell's (in cells), diameter
-        self.parts = (1, len(SHAPES), len(COLOURS), 2, 1)
+        # In each cell: mark, shapes and none, colours, centre from the cell's (in cells), diameter
+        self.parts = (1, len(SHAPES) + 1, len(COLOURS), 2, 1)
         self.cells = nn.Conv2d(WIDTH, sum(self.parts), kernel_size=1)
         self.background = nn.Linear(WIDTH, len(BACKGROUNDS))
 

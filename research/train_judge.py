@@ -5,16 +5,19 @@
 
 Images are drawn once into the folder: half of them scenes as statements have them, of all splits
 and of none; half with up to four objects, each of any shape, colour and size, so that the judge
-knows no rule of what goes together. Training blurs and damages most of them as a tokenizer does:
-smoothing, lower resolution, JPEG's loss, noise fine and coarse. The same command goes on from where
+knows no rule of what goes together, and some of an outline that is no shape. Training lays some
+images over others: what is mostly another image has no objects, so that the average of several
+images is not taken for one of them. It damages most images as a tokenizer does: smoothing, lower
+resolution, JPEG's loss, noise fine and coarse. The same command goes on from where
 it stopped; at the end it measures on fresh scenes of each split and writes
-assets/scenes/judge.safetensors. 12 minutes on one core.
+assets/scenes/judge.safetensors. 11 minutes on one core.
 """
 
 import argparse
 import math
 import sys
 import time
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from data.scenes import (
     BACKGROUNDS,
     COLOURS,
     MARGIN,
+    OUTLINES,
     SHAPES,
     SPLITS,
     Object,
@@ -45,6 +49,7 @@ from eval.judge import (
     GRID,
     IMAGE_SIZE,
     MAX_OBJECTS,
+    NO_SHAPE,
     SIZE_BOUND,
     SPREAD,
     WEIGHTS,
@@ -59,11 +64,15 @@ from training.errors import exit_on_error
 
 IMAGES_PER_FILE = 2000
 DIAMETERS = (0.25, 0.5)  # of free objects: also between and beyond the two sizes
+WRONG_OUTLINES, WRONG_SHARE = 500, 0.15  # in all; of free objects
+BLEND_SHARE = 0.25  # of the images
+CLEAR, UNCLEAR = 0.7, 0.6  # an image's weight in a blend, above or below which it shows or not
 BATCH_SIZE = 64
 LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 1e-2
 SAVE_EVERY_STEPS = 200
 MEASURED = 2000  # fresh images of each split
 PLACE_ERROR = 0.03  # of a right place: two pixels of 64
+IGNORED = -1
 Truth = dict[str, Tensor]  # objects: N x 4 x 5 (shape, colour, x, y, diameter), 0 if absent
 
 
@@ -89,8 +98,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="for drawn images and the state of the training")
-    parser.add_argument("--images", type=int, default=20000)
-    parser.add_argument("--steps", type=int, default=1600, help=f"of {BATCH_SIZE} images")
+    parser.add_argument("--images", type=int, default=14000)
+    parser.add_argument("--steps", type=int, default=1400, help=f"of {BATCH_SIZE} images")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="stop after, to go on later"
     )
@@ -132,7 +141,9 @@ def draw_free_scene(rng: np.random.Generator) -> Scene:
             for i, j in combinations(range(number), 2)
         ):
             break
-    kinds = [(rng.choice(SHAPES), rng.choice([*COLOURS])) for _ in range(number)]
+    is_wrong = rng.random(number) < WRONG_SHARE
+    shapes = np.where(is_wrong, rng.choice([*wrong_outlines()], number), rng.choice(SHAPES, number))
+    kinds = zip(shapes.tolist(), rng.choice([*COLOURS], number).tolist())
     objects = (
         Object(shape, colour, "large" if diameter > SIZE_BOUND else "small", x, y, diameter)
         for (shape, colour), (x, y), diameter in zip(kinds, centres, diameters)
@@ -140,9 +151,31 @@ def draw_free_scene(rng: np.random.Generator) -> Scene:
     return Scene(rng.choice([*BACKGROUNDS]), tuple(objects))
 
 
+@cache
+def wrong_outlines() -> dict[str, list[tuple[float, float]]]:
+    """Outlines that are none of the shapes: of unequal corners, and of unequal waves."""
+    rng = np.random.default_rng(0)
+    outlines = {}
+    for number in range(WRONG_OUTLINES):
+        if number % 2:
+            corners = rng.integers(5, 10)
+            angles = (np.arange(corners) + rng.uniform(-0.35, 0.35, corners)) * 2 * np.pi / corners
+            radii = rng.uniform(0.4, 1, corners)
+        else:
+            angles = np.linspace(0, 2 * np.pi, 48)
+            waves = rng.uniform(0, 2 * np.pi, 3) + np.outer(angles, [2, 3, 5])
+            radii = 1 + np.sin(waves) @ rng.uniform(0.1, 0.3, 3)
+        points = np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+        # Into the box [-1, 1] x [-1, 1]
+        middle, side = (points.min(axis=0) + points.max(axis=0)) / 2, np.ptp(points, axis=0).max()
+        outlines[f"wrong {number}"] = ((points - middle) * 2 / side).tolist()
+    return outlines
+
+
 def draw_images(scenes: list[Scene]) -> np.ndarray:
     """N x 3 x 64 x 64 uint8."""
-    images = np.stack([np.asarray(draw_image(scene, IMAGE_SIZE)) for scene in scenes])
+    outlines = OUTLINES | wrong_outlines()
+    images = np.stack([np.asarray(draw_image(x, IMAGE_SIZE, outlines)) for x in scenes])
     return images.transpose(0, 3, 1, 2)
 
 
@@ -151,13 +184,36 @@ def truth_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
     objects = np.zeros((len(scenes), MAX_OBJECTS, 5), dtype=np.float32)
     for row, scene in zip(objects, scenes):
         for place, item in zip(row, scene.objects):
-            kind = (SHAPES.index(item.shape), [*COLOURS].index(item.colour))
+            shape = SHAPES.index(item.shape) if item.shape in SHAPES else NO_SHAPE
+            kind = (shape, [*COLOURS].index(item.colour))
             place[:] = (*kind, item.x, item.y, item.diameter)
     backgrounds = [[*BACKGROUNDS].index(scene.background) for scene in scenes]
     return {"objects": objects, "background": np.array(backgrounds)}
 
 
 # ------------------------------------------------------------------------------------------ damages
+
+
+def blend(images: Tensor, truth: Truth, rng: torch.Generator) -> tuple[Tensor, Truth]:
+    """Some images with others laid over them; what of them can still be said to show.
+
+    An image of which too little is left has no objects, and any background.
+    """
+    shape = (len(images), 1, 1, 1)
+    is_blend = torch.rand(shape, generator=rng) < BLEND_SHARE
+    share = torch.rand(shape, generator=rng)
+    is_clear = (torch.rand(shape, generator=rng) < 0.5) | ~is_blend
+    weight = torch.where(is_clear, CLEAR + share * (1 - CLEAR), UNCLEAR * (0.6 + 0.4 * share))
+    # One other image, or the mean of three
+    rolled = [images.roll(shift, dims=0) for shift in (1, 2, 3)]
+    is_one = torch.rand(shape, generator=rng) < 0.5
+    others = torch.where(is_one, rolled[0], torch.stack(rolled).mean(dim=0))
+    images = torch.lerp(images, others, (1 - weight) * is_blend)
+    is_clear = is_clear.flatten()
+    return images, {
+        "objects": truth["objects"] * is_clear[:, None, None],
+        "background": truth["background"].masked_fill(~is_clear, IGNORED),
+    }
 
 
 def damage(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -220,9 +276,10 @@ def train(
         # Numbers are a function of the step
         rng = torch.Generator().manual_seed(step)
         rows = torch.randint(len(images), (BATCH_SIZE,), generator=rng)
-        batch = damage(images[rows].float() / 255, rng)
+        batch, facts = blend(images[rows] / 255, {k: v[rows] for k, v in truth.items()}, rng)
+        batch = damage(batch, rng)
         parts, background, _ = judge.outputs(batch.contiguous(memory_format=torch.channels_last))
-        losses = compute_losses(parts, background, {k: v[rows] for k, v in truth.items()})
+        losses = compute_losses(parts, background, facts)
         rate = min((step + 1) / WARMUP_STEPS, (1 + math.cos(math.pi * step / steps)) / 2)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
         optimizer.zero_grad()
@@ -262,7 +319,7 @@ def compute_losses(
         "colour": of_objects(F.cross_entropy(colour, own[..., 1].long(), reduction="none")),
         "place": 2 * of_objects((offset.mT - target).abs().sum(dim=2)),
         "diameter": 20 * of_objects((diameter[:, 0] - own[..., 4]).abs()),
-        "background": F.cross_entropy(background, truth["background"]),
+        "background": F.cross_entropy(background, truth["background"], ignore_index=IGNORED),
     }
 
 

@@ -31,7 +31,7 @@ from eval.images import caption_images, list_pictures
 from modeling.layers import to_pil
 from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder
-from sample import list_cuts, list_strangers
+from sample import known_words, list_cuts, list_strangers
 from training.errors import exit_on_error
 from training.pipelines import directions_of, example_captions, load_captioner, load_pipeline
 
@@ -129,7 +129,10 @@ class Studio:
         """What is to be said of prompts, a line each; ValueError for an empty one."""
         if not all(prompt and prompt.strip() for prompt in prompts):
             raise ValueError("Type a prompt first.")
-        said = [*list_cuts(self.generator, [*prompts]), *list_strangers(self.run, [*prompts])]
+        said = [
+            *list_cuts(self.generator, [*prompts]),
+            *list_strangers(self.run, known_words(self.run), [*prompts]),
+        ]
         return "\n\n".join(said)
 
 

@@ -49,7 +49,7 @@ from modeling.text_encoder import TextEncoder
 from training.errors import exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
-from training.provenance import IMAGES, check_source, image_states, read_source, save_source
+from training.provenance import SHARDS, check_source, read_source, save_source, states_by_name
 from training.run import TIMEOUT_MINUTES, start_accelerator
 from training.stage import StageConfig
 from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS, Watchdog, watched
@@ -128,38 +128,49 @@ def main(config: TokensStage) -> None:
     made_of = source | {
         "precision": config.precision,
         "data": describe_data(config.data),
-        IMAGES: image_states(image_shards),
+        SHARDS: states_by_name(image_shards),
     }
     info = find_info(folder, made_of)
-    whole = find_whole(outputs, info)
-    accelerator.wait_for_everyone()
+    left = [
+        (image, path)
+        for image, path in zip(images, outputs, strict=True)
+        if shard_damage(path, read_counts(path, info))
+    ]
+    accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
         save_source(folder, made_of)
-
-    # This process's share
-    left = [each for each in zip(images, outputs, strict=True) if each[1] not in whole]
     if info and not left:
         accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
         return
     if info:
         names = ", ".join(path.name for _, path in left[:NUM_NAMED])
         accelerator.print(f"{folder}: {len(left)} shards are lost or damaged, made again: {names}")
+
+    # This process's share
     mine = left[accelerator.process_index :: accelerator.num_processes]
+    for _, path in mine:
+        path.unlink(missing_ok=True)  # what is there is no shard
     encoder = Encoder(config, accelerator, tokenizer, text_encoder)
     with stop_requests(folder) as stop_if_asked:
         encode_shards(encoder, mine, stop_if_asked)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(folder, find_whole(outputs, info), tokenizer, source)
+        finish(folder, outputs, info, tokenizer, source)
     accelerator.wait_for_everyone()
 
 
-def finish(folder: Path, whole: dict[Path, dict], tokenizer: ImageTokenizer, source: dict) -> None:
-    """Write what marks the folder as complete, and say what was skipped; whole: of find_whole."""
+def finish(
+    folder: Path,
+    outputs: list[Path],
+    info: TokensInfo | None,
+    tokenizer: ImageTokenizer,
+    source: dict,
+) -> None:
+    """Write what marks the folder as complete, and say what was skipped; info: the one before."""
     skipped, first, num_samples, kept = Counter(), {}, 0, {}
     vocabulary: Vocabulary | None = join_vocabularies([])
-    for path, known in whole.items():
-        counts = complete_counts(path, known)
+    for path in outputs:
+        counts = complete_counts(path, read_counts(path, info))
         num_samples += counts["num_samples"]
         skipped.update(counts["skipped"])
         first = counts["first"] | first
@@ -171,26 +182,28 @@ def finish(folder: Path, whole: dict[Path, dict], tokenizer: ImageTokenizer, sou
             vocabulary = join_vocabularies([vocabulary, Vocabulary(**words)])
         else:
             vocabulary = None
+    contents = [counts["crc32"] for counts in kept.values()]
     sizes = tokenizer.config
-    stats = measure([*whole], sizes.num_tokens, sizes.token_channels)
-    info = TokensInfo(
+    stats = measure(outputs, sizes.num_tokens, sizes.token_channels)
+    now = TokensInfo(
         num_samples=num_samples,
         num_tokens=sizes.num_tokens,
         token_channels=sizes.token_channels,
         skipped=dict(skipped),
         stats=stats,
-        identity=identity_of(kept),
+        identity=hashlib.sha256(repr(contents).encode()).hexdigest()[:16],
         counts=kept,
         **source,
     )
     if vocabulary:
         save_vocabulary(vocabulary, folder)
-    info.save(folder)
-    for path in whole:
-        count_file(path).unlink(missing_ok=True)
+    now.save(folder)
+    # Counts, and files that killed processes have not finished
+    for path in [*map(count_file, outputs), *folder.glob("*.tmp")]:
+        path.unlink(missing_ok=True)
     print(
         f"{folder}: {num_samples} samples, skipped {skipped.total() or 'none'}, latent scale "
-        f"{info.latent_scale:.4f} (over {stats.num_samples} samples)"
+        f"{now.latent_scale:.4f} (over {stats.num_samples} samples)"
     )
     for reason, sample in first.items():
         print(printable(f"  {reason}: {skipped[reason]}, the first: {sample}"))
@@ -267,18 +280,6 @@ def find_info(folder: Path, made_of: dict) -> TokensInfo | None:
     info = TokensInfo.load(folder)
     check_source(folder, asdict(info), made_of)
     return info
-
-
-def find_whole(outputs: list[Path], info: TokensInfo | None) -> dict[Path, dict]:
-    """The token shards that are there with all their bytes, and what is known of each."""
-    whole = {}
-    for path in outputs:
-        file, counts = count_file(path), info.counts.get(path.name, {}) if info else {}
-        if file.is_file():
-            counts = json.loads(file.read_text())
-        if not shard_damage(path, counts):
-            whole[path] = counts
-    return whole
 
 
 def count_file(token_shard: Path) -> Path:
@@ -416,19 +417,21 @@ class Progress:
         )
 
 
+def read_counts(token_shard: Path, info: TokensInfo | None) -> dict:
+    """What is known of a token shard: KEPT_COUNTS, "first" and "vocabulary", as far as they are."""
+    path = count_file(token_shard)
+    if path.is_file():
+        return json.loads(path.read_text())
+    return info.counts.get(token_shard.name, {}) if info else {}
+
+
 def complete_counts(token_shard: Path, counts: dict) -> dict:
-    """Counts of a token shard, with what is not known of one of an earlier version read from it."""
+    """The counts of a token shard; what is not known of an older one is read from it."""
     if "crc32" not in counts:
         samples = list(read_shard(token_shard))
         counts = counts | {"num_samples": len(samples), "crc32": content_crc32(samples)}
     unknown = {"skipped": {}, "first": {}, "vocabulary": None}
     return unknown | {"bytes": token_shard.stat().st_size} | counts
-
-
-def identity_of(counts: dict[str, dict]) -> str:
-    """A digest of all token shards, in their order."""
-    contents = [each["crc32"] for each in counts.values()]
-    return hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
 
 
 def content_crc32(samples: Iterable[dict]) -> int:

@@ -28,7 +28,7 @@ from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_ema
 from training.loop import train_network
-from training.provenance import check_images, save_source
+from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, batch_per_process
 
@@ -72,16 +72,16 @@ def main(config: TextEncoderStage) -> None:
     """Run the stage from start or checkpoint to its last step, then write the CLIP folder."""
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    source = check_images(run, config.data)
+    shards = check_shards(run, config.data)
     if not is_complete(run, training.max_steps, inputs={}):
-        train_clip(config, run, source)
+        train_clip(config, run, shards)
     if run.is_main:
         write_clip(config, run)
     run.accelerator.wait_for_everyone()
 
 
-def train_clip(config: TextEncoderStage, run: Run, source: dict) -> None:
-    """The contrastive training, image to caption and caption to image; source: of check_images."""
+def train_clip(config: TextEncoderStage, run: Run, shards: dict) -> None:
+    """The contrastive training, image to caption and caption to image; shards: of check_shards."""
     training = config.training
     tokenize = clip_tokenizer(config.clip.context_length)
     loader = image_reader(config.data, config.clip.image_size, tokenize).stream(
@@ -93,7 +93,7 @@ def train_clip(config: TextEncoderStage, run: Run, source: dict) -> None:
     )
     save_config(run, config, latest_checkpoint(run.folder) is not None)
     if run.is_main:
-        save_source(run.folder, source)
+        save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,

@@ -171,8 +171,11 @@ def test_image_shards_that_were_copied_or_touched_are_the_same(chain, tmp_path):
 
 
 def test_token_shards_that_were_cut_short_or_lost_are_made_again(
-    chain, tmp_path, captioned, capsys
+    chain, tmp_path, captioned, capsys, monkeypatch
 ):
+    def cannot_write(*arguments):
+        raise OSError
+
     shards = [captioned / "a.tar", captioned / "b.tar"]
     folder = encode(chain, tmp_path, shards, "data.max_bad_share=1")
     before = contents(folder)
@@ -185,6 +188,9 @@ def test_token_shards_that_were_cut_short_or_lost_are_made_again(
         assert TokensInfo.load(folder).damage(folder)[0].startswith(damage)
         with pytest.raises(ValueError, match=damage):
             refuse_damage(TokenTextConfig([f"{folder}/*.tar"]))
+        with monkeypatch.context() as patch, pytest.raises(OSError):  # and stopped meanwhile
+            patch.setattr(encode_tokens, "write_shard", cannot_write)
+            encode(chain, tmp_path, shards, "data.max_bad_share=1")
         encode(chain, tmp_path, shards, "data.max_bad_share=1")
         assert f"1 shards are lost or damaged, made again: {name}" in capsys.readouterr().out
         assert contents(folder) == before

@@ -33,7 +33,6 @@ from training.loading import read_section
 from training.optim import OptimizerConfig, build_optimizer, load_optimizer
 from training.pictures import caption_grid, save_png
 from training.pipelines import load_pipeline
-from training.vocabulary import find_vocabulary
 
 REFUSALS = (ValueError, OSError, FloatingPointError)  # what exit_on_error prints in one line
 CPU_SECONDS = 10.0  # an input may take
@@ -258,7 +257,7 @@ def test_hostile_overrides(tmp_path, tiny_shards):
 def test_hostile_prompts(chain, tmp_path):
     draw, tally, file = random.Random(2), Tally("prompts"), tmp_path / "out" / "x.png"
     parts, default = load_pipeline(chain.folder, torch.device("cpu"))
-    vocabulary = find_vocabulary(chain.folder / "flowtok")
+    words = sample.known_words(chain.folder)
     prompts = [*TEXTS, *("".join(draw.choices(TEXTS[1:12], k=3)) for _ in range(10))]
     for _ in range(30):
         codes = [draw.choice([draw.randrange(0x300), draw.randrange(0x110000)]) for _ in range(40)]
@@ -269,7 +268,8 @@ def test_hostile_prompts(chain, tmp_path):
         args = sample.parse_args([*arguments, "--prompts", prompt])
         captions = sample.read_prompts(args)
         with contextlib.redirect_stderr(io.StringIO()):
-            print(*sample.list_cuts(parts, captions), *sample.list_strangers(vocabulary, captions))
+            print(*sample.list_cuts(parts, captions))
+            print(*sample.list_strangers(chain.folder, words, captions))
         sampling = sample.sampling_of(args, default)
         [(image, caption)] = sample.generate(parts, args, sampling, captions)
         save_png(caption_grid(image[None], [caption], 1), file)

@@ -305,8 +305,8 @@ def test_a_flow_whose_start_was_trained_anew_is_refused(chain, tmp_path, source,
 
 
 @pytest.mark.parametrize("max_steps", [1, 2])  # a complete run, a run to be resumed
-@pytest.mark.parametrize("stage", ["text_encoder", "tokenizer"])
-def test_a_run_on_image_shards_that_were_made_anew_is_refused_naming_them(
+@pytest.mark.parametrize("stage", ["text_encoder", "tokenizer", "text_decoder"])
+def test_a_run_on_shards_that_were_made_anew_is_refused_naming_them(
     chain, tmp_path, capsys, stage, max_steps
 ):
     samples = [shape_sample(number) for number in range(8)]

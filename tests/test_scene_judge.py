@@ -9,9 +9,9 @@ import torch
 from evaluations import run_program
 from PIL import Image
 
-from data.scenes import SPLITS, Kind, Object, Scene, Statement, draw_scene
+from data.scenes import SPLITS, Kind, Object, Scene, Statement, draw_image, draw_scene
 from eval import scenes
-from eval.judge import FACTS, WEIGHTS, is_said, load_judge, right, spread, wanted_by
+from eval.judge import FACTS, NO_SHAPE, WEIGHTS, is_said, load_judge, right, spread, wanted_by
 from research import train_judge
 from research.train_judge import compare, draw_images, draw_statement_of
 from scripts import make_scenes
@@ -56,17 +56,19 @@ def test_it_knows_no_rule_of_what_goes_together(judge):
     assert all(verdict.all() for verdict in compare(read(judge, [drawn]), [drawn]).values())
 
 
+def test_other_outlines_are_no_shape(judge):
+    outlines = [*train_judge.wrong_outlines()][:100]
+    facts = read(judge, [scene((name, "red", "large", 0.5, 0.4)) for name in outlines])
+    assert (facts.count == 1).all() and (facts.shape[:, 0] == NO_SHAPE).float().mean() > 0.6
+
+
 def test_images_of_other_sizes_are_resized(judge):
     rng = np.random.default_rng(0)
     drawn = [draw_scene(draw_statement_of("new", rng), rng) for _ in range(20)]
-    large = [np.asarray(train_judge.draw_image(one, 128)) for one in drawn]
-    facts, others = (
-        judge(torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2) / 255),
-        read(judge, drawn),
-    )
-    for name in ("count", "background"):
-        assert torch.equal(getattr(facts, name), getattr(others, name))
-    assert (facts.place - others.place)[facts.present].abs().max() < 0.03
+    for size in (48, 128):
+        images = np.stack([np.asarray(draw_image(one, size)) for one in drawn])
+        facts = judge(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+        assert compare(facts, drawn)["all"].all()
 
 
 def test_weights_for_other_scenes_are_refused(monkeypatch):
@@ -158,6 +160,17 @@ def test_the_diversity_of_equal_images_is_0_and_that_of_real_ones_1(judge):
     none = first.each(lambda x: x.clone())
     none.present[:] = False
     assert spread(none, wanted) is None
+
+
+@torch.no_grad()
+def test_the_average_of_several_images_is_not_one_of_them(judge):
+    rng = np.random.default_rng(8)
+    said = [draw_statement_of("seen", rng) for _ in range(50)]
+    images = torch.from_numpy(draw_images([draw_scene(s, rng) for s in said for _ in range(8)]))
+    images = (images / 255).unflatten(0, (50, 8))
+    for number in (4, 8):
+        facts = judge(images[:, :number].mean(dim=1))
+        assert right(facts, wanted_by(said))["all"].float().mean() < 0.1, number
 
 
 # The program

@@ -1,9 +1,10 @@
 """What the results in a folder were made of: kept beside them, compared when they are gone on with.
 
-source.json names the image shards with their states, which tell a shard that was made anew from one
-that was only copied or touched (data/storage.py). It lies beside the checkpoints of stages that
-read images, and beside token shards, where it also has the options of the encoding. Who knows
-better deletes it.
+source.json names the shards that were read, with their states, which tell a shard that was made
+anew from one that was only copied or touched (data/storage.py). It lies beside the checkpoints of
+the stages that read images or captions, and beside token shards, where it also has the options of
+the encoding. Who knows better deletes it. Stages 2 and 3 know tokens by their identity
+(training/tokens.py).
 """
 
 import json
@@ -21,11 +22,11 @@ from training.checkpoint import checkpoint_folders
 from training.run import Run
 
 SOURCE_FILE = "source.json"
-IMAGES = "image_shards"  # in it: name of each image shard -> its state, "" if that is unknown
+SHARDS = "source_shards"  # in it: name of each shard that was read -> its state, "" if unknown
 NUM_NAMED = 3  # differences that an error names
 
 
-def image_states(shards: Sequence[str]) -> dict[str, str]:
+def states_by_name(shards: Sequence[str]) -> dict[str, str]:
     """Name -> state of each shard. Every process must call it; the main one looks."""
     states: dict[str, str] = {}
     if PartialState().is_main_process:
@@ -36,17 +37,17 @@ def image_states(shards: Sequence[str]) -> dict[str, str]:
     return broadcast_object_list([states])[0]
 
 
-def check_images(run: Run, data: ReaderConfig) -> dict:
+def check_shards(run: Run, data: ReaderConfig) -> dict:
     """What a run reads, for save_source.
 
     Raises:
-        ValueError: its checkpoints were trained on other image shards.
+        ValueError: its checkpoints were trained on other shards.
     """
     try:
         shards = expand_shards(data.all_shards())
     except ValueError:  # a complete run needs none, and a reader says what is missing
         return {}
-    source = {IMAGES: image_states(shards)}
+    source = {SHARDS: states_by_name(shards)}
     if checkpoint_folders(run.folder):
         check_source(run.folder, read_source(run.folder), source)
     return source
@@ -69,10 +70,10 @@ def save_source(folder: Path, source: dict) -> None:
     """Write what the results in a folder are made of, unless that is known; main process only."""
     found = read_source(folder)
     # a store that does not answer today said something before
-    before, now = found.get(IMAGES, {}), source.get(IMAGES, {})
+    before, now = found.get(SHARDS, {}), source.get(SHARDS, {})
     known = {name: state or before.get(name, "") for name, state in now.items()}
-    if source and found != source | {IMAGES: known}:
-        write_json(source | {IMAGES: known}, folder / SOURCE_FILE)
+    if source and found != source | {SHARDS: known}:
+        write_json(source | {SHARDS: known}, folder / SOURCE_FILE)
 
 
 def check_source(folder: Path, found: dict, source: dict) -> None:
@@ -82,22 +83,22 @@ def check_source(folder: Path, found: dict, source: dict) -> None:
         ValueError: naming what differs.
     """
     changed = list(differences(found, source))
-    before, now = (each.get(IMAGES, {}) for each in (found, source))
+    before, now = (each.get(SHARDS, {}) for each in (found, source))
     if changed:
         named = "; ".join(changed[:NUM_NAMED])
         if len(changed) > NUM_NAMED:
             named += f"; and {len(changed) - NUM_NAMED} more"
         way_out = "Delete it and run this again"
-        if all(change.startswith(IMAGES) for change in changed):
+        if all(change.startswith(SHARDS) for change in changed):
             way_out += f"; if it is to stay all the same, delete {folder / SOURCE_FILE}"
         raise ValueError(f"{folder} was made of another source: {named}. {way_out}")
     # Shards that are too large to be compared as a whole
     unsure = [name for name in now if before.get(name) and now[name] not in ("", before[name])]
     if unsure and PartialState().is_main_process:
         print(
-            f"{folder}: {len(unsure)} image shards, the first {unsure[0]}, have another time than "
-            "before. Size and samples of their bytes are the same, so they are taken for copies; "
-            "if they were made anew, delete the folder",
+            f"{folder}: {len(unsure)} shards that it is made of, the first {unsure[0]}, have "
+            "another time than before. Size and samples of their bytes are the same, so they are "
+            "taken for copies; if they were made anew, delete the folder",
             flush=True,
         )
 
@@ -107,20 +108,20 @@ def differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
     for key, value in wanted.items():
         if key not in found or found[key] == value:
             continue
-        if key == IMAGES:
-            yield from image_differences(found[key], value)
+        if key == SHARDS:
+            yield from shard_differences(found[key], value)
         elif isinstance(value, dict):
             yield from differences(found[key], value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key} was {found[key]}, is {value}"
 
 
-def image_differences(found: dict[str, str], now: dict[str, str]) -> Iterator[str]:
-    """A line for each image shard that is new, gone or certainly another."""
+def shard_differences(found: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+    """A line for each shard that is new, gone or certainly another."""
     for name in found | now:
         if name not in found:
-            yield f"{IMAGES}.{name} is new"
+            yield f"{SHARDS}.{name} is new"
         elif name not in now:
-            yield f"{IMAGES}.{name} is gone"
+            yield f"{SHARDS}.{name} is gone"
         elif is_other(found[name], now[name]):
-            yield f"{IMAGES}.{name} was {found[name]}, is {now[name]}"
+            yield f"{SHARDS}.{name} was {found[name]}, is {now[name]}"
