@@ -30,8 +30,9 @@ def test_compiled_blocks_train_the_same_weights(chain, tmp_path, stage):
     assert before.keys() == after.keys()
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, rtol=1e-3, atol=1e-4, msg=name)
-    chain.run_in(tmp_path / "compiled", stage, OPTION, *options, "training.max_steps=6")  # resumes
-    assert metrics(compiled)[-1]["step"] == 6
+    if stage == "flowtok":  # once is enough: it compiles anew
+        chain.run_in(tmp_path / "compiled", stage, OPTION, *options, "training.max_steps=6")
+        assert metrics(compiled)[-1]["step"] == 6
 
 
 def test_compiling_and_selective_checkpointing_are_refused_together(chain):

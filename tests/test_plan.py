@@ -162,7 +162,10 @@ def test_a_plan_adds_up(tiny, monkeypatch, capsys):
 
     words = [file, "training.gradient_accumulation=2", "--num-gpus=2", "--share=0.5"]
     monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+    asked = []
+    monkeypatch.setattr(plan, "make_plan", lambda *args: asked.append(args) or found)
     plan.main()
+    assert asked == [(file, words[1:2], "a100-80g", 2, 0.5)]
     assert yaml.safe_load(capsys.readouterr().out) == rounded(found)
 
 

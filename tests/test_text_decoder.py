@@ -159,7 +159,8 @@ def test_accuracies_are_reported_while_training_and_on_held_out_captions(chain):
 
 def test_captions_come_back_from_their_own_latents(chain, tmp_path):
     options = ["optimizer.learning_rate=0.01", "losses.kl_weight=0", "projector.dropout=0"]
-    options += training(max_steps=120, log_every_steps=20, sample_every_steps=0)
+    options += training(max_steps=120, log_every_steps=20, checkpoint_every_steps=120)
+    options += training(sample_every_steps=0)
     run = chain.run_in(tmp_path, "text_decoder", *options, "text_decoder.dropout=0")
     assert metrics(run)[-1]["cross_entropy"] < 0.2 * metrics(run)[0]["cross_entropy"]
     report = accuracy(run, 120)

@@ -161,7 +161,8 @@ def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
     options = [f"tokenizer.{name}={value}" for name, value in tokenizer.items()]
     options += [f"data.shards=[{shards}]", "data.flip_probability=0", "data.random_crop=false"]
     options += ["optimizer.learning_rate=3e-3", "optimizer.warmup_steps=10"]
-    options += training(max_steps=300, log_every_steps=300, sample_every_steps=0)
+    rhythm = ("max_steps", "log_every_steps", "checkpoint_every_steps")
+    options += training(**dict.fromkeys(rhythm, 300), sample_every_steps=0)
     run = chain.run_in(tmp_path / "run", "tokenizer", *options, "losses.kl_weight=1e-8")
     net, text_encoder = load_tokenizer(run), load_text_encoder(text_encoder_config(run))
     reader = image_reader(ImageTextConfig(shards=[str(shards)]), 32, text_encoder.tokenize)
