@@ -77,6 +77,7 @@ def main(config: ReportStage) -> None:
     """Measure and write; deterministic, a few minutes on a CPU."""
     experiment = Path(config.experiment_dir)
     path = experiment / "report.json"
+    pictures = {name: experiment / f"report_{name}.png" for name in ("train", "heldout")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts, sampling = load_pipeline(experiment, device)
     inputs = {
@@ -86,7 +87,8 @@ def main(config: ReportStage) -> None:
         "flow_fingerprint": fingerprint(parts.flow),
         "images": shard_states(expand_shards(config.image_shards())),
     }
-    if path.is_file() and json.loads(path.read_text()).get("inputs") == inputs:
+    is_whole = all(file.is_file() for file in (path, *pictures.values()))
+    if is_whole and json.loads(path.read_text()).get("inputs") == inputs:
         print(f"{path}: complete, nothing to do")
         return
 
@@ -127,7 +129,7 @@ def main(config: ReportStage) -> None:
         for suffix, values, images in measured:
             report[name + suffix] = values
             if not suffix:
-                save_pairs(samples, images, experiment / f"report_{name}.png")
+                save_pairs(samples, images, pictures[name])
 
     write_json(report, path)
     print(json.dumps({name: value for name, value in report.items() if name != "inputs"}, indent=2))

@@ -92,7 +92,7 @@ def test_images_and_captions_are_read_as_the_tokenizer_was_trained_on_them(tmp_p
 def test_the_report_of_the_chain_is_whole_and_made_once(chain, tmp_path, monkeypatch, capsys):
     shutil.copytree(chain.folder, tmp_path, dirs_exist_ok=True)
     config = chain.config("report", f"experiment_dir={tmp_path}")
-    monkeypatch.setattr(report, "save_pairs", lambda *arguments: None)
+    monkeypatch.setattr(report, "save_pairs", lambda samples, images, path: path.touch())
     report.main(config)
     found = json.loads((tmp_path / "report.json").read_text())
     for name, captions in (("train", 6), ("heldout", 24)):
@@ -107,6 +107,9 @@ def test_the_report_of_the_chain_is_whole_and_made_once(chain, tmp_path, monkeyp
     monkeypatch.setattr(report, "read_all", None)
     report.main(config)
     assert "complete" in capsys.readouterr().out
+    (tmp_path / "report_train.png").unlink()
+    with pytest.raises(TypeError, match="NoneType"):  # it begins again
+        report.main(config)
 
 
 def test_a_report_without_images_is_refused(chain):
