@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TextIO
@@ -113,6 +113,8 @@ def _text_of(path: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
         except UnicodeDecodeError:
             cure = ", or name its encoding, for example --encoding cp1252"
             raise ValueError(f"{not_decodable(path, file.encoding)}{cure}") from None
+        except UnicodeError as error:  # --encoding utf-16 of a file without its mark
+            raise ValueError(f"{path}: {error}") from None
 
 
 def import_pyarrow(path: str) -> Any:
@@ -145,8 +147,17 @@ def _open_parquet(path: str) -> tuple[Columns, Iterator[dict[str, Any]]]:
         columns[column.name] = None if is_text else str(column.type)
     # without stored images
     names = [name for name, kind in columns.items() if "binary" not in str(kind)]
-    batches = file.iter_batches(batch_size=1000, columns=names)
-    return columns, (row for batch in batches for row in batch.to_pylist())
+    return columns, _parquet_rows(path, file.iter_batches(batch_size=1000, columns=names))
+
+
+def _parquet_rows(path: str, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    num_read = 0
+    try:
+        for batch in batches:
+            yield from batch.to_pylist()
+            num_read += batch.num_rows
+    except (ValueError, OSError) as error:  # a broken page, text that is not UTF-8
+        raise ValueError(f"{path} cannot be read after row {num_read}: {error}") from None
 
 
 def separator(text: str) -> str:

@@ -250,6 +250,7 @@ REFUSED = [
     ("table open.csv", ["open.csv line 2", "--no-quotes"]),
     ("table latin.csv", ["latin.csv line 4", "UTF-8", "ein H", "--encoding"]),
     ("table latin.csv --encoding ascii", ["latin.csv line 4", "ASCII"]),
+    ("table latin.csv --encoding utf-16", ["latin.csv", "UTF-16"]),
     ("table latin.csv --encoding hex", ["--encoding", "'hex'", "cp1252"]),
     ("coco latin.json", ["latin.json line 1", "UTF-8"]),
     ("table wide.csv", ["wide.csv line 3", "4 fields", "2 (path, caption)", "--separator"]),
@@ -343,6 +344,14 @@ def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(command, named, h
 def test_a_column_of_parquet_that_is_no_text_is_named_with_its_type(row, named, here, capsys):
     write_parquet(here / "t.parquet", [row])
     assert named in fails(capsys, "table", "t.parquet", "--output", "out")
+
+
+def test_text_of_parquet_that_is_not_utf_8_is_refused_by_name(here, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = [pyarrow.array([text]).view(pyarrow.string()) for text in (b"a.jpg", b"caf\xe9")]
+    pyarrow.parquet.write_table(pyarrow.table(dict(zip(("path", "caption"), texts))), "t.parquet")
+    message = fails(capsys, "table", "t.parquet", "--output", "out")
+    assert "t.parquet" in message and "0xe9" in message and not Path("out").exists()
 
 
 def test_further_images_of_a_sample_stay_and_readers_take_the_same_as_before(here):
