@@ -286,18 +286,24 @@ def split_wanted(captions, shortest):
 
 ICON = encode(noise(8, 16, 16), format="ICO", sizes=[(16, 16)])
 PICTURES = (7, ICON)
-FIELD = '{"caption": ["words", "and more"]}'
-FILES = st.dictionaries(
+FIELD = '{"caption": ["and more", "words"]}'
+CONTENTS = {
+    (".jpg", ".PNG", "", ".md", ".heic"): st.sampled_from([7, 7, ICON, "words"]),
+    (".txt", ".TXT"): st.sampled_from(["words", "more words", "more words", "", 7]),
+    (".json",): st.sampled_from([FIELD, FIELD, "words", "{", "", 7]),
+}
+FILES = st.lists(
     st.builds(
-        "{}{}{}".format,
+        lambda place, stem, parts: {f"{place}{stem}{ending}": parts[ending] for ending in parts},
         st.sampled_from(["", "", "x/", "x/y/", ".z/", "x/.z/"]),
-        st.sampled_from(["a", "a", "b.c", "ü", ".d"]),
-        st.sampled_from([".jpg", ".PNG", ".heic", ".md", "", ".txt", ".TXT", ".json", ".json"]),
+        st.sampled_from(["a", "b.c", "ü", ".d"]),
+        st.fixed_dictionaries(
+            {}, optional={ending: one for endings, one in CONTENTS.items() for ending in endings}
+        ),
     ),
-    st.sampled_from([7, ICON, "words", "more words", "", "{", FIELD]),
     min_size=1,
-    max_size=9,
-)
+    max_size=4,
+).map(lambda groups: {name: content for group in groups for name, content in group.items()})
 
 
 @FEW
@@ -322,7 +328,7 @@ def test_every_file_of_a_folder_is_an_image_a_sidecar_or_counted(files, shortest
         text, field = (texts.get(ending, [None])[-1] for ending in (".txt", ".json"))
         captions = [] if text in (*PICTURES, None, "") else [text]
         if not captions and field == FIELD:
-            captions = ["words", "and more"]
+            captions = ["and more", "words"]
         wanted, num_short = split_wanted(captions, shortest)
         faults = Counter({FILTER: num_short, "caption: not UTF-8": int(text in PICTURES)})
         faults["json: unreadable"] = int(field not in (FIELD, None))
@@ -383,8 +389,8 @@ def test_every_row_of_a_table_is_of_an_image_or_counted(rows, ending, shortest):
     expected, unused = {}, Counter()
     for key, texts in {path[0]: captions.get(path, []) for path in ("a.jpg", "b.jpg")}.items():
         wanted, short = split_wanted(texts, shortest)
-        if any(wanted):
-            expected[key] = list(dict.fromkeys(filter(None, wanted)))
+        if wanted:
+            expected[key] = list(dict.fromkeys(wanted))
             empty = sum(not text.strip() for text in texts)
             unused += Counter({FILTER: short, "caption: missing": empty})
     assert kept == expected and summary["unused"] == unused
@@ -430,39 +436,44 @@ def test_a_table_that_cannot_be_read_to_its_end_is_refused_with_the_line(capsys)
     check()
 
 
+# runs of members with one key, or with none
+PARTS_OF_A_KEY = [
+    *([("jpg", 7), ("txt", "words")] * 2),
+    *[("png", 7), ("v1.jpg", 7), ("json", "{}"), ("json", "{"), ("", "")],
+    *[("txt", Path("b.txt")), ("jpg", Path("a.jpg"))],
+]
+STRAYS = ["none", "d/none", "__a.jpg", ".a.jpg", "d/._a.jpg"]
 MEMBERS = st.lists(
-    st.sampled_from(
-        [
-            *("a.jpg", "a.jpg", "a.txt", "a.txt", "a.json", "b.jpg", "b.txt", "b.png", "b.v1.jpg"),
-            *("u\u0308.jpg", "ü.txt", "none", "d/none", "a.", "__a.jpg", ".a.jpg", "d/._a.jpg"),
-            *(("a.json", "{"), ("a.txt", Path("b.txt")), ("b.jpg", Path("a.jpg"))),
-        ]
+    st.one_of(
+        st.builds(
+            lambda key, parts: [(f"{key}.{ending}", content) for ending, content in parts],
+            st.sampled_from(["a", "b", "u\u0308", "ü"]),
+            st.lists(st.sampled_from(PARTS_OF_A_KEY), max_size=5),
+        ),
+        st.sampled_from(STRAYS).map(lambda name: [(name, "")]),
     ),
     min_size=1,
-    max_size=12,
-)
+    max_size=6,
+).map(lambda runs: [member for run in runs for member in run])
 
 
 @FEW
 @given(members=MEMBERS)
 def test_every_member_of_a_tar_is_of_a_sample_or_counted_also_by_the_reader(members):
-    content = {".jpg": 7, ".png": 7, ".txt": "words", ".json": "{}"}
-    pairs = [
-        member if isinstance(member, tuple) else (member, content.get(os.path.splitext(member)[1]))
-        for member in members
-    ]
-    pairs = [(name, "" if content is None else content) for name, content in pairs]
-    outcome = made({"x.tar": pairs}, "shards", "FILE x.tar")
+    outcome = made({"x.tar": members}, "shards", "FILE x.tar")
     # a member has a key, or is counted; a link is counted in any case
     named, reasons = [], Counter()
-    for name, content in pairs:
+    for name, content in members:
         base = unicodedata.normalize("NFC", name).rpartition("/")[2]
-        faults = {"hidden": base[0] == ".", "begins with __": base[:2] == "__"}
-        faults |= {"no ending": base.partition(".")[2] == "", "no plain file": content is not None}
-        faults["no plain file"] = isinstance(content, Path)
-        reason = next((reason for reason, is_so in faults.items() if is_so), None)
-        reasons.update([reason] if reason else [])
-        if reason in (None, "no plain file"):
+        is_link = isinstance(content, Path)
+        if base[0] == ".":
+            reasons["hidden"] += 1
+        elif base[:2] == "__":
+            reasons["begins with __"] += 1
+        elif not base.partition(".")[2]:
+            reasons["no ending"] += 1
+        else:
+            reasons["no plain file"] += is_link
             named.append((*base.split(".", 1), content))
     groups = [list(group) for _, group in groupby(named, key=lambda part: part[0])]
     if not groups:
@@ -471,7 +482,7 @@ def test_every_member_of_a_tar_is_of_a_sample_or_counted_also_by_the_reader(memb
     summary, _ = outcome
     assert summary["read"] == len(groups) + reasons.total()
     found = {k[11:]: n for k, n in summary["dropped"].items() if k.startswith("no sample: ")}
-    assert found == reasons
+    assert found == +reasons
     ends = [[end for _, end, what in group if not isinstance(what, Path)] for group in groups]
     whole = [len({*names}) == len(names) for names in ends]
     assert summary["dropped"].get("sample: a member occurs twice", 0) == whole.count(False)
@@ -492,7 +503,7 @@ def test_every_member_of_a_tar_is_of_a_sample_or_counted_also_by_the_reader(memb
     if not all(whole):  # of such a shard the reader does not give the rest
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), {"x.tar": pairs})
+        write_files(Path(folder), {"x.tar": members})
         read, skipped = 0, Counter()
         config = ImageTextConfig([f"{folder}/x.tar"], max_bad_share=1.0)
         with suppress(NoUsableSample):

@@ -219,7 +219,9 @@ def test_resize_puts_transparent_images_on_the_background(tmp_path):
     write_files(tmp_path / "in", {"clear.png": image, "clear.txt": "nothing"})
     options = ["--resize", "16", "--background", "0", "200", "0"]
     run("folder", tmp_path / "in", "--output", tmp_path / "out", *options)
-    pixel = decode_image(samples_of(tmp_path / "out")[0]["jpg"]).getpixel((8, 8))
+    (sample,) = samples_of(tmp_path / "out")
+    assert "png" not in sample  # the large one
+    pixel = decode_image(sample["jpg"]).getpixel((8, 8))
     assert np.abs(np.subtract(pixel, (0, 200, 0))).max() < 4
 
 

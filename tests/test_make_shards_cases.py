@@ -354,6 +354,17 @@ def test_text_of_parquet_that_is_not_utf_8_is_refused_by_name(here, capsys):
     assert "t.parquet" in message and "0xe9" in message and not Path("out").exists()
 
 
+def test_what_kept_samples_do_not_use_is_printed_with_its_first_case(here, capsys):
+    files = {"a.jpg": 0, "a.txt": "1", "a.json": Path("nowhere"), "b.jpg": 1, "b.txt": "2"}
+    write_files(here, files | {"b.json": "{"})
+    run("folder", ".", "--output", "out")
+    summary, printed = summary_of("out"), capsys.readouterr().out
+    assert summary["kept"] == 2 and summary["dropped"] == {}
+    for reason, name in {"json: no plain file": "a.json", "json: unreadable": "b.json"}.items():
+        assert summary["unused"][reason] == 1 and name in summary["first_unused"][reason]
+        assert f"{reason}: 1, first {summary['first_unused'][reason]}" in printed
+
+
 def test_further_images_of_a_sample_stay_and_readers_take_the_same_as_before(here):
     write_files(here, {"x.tar": ["a.png", "a.jpg", "a.txt"]})
     run("shards", "x.tar", "--output", "out")
