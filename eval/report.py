@@ -120,10 +120,9 @@ def main(config: ReportStage) -> None:
             "left_out_mse": ridge.error,
         },
     }
-    heldout_places = torch.arange(len(heldout["caption"])) + num_train
     for name, samples, own in (
         ("train", shown_train, torch.tensor(chosen)),
-        ("heldout", heldout, heldout_places),
+        ("heldout", heldout, torch.arange(len(heldout["caption"])) + num_train),
     ):
         measured = measure_set(parts, sampling, ridge, samples, pool, own)
         for suffix, values, images in measured:

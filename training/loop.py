@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import training.checkpoint as ckpt
 from modeling.layers import load_weights
-from training.metrics import MetricLog, MetricWindow, Progress, TimedIterator
+from training.metrics import MetricLog, MetricWindow, Progress, TimedIterator, cut_captions
 from training.optim import EMA, LossFn, OptimizedNetwork, descend, load_optimizer
 from training.run import Run, seed_step
 from training.stage import TrainedStage
@@ -104,10 +104,7 @@ def train(
 
             # One optimiser step. Nothing in it waits for the device.
             parts = [next(batches) for _ in range(config.gradient_accumulation)]
-            terms = step_fn(parts, step)
-            if "captions_cut" in parts[0]:
-                shares = [part["captions_cut"].to(run.device, non_blocking=True) for part in parts]
-                terms["captions_cut"] = torch.stack(shares).mean()
+            terms = step_fn(parts, step) | cut_captions(parts, run.device)
             ema.update()
             step += 1
             window.add(step, terms, keys=[key for part in parts for key in part["key"]])
@@ -242,8 +239,7 @@ class TrainingState:
         optimizers = {}
         for prefix, network in self.networks.items():
             weights[prefix + ckpt.MODEL_FILE] = ckpt.snapshot(network.module.state_dict())
-            moments = ckpt.snapshot(network.optimizer.state_dict())
-            optimizers[prefix + ckpt.OPTIMIZER_FILE] = moments
+            optimizers[prefix + ckpt.OPTIMIZER_FILE] = ckpt.snapshot(network.optimizer.state_dict())
         values = {
             "step": step,
             "ema_updates": self.ema.num_updates,

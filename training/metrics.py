@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +94,14 @@ class MetricWindow:
         self._steps = [
             (step, tuple(names), values.to(device), []) for step, names, values in state["steps"]
         ]
+
+
+def cut_captions(batches: Sequence[dict], device: torch.device) -> dict[str, Tensor]:
+    """Share 0..1 of captions that the text tower cuts, where its tokenizer reads any."""
+    if "captions_cut" not in batches[0]:
+        return {}
+    shares = [batch["captions_cut"].to(device, non_blocking=True) for batch in batches]
+    return {"captions_cut": torch.stack(shares).mean()}
 
 
 def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[str]) -> str:
