@@ -2,8 +2,8 @@
 
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); the scale of an update is that of
 Moonlight (Liu et al. 2025, arXiv:2502.16982), so that AdamW's learning rates can be used.
-torch.optim.Muon does the same one matrix at a time and in bfloat16 everywhere, which is many times
-slower on a CPU; here matrices of one shape are one batch, in float32 on a CPU.
+torch.optim.Muon does the same one matrix at a time and in bfloat16 everywhere, which is several
+times slower on a CPU; here matrices of one shape are one batch, in float32 on a CPU.
 """
 
 from collections import defaultdict

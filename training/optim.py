@@ -26,8 +26,8 @@ LossFn = Callable[[nn.Module, dict], dict[str, Tensor]]  # (network, batch) -> t
 class OptimizerConfig:
     """The optimiser and its schedule."""
 
-    # muon: for the matrices of the blocks, AdamW for the rest; fewer steps to the same loss in
-    # short runs, at the same learning rate (training/muon.py; not in the paper)
+    # muon: for the matrices of the blocks, AdamW for the rest, at AdamW's learning rate
+    # (training/muon.py; not in the paper). The scenes' tokenizer learns faster with it.
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 4e-4  # peak
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
