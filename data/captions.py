@@ -147,8 +147,14 @@ def _raw_captions(sample: Mapping[str, Any], key: str) -> list[str]:
 
 def strings(value: Any) -> list[str]:
     """The captions in a JSON value: a string, or a list with strings."""
-    values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
+    return [text for text in as_list(value) if isinstance(text, str)]
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of a JSON field that may hold one or a list; none if it is absent or null."""
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]
 
 
 def metadata_of(sample: Mapping[str, Any]) -> dict[str, Any] | None:

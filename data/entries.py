@@ -27,7 +27,7 @@ import numpy as np
 from fsspec.utils import infer_compression
 from PIL import Image
 
-from data.captions import clean_caption, strings
+from data.captions import as_list, clean_caption
 from data.files import decode_text, errors_naming
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
@@ -57,8 +57,9 @@ class Entry:
     path: str
     # first byte and end of the sample in its tar; None: path is an image
     span: tuple[int, int] | None = None
-    # None: they are to be found in the tar, or in `sidecars`
-    captions: list[str] | None = None
+    # as the source has them, also what is no text. None: they are to be found in the tar, or in
+    # `sidecars`
+    captions: list[Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     # files with the rest of the sample, by extension
     sidecars: dict[str, str] = field(default_factory=dict)
@@ -82,14 +83,30 @@ def clean_key(name: str) -> str:
     return "/".join(parts) or "_"
 
 
-def load_json(data: str | bytes) -> Any:
-    """Parsed JSON, NaN and infinite numbers as None; None if it is none, or nested too deeply."""
+def load_json(data: str | bytes, strict: bool = False) -> Any:
+    """Parsed JSON, NaN and infinite numbers as None; None if it is none, or nested too deeply.
+
+    strict: also None if an object names a field twice, of which JSON's readers keep the last.
+    """
     if isinstance(data, bytes):
         data = decode_text(data, "surrogateescape")
+    pairs = _without_repeats if strict else None
     try:
-        return json.loads(data, parse_constant=lambda name: None, parse_float=_finite)
+        return json.loads(
+            data,
+            parse_constant=lambda name: None,
+            parse_float=_finite,
+            object_pairs_hook=pairs,
+        )
     except (ValueError, RecursionError):
         return None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
 
 
 def _finite(text: str) -> float | None:
@@ -232,12 +249,13 @@ def read_captions(
     """
     candidates = [entry.captions]
     if entry.captions is None:
-        candidates = [_texts_at(key, parts, metadata or {}) for key in keys]
+        candidates = [_values_at(key, parts, metadata or {}) for key in keys]
     captions, reasons = [], []
-    for texts in candidates:
-        whole = [text for text in texts if not ESCAPED_BYTES.search(text)]
-        reasons += ["caption: not UTF-8"] * (len(texts) - len(whole))
-        captions = list(filter(None, map(clean_caption, whole)))
+    for values in candidates:
+        faults = list(map(_caption_fault, values))
+        reasons += filter(None, faults)
+        pairs = zip(values, faults, strict=True)
+        captions = [clean_caption(value) for value, fault in pairs if fault is None]
         if captions:
             break
     if not captions and not reasons:
@@ -245,11 +263,22 @@ def read_captions(
     return captions, reasons
 
 
-def _texts_at(key: str, parts: Mapping[str, bytes], metadata: Mapping[str, Any]) -> list[str]:
+def _values_at(key: str, parts: Mapping[str, bytes], metadata: Mapping[str, Any]) -> list[Any]:
     extension, _, name = key.partition(":")
     if name:
-        return strings(metadata.get(name))
+        return as_list(metadata.get(name))
     return [decode_text(parts[extension], "surrogateescape")] if extension in parts else []
+
+
+def _caption_fault(value: Any) -> str | None:
+    """Why a value of the source is no caption."""
+    if value is None:
+        return "caption: missing"
+    if not isinstance(value, str):
+        return "caption: no text"
+    if ESCAPED_BYTES.search(value):
+        return "caption: not UTF-8"
+    return None if clean_caption(value) else "caption: missing"
 
 
 # -------------------------------------------------------------------------------------- explanation

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from data.captions import clean_caption, strings
+from data.captions import as_list, clean_caption, strings
 from data.entries import FORMAT_EXTENSIONS
 from data.storage import REMOTE_BUFFER, open_file
 from data.tables import import_pyarrow
@@ -77,9 +77,10 @@ def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
     image = row.pop(columns.image)
     if isinstance(image, dict):
         image = image["bytes"]
-    captions = list(filter(None, map(clean_caption, strings(row.pop(columns.caption)))))
+    captions = as_list(row.pop(columns.caption))
     # no caption: nor may another column pass for one
-    content = {**row, "captions": captions} if captions else {}
+    has_text = any(map(clean_caption, strings(captions)))
+    content = {**row, "captions": captions} if has_text else {}
     parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
     if image is not None:
         parts[image_ending(image)] = image

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
 
-from data.captions import strings
+from data.captions import as_list
 from data.entries import (
     Entry,
     clean_key,
@@ -260,7 +260,7 @@ def table_entries(
         for row in rows:
             found = True
             path = row.pop(path_column, None)
-            captions = strings(row.pop(caption_column, None))
+            captions = as_list(row.pop(caption_column, None))
             yield _entry(table, images, path if isinstance(path, str) else "", captions, row)
     if not found:
         raise ValueError(f"{', '.join(tables)}: no row")
@@ -274,20 +274,33 @@ def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
     """captions_*.json of COCO: every image in the file's order with all its captions.
 
     Captions of an image that is not in the list are an entry with a fault.
+
+    Raises:
+        ValueError: another form, or two image files of one id.
     """
     content = _load_object(file, "images", "annotations")
-    captions: dict[Any, list[str]] = {}
+    captions: dict[Any, list[Any]] = {}
     for annotation in content["annotations"]:
-        of_image = captions.setdefault(annotation.get("image_id"), [])
-        of_image += strings(annotation.get("caption"))
+        of_image = captions.setdefault(_hashable(annotation.get("image_id")), [])
+        of_image += as_list(annotation.get("caption")) or [None]
+    paths: dict[Any, str] = {}
     for image in content["images"]:
-        path = str(image.get("file_name", ""))
-        yield _entry(file, images, path, captions.get(image.get("id"), []), image)
-    listed = {image.get("id") for image in content["images"]}
+        number, path = _hashable(image.get("id")), str(image.get("file_name", ""))
+        if path != paths.setdefault(number, path):
+            both = f"{paths[number]!r} and {path!r}"
+            raise ValueError(f"{file}: the images {both} have the same id {number!r}")
+    for image in content["images"]:
+        number = _hashable(image.get("id"))
+        yield _entry(file, images, paths[number], captions.get(number, []), image)
     for number in captions:
-        if number not in listed:
-            note = f"annotations of the image {number}, which is not in images"
+        if number not in paths:
+            note = f"annotations of the image {number!r}, which is not in images"
             yield Entry(clean_key(str(number)), file, fault="image: missing", note=note)
+
+
+def _hashable(number: Any) -> Any:
+    """An id as JSON has it, which may be anything."""
+    return number if isinstance(number, str | int | float) else repr(number)
 
 
 @source(
@@ -321,7 +334,8 @@ def karpathy_entries(file: str, images: str | None, split: str, restval: bool) -
     for image in content["images"]:
         if image.get("split") in chosen:
             path = os.path.join(str(image.get("filepath", "")), str(image.get("filename", "")))
-            captions = strings([sentence.get("raw") for sentence in image.pop("sentences", [])])
+            sentences = as_list(image.pop("sentences", None))
+            captions = [each.get("raw") if isinstance(each, dict) else each for each in sentences]
             image.pop("sentids", None)
             yield _entry(file, images, path, captions, image)
 
@@ -334,12 +348,12 @@ def mjhq_entries(file: str, images: str | None) -> Iterator[Entry]:
             expected = '{"category": ..., "prompt": ...}'
             raise ValueError(f"{file}: {name!r} is {str(record)[:60]}, expected {expected}")
         path = os.path.join(str(record["category"]), f"{name}.jpg")
-        captions = strings(record.pop("prompt"))
+        captions = as_list(record.pop("prompt"))
         yield _entry(file, images, path, captions, {"id": name, **record})
 
 
 def _entry(
-    file: str, images: str | None, path: str, captions: list[str], metadata: dict[str, Any]
+    file: str, images: str | None, path: str, captions: list[Any], metadata: dict[str, Any]
 ) -> Entry:
     """An image that a file names; images: the folder where paths start, None: that of the file."""
     root = os.path.dirname(file) if images is None else images
@@ -368,9 +382,10 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
     Raises:
         ValueError: anything else, also in another encoding.
     """
-    content = load_json(read_text_file(path))
+    content = load_json(read_text_file(path), strict=True)
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: expected a JSON object with {', '.join(lists) or 'entries'}")
+        wanted = ", ".join(lists) or "entries"
+        raise ValueError(f"{path}: expected a JSON object with {wanted}, in it no field twice")
     for name in lists:
         values = content.get(name)
         if (

@@ -97,9 +97,9 @@ def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
     with _text_of(path, encoding, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                row = load_json(line)
+                row = load_json(line, strict=True)
                 if not isinstance(row, dict):
-                    given = f"expected a JSON object, given {line[:60].strip()!r}"
+                    given = f"expected a JSON object, no field twice, given {line[:60].strip()!r}"
                     raise ValueError(f"{path} line {number}: {given}")
                 yield row
 

@@ -246,7 +246,10 @@ def _stray(stem: str, extension: str) -> str | None:
 
 
 def one_form(name: str) -> str:
-    """The same for names that look the same: macOS writes accents as characters of their own."""
+    """The same for names of one file: macOS writes accents as characters of their own, and tar may
+    put ./ in front.
+    """
+    name = name.removeprefix("./")
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 

@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import shape_sample
 from hypothesis import given, settings
@@ -332,6 +333,7 @@ def test_every_file_of_a_folder_is_an_image_a_sidecar_or_counted(files, shortest
         wanted, num_short = split_wanted(captions, shortest)
         faults = Counter({FILTER: num_short, "caption: not UTF-8": int(text in PICTURES)})
         faults["json: unreadable"] = int(field not in (FIELD, None))
+        faults["caption: missing"] = int(text == "")
         for name in others:
             ending = os.path.splitext(name)[1]
             if is_hidden:
@@ -434,6 +436,41 @@ def test_a_table_that_cannot_be_read_to_its_end_is_refused_with_the_line(capsys)
         assert f"t.{ending} line {line} " in message.replace(":", " ") and cure in message
 
     check()
+
+
+CELLS = st.tuples(
+    st.sampled_from([None, b"no image", encode(noise(1)), ICON]),
+    st.none()
+    | st.lists(st.sampled_from(["one", "two three", " ", "", None]), min_size=1, max_size=4),
+)
+
+
+@settings(FEW, max_examples=30)
+@given(files=st.lists(st.lists(CELLS, min_size=1, max_size=4), min_size=1, max_size=3))
+def test_every_row_of_parquet_with_images_is_a_sample_or_counted(files):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    contents = {}
+    for number, rows in enumerate(files):
+        images = pyarrow.array([image for image, _ in rows], pyarrow.binary())
+        texts = pyarrow.array([texts for _, texts in rows], pyarrow.list_(pyarrow.string()))
+        buffer = io.BytesIO()
+        table = pyarrow.table({"image": images, "captions": texts})
+        parquet.write_table(table, buffer, row_group_size=2)
+        contents[f"{number}.parquet"] = buffer.getvalue()
+    summary, kept = made(contents, "hub", "FILE ", "--min-caption-characters", "6")
+
+    rows = [row for file in files for row in file]
+    assert summary["read"] == len(rows)
+    expected, unused = [], Counter()
+    for image, texts in rows:
+        wanted = [text for text in texts or [] if text == "two three"]
+        if image in (None, b"no image") or not wanted:
+            continue
+        expected.append(wanted[:1])
+        unused["caption: missing"] += sum(not (text or "").strip() for text in texts)
+        unused[FILTER] += texts.count("one")
+    assert sorted(kept.values()) == expected and summary["unused"] == +unused
 
 
 # runs of members with one key, or with none

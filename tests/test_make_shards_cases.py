@@ -129,6 +129,9 @@ KEPT = {
     "forms in a folder": ({f"{NFD}.jpg": 0, f"{NFC}.txt": "1"}, "folder .", {NFD: ["1"]}, {}),
     "forms in a tar": (
         {"x.tar": [f"{NFD}.jpg", f"{NFC}.txt"]}, "shards x.tar", {NFD: ["text"]}, {}),
+    "with and without ./": (
+        {"x.tar": ["./a.jpg", "a.txt", "b.jpg", "./b.txt"]}, "shards x.tar",
+        {"a": ["text"], "b": ["text"]}, {}),
     # text beside images
     "encodings": (
         {"a.jpg": 0, "a.txt": "犬".encode("utf-16"),
@@ -220,6 +223,10 @@ EXPLAINED = [
     ({"x.tar": ["a.jpg", "b/c"]}, "shards x.tar", "no sample: no ending", ["x.tar", "b/c"]),
     ({"c.json": coco(("a.jpg", "1")).replace('"image_id": 0', '"image_id": 7')}, "coco c.json",
      "image: missing", ["c.json", "7"]),
+    ({"c.json": coco(("a.jpg", "1")).replace('"image_id": 0', '"image_id": "0"')}, "coco c.json",
+     "image: missing", ["c.json", "'0'"]),
+    ({"a.jpg": 0, "t.jsonl": '{"path": "a.jpg", "caption": 5}'}, "table t.jsonl",
+     "caption: no text", ["a.jpg", "[5]"]),
 ]
 
 BAD_INPUTS = {
@@ -234,6 +241,9 @@ BAD_INPUTS = {
     "latin.json": coco(("a.jpg", "1")).replace("1", "Hündchen").encode("cp1252"),
     "list.jsonl": '{"path": "a.jpg", "caption": "a"}\n[1]\n', "broken.parquet": "PAR1",
     "split.json": '{"images": [{"split": "test"}, {"split": "train"}]}', "broken.json": "{",
+    "again.jsonl": '{"path": "a.jpg", "caption": "1", "caption": "2"}\n',
+    "again.json": '{"1": {"category": "x", "prompt": "1"}, "1": {"category": "x", "prompt": "2"}}',
+    "same.json": coco(("a.jpg", "1"), ("b.jpg", "2")).replace('"id": 1', '"id": 0'),
     "text.tar": "this is no tar " * 100, "nothing.tar": [],
 }
 REFUSED = [
@@ -261,12 +271,15 @@ REFUSED = [
     ("table list.jsonl", ["list.jsonl line 2", "'[1]'"]),
     ("table broken.parquet", ["broken.parquet"]),
     ("table header.csv --images none", ["--images", "none"]),
+    ("table again.jsonl", ["again.jsonl line 1", "twice"]),
     ("coco none.json", ["none.json", "No such file"]),
+    ("coco same.json", ["same.json", "'a.jpg' and 'b.jpg'", "id 0"]),
     ("coco split.json", ["split.json", "'annotations'", "images"]),
     ("coco list.jsonl", ["list.jsonl", "images, annotations"]),
     ("karpathy split.json --split dev", ["split", "'dev'", "test, train"]),
     ("mjhq split.json", ["split.json", "'images'"]),
     ("mjhq broken.json", ["broken.json"]),
+    ("mjhq again.json", ["again.json", "twice"]),
     ("shards none/*.tar", ["none/*.tar"]),
     ("shards cut.tar", ["cut.tar"]),
     ("shards text.tar", ["text.tar"]),
@@ -363,6 +376,32 @@ def test_what_kept_samples_do_not_use_is_printed_with_its_first_case(here, capsy
     for reason, name in {"json: no plain file": "a.json", "json: unreadable": "b.json"}.items():
         assert summary["unused"][reason] == 1 and name in summary["first_unused"][reason]
         assert f"{reason}: 1, first {summary['first_unused'][reason]}" in printed
+
+
+VALUES = ["x", 5, None, {"raw": "y"}, ""]
+FIELD_OF_VALUES = json.dumps({"path": "a.jpg", "split": "val", "captions": VALUES})
+ANNOTATIONS = [{"image_id": 0, "caption": value} for value in VALUES]
+IMAGE = {"id": 0, "file_name": "a.jpg", "filename": "a.jpg", "split": "val"}
+IMAGE["sentences"] = [{"raw": value} for value in VALUES]
+
+
+@pytest.mark.parametrize(
+    ("command", "content"),
+    [
+        ("table FILE.jsonl --caption-column captions", FIELD_OF_VALUES),
+        ("coco FILE", json.dumps({"images": [IMAGE], "annotations": ANNOTATIONS})),
+        ("karpathy FILE --split val", json.dumps({"images": [IMAGE]})),
+        ("folder .", FIELD_OF_VALUES),
+        ("shards FILE.tar", [("a.jpg", 0), ("a.json", FIELD_OF_VALUES)]),
+    ],
+)
+def test_captions_that_are_no_text_are_counted(command, content, here):
+    words = command.split()
+    name = "a.json" if words[0] == "folder" else words[1]
+    write_files(here, {"a.jpg": 0, name: content})
+    run(*words, "--output", "out")
+    assert [captions_of(sample) for sample in samples_of("out")] == [["x"]]
+    assert summary_of("out")["unused"] == {"caption: missing": 2, "caption: no text": 2}
 
 
 def test_further_images_of_a_sample_stay_and_readers_take_the_same_as_before(here):
