@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from data.samples import BadSample, SampleDraws
 
@@ -62,6 +62,8 @@ SPARE = 1.5
 MAX_WHOLE_RATIO = 4
 # without AVX2, torch takes twice as long as Pillow
 TORCH_IS_FASTER = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+UNDEFINED_RANGE = "image: grey of 32 bits or with a sign"
+SIGNED = 2  # of SAMPLEFORMAT
 # their range is not defined, or Pillow has no conversion
 UNDEFINED_MODES = {"F": "float", "LAB": "CIELAB"}
 TURNS = {
@@ -120,6 +122,8 @@ def load_picture(image: Image.Image, background: Sequence[int], for_size: int = 
             and (_orientation(image) == 1 or image.width % 8 == image.height % 8 == 0)
         ):
             drafted = image.draft(None, (int(SPARE * for_size),) * 2)
+        if image.format == "TIFF" and SIGNED in image.tag_v2.get(SAMPLEFORMAT, ()):
+            raise BadSample(UNDEFINED_RANGE)
         _fit_transparency(image)
         ignores_alpha = image.format == "TGA" and _tga_alpha_bits(image) == 0
         image.load()
@@ -192,7 +196,7 @@ def _grey_to_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:
     white, is_negative = 65535, False
     if image.format == "TIFF":
         if image.mode == "I":
-            raise BadSample("image: grey of 32 bits or with a sign")  # their range is not defined
+            raise BadSample(UNDEFINED_RANGE)
         # neither of which Pillow looks at
         white = (1 << image.tag_v2[BITSPERSAMPLE][0]) - 1
         is_negative = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION, 0) == 0

@@ -188,6 +188,7 @@ SHOWN = {
     "premultiplied by alpha": (tiff([8, 8], 1, bytes([200, 255, 0, 0]), 2, t338=1), [200, None]),
     "of 32 bits": (tiff([32], 1, bytes(8), 2), RANGE),
     "with a sign": (tiff([16], 1, GREYS, 4, t339=2), RANGE),
+    "of 8 bits with a sign": (tiff([8], 1, b"\x00\x80", 2, t339=2), RANGE),
     "of CIELAB": (encoded(Image.new("LAB", (4, 4)), "TIFF"), "image: CIELAB pixels"),
     "PGM of 10 bits": (b"P5 3 1 1023\n" + shorts(">", 0, 512, 1023), [0, 128, 255]),
     "PGM of 4 values": (b"P5 4 1 3\n\x00\x01\x02\x03", [0, 85, 170, 255]),
