@@ -111,13 +111,10 @@ class ReaderConfig:
     def has_several_captions(self) -> bool:
         """Whether a sample's caption may be another one in the next epoch."""
         captions = [source.captions for source in self.full_sources().values()]
-        several = any(c.recaption_keys or "json:captions" in c.keys for c in captions)
-        return several or self.draws_sentences()
-
-    def draws_sentences(self) -> bool:
-        """Whether of a long caption another part may be read in the next epoch."""
-        captions = [source.captions for source in self.full_sources().values()]
-        return any(c.window == "sentences" for c in captions)
+        return any(
+            c.recaption_keys or "json:captions" in c.keys or c.window == "sentences"
+            for c in captions
+        )
 
     def all_shards(self) -> list[str]:
         """The patterns of all sources that are read."""

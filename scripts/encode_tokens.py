@@ -112,24 +112,29 @@ def main(config: TokensStage) -> None:
     folder = Path(config.run_dir)
     tokenizer = load_tokenizer(config.tokenizer_run)
     text_encoder = find_text_encoder(config.tokenizer_run)
-    images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
-    image_shards = [image.shards[0] for image in images]
-    outputs = output_paths(image_shards, folder)
-
-    # What the tokens are made of; tokens.json repeats the first part.
     source = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "text_encoder_fingerprint": text_encoder.identity,
         "has_text_states": config.store_text_states,
         "flip": config.flip,
         "num_crops": config.num_crops,
-        "shards": [path.name for path in outputs],
     }
-    made_of = source | {
-        "precision": config.precision,
-        "data": describe_data(config.data),
-        SHARDS: states_by_name(image_shards),
-    }
+    made_of = source | {"precision": config.precision, "data": describe_data(config.data)}
+    try:
+        images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
+    except ValueError as error:
+        # Whole tokens need their images no more
+        info = find_info(folder, made_of)
+        if info is None or info.damage(folder):
+            raise
+        accelerator.print(f"{folder}: complete, nothing to do; not compared with images: {error}")
+        return
+    image_shards = [image.shards[0] for image in images]
+    outputs = output_paths(image_shards, folder)
+
+    # What the tokens are made of; tokens.json repeats the first part.
+    source["shards"] = [path.name for path in outputs]
+    made_of |= source | {SHARDS: states_by_name(image_shards)}
     info = find_info(folder, made_of)
     left = [
         (image, path)

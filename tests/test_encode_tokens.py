@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +20,15 @@ import numpy as np
 import pytest
 from conftest import shape_sample
 from test_resume import ROOT, contents, environment, program, start
+from tiny_experiment import reset_accelerate
 
+from data.captions import CaptionConfig
 from data.readers import TokenTextConfig
 from data.tar import read_shard, write_shard
 from scripts import encode_tokens
-from training.tokens import TokensInfo, refuse_damage
+from training.loading import text_encoder_config
+from training.run import start_run
+from training.tokens import TokensInfo, open_stored_captions, refuse_damage
 
 SMALL = ("store_text_states=false", "data.num_workers=0")
 
@@ -170,6 +175,23 @@ def test_image_shards_that_were_copied_or_touched_are_the_same(chain, tmp_path):
     assert contents(encode(chain, tmp_path / "run", [tmp_path / "moved/a.tar"])) == before
 
 
+def test_whole_tokens_need_their_images_no_more(chain, tmp_path, capsys):
+    for name in "ab":
+        remake(tmp_path / f"{name}.tar", None)
+    shards = [tmp_path / "a.tar", tmp_path / "b.tar"]
+    folder = encode(chain, tmp_path / "run", shards)
+    before = contents(folder)
+    shards[1].unlink()
+    assert contents(encode(chain, tmp_path / "run", shards)) == before
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "complete" in said and str(shards[1]) in said
+    with pytest.raises(ValueError, match="flip was False, is True"):
+        encode(chain, tmp_path / "run", shards, "flip=true")
+    (folder / "a.tar").unlink()
+    with pytest.raises(ValueError, match="b.tar, which does not exist"):
+        encode(chain, tmp_path / "run", shards)
+
+
 def test_token_shards_that_were_cut_short_or_lost_are_made_again(
     chain, tmp_path, captioned, capsys, monkeypatch
 ):
@@ -259,14 +281,28 @@ def test_each_data_set_of_a_mixture_keeps_its_own_filters(chain, tmp_path, capti
 @pytest.mark.parametrize(
     "option", ["keys=[json:captions]", "recaption_keys=[recap_txt]", "window=sentences"]
 )
-def test_states_of_one_caption_are_not_stored_for_several(chain, option):
+def test_states_of_one_caption_are_neither_stored_nor_read_for_several(chain, tmp_path, option):
     with pytest.raises(ValueError, match="store_text_states=true stores .* of one caption"):
         chain.config("tokens", f"data.captions.{option}")
 
+    # nor are they read for another one, by a stage that trains on the tokens
+    with pytest.raises(ValueError, match=r"data\.captions draws .*store_text_states=false"):
+        chain.run_in(tmp_path, "text_projector", f"data.captions.{option}")
 
-def test_parts_of_captions_are_not_drawn_where_their_states_are_stored(chain, tmp_path):
-    with pytest.raises(ValueError, match="data.captions.window=sentences"):
-        chain.run_in(tmp_path, "text_projector", "data.captions.window=sentences")
+
+def test_captions_that_are_drawn_are_not_read_with_the_stored_states_of_another(chain, tmp_path):
+    reset_accelerate()
+    run = start_run(tmp_path, "fp32", seed=0)
+    config = chain.config("text_decoder")
+    tower = text_encoder_config(chain.folder / "tokenizer")
+
+    def reads_states(**captions):
+        data = replace(config.data, captions=CaptionConfig(**captions))
+        return open_stored_captions(run, data, config.training, tower).has_text_states
+
+    assert reads_states()
+    assert not reads_states(keys=["json:captions", "txt"])
+    assert not reads_states(recaption_keys=["txt"])
 
 
 def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain, tmp_path):

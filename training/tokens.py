@@ -293,12 +293,13 @@ def open_stored_tokens(
 
     Raises:
         ValueError: the text tower is not the one that the tokens were made with, their text states
-            are of whole captions where parts are wanted, or a shard is lost or damaged.
+            are of one caption where it is to be drawn, or a shard is lost or damaged.
     """
-    if info.has_text_states and data.draws_sentences():
+    if info.has_text_states and data.has_several_captions():
         raise ValueError(
-            "data.captions.window=sentences: the token shards hold text states of whole captions; "
-            "encode them again with store_text_states=false"
+            "data.captions draws captions (json:captions, recaption_keys, window=sentences), but "
+            "the token shards hold the text states of one: encode them again with "
+            "store_text_states=false, or name one caption, as keys=[txt]"
         )
     refuse_damage(data)
     encoder = load_text_encoder(text_config)
@@ -353,7 +354,8 @@ def open_stored_captions(
     """Open any shards with captions for this process; ValueError if one of tokens is damaged."""
     refuse_damage(data)
     encoder = load_text_encoder(text_config)
-    has_text_states = not data.draws_sentences() and all(
+    # states are of one whole caption: of drawn ones they are encoded
+    has_text_states = not data.has_several_captions() and all(
         holds_states_of(encoder, pattern) for pattern in data.all_shards()
     )
     loader = caption_reader(data, encoder.tokenize, has_text_states).stream(
