@@ -114,7 +114,7 @@ def main(config: TextDecoderStage) -> None:
         "text_encoder": load_text_encoder(text_config).identity,
         "projector": fingerprint(source) if source else "none",
     }
-    shards = check_shards(run, config.data)
+    shards = check_shards(run, config.data, config.training.max_steps)
     if is_complete(run, training.max_steps, inputs):
         return
 

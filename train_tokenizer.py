@@ -137,7 +137,7 @@ def main(config: TokenizerStage) -> None:
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
     config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
     inputs = {"text_encoder": text_encoder.identity}
-    shards = check_shards(run, config.data)
+    shards = check_shards(run, config.data, config.training.max_steps)
     if is_complete(run, training.max_steps, inputs):
         return
 

@@ -72,7 +72,7 @@ def main(config: TextEncoderStage) -> None:
     """Run the stage from start or checkpoint to its last step, then write the CLIP folder."""
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    shards = check_shards(run, config.data)
+    shards = check_shards(run, config.data, config.training.max_steps)
     if not is_complete(run, training.max_steps, inputs={}):
         train_clip(config, run, shards)
     if run.is_main:

@@ -330,6 +330,36 @@ def test_a_run_on_shards_that_were_made_anew_is_refused_naming_them(
     assert said in capsys.readouterr().out
 
 
+def test_a_run_goes_on_with_the_shards_that_its_config_adds_or_leaves_out(chain, tmp_path, capsys):
+    for number, name in enumerate("abc"):
+        samples = [shape_sample(number * 8 + index) for index in range(8)]
+        write_shard(tmp_path / f"{name}.tar", samples)
+
+    def run(max_steps, **weights):
+        sources = [f"data.sources.{name}.shards=[{tmp_path}/{name}.tar]" for name in weights]
+        sources += [f"data.sources.{name}.weight={weight}" for name, weight in weights.items()]
+        sources += ["data.shards=[]", f"training.max_steps={max_steps}"]
+        folder = chain.run_in(tmp_path, "text_encoder", *sources)
+        return folder, capsys.readouterr().out
+
+    run(1, a=1)
+    # a complete run has not seen them
+    with refused(r"b\.tar is new"):
+        run(1, a=1, b=1)
+    folder, said = run(2, a=1, b=2)
+    assert "goes on with other shards: b.tar is new" in said and "resuming at step 1" in said
+    folder, said = run(3, a=0, b=2, c=1)
+    assert "c.tar is new; a.tar is gone" in said
+    assert {*json.loads((folder / "source.json").read_text())["source_shards"]} == {
+        "b.tar",
+        "c.tar",
+    }
+    # what it was trained on must be the same
+    write_shard(tmp_path / "b.tar", [shape_sample(index) for index in range(8)])
+    with refused(r"b\.tar was .*, is "):
+        run(4, b=1, a=1)
+
+
 def test_a_tokenizer_of_another_text_encoder_is_refused(chain, tmp_path, tiny_clip_dir):
     chain.run_in(tmp_path, "tokenizer", "training.max_steps=1")
     with refused("tokenizer was trained: text_encoder was .*, is "):

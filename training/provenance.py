@@ -9,6 +9,7 @@ the encoding. Who knows better deletes it. Stages 2 and 3 know tokens by their i
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from accelerate import PartialState
@@ -19,11 +20,15 @@ from data.files import write_json
 from data.storage import is_other, shard_states
 from data.tar import expand_shards, shard_name
 from training.checkpoint import checkpoint_folders
-from training.run import Run
+from training.run import CONFIG_FILE, Run, read_saved
 
 SOURCE_FILE = "source.json"
 SHARDS = "source_shards"  # in it: name of each shard that was read -> its state, "" if unknown
 NUM_NAMED = 3  # differences that an error names
+CHANGE_SHARDS = (
+    "; to train on with more or fewer shards, name them in data.shards or data.sources, and set "
+    "training.max_steps above the steps that were made"
+)
 
 
 def states_by_name(shards: Sequence[str]) -> dict[str, str]:
@@ -37,8 +42,10 @@ def states_by_name(shards: Sequence[str]) -> dict[str, str]:
     return broadcast_object_list([states])[0]
 
 
-def check_shards(run: Run, data: ReaderConfig) -> dict:
+def check_shards(run: Run, data: ReaderConfig, max_steps: int) -> dict:
     """What a run reads, for save_source.
+
+    A run that has steps left goes on with more or fewer shards where its config asks for that.
 
     Raises:
         ValueError: its checkpoints were trained on other shards.
@@ -48,9 +55,42 @@ def check_shards(run: Run, data: ReaderConfig) -> dict:
     except ValueError:  # a complete run needs none, and a reader says what is missing
         return {}
     source = {SHARDS: states_by_name(shards)}
-    if checkpoint_folders(run.folder):
-        check_source(run.folder, read_source(run.folder), source)
+    if steps := checkpoint_folders(run.folder):
+        found = read_source(run.folder)
+        before, now = found.get(SHARDS, {}), source[SHARDS]
+        if before and max(steps) < max_steps and names_other_shards(run.folder, data):
+            changes = [f"{name} is new" for name in now if name not in before]
+            changes += [f"{name} is gone" for name in before if name not in now]
+            if changes:
+                run.say(f"{run.folder} goes on with other shards: {first_of(changes)}")
+            found = {SHARDS: {name: before.get(name, state) for name, state in now.items()}}
+        check_source(run.folder, found, source, CHANGE_SHARDS)
     return source
+
+
+def names_other_shards(folder: Path, data: ReaderConfig) -> bool:
+    """Whether a run's last config names its shards otherwise: by other folders alone, it does not.
+
+    Raises:
+        ValueError: the config is damaged.
+    """
+
+    def names(patterns: Sequence[str]) -> list[str]:
+        return sorted(map(shard_name, patterns))
+
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    saved = read_saved(folder / CONFIG_FILE).get("data", {})
+    sources = [*saved.get("sources", {}).values()] or [saved]
+    # a weight of 0 leaves a source out
+    used = [each.get("shards", []) for each in sources if each.get("weight", 1)]
+    return names([*chain.from_iterable(used)]) != names(data.all_shards())
+
+
+def first_of(changes: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = [f"and {len(changes) - NUM_NAMED} more"] if len(changes) > NUM_NAMED else []
+    return "; ".join([*changes[:NUM_NAMED], *more])
 
 
 def read_source(folder: Path) -> dict:
@@ -76,8 +116,10 @@ def save_source(folder: Path, source: dict) -> None:
         write_json(source | {SHARDS: known}, folder / SOURCE_FILE)
 
 
-def check_source(folder: Path, found: dict, source: dict) -> None:
+def check_source(folder: Path, found: dict, source: dict, further_way: str = "") -> None:
     """Refuse results of another source; what `found` does not name is unknown, and passes.
+
+    further_way: out of the error, beside deleting files.
 
     Raises:
         ValueError: naming what differs.
@@ -85,12 +127,11 @@ def check_source(folder: Path, found: dict, source: dict) -> None:
     changed = list(differences(found, source))
     before, now = (each.get(SHARDS, {}) for each in (found, source))
     if changed:
-        named = "; ".join(changed[:NUM_NAMED])
-        if len(changed) > NUM_NAMED:
-            named += f"; and {len(changed) - NUM_NAMED} more"
         way_out = "Delete it and run this again"
         if all(change.startswith(SHARDS) for change in changed):
             way_out += f"; if it is to stay all the same, delete {folder / SOURCE_FILE}"
+            way_out += further_way
+        named = first_of(changed)
         raise ValueError(f"{folder} was made of another source: {named}. {way_out}")
     # Shards that are too large to be compared as a whole
     unsure = [name for name in now if before.get(name) and now[name] not in ("", before[name])]
