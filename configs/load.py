@@ -71,6 +71,10 @@ def load_config(stage: type[T], path: str | Path, overrides: list[str] | None = 
         "run_dir": "${experiment_dir}/" + path.stem,
     }
     config = load_dataclass(stage, path, overrides, names)
+    # an unset variable of the shell would lead to the root of the file system
+    for name in ("runs_dir", *names):
+        if not getattr(config, name):
+            raise ValueError(f"{name} is empty: expected a folder")
     config.check()
     return config
 
@@ -126,7 +130,8 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         found = ", ".join(names) or "no YAML"
         raise ValueError(f"config file {path} does not exist; in its folder: {found}")
     try:
-        node = OmegaConf.load(path)
+        with path.open("rb") as file:  # YAML knows UTF-16, as PowerShell writes it, by its bytes
+            node = OmegaConf.load(file)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not OmegaConf.is_dict(node):

@@ -33,7 +33,7 @@ def read_text_file(path: str | Path) -> str:
     """A text file, its lines ending in \n.
 
     Raises:
-        ValueError: it cannot be read, or is in another encoding; names it.
+        ValueError: it cannot be read, is in another encoding or no text; names it.
     """
     try:
         text = decode_text(Path(path).read_bytes())
@@ -41,6 +41,8 @@ def read_text_file(path: str | Path) -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(not_decodable(path, error.encoding)) from None
+    if "\0" in text:
+        raise ValueError(f"{path} is no text: it holds zeros")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

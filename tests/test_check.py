@@ -85,7 +85,7 @@ def test_what_will_fail_is_found_before_the_first_stage(tiny, override, said):
 
 
 def test_scenes_that_an_earlier_stage_draws_are_known_beforehand(tmp_path):
-    where = f"experiment_dir={tmp_path}/run"
+    where = f"experiment_dir={tmp_path}/run[1]"
     check(CONFIGS / "scenes", where)
     assert not any(tmp_path.iterdir())
     for override in (

@@ -104,6 +104,18 @@ def test_home_is_filled_in_wherever_a_path_is(tmp_path, monkeypatch):
     assert "~no-one" in error_of(TokenizerStage, TOKENIZER, "runs_dir=~no-one/x")
 
 
+@pytest.mark.parametrize("key", ["runs_dir", "experiment_dir", "run_dir"])
+def test_an_empty_folder_is_refused_as_it_would_be_the_root(key):
+    assert error_of(FlowTokStage, FLOWTOK, f"{key}=").startswith(f"{key} is empty")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_yaml_is_read_in_the_encodings_that_editors_write(tmp_path, encoding):
+    path = tmp_path / "tokens.yaml"
+    path.write_bytes("data: {shards: [ü.tar]}\n".encode(encoding))
+    assert load_config(PROGRAMS["tokens"][0], path).data.shards == ["ü.tar"]
+
+
 # Keys and values
 
 

@@ -19,7 +19,7 @@ def test_text_is_the_same_in_every_unicode_encoding(tmp_path, encoding, line_end
 
 
 @pytest.mark.parametrize(
-    "content", ["Hündchen".encode("cp1252"), b"\xff\xfea", b"\x89PNG\r\n", None]
+    "content", ["Hündchen".encode("cp1252"), b"\xff\xfea", b"\x89PNG\r\n", b"PK\3\4\0", None]
 )
 def test_what_is_no_text_or_no_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "x.txt"

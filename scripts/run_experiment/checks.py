@@ -135,7 +135,8 @@ def planned_scenes(pattern: str, made: Made) -> list[str]:
     if writer is None or not isinstance(writer.config, ScenesStage):
         return []
     shards = [os.path.normpath(shard) for shard in writer.config.outputs()]
-    matched = fnmatch.filter(shards, os.path.join(folder, os.path.basename(pattern)))
+    wanted = os.path.basename(pattern)
+    matched = [s for s in shards if fnmatch.fnmatch(os.path.basename(s), wanted)]
     if not matched:
         raise ValueError(
             f"shards: {pattern!r} matches none of those that stage {writer} will write: "
