@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from data.entries import Entry
-from data.files import check_writable, read_text_file, user_path, write_text
+from data.files import check_writable, errors_naming, read_text_file, user_path
 from eval.images import (
     Captioned,
     caption_images,
@@ -198,12 +198,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def check_request(args: argparse.Namespace, sampling: SamplingConfig) -> Iterator[str]:
     """What a run that draws nothing can't do: refuse several images of a prompt, name a seed."""
-    if sampling.sample_text_latent:
-        return
-    reason = f"{args.run} draws nothing: a prompt has one image (sampling.sample_text_latent=false)"
-    if args.images_per_prompt > 1:
-        raise ValueError(f"--images-per-prompt {args.images_per_prompt}: {reason}")
-    if args.seed:
+    sampling.check_images("--images-per-prompt", args.images_per_prompt)
+    if args.seed and not sampling.sample_text_latent:
+        reason = f"{args.run} draws nothing (sampling.sample_text_latent=false)"
         yield f"--seed {args.seed} changes nothing: {reason}"
 
 
@@ -338,17 +335,24 @@ def print_captions(
 def write_captions(
     path: Path, entries: list[Entry], batches: Iterator[Captioned]
 ) -> tuple[int, int]:
-    """Lines {"image", "caption"} into a jsonl, atomically. Returns (captions, skipped images)."""
-    lines, skipped = [], 0
+    """Lines {"image", "caption"} into a jsonl, as they come. Returns (captions, skipped images)."""
+    number, skipped = 0, 0
     for batch in batches:
         skipped += len(batch.skipped)
-        for index, text in zip(batch.index, batch.captions, strict=True):
-            row = {"image": image_name(entries[index]), "caption": text}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    if not lines:
+        rows = [
+            {"image": image_name(entries[index]), "caption": text}
+            for index, text in zip(batch.index, batch.captions, strict=True)
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if rows:
+            # The first ones replace what an earlier command has written
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with errors_naming(path), path.open("a" if number else "w", encoding="utf-8") as file:
+                file.write(lines)
+        number += len(rows)
+    if not number:
         raise ValueError(f"none of {skipped} images could be read")
-    write_text("".join(lines), path)
-    return len(lines), skipped
+    return number, skipped
 
 
 if __name__ == "__main__":

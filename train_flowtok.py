@@ -273,8 +273,9 @@ def build_evaluation(
         return None
     path = protocol_file(config.evaluation.protocol)
     protocol = load_dataclass(Protocol, path, config.evaluation.overrides)
-    guidance = protocol.sampling(config.sampling).guidance
-    check_guidance(guidance, config.flow.null_probability)
+    sampling = protocol.sampling(config.sampling)
+    check_guidance(sampling.guidance, config.flow.null_probability)
+    sampling.check_images("images_per_caption", protocol.images_per_caption)
     measure = FlowEvaluation(
         config.evaluation, protocol, run.folder, config.tokenizer_run, text_config, config.sampling
     )

@@ -102,7 +102,9 @@ def main(args: argparse.Namespace) -> None:
             "again"
         )
     for point in points:
-        check_guidance(point.sampling(default).guidance, generator.flow.config.null_probability)
+        sampling = point.sampling(default)
+        check_guidance(sampling.guidance, generator.flow.config.null_probability)
+        sampling.check_images("images_per_caption", protocol.images_per_caption)
 
     # What the images are measured with
     reading = Reading(args.batch_size, args.num_workers, state)

@@ -51,7 +51,7 @@ def list_images(data: Sequence[str]) -> list[Entry]:
         ValueError: no such folder or shard, a broken shard, no image, or an image named twice.
     """
     entries, seen = [], set()
-    for name in data:
+    for name in map(os.path.expanduser, data):
         for entry in folder_entries(name) if os.path.isdir(name) else tar_entries([name]):
             if entry.fault is not None:  # other files of a folder
                 continue
@@ -67,7 +67,7 @@ def list_images(data: Sequence[str]) -> list[Entry]:
 def list_pictures(names: Sequence[str]) -> list[Entry]:
     """Image files, images of folders (with sub-folders) and of shards, in the order given."""
     entries = []
-    for name in names:
+    for name in map(os.path.expanduser, names):
         if os.path.isdir(name) or name.endswith(SHARD_ENDINGS):
             entries += list_images([name])
         elif os.path.isfile(name):

@@ -113,6 +113,7 @@ def main(args: argparse.Namespace) -> None:
     ]
     for sampling in points:
         check_guidance(sampling.guidance, generator.flow.config.null_probability)
+        sampling.check_images("--images-per-caption", args.images_per_caption)
 
     # A row for each set of images
     judge = load_judge(state.device)

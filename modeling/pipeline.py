@@ -68,6 +68,18 @@ class SamplingConfig:
                 f"{self.guidance_interval}"
             )
 
+    def check_images(self, option: str, number: int) -> None:
+        """Refuse several images of a caption where nothing is drawn: they would be the same one.
+
+        Raises:
+            ValueError: it begins with `option`.
+        """
+        if number > 1 and not self.sample_text_latent:
+            raise ValueError(
+                f"{option} {number}: the run draws nothing (sampling.sample_text_latent=false), a "
+                "caption has one image: expected 1"
+            )
+
     def but(self, **changes: Any) -> "SamplingConfig":
         """With those changes that are not None."""
         return replace(self, **{name: x for name, x in changes.items() if x is not None})

@@ -10,9 +10,12 @@ from evaluations import CPU, run_program, train_on
 from PIL import Image
 from tiny_experiment import draw
 
+import sample
+from data.entries import Entry
 from data.tar import write_shard
 from eval import captions
 from eval.captions import NO_JAVA, PTB, SCORERS, SIMPLE, CaptionScorer, ptb_tokens, simple_tokens
+from eval.images import Captioned
 from modeling.pipeline import Captioner, join_punctuation
 from training.pipelines import load_captioner
 
@@ -104,6 +107,22 @@ def test_a_folder_becomes_a_line_an_image(captioner, pictures, tmp_path):
     assert [row["image"] for row in rows] == [str(pictures / f"{i}.png") for i in range(3)]
     assert all({*row} == {"image", "caption"} for row in rows)
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_captions_of_a_long_list_are_written_as_they_come(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("of an earlier command\n")
+    entries = [Entry(name, f"{name}.png", captions=[]) for name in "abc"]
+
+    def batches():
+        yield Captioned([0, 1], torch.zeros(2, 3, 8, 8), ["one", "two"], [])
+        assert len(path.read_text().splitlines()) == 2
+        yield Captioned([], torch.zeros(0, 3, 0, 0), [], [("b.png", "image: unreadable")])
+        yield Captioned([2], torch.zeros(1, 3, 8, 8), ["drei ü"], [])
+
+    assert sample.write_captions(path, entries, batches()) == (3, 1)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["caption"] for row in rows] == ["one", "two", "drei ü"]
 
 
 def test_without_arguments_the_runs_own_pictures_are_captioned(captioner, tmp_path, capsys):

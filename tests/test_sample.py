@@ -1,14 +1,17 @@
 """sample.py on a tiny experiment: prompts in, pictures out, the same for the same seed."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from evaluations import run_program
 from PIL import Image
 from tiny_experiment import Experiment, draw
 
 import sample
+from eval import generation
 from modeling.flowtok import TimeTable
 from modeling.pipeline import ImageGenerator
 from training.vocabulary import (
@@ -182,6 +185,11 @@ def test_a_run_that_draws_nothing_makes_one_image_of_a_prompt(chain, tmp_path, c
     with pytest.raises(ValueError, match="--images-per-prompt 2: .*sample_text_latent=false"):
         draw(run, *arguments, "--images-per-prompt", "2")
     assert not (tmp_path / "x.png").exists()
+    row = {"tag": "object", "include": [{"class": "x"}], "prompt": "a red circle"}
+    (tmp_path / "geneval.jsonl").write_text(json.dumps(row))
+    words = ["--protocol", "geneval", f"captions=[{tmp_path}/geneval.jsonl]", "--device", "cpu"]
+    with pytest.raises(ValueError, match="images_per_caption 4: .*sample_text_latent=false"):
+        run_program(generation, run, *words)
     draw(run, *arguments)
     assert "warning" not in capsys.readouterr().err
     draw(run, *arguments, "--seed", "3")
