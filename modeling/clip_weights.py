@@ -19,8 +19,9 @@ from typing import ClassVar
 import huggingface_hub
 import open_clip
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-from safetensors.torch import save_file
 from torch import nn
+
+from .layers import save_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 OLDER_WEIGHTS_FILE = "open_clip_pytorch_model.bin"  # of hub repositories without safetensors
@@ -248,7 +249,7 @@ def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     weights = {name: x.detach().cpu().contiguous() for name, x in clip.state_dict().items()}
-    save_file(weights, partial / WEIGHTS_FILE)
+    save_weights(weights, partial / WEIGHTS_FILE)
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2))

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -197,6 +198,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
         module.load_state_dict(load_file(path), strict=True)
     except Exception as error:  # safetensors raises its own types, torch a RuntimeError
         raise ValueError(f"{path} does not fit the configured model: {error}") from error
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors that all may read; OSError names the file, of a full disk for example."""
+    try:
+        save_file(weights, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import check_new_folder, folder_written_whole, user_path
 from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
+from modeling.layers import save_weights
 from modeling.pipeline import SamplingConfig
 from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
 from modeling.text_encoder import TextEncoderConfig
@@ -215,7 +215,7 @@ def write_run(
 
     # No inputs: a file does not say what it goes with.
     checkpoint = begin_checkpoint(folder, step=0)
-    save_file(converted.tensors, checkpoint / EMA_FILE)
+    save_weights(converted.tensors, checkpoint / EMA_FILE)
     state = {"step": 0, "ema_updates": 0, "num_processes": 1, "inputs": {}}
     commit_checkpoint(checkpoint, state, keep=1)
 

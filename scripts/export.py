@@ -27,14 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import huggingface_hub
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from data.files import check_new_folder, folder_written_whole, user_path, write_json, write_text
 from modeling.clip_weights import copy_clip, why_hub_is_silent
 from modeling.flow import FlowConfig
 from modeling.flowtok import FlowTokConfig
-from modeling.layers import fingerprint
+from modeling.layers import fingerprint, save_weights
 from modeling.pipeline import DirectionConfig, PipelineConfig, SamplingConfig
 from modeling.pretrained import CONFIG_FILE, HUB_ID, TOWER_FOLDER
 from modeling.text_encoder import TextEncoderConfig
@@ -126,9 +125,7 @@ def main(args: argparse.Namespace) -> None:
     runs, networks, config = collect(args.run)
     with folder_written_whole(target) as folder:
         for part, network in networks.items():
-            path = folder / f"{part}.safetensors"
-            save_file(network.state_dict(), path)
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
+            save_weights(network.state_dict(), folder / f"{part}.safetensors")
         config.text_encoder = pack_tower(config.text_encoder, folder / TOWER_FOLDER)
         write_json(asdict(config), folder / CONFIG_FILE)
         has_picture = copy_picture([*runs.values()][-1], folder / SAMPLES_FILE)

@@ -1,6 +1,7 @@
 """modeling/layers.py: rotary angles, attention, SwiGLU, sinusoids against closed forms; errors."""
 
 import math
+import resource
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from modeling.layers import (
     axial_rope_table,
     init_linear_,
     rotate_pairs,
+    save_weights,
     sincos_position_table,
     timestep_sinusoids,
 )
@@ -117,3 +119,16 @@ def test_init_is_xavier_or_a_cut_normal_with_zero_biases(layer, fans):
     init_linear_(layer, std=0.02)
     assert layer.weight.abs().max() <= 0.04
     assert layer.weight.std().item() == pytest.approx(0.88 * 0.02, rel=0.05)
+
+
+def test_weights_that_find_no_room_name_their_file(tmp_path):
+    weights = {"x": torch.zeros(10_000)}
+    save_weights(weights, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"b\.safetensors cannot be written: .*too large"):
+            save_weights(weights, tmp_path / "b.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
