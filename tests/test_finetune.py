@@ -16,7 +16,7 @@ from scripts.run_experiment.stages import read_stages
 from training.checkpoint import EMA_FILE
 
 
-def test_converted_weights_and_a_folder_of_images_give_a_run_that_samples(tmp_path):
+def test_converted_weights_and_a_folder_of_images_give_a_run_that_samples(tmp_path, capsys):
     # Files of the release's form, and their text tower
     runs, photos = tmp_path / "runs", tmp_path / "photos"
     torch.save(weights(FLOW), tmp_path / "flow.pth")
@@ -41,8 +41,11 @@ def test_converted_weights_and_a_folder_of_images_give_a_run_that_samples(tmp_pa
     for stage in stages:
         reset_accelerate()
         PROGRAMS[stage.config.stage][1](stage.config)
-    draw(runs / "finetune_small", "--prompts", "a red circle", "--output", tmp_path / "x.png")
+    prompts = ("a red circle", "a corgi in fresh snow")  # one of the folder's, one that is not
+    draw(runs / "finetune_small", "--prompts", *prompts, "--output", tmp_path / "x.png")
     Image.open(tmp_path / "x.png").verify()
+    printed = capsys.readouterr()
+    assert "1 of 2 prompts are captions" in printed.out and "corgi" not in printed.err
 
     # All weights began where the published ones are, and have gone a few small steps.
     before = load_file(ema_file(released / "flowtok"))
