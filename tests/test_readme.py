@@ -125,6 +125,14 @@ def test_a_command_that_cannot_run_is_found(command, monkeypatch):
         check_command(words, monkeypatch)
 
 
+def test_each_data_set_of_the_hub_has_its_command():
+    """That it parses is tested with the page's others."""
+    text = (ROOT / "docs/data.md").read_text()
+    table = set(re.findall(r"^\| ([\w-]+/[\w.-]+) \|", text, flags=re.MULTILINE))
+    commands = {words[3] for words in read_commands(text) if words[2:3] == ["hub"]}
+    assert len(table) >= 9 and table == commands
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page):
     path = ROOT / page

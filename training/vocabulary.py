@@ -9,7 +9,7 @@ images may be recalled ones.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.files import write_json
@@ -102,9 +102,11 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
 
     It lies beside the token shards, where the run's config has them or, if the experiment was
     moved, beside the run. Converted weights, and captions that are others in each epoch, are taken
-    for free text.
+    for free text. Weights that began as another run's know the words of that one, too, so that
+    nothing is strange to them.
     """
-    data = read_run_config(flow_dir).get("data") or {}
+    config = read_run_config(flow_dir)
+    data = config.get("data") or {}
     sources = [*data.get("sources", {}).values()] or [data]
     folders = {Path(pattern).parent for source in sources for pattern in source.get("shards", [])}
     captions = [source.get("captions") or data.get("captions") or {} for source in sources]
@@ -115,7 +117,8 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
     files = [find_file(folder, flow_dir.parent) for folder in sorted(folders)]
     if not all(files):
         return None
-    return join_vocabularies([Vocabulary(**json.loads(file.read_text())) for file in files])
+    joined = join_vocabularies([Vocabulary(**json.loads(file.read_text())) for file in files])
+    return replace(joined, common=[], words=None) if config.get("init_from") else joined
 
 
 def find_file(folder: Path, experiment: Path) -> Path | None:
