@@ -421,7 +421,7 @@ def test_a_bad_second_file_and_a_full_disk_leave_nothing(files, tmp_path, monkey
     def fail(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(convert_checkpoint, "save_file", fail)
+    monkeypatch.setattr(convert_checkpoint, "save_weights", fail)
     with pytest.raises(OSError, match="No space left"):
         run_script(files / "tokenizer.bin", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.bin"]

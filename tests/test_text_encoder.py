@@ -97,7 +97,7 @@ def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(
 
     save_clip(old, TINY_CLIP, folder)
     with monkeypatch.context() as patch:
-        patch.setattr("modeling.clip_weights.save_file", None)
+        patch.setattr("modeling.clip_weights.save_weights", None)
         with pytest.raises(TypeError):
             save_clip(new, TINY_CLIP, folder)
     check_states(old)
