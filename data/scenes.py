@@ -1,9 +1,10 @@
 """Scenes of coloured shapes: what is in them, what a caption says of them, how they are drawn.
 
 A scene has one object, two of different shapes in a relation, or two or three equal ones, on a
-plain background. A Statement is what a caption says: size and background may be left open, and are
-then drawn anew for each image, as positions are. A statement belongs to one split (split_of): what
-is never shown in training is stated here. Numbers come in as a numpy Generator.
+plain background, each in a cell of its own of a 3 x 3 grid. A Statement is what a caption says:
+size and background may be left open, and are then drawn anew for each image, as cells are. A
+statement belongs to one split (split_of): what is never shown in training is stated here. Numbers
+come in as a numpy Generator.
 Lengths and positions are shares of the image's side; x goes right, y down.
 """
 
@@ -27,8 +28,9 @@ COLOURS = {
     "pink": (255, 145, 200),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (20, 20, 20)}
-SIZES = {"small": (0.28, 0.32), "large": (0.41, 0.46)}  # side of the box around an object
-MARGIN = 0.015  # between an object's box and the border, and between two boxes
+SIZES = {"small": (0.20, 0.22), "large": (0.29, 0.31)}  # side of the box around an object
+CELLS = 3  # a side, in each of which an object may lie
+JITTER = 0.01  # by which an object lies beside the middle of its cell, at most, in x and in y
 MAX_SLANT = 0.6  # across / along a stated relation, so that nobody would name the other one
 CANDIDATES = 64  # arrangements drawn at a time, of which the first that fits is taken
 SUPERSAMPLING = 4
@@ -220,7 +222,7 @@ def draw_scene(statement: Statement, rng: np.random.Generator) -> Scene:
     background = statement.background or tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     bounds = np.array([SIZES[size] for size in sizes])
     diameters = rng.uniform(bounds[:, 0], bounds[:, 1])
-    centres = _arrange(diameters, statement.relation, rng)
+    centres = _arrange(len(sizes), statement.relation, rng)
     return Scene(
         background,
         tuple(
@@ -232,21 +234,21 @@ def draw_scene(statement: Statement, rng: np.random.Generator) -> Scene:
     )
 
 
-def _arrange(diameters: np.ndarray, relation: str | None, rng: np.random.Generator) -> np.ndarray:
-    """Centres N x 2 of boxes that lie inside, apart, and in the relation."""
-    lowest = diameters[:, None] / 2 + MARGIN  # N x 1
+def _arrange(number: int, relation: str | None, rng: np.random.Generator) -> np.ndarray:
+    """Centres N x 2 of objects in cells of their own, and in the relation."""
     while True:
-        centres = rng.uniform(lowest, 1 - lowest, size=(CANDIDATES, len(diameters), 2))
+        cells = rng.integers(CELLS, size=(CANDIDATES, number, 2))
         fits = np.ones(CANDIDATES, dtype=bool)
-        for i, j in combinations(range(len(diameters)), 2):
-            distance = centres[:, j] - centres[:, i]
-            fits &= abs(distance).max(axis=1) >= (diameters[i] + diameters[j]) / 2 + MARGIN
+        for i, j in combinations(range(number), 2):
+            distance = cells[:, j] - cells[:, i]
+            fits &= distance.any(axis=1)
             if relation:
                 axis = ("left of", "above").index(relation)
                 along, across = distance[:, axis], abs(distance[:, 1 - axis])
                 fits &= across <= MAX_SLANT * along
         if fits.any():
-            return centres[fits.argmax()]
+            middles = (cells[fits.argmax()] + 0.5) / CELLS
+            return middles + rng.uniform(-JITTER, JITTER, size=middles.shape)
 
 
 def draw_image(

@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.scenes import (
     BACKGROUNDS,
     COLOURS,
-    MARGIN,
     OUTLINES,
     SHAPES,
     SPLITS,
@@ -63,7 +62,8 @@ from eval.judge import (
 from training.errors import exit_on_error
 
 IMAGES_PER_FILE = 2000
-DIAMETERS = (0.25, 0.5)  # of free objects: also between and beyond the two sizes
+DIAMETERS = (0.17, 0.34)  # of free objects: also between and beyond the two sizes
+LEAST_DISTANCE = 0.27  # of their centres, in x or in y: more than two cells of the judge's grid
 WRONG_OUTLINES, WRONG_SHARE = 500, 0.15  # in all; of free objects
 BLEND_SHARE = 0.25  # of the images
 CLEAR, UNCLEAR = 0.7, 0.6  # an image's weight in a blend, above or below which it shows or not
@@ -137,7 +137,7 @@ def draw_free_scene(rng: np.random.Generator) -> Scene:
         diameters = rng.uniform(*DIAMETERS, size=number)
         centres = rng.uniform(diameters[:, None] / 2, 1 - diameters[:, None] / 2, size=(number, 2))
         if all(
-            abs(centres[i] - centres[j]).max() >= (diameters[i] + diameters[j]) / 2 + MARGIN
+            abs(centres[i] - centres[j]).max() >= max(LEAST_DISTANCE, diameters[[i, j]].mean())
             for i, j in combinations(range(number), 2)
         ):
             break

@@ -29,7 +29,7 @@ def read(judge, drawn):
 
 def scene(*objects, background="white"):
     """Of (shape, colour, size, x, y)."""
-    diameters = {"small": 0.3, "large": 0.43}
+    diameters = {"small": 0.21, "large": 0.3}
     return Scene(background, tuple(Object(*item, diameters[item[2]]) for item in objects))
 
 
