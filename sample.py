@@ -12,6 +12,7 @@ grid. The two after it: image to text, printed and as a contact sheet, or as a l
 unreadable image in a folder is left out, named and counted. Without prompts or images, the captions
 or images of the run's own pictures.
 
+A run of stage next_scale has neither steps nor a solver: its options are --guidance, --precision.
 EMA weights. 20 Euler steps from text to image (paper, Sec. 3.1); defaults are the run's. The same
 seed gives the same image whatever the batch size (up to float rounding). A grid holds about 64
 images; the next ones go to NAME_002.png, and so on, each written when it is full. Where the run
@@ -42,6 +43,7 @@ from eval.images import (
     sheet_of,
 )
 from modeling.layers import to_pil
+from modeling.next_scale import NextScaleGenerator, NextScaleSampling
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
 from modeling.samplers import SOLVERS
@@ -53,8 +55,9 @@ from training.pipelines import (
     directions_of,
     example_captions,
     flow_folder,
+    is_next_scale,
     load_captioner,
-    load_pipeline,
+    load_generator,
 )
 from training.vocabulary import VOCABULARY_FILE, Vocabulary, find_vocabulary, one_form
 
@@ -62,6 +65,8 @@ SHEET_IMAGES = 60  # of a caption's contact sheet
 PAGE_IMAGES, COLUMNS, MAX_COLUMNS = 64, 8, 16  # of a grid, about; for images of one prompt at most
 MAX_WARNINGS = 10  # about prompts
 Picture = tuple[Tensor, str]  # 3 x R x R in [0, 1], its caption
+Generator = ImageGenerator | NextScaleGenerator
+Sampling = SamplingConfig | NextScaleSampling
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -133,7 +138,7 @@ def check_outputs(args: argparse.Namespace, endings: tuple[str, ...]) -> None:
         check_writable(path)
 
 
-def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
+def sampling_of(args: argparse.Namespace, default: Sampling) -> Sampling:
     """The run's sampling with what the command line changes."""
     names = ("steps", "guidance", "sampler", "guidance_interval", "precision")
     return default.but(**{name: getattr(args, name) for name in names})
@@ -145,7 +150,7 @@ def sampling_of(args: argparse.Namespace, default: SamplingConfig) -> SamplingCo
 def draw(args: argparse.Namespace) -> None:
     """Make images of prompts, or between two of them, and write them."""
     prompts = read_prompts(args)
-    parts, default = load_pipeline(args.run, torch.device(args.device))
+    parts, default = load_generator(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
     remarks = [*check_request(args, sampling), *list_cuts(parts, prompts)]
     vocabulary = known_words(args.run)
@@ -196,7 +201,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def check_request(args: argparse.Namespace, sampling: SamplingConfig) -> Iterator[str]:
+def check_request(args: argparse.Namespace, sampling: Sampling) -> Iterator[str]:
     """What a run that draws nothing can't do: refuse several images of a prompt, name a seed."""
     sampling.check_images("--images-per-prompt", args.images_per_prompt)
     if args.seed and not sampling.sample_text_latent:
@@ -204,7 +209,7 @@ def check_request(args: argparse.Namespace, sampling: SamplingConfig) -> Iterato
         yield f"--seed {args.seed} changes nothing: {reason}"
 
 
-def list_cuts(parts: ImageGenerator, prompts: list[str]) -> Iterator[str]:
+def list_cuts(parts: Generator, prompts: list[str]) -> Iterator[str]:
     """Which prompts the text tower can't read to their end."""
     tokenize = parts.text_encoder.tokenize
     limit = tokenize.context_length
@@ -216,6 +221,8 @@ def list_cuts(parts: ImageGenerator, prompts: list[str]) -> Iterator[str]:
 
 def known_words(run: Path) -> Vocabulary | None:
     """Those of the captions of a run; they do not leave with an exported folder."""
+    if is_next_scale(run):  # nobody lists them where images are encoded while it trains
+        return Vocabulary("", [], None)
     return None if is_pretrained(run) else find_vocabulary(flow_folder(run))
 
 
@@ -232,7 +239,10 @@ def list_strangers(run: Path, vocabulary: Vocabulary | None, prompts: list[str])
 
 
 def generate(
-    parts: ImageGenerator, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]
+    parts: Generator,
+    args: argparse.Namespace,
+    sampling: Sampling,
+    prompts: list[str],
 ) -> Iterator[Picture]:
     """`images_per_prompt` images of each prompt, in batches; the i-th has randomness (seed, i)."""
     captions = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
@@ -244,9 +254,9 @@ def generate(
 
 
 def interpolate(
-    parts: ImageGenerator,
+    parts: Generator,
     args: argparse.Namespace,
-    sampling: SamplingConfig,
+    sampling: Sampling,
     prompts: list[str],
     frames: int,
 ) -> Iterator[Picture]:
@@ -259,7 +269,10 @@ def interpolate(
 
 
 def write_pages(
-    pictures: Iterator[Picture], columns: int, args: argparse.Namespace, sampling: SamplingConfig
+    pictures: Iterator[Picture],
+    columns: int,
+    args: argparse.Namespace,
+    sampling: Sampling,
 ) -> tuple[int, Path]:
     """Write grids, galleries and single images, a page at a time. Returns (images, last grid)."""
     settings = {"run": args.run.name, **asdict(sampling), "seed": args.seed}

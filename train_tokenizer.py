@@ -1,4 +1,5 @@
-"""Stage 1: train the image tokenizer (TA-TiTok with RoPE and SwiGLU, a VAE; paper, Sec. 3.2).
+"""Stage 1: train the image tokenizer (TA-TiTok with RoPE and SwiGLU, a VAE; paper, Sec. 3.2), or a
+dual tokenizer of discrete codes where the config has `dual` (docs/dual_tokens.md).
 
     accelerate launch train_tokenizer.py --config configs/demo/tokenizer.yaml [key=value ...]
     python train_tokenizer.py --config configs/demo/tokenizer.yaml training.max_steps=100
@@ -8,7 +9,7 @@ images to K x C tokens and decode them. K is the text tower's number of tokens, 
 tokenizer.num_tokens sets none.
 Losses: pixels, perceptual (modeling/perceptual.py), adversarial from a step on
 (modeling/discriminator.py), KL; each is off by weight 0. Watch channels_in_use and posterior_std:
-a posterior collapse shows there first.
+a posterior collapse shows there first; of a dual tokenizer usage and perplexity.
 The same command resumes, and does nothing when the run is complete.
 """
 
@@ -18,7 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader
@@ -33,20 +34,25 @@ from modeling.discriminator import (
     generator_loss,
     is_active,
 )
+from modeling.dual_quantizer import DualQuantizer
+from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from modeling.image_tower import Teacher
 from modeling.losses import (
+    DualLossConfig,
     ReconstructionLossConfig,
     kl_loss,
     loss_weights,
     posterior_statistics,
     reconstruction_losses,
+    semantic_loss,
     weighted_terms,
 )
 from modeling.perceptual import PerceptualConfig, PerceptualLoss
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
-from training.loading import load_tokenizer
+from training.loading import load_any_tokenizer
 from training.loop import Evaluation, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
@@ -74,12 +80,17 @@ class TokenizerStage(TrainedStage):
     # The text tower of the whole experiment: all later stages take it from this run.
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    # A dual tokenizer in its place: discrete codes, to draw and to understand
+    dual: DualTokenizerConfig | None = None
     activation_checkpointing: ActivationCheckpointing = "none"
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
     # A stage-1 run of any size to start from: what does not fit starts afresh and is listed.
     init_from: str = ""
     freeze_encoder: bool = False  # train the decoder only: the latents stay what they are
+    # Of a dual tokenizer: the semantic encoder stays the teacher, but for its head
+    freeze_tower: bool = False
     losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    dual_losses: DualLossConfig = field(default_factory=DualLossConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -89,7 +100,7 @@ class TokenizerStage(TrainedStage):
     )
 
     stage = "tokenizer"
-    networks = ("tokenizer",)
+    networks = ("tokenizer", "dual")
 
     def check(self) -> None:
         super().check()
@@ -104,11 +115,22 @@ class TokenizerStage(TrainedStage):
             raise ValueError("evaluation.every_steps needs images: set evaluation.shards")
         if self.freeze_encoder and not self.init_from:
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
-        if self.freeze_encoder and self.losses.kl_weight:
+        if self.dual is None and self.freeze_tower:
+            raise ValueError("freeze_tower=true is for a dual tokenizer: set dual")
+        if self.dual is None and self.dual_losses != DualLossConfig():
+            raise ValueError("dual_losses are for a dual tokenizer: set dual")
+        if self.dual and self.tokenizer != ImageTokenizerConfig():
+            raise ValueError("tokenizer and dual are both set: a run has one tokenizer")
+        if self.dual is None and self.freeze_encoder and self.losses.kl_weight:
             raise ValueError(
                 f"losses.kl_weight={self.losses.kl_weight} with freeze_encoder=true teaches "
                 "nothing: set losses.kl_weight=0"
             )
+
+    @property
+    def image_size(self) -> int:
+        """Of the tokenizer's images, in pixels."""
+        return (self.dual or self.tokenizer).image_size
 
     def evaluation_shards(self) -> list[str]:
         """Whose images are measured on the way."""
@@ -127,6 +149,7 @@ class Parts(NamedTuple):
     run: Run
     text_encoder: TextEncoder
     perceptual: PerceptualLoss | None
+    teacher: Teacher | None = None
 
 
 def main(config: TokenizerStage) -> None:
@@ -135,7 +158,10 @@ def main(config: TokenizerStage) -> None:
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
-    config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
+    if config.dual:
+        config.dual = config.dual.for_teacher()
+    else:
+        config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
     inputs = {"text_encoder": text_encoder.identity}
     shards = check_shards(run, config.data, config.training.max_steps)
     if is_complete(run, training.max_steps, inputs):
@@ -144,9 +170,9 @@ def main(config: TokenizerStage) -> None:
     # Data, and all that a picture or an evaluation will read.
     evaluation = build_evaluation(config, text_encoder)
     has_checkpoint = latest_checkpoint(run.folder) is not None
-    parts = Parts(run, text_encoder, build_perceptual(config, run))
+    parts = Parts(run, text_encoder, build_perceptual(config, run), build_teacher(config, run))
     expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
-    reader = image_reader(config.data, config.tokenizer.image_size, text_encoder.tokenize)
+    reader = image_reader(config.data, config.image_size, text_encoder.tokenize)
     loader = reader.stream(
         batch_per_process(run, training),
         training.seed,
@@ -156,7 +182,7 @@ def main(config: TokenizerStage) -> None:
     )
 
     # Tokenizer and discriminator.
-    model = build_model(config, run, has_checkpoint)
+    model = build_model(config, run, has_checkpoint, parts.teacher)
     save_config(run, config, has_checkpoint)
     if run.is_main:
         save_source(run.folder, shards)
@@ -201,11 +227,15 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         images = to_unit(batch["image"], parts.run.device)
         with tokenizer.gradients(is_last=number == len(batches)) as model:
-            states = encode_text(parts, batch)
-            reconstructions, mean, logvar = model(images, states)
-            terms = generator_terms(
-                config, parts, discriminator, images, reconstructions, mean, logvar
-            )
+            if config.dual:
+                quantizer = tokenizer.module.quantizer
+                reconstructions, own, statistics = dual_pass(
+                    config, parts, model, quantizer, images
+                )
+            else:
+                reconstructions, own, statistics = vae_pass(parts, model, images, batch)
+            terms = generator_terms(config, parts, discriminator, images, reconstructions, own)
+            terms |= statistics
             tokenizer.backward(terms["loss"] / len(batches))
         add_mean(means, terms, len(batches))
         if is_adversarial:
@@ -231,25 +261,62 @@ def train_step(
     return means
 
 
+class Pass(NamedTuple):
+    """What a tokenizer's training pass gives."""
+
+    reconstructions: Tensor  # B x 3 x R x R
+    terms: dict[str, Tensor]  # losses that only this kind of tokenizer has
+    statistics: dict[str, Tensor]  # to log
+
+
+def vae_pass(parts: Parts, model: nn.Module, images: Tensor, batch: dict) -> Pass:
+    """Of the ImageTokenizer: the KL, and how the latents are used."""
+    reconstructions, mean, logvar = model(images, encode_text(parts, batch))
+    terms = {"kl": kl_loss(mean, logvar)}
+    return Pass(reconstructions, terms, posterior_statistics(mean, logvar))
+
+
+def dual_pass(
+    config: TokenizerStage,
+    parts: Parts,
+    model: nn.Module,
+    quantizer: DualQuantizer,
+    images: Tensor,
+) -> Pass:
+    """Of the DualTokenizer: its losses; cosine to the teacher, usage of the codes."""
+    with_entropy = config.dual_losses.entropy_weight > 0
+    reconstructions, features, quantised = model(images, with_entropy)
+    statistics = quantizer.count(quantised.indices)
+    if parts.teacher is None:
+        return Pass(reconstructions, {}, statistics)  # only the pixel decoder learns
+    with parts.run.accelerator.autocast():
+        targets = parts.teacher(images)
+    names = ("codebook", "commitment") + ("entropy",) * with_entropy
+    terms = {"semantic": semantic_loss(features, targets)}
+    terms |= {name: getattr(quantised, name) for name in names}
+    statistics["cosine_to_teacher"] = 1 - terms["semantic"]
+    return Pass(reconstructions, terms, statistics)
+
+
 def generator_terms(
     config: TokenizerStage,
     parts: Parts,
     discriminator: Discriminator | None,
     images: Tensor,
     reconstructions: Tensor,
-    mean: Tensor,
-    logvar: Tensor,
+    own: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Terms of one batch, raw and weighted, and how the latents are used.
+    """Terms of one batch, raw and weighted.
 
     Args:
         images, reconstructions: B x 3 x R x R, images in [0, 1].
-        mean, logvar: B x K x C, of the posterior.
+        own: the terms that only this kind of tokenizer has.
     """
     # TA-TiTok's losses, as in its public recipe (paper, Sec. 4.1).
-    terms = reconstruction_losses(images, reconstructions)
-    terms["kl"] = kl_loss(mean, logvar)
+    terms = reconstruction_losses(images, reconstructions) | own
     weights = loss_weights(config.losses)
+    if config.dual:
+        weights |= loss_weights(config.dual_losses)
     if parts.perceptual is not None:
         terms |= parts.perceptual(reconstructions, images)
 
@@ -265,7 +332,7 @@ def generator_terms(
     weighted = weighted_terms(terms, weights)
     terms |= {f"weighted/{name}": term for name, term in weighted.items()}
     terms["loss"] = sum(weighted.values())
-    return terms | posterior_statistics(mean, logvar)
+    return terms
 
 
 def discriminator_terms(
@@ -286,7 +353,7 @@ def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evalu
         return None
     entries = list_images(config.evaluation_shards())[: config.evaluation.num_images or None]
     keys, background = tuple(config.data.captions.keys), tuple(config.data.background)
-    images = ImageSet(entries, config.tokenizer.image_size, keys, background)
+    images = ImageSet(entries, config.image_size, keys, background)
     bf16 = config.training.precision == "bf16"
     measure = ReconstructionEvaluation(images, text_encoder, bf16)
     return Evaluation(config.evaluation.every_steps, measure)
@@ -301,17 +368,32 @@ def build_perceptual(config: TokenizerStage, run: Run) -> PerceptualLoss | None:
         return PerceptualLoss(config.perceptual).to(run.device)
 
 
-def build_model(config: TokenizerStage, run: Run, has_checkpoint: bool) -> ImageTokenizer:
+def build_teacher(config: TokenizerStage, run: Run) -> Teacher | None:
+    """What a dual tokenizer's encoders learn from; a decoder alone needs none."""
+    if not config.dual or config.freeze_encoder:
+        return None
+    with run.accelerator.local_main_process_first():
+        return Teacher(config.dual.teacher).to(run.device)
+
+
+def build_model(
+    config: TokenizerStage, run: Run, has_checkpoint: bool, teacher: Teacher | None = None
+) -> ImageTokenizer | DualTokenizer:
     """The tokenizer, from `init_from` as far as that fits; a resumed run loads its own weights."""
-    model = ImageTokenizer(config.tokenizer)
+    model = DualTokenizer(config.dual) if config.dual else ImageTokenizer(config.tokenizer)
+    if teacher:
+        model.start_from(teacher)
     if config.init_from and not has_checkpoint:
         load_what_fits(model, config.init_from, run)
     set_activation_checkpointing(model, config.activation_checkpointing)
-    model.encoder.requires_grad_(not config.freeze_encoder)
+    if config.freeze_tower:
+        model.semantic_encoder.requires_grad_(False)
+    if config.freeze_encoder:
+        model.freeze_encoder()
     return model
 
 
-def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
+def load_what_fits(model: ImageTokenizer | DualTokenizer, run_dir: str, run: Run) -> None:
     """Take the tensors of another tokenizer that have the same name and shape; list the others.
 
     Raises:
@@ -319,7 +401,7 @@ def load_what_fits(model: ImageTokenizer, run_dir: str, run: Run) -> None:
     """
     # RoPE has no weights, and the learned positions belong to latent and text tokens: both fit any
     # resolution.
-    source = load_tokenizer(run_dir).state_dict()
+    source = load_any_tokenizer(run_dir).state_dict()
     own = model.state_dict()
     fitting = {
         name: tensor
@@ -355,13 +437,12 @@ def encode_text(parts: Parts, batch: dict) -> Tensor:
 
 @torch.no_grad()
 def save_reconstructions(
-    config: TokenizerStage, parts: Parts, model: ImageTokenizer, step: int
+    config: TokenizerStage, parts: Parts, model: ImageTokenizer | DualTokenizer, step: int
 ) -> None:
     """Grid: originals left, EMA reconstructions of the posterior's mean right."""
     number = config.pictures.num_samples
     shards = config.pictures.shards or None
-    size = config.tokenizer.image_size
-    reader = image_reader(config.data, size, parts.text_encoder.tokenize)
+    reader = image_reader(config.data, config.image_size, parts.text_encoder.tokenize)
     batch = next(reader.once(number, shards, limit=number))
     images = to_unit(batch["image"], parts.run.device)
     reconstructions = model.decode(model.encode(images).mean, encode_text(parts, batch))

@@ -45,6 +45,7 @@ from eval.programs import (
     undisturbed,
 )
 from eval.scores import psnr, ssim
+from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.perceptual import LPIPS
@@ -52,7 +53,7 @@ from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoder
 from training.checkpoint import EMA_FILE, read_state
 from training.errors import exit_on_error
-from training.loading import find_text_encoder, load_newest, load_tokenizer, read_section
+from training.loading import find_text_encoder, load_any_tokenizer, load_newest, read_section
 from training.pictures import caption_grid, pair_rows, save_png
 
 WEIGHTS = {"lpips": VGG16, "rfid": INCEPTION}  # of the metrics that need a network
@@ -157,7 +158,7 @@ def print_report(report: dict[str, Any], output: Path) -> None:
 class Reconstructor:
     """Images and captions -> reconstructions."""
 
-    tokenizer: ImageTokenizer
+    tokenizer: ImageTokenizer | DualTokenizer
     text_encoder: TextEncoder
     bf16: bool  # autocast
 
@@ -183,10 +184,13 @@ def load_reconstructor(run: Path, device: torch.device, bf16: bool) -> Reconstru
     Raises:
         ValueError: no checkpoint, or another text tower than the tokenizer's.
     """
-    tokenizer = load_tokenizer(run).to(device)
+    tokenizer = load_any_tokenizer(run).to(device)
     # A converted run may name another tower than its decoder was made for
     text_encoder = find_text_encoder(run)
-    expected = (tokenizer.config.text_tokens, tokenizer.config.text_width)
+    config = tokenizer.config
+    expected = text_encoder.shape  # a dual tokenizer reads no text
+    if isinstance(tokenizer, ImageTokenizer):
+        expected = (config.text_tokens, config.text_width)
     if text_encoder.shape != expected:
         raise ValueError(
             f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the "
@@ -357,7 +361,7 @@ class ReconstructionEvaluation:
     text_encoder: TextEncoder
     bf16: bool  # autocast
 
-    def __call__(self, model: ImageTokenizer, step: int) -> dict[str, float]:
+    def __call__(self, model: ImageTokenizer | DualTokenizer, step: int) -> dict[str, float]:
         """{"eval/psnr_db": ..., "eval/ssim": ...} on every process."""
         reconstruct = Reconstructor(model, self.text_encoder, self.bf16)
         reading = Reading(BATCH_SIZE, NUM_WORKERS, PartialState())

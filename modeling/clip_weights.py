@@ -222,12 +222,40 @@ def is_torchscript(path: str) -> bool:
 
 def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callable]:
     """(PIL image -> 3 x S x S, captions -> token ids B x L), as the CLIP was trained with."""
-    preprocessing = PreprocessCfg(**merge_preprocess_dict(clip.visual.preprocess_cfg, config.tag))
+    preprocessing = preprocessing_of(config, clip)
     try:
         tokenize = open_clip.get_tokenizer(config.model)
     except Exception as error:  # of packages that other tokenizers than CLIP's need
         raise cannot_load(config, error) from error
     return image_transform_v2(preprocessing, is_train=False), tokenize
+
+
+def preprocessing_of(config: ClipWeights, clip: nn.Module) -> PreprocessCfg:
+    """How images are made ready for a loaded CLIP: size, mean, std."""
+    return PreprocessCfg(**merge_preprocess_dict(clip.visual.preprocess_cfg, config.tag))
+
+
+def model_config(config: ClipWeights) -> dict:
+    """open_clip's description of a model: embed_dim, vision_cfg, text_cfg.
+
+    Raises:
+        ValueError: an unknown model.
+    """
+    check_local_dir(config)
+    try:
+        found = open_clip.get_model_config(config.model)
+    except Exception as error:  # of the hub
+        raise cannot_load(config, error, AbsentWeights) from error
+    if found is None:
+        raise ValueError(
+            f"{config.key}.model: open_clip knows no {config.model!r} (open_clip.list_models())"
+        )
+    return found
+
+
+def build_image_tower(description: dict) -> nn.Module:
+    """A fresh image tower from {"embed_dim", "vision_cfg", "quick_gelu"}, with random weights."""
+    return open_clip.model._build_vision_tower(**description)
 
 
 # Our own

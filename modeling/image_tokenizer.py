@@ -252,6 +252,10 @@ class ImageTokenizer(nn.Module):
         reconstructions = self.decode(posterior.sample(), text_states)
         return reconstructions, posterior.mean, posterior.logvar
 
+    def freeze_encoder(self) -> None:
+        """Freeze the encoder: the latents stay what they are."""
+        self.encoder.requires_grad_(False)
+
     def init_weights(self) -> None:
         """Linear layers as `init_std` says, tokens and positions normal width^-0.5."""
         config = self.config

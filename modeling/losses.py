@@ -78,6 +78,22 @@ class ReconstructionLossConfig:
             raise ValueError("l2_weight and l1_weight are both 0, nothing would be reconstructed")
 
 
+@dataclass
+class DualLossConfig:
+    """Losses of a dual tokenizer besides those of the image (modeling/dual_tokenizer.py)."""
+
+    semantic_weight: float = 1.0  # 1 - cosine of predicted features to the teacher's
+    codebook_weight: float = 1.0  # draws codes to what the encoders give
+    commitment_weight: float = 0.25  # draws the encoders' output to the codes
+    entropy_weight: float = 0.0  # not in the paper's runs; needs cells x codes of memory
+
+    def __post_init__(self):
+        check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))
+        for name in ("semantic", "codebook"):
+            if not getattr(self, f"{name}_weight"):
+                raise ValueError(f"{name}_weight is 0: a part of the tokenizer would learn nothing")
+
+
 def has_projector_loss(config: ProjectorLossConfig) -> bool:
     """Whether any loss on z_T is on."""
     weights = loss_weights(config)
@@ -156,6 +172,11 @@ def reconstruction_losses(images: Tensor, reconstructions: Tensor) -> dict[str, 
         "l1": difference.abs().mean(),
         "gradient": (horizontal + vertical) / 2,
     }
+
+
+def semantic_loss(features: Tensor, targets: Tensor) -> Tensor:
+    """1 - cosine of features B x N x T to the teacher's, mean over all (TokenFlow's code)."""
+    return 1 - F.cosine_similarity(features.float(), targets.float(), dim=-1).mean()
 
 
 class _GatherRows(torch.autograd.Function):

@@ -1,13 +1,14 @@
-"""Convert the released FlowTok weights into run folders for sample.py, evaluation and fine-tuning.
+"""Convert released FlowTok and TokenFlow weights into run folders to sample, measure and fine-tune.
 
     python scripts/convert_checkpoint.py FlowTok-XL.pth FlowTiTok_512.bin --run runs/released_xl
     python sample.py --run runs/released_xl --prompts "a corgi in the snow" --sampler euler_release
     python scripts/convert_checkpoint.py FlowTiTok_512.bin runs/released_tokenizer
+    python scripts/convert_checkpoint.py tokenflow_clipb_32k_enhanced.pt runs/released_dual
 
-The last: one file, its own run folder. In: a flow file or a tokenizer file, recognised by its
-tensors, with or without data parallel's "module.", in a dict under state_dict, model or nnet_ema or
-not. Nothing in a file is executed: a pickle that needs more than tensors and plain containers is
-refused. What is checked: modeling/released.py.
+The last two: one file, its own run folder. In: a flow file or a tokenizer file, recognised by its
+tensors, with or without data parallel's "module.", in a dict under ema, state_dict, model or
+nnet_ema or not. Nothing in a file is executed: a pickle that needs more than tensors and plain
+containers is refused. What is checked: modeling/released.py, modeling/released_dual.py.
 Out: OUT/config.yaml and OUT/checkpoints/step_00000000/ with ema.safetensors, float32; with --run,
 OUT/flowtok and OUT/tokenizer of these. Written aside and renamed: a folder that is there is whole.
 The text tower is not in the files: the config names it, and it is loaded when it is used.
@@ -35,12 +36,13 @@ from modeling.flow import FlowConfig
 from modeling.layers import save_weights
 from modeling.pipeline import SamplingConfig
 from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
+from modeling.released_dual import convert_dual, is_dual
 from modeling.text_encoder import TextEncoderConfig
 from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, load_plain
 from training.errors import exit_on_error
 from training.run import CONFIG_FILE
 
-WRAPPERS = ("nnet_ema", "state_dict", "model")  # keys of the tensors, the averaged ones first
+WRAPPERS = ("ema", "nnet_ema", "state_dict", "model")  # keys of tensors, averaged ones first
 PREFIX = "module."
 TABLES = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")  # computed here
 CAPTIONS = [  # of sample.py without prompts
@@ -92,6 +94,8 @@ def main(args: argparse.Namespace) -> None:
         pairs = zip(files, stages, strict=True)
         kinds = " and ".join(f"{file} is a {stage} file" for file, stage in pairs)
         raise ValueError(f"--run needs a flow file and a tokenizer file, but {kinds}")
+    if args.run and any("dual" in one.networks for one in converted):
+        raise ValueError("--run: a flow makes latents, which a dual tokenizer does not have")
     if args.num_heads is not None and "flowtok" not in stages:
         raise ValueError(f"--num-heads is for a flow, but {args.released} is a tokenizer file")
 
@@ -132,7 +136,10 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     content = load_plain(path, mmap=is_zipfile(path))
     try:
         tensors = check_content(unwrap(content))
-        converted = convert(tensors, args.num_heads, args.latent_scale)
+        if is_dual(tensors):
+            converted = convert_dual(tensors)
+        else:
+            converted = convert(tensors, args.num_heads, args.latent_scale)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     millions = sum(tensor.numel() for tensor in converted.tensors.values()) / 1e6

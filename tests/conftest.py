@@ -198,3 +198,14 @@ def shape_sample(number: int) -> dict:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return {"__key__": f"{number:05d}", "png": buffer.getvalue(), "txt": f"a {colour} {shape}"}
+
+
+@pytest.fixture(scope="session")
+def dual_chain(tiny_clip_dir, tiny_shards, tmp_path_factory):
+    """The experiment with a dual tokenizer, all stages run once."""
+    from dual_experiment import PROGRAMS, DualExperiment
+
+    experiment = DualExperiment(tmp_path_factory.mktemp("dual"), tiny_clip_dir, tiny_shards)
+    for stage in PROGRAMS:
+        experiment.run(stage)
+    return experiment

@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("configs", "data", "eval", "modeling", "research", "scripts", "tests", "training")
-PROGRAMS = ("train_flowtok", "train_text_decoder", "train_text_projector", "train_tokenizer")
+PROGRAMS = (
+    *("train_flowtok", "train_next_scale", "train_text_decoder"),
+    *("train_text_projector", "train_tokenizer"),
+)
 ENTRY_POINTS = ("sample", *PROGRAMS)
 OURS = {*FOLDERS, *ENTRY_POINTS}
 # What a file of each folder may import of ours. Entry points, scripts, research, tests: everything.

@@ -13,6 +13,7 @@ from typing import TypeVar
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import load_weights
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
@@ -79,8 +80,26 @@ def load_newest(run_dir: str | Path, load: Callable[[], T]) -> tuple[T, Path]:
             return loaded, before[1]
 
 
+def load_any_tokenizer(run_dir: str | Path) -> ImageTokenizer | DualTokenizer:
+    """The image tokenizer of a stage-1 run, of either kind."""
+    is_dual = read_run_config(run_dir).get("dual") is not None
+    return load_dual_tokenizer(run_dir) if is_dual else load_tokenizer(run_dir)
+
+
+def load_dual_tokenizer(run_dir: str | Path) -> DualTokenizer:
+    """The dual tokenizer of a stage-1 run; ValueError if it has one of latents."""
+    if read_run_config(run_dir).get("dual") is None:
+        raise ValueError(f"{run_dir} has no dual tokenizer: its {CONFIG_FILE} has no 'dual'")
+    config = read_section(run_dir, "dual", DualTokenizerConfig)
+    return load_ema(DualTokenizer(config), run_dir)
+
+
 def load_tokenizer(run_dir: str | Path) -> ImageTokenizer:
-    """The image tokenizer of a stage-1 run."""
+    """The image tokenizer of a stage-1 run; ValueError if it has one of discrete codes."""
+    if read_run_config(run_dir).get("dual") is not None:
+        raise ValueError(
+            f"{run_dir} has a dual tokenizer, whose codes are for train_next_scale.py: no latents"
+        )
     config = read_section(run_dir, "tokenizer", ImageTokenizerConfig)
     return load_ema(ImageTokenizer(config), run_dir)
 

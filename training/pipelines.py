@@ -1,4 +1,4 @@
-"""Runs of stages 2 and 3 -> projectors, flows, and all parts of a generator or captioner.
+"""Runs of later stages -> projectors, flows, and all parts of a generator or captioner.
 
 EMA weights. A flow names its tokenizer's run, and that one its text encoder. Where the experiment's
 folder was moved, the parts are found beside the flow's run; fingerprints refuse wrong ones. Whole
@@ -16,6 +16,7 @@ from modeling.flow_model import FlowModel, build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
+from modeling.next_scale import NextScale, NextScaleConfig, NextScaleGenerator, NextScaleSampling
 from modeling.pipeline import Captioner, FlowTokPipeline, ImageGenerator, SamplingConfig
 from modeling.pretrained import is_pretrained
 from modeling.text_decoder import TextAutoencoder, TextDecoder, TextDecoderConfig
@@ -23,6 +24,7 @@ from modeling.text_encoder import TextEncoder, TextTokenizer
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.loading import (
     find_text_encoder,
+    load_dual_tokenizer,
     load_ema,
     load_tokenizer,
     read_run_config,
@@ -37,8 +39,15 @@ T = TypeVar("T")
 
 def flow_folder(run_dir: str | Path) -> Path:
     """The stage-3 run that makes an experiment's images, or the run folder itself."""
-    run = Path(run_dir) / "flowtok"
-    return run if run.is_dir() else Path(run_dir)
+    runs = (Path(run_dir) / stage for stage in ("flowtok", "next_scale"))
+    return next((run for run in runs if run.is_dir()), Path(run_dir))
+
+
+def is_next_scale(run_dir: str | Path) -> bool:
+    """Whether an experiment or a run makes images scale by scale, without a flow."""
+    if is_pretrained(run_dir):
+        return False
+    return read_run_config(flow_folder(run_dir)).get("stage") == "next_scale"
 
 
 def captioning_run(run_dir: str | Path) -> Path:
@@ -48,7 +57,9 @@ def captioning_run(run_dir: str | Path) -> Path:
 
 
 def direction_of(flow_dir: str | Path) -> str:
-    """Which way a stage-3 run flows."""
+    """Which way a stage-3 run flows; one that predicts scales does as to text_to_image."""
+    if is_next_scale(flow_dir):
+        return "text_to_image"
     return read_section(flow_dir, "flow", FlowConfig).direction
 
 
@@ -143,6 +154,8 @@ def load_pipeline(
         exported = FlowTokPipeline.from_pretrained(run_dir, device)
         return exported.generator, exported.direction("text_to_image").sampling
     flow_dir = flow_folder(run_dir)
+    if is_next_scale(flow_dir):
+        raise ValueError(f"{flow_dir} has no flow: sample.py draws its images")
     if direction_of(flow_dir) == "image_to_text":
         raise ValueError(f"{flow_dir} flows from image to text, no images: sample.py --caption")
     tokenizer_run, tokenizer = find_tokenizer(flow_dir)
@@ -151,6 +164,23 @@ def load_pipeline(
     check_parts(flow, tokenizer, text_encoder)
     parts = ImageGenerator(text_encoder.to(device), tokenizer.to(device), flow.to(device))
     return parts, read_section(flow_dir, "sampling", SamplingConfig)
+
+
+def load_generator(
+    run_dir: str | Path, device: torch.device
+) -> tuple[ImageGenerator | NextScaleGenerator, SamplingConfig | NextScaleSampling]:
+    """As load_pipeline, also of a run of stage next_scale."""
+    if not is_next_scale(run_dir):
+        return load_pipeline(run_dir, device)
+    run = flow_folder(run_dir)
+    known = trained_with(run)
+    tokenizer_run, tokenizer = find_run(
+        run, "tokenizer", load_dual_tokenizer, fingerprint, known.get("tokenizer")
+    )
+    text_encoder = find_text_encoder(tokenizer_run, known.get("text_encoder"))
+    model = load_ema(NextScale(read_section(run, "next_scale", NextScaleConfig)), run)
+    parts = NextScaleGenerator(text_encoder.to(device), tokenizer.to(device), model.to(device))
+    return parts, read_section(run, "sampling", NextScaleSampling)
 
 
 def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner, SamplingConfig]:

@@ -1,0 +1,189 @@
+"""What a dual tokenizer's codes keep of what its teacher sees, beside pixels and latents.
+
+    python -m eval.understanding runs/emoji_dual --train TRAIN_SHARDS --heldout HELDOUT_SHARDS
+
+RUN is a dual tokenizer's run folder, or an experiment with one. The teacher's own image feature is
+read out of each representation by a ridge regression that is fitted on the training images:
+semantic codes, the features predicted from them, pixel codes, small pixels, and with --flowtok RUN
+the latents of a FlowTok tokenizer. Of the held-out images: the cosine of what is read to the
+teacher's feature; zero-shot retrieval, how often the teacher's text feature of its own caption is
+the nearest among all different captions, and this as a share of what the teacher's own feature
+reaches. EMA weights. One json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Run as a file, Python looks into eval/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.files import check_writable, user_path, write_json
+from data.images import ImageTextConfig
+from eval.images import ImageSet, iterate_images, list_images, spread_evenly
+from eval.programs import add_reading_options, build_parser, integer, start_processes
+from modeling.clip_weights import clip_inputs, load_clip, preprocessing_of
+from modeling.dual_tokenizer import DualTokenizer
+from modeling.image_tower import TeacherConfig
+from training.errors import exit_on_error
+from training.loading import load_dual_tokenizer, load_tokenizer, read_section
+from training.ridge import fit_ridge
+
+SMALL = 16  # pixels along a side of what stands for the image itself
+MAX_TRAIN = 1500  # images that the regressions are fitted on: they cost N^3 operations
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = build_parser(__doc__)
+    add = parser.add_argument
+    add("run", type=user_path, metavar="RUN", help="run of a dual tokenizer, or an experiment")
+    help_text = "folders or tar shards: paths, braces, globs"
+    add("--train", nargs="+", required=True, metavar="DATA", help=help_text)
+    add("--heldout", nargs="+", required=True, metavar="DATA", help=help_text)
+    add("--flowtok", type=user_path, metavar="RUN", help="a FlowTok tokenizer beside it")
+    add("--num-train", type=integer(2), default=MAX_TRAIN, help="evenly spaced training images")
+    add("--output", type=user_path, help="default: understanding.json in the run folder")
+    add_reading_options(parser, 32, "images at a time")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read, fit, measure, write."""
+    run = args.run / "tokenizer" if (args.run / "tokenizer").is_dir() else args.run
+    output = args.output or run / "understanding.json"
+    check_writable(output)
+    device = start_processes(args.device).device
+    tokenizer = load_dual_tokenizer(run).to(device)
+    teacher = WholeTeacher(tokenizer.config.teacher).to(device)
+    nets = representations(tokenizer)
+    if args.flowtok:
+        other = load_tokenizer(args.flowtok).to(device)
+        size = other.config.image_size
+        nets["flowtok_latents"] = lambda x: other.encode(fit_size(x, size)).mean
+
+    # Everything that is asked of an image, once; the entries are chosen before they are read
+    data = read_section(run, "data", ImageTextConfig)
+    keys, background = tuple(data.captions.keys), tuple(data.background)
+    found = []
+    for names, limit in ((args.train, args.num_train), (args.heldout, None)):
+        entries = list_images(names)
+        entries = [entries[i] for i in spread_evenly(len(entries), limit or len(entries))]
+        images = ImageSet(entries, tokenizer.config.image_size, keys, background)
+        found.append(read_features(images, nets | {"teacher": teacher.see}, device, args))
+    (train, _), (heldout, captions) = found
+
+    # What each representation knows of the teacher's feature
+    texts, own = text_features(teacher, captions)
+    reached = retrieval(heldout["teacher"], texts, own)
+    readouts = {}
+    for name in nets:
+        ridge = fit_ridge(train[name], train["teacher"][:, None])
+        read = F.normalize(ridge(heldout[name])[:, 0], dim=-1)
+        top1 = retrieval(read, texts, own)
+        readouts[name] = {
+            "cosine": (read * heldout["teacher"]).sum(-1).mean().item(),
+            "top1": top1,
+            "share_of_teacher": top1 / reached if reached else None,
+        }
+    report = {
+        "num_train": len(train["teacher"]),
+        "num_heldout": len(captions),
+        "num_captions": len(texts),
+        "teacher_top1": reached,
+        "readouts": readouts,
+    }
+    write_json(report, output)
+    print(json.dumps(report, indent=2))
+    print(f"{output}: written")
+
+
+class WholeTeacher(nn.Module):
+    """The teacher's CLIP: features of images in [0, 1] and of captions, of length 1."""
+
+    def __init__(self, config: TeacherConfig):
+        super().__init__()
+        self.clip = load_clip(config)
+        self.preprocessing = preprocessing_of(config, self.clip)
+        _, self.tokenize = clip_inputs(config, self.clip)
+
+    @torch.no_grad()
+    def see(self, images: Tensor) -> Tensor:
+        """B x 3 x R x R -> B x E."""
+        size = self.preprocessing.size
+        images = fit_size(images, size if isinstance(size, int) else size[0])
+        mean = images.new_tensor(self.preprocessing.mean)[:, None, None]
+        std = images.new_tensor(self.preprocessing.std)[:, None, None]
+        return F.normalize(self.clip.encode_image((images - mean) / std), dim=-1)
+
+    @torch.no_grad()
+    def read(self, captions: list[str]) -> Tensor:
+        """Captions -> B x E."""
+        ids = self.tokenize(captions).to(next(self.clip.parameters()).device)
+        return F.normalize(self.clip.encode_text(ids), dim=-1)
+
+
+def representations(tokenizer: DualTokenizer) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By name: images B x 3 x R x R in [0, 1] -> what stands for them, B x N x C."""
+    semantic = tokenizer.config.quantizer.semantic_channels
+
+    def predicted(images: Tensor) -> Tensor:
+        return tokenizer.read(tokenizer.quantizer.decode(tokenizer.encode(images).indices))
+
+    return {
+        "predicted_features": predicted,
+        "semantic_codes": lambda x: tokenizer.encode(x).mean[..., :semantic],
+        "pixel_codes": lambda x: tokenizer.encode(x).mean[..., semantic:],
+        "pixels": lambda x: F.interpolate(x, size=(SMALL, SMALL), mode="area").flatten(2),
+    }
+
+
+@torch.no_grad()
+def read_features(
+    images: ImageSet, nets: dict[str, Callable], device: torch.device, args: argparse.Namespace
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What each of the nets gives for all readable images, on the CPU; their captions."""
+    found, captions = {name: [] for name in nets}, []
+    for batch in iterate_images(images, args.batch_size, args.num_workers):
+        for name, reason in batch["skipped"]:
+            print(f"left out: {name}: {reason}", file=sys.stderr)
+        if not batch["index"]:
+            continue
+        pixels = batch["image"].to(device).float() / 255
+        captions += batch["caption"]
+        for name, net in nets.items():
+            found[name].append(net(pixels).float().cpu())
+    if len(captions) < 2:
+        raise ValueError(f"only {len(captions)} of {len(images)} images could be read")
+    return {name: torch.cat(parts) for name, parts in found.items()}, captions
+
+
+def text_features(teacher: WholeTeacher, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Features of all different captions, M x E, and the number of each image's own among them."""
+    different = sorted({*captions})
+    numbers = {caption: number for number, caption in enumerate(different)}
+    texts = torch.cat([teacher.read(different[i : i + 256]) for i in range(0, len(different), 256)])
+    return texts.float().cpu(), torch.tensor([numbers[caption] for caption in captions])
+
+
+def retrieval(images: Tensor, texts: Tensor, own: Tensor) -> float:
+    """Share of images B x E whose own caption's feature is the nearest of M x E."""
+    return ((images @ texts.T).argmax(-1) == own).float().mean().item()
+
+
+def fit_size(images: Tensor, size: int) -> Tensor:
+    """B x 3 x R x R -> B x 3 x size x size, bicubic and antialiased."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    exit_on_error(lambda: main(arguments))

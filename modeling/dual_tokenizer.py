@@ -1,0 +1,301 @@
+"""The dual tokenizer: images <-> indices of code pairs, each a semantic and a pixel code.
+
+TokenFlow (CVPR 2025, arXiv 2412.03069): a semantic encoder (an image tower of open_clip, which
+starts from the teacher) and a pixel encoder give maps on the same grid, which one quantiser codes
+(modeling/dual_quantizer.py). From the semantic codes a small ViT predicts the teacher's features,
+from the pixel codes a decoder the image. Its `encode` and `decode` are those of the ImageTokenizer
+where both are used: tokens are the codes, B x G^2 x (S + P), the text states are not read.
+In and out: images B x 3 x R x R in [0, 1] (the decoder's output is not clamped).
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dual_quantizer import DualQuantizer, Quantised, QuantizerConfig, resize
+from .image_tokenizer import TransformerSize
+from .image_tower import (
+    ImageTower,
+    Teacher,
+    TeacherConfig,
+    describe_tower,
+    feature_channels,
+    resize_positions,
+)
+from .layers import Attention, check_not_negative, init_linear_
+from .pixel_nets import (
+    MAP_CHANNELS,
+    ConvolutionalDecoder,
+    ConvolutionalEncoder,
+    ConvolutionSize,
+    PatchDecoder,
+    PatchEncoder,
+)
+
+FROM_TEACHER = {"derived": "the teacher"}
+
+
+@dataclass
+class DualTokenizerConfig:
+    """Sizes of the tokenizer; the defaults are the paper's B at 256 px."""
+
+    image_size: int = 256  # pixels; a multiple of patch_size if pixel_nets are transformers
+    patch_size: int = 16  # pixels a cell; that of the teacher's patches
+    # Whose image tower is distilled, and starts the semantic encoder
+    teacher: TeacherConfig = field(
+        default_factory=lambda: TeacherConfig("ViT-B-16-quickgelu", "openai")
+    )
+    semantic_depth: int = 3  # blocks of the semantic decoder, as wide as the tower
+    semantic_heads: int = 12  # of them
+    # transformer: encoder and decoder below; convolutional: convolutions, the paper's
+    pixel_nets: Literal["transformer", "convolutional"] = "convolutional"
+    encoder: TransformerSize = field(default_factory=TransformerSize)
+    decoder: TransformerSize = field(default_factory=TransformerSize)
+    query_key_bias: float = 0.0  # of transformer: as tokenizer.query_key_bias
+    convolutions: ConvolutionSize = field(default_factory=ConvolutionSize)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    tower: str = field(default="", metadata=FROM_TEACHER)  # as describe_tower has it
+
+    def __post_init__(self):
+        check_not_negative(self, "semantic_depth")
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        if self.pixel_nets == "transformer" and self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
+            )
+        if self.quantizer.scales[-1] != self.grid_size:
+            raise ValueError(
+                f"quantizer.scales end with {self.quantizer.scales[-1]}, expected image_size / "
+                f"patch_size = {self.grid_size}"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Cells along one side of the image, G."""
+        return self.image_size // self.patch_size
+
+    def for_teacher(self) -> "DualTokenizerConfig":
+        """The config with what builds the teacher's tower; ValueError if there is no teacher."""
+        return replace(self, tower=describe_tower(self.teacher))
+
+
+class DualTokens(NamedTuple):
+    """A coded image."""
+
+    mean: Tensor  # B x G^2 x (S + P), sums of codes; named as a Posterior's
+    indices: Tensor  # B x L, scale after scale, row-major
+
+
+class DualPass(NamedTuple):
+    """What a training pass gives the losses; a named tuple, so that DDP sees its tensors."""
+
+    reconstructions: Tensor  # B x 3 x R x R
+    features: Tensor  # B x G^2 x T, predicted of the teacher's
+    quantised: Quantised
+
+
+class DualTokenizer(nn.Module):
+    """Encoders, quantiser and decoders. `forward` is the training pass."""
+
+    def __init__(self, config: DualTokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.semantic_encoder = ImageTower.build(config.tower).drop_unused()
+        width, sizes = self.semantic_encoder.width, config.quantizer
+        check_grids(config, self.semantic_encoder)
+        self.to_semantic_codes = tanh_head(width, sizes.semantic_channels)
+        if config.pixel_nets == "transformer":
+            shape = (config.grid_size, config.patch_size, sizes.pixel_channels)
+            self.pixel_encoder = PatchEncoder(config.encoder, *shape)
+            self.pixel_decoder = PatchDecoder(config.decoder, *shape)
+        else:
+            encoder = ConvolutionalEncoder(config.convolutions)
+            decoder = ConvolutionalDecoder(config.convolutions)
+            to_codes = nn.Conv2d(MAP_CHANNELS, sizes.pixel_channels, 1)
+            from_codes = nn.Conv2d(sizes.pixel_channels, MAP_CHANNELS, 1)
+            parts = {"net": encoder, "to_codes": to_codes}
+            self.pixel_encoder = nn.Sequential(OrderedDict(parts))
+            parts = {"from_codes": from_codes, "net": decoder}
+            self.pixel_decoder = nn.Sequential(OrderedDict(parts))
+        self.quantizer = DualQuantizer(sizes)
+        self.semantic_decoder = SemanticDecoder(
+            sizes.semantic_channels,
+            width,
+            config.semantic_depth,
+            config.semantic_heads,
+            self.semantic_encoder.grid,
+        )
+        self.to_features = tanh_head(width, feature_channels(self.semantic_encoder))
+        self.init_weights()
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Images B x 3 x R x R in [0, 1] -> what is to be coded, B x (S + P) x G x G."""
+        size, shape = self.config.image_size, tuple(images.shape)
+        if shape[1:] != (3, size, size):
+            raise ValueError(f"images have shape {shape}, expected B x 3 x {size} x {size}")
+        # The semantic encoder, too, gets [-1, 1], whatever its tower was trained with.
+        images = images * 2 - 1
+        grid = self.config.grid_size
+        tokens = self.to_semantic_codes(self.semantic_encoder(images))  # B x G^2 x S
+        semantic = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+        pixel = self.pixel_encoder(resize(images, self.net_size))
+        return torch.cat([semantic, pixel.to(semantic.dtype)], dim=1)
+
+    @property
+    def net_size(self) -> int:
+        """Pixels along a side of the pixel nets' images: a stride of 16 has no grid of 27 else."""
+        if self.config.pixel_nets == "transformer":
+            return self.config.image_size
+        return self.config.grid_size * self.config.convolutions.stride
+
+    def draw(self, codes: Tensor) -> Tensor:
+        """Codes B x (S + P) x G x G -> images B x 3 x R x R."""
+        pixels = self.pixel_decoder(codes[:, self.config.quantizer.semantic_channels :])
+        return (resize(pixels, self.config.image_size) + 1) / 2
+
+    def read(self, codes: Tensor) -> Tensor:
+        """Codes B x (S + P) x G x G -> predicted features of the teacher, B x G^2 x T."""
+        semantic = codes[:, : self.config.quantizer.semantic_channels]
+        return self.to_features(self.semantic_decoder(semantic))
+
+    def encode(self, images: Tensor) -> DualTokens:
+        """Images B x 3 x R x R in [0, 1] -> codes and indices; in eval mode only."""
+        assert not self.training, "a training pass may leave out a scale"
+        quantised = self.quantizer(self.maps(images))
+        codes = quantised.codes.flatten(2).transpose(1, 2)
+        return DualTokens(codes, torch.cat(quantised.indices, dim=1))
+
+    def decode(self, tokens: Tensor, text_states: Tensor | None = None) -> Tensor:
+        """Codes B x G^2 x (S + P) -> images B x 3 x R x R, not clamped."""
+        grid = self.config.grid_size
+        return self.draw(tokens.transpose(1, 2).unflatten(2, (grid, grid)))
+
+    def forward(self, images: Tensor, with_entropy: bool = False) -> DualPass:
+        """Images B x 3 x R x R in [0, 1] -> what the losses are of."""
+        quantised = self.quantizer(self.maps(images), with_entropy)
+        return DualPass(self.draw(quantised.codes), self.read(quantised.codes), quantised)
+
+    def start_from(self, teacher: Teacher) -> None:
+        """Take the teacher's weights into the semantic encoder."""
+        own, weights = self.semantic_encoder, teacher.tower.state_dict()
+        own.load_state_dict({name: weights[name] for name in own.state_dict()})
+
+    def freeze_encoder(self) -> None:
+        """Freeze all but the pixel decoder: the codes stay what they are."""
+        self.requires_grad_(False)
+        self.pixel_decoder.requires_grad_(True)
+
+    def init_weights(self) -> None:
+        """Heads and semantic decoder normal 0.02; pixel transformers as the ImageTokenizer's."""
+        for part in (self.to_semantic_codes, self.to_features):
+            for module in part:
+                init_linear_(module, std=0.02)
+        if self.config.pixel_nets != "transformer":
+            return
+        for part in (self.pixel_encoder, self.pixel_decoder):
+            for module in part.modules():
+                init_linear_(module)
+                if isinstance(module, Attention):
+                    query, key, _ = module.qkv.bias.chunk(3)
+                    nn.init.constant_(query, self.config.query_key_bias)
+                    nn.init.constant_(key, self.config.query_key_bias)
+        init_linear_(self.pixel_decoder.to_pixels, std=0.02)
+        nn.init.dirac_(self.pixel_decoder.smooth.weight)
+
+
+def check_grids(config: DualTokenizerConfig, tower: ImageTower) -> None:
+    """Refuse a tower that gives no token for each cell; CLIP's fits any number of its patches."""
+    if tower.patch_size != config.patch_size:
+        raise ValueError(
+            f"dual.patch_size {config.patch_size}: the teacher's patches have {tower.patch_size} "
+            "pixels, and the grids must agree"
+        )
+    if not tower.is_clip and tower.grid != config.grid_size:
+        raise ValueError(
+            f"dual.image_size {config.image_size}: the teacher reads images of "
+            f"{tower.grid * tower.patch_size} pixels only"
+        )
+
+
+def tanh_head(width: int, channels: int) -> nn.Sequential:
+    """Linear, tanh, Linear: to the codes, and to the teacher's features."""
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, channels))
+
+
+# The semantic decoder; names are those of the published weights
+
+
+class SemanticDecoder(nn.Module):
+    """Semantic codes B x S x g x g -> tokens B x g^2 x W: a ViT on patches of one cell."""
+
+    def __init__(self, channels: int, width: int, depth: int, num_heads: int, grid: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"semantic_heads {num_heads} does not divide the tower's {width}")
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, width, 1)))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, grid**2 + 1, width))
+        self.blocks = nn.ModuleList(SemanticBlock(width, num_heads) for _ in range(depth))
+        self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+        self.init_weights()
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.patch_embed(codes)
+        grid = x.shape[-1]
+        first = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
+        x = torch.cat([first, x.flatten(2).transpose(1, 2)], dim=1)
+        x = x + resize_positions(self.pos_embed[0], grid)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc_norm(x[:, 1:])
+
+    def init_weights(self) -> None:
+        """Normal 0.02; what a block adds is the smaller the deeper it is."""
+        for module in self.modules():
+            init_linear_(module, std=0.02)
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+        with torch.no_grad():
+            for number, block in enumerate(self.blocks, start=1):
+                block.attn.proj.weight /= (2 * number) ** 0.5
+                block.mlp.fc2.weight /= (2 * number) ** 0.5
+
+
+class SemanticBlock(nn.Module):
+    """x += attn(norm(x)); x += mlp(norm(x)); B x N x W."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = KeylessBiasAttention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU()}
+        self.mlp = nn.Sequential(OrderedDict(**layers, fc2=nn.Linear(4 * width, width)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class KeylessBiasAttention(nn.Module):
+    """Attention with biases on queries and values, none on keys, as BEiT has it."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # B x H x N x D each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))

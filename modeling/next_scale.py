@@ -1,0 +1,333 @@
+"""Text to image by predicting the indices of a dual tokenizer, one scale after the other.
+
+TokenFlow (CVPR 2025, arXiv 2412.03069) on VAR's next-scale prediction (arXiv 2404.02905). The
+sequence is [text states; start; inputs of scale 2; inputs of scale 3; ...]. The token of a scale at
+a cell is predicted at an input in its own place, which holds what the smaller scales say of the
+cell; the one token of scale 1 at `start`. Text is causal, a scale sees itself and the smaller ones.
+Differs from the paper: text states of a frozen tower are the prefix, and the network is trained
+from scratch; there a language model reads and predicts words, too. Nothing follows the image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .activation_checkpointing import ActivationCheckpointing, run_block
+from .dual_quantizer import QuantizerConfig, resize
+from .dual_tokenizer import DualTokenizer
+from .layers import (
+    FROM_TEXT_ENCODER,
+    FROM_TOKENIZER,
+    Attention,
+    SwiGLU,
+    find_text,
+    init_linear_,
+    rotate_pairs,
+    sincos_position_table,
+)
+from .pipeline import Precision, autocast, unit_noise
+from .text_encoder import TextEncoder
+
+
+@dataclass
+class NextScaleConfig:
+    """Size of the network; the defaults have about the weights of FlowTok-B."""
+
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    null_probability: float = 0.1  # share of captions that are dropped in training, for guidance
+    text_tokens: int = field(default=77, metadata=FROM_TEXT_ENCODER)  # L
+    text_width: int = field(default=768, metadata=FROM_TEXT_ENCODER)  # T
+    # Zeros among the text states are padding, which nothing looks at
+    text_is_masked: bool = field(default=False, metadata=FROM_TEXT_ENCODER)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig, metadata=FROM_TOKENIZER)
+
+    def __post_init__(self):
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
+            )
+        if not 0 <= self.null_probability < 1:
+            raise ValueError(f"null_probability must be in [0, 1), got {self.null_probability}")
+
+
+# What the network gets
+
+
+def scale_inputs(
+    maps: Sequence[Tensor], scales: Sequence[int], refined: int | None = None
+) -> Tensor:
+    """The inputs of all scales but the first: B x (sum of s^2 from the second on) x C.
+
+    Args:
+        maps: codes B x C x s x s of each scale; the last one's may be absent, unless refined.
+        refined: this scale (from 0) gets the sum with its own codes in it, in the place of the
+            smaller ones' sum: for another pass over what was drawn.
+    """
+    # Scale by scale, which is not quite the tokenizer's sum, where each is enlarged to the grid.
+    total, inputs = maps[0], []
+    for index, scale in enumerate(scales[1:], start=1):
+        start = resize(total, scale)
+        total = start + maps[index] if index < len(maps) else start
+        inputs.append((total if index == refined else start).flatten(2).transpose(1, 2))
+    none = maps[0].flatten(2).transpose(1, 2)[:, :0]  # one scale alone has no inputs
+    return torch.cat([none, *inputs], dim=1)
+
+
+def block_causal_mask(prefix: Tensor, scales: Sequence[int]) -> Tensor:
+    """Who looks at whom: B x N x N bool, query by key, N = P + sum of s^2 - 1.
+
+    Args:
+        prefix: B x P bool, which of its tokens are no padding; scale 1 is predicted at the last.
+    """
+    # The prefix counts token by token; each scale from the second on is one step.
+    sizes = torch.tensor([scale**2 for scale in scales[1:]], dtype=torch.long)
+    places = torch.repeat_interleave(torch.arange(len(sizes)), sizes) + prefix.shape[1]
+    steps = torch.cat([torch.arange(prefix.shape[1]), places]).to(prefix.device)
+    seen = F.pad(prefix, (0, len(places)), value=True)  # B x N
+    return (steps[:, None] >= steps) & seen[:, None] & seen[:, :, None]
+
+
+class NextScaleBlock(nn.Module):
+    """x += attn(ln(x)); x += swiglu(ln(x)); B x N x W, queries and keys normalised."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = Attention(width, num_heads)
+        self.norm_query = nn.RMSNorm(width // num_heads, eps=1e-6)
+        self.norm_key = nn.RMSNorm(width // num_heads, eps=1e-6)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = SwiGLU(width)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """rope: cosines and sines, N x D / 2. mask: B x 1 x N x N bool."""
+        q, k, v = self.attention.split(self.norm_attention(x))
+        cos, sin = (table.to(v.dtype) for table in rope)
+        q = rotate_pairs(self.norm_query(q).to(v.dtype), cos, sin)
+        k = rotate_pairs(self.norm_key(k).to(v.dtype), cos, sin)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.attention.out(rearrange(attended, "b h n d -> b n (h d)"))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class NextScale(nn.Module):
+    """Text states and what is known of the image -> logits of the indices of each scale."""
+
+    def __init__(self, config: NextScaleConfig):
+        super().__init__()
+        self.config = config
+        width, sizes = config.width, config.quantizer
+        self.activation_checkpointing: ActivationCheckpointing = "none"
+        self.embed_text = nn.Linear(config.text_width, width)
+        self.null_text = nn.Parameter(torch.empty(config.text_tokens, width))
+        self.start = nn.Parameter(torch.empty(width))
+        self.projector = nn.Sequential(
+            nn.Linear(sizes.channels, width), nn.GELU(), nn.Linear(width, width)
+        )
+        self.levels = nn.Parameter(torch.empty(len(sizes.scales) + 1, width))
+        self.positions = nn.Parameter(torch.empty(sizes.num_tokens, width))
+        self.blocks = nn.ModuleList(
+            NextScaleBlock(width, config.num_heads) for _ in range(config.depth)
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.to_logits = nn.Linear(width, sizes.num_codes)
+        length = config.text_tokens + sizes.num_tokens
+        sines, cosines = sincos_position_table(length, width // config.num_heads).chunk(2, dim=-1)
+        self.register_buffer("rope_cos", cosines, persistent=False)
+        self.register_buffer("rope_sin", sines, persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear layers Xavier uniform, tables as in the original; all logits start equal."""
+        for module in self.modules():
+            init_linear_(module)
+        for parameter in (self.null_text, self.start, self.levels, self.positions):
+            std = (3 * self.config.width) ** -0.5
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(self.to_logits.weight)
+
+    def embed_image(self, features: Tensor, num_scales: int) -> Tensor:
+        """start, and features B x (n - 1) x C of the scales from the second on: B x n x W."""
+        sizes = [scale**2 for scale in self.config.quantizer.scales[1:num_scales]]
+        rows = torch.repeat_interleave(torch.arange(2, num_scales + 1), torch.tensor(sizes).long())
+        image = self.projector(features)
+        image = image + self.levels[rows.to(image.device)]
+        first = (self.start + self.levels[0]).to(image.dtype).expand(len(image), 1, -1)
+        return torch.cat([first, image], dim=1) + self.positions[: image.shape[1] + 1]
+
+    def forward(
+        self, features: Tensor, text_states: Tensor, dropped: Tensor, num_scales: int | None = None
+    ) -> Tensor:
+        """Logits B x n x K of the n tokens of the first scales.
+
+        Args:
+            features: of scale_inputs, B x (n - 1) x C.
+            text_states: B x L x T.
+            dropped: B bool, whose text is not to be read.
+        """
+        scales = self.config.quantizer.scales[:num_scales]
+        text = torch.where(
+            dropped[:, None, None], self.null_text.float(), self.embed_text(text_states).float()
+        )
+        image = self.embed_image(features, len(scales))
+        x = torch.cat([text.to(image.dtype), image], dim=1)
+
+        # Padding looks at itself, or its rows of the softmax would be empty.
+        prefix = torch.ones(1, text.shape[1] + 1, dtype=torch.bool, device=x.device)
+        if self.config.text_is_masked:
+            seen = find_text(text_states) | dropped[:, None]
+            prefix = F.pad(seen, (0, 1), value=True)
+        mask = block_causal_mask(prefix, scales)
+        mask = mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=x.device)
+        rope = (self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]])
+        for block in self.blocks:
+            x = run_block(block, self.activation_checkpointing, x, rope, mask[:, None])
+        return self.to_logits(self.norm_out(x[:, text.shape[1] :]))
+
+
+# Drawing
+
+
+@dataclass
+class NextScaleSampling:
+    """How indices are drawn. Each scale but the first is drawn in several passes, ever narrower."""
+
+    guidance: float = 7.5  # at the last scale; it grows from 0 at the first. 0: none, half the work
+    top_k: list[int] = field(default_factory=lambda: [1200, 100, 1])  # of each pass; 0: all
+    top_p: list[float] = field(default_factory=lambda: [0.8, 0.8, 0.0])  # of each pass; 0: all
+    precision: Precision = "fp32"  # autocast of the network and the decoder
+
+    def __post_init__(self):
+        if len(self.top_k) != len(self.top_p) or not self.top_k:
+            raise ValueError(f"top_k {self.top_k} and top_p {self.top_p} must be as many passes")
+        if min(self.top_k) < 0 or not all(0 <= p <= 1 for p in self.top_p):
+            raise ValueError(
+                f"top_k must be at least 0 and top_p in [0, 1]: {self.top_k}, {self.top_p}"
+            )
+        if self.guidance < 0:
+            raise ValueError(f"guidance must not be negative, got {self.guidance}")
+
+    sample_text_latent = True  # images of a prompt differ
+
+    def check_images(self, option: str, number: int) -> None:
+        """Any number of images of a caption will do: they differ."""
+
+    @property
+    def steps(self) -> int:
+        """Passes over a scale."""
+        return len(self.top_k)
+
+    def but(self, **changes: Any) -> "NextScaleSampling":
+        """With those changes that are not None; ValueError for one that only a flow has."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        if unknown := [name for name in given if name not in ("guidance", "precision")]:
+            raise ValueError(f"{', '.join(unknown)}: a run of stage next_scale has no such option")
+        return replace(self, **given)
+
+
+def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits ... x K, -inf where they can't be drawn: top-k first, then top-p; 0 turns one off."""
+    if top_k:
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p:
+        rising, order = logits.sort(dim=-1)
+        removed = rising.softmax(-1).cumsum(-1) <= 1 - top_p
+        removed[..., -1] = False  # never the largest
+        logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    return logits
+
+
+def draw_indices(logits: Tensor, noise: Tensor) -> Tensor:
+    """One index of each row: logits B x n x K, unit normal noise B x n -> B x n."""
+    # The inverse of the distribution function, at noise that is uniform then.
+    heights = logits.float().softmax(-1).cumsum(-1)
+    points = torch.special.ndtr(noise).clamp(max=1 - 1e-6)[..., None] * heights[..., -1:]
+    found = torch.searchsorted(heights, points, right=True)[..., 0]
+    return found.clamp(max=logits.shape[-1] - 1)
+
+
+class Drawn(NamedTuple):
+    """Drawn images."""
+
+    images: Tensor  # B x 3 x R x R in [0, 1]
+    indices: Tensor  # B x L
+
+
+@dataclass
+class NextScaleGenerator:
+    """All parts of a trained run of this stage, in eval mode on one device."""
+
+    text_encoder: TextEncoder
+    tokenizer: DualTokenizer
+    model: NextScale
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return self.model.start.device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        captions: list[str],
+        config: NextScaleSampling,
+        seed: int = 0,
+        indices: list[int] | None = None,
+    ) -> Drawn:
+        """Captions -> images, each a function of its caption and of (seed, its index).
+
+        `indices` number the images for their randomness (default 0..B-1).
+        """
+        token_ids = self.text_encoder.tokenize(captions).to(self.device)
+        states = self.text_encoder(token_ids).float()
+        numbers = list(range(len(captions))) if indices is None else indices
+        shape = (config.steps, self.model.config.quantizer.num_tokens)
+        noise = unit_noise(shape, seed, numbers).to(self.device)
+        with autocast(self.device, config.precision):
+            drawn = self.draw(states, config, noise)
+            images = self.tokenizer.draw(self.tokenizer.quantizer.decode(drawn))
+        return Drawn(images.float().clamp(0, 1), drawn)
+
+    def draw(self, states: Tensor, config: NextScaleSampling, noise: Tensor) -> Tensor:
+        """Text states B x L x T, noise B x passes x n -> indices B x n of all scales."""
+        quantizer = self.tokenizer.quantizer
+        scales = quantizer.config.scales
+        found = torch.zeros(len(states), 0, dtype=torch.long, device=states.device)
+        for number, scale in enumerate(scales):
+            known = found
+            for step in range(config.steps if number else 1):
+                features = states.new_zeros(len(states), 0, quantizer.config.channels)
+                if number:  # a pass after the first sees what the one before it has drawn
+                    maps = quantizer.code_maps(found, number + bool(step))
+                    refined = number if step else None
+                    features = scale_inputs(maps, scales[: number + 1], refined)
+                share = number / (len(scales) - 1) if len(scales) > 1 else 1.0
+                logits = self.logits(features, states, config.guidance * share, number + 1)
+                logits = logits[:, -(scale**2) :]
+                logits = keep_likely(logits, config.top_k[step], config.top_p[step])
+                places = slice(known.shape[1], known.shape[1] + scale**2)
+                found = torch.cat([known, draw_indices(logits, noise[:, step, places])], dim=1)
+        return found
+
+    def logits(self, features: Tensor, states: Tensor, guidance: float, num_scales: int) -> Tensor:
+        """(1 + t) conditional - t unconditional logits, B x n x K, float32."""
+        batch = len(states)
+        dropped = torch.zeros(batch, dtype=torch.bool, device=states.device)
+        if not guidance:
+            return self.model(features, states, dropped, num_scales).float()
+        both = torch.cat([dropped, ~dropped])
+        twice = (torch.cat([part, part]) for part in (features, states))
+        with_text, without = self.model(*twice, both, num_scales).float().chunk(2)
+        return (1 + guidance) * with_text - guidance * without
+
+    def between(self, *arguments: Any) -> Tensor:
+        """Refuse: indices have no line between them."""
+        raise ValueError("--interpolate: images of stage next_scale have nothing between them")

@@ -1,0 +1,221 @@
+"""Pixel encoders and decoders of the dual tokenizer: images <-> maps of P channels on a grid.
+
+Two pairs: the house's transformer blocks for small runs, and the convolutional nets of VQGAN
+(Esser et al. 2021) in the form that the published TokenFlow weights have, whose names their modules
+keep. Images are B x 3 x R x R in [-1, 1], not clamped when decoded; maps B x P x G x G.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .image_tokenizer import RopeTransformer, TransformerSize
+from .layers import axial_rope_table
+
+# The house's blocks
+
+
+def grid_transformer(size: TransformerSize, grid: int) -> RopeTransformer:
+    """Blocks over grid x grid cells with RoPE at their rows and columns."""
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = axial_rope_table(rows.flatten(), columns.flatten(), size.width // size.num_heads)
+    return RopeTransformer(size, angles)
+
+
+class PatchEncoder(nn.Module):
+    """Patches -> blocks -> P channels a patch."""
+
+    def __init__(self, size: TransformerSize, grid: int, patch_size: int, channels: int):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, size.width, patch_size, patch_size)
+        self.transformer = grid_transformer(size, grid)
+        self.to_codes = nn.Linear(size.width, channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed(images)  # B x W x G x G
+        x = self.transformer(rearrange(patches, "b w h1 w1 -> b (h1 w1) w"), kept=slice(None))
+        return rearrange(self.to_codes(x), "b (h w) p -> b p h w", h=patches.shape[-1])
+
+
+class PatchDecoder(nn.Module):
+    """P channels a patch -> blocks -> pixels, smoothed."""
+
+    def __init__(self, size: TransformerSize, grid: int, patch_size: int, channels: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.embed_codes = nn.Linear(channels, size.width)
+        self.transformer = grid_transformer(size, grid)
+        self.to_pixels = nn.Linear(size.width, 3 * patch_size**2)
+        self.smooth = nn.Conv2d(3, 3, kernel_size=3, padding=1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.embed_codes(rearrange(codes, "b p h w -> b (h w) p"))
+        x = self.to_pixels(self.transformer(x, kept=slice(None)))
+        layout = "b (h w) (p q c) -> b c (h p) (w q)"
+        patch = self.patch_size
+        return self.smooth(rearrange(x, layout, h=codes.shape[-1], p=patch, q=patch))
+
+
+# VQGAN's convolutions
+
+
+@dataclass
+class ConvolutionSize:
+    """Widths and depths; the defaults are those of the published base decoder."""
+
+    channels: int = 128  # of the encoder's first level
+    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # of each level
+    blocks: int = 2  # residual blocks a level; the decoder has one more
+    decoder_channels: int = 128  # 256 in the enhanced decoder
+    decoder_blocks: int = 2  # 4 in the enhanced decoder
+
+    @property
+    def stride(self) -> int:
+        """Pixels a cell."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+MAP_CHANNELS = 256  # between convolutions and codes
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Of 32 groups, as everywhere in these nets."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Twice (norm, swish, 3x3), added to the input."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class MapAttention(nn.Module):
+    """Attention of one head over all cells, added to the input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (part(h).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # B x cells x channels
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Level(nn.Module):
+    """Residual blocks, each with attention after it or none, then another resolution or not."""
+
+    def __init__(self, widths: Sequence[int], with_attention: bool, **change: nn.Module):
+        """widths: before the first block and after each; change: downsample or upsample."""
+        super().__init__()
+        self.res = nn.ModuleList(map(ResidualBlock, widths[:-1], widths[1:]))
+        self.attn = nn.ModuleList(map(MapAttention, widths[1:] if with_attention else []))
+        for name, module in change.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.res):
+            x = block(x)
+            x = self.attn[index](x) if self.attn else x
+        for name in ("downsample", "upsample"):
+            x = getattr(self, name)(x) if hasattr(self, name) else x
+        return x
+
+
+class Downsample(nn.Module):
+    """Half the size; zeros are added right and below."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def middle(channels: int) -> nn.ModuleList:
+    """What encoder and decoder have at their smallest grid."""
+    blocks = ResidualBlock(channels, channels), ResidualBlock(channels, channels)
+    return nn.ModuleList([blocks[0], MapAttention(channels), blocks[1]])
+
+
+class ConvolutionalEncoder(nn.Module):
+    """Images -> maps of `out_channels`."""
+
+    def __init__(self, size: ConvolutionSize, out_channels: int = MAP_CHANNELS):
+        super().__init__()
+        widths = [size.channels * multiplier for multiplier in size.multipliers]
+        self.conv_in = nn.Conv2d(3, size.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        before = size.channels
+        for index, width in enumerate(widths):
+            is_last = index == len(widths) - 1
+            change = {} if is_last else {"downsample": Downsample(width)}
+            self.conv_blocks.append(Level([before] + [width] * size.blocks, is_last, **change))
+            before = width
+        self.mid = middle(before)
+        self.norm_out = group_norm(before)
+        self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)
+        for part in (*self.conv_blocks, *self.mid):
+            x = part(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ConvolutionalDecoder(nn.Module):
+    """Maps of `in_channels` -> images."""
+
+    def __init__(self, size: ConvolutionSize, in_channels: int = MAP_CHANNELS):
+        super().__init__()
+        widths = [size.decoder_channels * multiplier for multiplier in reversed(size.multipliers)]
+        before = widths[0]
+        self.conv_in = nn.Conv2d(in_channels, before, 3, padding=1)
+        self.mid = middle(before)
+        self.conv_blocks = nn.ModuleList()
+        for index, width in enumerate(widths):
+            change = {"upsample": Upsample(width)} if index < len(widths) - 1 else {}
+            blocks = [before] + [width] * (size.decoder_blocks + 1)
+            self.conv_blocks.append(Level(blocks, index == 0, **change))
+            before = width
+        self.norm_out = group_norm(before)
+        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        x = self.conv_in(maps)
+        for part in (*self.mid, *self.conv_blocks):
+            x = part(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

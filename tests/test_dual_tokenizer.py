@@ -1,0 +1,232 @@
+"""The dual tokenizer: its decoders, its towers, round trips, and its training as stage 1."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TINY_CLIP
+from dual_experiment import QUANTIZER, SIZE
+from safetensors.torch import load_file
+from tiny_experiment import equal, metrics, reset_accelerate
+from tokenflow_vectors import vectors, weights
+from torch.nn import functional as F
+
+from eval import reconstruction
+from modeling.clip_weights import build_clip
+from modeling.dual_quantizer import QuantizerConfig
+from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig, SemanticDecoder
+from modeling.image_tokenizer import TransformerSize
+from modeling.image_tower import ImageTower, Teacher, TeacherConfig, describe_tower
+from modeling.layers import fingerprint
+from modeling.pixel_nets import ConvolutionSize
+from training import checkpoint as ckpt
+from training.loading import load_dual_tokenizer, load_tokenizer
+from training.optim import decay_groups
+
+TIMM = {
+    "embed_dim": 48,
+    "vision_cfg": {
+        "image_size": 160,
+        "timm_model_name": "test_vit",
+        "timm_pool": "map",
+        "timm_proj": "none",
+    },
+}
+
+
+def config_of(folder, **changes):
+    values = {
+        "image_size": 32,
+        "teacher": TeacherConfig(f"local-dir:{folder}", ""),
+        "semantic_depth": 1,
+        "semantic_heads": 2,
+        "pixel_nets": "transformer",
+        "encoder": TransformerSize(**SIZE),
+        "decoder": TransformerSize(**SIZE),
+        "quantizer": QuantizerConfig(**QUANTIZER),
+    }
+    return DualTokenizerConfig(**{**values, **changes}).for_teacher()
+
+
+@pytest.fixture
+def tokenizer(tiny_clip_dir):
+    return DualTokenizer(config_of(tiny_clip_dir))
+
+
+# Networks
+
+
+def test_the_semantic_decoder_is_the_originals_on_its_own_grid_and_on_another():
+    decoder = SemanticDecoder(channels=8, width=24, depth=2, num_heads=3, grid=4)
+    state = {name: x.float() for name, x in weights("semantic/decoder/weights/").items()}
+    decoder.load_state_dict(state)
+    codes = vectors("semantic/codes")
+    for name, x in (("decoded", codes), ("decoded_5x5", F.pad(codes, (0, 1, 0, 1)))):
+        torch.testing.assert_close(decoder(x), vectors(f"semantic/{name}"), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_the_semantic_encoder_starts_as_the_teacher(tokenizer):
+    teacher = Teacher(tokenizer.config.teacher)
+    images = torch.rand(2, 3, 32, 32)
+    tokenizer.start_from(teacher)
+    tokens = tokenizer.semantic_encoder(images * 2 - 1)  # the tiny CLIP's mean and deviation: 0.5
+    torch.testing.assert_close(tokens @ teacher.tower.visual.proj, teacher(images))
+    assert teacher(images).shape == tokenizer(images).features.shape == (2, 4, 24)
+
+
+@torch.no_grad()
+def test_a_clips_patch_tokens_are_those_that_open_clip_gives():
+    visual = build_clip(TINY_CLIP).visual.eval()
+    tower = ImageTower(visual)
+    images = torch.randn(2, 3, 32, 32)
+    tokens = tower(images)
+    visual.output_tokens = True
+    torch.testing.assert_close(tokens, visual(images)[1])
+    assert tower(torch.randn(1, 3, 48, 48)).shape == (1, 9, 32)  # positions interpolated
+
+
+@torch.no_grad()
+def test_a_tower_of_timm_gives_the_tokens_before_its_last_block():
+    tower = ImageTower.build(json.dumps(TIMM)).drop_unused().eval()
+    images, trunk = torch.randn(1, 3, 160, 160), tower.visual.trunk
+    states = []
+    trunk.blocks[-1].register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+    trunk.forward_features(images)
+    tokens = tower(images)
+    torch.testing.assert_close(tokens, states[0][:, -100:])  # without a class token
+    assert tokens.shape == (1, 100, tower.width)
+
+
+@torch.no_grad()
+def test_indices_stand_for_the_tokens(tokenizer):
+    coded = tokenizer.eval().encode(torch.rand(3, 3, 32, 32))
+    assert coded.indices.shape == (3, 5)
+    maps = tokenizer.quantizer.decode(coded.indices)
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), coded.mean)
+    assert tokenizer.decode(coded.mean).shape == (3, 3, 32, 32)
+
+
+@torch.no_grad()
+def test_a_stride_that_does_not_fit_the_image_is_met_by_resizing(tiny_clip_dir):
+    # 2 cells of 16 pixels, nets of stride 2: they see 4 x 4 pixels
+    sizes = {"channels": 32, "multipliers": [1, 1], "blocks": 1, "decoder_channels": 32}
+    config = config_of(
+        tiny_clip_dir, pixel_nets="convolutional", convolutions=ConvolutionSize(**sizes)
+    )
+    tokenizer = DualTokenizer(config).eval()
+    assert tokenizer.net_size == 4
+    coded = tokenizer.encode(torch.rand(1, 3, 32, 32))
+    assert tokenizer.decode(coded.mean).shape == (1, 3, 32, 32)
+
+
+def test_gradients_reach_every_weight_that_is_trained(tokenizer):
+    out = tokenizer.eval()(torch.rand(8, 3, 32, 32), with_entropy=True)
+    losses = out.quantised[2:]
+    (out.reconstructions.sum() + out.features.square().sum() + sum(losses)).backward()
+    without = [n for n, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_the_decoder_alone_learns_where_the_encoder_is_frozen(tokenizer):
+    tokenizer.freeze_encoder()
+    trained = {n.split(".")[0] for n, p in tokenizer.named_parameters() if p.requires_grad}
+    assert trained == {"pixel_decoder"}
+
+
+def test_weight_decay_spares_the_codebooks(tokenizer):
+    decayed, spared = (group["params"] for group in decay_groups(tokenizer, 0.1))
+    for codes in (tokenizer.quantizer.semantic_codes, tokenizer.quantizer.pixel_codes):
+        assert any(codes is weight for weight in spared)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"image_size": 40}, "image_size"),
+        ({"image_size": 64}, "quantizer.scales"),
+        ({"patch_size": 32, "quantizer": QuantizerConfig(scales=[1])}, "dual.patch_size"),
+        ({"semantic_heads": 3}, "semantic_heads"),
+        ({"teacher": TeacherConfig("no-such-model", "x")}, "dual.teacher.model"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(tiny_clip_dir, changes, key):
+    with pytest.raises(ValueError, match=key):
+        DualTokenizer(config_of(tiny_clip_dir, **changes))
+
+
+# The stage
+
+
+@pytest.fixture
+def train(dual_chain, tmp_path):
+    """Runs stage 1 into a folder, with overrides."""
+    return lambda name, *overrides: dual_chain.run(
+        "tokenizer", f"run_dir={tmp_path / name}", *overrides
+    )
+
+
+def test_stage_1_trains_resumes_and_reconstructs(dual_chain, train, tiny_shards):
+    whole = dual_chain.folder / "tokenizer"
+    parted = train("parted", "training.max_steps=2")
+    first = ckpt.latest_checkpoint(parted)[1]
+    assert load_file(first / ckpt.MODEL_FILE)["quantizer.counts"].sum() > 0
+    train("parted")
+    last = [ckpt.latest_checkpoint(folder)[1] for folder in (whole, parted)]
+    for file in (ckpt.MODEL_FILE, ckpt.EMA_FILE):
+        assert equal(*(load_file(folder / file) for folder in last))
+
+    line = metrics(whole)[-1]
+    assert line["loss"] == pytest.approx(
+        sum(line[f"weighted/{name}"] for name in ("l2", "semantic", "codebook", "commitment")),
+        rel=1e-5,
+    )
+    assert line["cosine_to_teacher"] == pytest.approx(1 - line["semantic"], abs=1e-5)
+    assert 0 < line["usage/1"] <= line["usage"] <= 1 <= line["perplexity/2"] <= 32
+    assert line["eval/psnr_db"] > 0
+    assert list(whole.rglob("*.png"))
+
+    arguments = [str(whole), f"{tiny_shards}/train-00000.tar", "--limit", "3"]
+    reset_accelerate()
+    reconstruction.main(reconstruction.parse_args(arguments))
+    report = json.loads((whole / "reconstruction.json").read_text())
+    assert report["metrics"]["psnr_db"] > 0
+    with pytest.raises(ValueError, match="dual"):
+        load_tokenizer(whole)
+
+
+def test_frozen_parts_keep_their_weights(train, tiny_clip_dir):
+    tower = train("tower", "freeze_tower=true")
+    teacher = Teacher(TeacherConfig(f"local-dir:{tiny_clip_dir}", ""))
+    own = load_dual_tokenizer(tower).semantic_encoder.state_dict()
+    start = teacher.tower.state_dict()
+    assert equal(own, {name: start[name] for name in own})
+    decoder = train("decoder", f"init_from={tower}", "freeze_encoder=true")
+    before, after = (load_dual_tokenizer(run) for run in (tower, decoder))
+    assert fingerprint(before.semantic_decoder) == fingerprint(after.semantic_decoder)
+    assert fingerprint(before.pixel_encoder) == fingerprint(after.pixel_encoder)
+    assert fingerprint(before.pixel_decoder) != fingerprint(after.pixel_decoder)
+    assert "semantic" not in metrics(decoder)[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["tokenizer.patch_size=8"], "tokenizer and dual"),
+        (["dual=null", "freeze_tower=true"], "freeze_tower"),
+        (["dual=null", "dual_losses.semantic_weight=2"], "dual_losses"),
+        (["dual_losses.codebook_weight=0"], "codebook_weight"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(train, overrides, key):
+    with pytest.raises(ValueError, match=key):
+        train("refused", *overrides)
+
+
+def test_a_run_needs_no_teacher_to_be_loaded(train, tiny_clip_dir, tmp_path):
+    copy = shutil.copytree(tiny_clip_dir, tmp_path / "copy")
+    run = train("run", f"dual.teacher.model=local-dir:{copy}", "training.max_steps=2")
+    expected = describe_tower(TeacherConfig(f"local-dir:{copy}", ""))
+    shutil.rmtree(copy)
+    assert load_dual_tokenizer(run).config.tower == expected

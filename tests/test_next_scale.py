@@ -1,0 +1,223 @@
+"""The next-scale generator: inputs, mask and drawing of the original; the stage and sample.py."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_experiment import draw, equal, metrics
+from tokenflow_vectors import arrays, vectors
+from torch import nn
+from torch.nn import functional as F
+
+from modeling.dual_quantizer import DualQuantizer, QuantizerConfig
+from modeling.next_scale import (
+    NextScale,
+    NextScaleConfig,
+    NextScaleSampling,
+    block_causal_mask,
+    draw_indices,
+    keep_likely,
+    scale_inputs,
+)
+from training import checkpoint as ckpt
+from training.pipelines import load_generator, load_pipeline
+
+QUANTIZER = QuantizerConfig(num_codes=20, semantic_channels=6, pixel_channels=4, scales=[1, 2, 3])
+CONFIG = NextScaleConfig(
+    width=16, depth=2, num_heads=2, text_tokens=5, text_width=8, quantizer=QUANTIZER
+)
+
+
+# What the network gets
+
+
+@pytest.mark.parametrize("refined", [None, 1, 2, 3, 4])
+def test_inputs_are_the_originals(refined):
+    scales = vectors("pyramid/scales").tolist()
+    quantizer = DualQuantizer(QuantizerConfig(64, 8, 4, scales))
+    quantizer.semantic_codes.data = vectors("pyramid/semantic_codebook")
+    quantizer.pixel_codes.data = vectors("pyramid/pixel_codebook")
+    maps = quantizer.code_maps(vectors("pyramid/indices"))
+    name = "generator/inputs" + (f"_refining_scale_{refined}" if refined else "")
+    expected = vectors(name)
+    torch.testing.assert_close(scale_inputs(maps, scales, refined), expected, atol=1e-5, rtol=0)
+    if refined is None:  # the first scales are enough for their own part
+        part = scale_inputs(maps[:2], scales[:3])
+        torch.testing.assert_close(part, expected[:, : part.shape[1]], atol=1e-5, rtol=0)
+        assert part.shape[1] == 4 + 9
+
+
+def test_embeddings_and_mask_are_the_originals():
+    scales, ids = vectors("sequence/scales").tolist(), vectors("sequence/ids")
+    words = vectors("sequence/word_embeddings")
+    codes = ids >= 40
+    codes[:, 21:] = False
+    first = int((ids[0] >= 40).nonzero()[0])  # of the codes; the prefix ends before it
+    model = NextScale(
+        NextScaleConfig(width=16, depth=1, num_heads=2, quantizer=QuantizerConfig(40, 8, 4, scales))
+    )
+    model.projector = nn.Linear(12, 16)
+    model.projector.weight.data = vectors("sequence/projector_weight")
+    model.projector.bias.data = vectors("sequence/projector_bias")
+    model.levels.data = vectors("sequence/level_embeddings")
+    model.positions.data = vectors("sequence/positions")
+    model.start.data = words[ids[0, first - 1]]
+    found = model.embed_image(vectors("sequence/features"), len(scales))
+    expected = vectors("sequence/embeds")[:1, first - 1 : first + 13]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+    # Theirs goes on after the image
+    prefix = ids[:, :first] != 39
+    mask = block_causal_mask(prefix, scales)
+    length = first + 13
+    assert torch.equal(mask, vectors("sequence/mask")[:, :length, :length])
+    # An input stands where its label is predicted
+    labels = vectors("sequence/labels")[:, first : first + 14]
+    assert torch.equal(labels, ids[:, first : first + 14])
+
+
+@torch.no_grad()
+def test_a_scale_sees_itself_and_the_smaller_ones_only():
+    model = NextScale(CONFIG).eval()
+    nn.init.normal_(model.to_logits.weight)
+    features, text = torch.randn(1, 13, 10), torch.randn(1, 5, 8)
+    dropped = torch.tensor([False])
+    before = model(features, text, dropped)
+    changed = features.clone()
+    changed[:, 4:] += 1  # scale 3
+    after = model(changed, text, dropped)
+    torch.testing.assert_close(after[:, :5], before[:, :5])
+    assert (after[:, 5:] != before[:, 5:]).all(-1).all()
+    torch.testing.assert_close(model(features[:, :4], text, dropped, 2), before[:, :5])
+    other = model(features, torch.randn(1, 5, 8), dropped)
+    assert (other != before).any(-1).all()
+
+
+@torch.no_grad()
+def test_a_dropped_caption_is_not_read_and_padding_neither():
+    model = NextScale(NextScaleConfig(**{**vars(CONFIG), "text_is_masked": True})).eval()
+    nn.init.normal_(model.to_logits.weight)
+    features, text = torch.randn(1, 13, 10).expand(2, -1, -1), torch.randn(2, 5, 8)
+    left, right = model(features, text, torch.tensor([True, True]))
+    torch.testing.assert_close(left, right)
+    with torch.enable_grad():  # zeros are padding
+        states = F.pad(text[:, :2], (0, 0, 0, 3)).requires_grad_()
+        model(features, states, torch.tensor([False, True])).square().sum().backward()
+    read = states.grad.abs().sum(-1) > 0
+    assert read.tolist() == [[True, True, False, False, False], [False] * 5]
+
+
+def test_gradients_reach_every_weight():
+    model = NextScale(CONFIG)
+    nn.init.normal_(model.to_logits.weight)
+    dropped = torch.tensor([True, False])
+    model(torch.randn(2, 13, 10), torch.randn(2, 5, 8), dropped).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert (model.levels.grad.abs().sum(-1) > 0).tolist() == [True, False, True, True]
+
+
+# Drawing
+
+
+@pytest.mark.parametrize("name", [name for name in arrays() if name.startswith("sampler/kept")])
+def test_what_can_be_drawn_is_the_originals(name):
+    top_k, top_p = name.removeprefix("sampler/kept_k").split("_p")
+    kept = keep_likely(vectors("sampler/logits"), int(top_k), float(top_p)).isfinite()
+    assert torch.equal(kept, vectors(name))
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0]).expand(1, 40_000, 4)
+    noise = torch.randn(1, 40_000, generator=torch.Generator().manual_seed(0))
+    drawn = draw_indices(logits, noise)
+    shares = torch.bincount(drawn.flatten(), minlength=4) / 40_000
+    torch.testing.assert_close(shares, logits[0, 0].softmax(-1), atol=0.01, rtol=0)
+    extreme = draw_indices(logits[:, :2], torch.tensor([[-40.0, 40.0]]))
+    assert extreme.tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"top_k": [1]}, "top_k"),
+        ({"top_p": [0.0, 0.5, 2.0]}, "top_p"),
+        ({"guidance": -1.0}, "guidance"),
+    ],
+)
+def test_impossible_sampling_is_refused(changes, key):
+    with pytest.raises(ValueError, match=key):
+        NextScaleSampling(**changes)
+
+
+# The stage
+
+
+def test_the_stage_resumes_bit_for_bit_and_logs_each_scale(dual_chain):
+    folder, run = dual_chain.folder, dual_chain.run
+    again = f"run_dir={folder}/again"
+    run("next_scale", again, "training.max_steps=2")
+    run("next_scale", again)
+    last = [ckpt.latest_checkpoint(folder / name)[1] for name in ("next_scale", "again")]
+    for file in (ckpt.MODEL_FILE, ckpt.EMA_FILE):
+        assert equal(*(load_file(path / file) for path in last))
+    line = metrics(folder / "next_scale")[-1]
+    assert line["loss"] == pytest.approx((line["loss/1"] + 4 * line["loss/2"]) / 5, rel=1e-5)
+    assert 0 <= line["top1"] <= 1
+    # It starts without a preference
+    assert metrics(folder / "next_scale")[0]["loss"] == pytest.approx(np.log(32), rel=0.05)
+
+
+def test_sample_draws_with_such_a_run_as_with_a_flow(dual_chain, tmp_path, capsys):
+    folder = dual_chain.folder
+    single = tmp_path / "single"
+    where = ["--output", tmp_path / "grid.png", "--save-dir", single]
+    options = ["--prompts", "a red circle", "--images-per-prompt", "2", "--guidance", "1"]
+    draw(folder, *options, *where)
+    assert "2 steps" in capsys.readouterr().out
+    first = [np.asarray(Image.open(path)) for path in sorted(single.iterdir())]
+    assert [image.shape for image in first] == [(32, 32, 3)] * 2
+    draw(folder, *options, *where, "--batch-size", "1")
+    again = [np.asarray(Image.open(path)) for path in sorted(single.iterdir())]
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(first, again))
+    draw(folder, "--output", tmp_path / "own.png")  # the captions of its own pictures
+    for option in (["--steps", "3"], ["--interpolate", "a", "b"]):
+        with pytest.raises(ValueError, match="next_scale"):
+            draw(folder, *option, "--output", tmp_path / "no.png")
+
+
+@torch.no_grad()
+def test_an_image_depends_on_seed_and_number_not_on_its_batch(dual_chain):
+    parts, sampling = load_generator(dual_chain.folder, torch.device("cpu"))
+    nn.init.normal_(parts.model.to_logits.weight)
+    captions = ["a red circle", "a blue square", "a cat"]
+    whole = parts.generate(captions, sampling, seed=3)
+    part = parts.generate(captions[1:2], sampling, seed=3, indices=[1])
+    assert torch.equal(whole.indices[1], part.indices[0])
+    other = parts.generate(captions, sampling, seed=4)
+    assert not torch.equal(whole.indices, other.indices)
+    assert whole.images.shape == (3, 3, 32, 32) and whole.images.min() >= 0
+
+
+@torch.no_grad()
+def test_guidance_grows_from_none_at_the_first_scale(dual_chain, monkeypatch):
+    parts, sampling = load_generator(dual_chain.folder, torch.device("cpu"))
+    seen, original = [], type(parts).logits
+
+    def record(self, features, states, guidance, num_scales):
+        seen.append((num_scales, guidance, features.shape[1]))
+        return original(self, features, states, guidance, num_scales)
+
+    monkeypatch.setattr(type(parts), "logits", record)
+    parts.generate(["a cat"], sampling)
+    assert seen == [(1, 0.0, 0), (2, 2.0, 4), (2, 2.0, 4)]
+
+
+def test_what_needs_a_flow_or_a_way_without_a_caption_says_so(dual_chain):
+    folder, run = dual_chain.folder, dual_chain.run
+    with pytest.raises(ValueError, match="no flow"):
+        load_pipeline(folder, torch.device("cpu"))
+    with pytest.raises(ValueError, match="null_probability"):
+        run("next_scale", "next_scale.null_probability=0")
+    with pytest.raises(ValueError, match="num_heads"):
+        run("next_scale", "next_scale.width=15")

@@ -1,0 +1,170 @@
+"""Text to image with discrete codes: predict a dual tokenizer's indices, scale by scale.
+
+    accelerate launch train_next_scale.py --config configs/emoji_dual/next_scale.yaml [key=value]
+    python sample.py --run runs/emoji_dual --prompts "black cat, animal mammal"
+
+In: image shards with captions, the run of a dual tokenizer, which encodes them in the loop. Out: a
+run folder, from whose EMA weights sample.py draws. Loss: cross-entropy of the indices, mean over
+all tokens, so that large scales count most (TokenFlow, CVPR 2025; modeling/next_scale.py). The same
+command resumes, and does nothing when the run is complete.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.load import parse_stage_args
+from data.images import ImageTextConfig, image_reader
+from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
+from modeling.dual_tokenizer import DualTokenizer
+from modeling.layers import fingerprint
+from modeling.next_scale import (
+    NextScale,
+    NextScaleConfig,
+    NextScaleGenerator,
+    NextScaleSampling,
+    scale_inputs,
+)
+from modeling.text_encoder import TextEncoder
+from training.checkpoint import is_complete, latest_checkpoint
+from training.errors import exit_on_error
+from training.loading import find_text_encoder, load_dual_tokenizer
+from training.loop import train_network
+from training.pictures import caption_grid, sample_path, save_png
+from training.provenance import check_shards, save_source
+from training.run import Run, save_config, start_run
+from training.stage import TrainedStage, batch_per_process
+
+
+@dataclass
+class DrawnPictures:
+    """The pictures on the way, which sample.py also draws without prompts."""
+
+    captions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class NextScaleStage(TrainedStage):
+    """What can be set in next_scale.yaml, besides the parts' own fields."""
+
+    tokenizer_run: str = "${experiment_dir}/tokenizer"  # of a dual tokenizer; its text tower reads
+    next_scale: NextScaleConfig = field(default_factory=NextScaleConfig)
+    activation_checkpointing: ActivationCheckpointing = "none"
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    sampling: NextScaleSampling = field(default_factory=NextScaleSampling)
+    pictures: DrawnPictures = field(default_factory=DrawnPictures)
+
+    stage = "next_scale"
+    networks = ("next_scale", "tokenizer_run")
+
+    def check(self) -> None:
+        super().check()
+        self.data.check()
+        if self.sampling.guidance and not self.next_scale.null_probability:
+            raise ValueError(
+                f"sampling.guidance={self.sampling.guidance} needs a network that has learned to "
+                "go without a caption: set next_scale.null_probability above 0"
+            )
+
+    def image_shards(self) -> list[str]:
+        return self.data.all_shards()
+
+    def earlier_runs(self) -> dict[str, str]:
+        return {"tokenizer_run": self.tokenizer_run}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What losses and pictures read."""
+
+    run: Run
+    tokenizer: DualTokenizer
+    text_encoder: TextEncoder
+
+
+def main(config: NextScaleStage) -> None:
+    """Run the stage from start or checkpoint to its last step."""
+    # What stage 1 gave.
+    training = config.training
+    run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
+    tokenizer = load_dual_tokenizer(config.tokenizer_run).to(run.device)
+    text_encoder = find_text_encoder(config.tokenizer_run).to(run.device)
+    parts = Parts(run, tokenizer, text_encoder)
+    inputs = {"tokenizer": fingerprint(tokenizer), "text_encoder": text_encoder.identity}
+    shards = check_shards(run, config.data, training.max_steps)
+    if is_complete(run, training.max_steps, inputs):
+        return
+
+    # Images and captions.
+    reader = image_reader(config.data, tokenizer.config.image_size, text_encoder.tokenize)
+    loader = reader.stream(
+        batch_per_process(run, training),
+        training.seed,
+        run.accelerator.process_index,
+        run.accelerator.num_processes,
+        pin_memory=run.device.type == "cuda",
+    )
+
+    # The network: its sizes follow from those parts.
+    length, width = text_encoder.shape
+    config.next_scale = replace(
+        config.next_scale,
+        text_tokens=length,
+        text_width=width,
+        text_is_masked=text_encoder.masks_padding,
+        quantizer=tokenizer.config.quantizer,
+    )
+    model = NextScale(config.next_scale)
+    set_activation_checkpointing(model, config.activation_checkpointing)
+    save_config(run, config, latest_checkpoint(run.folder) is not None)
+    if run.is_main:
+        save_source(run.folder, shards)
+    train_network(
+        run=run,
+        stage=config,
+        module=model,
+        loss_fn=partial(compute_losses, config, parts),
+        loader=loader,
+        inputs=inputs,
+        save_samples=partial(save_drawn, config, parts) if config.pictures.captions else None,
+    )
+
+
+def compute_losses(
+    config: NextScaleStage, parts: Parts, model: nn.Module, batch: dict
+) -> dict[str, Tensor]:
+    """Cross-entropy of a batch, of each scale; top1: how often the likeliest index is true."""
+    # What is to be predicted, and what is known at each place.
+    device, scales = parts.run.device, config.next_scale.quantizer.scales
+    images = batch["image"].to(device, non_blocking=True).float().div_(255)
+    token_ids = batch["token_ids"].to(device, non_blocking=True)
+    with torch.no_grad(), parts.run.accelerator.autocast():
+        states = parts.text_encoder(token_ids)
+        indices = parts.tokenizer.encode(images).indices  # B x L
+        features = scale_inputs(parts.tokenizer.quantizer.code_maps(indices), scales)
+
+    # Captions are dropped by sample, for guidance.
+    dropped = torch.rand(len(images), device=device) < config.next_scale.null_probability
+    logits = model(features, states, dropped).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none")
+    losses = losses.unflatten(0, indices.shape)
+    terms = {"loss": losses.mean(), "top1": (logits.argmax(-1) == indices).float().mean()}
+    for scale, part in zip(scales, losses.split([s**2 for s in scales], dim=1), strict=True):
+        terms[f"loss/{scale}"] = part.mean()
+    return terms
+
+
+@torch.no_grad()
+def save_drawn(config: NextScaleStage, parts: Parts, model: NextScale, step: int) -> None:
+    """Images of the configured captions, by the EMA weights."""
+    generator = NextScaleGenerator(parts.text_encoder, parts.tokenizer, model)
+    captions = config.pictures.captions
+    images = generator.generate(captions, config.sampling).images
+    save_png(caption_grid(images, captions, columns=4), sample_path(parts.run.folder, step))
+
+
+if __name__ == "__main__":
+    exit_on_error(lambda: main(parse_stage_args(NextScaleStage, __doc__)))
