@@ -25,6 +25,7 @@ from .layers import (
     check_not_negative,
     find_text,
     init_linear_,
+    rotation_tables,
     split_moments,
 )
 
@@ -129,8 +130,9 @@ class RopeTransformer(nn.Module):
             TokenizerBlock(size.width, size.num_heads) for _ in range(size.depth)
         )
         self.norm_out = nn.LayerNorm(size.width)
-        self.register_buffer("rope_cos", angles.cos(), persistent=False)
-        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        cos, sin = rotation_tables(angles)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
 
     def forward(self, x: Tensor, kept: slice, mask: Tensor | None = None) -> Tensor:
         """Run the blocks and return the tokens in `kept`, normalised. mask: as in Attention."""

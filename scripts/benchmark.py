@@ -12,8 +12,9 @@ in float32 on a CPU. readers: made-up shards of photos and of tokens, read by on
 
 A machine's speed changes while one measures, so everything is timed in rounds, right after
 torch.mm. A share is FLOPs, those of recomputation included, by time, by the best rate of torch.mm.
-Figures are medians with the range of the rounds, as YAML. On a CPU, malloc should keep what is
-freed, as where train_flowtok.sh trains: set the MALLOC_ variables of its header.
+Figures are medians with the range of the rounds, as YAML, on a GPU with its peak memory. On a CPU,
+malloc should keep what is freed, as where train_flowtok.sh trains: set the MALLOC_ variables of its
+header.
 """
 
 import argparse
@@ -103,12 +104,20 @@ def count_flops(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def peak_gib(call: Callable[[], Any]) -> float:
+    """Most GPU memory during a call."""
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
 def time_ways(
     ways: dict[str, Way], device: torch.device, precision: str, args: argparse.Namespace
 ) -> dict[str, dict]:
     """Figures of each way, all timed in each round for seconds / rounds."""
     # The first call also pays for allocations and the optimiser's moments.
     flops = {name: count_flops(way.call) / way.samples for name, way in ways.items()}
+    memory = {name: peak_gib(way.call) for name, way in ways.items() if device.type == "cuda"}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.rounds):
@@ -125,6 +134,8 @@ def time_ways(
             "gflop_per_sample": flops[name] / 1e9,
             "mm_gflop_per_second": median(peaks[name]) / 1e9,
         }
+        if memory:
+            figures[name]["peak_gib"] = memory[name]
     return figures
 
 

@@ -27,6 +27,7 @@ from scripts.workload import print_figures
 from scripts.workload.fake import Cost, measure_step, tower_flops
 from scripts.workload.sizes import Stage, read_stage
 from training.errors import exit_on_error
+from training.stage import TrainingConfig
 
 DAY = 86400  # seconds
 RESERVE = 0.10  # of a GPU's memory
@@ -95,12 +96,16 @@ def make_plan(
     }
     if training:
         plan["time"]["days"] = training.max_steps * batch_size / rate / DAY
-        saved = ("weights", "ema", "optimizer_moments")
-        checkpoint = sum(cost.resident_gib[name] for name in saved)
-        # One checkpoint more than are kept is there while it is written.
-        disk = {"checkpoint": checkpoint, "run": checkpoint * (training.keep_checkpoints + 1)}
-        plan["disk_gib"] = disk
+        plan["disk_gib"] = disk_gib(cost, training)
     return plan
+
+
+def disk_gib(cost: Cost, training: TrainingConfig) -> dict[str, float]:
+    """What a checkpoint and a run take on the disk."""
+    saved = ("weights", "ema", "optimizer_moments")
+    checkpoint = sum(cost.resident_gib[name] for name in saved)
+    # One checkpoint more than are kept is there while it is written.
+    return {"checkpoint": checkpoint, "run": checkpoint * (training.keep_checkpoints + 1)}
 
 
 def batch_sizes(stage: Stage, num_gpus: int) -> tuple[int, int]:

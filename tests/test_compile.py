@@ -13,6 +13,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ comp
 
 
 @needs_compiler
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["flowtok", "tokenizer"])
 @torch._inductor.config.patch("cpp.simdlen", 1)  # vector code depends on the processor

@@ -30,6 +30,12 @@ def inputs(batch=B):
     return torch.rand(batch, 3, PIXELS, PIXELS), torch.randn(batch, L, T)
 
 
+def rope_angles_of(part):
+    """N x head size / 2: of each pair, by its second channel, whose sine has the angle's sign."""
+    transformer = part.transformer
+    return torch.atan2(transformer.rope_sin, transformer.rope_cos)[:, 1::2]
+
+
 def test_training_pass_samples_and_its_moments_do_not():
     tokenizer, (images, states) = build(), inputs()
     first, second = tokenizer(images, states), tokenizer(images, states)
@@ -82,7 +88,7 @@ def test_pixels_of_a_patch_are_laid_out_row_column_channel():
 def test_patches_turn_with_their_row_and_column_and_latents_and_text_do_not():
     tokenizer, steps = build(), torch.arange(GRID).float()
     for part, unrotated in ((tokenizer.encoder, K), (tokenizer.decoder, K + L)):
-        angles = torch.atan2(part.transformer.rope_sin, part.transformer.rope_cos)
+        angles = rope_angles_of(part)
         half = SMALL.width // SMALL.num_heads // 4  # channel pairs of the row, then of the column
         assert angles.shape == (GRID**2 + unrotated, 2 * half)
         assert not angles[GRID**2 :].any()
@@ -94,7 +100,7 @@ def test_patches_turn_with_their_row_and_column_and_latents_and_text_do_not():
 def test_latent_grid_puts_latents_at_the_centres_of_their_cells_and_leaves_text_unrotated():
     tokenizer = build(num_tokens=2, latent_grid=True)  # over 4 x 4 patches
     for part in (tokenizer.encoder, tokenizer.decoder):
-        angles = torch.atan2(part.transformer.rope_sin, part.transformer.rope_cos)[GRID**2 :]
+        angles = rope_angles_of(part)[GRID**2 :]
         positions = angles[:2, [0, angles.shape[1] // 2]]
         torch.testing.assert_close(positions, torch.tensor([[1.5, 0.5], [1.5, 2.5]]))
         assert not angles[2:].any()

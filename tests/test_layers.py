@@ -15,6 +15,7 @@ from modeling.layers import (
     axial_rope_table,
     init_linear_,
     rotate_pairs,
+    rotation_tables,
     save_weights,
     sincos_position_table,
     timestep_sinusoids,
@@ -29,8 +30,7 @@ def grid_positions(size=GRID):
 
 
 def rope(head_dim=HEAD_DIM):
-    angles = axial_rope_table(*grid_positions(), head_dim)
-    return angles.cos(), angles.sin()
+    return rotation_tables(axial_rope_table(*grid_positions(), head_dim))
 
 
 def test_rope_angle_is_position_times_frequency_with_the_rows_in_the_first_half():
@@ -43,8 +43,8 @@ def test_rope_angle_is_position_times_frequency_with_the_rows_in_the_first_half(
 
 def test_rotation_equals_timms_rotary_embedding():
     timm_rope = RotaryEmbeddingCat(HEAD_DIM, in_pixels=False, feat_shape=[GRID, GRID])
-    x = torch.randn(2, 4, GRID**2, HEAD_DIM)
-    expected = apply_rot_embed_cat(x, timm_rope.get_embed())
+    x = torch.randn(2, GRID**2, 4, HEAD_DIM)
+    expected = apply_rot_embed_cat(x.transpose(1, 2), timm_rope.get_embed()).transpose(1, 2)
     torch.testing.assert_close(rotate_pairs(x, *rope()), expected)
 
 
@@ -54,7 +54,7 @@ def test_rotated_scores_depend_on_the_offset_only():
     def turn(x, place):
         row, column = torch.tensor(place).split(1)
         angles = axial_rope_table(row, column, HEAD_DIM).double()
-        return rotate_pairs(x, angles.cos(), angles.sin())
+        return rotate_pairs(x, *rotation_tables(angles))
 
     def score(query_at, key_at):
         return (turn(q, query_at) * turn(k, key_at)).sum()
@@ -76,15 +76,15 @@ def test_attention_equals_softmax_by_hand(with_rope, kept):
         channels = slice(head * width // heads, (head + 1) * width // heads)
         qh, kh, vh = q[..., channels], k[..., channels], v[..., channels]
         if with_rope:
-            qh, kh = (rotate_pairs(y[:, None], *tables)[:, 0] for y in (qh, kh))
+            qh, kh = (rotate_pairs(y[:, :, None], *tables)[:, :, 0] for y in (qh, kh))
         weights = torch.softmax(qh @ kh.mT / math.sqrt(width // heads), dim=-1)
         outputs.append(weights @ vh)
     expected = F.linear(torch.cat(outputs, dim=-1), attention.out.weight, attention.out.bias)
     torch.testing.assert_close(attention(x, tables, kept), expected[:, kept or slice(None)])
 
 
-def test_swiglu_equals_its_formula_and_its_hidden_size_is_two_thirds_of_four_widths():
-    width = 32
+@pytest.mark.parametrize("width", [32, 48])  # 85 hidden channels, which are padded, and 128
+def test_swiglu_equals_its_formula_and_its_hidden_size_is_two_thirds_of_four_widths(width):
     layer = SwiGLU(width).double()
     hidden = 8 * width // 3
     assert layer.out.in_features == hidden
@@ -93,6 +93,9 @@ def test_swiglu_equals_its_formula_and_its_hidden_size_is_two_thirds_of_four_wid
     gate, value = packed[..., :hidden], packed[..., hidden:]
     expected = (gate / (1 + torch.exp(-gate)) * value) @ layer.out.weight.T + layer.out.bias
     torch.testing.assert_close(layer(x), expected)
+    parameters = list(layer.parameters())
+    found = torch.autograd.grad(layer(x).square().sum(), parameters)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), parameters))
 
 
 def test_position_table_is_sines_then_cosines():

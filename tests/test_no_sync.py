@@ -1,8 +1,9 @@
 """Between two log lines the training loop never waits for the device: no .item(), bool(), float().
 
 On the CPU such reads are seen by the operators behind them (_local_scalar_dense; those whose output
-size is data) and by the methods that copy to the host, wherever they are called from. Samples are
-read in a worker process, as in a real run: what it does is not the loop's.
+size is data) and by the methods that copy to the host, wherever they are called from. On a GPU
+torch's sync debug mode refuses whatever else waits. Samples are read in a worker process, as in a
+real run: what it does is not the loop's.
 """
 
 import traceback
@@ -76,13 +77,19 @@ def watching(monkeypatch):
     watch, seed_step, log = Watch(), loop.seed_step, MetricLog.log
     check = MetricWindow.check_finite
 
+    def refuse_syncs(is_on):
+        watch.is_on = is_on
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error" if is_on else "default")
+
     def watched_step(*args):  # the first thing of a step
-        watch.is_on, watch.steps = True, watch.steps + 1
+        refuse_syncs(True)
+        watch.steps += 1
         seed_step(*args)
 
     def stop_watching(function):
         def stopped(*args, **kwargs):
-            watch.is_on = False
+            refuse_syncs(False)
             function(*args, **kwargs)
 
         return stopped
@@ -92,8 +99,11 @@ def watching(monkeypatch):
         # the first of what happens for a log line
         patch.setattr(MetricWindow, "check_finite", stop_watching(check))
         patch.setattr(MetricLog, "log", stop_watching(log))
-        with Operators(watch), Methods(watch):
-            yield watch
+        try:
+            with Operators(watch), Methods(watch):
+                yield watch
+        finally:
+            refuse_syncs(False)
 
 
 def train(chain, folder, stage, monkeypatch, *options, steps=12, log_every=6):
@@ -106,6 +116,7 @@ def train(chain, folder, stage, monkeypatch, *options, steps=12, log_every=6):
     return watch.found
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_step_between_log_lines_waits_for_the_device(chain, tmp_path, monkeypatch, stage):
     assert train(chain, tmp_path, stage, monkeypatch) == []

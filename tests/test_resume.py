@@ -90,6 +90,7 @@ def inputs_of(chain, stage):
 # Resuming
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("stage", "num_workers"), [("tokenizer", 1), ("text_decoder", 0), ("flowtok", 0)]
 )

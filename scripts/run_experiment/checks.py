@@ -57,19 +57,36 @@ def check_inputs(stages: Sequence[Stage]) -> None:
     Raises:
         ValueError: naming stage, key and value, and the way out; or a folder that can't be written.
     """
+    for _, error in input_errors(stages):
+        if error:
+            raise error
+
+
+def input_errors(stages: Sequence[Stage]) -> Iterator[tuple[Stage, ValueError | None]]:
+    """Each stage, and what check_inputs would raise for it."""
     made: Made = {}
     for stage in stages:
-        with errors_of(stage):
-            check_runs(stage, made)
-            if not is_complete(stage):
-                check_writable(Path(stage.config.run_dir) / CONFIG_FILE)
-                find_images(stage, made)
-                for pattern in stage.config.token_shards():
-                    check_tokens(stage, pattern, made)
+        error = None
+        try:
+            with errors_of(stage):
+                check_stage_inputs(stage, made)
+        except ValueError as found:
+            error = found
+        yield stage, error
         folder = os.path.normpath(stage.config.run_dir)
         made[folder] = stage
         if isinstance(stage.config, TextEncoderStage):
             made[os.path.join(folder, TOWER)] = stage
+
+
+def check_stage_inputs(stage: Stage, made: Made) -> None:
+    """check_inputs for one stage."""
+    check_runs(stage, made)
+    if not is_complete(stage):
+        check_writable(Path(stage.config.run_dir) / CONFIG_FILE)
+        find_images(stage, made)
+        for pattern in stage.config.token_shards():
+            check_tokens(stage, pattern, made)
 
 
 def is_complete(stage: Stage) -> bool:

@@ -57,6 +57,11 @@ class Job:
             f"on {'GPUs' if self.on_gpus else 'the CPU'}"
         )
 
+    @property
+    def processes_here(self) -> int:
+        """Those of this machine, as many as on every other."""
+        return self.num_processes // self.num_machines
+
     def environments(self, variables: Mapping[str, str]) -> list[dict[str, str]]:
         """The environment of each process on this machine."""
         common = clean(variables) | {"OMP_NUM_THREADS": str(self.num_threads)}
@@ -64,7 +69,7 @@ class Job:
             common = KEEP_FREED_MEMORY | common | {"ACCELERATE_USE_CPU": "true"}
         if self.num_processes == 1:
             return [common]
-        per_machine = self.num_processes // self.num_machines
+        per_machine = self.processes_here
         common |= {
             "WORLD_SIZE": str(self.num_processes),
             "LOCAL_WORLD_SIZE": str(per_machine),
