@@ -177,10 +177,15 @@ class SwiGLU(nn.Module):
         return F.linear(F.silu(gate) * value, F.pad(self.out.weight, fill), self.out.bias)
 
 
-def sincos_position_table(length: int, width: int) -> Tensor:
-    """Fixed 1D positions, length x width, float32: sines, then cosines; 10000^(-2i/width)."""
+def position_angles(length: int, width: int) -> Tensor:
+    """Position times 10000^(-2i/width): length x width / 2, float64."""
     frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+
+
+def sincos_position_table(length: int, width: int) -> Tensor:
+    """Fixed 1D positions, length x width, float32: sines, then cosines of `position_angles`."""
+    angles = position_angles(length, width)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 

@@ -27,8 +27,9 @@ from .layers import (
     SwiGLU,
     find_text,
     init_linear_,
+    position_angles,
     rotate_pairs,
-    sincos_position_table,
+    rotation_tables,
 )
 from .pipeline import Precision, autocast, unit_noise
 from .text_encoder import TextEncoder
@@ -107,11 +108,11 @@ class NextScaleBlock(nn.Module):
         self.mlp = SwiGLU(width)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """rope: cosines and sines, N x D / 2. mask: B x 1 x N x N bool."""
-        q, k, v = self.attention.split(self.norm_attention(x))
-        cos, sin = (table.to(v.dtype) for table in rope)
-        q = rotate_pairs(self.norm_query(q).to(v.dtype), cos, sin)
-        k = rotate_pairs(self.norm_key(k).to(v.dtype), cos, sin)
+        """rope: cosines and sines, N x D each. mask: B x 1 x N x N bool."""
+        q, k, v = self.attention.split(self.norm_attention(x), rope=None)  # B x N x H x D
+        q = rotate_pairs(self.norm_query(q).to(v.dtype), *rope)
+        k = rotate_pairs(self.norm_key(k).to(v.dtype), *rope)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.attention.out(rearrange(attended, "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm_mlp(x))
@@ -139,9 +140,9 @@ class NextScale(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         self.to_logits = nn.Linear(width, sizes.num_codes)
         length = config.text_tokens + sizes.num_tokens
-        sines, cosines = sincos_position_table(length, width // config.num_heads).chunk(2, dim=-1)
-        self.register_buffer("rope_cos", cosines, persistent=False)
-        self.register_buffer("rope_sin", sines, persistent=False)
+        cosines, sines = rotation_tables(position_angles(length, width // config.num_heads))
+        self.register_buffer("rope_cos", cosines.float(), persistent=False)
+        self.register_buffer("rope_sin", sines.float(), persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
