@@ -36,7 +36,7 @@ from training.loop import train_network
 from training.pictures import caption_grid, sample_path, save_png
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
-from training.stage import TrainedStage, batch_per_process
+from training.stage import TrainedStage, open_stream
 
 
 @dataclass
@@ -100,13 +100,7 @@ def main(config: NextScaleStage) -> None:
 
     # Images and captions.
     reader = image_reader(config.data, tokenizer.config.image_size, text_encoder.tokenize)
-    loader = reader.stream(
-        batch_per_process(run, training),
-        training.seed,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-        pin_memory=run.device.type == "cuda",
-    )
+    loader = open_stream(run, training, reader)
 
     # The network: its sizes follow from those parts.
     length, width = text_encoder.shape

@@ -58,7 +58,7 @@ from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
 from training.pictures import caption_grid, pair_rows, sample_path, save_png
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
-from training.stage import TrainedStage, batch_per_process
+from training.stage import TrainedStage, open_stream
 
 
 @dataclass
@@ -173,13 +173,7 @@ def main(config: TokenizerStage) -> None:
     parts = Parts(run, text_encoder, build_perceptual(config, run), build_teacher(config, run))
     expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
     reader = image_reader(config.data, config.image_size, text_encoder.tokenize)
-    loader = reader.stream(
-        batch_per_process(run, training),
-        training.seed,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-        pin_memory=run.device.type == "cuda",
-    )
+    loader = open_stream(run, training, reader)
 
     # Tokenizer and discriminator.
     model = build_model(config, run, has_checkpoint, parts.teacher)

@@ -71,10 +71,6 @@ def load_config(stage: type[T], path: str | Path, overrides: list[str] | None = 
         "run_dir": "${experiment_dir}/" + path.stem,
     }
     config = load_dataclass(stage, path, overrides, names)
-    # an unset variable of the shell would lead to the root of the file system
-    for name in ("runs_dir", *names):
-        if not getattr(config, name):
-            raise ValueError(f"{name} is empty: expected a folder")
     config.check()
     return config
 

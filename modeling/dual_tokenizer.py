@@ -201,9 +201,7 @@ class DualTokenizer(nn.Module):
             for module in part.modules():
                 init_linear_(module)
                 if isinstance(module, Attention):
-                    query, key, _ = module.qkv.bias.chunk(3)
-                    nn.init.constant_(query, self.config.query_key_bias)
-                    nn.init.constant_(key, self.config.query_key_bias)
+                    module.bias_queries_and_keys(self.config.query_key_bias)
         init_linear_(self.pixel_decoder.to_pixels, std=0.02)
         nn.init.dirac_(self.pixel_decoder.smooth.weight)
 

@@ -272,10 +272,6 @@ class ImageTokenizer(nn.Module):
         init_linear_(self.decoder.to_pixels, std=0.02)
         nn.init.constant_(self.decoder.to_pixels.bias, 0.5)
         nn.init.dirac_(self.decoder.smooth.weight)
-        # Equal constants in q and k, which RoPE turns by position: tokens attend to those near them
-        # from the first step on.
         for module in self.modules():
             if isinstance(module, Attention):
-                query, key, _ = module.qkv.bias.chunk(3)
-                nn.init.constant_(query, config.query_key_bias)
-                nn.init.constant_(key, config.query_key_bias)
+                module.bias_queries_and_keys(config.query_key_bias)

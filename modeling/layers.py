@@ -97,6 +97,12 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=for_all_queries(mask))
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
+    def bias_queries_and_keys(self, value: float) -> None:
+        """Set their biases, which RoPE turns by position: tokens attend to those near them."""
+        query, key, _ = self.qkv.bias.chunk(3)
+        nn.init.constant_(query, value)
+        nn.init.constant_(key, value)
+
     def split(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         """Queries and keys, rotated, and values of all tokens: B x N x H x D each."""
         heads = self.num_heads

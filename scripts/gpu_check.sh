@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What has to be known of a GPU, in about eight minutes on one device: bash scripts/gpu_check.sh [--output FILE]
+# What has to be known of a GPU, on one device, in at most 19 minutes and the set-up: bash scripts/gpu_check.sh [--output FILE]
 #
 # Tests, speed and memory of training, sampling and encoding, then the demo, in order of worth; each part is written to
 # docs/gpu/NAME.json when it is there. Without a GPU it measures the CPU at sizes that take hours: --parts tests,demo.

@@ -30,7 +30,7 @@ from training.loading import load_ema
 from training.loop import train_network
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
-from training.stage import TrainedStage, batch_per_process
+from training.stage import TrainedStage, open_stream
 
 MAX_SHIFT = 4  # pixels; random shift of the images
 MAX_LOG_SCALE = 4.6  # of the contrastive logits, log(100) as in CLIP
@@ -84,13 +84,8 @@ def train_clip(config: TextEncoderStage, run: Run, shards: dict) -> None:
     """The contrastive training, image to caption and caption to image; shards: of check_shards."""
     training = config.training
     tokenize = clip_tokenizer(config.clip.context_length)
-    loader = image_reader(config.data, config.clip.image_size, tokenize).stream(
-        batch_per_process(run, training),
-        training.seed,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-        pin_memory=run.device.type == "cuda",
-    )
+    reader = image_reader(config.data, config.clip.image_size, tokenize)
+    loader = open_stream(run, training, reader)
     save_config(run, config, latest_checkpoint(run.folder) is not None)
     if run.is_main:
         save_source(run.folder, shards)

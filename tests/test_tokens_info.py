@@ -6,8 +6,7 @@ from data.config import SourceConfig
 from data.readers import TokenTextConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.layers import fingerprint
-from training.run import start_run
-from training.stage import TrainingConfig, batch_per_process
+from training.stage import TrainingConfig
 from training.tokens import LatentStats, TokensInfo, load_tokens_info
 
 K, C = 8, 4
@@ -87,9 +86,7 @@ def test_the_scale_over_several_folders_is_that_of_all_samples(tokenizer, tmp_pa
     refused(data, tokenizer, "text_encoder_fingerprint", f"{tmp_path}/a", f"{tmp_path}/b")
 
 
-def test_a_batch_is_divided_among_processes_and_accumulation(tmp_path):
-    run = start_run(tmp_path, "fp32", seed=0)
-    config = TrainingConfig(batch_size=12, gradient_accumulation=3)
-    assert batch_per_process(run, config) == 4
+def test_a_batch_is_divided_among_processes_and_accumulation():
+    assert TrainingConfig(batch_size=12, gradient_accumulation=3).split_batch(2) == 2
     with pytest.raises(ValueError, match="training.batch_size 10 .* 1 x 3"):
-        batch_per_process(run, TrainingConfig(batch_size=10, gradient_accumulation=3))
+        TrainingConfig(batch_size=10, gradient_accumulation=3).split_batch(1)

@@ -7,6 +7,8 @@ scripts/run_experiment asks the methods below before the first stage of an exper
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from data.readers import Reader
+from data.shards import ShardLoader
 from training.metrics import LoggingConfig
 from training.optim import OptimizerConfig
 from training.run import TIMEOUT_MINUTES, Run
@@ -120,6 +122,17 @@ class TrainedStage(StageConfig):
             )
 
 
-def batch_per_process(run: Run, config: TrainingConfig) -> int:
-    """Samples in a batch of this process; ValueError as of split_batch."""
-    return config.split_batch(run.accelerator.num_processes)
+def open_stream(run: Run, training: TrainingConfig, reader: Reader) -> ShardLoader:
+    """This process's endless batches of what a reader reads.
+
+    Raises:
+        ValueError: batch_size as of split_batch, shards as of Reader.stream.
+    """
+    num_processes = run.accelerator.num_processes
+    return reader.stream(
+        training.split_batch(num_processes),
+        training.seed,
+        run.accelerator.process_index,
+        num_processes,
+        pin_memory=run.device.type == "cuda",
+    )

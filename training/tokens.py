@@ -24,7 +24,7 @@ from modeling.text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, loa
 from modeling.text_projector import TextProjector
 from training.ridge import fit_linear_skip
 from training.run import Run
-from training.stage import TrainingConfig, batch_per_process
+from training.stage import TrainingConfig, open_stream
 
 TOKENS_INFO_FILE, LATENT_STATS_FILE = "tokens.json", "latent_stats.json"
 
@@ -310,13 +310,7 @@ def open_stored_tokens(
         )
     tokenize = None if info.has_text_states else encoder.tokenize
     reader = token_reader(data, info.num_tokens, info.token_channels, tokenize)
-    loader = reader.stream(
-        batch_per_process(run, training),
-        training.seed,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-        pin_memory=run.device.type == "cuda",
-    )
+    loader = open_stream(run, training, reader)
     encoder = None if info.has_text_states else encoder.to(run.device)
     return StoredTokens(run, loader, data, info, tokenize, encoder)
 
@@ -358,12 +352,8 @@ def open_stored_captions(
     has_text_states = not data.has_several_captions() and all(
         holds_states_of(encoder, pattern) for pattern in data.all_shards()
     )
-    loader = caption_reader(data, encoder.tokenize, has_text_states).stream(
-        batch_per_process(run, training),
-        training.seed,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-    )
+    reader = caption_reader(data, encoder.tokenize, has_text_states)
+    loader = open_stream(run, training, reader)
     return StoredCaptions(
         run, loader, data, encoder.tokenize, encoder.to(run.device), has_text_states
     )

@@ -113,10 +113,8 @@ def look_at_disk(needs: dict[Path, float]) -> Iterator[Row]:
     for place in needs:
         by_disk.setdefault(place.stat().st_dev, []).append(place)
     for places in by_disk.values():
-        needed, free = (
-            sum(needs[place] for place in places),
-            shutil.disk_usage(places[0]).free / GIB,
-        )
+        needed = sum(needs[place] for place in places)
+        free = shutil.disk_usage(places[0]).free / GIB
         text = f"{needed:.2f} GiB for checkpoints, {free:.2f} GiB free"
         if needed > free:
             text += ": free some, set runs_dir, or lower training.keep_checkpoints"
