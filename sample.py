@@ -2,15 +2,17 @@
 
     python sample.py --run runs/demo --prompts "pineapple, food fruit" "black cat, animal mammal"
     python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport"
+    python sample.py --run runs/demo --trajectory "blue heart, heart" --frames 11
     python sample.py --run runs/released_xl --prompts "a corgi in snow" --sampler euler_release
     python sample.py --run runs/demo --caption photo.jpg other.png
     python sample.py --run runs/demo --caption FOLDER --output captions.jsonl
     python sample.py --run USER/NAME --prompts "a corgi in snow"
 
-The third: the published weights, as scripts/convert_checkpoint.py writes them, on their own time
-grid. The two after it: image to text, printed and as a contact sheet, or as a line an image; an
-unreadable image in a folder is left out, named and counted. Without prompts or images, the captions
-or images of the run's own pictures.
+The third: what the flow passes on its way from t = 0 to t = 1, decoded, a row a prompt. The fourth:
+the published weights, as scripts/convert_checkpoint.py writes them, on their own time grid. The two
+after it: image to text, printed and as a contact sheet, or as a line an image; an unreadable image
+in a folder is left out, named and counted. Without prompts or images, the captions or images of the
+run's own pictures.
 
 A run of stage next_scale has neither steps nor a solver: its options are --guidance, --precision.
 EMA weights. 20 Euler steps from text to image (paper, Sec. 3.1); defaults are the run's. The same
@@ -81,7 +83,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--prompts-file", type=user_path, help="one prompt a line")
     source.add_argument("--caption", nargs="+", metavar="IMAGE", help="images, folders, tar shards")
     source.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="between two prompts")
-    add("--frames", type=int, help="images of --interpolate, ends included; default: 8")
+    help_text = "the flow's way from text to image, decoded, a row a prompt"
+    source.add_argument("--trajectory", nargs="+", metavar="TEXT", help=help_text)
+    help_text = "images of --interpolate, or of a row of --trajectory, ends included; default: 8"
+    add("--frames", type=int, help=help_text)
     add(
         "--output", type=user_path, default=Path("samples.png"), help="PNG; of captions also .jsonl"
     )
@@ -102,7 +107,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Load, generate, write."""
-    is_left_open = not (args.prompts or args.prompts_file or args.interpolate)
+    is_left_open = not (args.prompts or args.prompts_file or args.interpolate or args.trajectory)
     check_args(args)
     args.run = find_folder(args.run)
     to_text = bool(args.caption) or (is_left_open and directions_of(args.run) == {"image_to_text"})
@@ -119,10 +124,13 @@ def check_args(args: argparse.Namespace) -> None:
         value, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and value < smallest:
             raise ValueError(f"{option} must be at least {smallest}, got {value}")
-    if args.frames and not args.interpolate:
-        raise ValueError(f"--frames {args.frames} is for --interpolate")
-    if args.interpolate and args.images_per_prompt > 1:
-        raise ValueError("--images-per-prompt is for prompts, not for --interpolate")
+    is_row = args.interpolate or args.trajectory
+    if args.frames and not is_row:
+        raise ValueError(f"--frames {args.frames} is for --interpolate and --trajectory")
+    if is_row and args.images_per_prompt > 1:
+        raise ValueError(
+            "--images-per-prompt is for prompts, not for --interpolate and --trajectory"
+        )
     if args.caption and (args.save_dir or args.gallery or args.images_per_prompt > 1):
         raise ValueError(
             "--save-dir, --gallery and --images-per-prompt are for prompts, not for --caption"
@@ -164,6 +172,9 @@ def draw(args: argparse.Namespace) -> None:
     if args.interpolate:
         in_row = args.frames or COLUMNS
         pictures = interpolate(parts, args, sampling, prompts, in_row)
+    elif args.trajectory:
+        followed = [*follow(parts, args, sampling, prompts)]
+        in_row, pictures = len(followed) // len(prompts), iter(followed)
     else:
         in_row = args.images_per_prompt
         pictures = generate(parts, args, sampling, prompts)
@@ -187,7 +198,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     Raises:
         ValueError: none found, or one is empty.
     """
-    prompts = args.prompts or args.interpolate
+    prompts = args.prompts or args.interpolate or args.trajectory
     if args.prompts_file:
         # splitlines would also split at U+2028
         lines = read_text_file(args.prompts_file).split("\n")
@@ -196,7 +207,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts = example_captions(args.run)
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError(
-            "no prompt, or an empty one: give --prompts, --prompts-file or --interpolate"
+            "no prompt, or an empty one: give --prompts, --prompts-file, --interpolate or "
+            "--trajectory"
         )
     return prompts
 
@@ -266,6 +278,22 @@ def interpolate(
         images = parts.between(prompts, weights, sampling, args.seed)
         captions = [names.get(value, f"{value:.2f}") for value in weights.tolist()]
         yield from zip(images.cpu(), captions, strict=True)
+
+
+def follow(
+    parts: ImageGenerator,
+    args: argparse.Namespace,
+    sampling: SamplingConfig,
+    prompts: list[str],
+) -> Iterator[Picture]:
+    """What the flow passes on its way to an image of each prompt, named by the time.
+
+    Rows are of one length, at most the solver's steps + 1.
+    """
+    for prompt in prompts:
+        times, images = parts.trajectory(prompt, sampling, args.seed, args.frames or COLUMNS)
+        names = [prompt, *(f"t = {time:.2f}" for time in times[1:])]
+        yield from zip(images.cpu(), names, strict=True)
 
 
 def write_pages(

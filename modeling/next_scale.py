@@ -332,3 +332,7 @@ class NextScaleGenerator:
     def between(self, *arguments: Any) -> Tensor:
         """Refuse: indices have no line between them."""
         raise ValueError("--interpolate: images of stage next_scale have nothing between them")
+
+    def trajectory(self, *arguments: Any) -> tuple[list[float], Tensor]:
+        """Refuse: indices are drawn at once, not carried."""
+        raise ValueError("--trajectory: images of stage next_scale have no way from the text")

@@ -1,11 +1,15 @@
 """eval/curves.py: a panel for each value of each stage, a line for each run."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from eval import charts, curves
+from scripts.run_experiment.stages import load_stage
+
+ROOT = Path(__file__).parents[1]
 
 
 def log(folder, **values):
@@ -67,3 +71,10 @@ def test_what_cannot_be_drawn_is_refused(arguments, said, tmp_path, monkeypatch)
         draw(*arguments)
     with pytest.raises(ValueError, match="nothing was reported"):
         draw("run")
+
+
+def test_the_kept_logs_are_of_all_steps_of_the_demo():
+    for stage in ("text_encoder", "tokenizer", "text_projector", "flowtok"):
+        config = load_stage(ROOT / f"configs/demo/{stage}.yaml")
+        rows = (ROOT / f"docs/logs/demo/{stage}/metrics.jsonl").read_text().splitlines()
+        assert json.loads(rows[-1])["step"] == config.training.max_steps

@@ -181,7 +181,7 @@ def test_sample_draws_with_such_a_run_as_with_a_flow(dual_chain, tmp_path, capsy
     again = [np.asarray(Image.open(path)) for path in sorted(single.iterdir())]
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(first, again))
     draw(folder, "--output", tmp_path / "own.png")  # the captions of its own pictures
-    for option in (["--steps", "3"], ["--interpolate", "a", "b"]):
+    for option in (["--steps", "3"], ["--interpolate", "a", "b"], ["--trajectory", "a"]):
         with pytest.raises(ValueError, match="next_scale"):
             draw(folder, *option, "--output", tmp_path / "no.png")
 

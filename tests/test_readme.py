@@ -16,7 +16,7 @@ from eval.protocol import Protocol, protocol_file
 from scripts.run_experiment.stages import PROGRAMS, load_stage, program_of, read_stages
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+PAGES = sorted(["README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))])
 SHELL = {"source", "pip", "python3", "mkdir", "mv"}  # what pages use besides our programs
 
 

@@ -165,6 +165,7 @@ def test_more_images_than_a_page_holds_are_written_as_they_are_made(
     [
         (["--prompts", "a", "--frames", "3"], ["--frames", "--interpolate"]),
         (["--interpolate", "a", "b", "--images-per-prompt", "2"], ["--images-per-prompt"]),
+        (["--trajectory", "a", "--images-per-prompt", "2"], ["--images-per-prompt"]),
         (["--interpolate", "a", "b", "--frames", "1"], ["--frames", "2"]),
         (["--caption", "x", "--save-dir", "y"], ["--save-dir", "--caption"]),
         (["--prompts", "a", "--seed", "-1"], ["--seed", "-1"]),
@@ -260,6 +261,18 @@ def test_interpolation_walks_from_one_image_to_the_other(chain, tmp_path, capsys
             tmp_path / prompt,
         )
         assert close(images(tmp_path / prompt), [frame])
+
+
+def test_a_trajectory_ends_at_the_image_of_its_prompt(chain, tmp_path):
+    prompts = ("a red circle", "a blue square")
+    walk = ("--trajectory", *prompts, "--frames", "4", "--steps", "6")
+    draw(chain.folder, *walk, "--output", tmp_path / "walk.png", "--save-dir", tmp_path / "walk")
+    frames = images(tmp_path / "walk")
+    assert len(frames) == 2 * 4
+    for prompt, last in zip(prompts, (frames[3], frames[7])):
+        single = ("--prompts", prompt, "--steps", "6", "--output", tmp_path / "x.png")
+        draw(chain.folder, *single, "--save-dir", tmp_path / prompt)
+        assert close(images(tmp_path / prompt), [last])
 
 
 def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(chain, tmp_path, capsys):
