@@ -161,12 +161,14 @@ def fetch_packages(folder: Path) -> None:
     print(f"+ {shlex.join(command)}", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as partial:  # what is not whole stays there
         try:
-            subprocess.run([*command, "--loglevel=error"], cwd=partial, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            status = subprocess.run([*command, "--loglevel=error"], cwd=partial).returncode
+        except OSError as error:  # there is no npm
+            status = error
+        if status:
             raise ValueError(
-                f"{folder} lacks npm packages that npm did not fetch ({error}). Where it can, type "
+                f"{folder} lacks npm packages that npm did not fetch ({status}). Elsewhere, type "
                 f"'{shlex.join(command)}', and copy the .tgz files that it writes into {folder}"
-            ) from error
+            )
         for path in Path(partial).iterdir():
             os.replace(path, folder / path.name)
 
@@ -178,12 +180,13 @@ def read_drawings(folder: Path) -> list[Drawing]:
         ValueError: a package that can't be read; names it.
     """
     files = {style: read_package(folder / a.file, a.folder) for style, a in ARTISTS.items()}
+    emoji = describe_emoji(json.loads(files["noto"][NAMES_FILE]))
+    wanted = [e for e in emoji if not (e.tone or {e.category, e.subcategory} & LEFT_OUT)]
     drawings = []
-    for number, emoji in enumerate(describe_emoji(json.loads(files["noto"][NAMES_FILE]))):
-        if not (emoji.tone or {emoji.category, emoji.subcategory} & LEFT_OUT):
-            key = code_points(emoji.key)
-            own = {style: files[style][key] for style in STYLES if key in files[style]}
-            drawings += [Drawing(key, number, emoji, style, own[style]) for style in own]
+    for number, one in enumerate(wanted):
+        key = code_points(one.key)
+        own = {style: files[style][key] for style in STYLES if key in files[style]}
+        drawings += [Drawing(key, number, one, style, own[style]) for style in own]
     uses = Counter(drawing.image for drawing in drawings)
     drawings = [drawing for drawing in drawings if uses[drawing.image] == 1]
     artists = Counter(drawing.key for drawing in drawings)
