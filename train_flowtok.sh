@@ -6,7 +6,7 @@
 #
 # EXPERIMENT is a folder of configs/, or the path of one elsewhere (with a /); default: demo. Several run one after the
 # other. The stages of an experiment are the YAML files in its folder, always run in this order:
-#   scenes  text_encoder  tokenizer  tokens  text_projector  flowtok     the rounds of the paper; scenes draws images:
+#   scenes artists  text_encoder  tokenizer  tokens  text_projector  flowtok  the rounds of the paper; two make images
 #   tokens_finetune  flowtok_finetune                                    fine-tuning on other data
 #   tokenizer_512  tokens_512  flowtok_512                               at 512 px
 #   text_decoder  flowtok_caption                                        image to text

@@ -51,7 +51,7 @@ from training.optim import EMA
 from training.run import start_run
 
 OTHER_FILES = 256  # that a process has open beside its workers' batches
-WITHOUT_A_STEP = ("scenes", "report")
+WITHOUT_A_STEP = ("scenes", "artists", "report")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -89,7 +89,6 @@ class ScenesStage(StageConfig):
         return self.heldout_captions, self.heldout_images_per_caption
 
     def outputs(self) -> list[str]:
-        """The shards that the stage writes."""
         return [str(shard_file(self, *task)) for task in shard_tasks(self)]
 
 

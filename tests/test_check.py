@@ -86,8 +86,9 @@ def test_what_will_fail_is_found_before_the_first_stage(tiny, override, said):
     assert "\n" not in str(caught.value)
 
 
-def test_scenes_that_an_earlier_stage_draws_are_known_beforehand(tmp_path):
+def test_images_that_an_earlier_stage_makes_are_known_beforehand(tmp_path):
     where = f"experiment_dir={tmp_path}/run[1]"
+    check(CONFIGS / "artists", where)
     check(CONFIGS / "scenes", where)
     assert not any(tmp_path.iterdir())
     for override in (

@@ -46,6 +46,10 @@ class StageConfig:
         """Patterns of shards that an earlier stage may write."""
         return []
 
+    def outputs(self) -> list[str]:
+        """The image shards that the stage writes."""
+        return []
+
     def earlier_runs(self) -> dict[str, str]:
         """Folders of the runs that the stage reads, by key; an earlier stage may make them."""
         return {}

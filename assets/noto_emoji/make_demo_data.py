@@ -22,6 +22,7 @@ import tarfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -126,9 +127,9 @@ def image_folder(package: Path) -> Path:
     return package / "img" / "google" / str(IMAGE_SIZE)
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(file: Path | BinaryIO) -> Image.Image:
     """The package's RGBA image composited on white: 64 x 64 RGB."""
-    rgba = Image.open(path).convert("RGBA")
+    rgba = Image.open(file).convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
 

@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> None:
     is_first = job.machine_rank == 0
     alone = [clean(os.environ)]
     for stage in stages:
-        if stage.config.stage not in ("scenes", "report"):
+        if stage.config.stage not in ("scenes", "artists", "report"):
             session.run_stage(stage, job.environments(os.environ))
         elif is_first:
             session.run_stage(stage, alone)

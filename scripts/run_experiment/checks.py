@@ -12,7 +12,6 @@ from data.files import check_writable
 from data.storage import is_remote
 from data.tar import expand_shards, split_pattern
 from scripts.encode_tokens import TokensStage, output_paths
-from scripts.make_scenes import ScenesStage
 from scripts.run_experiment.stages import Stage
 from scripts.train_text_encoder import TextEncoderStage
 from train_tokenizer import TokenizerStage
@@ -123,9 +122,9 @@ def check_runs(stage: Stage, made: Made) -> None:
 
 
 def find_images(stage: Stage, made: Made) -> list[str]:
-    """Image shards that the stage will find: those that are there, or that scenes will write."""
+    """Image shards that the stage will find: those that are there, or that a stage will write."""
     patterns = sorted(set(stage.config.image_shards()))
-    planned = [shard for pattern in patterns for shard in planned_scenes(pattern, made)]
+    planned = [shard for pattern in patterns for shard in planned_images(pattern, made)]
     if planned or not patterns:
         return planned
     try:
@@ -141,17 +140,17 @@ def find_images(stage: Stage, made: Made) -> list[str]:
         ) from error
 
 
-def planned_scenes(pattern: str, made: Made) -> list[str]:
-    """Shards of scenes that an earlier stage writes and a pattern matches; none: not its folder.
+def planned_images(pattern: str, made: Made) -> list[str]:
+    """Image shards that an earlier stage writes and a pattern matches; none: not its folder.
 
     Raises:
         ValueError: the pattern is in its folder and matches none.
     """
     folder = os.path.normpath(os.path.dirname(pattern))
     writer = made.get(folder)
-    if writer is None or not isinstance(writer.config, ScenesStage):
+    shards = [os.path.normpath(shard) for shard in writer.config.outputs()] if writer else []
+    if not shards:
         return []
-    shards = [os.path.normpath(shard) for shard in writer.config.outputs()]
     wanted = os.path.basename(pattern)
     matched = [s for s in shards if fnmatch.fnmatch(os.path.basename(s), wanted)]
     if not matched:

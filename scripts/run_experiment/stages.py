@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 
 PROGRAMS = {  # stage -> module and dataclass of its program
     "scenes": ("scripts.make_scenes", "ScenesStage"),
+    "artists": ("scripts.make_artists", "ArtistsStage"),
     "text_encoder": ("scripts.train_text_encoder", "TextEncoderStage"),
     "tokenizer": ("train_tokenizer", "TokenizerStage"),
     "tokens": ("scripts.encode_tokens", "TokensStage"),
@@ -23,7 +24,8 @@ PROGRAMS = {  # stage -> module and dataclass of its program
     "report": ("eval.report", "ReportStage"),
 }
 ORDER = (  # of the YAML files of an experiment: stages, and further rounds of them
-    *("scenes", "text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
+    *("scenes", "artists"),
+    *("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
     *("tokens_finetune", "flowtok_finetune", "tokenizer_512", "tokens_512", "flowtok_512"),
     *("text_decoder", "flowtok_caption", "next_scale", "report"),
 )

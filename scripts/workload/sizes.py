@@ -68,7 +68,7 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     """
     file = Path(file)
     config = load_stage(file, overrides)
-    if config.stage in ("scenes", "report"):
+    if config.stage in ("scenes", "artists", "report"):
         raise ValueError(f"{file}: stage {config.stage} trains no network")
     if config.stage == "next_scale" or getattr(config, "dual", None):
         raise ValueError(f"{file}: nothing is known of the cost of a dual tokenizer's stages")
