@@ -25,9 +25,10 @@ class FlowConfig:
     # text: ordinary flow matching, to compare with.
     source: Literal["text", "noise"] = "text"
     sigma_min: float = 1e-5
-    # logit_normal(0, 1): the release. power: t = u^time_power, more low t, where the caption
-    # decides (demo).
+    # logit_normal: t = sigmoid(time_mean + unit noise), the release's with 0; below it, more low t.
+    # power: t = u^time_power, more low t, where the caption decides (demo).
     time_distribution: Literal["uniform", "logit_normal", "power"] = "uniform"
+    time_mean: float = 0.0
     time_power: float = 3.0
     null_probability: float = 0.1  # share of samples that train the unconditional flow
     # z_T and z_I drawn from their posteriors; False: the means, one image a caption, less noise
@@ -72,7 +73,7 @@ def target_velocity(start: Tensor, end: Tensor, sigma_min: float) -> Tensor:
 def sample_times(config: FlowConfig, batch_size: int, device: torch.device) -> Tensor:
     """Draw t in [0, 1] for each sample: B, float32."""
     if config.time_distribution == "logit_normal":
-        return torch.randn(batch_size, device=device).sigmoid()
+        return (config.time_mean + torch.randn(batch_size, device=device)).sigmoid()
     t = torch.rand(batch_size, device=device)
     return t**config.time_power if config.time_distribution == "power" else t
 

@@ -40,6 +40,9 @@ class TextProjectorConfig:
     text_width: int = field(default=768, metadata=FROM_TOKENIZER)  # T
     width: int = 768  # of the blocks; another value than text_width puts a linear layer first
     depth: int = 6
+    # Blocks over the text itself, before learned queries read it: what a word says of another one,
+    # as "left of" of the nouns around it, is found there. 0 where there are no queries.
+    text_depth: int = 0
     num_heads: int = 8
     mlp_width: int = 1024
     dropout: float = 0.1
@@ -76,7 +79,7 @@ class TextProjectorConfig:
             )
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
-        check_not_negative(self, "fixed_std")
+        check_not_negative(self, "fixed_std", "text_depth")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -144,25 +147,6 @@ class LinearSkip(nn.Module):
             return latents.unflatten(1, self.offset.shape) + self.offset
 
 
-class LearnedQueries(nn.Module):
-    """Text states B x L x T -> B x K x W: K learned queries, and what they find, padding left out.
-
-    Not in the paper, whose text and image both have 77 tokens.
-    """
-
-    def __init__(self, config: TextProjectorConfig):
-        super().__init__()
-        self.queries = nn.Parameter(torch.empty(config.num_queries, config.width))
-        self.norm = nn.LayerNorm(config.text_width)
-        self.attention = CrossAttention(config.width, config.num_heads, config.text_width)
-        nn.init.normal_(self.queries, std=0.5)
-
-    def forward(self, text_states: Tensor, mask: Tensor) -> Tensor:
-        """mask: B x L bool, the states that are no padding."""
-        queries = self.queries.expand(len(text_states), -1, -1)  # B x K x W
-        return queries + self.attention(queries, self.norm(text_states), mask)
-
-
 class ProjectorBlock(nn.Module):
     """Post-norm: y = LN(x + drop(attn(x))), LN(y + drop(ffn(y))); or pre-norm. B x L x W.
 
@@ -182,12 +166,41 @@ class ProjectorBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: B x L bool, the tokens that are attended to."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.norm_attention(x)))
+            x = x + self.dropout(self.attention(self.norm_attention(x), mask=mask))
             return x + self.dropout(self.mlp(self.norm_mlp(x)))
-        x = self.norm_attention(x + self.dropout(self.attention(x)))
+        x = self.norm_attention(x + self.dropout(self.attention(x, mask=mask)))
         return self.norm_mlp(x + self.dropout(self.mlp(x)))
+
+
+class LearnedQueries(nn.Module):
+    """Text states B x L x T -> B x K x W: K learned queries, and what they find, padding left out.
+
+    Not in the paper, whose text and image both have 77 tokens.
+    """
+
+    def __init__(self, config: TextProjectorConfig):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(config.num_queries, config.width))
+        text_width = config.width if config.text_depth else config.text_width
+        self.norm = nn.LayerNorm(text_width)
+        self.attention = CrossAttention(config.width, config.num_heads, text_width)
+        nn.init.normal_(self.queries, std=0.5)
+
+        # Over the text
+        is_wider = text_width != config.text_width
+        self.embed = nn.Linear(config.text_width, text_width) if is_wider else nn.Identity()
+        self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.text_depth))
+
+    def forward(self, text_states: Tensor, mask: Tensor) -> Tensor:
+        """mask: B x L bool, the states that are no padding."""
+        text = self.embed(text_states)
+        for block in self.blocks:
+            text = block(text, mask)
+        queries = self.queries.expand(len(text), -1, -1)  # B x K x W
+        return queries + self.attention(queries, self.norm(text), mask)
 
 
 class ChannelPool(nn.Module):
@@ -230,6 +243,11 @@ class TextProjector(nn.Module):
     def __init__(self, config: TextProjectorConfig):
         super().__init__()
         self.config = config
+        if config.text_depth and not config.num_queries:
+            raise ValueError(
+                f"projector.text_depth={config.text_depth} is for learned queries, but text and "
+                f"image have {config.text_tokens} tokens each: expected 0, and more of depth"
+            )
         num_tokens, width = config.input_shape
         self.shape = (num_tokens, config.token_channels)  # of z_T
         self.tells_text = True  # where its flow starts says what the text is

@@ -35,6 +35,7 @@ from training.stage import TrainedStage, open_stream
 MAX_SHIFT = 4  # pixels; random shift of the images
 MAX_LOG_SCALE = 4.6  # of the contrastive logits, log(100) as in CLIP
 VOCABULARY = 49408  # of CLIP's BPE tokenizer
+CLIP_EMBEDDING_STD = 0.02
 
 
 @dataclass
@@ -48,6 +49,9 @@ class ClipSize:
     width: int = 192
     depth: int = 4
     num_heads: int = 6  # of the text tower; the image tower's heads are 64 wide
+    # Initial deviation of the token embeddings, twice that of their positions; CLIP's. A larger one
+    # keeps the words apart in a tower that hardly learns (docs/recipe.md).
+    embedding_std: float = CLIP_EMBEDDING_STD
 
 
 @dataclass
@@ -92,7 +96,7 @@ def train_clip(config: TextEncoderStage, run: Run, shards: dict) -> None:
     train_network(
         run=run,
         stage=config,
-        module=ClipPair(open_clip_config(config.clip)),
+        module=new_pair(config.clip),
         loss_fn=partial(compute_losses, run),
         loader=loader,
         inputs={},
@@ -144,6 +148,16 @@ class ClipPair(nn.Module):
             self.clip.encode_text(token_ids),
             self.clip.logit_scale,
         )
+
+
+@torch.no_grad()
+def new_pair(size: ClipSize) -> ClipPair:
+    """A CLIP with new weights."""
+    pair = ClipPair(open_clip_config(size))
+    scale = size.embedding_std / CLIP_EMBEDDING_STD
+    for embedding in (pair.clip.token_embedding.weight, pair.clip.positional_embedding):
+        embedding.mul_(scale)
+    return pair
 
 
 def random_shift(images: Tensor) -> Tensor:

@@ -65,6 +65,10 @@ def test_each_sample_is_at_its_own_time():
     [
         ({}, lambda t: t),
         ({"time_distribution": "logit_normal"}, lambda t: torch.special.ndtr(torch.logit(t))),
+        (
+            {"time_distribution": "logit_normal", "time_mean": -0.8},
+            lambda t: torch.special.ndtr(torch.logit(t) + 0.8),
+        ),
         ({"time_distribution": "power", "time_power": 3.0}, lambda t: t ** (1 / 3)),
     ],
     ids=["uniform", "logit_normal", "power"],

@@ -271,17 +271,19 @@ def test_text_states_of_another_shape_are_refused():
         build().posterior(torch.randn(B, L, T - 1))
 
 
-def test_learned_queries_look_at_text_and_never_at_padding():
-    projector, text = build(num_queries=7, width=32).eval(), states()
+@pytest.mark.parametrize("text_depth", [0, 1])
+def test_learned_queries_look_at_text_and_never_at_padding(text_depth):
+    options = {"num_queries": 7, "width": 32, "text_depth": text_depth}
+    projector, text = build(**options).eval(), states()
     with_padding = torch.cat([text[:, :2], torch.zeros(B, L - 2, T)], dim=1)
     before, after = projector.posterior(text).mean, projector.posterior(with_padding).mean
     assert projector.shape == (7, C) == before.shape[1:] and not torch.allclose(before, after)
 
     # As if the text had two tokens: the padding's number and places do not count.
-    short = build(num_queries=7, width=32, text_tokens=2).eval()
+    short = build(**options, text_tokens=2).eval()
     short.load_state_dict(projector.state_dict())
     torch.testing.assert_close(short.posterior(text[:, :2]).mean, after)
-    pooled = build(num_queries=7, width=32, alignment_target="average_pool")
+    pooled = build(**options, alignment_target="average_pool")
     assert pooled(text, sample=False).alignment.shape == (B, 7, C)
 
 
@@ -297,6 +299,11 @@ def test_learned_queries_look_at_text_and_never_at_padding():
 def test_impossible_settings_are_refused(options, keys):
     with pytest.raises(ValueError, match=f"^{keys}"):
         replace(CONFIG, **options)
+
+
+def test_blocks_over_the_text_need_queries():
+    with pytest.raises(ValueError, match=r"text_depth=1 .*expected 0"):
+        build(text_depth=1)
 
 
 def test_the_pooled_target_averages_neighbouring_channels_and_has_no_weights():
