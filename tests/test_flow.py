@@ -71,7 +71,7 @@ def test_each_sample_is_at_its_own_time():
         ),
         ({"time_distribution": "power", "time_power": 3.0}, lambda t: t ** (1 / 3)),
     ],
-    ids=["uniform", "logit_normal", "power"],
+    ids=["uniform", "logit_normal", "early", "power"],
 )
 def test_times_follow_their_distribution(options, cumulative):
     number = 20_000
