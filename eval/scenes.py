@@ -7,7 +7,8 @@ The judge (eval/judge.py) reads the images; the facts that their captions state 
 shards. Shares of images with each fact right, and with all; diversity, which is how far the images
 of one caption differ in places and sizes, as a share of what real ones do; KID on the judge's
 features. Before the generated images come the ceilings: real images, and their reconstructions by
-the tokenizer. RUN is an experiment or its stage-3 run; EMA weights. Prints a table and writes
+the tokenizer; and, of a flow from the text, the mean of its start, decoded: what a regression draws
+without a flow. RUN is an experiment or its stage-3 run; EMA weights. Prints a table and writes
 report.json and captions.png: captions never trained on, with four images each, by the last values
 of guidance and steps.
 """
@@ -158,7 +159,10 @@ def measure_split(
     rebuilt = read(judge, reconstruct(generator, scenes, args.batch_size), args.batch_size)
     rows += [{"split": scenes.split, "images": "reconstructed"} | measure(scenes, rebuilt, real)]
 
-    # The run's own
+    # The run's own, without the flow and with it
+    if generator.flow.config.source == "text":
+        starts = read(judge, decode_starts(generator, scenes), args.batch_size)
+        rows += [{"split": scenes.split, "images": "start"} | measure(scenes, starts, real)]
     for sampling in points:
         start = time.perf_counter()
         images = generate(generator, scenes, sampling, args)
@@ -247,6 +251,13 @@ def generate(
             raise FloatingPointError(f"an image of split {scenes.split} is not finite")
         parts.append((pixels * 255).round().to(torch.uint8).cpu())
     return torch.cat(parts)
+
+
+def decode_starts(generator: ImageGenerator, scenes: Scenes) -> Tensor:
+    """The mean of the flow's start of each caption: N x 3 x R x R uint8."""
+    states = generator.encode_text(scenes.texts)
+    latents = generator.flow.projector.start(states, noise=None) / generator.flow.latent_scale
+    return (generator.decode(latents, states) * 255).round().to(torch.uint8).cpu()
 
 
 def choose_strips(scenes: Scenes, images: Tensor) -> list[tuple[Tensor, str]]:
