@@ -10,9 +10,10 @@
 #   tokens_finetune  flowtok_finetune                                    fine-tuning on other data
 #   tokenizer_512  tokens_512  flowtok_512                               at 512 px
 #   text_decoder  flowtok_caption                                        image to text
+#   next_scale  reader                                                   discrete codes: text to image, to captions
 #   report
 # A finished stage is skipped, an interrupted one resumes: run the same command again. text_encoder is skipped where the
-# tokenizer names another text tower.
+# tokenizer names another text tower, reader where requirements-text.txt is not installed.
 #
 #   bash train_flowtok.sh                                            the demo: one CPU or GPU, no downloads of data
 #   bash train_flowtok.sh tokenizer_bl77_256 flowtok_xl data_dir=/data/shards    8 A100s of this machine: all are found

@@ -11,7 +11,7 @@ SigLIP were trained with it in sight, SigLIP even to sum up the text there: all 
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,20 @@ TOWERS = T5 | CLIP | {f"{kind}_text_model": tower for kind, tower in CLIP.items(
 T5_LENGTH = 77  # of a tower without a limit, if none is set
 
 
+class NamedModel(Protocol):
+    """Which model, and what messages call the group of its keys."""
+
+    key: str
+    model: str  # a folder, or a name on the hub
+
+
 def load_package() -> Any:
     """The package transformers; ValueError without it."""
     try:
         import transformers
     except ImportError as error:
         raise ValueError(
-            "text_encoder.family=transformers needs the package of that name: "
+            "a model of transformers needs the package of that name: "
             "pip install -r requirements-text.txt"
         ) from error
     transformers.logging.set_verbosity_error()  # or it lists CLIP's images' half as unused
@@ -40,7 +47,7 @@ def load_package() -> Any:
     return transformers
 
 
-def load_part(name: str, config: TextEncoderConfig, **options: Any) -> Any:
+def load_part(name: str, config: NamedModel, **options: Any) -> Any:
     """CLASS.from_pretrained(model, ...) of the package's class `name`.
 
     Raises:
@@ -50,14 +57,14 @@ def load_part(name: str, config: TextEncoderConfig, **options: Any) -> Any:
     load = getattr(load_package(), name).from_pretrained
     folder = Path(config.model)
     if folder.is_absolute() and not folder.is_dir():
-        raise AbsentWeights(f"text_encoder.model={folder} is no folder")
+        raise AbsentWeights(f"{config.key}.model={folder} is no folder")
     try:
         # The hub's cache, without asking the hub
         return load(config.model, local_files_only=True, **options)
     except Exception as error:  # OSError, ValueError, those of the hub, safetensors, tokenizers
         reason = " ".join(str(error).split())[:300]
         if folder.is_dir():
-            raise ValueError(f"cannot load text_encoder.model={folder}: {reason}") from error
+            raise ValueError(f"cannot load {config.key}.model={folder}: {reason}") from error
     try:
         if silence := why_hub_is_silent():
             raise OSError(f"it is neither a folder nor in the hub's cache, and {silence}")
@@ -65,10 +72,19 @@ def load_part(name: str, config: TextEncoderConfig, **options: Any) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise AbsentWeights(
-            f"cannot load text_encoder.model={config.model}: {reason}. Without network: download "
+            f"cannot load {config.key}.model={config.model}: {reason}. Without network: download "
             f"the files of {HUB}/{config.model} elsewhere, put them into one folder here and set "
-            "text_encoder.model=FOLDER"
+            f"{config.key}.model=FOLDER"
         ) from error
+
+
+def load_whole(name: str, config: NamedModel) -> nn.Module:
+    """load_part of a class of models; ValueError also if weights are missing."""
+    model, report = load_part(name, config, output_loading_info=True)
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ValueError(f"{config.key}.model={config.model} lacks weights: {missing}")
+    return model
 
 
 class TransformersTokenizer:
@@ -160,11 +176,7 @@ def tower_class(kind: str) -> str:
 def load_tower(config: TextEncoderConfig) -> TransformersTextEncoder:
     """The tower that a config names, in float32; ValueError as load_part, or it lacks weights."""
     name = tower_class(load_part("AutoConfig", config).model_type)
-    tower, report = load_part(name, config, output_loading_info=True)
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(f"text_encoder.model={config.model} lacks weights: {missing}")
-    encoder = TransformersTextEncoder(tower, config.context_length)
+    encoder = TransformersTextEncoder(load_whole(name, config), config.context_length)
     encoder.tokenize = TransformersTokenizer(config, encoder.shape[0])
     encoder.pad_id = encoder.tokenize.pad_id
     return encoder

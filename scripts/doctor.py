@@ -57,7 +57,7 @@ WITHOUT_A_STEP = ("scenes", "artists", "report")
 def main(args: argparse.Namespace) -> int:
     """Print the table and return the exit status."""
     stages = read_stages(args.words, os.environ.get("STAGES", ""), Path("configs"))
-    stages, _ = checks.skip_unused_towers(stages)
+    stages, _ = checks.skip_stages(stages)
     job = find_job(os.environ, torch.cuda.device_count(), count_cores())
     for name in os.environ.keys() - clean(os.environ).keys():
         del os.environ[name]  # of a launcher: this is one process

@@ -6,19 +6,21 @@ import yaml
 from tiny_experiment import reset_accelerate
 
 import train_next_scale
+import train_reader
 import train_tokenizer
 from configs.load import load_config
 
 PROGRAMS = {
     "tokenizer": (train_tokenizer.TokenizerStage, train_tokenizer.main),
     "next_scale": (train_next_scale.NextScaleStage, train_next_scale.main),
+    "reader": (train_reader.ReaderStage, train_reader.main),  # where transformers is installed
 }
 SIZE = {"width": 16, "depth": 1, "num_heads": 2}
 QUANTIZER = {"num_codes": 32, "semantic_channels": 6, "pixel_channels": 4, "scales": [1, 2]}
 
 
 class DualExperiment:
-    """Two stages on 32 px images with a grid of 2 x 2, 4 steps each."""
+    """Stages on 32 px images with a grid of 2 x 2, 4 steps each."""
 
     def __init__(self, folder: Path, clip: Path, shards: Path):
         self.folder = folder
@@ -57,6 +59,11 @@ class DualExperiment:
                 "next_scale": SIZE,
                 "sampling": {"top_k": [8, 1], "top_p": [0.9, 0.0], "guidance": 2.0},
                 "pictures": {"captions": ["a red circle", "a blue square"]},
+            },
+            "reader": {
+                **common,
+                "language_model": {"size": {**SIZE, "width": 32}, "freeze": False},
+                "pictures": {"num_images": 3},
             },
         }
 

@@ -41,7 +41,7 @@ def tiny(tmp_path, tiny_shards):
 
 def check(folder, *overrides, num_processes=1):
     """All that train_flowtok.sh checks for an experiment."""
-    found, _ = checks.skip_unused_towers(read(f"{folder}/", *overrides))
+    found, _ = checks.skip_stages(read(f"{folder}/", *overrides))
     checks.check_configs(found, num_processes)
     checks.check_inputs(found)
 
@@ -147,9 +147,17 @@ def test_images_that_are_missing_below_data_dir_can_be_moved_by_that(tmp_path):
 
 def test_a_text_tower_that_the_tokenizer_does_not_use_is_skipped(tiny):
     other = ["tokenizer.text_encoder.model=ViT-B-32", "tokenizer.text_encoder.pretrained=openai"]
-    kept, reasons = checks.skip_unused_towers(read(f"{tiny}/", *other))
+    kept, reasons = checks.skip_stages(read(f"{tiny}/", *other))
     assert "text_encoder" not in [stage.name for stage in kept]
     assert len(reasons) == 1 and "ViT-B-32" in reasons[0]
-    assert checks.skip_unused_towers(read(f"{tiny}/"))[1] == []
+    assert checks.skip_stages(read(f"{tiny}/"))[1] == []
     only = read(f"{tiny}/", "text_encoder.training.seed=1", wanted="text_encoder")
-    assert checks.skip_unused_towers(only) == (only, [])
+    assert checks.skip_stages(only) == (only, [])
+
+
+def test_a_reader_is_skipped_without_its_package_unless_it_is_all_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    found, alone = read("emoji_dual"), read("emoji_dual", wanted="reader")
+    kept, (reason,) = checks.skip_stages(found)
+    assert kept == found[:-1] and "emoji_dual/reader" in reason
+    assert checks.skip_stages(alone) == (alone, [])

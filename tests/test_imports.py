@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("configs", "data", "eval", "modeling", "research", "scripts", "tests", "training")
 PROGRAMS = (
-    *("train_flowtok", "train_next_scale", "train_text_decoder"),
+    *("train_flowtok", "train_next_scale", "train_reader", "train_text_decoder"),
     *("train_text_projector", "train_tokenizer"),
 )
 ENTRY_POINTS = ("sample", *PROGRAMS)

@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> None:
 
     # What runs where
     stages = read_stages(words, os.environ.get("STAGES", ""), Path("configs"))
-    stages, skipped = checks.skip_unused_towers(stages)
+    stages, skipped = checks.skip_stages(stages)
     job = find_job(os.environ, torch.cuda.device_count(), count_cores())
     is_dry = os.environ.get("DRY_RUN", "0") != "0"
     checks.check_configs(stages, job.num_processes)

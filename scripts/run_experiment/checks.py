@@ -4,6 +4,7 @@ import fnmatch
 import os.path
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -14,6 +15,7 @@ from data.tar import expand_shards, split_pattern
 from scripts.encode_tokens import TokensStage, output_paths
 from scripts.run_experiment.stages import Stage
 from scripts.train_text_encoder import TextEncoderStage
+from train_reader import ReaderStage
 from train_tokenizer import TokenizerStage
 from training.checkpoint import latest_checkpoint
 from training.run import CONFIG_FILE
@@ -194,10 +196,15 @@ def check_will_match(pattern: str, writer: Stage, made: Made) -> None:
         )
 
 
-def skip_unused_towers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
-    """The stages without the text towers that the tokenizer beside them does not use; says why."""
+def skip_stages(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+    """The stages without those that have no use or no package here, and why they are left out.
+
+    Unused is a text tower other than that of the tokenizer beside it.
+    """
     used = {s.file.parent: s.config for s in stages if isinstance(s.config, TokenizerStage)}
     kept, reasons = [], []
+    # A reader that runs alone says itself what it lacks.
+    no_reader = len(stages) > 1 and find_spec("transformers") is None
     for stage in stages:
         tokenizer = used.get(stage.file.parent)
         own = os.path.join(os.path.normpath(stage.config.run_dir), TOWER)
@@ -205,6 +212,8 @@ def skip_unused_towers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]
         if is_tower and tokenizer and tower_folder(tokenizer) != own:
             model = tokenizer.text_encoder.model
             reasons.append(f"{stage}: skipped, the tokenizer's text_encoder.model is {model}")
+        elif no_reader and isinstance(stage.config, ReaderStage):
+            reasons.append(f"{stage}: skipped, it needs pip install -r requirements-text.txt")
         else:
             kept.append(stage)
     return kept, reasons

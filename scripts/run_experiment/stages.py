@@ -21,13 +21,14 @@ PROGRAMS = {  # stage -> module and dataclass of its program
     "text_decoder": ("train_text_decoder", "TextDecoderStage"),
     "flowtok": ("train_flowtok", "FlowTokStage"),
     "next_scale": ("train_next_scale", "NextScaleStage"),
+    "reader": ("train_reader", "ReaderStage"),
     "report": ("eval.report", "ReportStage"),
 }
 ORDER = (  # of the YAML files of an experiment: stages, and further rounds of them
     *("scenes", "artists"),
     *("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
     *("tokens_finetune", "flowtok_finetune", "tokenizer_512", "tokens_512", "flowtok_512"),
-    *("text_decoder", "flowtok_caption", "next_scale", "report"),
+    *("text_decoder", "flowtok_caption", "next_scale", "reader", "report"),
 )
 
 

@@ -70,7 +70,7 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     config = load_stage(file, overrides)
     if config.stage in ("scenes", "artists", "report"):
         raise ValueError(f"{file}: stage {config.stage} trains no network")
-    if config.stage == "next_scale" or getattr(config, "dual", None):
+    if config.stage in ("next_scale", "reader") or getattr(config, "dual", None):
         raise ValueError(f"{file}: nothing is known of the cost of a dual tokenizer's stages")
     if config.stage == "text_encoder":
         return Stage(config, None, ImageTokenizerConfig())

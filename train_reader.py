@@ -1,0 +1,156 @@
+"""Understanding: a language model learns to read a tokenizer's codes, with captions as targets.
+
+    accelerate launch train_reader.py --config configs/emoji_dual/reader.yaml [key=value ...]
+
+In: image shards with captions; the run of a tokenizer, dual or FlowTok's, which stays frozen and
+encodes in the loop; a causal language model of the package transformers, frozen or trained on
+(modeling/code_reader.py). Out: a run folder with the projector, and the model if it is trained.
+Loss: cross-entropy of the caption's tokens, mean over them. samples/step_*.png: images with the
+captions that are read from them by EMA weights, and in brackets their own. The same command
+resumes, and does nothing when the run is complete.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.load import parse_stage_args
+from data.images import ImageTextConfig, image_reader
+from modeling.code_reader import (
+    IGNORED,
+    CaptionTokenizer,
+    CodeReader,
+    LanguageModelConfig,
+    load_language_model,
+)
+from modeling.dual_tokenizer import DualTokenizer
+from modeling.image_tokenizer import ImageTokenizer
+from modeling.layers import fingerprint
+from training.checkpoint import is_complete, latest_checkpoint
+from training.errors import exit_on_error
+from training.loading import load_any_tokenizer
+from training.loop import train_network
+from training.pictures import caption_grid, sample_path, save_png
+from training.provenance import check_shards, save_source
+from training.run import Run, save_config, start_run
+from training.stage import TrainedStage, open_stream
+
+
+@dataclass
+class ReadPictures:
+    """The sheet on the way: the first images, and what is read of them."""
+
+    num_images: int = 16
+    shards: list[str] = field(default_factory=list)  # whose images; empty: the training shards
+
+    def __post_init__(self):
+        if self.num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {self.num_images}")
+
+
+@dataclass
+class ReaderStage(TrainedStage):
+    """What can be set in reader.yaml, besides the parts' own fields."""
+
+    tokenizer_run: str = "${experiment_dir}/tokenizer"  # whose codes are read
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    pictures: ReadPictures = field(default_factory=ReadPictures)
+
+    stage = "reader"
+    networks = ("language_model",)
+
+    def check(self) -> None:
+        super().check()
+        self.data.check()
+        self.language_model.check()
+
+    def image_shards(self) -> list[str]:
+        return self.data.all_shards() + self.pictures.shards
+
+    def earlier_runs(self) -> dict[str, str]:
+        return {"tokenizer_run": self.tokenizer_run}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What losses and pictures read."""
+
+    run: Run
+    tokenizer: ImageTokenizer | DualTokenizer
+    tokenize: CaptionTokenizer
+
+    @torch.no_grad()
+    def encode(self, batch: dict) -> Tensor:
+        """Codes of a batch's images, B x N x C, in the run's precision."""
+        images = batch["image"].to(self.run.device, non_blocking=True).float().div_(255)
+        with self.run.accelerator.autocast():
+            return self.tokenizer.encode(images).mean
+
+
+def main(config: ReaderStage) -> None:
+    """Run the stage from start or checkpoint to its last step."""
+    # What stage 1 gave, and the language model.
+    training, language = config.training, config.language_model
+    run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
+    tokenizer = load_any_tokenizer(config.tokenizer_run).to(run.device)
+    with run.accelerator.local_main_process_first():
+        language_model = load_language_model(language).to(run.device)
+        parts = Parts(run, tokenizer, CaptionTokenizer(language))
+    inputs = {
+        "tokenizer": fingerprint(tokenizer),
+        "language_model": "none" if language.size else fingerprint(language_model),
+    }
+    shards = check_shards(run, config.data, training.max_steps)
+    if is_complete(run, training.max_steps, inputs):
+        return
+
+    # The network: its sizes follow from those parts.
+    size = tokenizer.config.image_size
+    channels = parts.encode({"image": torch.zeros(1, 3, size, size)}).shape[-1]
+    model = CodeReader(channels, language_model, parts.tokenize.start_id, language.freeze)
+
+    # Images and captions.
+    loader = open_stream(run, training, image_reader(config.data, size, parts.tokenize))
+    save_config(run, config, latest_checkpoint(run.folder) is not None)
+    if run.is_main:
+        save_source(run.folder, shards)
+    train_network(
+        run=run,
+        stage=config,
+        module=model,
+        loss_fn=partial(compute_losses, parts),
+        loader=loader,
+        inputs=inputs,
+        save_samples=partial(save_read, config, parts),
+    )
+
+
+def compute_losses(parts: Parts, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    """Cross-entropy of the captions' tokens; top1: how often the likeliest one is true."""
+    token_ids = batch["token_ids"].to(parts.run.device, non_blocking=True)
+    logits = model(parts.encode(batch), token_ids).float()
+    loss = F.cross_entropy(logits.flatten(0, 1), token_ids.flatten(), ignore_index=IGNORED)
+    top1 = (logits.argmax(-1) == token_ids).sum() / (token_ids != IGNORED).sum()
+    return {"loss": loss, "top1": top1}
+
+
+def save_read(config: ReaderStage, parts: Parts, model: CodeReader, step: int) -> None:
+    """Images with what is read of them, and their own captions in brackets."""
+    number, tokenize = config.pictures.num_images, parts.tokenize
+    reader = image_reader(config.data, parts.tokenizer.config.image_size, tokenize)
+    batch = next(reader.once(number, config.pictures.shards or None, limit=number))
+    ids = model.read(parts.encode(batch), tokenize.end_id, tokenize.context_length)
+    read = [tokenize.decode(row) for row in ids]
+    right = sum(text == own for text, own in zip(read, batch["caption"]))
+    parts.run.say(f"{right} of {len(read)} captions on the sheet are read word for word")
+    labels = [f"{text} [{own}]" for text, own in zip(read, batch["caption"])]
+    sheet = caption_grid(batch["image"].float() / 255, labels, columns=4)
+    save_png(sheet, sample_path(parts.run.folder, step))
+
+
+if __name__ == "__main__":
+    exit_on_error(lambda: main(parse_stage_args(ReaderStage, __doc__)))
