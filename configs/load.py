@@ -11,6 +11,7 @@ and the nearest valid name.
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import os.path
 import re
@@ -22,6 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
+structured = functools.cache(OmegaConf.structured)  # takes longer than to copy one, as merge does
 HOME_PATH = re.compile(r"([\w-]+:|)(~[\w.-]*/.*)", re.DOTALL)  # ~/x, ~user/x, local-dir:~/x
 
 
@@ -87,7 +89,7 @@ def load_dataclass(
         ValueError: an unknown key, a wrong type, what a `__post_init__` refuses; in one line.
     """
     path = Path(path)
-    node = OmegaConf.merge(OmegaConf.structured(schema), defaults or {})
+    node = OmegaConf.merge(structured(schema), defaults or {})
     try:
         typed = [quote_text(override, schema) for override in overrides or []]
         changes = {str(path): read_yaml(path), "command line": parse_overrides(typed)}
@@ -103,13 +105,13 @@ def load_dataclass(
 
 
 def merge(node: Any, values: Any, origin: str) -> Any:
-    """A typed node with new values.
+    """A typed node with new values; the old one and they are used up.
 
     Raises:
         ValueError: an unknown key or a wrong type; says where it was given.
     """
     try:
-        return OmegaConf.merge(node, values)
+        return OmegaConf.unsafe_merge(node, values)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         schema = OmegaConf.get_type(node)
         raise ValueError(f"{origin}: {explain(error, schema)}") from error

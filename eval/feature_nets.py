@@ -21,12 +21,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -122,13 +120,15 @@ class DinoFeatures(FeatureNet):
     def __init__(self, weights: Path):
         """Raises ValueError: the file does not hold weights of this net."""
         super().__init__()
+        import timm  # here: it takes a second
+
         state = read_tensors(weights)
         with refusing_others(weights, DINO_MODEL):
             net = timm.create_model(
                 DINO_MODEL, pretrained=False, img_size=DINO_PIXELS, num_classes=0
             )
             # Positions were learned at 518 px and are resized to the grid of 224 px
-            net.load_state_dict(checkpoint_filter_fn(state, net))
+            net.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, net))
         self.net = net.eval().requires_grad_(False)
         self.width = net.num_features
         self.identity = {"features": "dinov2", "weights_sha256": file_sha256(weights)}

@@ -14,15 +14,15 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import huggingface_hub
-import open_clip
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+import huggingface_hub.constants
 from torch import nn
 
 from .layers import save_weights
+from .lazy import lazily
 
+open_clip = lazily("open_clip")  # it imports torchvision, timm, torch's compiler
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 OLDER_WEIGHTS_FILE = "open_clip_pytorch_model.bin"  # of hub repositories without safetensors
 QUICK = "-quickgelu"
@@ -227,12 +227,14 @@ def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callabl
         tokenize = open_clip.get_tokenizer(config.model)
     except Exception as error:  # of packages that other tokenizers than CLIP's need
         raise cannot_load(config, error) from error
-    return image_transform_v2(preprocessing, is_train=False), tokenize
+    return open_clip.transform.image_transform_v2(preprocessing, is_train=False), tokenize
 
 
-def preprocessing_of(config: ClipWeights, clip: nn.Module) -> PreprocessCfg:
-    """How images are made ready for a loaded CLIP: size, mean, std."""
-    return PreprocessCfg(**merge_preprocess_dict(clip.visual.preprocess_cfg, config.tag))
+def preprocessing_of(config: ClipWeights, clip: nn.Module) -> Any:
+    """open_clip's PreprocessCfg, how images are made ready for a loaded CLIP: size, mean, std."""
+    transform = open_clip.transform
+    values = transform.merge_preprocess_dict(clip.visual.preprocess_cfg, config.tag)
+    return transform.PreprocessCfg(**values)
 
 
 def model_config(config: ClipWeights) -> dict:

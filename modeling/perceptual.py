@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision import models
 
 from .layers import check_not_negative
 from .published import PublishedWeights
 
-VGG16_URL = models.VGG16_Weights.IMAGENET1K_V1.url
-CONVNEXT_URL = models.ConvNeXt_Small_Weights.IMAGENET1K_V1.url
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+CONVNEXT_URL = "https://download.pytorch.org/models/convnext_small-0c510722.pth"
 VGG16_FILE = PublishedWeights("VGG16", VGG16_URL, "perceptual.vgg_weights")
 CONVNEXT_FILE = PublishedWeights("ConvNeXt-Small", CONVNEXT_URL, "perceptual.convnext_weights")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
@@ -109,7 +108,9 @@ class LPIPS(FrozenDistance):
 
     def __init__(self, vgg_weights: Path):
         super().__init__()
-        import lpips  # here: it takes scipy along, and its five heads are all that is used of it
+        # Here: one takes seconds, the other scipy along, and its five heads are all that is used
+        import lpips
+        from torchvision import models
 
         with torch.device("meta"):  # no random initialisation, no random numbers drawn
             features = models.vgg16().features[: LPIPS_LAYERS[-1] + 1]
@@ -149,6 +150,8 @@ class ConvNeXtDistance(FrozenDistance):
 
     def __init__(self, convnext_weights: Path):
         super().__init__()
+        from torchvision import models
+
         with torch.device("meta"):
             convnext = models.convnext_small()
         self.convnext = _load_into(convnext, convnext_weights)

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
-import open_clip
 import torch
-from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from .clip_weights import ClipWeights, check_local_dir, load_clip
 from .layers import check_not_negative, fingerprint
+from .lazy import lazily
+
+open_clip = lazily("open_clip")
 
 
 @dataclass
@@ -111,17 +112,19 @@ class TextTokenizer:
         return tokenizer.decode(ids).strip()
 
 
-class ClipTokenizer(open_clip.SimpleTokenizer):
-    """CLIP's BPE tokenizer (shipped with open_clip): list of captions -> ids B x context_length."""
+class ClipTokenizer:
+    """CLIP's BPE tokenizer (shipped with open_clip), of a CLIP that is trained here."""
+
+    def __init__(self, context_length: int):
+        self.context_length = context_length
+        self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        return self._tokenizer(captions)
 
     def num_tokens(self, caption: str) -> int:
         """Tokens of the uncut caption, start and end included."""
-        return len(self.encode(caption)) + 2
-
-
-def clip_tokenizer(context_length: int) -> ClipTokenizer:
-    """The tokenizer of a CLIP that is trained here."""
-    return ClipTokenizer(context_length=context_length)
+        return len(self._tokenizer.encode(caption)) + 2
 
 
 class ClipTextEncoder(nn.Module):
@@ -149,7 +152,8 @@ class ClipTextEncoder(nn.Module):
 
     @property
     def quick_gelu(self) -> bool:
-        return any(isinstance(module, QuickGELU) for module in self.transformer.modules())
+        kind = open_clip.transformer.QuickGELU
+        return any(isinstance(module, kind) for module in self.transformer.modules())
 
     @cached_property
     def identity(self) -> str:

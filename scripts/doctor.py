@@ -42,7 +42,7 @@ from scripts.run_experiment.__main__ import count_cores
 from scripts.run_experiment.node import Row
 from scripts.run_experiment.processes import Job, clean, find_job
 from scripts.run_experiment.stages import Stage, read_stages
-from scripts.workload.fake import GIB
+from scripts.workload.fake import GIB, measure_step
 from scripts.workload.sizes import Stage as SizedStage
 from scripts.workload.sizes import read_stage
 from scripts.workload.steps import build_workload, make_batch
@@ -197,13 +197,14 @@ def look_at_step(stage: Stage, sized: SizedStage, job: Job, seconds: float) -> t
     """(memory and time of a step, GiB of the run's checkpoints)."""
     memory, device = node.process_memory_gib(job), torch.device("cuda" if job.on_gpus else "cpu")
     _, batch = batch_sizes(sized, job.num_processes)
-    mode = getattr(sized.config, "activation_checkpointing", "none")
-    cost, fit = fit_mode(sized, mode, job.num_processes, batch, memory)
+    cost = measure_step(sized, job.num_processes, batch)
     run_gib = disk_gib(cost, sized.training)["run"] if sized.training else 0.0
 
     # What does not fit is not tried.
     text = f"{cost.peak_gib:.2f} of {memory:.1f} GiB at {batch} samples a pass"
-    if not fit["fits"]:
+    if cost.peak_gib > memory:
+        mode = getattr(sized.config, "activation_checkpointing", "none")
+        _, fit = fit_mode(sized, mode, job.num_processes, batch, memory)
         cure = "set training.gradient_accumulation, or a smaller batch"
         return Row("STOP", f"{stage} step", f"{text}; {fit['largest_batch']} fit: {cure}"), run_gib
 

@@ -23,7 +23,7 @@ from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader
 from modeling.clip_weights import build_clip, save_clip
 from modeling.losses import contrastive_loss
-from modeling.text_encoder import clip_tokenizer
+from modeling.text_encoder import ClipTokenizer
 from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_ema
@@ -87,7 +87,7 @@ def main(config: TextEncoderStage) -> None:
 def train_clip(config: TextEncoderStage, run: Run, shards: dict) -> None:
     """The contrastive training, image to caption and caption to image; shards: of check_shards."""
     training = config.training
-    tokenize = clip_tokenizer(config.clip.context_length)
+    tokenize = ClipTokenizer(config.clip.context_length)
     reader = image_reader(config.data, config.clip.image_size, tokenize)
     loader = open_stream(run, training, reader)
     save_config(run, config, latest_checkpoint(run.folder) is not None)

@@ -21,6 +21,10 @@ from modeling.clip_weights import build_clip, save_clip
 torch.set_num_threads(1)
 # Its vocabulary takes 0.2 s to read, and each stage reads it up to five times.
 open_clip.factory.SimpleTokenizer = cache(open_clip.factory.SimpleTokenizer)
+# Torch looks whether a data worker or its trainer lives, and waits for a dead one, 1 s instead of
+# 5: also in the programs of tests/forks.py, whose server imports this file.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
+_MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (1.0,)
 
 TINY_CLIP = {
     "embed_dim": 24,
@@ -30,13 +34,6 @@ TINY_CLIP = {
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("red", "green", "blue", "black")
 NUM_SHARDS, SAMPLES_PER_SHARD, PIXELS = 2, 24, 32
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_loaders() -> None:
-    """Torch looks whether a data worker lives, and waits for a dead one, 1 s instead of 5."""
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
-    _MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (1.0,)
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,14 @@ What is forked is what `python SCRIPT ARGUMENTS` has after its imports: a proces
 process group of its own, with its output in a file. A signal to it is a real signal.
 """
 
+import ctypes
 import multiprocessing
 import os
 import random
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,14 +24,26 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 PACE = 0.0005  # seconds between two looks
+CLONE_NEWNS = 0x20000  # of <sched.h>; os.unshare is new in Python 3.12
 
 
 class Program:
-    """A started script, or module if it has no ".py"; `variables` are added to its environment."""
+    """A started script, or module if it has no ".py"; `variables` are added to its environment.
 
-    def __init__(self, log: Path, script: str, *arguments: str, **variables: str):
+    `first` is called in the new process before; it must be defined where the server can import it.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        script: str,
+        *arguments: str,
+        first: Callable[[], object] | None = None,
+        **variables: str,
+    ):
         self.log = log
-        self.process = server().Process(target=run_script, args=(log, script, arguments, variables))
+        words = (log, script, arguments, variables, first)
+        self.process = server().Process(target=run_script, args=words)
         self.process.start()
 
     @property
@@ -100,7 +114,13 @@ def server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def run_script(log: Path, script: str, arguments: tuple, variables: dict[str, str]) -> None:
+def run_script(
+    log: Path,
+    script: str,
+    arguments: tuple,
+    variables: dict[str, str],
+    first: Callable[[], object] | None,
+) -> None:
     """In the new process: become `python SCRIPT ARGUMENTS`."""
     os.setsid()
     # Of its data workers, as in a program of its own.
@@ -110,11 +130,27 @@ def run_script(log: Path, script: str, arguments: tuple, variables: dict[str, st
         os.dup2(descriptor, stream.fileno())
     os.chdir(ROOT)
     os.environ.update(variables)
+    if first is not None:
+        first()
     sys.argv = [script, *arguments]
     if script.endswith(".py"):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+def can_mount() -> bool:
+    """Whether `mount_little` works here: in a container it often does not."""
+    command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def mount_little(place: str, size: str) -> None:
+    """An empty disk of a size, as 100k or 1m, at a place that only this process sees."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
 
 
 def launch_two(log: Path, *words: str) -> Program:

@@ -1,12 +1,11 @@
 """scripts/doctor.py: right verdicts on sound and on sick machines."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import shape_sample
+from forks import Program, can_mount, mount_little
 from tiny_experiment import Experiment, reset_accelerate
 
 from data.tar import write_shard
@@ -123,22 +122,21 @@ def test_absent_shards_and_runs_and_batches_that_do_not_fit_stop(
 def test_a_full_disk_and_a_small_shared_memory_stop(tmp_path, tiny_shards, tiny_clip_dir, place):
     folder = Experiment(tmp_path, tiny_shards).folder / "configs"
     (tmp_path / "runs").mkdir()
-    target = tmp_path / "runs" if place == "runs" else place
-    mount = f'mount -t tmpfs -o size=100k tmpfs {target} && exec "$@"'
-    command = ["unshare", "-m", "sh", "-c", mount, "-"]
-    if subprocess.run([*command, "true"], capture_output=True).returncode:
+    if not can_mount():
         pytest.skip("mounting is not allowed here")
     clip = f"tokenizer.text_encoder.model=local-dir:{tiny_clip_dir}"
     words = [folder, f"experiment_dir={tmp_path}/runs", clip, "training.batch_size=48"]
     words += ["data.num_workers=2", "--seconds=0.1"]
-    done = subprocess.run(
-        [*command, sys.executable, ROOT / "scripts/doctor.py", *words],
-        env=os.environ | {"STAGES": "tokenizer", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    target = str(tmp_path / "runs") if place == "runs" else place
+    running = Program(
+        tmp_path / "log",
+        "scripts/doctor.py",
+        *map(str, words),
+        first=partial(mount_little, target, "100k"),
+        STAGES="tokenizer",
     )
-    found = [line for line in done.stdout.splitlines() if line.startswith("STOP")]
-    assert done.returncode == 1 and len(found) == 1, done.stdout + done.stderr
+    assert running.wait() == 1, running.output
+    found = [line for line in running.output.splitlines() if line.startswith("STOP")]
+    assert len(found) == 1, running.output
     expected = "GiB for checkpoints" if place == "runs" else "--shm-size"
     assert expected in found[0]

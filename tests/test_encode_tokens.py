@@ -7,11 +7,10 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,8 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import shape_sample
-from test_resume import ROOT, contents, environment, program, start
+from forks import Program, can_mount, mount_little
+from test_resume import contents, program
 from tiny_experiment import reset_accelerate
 
 from data.captions import CaptionConfig
@@ -314,14 +314,13 @@ def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain,
     words = program(chain, tmp_path / "killed", "tokens", *options)
     folder, kills = tmp_path / "killed" / "tokens", 0
     rng = np.random.default_rng(0)
-    for _ in range(4):
-        process = start([sys.executable, "-m", "scripts.encode_tokens", *words])
-        while not (folder / "source.json").is_file() and process.poll() is None:
-            time.sleep(0.005)
+    for number in range(4):
+        running = Program(tmp_path / f"log{number}", "scripts.encode_tokens", *words)
+        running.wait_until((folder / "source.json").is_file)
         time.sleep(rng.uniform(0, 0.3))
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kills += running.process.exitcode is None
+        with suppress(ProcessLookupError):  # it was through
+            running.kill()
         if (folder / "tokens.json").is_file():
             break
     chain.run_in(tmp_path / "killed", "tokens", *options)
@@ -366,56 +365,55 @@ def many(tmp_path_factory):
     return path
 
 
-# what leaves 1 MB of shared memory to the command after it; the second without privileges
+# what leaves 1 MB of shared memory to a program; the second without privileges
 SMALL_MEMORY = {
-    "mount": 'unshare -m sh -c "mount -t tmpfs -o size=1m tmpfs /dev/shm && $*"',
-    "limit": "ulimit -f 1024; $*",
+    "mount": partial(mount_little, "/dev/shm", "1m"),
+    "limit": partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
 }
 
 
 @pytest.mark.parametrize("how", SMALL_MEMORY)
 @pytest.mark.parametrize("name", ["encoding", "training", "evaluation"])
 def test_too_little_shared_memory_ends_the_program_with_one_line(chain, tmp_path, many, name, how):
-    command = ["bash", "-c", SMALL_MEMORY[how], "-"]
-    if subprocess.run([*command, "true"], capture_output=True).returncode:
+    if how == "mount" and not can_mount():
         pytest.skip("mounting is not allowed here")
     if name == "evaluation":
-        words = ["-m", "eval.reconstruction", chain.folder / "tokenizer", many, "--output"]
+        words = ["eval.reconstruction", chain.folder / "tokenizer", many, "--output"]
         words += [tmp_path / "r.json", "--batch-size=800", "--num-workers=2", "--device=cpu"]
     else:
-        script = ["-m", "scripts.encode_tokens"] if name == "encoding" else ["train_tokenizer.py"]
+        script = "scripts.encode_tokens" if name == "encoding" else "train_tokenizer.py"
         stage, prefix = ("tokens", "") if name == "encoding" else ("tokenizer", "training.")
         options = [f"data.shards=[{many}]", "data.num_workers=2", f"{prefix}batch_size=800"]
-        words = script + program(chain, tmp_path, stage, *options)
-    process = start([*command, sys.executable, *map(str, words)])
-    output, _ = process.communicate(timeout=120)
-    lines = [line for line in output.splitlines() if "error: " in line]
-    assert process.returncode == 2 and len(lines) == 1, output
-    assert re.search(r"batch of 2\.\d MB in /dev/shm, where .* --shm-size", lines[0]), output
+        words = [script, *program(chain, tmp_path, stage, *options)]
+    running = Program(tmp_path / "log", *map(str, words), first=SMALL_MEMORY[how])
+    assert running.wait() == 2, running.output
+    lines = [line for line in running.output.splitlines() if "error: " in line]
+    assert len(lines) == 1, running.output
+    assert re.search(r"batch of 2\.\d MB in /dev/shm, where .* --shm-size", lines[0]), lines
     assert not list(tmp_path.rglob("*.tar*")) and not (tmp_path / "r.json").exists()
 
 
 def test_a_worker_that_is_killed_ends_encoding_with_one_line(chain, tmp_path, many):
     options = [f"data.shards=[{many}]", "data.num_workers=1", "batch_size=1"]
     words = program(chain, tmp_path, "tokens", *options)
-    process = start([sys.executable, "-m", "scripts.encode_tokens", *words])
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    running = Program(tmp_path / "log", "scripts.encode_tokens", *words)
     workers = []
-    while process.poll() is None and not workers:
+    while running.process.exitcode is None and not workers:
         time.sleep(0.001)
         # By torch's name for them: what starts up may have other children for a moment.
-        for pid in children.read_text().split():
-            with suppress(OSError):
-                workers += [int(pid)] * Path(f"/proc/{pid}/comm").read_text().startswith("pt_data")
+        with suppress(OSError):
+            for pid in running.children():
+                name = Path(f"/proc/{pid}/comm").read_text()
+                workers += [pid] * name.startswith("pt_data")
     os.kill(workers[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "a data worker" in output, output
-    assert "Traceback" not in output and not list((tmp_path / "tokens").glob("*.tar")), output
+    assert running.wait() == 2 and "a data worker" in running.output, running.output
+    assert "Traceback" not in running.output, running.output
+    assert not list((tmp_path / "tokens").glob("*.tar"))
 
 
 def test_the_program_reports_a_bad_tokenizer_run_in_one_line(chain, tmp_path):
     words = program(chain, tmp_path, "tokens", f"tokenizer_run={chain.folder}/flowtok")
-    process = start([sys.executable, "-m", "scripts.encode_tokens", *words])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "is a run of stage 'flowtok'" in output
-    assert environment()["PYTHONPATH"] == str(ROOT) and not (tmp_path / "tokens").exists()
+    running = Program(tmp_path / "log", "scripts.encode_tokens", *words)
+    assert running.wait() == 2 and running.output.count("error: ") == 1, running.output
+    assert "is a run of stage 'flowtok'" in running.output
+    assert not (tmp_path / "tokens").exists()

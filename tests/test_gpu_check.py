@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from tiny_experiment import Experiment
+from tiny_experiment import Experiment, reset_accelerate
 
 from scripts import benchmark, gpu_check
 from scripts.gpu_check import Part, run_parts
@@ -23,22 +23,34 @@ def test_the_command_of_a_part_is_one_that_can_run(name):
         assert words[0] in ("pytest", "scripts.run_experiment")
 
 
-def test_parts_are_written_one_by_one_and_a_failure_or_a_limit_stops_none(tmp_path, capsys):
+FAILS = "import os; raise SystemExit('no such GPU in ' + os.getcwd())"
+PRINTS = "import sys; print(open(sys.argv[1]).read())"
+
+
+def test_parts_are_written_one_by_one_and_a_failure_or_a_limit_stops_none(
+    tmp_path, capsys, monkeypatch
+):
+    # What the benchmark prints, made here: started by itself it takes ten seconds
+    monkeypatch.setattr(benchmark, "MM_SIZES", {"cpu": (16, 32)})
+    monkeypatch.setattr(benchmark, "MM_SECONDS", 0.001)
     config = Experiment(tmp_path, tmp_path / "nowhere").config_file("flowtok")
     words = ("--config", str(config), "--batch-size=2", "--seconds=0.01", "--rounds=1")
+    benchmark.main(benchmark.parse_args(["sample", *words]))
+    (tmp_path / "printed").write_text(capsys.readouterr().out)
+    reset_accelerate()
+
     output = tmp_path / "gpu" / "x.json"
     seen = f"import json; print(json.dumps(dict(measures=list(json.load(open({str(output)!r}))))))"
     parts = {
-        "bad": Part(("-c", "raise SystemExit('no such GPU')"), 60, gpu_check.pytest_summary),
+        "bad": Part(("-c", FAILS), 60, gpu_check.pytest_summary),
         "slow": Part(("-c", "import time; time.sleep(60)"), 0.5, gpu_check.pytest_summary),
-        "sample_xl": Part(
-            ("scripts/benchmark.py", "sample", *words), 200, gpu_check.sampling_figures
-        ),
+        "sample_xl": Part(("-c", PRINTS, f"{tmp_path}/printed"), 60, gpu_check.sampling_figures),
     }
     parts["next"] = Part(("-c", seen), 60, lambda text: {"keys": yaml.safe_load(text)["measures"]})
     assert not run_parts(parts, output)
     found = json.loads(output.read_text())["parts"]
-    assert "no such GPU" in found["bad"]["failed"] and "timed out" in found["slow"]["failed"]
+    assert f"no such GPU in {gpu_check.ROOT}" in found["bad"]["failed"]
+    assert "timed out" in found["slow"]["failed"]
     assert found["next"]["keys"] == ["machine", "parts"]  # it was there before this part ended
     row = found["sample_xl"]
     parts_seconds = sum(

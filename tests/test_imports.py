@@ -42,6 +42,8 @@ def imported_modules(nodes):
             yield from ((alias.name, True) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield "." * node.level + (node.module or ""), False
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "lazily":
+            yield node.args[0].value, True
 
 
 def full_name(node):
@@ -100,6 +102,7 @@ def test_imports_point_one_way():
         ("modeling/x.py", "from .flow import FlowConfig", None),
         ("sample.py", "if True:\n    import eval as e", "import eval"),
         ("scripts/x.py", "def f():\n    from open_clip import tokenizer", "open_clip"),
+        ("scripts/x.py", "clip = lazily('open_clip')", "open_clip"),
         ("training/x.py", "try:\n    import wandb\nexcept E:\n    pass", "wandb on import"),
         ("training/x.py", "def log():\n    import wandb\nfrom modeling import flow", None),
     ],

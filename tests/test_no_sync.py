@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling import perceptual
 from training import loop
 from training.metrics import MetricLog, MetricWindow
 
@@ -123,6 +124,7 @@ def test_no_step_between_log_lines_waits_for_the_device(chain, tmp_path, monkeyp
 
 
 def test_nor_with_every_loss_of_stage_1(chain, tmp_path, monkeypatch, vgg_file, convnext_file):
+    monkeypatch.setattr(perceptual, "CONVNEXT_SIZE", 64)  # 224 take seconds
     options = [option for option in GAME if not option.startswith("training.")]
     options += ["training.batch_size=2", "losses.perceptual_weight=1.1"]
     options += [f"perceptual.vgg_weights={vgg_file}", "activation_checkpointing=selective"]

@@ -146,6 +146,11 @@ def test_absent_files_are_named_with_every_way_out(tmp_path, no_network):
         assert all(str(part) in str(caught.value) for part in parts)
 
 
+def test_torchvision_and_we_name_the_same_files():
+    assert models.VGG16_Weights.IMAGENET1K_V1.url == perceptual.VGG16_URL
+    assert models.ConvNeXt_Small_Weights.IMAGENET1K_V1.url == perceptual.CONVNEXT_URL
+
+
 def test_a_file_with_other_weights_or_none_is_refused(tmp_path, vgg_file):
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_bytes(b"no weights at all")

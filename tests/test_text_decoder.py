@@ -17,7 +17,7 @@ from modeling.text_decoder import (
     correct_tokens,
     counted_positions,
 )
-from modeling.text_encoder import clip_tokenizer
+from modeling.text_encoder import ClipTokenizer
 from modeling.text_projector import TextProjectorConfig
 from training.checkpoint import EMA_FILE
 from training.pipelines import load_projector
@@ -51,7 +51,7 @@ def test_positions_count_up_to_the_end_token_and_padding_never_does():
     # Id 0 inside a caption is a "!".
     batch = torch.stack([ids(100), ids(101, 0, 102), ids(*range(100, 106))])
     assert counted_positions(batch).tolist() == [0, 1, 2, 8, 9, 10, 11, 12, *range(16, 24)]
-    row = clip_tokenizer(L)(["hi !"])[0]
+    row = ClipTokenizer(L)(["hi !"])[0]
     assert row.argmax() == 3 and row.max() == END == CLIP_VOCABULARY - 1
 
 

@@ -15,9 +15,9 @@ from modeling import text_encoder
 from modeling.clip_weights import CONFIG_FILE, WEIGHTS_FILE, build_clip, save_clip
 from modeling.text_encoder import (
     ClipTextEncoder,
+    ClipTokenizer,
     TextEncoderConfig,
     TextTokenizer,
-    clip_tokenizer,
     load_text_encoder,
 )
 
@@ -114,7 +114,7 @@ def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
 
 
 def test_ids_are_those_of_the_clip_vocabulary_at_the_folders_context_length(tokenize):
-    assert torch.equal(tokenize([*CAPTIONS, LONG]), clip_tokenizer(L)([*CAPTIONS, LONG]))
+    assert torch.equal(tokenize([*CAPTIONS, LONG]), ClipTokenizer(L)([*CAPTIONS, LONG]))
     assert tokenize(["a cat"])[0, :5].tolist() == [49406, 320, 2368, 49407, 0]  # OpenAI's ids
 
 

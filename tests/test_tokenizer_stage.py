@@ -10,6 +10,7 @@ from tiny_experiment import equal, metrics, training, weights
 import train_tokenizer
 from data.images import ImageTextConfig, image_reader
 from data.tar import write_shard
+from modeling import perceptual
 from modeling.text_encoder import load_text_encoder
 from training import checkpoint as ckpt
 from training.loading import load_tokenizer, text_encoder_config
@@ -58,6 +59,7 @@ def test_the_generator_leaves_no_gradient_in_the_discriminator(chain, tmp_path, 
 def test_a_game_with_every_loss_that_is_stopped_resumes_bit_for_bit(
     chain, tmp_path, monkeypatch, vgg_file, convnext_file
 ):
+    monkeypatch.setattr(perceptual, "CONVNEXT_SIZE", 64)  # 224 take a twelfth of a second a pass
     options = [*GAME, "training.batch_size=2", "training.gradient_accumulation=2"]
     options += ["losses.perceptual_weight=1.1", f"perceptual.vgg_weights={vgg_file}"]
     options += [f"perceptual.convnext_weights={convnext_file}", "losses.l1_weight=0.1"]

@@ -5,8 +5,10 @@ the checkpoint's `inputs` are the fingerprints of the parts that it was trained 
 whole pipelines: training/pipelines.py.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +24,13 @@ from training.run import CONFIG_FILE
 
 T = TypeVar("T")
 CLIP_FOLDER = Path("text_encoder") / "clip"  # of an experiment that trained its own text tower
+structured = cache(OmegaConf.structured)  # takes longer than to copy one, as merge does
 
 # What a run folder says
 
 
 def read_run_config(run_dir: str | Path) -> DictConfig:
-    """The resolved config of a run; ValueError if there is no run."""
+    """The resolved config of a run, not to be changed; ValueError if there is no run."""
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else path.parent.parent
@@ -36,7 +39,12 @@ def read_run_config(run_dir: str | Path) -> DictConfig:
             f"{run_dir} is no run folder (no {CONFIG_FILE}); {folder} holds: "
             f"{', '.join(found) or 'nothing'}"
         )
-    return OmegaConf.load(path)
+    return parse_config(path.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=32)  # a pipeline asks a few files twenty times, 10 ms each
+def parse_config(text: str) -> DictConfig:
+    return OmegaConf.load(io.StringIO(text))
 
 
 def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:
@@ -45,7 +53,7 @@ def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:
     if key not in config:
         stage = config.get("stage")
         raise ValueError(f"{run_dir} is a run of stage {stage!r}: its {CONFIG_FILE} has no {key!r}")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config[key]))
+    return OmegaConf.to_object(OmegaConf.merge(structured(schema), config[key]))
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path:

@@ -59,8 +59,10 @@ def look_at_exchange(job: Job) -> Row:
     backend = "nccl" if job.on_gpus else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         meeting, result = f"file://{folder}/meeting", Path(folder) / "rate"
+        arguments = (processes, backend, meeting, result)
         try:
-            mp.spawn(measure_exchange, (processes, backend, meeting, result), nprocs=processes)
+            # Forked from one that has imported everything, and has not touched a GPU
+            mp.start_processes(measure_exchange, arguments, processes, start_method="forkserver")
             rate = float(result.read_text())
         except Exception as error:  # of the workers, of NCCL
             return Row("STOP", "all-reduce", f"{backend} fails: {one_line(error)[-300:]}")
