@@ -40,9 +40,6 @@ class TextProjectorConfig:
     text_width: int = field(default=768, metadata=FROM_TOKENIZER)  # T
     width: int = 768  # of the blocks; another value than text_width puts a linear layer first
     depth: int = 6
-    # Blocks over the text itself, before learned queries read it: what a word says of another one,
-    # as "left of" of the nouns around it, is found there. 0 where there are no queries.
-    text_depth: int = 0
     num_heads: int = 8
     mlp_width: int = 1024
     dropout: float = 0.1
@@ -69,6 +66,9 @@ class TextProjectorConfig:
     # z_T's deviation is this number, not learned: enough noise for several images of a caption,
     # which a learned deviation loses without a KL to hold it up. 0: learned.
     fixed_std: float = 0.0
+    # Blocks over the text itself, before learned queries read it: what a word says of another one,
+    # as "left of" of the nouns around it, is found there. 0 where there are no queries.
+    text_depth: int = 0
 
     def __post_init__(self):
         width = self.input_shape[1]

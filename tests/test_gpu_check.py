@@ -35,6 +35,7 @@ def test_parts_are_written_one_by_one_and_a_failure_or_a_limit_stops_none(
     monkeypatch.setattr(benchmark, "MM_SECONDS", 0.001)
     config = Experiment(tmp_path, tmp_path / "nowhere").config_file("flowtok")
     words = ("--config", str(config), "--batch-size=2", "--seconds=0.01", "--rounds=1")
+    reset_accelerate()  # of whatever ran in this process before
     benchmark.main(benchmark.parse_args(["sample", *words]))
     (tmp_path / "printed").write_text(capsys.readouterr().out)
     reset_accelerate()
