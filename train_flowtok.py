@@ -293,7 +293,9 @@ def build_model(
         model.projector.load_state_dict(source.state_dict())
     model.latent_scale.fill_(info.latent_scale)
     set_activation_checkpointing(model, config.activation_checkpointing)
-    if config.flow.projector != "frozen":
+    if config.flow.projector == "frozen":
+        model.projector.gives_alignment = False
+    else:
         freeze_unused_alignment(model.projector, config.losses)
     return model
 

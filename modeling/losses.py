@@ -256,9 +256,13 @@ def velocity_losses(config: FlowLossConfig, output: FlowPass) -> dict[str, Tenso
 
 
 def freeze_unused_alignment(projector: TextProjector, config: ProjectorLossConfig) -> None:
-    """Freeze what no loss gives a gradient, or DDP waits for it: the MLP at weight 0, or tau."""
+    """Freeze what no loss gives a gradient, or DDP waits for it: the MLP at weight 0, or tau.
+
+    At weight 0 the alignment is not computed either.
+    """
     if not config.alignment_weight:
         projector.alignment.requires_grad_(False)
+        projector.gives_alignment = False
     elif config.alignment_form != "contrastive":
         projector.alignment.log_temperature.requires_grad_(False)
 

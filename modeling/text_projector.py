@@ -252,6 +252,7 @@ class TextProjector(nn.Module):
         self.shape = (num_tokens, config.token_channels)  # of z_T
         self.tells_text = True  # where its flow starts says what the text is
         self.is_frozen = False
+        self.gives_alignment = True  # False where no loss reads it (modeling/losses.py)
 
         # In front of the blocks
         self.whitening = TextWhitening(config.text_width) if config.whiten_text else nn.Identity()
@@ -338,7 +339,7 @@ class TextProjector(nn.Module):
             features=features,
             mean=posterior.mean,
             logvar=posterior.logvar,
-            alignment=self.alignment(states),
+            alignment=self.alignment(states) if self.gives_alignment else None,
             log_temperature=self.alignment.log_temperature,
         )
 

@@ -144,6 +144,8 @@ def test_alignment_weights_without_gradient_are_frozen(options, head, temperatur
     freeze_unused_alignment(projector, ProjectorLossConfig(**options))
     assert all(p.requires_grad == head for p in projector.alignment.mlp.parameters())
     assert projector.alignment.log_temperature.requires_grad == temperature
+    found = projector(torch.randn(B, 5, 16), sample=False).alignment
+    assert (found is not None) == (ProjectorLossConfig(**options).alignment_weight > 0)
     assert projector.to_moments.weight.requires_grad
 
 
