@@ -205,8 +205,12 @@ def look_at_step(stage: Stage, sized: SizedStage, job: Job, seconds: float) -> t
     if cost.peak_gib > memory:
         mode = getattr(sized.config, "activation_checkpointing", "none")
         _, fit = fit_mode(sized, mode, job.num_processes, batch, memory)
-        cure = "set training.gradient_accumulation, or a smaller batch"
+        cure = "set training.gradient_accumulation, a smaller batch, or training.shard=full"
         return Row("STOP", f"{stage} step", f"{text}; {fit['largest_batch']} fit: {cure}"), run_gib
+
+    # What needs all processes is not tried, either: this is one.
+    if cost.resident_gib["gathered"]:
+        return Row("ok", f"{stage} step", f"{text}; sharded, so not timed here"), run_gib
 
     # Samples for a third of the time: the first call takes longer than the timed one.
     rate = mm_rate(device, DTYPES[sized.precision])

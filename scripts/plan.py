@@ -7,6 +7,8 @@ values. A multiply-add is 2 FLOPs, GFLOP are 10^9, GiB 2^30 bytes. Days are all 
 that the GPUs do at --share of their peak. The text tower counts in each step, as without stored
 text states. The output is YAML.
 
+Of training.shard=full, --num-gpus are the processes, and what FSDP gathers is estimated.
+
 Not counted: reading data; pictures and evaluations; the CUDA context, workspaces inside kernels,
 NCCL's buffers and fragmentation, for which a tenth of the memory is kept free; that the perceptual
 networks run in float32, at half the peak.
@@ -102,10 +104,9 @@ def make_plan(
 
 def disk_gib(cost: Cost, training: TrainingConfig) -> dict[str, float]:
     """What a checkpoint and a run take on the disk."""
-    saved = ("weights", "ema", "optimizer_moments")
-    checkpoint = sum(cost.resident_gib[name] for name in saved)
     # One checkpoint more than are kept is there while it is written.
-    return {"checkpoint": checkpoint, "run": checkpoint * (training.keep_checkpoints + 1)}
+    run = cost.checkpoint_gib * (training.keep_checkpoints + 1)
+    return {"checkpoint": cost.checkpoint_gib, "run": run}
 
 
 def batch_sizes(stage: Stage, num_gpus: int) -> tuple[int, int]:

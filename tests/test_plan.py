@@ -144,6 +144,21 @@ def test_what_lies_on_a_gpu_is_what_float32_training_needs():
     assert one.resident_gib["gradient_buckets"] == 0
 
 
+def test_sharding_leaves_one_part_of_what_lies_on_a_gpu_and_the_same_checkpoint():
+    whole, sharded = (
+        measure_step(flowtok_b(f"training.shard={shard}"), 8, 64) for shard in ("none", "full")
+    )
+    before, after = whole.resident_gib, sharded.resident_gib
+    split = ("weights", "ema", "optimizer_moments", "gradients")
+    assert all(after[name] == pytest.approx(before[name] / 8) for name in split)
+    assert before["gathered"] == after["gradient_buckets"] == 0
+    assert sharded.checkpoint_gib == whole.checkpoint_gib
+    # Of the gradients, between none and all are there at the peak, one of them whole for a moment.
+    saved = 7 / 8 * sum(before[name] for name in split[:3]) + before["gradient_buckets"]
+    found = whole.peak_gib - sharded.peak_gib + after["gathered"]
+    assert saved - 0.01 < found < saved + 7 / 8 * before["gradients"]
+
+
 # The plan
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data.files import flush
 from training.run import Run
+from training.sharding import gather
 
 PREFIX, PARTIAL_SUFFIX = "step_", ".tmp"
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.pt"
@@ -186,13 +187,19 @@ def partial_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"{PREFIX}{step:08d}{PARTIAL_SUFFIX}"
 
 
-def snapshot(state: Any) -> Any:
-    """A copy on the CPU of nested dicts and lists with tensors, which later steps don't change."""
+def snapshot(state: Any, is_kept: bool = True) -> Any:
+    """A copy on the CPU of nested dicts and lists with tensors, which later steps don't change.
+
+    is_kept: False on the processes that only help to gather sharded tensors, which get none.
+    """
     if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True).contiguous()
+        whole = gather(state.detach())
+        return whole.to("cpu", copy=True).contiguous() if is_kept else None
     if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
-    return [snapshot(value) for value in state] if isinstance(state, list | tuple) else state
+        return {key: snapshot(value, is_kept) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [snapshot(value, is_kept) for value in state]
+    return state
 
 
 def begin_checkpoint(run_dir: Path, step: int) -> Path:

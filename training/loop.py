@@ -82,7 +82,9 @@ def train(
     """
     config = stage.training
     rank, max_steps = run.accelerator.process_index, config.max_steps
-    ema = EMA(networks[""].module, config.ema_decay)
+    network = networks[""]
+    average = network.shard() if config.shard == "full" else None
+    ema = EMA(network.module, config.ema_decay, average)
     window = MetricWindow()
     state = TrainingState(run, networks, ema, window, loader, inputs, config.keep_checkpoints)
     step = state.resume()
@@ -124,7 +126,7 @@ def train(
             if evaluation and (is_last_step or step % evaluation.every_steps == 0):
                 window.check_finite(run.folder, rank)
                 with progress.pause():
-                    values |= evaluation.measure(ema.average, step)
+                    values |= evaluation.measure(ema.whole(), step)
 
             # Log before the checkpoint: a resumed run neither lacks nor repeats a line.
             if values:
@@ -132,8 +134,8 @@ def train(
 
             # Pictures before the checkpoint: a complete run has its last one.
             is_sample_step = config.sample_every_steps and step % config.sample_every_steps == 0
-            if save_samples and run.is_main and (is_last_step or is_sample_step):
-                save_samples(ema.average, step)
+            if save_samples and (is_last_step or is_sample_step):
+                save_on_main(run, save_samples, ema, step)
 
             # Checkpoint, written in the background.
             is_checkpoint_step = is_last_step or step % config.checkpoint_every_steps == 0
@@ -156,6 +158,13 @@ def train(
         run.accelerator.wait_for_everyone()
     log.close()
     run.say(f"{run.folder}: {progress.summary(step)}, now complete")
+
+
+def save_on_main(run: Run, save_samples: SaveSamples, ema: EMA, step: int) -> None:
+    """Draw a picture on the main process; the others help to gather the average."""
+    average = ema.whole()
+    if run.is_main:
+        save_samples(average, step)
 
 
 @dataclass
@@ -231,15 +240,16 @@ class TrainingState:
         with ckpt.explained_write_errors(folder):
             torch.save(own, folder / ckpt.rank_file(accelerator.process_index))
         accelerator.wait_for_everyone()
-        if not self.run.is_main:
-            return
 
-        # Copies on the CPU: training goes on while they are written.
-        weights = {ckpt.EMA_FILE: ckpt.snapshot(self.ema.average.state_dict())}
+        # Copies on the CPU: training goes on while they are written. All gather what is sharded.
+        snapshot = partial(ckpt.snapshot, is_kept=self.run.is_main)
+        weights = {ckpt.EMA_FILE: snapshot(self.ema.average.state_dict())}
         optimizers = {}
         for prefix, network in self.networks.items():
-            weights[prefix + ckpt.MODEL_FILE] = ckpt.snapshot(network.module.state_dict())
-            optimizers[prefix + ckpt.OPTIMIZER_FILE] = ckpt.snapshot(network.optimizer.state_dict())
+            weights[prefix + ckpt.MODEL_FILE] = snapshot(network.module.state_dict())
+            optimizers[prefix + ckpt.OPTIMIZER_FILE] = snapshot(network.optimizer.state_dict())
+        if not self.run.is_main:
+            return
         values = {
             "step": step,
             "ema_updates": self.ema.num_updates,

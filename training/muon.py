@@ -11,6 +11,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from training.sharding import gather, split_like
+
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration
 ITERATIONS = 5
@@ -75,7 +77,9 @@ class Muon(torch.optim.AdamW):
             # Nesterov momentum, kept per weight as any optimizer's state is
             buffers = [self._momentum(weight) for weight in weights]
             torch._foreach_lerp_(buffers, list(gradients.unbind()), 1 - MOMENTUM)
-            updates = orthogonalize(gradients.lerp(torch.stack(buffers), MOMENTUM))
+            directions = gradients.lerp(torch.stack(buffers), MOMENTUM)
+            # Of sharded matrices each process orthogonalises the wholes, and takes its rows.
+            updates = split_like(orthogonalize(gather(directions)), directions)
             updates = updates * (UPDATE_RMS * max(shape) ** 0.5)
             decay = group["lr"] * group["weight_decay"]
             step_size = torch.as_tensor(1.0 if skip is None else 1 - skip, device=updates.device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from training.checkpoint import load_plain
 from training.muon import Muon, block_matrices
 from training.run import Run
+from training.sharding import clip_gradients, gather_network, shard_network, split_like
 
 LossFn = Callable[[nn.Module, dict], dict[str, Tensor]]  # (network, batch) -> terms with "loss"
 
@@ -98,7 +99,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     names = ("betas", "weight_decay")
     kept = [{name: group[name] for name in names} for group in optimizer.param_groups]
     state = load_plain(path, mmap=True)
+    weights = dict(enumerate(w for group in optimizer.param_groups for w in group["params"]))
     try:
+        for index, moments in state["state"].items():
+            for name, moment in moments.items():
+                moments[name] = split_like(moment, weights[index])
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -121,12 +126,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 class EMA:
     """Keeps `average`, a frozen copy of the model in eval mode; buffers are copied as they are."""
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, average: nn.Module | None = None):
+        """average: the copy, where the model is sharded already."""
         if not 0 <= decay < 1:
             raise ValueError(f"training.ema_decay must be in [0, 1), got {decay}")
         self.decay = decay
         self.num_updates = 0
-        self.average = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self.average = (average or copy.deepcopy(model)).float().eval().requires_grad_(False)
         self._source = [p for p in model.parameters() if p.requires_grad]
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         self._target = [p for name, p in self.average.named_parameters() if name in names]
@@ -138,6 +144,10 @@ class EMA:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(self._target, self._source, 1 - decay)
         self.num_updates += 1
+
+    def whole(self) -> nn.Module:
+        """The average with all its weights; all processes call it, since it may be sharded."""
+        return gather_network(self.average)
 
 
 class OptimizedNetwork:
@@ -153,6 +163,20 @@ class OptimizedNetwork:
         self.optimizer = build_optimizer(self.module, config)
         self.trainable = [p for p in self.module.parameters() if p.requires_grad]
         self.max_gradient_norm = max_gradient_norm or float("inf")
+        self.is_sharded = False
+
+    def shard(self) -> nn.Module | None:
+        """Keep a part of the weights and moments; returns a copy for an EMA, None in one process.
+
+        Called at the start, when there are no moments.
+        """
+        if self.run.accelerator.num_processes == 1:
+            return None
+        average = shard_network(self.module, self.run.device)
+        self.optimizer = build_optimizer(self.module, self.config)
+        self.trainable = [p for p in self.module.parameters() if p.requires_grad]
+        self.is_sharded = True
+        return average
 
     def wrap(self, with_compile: bool = False) -> None:
         """Wrap for the other processes, once the weights are those to start from."""
@@ -162,13 +186,18 @@ class OptimizedNetwork:
             for blocks in (m for m in self.module.modules() if isinstance(m, nn.ModuleList)):
                 for block in blocks:
                     block.compile()
-        prepare = self.run.accelerator.prepare
-        self.wrapped, self.wrapped_optimizer = prepare(self.module, self.optimizer)
+        # FSDP is in its modules already: of accelerate's preparation only autocast is left.
+        accelerator = self.run.accelerator
+        self.wrapped = accelerator.prepare_model(self.module, evaluation_mode=self.is_sharded)
+        self.wrapped_optimizer = accelerator.prepare_optimizer(self.optimizer)
         self.wrapped.train()
 
     @contextmanager
     def gradients(self, is_last: bool) -> Iterator[nn.Module]:
-        """Forward and backward of one batch; the processes exchange gradients in the last one."""
+        """Forward and backward of one batch; the processes exchange gradients in the last one.
+
+        Sharded ones do in each: nobody has room for gradients of all weights.
+        """
         if is_last:
             yield self.wrapped
         else:
@@ -183,7 +212,10 @@ class OptimizedNetwork:
         """Clip, step, clear; returns the gradient norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, max_steps)
-        norm = nn.utils.clip_grad_norm_(self.trainable, self.max_gradient_norm, foreach=True)
+        if self.is_sharded:
+            norm = clip_gradients(self.trainable, self.max_gradient_norm)
+        else:
+            norm = nn.utils.clip_grad_norm_(self.trainable, self.max_gradient_norm, foreach=True)
 
         # The fused update reads found_inf: a non-finite gradient changes nothing, and the loop
         # finds it in the log and stops. Nobody waits for the device here.

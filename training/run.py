@@ -73,8 +73,8 @@ def refuse_engines() -> None:
         value = os.environ.get(name, "")
         if value.lower() not in ("", "0", "false"):
             raise ValueError(
-                f"{name}={value}: only DDP is supported; unset it, or start without accelerate's "
-                "config file (accelerate config)"
+                f"{name}={value}: only DDP and training.shard are supported; unset it, or start "
+                "without accelerate's config file (accelerate config)"
             )
 
 

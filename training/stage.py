@@ -73,6 +73,9 @@ class TrainingConfig:
     max_hours: float = 0.0  # wall clock; then stop cleanly, before the queue does it. 0: no limit
     timeout_minutes: float = TIMEOUT_MINUTES  # abort if no step, picture or evaluation ends within
     sample_every_steps: int = 0  # pictures; 0: only at the end
+    # full: weights, gradients, moments and EMA are split among the processes (FSDP2 of torch 2.7
+    # and later), for networks that do not fit one GPU. A run may change from one to the other.
+    shard: Literal["none", "full"] = "none"
 
     def __post_init__(self):
         minimum = {
@@ -124,6 +127,11 @@ class TrainedStage(StageConfig):
                 "training.compile=true with activation_checkpointing=selective: the compiler "
                 "chooses what is kept, set activation_checkpointing to none or full"
             )
+        if self.training.shard == "full":
+            if self.training.compile:
+                raise ValueError("training.shard=full with training.compile=true: set one of them")
+            if self.stage in ("next_scale", "reader") or getattr(self, "dual", None):
+                raise ValueError("training.shard=full: not with a dual tokenizer, set it to none")
 
 
 def open_stream(run: Run, training: TrainingConfig, reader: Reader) -> ShardLoader:

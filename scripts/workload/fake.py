@@ -25,6 +25,9 @@ from scripts.workload.steps import Workload, build_workload, make_batch
 from training.run import Run, refuse_engines
 
 GIB = 2**30  # bytes
+# How often FSDP has the weights of a block at once: of the block that runs, of the next one, in
+# their exchange; the block's gradients, in theirs. And all that is in no block: no next one.
+BLOCK_COPIES, REST_COPIES = 5, 3
 
 
 class CudaLike(TorchFunctionMode):
@@ -51,7 +54,7 @@ class Meter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops = self.live = self.peak = 0
-        self.storages: set[int] = set()
+        self.storages: dict[int, float] = {}  # bytes of what is there
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,15 +70,21 @@ class Meter(TorchDispatchMode):
         """Count a storage until it is freed."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self.storages:
-            self.storages.add(key)
+            self.storages[key] = size
             self.live += size
             self.peak = max(self.peak, self.live)
-            finalize(storage, self.remove, key, size)
+            finalize(storage, self.remove, key)
 
-    def remove(self, key: int, size: int) -> None:
+    def remove(self, key: int) -> None:
         """A storage was freed."""
-        self.storages.remove(key)
-        self.live -= size
+        self.live -= self.storages.pop(key)
+
+    def split(self, tensor: Tensor, parts: int) -> None:
+        """From now on only one of so many parts of a tensor is here."""
+        storage = tensor.untyped_storage()
+        part = storage.nbytes() / parts
+        self.live += part - self.storages[storage._cdata]
+        self.storages[storage._cdata] = part
 
 
 @contextmanager
@@ -110,27 +119,39 @@ class Cost:
     peak_gib: float
     weights: dict[str, int]  # by network, and of all that are trained
     resident_gib: dict[str, float]  # what lies on the GPU all the time, and the gradients
+    checkpoint_gib: float  # weights, moments and EMA, whole
 
 
 def measure_step(stage: Stage, num_gpus: int, batch_size: int, is_last: bool = True) -> Cost:
     """The last step of a stage, which is its heaviest, or the first, at a batch per pass."""
     training = stage.training
+    parts = num_gpus if training and training.shard == "full" else 1
     with fake_machine(stage.precision, num_gpus) as (run, meter):
         work = build_workload(stage, run)
+        if parts > 1:
+            split_weights(work.networks[""].module, meter, parts)
         # A first update, with gradients of 0, makes the optimiser's moments.
         for network in work.networks.values():
             for parameter in network.trainable:
                 parameter.grad = torch.zeros_like(parameter)
             network.update(0, training.max_steps)
+        if parts > 1:
+            for moments in work.networks[""].optimizer.state.values():
+                for moment in moments.values():
+                    meter.split(moment, parts)
         # With more than one pass, the gradients of the first lie there during the second.
         passes = min(2, training.gradient_accumulation) if training else 1
         batches = [make_batch(stage, batch_size) for _ in range(passes)]
         meter.flops, meter.peak = 0, meter.live
         work.step(batches, training.max_steps - 1 if training and is_last else 0)
-        # The EMA is updated after the step, and DDP is not on a single fake GPU.
-        resident = resident_gib(work, num_gpus)
-        peak = meter.peak / GIB + resident["ema"] + resident["gradient_buckets"]
-        return Cost(meter.flops / (passes * batch_size), peak, count_weights(work), resident)
+        # The EMA is updated after the step; neither DDP nor FSDP is on a single fake GPU.
+        resident = resident_gib(work, num_gpus, parts)
+        later = ("ema", "gradient_buckets", "gathered")
+        peak = meter.peak / GIB + sum(resident[name] for name in later)
+        flops = meter.flops / (passes * batch_size)
+        whole = resident_gib(work, num_gpus, 1)
+        checkpoint = sum(whole[name] for name in ("weights", "ema", "optimizer_moments"))
+        return Cost(flops, peak, count_weights(work), resident, checkpoint)
 
 
 def tower_flops(stage: Stage) -> int:
@@ -153,17 +174,43 @@ def count_weights(work: Workload) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count} | {"trained": trained}
 
 
-def resident_gib(work: Workload, num_gpus: int) -> dict[str, float]:
-    """Memory by what it is for."""
-    trained = count_weights(work)["trained"]
-    sizes = {
-        "weights": sum(num_bytes(network.module) for network in work.networks.values()),
-        "ema": num_bytes(work.networks[""].module) if work.networks else 0,
-        "optimizer_moments": 8 * trained,
-        "gradients": 4 * trained,
-        "gradient_buckets": 4 * trained if num_gpus > 1 else 0,  # DDP's copy of the gradients
-        "frozen": sum(map(num_bytes, work.frozen.values())),
-    }
+def split_weights(module: nn.Module, meter: Meter, parts: int) -> None:
+    """Leave one part of the weights, and of each gradient as soon as it is there."""
+
+    def split_gradient(weight: nn.Parameter) -> None:
+        meter.split(weight.grad, parts)
+
+    for weight in module.parameters():
+        meter.split(weight, parts)
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(split_gradient)
+
+
+def gathered_bytes(module: nn.Module) -> int:
+    """What sharded training has at once of weights and gradients beside the parts."""
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [num_bytes(block) for blocks in lists for block in blocks]
+    rest = num_bytes(module) - sum(blocks)
+    return BLOCK_COPIES * max(blocks, default=0) + REST_COPIES * rest
+
+
+def resident_gib(work: Workload, num_gpus: int, parts: int) -> dict[str, float]:
+    """Memory by what it is for; parts: of the network that has an EMA, 1 if it is not sharded."""
+    sizes = dict.fromkeys(("weights", "ema", "optimizer_moments", "gradients"), 0.0)
+    sizes["gradient_buckets"] = sizes["gathered"] = 0.0
+    for name, network in work.networks.items():
+        share = 1 if name else parts
+        trained = 4 * sum(p.numel() for p in network.trainable)
+        sizes["weights"] += num_bytes(network.module) / share
+        sizes["optimizer_moments"] += 2 * trained / share
+        sizes["gradients"] += trained / share
+        if share == 1 and num_gpus > 1:
+            sizes["gradient_buckets"] += trained  # DDP's copy of the gradients
+        if not name:
+            sizes["ema"] = num_bytes(network.module) / share
+        if share > 1:
+            sizes["gathered"] = gathered_bytes(network.module)
+    sizes["frozen"] = sum(map(num_bytes, work.frozen.values()))
     return {name: size / GIB for name, size in sizes.items()}
 
 
