@@ -7,21 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+from test_shards import make_shards
 
 from data.storage import ShardError
 from data.tar import count_samples, expand_shards, read_shard, write_shard
-
-
-def make_shards(folder, sizes):
-    """One shard per size, samples numbered through. Returns the paths."""
-    paths, number = [], 0
-    for index, size in enumerate(sizes):
-        paths.append(str(folder / f"s-{index:03d}.tar"))
-        numbers = range(number, number + size)
-        write_shard(paths[-1], [{"__key__": f"{i:05d}", "txt": f"sample {i}"} for i in numbers])
-        number += size
-    return paths
-
 
 # names
 
