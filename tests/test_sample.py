@@ -26,6 +26,12 @@ def images(folder):
     return [np.asarray(Image.open(path)).astype(int) for path in sorted(folder.iterdir())]
 
 
+def drawn(run, folder, *arguments):
+    """Pixels of what sample.py draws into a folder."""
+    draw(run, *arguments, "--output", folder.with_suffix(".png"), "--save-dir", folder)
+    return images(folder)
+
+
 def close(left, right):
     """Equal but for rounding to 8 bits of sums in another order."""
     return len(left) == len(right) and all(
@@ -58,16 +64,7 @@ def test_a_file_of_prompts_has_one_a_line(chain, tmp_path, capsys):
 def test_the_same_seed_gives_the_same_image_in_any_batch_and_another_seed_another(chain, tmp_path):
     def run(name, *arguments):
         prompts = ["--prompts", "a red circle", "a cat", "a dog"]
-        draw(
-            chain.folder,
-            *prompts,
-            "--output",
-            tmp_path / "x.png",
-            "--save-dir",
-            tmp_path / name,
-            *arguments,
-        )
-        return images(tmp_path / name)
+        return drawn(chain.folder, tmp_path / name, *prompts, *arguments)
 
     together = run("together", "--seed", "3")
     assert close(run("again", "--seed", "3"), together)
@@ -78,15 +75,7 @@ def test_the_same_seed_gives_the_same_image_in_any_batch_and_another_seed_anothe
 
 def test_images_per_prompt_differ_and_stand_in_one_row(chain, tmp_path):
     arguments = ["--prompts", "a red circle", "a cat", "--images-per-prompt", "3"]
-    draw(
-        chain.folder,
-        *arguments,
-        "--output",
-        tmp_path / "grid.png",
-        "--save-dir",
-        tmp_path / "single",
-    )
-    singles = images(tmp_path / "single")
+    singles = drawn(chain.folder, tmp_path / "grid", *arguments)
     assert len(singles) == 6 and not close(singles[:1], singles[1:2])
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > grid.height
@@ -218,37 +207,20 @@ def test_a_vocabulary_is_that_of_all_captions_together():
 
 
 def test_interpolation_walks_from_one_image_to_the_other(chain, tmp_path, capsys):
-    draw(
-        chain.folder,
-        *("--interpolate", "a red circle", "a blue square", "--frames", "5"),
-        *("--output", tmp_path / "walk.png", "--save-dir", tmp_path / "frames"),
-    )
-    frames = images(tmp_path / "frames")
-    assert len(frames) == 5
-    assert "5 images" in capsys.readouterr().out
-    for prompt, frame in (("a red circle", frames[0]), ("a blue square", frames[-1])):
-        draw(
-            chain.folder,
-            "--prompts",
-            prompt,
-            "--output",
-            tmp_path / "x.png",
-            "--save-dir",
-            tmp_path / prompt,
-        )
-        assert close(images(tmp_path / prompt), [frame])
+    prompts = ("a red circle", "a blue square")
+    frames = drawn(chain.folder, tmp_path / "walk", "--interpolate", *prompts, "--frames", "5")
+    assert len(frames) == 5 and "5 images" in capsys.readouterr().out
+    for prompt, frame in zip(prompts, (frames[0], frames[-1]), strict=True):
+        assert close(drawn(chain.folder, tmp_path / prompt, "--prompts", prompt), [frame])
 
 
 def test_a_trajectory_ends_at_the_image_of_its_prompt(chain, tmp_path):
-    prompts = ("a red circle", "a blue square")
-    walk = ("--trajectory", *prompts, "--frames", "4", "--steps", "6")
-    draw(chain.folder, *walk, "--output", tmp_path / "walk.png", "--save-dir", tmp_path / "walk")
-    frames = images(tmp_path / "walk")
+    prompts, steps = ("a red circle", "a blue square"), ("--steps", "6")
+    walk = ("--trajectory", *prompts, "--frames", "4", *steps)
+    frames = drawn(chain.folder, tmp_path / "walk", *walk)
     assert len(frames) == 2 * 4
-    for prompt, last in zip(prompts, (frames[3], frames[7])):
-        single = ("--prompts", prompt, "--steps", "6", "--output", tmp_path / "x.png")
-        draw(chain.folder, *single, "--save-dir", tmp_path / prompt)
-        assert close(images(tmp_path / prompt), [last])
+    for prompt, last in zip(prompts, (frames[3], frames[7]), strict=True):
+        assert close(drawn(chain.folder, tmp_path / prompt, "--prompts", prompt, *steps), [last])
 
 
 def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(chain, tmp_path, capsys):

@@ -184,22 +184,6 @@ def test_a_compressed_shard_reads_like_the_plain_one_and_names_itself_when_broke
             list(read_shard(path))
 
 
-def test_folders_and_foreign_members_are_passed_over(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-        folder = tarfile.TarInfo("d")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name in ("d/._a.jpg", "README", "d/a.JPG", "d/a.txt", "d/" + "n" * 200 + ".jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = 3
-            tar.addfile(info, io.BytesIO(b"abc"))
-    expected = [
-        {"__key__": "d/a", "jpg": b"abc", "txt": b"abc"},
-        {"__key__": "d/" + "n" * 200, "jpg": b"abc"},
-    ]
-    assert list(read_shard(tmp_path / "x.tar")) == expected
-
-
 def test_webdataset_reads_our_shards_and_we_read_its(tmp_path):
     samples = [
         {"__key__": f"{i:03d}", "txt": f"text {i}".encode(), "latent.npy": b"x" * i}
