@@ -218,6 +218,11 @@ def image_extension(path: str) -> str | None:
         return None
     if DNG_VERSION in tags or tags.get(NEW_SUBFILE_TYPE) == 1:
         return None
+    return format_extension(name)
+
+
+def format_extension(name: str) -> str:
+    """The extension of one of Pillow's formats; jpg for those that readers know by no other."""
     extension = FORMAT_EXTENSIONS.get(name, name.lower())
     return extension if extension in IMAGE_KEYS else "jpg"
 

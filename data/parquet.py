@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data.captions import as_list, clean_caption, strings
-from data.entries import FORMAT_EXTENSIONS
+from data.entries import format_extension
 from data.storage import REMOTE_BUFFER, open_file
-from data.tables import import_pyarrow
-from data.transforms import FORMATS, IMAGE_KEYS
+from data.tables import TEXT, import_pyarrow, item_type
+from data.transforms import FORMATS
 
 # by which a column is taken if several are of its type
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 CAPTION_NAMES = ("text", "caption", "captions", "prompt")
 BYTES = ("binary", "large_binary", "binary_view")
-TEXT = ("string", "large_string", "string_view")
 ROWS_AT_ONCE = 16
 
 
@@ -93,11 +92,9 @@ def image_ending(data: bytes) -> str:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            name = image.format
+            return format_extension(image.format)
     except Exception:  # Pillow raises a dozen types
         return "jpg"
-    ending = FORMAT_EXTENSIONS.get(name, name.lower())
-    return ending if ending in IMAGE_KEYS else "jpg"
 
 
 # ------------------------------------------------------------------------------------------ columns
@@ -124,13 +121,6 @@ def bytes_type(kind: Any) -> Any:
     """The type itself, or that of the field "bytes" of a struct."""
     index = kind.get_field_index("bytes") if hasattr(kind, "get_field_index") else -1
     return kind.field(index).type if index >= 0 else kind
-
-
-def item_type(kind: Any) -> Any:
-    """The type itself, or that of the items of lists and dictionaries."""
-    while hasattr(kind, "value_type"):
-        kind = kind.value_type
-    return kind
 
 
 def choose_column(

@@ -19,6 +19,7 @@ from data.entries import load_json
 from data.files import not_decodable, open_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TEXT = ("string", "large_string", "string_view")  # pyarrow's types
 MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more: a quote that never closes
 
 # name -> None if it holds text, or may; else its type
@@ -140,14 +141,18 @@ def _open_parquet(path: str) -> tuple[Columns, Iterator[dict[str, Any]]]:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
     columns = {}
     for column in file.schema_arrow:
-        kind = column.type
-        while hasattr(kind, "value_type"):  # of lists and dictionaries
-            kind = kind.value_type
-        is_text = str(kind) in ("string", "large_string", "string_view")
+        is_text = str(item_type(column.type)) in TEXT
         columns[column.name] = None if is_text else str(column.type)
     # without stored images
     names = [name for name, kind in columns.items() if "binary" not in str(kind)]
     return columns, _parquet_rows(path, file.iter_batches(batch_size=1000, columns=names))
+
+
+def item_type(kind: Any) -> Any:
+    """A type of pyarrow, or that of the items of lists and dictionaries."""
+    while hasattr(kind, "value_type"):
+        kind = kind.value_type
+    return kind
 
 
 def _parquet_rows(path: str, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:

@@ -299,5 +299,4 @@ def simple_tokens(texts: Sequence[Sequence[str]]) -> Texts:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

@@ -73,5 +73,4 @@ def find_logs(run: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

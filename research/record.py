@@ -104,8 +104,14 @@ RUNS = {
         [*FLOW, "activation_checkpointing=selective"],
     ),
     "flowtok_b/flowtok_finetune": ("flowtok_b/flowtok_finetune", [*SMALL_FLOW, TOKENS]),
-    "flowtok_b_average_pool/flowtok": ("flowtok_b_average_pool/flowtok", FLOW),
-    "flowtok_b_cosine_margin/flowtok": ("flowtok_b_cosine_margin/flowtok", FLOW),
+    "flowtok_b_average_pool/flowtok": (
+        "flowtok_b/flowtok",
+        [*FLOW, "projector.alignment_target=average_pool"],
+    ),
+    "flowtok_b_cosine_margin/flowtok": (
+        "flowtok_b/flowtok",
+        [*FLOW, "losses.alignment_form=cosine_margin"],
+    ),
     "caption_xl/tokens": ("caption_xl/tokens", [CAPTIONED, "data.num_workers=1"]),
     "caption_xl/text_decoder": ("caption_xl/text_decoder", [*DECODER, CAPTIONED]),
     "caption_xl/flowtok_caption": ("caption_xl/flowtok_caption", [*SMALL_FLOW, CAPTIONED]),

@@ -125,5 +125,4 @@ def draw_chart(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

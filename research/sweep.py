@@ -298,5 +298,4 @@ def write_summary(sweep: SweepConfig, results: list[dict], output: Path) -> None
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

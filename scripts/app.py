@@ -285,5 +285,4 @@ def serve(page: Any, host: str, port: int, wait: bool) -> str:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
@@ -50,9 +49,8 @@ from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator
 from scripts.workload import print_figures
 from scripts.workload.sizes import Stage, read_stage
-from scripts.workload.steps import build_workload, make_batch
+from scripts.workload.steps import build_workload, make_batch, repeated_step
 from training.errors import exit_on_error
-from training.optim import EMA
 from training.run import Run, start_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,15 +168,7 @@ def measure_step(args: argparse.Namespace) -> dict:
     work = build_workload(stage, run, stored_states)
     for network in work.networks.values():
         fill_zeros(network.module)
-    ema = EMA(work.networks[""].module, stage.training.ema_decay) if work.networks else None
-    batch = make_batch(stage, args.batch_size, stored_states)
-    steps = count()
-
-    def step() -> None:
-        work.step([batch], next(steps))
-        if ema:
-            ema.update()
-
+    step = repeated_step(stage, work, make_batch(stage, args.batch_size, stored_states))
     return time_ways({args.part: Way(step, args.batch_size)}, run.device, stage.precision, args)
 
 
@@ -316,5 +306,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

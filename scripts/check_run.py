@@ -164,5 +164,4 @@ def check_metrics(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    sys.exit(1 if exit_on_error(lambda: main(arguments)) else 0)
+    sys.exit(1 if exit_on_error(lambda: main(parse_args())) else 0)

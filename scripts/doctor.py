@@ -16,7 +16,6 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import count
 from pathlib import Path
 
 # Run as a file, Python looks into scripts/ only.
@@ -45,9 +44,8 @@ from scripts.run_experiment.stages import Stage, read_stages
 from scripts.workload.fake import GIB, measure_step
 from scripts.workload.sizes import Stage as SizedStage
 from scripts.workload.sizes import read_stage
-from scripts.workload.steps import build_workload, make_batch
+from scripts.workload.steps import build_workload, make_batch, repeated_step
 from training.errors import exit_on_error, printable
-from training.optim import EMA
 from training.run import start_run
 
 OTHER_FILES = 256  # that a process has open beside its workers' batches
@@ -221,18 +219,10 @@ def look_at_step(stage: Stage, sized: SizedStage, job: Job, seconds: float) -> t
 def time_step(stage: Stage, sized: SizedStage, job: Job, samples: int, memory: str) -> Row:
     """A real step with so many samples; memory: what is known of it."""
     AcceleratorState._reset_state(reset_partial_state=True)  # the planner's, of a fake machine
-    run, steps = start_run("", sized.precision, seed=0), count()
+    run, training = start_run("", sized.precision, seed=0), sized.training
     try:
         work = build_workload(sized, run)
-        training, networks = sized.training, work.networks
-        ema = EMA(networks[""].module, training.ema_decay) if networks else None
-        batches = [make_batch(sized, samples)]
-
-        def step() -> None:
-            work.step(batches, next(steps))
-            if ema:
-                ema.update()
-
+        step = repeated_step(sized, work, make_batch(sized, samples))
         step()  # the first one also makes the optimiser's moments
         seconds = seconds_per_call(step, run.device, 0) / samples / job.num_processes
     except torch.OutOfMemoryError as error:

@@ -193,5 +193,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    sys.exit(exit_on_error(lambda: main(arguments)))
+    sys.exit(exit_on_error(lambda: main(parse_args())))

@@ -63,6 +63,12 @@ def tiny_shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def empty_cache(monkeypatch, tmp_path_factory) -> None:
+    """No weights that happen to be on this machine."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+
+
+@pytest.fixture
 def no_network(monkeypatch, tmp_path) -> Path:
     """An empty cache of torch's, and downloads that fail; the cache's folder."""
 

@@ -7,10 +7,8 @@ process group of its own, with its output in a file. A signal to it is a real si
 import ctypes
 import multiprocessing
 import os
-import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from scripts.run_experiment.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 PACE = 0.0005  # seconds between two looks
@@ -180,16 +180,6 @@ def run_rank(function: Callable[[int], object], folder: Path, rank: int) -> None
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     torch.save(function(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    # Below those that systems hand out to whoever asks: it would be taken before it is used.
-    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")
 
 
 def start_ranks(log: Path, number: int, script: str, *arguments: str) -> list[Program]:

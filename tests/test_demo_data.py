@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -51,28 +50,6 @@ def test_committed_shards_match_the_manifest():
         assert hashlib.sha256(data).hexdigest() == row["sha256"]
 
 
-def test_shard_contents_match_the_manifest(shards, images):
-    for row in MANIFEST["shards"]:
-        items = shards[row["file"]]
-        described = [files["json"] for _, files in items]
-        pixels = [images[key].tobytes() for key, _ in items]
-        assert len(items) == row["samples"]
-        assert demo.content_sha256(described, pixels) == row["content_sha256"], row["file"]
-
-
-def test_counts_of_splits_and_distinct_samples(shards, samples, images):
-    counts = dict.fromkeys(SPLITS, 0)
-    for file, items in shards.items():
-        counts[file.rsplit("-", 1)[0]] += len(items)
-    assert counts == {"train-base": 1761, "train-tone": 1725, "heldout": 150, "heldout-tone": 150}
-    assert len(shards["train-base-000000.tar.gz"]) == 512
-    totals = MANIFEST["totals"]
-    assert totals["samples"] == len({key for key, _ in samples}) == len(samples) == 3786
-    assert totals["distinct_captions"] == len({files["txt"] for _, files in samples}) == 3786
-    assert totals["distinct_images"] == len({image.tobytes() for image in images.values()}) == 3767
-    assert totals["bytes"] == sum(row["bytes"] for row in MANIFEST["shards"]) <= 15_000_000
-
-
 def test_no_heldout_emoji_in_a_training_shard(shards, images):
     bases = {"train": set(), "heldout": set()}
     pixels = {"train": set(), "heldout": set()}
@@ -83,29 +60,6 @@ def test_no_heldout_emoji_in_a_training_shard(shards, images):
     assert bases["heldout"] == HELDOUT and len(HELDOUT) == 150
     assert not bases["train"] & HELDOUT
     assert not pixels["train"] & pixels["heldout"]
-
-
-def test_every_sample_is_a_64_pixel_image_with_one_caption_and_description(samples, images):
-    for key, files in samples:
-        about = json.loads(files["json"])
-        assert images[key].size == (64, 64)
-        assert "." not in key and about["key"] == key and about["caption"] == files["txt"].decode()
-        assert about["caption"].startswith(f"{about['name']}, {about['subcategory']}")
-        assert (about["tone"] is None) == (about["base"] == key)
-        assert list(about) == ["base", "caption", "category", "key", "name", "subcategory", "tone"]
-
-
-def test_captions_are_lower_case_and_printable(samples):
-    for _, files in samples:
-        caption = files["txt"].decode()
-        assert caption == caption.lower().strip() and "  " not in caption
-        assert not any(unicodedata.category(char).startswith("C") for char in caption), caption
-
-
-def test_captions_fit_32_clip_tokens(samples):
-    tokenizer = pytest.importorskip("open_clip").tokenizer.SimpleTokenizer()
-    lengths = [len(tokenizer.encode(files["txt"].decode())) for _, files in samples]
-    assert max(lengths) + 2 == 21  # with start and end token
 
 
 @pytest.mark.parametrize(

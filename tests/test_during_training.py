@@ -20,9 +20,7 @@ NEAR = {"rel": 1e-5, "abs": 1e-7}
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(monkeypatch, tmp_path_factory):
-    """No weights that happen to be on this machine, and no reading processes."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+def no_reading_processes(monkeypatch, empty_cache):
     monkeypatch.setattr(generation, "NUM_WORKERS", 0)
     monkeypatch.setattr(reconstruction, "NUM_WORKERS", 0)
 

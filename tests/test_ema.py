@@ -13,20 +13,6 @@ def drift(model, step):
             p.add_(torch.sin(torch.arange(p.numel(), dtype=p.dtype).view_as(p) + step))
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
-def test_the_average_follows_its_recursion(decay):
-    model = nn.Linear(3, 2)
-    ema = EMA(model, decay)
-    expected = model.weight.detach().double()
-    for n in range(20):
-        drift(model, n)
-        ema.update()
-        decay_n = min(decay, (1 + n) / (10 + n))
-        expected = decay_n * expected + (1 - decay_n) * model.weight.detach().double()
-    torch.testing.assert_close(ema.average.weight.double(), expected, rtol=1e-5, atol=1e-6)
-    assert ema.num_updates == 20
-
-
 @pytest.mark.parametrize(("num_updates", "moved"), [(0, 0.9), (10_000, 0.001)])
 def test_the_number_of_updates_decides_the_decay_so_that_a_resume_continues_it(num_updates, moved):
     model = nn.Linear(1, 1)

@@ -17,9 +17,7 @@ from eval import captions
 from eval.captions import NO_JAVA, PTB, SCORERS, SIMPLE, CaptionScorer, ptb_tokens, simple_tokens
 from eval.images import Captioned
 from modeling.pipeline import Captioner, join_punctuation
-from training.pipelines import load_captioner
 
-CPU_DEVICE = torch.device("cpu")
 HAS_JAVA = captions.which("java") is not None
 
 
@@ -54,24 +52,6 @@ def no_java(monkeypatch):
 )
 def test_spaces_around_punctuation_are_as_they_are_written(decoded, written):
     assert join_punctuation(decoded) == written
-
-
-def test_an_experiment_with_a_caption_round_is_found_also_after_it_was_moved(
-    chain, captioner, tmp_path
-):
-    for name in ("tokenizer", "text_decoder", "text_encoder"):
-        shutil.copytree(chain.folder / name, tmp_path / name)
-    shutil.copytree(captioner, tmp_path / "flowtok_caption")
-    config = tmp_path / "flowtok_caption" / "config.yaml"
-    config.write_text(config.read_text().replace(str(chain.folder), "/nowhere"))
-    images, found = torch.rand(4, 3, 32, 32), []
-    for run in (tmp_path, captioner):
-        parts, sampling = load_captioner(run, CPU_DEVICE)
-        found.append(parts.captions(images, sampling))
-    assert found[0] == found[1]
-    shutil.rmtree(tmp_path / "text_decoder")
-    with pytest.raises(ValueError, match="text_decoder"):
-        load_captioner(tmp_path, CPU_DEVICE)
 
 
 def test_a_run_of_the_other_direction_is_refused_both_ways(chain, captioner, tmp_path, pictures):

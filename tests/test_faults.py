@@ -4,19 +4,18 @@ Every training is a process of its own (tests/forks.py). Where the fault should 
 end is compared bit for bit with that of a healthy run.
 """
 
-import io
 import os
 import resource
 import shutil
 import signal
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 from conftest import shape_sample
 from forks import Program, start_ranks
+from sources import write_tar
 from test_checkpoint import write
 from test_resume import contents, program, start, state
 from test_stress import logged_step
@@ -179,7 +178,7 @@ def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_er
     shards = tmp_path / "long"
     shards.mkdir()
     long = {"txt": "a red circle " * 3000}
-    write_tar(shards / "long.tar", [shape_sample(number) | long for number in range(24)])
+    write_tar(shards / "long.tar", members_of(shape_sample(n) | long for n in range(24)))
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT)
     running = lab.train(f"data.shards=[{shards}/*.tar]", script=script)
@@ -338,14 +337,9 @@ def test_a_wandb_service_that_dies_does_not_end_the_training(lab):
 # Names from data
 
 
-def write_tar(path, samples):
-    """A tar with any keys."""
-    with tarfile.open(path, "w") as tar:
-        for sample in samples:
-            for extension, data in (("png", sample["png"]), ("txt", sample["txt"].encode())):
-                info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+def members_of(samples):
+    """For write_tar, which takes any keys."""
+    return [(f"{s['__key__']}.{name}", s[name]) for s in samples for name in ("png", "txt")]
 
 
 @pytest.mark.parametrize("fault", ["optimizer.learning_rate=1e38", "data.max_bad_share=0.01"])
@@ -357,7 +351,7 @@ def test_keys_and_captions_with_escapes_do_not_reach_the_terminal(lab, tmp_path,
     samples = [shape_sample(n) | names | {"__key__": f"{n}{evil}"} for n in range(24)]
     if "bad" in fault:
         samples = [sample | {"png": b"no image"} for sample in samples] * 9
-    write_tar(shards / "evil.tar", samples)
+    write_tar(shards / "evil.tar", members_of(samples))
     running = lab.start(f"data.shards=[{shards}/*.tar]", "training.sample_every_steps=1", fault)
     check_error(running, ascii(evil)[1:8])
     assert "\x1b" not in running.output and "\nerror: forged" not in running.output

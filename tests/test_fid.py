@@ -41,13 +41,6 @@ def test_batches_of_any_size_and_float32_features_add_up():
     torch.testing.assert_close(parts.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
 
 
-def test_the_distance_of_diagonal_gaussians_is_its_closed_form():
-    means, deviations = torch.rand(2, WIDTH).double(), torch.rand(2, WIDTH).double()
-    first, second = (Gaussian(m, torch.diag(d**2), 10) for m, d in zip(means, deviations))
-    expected = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
-    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-10)
-
-
 @pytest.mark.parametrize("count", [100, 5])  # 5: covariances of rank 4
 def test_the_distance_is_that_by_the_matrix_root(count):
     first, second = (fit_gaussian(features(count, seed)) for seed in (1, 2))

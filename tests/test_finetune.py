@@ -1,4 +1,4 @@
-"""configs/finetune_xl, by finetune_small: published weights, here made up, go on with a folder."""
+"""configs/finetune_xl on small made-up weights: published weights go on with a folder."""
 
 import torch
 from conftest import shape_sample
@@ -16,6 +16,14 @@ from scripts.run_experiment.checks import check_inputs
 from scripts.run_experiment.stages import read_stages
 from training.checkpoint import EMA_FILE
 
+# Sizes of the made-up weights, and a run of seconds
+SMALL = """
+flowtok.flowtok.width=96 flowtok.flowtok.depth=2 flowtok.flowtok.num_heads=4
+data.num_workers=0 tokens.precision=fp32 flowtok.training.precision=fp32
+flowtok.training.max_steps=2 flowtok.training.batch_size=8 flowtok.optimizer.warmup_steps=1
+flowtok.training.checkpoint_every_steps=2 flowtok.training.sample_every_steps=0
+"""
+
 
 def test_converted_weights_and_a_folder_of_images_give_a_run_that_samples(
     tmp_path, capsys, monkeypatch
@@ -28,7 +36,7 @@ def test_converted_weights_and_a_folder_of_images_give_a_run_that_samples(
     torch.save(weights(FLOW), tmp_path / "flow.pth")
     torch.save(weights(TOKENIZER), tmp_path / "tokenizer.bin")
     save_clip(build_clip(CLIP), CLIP, tmp_path / "tower")
-    released, files = runs / "released_small", (tmp_path / "flow.pth", tmp_path / "tokenizer.bin")
+    released, files = runs / "released_xl", (tmp_path / "flow.pth", tmp_path / "tokenizer.bin")
     tower = ["--text-encoder-model", f"local-dir:{tmp_path / 'tower'}"]
     run_script(*files, "--run", released, "--num-heads", 4, *tower)
 
@@ -42,20 +50,20 @@ def test_converted_weights_and_a_folder_of_images_give_a_run_that_samples(
 
     # The one command
     places = [f"data_dir={tmp_path / 'datasets'}", f"runs_dir={runs}"]
-    stages = read_stages(["finetune_small", *places], "", ROOT / "configs")
+    stages = read_stages(["finetune_xl", *SMALL.split(), *places], "", ROOT / "configs")
     check_inputs(stages)
     for stage in stages:
         reset_accelerate()
         PROGRAMS[stage.config.stage][1](stage.config)
     prompts = ("a red circle", "a corgi in fresh snow")  # one of the folder's, one that is not
-    draw(runs / "finetune_small", "--prompts", *prompts, "--output", tmp_path / "x.png")
+    draw(runs / "finetune_xl", "--prompts", *prompts, "--output", tmp_path / "x.png")
     Image.open(tmp_path / "x.png").verify()
     printed = capsys.readouterr()
     assert "1 of 2 prompts are captions" in printed.out and "corgi" not in printed.err
 
     # All weights began where the published ones are, and have gone a few small steps.
     before = load_file(ema_file(released / "flowtok"))
-    after = newest_weights(runs / "finetune_small" / "flowtok", EMA_FILE)
+    after = newest_weights(runs / "finetune_xl" / "flowtok", EMA_FILE)
     assert before["latent_scale"] == after["latent_scale"]
     config = stages[-1].config
     farthest = 2 * config.optimizer.learning_rate * config.training.max_steps

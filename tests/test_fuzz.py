@@ -20,7 +20,8 @@ import torch
 import yaml
 from conftest import shape_sample
 from PIL import Image
-from tiny_experiment import PROGRAMS, stage_configs, training
+from test_fuzz_data import Evil
+from tiny_experiment import PROGRAMS, stage_configs
 
 import sample
 from configs.load import load_config
@@ -114,13 +115,6 @@ def spoil_bytes(draw, data):
         lambda: struct.pack("<Q", 1 << 60) + data,
     ]
     return draw.choice(kinds)()
-
-
-class Evil:
-    """Unpickled, it makes a file."""
-
-    def __reduce__(self):
-        return (open, ("pwned", "w"))
 
 
 @pytest.fixture(autouse=True)
@@ -362,27 +356,6 @@ def foreign_optimizers(optimizer):
     yield {**whole, "state": {0: 3}}
     moments = {"exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(1)}
     yield {**whole, "state": {0: moments | {"step": torch.tensor(1.0)}}}
-
-
-def test_hostile_checkpoints_are_not_trained_on(chain, tmp_path):
-    draw, tally = random.Random(4), Tally("resumes")
-    run, step = tmp_path / "tokenizer", "checkpoints/step_00000004"
-    names = [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE]
-    names = [f"{step}/{name}" for name in (*names, ckpt.rank_file(0))] + ["config.yaml"]
-    options = training(max_steps=5, sample_every_steps=0)
-    for _ in range(16):
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(chain.folder / "tokenizer", run, symlinks=True)
-        path = run / draw.choice(names)
-        data = spoil_bytes(draw, path.read_bytes())
-        path.write_bytes(data)
-        if draw.random() < 0.7:
-            rehash(run / step)
-        shown = (path.name, len(data), data[:60])
-        tally(lambda: chain.run_in(tmp_path, "tokenizer", *options), shown)
-        assert ckpt.latest_checkpoint(run)[0] in (2, 4, 5)
-        assert not list(run.glob("checkpoints/step_*.tmp"))
-    tally.finish(16)
 
 
 # Keys

@@ -50,10 +50,7 @@ FIDELITY = {
 NEAR = {"rel": 1e-5, "abs": 1e-7}
 
 
-@pytest.fixture(autouse=True)
-def empty_cache(monkeypatch, tmp_path_factory):
-    """No weights that happen to be on this machine."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture(scope="module")

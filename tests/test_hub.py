@@ -3,8 +3,7 @@
 import io
 import json
 import shutil
-import time
-from collections import Counter, namedtuple
+from collections import namedtuple
 
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
@@ -22,7 +21,7 @@ from sources import (
     summary_of,
     write_files,
 )
-from test_make_shards_runs import kill_and_see_workers_end, needs_proc, start
+from test_make_shards_runs import kill_at, needs_proc
 
 from data import parquet as parquet_reader
 from data import storage
@@ -77,10 +76,6 @@ def nine_rows():
     pictures = [(encode(noise(i)), f"picture {i}") for i in range(5)]
     strange = [(None, "no image"), (encode(noise(9)), None), (GIF, "moving"), (b"text", "no image")]
     return [*pictures, *strange]
-
-
-def kept_images(output):
-    return Counter(image_of(sample) for sample in samples_of(output))
 
 
 # ----------------------------------------------------------------------------------------- parquet
@@ -281,15 +276,7 @@ def busy(root, tmp_path):
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(busy, tmp_path):
     """SIGKILL once so many copies, files of the index, digests, shards and records are there."""
     command, expected = busy
-    kills = 0
-    for num_files in (0, 1, 2, 4, 5, 8, 11, 15, 19):
-        process = start(command, workers=2)
-        output = tmp_path / "out"
-        while process.is_alive() and sum(path.is_file() for path in output.rglob("*")) < num_files:
-            time.sleep(0.001)
-        if process.is_alive():
-            kills += 1
-            kill_and_see_workers_end(process)
+    kills = kill_at(command, tmp_path / "out", (0, 1, 2, 4, 5, 8, 11, 15, 19))
     assert kills >= 5
     run(*command, workers=2)
     assert outcome(tmp_path / "out") == expected

@@ -373,35 +373,3 @@ def words_of_newer_shells(text):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_use_no_word_that_macos_lacks(path):
     assert words_of_newer_shells(path.read_text()) == []
-
-
-def test_words_that_macos_lacks_are_found():
-    lines = """mapfile -t a < b
-readarray a
-declare -A a
-local -n b=a
-declare -g a=1
-echo "${a,,}"
-echo "${a[0]^^}"
-echo "${a@Q}"
-[[ -v a ]]
-test -v a
-wait -n
-ls &>> log
-ls |& cat
-case a in a) b ;;& esac
-echo $EPOCHSECONDS
-shopt -s globstar
-printf '%(%s)T'
-for i in {01..10}; do
-for i in {1..9..2}; do
-read -t 0.1 a
-exec {fd}<a
-echo "${a[-1]}"
-echo "${a:0:-1}"
-echo "${a[@]}"
-nproc
-sed -i s/a/b/ c""".splitlines()
-    assert words_of_newer_shells("\n".join(lines)) == lines
-    older = ["local a=${B:-${C:-}}", 'echo "${a[0]}" "$@" 2>&1', "[[ -n $a ]] && wait"]
-    assert words_of_newer_shells("\n".join([*older, "# mapfile"])) == []

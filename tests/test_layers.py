@@ -1,4 +1,7 @@
-"""modeling/layers.py: rotary angles, attention, SwiGLU, sinusoids against closed forms; errors."""
+"""modeling/layers.py: rotation, SwiGLU, sinusoids against closed forms; the start; errors.
+
+Attention and positions are those of tests/test_plain_flow.py and of the release.
+"""
 
 import math
 import resource
@@ -7,17 +10,14 @@ import pytest
 import torch
 from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
 from torch import nn
-from torch.nn import functional as F
 
 from modeling.layers import (
-    Attention,
     SwiGLU,
     axial_rope_table,
     init_linear_,
     rotate_pairs,
     rotation_tables,
     save_weights,
-    sincos_position_table,
     timestep_sinusoids,
 )
 
@@ -33,54 +33,11 @@ def rope(head_dim=HEAD_DIM):
     return rotation_tables(axial_rope_table(*grid_positions(), head_dim))
 
 
-def test_rope_angle_is_position_times_frequency_with_the_rows_in_the_first_half():
-    half = HEAD_DIM // 2
-    table = axial_rope_table(torch.tensor([2.0]), torch.tensor([0.5]), HEAD_DIM)
-    frequencies = [10000 ** (-2 * i / half) for i in range(half // 2)]
-    expected = [2 * x for x in frequencies] + [0.5 * x for x in frequencies]
-    torch.testing.assert_close(table, torch.tensor([expected]))
-
-
 def test_rotation_equals_timms_rotary_embedding():
     timm_rope = RotaryEmbeddingCat(HEAD_DIM, in_pixels=False, feat_shape=[GRID, GRID])
     x = torch.randn(2, GRID**2, 4, HEAD_DIM)
     expected = apply_rot_embed_cat(x.transpose(1, 2), timm_rope.get_embed()).transpose(1, 2)
     torch.testing.assert_close(rotate_pairs(x, *rope()), expected)
-
-
-def test_rotated_scores_depend_on_the_offset_only():
-    q, k = torch.randn(2, 1, 1, 1, HEAD_DIM, dtype=torch.float64)
-
-    def turn(x, place):
-        row, column = torch.tensor(place).split(1)
-        angles = axial_rope_table(row, column, HEAD_DIM).double()
-        return rotate_pairs(x, *rotation_tables(angles))
-
-    def score(query_at, key_at):
-        return (turn(q, query_at) * turn(k, key_at)).sum()
-
-    torch.testing.assert_close(score((0, 1), (2, 4)), score((5, 6), (7, 9)), rtol=0, atol=1e-5)
-    assert (score((0, 1), (2, 4)) - score((0, 1), (4, 2))).abs() > 1e-3
-
-
-@pytest.mark.parametrize("with_rope", [False, True])
-@pytest.mark.parametrize("kept", [None, slice(2, 5)])
-def test_attention_equals_softmax_by_hand(with_rope, kept):
-    width, heads = 32, 2
-    attention = Attention(width, heads).double()
-    x = torch.randn(2, GRID**2, width, dtype=torch.float64)
-    tables = tuple(table.double() for table in rope()) if with_rope else None
-    q, k, v = F.linear(x, attention.qkv.weight, attention.qkv.bias).split(width, dim=-1)
-    outputs = []
-    for head in range(heads):
-        channels = slice(head * width // heads, (head + 1) * width // heads)
-        qh, kh, vh = q[..., channels], k[..., channels], v[..., channels]
-        if with_rope:
-            qh, kh = (rotate_pairs(y[:, :, None], *tables)[:, :, 0] for y in (qh, kh))
-        weights = torch.softmax(qh @ kh.mT / math.sqrt(width // heads), dim=-1)
-        outputs.append(weights @ vh)
-    expected = F.linear(torch.cat(outputs, dim=-1), attention.out.weight, attention.out.bias)
-    torch.testing.assert_close(attention(x, tables, kept), expected[:, kept or slice(None)])
 
 
 @pytest.mark.parametrize("width", [32, 48])  # 85 hidden channels, which are padded, and 128
@@ -96,13 +53,6 @@ def test_swiglu_equals_its_formula_and_its_hidden_size_is_two_thirds_of_four_wid
     parameters = list(layer.parameters())
     found = torch.autograd.grad(layer(x).square().sum(), parameters)
     torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), parameters))
-
-
-def test_position_table_is_sines_then_cosines():
-    i = torch.arange(4, dtype=torch.float64)
-    angles = torch.arange(5)[:, None] * 10000 ** (-2 * i / 8)
-    expected = torch.cat([angles.sin(), angles.cos()], dim=1).float()
-    torch.testing.assert_close(sincos_position_table(5, 8), expected)
 
 
 def test_time_sinusoids_are_cosines_then_sines_of_the_unscaled_time_in_float32():

@@ -81,15 +81,6 @@ def test_the_training_reader_reads_what_was_kept(tmp_path):
         assert sorted(caption for batch in batches for caption in batch["caption"]) == expected
 
 
-@pytest.mark.parametrize("source", ["csv", "folder", "tars"])
-def test_without_filters_all_readable_samples_with_captions_stay(source, tmp_path):
-    samples = hostile_samples()
-    run(*SOURCES[source](tmp_path / "in", samples), "--output", tmp_path / "out")
-    stay = re.compile("filter: |duplicate|$")
-    expected = [sample.data for sample in samples if stay.match(sample.reason or "")]
-    assert sorted(map(image_of, samples_of(tmp_path / "out"))) == sorted(expected)
-
-
 def test_packing_shards_again_keeps_everything(tmp_path):
     run(*in_folder(tmp_path / "in", hostile_samples()), *STRICT.split(), "--output", tmp_path / "1")
     run("shards", tmp_path / "1" / "*.tar", "--no-shuffle", "--output", tmp_path / "2")

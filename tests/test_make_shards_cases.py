@@ -407,6 +407,7 @@ def test_captions_that_are_no_text_are_counted(command, content, here):
 def test_further_images_of_a_sample_stay_and_readers_take_the_same_as_before(here):
     write_files(here, {"x.tar": ["a.png", "a.jpg", "a.txt"]})
     run("shards", "x.tar", "--output", "out")
+    assert summary_of("out")["unused"] == {"image: further one": 1}
     (before,), (after,) = read_shard(here / "x.tar"), samples_of("out")
     assert {name: after[name] for name in ("jpg", "png")} == {
         name: before[name] for name in ("jpg", "png")

@@ -138,32 +138,6 @@ def test_nor_in_bf16_with_accumulation_and_checkpointing_in_stage_3(chain, tmp_p
     assert train(chain, tmp_path, "flowtok", monkeypatch, *options) == []
 
 
-READS = {
-    "item": lambda x: x.item(),
-    "float": float,
-    "int": int,
-    "bool": bool,
-    "if": lambda x: 1 if x > 0 else 2,
-    "index": lambda x: range(3)[x.long() * 0],
-    "tolist": lambda x: x.tolist(),
-    "cpu": lambda x: x.cpu(),
-    "numpy": lambda x: x.numpy(),
-    "mask": lambda x: x[x > 0],
-    "isclose": lambda x: torch.equal(x, x),
-}
-
-
-@pytest.mark.parametrize("read", READS)
-def test_every_way_to_read_a_value_is_seen(read):
-    watch, value = Watch(), torch.tensor(1.0)
-    watch.note = lambda what: watch.found.append(what)
-    with Operators(watch), Methods(watch):
-        value * 2
-        assert not watch.found
-        READS[read](value)
-    assert watch.found
-
-
 def test_a_read_in_the_loop_is_found_and_its_place_is_named(chain, tmp_path, monkeypatch):
     def update(self, update=loop.EMA.update):
         update(self)

@@ -17,7 +17,6 @@ from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, caption_reader, token_reader
 from data.tar import write_shard
 
-torch.set_num_threads(1)
 K, C = 6, 4
 IN_MEMORY = {"num_workers": 0, "shuffle_buffer": 8}
 
@@ -110,16 +109,6 @@ def image_shards(tmp_path):
     return str(tmp_path / "{0..1}.tar")
 
 
-@pytest.fixture
-def token_shards(tmp_path):
-    """Two shards of ten token samples with text states."""
-    for shard in range(2):
-        numbers = range(10 * shard, 10 * shard + 10)
-        samples = [token_sample(i, **{"text.npy": states(i)}) for i in numbers]
-        write(tmp_path, samples, f"t{shard}.tar")
-    return str(tmp_path / "t{0..1}.tar")
-
-
 # what batches hold
 
 
@@ -181,26 +170,6 @@ def test_two_samples_of_one_key_keep_their_own_states(tmp_path):
 
 
 # order and position
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("kind", ["images", "tokens"])
-def test_batches_resume_bit_for_bit(kind, num_workers, image_shards, token_shards):
-    make, shards = {"images": (images, image_shards), "tokens": (tokens, token_shards)}[kind]
-
-    def loader():
-        return make(shards, tokenizer=tokenize, num_workers=num_workers).stream(3, seed=5)
-
-    whole = loader()
-    batches = iter(whole)
-    for _ in range(3):
-        next(batches)
-    state = pickle.loads(pickle.dumps(whole.state_dict()))
-    expected = [next(batches) for _ in range(6)]
-    resumed = loader()
-    resumed.load_state_dict(state)
-    for batch, other in zip(expected, iter(resumed), strict=False):
-        same(batch, other)
 
 
 def test_a_part_of_a_long_caption_is_drawn_anew_each_epoch_and_resumes(tmp_path):
@@ -434,13 +403,3 @@ def test_release_tokens_of_another_length_stop_the_run(tmp_path):
     path = write(tmp_path, [{"__key__": "a", "token.npy": bytes(90), "txt": "x"}])
     with pytest.raises(ValueError, match=r"a\.token\.npy: given 90 bytes, expected 96"):
         list(tokens(path).once(8))
-
-
-def test_a_crowd_of_broken_latents_stops_the_run(tmp_path):
-    broken = [{"latent.npy": b""} if i % 9 == 0 else {} for i in range(120)]
-    path = write(tmp_path, [token_sample(i, **parts) for i, parts in enumerate(broken)])
-    for batches in (tokens(path).once(8), stream(tokens(path), 8)):
-        with pytest.raises(ValueError, match=r"max_bad_share = 0\.05.*latent: not an npy file"):
-            for _ in range(20):
-                next(batches)
-    assert len(list(tokens(path, max_bad_share=1.0).once(8))) == 14

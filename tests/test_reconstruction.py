@@ -30,10 +30,7 @@ LIMIT, BATCH = 3, 2  # Inception takes half a second an image; the last batch is
 NEAR = {"rel": 1e-4, "abs": 1e-4}
 
 
-@pytest.fixture(autouse=True)
-def empty_cache(monkeypatch, tmp_path_factory):
-    """No weights that happen to be on this machine."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -239,27 +238,6 @@ def test_interrupted_encoding_finishes_with_identical_bytes(chain, tmp_path, mon
     chain.run_in(tmp_path, "tokens")
     assert first.stat().st_mtime_ns == before
     assert contents(folder) == contents(chain.folder / "tokens")
-    # Lost tokens are encoded again.
-    (folder / "tokens.json").unlink()
-    (folder / "train-00001.tar").unlink()
-    chain.run_in(tmp_path, "tokens")
-    assert contents(folder) == contents(chain.folder / "tokens")
-
-
-def test_tokens_of_another_source_are_refused_finished_or_not(chain, tmp_path):
-    with refused("another source: has_text_states was True, is False"):
-        chain.run("tokens", "store_text_states=false")
-    shards = chain.config("tokens").data.shards[0].replace("*.tar", "train-00000.tar")
-    with refused(r"another source: shards was \[.*00001.tar'\], is \['train-00000.tar'\]"):
-        chain.run("tokens", f"data.shards=[{shards}]")
-    info = asdict(TokensInfo.load(chain.folder / "tokens"))
-    (tmp_path / "tokens").mkdir()
-    for name in ("has_text_states", "tokenizer_fingerprint"):
-        source = json.dumps(info | {name: False})
-        (tmp_path / "tokens" / "source.json").write_text(source)
-        with refused(f"another source: {name} was False, is "):
-            chain.run_in(tmp_path, "tokens")
-    assert not list((tmp_path / "tokens").glob("*.tar"))
 
 
 # Stale inputs

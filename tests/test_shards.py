@@ -13,8 +13,6 @@ from data.samples import BadSample, SampleCounter
 from data.shards import ShardStream, Source, build_loader, read_batches
 from data.tar import scan_shard, write_shard
 
-torch.set_num_threads(1)
-
 
 def decode(sample, draws):
     """Key and one random number; a sample without a text is bad."""

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sources import encode
 
 from data.config import open_sources
 from data.encoding import EncodingReader, encoding_sources
@@ -21,11 +22,7 @@ from data.samples import SampleCounter
 from data.shards import NoUsableSample, read_batches
 from data.transforms import IMAGE_KEYS
 
-
-def jpeg():
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 20), "red").save(buffer, "JPEG")
-    return buffer.getvalue()
+JPEG = encode(Image.new("RGB", (20, 20), "red"))
 
 
 def config_of(path):
@@ -69,7 +66,7 @@ def count_samples(path):
 
 def test_an_image_is_read_whatever_its_extension(tmp_path):
     names = [*IMAGE_KEYS, "JPG", "Jpeg", "PNG"]
-    members = [(f"{i:03d}.{name}", jpeg()) for i, name in enumerate(names)]
+    members = [(f"{i:03d}.{name}", JPEG) for i, name in enumerate(names)]
     texts = [(f"{i:03d}.txt", b"x") for i in range(len(names))]
     path = write_members(tmp_path, sorted([*members, *texts]))
     batch = read(path)
@@ -99,7 +96,7 @@ CASES = {
 
 @pytest.mark.parametrize("members", CASES)
 def test_a_reason_names_its_first_case_and_what_lay_there(tmp_path, members):
-    data = {"jpg": jpeg(), "txt": b"x"}
+    data = {"jpg": JPEG, "txt": b"x"}
     parts = []
     for name in members.split():
         kind = tarfile.LNKTYPE if name[-1] == "@" else tarfile.REGTYPE
@@ -120,7 +117,7 @@ def test_a_shard_without_a_sample_is_a_bad_one_that_says_what_is_in_it(tmp_path)
 def test_names_in_both_forms_of_unicode_are_one_key(tmp_path):
     composed, split = (unicodedata.normalize(form, "né") for form in ("NFC", "NFD"))
     for one, other in ((composed, split), (split, composed)):
-        members = [(f"{one}.jpg", jpeg()), (f"{other}.txt", b"x"), ("o.txt", b"x")]
+        members = [(f"{one}.jpg", JPEG), (f"{other}.txt", b"x"), ("o.txt", b"x")]
         batch = read(write_members(tmp_path, members))
         assert batch["key"] == [one] and batch["skipped"] == {"image: missing": 1}
 
@@ -132,7 +129,7 @@ NAMES = st.builds(
         [".jpg", ".JPG", ".png", ".txt", ".txt", ".json", ".v1.jpg", "", ".latent.npy"]
     ),
 )
-CONTENTS = st.sampled_from([jpeg(), jpeg(), b"a text", b"{}", b"", b"\xff\xfe"])
+CONTENTS = st.sampled_from([JPEG, JPEG, b"a text", b"{}", b"", b"\xff\xfe"])
 KINDS = st.sampled_from([tarfile.REGTYPE] * 5 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE])
 
 

@@ -10,15 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
-import torch
 from test_shards import make_shards, make_stream, same, take
 
 from data import storage
 from data.shards import build_loader
 from data.storage import ShardError, is_other, open_shard, shard_states
 from data.tar import count_samples, read_shard
-
-torch.set_num_threads(1)
 
 
 class Server(ThreadingHTTPServer):

@@ -7,21 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+from test_shards import make_shards
 
 from data.storage import ShardError
 from data.tar import count_samples, expand_shards, read_shard, write_shard
-
-
-def make_shards(folder, sizes):
-    """One shard per size, samples numbered through. Returns the paths."""
-    paths, number = [], 0
-    for index, size in enumerate(sizes):
-        paths.append(str(folder / f"s-{index:03d}.tar"))
-        numbers = range(number, number + size)
-        write_shard(paths[-1], [{"__key__": f"{i:05d}", "txt": f"sample {i}"} for i in numbers])
-        number += size
-    return paths
-
 
 # names
 
@@ -193,22 +182,6 @@ def test_a_compressed_shard_reads_like_the_plain_one_and_names_itself_when_broke
         path.write_bytes(broken)
         with pytest.raises(ShardError, match=path.name):
             list(read_shard(path))
-
-
-def test_folders_and_foreign_members_are_passed_over(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-        folder = tarfile.TarInfo("d")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name in ("d/._a.jpg", "README", "d/a.JPG", "d/a.txt", "d/" + "n" * 200 + ".jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = 3
-            tar.addfile(info, io.BytesIO(b"abc"))
-    expected = [
-        {"__key__": "d/a", "jpg": b"abc", "txt": b"abc"},
-        {"__key__": "d/" + "n" * 200, "jpg": b"abc"},
-    ]
-    assert list(read_shard(tmp_path / "x.tar")) == expected
 
 
 def test_webdataset_reads_our_shards_and_we_read_its(tmp_path):

@@ -6,7 +6,6 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -21,8 +20,6 @@ from data.transforms import (
     open_image,
     train_crop,
 )
-
-torch.set_num_threads(1)
 
 
 def photo(width, height, seed=0):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +23,7 @@ from modeling.text_encoder import TextEncoder
 from modeling.text_projector import TextProjector
 from scripts import train_text_encoder
 from scripts.workload.sizes import Stage
-from training.optim import OptimizedNetwork, descend
+from training.optim import EMA, OptimizedNetwork, descend
 from training.run import Run
 from training.tokens import StoredCaptions, StoredTokens, unknown_tokens
 
@@ -93,6 +94,19 @@ def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workl
         return descend(network, batches, loss_fn, index, training.max_steps)
 
     return Workload({"": network}, {"text_tower": tower} if tower else {}, step)
+
+
+def repeated_step(stage: Stage, work: Workload, batch: dict) -> Callable[[], None]:
+    """The next step on one batch each time it is called, with the EMA's update."""
+    steps = count()
+    ema = EMA(work.networks[""].module, stage.training.ema_decay) if work.networks else None
+
+    def step() -> None:
+        work.step([batch], next(steps))
+        if ema:
+            ema.update()
+
+    return step
 
 
 def build_loss(stage: Stage, run: Run, tower: TextEncoder | None) -> tuple[nn.Module, Callable]:
