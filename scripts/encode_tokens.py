@@ -23,6 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -46,6 +47,7 @@ from data.tar import read_shard, shard_name, write_shard
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
+from training.checkpoint import BackgroundWriter
 from training.errors import exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
@@ -348,6 +350,8 @@ def encode_shards(
 ) -> None:
     """Encode pairs of image and token shard, several at a time in the reading workers.
 
+    Finished ones are written in the background: the device goes on.
+
     Raises:
         ChildProcessError: a worker died, or not all of its images arrived.
         OSError: a token shard cannot be written; it is left out as a whole.
@@ -360,12 +364,17 @@ def encode_shards(
     loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
     samples: dict[int, list[dict]] = defaultdict(list)
     arrived: Counter[int] = Counter()
-    with watched(loader) as batches, Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog:
+    with (
+        watched(loader) as batches,
+        Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog,
+        BackgroundWriter() as writer,
+    ):
         items = TimedIterator(batches)
         progress = Progress(rank, len(shards), items, reads_text=tokenize is not None)
         for item in items:
             stop_if_asked()
             watchdog.heartbeat()
+            writer.check()
             index = item["shard"]
             image, token_shard = shards[index]
             if "end" not in item:
@@ -381,12 +390,17 @@ def encode_shards(
                     f"worker read of {image.shards[0]}, {arrived[index]} arrived"
                 )
             counts = {"num_samples": len(made), "skipped": end.skipped, "first": end.first}
-            counts |= {"vocabulary": words_of(config, made), "crc32": content_crc32(made)}
-            write_json(counts, count_file(token_shard))
-            write_shard(token_shard, made)
-            counts["bytes"] = token_shard.stat().st_size
-            write_json(counts, count_file(token_shard))
+            writer.start(partial(write_tokens, config, token_shard, made, counts))
             progress.report(token_shard.parent)
+
+
+def write_tokens(config: TokensStage, token_shard: Path, made: list[dict], counts: dict) -> None:
+    """Write a token shard and, before and after, its counts."""
+    counts |= {"vocabulary": words_of(config, made), "crc32": content_crc32(made)}
+    write_json(counts, count_file(token_shard))
+    write_shard(token_shard, made)
+    counts["bytes"] = token_shard.stat().st_size
+    write_json(counts, count_file(token_shard))
 
 
 class Progress:
