@@ -73,8 +73,8 @@ class TrainingConfig:
     max_hours: float = 0.0  # wall clock; then stop cleanly, before the queue does it. 0: no limit
     timeout_minutes: float = TIMEOUT_MINUTES  # abort if no step, picture or evaluation ends within
     sample_every_steps: int = 0  # pictures; 0: only at the end
-    # full: weights, gradients, moments and EMA are split among the processes (FSDP2 of torch 2.7
-    # and later), for networks that do not fit one GPU. A run may change from one to the other.
+    # full: weights, gradients, moments and EMA are split among the processes (FSDP2), for networks
+    # that do not fit one GPU. A run may change from one to the other.
     shard: Literal["none", "full"] = "none"
 
     def __post_init__(self):
