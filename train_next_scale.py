@@ -18,15 +18,16 @@ from torch.nn import functional as F
 
 from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader
+from data.readers import Reader
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
-from modeling.dual_tokenizer import DualTokenizer
+from modeling.dual_tokenizer import DualTokenizer, DualTokens
 from modeling.layers import fingerprint
 from modeling.next_scale import (
     NextScale,
     NextScaleConfig,
     NextScaleGenerator,
     NextScaleSampling,
-    scale_inputs,
+    known_inputs,
 )
 from modeling.text_encoder import TextEncoder
 from training.checkpoint import is_complete, latest_checkpoint
@@ -35,8 +36,10 @@ from training.loading import find_text_encoder, load_dual_tokenizer
 from training.loop import train_network
 from training.pictures import caption_grid, sample_path, save_png
 from training.provenance import check_shards, save_source
+from training.ridge import fit_linear_skip
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
+from training.tokens import FITTED_SAMPLES
 
 
 @dataclass
@@ -56,6 +59,9 @@ class NextScaleStage(TrainedStage):
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
     sampling: NextScaleSampling = field(default_factory=NextScaleSampling)
     pictures: DrawnPictures = field(default_factory=DrawnPictures)
+    # strength of the ridge regression that fills the network's linear skip, times the mean
+    # eigenvalue of the captions' kernel; 0: no skip
+    linear_start: float = 0.0
 
     stage = "next_scale"
     networks = ("next_scale", "tokenizer_run")
@@ -84,6 +90,14 @@ class Parts:
     tokenizer: DualTokenizer
     text_encoder: TextEncoder
 
+    @torch.no_grad()
+    def encode(self, batch: dict) -> tuple[Tensor, DualTokens]:
+        """Text states B x L x T and tokens of a batch, in the run's precision."""
+        images = batch["image"].to(self.run.device, non_blocking=True).float().div_(255)
+        token_ids = batch["token_ids"].to(self.run.device, non_blocking=True)
+        with self.run.accelerator.autocast():
+            return self.text_encoder(token_ids), self.tokenizer.encode(images)
+
 
 def main(config: NextScaleStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
@@ -110,10 +124,14 @@ def main(config: NextScaleStage) -> None:
         text_width=width,
         text_is_masked=text_encoder.masks_padding,
         quantizer=tokenizer.config.quantizer,
+        linear_skip=config.linear_start > 0,
     )
     model = NextScale(config.next_scale)
     set_activation_checkpointing(model, config.activation_checkpointing)
-    save_config(run, config, latest_checkpoint(run.folder) is not None)
+    has_checkpoint = latest_checkpoint(run.folder) is not None
+    if config.linear_start and not has_checkpoint:
+        fit_skip(config, parts, model, reader)
+    save_config(run, config, has_checkpoint)
     if run.is_main:
         save_source(run.folder, shards)
     train_network(
@@ -127,21 +145,28 @@ def main(config: NextScaleStage) -> None:
     )
 
 
+def fit_skip(config: NextScaleStage, parts: Parts, model: NextScale, reader: Reader) -> None:
+    """Fill the linear skip by ridge regression on the first samples; give it the codes."""
+    pairs = [parts.encode(batch) for batch in reader.once(100, limit=FITTED_SAMPLES)]
+    states = torch.cat([states.float().cpu() for states, _ in pairs])
+    codes = torch.cat([tokens.mean.float().cpu() for _, tokens in pairs])
+    fit_linear_skip(model.skip, states, codes, config.linear_start)
+    model.codes.copy_(parts.tokenizer.quantizer.codes().detach())
+
+
 def compute_losses(
     config: NextScaleStage, parts: Parts, model: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Cross-entropy of a batch, of each scale; top1: how often the likeliest index is true."""
     # What is to be predicted, and what is known at each place.
     device, scales = parts.run.device, config.next_scale.quantizer.scales
-    images = batch["image"].to(device, non_blocking=True).float().div_(255)
-    token_ids = batch["token_ids"].to(device, non_blocking=True)
-    with torch.no_grad(), parts.run.accelerator.autocast():
-        states = parts.text_encoder(token_ids)
-        indices = parts.tokenizer.encode(images).indices  # B x L
-        features = scale_inputs(parts.tokenizer.quantizer.code_maps(indices), scales)
+    states, (_, indices) = parts.encode(batch)
+    with torch.no_grad():
+        maps = parts.tokenizer.quantizer.code_maps(indices)
+        features = known_inputs(config.next_scale, maps)
 
     # Captions are dropped by sample, for guidance.
-    dropped = torch.rand(len(images), device=device) < config.next_scale.null_probability
+    dropped = torch.rand(len(states), device=device) < config.next_scale.null_probability
     logits = model(features, states, dropped).float()
     losses = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none")
     losses = losses.unflatten(0, indices.shape)

@@ -278,16 +278,14 @@ def dual_pass(
     images: Tensor,
 ) -> Pass:
     """Of the DualTokenizer: its losses; cosine to the teacher, usage of the codes."""
-    with_entropy = config.dual_losses.entropy_weight > 0
-    reconstructions, features, quantised = model(images, with_entropy)
+    reconstructions, features, quantised = model(images)
     statistics = quantizer.count(quantised.indices)
     if parts.teacher is None:
         return Pass(reconstructions, {}, statistics)  # only the pixel decoder learns
     with parts.run.accelerator.autocast():
         targets = parts.teacher(images)
-    names = ("codebook", "commitment") + ("entropy",) * with_entropy
     terms = {"semantic": semantic_loss(features, targets)}
-    terms |= {name: getattr(quantised, name) for name in names}
+    terms |= {"codebook": quantised.codebook, "commitment": quantised.commitment}
     statistics["cosine_to_teacher"] = 1 - terms["semantic"]
     return Pass(reconstructions, terms, statistics)
 

@@ -46,13 +46,14 @@ from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow import check_guidance
 from modeling.flow_model import FlowModel
 from modeling.layers import fingerprint
+from modeling.next_scale import NextScaleGenerator
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from training.checkpoint import EMA_FILE
 from training.errors import exit_on_error
 from training.loading import load_newest, load_tokenizer
-from training.pipelines import flow_folder, load_pipeline
+from training.pipelines import flow_folder, load_pipeline, network_of
 
 NUM_WORKERS = 2  # reading processes of each process, in training
 
@@ -134,12 +135,14 @@ def main(args: argparse.Namespace) -> None:
         write_sweep(output, reports)
 
 
-def describe_model(checkpoint: Path, generator: ImageGenerator) -> dict[str, Any]:
+def describe_model(
+    checkpoint: Path, generator: ImageGenerator | NextScaleGenerator
+) -> dict[str, Any]:
     """Which weights make the images; read at once, because training may remove the checkpoint."""
     return {
         "checkpoint": checkpoint.name,
         "ema_sha256": file_sha256(checkpoint / EMA_FILE),
-        "flow_fingerprint": fingerprint(generator.flow),
+        "flow_fingerprint": fingerprint(network_of(generator)),
         "tokenizer_fingerprint": fingerprint(generator.tokenizer),
         "text_encoder_fingerprint": generator.text_encoder.identity,
     }

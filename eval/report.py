@@ -7,8 +7,9 @@ the experiment? Nearest by the tokenizer's latent means, and by 16 x 16 pixels. 
 images count as the same image; under `same_subject` so do images whose captions differ only in what
 `caption_variant` matches. `among_own_set`: the pool is the set itself, not the whole experiment.
 Beside the flow stand its source, decoded without it, and a kernel ridge from the same text states
-(training/ridge.py). Writes EXPERIMENT/report.json, report_train.png and report_heldout.png (true
-image left, generated right).
+(training/ridge.py). Of stage next_scale, whose latents are sums of codes, there is no source, and
+the ridge also stands there quantised. Writes EXPERIMENT/report.json, report_train.png and
+report_heldout.png (true image left, generated right).
 """
 
 import json
@@ -36,11 +37,12 @@ from eval.features import fit_gaussian, frechet_distance, number_groups
 from eval.images import spread_evenly
 from eval.scores import psnr, retrieval
 from modeling.layers import fingerprint
+from modeling.next_scale import NextScaleGenerator, NextScaleSampling
 from modeling.pipeline import ImageGenerator, Precision, SamplingConfig
 from training.errors import exit_on_error
 from training.loading import read_section
 from training.pictures import caption_grid, pair_rows, save_png
-from training.pipelines import load_pipeline
+from training.pipelines import load_generator, network_of
 from training.ridge import Ridge, fit_ridge
 from training.stage import StageConfig
 
@@ -48,6 +50,7 @@ BATCH_SIZE = 64
 SEED = 0
 PIXEL_SIZE = 16  # side to which images are shrunk for retrieval by pixels
 PICTURE_SAMPLES = 48
+Generator = ImageGenerator | NextScaleGenerator
 
 
 @dataclass
@@ -79,12 +82,12 @@ def main(config: ReportStage) -> None:
     path = experiment / "report.json"
     pictures = {name: experiment / f"report_{name}.png" for name in ("train", "heldout")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts, sampling = load_pipeline(experiment, device)
+    parts, sampling = load_generator(experiment, device)
     inputs = {
         "config": asdict(config),
         "sampling": asdict(sampling),
         "tokenizer_fingerprint": fingerprint(parts.tokenizer),
-        "flow_fingerprint": fingerprint(parts.flow),
+        "flow_fingerprint": fingerprint(network_of(parts)),
         "images": shard_states(expand_shards(config.image_shards())),
     }
     is_whole = all(file.is_file() for file in (path, *pictures.values()))
@@ -136,31 +139,40 @@ def main(config: ReportStage) -> None:
 
 
 def measure_set(
-    parts: ImageGenerator,
-    sampling: SamplingConfig,
+    parts: Generator,
+    sampling: SamplingConfig | NextScaleSampling,
     ridge: Ridge,
     samples: dict,
     pool: dict,
     own: Tensor,
 ) -> Iterator[tuple[str, dict, Tensor]]:
-    """(suffix, figures, images) of the flow, of its source alone, and of the ridge.
+    """(suffix, figures, images) of the run, of its source alone, and of the ridge.
 
     Args:
         samples: image N x 3 x R x R and captions.
         own: their N places in the pool.
     """
-    # The flow, from text states on
+    # The run, from text states on
     states = encode_texts(parts, samples["caption"])
+    others, numbers = {"_ridge": ridge(states)}, list(range(len(states)))
     started = time.perf_counter()
-    start = parts.start(states.to(parts.device), sampling, SEED, list(range(len(states))))
-    latents = in_batches(parts, lambda x, t: parts.transport(x, t, sampling), start, states)
+    if isinstance(parts, NextScaleGenerator):
+        noise = parts.noise(sampling, SEED, numbers)
+        latents = in_batches(
+            parts, lambda x, n: parts.codes(parts.draw(x, sampling, n)), states, noise
+        )
+        others["_ridge_quantised"] = in_batches(parts, parts.quantise, others["_ridge"])
+    else:
+        start = parts.start(states.to(parts.device), sampling, SEED, numbers)
+        latents = in_batches(parts, lambda x, t: parts.transport(x, t, sampling), start, states)
+        source = start.cpu() / parts.flow.latent_scale.cpu()
+        others = {"_source_without_flow": source} | others
     images = decode(parts, latents, states, sampling.precision)
     values = compare(samples["image"], images, latents, pool, own)
     values["images_per_second"] = len(images) / (time.perf_counter() - started)
     yield "", values, images
     # What it starts from, and the ridge, decoded alike
-    source = start.cpu() / parts.flow.latent_scale.cpu()
-    for suffix, latents in (("_source_without_flow", source), ("_ridge", ridge(states))):
+    for suffix, latents in others.items():
         images = decode(parts, latents, states, sampling.precision)
         yield suffix, compare(samples["image"], images, latents, pool, own), images
 
@@ -186,7 +198,7 @@ def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tens
 # Images and captions
 
 
-def read_all(config: ReportStage, parts: ImageGenerator, shards: list[str]) -> dict:
+def read_all(config: ReportStage, parts: Generator, shards: list[str]) -> dict:
     """All images of some shards, in order: image N x 3 x R x R in [0, 1] and captions.
 
     Captions and backgrounds are as the experiment's tokenizer was trained on them.
@@ -199,7 +211,7 @@ def read_all(config: ReportStage, parts: ImageGenerator, shards: list[str]) -> d
     return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
 
 
-def build_pool(config: ReportStage, parts: ImageGenerator, sets: list[dict]) -> dict:
+def build_pool(config: ReportStage, parts: Generator, sets: list[dict]) -> dict:
     """Retrieval pool: latent means, small images, numbers of what counts as the same image."""
     images = torch.cat([s["image"] for s in sets])
     pool = {"latents": encode(parts, images), "pixels": shrink(images)}
@@ -225,18 +237,18 @@ def shrink(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def in_batches(parts: ImageGenerator, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def in_batches(parts: Generator, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Outputs of all rows on the CPU; the function gets them on the device."""
     batches = zip(*(x.split(BATCH_SIZE) for x in tensors))
     return torch.cat([function(*(x.to(parts.device) for x in rows)).cpu() for rows in batches])
 
 
-def encode(parts: ImageGenerator, images: Tensor) -> Tensor:
+def encode(parts: Generator, images: Tensor) -> Tensor:
     """Latent means N x K x C on the CPU."""
     return in_batches(parts, lambda x: parts.tokenizer.encode(x).mean, images)
 
 
-def encode_texts(parts: ImageGenerator, captions: list[str]) -> Tensor:
+def encode_texts(parts: Generator, captions: list[str]) -> Tensor:
     """Text states N x L x T on the CPU."""
     size = BATCH_SIZE
     chunks = [captions[i : i + size] for i in range(0, len(captions), size)]
@@ -244,13 +256,13 @@ def encode_texts(parts: ImageGenerator, captions: list[str]) -> Tensor:
 
 
 def decode(
-    parts: ImageGenerator, latents: Tensor, states: Tensor, precision: Precision = "fp32"
+    parts: Generator, latents: Tensor, states: Tensor, precision: Precision = "fp32"
 ) -> Tensor:
     """Latents in the tokenizer's own scale N x K x C -> images N x 3 x R x R on the CPU."""
     return in_batches(parts, lambda z, t: parts.decode(z, t, precision), latents, states)
 
 
-def reconstruction_psnr(parts: ImageGenerator, samples: dict) -> float:
+def reconstruction_psnr(parts: Generator, samples: dict) -> float:
     """Mean PSNR per image of posterior-mean reconstructions with the true captions, dB."""
     states = encode_texts(parts, samples["caption"])
     reconstructions = decode(parts, encode(parts, samples["image"]), states)

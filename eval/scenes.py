@@ -8,15 +8,15 @@ shards. Shares of images with each fact right, and with all; diversity, which is
 of one caption differ in places and sizes, as a share of what real ones do; KID on the judge's
 features. Before the generated images come the ceilings: real images, and their reconstructions by
 the tokenizer; and, of a flow from the text, the mean of its start, decoded: what a regression draws
-without a flow. RUN is an experiment or its stage-3 run; EMA weights. Prints a table and writes
-report.json and captions.png: captions never trained on, with four images each, by the last values
-of guidance and steps.
+without a flow. RUN is an experiment or its run of stage 3 or next_scale; EMA weights. Prints a
+table and writes report.json and captions.png: captions never trained on, with four images each, by
+the last values of guidance and steps.
 """
 
 import argparse
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,20 @@ from eval.programs import (
 from eval.reconstruction import Reconstructor
 from eval.scores import kernel_distance
 from modeling.flow import check_guidance
+from modeling.next_scale import NextScaleGenerator, NextScaleSampling
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from training.errors import exit_on_error
 from training.loading import load_newest
 from training.pictures import caption_grid, save_png
-from training.pipelines import flow_folder, load_pipeline
+from training.pipelines import flow_folder, load_generator
 
 EVALUATED = SPLITS[1:]  # seen: other images of captions that were trained on
 REPORT, PICTURE = "report.json", "captions.png"
 SHOWN_CAPTIONS, SHOWN_IMAGES = 4, 4  # of each split that is not seen; of each caption
 GAP = 2  # pixels between the images of a caption
 Row = dict[str, Any]  # of the table
+Generator = ImageGenerator | NextScaleGenerator
+Sampling = SamplingConfig | NextScaleSampling
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -101,19 +104,20 @@ def main(args: argparse.Namespace) -> None:
     # The run
     state = start_processes(args.device)
     (generator, default), checkpoint = load_newest(
-        flow_folder(args.run), lambda: load_pipeline(args.run, state.device)
+        flow_folder(args.run), lambda: load_generator(args.run, state.device)
     )
     model = describe_model(checkpoint, generator)
     size = generator.tokenizer.config.image_size
     for scenes in sets:
         scenes.check_size(size)
     points = [
-        replace(default, guidance=guidance, steps=steps)
-        for guidance in args.guidance or [default.guidance]
-        for steps in args.steps or [default.steps]
+        default.but(guidance=guidance, steps=steps)
+        for guidance in args.guidance or [None]
+        for steps in args.steps or [None]
     ]
     for sampling in points:
-        check_guidance(sampling.guidance, generator.flow.config.null_probability)
+        if isinstance(generator, ImageGenerator):
+            check_guidance(sampling.guidance, generator.flow.config.null_probability)
         sampling.check_images("--images-per-caption", args.images_per_caption)
 
     # A row for each set of images
@@ -144,9 +148,9 @@ def main(args: argparse.Namespace) -> None:
 
 def measure_split(
     judge: Judge,
-    generator: ImageGenerator,
+    generator: Generator,
     scenes: "Scenes",
-    points: list[SamplingConfig],
+    points: list[Sampling],
     args: argparse.Namespace,
 ) -> tuple[list[Row], Tensor]:
     """(a row for each set of images, those generated at the last point)."""
@@ -160,7 +164,7 @@ def measure_split(
     rows += [{"split": scenes.split, "images": "reconstructed"} | measure(scenes, rebuilt, real)]
 
     # The run's own, without the flow and with it
-    if generator.flow.config.source == "text":
+    if isinstance(generator, ImageGenerator) and generator.flow.config.source == "text":
         starts = read(judge, decode_starts(generator, scenes), args.batch_size)
         rows += [{"split": scenes.split, "images": "start"} | measure(scenes, starts, real)]
     for sampling in points:
@@ -226,7 +230,7 @@ def statement_of(values: dict[str, Any]) -> Statement:
     return Statement(**values | {"objects": tuple(Kind(**kind) for kind in values["objects"])})
 
 
-def reconstruct(generator: ImageGenerator, scenes: Scenes, batch_size: int) -> Tensor:
+def reconstruct(generator: Generator, scenes: Scenes, batch_size: int) -> Tensor:
     """The tokenizer's reconstructions of the real images."""
     reconstructor = Reconstructor(generator.tokenizer, generator.text_encoder, bf16=False)
     captions = np.repeat(scenes.texts, len(scenes.images) // len(scenes.texts)).tolist()
@@ -238,7 +242,7 @@ def reconstruct(generator: ImageGenerator, scenes: Scenes, batch_size: int) -> T
 
 
 def generate(
-    generator: ImageGenerator, scenes: Scenes, sampling: SamplingConfig, args: argparse.Namespace
+    generator: Generator, scenes: Scenes, sampling: Sampling, args: argparse.Namespace
 ) -> Tensor:
     """B x 3 x R x R uint8; those of a caption follow each other. Noise of (seed, number)."""
     captions = np.repeat(scenes.texts, args.images_per_caption).tolist()

@@ -3,12 +3,13 @@
     python -m eval.understanding runs/emoji_dual --train TRAIN_SHARDS --heldout HELDOUT_SHARDS
 
 RUN is a dual tokenizer's run folder, or an experiment with one. The teacher's own image feature is
-read out of each representation by a ridge regression that is fitted on the training images:
-semantic codes, the features predicted from them, pixel codes, small pixels, and with --flowtok RUN
-the latents of a FlowTok tokenizer. Of the held-out images: the cosine of what is read to the
-teacher's feature; zero-shot retrieval, how often the teacher's text feature of its own caption is
-the nearest among all different captions, and this as a share of what the teacher's own feature
-reaches. EMA weights. One json.
+read out of each representation by a ridge regression that is fitted on the training images: the
+teacher's patch features, of which the codes can keep no more than there is, semantic codes, the
+features predicted from them, pixel codes, small pixels, and with --flowtok RUN the latents of a
+FlowTok tokenizer. Of the held-out images: the cosine of what is read to the teacher's feature;
+zero-shot retrieval, how often the teacher's text feature of its own caption is the nearest among
+all different captions (top1) or one of the five nearest (top5), and this as a share of what the
+teacher's own feature reaches, with its standard error. EMA weights. One json.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from eval.images import ImageSet, iterate_images, list_images, spread_evenly
 from eval.programs import add_reading_options, build_parser, integer, start_processes
 from modeling.clip_weights import clip_inputs, load_clip, preprocessing_of
 from modeling.dual_tokenizer import DualTokenizer
-from modeling.image_tower import TeacherConfig
+from modeling.image_tower import Teacher, TeacherConfig
 from training.errors import exit_on_error
 from training.loading import load_dual_tokenizer, load_tokenizer, read_section
 from training.ridge import fit_ridge
@@ -62,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
     device = start_processes(args.device).device
     tokenizer = load_dual_tokenizer(run).to(device)
     teacher = WholeTeacher(tokenizer.config.teacher).to(device)
-    nets = representations(tokenizer)
+    nets = {"teacher_patches": Teacher(tokenizer.config.teacher).to(device)}
+    nets |= representations(tokenizer)
     if args.flowtok:
         other = load_tokenizer(args.flowtok).to(device)
         size = other.config.image_size
@@ -79,24 +81,29 @@ def main(args: argparse.Namespace) -> None:
         found.append(read_features(images, nets | {"teacher": teacher.see}, device, args))
     (train, _), (heldout, captions) = found
 
-    # What each representation knows of the teacher's feature
+    # What is to be found, and what the teacher itself finds of it
     texts, own = text_features(teacher, captions)
-    reached = retrieval(heldout["teacher"], texts, own)
+    measures = {"top1": 1, "top5": 5}
+    reached = {
+        name: among_nearest(heldout["teacher"], texts, own, most) for name, most in measures.items()
+    }
+
+    # What each representation knows of the teacher's feature
     readouts = {}
     for name in nets:
         ridge = fit_ridge(train[name], train["teacher"][:, None])
         read = F.normalize(ridge(heldout[name])[:, 0], dim=-1)
-        top1 = retrieval(read, texts, own)
-        readouts[name] = {
-            "cosine": (read * heldout["teacher"]).sum(-1).mean().item(),
-            "top1": top1,
-            "share_of_teacher": top1 / reached if reached else None,
-        }
+        readouts[name] = {"cosine": (read * heldout["teacher"]).sum(-1).mean().item()}
+        for measure, most in measures.items():
+            hits = among_nearest(read, texts, own, most)
+            share, error = share_of(hits, reached[measure])
+            values = {measure: hits.float().mean().item(), f"{measure}_share": share}
+            readouts[name] |= values | {f"{measure}_share_error": error}
     report = {
         "num_train": len(train["teacher"]),
         "num_heldout": len(captions),
         "num_captions": len(texts),
-        "teacher_top1": reached,
+        "teacher": {name: hits.float().mean().item() for name, hits in reached.items()},
         "readouts": readouts,
     }
     write_json(report, output)
@@ -172,9 +179,20 @@ def text_features(teacher: WholeTeacher, captions: list[str]) -> tuple[Tensor, T
     return texts.float().cpu(), torch.tensor([numbers[caption] for caption in captions])
 
 
-def retrieval(images: Tensor, texts: Tensor, own: Tensor) -> float:
-    """Share of images B x E whose own caption's feature is the nearest of M x E."""
-    return ((images @ texts.T).argmax(-1) == own).float().mean().item()
+def among_nearest(images: Tensor, texts: Tensor, own: Tensor, most: int) -> Tensor:
+    """B bool: is the feature of its own text one of the `most` nearest of M x E to an image's?"""
+    similar = images @ texts.T
+    return (similar > similar.gather(1, own[:, None])).sum(-1) < most
+
+
+def share_of(hits: Tensor, reached: Tensor) -> tuple[float | None, float | None]:
+    """How many are hits as a share of those the teacher reaches, B bool each; standard error."""
+    hits, reached = hits.double(), reached.double()
+    if not reached.any():
+        return None, None
+    share = hits.sum() / reached.sum()
+    error = (hits - share * reached).square().sum().sqrt() / reached.sum()
+    return share.item(), error.item()
 
 
 def fit_size(images: Tensor, size: int) -> Tensor:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CHUNK = 4096  # codes compared at a time: bounds the memory of a lookup
-TEMPERATURE = 0.01  # of the entropy loss
 MEMORY_STEPS = 100  # after which a code that was not chosen again counts as unused
 
 
@@ -66,7 +65,6 @@ class Quantised(NamedTuple):
     indices: list[Tensor]  # B x s^2 of each scale that was not left out, row-major
     codebook: Tensor  # scalar: draws codes to the features
     commitment: Tensor  # scalar: draws features to the codes
-    entropy: Tensor  # scalar: sure of each cell, and spread over the codes; 0 if not asked for
 
 
 class DualQuantizer(nn.Module):
@@ -114,13 +112,8 @@ class DualQuantizer(nn.Module):
                 indices = torch.where(better, found + start, indices)
         return indices
 
-    def lookup(self, features: Tensor, codes: Tensor, with_entropy: bool = False) -> Quantised:
-        """One grid: features B x (S + P) x h x w -> their codes.
-
-        Args:
-            codes: of `codes()`.
-            with_entropy: compute that loss, which needs all N x K distances at once.
-        """
+    def lookup(self, features: Tensor, codes: Tensor) -> Quantised:
+        """One grid: features B x (S + P) x h x w -> their codes, of `codes()`."""
         batch, _, height, _ = features.shape
         vectors = self.normalise(features.flatten(2).transpose(1, 2).flatten(0, 1))  # N x (S + P)
         indices = self.nearest(vectors, codes)
@@ -131,22 +124,9 @@ class DualQuantizer(nn.Module):
             indices=[indices.unflatten(0, (batch, -1))],
             codebook=F.mse_loss(found, vectors.detach()),
             commitment=F.mse_loss(vectors, found.detach()),
-            entropy=self.entropy(vectors, codes) if with_entropy else vectors.new_zeros(()),
         )
 
-    def entropy(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        """Mean entropy of the cells' soft choices minus the entropy of their mean, in nats."""
-        semantic = self.config.semantic_channels
-        cosines = vectors[:, :semantic] @ codes[:, :semantic].T
-        weight = self.config.pixel_distance_weight
-        cosines = cosines + weight * vectors[:, semantic:] @ codes[:, semantic:].T  # N x K
-        log_choice = F.log_softmax(2 * cosines / TEMPERATURE, dim=-1)
-        choice = log_choice.exp()
-        mean = choice.mean(dim=0)
-        of_cells = -(choice * log_choice).sum(-1).mean()
-        return of_cells + (mean * (mean + 1e-5).log()).sum()
-
-    def forward(self, features: Tensor, with_entropy: bool = False) -> Quantised:
+    def forward(self, features: Tensor) -> Quantised:
         """The residual pyramid: features B x (S + P) x G x G, G the last scale."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -157,7 +137,7 @@ class DualQuantizer(nn.Module):
                 pooled = residual
                 if scale != grid:
                     pooled = F.interpolate(residual, size=(scale, scale), mode="area")
-                part = self.lookup(pooled, codes, with_entropy)
+                part = self.lookup(pooled, codes)
                 enlarged = resize(part.codes, grid)
                 total = total + enlarged
                 residual = residual - enlarged.detach()

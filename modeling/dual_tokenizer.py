@@ -175,9 +175,9 @@ class DualTokenizer(nn.Module):
         grid = self.config.grid_size
         return self.draw(tokens.transpose(1, 2).unflatten(2, (grid, grid)))
 
-    def forward(self, images: Tensor, with_entropy: bool = False) -> DualPass:
+    def forward(self, images: Tensor) -> DualPass:
         """Images B x 3 x R x R in [0, 1] -> what the losses are of."""
-        quantised = self.quantizer(self.maps(images), with_entropy)
+        quantised = self.quantizer(self.maps(images))
         return DualPass(self.draw(quantised.codes), self.read(quantised.codes), quantised)
 
     def start_from(self, teacher: Teacher) -> None:

@@ -85,7 +85,6 @@ class DualLossConfig:
     semantic_weight: float = 1.0  # 1 - cosine of predicted features to the teacher's
     codebook_weight: float = 1.0  # draws codes to what the encoders give
     commitment_weight: float = 0.25  # draws the encoders' output to the codes
-    entropy_weight: float = 0.0  # not in the paper's runs; needs cells x codes of memory
 
     def __post_init__(self):
         check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))

@@ -33,6 +33,9 @@ from .layers import (
 )
 from .pipeline import Precision, autocast, unit_noise
 from .text_encoder import TextEncoder
+from .text_projector import LinearSkip
+
+LOG_SHARPNESS = 3.0  # at the start, of the logits of a linear skip
 
 
 @dataclass
@@ -48,6 +51,15 @@ class NextScaleConfig:
     # Zeros among the text states are padding, which nothing looks at
     text_is_masked: bool = field(default=False, metadata=FROM_TEXT_ENCODER)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig, metadata=FROM_TOKENIZER)
+    # Not in the paper, for small scale: a fixed affine map from the text to the tokens, fitted by
+    # ridge regression, stands beside; what is left of it at a place is an input, and each logit
+    # starts at its cosine to the code. (L x T) x (G^2 x (S + P)) weights.
+    linear_skip: bool = field(default=False, metadata={"derived": "linear_start"})
+
+    @property
+    def input_channels(self) -> int:
+        """Of an input of the image."""
+        return self.quantizer.channels * (1 + self.linear_skip)
 
     def __post_init__(self):
         if self.width % (2 * self.num_heads):
@@ -79,6 +91,25 @@ def scale_inputs(
         inputs.append((total if index == refined else start).flatten(2).transpose(1, 2))
     none = maps[0].flatten(2).transpose(1, 2)[:, :0]  # one scale alone has no inputs
     return torch.cat([none, *inputs], dim=1)
+
+
+def known_inputs(
+    config: NextScaleConfig,
+    maps: Sequence[Tensor],
+    num_scales: int | None = None,
+    refined: int | None = None,
+) -> Tensor:
+    """As scale_inputs, of the first scales; with a linear skip the tokenizer's sums beside them."""
+    scales = config.quantizer.scales[:num_scales]
+    inputs, grid = scale_inputs(maps, scales, refined), config.quantizer.scales[-1]
+    if not config.linear_skip:
+        return inputs
+    total, sums = torch.zeros_like(resize(maps[0], grid)), [inputs[:, :0]]
+    for codes, scale in zip(maps, scales[1:]):
+        total = total + resize(codes, grid)
+        pooled = F.interpolate(total, size=(scale, scale), mode="area")
+        sums.append(pooled.flatten(2).transpose(1, 2))
+    return torch.cat([inputs, torch.cat(sums, dim=1)], dim=-1)
 
 
 def block_causal_mask(prefix: Tensor, scales: Sequence[int]) -> Tensor:
@@ -125,12 +156,17 @@ class NextScale(nn.Module):
         super().__init__()
         self.config = config
         width, sizes = config.width, config.quantizer
+        if config.linear_skip:
+            length = config.text_tokens * config.text_width
+            self.skip = LinearSkip(length, (sizes.scales[-1] ** 2, sizes.channels))
+            self.register_buffer("codes", torch.zeros(sizes.num_codes, sizes.channels))
+            self.log_sharpness = nn.Parameter(torch.full((len(sizes.scales),), LOG_SHARPNESS))
         self.activation_checkpointing: ActivationCheckpointing = "none"
         self.embed_text = nn.Linear(config.text_width, width)
         self.null_text = nn.Parameter(torch.empty(config.text_tokens, width))
         self.start = nn.Parameter(torch.empty(width))
         self.projector = nn.Sequential(
-            nn.Linear(sizes.channels, width), nn.GELU(), nn.Linear(width, width)
+            nn.Linear(config.input_channels, width), nn.GELU(), nn.Linear(width, width)
         )
         self.levels = nn.Parameter(torch.empty(len(sizes.scales) + 1, width))
         self.positions = nn.Parameter(torch.empty(sizes.num_tokens, width))
@@ -169,7 +205,7 @@ class NextScale(nn.Module):
         """Logits B x n x K of the n tokens of the first scales.
 
         Args:
-            features: of scale_inputs, B x (n - 1) x C.
+            features: of known_inputs, B x (n - 1) x C.
             text_states: B x L x T.
             dropped: B bool, whose text is not to be read.
         """
@@ -177,6 +213,11 @@ class NextScale(nn.Module):
         text = torch.where(
             dropped[:, None, None], self.null_text.float(), self.embed_text(text_states).float()
         )
+        left = None
+        if self.config.linear_skip:
+            features, sums = features.chunk(2, dim=-1)
+            left = self.what_is_left(sums, text_states, dropped, scales)
+            features = torch.cat([features, left[:, 1:].to(features.dtype)], dim=-1)
         image = self.embed_image(features, len(scales))
         x = torch.cat([text.to(image.dtype), image], dim=1)
 
@@ -190,7 +231,23 @@ class NextScale(nn.Module):
         rope = (self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]])
         for block in self.blocks:
             x = run_block(block, self.activation_checkpointing, x, rope, mask[:, None])
-        return self.to_logits(self.norm_out(x[:, text.shape[1] :]))
+        logits = self.to_logits(self.norm_out(x[:, text.shape[1] :]))
+        if left is None:
+            return logits
+        halves = (self.config.quantizer.semantic_channels, self.config.quantizer.pixel_channels)
+        left = torch.cat([F.normalize(half, dim=-1) for half in left.split(halves, -1)], dim=-1)
+        sharpness = torch.cat([x.expand(s**2) for x, s in zip(self.log_sharpness.exp(), scales)])
+        return logits + sharpness[:, None] * (left @ self.codes.T)
+
+    def what_is_left(
+        self, sums: Tensor, text_states: Tensor, dropped: Tensor, scales: Sequence[int]
+    ) -> Tensor:
+        """The skip's tokens less the smaller scales' sums at each place, B x n x C; dropped: 0."""
+        grid = self.config.quantizer.scales[-1]
+        whole = self.skip(text_states).transpose(1, 2).unflatten(2, (grid, grid))
+        pooled = [F.interpolate(whole, size=(s, s), mode="area").flatten(2) for s in scales]
+        left = torch.cat(pooled, dim=2).transpose(1, 2) - F.pad(sums.float(), (0, 0, 1, 0))
+        return left.masked_fill(dropped[:, None, None], 0)
 
 
 # Drawing
@@ -287,16 +344,40 @@ class NextScaleGenerator:
 
         `indices` number the images for their randomness (default 0..B-1).
         """
-        token_ids = self.text_encoder.tokenize(captions).to(self.device)
-        states = self.text_encoder(token_ids).float()
+        states = self.encode_text(captions)
         numbers = list(range(len(captions))) if indices is None else indices
-        shape = (config.steps, self.model.config.quantizer.num_tokens)
-        noise = unit_noise(shape, seed, numbers).to(self.device)
-        with autocast(self.device, config.precision):
-            drawn = self.draw(states, config, noise)
-            images = self.tokenizer.draw(self.tokenizer.quantizer.decode(drawn))
-        return Drawn(images.float().clamp(0, 1), drawn)
+        drawn = self.draw(states, config, self.noise(config, seed, numbers).to(self.device))
+        return Drawn(self.decode(self.codes(drawn), states, config.precision), drawn)
 
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """Captions -> text states B x L x T."""
+        token_ids = self.text_encoder.tokenize(captions)
+        return self.text_encoder(token_ids.to(self.device)).float()
+
+    def noise(self, config: NextScaleSampling, seed: int, indices: list[int]) -> Tensor:
+        """What `draw` needs of (seed, index), B x passes x n, on the CPU."""
+        return unit_noise((config.steps, self.model.config.quantizer.num_tokens), seed, indices)
+
+    @torch.no_grad()
+    def quantise(self, codes: Tensor) -> Tensor:
+        """Any tokens B x G^2 x (S + P) -> sums of codes."""
+        grid = self.tokenizer.config.grid_size
+        quantised = self.tokenizer.quantizer(codes.transpose(1, 2).unflatten(2, (grid, grid)))
+        return quantised.codes.flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def codes(self, indices: Tensor) -> Tensor:
+        """Indices B x n -> the tokenizer's tokens, B x G^2 x (S + P)."""
+        return self.tokenizer.quantizer.decode(indices).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, text_states: Tensor, precision: Precision = "fp32") -> Tensor:
+        """Tokens B x G^2 x (S + P) -> images B x 3 x R x R, clamped to [0, 1], float32."""
+        with autocast(self.device, precision):
+            return self.tokenizer.decode(codes).float().clamp(0, 1)
+
+    @torch.no_grad()
     def draw(self, states: Tensor, config: NextScaleSampling, noise: Tensor) -> Tensor:
         """Text states B x L x T, noise B x passes x n -> indices B x n of all scales."""
         quantizer = self.tokenizer.quantizer
@@ -305,13 +386,14 @@ class NextScaleGenerator:
         for number, scale in enumerate(scales):
             known = found
             for step in range(config.steps if number else 1):
-                features = states.new_zeros(len(states), 0, quantizer.config.channels)
+                features = states.new_zeros(len(states), 0, self.model.config.input_channels)
                 if number:  # a pass after the first sees what the one before it has drawn
                     maps = quantizer.code_maps(found, number + bool(step))
                     refined = number if step else None
-                    features = scale_inputs(maps, scales[: number + 1], refined)
+                    features = known_inputs(self.model.config, maps, number + 1, refined)
                 share = number / (len(scales) - 1) if len(scales) > 1 else 1.0
-                logits = self.logits(features, states, config.guidance * share, number + 1)
+                with autocast(self.device, config.precision):
+                    logits = self.logits(features, states, config.guidance * share, number + 1)
                 logits = logits[:, -(scale**2) :]
                 logits = keep_likely(logits, config.top_k[step], config.top_p[step])
                 places = slice(known.shape[1], known.shape[1] + scale**2)

@@ -130,13 +130,11 @@ class TextWhitening(nn.Module):
 class LinearSkip(nn.Module):
     """Text states B x L x T -> latents B x K x C: one affine map of all tokens, zero until fitted.
 
-    Float32 in any autocast precision.
+    inputs: L T. shape: (K, C). Float32 in any autocast precision.
     """
 
-    def __init__(self, config: TextProjectorConfig):
+    def __init__(self, inputs: int, shape: tuple[int, int]):
         super().__init__()
-        inputs = config.text_tokens * config.text_width
-        shape = (config.input_shape[0], config.token_channels)
         # Buffers: part of the state dict, but not trained, or weight decay would undo the map.
         self.register_buffer("offset", torch.zeros(shape))
         self.register_buffer("matrix", torch.zeros(inputs, math.prod(shape)))
@@ -271,7 +269,9 @@ class TextProjector(nn.Module):
         num_moments = 1 if config.fixed_std else 2
         self.to_moments = nn.Linear(config.width, num_moments * config.token_channels)
         self.alignment = AlignmentHead(config)
-        self.linear_skip = LinearSkip(config) if config.linear_skip else None
+        inputs = config.text_tokens * config.text_width
+        shape = (config.input_shape[0], config.token_channels)
+        self.linear_skip = LinearSkip(inputs, shape) if config.linear_skip else None
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -122,17 +122,11 @@ def test_a_stride_that_does_not_fit_the_image_is_met_by_resizing(tiny_clip_dir):
 
 
 def test_gradients_reach_every_weight_that_is_trained(tokenizer):
-    out = tokenizer.eval()(torch.rand(8, 3, 32, 32), with_entropy=True)
+    out = tokenizer.eval()(torch.rand(8, 3, 32, 32))
     losses = out.quantised[2:]
     (out.reconstructions.sum() + out.features.square().sum() + sum(losses)).backward()
     without = [n for n, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
-
-
-def test_the_decoder_alone_learns_where_the_encoder_is_frozen(tokenizer):
-    tokenizer.freeze_encoder()
-    trained = {n.split(".")[0] for n, p in tokenizer.named_parameters() if p.requires_grad}
-    assert trained == {"pixel_decoder"}
 
 
 def test_weight_decay_spares_the_codebooks(tokenizer):

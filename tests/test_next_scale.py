@@ -1,5 +1,8 @@
 """The next-scale generator: inputs, mask and drawing of the original; the stage and sample.py."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from modeling.dual_quantizer import DualQuantizer, QuantizerConfig
 from modeling.next_scale import (
     NextScale,
     NextScaleConfig,
+    NextScaleGenerator,
     NextScaleSampling,
     block_causal_mask,
     draw_indices,
@@ -137,6 +141,20 @@ def test_draws_follow_the_probabilities():
     assert extreme.tolist() == [[0, 3]]
 
 
+@torch.no_grad()
+def test_a_skip_alone_draws_what_the_quantiser_chooses():
+    quantizer, tokens = DualQuantizer(QUANTIZER).eval(), torch.randn(9, 10)
+    model = NextScale(replace(CONFIG, linear_skip=True)).eval()
+    model.skip.offset.copy_(tokens)
+    model.codes.copy_(quantizer.codes())
+    parts = NextScaleGenerator(None, SimpleNamespace(quantizer=quantizer), model)
+    chosen = torch.cat(quantizer(tokens.T.unflatten(1, (3, 3))[None]).indices, dim=1)
+    for passes in (1, 2):
+        sampling = NextScaleSampling(2.0, [1] * passes, [0.0] * passes)
+        drawn = parts.draw(torch.randn(1, 5, 8), sampling, torch.randn(1, passes, 14))
+        assert torch.equal(drawn, chosen)
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -166,6 +184,14 @@ def test_the_stage_resumes_bit_for_bit_and_logs_each_scale(dual_chain):
     assert 0 <= line["top1"] <= 1
     # It starts without a preference
     assert metrics(folder / "next_scale")[0]["loss"] == pytest.approx(np.log(32), rel=0.05)
+
+
+def test_a_ridge_regression_is_where_the_stage_starts(dual_chain):
+    folder = dual_chain.folder
+    skip = dual_chain.run("next_scale", f"run_dir={folder}/skip", "linear_start=1e-3")
+    parts, _ = load_generator(skip, torch.device("cpu"))
+    assert torch.equal(parts.model.codes, parts.tokenizer.quantizer.codes())
+    assert metrics(skip)[0]["top1"] > metrics(folder / "next_scale")[0]["top1"]
 
 
 def test_sample_draws_with_such_a_run_as_with_a_flow(dual_chain, tmp_path, capsys):

@@ -216,6 +216,15 @@ def test_a_run_is_judged_beside_its_ceilings(chain, data, tmp_path, capsys):
     assert printed.count("\n| ") == len(rows) + 1
 
 
+def test_a_run_without_a_flow_is_judged_by_its_own_options(dual_chain, data, tmp_path):
+    options = ("--guidance", "0,2", "--captions", 2, "--images-per-caption", 2)
+    rows = judge_run(dual_chain, data, tmp_path, *options)["rows"]
+    kinds = [(row["images"], row.get("guidance")) for row in rows[:4]]
+    assert kinds == [("real", None), ("reconstructed", None), ("generated", 0), ("generated", 2)]
+    with pytest.raises(ValueError, match="steps"):
+        judge_run(dual_chain, data, tmp_path, "--steps", "2")
+
+
 def test_scenes_of_another_size_are_refused(chain, data, tmp_path):
     other = make(tmp_path / "other", captions=2, image_size=64)
     with pytest.raises(ValueError, match="image_size=32"):

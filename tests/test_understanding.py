@@ -17,17 +17,24 @@ def test_the_report_says_what_each_representation_knows(dual_chain, tiny_shards)
     reset_accelerate()
     understanding.main(understanding.parse_args([*arguments, "--num-train", "20"]))
     report = json.loads((run / "understanding.json").read_text())
-    names = {"predicted_features", "semantic_codes", "pixel_codes", "pixels"}
+    names = {"teacher_patches", "predicted_features", "semantic_codes", "pixel_codes", "pixels"}
     assert report["readouts"].keys() == names
     assert (report["num_train"], report["num_heldout"]) == (20, 24)
     for values in report["readouts"].values():
-        assert -1 <= values["cosine"] <= 1 and 0 <= values["top1"] <= 1
+        assert -1 <= values["cosine"] <= 1
+        assert 0 <= values["top1"] <= values["top5"] <= 1
     with pytest.raises(ValueError, match="dual"):
         understanding.main(understanding.parse_args([*arguments, "--flowtok", str(run)]))
 
 
-def test_retrieval_is_the_share_whose_own_caption_is_nearest():
+def test_a_text_is_found_among_the_nearest_and_the_share_has_the_error_of_pairs():
     texts = F.normalize(torch.randn(5, 8), dim=-1)
     own = torch.tensor([0, 1, 4, 2])
-    assert understanding.retrieval(texts[own], texts, own) == 1
-    assert understanding.retrieval(texts[[0, 1, 4, 3]], texts, own) == 0.75
+    assert understanding.among_nearest(texts[own], texts, own, 1).all()
+    found = understanding.among_nearest(texts[[0, 1, 4, 3]], texts, own, 1)
+    assert found.tolist() == [True, True, True, False]
+    reached = torch.tensor([True, True, False, True])
+    assert understanding.share_of(reached, reached) == (1, 0)  # alike in each image
+    share, error = understanding.share_of(found, reached)
+    assert share == 1 and error == pytest.approx(2**0.5 / 3)
+    assert understanding.share_of(found, ~found & found) == (None, None)

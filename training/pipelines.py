@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from modeling.flow import FlowConfig
 from modeling.flow_model import FlowModel, build_flow
@@ -181,6 +182,11 @@ def load_generator(
     model = load_ema(NextScale(read_section(run, "next_scale", NextScaleConfig)), run)
     parts = NextScaleGenerator(text_encoder.to(device), tokenizer.to(device), model.to(device))
     return parts, read_section(run, "sampling", NextScaleSampling)
+
+
+def network_of(generator: ImageGenerator | NextScaleGenerator) -> nn.Module:
+    """What leads from text to tokens: the flow, or what predicts them scale by scale."""
+    return generator.flow if isinstance(generator, ImageGenerator) else generator.model
 
 
 def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner, SamplingConfig]:
