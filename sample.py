@@ -45,7 +45,6 @@ from eval.images import (
     sheet_of,
 )
 from modeling.layers import to_pil
-from modeling.next_scale import NextScaleGenerator, NextScaleSampling
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
 from modeling.samplers import SOLVERS
@@ -53,6 +52,8 @@ from training.errors import exit_on_error, printable
 from training.loading import read_run_config
 from training.pictures import caption_grid, png_bytes, save_png, write_gallery
 from training.pipelines import (
+    Generator,
+    Sampling,
     captioning_run,
     directions_of,
     example_captions,
@@ -67,8 +68,6 @@ SHEET_IMAGES = 60  # of a caption's contact sheet
 PAGE_IMAGES, COLUMNS, MAX_COLUMNS = 64, 8, 16  # of a grid, about; for images of one prompt at most
 MAX_WARNINGS = 10  # about prompts
 Picture = tuple[Tensor, str]  # 3 x R x R in [0, 1], its caption
-Generator = ImageGenerator | NextScaleGenerator
-Sampling = SamplingConfig | NextScaleSampling
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

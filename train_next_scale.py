@@ -21,7 +21,7 @@ from data.images import ImageTextConfig, image_reader
 from data.readers import Reader
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.dual_tokenizer import DualTokenizer, DualTokens
-from modeling.layers import fingerprint
+from modeling.layers import check_not_negative, fingerprint
 from modeling.next_scale import (
     NextScale,
     NextScaleConfig,
@@ -69,6 +69,7 @@ class NextScaleStage(TrainedStage):
     def check(self) -> None:
         super().check()
         self.data.check()
+        check_not_negative(self, "linear_start")
         if self.sampling.guidance and not self.next_scale.null_probability:
             raise ValueError(
                 f"sampling.guidance={self.sampling.guidance} needs a network that has learned to "

@@ -37,12 +37,12 @@ from eval.features import fit_gaussian, frechet_distance, number_groups
 from eval.images import spread_evenly
 from eval.scores import psnr, retrieval
 from modeling.layers import fingerprint
-from modeling.next_scale import NextScaleGenerator, NextScaleSampling
-from modeling.pipeline import ImageGenerator, Precision, SamplingConfig
+from modeling.next_scale import NextScaleGenerator
+from modeling.pipeline import Precision
 from training.errors import exit_on_error
 from training.loading import read_section
 from training.pictures import caption_grid, pair_rows, save_png
-from training.pipelines import load_generator, network_of
+from training.pipelines import Generator, Sampling, load_generator, network_of
 from training.ridge import Ridge, fit_ridge
 from training.stage import StageConfig
 
@@ -50,7 +50,6 @@ BATCH_SIZE = 64
 SEED = 0
 PIXEL_SIZE = 16  # side to which images are shrunk for retrieval by pixels
 PICTURE_SAMPLES = 48
-Generator = ImageGenerator | NextScaleGenerator
 
 
 @dataclass
@@ -140,7 +139,7 @@ def main(config: ReportStage) -> None:
 
 def measure_set(
     parts: Generator,
-    sampling: SamplingConfig | NextScaleSampling,
+    sampling: Sampling,
     ridge: Ridge,
     samples: dict,
     pool: dict,

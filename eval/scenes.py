@@ -60,20 +60,17 @@ from eval.programs import (
 from eval.reconstruction import Reconstructor
 from eval.scores import kernel_distance
 from modeling.flow import check_guidance
-from modeling.next_scale import NextScaleGenerator, NextScaleSampling
-from modeling.pipeline import ImageGenerator, SamplingConfig
+from modeling.pipeline import ImageGenerator
 from training.errors import exit_on_error
 from training.loading import load_newest
 from training.pictures import caption_grid, save_png
-from training.pipelines import flow_folder, load_generator
+from training.pipelines import Generator, Sampling, flow_folder, load_generator
 
 EVALUATED = SPLITS[1:]  # seen: other images of captions that were trained on
 REPORT, PICTURE = "report.json", "captions.png"
 SHOWN_CAPTIONS, SHOWN_IMAGES = 4, 4  # of each split that is not seen; of each caption
 GAP = 2  # pixels between the images of a caption
 Row = dict[str, Any]  # of the table
-Generator = ImageGenerator | NextScaleGenerator
-Sampling = SamplingConfig | NextScaleSampling
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

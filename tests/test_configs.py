@@ -10,6 +10,7 @@ from tiny_experiment import PROGRAMS
 
 from configs.load import load_config, load_dataclass, nearest_key, valid_keys
 from train_flowtok import FlowTokStage
+from train_next_scale import NextScaleStage
 from train_text_projector import TextProjectorStage
 from train_tokenizer import TokenizerStage
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLOWTOK = ROOT / "configs/demo/flowtok.yaml"
 TOKENIZER = ROOT / "configs/demo/tokenizer.yaml"
 PROJECTOR = ROOT / "configs/demo/text_projector.yaml"
+NEXT_SCALE = ROOT / "configs/emoji_dual/next_scale.yaml"
 
 
 def write(path, **values):
@@ -187,6 +189,7 @@ def test_a_size_that_an_earlier_stage_knows_can_not_be_set():
         (TokenizerStage, TOKENIZER, "freeze_encoder=true", ["freeze_encoder", "init_from"]),
         (TextProjectorStage, PROJECTOR, "losses.image_regression_weight=0", ["losses"]),
         (TextProjectorStage, PROJECTOR, "linear_start=0", ["linear_skip", "linear_start"]),
+        (NextScaleStage, NEXT_SCALE, "linear_start=-1", ["linear_start", "-1"]),
         (FlowTokStage, FLOWTOK, "pictures.captions=[a, ' ']", ["pictures.captions"]),
         (FlowTokStage, FLOWTOK, "projector_run=''", ["flow.projector=frozen", "projector_run"]),
         (FlowTokStage, FLOWTOK, "flow.projector=detached", ["flow.projector=detached"]),

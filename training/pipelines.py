@@ -36,6 +36,8 @@ from training.loading import (
 from training.run import CONFIG_FILE
 
 T = TypeVar("T")
+Generator = ImageGenerator | NextScaleGenerator  # what makes images of captions
+Sampling = SamplingConfig | NextScaleSampling
 
 
 def flow_folder(run_dir: str | Path) -> Path:
@@ -167,9 +169,7 @@ def load_pipeline(
     return parts, read_section(flow_dir, "sampling", SamplingConfig)
 
 
-def load_generator(
-    run_dir: str | Path, device: torch.device
-) -> tuple[ImageGenerator | NextScaleGenerator, SamplingConfig | NextScaleSampling]:
+def load_generator(run_dir: str | Path, device: torch.device) -> tuple[Generator, Sampling]:
     """As load_pipeline, also of a run of stage next_scale."""
     if not is_next_scale(run_dir):
         return load_pipeline(run_dir, device)
@@ -184,7 +184,7 @@ def load_generator(
     return parts, read_section(run, "sampling", NextScaleSampling)
 
 
-def network_of(generator: ImageGenerator | NextScaleGenerator) -> nn.Module:
+def network_of(generator: Generator) -> nn.Module:
     """What leads from text to tokens: the flow, or what predicts them scale by scale."""
     return generator.flow if isinstance(generator, ImageGenerator) else generator.model
 
