@@ -38,8 +38,8 @@
 #   NUM_MACHINES=1  MACHINE_RANK=0
 #   MAIN_PROCESS_IP    host of machine rank 0
 #   MAIN_PROCESS_PORT  29500 for several machines; 0, a free port, for one
-#   NUM_PROCESSES      of the whole job, all machines together: one a GPU; without GPUs, one a machine with all its cores
-#   OMP_NUM_THREADS    of each process: all cores without GPUs, 1 with them
+#   NUM_PROCESSES      of the whole job, all machines together: one a GPU; without GPUs, training.cpu_processes a machine
+#   OMP_NUM_THREADS    of each process: without GPUs its share of all cores, 1 with them
 #   MALLOC_{MMAP_THRESHOLD,TRIM_THRESHOLD,TOP_PAD}_    on the CPU: 32 GiB, 32 GiB, 1 GiB; glibc keeps what a step frees
 #
 # SIGUSR1 (Slurm's warning), SIGTERM or Ctrl-C: the running stage finishes its step, writes a checkpoint, and this command

@@ -102,6 +102,22 @@ def test_the_job_follows_from_variables_gpus_and_cores(
     assert job.host == main[0] and job.port == (main[1] or job.port) > 0
 
 
+@pytest.mark.parametrize(
+    ("variables", "num_gpus", "num_cores", "processes_and_threads"),
+    [
+        ({}, 0, 8, (2, 4)),
+        ({}, 0, 1, (1, 1)),
+        ({}, 4, 8, (4, 1)),
+        ({"NUM_PROCESSES": "1"}, 0, 8, (1, 8)),
+    ],
+)
+def test_a_stage_may_want_processes_where_there_are_no_gpus(
+    variables, num_gpus, num_cores, processes_and_threads
+):
+    job = find_job(variables, num_gpus, num_cores, cpu_processes=2)
+    assert (job.num_processes, job.num_threads) == processes_and_threads
+
+
 def test_the_first_host_of_a_slurm_job_is_asked_for(tmp_path, monkeypatch):
     text = '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n'
     write_program(tmp_path / "scontrol", text)
