@@ -1,11 +1,11 @@
 """Prompts + a run folder -> image grids with captions, and images -> captions.
 
-    python sample.py --run runs/demo --prompts "pineapple, food fruit" "black cat, animal mammal"
-    python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport"
-    python sample.py --run runs/demo --trajectory "blue heart, heart" --frames 11
+    python sample.py --run runs/emoji --prompts "pineapple, food fruit" "black cat, animal mammal"
+    python sample.py --run runs/emoji --interpolate "blue heart, heart" "soccer ball, sport"
+    python sample.py --run runs/emoji --trajectory "blue heart, heart" --frames 11
     python sample.py --run runs/released_xl --prompts "a corgi in snow" --sampler euler_release
-    python sample.py --run runs/demo --caption photo.jpg other.png
-    python sample.py --run runs/demo --caption FOLDER --output captions.jsonl
+    python sample.py --run runs/emoji --caption photo.jpg other.png
+    python sample.py --run runs/emoji --caption FOLDER --output captions.jsonl
     python sample.py --run USER/NAME --prompts "a corgi in snow"
 
 The third: what the flow passes on its way from t = 0 to t = 1, decoded, a row a prompt. The fourth:

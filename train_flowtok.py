@@ -1,6 +1,6 @@
 """Stage 3: train FlowTok by flow matching, together with the text projector (paper, Sec. 3.3).
 
-    accelerate launch train_flowtok.py --config configs/demo/flowtok.yaml [key=value ...]
+    accelerate launch train_flowtok.py --config configs/emoji/flowtok.yaml [key=value ...]
 
 In: token shards, the tokenizer's run, the projector of stage 2. Out: a run folder that sample.py
 and the evaluations read. L = L_fm + the weighted terms of modeling/losses.py; `flow.projector` says

@@ -1,6 +1,6 @@
 """Train the text decoder of image to text: projector and decoder as an autoencoder of captions.
 
-    accelerate launch train_text_decoder.py --config configs/demo_caption/text_decoder.yaml
+    accelerate launch train_text_decoder.py --config configs/emoji_caption/text_decoder.yaml
 
 (Paper, Sec. 4.1 and 5.1.) In: any shards with captions, of images or of tokens; the tokenizer's run
 for the text tower and the sizes. Out: a run folder with projector and decoder; stage 3 takes both

@@ -1,8 +1,8 @@
 """Stage 1: train the image tokenizer (TA-TiTok with RoPE and SwiGLU, a VAE; paper, Sec. 3.2), or a
 dual tokenizer of discrete codes where the config has `dual` (docs/dual_tokens.md).
 
-    accelerate launch train_tokenizer.py --config configs/demo/tokenizer.yaml [key=value ...]
-    python train_tokenizer.py --config configs/demo/tokenizer.yaml training.max_steps=100
+    accelerate launch train_tokenizer.py --config configs/emoji/tokenizer.yaml [key=value ...]
+    python train_tokenizer.py --config configs/emoji/tokenizer.yaml training.max_steps=100
 
 The second: one process. In: image shards with captions. Out: a run folder; its EMA weights encode
 images to K x C tokens and decode them. K is the text tower's number of tokens, if

@@ -1,6 +1,6 @@
 """FID and other numbers of the images that a run makes from captions, by a written protocol.
 
-    python -m eval.generation runs/demo --protocol demo
+    python -m eval.generation runs/emoji --protocol emoji
     accelerate launch --multi_gpu --num_processes 8 --module eval.generation RUN \\
         --protocol coco30k captions=[captions_val2014.json] reference=[coco.npz]
     python -m eval.generation RUN --protocol FILE.yaml --guidance 1,1.5,2,3 --steps 10,20,50
@@ -63,7 +63,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "experiment folder, or a stage-3 run folder"
     parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
-    help_text = "a YAML file, or a name: coco30k, mjhq30k, demo, geneval"
+    help_text = "a YAML file, or a name: coco30k, mjhq30k, emoji, geneval"
     parser.add_argument("--protocol", required=True, help=help_text)
     parser.add_argument(
         "--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN"

@@ -1,6 +1,6 @@
 """The report of a small experiment, without downloads: reconstruction, retrieval, pictures.
 
-    python -m eval.report --config configs/demo/report.yaml [key=value ...]
+    python -m eval.report --config configs/emoji/report.yaml [key=value ...]
 
 Retrieval: is the image made for a caption nearest to that caption's true image among all images of
 the experiment? Nearest by the tokenizer's latent means, and by 16 x 16 pixels. Pixel-identical

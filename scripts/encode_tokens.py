@@ -1,6 +1,6 @@
 """Encode image shards with a trained tokenizer into token shards for stages 2 and 3.
 
-    accelerate launch --module scripts.encode_tokens --config configs/demo/tokens.yaml [key=value]
+    accelerate launch --module scripts.encode_tokens --config configs/emoji/tokens.yaml [key=value]
 
 A sample keeps its text members (captions, JSON); its latents are the posterior's mean and
 log-variance as float16 (format: data/readers.py). Shards are split over processes and reading

@@ -1,6 +1,6 @@
 """Train a small CLIP on the experiment's own pairs, for machines without a pretrained one.
 
-    accelerate launch --module scripts.train_text_encoder --config configs/demo/text_encoder.yaml
+    accelerate launch --module scripts.train_text_encoder --config configs/emoji/text_encoder.yaml
 
 Out: RUN/clip/, which the other stages read with `text_encoder.model: local-dir:RUN/clip`. Where
 OpenAI's ViT-L/14-336 can be had, use that instead (configs/flowtok_*). The same command resumes,

@@ -19,7 +19,7 @@ from scripts.run_experiment.processes import KEEP_FREED_MEMORY, STOPPED_STATUS, 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-DEMO = ["text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "report"]
+DEMO = ["scenes", "text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"]
 EXPERIMENTS = sorted(path.name for path in CONFIGS.iterdir() if stages.stage_files(path))
 
 
@@ -33,9 +33,9 @@ def read(*words, wanted="", configs=CONFIGS):
 @pytest.mark.parametrize(
     ("words", "wanted", "expected"),
     [
-        ([], "", [f"demo/{name}" for name in DEMO]),
-        (["seed=1"], "tokens tokenizer", ["demo/tokenizer", "demo/tokens"]),
-        (["configs/demo/"], "flowtok", ["demo/flowtok"]),
+        ([], "", [f"scenes/{name}" for name in DEMO]),
+        (["seed=1"], "tokens tokenizer", ["scenes/tokenizer", "scenes/tokens"]),
+        (["configs/emoji/"], "flowtok", ["emoji/flowtok"]),
         (
             ["tokenizer_bl77_256", "data_dir=/data", "flowtok_b"],
             "tokens_finetune flowtok_finetune",
@@ -62,7 +62,7 @@ def test_a_round_runs_the_program_of_its_stage_with_its_own_overrides():
     ("words", "wanted", "said"),
     [
         (["dmeo"], "", ["'dmeo'", *EXPERIMENTS]),
-        (["demo"], "tokeniser", ["STAGES=tokeniser", "text_encoder, tokenizer"]),
+        (["emoji"], "tokeniser", ["STAGES=tokeniser", "text_encoder, tokenizer"]),
         (["small", "text_encoder.path=x"], "", ["tokenizer.text_encoder.path=x"]),
         (["small", "flowtok.lr=1"], "", ["stage small/flowtok", "lr", "optimizer.learning_rate"]),
     ],
