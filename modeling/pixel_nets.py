@@ -5,6 +5,7 @@ Two pairs: the house's transformer blocks for small runs, and the convolutional 
 keep. Images are B x 3 x R x R in [-1, 1], not clamped when decoded; maps B x P x G x G.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -143,26 +144,16 @@ class Level(nn.Module):
         return x
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Sequential:
     """Half the size; zeros are added right and below."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Sequential:
     """Twice the size."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
 def middle(channels: int) -> nn.ModuleList:
@@ -182,7 +173,7 @@ class ConvolutionalEncoder(nn.Module):
         before = size.channels
         for index, width in enumerate(widths):
             is_last = index == len(widths) - 1
-            change = {} if is_last else {"downsample": Downsample(width)}
+            change = {} if is_last else {"downsample": downsample(width)}
             self.conv_blocks.append(Level([before] + [width] * size.blocks, is_last, **change))
             before = width
         self.mid = middle(before)
@@ -207,7 +198,7 @@ class ConvolutionalDecoder(nn.Module):
         self.mid = middle(before)
         self.conv_blocks = nn.ModuleList()
         for index, width in enumerate(widths):
-            change = {"upsample": Upsample(width)} if index < len(widths) - 1 else {}
+            change = {"upsample": upsample(width)} if index < len(widths) - 1 else {}
             blocks = [before] + [width] * (size.decoder_blocks + 1)
             self.conv_blocks.append(Level(blocks, index == 0, **change))
             before = width
