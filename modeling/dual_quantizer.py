@@ -8,8 +8,7 @@ of the same shape, and indices. Float32 in any autocast precision.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .layers import exact_products
 
 CHUNK = 4096  # codes compared at a time: bounds the memory of a lookup
 MEMORY_STEPS = 100  # after which a code that was not chosen again counts as unused
@@ -103,7 +104,7 @@ class DualQuantizer(nn.Module):
         weights[self.config.semantic_channels :] = self.config.pixel_distance_weight
         best = vectors.new_full((len(vectors),), -math.inf)
         indices = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
-        with exact_products():
+        with exact_products():  # TF32 would choose other codes
             for start in range(0, len(codes), CHUNK):
                 chunk = codes[start : start + CHUNK]
                 scores, found = ((vectors * weights) @ chunk.T).max(dim=1)
@@ -143,9 +144,10 @@ class DualQuantizer(nn.Module):
                 residual = residual - enlarged.detach()
                 parts.append(part)
         return Quantised(
-            total,
-            [part.indices[0] for part in parts],
-            *(torch.stack(losses).mean() for losses in list(zip(*parts, strict=True))[2:]),
+            codes=total,
+            indices=[part.indices[0] for part in parts],
+            codebook=torch.stack([part.codebook for part in parts]).mean(),
+            commitment=torch.stack([part.commitment for part in parts]).mean(),
         )
 
     def draw_scales(self) -> list[int]:
@@ -201,14 +203,3 @@ def resize(maps: Tensor, size: int) -> Tensor:
     if maps.shape[-1] == size:
         return maps
     return F.interpolate(maps, size=(size, size), mode="bicubic", align_corners=False)
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Float32 products without TF32, whose rounding would choose other codes."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

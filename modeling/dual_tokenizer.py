@@ -36,8 +36,6 @@ from .pixel_nets import (
     PatchEncoder,
 )
 
-FROM_TEACHER = {"derived": "the teacher"}
-
 
 @dataclass
 class DualTokenizerConfig:
@@ -58,7 +56,8 @@ class DualTokenizerConfig:
     query_key_bias: float = 0.0  # of transformer: as tokenizer.query_key_bias
     convolutions: ConvolutionSize = field(default_factory=ConvolutionSize)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    tower: str = field(default="", metadata=FROM_TEACHER)  # as describe_tower has it
+    # As describe_tower has it
+    tower: str = field(default="", metadata={"derived": "the teacher"})
 
     def __post_init__(self):
         check_not_negative(self, "semantic_depth")
@@ -118,18 +117,12 @@ class DualTokenizer(nn.Module):
             decoder = ConvolutionalDecoder(config.convolutions)
             to_codes = nn.Conv2d(MAP_CHANNELS, sizes.pixel_channels, 1)
             from_codes = nn.Conv2d(sizes.pixel_channels, MAP_CHANNELS, 1)
-            parts = {"net": encoder, "to_codes": to_codes}
-            self.pixel_encoder = nn.Sequential(OrderedDict(parts))
-            parts = {"from_codes": from_codes, "net": decoder}
-            self.pixel_decoder = nn.Sequential(OrderedDict(parts))
+            self.pixel_encoder = nn.Sequential(OrderedDict(net=encoder, to_codes=to_codes))
+            self.pixel_decoder = nn.Sequential(OrderedDict(from_codes=from_codes, net=decoder))
         self.quantizer = DualQuantizer(sizes)
-        self.semantic_decoder = SemanticDecoder(
-            sizes.semantic_channels,
-            width,
-            config.semantic_depth,
-            config.semantic_heads,
-            self.semantic_encoder.grid,
-        )
+        depth, heads = config.semantic_depth, config.semantic_heads
+        grid = self.semantic_encoder.grid
+        self.semantic_decoder = SemanticDecoder(sizes.semantic_channels, width, depth, heads, grid)
         self.to_features = tanh_head(width, feature_channels(self.semantic_encoder))
         self.init_weights()
 
