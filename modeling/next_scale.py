@@ -335,7 +335,7 @@ class NextScaleGenerator(Generator):
                     refined = number if step else None
                     features = known_inputs(self.model.config, maps, number + 1, refined)
                 share = number / (len(scales) - 1) if len(scales) > 1 else 1.0
-                with autocast(self.device, config.precision):
+                with autocast(states.device, config.precision):
                     logits = self.logits(features, states, config.guidance * share, number + 1)
                 logits = logits[:, -(scale**2) :]
                 logits = keep_likely(logits, config.top_k[step], config.top_p[step])
