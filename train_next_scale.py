@@ -130,8 +130,7 @@ def main(config: NextScaleStage) -> None:
     if config.linear_start and not has_checkpoint:
         fit_skip(config, parts, model, reader)
     save_config(run, config, has_checkpoint)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,

@@ -114,8 +114,7 @@ def main(config: ReaderStage) -> None:
     # Images and captions.
     loader = open_stream(run, training, image_reader(config.data, size, parts.tokenize))
     save_config(run, config, latest_checkpoint(run.folder) is not None)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,

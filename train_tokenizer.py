@@ -176,8 +176,7 @@ def main(config: TokenizerStage) -> None:
     # Tokenizer and discriminator.
     model = build_model(config, run, has_checkpoint, parts.teacher)
     save_config(run, config, has_checkpoint)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     clip = training.max_gradient_norm
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:

@@ -31,13 +31,13 @@ from eval.feature_nets import ClipScorer
 from eval.features import number_groups
 from eval.images import ImageSet, choose_images, iterate_images, list_images
 from eval.programs import add_reading_options, build_parser, integer, start_processes
+from eval.report import shrink
 from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tower import Teacher
 from training.errors import exit_on_error
 from training.loading import load_dual_tokenizer, load_tokenizer, read_section
 from training.ridge import fit_ridge
 
-SMALL = 16  # pixels along a side of what stands for the image itself
 MAX_TRAIN = 1500  # images that the regressions are fitted on: they cost N^3 operations
 
 
@@ -121,7 +121,7 @@ def representations(tokenizer: DualTokenizer) -> dict[str, Callable[[Tensor], Te
         "predicted_features": predicted,
         "semantic_codes": lambda x: tokenizer.encode(x).mean[..., :semantic],
         "pixel_codes": lambda x: tokenizer.encode(x).mean[..., semantic:],
-        "pixels": lambda x: F.interpolate(x, size=(SMALL, SMALL), mode="area").flatten(2),
+        "pixels": lambda x: shrink(x).flatten(2),
     }
 
 

@@ -53,6 +53,11 @@ class QuantizerConfig:
         """S + P."""
         return self.semantic_channels + self.pixel_channels
 
+    def normalise(self, vectors: Tensor) -> Tensor:
+        """... x (S + P) with each half scaled to length 1: 32 channels then count as 8 do."""
+        halves = vectors.split([self.semantic_channels, self.pixel_channels], dim=-1)
+        return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
+
     @property
     def num_tokens(self) -> int:
         """Indices of an image, over all scales."""
@@ -88,12 +93,8 @@ class DualQuantizer(nn.Module):
 
     def codes(self) -> Tensor:
         """K x (S + P): both halves of each pair have length 1."""
-        return self.normalise(torch.cat([self.semantic_codes, self.pixel_codes], dim=-1).float())
-
-    def normalise(self, vectors: Tensor) -> Tensor:
-        """N x (S + P) with each half scaled to length 1: 32 channels then count as 8 do."""
-        halves = vectors.split([self.config.semantic_channels, self.config.pixel_channels], dim=-1)
-        return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
+        codes = torch.cat([self.semantic_codes, self.pixel_codes], dim=-1)
+        return self.config.normalise(codes.float())
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor, codes: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class DualQuantizer(nn.Module):
     def lookup(self, features: Tensor, codes: Tensor) -> Quantised:
         """One grid: features B x (S + P) x h x w -> their codes, of `codes()`."""
         batch, _, height, _ = features.shape
-        vectors = self.normalise(features.flatten(2).transpose(1, 2).flatten(0, 1))  # N x (S + P)
+        vectors = self.config.normalise(features.permute(0, 2, 3, 1).flatten(0, 2))  # N x (S + P)
         indices = self.nearest(vectors, codes)
         found = F.embedding(indices, codes)
         passed = vectors + (found - vectors).detach()  # straight through

@@ -18,14 +18,7 @@ from torch.nn import functional as F
 
 from .dual_quantizer import DualQuantizer, Quantised, QuantizerConfig, resize
 from .image_tokenizer import TransformerSize
-from .image_tower import (
-    ImageTower,
-    Teacher,
-    TeacherConfig,
-    describe_tower,
-    feature_channels,
-    resize_positions,
-)
+from .image_tower import ImageTower, Teacher, TeacherConfig, describe_tower, resize_positions
 from .layers import Attention, check_not_negative, init_linear_
 from .pixel_nets import (
     MAP_CHANNELS,
@@ -90,14 +83,6 @@ class DualTokens(NamedTuple):
     indices: Tensor  # B x L, scale after scale, row-major
 
 
-class DualPass(NamedTuple):
-    """What a training pass gives the losses; a named tuple, so that DDP sees its tensors."""
-
-    reconstructions: Tensor  # B x 3 x R x R
-    features: Tensor  # B x G^2 x T, predicted of the teacher's
-    quantised: Quantised
-
-
 class DualTokenizer(nn.Module):
     """Encoders, quantiser and decoders. `forward` is the training pass."""
 
@@ -123,7 +108,7 @@ class DualTokenizer(nn.Module):
         depth, heads = config.semantic_depth, config.semantic_heads
         grid = self.semantic_encoder.grid
         self.semantic_decoder = SemanticDecoder(sizes.semantic_channels, width, depth, heads, grid)
-        self.to_features = tanh_head(width, feature_channels(self.semantic_encoder))
+        self.to_features = tanh_head(width, self.semantic_encoder.feature_channels)
         self.init_weights()
 
     def maps(self, images: Tensor) -> Tensor:
@@ -168,10 +153,10 @@ class DualTokenizer(nn.Module):
         grid = self.config.grid_size
         return self.draw(tokens.transpose(1, 2).unflatten(2, (grid, grid)))
 
-    def forward(self, images: Tensor) -> DualPass:
-        """Images B x 3 x R x R in [0, 1] -> what the losses are of."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Quantised]:
+        """Training pass: (reconstructions, features of the teacher's as predicted, quantised)."""
         quantised = self.quantizer(self.maps(images))
-        return DualPass(self.draw(quantised.codes), self.read(quantised.codes), quantised)
+        return self.draw(quantised.codes), self.read(quantised.codes), quantised
 
     def start_from(self, teacher: Teacher) -> None:
         """Take the teacher's weights into the semantic encoder."""

@@ -232,10 +232,9 @@ class NextScale(nn.Module):
         logits = self.to_logits(self.norm_out(x[:, text.shape[1] :]))
         if left is None:
             return logits
-        halves = (self.config.quantizer.semantic_channels, self.config.quantizer.pixel_channels)
-        left = torch.cat([F.normalize(half, dim=-1) for half in left.split(halves, -1)], dim=-1)
+        cosines = self.config.quantizer.normalise(left) @ self.codes.T
         sharpness = torch.cat([x.expand(s**2) for x, s in zip(self.log_sharpness.exp(), scales)])
-        return logits + sharpness[:, None] * (left @ self.codes.T)
+        return logits + sharpness[:, None] * cosines
 
     def what_is_left(
         self, sums: Tensor, text_states: Tensor, dropped: Tensor, scales: Sequence[int]

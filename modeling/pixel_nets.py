@@ -8,6 +8,7 @@ keep. Images are B x 3 x R x R in [-1, 1], not clamped when decoded; maps B x P 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -167,18 +168,16 @@ class ConvolutionalEncoder(nn.Module):
 
     def __init__(self, size: ConvolutionSize, out_channels: int = MAP_CHANNELS):
         super().__init__()
-        widths = [size.channels * multiplier for multiplier in size.multipliers]
+        widths = [size.channels * multiplier for multiplier in [1, *size.multipliers]]
         self.conv_in = nn.Conv2d(3, size.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        before = size.channels
-        for index, width in enumerate(widths):
-            is_last = index == len(widths) - 1
+        for before, width in pairwise(widths):
+            is_last = len(self.conv_blocks) == len(size.multipliers) - 1
             change = {} if is_last else {"downsample": downsample(width)}
             self.conv_blocks.append(Level([before] + [width] * size.blocks, is_last, **change))
-            before = width
-        self.mid = middle(before)
-        self.norm_out = group_norm(before)
-        self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
+        self.mid = middle(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
@@ -193,17 +192,15 @@ class ConvolutionalDecoder(nn.Module):
     def __init__(self, size: ConvolutionSize, in_channels: int = MAP_CHANNELS):
         super().__init__()
         widths = [size.decoder_channels * multiplier for multiplier in reversed(size.multipliers)]
-        before = widths[0]
-        self.conv_in = nn.Conv2d(in_channels, before, 3, padding=1)
-        self.mid = middle(before)
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
         self.conv_blocks = nn.ModuleList()
-        for index, width in enumerate(widths):
+        for index, (before, width) in enumerate(pairwise([widths[0], *widths])):
             change = {"upsample": upsample(width)} if index < len(widths) - 1 else {}
             blocks = [before] + [width] * (size.decoder_blocks + 1)
             self.conv_blocks.append(Level(blocks, index == 0, **change))
-            before = width
-        self.norm_out = group_norm(before)
-        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, maps: Tensor) -> Tensor:
         x = self.conv_in(maps)

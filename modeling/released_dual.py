@@ -127,7 +127,6 @@ def read_config(tensors: dict[str, Tensor]) -> DualTokenizerConfig:
         teacher=teacher,
         semantic_depth=num_blocks(tensors, "decoder_vqkd.blocks."),
         semantic_heads=HEADS,
-        pixel_nets="convolutional",
         convolutions=convolutions,
         quantizer=quantizer,
         tower=describe_tower(teacher, tanh_gelu=not is_clip),

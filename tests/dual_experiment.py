@@ -8,11 +8,6 @@ import train_next_scale
 import train_reader
 import train_tokenizer
 
-PROGRAMS = {
-    "tokenizer": (train_tokenizer.TokenizerStage, train_tokenizer.main),
-    "next_scale": (train_next_scale.NextScaleStage, train_next_scale.main),
-    "reader": (train_reader.ReaderStage, train_reader.main),  # where transformers is installed
-}
 SIZE = {"width": 16, "depth": 1, "num_heads": 2}
 QUANTIZER = {"num_codes": 32, "semantic_channels": 6, "pixel_channels": 4, "scales": [1, 2]}
 DUAL = {  # but for its teacher
@@ -29,9 +24,12 @@ DUAL = {  # but for its teacher
 class DualExperiment(Experiment):
     """Stages on 32 px images with a grid of 2 x 2, 4 steps each."""
 
-    programs = PROGRAMS
-
     def __init__(self, folder: Path, clip: Path, shards: Path):
+        self.programs = {
+            "tokenizer": (train_tokenizer.TokenizerStage, train_tokenizer.main),
+            "next_scale": (train_next_scale.NextScaleStage, train_next_scale.main),
+            "reader": (train_reader.ReaderStage, train_reader.main),  # with transformers
+        }
         self.teacher = {"model": f"local-dir:{clip}"}
         super().__init__(folder, shards)
 

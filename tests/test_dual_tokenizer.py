@@ -9,8 +9,7 @@ from conftest import TINY_CLIP
 from dual_experiment import DUAL
 from omegaconf import OmegaConf
 from tiny_experiment import equal, metrics, reset_accelerate, weights
-from tokenflow_vectors import vectors
-from tokenflow_vectors import weights as original_weights
+from tokenflow_vectors import arrays, vectors
 from torch.nn import functional as F
 
 from eval import reconstruction
@@ -41,8 +40,9 @@ def tokenizer(tiny_clip_dir):
 
 def test_the_semantic_decoder_is_the_originals_on_its_own_grid_and_on_another():
     decoder = SemanticDecoder(channels=8, width=24, depth=2, num_heads=3, grid=4)
-    state = {name: x.float() for name, x in original_weights("semantic/decoder/weights/").items()}
-    decoder.load_state_dict(state)
+    prefix = "semantic/decoder/weights/"
+    names = [name for name in arrays() if name.startswith(prefix)]
+    decoder.load_state_dict({n.removeprefix(prefix): vectors(n).float() for n in names})
     codes = vectors("semantic/codes")
     for name, x in (("decoded", codes), ("decoded_5x5", F.pad(codes, (0, 1, 0, 1)))):
         torch.testing.assert_close(decoder(x), vectors(f"semantic/{name}"), atol=1e-6, rtol=0)
@@ -55,7 +55,7 @@ def test_the_semantic_encoder_starts_as_the_teacher(tokenizer):
     tokenizer.start_from(teacher)
     tokens = tokenizer.semantic_encoder(images * 2 - 1)  # the tiny CLIP's mean and deviation: 0.5
     torch.testing.assert_close(tokens @ teacher.tower.visual.proj, teacher(images))
-    assert teacher(images).shape == tokenizer(images).features.shape == (2, 4, 24)
+    assert teacher(images).shape == tokenizer(images)[1].shape == (2, 4, 24)
 
 
 @torch.no_grad()
@@ -102,9 +102,9 @@ def test_a_stride_that_does_not_fit_the_image_is_met_by_resizing(tiny_clip_dir):
 
 
 def test_gradients_reach_every_weight_that_is_trained(tokenizer):
-    out = tokenizer.eval()(torch.rand(8, 3, 32, 32))
-    losses = out.quantised[2:]
-    (out.reconstructions.sum() + out.features.square().sum() + sum(losses)).backward()
+    images, features, quantised = tokenizer.eval()(torch.rand(8, 3, 32, 32))
+    losses = quantised.codebook + quantised.commitment
+    (images.sum() + features.square().sum() + losses).backward()
     without = [n for n, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
 

@@ -190,12 +190,10 @@ def test_a_ridge_regression_is_where_the_stage_starts(dual_chain):
 
 def test_sample_draws_with_such_a_run_as_with_a_flow(dual_chain, tmp_path, capsys):
     folder = dual_chain.folder
-    single = tmp_path / "single"
-    where = ["--output", tmp_path / "grid.png", "--save-dir", single]
     options = ["--prompts", "a red circle", "--images-per-prompt", "2", "--guidance", "1"]
-    draw(folder, *options, *where)
+    draw(folder, *options, "--output", tmp_path / "grid.png", "--save-dir", tmp_path / "single")
     assert "2 steps" in capsys.readouterr().out
-    assert [Image.open(path).size for path in single.iterdir()] == [(32, 32)] * 2
+    assert [Image.open(path).size for path in (tmp_path / "single").iterdir()] == [(32, 32)] * 2
     draw(folder, "--output", tmp_path / "own.png")  # the captions of its own pictures
     refused = {"steps": ["3"], "interpolate": ["a", "b"], "trajectory": ["a"]}
     for name, values in refused.items():
@@ -217,15 +215,15 @@ def test_an_image_depends_on_seed_and_number_not_on_its_batch(dual_chain):
 
 
 @torch.no_grad()
-def test_guidance_grows_from_none_at_the_first_scale(dual_chain, monkeypatch):
+def test_guidance_grows_from_none_at_the_first_scale(dual_chain):
     parts, sampling = load_generator(dual_chain.folder, torch.device("cpu"))
-    seen, original = [], type(parts).logits
+    seen, original = [], parts.logits
 
-    def record(self, features, states, guidance, num_scales):
+    def record(features, states, guidance, num_scales):
         seen.append((num_scales, guidance, features.shape[1]))
-        return original(self, features, states, guidance, num_scales)
+        return original(features, states, guidance, num_scales)
 
-    monkeypatch.setattr(type(parts), "logits", record)
+    parts.logits = record
     parts.generate(["a cat"], sampling)
     assert seen == [(1, 0.0, 0), (2, 2.0, 4), (2, 2.0, 4)]
 

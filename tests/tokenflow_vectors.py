@@ -30,9 +30,3 @@ def quantizer_of(group, **changes):
     quantizer.semantic_codes.data = vectors(f"{group}/semantic_codebook")
     quantizer.pixel_codes.data = vectors(f"{group}/pixel_codebook")
     return quantizer
-
-
-def weights(prefix):
-    """The tensors under a prefix, by the rest of their names."""
-    names = [name for name in arrays() if name.startswith(prefix)]
-    return {name.removeprefix(prefix): vectors(name) for name in names}
