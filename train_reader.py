@@ -37,6 +37,7 @@ from training.pictures import caption_grid, sample_path, save_png
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
+from training.tokens import encode_images
 
 
 @dataclass
@@ -83,12 +84,9 @@ class Parts:
     tokenizer: ImageTokenizer | DualTokenizer
     tokenize: CaptionTokenizer
 
-    @torch.no_grad()
     def encode(self, batch: dict) -> Tensor:
         """Codes of a batch's images, B x N x C, in the run's precision."""
-        images = batch["image"].to(self.run.device, non_blocking=True).float().div_(255)
-        with self.run.accelerator.autocast():
-            return self.tokenizer.encode(images).mean
+        return encode_images(self.run, self.tokenizer, batch).mean
 
 
 def main(config: ReaderStage) -> None:
@@ -116,8 +114,7 @@ def main(config: ReaderStage) -> None:
     # Images and captions.
     loader = open_stream(run, training, image_reader(config.data, size, parts.tokenize))
     save_config(run, config, latest_checkpoint(run.folder) is not None)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,

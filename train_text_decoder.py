@@ -129,8 +129,7 @@ def main(config: TextDecoderStage) -> None:
             captions.fit_whitening(model.projector)
         choose_vocabulary(model, captions)
     save_config(run, config, has_checkpoint)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,

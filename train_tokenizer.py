@@ -115,10 +115,8 @@ class TokenizerStage(TrainedStage):
             raise ValueError("evaluation.every_steps needs images: set evaluation.shards")
         if self.freeze_encoder and not self.init_from:
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
-        if self.dual is None and self.freeze_tower:
-            raise ValueError("freeze_tower=true is for a dual tokenizer: set dual")
-        if self.dual is None and self.dual_losses != DualLossConfig():
-            raise ValueError("dual_losses are for a dual tokenizer: set dual")
+        if self.dual is None and (self.freeze_tower or self.dual_losses != DualLossConfig()):
+            raise ValueError("freeze_tower and dual_losses are for a dual tokenizer: set dual")
         if self.dual and self.tokenizer != ImageTokenizerConfig():
             raise ValueError("tokenizer and dual are both set: a run has one tokenizer")
         if self.dual is None and self.freeze_encoder and self.losses.kl_weight:
@@ -178,8 +176,7 @@ def main(config: TokenizerStage) -> None:
     # Tokenizer and discriminator.
     model = build_model(config, run, has_checkpoint, parts.teacher)
     save_config(run, config, has_checkpoint)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     clip = training.max_gradient_norm
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:
@@ -223,9 +220,7 @@ def train_step(
         with tokenizer.gradients(is_last=number == len(batches)) as model:
             if config.dual:
                 quantizer = tokenizer.module.quantizer
-                reconstructions, own, statistics = dual_pass(
-                    config, parts, model, quantizer, images
-                )
+                reconstructions, own, statistics = dual_pass(parts, model, quantizer, images)
             else:
                 reconstructions, own, statistics = vae_pass(parts, model, images, batch)
             terms = generator_terms(config, parts, discriminator, images, reconstructions, own)
@@ -255,39 +250,29 @@ def train_step(
     return means
 
 
-class Pass(NamedTuple):
-    """What a tokenizer's training pass gives."""
-
-    reconstructions: Tensor  # B x 3 x R x R
-    terms: dict[str, Tensor]  # losses that only this kind of tokenizer has
-    statistics: dict[str, Tensor]  # to log
+# Reconstructions B x 3 x R x R, losses that only this kind of tokenizer has, what to log besides
+Pass = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
 def vae_pass(parts: Parts, model: nn.Module, images: Tensor, batch: dict) -> Pass:
     """Of the ImageTokenizer: the KL, and how the latents are used."""
     reconstructions, mean, logvar = model(images, encode_text(parts, batch))
     terms = {"kl": kl_loss(mean, logvar)}
-    return Pass(reconstructions, terms, posterior_statistics(mean, logvar))
+    return reconstructions, terms, posterior_statistics(mean, logvar)
 
 
-def dual_pass(
-    config: TokenizerStage,
-    parts: Parts,
-    model: nn.Module,
-    quantizer: DualQuantizer,
-    images: Tensor,
-) -> Pass:
+def dual_pass(parts: Parts, model: nn.Module, quantizer: DualQuantizer, images: Tensor) -> Pass:
     """Of the DualTokenizer: its losses; cosine to the teacher, usage of the codes."""
     reconstructions, features, quantised = model(images)
     statistics = quantizer.count(quantised.indices)
     if parts.teacher is None:
-        return Pass(reconstructions, {}, statistics)  # only the pixel decoder learns
+        return reconstructions, {}, statistics  # only the pixel decoder learns
     with parts.run.accelerator.autocast():
         targets = parts.teacher(images)
     terms = {"semantic": semantic_loss(features, targets)}
     terms |= {"codebook": quantised.codebook, "commitment": quantised.commitment}
     statistics["cosine_to_teacher"] = 1 - terms["semantic"]
-    return Pass(reconstructions, terms, statistics)
+    return reconstructions, terms, statistics
 
 
 def generator_terms(
@@ -306,9 +291,7 @@ def generator_terms(
     """
     # TA-TiTok's losses, as in its public recipe (paper, Sec. 4.1).
     terms = reconstruction_losses(images, reconstructions) | own
-    weights = loss_weights(config.losses)
-    if config.dual:
-        weights |= loss_weights(config.dual_losses)
+    weights = loss_weights(config.losses) | loss_weights(config.dual_losses)
     if parts.perceptual is not None:
         terms |= parts.perceptual(reconstructions, images)
 

@@ -46,13 +46,13 @@ from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow import check_guidance
 from modeling.flow_model import FlowModel
 from modeling.layers import fingerprint
-from modeling.pipeline import ImageGenerator, SamplingConfig
+from modeling.pipeline import Generator, ImageGenerator, SamplingConfig
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from training.checkpoint import EMA_FILE
 from training.errors import exit_on_error
 from training.loading import load_newest, load_tokenizer
-from training.pipelines import Generator, flow_folder, load_pipeline, network_of
+from training.pipelines import flow_folder, load_pipeline, network_of
 
 NUM_WORKERS = 2  # reading processes of each process, in training
 

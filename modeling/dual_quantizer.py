@@ -8,8 +8,7 @@ of the same shape, and indices. Float32 in any autocast precision.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .layers import exact_products
 
 CHUNK = 4096  # codes compared at a time: bounds the memory of a lookup
 MEMORY_STEPS = 100  # after which a code that was not chosen again counts as unused
@@ -51,6 +52,11 @@ class QuantizerConfig:
     def channels(self) -> int:
         """S + P."""
         return self.semantic_channels + self.pixel_channels
+
+    def normalise(self, vectors: Tensor) -> Tensor:
+        """... x (S + P) with each half scaled to length 1: 32 channels then count as 8 do."""
+        halves = vectors.split([self.semantic_channels, self.pixel_channels], dim=-1)
+        return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
 
     @property
     def num_tokens(self) -> int:
@@ -87,12 +93,8 @@ class DualQuantizer(nn.Module):
 
     def codes(self) -> Tensor:
         """K x (S + P): both halves of each pair have length 1."""
-        return self.normalise(torch.cat([self.semantic_codes, self.pixel_codes], dim=-1).float())
-
-    def normalise(self, vectors: Tensor) -> Tensor:
-        """N x (S + P) with each half scaled to length 1: 32 channels then count as 8 do."""
-        halves = vectors.split([self.config.semantic_channels, self.config.pixel_channels], dim=-1)
-        return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
+        codes = torch.cat([self.semantic_codes, self.pixel_codes], dim=-1)
+        return self.config.normalise(codes.float())
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor, codes: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class DualQuantizer(nn.Module):
         weights[self.config.semantic_channels :] = self.config.pixel_distance_weight
         best = vectors.new_full((len(vectors),), -math.inf)
         indices = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
-        with exact_products():
+        with exact_products():  # TF32 would choose other codes
             for start in range(0, len(codes), CHUNK):
                 chunk = codes[start : start + CHUNK]
                 scores, found = ((vectors * weights) @ chunk.T).max(dim=1)
@@ -115,7 +117,7 @@ class DualQuantizer(nn.Module):
     def lookup(self, features: Tensor, codes: Tensor) -> Quantised:
         """One grid: features B x (S + P) x h x w -> their codes, of `codes()`."""
         batch, _, height, _ = features.shape
-        vectors = self.normalise(features.flatten(2).transpose(1, 2).flatten(0, 1))  # N x (S + P)
+        vectors = self.config.normalise(features.permute(0, 2, 3, 1).flatten(0, 2))  # N x (S + P)
         indices = self.nearest(vectors, codes)
         found = F.embedding(indices, codes)
         passed = vectors + (found - vectors).detach()  # straight through
@@ -143,9 +145,10 @@ class DualQuantizer(nn.Module):
                 residual = residual - enlarged.detach()
                 parts.append(part)
         return Quantised(
-            total,
-            [part.indices[0] for part in parts],
-            *(torch.stack(losses).mean() for losses in list(zip(*parts, strict=True))[2:]),
+            codes=total,
+            indices=[part.indices[0] for part in parts],
+            codebook=torch.stack([part.codebook for part in parts]).mean(),
+            commitment=torch.stack([part.commitment for part in parts]).mean(),
         )
 
     def draw_scales(self) -> list[int]:
@@ -201,14 +204,3 @@ def resize(maps: Tensor, size: int) -> Tensor:
     if maps.shape[-1] == size:
         return maps
     return F.interpolate(maps, size=(size, size), mode="bicubic", align_corners=False)
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Float32 products without TF32, whose rounding would choose other codes."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

@@ -18,14 +18,7 @@ from torch.nn import functional as F
 
 from .dual_quantizer import DualQuantizer, Quantised, QuantizerConfig, resize
 from .image_tokenizer import TransformerSize
-from .image_tower import (
-    ImageTower,
-    Teacher,
-    TeacherConfig,
-    describe_tower,
-    feature_channels,
-    resize_positions,
-)
+from .image_tower import ImageTower, Teacher, TeacherConfig, describe_tower, resize_positions
 from .layers import Attention, check_not_negative, init_linear_
 from .pixel_nets import (
     MAP_CHANNELS,
@@ -35,8 +28,6 @@ from .pixel_nets import (
     PatchDecoder,
     PatchEncoder,
 )
-
-FROM_TEACHER = {"derived": "the teacher"}
 
 
 @dataclass
@@ -58,7 +49,8 @@ class DualTokenizerConfig:
     query_key_bias: float = 0.0  # of transformer: as tokenizer.query_key_bias
     convolutions: ConvolutionSize = field(default_factory=ConvolutionSize)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    tower: str = field(default="", metadata=FROM_TEACHER)  # as describe_tower has it
+    # As describe_tower has it
+    tower: str = field(default="", metadata={"derived": "the teacher"})
 
     def __post_init__(self):
         check_not_negative(self, "semantic_depth")
@@ -91,14 +83,6 @@ class DualTokens(NamedTuple):
     indices: Tensor  # B x L, scale after scale, row-major
 
 
-class DualPass(NamedTuple):
-    """What a training pass gives the losses; a named tuple, so that DDP sees its tensors."""
-
-    reconstructions: Tensor  # B x 3 x R x R
-    features: Tensor  # B x G^2 x T, predicted of the teacher's
-    quantised: Quantised
-
-
 class DualTokenizer(nn.Module):
     """Encoders, quantiser and decoders. `forward` is the training pass."""
 
@@ -118,19 +102,13 @@ class DualTokenizer(nn.Module):
             decoder = ConvolutionalDecoder(config.convolutions)
             to_codes = nn.Conv2d(MAP_CHANNELS, sizes.pixel_channels, 1)
             from_codes = nn.Conv2d(sizes.pixel_channels, MAP_CHANNELS, 1)
-            parts = {"net": encoder, "to_codes": to_codes}
-            self.pixel_encoder = nn.Sequential(OrderedDict(parts))
-            parts = {"from_codes": from_codes, "net": decoder}
-            self.pixel_decoder = nn.Sequential(OrderedDict(parts))
+            self.pixel_encoder = nn.Sequential(OrderedDict(net=encoder, to_codes=to_codes))
+            self.pixel_decoder = nn.Sequential(OrderedDict(from_codes=from_codes, net=decoder))
         self.quantizer = DualQuantizer(sizes)
-        self.semantic_decoder = SemanticDecoder(
-            sizes.semantic_channels,
-            width,
-            config.semantic_depth,
-            config.semantic_heads,
-            self.semantic_encoder.grid,
-        )
-        self.to_features = tanh_head(width, feature_channels(self.semantic_encoder))
+        depth, heads = config.semantic_depth, config.semantic_heads
+        grid = self.semantic_encoder.grid
+        self.semantic_decoder = SemanticDecoder(sizes.semantic_channels, width, depth, heads, grid)
+        self.to_features = tanh_head(width, self.semantic_encoder.feature_channels)
         self.init_weights()
 
     def maps(self, images: Tensor) -> Tensor:
@@ -175,10 +153,10 @@ class DualTokenizer(nn.Module):
         grid = self.config.grid_size
         return self.draw(tokens.transpose(1, 2).unflatten(2, (grid, grid)))
 
-    def forward(self, images: Tensor) -> DualPass:
-        """Images B x 3 x R x R in [0, 1] -> what the losses are of."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Quantised]:
+        """Training pass: (reconstructions, features of the teacher's as predicted, quantised)."""
         quantised = self.quantizer(self.maps(images))
-        return DualPass(self.draw(quantised.codes), self.read(quantised.codes), quantised)
+        return self.draw(quantised.codes), self.read(quantised.codes), quantised
 
     def start_from(self, teacher: Teacher) -> None:
         """Take the teacher's weights into the semantic encoder."""

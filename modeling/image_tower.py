@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .clip_weights import (
-    ClipWeights,
-    build_image_tower,
-    load_clip,
-    model_config,
-    preprocessing_of,
-)
+from .clip_weights import ClipWeights, build_image_tower, load_clip, model_config, preprocessing_of
 
 
 @dataclass
@@ -68,6 +62,11 @@ class ImageTower(nn.Module):
     def width(self) -> int:
         """Channels of a token, W."""
         return self.visual.conv1.out_channels if self.is_clip else self.visual.trunk.embed_dim
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of what the teacher of this tower gives, T."""
+        return self.visual.output_dim if self.is_clip else self.width
 
     @property
     def grid(self) -> int:
@@ -141,8 +140,3 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tower((images - self.mean) / self.std)
         return tokens @ self.tower.visual.proj if self.tower.is_clip else tokens
-
-
-def feature_channels(tower: ImageTower) -> int:
-    """T: channels of what the teacher of this tower gives."""
-    return tower.visual.output_dim if tower.is_clip else tower.width

@@ -6,6 +6,8 @@ Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W 
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,17 @@ def check_not_negative(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 products without TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:

@@ -5,8 +5,10 @@ Two pairs: the house's transformer blocks for small runs, and the convolutional 
 keep. Images are B x 3 x R x R in [-1, 1], not clamped when decoded; maps B x P x G x G.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -143,26 +145,16 @@ class Level(nn.Module):
         return x
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Sequential:
     """Half the size; zeros are added right and below."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Sequential:
     """Twice the size."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
 def middle(channels: int) -> nn.ModuleList:
@@ -176,18 +168,16 @@ class ConvolutionalEncoder(nn.Module):
 
     def __init__(self, size: ConvolutionSize, out_channels: int = MAP_CHANNELS):
         super().__init__()
-        widths = [size.channels * multiplier for multiplier in size.multipliers]
+        widths = [size.channels * multiplier for multiplier in [1, *size.multipliers]]
         self.conv_in = nn.Conv2d(3, size.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        before = size.channels
-        for index, width in enumerate(widths):
-            is_last = index == len(widths) - 1
-            change = {} if is_last else {"downsample": Downsample(width)}
+        for before, width in pairwise(widths):
+            is_last = len(self.conv_blocks) == len(size.multipliers) - 1
+            change = {} if is_last else {"downsample": downsample(width)}
             self.conv_blocks.append(Level([before] + [width] * size.blocks, is_last, **change))
-            before = width
-        self.mid = middle(before)
-        self.norm_out = group_norm(before)
-        self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
+        self.mid = middle(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
@@ -202,17 +192,15 @@ class ConvolutionalDecoder(nn.Module):
     def __init__(self, size: ConvolutionSize, in_channels: int = MAP_CHANNELS):
         super().__init__()
         widths = [size.decoder_channels * multiplier for multiplier in reversed(size.multipliers)]
-        before = widths[0]
-        self.conv_in = nn.Conv2d(in_channels, before, 3, padding=1)
-        self.mid = middle(before)
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
         self.conv_blocks = nn.ModuleList()
-        for index, width in enumerate(widths):
-            change = {"upsample": Upsample(width)} if index < len(widths) - 1 else {}
+        for index, (before, width) in enumerate(pairwise([widths[0], *widths])):
+            change = {"upsample": upsample(width)} if index < len(widths) - 1 else {}
             blocks = [before] + [width] * (size.decoder_blocks + 1)
             self.conv_blocks.append(Level(blocks, index == 0, **change))
-            before = width
-        self.norm_out = group_norm(before)
-        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, maps: Tensor) -> Tensor:
         x = self.conv_in(maps)

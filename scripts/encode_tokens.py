@@ -144,8 +144,7 @@ def main(config: TokensStage) -> None:
         if shard_damage(path, read_counts(path, info))
     ]
     accelerator.wait_for_everyone()  # all have looked before one writes
-    if accelerator.is_main_process:
-        save_source(folder, made_of)
+    save_source(folder, made_of)
     if info and not left:
         accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
         return

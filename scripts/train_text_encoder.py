@@ -91,8 +91,7 @@ def train_clip(config: TextEncoderStage, run: Run, shards: dict) -> None:
     reader = image_reader(config.data, config.clip.image_size, tokenize)
     loader = open_stream(run, training, reader)
     save_config(run, config, latest_checkpoint(run.folder) is not None)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,
