@@ -158,10 +158,6 @@ class FlowTokStage(TrainedStage):
     def token_shards(self) -> list[str]:
         return self.data.all_shards()
 
-    def earlier_runs(self) -> dict[str, str]:
-        keys = ("tokenizer_run", "projector_run", "init_from", "text_decoder_run")
-        return {key: getattr(self, key) for key in keys if getattr(self, key)}
-
 
 def main(config: FlowTokStage) -> None:
     """Run the stage from start or checkpoint to its last step."""

@@ -79,9 +79,6 @@ class NextScaleStage(TrainedStage):
     def image_shards(self) -> list[str]:
         return self.data.all_shards()
 
-    def earlier_runs(self) -> dict[str, str]:
-        return {"tokenizer_run": self.tokenizer_run}
-
 
 @dataclass(frozen=True)
 class Parts:

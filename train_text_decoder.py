@@ -87,10 +87,6 @@ class TextDecoderStage(TrainedStage):
     def token_shards(self) -> list[str]:
         return self.data.all_shards()
 
-    def earlier_runs(self) -> dict[str, str]:
-        keys = ("tokenizer_run", "projector_run")
-        return {key: getattr(self, key) for key in keys if getattr(self, key)}
-
 
 def main(config: TextDecoderStage) -> None:
     """Run the stage from start or checkpoint to its last step."""

@@ -70,9 +70,6 @@ class TextProjectorStage(TrainedStage):
     def token_shards(self) -> list[str]:
         return self.data.all_shards()
 
-    def earlier_runs(self) -> dict[str, str]:
-        return {"tokenizer_run": self.tokenizer_run}
-
 
 def main(config: TextProjectorStage) -> None:
     """Run the stage from start or checkpoint to its last step."""

@@ -104,9 +104,6 @@ class TokensStage(StageConfig):
     def image_shards(self) -> list[str]:
         return self.data.all_shards()
 
-    def earlier_runs(self) -> dict[str, str]:
-        return {"tokenizer_run": self.tokenizer_run}
-
 
 def main(config: TokensStage) -> None:
     """Encode what is not there yet, then measure and write tokens.json."""

@@ -52,7 +52,8 @@ class StageConfig:
 
     def earlier_runs(self) -> dict[str, str]:
         """Folders of the runs that the stage reads, by key; an earlier stage may make them."""
-        return {}
+        keys = ("tokenizer_run", "projector_run", "init_from", "text_decoder_run")
+        return {key: run for key in keys if (run := getattr(self, key, ""))}
 
 
 @dataclass
