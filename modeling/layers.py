@@ -46,17 +46,18 @@ def exact_products() -> Iterator[None]:
 
 
 def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
-    """Angles of axial 2D RoPE for tokens at (row, column): N x head_dim / 2, float32.
+    """Angles of axial 2D RoPE for a grid's tokens: N = R C, row by row, x head_dim / 2, float32.
 
+    rows, columns: their R and C positions, of integers or not.
     The first half of the channel pairs turns with the row, the second half with the column. Inside
     a half of size d: frequencies 10000^(-2i/d), i = 0..d/2-1, one per pair of adjacent channels.
     """
     # In float64, and rounded once at the end.
     half = head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # head_dim / 4
-    row_angles = rows.double()[:, None] * frequencies
-    column_angles = columns.double()[:, None] * frequencies
-    return torch.cat([row_angles, column_angles], dim=-1).float()  # N x head_dim / 2
+    places = torch.meshgrid(rows.double(), columns.double(), indexing="ij")
+    angles = [place.flatten()[:, None] * frequencies for place in places]
+    return torch.cat(angles, dim=-1).float()  # N x head_dim / 2
 
 
 def rotation_tables(angles: Tensor) -> tuple[Tensor, Tensor]:

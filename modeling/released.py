@@ -251,10 +251,8 @@ def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
 
 def rope_tables(config: ImageTokenizerConfig) -> dict[str, Tensor]:
     """RoPE tables as in the files: grid^2 x head size, each value for two adjacent channels."""
-    grid = config.grid_size
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = axial_rope_table(rows.flatten(), columns.flatten(), HEAD_DIM)
-    angles = angles.repeat_interleave(2, dim=-1)
+    places = torch.arange(config.grid_size)
+    angles = axial_rope_table(places, places, HEAD_DIM).repeat_interleave(2, dim=-1)
     tables = {}
     for part in ("encoder", "decoder"):
         tables[f"{part}.positional_embedding.freqs_cos"] = angles.cos()
