@@ -10,7 +10,7 @@ of the same shape, and indices. Float32 in any autocast precision.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,11 @@ class QuantizerConfig:
     def num_tokens(self) -> int:
         """Indices of an image, over all scales."""
         return sum(scale**2 for scale in self.scales)
+
+    def first_scales(self, num_tokens: int) -> list[int]:
+        """Those scales that have so many indices together."""
+        ends = [*accumulate(scale**2 for scale in self.scales)]
+        return self.scales[: ends.index(num_tokens) + 1]
 
 
 class Quantised(NamedTuple):
@@ -159,17 +164,17 @@ class DualQuantizer(nn.Module):
             del scales[int(torch.randint(1, len(scales), ()))]
         return scales
 
-    def code_maps(self, indices: Tensor, num_scales: int | None = None) -> list[Tensor]:
+    def code_maps(self, indices: Tensor) -> list[Tensor]:
         """Indices B x L of all or the first scales -> codes of each, B x (S + P) x s x s."""
-        scales, codes = self.config.scales[:num_scales], self.codes()
+        scales, codes = self.config.first_scales(indices.shape[1]), self.codes()
         parts = indices.split([scale**2 for scale in scales], dim=1)
         found = (F.embedding(part, codes).transpose(1, 2) for part in parts)
         return [part.unflatten(2, (scale, scale)) for part, scale in zip(found, scales)]
 
-    def decode(self, indices: Tensor, num_scales: int | None = None) -> Tensor:
-        """Indices B x L -> the map of `forward`, B x (S + P) x G x G; of the first scales only."""
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices B x L of all or the first scales -> the map of `forward`, B x (S + P) x G x G."""
         grid = self.config.scales[-1]
-        return sum(resize(codes, grid) for codes in self.code_maps(indices, num_scales))
+        return sum(resize(codes, grid) for codes in self.code_maps(indices))
 
     @torch.no_grad()
     def count(self, indices: Sequence[Tensor]) -> dict[str, Tensor]:

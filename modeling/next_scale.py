@@ -91,15 +91,13 @@ def scale_inputs(
     return torch.cat([none, *inputs], dim=1)
 
 
-def known_inputs(
-    config: NextScaleConfig,
-    maps: Sequence[Tensor],
-    num_scales: int | None = None,
-    refined: int | None = None,
-) -> Tensor:
-    """As scale_inputs, of the first scales; with a linear skip the tokenizer's sums beside them."""
-    scales = config.quantizer.scales[:num_scales]
-    inputs, grid = scale_inputs(maps, scales, refined), config.quantizer.scales[-1]
+def known_inputs(config: NextScaleConfig, maps: Sequence[Tensor], refined: bool = False) -> Tensor:
+    """The inputs of all scales of which the maps tell: up to the next one, or refined the last.
+
+    With a linear skip the tokenizer's sums stand beside those of scale_inputs.
+    """
+    scales, grid = config.quantizer.scales[: len(maps) + (not refined)], config.quantizer.scales[-1]
+    inputs = scale_inputs(maps, scales, len(maps) - 1 if refined else None)
     if not config.linear_skip:
         return inputs
     total, sums = torch.zeros_like(resize(maps[0], grid)), [inputs[:, :0]]
@@ -188,18 +186,16 @@ class NextScale(nn.Module):
             nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.to_logits.weight)
 
-    def embed_image(self, features: Tensor, num_scales: int) -> Tensor:
+    def embed_image(self, features: Tensor) -> Tensor:
         """start, and features B x (n - 1) x C of the scales from the second on: B x n x W."""
-        sizes = [scale**2 for scale in self.config.quantizer.scales[1:num_scales]]
-        rows = torch.repeat_interleave(torch.arange(2, num_scales + 1), torch.tensor(sizes).long())
+        sizes = torch.tensor([scale**2 for scale in self.config.quantizer.scales[1:]]).long()
+        rows = torch.repeat_interleave(torch.arange(2, len(sizes) + 2), sizes)
         image = self.projector(features)
-        image = image + self.levels[rows.to(image.device)]
+        image = image + self.levels[rows[: image.shape[1]].to(image.device)]
         first = (self.start + self.levels[0]).to(image.dtype).expand(len(image), 1, -1)
         return torch.cat([first, image], dim=1) + self.positions[: image.shape[1] + 1]
 
-    def forward(
-        self, features: Tensor, text_states: Tensor, dropped: Tensor, num_scales: int | None = None
-    ) -> Tensor:
+    def forward(self, features: Tensor, text_states: Tensor, dropped: Tensor) -> Tensor:
         """Logits B x n x K of the n tokens of the first scales.
 
         Args:
@@ -207,7 +203,7 @@ class NextScale(nn.Module):
             text_states: B x L x T.
             dropped: B bool, whose text is not to be read.
         """
-        scales = self.config.quantizer.scales[:num_scales]
+        scales = self.config.quantizer.first_scales(features.shape[1] + 1)
         text = torch.where(
             dropped[:, None, None], self.null_text.float(), self.embed_text(text_states).float()
         )
@@ -216,7 +212,7 @@ class NextScale(nn.Module):
             features, sums = features.chunk(2, dim=-1)
             left = self.what_is_left(sums, text_states, dropped, scales)
             features = torch.cat([features, left[:, 1:].to(features.dtype)], dim=-1)
-        image = self.embed_image(features, len(scales))
+        image = self.embed_image(features)
         x = torch.cat([text.to(image.dtype), image], dim=1)
 
         # Padding looks at itself, or its rows of the softmax would be empty.
@@ -330,25 +326,24 @@ class NextScaleGenerator(Generator):
             for step in range(config.steps if number else 1):
                 features = states.new_zeros(len(states), 0, self.model.config.input_channels)
                 if number:  # a pass after the first sees what the one before it has drawn
-                    maps = quantizer.code_maps(found, number + bool(step))
-                    refined = number if step else None
-                    features = known_inputs(self.model.config, maps, number + 1, refined)
+                    maps = quantizer.code_maps(found)
+                    features = known_inputs(self.model.config, maps, refined=step > 0)
                 share = number / (len(scales) - 1) if len(scales) > 1 else 1.0
                 with autocast(states.device, config.precision):
-                    logits = self.logits(features, states, config.guidance * share, number + 1)
+                    logits = self.logits(features, states, config.guidance * share)
                 logits = logits[:, -(scale**2) :]
                 logits = keep_likely(logits, config.top_k[step], config.top_p[step])
                 places = slice(known.shape[1], known.shape[1] + scale**2)
                 found = torch.cat([known, draw_indices(logits, noise[:, step, places])], dim=1)
         return found
 
-    def logits(self, features: Tensor, states: Tensor, guidance: float, num_scales: int) -> Tensor:
+    def logits(self, features: Tensor, states: Tensor, guidance: float) -> Tensor:
         """(1 + t) conditional - t unconditional logits, B x n x K, float32."""
         batch = len(states)
         dropped = torch.zeros(batch, dtype=torch.bool, device=states.device)
         if not guidance:
-            return self.model(features, states, dropped, num_scales).float()
+            return self.model(features, states, dropped).float()
         both = torch.cat([dropped, ~dropped])
         twice = (torch.cat([part, part]) for part in (features, states))
-        with_text, without = self.model(*twice, both, num_scales).float().chunk(2)
+        with_text, without = self.model(*twice, both).float().chunk(2)
         return (1 + guidance) * with_text - guidance * without
