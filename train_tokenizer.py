@@ -55,22 +55,11 @@ from training.errors import exit_on_error
 from training.loading import load_any_tokenizer
 from training.loop import Evaluation, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
-from training.pictures import caption_grid, pair_rows, sample_path, save_png
+from training.pictures import SheetConfig, caption_grid, pair_rows, sample_path, save_png
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
-
-
-@dataclass
-class PictureConfig:
-    """The picture on the way: the first images, true left, reconstructed right."""
-
-    num_samples: int = 16
-    shards: list[str] = field(default_factory=list)  # whose images; empty: the training shards
-
-    def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+from training.tokens import text_states
 
 
 @dataclass
@@ -94,7 +83,7 @@ class TokenizerStage(TrainedStage):
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    pictures: PictureConfig = field(default_factory=PictureConfig)
+    pictures: SheetConfig = field(default_factory=SheetConfig)
     evaluation: ReconstructionEvaluationConfig = field(
         default_factory=ReconstructionEvaluationConfig
     )
@@ -136,9 +125,6 @@ class TokenizerStage(TrainedStage):
 
     def image_shards(self) -> list[str]:
         return self.data.all_shards() + self.pictures.shards
-
-    def earlier_runs(self) -> dict[str, str]:
-        return {"init_from": self.init_from} if self.init_from else {}
 
 
 class Parts(NamedTuple):
@@ -256,7 +242,8 @@ Pass = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 def vae_pass(parts: Parts, model: nn.Module, images: Tensor, batch: dict) -> Pass:
     """Of the ImageTokenizer: the KL, and how the latents are used."""
-    reconstructions, mean, logvar = model(images, encode_text(parts, batch))
+    states = text_states(parts.run, parts.text_encoder, batch)
+    reconstructions, mean, logvar = model(images, states)
     terms = {"kl": kl_loss(mean, logvar)}
     return reconstructions, terms, posterior_statistics(mean, logvar)
 
@@ -403,13 +390,6 @@ def to_unit(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True).float().div_(255)
 
 
-def encode_text(parts: Parts, batch: dict) -> Tensor:
-    """Text states of a batch in the run's precision, B x L x T."""
-    token_ids = batch["token_ids"].to(parts.run.device, non_blocking=True)
-    with parts.run.accelerator.autocast():
-        return parts.text_encoder(token_ids)
-
-
 @torch.no_grad()
 def save_reconstructions(
     config: TokenizerStage, parts: Parts, model: ImageTokenizer | DualTokenizer, step: int
@@ -420,7 +400,8 @@ def save_reconstructions(
     reader = image_reader(config.data, config.image_size, parts.text_encoder.tokenize)
     batch = next(reader.once(number, shards, limit=number))
     images = to_unit(batch["image"], parts.run.device)
-    reconstructions = model.decode(model.encode(images).mean, encode_text(parts, batch))
+    states = text_states(parts.run, parts.text_encoder, batch)
+    reconstructions = model.decode(model.encode(images).mean, states)
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)
     save_png(sheet, sample_path(parts.run.folder, step))
 

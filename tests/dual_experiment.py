@@ -34,13 +34,9 @@ class DualExperiment(Experiment):
         super().__init__(folder, shards)
 
     def stage_configs(self, shards: Path) -> dict[str, dict]:
-        rhythm = dict.fromkeys(("log_every_steps", "checkpoint_every_steps"), 2)
-        data = {"shards": [f"{shards}/train-00000.tar"], "num_workers": 0, "shuffle_buffer": 16}
-        common = {
-            "data": data,
-            "training": {"max_steps": 4, "batch_size": 8, "ema_decay": 0.9, **rhythm},
-            "optimizer": {"learning_rate": 1e-3},
-        }
+        latents = super().stage_configs(shards)["tokenizer"]
+        common = {section: latents[section] for section in ("data", "training", "optimizer")}
+        common["data"]["shards"] = [f"{shards}/train-00000.tar"]
         return {
             "tokenizer": {
                 **common,
@@ -58,6 +54,6 @@ class DualExperiment(Experiment):
             "reader": {
                 **common,
                 "language_model": {"size": {**SIZE, "width": 32}, "freeze": False},
-                "pictures": {"num_images": 3},
+                "pictures": {"num_samples": 3},
             },
         }
