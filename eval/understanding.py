@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,8 +69,8 @@ def main(args: argparse.Namespace) -> None:
     nets = {"teacher_patches": Teacher(config.teacher).to(device)} | representations(tokenizer)
     if args.flowtok:
         other = load_tokenizer(args.flowtok).to(device)
-        size = other.config.image_size
-        nets["flowtok_latents"] = lambda x: other.encode(fit_size(x, size)).mean
+        fit = partial(F.interpolate, size=other.config.image_size, mode="bicubic", antialias=True)
+        nets["flowtok_latents"] = lambda x: other.encode(fit(x).clamp(0, 1)).mean
 
     # Everything that is asked of an image, once; the entries are chosen before they are read
     data = read_section(run, "data", ImageTextConfig)
@@ -167,13 +168,6 @@ def share_of(hits: Tensor, reached: Tensor) -> tuple[float | None, float | None]
     share = hits.sum() / reached.sum()
     error = (hits - share * reached).square().sum().sqrt() / reached.sum()
     return share.item(), error.item()
-
-
-def fit_size(images: Tensor, size: int) -> Tensor:
-    """B x 3 x R x R -> B x 3 x size x size, bicubic and antialiased."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 if __name__ == "__main__":
