@@ -154,6 +154,7 @@ def test_a_skip_alone_draws_what_the_quantiser_chooses():
         (QuantizerConfig, {"scales": []}, "scales"),
         (QuantizerConfig, {"drop_scale_probability": 2.0}, "drop_scale_probability"),
         (NextScaleConfig, {"width": 15}, "num_heads"),
+        (NextScaleConfig, {"quantizer": QuantizerConfig(scales=[8])}, "scales begin with 8"),
         (NextScaleSampling, {"top_k": [1]}, "top_k"),
         (NextScaleSampling, {"top_p": [0.0, 0.5, 2.0]}, "top_p"),
         (NextScaleSampling, {"guidance": -1.0}, "guidance"),
