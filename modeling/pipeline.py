@@ -118,7 +118,8 @@ def transport(
     solver = SOLVERS[config.sampler]
     times = make_times(config.steps)
     with autocast(start.device, config.precision):
-        branches = flow.flowtok.at_times(evaluation_times(solver, times), context)
+        interval = 1 / config.steps if flow.config.objective == "mean_flow" else None
+        branches = flow.flowtok.at_times(evaluation_times(solver, times), context, interval)
         velocity = guided_velocity(branches, config.guidance, tuple(config.guidance_interval))
 
         def visit(x: Tensor, time: float) -> Tensor:
