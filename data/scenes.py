@@ -27,7 +27,7 @@ COLOURS = {
     "purple": (130, 45, 165),
     "pink": (255, 145, 200),
 }
-BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (20, 20, 20)}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (64, 64, 64), "black": (20, 20, 20)}
 SIZES = {"small": (0.20, 0.22), "large": (0.29, 0.31)}  # side of the box around an object
 CELLS = 3  # a side, in each of which an object may lie
 JITTER = 0.01  # by which an object lies beside the middle of its cell, at most, in x and in y
