@@ -129,7 +129,7 @@ class FlowModel(nn.Module):
             if flow.guidance != 1:
                 target = self.guide(target, z_t, t, null, context)
             velocity = velocity - self.drift(z_t, t, interval, null, context)
-        return FlowPass(velocity, target, source)
+        return FlowPass(velocity, target, source, is_weighted=interval is not None)
 
     @torch.no_grad()
     def guide(
@@ -145,12 +145,15 @@ class FlowModel(nn.Module):
         self, z: Tensor, t: Tensor, interval: Tensor, null: Tensor, context: Tensor | None
     ) -> Tensor:
         """What separates an average velocity from the one at t, B x K x C; 0 where interval is."""
-        # Along the network's own velocity, a function of z as the path's is not (improved MeanFlow).
+        # Along its own velocity, a function of z as the path's is not (improved MeanFlow)
         first = num_plain(len(z))
         z, t, interval, null = (x[first:] for x in (z, t, interval, null))
         context = None if context is None else context[first:]
         velocity = self.flowtok(z, t, null, context, torch.zeros_like(t)).to(z)
-        average = lambda z, t, h: self.flowtok(z, t, null, context, h)
+
+        def average(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return self.flowtok(z, t, null, context, h)
+
         return F.pad(drift(average, z, t, interval, velocity), (0, 0, 0, 0, first, 0))
 
     def context(self, text_states: Tensor) -> Tensor | None:

@@ -68,6 +68,19 @@ class SamplingConfig:
                 f"{self.guidance_interval}"
             )
 
+    def check_flow(self, flow: FlowConfig) -> None:
+        """Refuse what a flow was not trained for: guidance, or a solver that needs velocities.
+
+        Raises:
+            ValueError: naming both.
+        """
+        check_guidance(self.guidance, flow.null_probability)
+        if flow.objective == "mean_flow" and self.sampler != "euler":
+            raise ValueError(
+                f"sampler {self.sampler} with flow.objective=mean_flow: average velocities belong "
+                "to whole steps, expected euler"
+            )
+
     def check_images(self, option: str, number: int) -> None:
         """Refuse several images of a caption where nothing is drawn: they would be the same one.
 
@@ -114,7 +127,7 @@ def transport(
         context: what the velocity network reads beside the tokens (FlowModel.context).
         visited: gets the points at which the solver asked for the velocity, by their times.
     """
-    check_guidance(config.guidance, flow.config.null_probability)
+    config.check_flow(flow.config)
     solver = SOLVERS[config.sampler]
     times = make_times(config.steps)
     with autocast(start.device, config.precision):
