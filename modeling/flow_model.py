@@ -188,5 +188,5 @@ def build_flow(
 ) -> FlowModel:
     """The flow that a run's config describes, with new weights."""
     source = {"text": TextProjector, "noise": NoiseSource}[flow.source]
-    network = FlowTok(flowtok, takes_interval=flow.objective == "mean_flow")
-    return FlowModel(source(projector), network, flow)
+    takes_interval = flow.objective == "mean_flow"
+    return FlowModel(source(projector), FlowTok(flowtok, takes_interval), flow)
