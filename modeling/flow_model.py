@@ -124,31 +124,21 @@ class FlowModel(nn.Module):
         # L_fm regresses the network at z_t onto the path's velocity (Sec. 3.3).
         z_t = interpolate(start, end, t, flow.sigma_min)  # B x K x C
         velocity = self.flowtok(z_t, t, null, context, interval)
-        target = target_velocity(start, end, flow.sigma_min)
         if interval is not None:
-            if flow.guidance != 1:
-                target = self.guide(target, z_t, t, null, context)
             velocity = velocity - self.drift(z_t, t, interval, null, context)
+        target = target_velocity(start, end, flow.sigma_min)
         return FlowPass(velocity, target, source, is_weighted=interval is not None)
-
-    @torch.no_grad()
-    def guide(
-        self, velocity: Tensor, z: Tensor, t: Tensor, null: Tensor, context: Tensor | None
-    ) -> Tensor:
-        """The path's velocity away from the network's unconditional one (MeanFlow, Sec. 4.2)."""
-        unconditional = self.flowtok(z, t, torch.ones_like(null), context, torch.zeros_like(t))
-        guided = torch.lerp(unconditional.to(velocity), velocity, self.config.guidance)
-        return torch.where(null.view(-1, 1, 1), velocity, guided)
 
     @torch.no_grad()
     def drift(
         self, z: Tensor, t: Tensor, interval: Tensor, null: Tensor, context: Tensor | None
     ) -> Tensor:
-        """What separates an average velocity from the one at t, B x K x C; 0 where interval is."""
-        # Along its own velocity, a function of z as the path's is not (improved MeanFlow)
+        """What an average velocity has more than the one at t: B x K x C, 0 where interval is."""
         first = num_plain(len(z))
         z, t, interval, null = (x[first:] for x in (z, t, interval, null))
         context = None if context is None else context[first:]
+
+        # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
         velocity = self.flowtok(z, t, null, context, torch.zeros_like(t)).to(z)
 
         def average(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
