@@ -124,6 +124,9 @@ class FlowTokStage(TrainedStage):
         if self.flow.source == "noise":
             self._check_flow_from_noise()
 
+        if self.flow.objective == "mean_flow" and self.training.shard == "full":
+            raise ValueError("flow.objective=mean_flow with training.shard=full: set it to none")
+
         # What is sampled on the way.
         self.sampling.check_flow(self.flow)
         if self.evaluation.every_steps:

@@ -229,7 +229,7 @@ def flow_matching(config: FlowLossConfig, output: FlowPass) -> Tensor:
     """L_fm: predicted to target velocity (paper, Sec. 3.3)."""
     if not output.is_weighted:
         return F.mse_loss(output.velocity.float(), output.target.float())
-    # A mean flow's outliers would drown the rest (MeanFlow, eq. 22 with p = 1).
+    # A mean flow's outliers would drown the rest (MeanFlow, Sec. 4.3, p = 1).
     errors = (output.velocity.float() - output.target.float()).square().mean((1, 2))  # B
     return (errors / (errors.detach() + WEIGHT_EPSILON)).mean()
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .flow import FlowConfig, sample_times
 
 AverageFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z, t, h) -> average velocity B x K x C
-PLAIN_SHARE = 0.5  # of samples with h = 0, plain flow matching (MeanFlow, table 1a: 25 to 50%)
+PLAIN_SHARE = 0.5  # of samples with h = 0: plain flow matching
 
 
 def num_plain(batch_size: int) -> int:
@@ -36,8 +36,7 @@ def sample_intervals(
 @torch.no_grad()
 def drift(average: AverageFn, z: Tensor, t: Tensor, h: Tensor, velocity: Tensor) -> Tensor:
     """h du/dt along the velocity, with the interval's end held: B x K x C, without gradient."""
-    # Forward mode: one pass whatever the number of inputs. Fused attention has no forward mode, and
-    # compiled blocks would lose the tangents.
+    # Forward mode, which neither fused attention nor compiled blocks have.
     inputs, tangents = (z, t, h), (velocity, torch.ones_like(t), -torch.ones_like(h))
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         _, derivative = torch.func.jvp(average, inputs, tangents)
