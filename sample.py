@@ -1,11 +1,11 @@
 """Prompts + a run folder -> image grids with captions, and images -> captions.
 
-    python sample.py --run runs/demo --prompts "pineapple, food fruit" "black cat, animal mammal"
-    python sample.py --run runs/demo --interpolate "blue heart, heart" "soccer ball, sport"
-    python sample.py --run runs/demo --trajectory "blue heart, heart" --frames 11
+    python sample.py --run runs/emoji --prompts "pineapple, food fruit" "black cat, animal mammal"
+    python sample.py --run runs/emoji --interpolate "blue heart, heart" "soccer ball, sport"
+    python sample.py --run runs/emoji --trajectory "blue heart, heart" --frames 11
     python sample.py --run runs/released_xl --prompts "a corgi in snow" --sampler euler_release
-    python sample.py --run runs/demo --caption photo.jpg other.png
-    python sample.py --run runs/demo --caption FOLDER --output captions.jsonl
+    python sample.py --run runs/emoji --caption photo.jpg other.png
+    python sample.py --run runs/emoji --caption FOLDER --output captions.jsonl
     python sample.py --run USER/NAME --prompts "a corgi in snow"
 
 The third: what the flow passes on its way from t = 0 to t = 1, decoded, a row a prompt. The fourth:
@@ -45,15 +45,13 @@ from eval.images import (
     sheet_of,
 )
 from modeling.layers import to_pil
-from modeling.pipeline import ImageGenerator, SamplingConfig
+from modeling.pipeline import Generator, ImageGenerator, Sampling, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
 from modeling.samplers import SOLVERS
 from training.errors import exit_on_error, printable
 from training.loading import read_run_config
 from training.pictures import caption_grid, png_bytes, save_png, write_gallery
 from training.pipelines import (
-    Generator,
-    Sampling,
     captioning_run,
     directions_of,
     example_captions,
@@ -61,6 +59,7 @@ from training.pipelines import (
     is_next_scale,
     load_captioner,
     load_generator,
+    load_pipeline,
 )
 from training.vocabulary import VOCABULARY_FILE, Vocabulary, find_vocabulary, one_form
 
@@ -157,7 +156,8 @@ def sampling_of(args: argparse.Namespace, default: Sampling) -> Sampling:
 def draw(args: argparse.Namespace) -> None:
     """Make images of prompts, or between two of them, and write them."""
     prompts = read_prompts(args)
-    parts, default = load_generator(args.run, torch.device(args.device))
+    load = load_pipeline if args.interpolate or args.trajectory else load_generator
+    parts, default = load(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
     remarks = [*check_request(args, sampling), *list_cuts(parts, prompts)]
     vocabulary = known_words(args.run)
@@ -265,9 +265,9 @@ def generate(
 
 
 def interpolate(
-    parts: Generator,
+    parts: ImageGenerator,
     args: argparse.Namespace,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     prompts: list[str],
     frames: int,
 ) -> Iterator[Picture]:

@@ -1,6 +1,6 @@
 """Stage 3: train FlowTok by flow matching, together with the text projector (paper, Sec. 3.3).
 
-    accelerate launch train_flowtok.py --config configs/demo/flowtok.yaml [key=value ...]
+    accelerate launch train_flowtok.py --config configs/emoji/flowtok.yaml [key=value ...]
 
 In: token shards, the tokenizer's run, the projector of stage 2. Out: a run folder that sample.py
 and the evaluations read. L = L_fm + the weighted terms of modeling/losses.py; `flow.projector` says
@@ -161,10 +161,6 @@ class FlowTokStage(TrainedStage):
 
     def token_shards(self) -> list[str]:
         return self.data.all_shards()
-
-    def earlier_runs(self) -> dict[str, str]:
-        keys = ("tokenizer_run", "projector_run", "init_from", "text_decoder_run")
-        return {key: getattr(self, key) for key in keys if getattr(self, key)}
 
 
 def main(config: FlowTokStage) -> None:

@@ -4,7 +4,7 @@
 #
 #   bash train_flowtok.sh [EXPERIMENT ...] [key=value ...]
 #
-# EXPERIMENT is a folder of configs/, or the path of one elsewhere (with a /); default: demo. Several run one after the
+# EXPERIMENT is a folder of configs/, or the path of one elsewhere (with a /); default: scenes. Several run one after the
 # other. The stages of an experiment are the YAML files in its folder, always run in this order:
 #   scenes artists  text_encoder  tokenizer  tokens  text_projector  flowtok  the rounds of the paper; two make images
 #   tokens_finetune  flowtok_finetune                                    fine-tuning on other data
@@ -15,13 +15,13 @@
 # A finished stage is skipped, an interrupted one resumes: run the same command again. text_encoder is skipped where the
 # tokenizer names another text tower, reader where requirements-text.txt is not installed.
 #
-#   bash train_flowtok.sh                                            the demo: one CPU or GPU, no downloads of data
+#   bash train_flowtok.sh                                            the demo, scenes: one CPU or GPU, no downloads
 #   bash train_flowtok.sh tokenizer_bl77_256 flowtok_xl data_dir=/data/shards    8 A100s of this machine: all are found
 #   bash train_flowtok.sh mine runs_dir=/data/runs                   an experiment of your own, results in /data/runs/mine
 #   CUDA_VISIBLE_DEVICES=0,1 bash train_flowtok.sh mine              two GPUs; CUDA_VISIBLE_DEVICES= for the CPU
 #   STAGES="tokenizer tokens" bash train_flowtok.sh mine             some of the stages
 #   DRY_RUN=1 bash train_flowtok.sh mine                             checks the configs, prints the commands, runs nothing
-# (mine: a folder configs/mine that you made, e.g. a copy of configs/demo)
+# (mine: a folder configs/mine that you made, e.g. a copy of configs/emoji)
 # Overrides:
 #   key=value        goes to every chosen stage, e.g. data_dir=DIR, where image shards are, runs_dir=DIR, the folder of all
 #                    results (default: runs; relative paths start at this file's folder), or experiment_dir=DIR
@@ -38,8 +38,8 @@
 #   NUM_MACHINES=1  MACHINE_RANK=0
 #   MAIN_PROCESS_IP    host of machine rank 0
 #   MAIN_PROCESS_PORT  29500 for several machines; 0, a free port, for one
-#   NUM_PROCESSES      of the whole job, all machines together: one a GPU; without GPUs, one a machine with all its cores
-#   OMP_NUM_THREADS    of each process: all cores without GPUs, 1 with them
+#   NUM_PROCESSES      of the whole job, all machines together: one a GPU; without GPUs, training.cpu_processes a machine
+#   OMP_NUM_THREADS    of each process: without GPUs its share of all cores, 1 with them
 #   MALLOC_{MMAP_THRESHOLD,TRIM_THRESHOLD,TOP_PAD}_    on the CPU: 32 GiB, 32 GiB, 1 GiB; glibc keeps what a step frees
 #
 # SIGUSR1 (Slurm's warning), SIGTERM or Ctrl-C: the running stage finishes its step, writes a checkpoint, and this command

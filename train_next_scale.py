@@ -39,7 +39,7 @@ from training.provenance import check_shards, save_source
 from training.ridge import fit_linear_skip
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
-from training.tokens import FITTED_SAMPLES
+from training.tokens import FITTED_SAMPLES, encode_images, text_states
 
 
 @dataclass
@@ -79,9 +79,6 @@ class NextScaleStage(TrainedStage):
     def image_shards(self) -> list[str]:
         return self.data.all_shards()
 
-    def earlier_runs(self) -> dict[str, str]:
-        return {"tokenizer_run": self.tokenizer_run}
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -91,13 +88,10 @@ class Parts:
     tokenizer: DualTokenizer
     text_encoder: TextEncoder
 
-    @torch.no_grad()
     def encode(self, batch: dict) -> tuple[Tensor, DualTokens]:
         """Text states B x L x T and tokens of a batch, in the run's precision."""
-        images = batch["image"].to(self.run.device, non_blocking=True).float().div_(255)
-        token_ids = batch["token_ids"].to(self.run.device, non_blocking=True)
-        with self.run.accelerator.autocast():
-            return self.text_encoder(token_ids), self.tokenizer.encode(images)
+        states = text_states(self.run, self.text_encoder, batch)
+        return states, encode_images(self.run, self.tokenizer, batch)
 
 
 def main(config: NextScaleStage) -> None:
@@ -133,8 +127,7 @@ def main(config: NextScaleStage) -> None:
     if config.linear_start and not has_checkpoint:
         fit_skip(config, parts, model, reader)
     save_config(run, config, has_checkpoint)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,
@@ -182,7 +175,7 @@ def save_drawn(config: NextScaleStage, parts: Parts, model: NextScale, step: int
     """Images of the configured captions, by the EMA weights."""
     generator = NextScaleGenerator(parts.text_encoder, parts.tokenizer, model)
     captions = config.pictures.captions
-    images = generator.generate(captions, config.sampling).images
+    images, _ = generator.generate(captions, config.sampling)
     save_png(caption_grid(images, captions, columns=4), sample_path(parts.run.folder, step))
 
 

@@ -33,22 +33,11 @@ from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_any_tokenizer
 from training.loop import train_network
-from training.pictures import caption_grid, sample_path, save_png
+from training.pictures import SheetConfig, caption_grid, sample_path, save_png
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
-
-
-@dataclass
-class ReadPictures:
-    """The sheet on the way: the first images, and what is read of them."""
-
-    num_images: int = 16
-    shards: list[str] = field(default_factory=list)  # whose images; empty: the training shards
-
-    def __post_init__(self):
-        if self.num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {self.num_images}")
+from training.tokens import encode_images
 
 
 @dataclass
@@ -58,7 +47,7 @@ class ReaderStage(TrainedStage):
     tokenizer_run: str = "${experiment_dir}/tokenizer"  # whose codes are read
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
-    pictures: ReadPictures = field(default_factory=ReadPictures)
+    pictures: SheetConfig = field(default_factory=SheetConfig)
 
     stage = "reader"
     networks = ("language_model",)
@@ -71,9 +60,6 @@ class ReaderStage(TrainedStage):
     def image_shards(self) -> list[str]:
         return self.data.all_shards() + self.pictures.shards
 
-    def earlier_runs(self) -> dict[str, str]:
-        return {"tokenizer_run": self.tokenizer_run}
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -83,12 +69,9 @@ class Parts:
     tokenizer: ImageTokenizer | DualTokenizer
     tokenize: CaptionTokenizer
 
-    @torch.no_grad()
     def encode(self, batch: dict) -> Tensor:
         """Codes of a batch's images, B x N x C, in the run's precision."""
-        images = batch["image"].to(self.run.device, non_blocking=True).float().div_(255)
-        with self.run.accelerator.autocast():
-            return self.tokenizer.encode(images).mean
+        return encode_images(self.run, self.tokenizer, batch).mean
 
 
 def main(config: ReaderStage) -> None:
@@ -116,8 +99,7 @@ def main(config: ReaderStage) -> None:
     # Images and captions.
     loader = open_stream(run, training, image_reader(config.data, size, parts.tokenize))
     save_config(run, config, latest_checkpoint(run.folder) is not None)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,
@@ -140,7 +122,7 @@ def compute_losses(parts: Parts, model: nn.Module, batch: dict) -> dict[str, Ten
 
 def save_read(config: ReaderStage, parts: Parts, model: CodeReader, step: int) -> None:
     """Images with what is read of them, and their own captions in brackets."""
-    number, tokenize = config.pictures.num_images, parts.tokenize
+    number, tokenize = config.pictures.num_samples, parts.tokenize
     reader = image_reader(config.data, parts.tokenizer.config.image_size, tokenize)
     batch = next(reader.once(number, config.pictures.shards or None, limit=number))
     ids = model.read(parts.encode(batch), tokenize.end_id, tokenize.context_length)

@@ -1,6 +1,6 @@
 """Train the text decoder of image to text: projector and decoder as an autoencoder of captions.
 
-    accelerate launch train_text_decoder.py --config configs/demo_caption/text_decoder.yaml
+    accelerate launch train_text_decoder.py --config configs/emoji_caption/text_decoder.yaml
 
 (Paper, Sec. 4.1 and 5.1.) In: any shards with captions, of images or of tokens; the tokenizer's run
 for the text tower and the sizes. Out: a run folder with projector and decoder; stage 3 takes both
@@ -87,10 +87,6 @@ class TextDecoderStage(TrainedStage):
     def token_shards(self) -> list[str]:
         return self.data.all_shards()
 
-    def earlier_runs(self) -> dict[str, str]:
-        keys = ("tokenizer_run", "projector_run")
-        return {key: getattr(self, key) for key in keys if getattr(self, key)}
-
 
 def main(config: TextDecoderStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
@@ -129,8 +125,7 @@ def main(config: TextDecoderStage) -> None:
             captions.fit_whitening(model.projector)
         choose_vocabulary(model, captions)
     save_config(run, config, has_checkpoint)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,

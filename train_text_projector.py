@@ -1,6 +1,6 @@
 """Stage 2: train the text projector by itself, text states to z_T (paper, Sec. 3.3).
 
-    accelerate launch train_text_projector.py --config configs/demo/text_projector.yaml [key=value]
+    accelerate launch train_text_projector.py --config configs/emoji/text_projector.yaml [key=value]
 
 In: token shards, the tokenizer's run. Out: a run folder; stage 3 starts from its EMA weights.
 Losses: KL and contrastive alignment (modeling/losses.py); with image_regression_weight, z_T's mean
@@ -69,9 +69,6 @@ class TextProjectorStage(TrainedStage):
 
     def token_shards(self) -> list[str]:
         return self.data.all_shards()
-
-    def earlier_runs(self) -> dict[str, str]:
-        return {"tokenizer_run": self.tokenizer_run}
 
 
 def main(config: TextProjectorStage) -> None:

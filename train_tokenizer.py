@@ -1,8 +1,8 @@
 """Stage 1: train the image tokenizer (TA-TiTok with RoPE and SwiGLU, a VAE; paper, Sec. 3.2), or a
 dual tokenizer of discrete codes where the config has `dual` (docs/dual_tokens.md).
 
-    accelerate launch train_tokenizer.py --config configs/demo/tokenizer.yaml [key=value ...]
-    python train_tokenizer.py --config configs/demo/tokenizer.yaml training.max_steps=100
+    accelerate launch train_tokenizer.py --config configs/emoji/tokenizer.yaml [key=value ...]
+    python train_tokenizer.py --config configs/emoji/tokenizer.yaml training.max_steps=100
 
 The second: one process. In: image shards with captions. Out: a run folder; its EMA weights encode
 images to K x C tokens and decode them. K is the text tower's number of tokens, if
@@ -55,22 +55,11 @@ from training.errors import exit_on_error
 from training.loading import load_any_tokenizer
 from training.loop import Evaluation, train
 from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
-from training.pictures import caption_grid, pair_rows, sample_path, save_png
+from training.pictures import SheetConfig, caption_grid, pair_rows, sample_path, save_png
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
-
-
-@dataclass
-class PictureConfig:
-    """The picture on the way: the first images, true left, reconstructed right."""
-
-    num_samples: int = 16
-    shards: list[str] = field(default_factory=list)  # whose images; empty: the training shards
-
-    def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+from training.tokens import text_states
 
 
 @dataclass
@@ -94,7 +83,7 @@ class TokenizerStage(TrainedStage):
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    pictures: PictureConfig = field(default_factory=PictureConfig)
+    pictures: SheetConfig = field(default_factory=SheetConfig)
     evaluation: ReconstructionEvaluationConfig = field(
         default_factory=ReconstructionEvaluationConfig
     )
@@ -115,10 +104,8 @@ class TokenizerStage(TrainedStage):
             raise ValueError("evaluation.every_steps needs images: set evaluation.shards")
         if self.freeze_encoder and not self.init_from:
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
-        if self.dual is None and self.freeze_tower:
-            raise ValueError("freeze_tower=true is for a dual tokenizer: set dual")
-        if self.dual is None and self.dual_losses != DualLossConfig():
-            raise ValueError("dual_losses are for a dual tokenizer: set dual")
+        if self.dual is None and (self.freeze_tower or self.dual_losses != DualLossConfig()):
+            raise ValueError("freeze_tower and dual_losses are for a dual tokenizer: set dual")
         if self.dual and self.tokenizer != ImageTokenizerConfig():
             raise ValueError("tokenizer and dual are both set: a run has one tokenizer")
         if self.dual is None and self.freeze_encoder and self.losses.kl_weight:
@@ -138,9 +125,6 @@ class TokenizerStage(TrainedStage):
 
     def image_shards(self) -> list[str]:
         return self.data.all_shards() + self.pictures.shards
-
-    def earlier_runs(self) -> dict[str, str]:
-        return {"init_from": self.init_from} if self.init_from else {}
 
 
 class Parts(NamedTuple):
@@ -178,8 +162,7 @@ def main(config: TokenizerStage) -> None:
     # Tokenizer and discriminator.
     model = build_model(config, run, has_checkpoint, parts.teacher)
     save_config(run, config, has_checkpoint)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     clip = training.max_gradient_norm
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
     if config.adversarial.weight:
@@ -223,9 +206,7 @@ def train_step(
         with tokenizer.gradients(is_last=number == len(batches)) as model:
             if config.dual:
                 quantizer = tokenizer.module.quantizer
-                reconstructions, own, statistics = dual_pass(
-                    config, parts, model, quantizer, images
-                )
+                reconstructions, own, statistics = dual_pass(parts, model, quantizer, images)
             else:
                 reconstructions, own, statistics = vae_pass(parts, model, images, batch)
             terms = generator_terms(config, parts, discriminator, images, reconstructions, own)
@@ -255,39 +236,30 @@ def train_step(
     return means
 
 
-class Pass(NamedTuple):
-    """What a tokenizer's training pass gives."""
-
-    reconstructions: Tensor  # B x 3 x R x R
-    terms: dict[str, Tensor]  # losses that only this kind of tokenizer has
-    statistics: dict[str, Tensor]  # to log
+# Reconstructions B x 3 x R x R, losses that only this kind of tokenizer has, what to log besides
+Pass = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
 def vae_pass(parts: Parts, model: nn.Module, images: Tensor, batch: dict) -> Pass:
     """Of the ImageTokenizer: the KL, and how the latents are used."""
-    reconstructions, mean, logvar = model(images, encode_text(parts, batch))
+    states = text_states(parts.run, parts.text_encoder, batch)
+    reconstructions, mean, logvar = model(images, states)
     terms = {"kl": kl_loss(mean, logvar)}
-    return Pass(reconstructions, terms, posterior_statistics(mean, logvar))
+    return reconstructions, terms, posterior_statistics(mean, logvar)
 
 
-def dual_pass(
-    config: TokenizerStage,
-    parts: Parts,
-    model: nn.Module,
-    quantizer: DualQuantizer,
-    images: Tensor,
-) -> Pass:
+def dual_pass(parts: Parts, model: nn.Module, quantizer: DualQuantizer, images: Tensor) -> Pass:
     """Of the DualTokenizer: its losses; cosine to the teacher, usage of the codes."""
     reconstructions, features, quantised = model(images)
     statistics = quantizer.count(quantised.indices)
     if parts.teacher is None:
-        return Pass(reconstructions, {}, statistics)  # only the pixel decoder learns
+        return reconstructions, {}, statistics  # only the pixel decoder learns
     with parts.run.accelerator.autocast():
         targets = parts.teacher(images)
     terms = {"semantic": semantic_loss(features, targets)}
     terms |= {"codebook": quantised.codebook, "commitment": quantised.commitment}
     statistics["cosine_to_teacher"] = 1 - terms["semantic"]
-    return Pass(reconstructions, terms, statistics)
+    return reconstructions, terms, statistics
 
 
 def generator_terms(
@@ -306,9 +278,7 @@ def generator_terms(
     """
     # TA-TiTok's losses, as in its public recipe (paper, Sec. 4.1).
     terms = reconstruction_losses(images, reconstructions) | own
-    weights = loss_weights(config.losses)
-    if config.dual:
-        weights |= loss_weights(config.dual_losses)
+    weights = loss_weights(config.losses) | loss_weights(config.dual_losses)
     if parts.perceptual is not None:
         terms |= parts.perceptual(reconstructions, images)
 
@@ -420,13 +390,6 @@ def to_unit(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True).float().div_(255)
 
 
-def encode_text(parts: Parts, batch: dict) -> Tensor:
-    """Text states of a batch in the run's precision, B x L x T."""
-    token_ids = batch["token_ids"].to(parts.run.device, non_blocking=True)
-    with parts.run.accelerator.autocast():
-        return parts.text_encoder(token_ids)
-
-
 @torch.no_grad()
 def save_reconstructions(
     config: TokenizerStage, parts: Parts, model: ImageTokenizer | DualTokenizer, step: int
@@ -437,7 +400,8 @@ def save_reconstructions(
     reader = image_reader(config.data, config.image_size, parts.text_encoder.tokenize)
     batch = next(reader.once(number, shards, limit=number))
     images = to_unit(batch["image"], parts.run.device)
-    reconstructions = model.decode(model.encode(images).mean, encode_text(parts, batch))
+    states = text_states(parts.run, parts.text_encoder, batch)
+    reconstructions = model.decode(model.encode(images).mean, states)
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)
     save_png(sheet, sample_path(parts.run.folder, step))
 

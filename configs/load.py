@@ -1,6 +1,6 @@
 """YAML files and command line -> a checked dataclass. Knows OmegaConf and no stage.
 
-configs/demo/flowtok.yaml configures the run runs/demo/flowtok: `experiment_dir` is `runs_dir` and
+configs/emoji/flowtok.yaml configures the run runs/emoji/flowtok: `experiment_dir` is `runs_dir` and
 the file's folder, `run_dir` adds the file's name, unless YAML or command line set them.
 `base: FILE` (relative to the YAML) is read first and overridden. The command line has
 `key.subkey=value`, the value as YAML, or as it is where the field is text. Paths may begin with ~.

@@ -1,7 +1,7 @@
 """Losses and guards of runs over their steps: one PNG, several runs over each other.
 
-    python -m eval.curves runs/demo
-    python -m eval.curves runs/demo runs/wider --output wider.png
+    python -m eval.curves runs/emoji
+    python -m eval.curves runs/emoji runs/wider --output wider.png
 
 A run is an experiment, or one of its stages. Each stage has a panel for each value of its
 metrics.jsonl, but for rates and the parts of a value that stand in numbered names; each run a

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from eval.programs import INSTALL, describe_file
 from eval.protocol import Protocol
-from modeling.clip_weights import AbsentWeights, ClipConfig, clip_inputs, load_clip
+from modeling.clip_weights import AbsentWeights, ClipConfig, ClipWeights, clip_inputs, load_clip
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.perceptual import VGG16_URL
@@ -160,7 +160,7 @@ class TokenizerFeatures(FeatureNet):
 class ClipScorer:
     """Images and captions -> cosines, by any CLIP of open_clip in float32."""
 
-    def __init__(self, config: ClipConfig, device: torch.device, download: bool):
+    def __init__(self, config: ClipWeights, device: torch.device, download: bool):
         """Raises AbsentWeights: the file to fetch; ValueError: unknown model, bad weights."""
         with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
             self.clip = load_clip(config, download).to(device)
@@ -173,14 +173,21 @@ class ClipScorer:
             "scale": "100 * mean over the images of max(cosine of image and caption, 0)",
         }
 
-    def cosines(self, images: Tensor, captions: list[str]) -> Tensor:
-        """B x 3 x R x R uint8 on the CPU and their captions -> B x 1 float32."""
+    def see(self, images: Tensor) -> Tensor:
+        """Features B x E, of length 1, of images B x 3 x R x R uint8 on the CPU."""
         arrays = rearrange(images, "b c h w -> b h w c").numpy()
         pixels = torch.stack([self.preprocess(Image.fromarray(array)) for array in arrays])
         with full_precision(self.device):
-            image = self.clip.encode_image(pixels.to(self.device), normalize=True)  # B x E
-            text = self.clip.encode_text(self.tokenize(captions).to(self.device), normalize=True)
-        return (image * text).sum(dim=1, keepdim=True).float()
+            return self.clip.encode_image(pixels.to(self.device), normalize=True)
+
+    def read(self, captions: list[str]) -> Tensor:
+        """Features B x E, of length 1, of captions."""
+        with full_precision(self.device):
+            return self.clip.encode_text(self.tokenize(captions).to(self.device), normalize=True)
+
+    def cosines(self, images: Tensor, captions: list[str]) -> Tensor:
+        """B x 3 x R x R uint8 on the CPU and their captions -> B x 1 float32."""
+        return (self.see(images) * self.read(captions)).sum(dim=1, keepdim=True).float()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

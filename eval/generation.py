@@ -1,6 +1,6 @@
 """FID and other numbers of the images that a run makes from captions, by a written protocol.
 
-    python -m eval.generation runs/demo --protocol demo
+    python -m eval.generation runs/emoji --protocol emoji
     accelerate launch --multi_gpu --num_processes 8 --module eval.generation RUN \\
         --protocol coco30k captions=[captions_val2014.json] reference=[coco.npz]
     python -m eval.generation RUN --protocol FILE.yaml --guidance 1,1.5,2,3 --steps 10,20,50
@@ -45,13 +45,13 @@ from eval.programs import (
 from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow_model import FlowModel
 from modeling.layers import fingerprint
-from modeling.pipeline import ImageGenerator, SamplingConfig
+from modeling.pipeline import Generator, ImageGenerator, SamplingConfig
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from training.checkpoint import EMA_FILE
 from training.errors import exit_on_error
 from training.loading import load_newest, load_tokenizer
-from training.pipelines import Generator, flow_folder, load_pipeline, network_of
+from training.pipelines import flow_folder, load_pipeline, network_of
 
 NUM_WORKERS = 2  # reading processes of each process, in training
 
@@ -62,7 +62,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "experiment folder, or a stage-3 run folder"
     parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
-    help_text = "a YAML file, or a name: coco30k, mjhq30k, demo, geneval"
+    help_text = "a YAML file, or a name: coco30k, mjhq30k, emoji, geneval"
     parser.add_argument("--protocol", required=True, help=help_text)
     parser.add_argument(
         "--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from modeling.layers import exact_products
 from modeling.published import file_sha256
 from training.run import TIMEOUT_MINUTES, refuse_engines
 
@@ -93,13 +94,8 @@ def start_processes(device: str) -> PartialState:
 def undisturbed() -> Iterator[None]:
     """Without touching training's random numbers, and without its lossy speed settings."""
     convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    products = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.random.fork_rng(devices=[]), convolutions:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
+    with torch.random.fork_rng(devices=[]), convolutions, exact_products():
+        yield
 
 
 def describe_environment(state: PartialState, packages: Sequence[str] = ()) -> dict[str, Any]:

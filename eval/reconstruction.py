@@ -1,6 +1,6 @@
 """rFID, PSNR, SSIM and LPIPS of a trained image tokenizer over image folders or tar shards.
 
-    python -m eval.reconstruction runs/demo assets/noto_emoji/heldout-000000.tar.gz
+    python -m eval.reconstruction runs/emoji assets/noto_emoji/heldout-000000.tar.gz
     accelerate launch --multi_gpu --num_processes 8 --module eval.reconstruction RUN DATA [DATA ...]
 
 RUN is a stage-1 run folder, or an experiment with one; its EMA weights reconstruct from the

@@ -1,6 +1,6 @@
 """The report of a small experiment, without downloads: reconstruction, retrieval, pictures.
 
-    python -m eval.report --config configs/demo/report.yaml [key=value ...]
+    python -m eval.report --config configs/emoji/report.yaml [key=value ...]
 
 Retrieval: is the image made for a caption nearest to that caption's true image among all images of
 the experiment? Nearest by the tokenizer's latent means, and by 16 x 16 pixels. Pixel-identical
@@ -38,11 +38,11 @@ from eval.images import spread_evenly
 from eval.scores import psnr, retrieval
 from modeling.layers import fingerprint
 from modeling.next_scale import NextScaleGenerator
-from modeling.pipeline import Precision
+from modeling.pipeline import Generator, Precision, Sampling
 from training.errors import exit_on_error
 from training.loading import read_section
 from training.pictures import caption_grid, pair_rows, save_png
-from training.pipelines import Generator, Sampling, load_generator, network_of
+from training.pipelines import load_generator, network_of
 from training.ridge import Ridge, fit_ridge
 from training.stage import StageConfig
 
@@ -156,10 +156,11 @@ def measure_set(
     others, numbers = {"_ridge": ridge(states)}, list(range(len(states)))
     started = time.perf_counter()
     if isinstance(parts, NextScaleGenerator):
-        noise = parts.noise(sampling, SEED, numbers)
-        latents = in_batches(
-            parts, lambda x, n: parts.codes(parts.draw(x, sampling, n)), states, noise
-        )
+
+        def draw(states: Tensor, numbers: Tensor) -> Tensor:
+            return parts.make_latents(states, sampling, SEED, numbers.tolist())
+
+        latents = in_batches(parts, draw, states, torch.tensor(numbers))
         others["_ridge_quantised"] = in_batches(parts, parts.quantise, others["_ridge"])
     else:
         start = parts.start(states.to(parts.device), sampling, SEED, numbers)

@@ -59,11 +59,11 @@ from eval.programs import (
 )
 from eval.reconstruction import Reconstructor
 from eval.scores import kernel_distance
-from modeling.pipeline import ImageGenerator
+from modeling.pipeline import Generator, ImageGenerator, Sampling
 from training.errors import exit_on_error
 from training.loading import load_newest
 from training.pictures import caption_grid, save_png
-from training.pipelines import Generator, Sampling, flow_folder, load_generator
+from training.pipelines import flow_folder, load_generator
 
 EVALUATED = SPLITS[1:]  # seen: other images of captions that were trained on
 REPORT, PICTURE = "report.json", "captions.png"

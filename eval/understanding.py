@@ -16,10 +16,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 # Run as a file, Python looks into eval/ only.
@@ -27,16 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
-from eval.images import ImageSet, iterate_images, list_images, spread_evenly
+from eval.feature_nets import ClipScorer
+from eval.features import number_groups
+from eval.images import ImageSet, choose_images, iterate_images, list_images
 from eval.programs import add_reading_options, build_parser, integer, start_processes
-from modeling.clip_weights import clip_inputs, load_clip, preprocessing_of
+from eval.report import shrink
 from modeling.dual_tokenizer import DualTokenizer
-from modeling.image_tower import Teacher, TeacherConfig
+from modeling.image_tower import Teacher
 from training.errors import exit_on_error
 from training.loading import load_dual_tokenizer, load_tokenizer, read_section
 from training.ridge import fit_ridge
 
-SMALL = 16  # pixels along a side of what stands for the image itself
 MAX_TRAIN = 1500  # images that the regressions are fitted on: they cost N^3 operations
 
 
@@ -62,31 +64,30 @@ def main(args: argparse.Namespace) -> None:
     check_writable(output)
     device = start_processes(args.device).device
     tokenizer = load_dual_tokenizer(run).to(device)
-    teacher = WholeTeacher(tokenizer.config.teacher).to(device)
-    nets = {"teacher_patches": Teacher(tokenizer.config.teacher).to(device)}
-    nets |= representations(tokenizer)
+    config = tokenizer.config
+    clip = ClipScorer(config.teacher, device, download=True)
+    nets = {"teacher_patches": Teacher(config.teacher).to(device)} | representations(tokenizer)
     if args.flowtok:
         other = load_tokenizer(args.flowtok).to(device)
-        size = other.config.image_size
-        nets["flowtok_latents"] = lambda x: other.encode(fit_size(x, size)).mean
+        fit = partial(F.interpolate, size=other.config.image_size, mode="bicubic", antialias=True)
+        nets["flowtok_latents"] = lambda x: other.encode(fit(x).clamp(0, 1)).mean
 
     # Everything that is asked of an image, once; the entries are chosen before they are read
     data = read_section(run, "data", ImageTextConfig)
     keys, background = tuple(data.captions.keys), tuple(data.background)
-    found = []
-    for names, limit in ((args.train, args.num_train), (args.heldout, None)):
-        entries = list_images(names)
-        entries = [entries[i] for i in spread_evenly(len(entries), limit or len(entries))]
-        images = ImageSet(entries, tokenizer.config.image_size, keys, background)
-        found.append(read_features(images, nets | {"teacher": teacher.see}, device, args))
-    (train, _), (heldout, captions) = found
+    (train, _), (heldout, captions) = (
+        read_features(ImageSet(entries, config.image_size, keys, background), nets, clip, args)
+        for entries in (choose_images(args.train, args.num_train), list_images(args.heldout))
+    )
 
     # What is to be found, and what the teacher itself finds of it
-    texts, own = text_features(teacher, captions)
-    measures = {"top1": 1, "top5": 5}
-    reached = {
-        name: among_nearest(heldout["teacher"], texts, own, most) for name, most in measures.items()
-    }
+    texts, own = text_features(clip, captions)
+
+    def retrieve(features: Tensor) -> dict[str, Tensor]:
+        numbers = {"top1": 1, "top5": 5}
+        return {name: among_nearest(features, texts, own, most) for name, most in numbers.items()}
+
+    reached = retrieve(heldout["teacher"])
 
     # What each representation knows of the teacher's feature
     readouts = {}
@@ -94,8 +95,7 @@ def main(args: argparse.Namespace) -> None:
         ridge = fit_ridge(train[name], train["teacher"][:, None])
         read = F.normalize(ridge(heldout[name])[:, 0], dim=-1)
         readouts[name] = {"cosine": (read * heldout["teacher"]).sum(-1).mean().item()}
-        for measure, most in measures.items():
-            hits = among_nearest(read, texts, own, most)
+        for measure, hits in retrieve(read).items():
             share, error = share_of(hits, reached[measure])
             values = {measure: hits.float().mean().item(), f"{measure}_share": share}
             readouts[name] |= values | {f"{measure}_share_error": error}
@@ -111,31 +111,6 @@ def main(args: argparse.Namespace) -> None:
     print(f"{output}: written")
 
 
-class WholeTeacher(nn.Module):
-    """The teacher's CLIP: features of images in [0, 1] and of captions, of length 1."""
-
-    def __init__(self, config: TeacherConfig):
-        super().__init__()
-        self.clip = load_clip(config)
-        self.preprocessing = preprocessing_of(config, self.clip)
-        _, self.tokenize = clip_inputs(config, self.clip)
-
-    @torch.no_grad()
-    def see(self, images: Tensor) -> Tensor:
-        """B x 3 x R x R -> B x E."""
-        size = self.preprocessing.size
-        images = fit_size(images, size if isinstance(size, int) else size[0])
-        mean = images.new_tensor(self.preprocessing.mean)[:, None, None]
-        std = images.new_tensor(self.preprocessing.std)[:, None, None]
-        return F.normalize(self.clip.encode_image((images - mean) / std), dim=-1)
-
-    @torch.no_grad()
-    def read(self, captions: list[str]) -> Tensor:
-        """Captions -> B x E."""
-        ids = self.tokenize(captions).to(next(self.clip.parameters()).device)
-        return F.normalize(self.clip.encode_text(ids), dim=-1)
-
-
 def representations(tokenizer: DualTokenizer) -> dict[str, Callable[[Tensor], Tensor]]:
     """By name: images B x 3 x R x R in [0, 1] -> what stands for them, B x N x C."""
     semantic = tokenizer.config.quantizer.semantic_channels
@@ -147,23 +122,24 @@ def representations(tokenizer: DualTokenizer) -> dict[str, Callable[[Tensor], Te
         "predicted_features": predicted,
         "semantic_codes": lambda x: tokenizer.encode(x).mean[..., :semantic],
         "pixel_codes": lambda x: tokenizer.encode(x).mean[..., semantic:],
-        "pixels": lambda x: F.interpolate(x, size=(SMALL, SMALL), mode="area").flatten(2),
+        "pixels": lambda x: shrink(x).flatten(2),
     }
 
 
 @torch.no_grad()
 def read_features(
-    images: ImageSet, nets: dict[str, Callable], device: torch.device, args: argparse.Namespace
+    images: ImageSet, nets: dict[str, Callable], clip: ClipScorer, args: argparse.Namespace
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """What each of the nets gives for all readable images, on the CPU; their captions."""
-    found, captions = {name: [] for name in nets}, []
+    """What each of the nets and the teacher give for all readable images, on the CPU; captions."""
+    found, captions = {name: [] for name in [*nets, "teacher"]}, []
     for batch in iterate_images(images, args.batch_size, args.num_workers):
         for name, reason in batch["skipped"]:
             print(f"left out: {name}: {reason}", file=sys.stderr)
         if not batch["index"]:
             continue
-        pixels = batch["image"].to(device).float() / 255
+        pixels = batch["image"].to(clip.device).float() / 255
         captions += batch["caption"]
+        found["teacher"].append(clip.see(batch["image"]).cpu())
         for name, net in nets.items():
             found[name].append(net(pixels).float().cpu())
     if len(captions) < 2:
@@ -171,12 +147,11 @@ def read_features(
     return {name: torch.cat(parts) for name, parts in found.items()}, captions
 
 
-def text_features(teacher: WholeTeacher, captions: list[str]) -> tuple[Tensor, Tensor]:
+def text_features(clip: ClipScorer, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Features of all different captions, M x E, and the number of each image's own among them."""
-    different = sorted({*captions})
-    numbers = {caption: number for number, caption in enumerate(different)}
-    texts = torch.cat([teacher.read(different[i : i + 256]) for i in range(0, len(different), 256)])
-    return texts.float().cpu(), torch.tensor([numbers[caption] for caption in captions])
+    different = [*dict.fromkeys(captions)]
+    texts = torch.cat([clip.read(different[i : i + 256]) for i in range(0, len(different), 256)])
+    return texts.cpu(), number_groups(captions)
 
 
 def among_nearest(images: Tensor, texts: Tensor, own: Tensor, most: int) -> Tensor:
@@ -193,13 +168,6 @@ def share_of(hits: Tensor, reached: Tensor) -> tuple[float | None, float | None]
     share = hits.sum() / reached.sum()
     error = (hits - share * reached).square().sum().sqrt() / reached.sum()
     return share.item(), error.item()
-
-
-def fit_size(images: Tensor, size: int) -> Tensor:
-    """B x 3 x R x R -> B x 3 x size x size, bicubic and antialiased."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 if __name__ == "__main__":

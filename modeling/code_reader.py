@@ -101,16 +101,6 @@ def load_language_model(config: LanguageModelConfig) -> nn.Module:
     return package.Qwen2ForCausalLM(settings)
 
 
-class Borrowed:
-    """A frozen module that is no part of the one that uses it, nor of its copies."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module.eval().requires_grad_(False)
-
-    def __deepcopy__(self, memo: dict) -> "Borrowed":
-        return self
-
-
 class CodeReader(nn.Module):
     """Projector and language model. A frozen one is in no checkpoint, and stays on its device."""
 
@@ -125,11 +115,14 @@ class CodeReader(nn.Module):
             nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width)
         )
         self.start_id = start_id
-        self._model = Borrowed(language_model) if freeze else language_model
+        if freeze:
+            language_model.eval().requires_grad_(False)
+        # Behind a function it is no part of this module, nor of its copies.
+        self._model = (lambda: language_model) if freeze else language_model
 
     @property
     def language_model(self) -> nn.Module:
-        return self._model.module if isinstance(self._model, Borrowed) else self._model
+        return self._model if isinstance(self._model, nn.Module) else self._model()
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """B x N x C -> B x N x W, behind the start token if there is one."""

@@ -8,16 +8,17 @@ of the same shape, and indices. Float32 in any autocast precision.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .layers import exact_products
 
 CHUNK = 4096  # codes compared at a time: bounds the memory of a lookup
 MEMORY_STEPS = 100  # after which a code that was not chosen again counts as unused
@@ -52,10 +53,20 @@ class QuantizerConfig:
         """S + P."""
         return self.semantic_channels + self.pixel_channels
 
+    def normalise(self, vectors: Tensor) -> Tensor:
+        """... x (S + P) with each half scaled to length 1: 32 channels then count as 8 do."""
+        halves = vectors.split([self.semantic_channels, self.pixel_channels], dim=-1)
+        return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
+
     @property
     def num_tokens(self) -> int:
         """Indices of an image, over all scales."""
         return sum(scale**2 for scale in self.scales)
+
+    def first_scales(self, num_tokens: int) -> list[int]:
+        """Those scales that have so many indices together."""
+        ends = [*accumulate(scale**2 for scale in self.scales)]
+        return self.scales[: ends.index(num_tokens) + 1]
 
 
 class Quantised(NamedTuple):
@@ -87,12 +98,8 @@ class DualQuantizer(nn.Module):
 
     def codes(self) -> Tensor:
         """K x (S + P): both halves of each pair have length 1."""
-        return self.normalise(torch.cat([self.semantic_codes, self.pixel_codes], dim=-1).float())
-
-    def normalise(self, vectors: Tensor) -> Tensor:
-        """N x (S + P) with each half scaled to length 1: 32 channels then count as 8 do."""
-        halves = vectors.split([self.config.semantic_channels, self.config.pixel_channels], dim=-1)
-        return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
+        codes = torch.cat([self.semantic_codes, self.pixel_codes], dim=-1)
+        return self.config.normalise(codes.float())
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor, codes: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ class DualQuantizer(nn.Module):
         weights[self.config.semantic_channels :] = self.config.pixel_distance_weight
         best = vectors.new_full((len(vectors),), -math.inf)
         indices = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
-        with exact_products():
+        with exact_products():  # TF32 would choose other codes
             for start in range(0, len(codes), CHUNK):
                 chunk = codes[start : start + CHUNK]
                 scores, found = ((vectors * weights) @ chunk.T).max(dim=1)
@@ -115,7 +122,7 @@ class DualQuantizer(nn.Module):
     def lookup(self, features: Tensor, codes: Tensor) -> Quantised:
         """One grid: features B x (S + P) x h x w -> their codes, of `codes()`."""
         batch, _, height, _ = features.shape
-        vectors = self.normalise(features.flatten(2).transpose(1, 2).flatten(0, 1))  # N x (S + P)
+        vectors = self.config.normalise(features.permute(0, 2, 3, 1).flatten(0, 2))  # N x (S + P)
         indices = self.nearest(vectors, codes)
         found = F.embedding(indices, codes)
         passed = vectors + (found - vectors).detach()  # straight through
@@ -143,9 +150,10 @@ class DualQuantizer(nn.Module):
                 residual = residual - enlarged.detach()
                 parts.append(part)
         return Quantised(
-            total,
-            [part.indices[0] for part in parts],
-            *(torch.stack(losses).mean() for losses in list(zip(*parts, strict=True))[2:]),
+            codes=total,
+            indices=[part.indices[0] for part in parts],
+            codebook=torch.stack([part.codebook for part in parts]).mean(),
+            commitment=torch.stack([part.commitment for part in parts]).mean(),
         )
 
     def draw_scales(self) -> list[int]:
@@ -156,17 +164,17 @@ class DualQuantizer(nn.Module):
             del scales[int(torch.randint(1, len(scales), ()))]
         return scales
 
-    def code_maps(self, indices: Tensor, num_scales: int | None = None) -> list[Tensor]:
+    def code_maps(self, indices: Tensor) -> list[Tensor]:
         """Indices B x L of all or the first scales -> codes of each, B x (S + P) x s x s."""
-        scales, codes = self.config.scales[:num_scales], self.codes()
+        scales, codes = self.config.first_scales(indices.shape[1]), self.codes()
         parts = indices.split([scale**2 for scale in scales], dim=1)
         found = (F.embedding(part, codes).transpose(1, 2) for part in parts)
         return [part.unflatten(2, (scale, scale)) for part, scale in zip(found, scales)]
 
-    def decode(self, indices: Tensor, num_scales: int | None = None) -> Tensor:
-        """Indices B x L -> the map of `forward`, B x (S + P) x G x G; of the first scales only."""
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices B x L of all or the first scales -> the map of `forward`, B x (S + P) x G x G."""
         grid = self.config.scales[-1]
-        return sum(resize(codes, grid) for codes in self.code_maps(indices, num_scales))
+        return sum(resize(codes, grid) for codes in self.code_maps(indices))
 
     @torch.no_grad()
     def count(self, indices: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -201,14 +209,3 @@ def resize(maps: Tensor, size: int) -> Tensor:
     if maps.shape[-1] == size:
         return maps
     return F.interpolate(maps, size=(size, size), mode="bicubic", align_corners=False)
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Float32 products without TF32, whose rounding would choose other codes."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

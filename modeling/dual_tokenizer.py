@@ -10,22 +10,15 @@ In and out: images B x 3 x R x R in [0, 1] (the decoder's output is not clamped)
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .dual_quantizer import DualQuantizer, Quantised, QuantizerConfig, resize
 from .image_tokenizer import TransformerSize
-from .image_tower import (
-    ImageTower,
-    Teacher,
-    TeacherConfig,
-    describe_tower,
-    feature_channels,
-    resize_positions,
-)
+from .image_tower import ImageTower, Teacher, TeacherConfig, describe_tower, resize_positions
 from .layers import Attention, check_not_negative, init_linear_
 from .pixel_nets import (
     MAP_CHANNELS,
@@ -35,8 +28,6 @@ from .pixel_nets import (
     PatchDecoder,
     PatchEncoder,
 )
-
-FROM_TEACHER = {"derived": "the teacher"}
 
 
 @dataclass
@@ -58,7 +49,8 @@ class DualTokenizerConfig:
     query_key_bias: float = 0.0  # of transformer: as tokenizer.query_key_bias
     convolutions: ConvolutionSize = field(default_factory=ConvolutionSize)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    tower: str = field(default="", metadata=FROM_TEACHER)  # as describe_tower has it
+    # As describe_tower has it
+    tower: str = field(default="", metadata={"derived": "the teacher"})
 
     def __post_init__(self):
         check_not_negative(self, "semantic_depth")
@@ -91,14 +83,6 @@ class DualTokens(NamedTuple):
     indices: Tensor  # B x L, scale after scale, row-major
 
 
-class DualPass(NamedTuple):
-    """What a training pass gives the losses; a named tuple, so that DDP sees its tensors."""
-
-    reconstructions: Tensor  # B x 3 x R x R
-    features: Tensor  # B x G^2 x T, predicted of the teacher's
-    quantised: Quantised
-
-
 class DualTokenizer(nn.Module):
     """Encoders, quantiser and decoders. `forward` is the training pass."""
 
@@ -109,28 +93,25 @@ class DualTokenizer(nn.Module):
         width, sizes = self.semantic_encoder.width, config.quantizer
         check_grids(config, self.semantic_encoder)
         self.to_semantic_codes = tanh_head(width, sizes.semantic_channels)
+        self.net_size = config.image_size  # pixels along a side of the pixel nets' images
         if config.pixel_nets == "transformer":
             shape = (config.grid_size, config.patch_size, sizes.pixel_channels)
             self.pixel_encoder = PatchEncoder(config.encoder, *shape)
             self.pixel_decoder = PatchDecoder(config.decoder, *shape)
         else:
+            # A stride of 16 has no grid of 27 else
+            self.net_size = config.grid_size * config.convolutions.stride
             encoder = ConvolutionalEncoder(config.convolutions)
             decoder = ConvolutionalDecoder(config.convolutions)
             to_codes = nn.Conv2d(MAP_CHANNELS, sizes.pixel_channels, 1)
             from_codes = nn.Conv2d(sizes.pixel_channels, MAP_CHANNELS, 1)
-            parts = {"net": encoder, "to_codes": to_codes}
-            self.pixel_encoder = nn.Sequential(OrderedDict(parts))
-            parts = {"from_codes": from_codes, "net": decoder}
-            self.pixel_decoder = nn.Sequential(OrderedDict(parts))
+            self.pixel_encoder = nn.Sequential(OrderedDict(net=encoder, to_codes=to_codes))
+            self.pixel_decoder = nn.Sequential(OrderedDict(from_codes=from_codes, net=decoder))
         self.quantizer = DualQuantizer(sizes)
-        self.semantic_decoder = SemanticDecoder(
-            sizes.semantic_channels,
-            width,
-            config.semantic_depth,
-            config.semantic_heads,
-            self.semantic_encoder.grid,
-        )
-        self.to_features = tanh_head(width, feature_channels(self.semantic_encoder))
+        depth, heads = config.semantic_depth, config.semantic_heads
+        grid = self.semantic_encoder.grid
+        self.semantic_decoder = SemanticDecoder(sizes.semantic_channels, width, depth, heads, grid)
+        self.to_features = tanh_head(width, self.semantic_encoder.feature_channels)
         self.init_weights()
 
     def maps(self, images: Tensor) -> Tensor:
@@ -145,13 +126,6 @@ class DualTokenizer(nn.Module):
         semantic = tokens.transpose(1, 2).unflatten(2, (grid, grid))
         pixel = self.pixel_encoder(resize(images, self.net_size))
         return torch.cat([semantic, pixel.to(semantic.dtype)], dim=1)
-
-    @property
-    def net_size(self) -> int:
-        """Pixels along a side of the pixel nets' images: a stride of 16 has no grid of 27 else."""
-        if self.config.pixel_nets == "transformer":
-            return self.config.image_size
-        return self.config.grid_size * self.config.convolutions.stride
 
     def draw(self, codes: Tensor) -> Tensor:
         """Codes B x (S + P) x G x G -> images B x 3 x R x R."""
@@ -175,10 +149,10 @@ class DualTokenizer(nn.Module):
         grid = self.config.grid_size
         return self.draw(tokens.transpose(1, 2).unflatten(2, (grid, grid)))
 
-    def forward(self, images: Tensor) -> DualPass:
-        """Images B x 3 x R x R in [0, 1] -> what the losses are of."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Quantised]:
+        """Training pass: (reconstructions, features of the teacher's as predicted, quantised)."""
         quantised = self.quantizer(self.maps(images))
-        return DualPass(self.draw(quantised.codes), self.read(quantised.codes), quantised)
+        return self.draw(quantised.codes), self.read(quantised.codes), quantised
 
     def start_from(self, teacher: Teacher) -> None:
         """Take the teacher's weights into the semantic encoder."""
@@ -229,17 +203,21 @@ def tanh_head(width: int, channels: int) -> nn.Sequential:
 
 
 class SemanticDecoder(nn.Module):
-    """Semantic codes B x S x g x g -> tokens B x g^2 x W: a ViT on patches of one cell."""
+    """Semantic codes B x S x g x g -> tokens B x g^2 x W: BEiT's blocks on patches of one cell."""
 
     def __init__(self, channels: int, width: int, depth: int, num_heads: int, grid: int):
         super().__init__()
+        from timm.models.beit import Block  # here: it takes a second
+
         if width % num_heads:
             raise ValueError(f"semantic_heads {num_heads} does not divide the tower's {width}")
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, width, 1)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, grid**2 + 1, width))
-        self.blocks = nn.ModuleList(SemanticBlock(width, num_heads) for _ in range(depth))
-        self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        blocks = (Block(width, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)  # their keys have no biases
+        self.fc_norm = norm(width)
         self.init_weights()
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -262,38 +240,3 @@ class SemanticDecoder(nn.Module):
             for number, block in enumerate(self.blocks, start=1):
                 block.attn.proj.weight /= (2 * number) ** 0.5
                 block.mlp.fc2.weight /= (2 * number) ** 0.5
-
-
-class SemanticBlock(nn.Module):
-    """x += attn(norm(x)); x += mlp(norm(x)); B x N x W."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = KeylessBiasAttention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU()}
-        self.mlp = nn.Sequential(OrderedDict(**layers, fc2=nn.Linear(4 * width, width)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class KeylessBiasAttention(nn.Module):
-    """Attention with biases on queries and values, none on keys, as BEiT has it."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # B x H x N x D each
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))

@@ -26,7 +26,7 @@ class FlowConfig:
     source: Literal["text", "noise"] = "text"
     sigma_min: float = 1e-5
     # logit_normal: t = sigmoid(time_mean + unit noise), the release's with 0; below it, more low t.
-    # power: t = u^time_power, more low t, where the caption decides (demo).
+    # power: t = u^time_power, more low t, where the caption decides (emoji).
     time_distribution: Literal["uniform", "logit_normal", "power"] = "uniform"
     time_mean: float = 0.0
     time_power: float = 3.0

@@ -157,16 +157,14 @@ def rope_angles(config: ImageTokenizerConfig, size: TransformerSize, num_unrotat
     Patches have integer positions on their grid, latents their grid cell or zero, others zero.
     """
     grid, head_dim = config.grid_size, size.width // size.num_heads
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    patches = axial_rope_table(rows.flatten(), columns.flatten(), head_dim)
+    patches = axial_rope_table(torch.arange(grid), torch.arange(grid), head_dim)
     latents = torch.zeros(config.num_tokens, head_dim // 2)
     if config.latent_grid:
         # Centres of the cells, in units of patches: cell i of n starts at i grid / n, and the first
         # patch, whose position is 0, has its centre at 1/2.
         cells = squarest_grid(config.num_tokens)
         centres = [(torch.arange(n) + 0.5) * grid / n - 0.5 for n in cells]
-        rows, columns = torch.meshgrid(*centres, indexing="ij")
-        latents = axial_rope_table(rows.flatten(), columns.flatten(), head_dim)
+        latents = axial_rope_table(*centres, head_dim)
     return torch.cat([patches, latents, torch.zeros(num_unrotated, head_dim // 2)])
 
 

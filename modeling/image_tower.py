@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .clip_weights import (
-    ClipWeights,
-    build_image_tower,
-    load_clip,
-    model_config,
-    preprocessing_of,
-)
+from .clip_weights import ClipWeights, build_image_tower, load_clip, model_config, preprocessing_of
 
 
 @dataclass
@@ -52,6 +46,18 @@ class ImageTower(nn.Module):
             raise ValueError(f"{type(visual).__name__} is neither CLIP's ViT nor one of timm")
         if self.is_clip and visual.attn_pool is not None:
             raise ValueError("a tower with attentional pooling has no patch tokens of its own")
+        # Channels of a token, W, and of what this tower's teacher gives, T; patches along a side of
+        # the images that it was made for; pixels along a side of a patch
+        if self.is_clip:
+            self.width = visual.conv1.out_channels
+            self.feature_channels = visual.output_dim
+            self.grid = visual.grid_size[0]
+            self.patch_size = visual.conv1.kernel_size[0]
+        else:
+            patches = visual.trunk.patch_embed
+            self.width = self.feature_channels = visual.trunk.embed_dim
+            self.grid = patches.grid_size[0]
+            self.patch_size = patches.patch_size[0]
 
     @classmethod
     def build(cls, description: str) -> "ImageTower":
@@ -64,24 +70,6 @@ class ImageTower(nn.Module):
                 block.mlp.act = nn.GELU(approximate="tanh")
         return cls(visual)
 
-    @property
-    def width(self) -> int:
-        """Channels of a token, W."""
-        return self.visual.conv1.out_channels if self.is_clip else self.visual.trunk.embed_dim
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side of the images that the tower was made for."""
-        grid = self.visual.grid_size if self.is_clip else self.visual.trunk.patch_embed.grid_size
-        return grid[0]
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels along a side of a patch."""
-        if self.is_clip:
-            return self.visual.conv1.kernel_size[0]
-        return self.visual.trunk.patch_embed.patch_size[0]
-
     def drop_unused(self) -> "ImageTower":
         """Drop CLIP's output projection, freeze what else gives no token."""
         if self.is_clip:
@@ -89,9 +77,8 @@ class ImageTower(nn.Module):
             return self
         self.visual.requires_grad_(False)
         trunk = self.visual.trunk
-        for part in (trunk.patch_embed, *trunk.blocks[:-1]):
+        for part in (trunk.patch_embed, trunk.pos_embed, *trunk.blocks[:-1]):
             part.requires_grad_(True)
-        trunk.pos_embed.requires_grad_(True)
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -141,8 +128,3 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tower((images - self.mean) / self.std)
         return tokens @ self.tower.visual.proj if self.tower.is_clip else tokens
-
-
-def feature_channels(tower: ImageTower) -> int:
-    """T: channels of what the teacher of this tower gives."""
-    return tower.visual.output_dim if tower.is_clip else tower.width

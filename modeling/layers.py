@@ -6,6 +6,8 @@ Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W 
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,18 +34,30 @@ def check_not_negative(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
 
 
-def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
-    """Angles of axial 2D RoPE for tokens at (row, column): N x head_dim / 2, float32.
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 products without TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
+
+def axial_rope_table(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
+    """Angles of axial 2D RoPE for a grid's tokens: N = R C, row by row, x head_dim / 2, float32.
+
+    rows, columns: their R and C positions, of integers or not.
     The first half of the channel pairs turns with the row, the second half with the column. Inside
     a half of size d: frequencies 10000^(-2i/d), i = 0..d/2-1, one per pair of adjacent channels.
     """
     # In float64, and rounded once at the end.
     half = head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # head_dim / 4
-    row_angles = rows.double()[:, None] * frequencies
-    column_angles = columns.double()[:, None] * frequencies
-    return torch.cat([row_angles, column_angles], dim=-1).float()  # N x head_dim / 2
+    places = torch.meshgrid(rows.double(), columns.double(), indexing="ij")
+    angles = [place.flatten()[:, None] * frequencies for place in places]
+    return torch.cat(angles, dim=-1).float()  # N x head_dim / 2
 
 
 def rotation_tables(angles: Tensor) -> tuple[Tensor, Tensor]:

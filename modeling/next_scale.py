@@ -9,8 +9,7 @@ from scratch; there a language model reads and predicts words, too. Nothing foll
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -19,20 +18,19 @@ from torch.nn import functional as F
 
 from .activation_checkpointing import ActivationCheckpointing, run_block
 from .dual_quantizer import QuantizerConfig, resize
-from .dual_tokenizer import DualTokenizer
 from .layers import (
     FROM_TEXT_ENCODER,
     FROM_TOKENIZER,
     Attention,
     SwiGLU,
+    check_not_negative,
     find_text,
     init_linear_,
     position_angles,
     rotate_pairs,
     rotation_tables,
 )
-from .pipeline import Precision, autocast, unit_noise
-from .text_encoder import TextEncoder
+from .pipeline import Generator, Precision, Sampling, autocast, unit_noise
 from .text_projector import LinearSkip
 
 LOG_SHARPNESS = 3.0  # at the start, of the logits of a linear skip
@@ -93,15 +91,13 @@ def scale_inputs(
     return torch.cat([none, *inputs], dim=1)
 
 
-def known_inputs(
-    config: NextScaleConfig,
-    maps: Sequence[Tensor],
-    num_scales: int | None = None,
-    refined: int | None = None,
-) -> Tensor:
-    """As scale_inputs, of the first scales; with a linear skip the tokenizer's sums beside them."""
-    scales = config.quantizer.scales[:num_scales]
-    inputs, grid = scale_inputs(maps, scales, refined), config.quantizer.scales[-1]
+def known_inputs(config: NextScaleConfig, maps: Sequence[Tensor], refined: bool = False) -> Tensor:
+    """The inputs of all scales of which the maps tell: up to the next one, or refined the last.
+
+    With a linear skip the tokenizer's sums stand beside those of scale_inputs.
+    """
+    scales, grid = config.quantizer.scales[: len(maps) + (not refined)], config.quantizer.scales[-1]
+    inputs = scale_inputs(maps, scales, len(maps) - 1 if refined else None)
     if not config.linear_skip:
         return inputs
     total, sums = torch.zeros_like(resize(maps[0], grid)), [inputs[:, :0]]
@@ -190,18 +186,16 @@ class NextScale(nn.Module):
             nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.to_logits.weight)
 
-    def embed_image(self, features: Tensor, num_scales: int) -> Tensor:
+    def embed_image(self, features: Tensor) -> Tensor:
         """start, and features B x (n - 1) x C of the scales from the second on: B x n x W."""
-        sizes = [scale**2 for scale in self.config.quantizer.scales[1:num_scales]]
-        rows = torch.repeat_interleave(torch.arange(2, num_scales + 1), torch.tensor(sizes).long())
+        sizes = torch.tensor([scale**2 for scale in self.config.quantizer.scales[1:]]).long()
+        rows = torch.repeat_interleave(torch.arange(2, len(sizes) + 2), sizes)
         image = self.projector(features)
-        image = image + self.levels[rows.to(image.device)]
+        image = image + self.levels[rows[: image.shape[1]].to(image.device)]
         first = (self.start + self.levels[0]).to(image.dtype).expand(len(image), 1, -1)
         return torch.cat([first, image], dim=1) + self.positions[: image.shape[1] + 1]
 
-    def forward(
-        self, features: Tensor, text_states: Tensor, dropped: Tensor, num_scales: int | None = None
-    ) -> Tensor:
+    def forward(self, features: Tensor, text_states: Tensor, dropped: Tensor) -> Tensor:
         """Logits B x n x K of the n tokens of the first scales.
 
         Args:
@@ -209,7 +203,7 @@ class NextScale(nn.Module):
             text_states: B x L x T.
             dropped: B bool, whose text is not to be read.
         """
-        scales = self.config.quantizer.scales[:num_scales]
+        scales = self.config.quantizer.first_scales(features.shape[1] + 1)
         text = torch.where(
             dropped[:, None, None], self.null_text.float(), self.embed_text(text_states).float()
         )
@@ -218,7 +212,7 @@ class NextScale(nn.Module):
             features, sums = features.chunk(2, dim=-1)
             left = self.what_is_left(sums, text_states, dropped, scales)
             features = torch.cat([features, left[:, 1:].to(features.dtype)], dim=-1)
-        image = self.embed_image(features, len(scales))
+        image = self.embed_image(features)
         x = torch.cat([text.to(image.dtype), image], dim=1)
 
         # Padding looks at itself, or its rows of the softmax would be empty.
@@ -234,10 +228,9 @@ class NextScale(nn.Module):
         logits = self.to_logits(self.norm_out(x[:, text.shape[1] :]))
         if left is None:
             return logits
-        halves = (self.config.quantizer.semantic_channels, self.config.quantizer.pixel_channels)
-        left = torch.cat([F.normalize(half, dim=-1) for half in left.split(halves, -1)], dim=-1)
+        cosines = self.config.quantizer.normalise(left) @ self.codes.T
         sharpness = torch.cat([x.expand(s**2) for x, s in zip(self.log_sharpness.exp(), scales)])
-        return logits + sharpness[:, None] * (left @ self.codes.T)
+        return logits + sharpness[:, None] * cosines
 
     def what_is_left(
         self, sums: Tensor, text_states: Tensor, dropped: Tensor, scales: Sequence[int]
@@ -254,13 +247,15 @@ class NextScale(nn.Module):
 
 
 @dataclass
-class NextScaleSampling:
+class NextScaleSampling(Sampling):
     """How indices are drawn. Each scale but the first is drawn in several passes, ever narrower."""
 
     guidance: float = 7.5  # at the last scale; it grows from 0 at the first. 0: none, half the work
     top_k: list[int] = field(default_factory=lambda: [1200, 100, 1])  # of each pass; 0: all
     top_p: list[float] = field(default_factory=lambda: [0.8, 0.8, 0.0])  # of each pass; 0: all
     precision: Precision = "fp32"  # autocast of the network and the decoder
+
+    sample_text_latent = True  # images of a prompt differ
 
     def __post_init__(self):
         if len(self.top_k) != len(self.top_p) or not self.top_k:
@@ -269,25 +264,12 @@ class NextScaleSampling:
             raise ValueError(
                 f"top_k must be at least 0 and top_p in [0, 1]: {self.top_k}, {self.top_p}"
             )
-        if self.guidance < 0:
-            raise ValueError(f"guidance must not be negative, got {self.guidance}")
-
-    sample_text_latent = True  # images of a prompt differ
-
-    def check_images(self, option: str, number: int) -> None:
-        """Any number of images of a caption will do: they differ."""
+        check_not_negative(self, "guidance")
 
     @property
     def steps(self) -> int:
         """Passes over a scale."""
         return len(self.top_k)
-
-    def but(self, **changes: Any) -> "NextScaleSampling":
-        """With those changes that are not None; ValueError for one that only a flow has."""
-        given = {name: value for name, value in changes.items() if value is not None}
-        if unknown := [name for name in given if name not in ("guidance", "precision")]:
-            raise ValueError(f"{', '.join(unknown)}: a run of stage next_scale has no such option")
-        return replace(self, **given)
 
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -312,52 +294,19 @@ def draw_indices(logits: Tensor, noise: Tensor) -> Tensor:
     return found.clamp(max=logits.shape[-1] - 1)
 
 
-class Drawn(NamedTuple):
-    """Drawn images."""
-
-    images: Tensor  # B x 3 x R x R in [0, 1]
-    indices: Tensor  # B x L
-
-
 @dataclass
-class NextScaleGenerator:
-    """All parts of a trained run of this stage, in eval mode on one device."""
+class NextScaleGenerator(Generator):
+    """Of a run of this stage. Its latents are the tokenizer's tokens, sums of codes."""
 
-    text_encoder: TextEncoder
-    tokenizer: DualTokenizer
     model: NextScale
 
-    @property
-    def device(self) -> torch.device:
-        """Where the network lives."""
-        return self.model.start.device
-
     @torch.no_grad()
-    def generate(
-        self,
-        captions: list[str],
-        config: NextScaleSampling,
-        seed: int = 0,
-        indices: list[int] | None = None,
-    ) -> Drawn:
-        """Captions -> images, each a function of its caption and of (seed, its index).
-
-        `indices` number the images for their randomness (default 0..B-1).
-        """
-        states = self.encode_text(captions)
-        numbers = list(range(len(captions))) if indices is None else indices
-        drawn = self.draw(states, config, self.noise(config, seed, numbers).to(self.device))
-        return Drawn(self.decode(self.codes(drawn), states, config.precision), drawn)
-
-    @torch.no_grad()
-    def encode_text(self, captions: list[str]) -> Tensor:
-        """Captions -> text states B x L x T."""
-        token_ids = self.text_encoder.tokenize(captions)
-        return self.text_encoder(token_ids.to(self.device)).float()
-
-    def noise(self, config: NextScaleSampling, seed: int, indices: list[int]) -> Tensor:
-        """What `draw` needs of (seed, index), B x passes x n, on the CPU."""
-        return unit_noise((config.steps, self.model.config.quantizer.num_tokens), seed, indices)
+    def make_latents(
+        self, text_states: Tensor, config: NextScaleSampling, seed: int, indices: list[int]
+    ) -> Tensor:
+        shape = (config.steps, self.model.config.quantizer.num_tokens)
+        drawn = self.draw(text_states, config, unit_noise(shape, seed, indices).to(self.device))
+        return self.tokenizer.quantizer.decode(drawn).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def quantise(self, codes: Tensor) -> Tensor:
@@ -365,17 +314,6 @@ class NextScaleGenerator:
         grid = self.tokenizer.config.grid_size
         quantised = self.tokenizer.quantizer(codes.transpose(1, 2).unflatten(2, (grid, grid)))
         return quantised.codes.flatten(2).transpose(1, 2)
-
-    @torch.no_grad()
-    def codes(self, indices: Tensor) -> Tensor:
-        """Indices B x n -> the tokenizer's tokens, B x G^2 x (S + P)."""
-        return self.tokenizer.quantizer.decode(indices).flatten(2).transpose(1, 2)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor, text_states: Tensor, precision: Precision = "fp32") -> Tensor:
-        """Tokens B x G^2 x (S + P) -> images B x 3 x R x R, clamped to [0, 1], float32."""
-        with autocast(self.device, precision):
-            return self.tokenizer.decode(codes).float().clamp(0, 1)
 
     @torch.no_grad()
     def draw(self, states: Tensor, config: NextScaleSampling, noise: Tensor) -> Tensor:
@@ -388,33 +326,24 @@ class NextScaleGenerator:
             for step in range(config.steps if number else 1):
                 features = states.new_zeros(len(states), 0, self.model.config.input_channels)
                 if number:  # a pass after the first sees what the one before it has drawn
-                    maps = quantizer.code_maps(found, number + bool(step))
-                    refined = number if step else None
-                    features = known_inputs(self.model.config, maps, number + 1, refined)
+                    maps = quantizer.code_maps(found)
+                    features = known_inputs(self.model.config, maps, refined=step > 0)
                 share = number / (len(scales) - 1) if len(scales) > 1 else 1.0
-                with autocast(self.device, config.precision):
-                    logits = self.logits(features, states, config.guidance * share, number + 1)
+                with autocast(states.device, config.precision):
+                    logits = self.logits(features, states, config.guidance * share)
                 logits = logits[:, -(scale**2) :]
                 logits = keep_likely(logits, config.top_k[step], config.top_p[step])
                 places = slice(known.shape[1], known.shape[1] + scale**2)
                 found = torch.cat([known, draw_indices(logits, noise[:, step, places])], dim=1)
         return found
 
-    def logits(self, features: Tensor, states: Tensor, guidance: float, num_scales: int) -> Tensor:
+    def logits(self, features: Tensor, states: Tensor, guidance: float) -> Tensor:
         """(1 + t) conditional - t unconditional logits, B x n x K, float32."""
         batch = len(states)
         dropped = torch.zeros(batch, dtype=torch.bool, device=states.device)
         if not guidance:
-            return self.model(features, states, dropped, num_scales).float()
+            return self.model(features, states, dropped).float()
         both = torch.cat([dropped, ~dropped])
         twice = (torch.cat([part, part]) for part in (features, states))
-        with_text, without = self.model(*twice, both, num_scales).float().chunk(2)
+        with_text, without = self.model(*twice, both).float().chunk(2)
         return (1 + guidance) * with_text - guidance * without
-
-    def between(self, *arguments: Any) -> Tensor:
-        """Refuse: indices have no line between them."""
-        raise ValueError("--interpolate: images of stage next_scale have nothing between them")
-
-    def trajectory(self, *arguments: Any) -> tuple[list[float], Tensor]:
-        """Refuse: indices are drawn at once, not carried."""
-        raise ValueError("--trajectory: images of stage next_scale have no way from the text")

@@ -9,7 +9,7 @@ Images are B x 3 x R x R in [0, 1], latents B x K x C.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .dual_tokenizer import DualTokenizer
 from .flow import FlowConfig, check_guidance, guided_velocity
 from .flow_model import FlowModel, build_flow
 from .flowtok import FlowTokConfig
@@ -46,8 +47,34 @@ SUPERFLUOUS_SPACES = re.compile(
 )
 
 
+class Sampling:
+    """What the settings of any run's sampling can do; the fields are those of a dataclass."""
+
+    sample_text_latent: bool
+
+    def check_images(self, option: str, number: int) -> None:
+        """Refuse several images of a caption where nothing is drawn: they would be the same one.
+
+        Raises:
+            ValueError: it begins with `option`.
+        """
+        if number > 1 and not self.sample_text_latent:
+            raise ValueError(
+                f"{option} {number}: the run draws nothing (sampling.sample_text_latent=false), a "
+                "caption has one image: expected 1"
+            )
+
+    def but(self, **changes: Any) -> "Sampling":
+        """With those changes that are not None; ValueError for one that this run can't have."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        known = [field.name for field in fields(self)]
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"{', '.join(unknown)}: this run's sampling has {', '.join(known)}")
+        return replace(self, **given)
+
+
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Sampling):
     """How images and captions are sampled."""
 
     steps: int = 20
@@ -80,22 +107,6 @@ class SamplingConfig:
                 f"sampler {self.sampler} with flow.objective=mean_flow: average velocities belong "
                 "to whole steps, expected euler"
             )
-
-    def check_images(self, option: str, number: int) -> None:
-        """Refuse several images of a caption where nothing is drawn: they would be the same one.
-
-        Raises:
-            ValueError: it begins with `option`.
-        """
-        if number > 1 and not self.sample_text_latent:
-            raise ValueError(
-                f"{option} {number}: the run draws nothing (sampling.sample_text_latent=false), a "
-                "caption has one image: expected 1"
-            )
-
-    def but(self, **changes: Any) -> "SamplingConfig":
-        """With those changes that are not None."""
-        return replace(self, **{name: x for name, x in changes.items() if x is not None})
 
 
 def unit_noise(shape: tuple[int, int], seed: int, indices: list[int]) -> Tensor:
@@ -144,23 +155,59 @@ def transport(
 
 
 @dataclass
-class ImageGenerator:
-    """All parts of a trained run that flows from text to image, in eval mode on one device."""
+class Generator:
+    """All parts of a trained run that makes images of captions, in eval mode on one device."""
 
     text_encoder: TextEncoder
-    tokenizer: ImageTokenizer
-    flow: FlowModel
+    tokenizer: ImageTokenizer | DualTokenizer
 
     @property
     def device(self) -> torch.device:
-        """Where the flow lives."""
-        return self.flow.latent_scale.device
+        """Where the parts live."""
+        return next(self.tokenizer.parameters()).device
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
         """Captions -> text states B x L x T."""
         token_ids = self.text_encoder.tokenize(captions)
         return self.text_encoder(token_ids.to(self.device)).float()
+
+    def make_latents(
+        self, text_states: Tensor, config: Sampling, seed: int, indices: list[int]
+    ) -> Tensor:
+        """Text states -> what `decode` takes, B x K x C, each a function of (seed, its index)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, text_states: Tensor, precision: Precision = "fp32") -> Tensor:
+        """Image latents -> images B x 3 x R x R, clamped to [0, 1], float32."""
+        with autocast(self.device, precision):
+            return self.tokenizer.decode(latents, text_states).float().clamp(0, 1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        captions: list[str],
+        config: Sampling,
+        seed: int = 0,
+        indices: list[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Captions -> (images B x 3 x R x R in [0, 1], latents B x K x C) on the device.
+
+        `indices` number the images for their randomness (default 0..B-1).
+        """
+        if indices is None:
+            indices = list(range(len(captions)))
+        text_states = self.encode_text(captions)
+        latents = self.make_latents(text_states, config, seed, indices)
+        return self.decode(latents, text_states, config.precision), latents
+
+
+@dataclass
+class ImageGenerator(Generator):
+    """Of a run that flows from text to image."""
+
+    flow: FlowModel
 
     @torch.no_grad()
     def start(
@@ -178,30 +225,11 @@ class ImageGenerator:
         context = self.flow.context(text_states)
         return transport(self.flow, start, context, config) / self.flow.latent_scale
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, text_states: Tensor, precision: Precision = "fp32") -> Tensor:
-        """Image latents -> images B x 3 x R x R, clamped to [0, 1], float32."""
-        with autocast(self.device, precision):
-            return self.tokenizer.decode(latents, text_states).float().clamp(0, 1)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        captions: list[str],
-        config: SamplingConfig,
-        seed: int = 0,
-        indices: list[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Captions -> (images B x 3 x R x R in [0, 1], latents B x K x C) on the device.
-
-        `indices` number the images for their randomness (default 0..B-1).
-        """
-        if indices is None:
-            indices = list(range(len(captions)))
-        text_states = self.encode_text(captions)
+    def make_latents(
+        self, text_states: Tensor, config: SamplingConfig, seed: int, indices: list[int]
+    ) -> Tensor:
         start = self.start(text_states, config, seed, indices)
-        latents = self.transport(start, text_states, config)
-        return self.decode(latents, text_states, config.precision), latents
+        return self.transport(start, text_states, config)
 
     @torch.no_grad()
     def between(

@@ -5,8 +5,10 @@ Two pairs: the house's transformer blocks for small runs, and the convolutional 
 keep. Images are B x 3 x R x R in [-1, 1], not clamped when decoded; maps B x P x G x G.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -21,9 +23,8 @@ from .layers import axial_rope_table
 
 def grid_transformer(size: TransformerSize, grid: int) -> RopeTransformer:
     """Blocks over grid x grid cells with RoPE at their rows and columns."""
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = axial_rope_table(rows.flatten(), columns.flatten(), size.width // size.num_heads)
-    return RopeTransformer(size, angles)
+    places = torch.arange(grid)
+    return RopeTransformer(size, axial_rope_table(places, places, size.width // size.num_heads))
 
 
 class PatchEncoder(nn.Module):
@@ -143,79 +144,55 @@ class Level(nn.Module):
         return x
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Sequential:
     """Half the size; zeros are added right and below."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Sequential:
     """Twice the size."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
-def middle(channels: int) -> nn.ModuleList:
+def middle(channels: int) -> nn.Sequential:
     """What encoder and decoder have at their smallest grid."""
     blocks = ResidualBlock(channels, channels), ResidualBlock(channels, channels)
-    return nn.ModuleList([blocks[0], MapAttention(channels), blocks[1]])
+    return nn.Sequential(blocks[0], MapAttention(channels), blocks[1])
 
 
-class ConvolutionalEncoder(nn.Module):
-    """Images -> maps of `out_channels`."""
+class ConvolutionalEncoder(nn.Sequential):
+    """Images -> maps of `out_channels`: the modules below, one after the other."""
 
     def __init__(self, size: ConvolutionSize, out_channels: int = MAP_CHANNELS):
         super().__init__()
-        widths = [size.channels * multiplier for multiplier in size.multipliers]
+        widths = [size.channels * multiplier for multiplier in [1, *size.multipliers]]
         self.conv_in = nn.Conv2d(3, size.channels, 3, padding=1)
-        self.conv_blocks = nn.ModuleList()
-        before = size.channels
-        for index, width in enumerate(widths):
-            is_last = index == len(widths) - 1
-            change = {} if is_last else {"downsample": Downsample(width)}
+        self.conv_blocks = nn.Sequential()
+        for before, width in pairwise(widths):
+            is_last = len(self.conv_blocks) == len(size.multipliers) - 1
+            change = {} if is_last else {"downsample": downsample(width)}
             self.conv_blocks.append(Level([before] + [width] * size.blocks, is_last, **change))
-            before = width
-        self.mid = middle(before)
-        self.norm_out = group_norm(before)
-        self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)
-        for part in (*self.conv_blocks, *self.mid):
-            x = part(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        self.mid = middle(width)
+        self.norm_out = group_norm(width)
+        self.swish = nn.SiLU()
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
 
-class ConvolutionalDecoder(nn.Module):
-    """Maps of `in_channels` -> images."""
+class ConvolutionalDecoder(nn.Sequential):
+    """Maps of `in_channels` -> images: the modules below, one after the other."""
 
     def __init__(self, size: ConvolutionSize, in_channels: int = MAP_CHANNELS):
         super().__init__()
         widths = [size.decoder_channels * multiplier for multiplier in reversed(size.multipliers)]
-        before = widths[0]
-        self.conv_in = nn.Conv2d(in_channels, before, 3, padding=1)
-        self.mid = middle(before)
-        self.conv_blocks = nn.ModuleList()
-        for index, width in enumerate(widths):
-            change = {"upsample": Upsample(width)} if index < len(widths) - 1 else {}
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
+        self.conv_blocks = nn.Sequential()
+        for index, (before, width) in enumerate(pairwise([widths[0], *widths])):
+            change = {"upsample": upsample(width)} if index < len(widths) - 1 else {}
             blocks = [before] + [width] * (size.decoder_blocks + 1)
             self.conv_blocks.append(Level(blocks, index == 0, **change))
-            before = width
-        self.norm_out = group_norm(before)
-        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        x = self.conv_in(maps)
-        for part in (*self.mid, *self.conv_blocks):
-            x = part(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        self.norm_out = group_norm(width)
+        self.swish = nn.SiLU()
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)

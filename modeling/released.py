@@ -10,8 +10,9 @@ only compared.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def convert_flow(
     # A file that lacks the temperature has it where it starts.
     tensors = {TEMPERATURE: torch.tensor(math.log(1 / 0.07))} | tensors
     tables = {"pos_embed": sincos_position_table(flowtok.num_tokens, width)[None]}
-    converted = take(ours, FLOW_NAMES, tensors, tables)
+    converted = take(ours, partial(released_names, FLOW_NAMES), tensors, tables, tables)
     flowtok = replace(flowtok, num_heads=find_heads(width, depth, num_heads))
 
     # Their LayerNorm divides by the unbiased deviation.
@@ -160,7 +161,8 @@ def convert_tokenizer(tensors: dict[str, Tensor]) -> Converted:
     )
     with torch.device("meta"):
         ours = ImageTokenizer(config).state_dict()
-    converted = take(ours, TOKENIZER_NAMES, tensors, rope_tables(config))
+    tables = rope_tables(config)
+    converted = take(ours, partial(released_names, TOKENIZER_NAMES), tensors, tables, tables)
     return Converted("tokenizer", {"tokenizer": config}, converted)
 
 
@@ -169,28 +171,30 @@ def convert_tokenizer(tensors: dict[str, Tensor]) -> Converted:
 
 def take(
     ours: dict[str, Tensor],
-    names: dict[str, str],
+    find: Callable[[str], list[str]],
     tensors: dict[str, Tensor],
     tables: dict[str, Tensor],
+    optional: Iterable[str],
 ) -> dict[str, Tensor]:
     """The values of a state dict from a file's tensors, float32 copies.
 
     Args:
         ours: gives names and shapes.
-        tables: what a file may have besides, by its names there.
+        find: of one of ours, the names there of what holds it, in the order in which it is packed.
+        tables: what a file has besides, by its names there, of which `optional` may be missing.
 
     Raises:
         ValueError: naming the first tensors that are missing, unknown, or of another shape.
     """
-    # What holds each of ours, in the order in which it is packed, and its shape there.
-    sources = {name: released_names(name, names) for name in ours}
+    # What holds each of ours, and its shape there.
+    sources = {name: find(name) for name in ours}
     shapes = {name: tuple(table.shape) for name, table in tables.items()}
     for name, theirs in sources.items():
         shape = (*ours[name].shape, 1, 1) if name in CONVOLUTIONS else tuple(ours[name].shape)
         if len(theirs) > 1:
             shape = (shape[0] // len(theirs), *shape[1:])
         shapes |= dict.fromkeys(theirs, shape)
-    check_shapes(tensors, shapes, optional=tables)
+    check_shapes(tensors, shapes, optional)
     check_tables(tensors, tables)
 
     taken = {}
@@ -201,7 +205,7 @@ def take(
     return taken
 
 
-def released_names(name: str, names: dict[str, str]) -> list[str]:
+def released_names(names: dict[str, str], name: str) -> list[str]:
     """The released tensors that hold one of ours: one, or the projector's q, k, v."""
     block = re.search(r"blocks\.(\d+)\.", name)
     generic = re.sub(r"blocks\.\d+\.", "blocks.N.", name)
@@ -234,7 +238,7 @@ def check_shapes(
 def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
     """Refuse fixed tables that differ from ours, which are used; one of zeros was never filled."""
     for name, table in tables.items():
-        if name in tensors and tensors[name].any():
+        if name in tensors and not tensors[name].is_meta and tensors[name].any():
             found = tensors[name].detach()
             # Values are at most 1.
             rounding = 0.0 if found.dtype.itemsize >= 4 else torch.finfo(found.dtype).eps
@@ -247,10 +251,8 @@ def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
 
 def rope_tables(config: ImageTokenizerConfig) -> dict[str, Tensor]:
     """RoPE tables as in the files: grid^2 x head size, each value for two adjacent channels."""
-    grid = config.grid_size
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = axial_rope_table(rows.flatten(), columns.flatten(), HEAD_DIM)
-    angles = angles.repeat_interleave(2, dim=-1)
+    places = torch.arange(config.grid_size)
+    angles = axial_rope_table(places, places, HEAD_DIM).repeat_interleave(2, dim=-1)
     tables = {}
     for part in ("encoder", "decoder"):
         tables[f"{part}.positional_embedding.freqs_cos"] = angles.cos()

@@ -2,7 +2,7 @@
 
 In: the tensors of tokenflow_clipb_32k_enhanced.pt or tokenflow_siglip_32k.pt by their names there.
 Out: our config of the same network and our state dict. Strict as modeling/released.py: every tensor
-is used or, where it is fixed or a log, compared; none is missing; every shape is checked. What
+is used, compared where it is fixed, or a log; none is missing; every shape is checked. What
 differs beyond names: SigLIP's tower is timm's here, whose q, k, v are packed.
 """
 
@@ -15,9 +15,10 @@ from .dual_quantizer import QuantizerConfig
 from .dual_tokenizer import DualTokenizer, DualTokenizerConfig
 from .image_tower import TeacherConfig, describe_tower
 from .pixel_nets import ConvolutionSize
-from .released import Converted, check_shapes, check_tables, num_blocks, size_of
+from .released import Converted, num_blocks, size_of, take
 
 CLIP_POSITIONS = "encoder_vqkd.positional_embedding"
+SIGLIP_POSITIONS = "encoder_vqkd.vision_model.embeddings.position_embedding.weight"
 PUBLISHED = {  # whether it is CLIP -> teacher, image size, scales: what no tensor shows
     True: (TeacherConfig("ViT-B-16-quickgelu", "openai"), 256, [1, 2, 4, 6, 8, 10, 12, 14, 16]),
     False: (
@@ -44,6 +45,7 @@ PARTS = {
     "to_features.": "decode_task_layer.",
     "quantizer.semantic_codes": "quantize.embedding_vqkd.weight",
     "quantizer.pixel_codes": "quantize.embedding_vqgan.weight",
+    USED: USED,
 }
 # Parts of names of timm's tower -> those of SigLIP's
 SIGLIP = {
@@ -75,39 +77,25 @@ def convert_dual(tensors: dict[str, Tensor]) -> Converted:
     """
     config = read_config(tensors)
     with torch.device("meta"):
-        ours = DualTokenizer(config).state_dict()
+        ours = DualTokenizer(config).state_dict() | {USED: torch.empty(131072)}
     counts = ours.pop("quantizer.counts")  # ours alone: nothing was chosen yet
 
-    # The pooling's packed weights count as two: ours are.
+    # Ours has a batch of positions, and two parts for the pooling's packed weights.
     split = dict(tensors)
+    if SIGLIP_POSITIONS in split:
+        split[SIGLIP_POSITIONS] = split[SIGLIP_POSITIONS][None]
     for leaf in ("weight", "bias"):
         if (name := IN_PROJ + leaf) in split:
             packed = split.pop(name)
             query = len(packed) // 3
             split |= {f"{name}:q": packed[:query], f"{name}:kv": packed[query:]}
 
-    # Shapes, and what is only compared.
-    sources = {name: published_names(name) for name in ours}
-    shapes = {USED: (131072,)}
-    for name, theirs in sources.items():
-        shape = tuple(ours[name].shape)
-        if name.endswith("trunk.pos_embed"):
-            shape = shape[1:]
-        if len(theirs) > 1:
-            shape = (shape[0] // len(theirs), *shape[1:])
-        shapes |= dict.fromkeys(theirs, shape)
     tables = {}
     if CLIP_POSITIONS not in tensors:
         tables = {name: torch.full((1, 3, 1, 1), 0.5) for name in (SHIFT, SCALE)}
-        shapes |= {name: (1, 3, 1, 1) for name in tables}
-    check_shapes(split, shapes, optional=())
-    if not next(iter(tensors.values())).is_meta:
-        check_tables(split, tables)
-
-    taken = {"quantizer.counts": torch.zeros(counts.shape)}
-    for name, theirs in sources.items():
-        parts = [split[one].detach().to(torch.float32) for one in theirs]
-        taken[name] = torch.cat(parts).reshape(ours[name].shape)
+    taken = take(ours, published_names, split, tables, optional=())
+    del taken[USED]
+    taken["quantizer.counts"] = torch.zeros(counts.shape)
     return Converted("tokenizer", {"dual": config}, taken)
 
 
@@ -139,7 +127,6 @@ def read_config(tensors: dict[str, Tensor]) -> DualTokenizerConfig:
         teacher=teacher,
         semantic_depth=num_blocks(tensors, "decoder_vqkd.blocks."),
         semantic_heads=HEADS,
-        pixel_nets="convolutional",
         convolutions=convolutions,
         quantizer=quantizer,
         tower=describe_tower(teacher, tanh_gelu=not is_clip),

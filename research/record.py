@@ -61,7 +61,7 @@ TOKENIZER = [
     *keys("tokenizer", image_size=64, patch_size=16),
     *keys("tokenizer.encoder", **SMALL),
     *keys("tokenizer.decoder", width=96, depth=3, num_heads=3),
-    "text_encoder.model=local-dir:{runs}/demo/text_encoder/clip",
+    "text_encoder.model=local-dir:{runs}/emoji/text_encoder/clip",
     "losses.perceptual_weight=0",
     "adversarial.start_step=5",
     "discriminator_optimizer.warmup_steps=5",
@@ -76,13 +76,13 @@ CAPTIONED = "data_dir={runs}/data"
 
 # Run -> (YAML under configs/, overrides), in the order in which they need each other
 RUNS = {
-    "demo/text_encoder": ("demo/text_encoder", ["training.batch_size=32"]),
-    "demo/tokenizer": ("demo/tokenizer", []),
-    "demo/tokens": ("demo/tokens", [*FEW, "batch_size=32"]),
-    "demo/text_projector": ("demo/text_projector", []),
-    "demo/flowtok": ("demo/flowtok", []),
-    "demo/text_decoder": ("demo_caption/text_decoder", []),
-    "demo/flowtok_caption": ("demo_caption/flowtok_caption", []),
+    "emoji/text_encoder": ("emoji/text_encoder", ["training.batch_size=32"]),
+    "emoji/tokenizer": ("emoji/tokenizer", []),
+    "emoji/tokens": ("emoji/tokens", [*FEW, "batch_size=32"]),
+    "emoji/text_projector": ("emoji/text_projector", []),
+    "emoji/flowtok": ("emoji/flowtok", []),
+    "emoji/text_decoder": ("emoji_caption/text_decoder", []),
+    "emoji/flowtok_caption": ("emoji_caption/flowtok_caption", []),
     "tokenizer_bl77_256/tokenizer": ("tokenizer_bl77_256/tokenizer", TOKENIZER),
     "tokenizer_bl77_256/tokens": (
         "tokenizer_bl77_256/tokens",
@@ -236,7 +236,7 @@ def record_samples(runs: Path) -> dict:
     variants |= {"interval": {"guidance_interval": [0.2, 0.8]}, "bf16": {"precision": "bf16"}}
     # Text to image: every solver, each from z_T's mean and from a sample of it
     record = {}
-    for experiment, (name, values) in product(("demo", "flowtok_b"), variants.items()):
+    for experiment, (name, values) in product(("emoji", "flowtok_b"), variants.items()):
         parts, sampling = load_pipeline(runs / experiment / "flowtok", device)
         for start in ("mean", "sampled"):
             config = replace(
@@ -247,7 +247,7 @@ def record_samples(runs: Path) -> dict:
             record[f"samples {experiment} {name} {start}"] = part
 
     # Image to text
-    captioner, sampling = load_captioner(runs / "demo" / "flowtok_caption", device)
+    captioner, sampling = load_captioner(runs / "emoji" / "flowtok_caption", device)
     heldout = ImageTextConfig(shards=[str(ROOT / EMOJI / "heldout-000000.tar.gz")])
     images = next(image_reader(heldout, 64, None).once(3, limit=3))["image"] / 255
     latents = captioner.transport(captioner.start(images), sampling)
@@ -263,11 +263,11 @@ def record_data(runs: Path) -> dict:
     from data.readers import TokenTextConfig, caption_reader, token_reader
     from modeling.text_encoder import TextEncoderConfig, TextTokenizer
 
-    clip = f"local-dir:{runs}/demo/text_encoder/clip"
+    clip = f"local-dir:{runs}/emoji/text_encoder/clip"
     tokenize = TextTokenizer(TextEncoderConfig(model=clip))
-    images, tokens = [str(ROOT / EMOJI / "train-*.tar.gz")], [f"{runs}/demo/tokens/*.tar"]
+    images, tokens = [str(ROOT / EMOJI / "train-*.tar.gz")], [f"{runs}/emoji/tokens/*.tar"]
     captioned = [f"{runs}/data/karpathy_train/*.tar"]
-    info = json.loads((runs / "demo/tokens/tokens.json").read_text())
+    info = json.loads((runs / "emoji/tokens/tokens.json").read_text())
     epoch = math.ceil(info["num_samples"] / 16)
     # Shuffled streams, which must not depend on how many processes read
     record = {}

@@ -1,6 +1,6 @@
 """Which solver reaches the end of a trained flow with the fewest network evaluations?
 
-    python -m research.solvers runs/demo [--guidance 1 1.5 3] [--evaluations 4 6 8 10 12 16 20]
+    python -m research.solvers runs/emoji [--guidance 1 1.5 3] [--evaluations 4 6 8 10 12 16 20]
 
 Error: root mean square distance of the image latents from a 1000-step reference (midpoint, float32,
 from the same start), over the root mean square distance that the reference itself travels.

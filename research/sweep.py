@@ -45,7 +45,7 @@ COMMAND_FILE, RESULT_FILE = "command.json", "result.json"
 class SweepConfig:
     """What is run and what is read."""
 
-    experiment: str = "demo"  # a folder of configs/
+    experiment: str = "emoji"  # a folder of configs/
     stages: list[str] = field(default_factory=list)  # run for every variant and seed
     start_from: str = ""  # finished experiment; its other stages are linked into each run
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # training.seed of every stage

@@ -1,6 +1,6 @@
 """A page to try a run in a browser.
 
-    python scripts/app.py --run runs/demo
+    python scripts/app.py --run runs/emoji
     python scripts/app.py --run USER/NAME --port 8000
 
 What sample.py takes for --run. Prompts to images, images between two prompts, the way of the flow

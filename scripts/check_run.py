@@ -1,6 +1,6 @@
 """Verify a run folder, or all stages of an experiment folder, and print what is there.
 
-    python scripts/check_run.py runs/demo
+    python scripts/check_run.py runs/emoji
 
 A line per stage, then a line per problem. Every file of every checkpoint has the bytes that were
 written; weights, EMA and moments of the newest whole one are finite; metrics.jsonl rises without

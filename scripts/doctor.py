@@ -56,7 +56,9 @@ def main(args: argparse.Namespace) -> int:
     """Print the table and return the exit status."""
     stages = read_stages(args.words, os.environ.get("STAGES", ""), Path("configs"))
     stages, _ = checks.skip_stages(stages)
-    job = find_job(os.environ, torch.cuda.device_count(), count_cores())
+    job = find_job(
+        os.environ, torch.cuda.device_count(), count_cores(), checks.cpu_processes(stages)
+    )
     for name in os.environ.keys() - clean(os.environ).keys():
         del os.environ[name]  # of a launcher: this is one process
     rows = []

@@ -1,6 +1,6 @@
 """Encode image shards with a trained tokenizer into token shards for stages 2 and 3.
 
-    accelerate launch --module scripts.encode_tokens --config configs/demo/tokens.yaml [key=value]
+    accelerate launch --module scripts.encode_tokens --config configs/emoji/tokens.yaml [key=value]
 
 A sample keeps its text members (captions, JSON); its latents are the posterior's mean and
 log-variance as float16 (format: data/readers.py). Shards are split over processes and reading
@@ -104,9 +104,6 @@ class TokensStage(StageConfig):
     def image_shards(self) -> list[str]:
         return self.data.all_shards()
 
-    def earlier_runs(self) -> dict[str, str]:
-        return {"tokenizer_run": self.tokenizer_run}
-
 
 def main(config: TokensStage) -> None:
     """Encode what is not there yet, then measure and write tokens.json."""
@@ -144,8 +141,7 @@ def main(config: TokensStage) -> None:
         if shard_damage(path, read_counts(path, info))
     ]
     accelerator.wait_for_everyone()  # all have looked before one writes
-    if accelerator.is_main_process:
-        save_source(folder, made_of)
+    save_source(folder, made_of)
     if info and not left:
         accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
         return

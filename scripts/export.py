@@ -1,8 +1,8 @@
 """Pack a trained run to pass it on: a folder of safetensors, config.json and a model card.
 
-    python scripts/export.py runs/demo --output exported/demo
-    python scripts/export.py runs/demo --output exported/demo --push USER/NAME
-    python sample.py --run exported/demo --prompts "pineapple, food fruit"
+    python scripts/export.py runs/emoji --output exported/emoji
+    python scripts/export.py runs/emoji --output exported/emoji --push USER/NAME
+    python sample.py --run exported/emoji --prompts "pineapple, food fruit"
 
 RUN is an experiment, or one of its stage-3 runs. EMA weights of the tokenizer, of the flow with its
 projector and, where the run has one, of the flow to captions with its text decoder. A text tower

@@ -80,7 +80,7 @@ def all_parts() -> dict[str, Part]:
     """In order of worth."""
     files = [f"tests/test_{name}.py" for name in ("gpu", "no_sync", "resume", "compile")]
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files)
-    demo = ("-m", "scripts.run_experiment", "demo", "runs_dir={folder}")
+    demo = ("-m", "scripts.run_experiment", "emoji", "runs_dir={folder}")
     b, xl, h = (f"flowtok_{size}/flowtok" for size in ("b", "xl", "h"))
     tokenizer, tokens = (f"tokenizer_bl77_256/{stage}" for stage in ("tokenizer", "tokens"))
     return {

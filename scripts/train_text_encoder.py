@@ -1,6 +1,6 @@
 """Train a small CLIP on the experiment's own pairs, for machines without a pretrained one.
 
-    accelerate launch --module scripts.train_text_encoder --config configs/demo/text_encoder.yaml
+    accelerate launch --module scripts.train_text_encoder --config configs/emoji/text_encoder.yaml
 
 Out: RUN/clip/, which the other stages read with `text_encoder.model: local-dir:RUN/clip`. Where
 OpenAI's ViT-L/14-336 can be had, use that instead (configs/flowtok_*). The same command resumes,
@@ -91,8 +91,7 @@ def train_clip(config: TextEncoderStage, run: Run, shards: dict) -> None:
     reader = image_reader(config.data, config.clip.image_size, tokenize)
     loader = open_stream(run, training, reader)
     save_config(run, config, latest_checkpoint(run.folder) is not None)
-    if run.is_main:
-        save_source(run.folder, shards)
+    save_source(run.folder, shards)
     train_network(
         run=run,
         stage=config,

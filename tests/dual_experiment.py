@@ -2,55 +2,46 @@
 
 from pathlib import Path
 
-import yaml
-from tiny_experiment import reset_accelerate
+from tiny_experiment import Experiment
 
 import train_next_scale
 import train_reader
 import train_tokenizer
-from configs.load import load_config
 
-PROGRAMS = {
-    "tokenizer": (train_tokenizer.TokenizerStage, train_tokenizer.main),
-    "next_scale": (train_next_scale.NextScaleStage, train_next_scale.main),
-    "reader": (train_reader.ReaderStage, train_reader.main),  # where transformers is installed
-}
 SIZE = {"width": 16, "depth": 1, "num_heads": 2}
 QUANTIZER = {"num_codes": 32, "semantic_channels": 6, "pixel_channels": 4, "scales": [1, 2]}
+DUAL = {  # but for its teacher
+    "image_size": 32,
+    "semantic_depth": 1,
+    "semantic_heads": 2,
+    "pixel_nets": "transformer",
+    "encoder": SIZE,
+    "decoder": SIZE,
+    "quantizer": {**QUANTIZER, "drop_scale_probability": 0.5},
+}
 
 
-class DualExperiment:
+class DualExperiment(Experiment):
     """Stages on 32 px images with a grid of 2 x 2, 4 steps each."""
 
     def __init__(self, folder: Path, clip: Path, shards: Path):
-        self.folder = folder
-        teacher = {"model": f"local-dir:{clip}"}
-        dual = {
-            "image_size": 32,
-            "teacher": teacher,
-            "semantic_depth": 1,
-            "semantic_heads": 2,
-            "pixel_nets": "transformer",
-            "encoder": SIZE,
-            "decoder": SIZE,
-            "quantizer": {**QUANTIZER, "drop_scale_probability": 0.5},
+        self.programs = {
+            "tokenizer": (train_tokenizer.TokenizerStage, train_tokenizer.main),
+            "next_scale": (train_next_scale.NextScaleStage, train_next_scale.main),
+            "reader": (train_reader.ReaderStage, train_reader.main),  # with transformers
         }
-        rhythm = dict.fromkeys(("log_every_steps", "checkpoint_every_steps"), 2)
-        common = {
-            "experiment_dir": str(folder),
-            "data": {
-                "shards": [f"{shards}/train-00000.tar"],
-                "num_workers": 0,
-                "shuffle_buffer": 16,
-            },
-            "training": {"max_steps": 4, "batch_size": 8, "ema_decay": 0.9, **rhythm},
-            "optimizer": {"learning_rate": 1e-3},
-        }
-        self.stages = {
+        self.teacher = {"model": f"local-dir:{clip}"}
+        super().__init__(folder, shards)
+
+    def stage_configs(self, shards: Path) -> dict[str, dict]:
+        latents = super().stage_configs(shards)["tokenizer"]
+        common = {section: latents[section] for section in ("data", "training", "optimizer")}
+        common["data"]["shards"] = [f"{shards}/train-00000.tar"]
+        return {
             "tokenizer": {
                 **common,
-                "dual": dual,
-                "text_encoder": teacher,
+                "dual": {**DUAL, "teacher": self.teacher},
+                "text_encoder": self.teacher,
                 "pictures": {"num_samples": 4, "shards": [f"{shards}/train-00001.tar"]},
                 "evaluation": {"every_steps": 4, "num_images": 4},
             },
@@ -63,16 +54,6 @@ class DualExperiment:
             "reader": {
                 **common,
                 "language_model": {"size": {**SIZE, "width": 32}, "freeze": False},
-                "pictures": {"num_images": 3},
+                "pictures": {"num_samples": 3},
             },
         }
-
-    def run(self, stage: str, *overrides: str) -> Path:
-        """Run a stage as its script does; returns its folder."""
-        file = self.folder / f"{stage}.yaml"
-        file.write_text(yaml.safe_dump(self.stages[stage]))
-        reset_accelerate()
-        schema, main = PROGRAMS[stage]
-        config = load_config(schema, file, list(overrides))
-        main(config)
-        return Path(config.run_dir)

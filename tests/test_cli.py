@@ -15,7 +15,7 @@ from training.errors import exit_on_error, program_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
-TOKENIZER = ROOT / "configs/demo/tokenizer.yaml"
+TOKENIZER = ROOT / "configs/emoji/tokenizer.yaml"
 
 
 def parse(monkeypatch, *arguments):
@@ -197,7 +197,7 @@ def test_a_parent_that_is_no_launcher_lives_on(program):
     ("launcher", "words"),
     [
         ("accelerate", ["train_tokenizer.py", "--config", TOKENIZER]),
-        ("torchrun", ["train_flowtok.py", "--config", "configs/demo/flowtok.yaml"]),
+        ("torchrun", ["train_flowtok.py", "--config", "configs/emoji/flowtok.yaml"]),
     ],
 )
 def test_a_stage_that_cannot_start_says_why_in_its_last_line(launcher, words):

@@ -15,9 +15,9 @@ from train_text_projector import TextProjectorStage
 from train_tokenizer import TokenizerStage
 
 ROOT = Path(__file__).parents[1]
-FLOWTOK = ROOT / "configs/demo/flowtok.yaml"
-TOKENIZER = ROOT / "configs/demo/tokenizer.yaml"
-PROJECTOR = ROOT / "configs/demo/text_projector.yaml"
+FLOWTOK = ROOT / "configs/emoji/flowtok.yaml"
+TOKENIZER = ROOT / "configs/emoji/tokenizer.yaml"
+PROJECTOR = ROOT / "configs/emoji/text_projector.yaml"
 NEXT_SCALE = ROOT / "configs/emoji_dual/next_scale.yaml"
 
 
@@ -41,7 +41,7 @@ def error_of(stage, path, *overrides):
 def test_a_shipped_file_loads_and_its_place_names_its_run(file):
     config = load(file)
     path = Path(file)
-    folder = path.parent.name.removesuffix("_caption") if "demo" in file else path.parent.name
+    folder = path.parent.name.removesuffix("_caption") if "emoji" in file else path.parent.name
     assert config.run_dir == f"runs/{folder}/{path.stem}"
     assert path.stem.startswith(config.stage)
 

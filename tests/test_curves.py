@@ -75,6 +75,6 @@ def test_what_cannot_be_drawn_is_refused(arguments, said, tmp_path, monkeypatch)
 
 def test_the_kept_logs_are_of_all_steps_of_the_demo():
     for stage in ("text_encoder", "tokenizer", "text_projector", "flowtok"):
-        config = load_stage(ROOT / f"configs/demo/{stage}.yaml")
-        rows = (ROOT / f"docs/logs/demo/{stage}/metrics.jsonl").read_text().splitlines()
+        config = load_stage(ROOT / f"configs/emoji/{stage}.yaml")
+        rows = (ROOT / f"docs/logs/emoji/{stage}/metrics.jsonl").read_text().splitlines()
         assert json.loads(rows[-1])["step"] == config.training.max_steps

@@ -54,10 +54,10 @@ def stops(rows):
 
 
 def test_nothing_stops_the_demo(tmp_path):
-    rows = examine(["demo", f"runs_dir={tmp_path}"])
+    rows = examine(["emoji", f"runs_dir={tmp_path}"])
     assert not stops(rows)
     for stage in ("text_encoder", "tokenizer", "text_projector", "flowtok"):
-        assert "hours" in rows["ok", f"demo/{stage} step"]
+        assert "hours" in rows["ok", f"emoji/{stage} step"]
     assert "GiB for checkpoints" in rows["ok", f"disk of {tmp_path}"]
     assert ("note", "devices") in rows
     assert not list(tmp_path.iterdir())
@@ -74,7 +74,7 @@ def made_up(tmp_path):
 
 
 def test_flowtok_xl_is_sound_with_its_shards_and_clip(made_up, tiny_clip_dir, monkeypatch):
-    # A real step is measured on the demo: XL's takes a minute
+    # A real step is measured on the emoji: XL's takes a minute
     monkeypatch.setattr(
         doctor, "look_at_step", lambda stage, *args: (node.Row("ok", f"{stage} step", ""), 0.0)
     )

@@ -3,73 +3,43 @@
 import pytest
 import torch
 from forks import in_two_processes
-from tokenflow_vectors import vectors
+from tokenflow_vectors import quantizer_of, vectors
 from torch.nn import functional as F
 
 from modeling import dual_quantizer
 from modeling.dual_quantizer import DualQuantizer, QuantizerConfig
 
-SMALL = QuantizerConfig(num_codes=64, semantic_channels=8, pixel_channels=4, scales=[1, 2, 3, 5, 6])
+# The codes' tolerance, the inputs' name, and what the losses' names begin with
+NAMES = {"lookup": (1e-6, "z", ""), "pyramid": (1e-5, "features", "train_")}
 
 
-def quantizer_of(group, **changes):
-    """The quantiser with the codebooks of a group of the vectors."""
-    config = QuantizerConfig(**{**vars(SMALL), "drop_scale_probability": 0.0, **changes})
-    quantizer = DualQuantizer(config)
-    quantizer.semantic_codes.data = vectors(f"{group}/semantic_codebook")
-    quantizer.pixel_codes.data = vectors(f"{group}/pixel_codebook")
-    return quantizer
-
-
-@pytest.mark.parametrize("chunk", [7, 4096])
-def test_a_lookup_and_its_gradients_are_the_originals(chunk, monkeypatch):
+@pytest.mark.parametrize(("group", "chunk"), [("lookup", 7), ("lookup", 4096), ("pyramid", 4096)])
+def test_codes_losses_and_gradients_are_the_originals(group, chunk, monkeypatch):
     monkeypatch.setattr(dual_quantizer, "CHUNK", chunk)
-    quantizer = quantizer_of("lookup")
-    z = vectors("lookup/z").requires_grad_()
-    found = quantizer.lookup(z, quantizer.codes())
-    assert torch.equal(found.indices[0].flatten(), vectors("lookup/indices"))
-    torch.testing.assert_close(found.codes, vectors("lookup/quantised"), atol=1e-6, rtol=0)
-    torch.testing.assert_close(found.codebook, vectors("lookup/codebook_loss"))
-    torch.testing.assert_close(0.25 * found.commitment, vectors("lookup/commitment_loss"))
-    (
-        found.codebook + 0.25 * found.commitment + (vectors("lookup/probe") * found.codes).sum()
-    ).backward()
-    compare_gradients(quantizer, z, "lookup", "z")
-    # Theirs counts the zeros with which its buffer starts
-    used = {*found.indices[0].flatten().tolist(), 0}
-    assert len(used) / 64 == vectors("lookup/usage").item()
-
-
-def compare_gradients(quantizer, inputs, group, name):
+    atol, name, kind = NAMES[group]
+    quantizer, inputs = quantizer_of(group), vectors(f"{group}/{name}").requires_grad_()
+    found = quantizer.lookup(inputs, quantizer.codes()) if group == "lookup" else quantizer(inputs)
+    indices = torch.cat(found.indices, dim=1)
+    assert torch.equal(indices.flatten(), vectors(f"{group}/indices").flatten())
+    torch.testing.assert_close(found.codes, vectors(f"{group}/quantised"), atol=atol, rtol=0)
+    torch.testing.assert_close(found.codebook, vectors(f"{group}/{kind}codebook_loss"))
+    commitment = 0.25 * found.commitment
+    torch.testing.assert_close(commitment, vectors(f"{group}/{kind}commitment_loss"))
+    probed = (vectors(f"{group}/probe") * found.codes).sum()
+    (found.codebook + commitment + probed).backward()
     pairs = {name: inputs, "semantic": quantizer.semantic_codes, "pixel": quantizer.pixel_codes}
     for key, tensor in pairs.items():
-        torch.testing.assert_close(
-            tensor.grad, vectors(f"{group}/grad_{key}"), atol=1e-6, rtol=1e-5
-        )
-
-
-def test_the_pyramid_and_its_gradients_are_the_originals():
-    quantizer = quantizer_of("pyramid")
-    features = vectors("pyramid/features").requires_grad_()
-    found = quantizer(features)
-    assert torch.equal(torch.cat(found.indices, dim=1), vectors("pyramid/indices"))
-    torch.testing.assert_close(found.codes, vectors("pyramid/quantised"), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.codebook, vectors("pyramid/train_codebook_loss"))
-    torch.testing.assert_close(0.25 * found.commitment, vectors("pyramid/train_commitment_loss"))
-    (
-        found.codebook + 0.25 * found.commitment + (vectors("pyramid/probe") * found.codes).sum()
-    ).backward()
-    compare_gradients(quantizer, features, "pyramid", "features")
+        expected = vectors(f"{group}/grad_{key}")
+        torch.testing.assert_close(tensor.grad, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_scales", [1, 2, 3, 4, None])
 def test_indices_decode_to_the_map_they_come_from_or_to_a_coarser_one(num_scales):
     quantizer = quantizer_of("pyramid")
+    length = sum(scale**2 for scale in quantizer.config.scales[:num_scales])
+    indices = vectors("pyramid/indices")[:, :length]
     name = f"first_{num_scales}_scales" if num_scales else "quantised"
-    indices = vectors("pyramid/indices")
-    if num_scales:
-        indices = indices[:, : sum(s**2 for s in SMALL.scales[:num_scales])]
-    decoded = quantizer.decode(indices, num_scales)
+    decoded = quantizer.decode(indices)
     torch.testing.assert_close(decoded, vectors(f"pyramid/{name}"), atol=1e-5, rtol=0)
 
 
@@ -83,14 +53,11 @@ def test_training_drops_one_scale_of_which_the_first_is_none():
     assert quantizer.train()(torch.randn(1, 12, 3, 3)).codes.shape == (1, 12, 3, 3)
 
 
-def test_the_pixel_weight_changes_which_pair_is_nearest():
-    features = torch.randn(2, 12, 6, 6, generator=torch.Generator().manual_seed(0))
-    same, other = (quantizer_of("pyramid", pixel_distance_weight=w)(features) for w in (1.0, 0.0))
-    assert not torch.equal(same.indices[-1], other.indices[-1])
-    # Without it the semantic halves alone decide
-    found = features[:, :8].mean((2, 3))
+def test_without_a_weight_of_the_pixel_half_the_semantic_halves_decide():
+    features = torch.randn(32, 12, 6, 6, generator=torch.Generator().manual_seed(0))
+    found = quantizer_of("pyramid", pixel_distance_weight=0.0)(features).indices[0][:, 0]
     semantic = F.normalize(vectors("pyramid/semantic_codebook"), dim=-1)
-    assert torch.equal(other.indices[0][:, 0], (found @ semantic.T).argmax(-1))
+    assert torch.equal(found, (features[:, :8].mean((2, 3)) @ semantic.T).argmax(-1))
 
 
 def test_usage_and_perplexity_are_of_all_processes(tmp_path):
@@ -103,26 +70,12 @@ def test_usage_and_perplexity_are_of_all_processes(tmp_path):
 def count_choices(rank):
     """Scale 1 chooses 3 codes in both processes together, equally often; the others none."""
     chosen = torch.tensor([[1], [0], [2]] if rank == 0 else [[0], [2], [1]])
-    return {name: float(value) for name, value in DualQuantizer(SMALL).count([chosen]).items()}
+    return {name: float(x) for name, x in quantizer_of("pyramid").count([chosen]).items()}
 
 
 def test_a_code_that_is_not_chosen_any_more_counts_as_unused():
-    quantizer = DualQuantizer(SMALL)
+    quantizer = quantizer_of("pyramid")
     quantizer.count([torch.tensor([[5]])])
     usage = [quantizer.count([torch.tensor([[7]])])["usage/1"] for _ in range(101)]
     assert usage[98] == pytest.approx(2 / 64)
     assert usage[100] == pytest.approx(1 / 64)
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"num_codes": 0}, "num_codes"),
-        ({"scales": [2, 1]}, "scales"),
-        ({"scales": []}, "scales"),
-        ({"drop_scale_probability": 2.0}, "drop_scale_probability"),
-    ],
-)
-def test_sizes_that_can_not_be_are_refused(changes, key):
-    with pytest.raises(ValueError, match=key):
-        QuantizerConfig(**changes)

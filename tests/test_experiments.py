@@ -19,8 +19,8 @@ from scripts.workload.sizes import read_stage
 # One of each kind of stage, and the largest networks: the others are made of the same parts.
 PLANNED = [
     "caption_xl/text_decoder",
-    "demo/text_encoder",
-    "demo_caption/flowtok_caption",
+    "emoji/text_encoder",
+    "emoji_caption/flowtok_caption",
     "flowtok_b_noise/flowtok",
     "flowtok_b_t5/flowtok",
     "flowtok_h/flowtok",

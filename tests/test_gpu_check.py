@@ -66,5 +66,5 @@ def test_parts_are_written_one_by_one_and_a_failure_or_a_limit_stops_none(
 
 
 def test_the_demos_stages_are_timed_by_what_the_script_prints():
-    text = "== demo/tokens\n== demo/tokens took 12 s\nx\n== demo/flowtok took 3 s\n"
-    assert gpu_check.demo_figures(text) == {"seconds": {"demo/tokens": 12, "demo/flowtok": 3}}
+    text = "== emoji/tokens\n== emoji/tokens took 12 s\nx\n== emoji/flowtok took 3 s\n"
+    assert gpu_check.demo_figures(text) == {"seconds": {"emoji/tokens": 12, "emoji/flowtok": 3}}

@@ -19,7 +19,7 @@ from scripts.run_experiment.processes import KEEP_FREED_MEMORY, STOPPED_STATUS, 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-DEMO = ["text_encoder", "tokenizer", "tokens", "text_projector", "flowtok", "report"]
+DEMO = ["scenes", "text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"]
 EXPERIMENTS = sorted(path.name for path in CONFIGS.iterdir() if stages.stage_files(path))
 
 
@@ -33,9 +33,9 @@ def read(*words, wanted="", configs=CONFIGS):
 @pytest.mark.parametrize(
     ("words", "wanted", "expected"),
     [
-        ([], "", [f"demo/{name}" for name in DEMO]),
-        (["seed=1"], "tokens tokenizer", ["demo/tokenizer", "demo/tokens"]),
-        (["configs/demo/"], "flowtok", ["demo/flowtok"]),
+        ([], "", [f"scenes/{name}" for name in DEMO]),
+        (["seed=1"], "tokens tokenizer", ["scenes/tokenizer", "scenes/tokens"]),
+        (["configs/emoji/"], "flowtok", ["emoji/flowtok"]),
         (
             ["tokenizer_bl77_256", "data_dir=/data", "flowtok_b"],
             "tokens_finetune flowtok_finetune",
@@ -62,7 +62,7 @@ def test_a_round_runs_the_program_of_its_stage_with_its_own_overrides():
     ("words", "wanted", "said"),
     [
         (["dmeo"], "", ["'dmeo'", *EXPERIMENTS]),
-        (["demo"], "tokeniser", ["STAGES=tokeniser", "text_encoder, tokenizer"]),
+        (["emoji"], "tokeniser", ["STAGES=tokeniser", "text_encoder, tokenizer"]),
         (["small", "text_encoder.path=x"], "", ["tokenizer.text_encoder.path=x"]),
         (["small", "flowtok.lr=1"], "", ["stage small/flowtok", "lr", "optimizer.learning_rate"]),
     ],
@@ -100,6 +100,22 @@ def test_the_job_follows_from_variables_gpus_and_cores(
     assert (job.num_machines, job.machine_rank) == machines
     assert (job.num_processes, job.num_threads) == (num_processes, num_threads)
     assert job.host == main[0] and job.port == (main[1] or job.port) > 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_gpus", "num_cores", "processes_and_threads"),
+    [
+        ({}, 0, 8, (2, 4)),
+        ({}, 0, 1, (1, 1)),
+        ({}, 4, 8, (4, 1)),
+        ({"NUM_PROCESSES": "1"}, 0, 8, (1, 8)),
+    ],
+)
+def test_a_stage_may_want_processes_where_there_are_no_gpus(
+    variables, num_gpus, num_cores, processes_and_threads
+):
+    job = find_job(variables, num_gpus, num_cores, cpu_processes=2)
+    assert (job.num_processes, job.num_threads) == processes_and_threads
 
 
 def test_the_first_host_of_a_slurm_job_is_asked_for(tmp_path, monkeypatch):

@@ -24,20 +24,12 @@ from modeling.layers import (
 GRID, HEAD_DIM = 3, 16
 
 
-def grid_positions(size=GRID):
-    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    return rows.flatten(), columns.flatten()
-
-
-def rope(head_dim=HEAD_DIM):
-    return rotation_tables(axial_rope_table(*grid_positions(), head_dim))
-
-
 def test_rotation_equals_timms_rotary_embedding():
     timm_rope = RotaryEmbeddingCat(HEAD_DIM, in_pixels=False, feat_shape=[GRID, GRID])
     x = torch.randn(2, GRID**2, 4, HEAD_DIM)
     expected = apply_rot_embed_cat(x.transpose(1, 2), timm_rope.get_embed()).transpose(1, 2)
-    torch.testing.assert_close(rotate_pairs(x, *rope()), expected)
+    tables = rotation_tables(axial_rope_table(torch.arange(GRID), torch.arange(GRID), HEAD_DIM))
+    torch.testing.assert_close(rotate_pairs(x, *tables), expected)
 
 
 @pytest.mark.parametrize("width", [32, 48])  # 85 hidden channels, which are padded, and 128

@@ -230,7 +230,7 @@ def test_sizes_come_from_the_run_or_from_the_yaml_that_makes_it(tiny):
     [
         (FLOWTOK_B, ["training.batch_size=100"], "training.batch_size 100"),
         (FLOWTOK_B, ["tokenizer_run=elsewhere/x/tokenizer_9"], "elsewhere/x/tokenizer_9"),
-        ("configs/demo/report.yaml", [], "report"),
+        ("configs/emoji/report.yaml", [], "report"),
     ],
 )
 def test_what_can_not_be_planned_is_refused(file, overrides, named):

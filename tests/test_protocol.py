@@ -16,12 +16,12 @@ def texts(path, **values):
 def test_the_shipped_protocols_are_whole():
     names = [path.stem for path in FOLDER.glob("*.yaml")]
     protocols = {name: load_dataclass(Protocol, protocol_file(name)) for name in names}
-    assert protocols.keys() == {"coco30k", "mjhq30k", "demo", "geneval"}
+    assert protocols.keys() == {"coco30k", "mjhq30k", "emoji", "geneval"}
     assert protocols["coco30k"].num_captions == protocols["mjhq30k"].num_captions == 30_000
     assert (protocols["mjhq30k"].resize, protocols["geneval"].layout) == ("clean", "geneval")
-    demo = protocols["demo"]
-    assert (demo.features, demo.clip.model) == ("tokenizer", "own")  # nothing to download
-    assert len(read_captions(demo)) == 150
+    emoji = protocols["emoji"]
+    assert (emoji.features, emoji.clip.model) == ("tokenizer", "own")  # nothing to download
+    assert len(read_captions(emoji)) == 150
 
 
 SOURCES = {
@@ -125,5 +125,5 @@ def test_a_reference_is_one_statistics_file_or_images():
 
 
 def test_an_unknown_protocol_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="coco40k.*coco30k, demo, geneval, mjhq30k"):
+    with pytest.raises(ValueError, match="coco40k.*coco30k, emoji, geneval, mjhq30k"):
         protocol_file("coco40k")

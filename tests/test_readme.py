@@ -110,12 +110,12 @@ def test_every_command_would_run(page, monkeypatch):
 @pytest.mark.parametrize(
     "command",
     [
-        "bash train_flowtok.sh demo training.max_step=3",
-        "python sample.py --run runs/demo --promts x",
-        "python train_flowtok.py --config configs/demo/tokenizer.yaml",
-        "python scripts/plan.py configs/demo/flowtok.yaml training.lr=1",
-        "python -m eval.generation runs/demo --protocol demo guidence=1",
-        "accelerate launch --num_proceses 2 sample.py --run runs/demo",
+        "bash train_flowtok.sh emoji training.max_step=3",
+        "python sample.py --run runs/emoji --promts x",
+        "python train_flowtok.py --config configs/emoji/tokenizer.yaml",
+        "python scripts/plan.py configs/emoji/flowtok.yaml training.lr=1",
+        "python -m eval.generation runs/emoji --protocol emoji guidence=1",
+        "accelerate launch --num_proceses 2 sample.py --run runs/emoji",
         "bash scripts/tests.sh",
     ],
 )

@@ -12,7 +12,7 @@ from tokenflow_vectors import FOLDER
 from modeling import released_dual
 from modeling.dual_quantizer import QuantizerConfig
 from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig
-from modeling.image_tower import ImageTower, TeacherConfig
+from modeling.image_tower import TeacherConfig
 from modeling.pixel_nets import ConvolutionSize
 from modeling.released_dual import IN_PROJ, SCALE, SHIFT, USED, convert_dual, published_names
 from scripts import convert_checkpoint
@@ -21,37 +21,24 @@ from training.loading import load_dual_tokenizer
 CLIP, SIGLIP = "tokenflow_clipb_32k_enhanced.pt", "tokenflow_siglip_32k.pt"
 
 
-def shapes(file):
-    """Names and shapes of a published file."""
-    return json.loads(gzip.decompress((FOLDER / "tensors.json.gz").read_bytes()))[file]
-
-
-def meta(file):
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes(file).items()}
-
-
 @pytest.mark.parametrize(
     ("file", "number", "millions", "grid", "size"),
     [(CLIP, 649, 376.57, 16, 256), (SIGLIP, 848, 554.01, 27, 384)],
 )
 def test_every_tensor_of_a_published_file_has_its_place(file, number, millions, grid, size):
-    tensors = meta(file)
+    shapes = json.loads(gzip.decompress((FOLDER / "tensors.json.gz").read_bytes()))[file]
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     assert len(tensors) == number
     converted = convert_dual(tensors)
     config = converted.networks["dual"]
     assert (config.grid_size, config.image_size) == (grid, size)
-    counts = converted.tensors["quantizer.counts"].numel()
-    found = sum(x.numel() for x in converted.tensors.values()) - counts
+    found = sum(x.numel() for name, x in converted.tensors.items() if name != "quantizer.counts")
     # Theirs counts neither the log of used codes nor SigLIP's fixed mean and deviation
     assert found / 1e6 == pytest.approx(millions, abs=0.01)
-    with torch.device("meta"):
-        own = DualTokenizer(config).state_dict()
-    assert {n: x.shape for n, x in converted.tensors.items()} == {
-        n: x.shape for n, x in own.items()
-    }
-    sources = {part for n in own if "counts" not in n for part in released_dual.published_names(n)}
-    left = {name.split(":")[0] for name in sources} ^ tensors.keys()
-    assert left == {USED} | ({"scaling_layer.shift", SCALE} if file == SIGLIP else set())
+    if file == SIGLIP:  # whose blocks have the tanh form of GELU
+        with torch.device("meta"):
+            blocks = DualTokenizer(config).semantic_encoder.visual.trunk.blocks
+        assert {block.mlp.act.approximate for block in blocks} == {"tanh"}
 
 
 @pytest.fixture(params=["clip", "siglip"])
@@ -128,10 +115,3 @@ def test_siglips_packed_weights_are_in_timms_order():
     name = "semantic_encoder.visual.trunk.blocks.3.attn.qkv.bias"
     layer = "encoder_vqkd.vision_model.encoder.layers.3.self_attn."
     assert published_names(name) == [f"{layer}{part}_proj.bias" for part in "qkv"]
-
-
-def test_siglips_blocks_get_the_tanh_form_of_gelu():
-    config = released_dual.read_config(meta(SIGLIP))
-    with torch.device("meta"):
-        tower = ImageTower.build(config.tower)
-    assert {block.mlp.act.approximate for block in tower.visual.trunk.blocks} == {"tanh"}

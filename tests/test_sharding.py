@@ -263,7 +263,7 @@ def test_the_other_continuous_stages_train_the_same_weights_sharded(chain, tmp_p
 @pytest.mark.parametrize(
     ("file", "option", "named"),
     [
-        ("configs/demo/flowtok.yaml", "training.compile=true", "training.compile"),
+        ("configs/emoji/flowtok.yaml", "training.compile=true", "training.compile"),
         ("configs/emoji_dual/tokenizer.yaml", "training.seed=0", "dual tokenizer"),
         ("configs/emoji_dual/next_scale.yaml", "training.seed=0", "dual tokenizer"),
     ],

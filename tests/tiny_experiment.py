@@ -103,12 +103,17 @@ def to_text(experiment: Path, shards: Path) -> list[str]:
 class Experiment:
     """A folder of configs and results."""
 
+    programs = PROGRAMS
+
     def __init__(self, folder: Path, shards: Path):
         self.folder = folder
         (folder / "configs").mkdir()
-        for stage, values in stage_configs(shards).items():
+        for stage, values in self.stage_configs(shards).items():
             text = yaml.safe_dump({"experiment_dir": str(folder), **values})
             self.config_file(stage).write_text(text)
+
+    def stage_configs(self, shards: Path) -> dict[str, dict]:
+        return stage_configs(shards)
 
     def config_file(self, stage: str) -> Path:
         return self.folder / "configs" / f"{stage}.yaml"
@@ -127,13 +132,13 @@ class Experiment:
         return runs
 
     def config(self, stage: str, *overrides: str):
-        return load_config(PROGRAMS[stage][0], self.config_file(stage), list(overrides))
+        return load_config(self.programs[stage][0], self.config_file(stage), list(overrides))
 
     def run(self, stage: str, *overrides: str) -> Path:
         """Run a stage as its script does; returns its folder."""
         reset_accelerate()
         config = self.config(stage, *overrides)
-        PROGRAMS[stage][1](config)
+        self.programs[stage][1](config)
         return Path(config.run_dir)
 
     def run_in(self, folder: Path, stage: str, *overrides: str) -> Path:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from modeling.dual_quantizer import DualQuantizer, QuantizerConfig
+
 FOLDER = Path(__file__).parent / "tokenflow"
 
 
@@ -19,7 +21,12 @@ def vectors(name):
     return torch.from_numpy(np.array(arrays()[name]))
 
 
-def weights(prefix):
-    """The tensors under a prefix, by the rest of their names."""
-    names = [name for name in arrays() if name.startswith(prefix)]
-    return {name.removeprefix(prefix): vectors(name) for name in names}
+def quantizer_of(group, **changes):
+    """The quantiser with the codebooks of a group of the vectors."""
+    scales = vectors("pyramid/scales").tolist()
+    values = {"num_codes": 64, "semantic_channels": 8, "pixel_channels": 4, "scales": scales}
+    config = QuantizerConfig(**values, drop_scale_probability=0.0, **changes)
+    quantizer = DualQuantizer(config)
+    quantizer.semantic_codes.data = vectors(f"{group}/semantic_codebook")
+    quantizer.pixel_codes.data = vectors(f"{group}/pixel_codebook")
+    return quantizer

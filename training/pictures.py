@@ -8,6 +8,7 @@ import html
 import io
 import textwrap
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ img { display: block; width: 100%; margin-bottom: 4px; outline: 1px solid #ddd; 
 """
 # The browser itself refuses scripts and anything from elsewhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@dataclass
+class SheetConfig:
+    """The picture on the way of what gets images: the first ones, and what it makes of them."""
+
+    num_samples: int = 16
+    shards: list[str] = field(default_factory=list)  # whose images; empty: the training shards
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
 
 
 def caption_grid(images: Tensor, captions: list[str], columns: int) -> Image.Image:

@@ -18,7 +18,14 @@ from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.next_scale import NextScale, NextScaleConfig, NextScaleGenerator, NextScaleSampling
-from modeling.pipeline import Captioner, FlowTokPipeline, ImageGenerator, SamplingConfig
+from modeling.pipeline import (
+    Captioner,
+    FlowTokPipeline,
+    Generator,
+    ImageGenerator,
+    Sampling,
+    SamplingConfig,
+)
 from modeling.pretrained import is_pretrained
 from modeling.text_decoder import TextAutoencoder, TextDecoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoder, TextTokenizer
@@ -36,8 +43,6 @@ from training.loading import (
 from training.run import CONFIG_FILE
 
 T = TypeVar("T")
-Generator = ImageGenerator | NextScaleGenerator  # what makes images of captions
-Sampling = SamplingConfig | NextScaleSampling
 
 
 def flow_folder(run_dir: str | Path) -> Path:
@@ -133,10 +138,9 @@ def find_run(
     )
 
 
-def find_tokenizer(flow_dir: Path) -> tuple[Path, ImageTokenizer]:
-    """(run, tokenizer) that a flow was trained with."""
-    wanted = trained_with(flow_dir).get("tokenizer")
-    return find_run(flow_dir, "tokenizer", load_tokenizer, fingerprint, wanted)
+def find_tokenizer(run: Path, load: Callable[[Path], T] = load_tokenizer) -> tuple[Path, T]:
+    """(run, tokenizer) that a flow, or what `load` makes of another stage's, was trained with."""
+    return find_run(run, "tokenizer", load, fingerprint, trained_with(run).get("tokenizer"))
 
 
 def find_text_decoder(flow_dir: Path, projector: TextProjector) -> TextDecoder:
@@ -158,7 +162,7 @@ def load_pipeline(
         return exported.generator, exported.direction("text_to_image").sampling
     flow_dir = flow_folder(run_dir)
     if is_next_scale(flow_dir):
-        raise ValueError(f"{flow_dir} has no flow: sample.py draws its images")
+        raise ValueError(f"{flow_dir} has no flow: sample.py --prompts draws its images")
     if direction_of(flow_dir) == "image_to_text":
         raise ValueError(f"{flow_dir} flows from image to text, no images: sample.py --caption")
     tokenizer_run, tokenizer = find_tokenizer(flow_dir)
@@ -174,11 +178,8 @@ def load_generator(run_dir: str | Path, device: torch.device) -> tuple[Generator
     if not is_next_scale(run_dir):
         return load_pipeline(run_dir, device)
     run = flow_folder(run_dir)
-    known = trained_with(run)
-    tokenizer_run, tokenizer = find_run(
-        run, "tokenizer", load_dual_tokenizer, fingerprint, known.get("tokenizer")
-    )
-    text_encoder = find_text_encoder(tokenizer_run, known.get("text_encoder"))
+    tokenizer_run, tokenizer = find_tokenizer(run, load_dual_tokenizer)
+    text_encoder = find_text_encoder(tokenizer_run, trained_with(run).get("text_encoder"))
     model = load_ema(NextScale(read_section(run, "next_scale", NextScaleConfig)), run)
     parts = NextScaleGenerator(text_encoder.to(device), tokenizer.to(device), model.to(device))
     return parts, read_section(run, "sampling", NextScaleSampling)

@@ -107,7 +107,9 @@ def read_source(folder: Path) -> dict:
 
 
 def save_source(folder: Path, source: dict) -> None:
-    """Write what the results in a folder are made of, unless that is known; main process only."""
+    """Write what the results in a folder are made of, unless that is known; the main process."""
+    if not PartialState().is_main_process:
+        return
     found = read_source(folder)
     # a store that does not answer today said something before
     before, now = found.get(SHARDS, {}), source.get(SHARDS, {})

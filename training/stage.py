@@ -52,7 +52,8 @@ class StageConfig:
 
     def earlier_runs(self) -> dict[str, str]:
         """Folders of the runs that the stage reads, by key; an earlier stage may make them."""
-        return {}
+        keys = ("tokenizer_run", "projector_run", "init_from", "text_decoder_run")
+        return {key: run for key in keys if (run := getattr(self, key, ""))}
 
 
 @dataclass
@@ -76,6 +77,9 @@ class TrainingConfig:
     # full: weights, gradients, moments and EMA are split among the processes (FSDP2), for networks
     # that do not fit one GPU. A run may change from one to the other.
     shard: Literal["none", "full"] = "none"
+    # Processes that train_flowtok.sh starts without GPUs, at most one a core, unless NUM_PROCESSES
+    # says how many. Threads do not speed up the smallest networks, processes do.
+    cpu_processes: int = 1
 
     def __post_init__(self):
         minimum = {
@@ -89,6 +93,7 @@ class TrainingConfig:
             "sample_every_steps": 0,
             "seed": 0,
             "max_hours": 0,
+            "cpu_processes": 1,
         }
         for name, least in minimum.items():
             if getattr(self, name) < least:

@@ -18,6 +18,7 @@ from data.config import ReaderConfig
 from data.files import write_json
 from data.readers import TokenTextConfig, caption_reader, token_reader
 from data.storage import is_remote
+from modeling.dual_tokenizer import DualTokenizer, DualTokens
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import Posterior, fingerprint
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, load_text_encoder
@@ -365,6 +366,16 @@ def text_states(run: Run, encoder: TextEncoder | None, batch: dict) -> Tensor:
         return batch["text_states"].to(run.device, non_blocking=True).float()
     with run.accelerator.autocast():
         return encoder(batch["token_ids"].to(run.device, non_blocking=True))
+
+
+@torch.no_grad()
+def encode_images(
+    run: Run, tokenizer: ImageTokenizer | DualTokenizer, batch: dict
+) -> Posterior | DualTokens:
+    """What a frozen tokenizer makes of a batch's images, in the run's precision."""
+    images = batch["image"].to(run.device, non_blocking=True).float().div_(255)
+    with run.accelerator.autocast():
+        return tokenizer.encode(images)
 
 
 def holds_states_of(encoder: TextEncoder, pattern: str) -> bool:

@@ -41,7 +41,9 @@ def main(words: Sequence[str]) -> None:
     # What runs where
     stages = read_stages(words, os.environ.get("STAGES", ""), Path("configs"))
     stages, skipped = checks.skip_stages(stages)
-    job = find_job(os.environ, torch.cuda.device_count(), count_cores())
+    job = find_job(
+        os.environ, torch.cuda.device_count(), count_cores(), checks.cpu_processes(stages)
+    )
     is_dry = os.environ.get("DRY_RUN", "0") != "0"
     checks.check_configs(stages, job.num_processes)
     if not is_dry:

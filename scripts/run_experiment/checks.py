@@ -36,6 +36,12 @@ def errors_of(stage: Stage) -> Iterator[None]:
         raise ValueError(f"stage {stage}: {error}") from error
 
 
+def cpu_processes(stages: Sequence[Stage]) -> int:
+    """How many processes without GPUs all stages want."""
+    configs = [stage.config for stage in stages if isinstance(stage.config, TrainedStage)]
+    return min((config.training.cpu_processes for config in configs), default=1)
+
+
 def check_configs(stages: Sequence[Stage], num_processes: int) -> None:
     """Refuse what the configs alone show: batches that don't divide, stages in one folder.
 

@@ -92,8 +92,12 @@ def clean(variables: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def find_job(variables: Mapping[str, str], num_gpus: int, num_cores: int) -> Job:
+def find_job(
+    variables: Mapping[str, str], num_gpus: int, num_cores: int, cpu_processes: int = 1
+) -> Job:
     """The job by the variables of train_flowtok.sh's header; unset ones: Slurm's, torchrun's.
+
+    cpu_processes: on each machine without GPUs, where no variable says how many.
 
     Raises:
         ValueError: a variable that can't be, by name and value.
@@ -111,9 +115,10 @@ def find_job(variables: Mapping[str, str], num_gpus: int, num_cores: int) -> Job
     host = variables.get("MAIN_PROCESS_IP") or first_host(variables, num_machines)
     port = read_number(variables, "MAIN_PROCESS_PORT", 29500 if num_machines > 1 else 0, least=0)
 
-    # Processes: one a GPU; without GPUs, one a machine with all of its cores.
+    # Processes: one a GPU
+    per_machine = num_gpus or min(cpu_processes, num_cores)
     num_processes = read_number(
-        variables, "NUM_PROCESSES", default=num_machines * max(num_gpus, 1), least=1
+        variables, "NUM_PROCESSES", default=num_machines * per_machine, least=1
     )
     per_machine, rest = divmod(num_processes, num_machines)
     if rest:

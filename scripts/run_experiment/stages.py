@@ -91,7 +91,7 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
         ValueError: an unknown experiment or stage, or a config that can't work.
     """
     overrides = [split_target(word) for word in words if is_override(word)]
-    names = [word for word in words if not is_override(word)] or ["demo"]
+    names = [word for word in words if not is_override(word)] or ["scenes"]
     files = [file for name in names for file in stage_files(find_experiment(name, configs))]
 
     # Only those of STAGES, and no override for another one
