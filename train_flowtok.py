@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from configs.load import load_dataclass, parse_stage_args
 from data.entries import Entry
@@ -22,7 +23,7 @@ from eval.generation import EvaluationConfig, FlowEvaluation
 from eval.images import caption_sheet, choose_images
 from eval.protocol import Protocol, protocol_file
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
-from modeling.flow import FlowConfig, check_guidance
+from modeling.flow import FlowConfig
 from modeling.flow_model import FlowModel, build_flow, check_condition, fill_in_sizes
 from modeling.flowtok import FlowTokConfig
 from modeling.layers import fingerprint
@@ -123,8 +124,11 @@ class FlowTokStage(TrainedStage):
         if self.flow.source == "noise":
             self._check_flow_from_noise()
 
+        if self.flow.objective == "mean_flow" and self.training.shard == "full":
+            raise ValueError("flow.objective=mean_flow with training.shard=full: set it to none")
+
         # What is sampled on the way.
-        check_guidance(self.sampling.guidance, self.flow.null_probability)
+        self.sampling.check_flow(self.flow)
         if self.evaluation.every_steps:
             protocol_file(self.evaluation.protocol)
         if self.flow.direction == "image_to_text":
@@ -211,6 +215,10 @@ def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
     if not config.init_from:
         return load_projector(config.projector_run) if config.projector_run else None
     source = load_flow(config.init_from)
+    if source.config.objective == "mean_flow" and config.flow.objective == "velocity":
+        raise ValueError(
+            f"{config.init_from} has average velocities: expected flow.objective=mean_flow"
+        )
     # Some sizes come from tokenizer and projector; all others are typed, and may disagree.
     found = source.flowtok.config
     derived = {f.name: getattr(found, f.name) for f in fields(found) if f.metadata.get("derived")}
@@ -270,7 +278,7 @@ def build_evaluation(
     path = protocol_file(config.evaluation.protocol)
     protocol = load_dataclass(Protocol, path, config.evaluation.overrides)
     sampling = protocol.sampling(config.sampling)
-    check_guidance(sampling.guidance, config.flow.null_probability)
+    sampling.check_flow(config.flow)
     sampling.check_images("images_per_caption", protocol.images_per_caption)
     measure = FlowEvaluation(
         config.evaluation, protocol, run.folder, config.tokenizer_run, text_config, config.sampling
@@ -284,7 +292,8 @@ def build_model(
     """Projector and DiT with the weights of `source`; freezes what gets no gradient."""
     model = build_flow(config.projector, config.flowtok, config.flow)
     if isinstance(source, FlowModel):
-        model.load_state_dict(source.state_dict())
+        # Where a velocity flow becomes a mean flow, the interval's weights stay new.
+        model.load_state_dict(model.state_dict() | source.state_dict())
     elif source is not None:
         model.projector.load_state_dict(source.state_dict())
     model.latent_scale.fill_(info.latent_scale)
@@ -313,6 +322,8 @@ def compute_losses(
         terms |= projector_losses(config.losses, output.source, image_mean)
     loss = sum(weighted_terms(terms, loss_weights(config.losses)).values())
     terms |= {"loss": loss}
+    if output.is_weighted:  # L_fm stays near 1
+        terms |= {"squared_error": F.mse_loss(output.velocity, output.target).detach()}
     if config.flow.source == "noise":
         return terms
     return terms | latent_statistics(output.source.mean)

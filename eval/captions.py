@@ -47,7 +47,6 @@ from eval.programs import (
     describe_environment,
     start_processes,
 )
-from modeling.flow import check_guidance
 from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
 from training.errors import exit_on_error
@@ -108,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
     points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
     for point in points:
-        check_guidance(point.guidance, captioner.flow.config.null_probability)
+        point.check_flow(captioner.flow.config)
 
     # Where the flow starts is the same at each point; None: the text decoder reads z_I itself
     scorer = CaptionScorer(references)

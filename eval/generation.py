@@ -43,7 +43,6 @@ from eval.programs import (
     undisturbed,
 )
 from eval.protocol import Protocol, protocol_file, read_captions
-from modeling.flow import check_guidance
 from modeling.flow_model import FlowModel
 from modeling.layers import fingerprint
 from modeling.pipeline import Generator, ImageGenerator, SamplingConfig
@@ -103,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         )
     for point in points:
         sampling = point.sampling(default)
-        check_guidance(sampling.guidance, generator.flow.config.null_probability)
+        sampling.check_flow(generator.flow.config)
         sampling.check_images("images_per_caption", protocol.images_per_caption)
 
     # What the images are measured with

@@ -59,7 +59,6 @@ from eval.programs import (
 )
 from eval.reconstruction import Reconstructor
 from eval.scores import kernel_distance
-from modeling.flow import check_guidance
 from modeling.pipeline import Generator, ImageGenerator, Sampling
 from training.errors import exit_on_error
 from training.loading import load_newest
@@ -114,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
     ]
     for sampling in points:
         if isinstance(generator, ImageGenerator):
-            check_guidance(sampling.guidance, generator.flow.config.null_probability)
+            sampling.check_flow(generator.flow.config)
         sampling.check_images("--images-per-caption", args.images_per_caption)
 
     # A row for each set of images

@@ -40,6 +40,9 @@ class FlowConfig:
     projector: Literal["joint", "detached", "frozen"] = "joint"
     # image_to_text: z_I at t = 0, z_T at t = 1, for captions (paper, Sec. 4.1).
     direction: Literal["text_to_image", "image_to_text"] = "text_to_image"
+    # mean_flow: the network learns average velocities over intervals, for a few Euler steps; its
+    # training takes nearly half as long again (modeling/mean_flow.py).
+    objective: Literal["velocity", "mean_flow"] = "velocity"
 
     def __post_init__(self):
         if not 0 <= self.null_probability < 1:

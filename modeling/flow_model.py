@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .flow import (
     FlowConfig,
@@ -24,6 +25,7 @@ from .flow import (
 )
 from .flowtok import FlowTok, FlowTokConfig
 from .layers import FlowPass, SourcePass
+from .mean_flow import drift, num_plain, sample_intervals
 from .text_projector import NoiseSource, TextProjector, TextProjectorConfig
 
 
@@ -52,10 +54,22 @@ class VelocityNetwork(Protocol):
     shape: tuple[int, int]  # K x C of the tokens
     reads_text: bool  # whether it takes a context
 
-    def __call__(self, tokens: Tensor, t: Tensor, null: Tensor, context: Tensor | None) -> Tensor:
-        """Tokens B x K x C, t B in [0, 1], null B bool, context -> velocity B x K x C."""
+    def __call__(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        null: Tensor,
+        context: Tensor | None,
+        interval: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens B x K x C, t B in [0, 1], null B bool, context -> velocity B x K x C.
 
-    def at_times(self, times: list[float], context: Tensor | None) -> VelocityBranches:
+        interval: length B of what the velocity is averaged over, for mean_flow.
+        """
+
+    def at_times(
+        self, times: list[float], context: Tensor | None, interval: float | None = None
+    ) -> VelocityBranches:
         """The network as sampling calls it."""
 
 
@@ -98,15 +112,39 @@ class FlowModel(nn.Module):
 
         # Times, and the samples of the unconditional flow. The network leaves out a context there;
         # where the start says what the text is, only another target can hide it.
-        t = sample_times(flow, len(start), start.device)  # B
+        interval = None
+        if flow.objective == "mean_flow":
+            t, interval = sample_intervals(flow, len(start), start.device)  # B each
+        else:
+            t = sample_times(flow, len(start), start.device)  # B
         null = draw_null(len(start), flow.null_probability, start.device)  # B
         if self.projector.tells_text:
             end = swap_targets(end, null)
 
         # L_fm regresses the network at z_t onto the path's velocity (Sec. 3.3).
         z_t = interpolate(start, end, t, flow.sigma_min)  # B x K x C
-        velocity = self.flowtok(z_t, t, null, context)
-        return FlowPass(velocity, target_velocity(start, end, flow.sigma_min), source)
+        velocity = self.flowtok(z_t, t, null, context, interval)
+        if interval is not None:
+            velocity = velocity - self.drift(z_t, t, interval, null, context)
+        target = target_velocity(start, end, flow.sigma_min)
+        return FlowPass(velocity, target, source, is_weighted=interval is not None)
+
+    @torch.no_grad()
+    def drift(
+        self, z: Tensor, t: Tensor, interval: Tensor, null: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """What an average velocity has more than the one at t: B x K x C, 0 where interval is."""
+        first = num_plain(len(z))
+        z, t, interval, null = (x[first:] for x in (z, t, interval, null))
+        context = None if context is None else context[first:]
+
+        # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
+        velocity = self.flowtok(z, t, null, context, torch.zeros_like(t)).to(z)
+
+        def average(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return self.flowtok(z, t, null, context, h)
+
+        return F.pad(drift(average, z, t, interval, velocity), (0, 0, 0, 0, first, 0))
 
     def context(self, text_states: Tensor) -> Tensor | None:
         """What the velocity network reads for sampling: text states B x L x T -> B x L x W."""
@@ -140,4 +178,5 @@ def build_flow(
 ) -> FlowModel:
     """The flow that a run's config describes, with new weights."""
     source = {"text": TextProjector, "noise": NoiseSource}[flow.source]
-    return FlowModel(source(projector), FlowTok(flowtok), flow)
+    takes_interval = flow.objective == "mean_flow"
+    return FlowModel(source(projector), FlowTok(flowtok, takes_interval), flow)

@@ -129,9 +129,9 @@ class FlowTokBlock(nn.Module):
 
 
 class FlowTok(nn.Module):
-    """The velocity network v(z_t, t, null)."""
+    """The velocity network v(z_t, t, null); with intervals, u(z_t, t, h, null) (mean_flow.py)."""
 
-    def __init__(self, config: FlowTokConfig):
+    def __init__(self, config: FlowTokConfig, takes_interval: bool = False):
         super().__init__()
         self.config = config
         self.shape = (config.num_tokens, config.token_channels)  # K x C
@@ -147,17 +147,24 @@ class FlowTok(nn.Module):
         self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(config.width, 2 * config.width)
         self.to_velocity = nn.Linear(config.width, config.token_channels)
+        self.embed_interval = TimeEmbedding(config.width) if takes_interval else None
         self.init_weights()
 
     def forward(
-        self, tokens: Tensor, t: Tensor, null: Tensor, context: Tensor | None = None
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        null: Tensor,
+        context: Tensor | None = None,
+        interval: Tensor | None = None,
     ) -> Tensor:
         """Tokens B x K x C, t B float in [0, 1], null B bool -> velocity B x K x C.
 
         context: features of the text, B x L x W of the projector, where there is a condition.
+        interval: B, the length of what the velocity is averaged over, where the network takes it.
         """
         x = self.embed_tokens(tokens) + self.positions  # B x K x W
-        condition = self.condition(t, null)  # B x W
+        condition = self.condition(t, null, interval)  # B x W
         if self.reads_text:
             context = self.embed_context(context, null)  # B x L x W
         x, context = self.join(x, context)
@@ -172,13 +179,18 @@ class FlowTok(nn.Module):
             return torch.cat([x, context], dim=-2), None
         return x, context
 
-    def at_times(self, times: list[float], context: Tensor | None = None) -> "TimeTable":
+    def at_times(
+        self, times: list[float], context: Tensor | None = None, interval: float | None = None
+    ) -> "TimeTable":
         """The network for sampling, at times and with features of the text known beforehand."""
-        return TimeTable(self, times, context)
+        return TimeTable(self, times, context, interval)
 
-    def condition(self, t: Tensor, null: Tensor) -> Tensor:
+    def condition(self, t: Tensor, null: Tensor, interval: Tensor | None = None) -> Tensor:
         """SiLU(c), B x W: all that the blocks know besides the tokens."""
-        return F.silu(self.embed_time(t) + self.embed_null(null.long()))
+        condition = self.embed_time(t) + self.embed_null(null.long())
+        if self.embed_interval is not None:
+            condition = condition + self.embed_interval(interval)
+        return F.silu(condition)
 
     def project_out(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Last norm and linear: x G x N x W, modulation G x 2 W -> G x N x C."""
@@ -198,6 +210,10 @@ class FlowTok(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
+        # At the start, or from the weights of a velocity flow, the interval changes nothing.
+        if self.embed_interval is not None:
+            nn.init.zeros_(self.embed_interval.mlp[-1].weight)
+
 
 class TimeTable:
     """FlowTok at a few known times, for sampling: as the network's own forward, up to rounding."""
@@ -205,13 +221,20 @@ class TimeTable:
     # Modulations depend on time and indicator only: computed once, they are shared by all samples,
     # and a third of the weights is read once for all steps instead of once a step.
     @torch.no_grad()
-    def __init__(self, network: FlowTok, times: list[float], features: Tensor | None = None):
+    def __init__(
+        self,
+        network: FlowTok,
+        times: list[float],
+        features: Tensor | None = None,
+        interval: float | None = None,
+    ):
         self.network = network
         self.rows = {time: row for row, time in enumerate(times)}
         t = torch.tensor(times, dtype=torch.float32, device=network.positions.device)
         t = t.repeat_interleave(2)  # each time conditional, then unconditional
         null = torch.tensor([False, True], device=t.device).repeat(len(times))
-        condition = network.condition(t, null)  # 2 T x W, for T times
+        interval = None if interval is None else torch.full_like(t, interval)
+        condition = network.condition(t, null, interval)  # 2 T x W, for T times
         layers = [*(block.modulation for block in network.blocks), network.modulation_out]
         # T x 2 x 6 W for each block, T x 2 x 2 W for the last norm
         self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]

@@ -95,6 +95,19 @@ class SamplingConfig(Sampling):
                 f"{self.guidance_interval}"
             )
 
+    def check_flow(self, flow: FlowConfig) -> None:
+        """Refuse what a flow was not trained for: guidance, or a solver that needs velocities.
+
+        Raises:
+            ValueError: naming both.
+        """
+        check_guidance(self.guidance, flow.null_probability)
+        if flow.objective == "mean_flow" and self.sampler != "euler":
+            raise ValueError(
+                f"sampler {self.sampler} with flow.objective=mean_flow: average velocities belong "
+                "to whole steps, expected euler"
+            )
+
 
 def unit_noise(shape: tuple[int, int], seed: int, indices: list[int]) -> Tensor:
     """Unit noise, len(indices) x K x C, each row a function of (seed, index). CPU float32.
@@ -125,11 +138,12 @@ def transport(
         context: what the velocity network reads beside the tokens (FlowModel.context).
         visited: gets the points at which the solver asked for the velocity, by their times.
     """
-    check_guidance(config.guidance, flow.config.null_probability)
+    config.check_flow(flow.config)
     solver = SOLVERS[config.sampler]
     times = make_times(config.steps)
     with autocast(start.device, config.precision):
-        branches = flow.flowtok.at_times(evaluation_times(solver, times), context)
+        interval = 1 / config.steps if flow.config.objective == "mean_flow" else None
+        branches = flow.flowtok.at_times(evaluation_times(solver, times), context, interval)
         velocity = guided_velocity(branches, config.guidance, tuple(config.guidance_interval))
 
         def visit(x: Tensor, time: float) -> Tensor:

@@ -1,0 +1,149 @@
+"""flow.objective=mean_flow: intervals, the derivative, a field known in closed form, whole runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_experiment import draw, metrics, weights
+from torch import nn
+
+from modeling.flow import FlowConfig
+from modeling.flow_model import build_flow
+from modeling.flowtok import FlowTok, FlowTokConfig
+from modeling.losses import FlowLossConfig, velocity_losses
+from modeling.mean_flow import drift, num_plain, sample_intervals
+from modeling.pipeline import SamplingConfig, transport
+from modeling.samplers import euler, make_times
+from modeling.text_projector import TextProjectorConfig
+from training.checkpoint import EMA_FILE
+
+B, K, C, T, W = 6, 5, 3, 16, 16
+SIZE = {"width": W, "depth": 2, "num_heads": 2, "token_channels": C}
+PROJECTOR = TextProjectorConfig(K, T, mlp_width=16, alignment_width=8, **SIZE)
+NETWORK = FlowTokConfig(num_tokens=K, context_tokens=K, context_width=W, **SIZE)
+OPTION = "flow.objective=mean_flow"
+FORMS = [("text", "none"), ("text", "cross_attention"), ("noise", "concatenation")]
+
+
+def build(source="text", condition="none", **options):
+    """A flow with weights away from the zero start."""
+    config = FlowConfig(source=source, objective="mean_flow", **options)
+    flow = build_flow(PROJECTOR, replace(NETWORK, condition=condition), config)
+    for parameter in flow.flowtok.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return flow.eval()
+
+
+def test_intervals_lie_in_the_unit_interval_and_half_of_them_are_points():
+    t, h = sample_intervals(FlowConfig(time_distribution="uniform"), 1001, torch.device("cpu"))
+    plain = num_plain(1001)
+    assert plain == 500 and not h[:plain].any() and (h[plain:] > 0).all()
+    assert t.min() >= 0 and (t + h).max() <= 1 + 1e-6
+    # Plain times are uniform; the smaller and the larger of two are not.
+    assert t[:plain].mean().item() == pytest.approx(1 / 2, abs=0.05)
+    assert t[plain:].mean().item() == pytest.approx(1 / 3, abs=0.05)
+    assert (t + h)[plain:].mean().item() == pytest.approx(2 / 3, abs=0.05)
+
+
+@pytest.mark.parametrize("condition", ["none", "cross_attention", "concatenation"])
+def test_drift_is_the_derivative_of_the_network_with_the_intervals_end_held(condition):
+    network = build(condition=condition).flowtok
+    z, v, context = (torch.randn(B, K, width) for width in (C, C, W))
+    t, h = torch.rand(2, B) / 2
+    null = torch.arange(B) < 2
+    context = None if condition == "none" else context
+
+    def average(z, t, h):
+        return network(z, t, null, context, h)
+
+    e = 1e-2  # of float32, as the sinusoids are
+    ahead, behind = (average(z + s * v, t + s, h - s) for s in (e, -e))
+    expected = h.view(-1, 1, 1) * (ahead - behind) / (2 * e)
+    found = drift(average, z, t, h, v)
+    assert (found - expected).abs().max() < 2e-3 * found.abs().max()
+    assert found.abs().max() > 0.1 and not found.requires_grad
+
+
+def test_average_velocity_less_its_drift_is_the_velocity_and_its_steps_are_exact():
+    # dz/dt = a z has z(t + h) = z exp(a h).
+    a = 1.3
+
+    def average(z, t, h):
+        h = torch.as_tensor(h).view(-1, 1, 1)
+        return z * (torch.exp(a * h) - 1) / h
+
+    z, (t, h) = torch.randn(B, K, C).double(), torch.rand(2, B).double()
+    velocity = average(z, t, h) - drift(average, z, t, h, a * z)
+    torch.testing.assert_close(velocity, a * z)
+    third = torch.tensor(1 / 3).double()
+    end = euler(lambda x, time: average(x, time, third), z, make_times(3))
+    torch.testing.assert_close(end, z * torch.tensor(a).double().exp())
+
+
+@pytest.mark.parametrize(("source", "condition"), FORMS)
+def test_gradient_reaches_all_that_learns(source, condition):
+    flow = build(source, condition, null_probability=0.5)
+    states, image = torch.randn(B, K, T), torch.randn(B, K, C)
+    for _ in range(4):
+        result = flow(states, image)
+        velocity_losses(FlowLossConfig(), result)["flow_matching"].backward()
+    silent = {n for n, p in flow.flowtok.named_parameters() if not p.grad.abs().max() > 0}
+    assert not silent and result.is_weighted
+
+
+def test_weights_of_a_velocity_flow_go_on_as_the_same_velocity():
+    plain, network = FlowTok(NETWORK), FlowTok(NETWORK, takes_interval=True)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    network.load_state_dict(network.state_dict() | plain.state_dict())
+    tokens, t, null = torch.randn(B, K, C), torch.rand(B), torch.arange(B) < 2
+    before, after = plain(tokens, t, null), network(tokens, t, null, interval=torch.rand(B))
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("source", "condition"), FORMS)
+def test_sampling_takes_whole_steps_with_guidance_of_average_velocities(source, condition):
+    flow, guidance = build(source, condition), 1.5
+    start, states = torch.randn(B, K, C), torch.randn(B, K, T)
+    context = flow.context(states)
+    x = start
+    for t in (0.0, 0.5):
+        time, half = torch.full((B,), t), torch.full((B,), 0.5)
+        off, on = torch.zeros(B, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
+        with torch.no_grad():
+            unconditional = flow.flowtok(x, time, on, context, half)
+            velocity = torch.lerp(
+                unconditional, flow.flowtok(x, time, off, context, half), guidance
+            )
+        x = x + velocity / 2
+    end = transport(flow, start, context, SamplingConfig(steps=2, guidance=guidance))
+    torch.testing.assert_close(end, x)
+
+
+def test_sharded_weights_are_refused(chain):
+    with pytest.raises(ValueError, match="flow.objective=mean_flow.*training.shard=full"):
+        chain.config("flowtok", OPTION, "training.shard=full")
+
+
+def test_a_solver_that_needs_velocities_is_refused(chain):
+    message = "sampler heun.*flow.objective=mean_flow.*euler"
+    with pytest.raises(ValueError, match=message):
+        chain.config("flowtok", OPTION, "sampling.sampler=heun")
+    flow = build()
+    with pytest.raises(ValueError, match=message):
+        transport(flow, torch.randn(B, K, C), None, SamplingConfig(sampler="heun"))
+
+
+def test_a_run_goes_on_from_a_velocity_flow_resumes_and_draws(chain, tmp_path):
+    velocity = chain.run_in(tmp_path / "velocity", "flowtok")
+    options = [OPTION, "projector_run=", f"init_from={velocity}", "training.precision=bf16"]
+    run = chain.run_in(tmp_path / "mean", "flowtok", *options, "training.max_steps=2")
+    chain.run_in(tmp_path / "mean", "flowtok", *options)
+    assert [line["step"] for line in metrics(run)] == [2, 4]
+    assert all(line["squared_error"] > 0 for line in metrics(run))
+    assert weights(run, EMA_FILE)["flowtok.embed_interval.mlp.2.weight"].any()
+    picture = tmp_path / "x.png"
+    draw(tmp_path / "mean", "--prompts", "a red circle", "--steps", 1, "--output", picture)
+    assert picture.stat().st_size
+    with pytest.raises(ValueError, match="flow.objective"):
+        chain.run_in(tmp_path / "back", "flowtok", "projector_run=", f"init_from={run}")
