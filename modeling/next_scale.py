@@ -67,10 +67,7 @@ class NextScaleConfig:
         if not 0 <= self.null_probability < 1:
             raise ValueError(f"null_probability must be in [0, 1), got {self.null_probability}")
         if self.quantizer.scales[0] != 1:
-            raise ValueError(
-                f"the tokenizer's scales begin with {self.quantizer.scales[0]}, expected 1: the "
-                "text predicts the first one's only cell"
-            )
+            raise ValueError(f"the tokenizer's scales begin with {self.quantizer.scales[0]}, not 1")
 
 
 # What the network gets
