@@ -95,7 +95,7 @@ class FlowTokStage(TrainedStage):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     stage = "flowtok"
-    networks = ("projector", "flowtok", "tokenizer_run")
+    networks = ("projector", "flowtok", "tokenizer_run", "flow.source", "flow.objective")
 
     @property
     def source_run(self) -> str:

@@ -294,10 +294,10 @@ def measure(scenes: Scenes, facts: Facts, real: Facts) -> Row:
 
 
 def distance(features: Tensor, real: Tensor) -> float | None:
-    """KID; None without torch-fidelity."""
-    if not has_fidelity():
-        return None
+    """KID; None without torch-fidelity, or of a single image."""
     smaller = min(len(features), len(real))
+    if not has_fidelity() or smaller < 2:
+        return None
     kid, _ = kernel_distance(features, real, subsets=1, subset_size=smaller)
     return kid
 

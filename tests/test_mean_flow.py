@@ -147,3 +147,8 @@ def test_a_run_goes_on_from_a_velocity_flow_resumes_and_draws(chain, tmp_path):
     assert picture.stat().st_size
     with pytest.raises(ValueError, match="flow.objective"):
         chain.run_in(tmp_path / "back", "flowtok", "projector_run=", f"init_from={run}")
+    # What a run is trained for does not change on the way, and its config stays what it was
+    saved = (run / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="flow.objective: mean_flow -> velocity"):
+        chain.run_in(tmp_path / "mean", "flowtok", *options[1:], "training.max_steps=9")
+    assert (run / "config.yaml").read_text() == saved

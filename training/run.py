@@ -140,8 +140,9 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
     """Write a stage's config into the run folder, checked against that of its checkpoints.
 
     Args:
-        config: a StageConfig (training/stage.py). Its `networks` name the sections that can't
-            change once there is a checkpoint; other changes since an earlier start are printed.
+        config: a StageConfig (training/stage.py). Its `networks` name the sections and keys that
+            can't change once there is a checkpoint; other changes since an earlier start are
+            printed.
 
     Raises:
         ValueError: a network differs from the run that is to be resumed.
@@ -152,7 +153,8 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
         # A key that the earlier config lacks did not exist yet: it had its default's effect.
         defaults = dataclasses.asdict(type(config)())
         changes = list_changes(fill_in(read_saved(path), defaults), values)
-        fatal = [line for key, line in changes if key.split(".")[0] in config.networks]
+        names = [f"{name}." for name in config.networks]
+        fatal = [line for key, line in changes if any(f"{key}.".startswith(n) for n in names)]
         if fatal:
             raise ValueError(
                 f"{run.folder} was trained with another network: {'; '.join(fatal)}. Choose "

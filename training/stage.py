@@ -24,7 +24,7 @@ class StageConfig:
     data_dir: str = "datasets"  # where experiments that bring no data look for image shards
 
     stage: ClassVar[str]  # the name of the program's stage
-    networks: ClassVar[tuple[str, ...]] = ()  # sections that can't change in a started run
+    networks: ClassVar[tuple[str, ...]] = ()  # sections, keys that can't change in a started run
 
     def __post_init__(self):
         for name in ("runs_dir", "experiment_dir", "run_dir", "data_dir"):
