@@ -333,16 +333,14 @@ class NextScaleGenerator(Generator):
                 share = number / (len(scales) - 1) if len(scales) > 1 else 1.0
                 with autocast(states.device, config.precision):
                     logits = self.logits(features, states, config.guidance * share)
-                logits = logits[:, -(scale**2) :]
-                logits = keep_likely(logits, config.top_k[step], config.top_p[step])
+                own = keep_likely(logits[:, -(scale**2) :], config.top_k[step], config.top_p[step])
                 places = slice(known.shape[1], known.shape[1] + scale**2)
-                found = torch.cat([known, draw_indices(logits, noise[:, step, places])], dim=1)
+                found = torch.cat([known, draw_indices(own, noise[:, step, places])], dim=1)
         return found
 
     def logits(self, features: Tensor, states: Tensor, guidance: float) -> Tensor:
         """(1 + t) conditional - t unconditional logits, B x n x K, float32."""
-        batch = len(states)
-        dropped = torch.zeros(batch, dtype=torch.bool, device=states.device)
+        dropped = torch.zeros(len(states), dtype=torch.bool, device=states.device)
         if not guidance:
             return self.model(features, states, dropped).float()
         both = torch.cat([dropped, ~dropped])

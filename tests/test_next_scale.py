@@ -25,7 +25,7 @@ from modeling.next_scale import (
     scale_inputs,
 )
 from training import checkpoint as ckpt
-from training.pipelines import load_generator, load_pipeline
+from training.pipelines import load_generator
 
 QUANTIZER = QuantizerConfig(num_codes=20, semantic_channels=6, pixel_channels=4, scales=[1, 2, 3])
 CONFIG = NextScaleConfig(
@@ -226,8 +226,6 @@ def test_guidance_grows_from_none_at_the_first_scale(dual_chain):
     assert seen == [(0, 0.0), (4, 2.0), (4, 2.0)]
 
 
-def test_what_needs_a_flow_or_a_way_without_a_caption_says_so(dual_chain):
-    with pytest.raises(ValueError, match="no flow"):
-        load_pipeline(dual_chain.folder, torch.device("cpu"))
+def test_guidance_needs_a_network_that_has_gone_without_a_caption(dual_chain):
     with pytest.raises(ValueError, match="null_probability"):
         dual_chain.run("next_scale", "next_scale.null_probability=0")
