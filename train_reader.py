@@ -97,7 +97,9 @@ def main(config: ReaderStage) -> None:
     model = CodeReader(channels, language_model, parts.tokenize.start_id, language.freeze)
 
     # Images and captions.
-    loader = open_stream(run, training, image_reader(config.data, size, parts.tokenize))
+    reader = image_reader(config.data, size, parts.tokenize)
+    loader = open_stream(run, training, reader)
+    sheet = config.pictures.read(reader)
     save_config(run, config, latest_checkpoint(run.folder) is not None)
     save_source(run.folder, shards)
     train_network(
@@ -107,7 +109,7 @@ def main(config: ReaderStage) -> None:
         loss_fn=partial(compute_losses, parts),
         loader=loader,
         inputs=inputs,
-        save_samples=partial(save_read, config, parts),
+        save_samples=partial(save_read, parts, sheet),
     )
 
 
@@ -120,11 +122,9 @@ def compute_losses(parts: Parts, model: nn.Module, batch: dict) -> dict[str, Ten
     return {"loss": loss, "top1": top1}
 
 
-def save_read(config: ReaderStage, parts: Parts, model: CodeReader, step: int) -> None:
-    """Images with what is read of them, and their own captions in brackets."""
-    number, tokenize = config.pictures.num_samples, parts.tokenize
-    reader = image_reader(config.data, parts.tokenizer.config.image_size, tokenize)
-    batch = next(reader.once(number, config.pictures.shards or None, limit=number))
+def save_read(parts: Parts, batch: dict, model: CodeReader, step: int) -> None:
+    """Images of a batch with what is read of them, and their own captions in brackets."""
+    tokenize = parts.tokenize
     ids = model.read(parts.encode(batch), tokenize.end_id, tokenize.context_length)
     read = [tokenize.decode(row) for row in ids]
     right = sum(text == own for text, own in zip(read, batch["caption"]))

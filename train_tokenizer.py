@@ -158,6 +158,7 @@ def main(config: TokenizerStage) -> None:
     expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
     reader = image_reader(config.data, config.image_size, text_encoder.tokenize)
     loader = open_stream(run, training, reader)
+    sheet = config.pictures.read(reader)
 
     # Tokenizer and discriminator.
     model = build_model(config, run, has_checkpoint, parts.teacher)
@@ -175,7 +176,7 @@ def main(config: TokenizerStage) -> None:
         step_fn=partial(train_step, config, parts, networks),
         loader=loader,
         inputs=inputs,
-        save_samples=partial(save_reconstructions, config, parts),
+        save_samples=partial(save_reconstructions, parts, sheet),
         evaluation=evaluation,
     )
 
@@ -392,13 +393,9 @@ def to_unit(images: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def save_reconstructions(
-    config: TokenizerStage, parts: Parts, model: ImageTokenizer | DualTokenizer, step: int
+    parts: Parts, batch: dict, model: ImageTokenizer | DualTokenizer, step: int
 ) -> None:
-    """Grid: originals left, EMA reconstructions of the posterior's mean right."""
-    number = config.pictures.num_samples
-    shards = config.pictures.shards or None
-    reader = image_reader(config.data, config.image_size, parts.text_encoder.tokenize)
-    batch = next(reader.once(number, shards, limit=number))
+    """Grid of a batch: originals left, EMA reconstructions of the posterior's mean right."""
     images = to_unit(batch["image"], parts.run.device)
     states = text_states(parts.run, parts.text_encoder, batch)
     reconstructions = model.decode(model.encode(images).mean, states)

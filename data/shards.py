@@ -393,6 +393,8 @@ def read_batches(
     # samples in the order of the sources, their shards and the tars
     batch, count = [], 0
     for source, path in ((each, path) for each in sources for path in each.shards):
+        if limit is not None and count >= limit:
+            break  # the next shard is not opened
         for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1):
             if limit is not None and count >= limit:
                 break

@@ -8,12 +8,14 @@ from test_resume import interrupt, state
 from tiny_experiment import equal, metrics, training, weights
 
 import train_tokenizer
+from data import shards
 from data.images import ImageTextConfig, image_reader
 from data.tar import write_shard
 from modeling import perceptual
 from modeling.text_encoder import load_text_encoder
 from training import checkpoint as ckpt
 from training.loading import load_tokenizer, text_encoder_config
+from training.pictures import SheetConfig
 
 GAME = ("adversarial.weight=0.1", "adversarial.start_step=2")
 GAME += (*training(log_every_steps=1, checkpoint_every_steps=1, keep_checkpoints=9),)
@@ -152,22 +154,40 @@ def test_what_can_not_be_trained_is_refused(chain, tmp_path, options, keys):
     assert not (tmp_path / "tokenizer").exists()
 
 
+def test_the_sheets_images_are_read_before_the_first_step(chain, tmp_path):
+    empty = tmp_path / "empty.tar"
+    empty.touch()
+    with pytest.raises(ValueError, match="no usable sample"):
+        chain.run_in(tmp_path / "run", "tokenizer", f"pictures.shards=[{empty}]")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_of_shards_behind_the_last_image_of_a_sheet_none_is_opened(tiny_shards, monkeypatch):
+    opened = []
+    scan = shards._scan
+    monkeypatch.setattr(shards, "_scan", lambda path, **at: opened.append(path) or scan(path, **at))
+    files = [f"{tiny_shards}/train-0000{number}.tar" for number in (0, 1)]
+    reader = image_reader(ImageTextConfig(shards=files), 32, None)
+    assert len(SheetConfig(num_samples=4).read(reader)["image"]) == 4
+    assert opened == files[:1]
+
+
 def test_eight_images_are_overfitted_to_30_db(chain, tmp_path):
     """A small net, seconds: the gradient reaches everything that a reconstruction needs."""
-    shards = tmp_path / "shards" / "eight.tar"
-    shards.parent.mkdir()
-    write_shard(shards, [shape_sample(number) for number in range(8)])
+    file = tmp_path / "shards" / "eight.tar"
+    file.parent.mkdir()
+    write_shard(file, [shape_sample(number) for number in range(8)])
     size = "{width: 64, depth: 2, num_heads: 2}"
     tokenizer = {"encoder": size, "decoder": size, "token_channels": 8, "latent_grid": "true"}
     tokenizer |= {"query_key_bias": 2, "initial_logvar": -6}
     options = [f"tokenizer.{name}={value}" for name, value in tokenizer.items()]
-    options += [f"data.shards=[{shards}]", "data.flip_probability=0", "data.random_crop=false"]
+    options += [f"data.shards=[{file}]", "data.flip_probability=0", "data.random_crop=false"]
     options += ["optimizer.learning_rate=3e-3", "optimizer.warmup_steps=10"]
     rhythm = ("max_steps", "log_every_steps", "checkpoint_every_steps")
     options += training(**dict.fromkeys(rhythm, 300), sample_every_steps=0)
     run = chain.run_in(tmp_path / "run", "tokenizer", *options, "losses.kl_weight=1e-8")
     net, text_encoder = load_tokenizer(run), load_text_encoder(text_encoder_config(run))
-    reader = image_reader(ImageTextConfig(shards=[str(shards)]), 32, text_encoder.tokenize)
+    reader = image_reader(ImageTextConfig(shards=[str(file)]), 32, text_encoder.tokenize)
     batch = next(reader.once(8))
     images = batch["image"].float() / 255
     with torch.no_grad():

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.files import write_bytes, write_text
+from data.readers import Reader
 from modeling.layers import to_pil
 
 CELL_WIDTH_MIN = (
@@ -46,6 +47,14 @@ class SheetConfig:
     def __post_init__(self):
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+
+    def read(self, reader: Reader) -> dict[str, Any]:
+        """The batch of those images; read before training, whose work a bad shard would cost.
+
+        Raises:
+            ValueError: none can be read.
+        """
+        return next(reader.once(self.num_samples, self.shards or None, limit=self.num_samples))
 
 
 def caption_grid(images: Tensor, captions: list[str], columns: int) -> Image.Image:
