@@ -95,7 +95,8 @@ class FlowTokStage(TrainedStage):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     stage = "flowtok"
-    networks = ("projector", "flowtok", "tokenizer_run", "flow.source", "flow.objective")
+    networks = ("projector", "flowtok", "tokenizer_run")
+    networks += ("flow.source", "flow.direction", "flow.objective")
 
     @property
     def source_run(self) -> str:

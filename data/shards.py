@@ -392,22 +392,25 @@ def read_batches(
         raise ValueError(f"batch_size: given {batch_size}, expected samples >= 1")
     # samples in the order of the sources, their shards and the tars
     batch, count = [], 0
-    for source, path in ((each, path) for each in sources for path in each.shards):
-        if limit is not None and count >= limit:
-            break  # the next shard is not opened
-        for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1):
-            if limit is not None and count >= limit:
-                break
-            # bad samples do not count towards the limit
-            sample = _decoded(raw, None, source, counter)
-            if sample is None:
-                continue
-            # only now, so that the last batch also counts the bad samples after it
-            if len(batch) == batch_size:
-                yield collate(batch) | counter.tell()
-                batch = []
-            batch.append(sample)
-            count += 1
+    raws = (
+        (source, raw)
+        for source in sources
+        for path in source.shards
+        for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1)
+    )
+    for source, raw in raws if limit != 0 else ():
+        # bad samples do not count towards the limit
+        sample = _decoded(raw, None, source, counter)
+        if sample is None:
+            continue
+        # only now, so that the last batch also counts the bad samples after it
+        if len(batch) == batch_size:
+            yield collate(batch) | counter.tell()
+            batch = []
+        batch.append(sample)
+        count += 1
+        if count == limit:
+            break  # here, so that no further shard is opened
     # the end: nothing at all, or a short batch
     if count == 0 and limit != 0:
         shards = [path for source in sources for path in source.shards]
