@@ -74,8 +74,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Check everything, then evaluate each point of the sweep."""
+def main(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Check everything, then evaluate each point of the sweep; the reports, of the main process."""
     # What needs no network is checked first
     protocol = load_dataclass(Protocol, protocol_file(args.protocol), args.overrides)
     captions = read_captions(protocol)
@@ -131,6 +131,7 @@ def main(args: argparse.Namespace) -> None:
             print_report(reports[-1], folder / REPORT)
     if len(points) > 1 and state.is_main_process:
         write_sweep(output, reports)
+    return reports
 
 
 def describe_model(checkpoint: Path, generator: Generator) -> dict[str, Any]:

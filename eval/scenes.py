@@ -89,8 +89,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Measure the ceilings, then each point of the sweep; write."""
+def main(args: argparse.Namespace) -> list[Row]:
+    """Measure the ceilings, then each point of the sweep; write and return the table."""
     # What needs no network is checked first
     output = args.output or args.run / "evaluation" / "scenes"
     check_writable(output / REPORT)
@@ -140,6 +140,7 @@ def main(args: argparse.Namespace) -> None:
     if not has_fidelity():
         print(f"no kid: it needs torch-fidelity: {INSTALL}")
     print(f"{output}: {REPORT}, {PICTURE} written")
+    return rows
 
 
 def measure_split(

@@ -1,0 +1,164 @@
+"""What a text-to-image flow makes of a tokenizer's latents: equal rFID is not equal generation.
+
+    python -m eval.tokenizer_probe runs/scenes
+    python -m eval.tokenizer_probe RUN RUN --experiment probe_256 --data DIR \\
+        --heldout 'DIR/val-*.tar' --protocol coco30k
+
+RUN is an experiment with a tokenizer, or the tokenizer's run. Each tokenizer gets (a) a ridge
+regression from text states to latents: of held-out images the share of the latents' variance that
+it explains (R2), and how often an image's own latents are the nearest to what it says of the
+caption, or among the five nearest; (b) a small flow of fixed size and work, of the stages tokens
+and flowtok of the experiment, which resume where they were stopped; its images are judged by
+eval.scenes where the data are scenes, or by a protocol of eval.generation. Writes RUN/probe, with
+probe.json. For rFID and PSNR: eval.reconstruction.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Run as a file, Python looks into eval/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.files import check_writable, user_path, write_json
+from data.images import ImageTextConfig, image_reader
+from data.readers import TokenTextConfig, token_reader
+from data.tar import expand_shards
+from eval import generation, scenes
+from eval.programs import build_parser, integer, start_processes
+from eval.report import BATCH_SIZE, encode, encode_texts
+from eval.scores import retrieval
+from modeling.pipeline import Generator
+from training.errors import exit_on_error
+from training.loading import read_section
+from training.pipelines import load_generator
+from training.ridge import fit_ridge
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = build_parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=user_path, metavar="RUN", help="experiment, or tokenizer's run")
+    add("--experiment", default="probe_scenes", help="of configs/; default: %(default)s")
+    help_text = "of the shards that the experiment reads; default: scenes in RUN"
+    add("--data", type=user_path, metavar="DIR", help=help_text)
+    help_text = "shards of images for the regression; default: new-*.tar in DIR"
+    add("--heldout", nargs="+", metavar="SHARDS", help=help_text)
+    add("--protocol", help="of eval.generation; default: the data are scenes")
+    help_text = "images that the regression is fitted on, and as many held-out ones at most"
+    add("--num-images", type=integer(2), default=3000, help=help_text)
+    add("--captions", type=integer(1), default=128, help="of each split of scenes")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cuda", "cpu"), default=default)
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Probe one tokenizer after the other, then print them side by side."""
+    for run in args.runs:
+        check_writable(run / "probe" / "probe.json")
+        expand_shards(heldout_shards(args, run))
+    reports = {str(run): probe(args, run) for run in args.runs}
+    names = list(next(iter(reports.values())))
+    lines = [["tokenizer", *names], ["---"] * (len(names) + 1)]
+    lines += [[run, *(f"{report[name]:.3f}" for name in names)] for run, report in reports.items()]
+    print("".join(f"| {' | '.join(line)} |\n" for line in lines), end="")
+
+
+def probe(args: argparse.Namespace, run: Path) -> dict[str, float]:
+    """All figures of one tokenizer, written to its probe.json too."""
+    folder, data = (run / "probe").absolute(), data_folder(args, run)
+    tokenizer = run / "tokenizer" if (run / "tokenizer").is_dir() else run
+    train_flow(args.experiment, folder, tokenizer.absolute(), data.absolute())
+    generator, _ = load_generator(folder, start_processes(args.device).device)
+    figures = probe_by_ridge(args, generator, folder, tokenizer, heldout_shards(args, run))
+    figures |= judge_flow(args, folder, data)
+    write_json(figures, folder / "probe.json")
+    print(f"{folder / 'probe.json'}: written", flush=True)
+    return figures
+
+
+def data_folder(args: argparse.Namespace, run: Path) -> Path:
+    return args.data or run / "scenes"
+
+
+def heldout_shards(args: argparse.Namespace, run: Path) -> list[str]:
+    return args.heldout or [f"{data_folder(args, run)}/new-*.tar"]
+
+
+def train_flow(experiment: str, folder: Path, tokenizer: Path, data: Path) -> None:
+    """Run the stages of the experiment, or what is left of them.
+
+    Raises:
+        SystemExit: with the status of a stage that did not end well.
+    """
+    command = [sys.executable, "-m", "scripts.run_experiment", experiment]
+    command += [f"experiment_dir={folder}", f"tokenizer_run={tokenizer}", f"data_dir={data}"]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    if status:
+        raise SystemExit(status)
+
+
+@torch.no_grad()
+def probe_by_ridge(
+    args: argparse.Namespace, generator: Generator, folder: Path, tokenizer: Path, heldout: list[str]
+) -> dict[str, float]:
+    """R2 and retrieval of held-out latents by a regression on text states."""
+    # Training images, as stored; in the flow's scale, so that all tokenizers have variance 1
+    scale = generator.flow.latent_scale.item()
+    shape = (generator.tokenizer.config.num_tokens, generator.tokenizer.config.token_channels)
+    stored = TokenTextConfig(shards=[f"{folder}/tokens/*.tar"])
+    batches = [*token_reader(stored, *shape, None).once(BATCH_SIZE, limit=args.num_images)]
+    latents = torch.cat([batch["latent_mean"] for batch in batches]) * scale
+    captions = [caption for batch in batches for caption in batch["caption"]]
+    ridge = fit_ridge(encode_texts(generator, captions), latents)
+
+    # Images that neither tokenizer nor flow was trained on
+    images = read_section(tokenizer, "data", ImageTextConfig)
+    reader = image_reader(images, generator.tokenizer.config.image_size, None)
+    batches = [*reader.once(BATCH_SIZE, heldout, args.num_images)]
+    true = encode(generator, torch.cat([b["image"] for b in batches]).float() / 255) * scale
+    captions = [caption for batch in batches for caption in batch["caption"]]
+    predicted = ridge(encode_texts(generator, captions))
+    numbers = torch.arange(len(true))
+    found = retrieval(predicted, true, numbers, numbers)
+    return {
+        "ridge_r2": explained(predicted, true, ridge.latent_mean),
+        "ridge_top1": found["top1"],
+        "ridge_top5": found["top5"],
+    }
+
+
+def explained(predicted: Tensor, true: Tensor, mean: Tensor) -> float:
+    """R2: share of the squared distance from the training mean, N x K x C and K x C."""
+    return 1 - ((predicted - true).square().sum() / (true - mean).square().sum()).item()
+
+
+def judge_flow(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, float]:
+    """Of the flow's images: shares with all right for each split, or a protocol's metrics."""
+    common = ["--device", args.device]
+    if args.protocol:
+        words = [str(folder), "--protocol", args.protocol, *common]
+        [report] = generation.main(generation.parse_args(words))
+        return {name: value for name, value in report["metrics"].items() if value is not None}
+    common += ["--data", str(data), "--captions", str(args.captions)]
+    rows: list[dict[str, Any]] = scenes.main(scenes.parse_args(["--run", str(folder), *common]))
+    kinds = {"reconstructed": "rebuilt", "generated": "generated"}
+    return {
+        f"{kinds[row['images']]}_{row['split']}": row["all"]
+        for row in rows
+        if row["images"] in kinds
+    }
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    exit_on_error(lambda: main(arguments))
