@@ -79,8 +79,8 @@ def probe(args: argparse.Namespace, run: Path) -> dict[str, float]:
     tokenizer = run / "tokenizer" if (run / "tokenizer").is_dir() else run
     train_flow(args.experiment, folder, tokenizer.absolute(), data.absolute())
     generator, _ = load_generator(folder, start_processes(args.device).device)
-    figures = probe_by_ridge(args, generator, folder, tokenizer, heldout_shards(args, run))
-    figures |= judge_flow(args, folder, data)
+    latents = read_latents(args, generator, folder, tokenizer, heldout_shards(args, run))
+    figures = probe_by_ridge(*latents) | judge_flow(args, folder, data)
     write_json(figures, folder / "probe.json")
     print(f"{folder / 'probe.json'}: written", flush=True)
     return figures
@@ -107,34 +107,44 @@ def train_flow(experiment: str, folder: Path, tokenizer: Path, data: Path) -> No
         raise SystemExit(status)
 
 
-@torch.no_grad()
-def probe_by_ridge(
-    args: argparse.Namespace, generator: Generator, folder: Path, tokenizer: Path, heldout: list[str]
-) -> dict[str, float]:
-    """R2 and retrieval of held-out latents by a regression on text states."""
-    # Training images, as stored; in the flow's scale, so that all tokenizers have variance 1
-    scale = generator.flow.latent_scale.item()
-    shape = (generator.tokenizer.config.num_tokens, generator.tokenizer.config.token_channels)
-    stored = TokenTextConfig(shards=[f"{folder}/tokens/*.tar"])
-    batches = [*token_reader(stored, *shape, None).once(BATCH_SIZE, limit=args.num_images)]
-    latents = torch.cat([batch["latent_mean"] for batch in batches]) * scale
-    captions = [caption for batch in batches for caption in batch["caption"]]
-    ridge = fit_ridge(encode_texts(generator, captions), latents)
+Captioned = tuple[Tensor, Tensor]  # text states N x L x T, latent means N x K x C
 
-    # Images that neither tokenizer nor flow was trained on
-    images = read_section(tokenizer, "data", ImageTextConfig)
-    reader = image_reader(images, generator.tokenizer.config.image_size, None)
-    batches = [*reader.once(BATCH_SIZE, heldout, args.num_images)]
-    true = encode(generator, torch.cat([b["image"] for b in batches]).float() / 255) * scale
-    captions = [caption for batch in batches for caption in batch["caption"]]
-    predicted = ridge(encode_texts(generator, captions))
-    numbers = torch.arange(len(true))
+
+def read_latents(
+    args: argparse.Namespace,
+    generator: Generator,
+    folder: Path,
+    tokenizer: Path,
+    heldout: list[str],
+) -> tuple[Captioned, Captioned]:
+    """Of the first training images, as stored, and of held-out ones, in the flow's scale."""
+    # The scale of the flow, so that the latents of all tokenizers have deviation 1
+    config, scale = generator.tokenizer.config, generator.flow.latent_scale.cpu()
+    stored = TokenTextConfig(shards=[f"{folder}/tokens/*.tar"])
+    reader = token_reader(stored, config.num_tokens, config.token_channels, None)
+    batches = [*reader.once(BATCH_SIZE, limit=args.num_images)]
+    latents = torch.cat([batch["latent_mean"] for batch in batches])
+    train = encode_texts(generator, all_captions(batches)), latents * scale
+
+    images = image_reader(read_section(tokenizer, "data", ImageTextConfig), config.image_size, None)
+    batches = [*images.once(BATCH_SIZE, heldout, args.num_images)]
+    pixels = torch.cat([batch["image"] for batch in batches]).float() / 255
+    latents = encode(generator, pixels) * scale
+    return train, (encode_texts(generator, all_captions(batches)), latents)
+
+
+def all_captions(batches: list[dict]) -> list[str]:
+    return [caption for batch in batches for caption in batch["caption"]]
+
+
+def probe_by_ridge(train: Captioned, heldout: Captioned) -> dict[str, float]:
+    """R2 and retrieval of held-out latents by a regression on text states."""
+    ridge = fit_ridge(*train)
+    states, true = heldout
+    predicted, numbers = ridge(states), torch.arange(len(true))
     found = retrieval(predicted, true, numbers, numbers)
-    return {
-        "ridge_r2": explained(predicted, true, ridge.latent_mean),
-        "ridge_top1": found["top1"],
-        "ridge_top5": found["top5"],
-    }
+    r2 = explained(predicted, true, ridge.latent_mean)
+    return {"ridge_r2": r2, "ridge_top1": found["top1"], "ridge_top5": found["top5"]}
 
 
 def explained(predicted: Tensor, true: Tensor, mean: Tensor) -> float:
