@@ -14,7 +14,7 @@ The same command resumes, and does nothing when the run is complete.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from modeling.dual_quantizer import DualQuantizer
 from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.image_tower import Teacher
+from modeling.layers import fingerprint
 from modeling.losses import (
     DualLossConfig,
     ReconstructionLossConfig,
@@ -50,6 +51,7 @@ from modeling.losses import (
 )
 from modeling.perceptual import PerceptualConfig, PerceptualLoss
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
+from modeling.vision_teacher import VisionConfig, VisionTeacher
 from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_any_tokenizer
@@ -81,6 +83,7 @@ class TokenizerStage(TrainedStage):
     losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
     dual_losses: DualLossConfig = field(default_factory=DualLossConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pictures: SheetConfig = field(default_factory=SheetConfig)
@@ -108,11 +111,15 @@ class TokenizerStage(TrainedStage):
             raise ValueError("freeze_tower and dual_losses are for a dual tokenizer: set dual")
         if self.dual and self.tokenizer != ImageTokenizerConfig():
             raise ValueError("tokenizer and dual are both set: a run has one tokenizer")
-        if self.dual is None and self.freeze_encoder and self.losses.kl_weight:
-            raise ValueError(
-                f"losses.kl_weight={self.losses.kl_weight} with freeze_encoder=true teaches "
-                "nothing: set losses.kl_weight=0"
-            )
+        if self.dual and self.losses.vision_weight:
+            raise ValueError("losses.vision_weight with dual: it has a teacher, dual.teacher")
+        for name in ("kl_weight", "vision_weight"):
+            weight = getattr(self.losses, name)
+            if self.dual is None and self.freeze_encoder and weight:
+                raise ValueError(
+                    f"losses.{name}={weight} with freeze_encoder=true teaches nothing: set "
+                    f"losses.{name}=0"
+                )
 
     @property
     def image_size(self) -> int:
@@ -133,7 +140,7 @@ class Parts(NamedTuple):
     run: Run
     text_encoder: TextEncoder
     perceptual: PerceptualLoss | None
-    teacher: Teacher | None = None
+    teacher: Teacher | VisionTeacher | None = None
 
 
 def main(config: TokenizerStage) -> None:
@@ -147,6 +154,10 @@ def main(config: TokenizerStage) -> None:
     else:
         config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
     inputs = {"text_encoder": text_encoder.identity}
+    teacher = build_teacher(config, run)
+    if config.losses.vision_weight:
+        config.tokenizer = replace(config.tokenizer, vision_width=teacher.width)
+        inputs["vision"] = fingerprint(teacher)
     shards = check_shards(run, config.data, config.training.max_steps)
     if is_complete(run, training.max_steps, inputs):
         return
@@ -154,14 +165,14 @@ def main(config: TokenizerStage) -> None:
     # Data, and all that a picture or an evaluation will read.
     evaluation = build_evaluation(config, text_encoder)
     has_checkpoint = latest_checkpoint(run.folder) is not None
-    parts = Parts(run, text_encoder, build_perceptual(config, run), build_teacher(config, run))
+    parts = Parts(run, text_encoder, build_perceptual(config, run), teacher)
     expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
     reader = image_reader(config.data, config.image_size, text_encoder.tokenize)
     loader = open_stream(run, training, reader)
     sheet = config.pictures.read(reader)
 
     # Tokenizer and discriminator.
-    model = build_model(config, run, has_checkpoint, parts.teacher)
+    model = build_model(config, run, has_checkpoint, teacher)
     save_config(run, config, has_checkpoint)
     save_source(run.folder, shards)
     clip = training.max_gradient_norm
@@ -244,9 +255,12 @@ Pass = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 def vae_pass(parts: Parts, model: nn.Module, images: Tensor, batch: dict) -> Pass:
     """Of the ImageTokenizer: the KL, and how the latents are used."""
     states = text_states(parts.run, parts.text_encoder, batch)
-    reconstructions, mean, logvar = model(images, states)
-    terms = {"kl": kl_loss(mean, logvar)}
-    return reconstructions, terms, posterior_statistics(mean, logvar)
+    output = model(images, states)
+    terms = {"kl": kl_loss(output.mean, output.logvar)}
+    if output.vision is not None:
+        with parts.run.accelerator.autocast():
+            terms["vision"] = semantic_loss(output.vision, parts.teacher(images))
+    return output.reconstructions, terms, posterior_statistics(output.mean, output.logvar)
 
 
 def dual_pass(parts: Parts, model: nn.Module, quantizer: DualQuantizer, images: Tensor) -> Pass:
@@ -331,20 +345,25 @@ def build_perceptual(config: TokenizerStage, run: Run) -> PerceptualLoss | None:
         return PerceptualLoss(config.perceptual).to(run.device)
 
 
-def build_teacher(config: TokenizerStage, run: Run) -> Teacher | None:
-    """What a dual tokenizer's encoders learn from; a decoder alone needs none."""
-    if not config.dual or config.freeze_encoder:
+def build_teacher(config: TokenizerStage, run: Run) -> Teacher | VisionTeacher | None:
+    """What the encoders learn from besides the images; a decoder alone needs none."""
+    if config.freeze_encoder or not (config.dual or config.losses.vision_weight):
         return None
     with run.accelerator.local_main_process_first():
-        return Teacher(config.dual.teacher).to(run.device)
+        if config.dual:
+            return Teacher(config.dual.teacher).to(run.device)
+        return VisionTeacher(config.vision, config.tokenizer.grid_size).to(run.device)
 
 
 def build_model(
-    config: TokenizerStage, run: Run, has_checkpoint: bool, teacher: Teacher | None = None
+    config: TokenizerStage,
+    run: Run,
+    has_checkpoint: bool,
+    teacher: Teacher | VisionTeacher | None = None,
 ) -> ImageTokenizer | DualTokenizer:
     """The tokenizer, from `init_from` as far as that fits; a resumed run loads its own weights."""
     model = DualTokenizer(config.dual) if config.dual else ImageTokenizer(config.tokenizer)
-    if teacher:
+    if config.dual and teacher:
         model.start_from(teacher)
     if config.init_from and not has_checkpoint:
         load_what_fits(model, config.init_from, run)

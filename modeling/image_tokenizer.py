@@ -9,6 +9,7 @@ RoPE, unless `latent_grid` also gives the latents a position on a coarse grid ov
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from .activation_checkpointing import ActivationCheckpointing, run_block
 from .layers import (
     FROM_TEXT_ENCODER,
+    FROM_VISION,
     Attention,
     Posterior,
     SwiGLU,
@@ -28,6 +30,7 @@ from .layers import (
     rotation_tables,
     split_moments,
 )
+from .vision_teacher import spread_tokens
 
 
 @dataclass
@@ -64,6 +67,8 @@ class ImageTokenizerConfig:
     init_std: float = 0.02
     # Initial log-variance of the posterior; a lower one lets short runs use the latents at once
     initial_logvar: float = 0.0
+    # T of the vision model that the latents are drawn to (modeling/vision_teacher.py); 0: none
+    vision_width: int = field(default=0, metadata=FROM_VISION)
 
     def __post_init__(self):
         check_not_negative(self, "num_tokens")
@@ -225,6 +230,15 @@ class ImageDecoder(nn.Module):
         return F.pad(text, (length - text.shape[1], 0), value=True)
 
 
+class TokenizerPass(NamedTuple):
+    """What a training pass gives the losses; a named tuple, so that DDP sees its tensors."""
+
+    reconstructions: Tensor  # B x 3 x R x R
+    mean: Tensor  # B x K x C
+    logvar: Tensor  # B x K x C
+    vision: Tensor | None  # B x grid^2 x T, predicted features of the vision model
+
+
 class ImageTokenizer(nn.Module):
     """Encoder and decoder. `forward` is the training pass: encode, sample, decode."""
 
@@ -233,6 +247,14 @@ class ImageTokenizer(nn.Module):
         self.config = config
         self.encoder = ImageEncoder(config)
         self.decoder = ImageDecoder(config)
+        self.to_vision = None  # only training reads it
+        if config.vision_width:
+            width = config.encoder.width
+            self.to_vision = nn.Sequential(
+                nn.Linear(config.token_channels, width),
+                nn.SiLU(),
+                nn.Linear(width, config.vision_width),
+            )
         self.init_weights()
 
     def encode(self, images: Tensor) -> Posterior:
@@ -246,11 +268,15 @@ class ImageTokenizer(nn.Module):
         """Tokens B x K x C, text states B x L x T -> images B x 3 x R x R, not clamped."""
         return self.decoder(tokens, text_states)
 
-    def forward(self, images: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass with a sampled posterior: (reconstructions, mean, logvar)."""
+    def forward(self, images: Tensor, text_states: Tensor) -> TokenizerPass:
+        """Training pass with a sampled posterior."""
         posterior = self.encode(images)
-        reconstructions = self.decode(posterior.sample(), text_states)
-        return reconstructions, posterior.mean, posterior.logvar
+        tokens = posterior.sample()
+        reconstructions = self.decode(tokens, text_states)
+        vision = None
+        if self.to_vision is not None:
+            vision = self.to_vision(spread_tokens(tokens, self.config.grid_size**2))
+        return TokenizerPass(reconstructions, *posterior, vision)
 
     def freeze_encoder(self) -> None:
         """Freeze the encoder: the latents stay what they are."""

@@ -72,6 +72,9 @@ class ReconstructionLossConfig:
     gradient_weight: float = 0.0  # L1 of pixel differences: sharper edges in short runs
     perceptual_weight: float = 0.0  # 1.1 in the recipe; its parts and weights files: `perceptual`
     kl_weight: float = 1e-6
+    # 1 - cosine of what the latents say of a vision model's patch features to these; the model and
+    # its weights file: `vision`. Not in the paper; 0.1 in SoftVQ-VAE.
+    vision_weight: float = 0.0
 
     def __post_init__(self):
         check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))
@@ -175,7 +178,7 @@ def reconstruction_losses(images: Tensor, reconstructions: Tensor) -> dict[str, 
 
 
 def semantic_loss(features: Tensor, targets: Tensor) -> Tensor:
-    """1 - cosine of features B x N x T to the teacher's, mean over all (TokenFlow's code)."""
+    """1 - cosine of features B x N x T to the teacher's, mean over all (SoftVQ-VAE, TokenFlow)."""
     return 1 - F.cosine_similarity(features.float(), targets.float(), dim=-1).mean()
 
 
