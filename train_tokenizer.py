@@ -148,7 +148,7 @@ def main(config: TokenizerStage) -> None:
         config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
     inputs = {"text_encoder": text_encoder.identity}
     shards = check_shards(run, config.data, config.training.max_steps)
-    if is_complete(run, training.max_steps, inputs):
+    if is_complete(run, config, inputs):
         return
 
     # Data, and all that a picture or an evaluation will read.
