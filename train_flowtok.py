@@ -177,7 +177,7 @@ def main(config: FlowTokStage) -> None:
     del tokenizer
     source_key = "init_from" if config.init_from else "projector"
     inputs = info.inputs() | {source_key: fingerprint(source) if source else "none"}
-    if is_complete(run, training.max_steps, inputs):
+    if is_complete(run, config, inputs):
         return
 
     # All that a picture or an evaluation will read, so that nothing is missed after hours.

@@ -96,22 +96,12 @@ class Parts:
 
 def main(config: NextScaleStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
-    # What stage 1 gave.
+    # What stage 1 gave, and the sizes that follow from it.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     tokenizer = load_dual_tokenizer(config.tokenizer_run).to(run.device)
     text_encoder = find_text_encoder(config.tokenizer_run).to(run.device)
     parts = Parts(run, tokenizer, text_encoder)
-    inputs = {"tokenizer": fingerprint(tokenizer), "text_encoder": text_encoder.identity}
-    shards = check_shards(run, config.data, training.max_steps)
-    if is_complete(run, training.max_steps, inputs):
-        return
-
-    # Images and captions.
-    reader = image_reader(config.data, tokenizer.config.image_size, text_encoder.tokenize)
-    loader = open_stream(run, training, reader)
-
-    # The network: its sizes follow from those parts.
     length, width = text_encoder.shape
     config.next_scale = replace(
         config.next_scale,
@@ -121,6 +111,14 @@ def main(config: NextScaleStage) -> None:
         quantizer=tokenizer.config.quantizer,
         linear_skip=config.linear_start > 0,
     )
+    inputs = {"tokenizer": fingerprint(tokenizer), "text_encoder": text_encoder.identity}
+    shards = check_shards(run, config.data, training.max_steps)
+    if is_complete(run, config, inputs):
+        return
+
+    # Images and captions, the network.
+    reader = image_reader(config.data, tokenizer.config.image_size, text_encoder.tokenize)
+    loader = open_stream(run, training, reader)
     model = NextScale(config.next_scale)
     set_activation_checkpointing(model, config.activation_checkpointing)
     has_checkpoint = latest_checkpoint(run.folder) is not None

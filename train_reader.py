@@ -88,7 +88,7 @@ def main(config: ReaderStage) -> None:
         "language_model": "none" if language.size else fingerprint(language_model),
     }
     shards = check_shards(run, config.data, training.max_steps)
-    if is_complete(run, training.max_steps, inputs):
+    if is_complete(run, config, inputs):
         return
 
     # The network: its sizes follow from those parts.

@@ -111,7 +111,7 @@ def main(config: TextDecoderStage) -> None:
         "projector": fingerprint(source) if source else "none",
     }
     shards = check_shards(run, config.data, config.training.max_steps)
-    if is_complete(run, training.max_steps, inputs):
+    if is_complete(run, config, inputs):
         return
 
     # Data and networks.

@@ -80,7 +80,7 @@ def main(config: TextProjectorStage) -> None:
     text_config = text_encoder_config(config.tokenizer_run)
     info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
     config.projector = replace(config.projector, **projector_sizes(tokenizer.config))
-    if is_complete(run, training.max_steps, info.inputs()):
+    if is_complete(run, config, info.inputs()):
         return
     tokens = open_stored_tokens(run, config.data, training, info, text_config)
 

@@ -159,7 +159,7 @@ def main(config: TokenizerStage) -> None:
         config.tokenizer = replace(config.tokenizer, vision_width=teacher.width)
         inputs["vision"] = fingerprint(teacher)
     shards = check_shards(run, config.data, config.training.max_steps)
-    if is_complete(run, training.max_steps, inputs):
+    if is_complete(run, config, inputs):
         return
 
     # Data, and all that a picture or an evaluation will read.

@@ -15,6 +15,7 @@ import functools
 import json
 import os.path
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -157,20 +158,10 @@ def parse_overrides(overrides: list[str]) -> Any:
 def quote_text(override: str, schema: type) -> str:
     """`key=value` with quotes around text: YAML would cut a folder at " #" and read 20_1 as 201."""
     key, equals, value = override.partition("=")
-    if not equals or value.startswith(("'", '"')) or not is_text(key, schema):
+    is_text = any(name == key and field.type is str for name, field in all_fields(schema))
+    if not equals or value.startswith(("'", '"')) or not is_text:
         return override
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-def is_text(key: str, schema: type) -> bool:
-    """Whether a dotted key is a field of type str."""
-    name, _, rest = key.partition(".")
-    for field in dataclasses.fields(schema):
-        if field.name == name and rest:
-            return part_of(field) is not None and is_text(rest, part_of(field))
-        if field.name == name:
-            return field.type is str
-    return False
 
 
 def expand_home(value: Any) -> Any:
@@ -225,17 +216,30 @@ def is_mapping_of_parts(field: dataclasses.Field) -> bool:
     return getattr(field.type, "__origin__", None) is dict
 
 
-def refuse_derived(values: Any, schema: type, origin: str, prefix: str = "") -> None:
-    """Refuse values for fields that a program fills in from the text tower or an earlier run."""
+def all_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """The fields of a dataclass and of its parts by dotted key; of a mapping's parts, none."""
     for field in dataclasses.fields(schema):
-        if not OmegaConf.is_dict(values) or field.name not in values:
-            continue
-        name = f"{prefix}{field.name}"
-        if source := field.metadata.get("derived"):
-            raise ValueError(f"{origin}: {name} can't be set, it follows from {source}")
+        yield f"{prefix}{field.name}", field
         part = part_of(field)
-        if part and not is_mapping_of_parts(field):
-            refuse_derived(values._get_node(field.name), part, origin, f"{name}.")
+        if part and not is_mapping_of_parts(field) and not field.metadata.get("derived"):
+            yield from all_fields(part, f"{prefix}{field.name}.")
+
+
+def refuse_derived(given: Any, schema: type, origin: str) -> None:
+    """Refuse values for fields that a program fills in from the text tower or an earlier run."""
+    for key, field in all_fields(schema):
+        source = field.metadata.get("derived")
+        if source and is_given(given, key):
+            raise ValueError(f"{origin}: {key} can't be set, it follows from {source}")
+
+
+def is_given(node: Any, key: str) -> bool:
+    """Whether an OmegaConf node has a dotted key, whatever its value."""
+    for name in key.split("."):
+        if not OmegaConf.is_dict(node) or name not in node:
+            return False
+        node = node._get_node(name)
+    return True
 
 
 def explain(error: Exception, schema: type) -> str:
@@ -248,17 +252,9 @@ def explain(error: Exception, schema: type) -> str:
     return f"{key}: {reason}" if key else reason
 
 
-def valid_keys(schema: type, prefix: str = "") -> list[str]:
+def valid_keys(schema: type) -> list[str]:
     """All dotted keys of a dataclass that may be set."""
-    keys = []
-    for field in dataclasses.fields(schema):
-        if field.metadata.get("derived"):
-            continue
-        keys.append(prefix + field.name)
-        part = part_of(field)
-        if part and not is_mapping_of_parts(field):
-            keys += valid_keys(part, f"{prefix}{field.name}.")
-    return keys
+    return [key for key, field in all_fields(schema) if not field.metadata.get("derived")]
 
 
 def nearest_key(name: str, valid: list[str]) -> str | None:

@@ -10,17 +10,36 @@ and the wrong one gives states that are slightly off, without any error. The mod
 
 import json
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import LazyLoader, find_spec, module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import huggingface_hub.constants
 from torch import nn
 
 from .layers import save_weights
-from .lazy import lazily
+
+
+def lazily(name: str) -> ModuleType:
+    """A package that takes seconds to import, for when something of it is first used.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    if name not in sys.modules:
+        spec = find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        spec.loader = LazyLoader(spec.loader)
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
 
 open_clip = lazily("open_clip")  # it imports torchvision, timm, torch's compiler
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"

@@ -17,11 +17,8 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .clip_weights import ClipWeights, check_local_dir, load_clip
+from .clip_weights import ClipWeights, check_local_dir, load_clip, open_clip
 from .layers import check_not_negative, fingerprint
-from .lazy import lazily
-
-open_clip = lazily("open_clip")
 
 
 @dataclass
@@ -74,20 +71,19 @@ class TextEncoder(Protocol):
         """Token ids B x L -> text states B x L x T (float32, or the autocast precision)."""
 
 
-class TextTokenizer:
+class ClipTokenizer:
     """CLIP's BPE: ids cut to the context length with the end token kept, padded with 0."""
 
-    def __init__(self, config: TextEncoderConfig):
-        self.config = config
+    def __init__(self, context_length: int):
+        self.context_length = context_length
         self._tokenizer = None
-        self.context_length: int = self._load().context_length
+
+    def _build(self):
+        return open_clip.SimpleTokenizer(context_length=self.context_length)
 
     def _load(self):
         if self._tokenizer is None:
-            check_local_dir(self.config)
-            self._tokenizer = open_clip.get_tokenizer(self.config.model)
-            if not hasattr(self._tokenizer, "sot_token_id"):
-                raise ValueError(f"text_encoder.model {self.config.model} has no CLIP tokenizer")
+            self._tokenizer = self._build()
         return self._tokenizer
 
     def __getstate__(self):
@@ -112,19 +108,20 @@ class TextTokenizer:
         return tokenizer.decode(ids).strip()
 
 
-class ClipTokenizer:
-    """CLIP's BPE tokenizer (shipped with open_clip), of a CLIP that is trained here."""
+class TextTokenizer(ClipTokenizer):
+    """That of a model of open_clip, at the model's context length."""
 
-    def __init__(self, context_length: int):
-        self.context_length = context_length
-        self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+    def __init__(self, config: TextEncoderConfig):
+        self.config = config
+        self._tokenizer = None
+        self.context_length: int = self._load().context_length
 
-    def __call__(self, captions: list[str]) -> Tensor:
-        return self._tokenizer(captions)
-
-    def num_tokens(self, caption: str) -> int:
-        """Tokens of the uncut caption, start and end included."""
-        return len(self._tokenizer.encode(caption)) + 2
+    def _build(self):
+        check_local_dir(self.config)
+        tokenizer = open_clip.get_tokenizer(self.config.model)
+        if not hasattr(tokenizer, "sot_token_id"):
+            raise ValueError(f"text_encoder.model {self.config.model} has no CLIP tokenizer")
+        return tokenizer
 
 
 class ClipTextEncoder(nn.Module):

@@ -98,7 +98,7 @@ def check_run(run: Path) -> tuple[str, list[str]]:
     # Every file of every checkpoint, by its checksum
     config = read_saved(run / CONFIG_FILE)
     folders = ckpt.checkpoint_folders(run)
-    damage = {step: ckpt.find_damage(folder, [ckpt.ALL_FILES]) for step, folder in folders.items()}
+    damage = {step: ckpt.find_damage(folder, verify=True) for step, folder in folders.items()}
     problems = [
         f"checkpoint {step} is damaged: {reason}" for step, reason in damage.items() if reason
     ]

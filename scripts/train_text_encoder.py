@@ -77,7 +77,7 @@ def main(config: TextEncoderStage) -> None:
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     shards = check_shards(run, config.data, config.training.max_steps)
-    if not is_complete(run, training.max_steps, inputs={}):
+    if not is_complete(run, config, inputs={}):
         train_clip(config, run, shards)
     if run.is_main:
         write_clip(config, run)

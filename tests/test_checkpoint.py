@@ -116,7 +116,7 @@ def spoil(path, how):
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, file, how, reason):
     write(tmp_path, 1)
     spoil(write(tmp_path, 2) / file, how)
-    assert ckpt.latest_checkpoint(tmp_path, verify=[ckpt.ALL_FILES])[0] == 1
+    assert ckpt.latest_checkpoint(tmp_path, verify=True)[0] == 1
     message = capsys.readouterr().err
     assert "step_00000002 is damaged" in message and file in message and reason in message
     if how == "byte":  # only reading every byte shows it

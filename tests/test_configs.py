@@ -8,7 +8,7 @@ import yaml
 from shipped import FILES, load
 from tiny_experiment import PROGRAMS
 
-from configs.load import load_config, load_dataclass, nearest_key, valid_keys
+from configs.load import load_config, load_dataclass, valid_keys
 from train_flowtok import FlowTokStage
 from train_next_scale import NextScaleStage
 from train_text_projector import TextProjectorStage
@@ -125,6 +125,7 @@ def test_a_yaml_is_read_in_the_encodings_that_editors_write(tmp_path, encoding):
     ("key", "nearest"),
     [
         ("lr", "optimizer.learning_rate"),
+        ("wd", "optimizer.weight_decay"),
         ("training.lr", "optimizer.learning_rate"),
         ("optimizer.learning_rat", "learning_rate"),
         ("max_steps", "training.max_steps"),
@@ -136,12 +137,6 @@ def test_an_unknown_key_names_the_nearest_valid_one(key, nearest):
     message = error_of(FlowTokStage, FLOWTOK, f"{key}=1")
     assert message.startswith("command line: ") and key.split(".")[0] in message
     assert f"'{nearest}'" in message
-
-
-def test_the_nearest_key_is_looked_for_in_all_groups():
-    keys = valid_keys(FlowTokStage)
-    assert nearest_key("wd", keys) == "optimizer.weight_decay"
-    assert nearest_key("zzz", keys) is None
 
 
 def test_an_unknown_key_in_a_file_names_the_file(tmp_path):

@@ -86,7 +86,7 @@ def check_error(running, *texts):
 def check_goes_on(lab, *options):
     """Nothing half-written is left; the same command goes on and ends like an undisturbed run."""
     run = lab.run
-    step = ckpt.latest_checkpoint(run, verify=[ckpt.ALL_FILES])[0]
+    step = ckpt.latest_checkpoint(run, verify=True)[0]
     assert not list((run / "checkpoints").glob("step_*.tmp"))
     last = f"training.max_steps={step + 6}"
     running = lab.start(*options, last)
@@ -146,21 +146,10 @@ def test_shards_that_vanish_end_with_an_error_that_names_them_and_when_back_the_
     shards.rename(tmp_path / "gone")
     check_error(running, "shard: unreadable", f"{shards}/train-0000", "No such file or directory")
     (tmp_path / "gone").rename(shards)
-    step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
+    step = ckpt.latest_checkpoint(lab.run, verify=True)[0]
     running = lab.start(patterns, f"training.max_steps={step + 3}")
     assert running.wait() == 0 and f"resuming at step {step}" in running.output, running.output
     check_error(lab.start(f"data.shards=[{tmp_path}/gone/*.tar]"), "matches no file")
-
-
-KILLED = "was killed (SIGKILL)", "if memory ran out"
-
-
-def test_a_data_worker_that_is_killed_ends_with_an_error_that_says_so_and_the_run_goes_on(lab):
-    running = lab.train()
-    (worker,) = running.children()
-    os.kill(worker, signal.SIGKILL)
-    check_error(running, f"a data worker (process {worker})", *KILLED)
-    check_goes_on(lab)
 
 
 IMPATIENT = """
@@ -187,7 +176,7 @@ def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_er
     wait_for(lambda: is_writing_to_a_full_pipe(worker), seconds=60)
     os.kill(worker, signal.SIGKILL)
     os.kill(running.pid, signal.SIGCONT)
-    check_error(running, f"a data worker (process {worker})", *KILLED)
+    check_error(running, f"a data worker (process {worker}) was killed (SIGKILL)", "memory ran out")
 
 
 def wait_for(holds, seconds):
@@ -244,7 +233,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_other_with_an_error_and_both_go_on(l
         check_error(ranks[1 - victim], FAST_LIMIT, "another process, the storage or a device hangs")
         assert 4 < time.monotonic() - start < 60
         ranks[victim].kill_group()
-    step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
+    step = ckpt.latest_checkpoint(lab.run, verify=True)[0]
     ranks = lab.start_ranks(f"training.max_steps={step + 6}")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     assert "resuming at step" in ranks[0].output
@@ -274,7 +263,7 @@ def test_a_signal_ends_with_a_checkpoint_and_the_run_goes_on_undisturbed(lab, nu
     else:
         os.kill(running.pid, number)
     assert running.wait() == STOPPED_STATUS, running.output
-    step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
+    step = ckpt.latest_checkpoint(lab.run, verify=True)[0]
     assert f"stopped at step {step} (signal {signal.Signals(number).name})" in running.output
     assert "Traceback" not in running.output and len(workers) == 2
     wait_for(lambda: not any(worker.exists() for worker in workers), seconds=20)
@@ -287,7 +276,7 @@ def test_two_processes_stop_together_when_one_is_told_to(lab):
     assert ranks[0].wait_until(lambda: logged_step(lab.run) >= 6), ranks[0].output
     os.kill(ranks[1].pid, signal.SIGUSR1)
     assert [rank.wait() for rank in ranks] == [STOPPED_STATUS] * 2, ranks[0].output
-    step, folder = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])
+    step, folder = ckpt.latest_checkpoint(lab.run, verify=True)
     assert f"stopped at step {step}" in ranks[0].output
     assert all((folder / ckpt.rank_file(rank)).is_file() for rank in (0, 1))
 
@@ -377,7 +366,7 @@ def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_the_run_goes_on
     output, _ = process.communicate()
     assert process.returncode == STOPPED_STATUS, output
     assert "bash train_flowtok.sh" in output.splitlines()[-1], output
-    step = ckpt.latest_checkpoint(lab.run, verify=[ckpt.ALL_FILES])[0]
+    step = ckpt.latest_checkpoint(lab.run, verify=True)[0]
     assert step >= 6
     ranks = lab.start_ranks(f"training.max_steps={step + 5}")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output

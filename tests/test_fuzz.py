@@ -309,7 +309,7 @@ def test_hostile_checkpoints(chain, tmp_path):
     def read(name):
         path = run / step / name
         if name == ckpt.STATE_FILE:
-            latest = ckpt.latest_checkpoint(run, verify=[ckpt.ALL_FILES])
+            latest = ckpt.latest_checkpoint(run, verify=True)
             return ckpt.check_inputs(latest[1], ckpt.read_state(latest[1])["inputs"])
         if name.endswith(".safetensors"):
             return load_weights(network, path)

@@ -195,7 +195,10 @@ def test_a_captioner_finds_the_text_decoder_of_its_own_projector(tmp_path, tiny_
         load_captioner(moved, CPU)
 
 
-def test_a_run_of_another_stage_or_direction_is_refused(tmp_path):
+def test_a_run_of_another_stage_or_direction_or_a_damaged_one_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("[1")
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.yaml is damaged"):
+        load_flow(tmp_path)
     write_run(tmp_path / "other", torch.nn.Linear(1, 1), {}, stage="text_encoder")
     loaders = {"tokenizer": load_tokenizer, "flowtok": load_flow, "projector": load_projector}
     for key, load in loaders.items():

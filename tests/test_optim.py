@@ -1,4 +1,4 @@
-"""training/optim.py: the schedule against closed forms, and which weights are decayed."""
+"""training/optim.py: schedule, decay, Muon against torch's own, the moving average's recursion."""
 
 import pytest
 import torch
@@ -6,15 +6,19 @@ from torch import nn
 
 from modeling.flow import FlowConfig
 from modeling.flow_model import build_flow
-from modeling.flowtok import FlowTokConfig
+from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.text_projector import TextProjectorConfig
 from training.optim import (
+    EMA,
+    Muon,
     OptimizerConfig,
+    block_matrices,
     build_optimizer,
     decay_groups,
     learning_rate,
     load_optimizer,
+    orthogonalize,
 )
 
 SIZE = {"width": 16, "depth": 1, "num_heads": 2}
@@ -72,18 +76,6 @@ def test_matrices_are_decayed_biases_norms_tokens_positions_are_not_frozen_ones_
     assert all(name.endswith(free) or "norm" in name for name in others)
 
 
-def test_the_optimizer_decays_the_first_group_only():
-    config = OptimizerConfig(learning_rate=0.1, betas=[0.8, 0.9], weight_decay=0.5)
-    layer = nn.Linear(2, 2)
-    optimizer = build_optimizer(layer, config)
-    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    for p in layer.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    torch.testing.assert_close(layer.weight, before["weight"] * (1 - 0.1 * 0.5))
-    assert torch.equal(layer.bias, before["bias"])
-
-
 def stepped(config, layer):
     optimizer = build_optimizer(layer, config)
     for p in layer.parameters():
@@ -118,3 +110,158 @@ def test_loading_the_state_of_other_trainable_weights_names_the_file(tmp_path, b
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         OptimizerConfig(**wrong)
+
+
+# Muon
+
+
+def network() -> FlowTok:
+    torch.manual_seed(0)
+    return FlowTok(FlowTokConfig(num_tokens=4, token_channels=4, width=16, depth=2, num_heads=2))
+
+
+def fill_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (1, 16, 64)])
+def test_all_singular_values_come_near_one_and_the_directions_stay(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(matrices)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    values = torch.diagonal(u.mT @ result @ vh.mT, dim1=-2, dim2=-1)
+    # The iteration's fixed band; the smallest values of a square matrix may still be below it.
+    assert values.max() < 1.25
+    assert values.median() > 0.65
+    off_diagonal = u.mT @ result @ vh.mT - torch.diag_embed(values)
+    assert off_diagonal.abs().max() < 1e-3
+
+
+def test_matrices_of_the_blocks_are_taken_and_nothing_else():
+    model = network()
+    taken = {id(weight) for weight in block_matrices(model)}
+    names = {name for name, weight in model.named_parameters() if id(weight) in taken}
+    layers = ("attention.qkv", "attention.out", "mlp.0", "mlp.2")
+    assert names == {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}
+    model.blocks[0].requires_grad_(False)
+    assert len(block_matrices(model)) == 4
+
+
+def test_three_steps_are_those_of_torch_up_to_its_bfloat16():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    weights = [nn.Parameter(torch.randn(8, 24)), nn.Parameter(torch.randn(8, 24))]
+    copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    ours = Muon([{"params": weights, "weight_decay": 0.1, "muon": True}], lr=0.02)
+    theirs = torch.optim.Muon(
+        copies, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    before = weights[0].detach().clone()
+    for step in range(3):
+        for number, (weight, copy) in enumerate(zip(weights, copies, strict=True)):
+            generator = torch.Generator().manual_seed(10 * step + number)
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            copy.grad = weight.grad.clone()
+        ours.step()
+        theirs.step()
+    moved = (weights[0] - before).norm()
+    for weight, copy in zip(weights, copies, strict=True):
+        assert (weight - copy).norm() < 0.03 * moved
+
+
+def test_other_weights_move_as_under_adamw():
+    model, twin = network(), network()
+    config = {"learning_rate": 0.01, "weight_decay": 0.1}
+    optimizers = [
+        build_optimizer(model, OptimizerConfig(name="muon", **config)),
+        build_optimizer(twin, OptimizerConfig(**config)),
+    ]
+    fill_gradients(model, seed=1)
+    fill_gradients(twin, seed=1)
+    for optimizer in optimizers:
+        optimizer.step()
+    taken = {id(weight) for weight in block_matrices(model)}
+    for weight, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(weight, other) == (id(weight) not in taken)
+
+
+def test_a_non_finite_gradient_changes_nothing():
+    model = network()
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
+    before = [weight.detach().clone() for weight in model.parameters()]
+    fill_gradients(model, seed=1)
+    model.blocks[0].attention.qkv.weight.grad[0, 0] = torch.nan
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    for weight, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(weight, old)
+
+
+def test_momentum_is_saved_and_loaded(tmp_path):
+    straight, resumed = network(), network()
+    config = OptimizerConfig(name="muon", learning_rate=0.01)
+    optimizer = build_optimizer(straight, config)
+    for seed in (1, 2):
+        fill_gradients(straight, seed)
+        optimizer.step()
+        if seed == 1:
+            torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+            resumed.load_state_dict(straight.state_dict())
+    again = build_optimizer(resumed, config)
+    load_optimizer(again, tmp_path / "optimizer.pt")
+    fill_gradients(resumed, seed=2)
+    again.step()
+    for weight, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(weight, other)
+    with pytest.raises(ValueError, match="optimizer.name"):
+        load_optimizer(build_optimizer(network(), OptimizerConfig()), tmp_path / "optimizer.pt")
+
+
+# The moving average
+
+
+def drift(model, step):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.sin(torch.arange(p.numel(), dtype=p.dtype).view_as(p) + step))
+
+
+@pytest.mark.parametrize(("num_updates", "moved"), [(0, 0.9), (10_000, 0.001)])
+def test_the_number_of_updates_decides_the_decay_so_that_a_resume_continues_it(num_updates, moved):
+    model = nn.Linear(1, 1)
+    ema = EMA(model, 0.999)
+    start, ema.num_updates = ema.average.weight.item(), num_updates
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update()
+    assert ema.average.weight.item() - start == pytest.approx(moved, abs=1e-5)
+
+
+def test_the_average_is_a_frozen_float32_copy_in_eval_mode():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.BatchNorm1d(2)).bfloat16().train()
+    ema = EMA(model, 0.9)
+    assert not any(module.training for module in ema.average.modules())
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in ema.average.parameters())
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    drift(ema.average, 1)
+    assert not torch.equal(ema.average[0].weight, model[0].weight.float())
+
+
+def test_frozen_weights_and_buffers_are_not_averaged():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.register_buffer("scale", torch.tensor(3.0))
+    model[0].requires_grad_(False)
+    ema = EMA(model, 0.5)
+    frozen = model[0].weight.clone()
+    drift(model, 1)
+    ema.update()
+    assert torch.equal(ema.average[0].weight, frozen)
+    assert not torch.equal(ema.average[1].weight, model[1].weight)
+    assert ema.average.scale == 3.0
+
+
+def test_an_impossible_decay_is_refused():
+    with pytest.raises(ValueError, match=r"training.ema_decay must be in \[0, 1\)"):
+        EMA(nn.Linear(1, 1), 1.0)

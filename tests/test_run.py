@@ -72,12 +72,6 @@ def test_a_first_start_makes_the_folder_with_the_resolved_config(tmp_path, capsy
     assert not capsys.readouterr().out
 
 
-def test_the_same_config_again_says_nothing(tmp_path, capsys):
-    start(tmp_path)
-    start(tmp_path)
-    assert not capsys.readouterr().out
-
-
 def test_another_network_is_refused_by_its_keys_and_the_folder_is_left_as_it_was(tmp_path):
     start(tmp_path)
     with pytest.raises(ValueError) as caught:

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from forks import in_two_processes, start_ranks
+from forks import in_two_processes
 from safetensors.torch import save_file
-from test_resume import program, state
+from test_resume import program, run_on_two, state
 from tiny_experiment import draw, equal, metrics, reset_accelerate, training
 
 import train_flowtok
@@ -182,34 +182,6 @@ def test_parts_of_a_whole_runs_files_are_those_files_again(two):
 
 
 # The programs
-
-MAINS_IN_TURN = """
-import os, signal, sys
-from configs.load import load_config
-from tiny_experiment import PROGRAMS
-import train_flowtok
-killed_at, calls, original = int(sys.argv[1]), [], train_flowtok.compute_losses
-def compute_losses(*args):
-    calls.append(1)
-    if len(calls) == killed_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args)
-train_flowtok.compute_losses = compute_losses
-for words in sys.argv[2:]:
-    name, _, file, *overrides = words.split("|")
-    stage, main = PROGRAMS[name]
-    main(load_config(stage, file, overrides))
-"""
-
-
-def run_on_two(folder, *words, killed_at=0):
-    """Stages in turn on two processes: (their exit statuses, what they said)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    script = folder / "mains.py"
-    script.write_text(MAINS_IN_TURN)
-    words = ["|".join(each) for each in words]
-    ranks = start_ranks(folder / "log", 2, str(script), str(killed_at), *words)
-    return [rank.wait() for rank in ranks], "".join(rank.output for rank in ranks)
 
 
 def flowtok(chain, folder, shard, max_steps):

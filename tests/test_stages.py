@@ -161,6 +161,9 @@ OPTIONS = [
     ("tokenizer", ["losses.l1_weight=1", "losses.gradient_weight=1", "losses.kl_weight=0.1"]),
     ("tokenizer", [STILL, "data.shuffle_buffer=1", "tokenizer.query_key_bias=1"]),
     ("tokenizer", ["tokenizer.initial_logvar=-4", "tokenizer.latent_grid=true"]),
+    ("text_decoder", ["losses.kl_weight=0.1", "losses.latent_noise=0.5"]),
+    ("text_decoder", ["text_decoder.dropout=0", "text_decoder.pre_norm=true"]),
+    ("text_decoder", ["text_decoder.vocabulary_size=49408"]),
 ]
 
 
@@ -191,22 +194,6 @@ def test_fine_tuning_starts_from_ema_weights_at_step_0_and_resumes_from_itself(c
     assert [line["step"] for line in metrics(run)] == [2]
     more = chain.run_in(tmp_path, "flowtok", *options)  # resumes: not from init_from again
     assert [line["step"] for line in metrics(more)] == [2, 4]
-
-
-@pytest.mark.parametrize(
-    ("options", "keys"),
-    [
-        ("projector_run='' init_from=CHAIN/flowtok flowtok.depth=2", "flowtok.depth: 1 -> 2$"),
-        ("init_from=CHAIN/flowtok", "init_from=.* has a projector, and projector_run="),
-        ("projector_run='' init_from=CHAIN/tokenizer", "stage 'tokenizer': .*'flowtok'"),
-        ("projector.width=32", "projector is as in .*text_projector"),
-        ("data.shards=[nowhere/*.tar]", "nowhere/tokens.json does not exist"),
-    ],
-)
-def test_weights_and_tokens_that_do_not_fit_are_refused(chain, tmp_path, options, keys):
-    with pytest.raises(ValueError, match=keys):
-        chain.run_in(tmp_path, "flowtok", *options.replace("CHAIN", str(chain.folder)).split())
-    assert not list(tmp_path.rglob("step_*"))
 
 
 @pytest.mark.parametrize(("stage", "mode"), [("tokenizer", "selective"), ("flowtok", "full")])
@@ -254,27 +241,6 @@ def test_each_direction_of_the_flow_trains_other_weights(chain, captioner, tiny_
     assert image.keys() == text.keys() and not equal(image, text)
 
 
-@pytest.mark.parametrize(
-    ("option", "keys"),
-    [
-        ("flow.projector=joint", "image_to_text with flow.projector=joint"),
-        ("text_decoder_run=''", "set text_decoder_run"),
-        ("pictures.images=[]", "pictures.images"),
-        ("pictures.images=[nowhere.tar]", "nowhere.tar"),
-        ("flow.direction=joint", "flow.direction: .*'joint'"),
-        ("projector_run=CHAIN/text_projector", "text decoder of .*CHAIN/text_projector"),
-        ("text_decoder_run=CHAIN/flowtok", "stage 'flowtok': .*'text_decoder'"),
-    ],
-)
-def test_a_flow_to_text_that_could_not_be_read_is_refused(
-    chain, tiny_shards, tmp_path, option, keys
-):
-    option, keys = (text.replace("CHAIN", str(chain.folder)) for text in (option, keys))
-    with pytest.raises(ValueError, match=keys):
-        chain.run_in(tmp_path, "flowtok", *to_text(chain.folder, tiny_shards), option)
-    assert not list(tmp_path.rglob("step_*"))
-
-
 # Stages fit together, or are refused
 
 
@@ -306,14 +272,43 @@ def test_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
         chain.run("tokens", f"tokenizer_run={other}")
 
 
-@pytest.mark.parametrize(
-    ("options", "keys"),
-    [
+NO_TRAINING = {  # stage -> (options, keys)
+    "tokenizer": [
         ("data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),
         ("training.batch_size=9 training.gradient_accumulation=2", "batch_size 9 .*1 x 2"),
     ],
+    "text_decoder": [
+        ("freeze_projector=true projector_run=x projector=null", "losses.kl_weight=0"),
+        ("projector_run=CHAIN/text_projector projector.depth=2", "projector .*text_projector"),
+        ("heldout_shards=[absent.tar]", "absent.tar"),
+        ("projector_run=nowhere projector=null", "nowhere is no run folder"),
+    ],
+    "flowtok": [
+        ("projector_run='' init_from=CHAIN/flowtok flowtok.depth=2", "flowtok.depth: 1 -> 2$"),
+        ("init_from=CHAIN/flowtok", "init_from=.* has a projector, and projector_run="),
+        ("projector_run='' init_from=CHAIN/tokenizer", "stage 'tokenizer': .*'flowtok'"),
+        ("projector.width=32", "projector is as in .*text_projector"),
+        ("data.shards=[nowhere/*.tar]", "nowhere/tokens.json does not exist"),
+        ("TO_TEXT flow.projector=joint", "image_to_text with flow.projector=joint"),
+        ("TO_TEXT text_decoder_run=''", "set text_decoder_run"),
+        ("TO_TEXT pictures.images=[]", "pictures.images"),
+        ("TO_TEXT pictures.images=[nowhere.tar]", "nowhere.tar"),
+        ("TO_TEXT flow.direction=joint", "flow.direction: .*'joint'"),
+        ("TO_TEXT projector_run=CHAIN/text_projector", "text decoder of .*CHAIN/text_projector"),
+        ("TO_TEXT text_decoder_run=CHAIN/flowtok", "stage 'flowtok': .*'text_decoder'"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "keys"),
+    [(stage, *case) for stage, cases in NO_TRAINING.items() for case in cases],
 )
-def test_a_tokenizer_that_cannot_be_trained_is_refused(chain, tmp_path, options, keys):
-    with pytest.raises(ValueError, match=keys):
-        chain.run_in(tmp_path, "tokenizer", *options.split())
+def test_what_cannot_be_trained_is_refused_before_a_step(
+    chain, tiny_shards, tmp_path, stage, options, keys
+):
+    words = options.removeprefix("TO_TEXT ").replace("CHAIN", str(chain.folder)).split()
+    start = to_text(chain.folder, tiny_shards) if options.startswith("TO_TEXT") else []
+    with pytest.raises(ValueError, match=keys.replace("CHAIN", str(chain.folder))):
+        chain.run_in(tmp_path, stage, *start, *words)
     assert not list(tmp_path.rglob("step_*"))

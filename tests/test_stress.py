@@ -69,7 +69,7 @@ def compare(run, whole):
     """Assert that two runs ended alike, bit for bit."""
     assert metrics(run) == metrics(whole)
     assert equal(state(run), state(whole))
-    folders = [ckpt.latest_checkpoint(one, verify=[ckpt.ALL_FILES])[1] for one in (run, whole)]
+    folders = [ckpt.latest_checkpoint(one, verify=True)[1] for one in (run, whole)]
     for name in (ckpt.MODEL_FILE, ckpt.EMA_FILE):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_experiment import all_different, equal, last_weights, metrics, training, weights
+from tiny_experiment import equal, metrics, training, weights
 
 from modeling.text_decoder import (
     CLIP_VOCABULARY,
@@ -177,12 +177,6 @@ def test_captions_of_image_shards_serve_as_well_as_stored_text_states(chain, tmp
         torch.testing.assert_close(x, stored[name], rtol=0.05, atol=5e-3)
 
 
-def test_options_of_the_stage_run_and_change_the_weights(chain, tmp_path):
-    options = ["losses.kl_weight=0.1", "losses.latent_noise=0.5", "text_decoder.dropout=0"]
-    options += ["text_decoder.pre_norm=true", "text_decoder.vocabulary_size=49408"]
-    assert all_different(last_weights(chain, tmp_path, "text_decoder", options))
-
-
 def test_a_frozen_projector_is_that_of_the_run_bit_for_bit(chain, tmp_path):
     source = chain.folder / "text_projector"
     start = [f"projector_run={source}", "projector=null"]
@@ -197,22 +191,3 @@ def test_a_vocabulary_that_is_too_small_is_said(chain, tmp_path, capsys):
     run = chain.run_in(tmp_path, "text_decoder", "text_decoder.vocabulary_size=5")
     assert "text_decoder.vocabulary_size=5: the 5 rarest ids" in capsys.readouterr().out
     assert accuracy(run, 4)["train"]["token_accuracy"] < 1
-
-
-FROZEN = "freeze_projector=true"
-
-
-@pytest.mark.parametrize(
-    ("options", "keys"),
-    [
-        (f"{FROZEN} projector_run=x projector=null", f"{FROZEN}.*losses.kl_weight=0"),
-        ("projector_run=PROJECTOR projector.depth=2", "projector .*text_projector"),
-        ("heldout_shards=[absent.tar]", "absent.tar"),
-        ("projector_run=nowhere projector=null", "nowhere is no run folder"),
-    ],
-)
-def test_what_can_not_be_trained_is_refused(chain, tmp_path, options, keys):
-    options = options.replace("PROJECTOR", f"{chain.folder}/text_projector")
-    with pytest.raises(ValueError, match=keys):
-        chain.run_in(tmp_path, "text_decoder", *options.split())
-    assert not list(tmp_path.rglob("step_*"))

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,14 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import flush
-from training.run import Run
+from training.run import Run, config_changes
 from training.sharding import gather
 
 PREFIX, PARTIAL_SUFFIX = "step_", ".tmp"
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.pt"
 STATE_FILE, LATEST_LINK = "state.json", "latest"
 STATE_TYPES = {"step": int, "ema_updates": int, "num_processes": int, "inputs": dict, "files": dict}
-ALL_FILES = "*"
 
 
 # Finding
@@ -46,11 +45,11 @@ def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
     return dict(sorted(folders.items()))
 
 
-def latest_checkpoint(run_dir: Path, verify: Sequence[str] = ()) -> tuple[int, Path] | None:
+def latest_checkpoint(run_dir: Path, verify: bool = False) -> tuple[int, Path] | None:
     """(step, folder) of the newest whole checkpoint, None without any.
 
     Args:
-        verify: names of files whose contents are checked, too; ALL_FILES for all.
+        verify: read every byte, too, which shows whether it is what was written.
 
     Raises:
         ValueError: there are checkpoints, but all are damaged.
@@ -72,8 +71,8 @@ def latest_checkpoint(run_dir: Path, verify: Sequence[str] = ()) -> tuple[int, P
     return None
 
 
-def find_damage(folder: Path, verify: Sequence[str] = ()) -> str:
-    """What is wrong with a checkpoint, "" if nothing: every file's size, and some files' bytes."""
+def find_damage(folder: Path, verify: bool = False) -> str:
+    """What is wrong with a checkpoint, "" if nothing: by the sizes of its files, or their bytes."""
     try:
         state = read_state(folder)
         if folder.name != f"{PREFIX}{state['step']:08d}":
@@ -84,8 +83,7 @@ def find_damage(folder: Path, verify: Sequence[str] = ()) -> str:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            with_contents = name in verify or ALL_FILES in verify
-            if with_contents and file_crc32(path) != expected["crc32"]:
+            if verify and file_crc32(path) != expected["crc32"]:
                 return f"{name} has other contents than were written"
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{STATE_FILE}: {type(error).__name__}: {error}"
@@ -101,8 +99,10 @@ def file_crc32(path: Path) -> int:
     return crc
 
 
-def is_complete(run: Run, max_steps: int, inputs: dict) -> bool:
-    """True if the run has a checkpoint of its last step; says so.
+def is_complete(run: Run, config: Any, inputs: dict) -> bool:
+    """True if the run has a checkpoint of its last step; says so, and what it leaves unread.
+
+    config: a TrainedStage (training/stage.py), as save_config takes it.
 
     Raises:
         ValueError: its checkpoints were trained on other `inputs` (what earlier stages gave).
@@ -112,9 +112,15 @@ def is_complete(run: Run, max_steps: int, inputs: dict) -> bool:
         return False
     step, folder = latest
     check_inputs(folder, inputs)
-    if step >= max_steps:
-        run.say(f"{run.folder}: complete at step {step}, nothing to do")
-    return step >= max_steps
+    if step < config.training.max_steps:
+        return False
+    with suppress(ValueError):  # of a damaged config.yaml: whoever needs it will say so
+        changes = config_changes(run, config)
+        keys = [key for key, _ in changes if not key.endswith("_dir")]
+        if keys:
+            run.say(f"warning: {run.folder} is complete, it ignores changes of {', '.join(keys)}")
+    run.say(f"{run.folder}: complete at step {step}, nothing to do")
+    return True
 
 
 # Reading

@@ -5,7 +5,6 @@ the checkpoint's `inputs` are the fingerprints of the parts that it was trained 
 whole pipelines: training/pipelines.py.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -20,7 +19,7 @@ from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import load_weights
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import EMA_FILE, latest_checkpoint, read_state
-from training.run import CONFIG_FILE
+from training.run import CONFIG_FILE, read_saved
 
 T = TypeVar("T")
 CLIP_FOLDER = Path("text_encoder") / "clip"  # of an experiment that trained its own text tower
@@ -30,7 +29,7 @@ structured = cache(OmegaConf.structured)  # takes longer than to copy one, as me
 
 
 def read_run_config(run_dir: str | Path) -> DictConfig:
-    """The resolved config of a run, not to be changed; ValueError if there is no run."""
+    """The resolved config of a run, not to be changed; ValueError: no run, or a damaged file."""
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else path.parent.parent
@@ -39,12 +38,13 @@ def read_run_config(run_dir: str | Path) -> DictConfig:
             f"{run_dir} is no run folder (no {CONFIG_FILE}); {folder} holds: "
             f"{', '.join(found) or 'nothing'}"
         )
-    return parse_config(path.read_text(encoding="utf-8"))
+    return parse_config(path, path.read_bytes())
 
 
 @lru_cache(maxsize=32)  # a pipeline asks a few files twenty times, 10 ms each
-def parse_config(text: str) -> DictConfig:
-    return OmegaConf.load(io.StringIO(text))
+def parse_config(path: Path, content: bytes) -> DictConfig:
+    """The config in a file; content: what it has now, or an older one would be remembered."""
+    return OmegaConf.create(read_saved(path))
 
 
 def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:

@@ -184,7 +184,7 @@ class TrainingState:
         # The main process looks: the others need not read and check every byte again.
         found = [None]
         if self.run.is_main:
-            found = [ckpt.latest_checkpoint(self.run.folder, verify=[ckpt.ALL_FILES])]
+            found = [ckpt.latest_checkpoint(self.run.folder, verify=True)]
         latest = broadcast_object_list(found)[0]
         if latest is None:
             return 0

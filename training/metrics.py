@@ -110,8 +110,7 @@ def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[
     samples = "the loss of this process is finite"
     if not all(map(math.isfinite, losses)):
         # Keys come from data of unknown origin: short, and nothing that a terminal obeys.
-        shown = [key if key.isprintable() and len(key) <= 100 else ascii(key[:100]) for key in keys]
-        samples = f"samples: {', '.join(shown)}"
+        samples = f"samples: {', '.join(printable(key[:100]) for key in keys)}"
     values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     return f"non-finite loss or gradient at step {step}, rank {rank}: {values}; {samples}"
 

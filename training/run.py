@@ -147,12 +147,8 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
     Raises:
         ValueError: a network differs from the run that is to be resumed.
     """
-    path = run.folder / CONFIG_FILE
-    values = {"stage": config.stage, **dataclasses.asdict(config)}
-    if path.is_file() and has_checkpoint:
-        # A key that the earlier config lacks did not exist yet: it had its default's effect.
-        defaults = dataclasses.asdict(type(config)())
-        changes = list_changes(fill_in(read_saved(path), defaults), values)
+    if has_checkpoint:
+        changes = config_changes(run, config)
         names = [f"{name}." for name in config.networks]
         fatal = [line for key, line in changes if any(f"{key}.".startswith(n) for n in names)]
         if fatal:
@@ -164,8 +160,20 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
             run.say(f"config changed since the last start: {line}")
     run.accelerator.wait_for_everyone()
     if run.is_main:
-        write_text(yaml.safe_dump(values, sort_keys=False), path)
+        values = {"stage": config.stage, **dataclasses.asdict(config)}
+        write_text(yaml.safe_dump(values, sort_keys=False), run.folder / CONFIG_FILE)
     run.accelerator.wait_for_everyone()
+
+
+def config_changes(run: Run, config: Any) -> list[tuple[str, str]]:
+    """(dotted key, "key: old -> new") of what a stage's config changes in that of a started run."""
+    path = run.folder / CONFIG_FILE
+    if not path.is_file():
+        return []
+    # A key that the earlier config lacks did not exist yet: it had its default's effect.
+    defaults = dataclasses.asdict(type(config)())
+    saved = fill_in(read_saved(path), defaults)
+    return list_changes(saved, {"stage": config.stage, **dataclasses.asdict(config)})
 
 
 def read_saved(path: Path) -> dict:
@@ -175,7 +183,7 @@ def read_saved(path: Path) -> dict:
         ValueError: the file is damaged.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         values = error
     if not isinstance(values, dict):

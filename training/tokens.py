@@ -239,13 +239,12 @@ FITTED_SAMPLES = 10_000  # on which a projector's whitening and linear skip are 
 
 
 @dataclass
-class StoredTokens:
-    """Batches of stored tokens; the text tower is there only if its states are not stored."""
+class StoredText:
+    """Batches with text; the tower is there unless its states are stored with all of it."""
 
     run: Run
     loader: StatefulDataLoader
-    data: TokenTextConfig
-    info: TokensInfo
+    data: ReaderConfig
     tokenize: Tokenizer | None
     text_encoder: TextEncoder | None
 
@@ -253,31 +252,39 @@ class StoredTokens:
         """Text states of a batch, B x L x T: as stored (then float32), else encoded now."""
         return text_states(self.run, self.text_encoder, batch)
 
+    def fit_whitening(self, projector: TextProjector) -> None:
+        """Measure the projector's whitening of text states on the first samples, if it has one."""
+        if projector.config.whiten_text:
+            batches = self.read(FITTED_SAMPLES)
+            projector.whitening.fit(self.text_states(batch).cpu() for batch in batches)
+
+
+@dataclass
+class StoredTokens(StoredText):
+    """Batches of stored tokens."""
+
+    info: TokensInfo
+
     def image_posterior(self, batch: dict) -> Posterior:
         """Posterior of the image latents in the tokenizer's own scale, B x K x C."""
         mean = batch["latent_mean"].to(self.run.device, non_blocking=True)
         logvar = batch["latent_logvar"].to(self.run.device, non_blocking=True)
         return Posterior(mean, logvar)
 
-    def fit_whitening(self, projector: TextProjector) -> None:
-        """Measure the projector's whitening of text states on the first samples, if it has one."""
-        if projector.config.whiten_text:
-            batches = self._read(100, FITTED_SAMPLES)
-            projector.whitening.fit(self.text_states(batch).cpu() for batch in batches)
-
     def fit_linear_skip(self, projector: TextProjector, strength: float) -> None:
         """Fill the projector's linear skip by ridge regression on the first samples."""
         states, latents = [], []
-        for batch in self._read(100, FITTED_SAMPLES):
+        for batch in self.read(FITTED_SAMPLES):
             states.append(self.text_states(batch).cpu().float())
             latents.append(self.image_posterior(batch).mean.cpu() * self.info.latent_scale)
         fit_linear_skip(projector.linear_skip, torch.cat(states), torch.cat(latents), strength)
 
     def first(self, number: int) -> dict:
         """The first `number` samples in the order of the shards, as one batch."""
-        return next(self._read(number, number))
+        return next(self.read(number, batch_size=number))
 
-    def _read(self, batch_size: int, limit: int) -> Iterator[dict]:
+    def read(self, limit: int, batch_size: int = 100) -> Iterator[dict]:
+        """The first samples in the order of the shards."""
         info = self.info
         reader = token_reader(self.data, info.num_tokens, info.token_channels, self.tokenize)
         return reader.once(batch_size, limit=limit)
@@ -313,34 +320,19 @@ def open_stored_tokens(
     reader = token_reader(data, info.num_tokens, info.token_channels, tokenize)
     loader = open_stream(run, training, reader)
     encoder = None if info.has_text_states else encoder.to(run.device)
-    return StoredTokens(run, loader, data, info, tokenize, encoder)
+    return StoredTokens(run, loader, data, tokenize, encoder, info)
 
 
 @dataclass
-class StoredCaptions:
+class StoredCaptions(StoredText):
     """Batches of captions. Stored text states are used if they are the tower's own."""
 
-    run: Run
-    loader: StatefulDataLoader
-    data: ReaderConfig
-    tokenize: Tokenizer
-    text_encoder: TextEncoder
     has_text_states: bool
-
-    def text_states(self, batch: dict) -> Tensor:
-        """Text states of a batch, B x L x T: as stored (then float32), else encoded now."""
-        return text_states(self.run, self.text_encoder, batch)
 
     def read(self, limit: int, shards: list[str] | None = None) -> Iterator[dict]:
         """The first captions in order; of other shards without looking for stored states."""
         has_text_states = self.has_text_states and shards is None
         return caption_reader(self.data, self.tokenize, has_text_states).once(100, shards, limit)
-
-    def fit_whitening(self, projector: TextProjector) -> None:
-        """Measure the projector's whitening of text states on the first captions, if it has one."""
-        if projector.config.whiten_text:
-            batches = self.read(FITTED_SAMPLES)
-            projector.whitening.fit(self.text_states(batch).cpu() for batch in batches)
 
 
 def open_stored_captions(

@@ -120,7 +120,7 @@ def build_loss(stage: Stage, run: Run, tower: TextEncoder | None) -> tuple[nn.Mo
         decoder = train_text_decoder.build_model(config, None)
         return decoder, partial(train_text_decoder.compute_losses, config, captions)
     info = unknown_tokens(sizes.num_tokens, sizes.token_channels, latent_scale=1.0)
-    tokens = StoredTokens(run, None, config.data, info, None, tower)
+    tokens = StoredTokens(run, None, config.data, None, tower, info)
     if config.stage == "flowtok":
         flow = train_flowtok.build_model(config, info, None)
         return flow, partial(train_flowtok.compute_losses, config, tokens)
