@@ -44,6 +44,7 @@ from eval.images import (
     list_pictures,
     sheet_of,
 )
+from eval.programs import build_parser, integer
 from modeling.layers import to_pil
 from modeling.pipeline import Generator, ImageGenerator, Sampling, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
@@ -71,9 +72,7 @@ Picture = tuple[Tensor, str]  # 3 x R x R in [0, 1], its caption
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
     help_text = "experiment folder, stage-3 run, or a folder of scripts/export.py or its hub id"
     add("--run", required=True, type=user_path, help=help_text)
@@ -84,10 +83,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "the flow's way from text to image, decoded, a row a prompt"
     source.add_argument("--trajectory", nargs="+", metavar="TEXT", help=help_text)
     help_text = "images of --interpolate, or of a row of --trajectory, ends included; default: 8"
-    add("--frames", type=int, help=help_text)
-    add(
-        "--output", type=user_path, default=Path("samples.png"), help="PNG; of captions also .jsonl"
-    )
+    add("--frames", type=integer(2), help=help_text)
+    help_text = "PNG; of captions also .jsonl"
+    add("--output", type=user_path, default=Path("samples.png"), help=help_text)
     add("--save-dir", type=user_path, help="also write each image as its own PNG here")
     add("--gallery", type=user_path, help="also write a page with images, captions, settings here")
     add("--steps", type=int, help="solver steps")
@@ -96,9 +94,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     times = ("START", "END")
     add("--guidance-interval", nargs=2, type=float, metavar=times, help="times with guidance")
     add("--precision", choices=["fp32", "bf16"], help="of velocity network and decoder")
-    add("--seed", type=int, default=0)
-    add("--images-per-prompt", type=int, default=1)
-    add("--batch-size", type=int, default=64, help="images at a time")
+    add("--seed", type=integer(0), default=0)
+    add("--images-per-prompt", type=integer(1), default=1)
+    add("--batch-size", type=integer(1), default=64, help="images at a time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
 
@@ -117,11 +115,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, impossible numbers and options that would be ignored."""
-    for name, smallest in (("frames", 2), ("images_per_prompt", 1), ("batch_size", 1), ("seed", 0)):
-        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
-        if value is not None and value < smallest:
-            raise ValueError(f"{option} must be at least {smallest}, got {value}")
+    """Refuse, before anything is loaded, options that would be ignored."""
     is_row = args.interpolate or args.trajectory
     if args.frames and not is_row:
         raise ValueError(f"--frames {args.frames} is for --interpolate and --trajectory")
@@ -313,7 +307,7 @@ def write_pages(
         save_png(caption_grid(images, captions, columns), path)
         if args.gallery:
             gallery = args.gallery.with_stem(args.gallery.stem + suffix)
-            files = zip(map(png_bytes, images), captions, strict=True)
+            files = [(png_bytes(to_pil(image)), caption) for image, caption in page]
             write_gallery(gallery, "Samples", files, settings)
         if args.save_dir:
             for index, image in enumerate(images, start=number):
@@ -337,9 +331,8 @@ def caption(args: argparse.Namespace) -> None:
     parts, default = load_captioner(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
     start = time.perf_counter()
-    batches = tell_skipped(caption_images(parts, entries, sampling, args.batch_size))
-    write = write_captions if args.output.suffix.lower() == ".jsonl" else print_captions
-    number, skipped = write(args.output, entries, batches)
+    batches = caption_images(parts, entries, sampling, args.batch_size)
+    number, skipped = write_captions(args.output, entries, batches)
     rate = number / (time.perf_counter() - start)
     print(
         f"{args.output}: {number} captions, {sampling.steps} steps, guidance "
@@ -348,50 +341,39 @@ def caption(args: argparse.Namespace) -> None:
     )
 
 
-def tell_skipped(batches: Iterator[Captioned]) -> Iterator[Captioned]:
-    """The same batches; what could not be read is said at once."""
-    for batch in batches:
-        for name, reason in batch.skipped:
-            print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
-        yield batch
-
-
-def print_captions(
-    path: Path, entries: list[Entry], batches: Iterator[Captioned]
-) -> tuple[int, int]:
-    """Print each caption and save a sheet of the first ones. Returns (captions, skipped images)."""
-    images, captions, number, skipped = [], [], 0, 0
-    for batch in batches:
-        for index, text in zip(batch.index, batch.captions, strict=True):
-            print(printable(f"{image_name(entries[index])}: {text}"), flush=True)
-        left = SHEET_IMAGES - len(captions)
-        images.append(batch.images[:left])  # nothing once the sheet is full
-        captions += batch.captions[:left]
-        number, skipped = number + len(batch.captions), skipped + len(batch.skipped)
-    save_png(sheet_of(images, captions), path)
-    return number, skipped
-
-
 def write_captions(
     path: Path, entries: list[Entry], batches: Iterator[Captioned]
 ) -> tuple[int, int]:
-    """Lines {"image", "caption"} into a jsonl, as they come. Returns (captions, skipped images)."""
-    number, skipped = 0, 0
+    """Captions as they come: lines {"image", "caption"} of a jsonl, or printed, the first on a PNG.
+
+    What could not be read is said at once. Returns (captions, skipped images).
+    """
+    is_jsonl = path.suffix.lower() == ".jsonl"
+    images, captions, number, skipped = [], [], 0, 0
     for batch in batches:
-        skipped += len(batch.skipped)
-        rows = [
-            {"image": image_name(entries[index]), "caption": text}
-            for index, text in zip(batch.index, batch.captions, strict=True)
-        ]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if rows:
+        for name, reason in batch.skipped:
+            print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
+        names = [image_name(entries[index]) for index in batch.index]
+        rows = [*zip(names, batch.captions, strict=True)]
+        if is_jsonl and rows:
             # The first ones replace what an earlier command has written
             path.parent.mkdir(parents=True, exist_ok=True)
             with errors_naming(path), path.open("a" if number else "w", encoding="utf-8") as file:
-                file.write(lines)
+                for name, text in rows:
+                    row = {"image": name, "caption": text}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        elif not is_jsonl:
+            for name, text in rows:
+                print(printable(f"{name}: {text}"), flush=True)
+            left = SHEET_IMAGES - len(captions)
+            images.append(batch.images[:left])  # nothing once the sheet is full
+            captions += batch.captions[:left]
         number += len(rows)
+        skipped += len(batch.skipped)
     if not number:
         raise ValueError(f"none of {skipped} images could be read")
+    if not is_jsonl:
+        save_png(sheet_of(images, captions), path)
     return number, skipped
 
 

@@ -96,7 +96,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Read, caption, score, write, print."""
     # What needs no network is checked first
-    entries, references = list_references(args.data, args.caption_keys)
+    keys = args.caption_keys
+    check_caption_keys(keys, "--caption-keys")
+    entries = list_images(args.data)
+    references = [entry_captions(entry, keys, "--caption-keys") for entry in entries]
     run = captioning_run(args.run)
     path = args.output or run / REPORT
     check_writable(path)
@@ -143,15 +146,6 @@ def main(args: argparse.Namespace) -> None:
     }
     write_json(report, path)
     print_report(report, path)
-
-
-def list_references(
-    data: Sequence[str], keys: Sequence[str]
-) -> tuple[list[Entry], list[list[str]]]:
-    """Images and the references of each; ValueError naming one without, or what is not there."""
-    check_caption_keys(keys, "--caption-keys")
-    entries = list_images(data)
-    return entries, [entry_captions(entry, keys, "--caption-keys") for entry in entries]
 
 
 def encode(captioner: Captioner, entries: Sequence[Entry], args: argparse.Namespace) -> Tensor:

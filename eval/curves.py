@@ -1,4 +1,4 @@
-"""Losses and guards of runs over their steps: one PNG, several runs over each other.
+"""Charts: losses and guards of runs over their steps, several runs over each other, as one PNG.
 
     python -m eval.curves runs/emoji
     python -m eval.curves runs/emoji runs/wider --output wider.png
@@ -10,6 +10,7 @@ colour. Needs pip install -r requirements-eval.txt.
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from training.errors import exit_on_error
 from training.metrics import METRICS_FILE, read_metrics
 
 LEFT_OUT = {"step", "samples_per_second", "data_wait_share"}
+PANEL_COLUMNS, PANEL_INCHES = 5, (3.2, 2.2)
+WIDE_RANGE = 100.0  # largest / smallest value from which a panel is logarithmic
+Curve = Sequence[tuple[float, float]]  # (x, y)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,9 +50,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"a run is named twice: {' '.join(map(str, args.runs))}")
     logs = {run: find_logs(run) for run in args.runs}
     check_writable(output)
-    if find_spec("matplotlib") is None:
-        raise ValueError(f"charts need matplotlib: {INSTALL}")
-    from eval.charts import save_panels
+    check_matplotlib()
 
     # Stage -> value -> run -> curve, stages in the order in which they ran.
     rows: dict[str, dict[str, dict[str, list]]] = {}
@@ -70,6 +72,72 @@ def find_logs(run: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{run} holds no {METRICS_FILE}, nor does a folder in it")
     return sorted(files, key=lambda file: file.stat().st_mtime)
+
+
+# Drawing. matplotlib is imported late: evaluations without a chart do not need it
+
+
+def check_matplotlib() -> None:
+    """ValueError where no chart can be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"charts need matplotlib: {INSTALL}")
+
+
+def save_lines(
+    curves: Mapping[str, Curve], x_name: str, y_name: str, path: Path, y_scale: str = "linear"
+) -> None:
+    """Curves by name, each a list of (x, y)."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(xlabel=x_name, ylabel=y_name, yscale=y_scale)
+    for name, points in curves.items():
+        x, y = zip(*sorted(points))
+        axes.plot(x, y, "o-", label=name)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def save_panels(
+    rows: Mapping[str, Mapping[str, Mapping[str, Curve]]], x_name: str, path: Path
+) -> None:
+    """A panel for each title of each row, wrapped; a name has one colour in all.
+
+    Args:
+        rows: row -> title -> name -> curve.
+    """
+    from matplotlib.figure import Figure
+
+    titled = [curves for panels in rows.values() for curves in panels.values()]
+    names = list(dict.fromkeys(name for curves in titled for name in curves))
+    lines = sum(-(-len(panels) // PANEL_COLUMNS) for panels in rows.values())
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(PANEL_COLUMNS * width, lines * height + 0.6), layout="constrained")
+    place, handles = 0, {}
+    for row, panels in rows.items():
+        for title, curves in panels.items():
+            place += 1
+            axes = figure.add_subplot(lines, PANEL_COLUMNS, place, yscale=scale_of(curves))
+            axes.set_title(f"{row}: {title}", fontsize="small")
+            axes.tick_params(labelsize="x-small")
+            for name, points in curves.items():
+                colour = f"C{names.index(name)}"
+                [handles[name]] = axes.plot(*zip(*points), ".-", color=colour, markersize=2)
+        place = -(-place // PANEL_COLUMNS) * PANEL_COLUMNS  # the next row starts a line
+    figure.supxlabel(x_name, fontsize="small")
+    figure.legend(
+        [*handles.values()], [*handles], loc="outside upper left", ncols=4, fontsize="small"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def scale_of(curves: Mapping[str, Curve]) -> str:
+    """Logarithmic for positive values of a wide range, else linear."""
+    values = [y for points in curves.values() for _, y in points]
+    is_wide = min(values) > 0 and max(values) > WIDE_RANGE * min(values)
+    return "log" if is_wide else "linear"
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ from data.entries import Entry, load_json
 from data.files import write_bytes, write_json
 from eval.feature_nets import Networks
 from eval.features import BatchFn, FeatureSet, extract_features
-from eval.images import ImageSet, Reading, iterate_images
+from eval.images import ImageSet, Reading, iterate_images, to_bytes
 from eval.programs import describe_environment
 from eval.protocol import Caption, Protocol, captions_hash
 from eval.scores import Measured, compute_scores
 from modeling.pipeline import ImageGenerator, SamplingConfig
-from training.pictures import caption_grid, encode_png, save_png, write_gallery
+from training.pictures import caption_grid, save_png, write_gallery
 
 REPORT = "evaluation.json"
 INPUTS = "inputs.json"
@@ -141,7 +141,7 @@ class ImageFolder:
         if self.protocol.layout == "geneval":
             record = json.dumps(self.caption(number).record) + "\n"
             write_bytes(record.encode(), file.parent.parent / "metadata.jsonl")
-        write_bytes(encode_png(Image.fromarray(rearrange(image, "c h w -> h w c").numpy())), file)
+        save_png(Image.fromarray(rearrange(image, "c h w -> h w c").numpy()), file)
 
 
 def claim_folder(
@@ -208,9 +208,8 @@ def generate_group(
     padded = [*numbers] + [numbers[-1]] * (protocol.group_size - len(numbers))
     captions = [images.caption(number).text for number in padded]
     pixels, _ = generator.generate(captions, sampling, protocol.seed, padded)
-    if not pixels.isfinite().all():
-        raise FloatingPointError(f"one of the images {numbers[0]}..{numbers[-1]} is not finite")
-    return (pixels[: len(numbers)] * 255).round().to(torch.uint8).cpu()
+    what = f"one of the images {numbers[0]}..{numbers[-1]}"
+    return to_bytes(pixels, what)[: len(numbers)].cpu()
 
 
 # What is measured of them

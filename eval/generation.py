@@ -16,7 +16,6 @@ import argparse
 import shutil
 import sys
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import load_dataclass
 from data.files import check_writable, user_path, write_json, write_text
+from eval.curves import check_matplotlib, save_lines
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
 from eval.feature_nets import WeightsFiles, load_networks
 from eval.features import load_reference
 from eval.images import Reading
 from eval.programs import (
-    INSTALL,
     add_reading_options,
     add_sweep_options,
     add_weights_options,
     build_parser,
+    markdown_table,
     print_metrics,
     start_processes,
     undisturbed,
@@ -84,8 +84,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         for steps in args.steps or [protocol.steps]
         for guidance in args.guidance or [protocol.guidance]
     ]
-    if len(points) > 1 and find_spec("matplotlib") is None:
-        raise ValueError(f"the chart of a sweep needs matplotlib: {INSTALL}")
+    if len(points) > 1:
+        check_matplotlib()
     output = args.output or args.run / "evaluation" / Path(args.protocol).stem
     state = start_processes(args.device)
     check_writable(output / REPORT)
@@ -168,25 +168,18 @@ def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
     # The same as json, as a Markdown table and, of the first metric, as a chart
     write_json({"rows": rows}, folder / "sweep.json")
     cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *cells]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = markdown_table([[*rows[0]], *cells])
     write_text(table, folder / "sweep.md")
     print(table, end="")
     if names:
-        save_chart(rows, names[0], folder / "sweep.png")
+        metric = names[0]
+        curves: dict[str, list] = {}
+        for row in rows:
+            if row[metric] is not None:
+                curve = curves.setdefault(f"{row['steps']} steps", [])
+                curve.append((row["guidance"], row[metric]))
+        save_lines(curves, "guidance", metric, folder / "sweep.png")
     print(f"{folder}: sweep.json, sweep.md{', sweep.png' if names else ''} written")
-
-
-def save_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
-    """A metric over guidance, a curve for each number of steps."""
-    from eval.charts import save_lines  # matplotlib is needed for charts only
-
-    curves: dict[str, list] = {}
-    for row in rows:
-        if row[metric] is not None:
-            points = curves.setdefault(f"{row['steps']} steps", [])
-            points.append((row["guidance"], row[metric]))
-    save_lines(curves, "guidance", metric, path)
 
 
 # While stage 3 trains
@@ -213,37 +206,29 @@ class EvaluationConfig:
             raise ValueError("every_steps needs protocol: a name among eval/protocols, or a YAML")
 
 
+@dataclass
 class FlowEvaluation:
     """(EMA weights, step) -> metrics of a protocol; report and pictures: RUN/evaluation/step_*.
 
     All processes take part. Captions and reference are read once; networks and sums are made anew
     each time, so that nothing passes from one evaluation to the next.
+
+    Raises:
+        ValueError: captions, reference or weights that are absent or can't serve.
     """
 
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        protocol: Protocol,
-        run_dir: Path,
-        tokenizer_run: str,
-        text_encoder: TextEncoderConfig,
-        sampling: SamplingConfig,
-    ):
-        """Read and measure what stays the same.
+    config: EvaluationConfig
+    protocol: Protocol
+    run_dir: Path
+    tokenizer_run: str
+    text_encoder: TextEncoderConfig
+    sampling: SamplingConfig
 
-        Raises:
-            ValueError: captions, reference or weights that are absent or can't serve.
-        """
-        self.config = config
-        self.protocol = protocol
-        self.run_dir = run_dir
-        self.tokenizer_run = tokenizer_run
-        self.text_encoder = text_encoder
-        self.sampling = sampling
+    def __post_init__(self):
+        config, protocol = self.config, self.protocol
         self.reading = Reading(config.batch_size, NUM_WORKERS, PartialState())
-
         # All that can be wrong is found now, not after hours of training
-        protocol.sampling(sampling)
+        protocol.sampling(self.sampling)
         if not protocol.metrics:
             raise ValueError(f"protocol {config.protocol} measures nothing: its metrics are empty")
         self.captions, self.reference = read_captions(protocol), None

@@ -217,6 +217,13 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return share_batch(batch)
 
 
+def to_bytes(pixels: Tensor, what: str) -> Tensor:
+    """B x 3 x R x R in [0, 1] -> uint8, rounded; FloatingPointError, naming what it is of."""
+    if not pixels.isfinite().all():
+        raise FloatingPointError(f"{what} is not finite")
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 # Captioning
 
 

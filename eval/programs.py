@@ -121,6 +121,12 @@ def describe_file(file: Path) -> dict[str, str]:
     return {"file": file.name, "sha256": file_sha256(file)}
 
 
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells, the first line its head."""
+    head, *rows = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
+
+
 def print_metrics(report: dict[str, Any], head: str, tail: str = "") -> None:
     """A line with the metrics that have a value, and one for each that is null."""
     metrics = {name: value for name, value in report["metrics"].items() if value is not None}

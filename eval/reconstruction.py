@@ -32,7 +32,7 @@ from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures, explain_absence
 from eval.features import FeatureStatistics, frechet_distance
-from eval.images import RULES, ImageSet, Reading, iterate_images, list_images
+from eval.images import RULES, ImageSet, Reading, iterate_images, list_images, to_bytes
 from eval.programs import (
     add_reading_options,
     add_weights_options,
@@ -173,9 +173,7 @@ class Reconstructor:
             text_states = self.text_encoder(self.text_encoder.tokenize(captions).to(images.device))
             latents = self.tokenizer.encode(images.float() / 255).mean
             pixels = self.tokenizer.decode(latents, text_states).float()
-        if not pixels.isfinite().all():
-            raise FloatingPointError("a reconstruction is not finite")
-        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+        return to_bytes(pixels, "a reconstruction")
 
 
 def load_reconstructor(run: Path, device: torch.device, bf16: bool) -> Reconstructor:

@@ -37,6 +37,7 @@ from data.scenes import SPLITS, Kind, Statement
 from data.tar import expand_shards, read_shard
 from data.transforms import open_image
 from eval.generation import describe_model
+from eval.images import to_bytes
 from eval.judge import (
     FACTS,
     Facts,
@@ -55,6 +56,7 @@ from eval.programs import (
     build_parser,
     describe_environment,
     integer,
+    markdown_table,
     start_processes,
 )
 from eval.reconstruction import Reconstructor
@@ -105,7 +107,11 @@ def main(args: argparse.Namespace) -> list[Row]:
     model = describe_model(checkpoint, generator)
     size = generator.tokenizer.config.image_size
     for scenes in sets:
-        scenes.check_size(size)
+        if (pixels := scenes.images.shape[-1]) != size:
+            raise ValueError(
+                f"the images of split {scenes.split} have {pixels} px, those of the run {size}: "
+                f"make scenes with image_size={size}"
+            )
     points = [
         default.but(guidance=guidance, steps=steps)
         for guidance in args.guidance or [None]
@@ -187,14 +193,6 @@ class Scenes:
     wanted: Wanted
     images: Tensor  # NM x 3 x R x R uint8; those of a caption follow each other
 
-    def check_size(self, pixels: int) -> None:
-        """ValueError if the images are not of this size."""
-        if self.images.shape[-1] != pixels:
-            raise ValueError(
-                f"the images of split {self.split} have {self.images.shape[-1]} px, those of the "
-                f"run {pixels}: make scenes with image_size={pixels}"
-            )
-
 
 def read_split(folder: Path, split: str, most: int | None) -> Scenes:
     """The first captions of a split, with their images, off its shards.
@@ -248,9 +246,7 @@ def generate(
         batch = captions[i : i + args.batch_size]
         numbers = list(range(i, i + len(batch)))
         pixels, _ = generator.generate(batch, sampling, args.seed, numbers)
-        if not pixels.isfinite().all():
-            raise FloatingPointError(f"an image of split {scenes.split} is not finite")
-        parts.append((pixels * 255).round().to(torch.uint8).cpu())
+        parts.append(to_bytes(pixels, f"an image of split {scenes.split}").cpu())
     return torch.cat(parts)
 
 
@@ -258,7 +254,7 @@ def decode_starts(generator: ImageGenerator, scenes: Scenes) -> Tensor:
     """The mean of the flow's start of each caption: N x 3 x R x R uint8."""
     states = generator.encode_text(scenes.texts)
     latents = generator.flow.projector.start(states, noise=None) / generator.flow.latent_scale
-    return (generator.decode(latents, states) * 255).round().to(torch.uint8).cpu()
+    return to_bytes(generator.decode(latents, states), "an image of a start").cpu()
 
 
 def choose_strips(scenes: Scenes, images: Tensor) -> list[tuple[Tensor, str]]:
@@ -319,8 +315,8 @@ def print_table(rows: list[Row]) -> None:
 
     names = ["split", "images", "steps", "guidance", *reversed(FACTS)]
     names += ["diversity", "kid", "images_per_second"]
-    lines = [names, ["---"] * len(names), *([cell(row, name) for name in names] for row in rows)]
-    print("".join(f"| {' | '.join(line)} |\n" for line in lines), end="")
+    cells = [[cell(row, name) for name in names] for row in rows]
+    print(markdown_table([names, *cells]), end="")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, write_json
-from eval.charts import save_lines
+from eval.curves import save_lines
+from eval.programs import build_parser, integer
 from modeling.pipeline import ImageGenerator, SamplingConfig
 from modeling.samplers import SOLVERS, evaluations_a_step
 from training.errors import exit_on_error
@@ -33,61 +34,19 @@ BASELINE_STEPS = 20  # of Euler, the paper's
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("run", type=Path, help="experiment folder, or a stage-3 run folder")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 3.0])
-    parser.add_argument("--evaluations", type=int, nargs="+", default=[4, 6, 8, 10, 12, 16, 20])
+    parser.add_argument(
+        "--evaluations", type=integer(1), nargs="+", default=[4, 6, 8, 10, 12, 16, 20]
+    )
     parser.add_argument("--output", type=Path, help="folder (default: RUN/solvers)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
 
 
-def relative_error(end: Tensor, reference: Tensor, start: Tensor) -> float:
-    """|end - reference| / |reference - start|, root mean squares over B x K x C."""
-    return ((end - reference).square().mean() / (reference - start).square().mean()).sqrt().item()
-
-
-def measure(
-    parts: ImageGenerator,
-    text_states: Tensor,
-    start: Tensor,
-    sampling: SamplingConfig,
-    budgets: list[int],
-) -> list[dict]:
-    """Rows of (sampler, evaluations, error); solvers whose steps fit a budget exactly."""
-
-    def follow(**changes) -> Tensor:
-        return parts.transport(start, text_states, replace(sampling, **changes))
-
-    scaled_start = start / parts.flow.latent_scale
-    reference = follow(**REFERENCE)
-    rows = []
-    for name, solver in SOLVERS.items():
-        each = evaluations_a_step(solver)
-        for budget in (budget for budget in budgets if budget % each == 0):
-            error = relative_error(
-                follow(sampler=name, steps=budget // each), reference, scaled_start
-            )
-            rows.append({"sampler": name, "evaluations": budget, "error": error})
-    return rows
-
-
-def fewest(rows: list[dict], limit: float) -> dict[str, int | None]:
-    """For each solver the fewest evaluations whose error is at most `limit`; None if none is."""
-    names = dict.fromkeys(row["sampler"] for row in rows)
-    good = [row for row in rows if row["error"] <= limit]
-    return {
-        n: min((row["evaluations"] for row in good if row["sampler"] == n), default=None)
-        for n in names
-    }
-
-
 def main(args: argparse.Namespace) -> None:
     """Load, integrate, write."""
-    if min(args.evaluations) < 1:
-        raise ValueError(f"--evaluations must be positive, got {args.evaluations}")
     folder = args.output or args.run / "solvers"
     check_writable(folder / "solvers.json")
     captions = list(read_run_config(flow_folder(args.run)).pictures.captions)
@@ -99,16 +58,23 @@ def main(args: argparse.Namespace) -> None:
     report = {}
     for guidance in args.guidance:
         guided = replace(sampling, guidance=guidance)
-        rows = measure(parts, text_states, start, guided, budgets)
-        errors = {(row["sampler"], row["evaluations"]): row["error"] for row in rows}
-        limit = errors["euler", BASELINE_STEPS]
-        reached = fewest(rows, limit)
+        curves = measure(parts, text_states, start, guided, budgets)
+        limit = dict(curves["euler"])[BASELINE_STEPS]
+        reached = {
+            name: min((budget for budget, error in curve if error <= limit), default=None)
+            for name, curve in curves.items()
+        }
         report[f"{guidance:g}"] = {
             "euler_20_error": limit,
             "evaluations_to_reach_it": reached,
-            "rows": rows,
+            "rows": [
+                {"sampler": name, "evaluations": budget, "error": error}
+                for name, curve in curves.items()
+                for budget, error in curve
+            ],
         }
-        draw_chart(rows, folder / f"guidance_{guidance:g}.png")
+        chart = folder / f"guidance_{guidance:g}.png"
+        save_lines(curves, "evaluations", "error", chart, y_scale="log")
         shown = ", ".join(f"{name} {count}" for name, count in reached.items() if count)
         print(f"guidance {guidance:g}: 20 Euler steps are {limit:.4f} off; as near with: {shown}")
     content = {"captions": captions, "reference": REFERENCE, "guidance": report}
@@ -116,12 +82,29 @@ def main(args: argparse.Namespace) -> None:
     print(f"{folder}: solvers.json and charts written")
 
 
-def draw_chart(rows: list[dict], path: Path) -> None:
-    """Error over evaluations, a curve for each solver."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        curves.setdefault(row["sampler"], []).append((row["evaluations"], row["error"]))
-    save_lines(curves, "evaluations", "error", path, y_scale="log")
+def measure(
+    parts: ImageGenerator,
+    text_states: Tensor,
+    start: Tensor,
+    sampling: SamplingConfig,
+    budgets: list[int],
+) -> dict[str, list[tuple[int, float]]]:
+    """Of each solver (evaluations, error) for the budgets that its steps fit exactly."""
+
+    def follow(**changes) -> Tensor:
+        return parts.transport(start, text_states, replace(sampling, **changes))
+
+    reference = follow(**REFERENCE)
+    way = (reference - start / parts.flow.latent_scale).square().mean()
+    curves = {}
+    for name, solver in SOLVERS.items():
+        each = evaluations_a_step(solver)
+        curves[name] = []
+        for budget in (budget for budget in budgets if budget % each == 0):
+            end = follow(sampler=name, steps=budget // each)
+            error = ((end - reference).square().mean() / way).sqrt().item()
+            curves[name].append((budget, error))
+    return curves
 
 
 if __name__ == "__main__":

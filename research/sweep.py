@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import load_dataclass
 from data.files import write_json, write_text
+from eval.programs import build_parser, integer, markdown_table
 from scripts.plan import make_plan
 from scripts.run_experiment.stages import read_stages
 from training.errors import exit_on_error
@@ -56,19 +57,16 @@ class SweepConfig:
     # name -> FILE:KEY of a run: a JSON file with a dotted KEY, or a .jsonl, whose last line that
     # has the KEY counts
     metrics: dict[str, str] = field(default_factory=dict)
-    threads: int = 1  # of each run on a CPU
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("file", type=Path)
     help_text = "folder; default: runs/sweeps/NAME OF THE FILE"
     parser.add_argument("--output", type=Path, help=help_text)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run and show these")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--jobs", type=integer(1), default=1, help="runs at the same time")
     return parser.parse_args(arguments)
 
 
@@ -82,12 +80,9 @@ def main(args: argparse.Namespace) -> None:
     sweep = load_sweep(args.file)
     output = args.output or ROOT / "runs" / "sweeps" / args.file.stem
     chosen = args.only or list(sweep.variants)
-    unknown = [name for name in chosen if name not in sweep.variants]
-    if unknown:
+    if unknown := [name for name in chosen if name not in sweep.variants]:
         valid = ", ".join(sweep.variants)
         raise ValueError(f"--only {unknown}: no such variant; valid: {valid}")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
 
     # All variants with the first seed come first, so that there is an early table
     todo = [(variant, seed) for seed in sweep.seeds for variant in chosen]
@@ -222,7 +217,7 @@ def run_command(sweep: SweepConfig, command: list[str], log: Path) -> int:
     """Run a command with its output in a file; returns its exit status."""
     variables = {
         "STAGES": " ".join(sweep.stages),
-        "OMP_NUM_THREADS": str(sweep.threads),
+        "OMP_NUM_THREADS": "1",
         "VIRTUAL_ENV": sys.prefix,
     }
     with log.open("a") as file:
@@ -271,13 +266,13 @@ def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
 def summarise(sweep: SweepConfig, results: list[dict]) -> str:
     """The table: a row for each variant, mean +- deviation over its seeds."""
     names = list(sweep.metrics)
-    lines = [["variant", *names, "runs"], ["---"] * (len(names) + 2)]
+    lines = [["variant", *names, "runs"]]
     shown = {result["variant"] for result in results}
     for variant in (name for name in sweep.variants if name in shown):
         runs = [run for run in results if run["variant"] == variant and "metrics" in run]
         cells = [mean_and_deviation([run["metrics"][name] for run in runs]) for name in names]
         lines.append([variant, *cells, str(len(runs))])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(lines)
 
 
 def mean_and_deviation(values: list[float]) -> str:

@@ -1,16 +1,14 @@
 """Train the judge of scenes (eval/judge.py) and measure it on images that it has not seen.
 
     python -m research.train_judge runs/judge
-    python -m research.train_judge runs/judge --seconds 500    # again until it is done
 
-Images are drawn once into the folder: half of them scenes as statements have them, of all splits
-and of none; half with up to four objects, each of any shape, colour and size, so that the judge
-knows no rule of what goes together, and some of an outline that is no shape. Training lays some
-images over others: what is mostly another image has no objects, so that the average of several
-images is not taken for one of them. It damages most images as a tokenizer does: smoothing, lower
-resolution, JPEG's loss, noise fine and coarse. The same command goes on from where
-it stopped; at the end it measures on fresh scenes of each split and writes
-assets/scenes/judge.safetensors. 6 minutes on one core.
+Images are drawn once, into a file of the folder: half of them scenes as statements have them, of
+all splits and of none; half with up to four objects, each of any shape, colour and size, so that
+the judge knows no rule of what goes together, and some of an outline that is no shape. Training
+lays some images over others: what is mostly another image has no objects, so that the average of
+several images is not taken for one of them. It damages most images as a tokenizer does: smoothing,
+lower resolution, JPEG's loss, noise fine and coarse. At the end it measures on fresh scenes of each
+split and writes assets/scenes/judge.safetensors. 6 minutes on one core.
 """
 
 import argparse
@@ -30,6 +28,7 @@ from torch.nn import functional as F
 # Run as a file, Python looks into research/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.files import user_path, written_whole
 from data.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -59,9 +58,10 @@ from eval.judge import (
     joined,
     load_judge,
 )
+from eval.programs import build_parser
 from training.errors import exit_on_error
 
-IMAGES_PER_FILE = 2000
+PART = 2000  # images that are drawn with one stream of numbers
 DIAMETERS = (0.17, 0.34)  # of free objects: also between and beyond the two sizes
 LEAST_DISTANCE = 0.27  # of their centres, in x or in y: more than two cells of the judge's grid
 WRONG_OUTLINES, WRONG_SHARE = 500, 0.15  # in all; of free objects
@@ -69,7 +69,6 @@ BLEND_SHARE = 0.25  # of the images
 CLEAR, UNCLEAR = 0.7, 0.6  # an image's weight in a blend, above or below which it shows or not
 BATCH_SIZE = 64
 LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 1e-2
-SAVE_EVERY_STEPS = 200
 MEASURED = 2000  # fresh images of each split
 PLACE_ERROR = 0.03  # of a right place: two pixels of 64
 IGNORED = -1
@@ -78,13 +77,9 @@ Truth = dict[str, Tensor]  # objects: N x 4 x 5 (shape, colour, x, y, diameter),
 
 def main(args: argparse.Namespace) -> None:
     """Draw, train, measure, write."""
-    deadline = time.monotonic() + args.seconds
     torch.manual_seed(0)
-    images, truth = load_images(args.folder, args.images, deadline)
-    judge = Judge()
-    if not train(judge, images, truth, args.folder / "state.pt", args.steps, deadline):
-        print("out of time: the same command goes on")
-        return
+    images, truth = load_images(args.folder / f"images_{args.images}.npz", args.images)
+    judge = train(images, truth, args.steps)
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in judge.state_dict().items()}
     save_file(weights, WEIGHTS, metadata=contents())
@@ -94,35 +89,29 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="for drawn images and the state of the training")
+    parser = build_parser(__doc__)
+    parser.add_argument("folder", type=user_path, help="for the drawn images")
     parser.add_argument("--images", type=int, default=14000)
     parser.add_argument("--steps", type=int, default=1400, help=f"of {BATCH_SIZE} images")
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="stop after, to go on later"
-    )
     return parser.parse_args(arguments)
 
 
 # ------------------------------------------------------------------------------------------- images
 
 
-def load_images(folder: Path, number: int, deadline: float) -> tuple[Tensor, Truth]:
-    """(images N x 3 x 64 x 64 uint8, what they show); draws those that the folder lacks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"images_{i:03d}.npz" for i in range(-(-number // IMAGES_PER_FILE))]
-    for seed, file in enumerate(files):
-        if not file.is_file() and time.monotonic() < deadline:
-            rng = np.random.default_rng(seed)
-            scenes = [draw_any_scene(rng) for _ in range(IMAGES_PER_FILE)]
-            aside = file.with_suffix(".partial.npz")
-            np.savez(aside, images=draw_images(scenes), **truth_of(scenes))
-            aside.rename(file)
-    parts = [dict(np.load(file)) for file in files if file.is_file()]
-    whole = {name: torch.from_numpy(np.concatenate([p[name] for p in parts])) for name in parts[0]}
-    return whole.pop("images"), whole
+def load_images(file: Path, number: int) -> tuple[Tensor, Truth]:
+    """(images N x 3 x 64 x 64 uint8, what they show); drawn into the file if it is not there."""
+    if not file.is_file():
+        # Each part has numbers of its own: more images begin with the same ones
+        scenes = []
+        for part in range(-(-number // PART)):
+            rng = np.random.default_rng(part)
+            scenes += [draw_any_scene(rng) for _ in range(PART)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as whole:
+            np.savez(whole, images=draw_images(scenes), **truth_of(scenes))
+    found = {name: torch.from_numpy(values) for name, values in np.load(file).items()}
+    return found.pop("images"), found
 
 
 def draw_any_scene(rng: np.random.Generator) -> Scene:
@@ -252,27 +241,12 @@ def damage(images: Tensor, rng: torch.Generator) -> Tensor:
 # ----------------------------------------------------------------------------------------- training
 
 
-def train(
-    judge: Judge, images: Tensor, truth: Truth, file: Path, steps: int, deadline: float
-) -> bool:
-    """Train from where the file left off; whether all steps are done."""
+def train(images: Tensor, truth: Truth, steps: int) -> Judge:
+    """A judge trained from random weights."""
+    judge = Judge().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=WEIGHT_DECAY)
-    first = 0
-    if file.is_file():
-        state = torch.load(file)
-        judge.load_state_dict(state["judge"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    judge.to(memory_format=torch.channels_last)
     started = time.monotonic()
-    for step in range(first, steps + 1):
-        is_over = step == steps or time.monotonic() > deadline
-        if is_over or step % SAVE_EVERY_STEPS == 0:
-            state = {"judge": judge.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, file.with_suffix(".partial"))
-            file.with_suffix(".partial").rename(file)
-        if is_over:
-            break
+    for step in range(steps):
         # Numbers are a function of the step
         rng = torch.Generator().manual_seed(step)
         rows = torch.randint(len(images), (BATCH_SIZE,), generator=rng)
@@ -288,8 +262,7 @@ def train(
         if step % 100 == 0:
             values = ", ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
             print(f"step {step} ({time.monotonic() - started:.0f} s): {values}", flush=True)
-    judge.eval()
-    return step == steps
+    return judge.eval()
 
 
 def compute_losses(

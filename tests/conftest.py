@@ -185,6 +185,14 @@ def both_ways(tmp_path_factory, chain, captioner) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, tiny_shards) -> Path:
+    """Of an evaluation: 12 captions in groups of 5, against the first shard."""
+    from evaluations import write_inputs
+
+    return write_inputs(tmp_path_factory.mktemp("inputs"), tiny_shards)
+
+
 def shape_sample(number: int) -> dict:
     """One coloured shape on white, a function of its number; captions repeat, pictures do not."""
     colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number // len(COLOURS) % len(SHAPES)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval import charts, curves
+from eval import curves
 from scripts.run_experiment.stages import load_stage
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +25,8 @@ def draw(*arguments):
 
 
 def test_runs_lie_over_each_other_in_a_panel_for_each_value(tmp_path, monkeypatch):
-    drawn, save = [], charts.save_panels
-    monkeypatch.setattr(charts, "save_panels", lambda *a: drawn.append(a[0]) or save(*a))
+    drawn, save = [], curves.save_panels
+    monkeypatch.setattr(curves, "save_panels", lambda *a: drawn.append(a[0]) or save(*a))
     one, two = tmp_path / "one", tmp_path / "two"
     log(one / "tokenizer", loss=0.5, samples_per_second=3.0)
     flow = log(one / "flowtok", loss=-1.0, **{"by_time/3": 1.0, "eval/fid": 2.0})
@@ -49,9 +49,9 @@ def test_runs_lie_over_each_other_in_a_panel_for_each_value(tmp_path, monkeypatc
 
 def test_a_panel_is_logarithmic_for_positive_values_of_a_wide_range():
     curve = [(1, 1.0), (2, 1000.0)]
-    assert charts.scale_of({"a": curve}) == "log"
-    assert charts.scale_of({"a": curve, "b": [(1, 0.0)]}) == "linear"
-    assert charts.scale_of({"a": curve[:1], "b": [(1, 50.0)]}) == "linear"
+    assert curves.scale_of({"a": curve}) == "log"
+    assert curves.scale_of({"a": curve, "b": [(1, 0.0)]}) == "linear"
+    assert curves.scale_of({"a": curve[:1], "b": [(1, 50.0)]}) == "linear"
 
 
 @pytest.mark.parametrize(

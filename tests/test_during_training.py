@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from evaluations import CAPTIONS, CPU, evaluate, launch_two, read, run_program, write_inputs
+from evaluations import CAPTIONS, CPU, evaluate, launch_two, read, run_program
 from test_resume import Stop, spoil, state, stop
 from tiny_experiment import equal, metrics
 
@@ -23,11 +23,6 @@ NEAR = {"rel": 1e-5, "abs": 1e-7}
 def no_reading_processes(monkeypatch, empty_cache):
     monkeypatch.setattr(generation, "NUM_WORKERS", 0)
     monkeypatch.setattr(reconstruction, "NUM_WORKERS", 0)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, tiny_shards):
-    return write_inputs(tmp_path_factory.mktemp("inputs"), tiny_shards)
 
 
 def options(inputs, every=2):
@@ -154,42 +149,14 @@ def test_two_processes_take_part(chain, inputs, tmp_path):
     assert evaluations(run)[4] == pytest.approx(logged(expected), **NEAR)
 
 
-CAPTIONS_13 = '["num_captions=13","features=tokenizer","metrics=[frechet]"]'
-NO_CLIP = '["metrics=[clip_score]","clip.model=local-dir:/nowhere"]'
-UNGUIDED = ["flow.null_probability=0", "sampling.guidance=1"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "parts"),
-    [
-        (["evaluation.protocol=coco40k"], ["coco40k", "coco30k"]),
-        (["evaluation.every_steps=-1"], ["evaluation.every_steps", "-1"]),
-        (['evaluation.overrides=["captions=[/nowhere.txt]"]'], ["/nowhere.txt"]),
-        (["evaluation.overrides=[]"], ["InceptionV3", "https://"]),
-        ([f"evaluation.overrides={NO_CLIP}"], ["/nowhere"]),
-        (['evaluation.overrides=["metrics=[]"]'], ["metrics"]),
-        ([*UNGUIDED, 'evaluation.overrides=["guidance=3"]'], ["guidance", "3"]),
-        ([f"evaluation.overrides={CAPTIONS_13}"], ["12", "13"]),
-    ],
-)
-def test_what_is_absent_is_refused_before_training(chain, inputs, tmp_path, changes, parts):
-    with pytest.raises(ValueError) as caught:
-        chain.run_in(tmp_path, "flowtok", *options(inputs), *changes)
-    assert all(part in str(caught.value) for part in parts)
-    assert not list(tmp_path.rglob("checkpoints")) and not list(tmp_path.rglob("metrics.jsonl"))
-
-
 # Stage 1
 
 
 def reconstruction_options(shards):
-    shards = f"evaluation.shards=[{shards}/train-00001.tar]"
-    numbers = [
-        "evaluation.every_steps=3",
-        "evaluation.num_images=10",
-        "training.keep_checkpoints=9",
-    ]
-    return [shards, *numbers]
+    """Overrides that turn the evaluation of stage 1 on."""
+    keep = "training.keep_checkpoints=9"
+    numbers = ["evaluation.every_steps=3", "evaluation.num_images=10"]
+    return [f"evaluation.shards=[{shards}/train-00001.tar]", *numbers, keep]
 
 
 def test_stage_1_logs_the_psnr_and_ssim_of_the_program_and_trains_the_same(
@@ -207,18 +174,34 @@ def test_stage_1_logs_the_psnr_and_ssim_of_the_program_and_trains_the_same(
     assert equal(state(run), state(off))
 
 
+# Refusals
+
+CAPTIONS_13 = '["num_captions=13","features=tokenizer","metrics=[frechet]"]'
+NO_CLIP = '["metrics=[clip_score]","clip.model=local-dir:/nowhere"]'
+UNGUIDED = ["flow.null_probability=0", "sampling.guidance=1"]
+
+
 @pytest.mark.parametrize(
-    ("changes", "parts"),
+    ("stage", "changes", "parts"),
     [
-        (["evaluation.shards=[]"], ["evaluation.every_steps", "evaluation.shards"]),
-        (["evaluation.shards=[/nowhere.tar]"], ["/nowhere.tar"]),
-        (["evaluation.num_images=-1"], ["evaluation.num_images", "-1"]),
+        ("flowtok", ["evaluation.protocol=coco40k"], ["coco40k", "coco30k"]),
+        ("flowtok", ["evaluation.every_steps=-1"], ["evaluation.every_steps", "-1"]),
+        ("flowtok", ['evaluation.overrides=["captions=[/nowhere.txt]"]'], ["/nowhere.txt"]),
+        ("flowtok", ["evaluation.overrides=[]"], ["InceptionV3", "https://"]),
+        ("flowtok", [f"evaluation.overrides={NO_CLIP}"], ["/nowhere"]),
+        ("flowtok", ['evaluation.overrides=["metrics=[]"]'], ["metrics"]),
+        ("flowtok", [*UNGUIDED, 'evaluation.overrides=["guidance=3"]'], ["guidance", "3"]),
+        ("flowtok", [f"evaluation.overrides={CAPTIONS_13}"], ["12", "13"]),
+        ("tokenizer", ["evaluation.shards=[]"], ["evaluation.every_steps", "evaluation.shards"]),
+        ("tokenizer", ["evaluation.shards=[/nowhere.tar]"], ["/nowhere.tar"]),
+        ("tokenizer", ["evaluation.num_images=-1"], ["evaluation.num_images", "-1"]),
     ],
 )
-def test_stage_1_refuses_what_is_absent_before_training(
-    chain, tiny_shards, tmp_path, changes, parts
+def test_what_is_absent_is_refused_before_training(
+    chain, inputs, tiny_shards, tmp_path, stage, changes, parts
 ):
+    given = options(inputs) if stage == "flowtok" else reconstruction_options(tiny_shards)
     with pytest.raises(ValueError) as caught:
-        chain.run_in(tmp_path, "tokenizer", *reconstruction_options(tiny_shards), *changes)
+        chain.run_in(tmp_path, stage, *given, *changes)
     assert all(part in str(caught.value) for part in parts)
-    assert not list(tmp_path.rglob("metrics.jsonl"))
+    assert not list(tmp_path.rglob("checkpoints")) and not list(tmp_path.rglob("metrics.jsonl"))

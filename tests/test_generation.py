@@ -22,7 +22,6 @@ from evaluations import (
     read,
     run_program,
     train_on,
-    write_inputs,
 )
 from PIL import Image
 
@@ -51,12 +50,6 @@ NEAR = {"rel": 1e-5, "abs": 1e-7}
 
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, tiny_shards):
-    """captions.txt and protocol.yaml: 12 captions, groups of 5, against the first shard."""
-    return write_inputs(tmp_path_factory.mktemp("inputs"), tiny_shards)
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +132,9 @@ def test_the_report_says_what_was_done(whole, inception_file):
     assert (found["image_size"], found["protocol"]["group_size"]) == (32, 5)
     assert found["weights"]["inception"]["sha256"] == file_sha256(inception_file)
     assert found["reference"]["num_images"] == 5 and found["images_per_second"] > 0
-    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert {"device", "num_processes", "num_threads", "seconds", "captions_sha256"} <= found.keys()
-    assert (whole / "samples.png").is_file()
     assert (whole / "gallery.html").read_text().count("<figure>") == 6
+    assert (whole / "samples.png").is_file()
 
 
 def test_clean_fid_finds_the_same_distance(evaluated, quick, out, tmp_path):
@@ -271,8 +263,12 @@ def test_an_interrupted_evaluation_continues_and_ends_alike(evaluated, light, ou
     assert not list(out.rglob("*.tmp"))
 
 
-def test_damaged_images_and_features_are_named_and_made_anew_when_deleted(evaluated, light, out):
-    shutil.copytree(light, out)
+def test_damaged_files_are_named_and_made_anew_when_deleted(evaluated, light, out):
+    out.mkdir()
+    (out / "inputs.json").write_text("[]")
+    with pytest.raises(ValueError, match="inputs.json is damaged"):
+        evaluated(*LIGHT)
+    shutil.copytree(light, out, dirs_exist_ok=True)
     image, [features] = out / "images" / "000003.png", [*(out / "features").iterdir()]
     for damage in (features, image):
         damage.write_bytes(b"half")
@@ -281,10 +277,6 @@ def test_damaged_images_and_features_are_named_and_made_anew_when_deleted(evalua
         damage.unlink()
     found = evaluated(*LIGHT)
     assert (found["images_made"], found["metrics"]) == (5, read(light)["metrics"])
-    image.write_bytes(b"half")
-    features.unlink()
-    with pytest.raises(ValueError, match=f"damaged.*{image}"):
-        evaluated(*LIGHT)
 
 
 def test_without_weights_metrics_are_null_with_the_file_to_fetch_and_follow_when_it_has_come(
@@ -299,21 +291,17 @@ def test_without_weights_metrics_are_null_with_the_file_to_fetch_and_follow_when
     assert "reference=" in found["missing"]["fid"]
 
 
-SAMPLED = {"steps": 2, "guidance": 2.0, "sampler": "euler", "seed": 0}
-
-
-@pytest.mark.parametrize("change", ["seed=1", "steps=3", "guidance=5", "sampler=midpoint"])
-def test_the_images_are_made_as_the_protocol_says_and_rounded(evaluated, out, monkeypatch, change):
+def test_the_images_are_made_as_the_protocol_says_and_rounded(evaluated, out, monkeypatch):
     calls = []
 
     def generate(self, captions, sampling, seed, indices):
-        calls.append({name: getattr(sampling, name, seed) for name in SAMPLED})
+        calls.append((sampling.steps, sampling.guidance, sampling.sampler, seed, indices))
         return torch.full((len(captions), 3, 32, 32), 100.7 / 255), None
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)
-    evaluated(change, "metrics=[]")
-    name, value = change.split("=")
-    assert calls == 3 * [SAMPLED | {name: type(SAMPLED[name])(value)}]
+    evaluated("steps=3", "guidance=5", "sampler=midpoint", "seed=1", "metrics=[]")
+    groups = ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 11, 11, 11])
+    assert calls == [(3, 5.0, "midpoint", 1, group) for group in groups]
     assert Image.open(out / "images" / "000000.png").getpixel((0, 0)) == (101, 101, 101)
 
 
@@ -506,13 +494,6 @@ def test_references_that_cannot_serve_are_refused_before_an_image_is_made(
         with pytest.raises(ValueError, match=part):
             evaluated(f"reference=[{tmp_path / name}]", *quick)
     assert not out.exists()
-
-
-def test_a_damaged_note_of_what_a_folder_holds_is_named(evaluated, out):
-    out.mkdir()
-    (out / "inputs.json").write_text("[]")
-    with pytest.raises(ValueError, match="inputs.json is damaged"):
-        evaluated(*LIGHT)
 
 
 # CLIP score

@@ -1,9 +1,15 @@
-"""training/pictures.py: pixels, layout of the caption grid, files that are whole or not there."""
+"""training/pictures.py: the caption grid, files that are whole; pages that execute nothing."""
+
+import base64
+import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from conftest import shape_sample
 from PIL import Image
+from tiny_experiment import draw
 
 from modeling.layers import to_pil
 from training.pictures import (
@@ -12,8 +18,8 @@ from training.pictures import (
     MARGIN,
     caption_grid,
     pair_rows,
-    sample_path,
     save_png,
+    write_gallery,
 )
 
 
@@ -31,13 +37,6 @@ def test_image_becomes_its_rounded_and_clamped_bytes_with_its_channels_and_direc
     assert array[1, 5].tolist() == [255, 0, 0] and array[3, 0].tolist() == [0, 0, 255]
 
 
-@pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (5, 4, 2), (3, 8, 1)])
-def test_grid_has_a_cell_for_each_image_and_room_for_captions(number, columns, rows):
-    sheet = caption_grid(torch.zeros(number, 3, 128, 128), ["x"] * number, columns)
-    cell_height = 128 + CAPTION_LINES * LINE_HEIGHT + MARGIN
-    assert sheet.size == (columns * (128 + MARGIN) + MARGIN, rows * cell_height + MARGIN)
-
-
 @pytest.mark.parametrize(("side", "shown"), [(16, 128), (100, 200), (256, 256)])
 def test_small_images_are_enlarged_by_a_whole_factor(side, shown):
     sheet = caption_grid(torch.zeros(1, 3, side, side), [""], 1)
@@ -45,22 +44,19 @@ def test_small_images_are_enlarged_by_a_whole_factor(side, shown):
     assert black.sum() == shown**2 and black[MARGIN : MARGIN + shown, MARGIN : MARGIN + shown].all()
 
 
-def test_images_stand_row_by_row_with_their_captions_below():
+def test_images_stand_row_by_row_with_their_captions_below_each_in_its_cell():
     images = torch.stack([torch.full((3, 128, 128), value) for value in (0.2, 0.4, 0.6)])
-    sheet = pixels(caption_grid(images, ["", "", "a caption"], 2))
+    sheet = pixels(caption_grid(images, ["", "", "many words " * 60], 2))
     width, height = 128 + MARGIN, 128 + CAPTION_LINES * LINE_HEIGHT + MARGIN
+    assert sheet.shape[:2] == (2 * height + MARGIN, 2 * width + MARGIN)
     for (row, column), value in (((0, 0), 51), ((0, 1), 102), ((1, 0), 153)):
         y, x = MARGIN + row * height, MARGIN + column * width
         assert (sheet[y : y + 128, x : x + 128] == value).all()
         written = (sheet[y + 128 : y + height - MARGIN, x : x + 128] != 255).any()
         assert written == ((row, column) == (1, 0))
-    assert (sheet[MARGIN + height :, MARGIN + width :] == 255).all()  # the empty fourth cell
-
-
-def test_long_captions_stay_inside_their_cell():
-    array = pixels(caption_grid(torch.zeros(2, 3, 128, 128), ["many words " * 60, ""], 2))
-    below_the_right_image = array[MARGIN + 128 :, 2 * MARGIN + 128 + MARGIN // 2 :]
-    assert (below_the_right_image == 255).all() and (array[-MARGIN // 2 :] == 255).all()
+    # The empty fourth cell, and the margin below
+    assert (sheet[MARGIN + height :, width + MARGIN // 2 :] == 255).all()
+    assert (sheet[-MARGIN // 2 :] == 255).all()
 
 
 def test_pairs_stand_side_by_side():
@@ -79,16 +75,78 @@ def test_png_whose_writing_stops_half_way_leaves_the_old_one(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr("os.fsync", break_off)
-    with pytest.raises(KeyboardInterrupt):
-        save_png(Image.new("RGB", (4, 4), "blue"), path)
-    with pytest.raises(KeyboardInterrupt):
-        save_png(Image.new("RGB", (4, 4), "blue"), tmp_path / "y.png")
+    for file in (path, tmp_path / "y.png"):
+        with pytest.raises(KeyboardInterrupt):
+            save_png(Image.new("RGB", (4, 4), "blue"), file)
     monkeypatch.undo()
     assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
-def test_sample_paths_sort_by_step(tmp_path):
-    paths = [sample_path(tmp_path, step) for step in (0, 9, 10, 99_999, 100_000)]
-    assert paths == sorted(paths) and len(set(paths)) == 5
-    assert all(path.parent == tmp_path / "samples" and path.suffix == ".png" for path in paths)
+# Pages
+
+EVIL = """<script>alert(1)</script> " onerror='x' & é 😀"""
+OWN_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "dl", "dt", "dd", "main"}
+OWN_TAGS |= {"figure", "img", "figcaption"}
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and text, as a browser sees them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def images(self):
+        """(bytes, alt text) of each image."""
+        shown = [attrs for tag, attrs in self.tags if tag == "img"]
+        return [(base64.b64decode(x["src"].partition(",")[2]), x["alt"]) for x in shown]
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Writes a page into a new folder; what a browser sees."""
+
+    def write(title, pictures, settings):
+        write_gallery(tmp_path / "new" / "gallery.html", title, pictures, settings)
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["gallery.html"]
+        return Page(tmp_path / "new" / "gallery.html")
+
+    return write
+
+
+def test_images_captions_and_settings_are_in_a_page_that_needs_nothing_else(page, tmp_path):
+    pictures = [(shape_sample(number)["png"], f"caption {number}") for number in range(3)]
+    found = page("demo", pictures, {"steps": 20, "guidance": 2.0})
+    assert found.images() == pictures
+    text = found.text.replace("\n", "")
+    assert all(part in text for part in ("caption 0", "caption 2", "steps20", "guidance2"))
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in found.tags
+    source = re.sub('base64,[^"]*', "", (tmp_path / "new" / "gallery.html").read_text())
+    assert not re.search(r"https?:|//|url\(|@import|<link|<script|<base|<iframe", source)
+
+
+def test_text_stays_text_and_what_no_file_can_hold_is_replaced(page):
+    found = page(EVIL, [(b"x", EVIL)], {EVIL: EVIL})
+    assert {tag for tag, _ in found.tags} == OWN_TAGS
+    assert found.images() == [(b"x", EVIL)]
+    assert found.text.count(EVIL) == 5  # title, heading, name, value, caption
+    assert "a?b" in page("demo", [(b"x", "a\ud800b")], {}).text
+
+
+def test_sample_writes_the_page_it_is_asked_for(chain, tmp_path):
+    prompts, single = ["--prompts", "a red circle", "<b>"], tmp_path / "single"
+    files = ["--output", tmp_path / "x.png", "--save-dir", single]
+    draw(chain.folder, *prompts, *files, "--steps", "2", "--gallery", tmp_path / "gallery.html")
+    found = Page(tmp_path / "gallery.html")
+    shown = [file.read_bytes() for file in sorted(single.iterdir())]
+    assert found.images() == list(zip(shown, ["a red circle", "<b>"]))
+    assert "steps2" in found.text.replace("\n", "")

@@ -24,42 +24,33 @@ def test_the_shipped_protocols_are_whole():
     assert len(read_captions(emoji)) == 150
 
 
-SOURCES = {
-    "a.txt": "one\n\n two \n",
-    "a.jsonl": '{"prompt": "one", "tag": 1}\n\n{"prompt": "two"}\n',
-    "coco.json": json.dumps({"annotations": [{"caption": "one"}, {"caption": "two"}]}),
-    "mjhq.json": json.dumps({"x": {"category": "a", "prompt": "one"}, "y": {"prompt": "two"}}),
-}
+JSONL = '{"prompt": "one", "tag": 1}\n\n{"prompt": "two"}\n'
+SOURCES = [
+    ("a.txt", "one\n\n two \n"),
+    ("a.jsonl", JSONL),
+    ("coco.json", json.dumps({"annotations": [{"caption": "one"}, {"caption": "two"}]})),
+    ("mjhq.json", json.dumps({"x": {"category": "a", "prompt": "one"}, "y": {"prompt": "two"}})),
+]
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_captions_come_from_text_jsonl_coco_and_mjhq(tmp_path, name):
-    (tmp_path / name).write_text(SOURCES[name])
-    assert texts(tmp_path / name) == ["one", "two"]
+@pytest.mark.parametrize(("name", "content"), SOURCES)
+@pytest.mark.parametrize(
+    ("first", "encoding"),
+    [("one", "utf-8"), ("ein Hündchen 犬", "utf-16"), ("no end\u2028of a line", "utf-8")],
+)
+def test_captions_come_from_text_jsonl_coco_and_mjhq(tmp_path, name, content, first, encoding):
+    text = content.replace("one", first)
+    (tmp_path / name).write_text(text, encoding=encoding, newline="\r\n")
+    assert texts(tmp_path / name) == [first, "two"]
 
 
 def test_captions_keep_their_record_and_image(tmp_path, tiny_shards):
-    (tmp_path / "a.jsonl").write_text(SOURCES["a.jsonl"])
+    (tmp_path / "a.jsonl").write_text(JSONL)
     [first, _] = read_captions(Protocol(captions=[f"{tmp_path}/a.jsonl"]))
     assert first.record == {"prompt": "one", "tag": 1}
     shard = f"{tiny_shards}/train-00000.tar"
     captions = read_captions(Protocol(captions=[shard]))
     assert len(captions) == 24 and captions[3].source == f"{shard}: 00003"
-
-
-def test_captions_in_another_encoding_are_the_same(tmp_path):
-    (tmp_path / "a.txt").write_bytes("ein Hündchen 犬\r\na cow".encode("utf-16"))
-    assert texts(tmp_path / "a.txt") == ["ein Hündchen 犬", "a cow"]
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_caption_with_a_line_separator_of_unicode_stays_one(tmp_path, name):
-    captions = ["a cat\u2028on a mat", "a cow"]
-    lines = captions
-    if name == "a.jsonl":
-        lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in captions]
-    (tmp_path / name).write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
-    assert texts(tmp_path / name) == captions
 
 
 def test_captions_are_chosen_by_the_protocol(tmp_path):

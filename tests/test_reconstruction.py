@@ -19,7 +19,6 @@ from eval.feature_nets import InceptionFeatures
 from eval.features import fit_gaussian, frechet_distance
 from eval.reconstruction import Reconstructor
 from eval.scores import psnr, ssim
-from modeling.image_tokenizer import ImageTokenizer
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE, MODEL_FILE, checkpoint_folders
@@ -103,7 +102,6 @@ def test_the_numbers_are_those_of_independent_computations(whole, pairs, vgg_fil
     for name, file in (("lpips", vgg_file), ("rfid", inception_file)):
         assert found["weights"][name] == {"file": file.name, "sha256": file_sha256(file)}
     assert (found["protocol"]["image_size"], found["protocol"]["limit"]) == (32, LIMIT)
-    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
 def test_two_processes_get_the_numbers_of_one(run, tiny_shards, whole, weights, tmp_path):
@@ -117,10 +115,8 @@ def test_two_processes_get_the_numbers_of_one(run, tiny_shards, whole, weights, 
     assert found["metrics"] == pytest.approx(expected["metrics"], **NEAR)
     for name in ("protocol", "model", "weights", "num_identical", "num_without_caption"):
         assert found[name] == expected[name]
-    with Image.open(tmp_path / "reconstructions.png") as sheet:
-        size = sheet.size
-    with Image.open(whole / "reconstructions.png") as sheet:
-        assert sheet.size == size
+    sheets = [Image.open(folder / "reconstructions.png") for folder in (tmp_path, whole)]
+    assert sheets[0].size == sheets[1].size
 
 
 def test_the_picture_shows_the_first_pairs(whole, pairs):
@@ -242,14 +238,6 @@ def test_identical_pairs_are_counted_and_left_out_of_psnr(run, photos, tmp_path,
     found = report(run, photos, tmp_path)
     assert (found["metrics"]["psnr_db"], found["metrics"]["ssim"]) == (None, pytest.approx(1))
     assert "identical" in found["missing"]["psnr_db"]
-
-
-def test_a_reconstruction_that_is_not_finite_stops_it(run, tiny_shards, tmp_path, monkeypatch):
-    broken = torch.full((4, 3, 32, 32), torch.nan)
-    monkeypatch.setattr(ImageTokenizer, "decode", lambda self, tokens, states: broken)
-    with pytest.raises(FloatingPointError):
-        report(run, tiny_shards / "*.tar", tmp_path, "--limit", 4)
-    assert not list(tmp_path.iterdir())
 
 
 # Options and refusals

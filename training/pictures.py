@@ -20,9 +20,8 @@ from data.files import write_bytes, write_text
 from data.readers import Reader
 from modeling.layers import to_pil
 
-CELL_WIDTH_MIN = (
-    128  # pixels; smaller images are enlarged by a whole factor so that captions are readable
-)
+# Pixels; smaller images are enlarged by a whole factor so that captions are readable
+CELL_WIDTH_MIN = 128
 MARGIN, LINE_HEIGHT, CAPTION_LINES = 6, 13, 3
 FONT_SIZE, CHARACTER_WIDTH = 11, 6
 STYLE = """
@@ -84,12 +83,7 @@ def pair_rows(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.float().cpu(), second.float().cpu()], dim=-1)
 
 
-def png_bytes(image: Tensor) -> bytes:
-    """3 x R x R in [0, 1] -> a PNG file's content."""
-    return encode_png(to_pil(image))
-
-
-def encode_png(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     """A PNG file's content."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -98,7 +92,7 @@ def encode_png(image: Image.Image) -> bytes:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG aside and rename it."""
-    write_bytes(encode_png(image), path)
+    write_bytes(png_bytes(image), path)
 
 
 def sample_path(run_dir: Path, step: int) -> Path:
@@ -109,43 +103,34 @@ def sample_path(run_dir: Path, step: int) -> Path:
 # Pages
 
 
-def gallery(title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]) -> str:
-    """The page's text.
+def write_gallery(
+    path: Path, title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]
+) -> None:
+    """Write a page aside and rename it.
 
     Args:
         pictures: (PNG file's bytes, caption) of each image.
-        settings: shown above them.
+        settings: shown above them, floats by six digits.
     """
+    shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in settings.items()}
     rows = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(show(value))}</dd>\n"
-        for name, value in settings.items()
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in shown.items()
     )
     figures = "".join(
         f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" '
         f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>\n'
         for data, caption in pictures
     )
-    return (
+    page = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<h1>{escape(title)}</h1>\n"
         f"<dl>\n{rows}</dl>\n<main>\n{figures}</main>\n</body>\n</html>\n"
     )
-
-
-def show(value: Any) -> Any:
-    """A setting as people read it: six digits of a number."""
-    return f"{value:.6g}" if isinstance(value, float) else value
+    write_text(page, path)
 
 
 def escape(value: Any) -> str:
     """Text in which nothing is markup; what no page can hold (lone surrogates) is replaced."""
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
-
-
-def write_gallery(
-    path: Path, title: str, pictures: Iterable[tuple[bytes, str]], settings: Mapping[str, Any]
-) -> None:
-    """Write the page aside and rename it."""
-    write_text(gallery(title, pictures, settings), path)
