@@ -244,8 +244,13 @@ Pass = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 def vae_pass(parts: Parts, model: nn.Module, images: Tensor, batch: dict) -> Pass:
     """Of the ImageTokenizer: the KL, and how the latents are used."""
     states = text_states(parts.run, parts.text_encoder, batch)
-    reconstructions, mean, logvar = model(images, states)
+    reconstructions, mean, logvar, *extra = model(images, states)
     terms = {"kl": kl_loss(mean, logvar)}
+    if extra:
+        from modeling.losses import contrastive_loss
+
+        a, b, tau = extra
+        terms["text"] = contrastive_loss(a[:, None], b[:, None], tau)
     return reconstructions, terms, posterior_statistics(mean, logvar)
 
 

@@ -20,6 +20,9 @@ from .layers import (
     Attention,
     CrossAttention,
     init_linear_,
+    position_angles,
+    rotate_pairs,
+    rotation_tables,
     sincos_position_table,
     timestep_sinusoids,
 )
@@ -41,6 +44,11 @@ class FlowTokConfig:
     condition: Literal["none", "cross_attention", "concatenation"] = "none"
     context_tokens: int = field(default=0, metadata=FROM_PROJECTOR)  # L of the text's features
     context_width: int = field(default=0, metadata=FROM_PROJECTOR)  # and their W
+    qk_norm: bool = False
+    value_residual: bool = False
+    rms_norm: bool = False
+    rope: bool = False
+    adaln: bool = True
 
     def __post_init__(self):
         if self.width % self.num_heads or self.width % 2:
@@ -85,30 +93,65 @@ class TextContext(nn.Module):
         return context + self.positions
 
 
+class LabAttention(Attention):
+    """With QK-norm, value residual, 1D RoPE."""
+
+    def __init__(self, config, first):
+        super().__init__(config.width, config.num_heads)
+        head = config.width // config.num_heads
+        self.norm_q = nn.RMSNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.is_first = first
+        self.mix = nn.Parameter(torch.full((), 0.5)) if config.value_residual and not first else None
+        self.use_rope = config.rope
+
+    def forward(self, x, carry):
+        q, k, v = self.split(x, None)
+        q, k = self.norm_q(q), self.norm_k(k)
+        if self.use_rope:
+            cos, sin = rotation_tables(position_angles(x.shape[1], q.shape[-1]).to(x))
+            q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+        if self.is_first:
+            carry["v"] = v
+        elif self.mix is not None:
+            v = torch.lerp(v, carry["v"], self.mix)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def new_norm(config, width, affine=False):
+    if config.rms_norm:
+        return nn.RMSNorm(width, eps=1e-6, elementwise_affine=affine)
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
+
+
 class FlowTokBlock(nn.Module):
     """adaLN-Zero: x += gate * attn(mod(ln(x))); x += gate * mlp(mod(ln(x))); B x K x W.
 
     With cross-attention, x += cross(ln(x), context) lies between the two.
     """
 
-    def __init__(self, config: FlowTokConfig):
+    def __init__(self, config: FlowTokConfig, first: bool):
         super().__init__()
         width, hidden = config.width, 4 * config.width
-        self.modulation = nn.Linear(width, 6 * width)
-        self.norm_attention = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(width, config.num_heads)
+        affine = not config.adaln
+        self.modulation = nn.Linear(width, 6 * width) if config.adaln else None
+        self.norm_attention = new_norm(config, width, affine)
+        self.attention = LabAttention(config, first)
         self.cross_attention = None
         if config.condition == "cross_attention":
-            self.norm_cross = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+            self.norm_cross = new_norm(config, width, affine)
             self.cross_attention = CrossAttention(width, config.num_heads)
-        self.norm_mlp = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm_mlp = new_norm(config, width, affine)
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
         )
 
     def forward(self, x: Tensor, condition: Tensor, context: Tensor | None = None) -> Tensor:
         """`condition` is SiLU(c), B x W; context: B x L x W with cross-attention, else None."""
-        return self.transform(x, self.modulation(condition), x.shape[1], context)
+        modulation = self.modulation(condition) if self.modulation is not None else None
+        return self.transform(x, modulation, x.shape[1], context)
 
     def transform(
         self, x: Tensor, modulation: Tensor, num_tokens: int, context: Tensor | None
@@ -117,9 +160,17 @@ class FlowTokBlock(nn.Module):
 
         x is G x (B / G * K) x W, K = num_tokens tokens a sample; attention stays in a sample.
         """
+        num = num_tokens
+        if modulation is None:
+            inner = self.norm_attention(x).view(-1, num, x.shape[-1])
+            x = x + self.attention(inner, self.carry).view(x.shape)
+            if self.cross_attention is not None:
+                inner = self.norm_cross(x).view(-1, num, x.shape[-1])
+                x = x + self.cross_attention(inner, context).view(x.shape)
+            return x + self.mlp(self.norm_mlp(x))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)  # G x W
         inner = modulate(self.norm_attention(x), shift_a, scale_a)
-        attended = self.attention(inner.view(-1, num_tokens, x.shape[-1])).view(x.shape)
+        attended = self.attention(inner.view(-1, num, x.shape[-1]), self.carry).view(x.shape)
         x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
         if self.cross_attention is not None:
             inner = self.norm_cross(x).view(-1, num_tokens, x.shape[-1])
@@ -143,9 +194,12 @@ class FlowTok(nn.Module):
         self.embed_time = TimeEmbedding(config.width)
         self.embed_null = nn.Embedding(2, config.width)  # row 1: indicator on, unconditional
         self.embed_context = TextContext(config) if self.reads_text else None
-        self.blocks = nn.ModuleList(FlowTokBlock(config) for _ in range(config.depth))
-        self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
-        self.modulation_out = nn.Linear(config.width, 2 * config.width)
+        self.blocks = nn.ModuleList(FlowTokBlock(config, i == 0) for i in range(config.depth))
+        carry = {}
+        for block in self.blocks:
+            block.carry = carry
+        self.norm_out = new_norm(config, config.width, not config.adaln)
+        self.modulation_out = nn.Linear(config.width, 2 * config.width) if config.adaln else None
         self.to_velocity = nn.Linear(config.width, config.token_channels)
         self.embed_interval = TimeEmbedding(config.width) if takes_interval else None
         self.init_weights()
@@ -171,7 +225,7 @@ class FlowTok(nn.Module):
         for block in self.blocks:
             x = run_block(block, self.activation_checkpointing, x, condition, context)
         x = x[:, : tokens.shape[1]]
-        return self.project_out(x, self.modulation_out(condition))  # B x K x C
+        return self.project_out(x, self.modulation_out(condition) if self.config.adaln else None)  # B x K x C
 
     def join(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(tokens of the blocks, context of their cross-attention), each ... x N x W or None."""
@@ -194,6 +248,8 @@ class FlowTok(nn.Module):
 
     def project_out(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Last norm and linear: x G x N x W, modulation G x 2 W -> G x N x C."""
+        if modulation is None:
+            return self.to_velocity(self.norm_out(x))
         shift, scale = modulation.chunk(2, dim=-1)
         return self.to_velocity(modulate(self.norm_out(x), shift, scale))
 
@@ -204,9 +260,14 @@ class FlowTok(nn.Module):
         nn.init.normal_(self.embed_null.weight, std=0.02)
 
         # adaLN-Zero: every block starts as the identity, and the velocity as zero.
-        modulations = [block.modulation for block in self.blocks]
+        modulations = [block.modulation for block in self.blocks if block.modulation]
+        if not self.config.adaln:
+            modulations = [m for b in self.blocks for m in (b.attention.out, b.mlp[-1])]
+            self.embed_time.requires_grad_(False)
+            self.embed_null.requires_grad_(False)
         crosses = [block.cross_attention.out for block in self.blocks if block.cross_attention]
-        for module in [*modulations, *crosses, self.modulation_out, self.to_velocity]:
+        outs = [self.modulation_out] if self.modulation_out is not None else []
+        for module in [*modulations, *crosses, *outs, self.to_velocity]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
@@ -235,7 +296,8 @@ class TimeTable:
         null = torch.tensor([False, True], device=t.device).repeat(len(times))
         interval = None if interval is None else torch.full_like(t, interval)
         condition = network.condition(t, null, interval)  # 2 T x W, for T times
-        layers = [*(block.modulation for block in network.blocks), network.modulation_out]
+        adaln = network.config.adaln
+        layers = [*(block.modulation for block in network.blocks), network.modulation_out] if adaln else []
         # T x 2 x 6 W for each block, T x 2 x 2 W for the last norm
         self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]
         self.contexts = None
@@ -259,6 +321,12 @@ class TimeTable:
         # All samples of a branch share its modulation: one long sequence, except for attention.
         num_samples, num_tokens = embedded.shape[1:3]
         hidden = embedded.flatten(1, 2)  # G x B N x W
+        if not network.config.adaln:
+            for block in network.blocks:
+                hidden = block.transform(hidden, None, num_tokens, context)
+            hidden = hidden.unflatten(1, (num_samples, num_tokens))[:, :, : x.shape[1]].flatten(1, 2)
+            velocity = network.project_out(hidden, None)
+            return velocity.unflatten(1, x.shape[:2]).flatten(0, 1)
         for block, modulation in zip(network.blocks, self.modulations):
             hidden = block.transform(hidden, modulation[row, branches], num_tokens, context)
         hidden = hidden.unflatten(1, (num_samples, num_tokens))[:, :, : x.shape[1]].flatten(1, 2)

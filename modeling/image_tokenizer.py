@@ -64,6 +64,10 @@ class ImageTokenizerConfig:
     init_std: float = 0.02
     # Initial log-variance of the posterior; a lower one lets short runs use the latents at once
     initial_logvar: float = 0.0
+    noise: float = 0.0
+    noise_from: str = "gaussian"
+    mask_ratio: float = 0.0
+    align: bool = False
 
     def __post_init__(self):
         check_not_negative(self, "num_tokens")
@@ -177,11 +181,17 @@ class ImageEncoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, size.width, config.patch_size, config.patch_size)
         self.latent_tokens = nn.Parameter(torch.empty(config.num_tokens, size.width))
         self.latent_positions = nn.Parameter(torch.empty(config.num_tokens, size.width))
+        if config.mask_ratio:
+            self.masked_patch = nn.Parameter(torch.zeros(1, size.width))
         self.transformer = RopeTransformer(size, rope_angles(config, size, num_unrotated=0))
         self.to_moments = nn.Linear(size.width, 2 * config.token_channels)
 
-    def forward(self, images: Tensor) -> Posterior:
+    def forward(self, images: Tensor, mask_ratio: float = 0.0) -> Posterior:
         patches = rearrange(self.patch_embed(images), "b w h1 w1 -> b (h1 w1) w")  # B x grid^2 x W
+        if mask_ratio:
+            ratio = torch.empty(len(images), 1, device=images.device).uniform_(-0.1, mask_ratio)
+            hidden = torch.rand(patches.shape[:2], device=images.device) < ratio
+            patches = torch.where(hidden[..., None], self.masked_patch, patches)
         latents = repeat(self.latent_tokens + self.latent_positions, "k w -> b k w", b=len(images))
         tokens = torch.cat([patches, latents.to(patches.dtype)], dim=1)
         latents = self.transformer(tokens, kept=slice(patches.shape[1], None))  # B x K x W
@@ -233,6 +243,10 @@ class ImageTokenizer(nn.Module):
         self.config = config
         self.encoder = ImageEncoder(config)
         self.decoder = ImageDecoder(config)
+        if config.align:
+            self.align_image = nn.Linear(config.token_channels, 64)
+            self.align_text = nn.Sequential(nn.LayerNorm(config.text_width), nn.Linear(config.text_width, 64))
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.init_weights()
 
     def encode(self, images: Tensor) -> Posterior:
@@ -248,9 +262,26 @@ class ImageTokenizer(nn.Module):
 
     def forward(self, images: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass with a sampled posterior: (reconstructions, mean, logvar)."""
-        posterior = self.encode(images)
-        reconstructions = self.decode(posterior.sample(), text_states)
-        return reconstructions, posterior.mean, posterior.logvar
+        frozen = not self.encoder.to_moments.weight.requires_grad
+        posterior = self.encoder(images, 0.0 if frozen else self.config.mask_ratio)
+        z = posterior.sample()
+        if self.config.noise and not frozen:
+            s = torch.rand(len(z), 1, 1, device=z.device)
+            if self.config.noise_from == "gaussian":
+                g = torch.randn_like(z) * z.detach().std() * self.config.noise
+            else:
+                g = z.roll(int(torch.randint(1, len(z), ())), 0)
+                s = s * self.config.noise
+            z = (1 - s) * z + s * g
+        reconstructions = self.decode(z, text_states)
+        extra = []
+        if self.config.align and not frozen:
+            keep = find_text(text_states)[..., None].float()
+            text = (text_states * keep).sum(1) / keep.sum(1)
+            a = self.align_image(posterior.mean.mean(1))
+            b = self.align_text(text)
+            extra = [a, b, self.log_temperature]
+        return reconstructions, posterior.mean, posterior.logvar, *extra
 
     def freeze_encoder(self) -> None:
         """Freeze the encoder: the latents stay what they are."""

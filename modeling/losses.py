@@ -44,6 +44,7 @@ class ProjectorLossConfig:
     # Regression of z_T's mean onto z_I's mean. 0 in the paper; starting the flow near its target
     # speeds small runs up a lot (docs/recipe.md).
     image_regression_weight: float = 0.0
+    image_direction_weight: float = 0.0
 
     def __post_init__(self):
         check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))
@@ -72,6 +73,7 @@ class ReconstructionLossConfig:
     gradient_weight: float = 0.0  # L1 of pixel differences: sharper edges in short runs
     perceptual_weight: float = 0.0  # 1.1 in the recipe; its parts and weights files: `perceptual`
     kl_weight: float = 1e-6
+    text_weight: float = 0.0
 
     def __post_init__(self):
         check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))
@@ -234,7 +236,12 @@ def flow_matching(config: FlowLossConfig, output: FlowPass) -> Tensor:
     return (errors / (errors.detach() + WEIGHT_EPSILON)).mean()
 
 
+def image_direction(config, source: SourcePass, image_mean: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(source.mean.float(), image_mean.float(), dim=-1).mean()
+
+
 PROJECTOR_LOSSES = {
+    "image_direction": image_direction,
     "alignment": alignment_loss,
     "kl": projector_kl,
     "image_regression": image_regression,

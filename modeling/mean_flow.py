@@ -6,6 +6,7 @@ through z at t, so that z + h u(z, t, h) is the flow's point at t + h: one step 
 interval's end held, u = v + h du/dt. Pure functions, no networks. z is B x K x C, t and h are B.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -30,7 +31,17 @@ def sample_intervals(
     one, other = (sample_times(config, batch_size, device) for _ in range(2))
     plain = num_plain(batch_size)
     other[:plain] = one[:plain]
-    return torch.minimum(one, other), (one - other).abs()
+    t, h = torch.minimum(one, other), (one - other).abs()
+    full = float(os.environ.get("FULL", "0"))  # of the others: whole interval
+    half = float(os.environ.get("LONG", "0"))  # of the others: from 0, uniform length
+    n = batch_size - plain
+    a, b = int(full * n), int(half * n)
+    if a:
+        t[plain : plain + a], h[plain : plain + a] = 0, 1
+    if b:
+        t[plain + a : plain + a + b] = 0
+        h[plain + a : plain + a + b] = torch.rand(b, device=device)
+    return t, h
 
 
 @torch.no_grad()
