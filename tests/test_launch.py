@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forks import wait_for_end
 
 import scripts.run_experiment.__main__ as run_experiment
 from scripts.run_experiment import stages
@@ -65,6 +66,7 @@ def test_a_round_runs_the_program_of_its_stage_with_its_own_overrides():
         (["emoji"], "tokeniser", ["STAGES=tokeniser", "text_encoder, tokenizer"]),
         (["small", "text_encoder.path=x"], "", ["tokenizer.text_encoder.path=x"]),
         (["small", "flowtok.lr=1"], "", ["stage small/flowtok", "lr", "optimizer.learning_rate"]),
+        (["scenes", "training.seed=5"], "", ["stage scenes/scenes", "STAGE.training.seed=5"]),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_valid_choices(words, wanted, said):
@@ -185,7 +187,7 @@ if "reports" in sys.argv and first:
     os.kill(os.getppid(), signal.SIGUSR2)
 if "dies" in sys.argv and first:
     os.kill(os.getpid(), signal.SIGKILL)
-Path(f"{sys.argv[1]}.{os.environ['RANK']}").touch()
+Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(str(os.getpid()))
 while "ends" not in sys.argv:
     time.sleep(0.01)
 """
@@ -200,9 +202,11 @@ def start_runner(folder, *behaviour, num_processes=2):
 
 
 def wait_for(process, *paths):
-    while not all(path.exists() for path in paths):
+    """Until the files have contents, which are returned."""
+    while not all(path.exists() and path.read_text() for path in paths):
         assert process.poll() is None
         time.sleep(0.01)
+    return [path.read_text() for path in paths]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +234,14 @@ def test_the_first_request_stops_the_second_ends_the_third_kills(
     for number in signals:
         process.send_signal(number)
     assert process.wait() == status
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of it")
+def test_a_launcher_that_is_killed_takes_its_programs_with_it(tmp_path):
+    process = start_runner(tmp_path, "deaf", "stubborn")
+    children = wait_for(process, tmp_path / "listens.0", tmp_path / "listens.1")
+    process.kill()
+    wait_for_end(children)
 
 
 @pytest.mark.parametrize(

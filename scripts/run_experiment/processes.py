@@ -5,20 +5,24 @@ accelerate's launcher or torchrun in between: a signal reaches the trainers, the
 the stage's, no traceback but their own is printed, and no config file of accelerate's is read.
 """
 
+import ctypes
 import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from training.errors import ERROR_SIGNAL, ERROR_STATUS
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # of a training that stopped with a checkpoint, on a signal
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of Linux's <sys/prctl.h>
 POLL_SECONDS = 0.1
 REPEAT_SECONDS = 2.0  # a program that starts up does not hear a request to stop
 # What other launchers, MPI and accelerate's settings leave: our processes would wait for a group
@@ -230,7 +234,10 @@ class Runner:
         try:
             for environment in environments:
                 process = subprocess.Popen(
-                    command, env=environment, start_new_session=True, preexec_fn=ignore_warnings
+                    command,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=partial(begin, launcher=os.getpid()),
                 )
                 self._processes.append(process)
             next_repeat = time.monotonic() + REPEAT_SECONDS
@@ -255,9 +262,13 @@ class Runner:
             self._processes = []
 
 
-def ignore_warnings() -> None:
-    """In a new process: SIGUSR1 does not end it before it has a handler."""
+def begin(launcher: int) -> None:
+    """In a new process: the launcher's end is its own; SIGUSR1 is not before it has a handler."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":  # others have no such call: there, what a kill -9 leaves goes on
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it was killed meanwhile
+            os._exit(1)
 
 
 def kill(processes: Sequence[subprocess.Popen]) -> None:
