@@ -19,9 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from training.errors import ERROR_SIGNAL, ERROR_STATUS
+from training.errors import ERROR_SIGNAL, ERROR_STATUS, STOPPED_STATUS
 
-STOPPED_STATUS = os.EX_TEMPFAIL  # of a training that stopped with a checkpoint, on a signal
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of Linux's <sys/prctl.h>
 POLL_SECONDS = 0.1
 REPEAT_SECONDS = 2.0  # a program that starts up does not hear a request to stop
@@ -147,6 +146,13 @@ def find_job(
     )
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def launcher_defaults(variables: Mapping[str, str]) -> dict[str, str]:
     """Our variables from those of Slurm, or of torchrun."""
     if "SLURM_NNODES" in variables:
@@ -164,7 +170,6 @@ def launcher_defaults(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_number(variables: Mapping[str, str], name: str, default: int, least: int) -> int:
-    """A variable as a number."""
     text = variables.get(name, str(default))
     if not text.isdecimal() or int(text) < least:
         raise ValueError(f"{name}={text} is not a number >= {least}")
@@ -263,7 +268,7 @@ class Runner:
 
 
 def begin(launcher: int) -> None:
-    """In a new process: the launcher's end is its own; SIGUSR1 is not before it has a handler."""
+    """In a new process: end with the launcher, and not by SIGUSR1 before there is a handler."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":  # others have no such call: there, what a kill -9 leaves goes on
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

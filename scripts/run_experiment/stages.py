@@ -24,6 +24,7 @@ PROGRAMS = {  # stage -> module and dataclass of its program
     "reader": ("train_reader", "ReaderStage"),
     "report": ("eval.report", "ReportStage"),
 }
+WITHOUT_NETWORK = ("scenes", "artists", "report")  # stages of one process
 ORDER = (  # of the YAML files of an experiment: stages, and further rounds of them
     *("scenes", "artists"),
     *("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
@@ -117,14 +118,14 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
                 stages.append(Stage(file, own, load_stage(file, own)))
             except ValueError as error:
                 shared = [rest for target, rest in overrides if not target]
-                way_out = keep_from(file.stem, shared, chosen)
+                way_out = to_one_stage(file.stem, shared, chosen)
                 raise ValueError(
                     f"stage {file.parent.name}/{file.stem}: {error}{way_out}"
                 ) from error
     return stages
 
 
-def keep_from(stage: str, shared: Sequence[str], chosen: Collection[str]) -> str:
+def to_one_stage(stage: str, shared: Sequence[str], chosen: Collection[str]) -> str:
     """How to give an override to the stages that have its key, if this one has not."""
     for override in shared:
         key = override.partition("=")[0]
