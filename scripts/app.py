@@ -28,6 +28,7 @@ from torch import Tensor
 
 from data.files import user_path
 from eval.images import caption_images, list_pictures
+from eval.programs import build_parser
 from modeling.layers import to_pil
 from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder
@@ -41,10 +42,7 @@ Gallery = list[tuple[Image.Image, str]]  # images and what is written under them
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     add = parser.add_argument
     help_text = "experiment folder, stage-3 run, or a folder of scripts/export.py or its hub id"
     add("--run", required=True, type=user_path, help=help_text)
@@ -111,7 +109,6 @@ class Studio:
         return [(shown(image), f"t = {time:.2f}") for time, image in pairs], remarks
 
     def caption(self, path: str | None) -> str:
-        """The caption of an image file."""
         if not path:
             raise ValueError("Choose an image first.")
         [batch] = caption_images(self.captioner, list_pictures([path]), self.caption_sampling, 1)
@@ -214,7 +211,6 @@ def build_page(studio: Studio) -> Any:
 
 
 def add_drawing(studio: Studio, settings: list) -> None:
-    """Images of a prompt."""
     import gradio as gr
 
     prompt = gr.Textbox(studio.prompts[0], label="Prompt")
@@ -239,7 +235,6 @@ def add_blending(studio: Studio, settings: list) -> None:
 
 
 def add_following(studio: Studio, settings: list) -> None:
-    """The way of the flow."""
     import gradio as gr
 
     prompt = gr.Textbox(studio.prompts[0], label="Prompt")

@@ -44,6 +44,7 @@ from data.files import user_path
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
 from data.tar import write_shard
+from eval.programs import build_parser, integer
 from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator
@@ -65,8 +66,6 @@ PHOTOS, TOKENS = 48, 4000  # samples of the made-up shards
 
 @dataclass
 class Way:
-    """Something to time."""
-
     call: Callable[[], Any]
     samples: int  # of a call
 
@@ -96,7 +95,6 @@ def mm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs of a call."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -138,7 +136,6 @@ def time_ways(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
@@ -244,8 +241,6 @@ def made_up_photo(rng: np.random.Generator) -> bytes:
 
 @dataclass
 class Part:
-    """What can be measured."""
-
     measure: Callable[[argparse.Namespace], dict]
     config: str = ""  # default of --config
     batch_size: int = 0  # default of --batch-size
@@ -262,29 +257,24 @@ PARTS = {
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The part, and what it runs on."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
         options = parts.add_parser(name)
         options.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
-        options.add_argument("--rounds", type=int, default=5, help="in which it is cut")
+        options.add_argument("--rounds", type=integer(1), default=5, help="in which it is cut")
         options.set_defaults(text_tower=False)
         if part.config:
             config = ROOT / "configs" / part.config
             options.add_argument(
                 "--config", type=user_path, default=config, help="default: %(default)s"
             )
-            options.add_argument("--batch-size", type=int, default=part.batch_size)
+            options.add_argument("--batch-size", type=integer(1), default=part.batch_size)
             options.add_argument("overrides", nargs="*", metavar="key=value")
     parts.choices["train"].add_argument(
         "--text-tower", action="store_true", help="run the text tower in each step"
     )
-    args = parser.parse_args(arguments)
-    if args.rounds < 1 or getattr(args, "batch_size", 1) < 1:
-        parser.error("--rounds and --batch-size must be at least 1")
-    return args
+    return parser.parse_args(arguments)
 
 
 def describe_machine() -> dict:
@@ -300,7 +290,6 @@ def describe_machine() -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and print."""
     measures = PARTS[args.part].measure(args)
     print_figures({"part": args.part, "machine": describe_machine(), "measures": measures})
 

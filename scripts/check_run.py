@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 # Run as a file, Python looks into scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,6 +24,7 @@ import training.checkpoint as ckpt
 from configs.load import one_line
 from data.files import user_path
 from data.tar import count_samples
+from eval.programs import build_parser
 from training.errors import exit_on_error, printable
 from training.metrics import METRICS_FILE, step_of
 from training.run import CONFIG_FILE, read_saved
@@ -32,10 +32,7 @@ from training.tokens import TOKENS_INFO_FILE, TokensInfo
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     help_text = "run folder, or a folder with run folders in it"
     parser.add_argument("run", type=user_path, help=help_text)
     return parser.parse_args(arguments)
@@ -116,38 +113,21 @@ def check_run(run: Path) -> tuple[str, list[str]]:
 
 
 def check_finite(folder: Path) -> list[str]:
-    """Weights and moments of a checkpoint that are no numbers, and files that hold none."""
+    """Weights and moments of a whole checkpoint that are no numbers."""
     # Weights and their EMA
     problems = []
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
-            if not is_finite(tensor):
+            if not torch.isfinite(tensor).all():
                 problems.append(f"{folder.name}/{path.name}: {name} is not finite")
     # The optimisers' moments; mapped, since they are twice as large as the weights
     for path in sorted(folder.glob(f"*{ckpt.OPTIMIZER_FILE}")):
-        try:
-            moments = [
-                (index, name, moment)
-                for index, values in ckpt.load_plain(path, mmap=True)["state"].items()
-                for name, moment in values.items()
-            ]
-            bad = [(index, name) for index, name, moment in moments if not is_finite(moment)]
-        except (KeyError, TypeError, AttributeError):
-            problems.append(f"{folder.name}/{path.name} holds no moments")
-            continue
-        for index, name in bad:
-            problems.append(f"{folder.name}/{path.name}: {name} of weight {index} is not finite")
-    # Where each process was in its data: without it a resumed run would repeat samples
-    for path in sorted(folder.glob("rank_*.pt")):
-        saved = ckpt.load_plain(path)
-        if not isinstance(saved, dict) or not {"loader", "metrics"} <= saved.keys():
-            problems.append(f"{folder.name}/{path.name} holds no data position")
+        for index, moments in ckpt.load_plain(path, mmap=True)["state"].items():
+            for name, moment in moments.items():
+                if not torch.isfinite(moment).all():
+                    what = f"{name} of weight {index}"
+                    problems.append(f"{folder.name}/{path.name}: {what} is not finite")
     return problems
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values of a tensor are numbers."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def check_metrics(path: Path) -> list[str]:

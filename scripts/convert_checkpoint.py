@@ -31,6 +31,7 @@ import yaml
 from torch import Tensor
 
 from data.files import check_new_folder, folder_written_whole, user_path
+from eval.programs import build_parser
 from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
 from modeling.layers import save_weights
@@ -54,10 +55,7 @@ CAPTIONS = [  # of sample.py without prompts
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     add, tower = parser.add_argument, TextEncoderConfig()
     add("released", type=user_path, metavar="RELEASED_FILE", help="a flow or a tokenizer file")
     help_text = "run folder to write; with --run: the other file"
@@ -99,7 +97,10 @@ def main(args: argparse.Namespace) -> None:
     if args.num_heads is not None and "flowtok" not in stages:
         raise ValueError(f"--num-heads is for a flow, but {args.released} is a tokenizer file")
 
-    write_folder(target, converted, text_encoder, with_stages=bool(args.run))
+    with folder_written_whole(target) as partial:
+        for one in converted:
+            stage = one.stage if args.run else ""
+            write_run(one, text_encoder, target / stage, partial / stage)
     print(f"{target}: written")
     if args.run:
         print(f'python sample.py --run {args.run} --prompts "{CAPTIONS[0]}"')
@@ -191,16 +192,6 @@ def check_content(content: Any) -> dict[str, Tensor]:
 
 
 # Writing
-
-
-def write_folder(
-    target: Path, converted: list[Converted], text_encoder: TextEncoderConfig, with_stages: bool
-) -> None:
-    """Write a run folder or, with_stages, an experiment's: aside, flushed, renamed."""
-    with folder_written_whole(target) as partial:
-        for one in converted:
-            stage = one.stage if with_stages else ""
-            write_run(one, text_encoder, target / stage, partial / stage)
 
 
 def write_run(

@@ -14,20 +14,30 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 # Run as a file, Python looks into scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import accelerate
+import psutil
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 
 from configs.load import load_dataclass, one_line
+from data.files import folder_written_whole, write_text
 from data.shards import PREFETCH_BATCHES
 from data.workers import SHARED_MEMORY, SHARED_MEMORY_CURE
 from eval.feature_nets import PUBLISHED
+from eval.programs import build_parser
 from eval.protocol import Protocol, protocol_file
 from modeling.clip_weights import AbsentWeights, check_clip, find_weights, why_hub_is_silent
 from modeling.perceptual import CONVNEXT_FILE, VGG16_FILE
@@ -35,12 +45,10 @@ from modeling.published import PublishedWeights
 from modeling.text_encoder import TextEncoderConfig
 from modeling.transformers_text import load_part
 from scripts.benchmark import DTYPES, mm_rate, seconds_per_call
-from scripts.plan import DAY, batch_sizes, disk_gib, fit_mode
-from scripts.run_experiment import checks, node
-from scripts.run_experiment.__main__ import count_cores
-from scripts.run_experiment.node import Row
-from scripts.run_experiment.processes import Job, clean, find_job
-from scripts.run_experiment.stages import Stage, read_stages
+from scripts.plan import DAY, RESERVE, batch_sizes, disk_gib, fit_mode
+from scripts.run_experiment import checks
+from scripts.run_experiment.processes import Job, clean, count_cores, find_job
+from scripts.run_experiment.stages import WITHOUT_NETWORK, Stage, read_stages
 from scripts.workload.fake import GIB, measure_step
 from scripts.workload.sizes import Stage as SizedStage
 from scripts.workload.sizes import read_stage
@@ -49,7 +57,16 @@ from training.errors import exit_on_error, printable
 from training.run import start_run
 
 OTHER_FILES = 256  # that a process has open beside its workers' batches
-WITHOUT_A_STEP = ("scenes", "artists", "report")
+ALL_REDUCE_MIB, ALL_REDUCE_CALLS = 64, 5
+EXCHANGE_LIMIT = timedelta(seconds=60)
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    verdict: str  # ok, note, STOP
+    what: str
+    found: str
 
 
 def main(args: argparse.Namespace) -> int:
@@ -72,14 +89,14 @@ def main(args: argparse.Namespace) -> int:
 
 def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
     """All rows, the quick ones first."""
-    yield from node.look_at_machine(job)
-    yield node.look_at_exchange(job)
+    yield from look_at_machine(job)
+    yield look_at_exchange(job)
     try:
         checks.check_configs(stages, job.num_processes)
     except ValueError as error:
         yield Row("STOP", "configs", one_line(error))
         return
-    yield from node.look_at_folders(stages)
+    yield from look_at_folders(stages)
     for stage, error in checks.input_errors(stages):
         verdict, found = ("STOP", one_line(error)) if error else ("ok", "there")
         yield Row(verdict, f"{stage} inputs", found)
@@ -88,7 +105,7 @@ def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
     # What each stage needs of the machine
     disk: dict[Path, float] = defaultdict(float)  # GiB
     for stage in stages:
-        if stage.config.stage in WITHOUT_A_STEP:
+        if stage.config.stage in WITHOUT_NETWORK:
             continue
         try:
             if checks.is_complete(stage):
@@ -102,8 +119,106 @@ def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
         yield row
         saved = Path(stage.config.run_dir).glob("checkpoints/*/*")
         there = sum(file.stat().st_size for file in saved) / GIB
-        disk[node.nearest_folder(stage.config.run_dir)] += max(0.0, run_gib - there)
-    yield from node.look_at_disk(disk)
+        disk[nearest_folder(stage.config.run_dir)] += max(0.0, run_gib - there)
+    yield from look_at_disk(disk)
+
+
+# What the machine offers
+
+
+def look_at_machine(job: Job) -> Iterator[Row]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    versions = f"Python {python}, torch {torch.__version__}, accelerate {accelerate.__version__}"
+    yield Row("ok", "versions", versions)
+    if not job.on_gpus:
+        yield Row("note", "devices", f"no GPU, {job.num_threads} CPU threads a process")
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        text = f"{device.name}, {device.total_memory / GIB:.1f} GiB, bf16 {'yes' if bf16 else 'no'}"
+        yield Row("ok" if bf16 else "note", f"GPU {index}", text)
+
+
+def look_at_exchange(job: Job) -> Row:
+    """The rate of an all-reduce between this machine's processes, NCCL's or gloo's."""
+    processes = job.processes_here
+    if processes == 1:
+        return Row("ok", "all-reduce", "one process on this machine")
+    backend = "nccl" if job.on_gpus else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        meeting, result = f"file://{folder}/meeting", Path(folder) / "rate"
+        arguments = (processes, backend, meeting, result)
+        try:
+            # Forked from one that has imported everything, and has not touched a GPU
+            mp.start_processes(measure_exchange, arguments, processes, start_method="forkserver")
+            rate = float(result.read_text())
+        except Exception as error:  # of the workers, of NCCL
+            return Row("STOP", "all-reduce", f"{backend} fails: {one_line(error)[-300:]}")
+    return Row("ok", "all-reduce", f"{rate:.2f} GB/s between {processes} processes by {backend}")
+
+
+def measure_exchange(rank: int, processes: int, backend: str, meeting: str, result: Path) -> None:
+    """In each process; rank 0 writes GB/s."""
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    dist.init_process_group(
+        backend, init_method=meeting, timeout=EXCHANGE_LIMIT, rank=rank, world_size=processes
+    )
+    values = torch.ones(ALL_REDUCE_MIB * 2**18, device=device)
+    dist.all_reduce(values)
+    start = time.perf_counter()
+    for _ in range(ALL_REDUCE_CALLS):
+        dist.all_reduce(values)
+    total = values[0].item()  # waits
+    if rank == 0:
+        seconds = (time.perf_counter() - start) / ALL_REDUCE_CALLS
+        result.write_text(str(values.nbytes / seconds / 1e9))
+    assert total == processes ** (1 + ALL_REDUCE_CALLS)
+    dist.destroy_process_group()
+
+
+def nearest_folder(path: str) -> Path:
+    """The folder itself or the first above it that is there."""
+    whole = Path(path).absolute()
+    return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
+
+
+def look_at_folders(stages: Sequence[Stage]) -> Iterator[Row]:
+    """Whether files and folders can be written, flushed and renamed where the results go."""
+    for place in sorted({nearest_folder(stage.config.run_dir) for stage in stages}):
+        try:
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                start = time.perf_counter()
+                with folder_written_whole(Path(folder) / "checkpoint") as partial:
+                    write_text("x", partial / "file")
+                milliseconds = 1000 * (time.perf_counter() - start)
+        except OSError as error:
+            yield Row("STOP", str(place), f"can't be written, flushed and renamed in: {error}")
+        else:
+            yield Row("ok", str(place), f"a file flushed and renamed in {milliseconds:.0f} ms")
+
+
+def look_at_disk(needs: dict[Path, float]) -> Iterator[Row]:
+    """Free space for the checkpoints. needs: GiB by the folder that holds them."""
+    by_disk: dict[int, list[Path]] = {}
+    for place in needs:
+        by_disk.setdefault(place.stat().st_dev, []).append(place)
+    for places in by_disk.values():
+        needed = sum(needs[place] for place in places)
+        free = shutil.disk_usage(places[0]).free / GIB
+        text = f"{needed:.2f} GiB for checkpoints, {free:.2f} GiB free"
+        if needed > free:
+            text += ": free some, set runs_dir, or lower training.keep_checkpoints"
+        yield Row("STOP" if needed > free else "ok", f"disk of {places[0]}", text)
+
+
+def process_memory_gib(job: Job) -> float:
+    """Memory for each process of this machine, but for a reserve."""
+    if job.on_gpus:
+        totals = range(torch.cuda.device_count())
+        total = min(torch.cuda.get_device_properties(index).total_memory for index in totals)
+    else:
+        total = psutil.virtual_memory().available // job.processes_here
+    return total / GIB * (1 - RESERVE)
 
 
 # What a stage reads
@@ -195,7 +310,7 @@ def look_at_workers(stage: Stage, sized: SizedStage, job: Job) -> Iterator[Row]:
 
 def look_at_step(stage: Stage, sized: SizedStage, job: Job, seconds: float) -> tuple[Row, float]:
     """(memory and time of a step, GiB of the run's checkpoints)."""
-    memory, device = node.process_memory_gib(job), torch.device("cuda" if job.on_gpus else "cpu")
+    memory, device = process_memory_gib(job), torch.device("cuda" if job.on_gpus else "cpu")
     _, batch = batch_sizes(sized, job.num_processes)
     cost = measure_step(sized, job.num_processes, batch)
     run_gib = disk_gib(cost, sized.training)["run"] if sized.training else 0.0
@@ -238,9 +353,7 @@ def time_step(stage: Stage, sized: SizedStage, job: Job, samples: int, memory: s
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("words", nargs="*", metavar="EXPERIMENT or key=value")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a stage's step")
     arguments = parser.parse_args()

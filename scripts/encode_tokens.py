@@ -14,14 +14,11 @@ with the tokenizer's fingerprint.
 import hashlib
 import io
 import json
-import os
-import signal
 import sys
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -48,13 +45,13 @@ from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.text_encoder import TextEncoder
 from training.checkpoint import BackgroundWriter
-from training.errors import exit_on_error, printable
+from training.errors import STOPPED_STATUS, exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
 from training.provenance import SHARDS, check_source, read_source, save_source, states_by_name
 from training.run import TIMEOUT_MINUTES, start_accelerator
 from training.stage import StageConfig
-from training.supervise import CONTINUE, STOP_SIGNALS, STOPPED_STATUS, Watchdog, watched
+from training.supervise import CONTINUE, StopRequest, Watchdog, watched
 from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo, shard_damage
 from training.vocabulary import (
     Vocabulary,
@@ -154,8 +151,7 @@ def main(config: TokensStage) -> None:
     for _, path in mine:
         path.unlink(missing_ok=True)  # what is there is no shard
     encoder = Encoder(config, accelerator, tokenizer, text_encoder)
-    with stop_requests(folder) as stop_if_asked:
-        encode_shards(encoder, mine, stop_if_asked)
+    encode_shards(encoder, mine)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish(folder, outputs, info, tokenizer, source)
@@ -211,38 +207,6 @@ def finish(
     for reason, sample in first.items():
         print(printable(f"  {reason}: {skipped[reason]}, the first: {sample}"))
     sys.stdout.flush()
-
-
-@contextmanager
-def stop_requests(folder: Path) -> Iterator[Callable[[], None]]:
-    """Gives a function that ends the program with STOPPED_STATUS once a signal has asked for it.
-
-    Call it between two batches: an exception raised in the signal's handler could surface, and get
-    lost, anywhere. Processes that are forked inside do not react: a signal to the whole group is
-    for this one.
-    """
-    owner = os.getpid()
-    signalled: list[int] = []
-
-    def on_signal(number: int, frame) -> None:
-        if os.getpid() == owner:
-            signalled.append(number)
-            for other in STOP_SIGNALS:  # a second request ends at once; a second warning does not
-                again = signal.SIG_IGN if other == signal.SIGUSR1 else signal.SIG_DFL
-                signal.signal(other, again)
-
-    def stop_if_asked() -> None:
-        if signalled:
-            name = signal.Signals(signalled[0]).name
-            print(f"{folder}: stopped (signal {name}). {CONTINUE}", flush=True)
-            raise SystemExit(STOPPED_STATUS)
-
-    handlers = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
-    try:
-        yield stop_if_asked
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def output_paths(image_shards: list[str], folder: Path) -> list[Path]:
@@ -341,14 +305,13 @@ def to_half(values: Tensor):
     return values.to(torch.float16).cpu().numpy()
 
 
-def encode_shards(
-    encoder: Encoder, shards: list[tuple[Source, Path]], stop_if_asked: Callable[[], None]
-) -> None:
+def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
     """Encode pairs of image and token shard, several at a time in the reading workers.
 
     Finished ones are written in the background: the device goes on.
 
     Raises:
+        SystemExit: with STOPPED_STATUS, once a signal has asked for it.
         ChildProcessError: a worker died, or not all of its images arrived.
         OSError: a token shard cannot be written; it is left out as a whole.
     """
@@ -361,6 +324,7 @@ def encode_shards(
     samples: dict[int, list[dict]] = defaultdict(list)
     arrived: Counter[int] = Counter()
     with (
+        StopRequest() as stop,  # before the workers, so that its signals do not end them
         watched(loader) as batches,
         Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog,
         BackgroundWriter() as writer,
@@ -368,7 +332,9 @@ def encode_shards(
         items = TimedIterator(batches)
         progress = Progress(rank, len(shards), items, reads_text=tokenize is not None)
         for item in items:
-            stop_if_asked()
+            if reason := stop.reason():
+                print(f"{config.run_dir}: stopped ({reason}). {CONTINUE}", flush=True)
+                raise SystemExit(STOPPED_STATUS)
             watchdog.heartbeat()
             writer.check()
             index = item["shard"]

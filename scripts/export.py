@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from data.files import check_new_folder, folder_written_whole, user_path, write_json, write_text
+from eval.programs import build_parser
 from modeling.clip_weights import copy_clip, why_hub_is_silent
 from modeling.flow import FlowConfig
 from modeling.flowtok import FlowTokConfig
@@ -98,10 +99,7 @@ captions = pipeline.captioner.captions(images, sampling)"""
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
     add("--output", type=user_path, required=True, metavar="FOLDER", help="a new folder")
@@ -290,7 +288,6 @@ def list_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def code(text: str) -> str:
-    """Text in backticks."""
     return f"`{text}`"
 
 

@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from data.files import user_path, write_json
+from eval.programs import build_parser
 from scripts.benchmark import describe_machine
 from scripts.plan import make_plan
 from scripts.workload import rounded
@@ -46,7 +47,6 @@ class Part:
 
 
 def pytest_summary(output: str) -> dict:
-    """Last line of pytest: how many passed."""
     return {"summary": output.strip().splitlines()[-1]}
 
 
@@ -70,7 +70,6 @@ def demo_figures(output: str) -> dict:
 
 
 def bench(part: str, config: str, batch: int, *overrides: str) -> tuple[str, ...]:
-    """Arguments of scripts/benchmark.py."""
     length = ("--seconds", "9", "--rounds", "3")
     words = ("--config", f"configs/{config}.yaml", "--batch-size", str(batch), *length)
     return ("scripts/benchmark.py", part, *words, *overrides)
@@ -172,10 +171,7 @@ def default_output() -> Path:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     names = ",".join(all_parts())
     parser.add_argument("--parts", default=names, help="default: %(default)s")
     parser.add_argument("--output", type=user_path, default=default_output())

@@ -87,7 +87,6 @@ class ArtistsStage(StageConfig):
     stage = "artists"
 
     def check(self) -> None:
-        """Refuse impossible numbers."""
         if not 16 <= self.image_size <= LARGEST_SIZE:
             raise ValueError(f"image_size must be 16 to {LARGEST_SIZE}, got {self.image_size}")
         for name, least in {"seed": 0, "heldout_names": 1, "heldout_pairs": 1}.items():
@@ -143,7 +142,6 @@ def main(config: ArtistsStage) -> None:
 
 
 def shard_files(config: ArtistsStage, split: str) -> list[Path]:
-    """Where a split is written."""
     return [Path(config.run_dir) / f"{split}-{i:06d}.tar" for i in range(SHARDS[split])]
 
 

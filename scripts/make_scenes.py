@@ -67,7 +67,6 @@ class ScenesStage(StageConfig):
     stage = "scenes"
 
     def check(self) -> None:
-        """Refuse impossible numbers."""
         for name, value in self.plan().items() | {"num_processes": self.num_processes}.items():
             least = {"image_size": 16, "seed": 0}.get(name, 1)
             if value < least:
@@ -120,12 +119,10 @@ def shard_tasks(config: ScenesStage) -> Iterator[tuple[str, int]]:
 
 
 def shard_file(config: ScenesStage, split: str, shard: int) -> Path:
-    """Where a shard is written."""
     return Path(config.run_dir) / f"{split}-{shard:06d}.tar"
 
 
 def make_shard(config: ScenesStage, task: tuple[str, int]) -> None:
-    """Write one shard."""
     split, shard = task
     total = math.prod(config.size_of(split))
     numbers = range(total)[shard * SAMPLES_PER_SHARD :][:SAMPLES_PER_SHARD]

@@ -32,7 +32,6 @@ that finishes last writes summary.json.
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,6 +64,7 @@ from data.packing import (
 )
 from data.processes import map_in_processes
 from data.sources import SOURCES, file_path, find_entries, source_files
+from scripts.run_experiment.processes import count_cores
 from training.errors import printable
 
 SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
@@ -262,10 +262,6 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
     Raises:
         ValueError: naming the first that have changed, are new or are gone.
     """
-    if not files_path(output).is_file():
-        raise ValueError(
-            f"output: {output} is by an earlier version of this program. Delete it or name another"
-        )
     new = dict.fromkeys(source_files(args))
     changes = []
     with open(files_path(output)) as file:
@@ -404,9 +400,8 @@ def join_reasons(
     counter: Counter[str] = Counter()
     first: dict[str, str] = {}
     for record in records:
-        # an earlier version counted nothing as unused
-        counter.update(record.get(counts, {}))
-        first = record.get(firsts, {}) | first
+        counter.update(record[counts])
+        first = record[firsts] | first
     return counter, first
 
 
@@ -475,7 +470,6 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
     def add(flag: str, default: Any, text: str, **options: Any) -> None:
         group.add_argument(flag, default=default, help=text, **options)
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_least_0, at_least_1, byte = whole_number(0), whole_number(1), whole_number(0, 255)
     group.add_argument("--output", required=True, type=file_path, metavar="FOLDER")
     add("--samples-per-shard", 1000, "before filters", type=at_least_1)
@@ -485,7 +479,7 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
     add("--resize", 0, "shorter side to which larger images shrink; 0: off", type=at_least_0)
     add("--quality", 95, "of JPEG with --resize", type=whole_number(1, 100))
     add("--background", [255, 255, 255], "RGB, with --resize", type=byte, nargs=3, metavar="0..255")
-    add("--workers", cpus, "processes", type=at_least_1)
+    add("--workers", count_cores(), "processes", type=at_least_1)
     add("--shard-index", 0, "which part of a Slurm array this is, from 0", type=at_least_0)
     add("--num-shards", 1, "how many parts the array has", type=at_least_1)
 

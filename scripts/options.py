@@ -6,7 +6,6 @@ The keys are the fields of the stages' dataclasses, the meanings are the comment
 them. tests/test_options.py fails where the page is not what this writes.
 """
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -16,7 +15,6 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -25,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import is_mapping_of_parts, part_of
 from data.files import write_text
-from scripts.run_experiment.stages import PROGRAMS
+from eval.programs import build_parser
+from scripts.run_experiment.stages import PROGRAMS, stage_class
 from training.stage import StageConfig, TrainedStage
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
@@ -43,24 +42,18 @@ an earlier run can't be set and are left out. NAME stands for a name of your cho
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.parse_args()
     write_text(build_page(), PAGE)
     print(PAGE)
 
 
 def build_page() -> str:
-    """The whole page."""
     tables = {
         "All stages": rows_of(StageConfig),
         "Stages with training": rows_of(TrainedStage),
     }
-    for stage, (module, name) in PROGRAMS.items():
-        schema: type[StageConfig] = getattr(import_module(module), name)
-        tables[f"Stage {stage}"] = rows_of(schema)
+    tables |= {f"Stage {stage}": rows_of(stage_class(stage)) for stage in PROGRAMS}
 
     # What stages share is said once.
     sections, seen = [INTRODUCTION], set()
@@ -72,7 +65,6 @@ def build_page() -> str:
 
 
 def section(title: str, rows: list[tuple[str, ...]]) -> str:
-    """A heading and a table."""
     cells = [("key", "type", "default", "meaning"), ("---",) * 4, *rows]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in cells]
     return f"## {title}\n\n" + "".join(f"| {line} |\n" for line in lines)

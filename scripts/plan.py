@@ -14,7 +14,6 @@ NCCL's buffers and fragmentation, for which a tenth of the memory is kept free; 
 networks run in float32, at half the peak.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from typing import Any
 # Run as a file, Python looks for modules in scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eval.programs import build_parser, integer
 from scripts.workload import print_figures
 from scripts.workload.fake import Cost, measure_step, tower_flops
 from scripts.workload.sizes import Stage, read_stage
@@ -103,7 +103,6 @@ def make_plan(
 
 
 def disk_gib(cost: Cost, training: TrainingConfig) -> dict[str, float]:
-    """What a checkpoint and a run take on the disk."""
     # One checkpoint more than are kept is there while it is written.
     run = cost.checkpoint_gib * (training.keep_checkpoints + 1)
     return {"checkpoint": cost.checkpoint_gib, "run": run}
@@ -166,18 +165,15 @@ def mean_flops(stage: Stage, cost: Cost, num_gpus: int, batch: int) -> float:
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("file", metavar="CONFIG", help="YAML file of a stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpu", choices=GPUS, default="a100-80g")
-    parser.add_argument("--num-gpus", type=int, default=8, help="of the whole job")
+    parser.add_argument("--num-gpus", type=integer(1), default=8, help="of the whole job")
     parser.add_argument("--share", type=float, default=0.4, help="of the peak that is reached")
     args = parser.parse_intermixed_args()
-    if args.num_gpus < 1 or not 0 < args.share <= 1:
-        parser.error(f"--num-gpus {args.num_gpus} or --share {args.share} is out of range")
+    if not 0 < args.share <= 1:
+        parser.error(f"--share {args.share} is out of range")
     plan = make_plan(args.file, args.overrides, args.gpu, args.num_gpus, args.share)
     print_figures(plan)
 

@@ -30,7 +30,6 @@ from training.errors import exit_on_error, printable
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("file", type=user_path, metavar="FILE.npz")
     help_text = "folder of images, or tar shards: paths, braces, globs"
@@ -53,7 +52,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and write."""
     # The images are listed, and the weights found, before anything is measured
     check_writable(args.file)
     rule = "clean" if args.clean else "crop"

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
@@ -137,6 +137,22 @@ def run_script(
         runpy.run_path(str(ROOT / script), run_name="__main__")
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+def wait_for_end(pids: Iterable[int | str], seconds: float = 60.0) -> None:
+    """Until processes that need not be our children have ended."""
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def is_running(pid: int | str) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def can_mount() -> bool:

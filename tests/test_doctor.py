@@ -10,7 +10,6 @@ from tiny_experiment import Experiment, reset_accelerate
 
 from data.tar import write_shard
 from scripts import doctor
-from scripts.run_experiment import node
 from scripts.run_experiment.processes import Job
 from scripts.run_experiment.stages import read_stages
 
@@ -76,7 +75,7 @@ def made_up(tmp_path):
 def test_flowtok_xl_is_sound_with_its_shards_and_clip(made_up, tiny_clip_dir, monkeypatch):
     # A real step is measured on the emoji: XL's takes a minute
     monkeypatch.setattr(
-        doctor, "look_at_step", lambda stage, *args: (node.Row("ok", f"{stage} step", ""), 0.0)
+        doctor, "look_at_step", lambda stage, *args: (doctor.Row("ok", f"{stage} step", ""), 0.0)
     )
     clip = f"text_encoder.model=local-dir:{tiny_clip_dir}"
     words = ["tokenizer_bl77_256", "flowtok_xl", *made_up]
@@ -90,7 +89,7 @@ def test_absent_weights_stop_xl_only_if_the_trainer_cannot_fetch_them(
     words = ["tokenizer_bl77_256", *made_up]
     words += small("tokenizer", "losses.perceptual_weight=1")
     parts = {f"tokenizer_bl77_256/tokenizer {part}" for part in ("text tower", "VGG16", "ConvNeXt")}
-    monkeypatch.setattr(doctor, "look_at_step", lambda *args: (node.Row("ok", "step", ""), 0.0))
+    monkeypatch.setattr(doctor, "look_at_step", lambda *args: (doctor.Row("ok", "step", ""), 0.0))
     monkeypatch.setattr(doctor, "why_hub_is_silent", lambda: "no network")
     assert stops(examine(words, "tokenizer")) == parts
     monkeypatch.setattr(doctor, "why_hub_is_silent", lambda: "")
@@ -107,7 +106,7 @@ def test_absent_shards_and_runs_and_batches_that_do_not_fit_stop(
     tmp_path, tiny_clip_dir, monkeypatch
 ):
     folder = Experiment(tmp_path, tmp_path / "nowhere").folder / "configs"
-    monkeypatch.setattr(node, "process_memory_gib", lambda job: 0.01)
+    monkeypatch.setattr(doctor, "process_memory_gib", lambda job: 0.01)
     clip = f"tokenizer.text_encoder.model=local-dir:{tiny_clip_dir}"
     rows = examine([str(folder), clip], "tokenizer flowtok")
     assert "nowhere" in rows["STOP", "configs/tokenizer inputs"]

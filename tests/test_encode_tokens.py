@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,27 +70,12 @@ def test_token_samples_keep_every_caption_and_the_json(chain, tmp_path, captione
         assert latent(sample).shape == (2, 16, 4) and latent(sample).dtype == np.float16
 
 
-def test_the_report_says_how_long_the_network_waited_for_images(
-    chain, tmp_path, captioned, capsys, monkeypatch
-):
-    now, build, latents = [0.0], encode_tokens.build_encoding_loader, encode_tokens.Encoder.latents
-
-    def slow_images(*arguments):
-        for item in build(*arguments):
-            now[0] += 3
-            yield item
-
-    def encode_in_a_second(encoder, images):
-        now[0] += 1
-        return latents(encoder, images)
-
-    clock = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(encode_tokens, "time", clock)
-    monkeypatch.setattr("training.metrics.time", clock)
-    monkeypatch.setattr(encode_tokens, "build_encoding_loader", slow_images)
-    monkeypatch.setattr(encode_tokens.Encoder, "latents", encode_in_a_second)
-    encode(chain, tmp_path, [captioned / "a.tar"], "batch_size=2")
-    # two batches and the shard's end: 9 s of waiting, 2 s of work
+def test_the_report_says_how_long_the_network_waited_for_images(capsys, monkeypatch):
+    now, items = [0.0], SimpleNamespace(take_seconds=lambda: 9.0)
+    monkeypatch.setattr(encode_tokens, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    progress = encode_tokens.Progress(0, 1, items, reads_text=False)
+    now[0] = 11.0
+    progress.report(Path("tokens"))
     assert f"{9 / 11:.1%} of the time waiting for images" in capsys.readouterr().out
 
 

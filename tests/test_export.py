@@ -155,14 +155,8 @@ def test_one_direction_is_exported_alone_and_figures_of_another_flow_are_not(
 ):
     run_script(captioner, "--output", tmp_path / "to_text")
     pipeline = FlowTokPipeline.from_pretrained(tmp_path / "to_text", "cpu")
-    assert (
-        len(
-            pipeline.captioner.captions(
-                torch.rand(2, 3, 32, 32), pipeline.config.image_to_text.sampling
-            )
-        )
-        == 2
-    )
+    sampling = pipeline.config.image_to_text.sampling
+    assert len(pipeline.captioner.captions(torch.rand(2, 3, 32, 32), sampling)) == 2
     with pytest.raises(ValueError, match="to_text does not flow from text to image"):
         pipeline("a cat")
 
@@ -241,37 +235,26 @@ def test_an_export_that_cannot_be_is_refused_before_anything_is_loaded(
         run_script("nowhere", *arguments)
 
 
-def damaged(values, damage):
-    """The text of a config.json with a fault."""
-    if damage == "cut":
-        return json.dumps(values)[:100]
-    if damage == "unknown":
-        values["tokenizer"]["patches"] = 3
-    elif damage == "type":
-        values["tokenizer"]["patch_size"] = "big"
-    elif damage == "variable":
-        values["text_encoder"]["model"] = "hf-hub:user/${oc.env:HOME}"
-    elif damage == "size":
-        values["tokenizer"]["token_channels"] = 5
-    return json.dumps(values)
-
-
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("section", "key", "value", "said"),
     [
-        ("cut", "config.json"),
-        ("unknown", "config.json.*patches"),
-        ("type", "config.json.*big.*patch_size"),
-        ("variable", "config.json.*refused"),
-        ("size", "tokenizer.safetensors does not fit"),
+        ("tokenizer", "patches", 3, "config.json.*patches"),
+        ("tokenizer", "patch_size", "big", "config.json.*big.*patch_size"),
+        ("text_encoder", "model", "hf-hub:user/${oc.env:HOME}", "config.json.*refused"),
+        ("tokenizer", "token_channels", 5, "tokenizer.safetensors does not fit"),
     ],
 )
-def test_a_damaged_folder_is_refused_by_name(exported, tmp_path, damage, said):
+def test_a_damaged_folder_is_refused_by_name(exported, tmp_path, section, key, value, said):
     folder = shutil.copytree(exported, tmp_path / "copy")
     path = folder / "config.json"
-    path.write_text(damaged(json.loads(path.read_text()), damage))
+    values = json.loads(path.read_text())
+    values[section][key] = value
+    path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=said):
         FlowTokPipeline.from_pretrained(folder, "cpu")("a cat")
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match="config.json"):
+        FlowTokPipeline.from_pretrained(folder)
     path.unlink()
     with pytest.raises(ValueError, match="copy .*no config.json"):
         FlowTokPipeline.from_pretrained(folder)

@@ -23,7 +23,8 @@ from tiny_experiment import equal, metrics, training
 from torch.utils.data import DataLoader
 
 from training import checkpoint as ckpt
-from training.supervise import STOPPED_STATUS, explained_deaths
+from training.errors import STOPPED_STATUS
+from training.supervise import explained_deaths
 
 ENDLESS = training(max_steps=1000000, checkpoint_every_steps=4, log_every_steps=1)
 ENDLESS += training(sample_every_steps=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import wait_for_end
 from sources import fails, outcome, run, summary_of, write_files, write_photos
 from tqdm import tqdm
 
@@ -90,48 +91,27 @@ def test_parts_may_run_side_by_side(busy, undisturbed, tmp_path):
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(busy, undisturbed, tmp_path):
     """SIGKILL once so many files of the index, digests, shards and records are there."""
     output = tmp_path / "out"
-    kills = kill_at(busy, output, (0, 1, 3, 4, 6, 9, 13, 16, 17, 20, 23, 26, 33, 37, 39))
+    kills = 0
+    for num_files in (0, 1, 3, 4, 6, 9, 13, 16, 17, 20, 23, 26, 33, 37, 39):
+        process = start(busy, workers=2)
+        while process.is_alive() and sum(path.is_file() for path in output.rglob("*")) < num_files:
+            time.sleep(0.001)
+        if process.is_alive():
+            kills += 1
+            os.kill(process.pid, signal.SIGSTOP)  # it starts no more
+            workers = workers_of(process)
+            process.kill()
+            process.join()
+            wait_for_end(workers)  # with it, but not at once
     assert kills >= 8
     run(*busy, workers=2)
     assert outcome(output) == undisturbed
     assert not list(output.glob("*.tmp"))
 
 
-def kill_at(command, output, numbers):
-    """Run again and again, killed once so many files are there; how often it was."""
-    kills = 0
-    for num_files in numbers:
-        process = start(command, workers=2)
-        while process.is_alive() and sum(path.is_file() for path in output.rglob("*")) < num_files:
-            time.sleep(0.001)
-        if process.is_alive():
-            kills += 1
-            kill_and_see_workers_end(process)
-    return kills
-
-
-def kill_and_see_workers_end(process):
-    """They end with it, but not at once."""
-    os.kill(process.pid, signal.SIGSTOP)  # it starts no more
-    workers = workers_of(process)
-    process.kill()
-    process.join()
-    deadline = time.monotonic() + 60
-    while any(map(is_running, workers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def workers_of(process):
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return path.read_text().split() if path.is_file() else []
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @needs_proc
@@ -246,13 +226,6 @@ def test_a_source_that_has_changed_is_not_taken_for_the_old_one(
     assert all(text in message for text in ["output: out", *named])
     after = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     assert after == before
-
-
-def test_an_output_without_the_files_times_is_of_an_earlier_version(photos, tmp_path, capsys):
-    run("folder", photos, "--output", tmp_path / "out")
-    (tmp_path / "out" / "progress" / "files.jsonl").unlink()
-    message = fails(capsys, "folder", photos, "--output", tmp_path / "out")
-    assert str(tmp_path / "out") in message and "version" in message
 
 
 # ---------------------------------------------------------------- other settings, other outcomes

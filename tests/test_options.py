@@ -2,12 +2,11 @@
 
 import re
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Literal
 
 from configs.load import valid_keys
 from scripts import options
-from scripts.run_experiment.stages import PROGRAMS
+from scripts.run_experiment.stages import PROGRAMS, stage_class
 
 
 @dataclass
@@ -33,8 +32,8 @@ def test_the_page_is_what_the_program_writes():
 
 def test_the_page_has_every_key():
     found = set(re.findall(r"^\| `([\w.]+)`", options.PAGE.read_text(), re.MULTILINE))
-    for module, name in PROGRAMS.values():
-        keys = valid_keys(getattr(import_module(module), name))
+    for stage in PROGRAMS:
+        keys = valid_keys(stage_class(stage))
         sections = {key.rpartition(".")[0] for key in keys}
         assert {*keys} - sections <= found
 

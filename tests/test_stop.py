@@ -15,7 +15,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from data.workers import start_worker
 from training import checkpoint as ckpt
 from training import supervise
-from training.supervise import STOPPED_STATUS, StopRequest, watched
+from training.errors import STOPPED_STATUS
+from training.supervise import StopRequest, watched
 
 
 def test_nothing_stops_but_a_time_limit_that_counts_from_the_start():

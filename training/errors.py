@@ -29,6 +29,7 @@ MAX_MESSAGE = 5000  # characters; a hostile name or value may be longer
 OUR_LAUNCHERS = {"scripts.run_experiment", "run_experiment"}  # as a module, as a folder
 ERROR_SIGNAL = signal.SIGUSR2
 ERROR_STATUS = 2
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h, try again later: stopped on request, all is saved
 SECONDS_TO_LIVE = 60.0  # while our launcher ends this process
 # Other launchers: the name of their script, or the module after -m.
 LAUNCHERS = {

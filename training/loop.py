@@ -18,11 +18,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import training.checkpoint as ckpt
 from modeling.layers import load_weights
+from training.errors import STOPPED_STATUS
 from training.metrics import MetricLog, MetricWindow, Progress, TimedIterator, cut_captions
 from training.optim import EMA, LossFn, OptimizedNetwork, descend, load_optimizer
 from training.run import Run, seed_step
 from training.stage import TrainedStage
-from training.supervise import CONTINUE, STOPPED_STATUS, supervised
+from training.supervise import CONTINUE, supervised
 
 # (batches of one optimiser step, its index from 0) -> the terms to log, on the device
 StepFn = Callable[[Sequence[dict], int], dict[str, Tensor]]

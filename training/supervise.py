@@ -28,7 +28,6 @@ import data.workers as data_workers
 from training.errors import ERROR_STATUS, report_error
 from training.run import Run, locked, process_group_timeout
 
-STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SECONDS = 1.0
 CONTINUE = "Run the same command again to continue"
@@ -84,12 +83,17 @@ def watched(loader) -> Iterator[Iterator[dict]]:
 
 
 class StopRequest:
-    """Whether the run is to stop after this step, and why. A context: old handlers come back."""
+    """Whether the run is to stop after this step, and why. A context: old handlers come back.
 
-    def __init__(self, started: float, max_hours: float, timeout_minutes: float):
+    timeout_minutes: of the processes' agreement to stop together; None: each stops by itself.
+    """
+
+    def __init__(
+        self, started: float = 0.0, max_hours: float = 0.0, timeout_minutes: float | None = None
+    ):
         self._deadline = started + 3600 * max_hours if max_hours else float("inf")
         self._max_hours = max_hours
-        self._timeout = process_group_timeout(timeout_minutes)
+        self._timeout_minutes = timeout_minutes
         self._reason = ""
         self._signalled_at: float | None = None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
@@ -97,9 +101,11 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        agrees = self._timeout_minutes is not None
+        if agrees and dist.is_initialized() and dist.get_world_size() > 1:
             # gloo: the processes agree on the CPU, without a device sync
-            self._group = dist.new_group(timeout=self._timeout, backend="gloo")
+            timeout = process_group_timeout(self._timeout_minutes)
+            self._group = dist.new_group(timeout=timeout, backend="gloo")
         return self
 
     def __exit__(self, *error) -> None:
@@ -117,7 +123,7 @@ class StopRequest:
     def reason(self) -> str:
         """Why all processes stop now, "" if they go on. Every process calls it after every step.
 
-        With several processes the answer is that of the step before, so that nobody waits for it.
+        Of processes that agree the answer is that of the step before, so that nobody waits for it.
         """
         if not self._reason and time.monotonic() > self._deadline:
             self._reason = f"training.max_hours={self._max_hours:g} are over"

@@ -123,7 +123,6 @@ def load_package(package: Path) -> list[Emoji]:
 
 
 def image_folder(package: Path) -> Path:
-    """Where the package has its images."""
     return package / "img" / "google" / str(IMAGE_SIZE)
 
 
@@ -164,7 +163,6 @@ def plan_shards(emoji: list[Emoji], heldout: set[str]) -> dict[str, list[Emoji]]
 
 
 def describe_json(item: Emoji) -> bytes:
-    """The sample's .json file."""
     return json.dumps(asdict(item), sort_keys=True, ensure_ascii=False).encode()
 
 
@@ -196,26 +194,19 @@ def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-def content_sha256(described: list[bytes], pixels: list[bytes]) -> str:
-    """Hash over each sample's .json and RGB pixels: independent of PNG and gzip encoders."""
-    digest = hashlib.sha256()
-    for description, rgb in zip(described, pixels, strict=True):
-        digest.update(description + b"\n" + rgb)
-    return digest.hexdigest()
-
-
 def make_manifest(
     plan: dict[str, list[Emoji]], files: dict[str, bytes], images: dict[str, Image.Image]
 ) -> dict:
     """manifest.json: a row for each shard, and totals."""
-    # The hash of a file depends on Pillow and zlib, that of its contents does not
+    # The hash of a file depends on Pillow and zlib, that of its .json and RGB pixels does not
     rows = []
     for file, items in plan.items():
-        described = [describe_json(item) for item in items]
-        pixels = [images[item.key].tobytes() for item in items]
+        content = hashlib.sha256()
+        for item in items:
+            content.update(describe_json(item) + b"\n" + images[item.key].tobytes())
         row = {"file": file, "samples": len(items), "bytes": len(files[file])}
         row["sha256"] = hashlib.sha256(files[file]).hexdigest()
-        row["content_sha256"] = content_sha256(described, pixels)
+        row["content_sha256"] = content.hexdigest()
         rows.append(row)
     totals = {
         "samples": sum(row["samples"] for row in rows),
@@ -243,7 +234,6 @@ def build(package: Path, output: Path, heldout_list: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

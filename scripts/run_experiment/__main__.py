@@ -18,9 +18,9 @@ from pathlib import Path
 # Run as a file, Python looks into this folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.run_experiment.processes import STOPPED_STATUS, Runner, clean, find_job
-from scripts.run_experiment.stages import Stage, read_stages
-from training.errors import exit_on_error
+from scripts.run_experiment.processes import Runner, clean, count_cores, find_job
+from scripts.run_experiment.stages import WITHOUT_NETWORK, Stage, read_stages
+from training.errors import STOPPED_STATUS, exit_on_error
 
 
 def main(words: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ def main(words: Sequence[str]) -> None:
     is_first = job.machine_rank == 0
     alone = [clean(os.environ)]
     for stage in stages:
-        if stage.config.stage not in ("scenes", "artists", "report"):
+        if stage.config.stage not in WITHOUT_NETWORK:
             session.run_stage(stage, job.environments(os.environ))
         elif is_first:
             session.run_stage(stage, alone)
@@ -110,13 +110,6 @@ class Session:
             raise SystemExit(status)
 
 
-def count_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def picture_of(stage: Stage) -> Path:
     """Where the samples of a flow go: samples_512.png for flowtok_512."""
     suffix = stage.name.removeprefix("flowtok")
@@ -124,7 +117,6 @@ def picture_of(stage: Stage) -> Path:
 
 
 def list_results(stages: Sequence[Stage]) -> None:
-    """Print what the stages left."""
     paths = [picture_of(stage) for stage in stages]
     paths += [Path(stage.config.experiment_dir) / "report.json" for stage in stages]
     paths += [Path(stage.config.run_dir) for stage in stages]

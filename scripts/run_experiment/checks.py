@@ -154,17 +154,23 @@ def planned_images(pattern: str, made: Made) -> list[str]:
     Raises:
         ValueError: the pattern is in its folder and matches none.
     """
-    folder = os.path.normpath(os.path.dirname(pattern))
-    writer = made.get(folder)
+    writer = made.get(os.path.normpath(os.path.dirname(pattern)))
     shards = [os.path.normpath(shard) for shard in writer.config.outputs()] if writer else []
-    if not shards:
-        return []
+    return match_planned(pattern, shards, writer) if shards else []
+
+
+def match_planned(pattern: str, shards: Sequence[str | Path], writer: Stage) -> list[str]:
+    """The shards that a stage will write, of its folder, that a pattern matches.
+
+    Raises:
+        ValueError: there is none.
+    """
     wanted = os.path.basename(pattern)
-    matched = [s for s in shards if fnmatch.fnmatch(os.path.basename(s), wanted)]
+    matched = [str(s) for s in shards if fnmatch.fnmatch(os.path.basename(s), wanted)]
     if not matched:
         raise ValueError(
-            f"shards: {pattern!r} matches none of those that stage {writer} will write: "
-            f"{shards[0]} ... {shards[-1]}"
+            f"shards: {pattern!r} matches none of the {len(shards)} shards that stage {writer} "
+            f"will write: {shards[0]} ... {shards[-1]}"
         )
     return matched
 
@@ -181,7 +187,8 @@ def check_tokens(stage: Stage, pattern: str, made: Made) -> None:
         writer = made.get(os.path.normpath(os.path.dirname(part)))
         try:
             if writer and isinstance(writer.config, TokensStage) and not is_complete(writer):
-                check_will_match(part, writer, made)
+                images = find_images(writer, made)
+                match_planned(part, output_paths(images, Path(writer.config.run_dir)), writer)
             elif not is_remote(part):
                 expand_shards([part])
         except ValueError as error:
@@ -189,17 +196,6 @@ def check_tokens(stage: Stage, pattern: str, made: Made) -> None:
             raise ValueError(
                 f"data.{error}. Run the stage that writes them first, or {way_out}"
             ) from error
-
-
-def check_will_match(pattern: str, writer: Stage, made: Made) -> None:
-    """A pattern matches a shard that a stage of tokens will write."""
-    images = find_images(writer, made)
-    names = [path.name for path in output_paths(images, Path(writer.config.run_dir))]
-    if not fnmatch.filter(names, os.path.basename(pattern)):
-        raise ValueError(
-            f"shards: {pattern!r} matches none of the {len(names)} shards that stage {writer} "
-            f"will write: {names[0]} ... {names[-1]}"
-        )
 
 
 def skip_stages(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:

@@ -5,20 +5,23 @@ accelerate's launcher or torchrun in between: a signal reaches the trainers, the
 the stage's, no traceback but their own is printed, and no config file of accelerate's is read.
 """
 
+import ctypes
 import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
-from training.errors import ERROR_SIGNAL, ERROR_STATUS
+from training.errors import ERROR_SIGNAL, ERROR_STATUS, STOPPED_STATUS
 
-STOPPED_STATUS = os.EX_TEMPFAIL  # of a training that stopped with a checkpoint, on a signal
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of Linux's <sys/prctl.h>
 POLL_SECONDS = 0.1
 REPEAT_SECONDS = 2.0  # a program that starts up does not hear a request to stop
 # What other launchers, MPI and accelerate's settings leave: our processes would wait for a group
@@ -143,6 +146,13 @@ def find_job(
     )
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def launcher_defaults(variables: Mapping[str, str]) -> dict[str, str]:
     """Our variables from those of Slurm, or of torchrun."""
     if "SLURM_NNODES" in variables:
@@ -160,7 +170,6 @@ def launcher_defaults(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_number(variables: Mapping[str, str], name: str, default: int, least: int) -> int:
-    """A variable as a number."""
     text = variables.get(name, str(default))
     if not text.isdecimal() or int(text) < least:
         raise ValueError(f"{name}={text} is not a number >= {least}")
@@ -230,7 +239,10 @@ class Runner:
         try:
             for environment in environments:
                 process = subprocess.Popen(
-                    command, env=environment, start_new_session=True, preexec_fn=ignore_warnings
+                    command,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=partial(begin, launcher=os.getpid()),
                 )
                 self._processes.append(process)
             next_repeat = time.monotonic() + REPEAT_SECONDS
@@ -255,9 +267,13 @@ class Runner:
             self._processes = []
 
 
-def ignore_warnings() -> None:
-    """In a new process: SIGUSR1 does not end it before it has a handler."""
+def begin(launcher: int) -> None:
+    """In a new process: end with the launcher, and not by SIGUSR1 before there is a handler."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":  # others have no such call: there, what a kill -9 leaves goes on
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it was killed meanwhile
+            os._exit(1)
 
 
 def kill(processes: Sequence[subprocess.Popen]) -> None:

@@ -1,12 +1,12 @@
 """Which stages a command line names, with their configs: experiments, STAGES, overrides."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.load import load_config
+from configs.load import load_config, valid_keys
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from training.stage import StageConfig
@@ -24,6 +24,7 @@ PROGRAMS = {  # stage -> module and dataclass of its program
     "reader": ("train_reader", "ReaderStage"),
     "report": ("eval.report", "ReportStage"),
 }
+WITHOUT_NETWORK = ("scenes", "artists", "report")  # stages of one process
 ORDER = (  # of the YAML files of an experiment: stages, and further rounds of them
     *("scenes", "artists"),
     *("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
@@ -116,8 +117,22 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
             try:
                 stages.append(Stage(file, own, load_stage(file, own)))
             except ValueError as error:
-                raise ValueError(f"stage {file.parent.name}/{file.stem}: {error}") from error
+                shared = [rest for target, rest in overrides if not target]
+                way_out = to_one_stage(file.stem, shared, chosen)
+                raise ValueError(
+                    f"stage {file.parent.name}/{file.stem}: {error}{way_out}"
+                ) from error
     return stages
+
+
+def to_one_stage(stage: str, shared: Sequence[str], chosen: Collection[str]) -> str:
+    """How to give an override to the stages that have its key, if this one has not."""
+    for override in shared:
+        key = override.partition("=")[0]
+        owners = [n for n in ORDER if n in chosen and key in valid_keys(stage_class(n))]
+        if owners and stage not in owners:
+            return f". {key} is of {', '.join(owners)}: for one of them, STAGE.{override}"
+    return ""
 
 
 def is_override(word: str) -> bool:

@@ -14,7 +14,6 @@ def print_figures(values: dict) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Nested values with four digits."""
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -76,7 +76,6 @@ class Meter(TorchDispatchMode):
             finalize(storage, self.remove, key)
 
     def remove(self, key: int) -> None:
-        """A storage was freed."""
         self.live -= self.storages.pop(key)
 
     def split(self, tensor: Tensor, parts: int) -> None:

@@ -22,7 +22,7 @@ from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.text_encoder import ClipTextEncoder, TextEncoder, TextEncoderConfig
 from modeling.text_projector import TextProjectorConfig
 from modeling.transformers_text import build_tower, load_package, load_part
-from scripts.run_experiment.stages import load_stage
+from scripts.run_experiment.stages import WITHOUT_NETWORK, load_stage
 from scripts.train_text_encoder import ClipSize, open_clip_config
 from training.loading import read_section
 from training.run import CONFIG_FILE
@@ -68,7 +68,7 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     """
     file = Path(file)
     config = load_stage(file, overrides)
-    if config.stage in ("scenes", "artists", "report"):
+    if config.stage in WITHOUT_NETWORK:
         raise ValueError(f"{file}: stage {config.stage} trains no network")
     if config.stage in ("next_scale", "reader") or getattr(config, "dual", None):
         raise ValueError(f"{file}: nothing is known of the cost of a dual tokenizer's stages")
