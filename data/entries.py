@@ -31,7 +31,7 @@ from data.captions import as_list, clean_caption
 from data.files import decode_text, errors_naming
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
-from data.tar import one_form, scan_file
+from data.tar import NOBODY, one_form, scan_tar
 from data.transforms import FORMATS, HEIF_KEYS, IMAGE_KEYS, WITHOUT_SIGNATURE, decode_image
 
 # bytes of an entry's line, the first entry of the same image, whether its key came before, whether
@@ -350,7 +350,7 @@ def list_samples(path: str) -> tuple[list[tuple[str, int, int]], list[tuple[str,
     samples, strays, begin = [], [], 0
     try:
         with open_shard(path) as file:
-            for key, _, end in scan_file(file, path, 0, 0, reader=-1, readers=1, strays=strays):
+            for key, _, end in scan_tar(file, path, reader=NOBODY, strays=strays):
                 samples.append((key, begin, end))
                 begin = end
     except ShardError as error:
@@ -365,7 +365,7 @@ def _read_span(path: str, begin: int, end: int) -> dict[str, bytes]:
         data = file.read(end - begin)
     with_end_mark = io.BytesIO(data + bytes(1024))
     try:
-        _, parts, _ = next(scan_file(with_end_mark, path, 0, 0, reader=0, readers=1))
+        _, parts, _ = next(scan_tar(with_end_mark, path))
     except ShardError:  # list_samples has read the rest
         raise BadSample("sample: a member occurs twice") from None
     del parts["__key__"]
