@@ -59,11 +59,7 @@ class CaptionConfig:
         if self.recaption_keys:
             check_caption_keys(self.recaption_keys, "recaption_keys")
         is_probability = 0 <= self.recaption_probability <= 1
-        check_fields(
-            self,
-            recaption_probability=(is_probability, "0..1"),
-            window=(self.window in ("start", "sentences"), "start or sentences"),
-        )
+        check_fields(self, recaption_probability=(is_probability, "0..1"))
 
     def choose(
         self,

@@ -94,7 +94,8 @@ class ReaderConfig:
     def full_sources(self) -> dict[str, SourceConfig]:
         """All sources by name, with captions and filters filled in."""
         if not self.sources:
-            return {ONLY_SOURCE: self.only_source(self.shards)}
+            only = SourceConfig(self.shards, captions=self.captions, filters=self.filters)
+            return {ONLY_SOURCE: only}
         return {
             name: replace(
                 source,
@@ -103,10 +104,6 @@ class ReaderConfig:
             )
             for name, source in self.sources.items()
         }
-
-    def only_source(self, shards: Sequence[str]) -> SourceConfig:
-        """Shards read with the section's own captions and filters."""
-        return SourceConfig(list(shards), captions=self.captions, filters=self.filters)
 
     def has_several_captions(self) -> bool:
         """Whether a sample's caption may be another one in the next epoch."""
@@ -132,12 +129,11 @@ def open_sources(
     Raises:
         ValueError: the config, or files that do not exist.
     """
-    config.check()
-    sources = config.full_sources()
     if shards is not None:
-        sources = {ONLY_SOURCE: config.only_source(shards)}
+        config = replace(config, shards=list(shards), sources={})
+    config.check()
     return [
         Source(name, tuple(expand_shards(source.shards)), partial(decode, source), source.weight)
-        for name, source in sources.items()
+        for name, source in config.full_sources().items()
         if source.weight
     ]

@@ -31,7 +31,7 @@ from data.captions import as_list, clean_caption
 from data.files import decode_text, errors_naming
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
-from data.tar import one_form, scan_file
+from data.tar import NOBODY, one_form, scan_tar
 from data.transforms import FORMATS, HEIF_KEYS, IMAGE_KEYS, WITHOUT_SIGNATURE, decode_image
 
 # bytes of an entry's line, the first entry of the same image, whether its key came before, whether
@@ -146,14 +146,10 @@ def digest_of(data: bytes) -> bytes:
 
 def first_equals(digests: np.ndarray) -> np.ndarray:
     """For each of N digests, 2N uint64, the number of the first one that equals it: N int64."""
-    digests = digests.reshape(-1, 2)
-    # equal ones stand together, in their own order
-    order = np.lexsort(digests.T)
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
-    firsts = np.empty(len(order), np.int64)
-    firsts[order] = order[is_first][np.cumsum(is_first) - 1]
-    return firsts
+    _, firsts, numbers = np.unique(
+        np.ascontiguousarray(digests).view("S16").ravel(), return_index=True, return_inverse=True
+    )
+    return firsts[numbers]
 
 
 def read_entry(index: BinaryIO, number: int, row: np.void) -> Entry:
@@ -201,28 +197,25 @@ def file_stamp(path: str) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns] if stat.S_ISREG(status.st_mode) else None
 
 
-def image_extension(path: str) -> str | None:
-    """The extension that an image file's content asks for; None: no image that is read.
+def image_extension(file: str | BinaryIO) -> str | None:
+    """The extension that an image's content asks for; None: no image that is read.
 
     Nor are camera raws, of which Pillow would show the preview, or what may begin like an image,
-    but does not decode.
+    but does not decode. file: a path, or the content. jpg of formats whose own name readers do not
+    know.
     """
-    if file_stamp(path) is None:
+    if isinstance(file, str) and file_stamp(file) is None:
         return None
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             name, tags = image.format, getattr(image, "tag_v2", {})
-        if name in WITHOUT_SIGNATURE:
-            decode_image(Path(path).read_bytes())
+            if name in WITHOUT_SIGNATURE:
+                image.fp.seek(0)
+                decode_image(image.fp.read())
     except Exception:  # also what Pillow raises on what is no image: a dozen types
         return None
     if DNG_VERSION in tags or tags.get(NEW_SUBFILE_TYPE) == 1:
         return None
-    return format_extension(name)
-
-
-def format_extension(name: str) -> str:
-    """The extension of one of Pillow's formats; jpg for those that readers know by no other."""
     extension = FORMAT_EXTENSIONS.get(name, name.lower())
     return extension if extension in IMAGE_KEYS else "jpg"
 
@@ -350,7 +343,7 @@ def list_samples(path: str) -> tuple[list[tuple[str, int, int]], list[tuple[str,
     samples, strays, begin = [], [], 0
     try:
         with open_shard(path) as file:
-            for key, _, end in scan_file(file, path, 0, 0, reader=-1, readers=1, strays=strays):
+            for key, _, end in scan_tar(file, path, reader=NOBODY, strays=strays):
                 samples.append((key, begin, end))
                 begin = end
     except ShardError as error:
@@ -365,7 +358,7 @@ def _read_span(path: str, begin: int, end: int) -> dict[str, bytes]:
         data = file.read(end - begin)
     with_end_mark = io.BytesIO(data + bytes(1024))
     try:
-        _, parts, _ = next(scan_file(with_end_mark, path, 0, 0, reader=0, readers=1))
+        _, parts, _ = next(scan_tar(with_end_mark, path))
     except ShardError:  # list_samples has read the rest
         raise BadSample("sample: a member occurs twice") from None
     del parts["__key__"]

@@ -56,7 +56,6 @@ class FilterConfig:
             ),
             min_aesthetic_score=(score is None or math.isfinite(score), "null or a finite number"),
             max_watermark_probability=(watermark is None or 0 <= watermark <= 1, "null or 0..1"),
-            missing_score=(self.missing_score in ("keep", "drop", "fail"), "keep, drop or fail"),
             min_caption_characters=(self.min_caption_characters >= 0, "characters >= 0"),
             max_caption_characters=(
                 longest == 0 or longest >= shortest,

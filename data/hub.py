@@ -23,7 +23,6 @@ from tqdm import tqdm
 from data.entries import Entry, clean_key, digest_of
 from data.files import written_whole
 from data.packing import PROGRESS_FOLDER
-from data.parquet import Columns, find_columns, read_rows
 from data.processes import map_in_processes
 from data.sources import CAPTION_KEYS, DEFAULT_KEYS, file_path, is_tar_name, source, tar_entries
 from data.storage import (
@@ -34,6 +33,7 @@ from data.storage import (
     open_file,
     open_store,
 )
+from data.tables import Columns, find_columns, read_rows
 from data.tar import write_shard
 
 COPIES_FOLDER = "copies"

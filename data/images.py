@@ -1,19 +1,28 @@
-"""Image shards -> batches: how training crops, flips and resizes them.
+"""Image shards -> batches: as training crops, flips and resizes them, and as they are encoded.
 
 A sample is `KEY.jpg`, or another extension of IMAGE_KEYS, with its captions (data/captions.py).
+
+Encoding reads whole shards per worker, in order, with their text. Each item of
+`build_encoding_loader` belongs to one shard; a shard's items come in order, shards of different
+workers mixed. What a shard gives does not depend on the number of workers.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.captions import Tokenize, collate_text
-from data.config import ReaderConfig, SourceConfig
+from data.config import ReaderConfig, SourceConfig, open_sources
 from data.readers import Reader, take_caption
-from data.samples import BadSample, SampleDraws, check_fields
+from data.samples import BadSample, SampleCounter, SampleDraws, check_fields
+from data.shards import NoUsableSample, Source, read_batches
 from data.transforms import (
     HEIF_KEYS,
     IMAGE_KEYS,
@@ -23,6 +32,10 @@ from data.transforms import (
     open_image,
     train_crop,
 )
+from data.workers import share_batch, start_worker
+
+ENCODING_PREFETCH = 4  # batches that each worker of the encoding keeps ready
+LARGEST_MEMBER = 1 << 20  # bytes; longer ones are no text
 
 
 @dataclass
@@ -46,7 +59,6 @@ class ImageTextConfig(ReaderConfig):
         check_fields(
             self,
             flip_probability=(0 <= self.flip_probability <= 1, "0..1"),
-            resize=(self.resize in ("fast", "exact"), "fast or exact"),
             background=(is_colour, "three values 0..255"),
         )
 
@@ -103,3 +115,109 @@ def image_bytes(sample: dict[str, Any]) -> bytes:
 def collate_images(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
     images = np.stack([sample["image"] for sample in samples])  # B x 3 x R x R
     return {"image": torch.from_numpy(images), **collate_text(samples, tokenize)}
+
+
+# ----------------------------------------------------------------------------------------- encoding
+
+
+def encoding_sources(config: ImageTextConfig, image_size: int, num_crops: int) -> list[Source]:
+    """One source per image shard of a config, in order, as its data set is decoded."""
+    exact = replace(config, random_crop=True, flip_probability=0.0, resize="exact")
+    sources = open_sources(config, partial(decode_views, exact, image_size, num_crops))
+    return [replace(source, shards=(path,)) for source in sources for path in source.shards]
+
+
+def decode_views(
+    config: ImageTextConfig,
+    image_size: int,
+    num_crops: int,
+    source: SourceConfig,
+    sample: dict[str, Any],
+    draws: SampleDraws | None,
+) -> dict[str, Any]:
+    """Raw sample -> {"image": V x 3 x R x R uint8, "caption", "key", "members": bytes of its text}.
+
+    num_crops: V; 1: the centre, more: evenly along the longer side, ends included.
+    """
+    places = [None]
+    if num_crops > 1:
+        places = [_crop_at(i / (num_crops - 1)) for i in range(num_crops)]
+    views = [decode_image(config, image_size, source, sample, place) for place in places]
+    members = {
+        name: data
+        for name, data in sample.items()
+        if not name.startswith("__") and not name.endswith("npy") and name not in IMAGE_KEYS
+        if len(data) <= LARGEST_MEMBER
+    }
+    return views[0] | {"image": np.stack([view["image"] for view in views]), "members": members}
+
+
+def _crop_at(share: float) -> SimpleNamespace:
+    """In place of draws: a crop at a share 0..1 of the free pixels, no flip, first caption."""
+    almost_one = 1 - 1e-9  # draws are below 1
+    place = min(share, almost_one)
+    # re-captioned text only where all captions are
+    return SimpleNamespace(
+        crop_x=place, crop_y=place, flip=1.0, recaption=almost_one, caption=0.0, window=0.0
+    )
+
+
+def collate_views(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of images, B x V x 3 x R x R, with the lists "key", "caption" and "members"."""
+    members = [sample["members"] for sample in samples]
+    return {"members": members, **collate_images(tokenize, samples)}
+
+
+class ShardEnd(NamedTuple):
+    """What was read of a shard: images, {reason: samples skipped} and {reason: the first one}."""
+
+    num_images: int
+    skipped: dict[str, int]
+    first: dict[str, str]
+
+
+@dataclass
+class EncodingReader(IterableDataset):
+    """Items of this worker's shards: {"shard": index} and a batch; after each {"shard", "end"}.
+
+    "end": a ShardEnd.
+    """
+
+    sources: Sequence[Source]
+    tokenize: Tokenize | None
+    batch_size: int
+    max_bad_share: float
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        for index in range(first, len(self.sources), step):
+            counter = SampleCounter(self.max_bad_share, self.sources[index].shards[0])
+            collate = partial(collate_views, self.tokenize)
+            shard = self.sources[index : index + 1]
+            num_read = 0
+            with suppress(NoUsableSample):  # all filtered: an empty token shard
+                for batch in read_batches(shard, collate, self.batch_size, counter):
+                    num_read += len(batch["key"])
+                    yield {"shard": index, **batch}
+            yield {"shard": index, "end": ShardEnd(num_read, dict(counter.skipped), counter.first)}
+
+
+def build_encoding_loader(
+    config: ImageTextConfig,
+    sources: Sequence[Source],
+    tokenize: Tokenize | None,
+    batch_size: int,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """One pass over sources of one shard each, by at most as many workers; see EncodingReader."""
+    workers = min(config.num_workers, len(sources))
+    return DataLoader(
+        EncodingReader(sources, tokenize, batch_size, config.max_bad_share),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=ENCODING_PREFETCH if workers else None,
+        pin_memory=pin_memory,
+        collate_fn=share_batch,
+        worker_init_fn=start_worker,
+    )

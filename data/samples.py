@@ -55,13 +55,13 @@ class SampleCounter:
     def __init__(self, max_bad_share: float, reader: str):
         self.max_bad_share = max_bad_share
         self.reader = reader
-        self._skipped: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()  # by reason
         # None for a usable sample, (name, reason) for a bad one
         self._recent: deque[tuple[str, str] | None] = deque(maxlen=WINDOW)
         self._num_bad = 0  # in _recent
         # the first sample of each reason, with what lay there instead
         self.first: dict[str, str] = {}
-        self._num_told = 0  # of them, by `tell`
+        self._told: Counter[str] = Counter()  # what of `skipped` was told
 
     def usable(self) -> None:
         """Count a usable sample."""
@@ -73,28 +73,24 @@ class SampleCounter:
         Raises:
             ValueError: too many of the recent ones are bad.
         """
-        self._skipped[reason] += 1
+        self.skipped[reason] += 1
         self.first.setdefault(reason, f"{name} ({found})" if found else name)
         if not reason.startswith(DROP):
             self._add((name, reason))
-
-    def take_skipped(self) -> dict[str, int]:
-        """{reason: count} since the last call."""
-        skipped, self._skipped = dict(self._skipped), Counter()
-        return skipped
 
     def tell(self) -> dict[str, dict]:
         """What a batch says of the samples that were skipped since the one before it.
 
         "skipped": {reason: count}, and "first_skipped" of each reason that is new.
         """
-        new = dict(list(self.first.items())[self._num_told :])
-        self._num_told = len(self.first)
-        return {"skipped": self.take_skipped(), **({"first_skipped": new} if new else {})}
+        skipped = dict(self.skipped - self._told)
+        new = {reason: self.first[reason] for reason in skipped if reason not in self._told}
+        self._told = self.skipped.copy()
+        return {"skipped": skipped, **({"first_skipped": new} if new else {})}
 
     def describe(self) -> str:
-        """What was skipped since the last take_skipped, and the first case of each reason."""
-        return f"skipped {self._counts(self._skipped)}"
+        """What was skipped since the last `tell`, and the first case of each reason."""
+        return f"skipped {self._counts(self.skipped - self._told)}"
 
     def _counts(self, counter: Counter[str]) -> str:
         reasons = [f"{name}: {n}, first {self.first[name]}" for name, n in counter.most_common()]

@@ -9,8 +9,10 @@ Lengths and positions are shares of the image's side; x goes right, y down.
 """
 
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -153,13 +155,15 @@ def split_of(statement: Statement) -> str | None:
 # --------------------------------------------------------------------------------------- statements
 
 
+def _picker(rng: np.random.Generator, count: int) -> Callable[[Sequence], Any]:
+    """Draws one of its options evenly, up to `count` times; always takes `count` numbers."""
+    numbers = iter(rng.random(count).tolist())
+    return lambda options: options[int(next(numbers) * len(options))]
+
+
 def draw_statement(rng: np.random.Generator) -> Statement:
     """One object, equal ones, or two in a relation (half of the time), of any split."""
-    numbers = iter(rng.random(10).tolist())
-
-    def pick(options):
-        return options[int(next(numbers) * len(options))]
-
+    pick = _picker(rng, 10)
     arrangement = pick(("one", "equal", "relation", "relation"))
     background = pick((None,) * len(BACKGROUNDS) + tuple(BACKGROUNDS))
     sizes = (None,) * len(SIZES) + tuple(SIZES)
@@ -184,11 +188,7 @@ GROUNDS = ("{} on {}", "{} on a {} background", "{} against {}")
 
 def draw_caption(statement: Statement, rng: np.random.Generator) -> str:
     """A plain English phrasing of a statement."""
-    numbers = iter(rng.random(4).tolist())
-
-    def pick(options):
-        return options[int(next(numbers) * len(options))]
-
+    pick = _picker(rng, 4)
     first, last = statement.objects[0], statement.objects[-1]
     if statement.relation:
         turned = pick((0, 1))

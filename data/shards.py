@@ -35,7 +35,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.samples import BadSample, SampleCounter, SampleDraws, members_of
 from data.storage import ShardError, is_remote, open_shard
-from data.tar import one_form, scan_shard
+from data.tar import one_form, scan_tar
 from data.workers import share_batch, start_worker, with_short_errors
 
 PREFETCH_BATCHES = 2  # batches that each worker keeps ready
@@ -107,14 +107,7 @@ class ShardStream(IterableDataset):
     max_bad_share: float
 
     def __post_init__(self):
-        if not self.sources or not all(source.shards for source in self.sources):
-            raise ValueError("a stream needs at least one shard of each source")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: given {self.batch_size}, expected samples >= 1")
-        if self.seed < 0:
-            raise ValueError(f"seed: given {self.seed}, expected a number >= 0")
-        if not 0 <= self.rank < self.num_processes:
-            raise ValueError(f"rank: given {self.rank}, expected 0..{self.num_processes - 1}")
+        assert self.batch_size > 0 and 0 <= self.rank < self.num_processes
         names = "\n".join(os.path.basename(p) for source in self.sources for p in source.shards)
         self._names_crc32 = zlib.crc32(names.encode("utf-8", "surrogateescape"))
         self._first_epochs = [0] * len(self.sources)
@@ -318,19 +311,20 @@ class SourceReader:
 
 
 def _scan(
-    path: str, offset: int, ordinal: int, reader: int, readers: int
+    path: str, offset: int = 0, ordinal: int = 0, reader: int = 0, readers: int = 1
 ) -> Iterator[tuple[dict[str, Any] | Fault | None, int | None]]:
-    """scan_shard, in which everything that could not be read is one more sample, without an end."""
+    """Samples and ends as by scan_tar; all that could not be read is one more, without an end."""
     keys = set()
     try:
-        for sample, end in scan_shard(path, offset, ordinal, reader, readers):
-            ordinal += 1
-            if sample is not None:
-                key = hash(one_form(sample["__key__"]))
-                if key in keys:
-                    sample[AGAIN] = b""
-                keys.add(key)
-            yield sample, end
+        with open_shard(path) as file:
+            for key, sample, end in scan_tar(file, path, offset, ordinal, reader, readers):
+                ordinal += 1
+                if sample is not None:
+                    known = hash(one_form(key))
+                    if known in keys:
+                        sample[AGAIN] = b""
+                    keys.add(known)
+                yield sample, end
     except ShardError as error:
         is_mine = ordinal % readers == reader
         yield (Fault(f"shard: {error.reason}", str(error)) if is_mine else None), None
@@ -388,16 +382,9 @@ def read_batches(
         NoUsableSample: none at all.
         ValueError: too many bad ones.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: given {batch_size}, expected samples >= 1")
     # samples in the order of the sources, their shards and the tars
     batch, count = [], 0
-    raws = (
-        (source, raw)
-        for source in sources
-        for path in source.shards
-        for raw, _ in _scan(path, offset=0, ordinal=0, reader=0, readers=1)
-    )
+    raws = ((source, raw) for source in sources for path in source.shards for raw, _ in _scan(path))
     for source, raw in raws if limit != 0 else ():
         # bad samples do not count towards the limit
         sample = _decoded(raw, None, source, counter)
@@ -462,8 +449,6 @@ def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False
     Raises:
         ValueError: the first URL of a source cannot be read.
     """
-    if num_workers < 0:
-        raise ValueError(f"num_workers: given {num_workers}, expected processes >= 0")
     for source in stream.sources:  # a wrong host, key or name fails before any worker starts
         for url in [path for path in source.shards if is_remote(path)][:1]:
             with open_shard(url) as file:

@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -70,17 +70,13 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
     """
     remote = is_remote(path)
     compression = infer_compression(urlsplit(path).path if remote else path)
+    unpack = compr[compression] if compression else nullcontext
     try:
         with (
-            io.BufferedReader(RemoteFile(path), REMOTE_BUFFER)
-            if remote
-            else open(path, "rb", buffering=READ_BUFFER)
-        ) as stored:
-            if compression is None:
-                yield stored
-            else:
-                with compr[compression](stored, mode="rb") as file:
-                    yield file
+            open_file(path, REMOTE_BUFFER if remote else READ_BUFFER) as stored,
+            unpack(stored) as file,
+        ):
+            yield file
     except EOFError as error:
         raise ShardError("truncated", f"{path}: truncated {compression}: {error}") from None
     except (zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -90,10 +86,13 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def open_file(path: str) -> Iterator[BinaryIO]:
-    """A file as it is stored, to read and seek in; its own OSErrors."""
-    # a small buffer: who jumps about asks for as much as is needed
-    with io.BufferedReader(RemoteFile(path)) if is_remote(path) else open(path, "rb") as file:
+def open_file(path: str, buffer_size: int = io.DEFAULT_BUFFER_SIZE) -> Iterator[BinaryIO]:
+    """A file as it is stored, to read and seek in; its own OSErrors.
+
+    buffer_size: bytes; a small one for who jumps about and asks for as much as is needed.
+    """
+    raw = RemoteFile(path) if is_remote(path) else io.FileIO(path)
+    with io.BufferedReader(raw, buffer_size) as file:
         yield file
 
 

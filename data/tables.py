@@ -1,36 +1,49 @@
-"""Tables: csv and tsv with any separator, jsonl, parquet -> columns and rows.
+"""Tables -> rows: with paths (csv, tsv, jsonl, parquet), or with the images themselves (parquet).
 
 Nothing is guessed: a row with more or fewer fields than the header is an error that names its line,
 and so is a quote that does not close, or text in an unknown encoding.
+
+A column of images holds bytes, or a struct with a field "bytes", as the hub's files have it; that
+of captions holds text or lists of texts. Few rows are in memory at a time.
 """
 
 import argparse
 import csv
 import io
+import json
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from data.entries import load_json
+from data.captions import as_list, clean_caption, strings
+from data.entries import image_extension, load_json
 from data.files import not_decodable, open_text
+from data.storage import REMOTE_BUFFER, open_file
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-TEXT = ("string", "large_string", "string_view")  # pyarrow's types
+# pyarrow's types
+TEXT = ("string", "large_string", "string_view")
+BYTES = ("binary", "large_binary", "binary_view")
 MAX_FIELD_CHARACTERS = 1 << 24  # of a csv; more: a quote that never closes
+# by which a column is taken if several are of its type
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
+CAPTION_NAMES = ("text", "caption", "captions", "prompt")
+IMAGES_AT_ONCE = 16  # rows
 
-# name -> None if it holds text, or may; else its type
-Columns = dict[str, str | None]
+
+# ------------------------------------------------------------------------------------------- paths
 
 
 def open_table(
     path: str, separator: str | None, quotes: bool, encoding: str | None
-) -> tuple[Columns, Iterator[dict[str, Any]]]:
+) -> tuple[dict[str, str | None], Iterator[dict[str, Any]]]:
     """Columns (of a jsonl: those in its first lines) and rows.
 
+    A column's value is None if it holds text, or may; else its type.
     separator: of its fields, None: by the file's ending. quotes: fields may stand in double quotes.
     encoding: None: UTF-8, -16 or -32.
 
@@ -44,7 +57,7 @@ def open_table(
     if not os.path.isfile(path):
         raise ValueError(f"table {path} does not exist")
     if extension == ".parquet":
-        return _open_parquet(path)
+        return _parquet_columns(path), _parquet_rows(path)
     if extension == ".jsonl":
         first = islice(_jsonl_rows(path, encoding), 100)  # a row may lack a column
         return {name: None for row in first for name in row}, _jsonl_rows(path, encoding)
@@ -118,51 +131,16 @@ def _text_of(path: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
             raise ValueError(f"{path}: {error}") from None
 
 
-def import_pyarrow(path: str) -> Any:
-    """pyarrow with its parquet, which only those who have such files install.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(
-            f"{path}: parquet needs the package pyarrow: pip install pyarrow"
-        ) from None
-    return pyarrow
+def _parquet_columns(path: str) -> dict[str, str | None]:
+    with open_parquet(path) as parquet:
+        kinds = {field.name: field.type for field in parquet.schema_arrow}
+    return {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}
 
 
-def _open_parquet(path: str) -> tuple[Columns, Iterator[dict[str, Any]]]:
-    pyarrow = import_pyarrow(path)
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-    columns = {}
-    for column in file.schema_arrow:
-        is_text = str(item_type(column.type)) in TEXT
-        columns[column.name] = None if is_text else str(column.type)
-    # without stored images
-    names = [name for name, kind in columns.items() if "binary" not in str(kind)]
-    return columns, _parquet_rows(path, file.iter_batches(batch_size=1000, columns=names))
-
-
-def item_type(kind: Any) -> Any:
-    """A type of pyarrow, or that of the items of lists and dictionaries."""
-    while hasattr(kind, "value_type"):
-        kind = kind.value_type
-    return kind
-
-
-def _parquet_rows(path: str, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    num_read = 0
-    try:
-        for batch in batches:
+def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
+    with open_parquet(path) as parquet:
+        for batch in parquet.iter_batches(batch_size=1000, columns=_names_without_bytes(parquet)):
             yield from batch.to_pylist()
-            num_read += batch.num_rows
-    except (ValueError, OSError) as error:  # a broken page, text that is not UTF-8
-        raise ValueError(f"{path} cannot be read after row {num_read}: {error}") from None
 
 
 def separator(text: str) -> str:
@@ -180,3 +158,118 @@ def encoding(name: str) -> str:
     except LookupError:
         raise argparse.ArgumentTypeError(f"given {name!r}, expected one as cp1252") from None
     return name
+
+
+# ------------------------------------------------------------------------------------------ parquet
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[Any]:
+    """A pyarrow ParquetFile, local or remote, that reads no more than it is asked for.
+
+    Raises:
+        ValueError: it cannot be read, also later while reading, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow.parquet  # only those who have such files install it
+    except ImportError:
+        raise ValueError(
+            f"{path}: parquet needs the package pyarrow: pip install pyarrow"
+        ) from None
+    try:
+        with open_file(path) as file:
+            # with a buffer, a column of a row group is read page by page
+            yield pyarrow.parquet.ParquetFile(file, buffer_size=REMOTE_BUFFER, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _names_without_bytes(parquet: Any) -> list[str]:
+    """Columns that hold no images."""
+    return [field.name for field in parquet.schema_arrow if "binary" not in str(field.type)]
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a type of pyarrow, or that of the items of lists and dictionaries, is text."""
+    while hasattr(kind, "value_type"):
+        kind = kind.value_type
+    return str(kind) in TEXT
+
+
+class Columns(NamedTuple):
+    """Of a parquet file with images; what others it has become metadata."""
+
+    image: str
+    caption: str
+
+
+def read_rows(path: str, columns: Columns, prefix: str) -> Iterator[dict[str, Any]]:
+    """Each row as a sample for write_shard, with the key PREFIX/number.
+
+    Raises:
+        ValueError: the file cannot be read, or has not these columns.
+    """
+    find_columns(path, *columns)
+    number = 0
+    with open_parquet(path) as parquet:
+        # all columns, but for further images
+        names = [*dict.fromkeys([*columns, *_names_without_bytes(parquet)])]
+        for group in range(parquet.num_row_groups):
+            # one by one: a batch over several would hold them all
+            for batch in parquet.iter_batches(IMAGES_AT_ONCE, row_groups=[group], columns=names):
+                for row in batch.to_pylist():
+                    yield {"__key__": f"{prefix}/{number:08d}", **row_parts(row, columns)}
+                    number += 1
+
+
+def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
+    """{extension: bytes}: the image unless it is null, and the captions with the other columns."""
+    image = row.pop(columns.image)
+    if isinstance(image, dict):
+        image = image["bytes"]
+    captions = as_list(row.pop(columns.caption))
+    # no caption: nor may another column pass for one
+    has_text = any(map(clean_caption, strings(captions)))
+    content = {**row, "captions": captions} if has_text else {}
+    parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
+    if image is not None:
+        # what is no image is found out when its shard is made
+        parts[image_extension(io.BytesIO(image)) or "jpg"] = image
+    return parts
+
+
+def find_columns(path: str, image_column: str | None, caption_column: str | None) -> Columns:
+    """Image and caption of a file: by these names, else by type, then by usual names.
+
+    Raises:
+        ValueError: a column that is missing or could be several, listing what there is.
+    """
+    with open_parquet(path) as parquet:
+        kinds = {field.name: field.type for field in parquet.schema_arrow}
+    images = [name for name, kind in kinds.items() if str(_bytes_type(kind)) in BYTES]
+    texts = [name for name, kind in kinds.items() if _is_text(kind)]
+    shown = ", ".join(f"{name} ({str(kind)[:40]})" for name, kind in kinds.items())
+    there = f"{path} has the columns {shown or 'none'}"
+    image = _choose_column("image_column", images, image_column, IMAGE_NAMES, there)
+    caption = _choose_column("caption_column", texts, caption_column, CAPTION_NAMES, there)
+    return Columns(image, caption)
+
+
+def _bytes_type(kind: Any) -> Any:
+    """The type itself, or that of the field "bytes" of a struct."""
+    index = kind.get_field_index("bytes") if hasattr(kind, "get_field_index") else -1
+    return kind.field(index).type if index >= 0 else kind
+
+
+def _choose_column(
+    option: str, candidates: Sequence[str], wanted: str | None, usual: Sequence[str], there: str
+) -> str:
+    """The wanted column, or the only one of the type, or the only one with a usual name."""
+    names = [name for name in candidates if name == wanted]
+    if wanted is None:
+        names = [name for name in candidates if name.lower() in usual] or list(candidates)
+    if len(names) != 1:
+        given = f"given {wanted!r}" if wanted else f"could be {' or '.join(names) or 'none'}"
+        expected = f"expected one of {', '.join(candidates) or 'none'}"
+        raise ValueError(f"{option}: {given}, {expected}; {there}")
+    return names[0]

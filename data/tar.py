@@ -22,6 +22,7 @@ from webdataset import TarWriter
 from data.files import written_whole
 from data.storage import READ_BUFFER, ShardError, is_remote, open_shard
 
+NOBODY = -1  # in place of a reader's number: no sample is its own, only headers are read
 # what tarfile raises on hostile bytes; what a storage raises is none of them
 PARSER_ERRORS = (tarfile.TarError, ArithmeticError, LookupError, RecursionError, ValueError)
 
@@ -151,46 +152,36 @@ def read_shard(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         ShardError: truncated or not a tar, or two members with one name.
     """
-    for sample, _ in scan_shard(str(path), offset=0, ordinal=0, reader=0, readers=1):
-        yield sample
+    with open_shard(str(path)) as file:
+        for _, sample, _ in scan_tar(file, str(path)):
+            yield sample
 
 
 def count_samples(path: str | Path) -> int:
     """Samples in one tar; reads headers only."""
-    return sum(1 for _ in scan_shard(str(path), offset=0, ordinal=0, reader=-1, readers=1))
+    with open_shard(str(path)) as file:
+        return sum(1 for _ in scan_tar(file, str(path), reader=NOBODY))
 
 
-def scan_shard(
-    path: str, offset: int, ordinal: int, reader: int, readers: int
-) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """(sample, byte offset of the next one) for every sample from byte `offset` on.
+def scan_tar(
+    file: BinaryIO,
+    path: str,
+    offset: int = 0,
+    ordinal: int = 0,
+    reader: int = 0,
+    readers: int = 1,
+    strays: list[tuple[str, str]] | None = None,
+) -> Iterator[tuple[str, dict[str, Any] | None, int]]:
+    """(key, sample, byte offset of the next one) of an open tar from byte `offset` on.
 
     The samples count up from `ordinal`; one with ordinal % readers != reader comes as None, its
-    bytes unread.
+    bytes unread. path: for messages. strays: gets (name, why) of every member whose bytes no sample
+    has; a tar of nothing else is then no error.
 
     Raises:
         ShardError: the tar breaks off, cannot be read, or has members but no sample. The sample
             before a break is not given, as it may lack members, whether its bytes were to be read
             or not.
-    """
-    with open_shard(path) as file:
-        for _, sample, end in scan_file(file, path, offset, ordinal, reader, readers):
-            yield sample, end
-
-
-def scan_file(
-    file: BinaryIO,
-    path: str,
-    offset: int,
-    ordinal: int,
-    reader: int,
-    readers: int,
-    strays: list[tuple[str, str]] | None = None,
-) -> Iterator[tuple[str, dict[str, Any] | None, int]]:
-    """(key, sample, byte offset of the next one) of an open tar, as scan_shard has them.
-
-    strays: gets (name, why) of every member whose bytes no sample has; a tar of nothing else is
-    then no error.
     """
     key, sample, end = None, None, offset
     others = []  # names that belong to no sample

@@ -35,9 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.config import ONLY_SOURCE
-from data.encoding import build_encoding_loader, encoding_sources
 from data.files import write_json
-from data.images import ImageTextConfig
+from data.images import ImageTextConfig, build_encoding_loader, encoding_sources
 from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import read_shard, shard_name, write_shard

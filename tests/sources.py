@@ -36,9 +36,15 @@ class Sample:
 STRICT = "--drop-duplicates --max-aspect-ratio 4 --min-aesthetic-score 5 --missing-score drop"
 
 
-def encode(image, **options):
+def encode(image, format="JPEG", **options):
     buffer = io.BytesIO()
-    image.save(buffer, **{"format": "JPEG", **options})
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def npy(array, **options):
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
     return buffer.getvalue()
 
 
@@ -113,23 +119,29 @@ def write_files(root, files):
         if isinstance(content, Path):
             (root / name).symlink_to(content)
         elif isinstance(content, list):
-            write_tar(root / name, content)
+            (root / name).write_bytes(tar_of(content))
         elif content is not None:
             (root / name).write_bytes(as_bytes(content))
 
 
-def write_tar(path, members):
-    """Members are (name, content), or names of pictures and of texts; a Path is a link's target."""
-    pairs = [
-        m if isinstance(m, tuple) else (m, 0 if "jp" in m.lower() else "text") for m in members
-    ]
-    with tarfile.open(path, "w") as tar:
-        for name, content in pairs:
+def tar_of(members):
+    """Bytes of a tar. Members are (name, content), where a Path is a link's target, or (name,
+    content, kind of member), or names of pictures and of texts.
+    """
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for member in members:
+            if isinstance(member, str):
+                member = member, 0 if "jp" in member.lower() else "text"
+            name, content, *kind = member
             info = tarfile.TarInfo(name)
+            info.type, info.linkname = (kind or [tarfile.REGTYPE])[0], "../../../etc/passwd"
             if isinstance(content, Path):
-                info.type, info.linkname, content = tarfile.SYMTYPE, str(content), b""
-            info.size = len(as_bytes(content))
-            tar.addfile(info, io.BytesIO(as_bytes(content)))
+                info.type, info.linkname = tarfile.SYMTYPE, str(content)
+            data = as_bytes(content) if info.isreg() else b""
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
 
 
 def write_photos(root):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import shape_sample
 from forks import Program, start_ranks
-from sources import write_tar
+from sources import tar_of
 from test_checkpoint import write
 from test_resume import contents, program, start, state
 from test_stress import logged_step
@@ -168,7 +168,8 @@ def test_a_data_worker_that_is_killed_in_the_middle_of_a_message_ends_with_an_er
     shards = tmp_path / "long"
     shards.mkdir()
     long = {"txt": "a red circle " * 3000}
-    write_tar(shards / "long.tar", members_of(shape_sample(n) | long for n in range(24)))
+    members = members_of(shape_sample(n) | long for n in range(24))
+    (shards / "long.tar").write_bytes(tar_of(members))
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT)
     running = lab.train(f"data.shards=[{shards}/*.tar]", script=script)
@@ -328,7 +329,7 @@ def test_a_wandb_service_that_dies_does_not_end_the_training(lab):
 
 
 def members_of(samples):
-    """For write_tar, which takes any keys."""
+    """For tar_of, which takes any keys."""
     return [(f"{s['__key__']}.{name}", s[name]) for s in samples for name in ("png", "txt")]
 
 
@@ -341,7 +342,7 @@ def test_keys_and_captions_with_escapes_do_not_reach_the_terminal(lab, tmp_path,
     samples = [shape_sample(n) | names | {"__key__": f"{n}{evil}"} for n in range(24)]
     if "bad" in fault:
         samples = [sample | {"png": b"no image"} for sample in samples] * 9
-    write_tar(shards / "evil.tar", members_of(samples))
+    (shards / "evil.tar").write_bytes(tar_of(members_of(samples)))
     running = lab.start(f"data.shards=[{shards}/*.tar]", "training.sample_every_steps=1", fault)
     check_error(running, ascii(evil)[1:8])
     assert "\x1b" not in running.output and "\nerror: forged" not in running.output

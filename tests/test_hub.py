@@ -1,4 +1,4 @@
-"""data/hub.py, data/parquet.py: files of every layout, from a store that stands in for the hub."""
+"""data/hub.py, and images of data/tables.py: every layout, from a store in place of the hub."""
 
 import io
 import json
@@ -23,11 +23,10 @@ from sources import (
 )
 from test_make_shards_runs import kill_at, needs_proc
 
-from data import parquet as parquet_reader
-from data import storage
+from data import storage, tables
 from data.hub import copies_folder
-from data.parquet import Columns, find_columns, read_rows
 from data.storage import RemoteFile
+from data.tables import Columns, find_columns, read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -125,7 +124,7 @@ def test_a_file_is_read_row_group_by_row_group_and_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "is_remote", lambda path: True)
     monkeypatch.setattr(storage, "RemoteFile", CountingFile)
-    monkeypatch.setattr(parquet_reader, "REMOTE_BUFFER", 1 << 14)
+    monkeypatch.setattr(tables, "REMOTE_BUFFER", 1 << 14)
     size = path.stat().st_size
     samples = read_rows(str(path), Columns("image", "text"), "x")
     first = next(samples)
@@ -264,9 +263,7 @@ def test_the_revision_is_part_of_the_address(root, tmp_path, capsys):
 def busy(root, tmp_path):
     """Arguments of a run over 4 files, and what it gives."""
     for i in range(4):
-        write_rows(root / f"{i}.parquet", ("struct", "list")[i % 2], nine_rows())
-    write_rows(root / "1.parquet", "struct", nine_rows())
-    write_rows(root / "3.parquet", "struct", nine_rows())
+        write_rows(root / f"{i}.parquet", "struct", nine_rows())
     command = ["hub", ID, "--samples-per-shard", 5, "--drop-duplicates", "--output"]
     run(*command, tmp_path / "undisturbed")
     return [*command, tmp_path / "out"], outcome(tmp_path / "undisturbed")

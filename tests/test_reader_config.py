@@ -100,7 +100,6 @@ def test_captions_that_change_from_epoch_to_epoch_are_known():
         (ReaderConfig, "shuffle_buffer", -1),
         (ReaderConfig, "num_workers", -1),
         (ImageTextConfig, "flip_probability", 1.5),
-        (ImageTextConfig, "resize", "slow"),
         (ImageTextConfig, "background", [0, 0, 256]),
         (TokenTextConfig, "latent_scale", NAN),
         (SourceConfig, "shards", []),
@@ -111,7 +110,6 @@ def test_captions_that_change_from_epoch_to_epoch_are_known():
         (FilterConfig, "max_aspect_ratio", INFINITE),
         (FilterConfig, "min_aesthetic_score", NAN),
         (FilterConfig, "max_watermark_probability", 1.5),
-        (FilterConfig, "missing_score", "ignore"),
         (FilterConfig, "max_caption_characters", -1),
     ],
 )

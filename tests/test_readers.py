@@ -1,6 +1,5 @@
 """data/readers.py: batches of images, stored tokens and captions; hostile samples, resuming."""
 
-import io
 import pickle
 import re
 from collections import Counter
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sources import encode, noise, npy
 
 from data.captions import CaptionConfig
 from data.config import ReaderConfig, SourceConfig
@@ -37,10 +37,7 @@ tokenize = Letters()
 
 
 def jpeg(width, height, seed=0, format="JPEG"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((width, height)).save(buffer, format)
-    return buffer.getvalue()
+    return encode(noise(seed, 4, 4).resize((width, height)), format)
 
 
 def floats(seed, *shape):
@@ -53,12 +50,6 @@ def latent(seed):
 
 def states(seed, length=5):
     return floats(seed, length, 8)
-
-
-def npy(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
 
 
 def token_sample(number, **parts):
@@ -160,13 +151,6 @@ def test_captions_are_read_of_any_shards_and_states_where_they_are_wanted(tmp_pa
     assert set(batch) == text and len(batch["key"]) == 23
     (batch,) = captions(image_shards, with_states=True).once(8, shards=[path, image_shards])
     assert batch["key"] == ["000", "001", "002"] and batch["skipped"] == {"text: missing": 20}
-
-
-def test_two_samples_of_one_key_keep_their_own_states(tmp_path):
-    for shard in range(2):
-        write(tmp_path, [token_sample(0, **{"text.npy": states(shard)})], f"{shard}.tar")
-    (batch,) = tokens(str(tmp_path / "*.tar")).once(8)
-    assert torch.equal(batch["text_states"], torch.from_numpy(np.stack([states(0), states(1)])))
 
 
 # order and position
@@ -338,9 +322,8 @@ def test_unreadable_json_is_no_fault_where_no_filter_needs_it(tmp_path):
 
 
 def test_transparency_shows_the_configured_background(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(buffer, "PNG")
-    path = write(tmp_path, [{"__key__": "a", "png": buffer.getvalue(), "txt": "x"}])
+    image = encode(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG")
+    path = write(tmp_path, [{"__key__": "a", "png": image, "txt": "x"}])
     (batch,) = images(path, background=[1, 2, 3]).once(8)
     assert batch["image"][0, :, 5, 5].tolist() == [1, 2, 3]
 

@@ -1,12 +1,12 @@
 """data/transforms.py: hostile images, and crops against resize-then-crop."""
 
-import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from sources import encode
 from torchvision.transforms import v2
 
 from data import transforms
@@ -41,12 +41,6 @@ def train(image, size, random_crop, flip_probability, epoch=0, resize="exact"):
     )
 
 
-def encoded(image, format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 # what a file shows
 
 
@@ -61,7 +55,7 @@ def test_formats_decode_to_rgb(kind):
     image = photo(40, 30).convert(mode)
     frames = {"save_all": True, "append_images": [photo(40, 30, 1)]} if format == "GIF" else {}
     sizes = {"sizes": [(40, 30)]} if format == "ICO" else {}
-    decoded = decode_image(encoded(image, format, **frames, **sizes))
+    decoded = decode_image(encode(image, format, **frames, **sizes))
     assert decoded.mode == "RGB" and decoded.size == (40, 30)
     difference = np.abs(np.asarray(decoded, np.int16) - np.asarray(image.convert("RGB")))
     assert difference.mean() < 6 and (format != "PNG" or not difference.any())
@@ -95,7 +89,7 @@ def test_images_are_upright_whatever_the_format(format, options):
         tag = {"exif": exif_of(orientation)}
         if "XMP" in format:
             tag = {"xmp": b'<rdf:Description tiff:Orientation="%d"/>' % orientation}
-        data = encoded(photo(40, 32), format.split()[0], **options, **tag)
+        data = encode(photo(40, 32), format.split()[0], **options, **tag)
         picture = load_picture(open_image(data), (0, 0, 0), for_size=16)
         expected = turn(np.asarray(photo(40, 32), np.int16))
         assert picture.image.size == (picture.width, picture.height) == expected.shape[1::-1]
@@ -110,7 +104,7 @@ def exif_of(orientation):
 
 def test_broken_metadata_does_not_cost_the_image():
     for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"):
-        assert decode_image(encoded(photo(40, 30), "JPEG", exif=exif)).size == (40, 30)
+        assert decode_image(encode(photo(40, 30), "JPEG", exif=exif)).size == (40, 30)
 
 
 def png(bits, colour, row, transparent=()):
@@ -148,7 +142,7 @@ def palette(*transparency):
     image = Image.new("P", (2, 1))
     image.putpalette([200, 0, 0, 0, 200, 0])
     image.putdata([0, 1])
-    return encoded(image, "PNG", transparency=bytes(transparency))
+    return encode(image, "PNG", transparency=bytes(transparency))
 
 
 def tga(alpha_bits, *row):
@@ -157,7 +151,7 @@ def tga(alpha_bits, *row):
     return struct.pack("<3B5x4H2B", 0, 0, 2, 0, 0, width, 1, 32, alpha_bits) + bytes(row)
 
 
-DCX = struct.pack("<3I", 987654321, 12, 0) + encoded(Image.new("L", (2, 1), 9), "PCX")
+DCX = struct.pack("<3I", 987654321, 12, 0) + encode(Image.new("L", (2, 1), 9), "PCX")
 XPM = b'/* XPM */\nstatic char *x[] = {\n"2 1 2 1",\n"a c #010203",\n"b c None",\n"ab"\n};\n'
 GREYS = shorts("<", 0, 257, 32768, 65535)
 COLOURS = shorts(">", 0, 0x8000, 0xFFFF, 0x0101, 0x4000, 0xC000)
@@ -186,7 +180,7 @@ SHOWN = {
     "of 32 bits": (tiff([32], 1, bytes(8), 2), RANGE),
     "with a sign": (tiff([16], 1, GREYS, 4, t339=2), RANGE),
     "of 8 bits with a sign": (tiff([8], 1, b"\x00\x80", 2, t339=2), RANGE),
-    "of CIELAB": (encoded(Image.new("LAB", (4, 4)), "TIFF"), "image: CIELAB pixels"),
+    "of CIELAB": (encode(Image.new("LAB", (4, 4)), "TIFF"), "image: CIELAB pixels"),
     "PGM of 10 bits": (b"P5 3 1 1023\n" + shorts(">", 0, 512, 1023), [0, 128, 255]),
     "PGM of 4 values": (b"P5 4 1 3\n\x00\x01\x02\x03", [0, 85, 170, 255]),
     "PBM": (b"P4 8 1\n\x55", [255, 0] * 4),
@@ -197,7 +191,7 @@ SHOWN = {
     "SUN": (struct.pack(">8I", 1504078485, 1, 1, 24, 3, 3, 0, 0) + bytes([1, 2, 3]), [(1, 2, 3)]),
     "XPM": (XPM, [(1, 2, 3), None]),
     "JPEG 2000 of 16 bits": (
-        encoded(Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16)), "JPEG2000"),
+        encode(Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16)), "JPEG2000"),
         [0, 1, 128, 255],
     ),
 }
@@ -216,7 +210,7 @@ def test_files_show_what_a_viewer_shows_or_are_dropped_by_name(kind):
 
 
 def test_cmyk_becomes_rgb_with_adobes_inversion():
-    data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    data = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
     red, green, blue = np.asarray(decode_image(data)).reshape(-1, 3).mean(0)
     assert red > 200 and green < 60 and blue < 60
 
@@ -233,9 +227,9 @@ def test_image_keys_are_the_names_of_what_is_read():
 
 BROKEN = {
     "empty": b"",
-    "a few bytes": encoded(photo(200, 200), "JPEG")[:20],
-    "half a JPEG": encoded(photo(200, 200), "JPEG")[:2000],
-    "half a PNG": encoded(photo(200, 200), "PNG")[:2000],
+    "a few bytes": encode(photo(200, 200), "JPEG")[:20],
+    "half a JPEG": encode(photo(200, 200), "JPEG")[:2000],
+    "half a PNG": encode(photo(200, 200), "PNG")[:2000],
     "a format that runs programs": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "text": b"<html>404</html>",
 }
@@ -250,7 +244,7 @@ def test_what_is_no_image_is_a_bad_sample(kind):
 def test_flipped_bytes_give_an_image_or_a_bad_sample():
     rng = np.random.default_rng(0)
     for format in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "ICO", "PCX", "QOI", "SGI", "TGA"):
-        data = np.frombuffer(encoded(photo(40, 40), format), np.uint8)
+        data = np.frombuffer(encode(photo(40, 40), format), np.uint8)
         for _ in range(30):
             broken = data.copy()
             broken[rng.integers(0, len(data), 8)] = rng.integers(0, 256, 8)
@@ -261,16 +255,16 @@ def test_flipped_bytes_give_an_image_or_a_bad_sample():
 
 
 def test_a_decompression_bomb_is_refused_before_its_pixels_are_made(monkeypatch):
-    bomb = bytearray(encoded(Image.new("1", (8, 8)), "BMP"))
+    bomb = bytearray(encode(Image.new("1", (8, 8)), "BMP"))
     for side in (9000, 60000):  # over our limit, over Pillow's own
         bomb[18:26] = side.to_bytes(4, "little") * 2
         with pytest.raises(BadSample, match="too many pixels"):
             decode_image(bytes(bomb))
     # the limit is inclusive
     monkeypatch.setattr(transforms, "MAX_PIXELS", 64)
-    assert decode_image(encoded(Image.new("RGB", (8, 8)), "PNG")).size == (8, 8)
+    assert decode_image(encode(Image.new("RGB", (8, 8)), "PNG")).size == (8, 8)
     with pytest.raises(BadSample):
-        decode_image(encoded(Image.new("RGB", (13, 5)), "PNG"))
+        decode_image(encode(Image.new("RGB", (13, 5)), "PNG"))
 
 
 # crops
@@ -282,13 +276,17 @@ def planes(image, left=0, top=0, size=None):
     return np.asarray(image.crop(box)).transpose(2, 0, 1)
 
 
+def torchvision_route(image, size):
+    """Resize, then crop: what ours stand in for, 3 x size x size."""
+    image = v2.functional.resize(image, [size], v2.InterpolationMode.BICUBIC, antialias=True)
+    return planes(v2.functional.center_crop(image, [size]))
+
+
 @pytest.mark.parametrize("shape", [(97, 61), (61, 97), (20, 33), (300, 301)])
-def test_the_centre_crop_equals_resize_then_crop(shape):
-    width, height = (side * 32 // min(shape) for side in shape)
-    resized = photo(*shape).resize((width, height), Image.Resampling.BICUBIC)
+def test_exact_centre_crops_are_those_of_torchvision(shape):
     got = center(photo(*shape), 32)
-    assert got.shape == (3, 32, 32) and got.dtype == np.uint8 and got.flags.c_contiguous
-    assert np.array_equal(got, planes(resized, round(width / 2) - 16, round(height / 2) - 16, 32))
+    assert got.dtype == np.uint8 and got.flags.c_contiguous
+    assert np.array_equal(got, torchvision_route(photo(*shape), 32))
     # as is the training crop without random crop and flip
     assert np.array_equal(train(photo(*shape), 32, False, 0.0), got)
 
@@ -337,30 +335,17 @@ def textured(width, height, seed=0):
     return Image.fromarray((128 + total).clip(0, 255).astype(np.uint8))
 
 
-def torchvision_route(data, size):
-    """What fast decoding stands in for, 3 x size x size in 0..255."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    image = v2.functional.resize(image, [size], v2.InterpolationMode.BICUBIC, antialias=True)
-    return planes(v2.functional.center_crop(image, [size])).astype(np.float32)
-
-
 @pytest.mark.parametrize("with_torch", [True, False])
 @pytest.mark.parametrize("shape", [(301, 220), (1001, 603)])
 def test_fast_crops_of_photos_are_near_those_of_torchvision(monkeypatch, shape, with_torch):
     monkeypatch.setattr(transforms, "TORCH_IS_FASTER", with_torch)
-    data = encoded(textured(*shape), "JPEG", quality=90)
+    data = encode(textured(*shape), "JPEG", quality=90)
     picture = load_picture(open_image(data), (255, 255, 255), for_size=64)
     assert picture.image.width < shape[0] and min(picture.image.size) >= 96
     halves, quarters = ([side / scale for side in shape] for scale in (2, 4))
     assert [picture.width, picture.height] in (halves, quarters)
-    difference = np.abs(center_crop(picture, 64, "fast") - torchvision_route(data, 64)).mean()
-    assert 0 < difference < 1.5
-
-
-def test_exact_crops_are_those_of_torchvision():
-    data = encoded(textured(301, 220), "JPEG", quality=90)
-    crop = center_crop(load_picture(open_image(data), (255, 255, 255)), 64, "exact")
-    assert np.array_equal(crop, torchvision_route(data, 64))
+    expected = torchvision_route(decode_image(data), 64).astype(np.float32)
+    assert 0 < np.abs(center_crop(picture, 64, "fast") - expected).mean() < 1.5
 
 
 def test_torch_resizes_like_pillow(monkeypatch):
@@ -381,7 +366,7 @@ def test_only_images_far_larger_than_the_crop_are_decoded_smaller():
         ("JPEG", (385, 1001), 0, (385, 1001)),
     ):
         frames = {"append_images": [photo(8, 8)]} if format == "MPO" else {}
-        data = encoded(photo(*shape), format, **frames)
+        data = encode(photo(*shape), format, **frames)
         assert load_picture(open_image(data), (0, 0, 0), for_size=size).image.size == expected
 
 
@@ -394,23 +379,23 @@ def whole_and_small(data, size=64):
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_grey_and_cmyk_photos_are_decoded_smaller_too(mode):
-    data = encoded(textured(301, 220).convert(mode), "JPEG", quality=95)
+    data = encode(textured(301, 220).convert(mode), "JPEG", quality=95)
     _, small, difference = whole_and_small(data)
     assert small.image.size == (151, 110) and small.image.mode == "RGB" and difference < 1.5
 
 
 def test_a_photo_that_lies_on_its_side_is_decoded_smaller_upright():
-    data = encoded(textured(304, 216), "JPEG", quality=95, exif=exif_of(6))
+    data = encode(textured(304, 216), "JPEG", quality=95, exif=exif_of(6))
     whole, small, difference = whole_and_small(data)
     assert (whole.width, whole.height) == (216, 304) and (small.width, small.height) == (108, 152)
     assert difference < 1.5
     # 150.5 px: turned, the half would be at the top
-    data = encoded(textured(301, 216), "JPEG", quality=95, exif=exif_of(6))
+    data = encode(textured(301, 216), "JPEG", quality=95, exif=exif_of(6))
     assert load_picture(open_image(data), (255, 255, 255), 64).image.size == (216, 301)
 
 
 def test_a_truncated_photo_that_would_be_decoded_smaller_is_a_bad_sample():
-    data = encoded(textured(400, 400), "JPEG")
+    data = encode(textured(400, 400), "JPEG")
     image = open_image(data[: len(data) // 2])
     assert image.size == (400, 400)
     with pytest.raises(BadSample, match=r"^image: unreadable \(OSError\)$"):
