@@ -43,7 +43,6 @@ from training.errors import exit_on_error
 from training.loading import load_dual_tokenizer, load_tokenizer, read_section
 from training.ridge import fit_ridge
 
-PATCH_FEATURES = ("teacher_patches", "predicted_features")  # what a teacher may read by itself
 MAX_TRAIN = 1500  # images that the regressions are fitted on: they cost N^3 operations
 
 
@@ -96,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     # What each representation knows of the teacher's feature
     readouts = {}
     for name, values in heldout.items():
-        if teacher.tower.pools_by_mean and name in PATCH_FEATURES:
+        if teacher.tower.pools_by_mean and name in ("teacher_patches", "predicted_features"):
             by, read = "mean", values.mean(1)
         else:
             by, read = "ridge", fit_ridge(train[name], target[:, None])(values)[:, 0]
