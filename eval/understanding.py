@@ -3,18 +3,21 @@
     python -m eval.understanding runs/emoji_dual --train TRAIN_SHARDS --heldout HELDOUT_SHARDS
 
 RUN is a dual tokenizer's run folder, or an experiment with one. The teacher's own image feature is
-read out of each representation by a ridge regression that is fitted on the training images: the
-teacher's patch features, of which the codes can keep no more than there is, semantic codes, the
-features predicted from them, pixel codes, small pixels, and with --flowtok RUN the latents of a
-FlowTok tokenizer. Of the held-out images: the cosine of what is read to the teacher's feature;
-zero-shot retrieval, how often the teacher's text feature of its own caption is the nearest among
-all different captions (top1) or one of the five nearest (top5), and this as a share of what the
-teacher's own feature reaches, with its standard error. EMA weights. One json.
+read out of each representation: the teacher's patch features, of which the codes can keep no more
+than there is, semantic codes, the features predicted from them, pixel codes, small pixels, and with
+--flowtok RUN the latents of a FlowTok tokenizer. Where the teacher's feature is the mean of its
+patches' (ImageTower.pools_by_mean), patch features, its own and predicted ones, are read by that
+mean ("read_by": "mean"); all else by a ridge regression that is fitted on the training images. Of
+the held-out images: the cosine of what is read to the teacher's feature; zero-shot retrieval, how
+often the teacher's text feature of its own caption is the nearest among all different captions
+(top1) or one of the five nearest (top5), and this as a share of what the teacher's own feature
+reaches, with its standard error. EMA weights. One json.
 """
 
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,6 +37,7 @@ from eval.images import ImageSet, choose_images, iterate_images, list_images
 from eval.programs import add_reading_options, build_parser, integer, start_processes
 from eval.report import shrink
 from modeling.dual_tokenizer import DualTokenizer
+from modeling.image_tokenizer import ImageTokenizer
 from modeling.image_tower import Teacher
 from training.errors import exit_on_error
 from training.loading import load_dual_tokenizer, load_tokenizer, read_section
@@ -66,41 +70,43 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_dual_tokenizer(run).to(device)
     config = tokenizer.config
     clip = ClipScorer(config.teacher, device, download=True)
-    nets = {"teacher_patches": Teacher(config.teacher).to(device)} | representations(tokenizer)
-    if args.flowtok:
-        other = load_tokenizer(args.flowtok).to(device)
-        fit = partial(F.interpolate, size=other.config.image_size, mode="bicubic", antialias=True)
-        nets["flowtok_latents"] = lambda x: other.encode(fit(x).clamp(0, 1)).mean
+    teacher = Teacher(config.teacher).to(device)
+    other = load_tokenizer(args.flowtok).to(device) if args.flowtok else None
+    represent = partial(representations, tokenizer, teacher, other)
 
     # Everything that is asked of an image, once; the entries are chosen before they are read
     data = read_section(run, "data", ImageTextConfig)
     keys, background = tuple(data.captions.keys), tuple(data.background)
     (train, _), (heldout, captions) = (
-        read_features(ImageSet(entries, config.image_size, keys, background), nets, clip, args)
+        read_features(ImageSet(entries, config.image_size, keys, background), represent, clip, args)
         for entries in (choose_images(args.train, args.num_train), list_images(args.heldout))
     )
 
     # What is to be found, and what the teacher itself finds of it
+    target, true = train.pop("teacher"), heldout.pop("teacher")
     texts, own = text_features(clip, captions)
 
     def retrieve(features: Tensor) -> dict[str, Tensor]:
         numbers = {"top1": 1, "top5": 5}
         return {name: among_nearest(features, texts, own, most) for name, most in numbers.items()}
 
-    reached = retrieve(heldout["teacher"])
+    reached = retrieve(true)
 
     # What each representation knows of the teacher's feature
     readouts = {}
-    for name in nets:
-        ridge = fit_ridge(train[name], train["teacher"][:, None])
-        read = F.normalize(ridge(heldout[name])[:, 0], dim=-1)
-        readouts[name] = {"cosine": (read * heldout["teacher"]).sum(-1).mean().item()}
+    for name, values in heldout.items():
+        if teacher.tower.pools_by_mean and name in ("teacher_patches", "predicted_features"):
+            by, read = "mean", values.mean(1)
+        else:
+            by, read = "ridge", fit_ridge(train[name], target[:, None])(values)[:, 0]
+        read = F.normalize(read, dim=-1)
+        readouts[name] = {"read_by": by, "cosine": (read * true).sum(-1).mean().item()}
         for measure, hits in retrieve(read).items():
             share, error = share_of(hits, reached[measure])
-            values = {measure: hits.float().mean().item(), f"{measure}_share": share}
-            readouts[name] |= values | {f"{measure}_share_error": error}
+            readouts[name] |= {measure: hits.float().mean().item(), f"{measure}_share": share}
+            readouts[name][f"{measure}_share_error"] = error
     report = {
-        "num_train": len(train["teacher"]),
+        "num_train": len(target),
         "num_heldout": len(captions),
         "num_captions": len(texts),
         "teacher": {name: hits.float().mean().item() for name, hits in reached.items()},
@@ -111,27 +117,31 @@ def main(args: argparse.Namespace) -> None:
     print(f"{output}: written")
 
 
-def representations(tokenizer: DualTokenizer) -> dict[str, Callable[[Tensor], Tensor]]:
-    """By name: images B x 3 x R x R in [0, 1] -> what stands for them, B x N x C."""
-    semantic = tokenizer.config.quantizer.semantic_channels
-
-    def predicted(images: Tensor) -> Tensor:
-        return tokenizer.read(tokenizer.quantizer.decode(tokenizer.encode(images).indices))
-
-    return {
-        "predicted_features": predicted,
-        "semantic_codes": lambda x: tokenizer.encode(x).mean[..., :semantic],
-        "pixel_codes": lambda x: tokenizer.encode(x).mean[..., semantic:],
-        "pixels": lambda x: shrink(x).flatten(2),
+def representations(
+    tokenizer: DualTokenizer, teacher: Teacher, other: ImageTokenizer | None, images: Tensor
+) -> dict[str, Tensor]:
+    """By name what stands for images B x 3 x R x R in [0, 1]: B x N x C each."""
+    coded, sizes = tokenizer.encode(images), tokenizer.config.quantizer
+    found = {
+        "teacher_patches": teacher(images),
+        "predicted_features": tokenizer.read(tokenizer.quantizer.decode(coded.indices)),
+        "semantic_codes": coded.mean[..., : sizes.semantic_channels],
+        "pixel_codes": coded.mean[..., sizes.semantic_channels :],
+        "pixels": shrink(images).flatten(2),
     }
+    if other:
+        size = other.config.image_size
+        fitted = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        found["flowtok_latents"] = other.encode(fitted).mean
+    return found
 
 
 @torch.no_grad()
 def read_features(
-    images: ImageSet, nets: dict[str, Callable], clip: ClipScorer, args: argparse.Namespace
+    images: ImageSet, represent: Callable, clip: ClipScorer, args: argparse.Namespace
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """What each of the nets and the teacher give for all readable images, on the CPU; captions."""
-    found, captions = {name: [] for name in [*nets, "teacher"]}, []
+    """Representations and the teacher's feature of all readable images, on the CPU; captions."""
+    found, captions = defaultdict(list), []
     for batch in iterate_images(images, args.batch_size, args.num_workers):
         for name, reason in batch["skipped"]:
             print(f"left out: {name}: {reason}", file=sys.stderr)
@@ -140,8 +150,8 @@ def read_features(
         pixels = batch["image"].to(clip.device).float() / 255
         captions += batch["caption"]
         found["teacher"].append(clip.see(batch["image"]).cpu())
-        for name, net in nets.items():
-            found[name].append(net(pixels).float().cpu())
+        for name, values in represent(pixels).items():
+            found[name].append(values.float().cpu())
     if len(captions) < 2:
         raise ValueError(f"only {len(captions)} of {len(images)} images could be read")
     return {name: torch.cat(parts) for name, parts in found.items()}, captions

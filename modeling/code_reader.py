@@ -56,9 +56,7 @@ class CaptionTokenizer(TransformersTokenizer):
     """A language model's own tokenizer: ids cut to the length with the end token, then IGNORED."""
 
     def __init__(self, config: LanguageModelConfig):
-        self.config = config
-        self.context_length = config.caption_length
-        self._tokenizer = None
+        super().__init__(config, config.caption_length)
         self.start_id: int | None = self._load().bos_token_id
         self.end_id: int | None = self._load().eos_token_id
         if self.end_id is None:

@@ -108,16 +108,12 @@ class DualQuantizer(nn.Module):
         # cosines is largest.
         weights = vectors.new_ones(self.config.channels)
         weights[self.config.semantic_channels :] = self.config.pixel_distance_weight
-        best = vectors.new_full((len(vectors),), -math.inf)
-        indices = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
+        weighted = vectors * weights
         with exact_products():  # TF32 would choose other codes
-            for start in range(0, len(codes), CHUNK):
-                chunk = codes[start : start + CHUNK]
-                scores, found = ((vectors * weights) @ chunk.T).max(dim=1)
-                better = scores > best
-                best = torch.where(better, scores, best)
-                indices = torch.where(better, found + start, indices)
-        return indices
+            chosen = [(weighted @ chunk.T).max(dim=1) for chunk in codes.split(CHUNK)]
+        scores, indices = (torch.stack(part) for part in zip(*chosen))  # chunks x N each
+        best = scores.argmax(dim=0, keepdim=True)
+        return (indices.gather(0, best) + CHUNK * best)[0]
 
     def lookup(self, features: Tensor, codes: Tensor) -> Quantised:
         """One grid: features B x (S + P) x h x w -> their codes, of `codes()`."""
@@ -141,9 +137,7 @@ class DualQuantizer(nn.Module):
             total, residual = torch.zeros_like(features), features
             parts = []
             for scale in self.draw_scales():
-                pooled = residual
-                if scale != grid:
-                    pooled = F.interpolate(residual, size=(scale, scale), mode="area")
+                pooled = F.interpolate(residual, size=(scale, scale), mode="area")
                 part = self.lookup(pooled, codes)
                 enlarged = resize(part.codes, grid)
                 total = total + enlarged

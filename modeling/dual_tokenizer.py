@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .dual_quantizer import DualQuantizer, Quantised, QuantizerConfig, resize
 from .image_tokenizer import TransformerSize
-from .image_tower import ImageTower, Teacher, TeacherConfig, describe_tower, resize_positions
+from .image_tower import ImageTower, Teacher, TeacherConfig, describe_tower, place_tokens
 from .layers import Attention, check_not_negative, init_linear_
 from .pixel_nets import (
     MAP_CHANNELS,
@@ -221,11 +221,7 @@ class SemanticDecoder(nn.Module):
         self.init_weights()
 
     def forward(self, codes: Tensor) -> Tensor:
-        x = self.patch_embed(codes)
-        grid = x.shape[-1]
-        first = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
-        x = torch.cat([first, x.flatten(2).transpose(1, 2)], dim=1)
-        x = x + resize_positions(self.pos_embed[0], grid)
+        x = place_tokens(self.patch_embed(codes), self.cls_token[0, 0], self.pos_embed[0])
         for block in self.blocks:
             x = block(x)
         return self.fc_norm(x[:, 1:])

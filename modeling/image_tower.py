@@ -51,13 +51,14 @@ class ImageTower(nn.Module):
         if self.is_clip:
             self.width = visual.conv1.out_channels
             self.feature_channels = visual.output_dim
-            self.grid = visual.grid_size[0]
-            self.patch_size = visual.conv1.kernel_size[0]
         else:
-            patches = visual.trunk.patch_embed
             self.width = self.feature_channels = visual.trunk.embed_dim
-            self.grid = patches.grid_size[0]
-            self.patch_size = patches.patch_size[0]
+        patches = visual if self.is_clip else visual.trunk.patch_embed
+        self.grid = patches.grid_size[0]
+        self.patch_size = patches.patch_size[0]
+        # Whether the image's feature is the mean of what its teacher gives for the patches
+        averages = self.is_clip and visual.pool_type == "avg"
+        self.pools_by_mean = averages and not visual.final_ln_after_pool
 
     @classmethod
     def build(cls, description: str) -> "ImageTower":
@@ -90,13 +91,16 @@ class ImageTower(nn.Module):
             )
             return tokens
         visual = self.visual
-        patches = visual.conv1(images)  # B x W x G x G
-        grid = patches.shape[-1]
-        first = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
-        x = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
-        x = x + resize_positions(visual.positional_embedding, grid)
+        x = place_tokens(visual.conv1(images), visual.class_embedding, visual.positional_embedding)
         x = visual.transformer(visual.ln_pre(x))
         return visual.ln_post(x)[:, 1:]
+
+
+def place_tokens(maps: Tensor, first: Tensor, positions: Tensor) -> Tensor:
+    """Maps B x W x g x g -> tokens B x (1 + g^2) x W: `first`, W, before them; with positions."""
+    first = first.to(maps.dtype).expand(len(maps), 1, -1)
+    x = torch.cat([first, maps.flatten(2).transpose(1, 2)], dim=1)
+    return x + resize_positions(positions, maps.shape[-1])
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:

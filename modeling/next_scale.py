@@ -84,13 +84,12 @@ def scale_inputs(
             smaller ones' sum: for another pass over what was drawn.
     """
     # Scale by scale, which is not quite the tokenizer's sum, where each is enlarged to the grid.
-    total, inputs = maps[0], []
+    total, inputs = maps[0], [maps[0].flatten(2).transpose(1, 2)[:, :0]]  # of one scale none
     for index, scale in enumerate(scales[1:], start=1):
         start = resize(total, scale)
         total = start + maps[index] if index < len(maps) else start
         inputs.append((total if index == refined else start).flatten(2).transpose(1, 2))
-    none = maps[0].flatten(2).transpose(1, 2)[:, :0]  # one scale alone has no inputs
-    return torch.cat([none, *inputs], dim=1)
+    return torch.cat(inputs, dim=1)
 
 
 def known_inputs(config: NextScaleConfig, maps: Sequence[Tensor], refined: bool = False) -> Tensor:

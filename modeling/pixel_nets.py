@@ -97,13 +97,13 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
+        is_same = channels == out_channels
+        self.nin_shortcut = nn.Identity() if is_same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class MapAttention(nn.Module):
@@ -131,14 +131,13 @@ class Level(nn.Module):
         """widths: before the first block and after each; change: downsample or upsample."""
         super().__init__()
         self.res = nn.ModuleList(map(ResidualBlock, widths[:-1], widths[1:]))
-        self.attn = nn.ModuleList(map(MapAttention, widths[1:] if with_attention else []))
+        self.attn = nn.ModuleList(map(MapAttention if with_attention else nn.Identity, widths[1:]))
         for name, module in change.items():
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
-        for index, block in enumerate(self.res):
-            x = block(x)
-            x = self.attn[index](x) if self.attn else x
+        for block, attention in zip(self.res, self.attn):
+            x = attention(block(x))
         for name in ("downsample", "upsample"):
             x = getattr(self, name)(x) if hasattr(self, name) else x
         return x

@@ -2,7 +2,7 @@
 
 In: the tensors of tokenflow_clipb_32k_enhanced.pt or tokenflow_siglip_32k.pt by their names there.
 Out: our config of the same network and our state dict. Strict as modeling/released.py: every tensor
-is used, compared where it is fixed, or a log; none is missing; every shape is checked. What
+but a log is used, or compared where it is fixed; none is missing; every shape is checked. What
 differs beyond names: SigLIP's tower is timm's here, whose q, k, v are packed.
 """
 
@@ -45,7 +45,6 @@ PARTS = {
     "to_features.": "decode_task_layer.",
     "quantizer.semantic_codes": "quantize.embedding_vqkd.weight",
     "quantizer.pixel_codes": "quantize.embedding_vqgan.weight",
-    USED: USED,
 }
 # Parts of names of timm's tower -> those of SigLIP's
 SIGLIP = {
@@ -77,11 +76,11 @@ def convert_dual(tensors: dict[str, Tensor]) -> Converted:
     """
     config = read_config(tensors)
     with torch.device("meta"):
-        ours = DualTokenizer(config).state_dict() | {USED: torch.empty(131072)}
+        ours = DualTokenizer(config).state_dict()
     counts = ours.pop("quantizer.counts")  # ours alone: nothing was chosen yet
 
     # Ours has a batch of positions, and two parts for the pooling's packed weights.
-    split = dict(tensors)
+    split = {name: tensor for name, tensor in tensors.items() if name != USED}
     if SIGLIP_POSITIONS in split:
         split[SIGLIP_POSITIONS] = split[SIGLIP_POSITIONS][None]
     for leaf in ("weight", "bias"):
@@ -90,11 +89,9 @@ def convert_dual(tensors: dict[str, Tensor]) -> Converted:
             query = len(packed) // 3
             split |= {f"{name}:q": packed[:query], f"{name}:kv": packed[query:]}
 
-    tables = {}
-    if CLIP_POSITIONS not in tensors:
-        tables = {name: torch.full((1, 3, 1, 1), 0.5) for name in (SHIFT, SCALE)}
+    fixed = () if CLIP_POSITIONS in tensors else (SHIFT, SCALE)
+    tables = dict.fromkeys(fixed, torch.full((1, 3, 1, 1), 0.5))
     taken = take(ours, published_names, split, tables, optional=())
-    del taken[USED]
     taken["quantizer.counts"] = torch.zeros(counts.shape)
     return Converted("tokenizer", {"dual": config}, taken)
 

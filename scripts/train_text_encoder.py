@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class ClipSize:
     # Initial deviation of the token embeddings, twice that of their positions; CLIP's. A larger one
     # keeps the words apart in a tower that hardly learns (docs/recipe.md).
     embedding_std: float = CLIP_EMBEDDING_STD
+    # What stands for the image: CLIP's class token, or the patches' mean, as codes can tell it
+    image_pool: Literal["class_token", "mean"] = "class_token"
 
 
 @dataclass
@@ -123,6 +126,8 @@ def open_clip_config(size: ClipSize) -> dict:
         "width": size.width,
         "layers": size.depth,
     }
+    if size.image_pool == "mean":
+        vision["pool_type"] = "avg"
     text = {
         "context_length": size.context_length,
         "vocab_size": VOCABULARY,

@@ -52,9 +52,7 @@ def test_embeddings_and_mask_are_the_originals():
     scales, ids = vectors("sequence/scales").tolist(), vectors("sequence/ids")
     words = vectors("sequence/word_embeddings")
     first = int((ids[0] >= 40).nonzero()[0])  # of the codes; the prefix ends before it
-    model = NextScale(
-        NextScaleConfig(width=16, depth=1, num_heads=2, quantizer=QuantizerConfig(40, 8, 4, scales))
-    )
+    model = NextScale(NextScaleConfig(16, 1, 2, quantizer=QuantizerConfig(40, 8, 4, scales)))
     model.projector = nn.Linear(12, 16)
     model.projector.weight.data = vectors("sequence/projector_weight")
     model.projector.bias.data = vectors("sequence/projector_bias")

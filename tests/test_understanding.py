@@ -8,10 +8,33 @@ from tiny_experiment import reset_accelerate
 from torch.nn import functional as F
 
 from eval import understanding
+from modeling.clip_weights import save_clip
+from modeling.image_tower import Teacher, TeacherConfig
+from scripts.train_text_encoder import ClipSize, new_pair, open_clip_config
 
 
-def test_the_report_says_what_each_representation_knows(dual_chain, tiny_shards):
-    run = dual_chain.folder / "tokenizer"
+@pytest.fixture(params=["class_token", "mean"])
+def pooled(request, tmp_path):
+    """What stands for an image of a CLIP, the CLIP, and where it is written."""
+    size = ClipSize(32, context_length=16, width=64, depth=1, num_heads=2, image_pool=request.param)
+    clip = new_pair(size).clip.eval()
+    save_clip(clip, open_clip_config(size), tmp_path / "clip")
+    return request.param, clip, f"local-dir:{tmp_path}/clip"
+
+
+@torch.no_grad()
+def test_the_mean_of_a_teachers_features_is_open_clips_feature_if_it_pools_by_mean(pooled):
+    (pool, clip, model), images = pooled, torch.rand(2, 3, 32, 32)
+    mean = F.normalize(Teacher(TeacherConfig(model))(images).mean(1), dim=-1)
+    feature = clip.encode_image(images * 2 - 1, normalize=True)
+    assert torch.allclose(mean, feature, atol=1e-5, rtol=0) == (pool == "mean")
+    assert "pool_type" not in open_clip_config(ClipSize())["vision_cfg"]
+
+
+def test_the_report_says_what_each_representation_knows(dual_chain, tiny_shards, tmp_path, pooled):
+    pool, _, model = pooled
+    options = [f"run_dir={tmp_path}/run", f"dual.teacher.model={model}", "training.max_steps=1"]
+    run = dual_chain.run("tokenizer", *options)
     shards = [f"{tiny_shards}/train-0000{number}.tar" for number in (0, 1)]
     arguments = [str(run), "--train", shards[0], "--heldout", shards[1], "--num-workers", "0"]
     reset_accelerate()
@@ -23,6 +46,10 @@ def test_the_report_says_what_each_representation_knows(dual_chain, tiny_shards)
     for values in report["readouts"].values():
         assert -1 <= values["cosine"] <= 1
         assert 0 <= values["top1"] <= values["top5"] <= 1
+    by_mean = {name for name, x in report["readouts"].items() if x["read_by"] == "mean"}
+    assert by_mean == ({"teacher_patches", "predicted_features"} if pool == "mean" else set())
+    if pool == "mean":
+        assert report["readouts"]["teacher_patches"]["cosine"] == pytest.approx(1)
     with pytest.raises(ValueError, match="dual"):
         understanding.main(understanding.parse_args([*arguments, "--flowtok", str(run)]))
 

@@ -24,8 +24,7 @@ def vectors(name):
 def quantizer_of(group, **changes):
     """The quantiser with the codebooks of a group of the vectors."""
     scales = vectors("pyramid/scales").tolist()
-    values = {"num_codes": 64, "semantic_channels": 8, "pixel_channels": 4, "scales": scales}
-    config = QuantizerConfig(**values, drop_scale_probability=0.0, **changes)
+    config = QuantizerConfig(64, 8, 4, scales, drop_scale_probability=0.0, **changes)
     quantizer = DualQuantizer(config)
     quantizer.semantic_codes.data = vectors(f"{group}/semantic_codebook")
     quantizer.pixel_codes.data = vectors(f"{group}/pixel_codebook")
