@@ -3,9 +3,8 @@
 import torch
 from conftest import shape_sample
 from PIL import Image
-from safetensors.torch import load_file
 from shipped import ROOT
-from test_convert_checkpoint import CLIP, FLOW, TOKENIZER, ema_file, run_script, weights
+from test_convert_checkpoint import CLIP, FLOW, TOKENIZER, run_script, weights
 from tiny_experiment import PROGRAMS, draw, reset_accelerate
 from tiny_experiment import weights as newest_weights
 from torch import nn
@@ -62,7 +61,7 @@ def test_converted_weights_and_a_folder_of_images_give_a_run_that_samples(
     assert "1 of 2 prompts are captions" in printed.out and "corgi" not in printed.err
 
     # All weights began where the published ones are, and have gone a few small steps.
-    before = load_file(ema_file(released / "flowtok"))
+    before = newest_weights(released / "flowtok", EMA_FILE)
     after = newest_weights(runs / "finetune_xl" / "flowtok", EMA_FILE)
     assert before["latent_scale"] == after["latent_scale"]
     config = stages[-1].config

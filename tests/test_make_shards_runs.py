@@ -91,9 +91,18 @@ def test_parts_may_run_side_by_side(busy, undisturbed, tmp_path):
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(busy, undisturbed, tmp_path):
     """SIGKILL once so many files of the index, digests, shards and records are there."""
     output = tmp_path / "out"
+    kills = kill_at(busy, output, (0, 1, 3, 4, 6, 9, 13, 16, 17, 20, 23, 26, 33, 37, 39))
+    assert kills >= 8
+    run(*busy, workers=2)
+    assert outcome(output) == undisturbed
+    assert not list(output.glob("*.tmp"))
+
+
+def kill_at(command, output, numbers):
+    """Run again and again, killed once so many files are there; how often it was."""
     kills = 0
-    for num_files in (0, 1, 3, 4, 6, 9, 13, 16, 17, 20, 23, 26, 33, 37, 39):
-        process = start(busy, workers=2)
+    for num_files in numbers:
+        process = start(command, workers=2)
         while process.is_alive() and sum(path.is_file() for path in output.rglob("*")) < num_files:
             time.sleep(0.001)
         if process.is_alive():
@@ -103,10 +112,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(busy, undisturbed,
             process.kill()
             process.join()
             wait_for_end(workers)  # with it, but not at once
-    assert kills >= 8
-    run(*busy, workers=2)
-    assert outcome(output) == undisturbed
-    assert not list(output.glob("*.tmp"))
+    return kills
 
 
 def workers_of(process):

@@ -70,7 +70,7 @@ def check_python(words, monkeypatch):
     assert path.is_file(), f"{path} does not exist"
     parsed = parse_arguments(path, arguments, monkeypatch)
     overrides = getattr(parsed, "overrides", [])
-    if hasattr(parsed, "protocol"):
+    if getattr(parsed, "protocol", None):
         load_dataclass(Protocol, protocol_file(parsed.protocol), overrides)
     elif file := getattr(parsed, "config", None) or ("overrides" in parsed and parsed.file):
         assert (ROOT / file).is_file(), f"{file} does not exist"
