@@ -81,24 +81,22 @@ def test_a_tower_of_timm_gives_the_tokens_before_its_last_block():
     assert tokens.shape == (1, 100, tower.width)
 
 
+# 2 cells of 16 pixels, nets of stride 2: they see 4 x 4 pixels
+SIZES = {"channels": 32, "multipliers": [1, 1], "blocks": 1, "decoder_channels": 32}
+
+
+@pytest.mark.parametrize(
+    "nets", [{}, {"pixel_nets": "convolutional", "convolutions": SIZES}], ids=["patches", "resized"]
+)
 @torch.no_grad()
-def test_indices_stand_for_the_tokens(tokenizer):
-    coded = tokenizer.eval().encode(torch.rand(3, 3, 32, 32))
+def test_indices_stand_for_the_tokens(tiny_clip_dir, nets):
+    tokenizer = DualTokenizer(config_of(tiny_clip_dir, **nets)).eval()
+    assert tokenizer.net_size == (4 if nets else 32)
+    coded = tokenizer.encode(torch.rand(3, 3, 32, 32))
     assert coded.indices.shape == (3, 5)
     maps = tokenizer.quantizer.decode(coded.indices)
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), coded.mean)
     assert tokenizer.decode(coded.mean).shape == (3, 3, 32, 32)
-
-
-@torch.no_grad()
-def test_a_stride_that_does_not_fit_the_image_is_met_by_resizing(tiny_clip_dir):
-    # 2 cells of 16 pixels, nets of stride 2: they see 4 x 4 pixels
-    sizes = {"channels": 32, "multipliers": [1, 1], "blocks": 1, "decoder_channels": 32}
-    nets = {"pixel_nets": "convolutional", "convolutions": sizes}
-    tokenizer = DualTokenizer(config_of(tiny_clip_dir, **nets)).eval()
-    assert tokenizer.net_size == 4
-    coded = tokenizer.encode(torch.rand(1, 3, 32, 32))
-    assert tokenizer.decode(coded.mean).shape == (1, 3, 32, 32)
 
 
 def test_gradients_reach_every_weight_that_is_trained(tokenizer):
@@ -113,21 +111,6 @@ def test_weight_decay_spares_the_codebooks(tokenizer):
     decayed, spared = (group["params"] for group in decay_groups(tokenizer, 0.1))
     for codes in (tokenizer.quantizer.semantic_codes, tokenizer.quantizer.pixel_codes):
         assert any(codes is weight for weight in spared)
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"image_size": 40}, "image_size"),
-        ({"image_size": 64}, "quantizer.scales"),
-        ({"patch_size": 32, "quantizer": {"scales": [1]}}, "dual.patch_size"),
-        ({"semantic_heads": 3}, "semantic_heads"),
-        ({"teacher": {"model": "no-such-model"}}, "dual.teacher.model"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(tiny_clip_dir, changes, key):
-    with pytest.raises(ValueError, match=key):
-        DualTokenizer(config_of(tiny_clip_dir, **changes))
 
 
 # The stage
@@ -155,7 +138,6 @@ def test_stage_1_trains_resumes_and_reconstructs(dual_chain, train, tiny_shards)
     assert line["cosine_to_teacher"] == pytest.approx(1 - line["semantic"], abs=1e-5)
     assert 0 < line["usage/1"] <= line["usage"] <= 1 <= line["perplexity/2"] <= 32
     assert line["eval/psnr_db"] > 0
-    assert list(whole.rglob("*.png"))
 
     arguments = [str(whole), f"{tiny_shards}/train-00000.tar", "--limit", "3"]
     reset_accelerate()
@@ -186,9 +168,14 @@ def test_frozen_parts_keep_their_weights(train, tiny_clip_dir):
         (["dual=null", "freeze_tower=true"], "freeze_tower"),
         (["dual=null", "dual_losses.semantic_weight=2"], "dual_losses"),
         (["dual_losses.codebook_weight=0"], "codebook_weight"),
+        (["dual.image_size=40"], "image_size"),
+        (["dual.image_size=64"], "quantizer.scales"),
+        (["dual.patch_size=32", "dual.quantizer.scales=[1]"], "dual.patch_size"),
+        (["dual.semantic_heads=3"], "semantic_heads"),
+        (["dual.teacher.model=no-such-model"], "dual.teacher.model"),
     ],
 )
-def test_options_that_exclude_each_other_are_refused(train, overrides, key):
+def test_what_does_not_fit_together_is_refused(train, overrides, key):
     with pytest.raises(ValueError, match=key):
         train("refused", *overrides)
 

@@ -99,13 +99,6 @@ def test_a_dropped_caption_is_not_read_and_padding_neither():
         model(features, states, torch.tensor([False, True])).square().sum().backward()
     read = states.grad.abs().sum(-1) > 0
     assert read.tolist() == [[True, True, False, False, False], [False] * 5]
-
-
-def test_gradients_reach_every_weight():
-    model = NextScale(CONFIG)
-    nn.init.normal_(model.to_logits.weight)
-    dropped = torch.tensor([True, False])
-    model(torch.randn(2, 13, 10), torch.randn(2, 5, 8), dropped).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert (model.levels.grad.abs().sum(-1) > 0).tolist() == [True, False, True, True]
 
@@ -175,7 +168,6 @@ def test_the_stage_resumes_bit_for_bit_and_logs_each_scale(dual_chain):
         assert equal(*(weights(folder / name, file) for name in ("next_scale", "again")))
     line = metrics(folder / "next_scale")[-1]
     assert line["loss"] == pytest.approx((line["loss/1"] + 4 * line["loss/2"]) / 5, rel=1e-5)
-    assert 0 <= line["top1"] <= 1
     # It starts without a preference
     assert metrics(folder / "next_scale")[0]["loss"] == pytest.approx(np.log(32), rel=0.05)
 
