@@ -42,7 +42,7 @@ class VisionTeacher(nn.Module):
                 dynamic_img_size=True,  # its positions are resized to any grid
             )
         except Exception as error:  # timm's, torch's, safetensors' and the hub's own types
-            where = config.weights or "the hub's cache, and downloads"
+            where = config.weights or "the hub, as vision.weights is empty"
             raise ValueError(
                 f"vision.model={config.model}, weights from {where}: {error}"
             ) from error
