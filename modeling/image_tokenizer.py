@@ -258,7 +258,8 @@ class TextContrast(nn.Module):
     def forward(self, latents: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents B x K x C, text states B x L x T, of which padding is left out."""
         is_text = find_text(text_states).unsqueeze(-1)  # B x L x 1
-        text = (text_states * is_text).sum(1, keepdim=True) / is_text.sum(1, keepdim=True)
+        length = is_text.sum(1, keepdim=True).clamp(min=1)
+        text = (text_states * is_text).sum(1, keepdim=True) / length  # B x 1 x T
         image = self.embed_latents(latents.mean(1, keepdim=True))
         return image, self.embed_text(self.norm_text(text)), self.log_temperature
 
