@@ -42,6 +42,7 @@ from modeling.layers import fingerprint
 from modeling.losses import (
     DualLossConfig,
     ReconstructionLossConfig,
+    contrastive_loss,
     kl_loss,
     loss_weights,
     posterior_statistics,
@@ -111,9 +112,11 @@ class TokenizerStage(TrainedStage):
             raise ValueError("freeze_tower and dual_losses are for a dual tokenizer: set dual")
         if self.dual and self.tokenizer != ImageTokenizerConfig():
             raise ValueError("tokenizer and dual are both set: a run has one tokenizer")
-        if self.dual and self.losses.vision_weight:
-            raise ValueError("losses.vision_weight with dual: it has a teacher, dual.teacher")
-        for name in ("kl_weight", "vision_weight"):
+        if self.dual and (self.losses.vision_weight or self.losses.contrast_weight):
+            raise ValueError(
+                "losses.vision_weight and contrast_weight are not for a dual tokenizer"
+            )
+        for name in ("kl_weight", "vision_weight", "contrast_weight"):
             weight = getattr(self.losses, name)
             if self.dual is None and self.freeze_encoder and weight:
                 raise ValueError(
@@ -153,6 +156,8 @@ def main(config: TokenizerStage) -> None:
         config.dual = config.dual.for_teacher()
     else:
         config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
+        contrasts_text = config.losses.contrast_weight > 0
+        config.tokenizer = replace(config.tokenizer, contrasts_text=contrasts_text)
     inputs = {"text_encoder": text_encoder.identity}
     teacher = build_teacher(config, run)
     if config.losses.vision_weight:
@@ -260,6 +265,8 @@ def vae_pass(parts: Parts, model: nn.Module, images: Tensor, batch: dict) -> Pas
     if output.vision is not None:
         with parts.run.accelerator.autocast():
             terms["vision"] = semantic_loss(output.vision, parts.teacher(images))
+    if output.contrast is not None:
+        terms["contrast"] = contrastive_loss(*output.contrast)
     return output.reconstructions, terms, posterior_statistics(output.mean, output.logvar)
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .activation_checkpointing import ActivationCheckpointing, run_block
 from .layers import (
+    FROM_LOSSES,
     FROM_TEXT_ENCODER,
     FROM_VISION,
     Attention,
@@ -31,6 +32,8 @@ from .layers import (
     split_moments,
 )
 from .vision_teacher import spread_tokens
+
+CONTRAST_WIDTH = 64  # E
 
 
 @dataclass
@@ -69,6 +72,8 @@ class ImageTokenizerConfig:
     initial_logvar: float = 0.0
     # T of the vision model that the latents are drawn to (modeling/vision_teacher.py); 0: none
     vision_width: int = field(default=0, metadata=FROM_VISION)
+    # Whether there are heads for a contrast of latents and text, which only training reads
+    contrasts_text: bool = field(default=False, metadata=FROM_LOSSES)
 
     def __post_init__(self):
         check_not_negative(self, "num_tokens")
@@ -237,6 +242,26 @@ class TokenizerPass(NamedTuple):
     mean: Tensor  # B x K x C
     logvar: Tensor  # B x K x C
     vision: Tensor | None  # B x grid^2 x T, predicted features of the vision model
+    contrast: tuple[Tensor, Tensor, Tensor] | None  # B x 1 x E of image and text, log temperature
+
+
+class TextContrast(nn.Module):
+    """Means of latents and of text, each B x 1 x E of one space, and the contrast's temperature."""
+
+    def __init__(self, config: ImageTokenizerConfig):
+        super().__init__()
+        self.embed_latents = nn.Linear(config.token_channels, CONTRAST_WIDTH)
+        self.norm_text = nn.LayerNorm(config.text_width)
+        self.embed_text = nn.Linear(config.text_width, CONTRAST_WIDTH)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, latents: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents B x K x C, text states B x L x T, of which padding is left out."""
+        is_text = find_text(text_states).unsqueeze(-1)  # B x L x 1
+        length = is_text.sum(1, keepdim=True).clamp(min=1)
+        text = (text_states * is_text).sum(1, keepdim=True) / length  # B x 1 x T
+        image = self.embed_latents(latents.mean(1, keepdim=True))
+        return image, self.embed_text(self.norm_text(text)), self.log_temperature
 
 
 class ImageTokenizer(nn.Module):
@@ -255,6 +280,7 @@ class ImageTokenizer(nn.Module):
                 nn.SiLU(),
                 nn.Linear(width, config.vision_width),
             )
+        self.contrast = TextContrast(config) if config.contrasts_text else None
         self.init_weights()
 
     def encode(self, images: Tensor) -> Posterior:
@@ -276,7 +302,10 @@ class ImageTokenizer(nn.Module):
         vision = None
         if self.to_vision is not None:
             vision = self.to_vision(spread_tokens(tokens, self.config.grid_size**2))
-        return TokenizerPass(reconstructions, *posterior, vision)
+        contrast = None
+        if self.contrast is not None:
+            contrast = self.contrast(posterior.mean, text_states)
+        return TokenizerPass(reconstructions, *posterior, vision, contrast)
 
     def freeze_encoder(self) -> None:
         """Freeze the encoder: the latents stay what they are."""

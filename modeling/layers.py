@@ -22,6 +22,7 @@ from torch.nn import functional as F
 # Metadata of dataclass fields that are known from elsewhere. A program fills them in before it
 # builds the network; YAML files and the command line may not set them.
 FROM_TEXT_ENCODER = {"derived": "the text encoder"}
+FROM_LOSSES = {"derived": "the losses"}
 FROM_VISION = {"derived": "the vision model"}
 FROM_TOKENIZER = {"derived": "the tokenizer's run"}
 FROM_PROJECTOR = {"derived": "the text projector"}

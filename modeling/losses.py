@@ -75,6 +75,9 @@ class ReconstructionLossConfig:
     # 1 - cosine of what the latents say of a vision model's patch features to these; the model and
     # its weights file: `vision`. Not in the paper; 0.1 in SoftVQ-VAE.
     vision_weight: float = 0.0
+    # Contrast of the latents' mean with the caption's: they keep more of what a caption says and
+    # less of the rest. Not in the paper; 1e-3 on scenes.
+    contrast_weight: float = 0.0
 
     def __post_init__(self):
         check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))

@@ -17,7 +17,7 @@ from modeling.image_tokenizer import (
     squarest_grid,
 )
 from modeling.layers import Posterior, split_moments
-from modeling.losses import kl_loss
+from modeling.losses import contrastive_loss, kl_loss
 
 B, K, C, L, T, PIXELS, PATCH = 2, 5, 4, 6, 24, 16, 4
 GRID = PIXELS // PATCH
@@ -61,9 +61,10 @@ def test_the_latent_grid_is_the_most_square_one_with_no_more_rows_than_columns()
 
 
 def test_gradient_reaches_every_parameter():
-    tokenizer, (images, states) = build(vision_width=6), inputs()
+    tokenizer, (images, states) = build(vision_width=6, contrasts_text=True), inputs()
     output = tokenizer(images, states)
     loss = F.mse_loss(output.reconstructions, images) + output.vision.square().mean()
+    loss = loss + contrastive_loss(*output.contrast)
     (loss + 1e-3 * kl_loss(output.mean, output.logvar)).backward()
     gradients = {name: p.grad for name, p in tokenizer.named_parameters()}
     assert not [name for name, x in gradients.items() if x is None or not x.abs().max() > 0]

@@ -12,6 +12,7 @@ from data import shards
 from data.images import ImageTextConfig, image_reader
 from data.tar import write_shard
 from modeling import perceptual
+from modeling.image_tokenizer import ImageTokenizerConfig, TextContrast
 from modeling.text_encoder import load_text_encoder
 from training import checkpoint as ckpt
 from training.loading import load_tokenizer, text_encoder_config
@@ -96,6 +97,23 @@ def test_the_log_shows_raw_and_weighted_terms_and_the_use_of_the_channels(chain,
     assert 0 <= line["channels_in_use"] <= 1
     per_channel = [line[f"posterior_std/{c}"] for c in range(4)]
     assert line["posterior_std"] == pytest.approx(sum(per_channel) / 4, rel=1e-5)
+
+
+def test_latents_learn_to_tell_their_captions_apart(chain, tmp_path):
+    options = ["losses.contrast_weight=0.1", *training(max_steps=40, log_every_steps=1)]
+    run = chain.run_in(tmp_path, "tokenizer", *options, "optimizer.learning_rate=3e-3")
+    values = [line["contrast"] for line in metrics(run)]
+    assert sum(values[-5:]) < sum(values[:5]) - 1
+    assert equal(load_tokenizer(run).state_dict(), weights(run, ckpt.EMA_FILE))
+
+
+def test_padding_has_no_part_in_the_contrast():
+    contrast = TextContrast(ImageTokenizerConfig(text_width=8, token_channels=4))
+    states, latents = torch.randn(2, 5, 8), torch.randn(2, 3, 4)
+    states[:, 3:] = 0
+    expected = contrast(latents, states[:, :3])
+    for value, other in zip(contrast(latents, states), expected):
+        torch.testing.assert_close(value, other)
 
 
 # Other weights to start from
