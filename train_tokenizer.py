@@ -155,9 +155,8 @@ def main(config: TokenizerStage) -> None:
     if config.dual:
         config.dual = config.dual.for_teacher()
     else:
-        config.tokenizer = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
-        contrasts_text = config.losses.contrast_weight > 0
-        config.tokenizer = replace(config.tokenizer, contrasts_text=contrasts_text)
+        sizes = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
+        config.tokenizer = replace(sizes, contrasts_text=config.losses.contrast_weight > 0)
     inputs = {"text_encoder": text_encoder.identity}
     teacher = build_teacher(config, run)
     if config.losses.vision_weight:

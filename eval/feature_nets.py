@@ -26,7 +26,6 @@ from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eval.programs import INSTALL, describe_file
 from eval.protocol import Protocol
@@ -36,6 +35,7 @@ from modeling.layers import fingerprint
 from modeling.perceptual import VGG16_URL
 from modeling.pipeline import ImageGenerator
 from modeling.published import PublishedWeights, file_sha256
+from modeling.vision_teacher import prepare
 from training.checkpoint import load_plain
 
 INCEPTION_WIDTH = 2048  # D
@@ -134,13 +134,12 @@ class DinoFeatures(FeatureNet):
         self.identity = {"features": "dinov2", "weights_sha256": file_sha256(weights)}
 
     def forward(self, images: Tensor) -> Tensor:
-        size = (DINO_PIXELS, DINO_PIXELS)
-        # Bicubic overshoots at edges
-        x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean = x.new_tensor(DINO_MEAN).view(1, 3, 1, 1)
-        deviation = x.new_tensor(DINO_DEVIATION).view(1, 3, 1, 1)
+        mean, deviation = (
+            torch.tensor(values, device=images.device).view(3, 1, 1)
+            for values in (DINO_MEAN, DINO_DEVIATION)
+        )
         with full_precision(images.device):
-            return self.net((x - mean) / deviation)
+            return self.net(prepare(images.float() / 255, DINO_PIXELS, mean, deviation))
 
 
 class TokenizerFeatures(FeatureNet):

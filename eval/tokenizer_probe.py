@@ -31,14 +31,14 @@ from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
 from data.tar import expand_shards
 from eval import generation, scenes
-from eval.programs import build_parser, integer, start_processes
+from eval.programs import build_parser, integer, markdown_table, start_processes
 from eval.report import BATCH_SIZE, encode, encode_texts
 from eval.scores import retrieval
 from modeling.pipeline import Generator
 from training.errors import exit_on_error
 from training.loading import read_section
 from training.pipelines import load_generator
-from training.ridge import STRENGTHS, fit_ridge
+from training.ridge import STRENGTHS, fit_ridges
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,9 +69,8 @@ def main(args: argparse.Namespace) -> None:
         expand_shards(heldout_shards(args, run))
     reports = {str(run): probe(args, run) for run in args.runs}
     names = list(next(iter(reports.values())))
-    lines = [["tokenizer", *names], ["---"] * (len(names) + 1)]
-    lines += [[run, *(f"{report[name]:.3f}" for name in names)] for run, report in reports.items()]
-    print("".join(f"| {' | '.join(line)} |\n" for line in lines), end="")
+    rows = [[run, *(f"{report[name]:.3f}" for name in names)] for run, report in reports.items()]
+    print(markdown_table([["tokenizer", *names], *rows]), end="")
 
 
 def probe(args: argparse.Namespace, run: Path) -> dict[str, float]:
@@ -141,7 +140,7 @@ def all_captions(batches: list[dict]) -> list[str]:
 def probe_by_ridge(train: Captioned, heldout: Captioned) -> dict[str, float]:
     """R2 and retrieval of held-out latents by regressions on text states."""
     # Least error asks for more strength than retrieval does; both are chosen on training images.
-    fits = [fit_ridge(*train, [strength]) for strength in (*STRENGTHS, 10.0, 100.0)]
+    fits = fit_ridges(*train, [*STRENGTHS, 10.0, 100.0])
     exact = min(fits, key=attrgetter("error"))
     telling = max(fits, key=attrgetter("top5"))
     states, true = heldout
@@ -165,12 +164,8 @@ def judge_flow(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, 
         return {name: value for name, value in report["metrics"].items() if value is not None}
     common += ["--data", str(data), "--captions", str(args.captions)]
     rows: list[dict[str, Any]] = scenes.main(scenes.parse_args(["--run", str(folder), *common]))
-    kinds = {"reconstructed": "rebuilt", "generated": "generated"}
-    return {
-        f"{kinds[row['images']]}_{row['split']}": row["all"]
-        for row in rows
-        if row["images"] in kinds
-    }
+    judged = [row for row in rows if row["images"] in ("reconstructed", "generated")]
+    return {f"{row['images']}_{row['split']}": row["all"] for row in judged}
 
 
 if __name__ == "__main__":

@@ -55,11 +55,15 @@ class VisionTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        size = (self.side, self.side)
-        # Bicubic overshoots at edges.
-        x = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        features = self.net.forward_features((x - self.mean) / self.std)
+        features = self.net.forward_features(prepare(images, self.side, self.mean, self.std))
         return features[:, self.net.num_prefix_tokens :]
+
+
+def prepare(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
+    """Images B x 3 x R x R in [0, 1] as a ViT takes them: side x side pixels, normalised."""
+    # Bicubic overshoots at edges.
+    x = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    return (x - mean) / std
 
 
 def spread_tokens(tokens: Tensor, number: int) -> Tensor:

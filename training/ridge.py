@@ -7,6 +7,7 @@ has not learned to generalise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -36,12 +37,20 @@ class Ridge:
 
 
 def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRENGTHS) -> Ridge:
-    """Linear kernel on flattened, centred states; the strength with the best left-out retrieval.
+    """The one of `fit_ridges` with the best left-out retrieval.
+
+    Least squared error asks for more strength than retrieval does: it shrinks towards the mean
+    image, which is near everything.
+    """
+    return max(fit_ridges(states, latents, strengths), key=attrgetter("top5"))
+
+
+def fit_ridges(states: Tensor, latents: Tensor, strengths: Sequence[float]) -> list[Ridge]:
+    """Linear kernel on flattened, centred states; a regression of each strength.
 
     With K = X X^T and A = (K + s I)^-1 the coefficients are A Y, and the residual that sample i has
     when it is left out, of the means too, is (A Y)_i / (A_ii - 1 / (s N)) (Allen's PRESS), so that
-    no data is kept back to choose s. Least squared error asks for more strength than retrieval
-    does: it shrinks towards the mean image, which is near everything. N^3 operations a strength.
+    no data is kept back to choose s. N^3 operations a strength.
 
     Args:
         states: text states N x L x T of at least 2 captions.
@@ -53,7 +62,7 @@ def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRE
     state_mean, latent_mean = inputs.mean(0), targets.mean(0)
     inputs, targets = inputs - state_mean, targets - latent_mean
     kernel = inputs @ inputs.T  # N x N
-    best = None
+    ridges = []
     for strength in strengths:
         # A = (K + s I)^-1, by Cholesky
         shift = strength * kernel.trace() / len(kernel)
@@ -62,18 +71,17 @@ def fit_ridge(states: Tensor, latents: Tensor, strengths: Sequence[float] = STRE
         coefficients = inverse @ targets  # N x K C
         # How well the others predict each sample
         residuals = coefficients / (inverse.diagonal() - 1 / (shift * len(kernel)))[:, None]
-        top5 = retrieved(targets - residuals, targets)
-        if best is None or top5 > best.top5:
-            best = Ridge(
-                states=inputs,
-                state_mean=state_mean,
-                latent_mean=latent_mean.view(latents.shape[1:]).float(),
-                coefficients=coefficients,
-                strength=strength,
-                top5=top5,
-                error=residuals.square().mean().item(),
-            )
-    return best
+        ridge = Ridge(
+            states=inputs,
+            state_mean=state_mean,
+            latent_mean=latent_mean.view(latents.shape[1:]).float(),
+            coefficients=coefficients,
+            strength=strength,
+            top5=retrieved(targets - residuals, targets),
+            error=residuals.square().mean().item(),
+        )
+        ridges.append(ridge)
+    return ridges
 
 
 @torch.no_grad()
