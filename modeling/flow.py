@@ -43,6 +43,9 @@ class FlowConfig:
     # mean_flow: the network learns average velocities over intervals, for a few Euler steps; its
     # training takes nearly half as long again (modeling/mean_flow.py).
     objective: Literal["velocity", "mean_flow"] = "velocity"
+    # Of mean_flow: the guided flow is what is averaged, and sampling.guidance is 1. Guidance of
+    # averages over long steps would add the difference of two finished images (MeanFlow, Sec. 4.2).
+    guidance: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.null_probability < 1:
@@ -51,6 +54,12 @@ class FlowConfig:
             raise ValueError(f"time_power must be positive, got {self.time_power}")
         if self.source == "noise" and self.direction == "image_to_text":
             raise ValueError("direction=image_to_text ends at z_T: it needs source=text")
+        check_guidance(self.guidance, self.null_probability)
+        if self.guidance != 1 and self.objective != "mean_flow":
+            raise ValueError(
+                f"flow.guidance={self.guidance:g} needs flow.objective=mean_flow; a velocity is "
+                "guided when it is sampled (sampling.guidance)"
+            )
 
 
 def check_guidance(guidance: float, null_probability: float) -> None:

@@ -124,10 +124,24 @@ class FlowModel(nn.Module):
         # L_fm regresses the network at z_t onto the path's velocity (Sec. 3.3).
         z_t = interpolate(start, end, t, flow.sigma_min)  # B x K x C
         velocity = self.flowtok(z_t, t, null, context, interval)
+        target = target_velocity(start, end, flow.sigma_min)
         if interval is not None:
             velocity = velocity - self.drift(z_t, t, interval, null, context)
-        target = target_velocity(start, end, flow.sigma_min)
+        if flow.guidance != 1:
+            target = self.guide(target, z_t, t, null, context)
         return FlowPass(velocity, target, source, is_weighted=interval is not None)
+
+    @torch.no_grad()
+    def guide(
+        self, target: Tensor, z: Tensor, t: Tensor, null: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """The path's velocity away from the unconditional one, where there is a text: B x K x C.
+
+        Its mean is the guided velocity (MeanFlow, Sec. 4.2).
+        """
+        unconditional = self.flowtok(z, t, torch.ones_like(null), context, torch.zeros_like(t))
+        guided = torch.lerp(unconditional.to(target), target, self.config.guidance)
+        return torch.where(null.view(-1, 1, 1), target, guided)
 
     @torch.no_grad()
     def drift(

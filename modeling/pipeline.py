@@ -102,6 +102,11 @@ class SamplingConfig(Sampling):
             ValueError: naming both.
         """
         check_guidance(self.guidance, flow.null_probability)
+        if flow.guidance != 1 and self.guidance != 1:
+            raise ValueError(
+                f"guidance {self.guidance:g} of a flow that has flow.guidance={flow.guidance:g} "
+                "in its network: expected 1"
+            )
         if flow.objective == "mean_flow" and self.sampler != "euler":
             raise ValueError(
                 f"sampler {self.sampler} with flow.objective=mean_flow: average velocities belong "

@@ -81,6 +81,36 @@ def test_average_velocity_less_its_drift_is_the_velocity_and_its_steps_are_exact
 
 
 @pytest.mark.parametrize(("source", "condition"), FORMS)
+def test_a_learned_guidance_leads_away_from_the_unconditional_velocity(source, condition):
+    flow = build(source, condition, guidance=1.5)
+    states, image = torch.randn(B, K, T), torch.randn(B, K, C)
+    context, t, on = flow.context(states), torch.rand(B), torch.ones(B, dtype=torch.bool)
+    target, null = torch.randn(B, K, C), torch.arange(B) < 2
+    with torch.no_grad():
+        unconditional = flow.flowtok(image, t, on, context, torch.zeros(B))
+    guided = flow.guide(target, image, t, null, context)
+    assert torch.equal(guided[:2], target[:2])
+    expected = unconditional + 1.5 * (target - unconditional)
+    torch.testing.assert_close(guided[2:], expected[2:])
+
+    # Training regresses on it
+    torch.manual_seed(0)
+    learned = flow(states, image).target
+    flow.config.guidance = 1.0
+    torch.manual_seed(0)
+    assert not torch.equal(flow(states, image).target, learned)
+
+
+def test_guidance_is_either_learned_or_sampled(chain):
+    with pytest.raises(ValueError, match="guidance 2 .*flow.guidance=1.5"):
+        SamplingConfig(guidance=2.0).check_flow(build(guidance=1.5).config)
+    with pytest.raises(ValueError, match="flow.guidance=1.5.*mean_flow"):
+        FlowConfig(guidance=1.5)
+    with pytest.raises(ValueError, match="guidance 1.5 .*null_probability"):
+        FlowConfig(guidance=1.5, objective="mean_flow", null_probability=0)
+
+
+@pytest.mark.parametrize(("source", "condition"), FORMS)
 def test_gradient_reaches_all_that_learns(source, condition):
     flow = build(source, condition, null_probability=0.5)
     states, image = torch.randn(B, K, T), torch.randn(B, K, C)
