@@ -125,10 +125,13 @@ class FlowModel(nn.Module):
         z_t = interpolate(start, end, t, flow.sigma_min)  # B x K x C
         velocity = self.flowtok(z_t, t, null, context, interval)
         target = target_velocity(start, end, flow.sigma_min)
-        if interval is not None:
-            velocity = velocity - self.drift(z_t, t, interval, null, context)
         if flow.guidance != 1:
             target = self.guide(target, z_t, t, null, context)
+        if interval is not None:
+            first = num_plain(len(z_t))
+            drift, own = self.drift(z_t, t, interval, null, context)
+            velocity = velocity - drift
+            target = torch.cat([target[:first], own])
         return FlowPass(velocity, target, source, is_weighted=interval is not None)
 
     @torch.no_grad()
@@ -149,16 +152,17 @@ class FlowModel(nn.Module):
     ) -> Tensor:
         """What an average velocity has more than the one at t: B x K x C, 0 where interval is."""
         first = num_plain(len(z))
-        z, t, interval, null = (x[first:] for x in (z, t, interval, null))
+        z, t, h, null = (x[first:] for x in (z, t, interval, null))
         context = None if context is None else context[first:]
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
-        velocity = self.flowtok(z, t, null, context, torch.zeros_like(t)).to(z)
-
-        def average(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
-            return self.flowtok(z, t, null, context, h)
-
-        return F.pad(drift(average, z, t, interval, velocity), (0, 0, 0, 0, first, 0))
+        with sdpa_kernel(SDPBackend.MATH):
+            u, du = torch.func.jvp(
+                lambda h: self.flowtok(z, t, null, context, h), (h,), (torch.ones_like(h),)
+            )
+        h3 = h.view(-1, 1, 1)
+        own = self.flowtok(z + h3 * u, t + h, null, context, torch.zeros_like(t)).to(z)
+        return 0.0, own - h3 * du
 
     def context(self, text_states: Tensor) -> Tensor | None:
         """What the velocity network reads for sampling: text states B x L x T -> B x L x W."""

@@ -18,7 +18,7 @@ from .text_projector import TextProjector
 
 KLForm = Literal["gaussian", "wall", "variance"]
 AlignmentForm = Literal["contrastive", "cosine_margin"]
-WEIGHT_EPSILON = 0.01  # of a weighted L_fm: errors far below it count less
+WEIGHT_EPSILON = 1.0  # of a weighted L_fm: errors far below it count less
 
 
 # Weights

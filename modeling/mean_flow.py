@@ -30,6 +30,9 @@ def sample_intervals(
     one, other = (sample_times(config, batch_size, device) for _ in range(2))
     plain = num_plain(batch_size)
     other[:plain] = one[:plain]
+    quarter = plain // 2
+    one[plain : plain + quarter] = 0
+    other[plain : plain + quarter] = 1
     return torch.minimum(one, other), (one - other).abs()
 
 
