@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from configs.load import load_dataclass, parse_stage_args
 from data.entries import Entry
@@ -322,6 +323,8 @@ def compute_losses(
         terms |= projector_losses(config.losses, output.source, image_mean)
     loss = sum(weighted_terms(terms, loss_weights(config.losses)).values())
     terms |= {"loss": loss}
+    if output.is_weighted:  # L_fm stays near 1
+        terms |= {"squared_error": F.mse_loss(output.velocity, output.target).detach()}
     if config.flow.source == "noise":
         return terms
     return terms | latent_statistics(output.source.mean)

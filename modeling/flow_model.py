@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .flow import (
     FlowConfig,
@@ -24,7 +25,7 @@ from .flow import (
 )
 from .flowtok import FlowTok, FlowTokConfig
 from .layers import FlowPass, SourcePass
-from .mean_flow import average_target, num_plain, sample_intervals
+from .mean_flow import drift, num_plain, sample_intervals
 from .text_projector import NoiseSource, TextProjector, TextProjectorConfig
 
 
@@ -125,48 +126,39 @@ class FlowModel(nn.Module):
         velocity = self.flowtok(z_t, t, null, context, interval)
         target = target_velocity(start, end, flow.sigma_min)
         if interval is not None:
-            target = self.average_targets(target, z_t, t, interval, null, context)
-        return FlowPass(velocity, target, source)
-
-    @torch.no_grad()
-    def average_targets(
-        self,
-        velocity: Tensor,
-        z: Tensor,
-        t: Tensor,
-        interval: Tensor,
-        null: Tensor,
-        context: Tensor | None,
-    ) -> Tensor:
-        """What mean_flow learns at z, where the path's velocity is given: B x K x C each."""
-        plain = num_plain(len(z))
-        points, intervals = (
-            [None if x is None else x[part] for x in (z, t, null, context)]
-            for part in (slice(plain), slice(plain, None))
-        )
-        targets = velocity[:plain]
-        if self.config.guidance != 1:
-            targets = self.guide(targets, *points)
-
-        # The network's own velocity teaches it the averages.
-        z, t, null, context = intervals
-
-        def average(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
-            return self.flowtok(z, t, null, context, h).to(velocity)
-
-        return torch.cat([targets, average_target(average, z, t, interval[plain:])])
+            velocity = velocity - self.drift(z_t, t, interval, null, context)
+        if flow.guidance != 1:
+            target = self.guide(target, z_t, t, null, context)
+        return FlowPass(velocity, target, source, is_weighted=interval is not None)
 
     @torch.no_grad()
     def guide(
-        self, velocity: Tensor, z: Tensor, t: Tensor, null: Tensor, context: Tensor | None
+        self, target: Tensor, z: Tensor, t: Tensor, null: Tensor, context: Tensor | None
     ) -> Tensor:
-        """The path's velocity led away from the unconditional one, unless null: B x K x C.
+        """The path's velocity away from the unconditional one, where there is a text: B x K x C.
 
         Its mean is the guided velocity (MeanFlow, Sec. 4.2).
         """
         unconditional = self.flowtok(z, t, torch.ones_like(null), context, torch.zeros_like(t))
-        guided = torch.lerp(unconditional.to(velocity), velocity, self.config.guidance)
-        return torch.where(null.view(-1, 1, 1), velocity, guided)
+        guided = torch.lerp(unconditional.to(target), target, self.config.guidance)
+        return torch.where(null.view(-1, 1, 1), target, guided)
+
+    @torch.no_grad()
+    def drift(
+        self, z: Tensor, t: Tensor, interval: Tensor, null: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """What an average velocity has more than the one at t: B x K x C, 0 where interval is."""
+        first = num_plain(len(z))
+        z, t, interval, null = (x[first:] for x in (z, t, interval, null))
+        context = None if context is None else context[first:]
+
+        # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
+        velocity = self.flowtok(z, t, null, context, torch.zeros_like(t)).to(z)
+
+        def average(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return self.flowtok(z, t, null, context, h)
+
+        return F.pad(drift(average, z, t, interval, velocity), (0, 0, 0, 0, first, 0))
 
     def context(self, text_states: Tensor) -> Tensor | None:
         """What the velocity network reads for sampling: text states B x L x T -> B x L x W."""

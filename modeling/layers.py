@@ -319,3 +319,4 @@ class FlowPass(NamedTuple):
     velocity: Tensor  # B x K x C, predicted
     target: Tensor  # B x K x C
     source: SourcePass  # before any detaching
+    is_weighted: bool = False  # each sample's squared error by its inverse

@@ -18,6 +18,7 @@ from .text_projector import TextProjector
 
 KLForm = Literal["gaussian", "wall", "variance"]
 AlignmentForm = Literal["contrastive", "cosine_margin"]
+WEIGHT_EPSILON = 0.01  # of a weighted L_fm: errors far below it count less
 
 
 # Weights
@@ -232,7 +233,11 @@ def image_regression(config: ProjectorLossConfig, source: SourcePass, image_mean
 
 def flow_matching(config: FlowLossConfig, output: FlowPass) -> Tensor:
     """L_fm: predicted to target velocity (paper, Sec. 3.3)."""
-    return F.mse_loss(output.velocity.float(), output.target.float())
+    if not output.is_weighted:
+        return F.mse_loss(output.velocity.float(), output.target.float())
+    # A mean flow's outliers would drown the rest (MeanFlow, Sec. 4.3, p = 1).
+    errors = (output.velocity.float() - output.target.float()).square().mean((1, 2))  # B
+    return (errors / (errors.detach() + WEIGHT_EPSILON)).mean()
 
 
 PROJECTOR_LOSSES = {
