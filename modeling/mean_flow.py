@@ -16,6 +16,7 @@ from .flow import FlowConfig, sample_times
 
 AverageFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z, t, h) -> average velocity B x K x C
 PLAIN_SHARE = 0.5  # of samples with h = 0: plain flow matching
+WHOLE_SHARE = 0.25  # of samples with t = 0 and h = 1: one evaluation
 
 
 def num_plain(batch_size: int) -> int:
@@ -26,10 +27,15 @@ def num_plain(batch_size: int) -> int:
 def sample_intervals(
     config: FlowConfig, batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Draw starts t and lengths h of intervals in [0, 1], B each: both ends as `sample_times`."""
+    """Draw starts t and lengths h of intervals in [0, 1], B each: both ends as `sample_times`.
+
+    First come the intervals of length 0, then those of length 1, then all others.
+    """
     one, other = (sample_times(config, batch_size, device) for _ in range(2))
     plain = num_plain(batch_size)
     other[:plain] = one[:plain]
+    whole = slice(plain, plain + int(WHOLE_SHARE * batch_size))
+    one[whole], other[whole] = 0, 1
     return torch.minimum(one, other), (one - other).abs()
 
 

@@ -34,15 +34,16 @@ def build(source="text", condition="none", **options):
     return flow.eval()
 
 
-def test_intervals_lie_in_the_unit_interval_and_half_of_them_are_points():
-    t, h = sample_intervals(FlowConfig(time_distribution="uniform"), 1001, torch.device("cpu"))
-    plain = num_plain(1001)
-    assert plain == 500 and not h[:plain].any() and (h[plain:] > 0).all()
+def test_half_of_the_intervals_are_points_and_a_quarter_are_whole():
+    t, h = sample_intervals(FlowConfig(time_distribution="uniform"), 2001, torch.device("cpu"))
+    points, whole, others = slice(num_plain(2001)), slice(1000, 1500), slice(1500, None)
+    assert num_plain(2001) == 1000 and not h[points].any() and (h[1000:] > 0).all()
+    assert not t[whole].any() and (h[whole] == 1).all()
     assert t.min() >= 0 and (t + h).max() <= 1 + 1e-6
-    # Plain times are uniform; the smaller and the larger of two are not.
-    assert t[:plain].mean().item() == pytest.approx(1 / 2, abs=0.05)
-    assert t[plain:].mean().item() == pytest.approx(1 / 3, abs=0.05)
-    assert (t + h)[plain:].mean().item() == pytest.approx(2 / 3, abs=0.05)
+    # Times of points are uniform; the smaller and the larger of two are not.
+    assert t[points].mean().item() == pytest.approx(1 / 2, abs=0.05)
+    assert t[others].mean().item() == pytest.approx(1 / 3, abs=0.05)
+    assert (t + h)[others].mean().item() == pytest.approx(2 / 3, abs=0.05)
 
 
 @pytest.mark.parametrize("condition", ["none", "cross_attention", "concatenation"])
