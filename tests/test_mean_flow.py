@@ -102,7 +102,7 @@ def test_a_learned_guidance_leads_away_from_the_unconditional_velocity(source, c
     assert not torch.equal(flow(states, image).target, learned)
 
 
-def test_guidance_is_either_learned_or_sampled(chain):
+def test_guidance_is_either_learned_or_sampled():
     with pytest.raises(ValueError, match="guidance 2 .*flow.guidance=1.5"):
         SamplingConfig(guidance=2.0).check_flow(build(guidance=1.5).config)
     with pytest.raises(ValueError, match="flow.guidance=1.5.*mean_flow"):
