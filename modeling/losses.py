@@ -76,7 +76,7 @@ class ReconstructionLossConfig:
     # its weights file: `vision`. Not in the paper; 0.1 in SoftVQ-VAE.
     vision_weight: float = 0.0
     # Contrast of the latents' mean with the caption's: they keep more of what a caption says and
-    # less of the rest. Not in the paper; 1e-3 on scenes.
+    # less of the rest. Not in the paper; 1e-3 pays in short runs (docs/beyond_the_paper.md).
     contrast_weight: float = 0.0
 
     def __post_init__(self):
