@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .flow import (
     FlowConfig,
@@ -25,7 +24,7 @@ from .flow import (
 )
 from .flowtok import FlowTok, FlowTokConfig
 from .layers import FlowPass, SourcePass
-from .mean_flow import drift, num_plain, sample_intervals
+from .mean_flow import AverageFn, drift, sample_intervals, split_batch, whole_average
 from .text_projector import NoiseSource, TextProjector, TextProjectorConfig
 
 
@@ -125,10 +124,10 @@ class FlowModel(nn.Module):
         z_t = interpolate(start, end, t, flow.sigma_min)  # B x K x C
         velocity = self.flowtok(z_t, t, null, context, interval)
         target = target_velocity(start, end, flow.sigma_min)
-        if interval is not None:
-            velocity = velocity - self.drift(z_t, t, interval, null, context)
         if flow.guidance != 1:
             target = self.guide(target, z_t, t, null, context)
+        if interval is not None:
+            target = self.average_target(target, z_t, t, interval, null, context)
         return FlowPass(velocity, target, source, is_weighted=interval is not None)
 
     @torch.no_grad()
@@ -144,21 +143,29 @@ class FlowModel(nn.Module):
         return torch.where(null.view(-1, 1, 1), target, guided)
 
     @torch.no_grad()
-    def drift(
-        self, z: Tensor, t: Tensor, interval: Tensor, null: Tensor, context: Tensor | None
+    def average_target(
+        self,
+        target: Tensor,
+        z: Tensor,
+        t: Tensor,
+        interval: Tensor,
+        null: Tensor,
+        context: Tensor | None,
     ) -> Tensor:
-        """What an average velocity has more than the one at t: B x K x C, 0 where interval is."""
-        first = num_plain(len(z))
-        z, t, interval, null = (x[first:] for x in (z, t, interval, null))
-        context = None if context is None else context[first:]
+        """Target of the average over the interval, given the velocity's at t: B x K x C."""
+        plain, between, whole = split_batch(len(z))
+
+        def network(samples: slice) -> AverageFn:
+            text = None if context is None else context[samples]
+            return lambda z, t, h: self.flowtok(z, t, null[samples], text, h).to(z)
 
         # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
-        velocity = self.flowtok(z, t, null, context, torch.zeros_like(t)).to(z)
-
-        def average(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
-            return self.flowtok(z, t, null, context, h)
-
-        return F.pad(drift(average, z, t, interval, velocity), (0, 0, 0, 0, first, 0))
+        average = network(between)
+        z_between, t_between = z[between], t[between]
+        velocity = average(z_between, t_between, torch.zeros_like(t_between))
+        change = drift(average, z_between, t_between, interval[between], velocity)
+        by_steps = whole_average(network(whole), z[whole])
+        return torch.cat([target[plain], target[between] + change, by_steps])
 
     def context(self, text_states: Tensor) -> Tensor | None:
         """What the velocity network reads for sampling: text states B x L x T -> B x L x W."""

@@ -18,7 +18,7 @@ from .text_projector import TextProjector
 
 KLForm = Literal["gaussian", "wall", "variance"]
 AlignmentForm = Literal["contrastive", "cosine_margin"]
-WEIGHT_EPSILON = 0.01  # of a weighted L_fm: errors far below it count less
+WEIGHT_EPSILON = 0.3  # of a weighted L_fm: smaller errors, as of whole intervals, do not rule it
 
 
 # Weights

@@ -17,11 +17,14 @@ from .flow import FlowConfig, sample_times
 AverageFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z, t, h) -> average velocity B x K x C
 PLAIN_SHARE = 0.5  # of samples with h = 0: plain flow matching
 WHOLE_SHARE = 0.25  # of samples with t = 0 and h = 1: one evaluation
+WHOLE_STEPS = 4  # of the network's own that are a whole interval's target
 
 
-def num_plain(batch_size: int) -> int:
-    """How many samples of a batch, the first ones, have intervals of length 0."""
-    return int(PLAIN_SHARE * batch_size)
+def split_batch(batch_size: int) -> tuple[slice, slice, slice]:
+    """Which samples of a batch have intervals of length 0, which others, and which of length 1."""
+    plain = int(PLAIN_SHARE * batch_size)
+    whole = batch_size - int(WHOLE_SHARE * batch_size)
+    return slice(0, plain), slice(plain, whole), slice(whole, batch_size)
 
 
 def sample_intervals(
@@ -29,12 +32,11 @@ def sample_intervals(
 ) -> tuple[Tensor, Tensor]:
     """Draw starts t and lengths h of intervals in [0, 1], B each: both ends as `sample_times`.
 
-    First come the intervals of length 0, then those of length 1, then all others.
+    Those of length 0 and 1 lie where `split_batch` says.
     """
     one, other = (sample_times(config, batch_size, device) for _ in range(2))
-    plain = num_plain(batch_size)
-    other[:plain] = one[:plain]
-    whole = slice(plain, plain + int(WHOLE_SHARE * batch_size))
+    plain, _, whole = split_batch(batch_size)
+    other[plain] = one[plain]
     one[whole], other[whole] = 0, 1
     return torch.minimum(one, other), (one - other).abs()
 
@@ -47,3 +49,18 @@ def drift(average: AverageFn, z: Tensor, t: Tensor, h: Tensor, velocity: Tensor)
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         _, derivative = torch.func.jvp(average, inputs, tangents)
     return h.view(-1, 1, 1) * derivative
+
+
+@torch.no_grad()
+def whole_average(average: AverageFn, z: Tensor) -> Tensor:
+    """Average velocity over [0, 1] from z, by shorter steps of the network: B x K x C.
+
+    Shortcut models' self-consistency (Frans et al. 2024, arXiv 2410.12557): unlike the path of one
+    image, it is a function of z, so that one evaluation has little else to learn.
+    """
+    total = torch.zeros_like(z)
+    h = torch.full_like(z[:, 0, 0], 1 / WHOLE_STEPS)
+    for step in range(WHOLE_STEPS):
+        velocity = average(z + total, step * h, h)
+        total = total + velocity / WHOLE_STEPS
+    return total

@@ -7,11 +7,11 @@ import torch
 from tiny_experiment import draw, metrics, weights
 from torch import nn
 
-from modeling.flow import FlowConfig
+from modeling.flow import FlowConfig, interpolate, target_velocity
 from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.losses import FlowLossConfig, velocity_losses
-from modeling.mean_flow import drift, num_plain, sample_intervals
+from modeling.mean_flow import drift, sample_intervals, split_batch, whole_average
 from modeling.pipeline import SamplingConfig, transport
 from modeling.samplers import euler, make_times
 from modeling.text_projector import TextProjectorConfig
@@ -36,8 +36,9 @@ def build(source="text", condition="none", **options):
 
 def test_half_of_the_intervals_are_points_and_a_quarter_are_whole():
     t, h = sample_intervals(FlowConfig(time_distribution="uniform"), 2001, torch.device("cpu"))
-    points, whole, others = slice(num_plain(2001)), slice(1000, 1500), slice(1500, None)
-    assert num_plain(2001) == 1000 and not h[points].any() and (h[1000:] > 0).all()
+    points, others, whole = split_batch(2001)
+    assert (points, others, whole) == (slice(0, 1000), slice(1000, 1501), slice(1501, 2001))
+    assert not h[points].any() and (h[1000:] > 0).all()
     assert not t[whole].any() and (h[whole] == 1).all()
     assert t.min() >= 0 and (t + h).max() <= 1 + 1e-6
     # Times of points are uniform; the smaller and the larger of two are not.
@@ -79,6 +80,40 @@ def test_average_velocity_less_its_drift_is_the_velocity_and_its_steps_are_exact
     third = torch.tensor(1 / 3).double()
     end = euler(lambda x, time: average(x, time, third), z, make_times(3))
     torch.testing.assert_close(end, z * torch.tensor(a).double().exp())
+    torch.testing.assert_close(z + whole_average(average, z), end)
+
+
+@pytest.mark.parametrize(("source", "condition"), FORMS)
+def test_targets_are_the_paths_velocity_that_and_the_drift_or_shorter_steps(source, condition):
+    batch = 8
+    flow = build(source, condition, null_probability=0)
+    states, image = torch.randn(batch, K, T), torch.randn(batch, K, C)
+    context, null = flow.context(states), torch.zeros(batch, dtype=torch.bool)
+    torch.manual_seed(0)
+    found = flow(states, image).target
+    torch.manual_seed(0)
+    start = flow.projector(states, sample=True).latents
+    t, h = sample_intervals(flow.config, batch, start.device)
+    path = target_velocity(start, image, flow.config.sigma_min)
+    z = interpolate(start, image, t, flow.config.sigma_min)
+
+    def average(z, t, h, samples):
+        text = None if context is None else context[samples]
+        return flow.flowtok(z, t, null[samples], text, h)
+
+    plain, between, whole = split_batch(batch)
+    assert not found.requires_grad
+    torch.testing.assert_close(found[plain], path[plain])
+
+    points = z[between], t[between]
+    velocity = average(*points, torch.zeros(2), between)
+    change = drift(lambda z, t, h: average(z, t, h, between), *points, h[between], velocity)
+    torch.testing.assert_close(found[between], path[between] + change)
+
+    x, quarter = start[whole], torch.full((2,), 0.25)
+    for step in range(4):
+        x = x + average(x, step * quarter, quarter, whole) / 4
+    torch.testing.assert_close(found[whole], x - start[whole])
 
 
 @pytest.mark.parametrize(("source", "condition"), FORMS)
