@@ -15,8 +15,8 @@ import os
 import re
 import stat
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
-from fsspec.utils import infer_compression
 from PIL import Image
 
 from data.captions import as_list, clean_caption
@@ -152,8 +151,9 @@ def first_equals(digests: np.ndarray) -> np.ndarray:
     return firsts[numbers]
 
 
-def read_entry(index: BinaryIO, number: int, row: np.void) -> Entry:
+def read_entry(index: BinaryIO, rows: np.ndarray, number: int) -> Entry:
     """Entry `number` of an open index; a key that an earlier entry has ends in "+number"."""
+    row = rows[number]
     index.seek(row["begin"])
     entry = Entry(**load_json(index.read(row["end"] - row["begin"])))
     return replace(entry, key=f"{entry.key}+{number}") if row["repeated"] else entry
@@ -353,9 +353,9 @@ def list_samples(path: str) -> tuple[list[tuple[str, int, int]], list[tuple[str,
 
 
 def _read_span(path: str, begin: int, end: int) -> dict[str, bytes]:
-    with _opened(path) as file:
-        file.seek(begin)
-        data = file.read(end - begin)
+    file = _opened(path, os.getpid(), os.stat(path).st_mtime_ns)
+    file.seek(begin)
+    data = file.read(end - begin)
     with_end_mark = io.BytesIO(data + bytes(1024))
     try:
         _, parts, _ = next(scan_tar(with_end_mark, path))
@@ -365,17 +365,11 @@ def _read_span(path: str, begin: int, end: int) -> dict[str, bytes]:
     return parts
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
-    """A tar to seek in. One that is unpacked, always from its start, is kept open."""
-    if infer_compression(path):
-        yield _unpacking(path, os.getpid())
-    else:
-        with open(path, "rb", buffering=0) as file:
-            yield file
-
-
 @lru_cache(maxsize=1)
-def _unpacking(path: str, process: int) -> BinaryIO:
-    """process: its id; a file that a parent has opened would move under its children."""
-    return fsspec.open(path, compression="infer").open()
+def _opened(path: str, process: int, changed: int) -> BinaryIO:
+    """A tar to seek in, kept open: one that is compressed is always unpacked from its start.
+
+    process: its id; a file that a parent has opened would move under its children. changed: when
+    the tar was.
+    """
+    return fsspec.filesystem("file").open(path, compression="infer")

@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -51,16 +52,6 @@ class HubFile:
     name: str  # below the data set's root
     size: int  # bytes
     state: str  # another text once it has changed
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A job for a worker: make a tar of a file. columns: of a parquet file, None: it is a tar."""
-
-    file: HubFile
-    target: Path
-    columns: Columns | None
-    part: int  # of the Slurm array; distinguishes unfinished files of parts that work side by side
 
 
 # ------------------------------------------------------------------------------------------- source
@@ -134,11 +125,12 @@ def hub_entries(
         raise ValueError(f"image_column, caption_column: {dataset} has tars: see --caption-keys")
 
     # what has to be copied; each part of a Slurm array begins at another file
-    copies = [plan_copy(file, columns, Path(output), shard_index) for file in found]
-    missing = [copy for copy in copies if not copy.target.exists()]
+    tars = [tar_of(file, columns, Path(output)) for file in found]
+    missing = [pair for pair in zip(found, tars, strict=True) if not pair[1].exists()]
     begin = shard_index * len(missing) // num_shards
-    make_copies([*missing[begin:], *missing[:begin]], Path(output), workers)
-    yield from tar_entries([str(copy.target) for copy in copies], workers)
+    copy = partial(make_copy, columns, shard_index)
+    make_copies(copy, [*missing[begin:], *missing[:begin]], Path(output), workers)
+    yield from tar_entries([str(tar) for tar in tars], workers)
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -218,26 +210,30 @@ def copies_folder(output: Path) -> Path:
     return output / PROGRESS_FOLDER / COPIES_FOLDER
 
 
-def plan_copy(file: HubFile, columns: Columns | None, output: Path, part: int) -> Copy:
-    """Where a file is copied to; a local tar stays where it is.
+def tar_of(file: HubFile, columns: Columns | None, output: Path) -> Path:
+    """Where a file is copied to; a local tar stays where it is. columns: None: it is a tar.
 
     The name is another one for another state of the file, or for other columns of it.
     """
-    name = os.path.basename(file.name)
     if columns is None and not is_remote(file.path):
-        return Copy(file, Path(file.path), columns, part)
+        return Path(file.path)
+    name = os.path.basename(file.name) + ("" if columns is None else ".tar")
     digest = digest_of(repr((file, columns)).encode("utf-8", "surrogateescape")).hex()[:12]
-    target = copies_folder(output) / f"{digest}-{name if columns is None else f'{name}.tar'}"
-    return Copy(file, target, columns, part)
+    return copies_folder(output) / f"{digest}-{name}"
 
 
-def make_copies(copies: Sequence[Copy], output: Path, workers: int) -> None:
+def make_copies(
+    copy: Callable[[tuple[HubFile, Path]], int],
+    missing: Sequence[tuple[HubFile, Path]],
+    output: Path,
+    workers: int,
+) -> None:
     """Copy in several processes, with a progress bar.
 
     Raises:
         ValueError: there is no room for them, or a file cannot be read.
     """
-    total = sum(copy.file.size for copy in copies)
+    total = sum(file.size for file, _ in missing)
     place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if total > free:
@@ -245,27 +241,26 @@ def make_copies(copies: Sequence[Copy], output: Path, workers: int) -> None:
             f"output: {output} has {free / 1e9:.1f} GB free, expected {total / 1e9:.1f} GB for a "
             "copy of the data set, and as much again for its shards"
         )
-    if copies:
+    if missing:
         copies_folder(output).mkdir(parents=True, exist_ok=True)
         with tqdm(desc="copying", total=total, unit="B", unit_scale=True) as progress:
-            for size in map_in_processes(make_copy, copies, min(workers, len(copies))):
+            for size in map_in_processes(copy, missing, min(workers, len(missing))):
                 progress.update(size)
 
 
-def make_copy(copy: Copy) -> int:
-    """Write a copy whole, unless another part has by now; returns the bytes of its file."""
-    if not copy.target.exists():
-        own = copy.target.with_name(f"{copy.part}-{copy.target.name}")
-        if copy.columns is None:
-            with open_file(copy.file.path) as tar, written_whole(own) as file:
-                shutil.copyfileobj(tar, file, REMOTE_BUFFER)
+def make_copy(columns: Columns | None, part: int, job: tuple[HubFile, Path]) -> int:
+    """Write the tar of a file whole, unless another part has by now; returns the file's bytes.
+
+    part: of the Slurm array; distinguishes unfinished tars of parts that work side by side.
+    """
+    file, target = job
+    if not target.exists():
+        own = target.with_name(f"{part}-{target.name}")
+        if columns is None:
+            with open_file(file.path) as tar, written_whole(own) as copy:
+                shutil.copyfileobj(tar, copy, REMOTE_BUFFER)
         else:
-            prefix = clean_key(os.path.splitext(copy.file.name)[0])
-            write_shard(own, read_rows(copy.file.path, copy.columns, prefix))
-        os.replace(own, copy.target)
-    return copy.file.size
-
-
-def remove_copies(output: Path) -> None:
-    """Free their disk space, once the shards are there."""
-    shutil.rmtree(copies_folder(output), ignore_errors=True)
+            prefix = clean_key(os.path.splitext(file.name)[0])
+            write_shard(own, read_rows(file.path, columns, prefix))
+        os.replace(own, target)
+    return file.size

@@ -53,9 +53,7 @@ class ImageTextConfig(ReaderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        is_colour = len(self.background) == 3 and all(
-            0 <= value <= 255 for value in self.background
-        )
+        is_colour = len(self.background) == 3 and {*self.background} <= {*range(256)}
         check_fields(
             self,
             flip_probability=(0 <= self.flip_probability <= 1, "0..1"),

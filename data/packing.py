@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +175,9 @@ class Task:
     output: Path
     part: int  # of the Slurm array; distinguishes unfinished files of parts that work side by side
     config: SampleConfig
-    numbers: np.ndarray  # of each sample's first entry, in the order of the shard
-    rows: np.ndarray  # theirs in the index
-    num_others: np.ndarray  # further entries of each sample, whose captions it gets
-    others: np.ndarray  # theirs in the index, sample by sample
+    # of each sample, in the order of the shard, its entries in the index: the first one, then those
+    # whose captions it gets
+    numbers: list[list[int]]
     states: np.ndarray  # UNCHECKED, USABLE or DUPLICATE
 
     @property
@@ -205,13 +203,10 @@ class Task:
 
     def samples(self) -> Iterator[tuple[list[Entry], int]]:
         """(entries, state) of each."""
+        rows = np.load(rows_path(self.output), mmap_mode="r")
         with open(index_path(self.output), "rb") as index:
-            others = iter(self.others)
-            samples = zip(self.numbers, self.rows, self.num_others, self.states, strict=True)
-            for number, row, count, state in samples:
-                first = read_entry(index, number, row)
-                rest = [read_entry(index, 0, other) for other in islice(others, count)]
-                yield [first, *rest], state
+            for numbers, state in zip(self.numbers, self.states, strict=True):
+                yield [read_entry(index, rows, number) for number in numbers], state
 
     def is_finished(self) -> bool:
         """Whether its record and its shard are there, the shard with all its bytes."""
@@ -287,3 +282,8 @@ def digest_task(task: Task) -> int:
 
 def index_path(output: Path) -> Path:
     return output / PROGRESS_FOLDER / "index.jsonl"
+
+
+def rows_path(output: Path) -> Path:
+    """INDEX_ROW of each entry in the index."""
+    return index_path(output).with_name("index.npy")

@@ -388,11 +388,7 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON object with {wanted}, in it no field twice")
     for name in lists:
         values = content.get(name)
-        if (
-            not isinstance(values, list)
-            or not values
-            or not all(isinstance(v, dict) for v in values)
-        ):
+        if not (values and isinstance(values, list) and all(isinstance(v, dict) for v in values)):
             there = ", ".join(content)
             raise ValueError(f"{path}: expected a list of objects under {name!r}; it has {there}")
     return content

@@ -12,8 +12,7 @@ import csv
 import io
 import json
 import os
-import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple, TextIO
 
 from data.captions import as_list, clean_caption, strings
 from data.entries import image_extension, load_json
-from data.files import not_decodable, open_text
+from data.files import not_decodable
 from data.storage import REMOTE_BUFFER, open_file
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -57,7 +56,9 @@ def open_table(
     if not os.path.isfile(path):
         raise ValueError(f"table {path} does not exist")
     if extension == ".parquet":
-        return _parquet_columns(path), _parquet_rows(path)
+        kinds = _types_of(path)
+        text = {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}
+        return text, _parquet_rows(path)
     if extension == ".jsonl":
         first = islice(_jsonl_rows(path, encoding), 100)  # a row may lack a column
         return {name: None for row in first for name in row}, _jsonl_rows(path, encoding)
@@ -90,21 +91,10 @@ def _csv_rows(path: str, separator: str, quotes: bool, encoding: str | None) -> 
                     yield dict(zip(columns, row, strict=True))
         except csv.Error as error:
             cure = "; if quotes are plain text, see --no-quotes" if quotes else ""
-            if quotes:
-                line = _line_of_quote(path, file.encoding, line, separator)
             raise ValueError(
-                f"{path} line {line}: the field that begins here does not end: {error}{cure}"
+                f"{path} line {line}: a field of the row that begins here does not end: "
+                f"{error}{cure}"
             ) from None
-
-
-def _line_of_quote(path: str, encoding: str, line: int, separator: str) -> int:
-    """Where the field begins at which a row breaks off that begins in `line`."""
-    field = rf'("[^"]*(""[^"]*)*"|[^"{re.escape(separator)}\r\n][^{re.escape(separator)}\r\n]*)?'
-    with open(path, encoding=encoding, newline="") as file:
-        deque(islice(file, line - 1), maxlen=0)
-        text = file.read(MAX_FIELD_CHARACTERS)
-    whole = re.match(f"({field}{re.escape(separator)})*", text)[0]
-    return line + len(re.findall("\r\n?|\n", whole))
 
 
 def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
@@ -121,7 +111,10 @@ def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _text_of(path: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
     """The open table; ValueError, also later, if it is in another encoding."""
-    with open_text(path, newline, encoding) as file:
+    if encoding is None:
+        with open(path, "rb") as binary:
+            encoding = json.detect_encoding(binary.read(4))
+    with open(path, encoding=encoding, newline=newline) as file:
         try:
             yield file
         except UnicodeDecodeError:
@@ -129,12 +122,6 @@ def _text_of(path: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
             raise ValueError(f"{not_decodable(path, file.encoding)}{cure}") from None
         except UnicodeError as error:  # --encoding utf-16 of a file without its mark
             raise ValueError(f"{path}: {error}") from None
-
-
-def _parquet_columns(path: str) -> dict[str, str | None]:
-    with open_parquet(path) as parquet:
-        kinds = {field.name: field.type for field in parquet.schema_arrow}
-    return {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -182,6 +169,12 @@ def open_parquet(path: str) -> Iterator[Any]:
             yield pyarrow.parquet.ParquetFile(file, buffer_size=REMOTE_BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _types_of(path: str) -> dict[str, Any]:
+    """pyarrow's type of each column."""
+    with open_parquet(path) as parquet:
+        return {field.name: field.type for field in parquet.schema_arrow}
 
 
 def _names_without_bytes(parquet: Any) -> list[str]:
@@ -244,8 +237,7 @@ def find_columns(path: str, image_column: str | None, caption_column: str | None
     Raises:
         ValueError: a column that is missing or could be several, listing what there is.
     """
-    with open_parquet(path) as parquet:
-        kinds = {field.name: field.type for field in parquet.schema_arrow}
+    kinds = _types_of(path)
     images = [name for name, kind in kinds.items() if str(_bytes_type(kind)) in BYTES]
     texts = [name for name, kind in kinds.items() if _is_text(kind)]
     shown = ", ".join(f"{name} ({str(kind)[:40]})" for name, kind in kinds.items())
