@@ -4,6 +4,7 @@ A killed process leaves the old file or the new one.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -26,6 +27,32 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
         return data.decode(json.detect_encoding(data))
     except UnicodeDecodeError:
         return data.decode("utf-8", errors)
+
+
+def load_json(data: str | bytes, strict: bool = False) -> Any:
+    """Parsed JSON, NaN and infinite numbers as None; None if it is none, or nested too deeply.
+
+    strict: also None if an object names a field twice, of which JSON's readers keep the last.
+    """
+    if isinstance(data, bytes):
+        data = decode_text(data, "surrogateescape")
+    hooks = {"parse_constant": lambda name: None, "parse_float": _finite}
+    try:
+        return json.loads(data, **hooks, object_pairs_hook=_without_repeats if strict else None)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def read_text_file(path: str | Path) -> str:

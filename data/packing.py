@@ -14,15 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.entries import (
-    Entry,
-    digest_of,
-    explain,
-    read_captions,
-    read_entry,
-    read_metadata,
-    read_parts,
-)
+from data.captions import find_captions, metadata_of, values_at
+from data.entries import Entry, digest_of, explain, read_entry, read_parts
 from data.files import written_whole
 from data.filters import FilterConfig
 from data.samples import BadSample, members_of
@@ -117,15 +110,22 @@ def read_texts(
 ) -> tuple[dict[str, bytes], dict[str, Any] | None, list[str], Unused]:
     """(parts that had to be read, metadata, captions that the filters want, what is not used).
 
-    Without a caption, the first of what is not used says why. Metadata as by read_metadata.
+    Without a caption, the first of what is not used says why. Metadata: what the source knows of a
+    sample beside captions; None: its JSON holds no object.
 
     Raises:
         BadSample: as read_parts does.
     """
     # captions that are known need no file
-    parts = {} if entry.captions is not None else read_parts(entry)
-    metadata = read_metadata(entry, parts)
-    captions, reasons = read_captions(entry, parts, metadata, config.caption_keys)
+    if entry.captions is not None:
+        parts, metadata, candidates = {}, entry.metadata, [entry.captions]
+    else:
+        parts = read_parts(entry)
+        metadata = metadata_of(parts)
+        candidates = [values_at(parts, key) for key in config.caption_keys]
+    captions, reasons = find_captions(candidates)
+    if not captions and not reasons:
+        reasons = ["json: unreadable" if metadata is None else "caption: missing"]
     unused = [(reason, entry) for reason in reasons]
     wanted = []
     for caption in captions:
@@ -233,6 +233,7 @@ def write_task(task: Task) -> int:
     """Write a shard, then its record; returns how many samples were read."""
     dropped, unused = Reasons(), Reasons()
 
+    # counted while the shard is written, so that few samples are in memory
     def samples() -> Iterator[dict[str, Any]]:
         for entries, state in task.samples():
             try:
@@ -250,6 +251,7 @@ def write_task(task: Task) -> int:
     kept = write_shard(task.tar, samples())
     if not kept:
         task.tar.unlink()
+    # the record last, as a sign that the shard is whole
     record = {
         "read": len(task.numbers),
         "kept": kept,

@@ -153,6 +153,7 @@ class ShardStream(IterableDataset):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         reader, readers = self.rank * num_workers + worker, self.num_processes * num_workers
         counter = SampleCounter(self.max_bad_share, f"reader {reader} of {readers}")
+        # one endless reader of each source, of which the draws take the next sample
         samples = [
             SourceReader(
                 source, self.seed, index, reader, readers, self.shuffle_buffer, counter

@@ -39,11 +39,12 @@ TIMEOUT_SECONDS = 30.0  # of a web server, without a byte
 
 
 class ShardError(ValueError):
-    """A shard whose rest cannot be read. `reason`: "truncated" or "unreadable"."""
+    """A shard whose rest cannot be read; of a reason ("truncated", "unreadable") and a message."""
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+    reason = property(lambda self: self.args[0])
+
+    def __str__(self) -> str:
+        return self.args[-1]
 
 
 def is_remote(path: str) -> bool:

@@ -12,15 +12,16 @@ import csv
 import io
 import json
 import os
-from collections import Counter
+import re
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, TextIO
 
-from data.captions import as_list, clean_caption, strings
-from data.entries import image_extension, load_json
-from data.files import not_decodable
+from data.captions import as_list, find_captions
+from data.entries import image_extension
+from data.files import load_json, not_decodable
 from data.storage import REMOTE_BUFFER, open_file
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -79,6 +80,7 @@ def _csv_rows(path: str, separator: str, quotes: bool, encoding: str | None) -> 
                 raise ValueError(f"{path} has two columns {twice[0]!r}")
             yield columns
             line = reader.line_num + 1
+            # an empty line is no row; any other has a field for each column
             for row in reader:
                 if row and len(row) != len(columns):
                     raise ValueError(
@@ -91,10 +93,21 @@ def _csv_rows(path: str, separator: str, quotes: bool, encoding: str | None) -> 
                     yield dict(zip(columns, row, strict=True))
         except csv.Error as error:
             cure = "; if quotes are plain text, see --no-quotes" if quotes else ""
+            if quotes:
+                line = _line_of_quote(path, file.encoding, line, separator)
             raise ValueError(
-                f"{path} line {line}: a field of the row that begins here does not end: "
-                f"{error}{cure}"
+                f"{path} line {line}: the field that begins here does not end: {error}{cure}"
             ) from None
+
+
+def _line_of_quote(path: str, encoding: str, line: int, separator: str) -> int:
+    """Where the field begins at which a row breaks off that begins in `line`."""
+    field = rf'("[^"]*(""[^"]*)*"|[^"{re.escape(separator)}\r\n][^{re.escape(separator)}\r\n]*)?'
+    with open(path, encoding=encoding, newline="") as file:
+        deque(islice(file, line - 1), maxlen=0)
+        text = file.read(MAX_FIELD_CHARACTERS)
+    whole = re.match(f"({field}{re.escape(separator)})*", text)[0]
+    return line + len(re.findall("\r\n?|\n", whole))
 
 
 def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
@@ -222,8 +235,7 @@ def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
         image = image["bytes"]
     captions = as_list(row.pop(columns.caption))
     # no caption: nor may another column pass for one
-    has_text = any(map(clean_caption, strings(captions)))
-    content = {**row, "captions": captions} if has_text else {}
+    content = {**row, "captions": captions} if find_captions([captions])[0] else {}
     parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
     if image is not None:
         # what is no image is found out when its shard is made

@@ -34,7 +34,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -65,7 +65,7 @@ from data.packing import (
     write_task,
 )
 from data.processes import map_in_processes
-from data.sources import SOURCES, file_path, find_entries, source_files
+from data.sources import SOURCES, file_path
 from scripts.run_experiment.processes import count_cores
 from training.errors import printable
 
@@ -92,22 +92,19 @@ class Plan:
     states: np.ndarray  # by number of entry
 
     @cached_property
-    def by_image(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of all entries, those of a sample together, its first one first; their images."""
-        order = np.argsort(self.images, kind="stable")
-        return order, self.images[order]
+    def others(self) -> dict[int, list[int]]:
+        """First entry of a sample -> its further ones, if it has any."""
+        others = defaultdict(list)
+        for number in np.flatnonzero(self.images != np.arange(len(self.images))).tolist():
+            others[int(self.images[number])].append(number)
+        return others
 
     def shards_of(self, part: int) -> list[str]:
         return list(self.shards)[part :: self.num_parts]
 
     def task(self, shard: str) -> Task:
-        firsts, (order, images) = self.shards[shard], self.by_image
-        # behind its first entry stand the others of a sample; those of a duplicate are elsewhere
-        places = (np.searchsorted(images, firsts, side).tolist() for side in ("left", "right"))
-        numbers = [
-            [first, *order[begin + 1 : end].tolist()]
-            for first, begin, end in zip(firsts.tolist(), *places)
-        ]
+        firsts = self.shards[shard]
+        numbers = [[first, *self.others.get(first, ())] for first in firsts.tolist()]
         return Task(shard, self.output, self.part, self.config, numbers, self.states[firsts])
 
     def run(
@@ -139,7 +136,7 @@ def make_shards(args: argparse.Namespace) -> None:
     todo = [shard for shard in plan.shards_of(plan.part) if not plan.task(shard).is_finished()]
     if todo and (plan.output / SUMMARY_FILE).is_file():
         # a shard is gone; so are the copies of a source's files since the earlier run was complete
-        deque(find_entries(args), maxlen=0)
+        deque(SOURCES[args.source].entries(args), maxlen=0)
     if todo and args.drop_duplicates:
         plan = find_duplicates(plan, args.workers)
     if todo:
@@ -250,7 +247,7 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
     Raises:
         ValueError: naming the first that have changed, are new or are gone.
     """
-    new = dict.fromkeys(source_files(args))
+    new = dict.fromkeys(SOURCES[args.source].files(args))
     changes = []
     with open(files_path(output)) as file:
         for path, before in map(json.loads, file):
@@ -279,7 +276,7 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
         with (
             written_whole(path, part) as index,
             written_whole(files_path(output), part) as files,
-            progress_bar("finding", iterable=find_entries(args)) as entries,
+            progress_bar("finding", iterable=SOURCES[args.source].entries(args)) as entries,
         ):
             rows = build_index(with_files(entries, args, files), index)
             usable = len(first_entries(rows)) - np.count_nonzero(rows["faulty"])
@@ -307,7 +304,7 @@ def with_files(
     def write(path: str) -> None:
         file.write(json.dumps([path, file_stamp(path)]).encode() + b"\n")
 
-    for path in source_files(args):
+    for path in SOURCES[args.source].files(args):
         write(path)
     for entry in entries:
         if entry.captions is not None and entry.fault is None:  # an image that a file names
