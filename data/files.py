@@ -36,9 +36,9 @@ def load_json(data: str | bytes, strict: bool = False) -> Any:
     """
     if isinstance(data, bytes):
         data = decode_text(data, "surrogateescape")
-    hooks = {"parse_constant": lambda name: None, "parse_float": _finite}
+    hook = _without_repeats if strict else None
     try:
-        return json.loads(data, **hooks, object_pairs_hook=_without_repeats if strict else None)
+        return json.loads(data, parse_constant=_finite, parse_float=_finite, object_pairs_hook=hook)
     except (ValueError, RecursionError):
         return None
 
@@ -51,6 +51,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float | None:
+    """A number, or NaN or Infinity, as JSON spells it."""
     number = float(text)
     return number if math.isfinite(number) else None
 
