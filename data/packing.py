@@ -122,7 +122,7 @@ def read_texts(
     else:
         parts = read_parts(entry)
         metadata = metadata_of(parts)
-        candidates = [values_at(parts, key) for key in config.caption_keys]
+        candidates = (values_at(parts, key) for key in config.caption_keys)
     captions, reasons = find_captions(candidates)
     if not captions and not reasons:
         reasons = ["json: unreadable" if metadata is None else "caption: missing"]
