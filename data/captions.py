@@ -7,7 +7,6 @@ A caption that is longer than the text tower's context is cut by its tokenizer, 
 lost; with window "sentences" each epoch reads another part of it.
 """
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from data.files import decode_text
+from data.files import decode_text, load_json
 from data.samples import BadSample, SampleDraws, check_fields
 
 
@@ -37,6 +36,8 @@ class Tokenize(Protocol):
 RECAPTION_OPENING = re.compile(r"^The image (depicts|displays|showcases|features|shows)\b\s*")
 # after a full stop and the quotes or brackets that it closes; in Chinese and Japanese without space
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'\)\]\u201d\u2019]*\s+|(?<=[\u3002\uff01\uff1f])\s*")
+# how bytes that are not UTF-8 were decoded ("surrogateescape")
+ESCAPED_BYTES = re.compile("[\udc80-\udcff]")
 
 
 @dataclass
@@ -82,12 +83,14 @@ class CaptionConfig:
             unwanted.extend(reason for _, reason in faults if reason)
             return [text for text, reason in faults if not reason]
 
+        # re-captioned text, if its turn is drawn
         if self.recaption_keys:
             draw = draws.recaption if draws is not None else 1 - 1e-9
             if draw < self.recaption_probability:
                 texts = captions_of(sample, self.recaption_keys)
                 texts = (RECAPTION_OPENING.sub("", text, 1) for text in texts)
                 captions = wanted(filter(None, texts))
+        # else, or where there is none, the ordinary captions
         captions = captions or wanted(captions_of(sample, self.keys))
         if not captions:
             raise BadSample(unwanted[0] if unwanted else "caption: missing")
@@ -114,11 +117,33 @@ def check_caption_keys(keys: Sequence[str], name: str) -> None:
 
 def captions_of(sample: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """The captions under the first of the keys that has any, cleaned; [] if none has."""
-    for key in keys:
-        captions = list(filter(None, map(clean_caption, _raw_captions(sample, key))))
+    return find_captions(values_at(sample, key) for key in keys)[0]
+
+
+def values_at(sample: Mapping[str, Any], key: str) -> list[Any]:
+    """What lies under a caption key, also what is no caption; bytes that are no text, escaped."""
+    extension, _, field_name = key.partition(":")
+    if field_name:
+        return as_list((metadata_of(sample) or {}).get(field_name))
+    return [decode_text(sample[extension], "surrogateescape")] if extension in sample else []
+
+
+def find_captions(candidates: Iterable[Sequence[Any]]) -> tuple[list[str], list[str]]:
+    """(captions of the first candidate that has any, cleaned; why other values are none)."""
+    captions, reasons = [], []
+    for values in candidates:
+        for value in values:
+            if not isinstance(value, str | None):
+                reasons.append("caption: no text")
+            elif value and ESCAPED_BYTES.search(value):
+                reasons.append("caption: not UTF-8")
+            elif text := clean_caption(value or ""):
+                captions.append(text)
+            else:
+                reasons.append("caption: missing")
         if captions:
-            return captions
-    return []
+            break
+    return captions, reasons
 
 
 def clean_caption(text: str) -> str:
@@ -129,16 +154,6 @@ def clean_caption(text: str) -> str:
         text = text.encode("utf-8", "ignore").decode("utf-8").removeprefix("\ufeff")
         text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
     return " ".join(text.split())
-
-
-def _raw_captions(sample: Mapping[str, Any], key: str) -> list[str]:
-    extension, _, field_name = key.partition(":")
-    if field_name:
-        return strings((metadata_of(sample) or {}).get(field_name))
-    try:
-        return [decode_text(sample[extension])] if extension in sample else []
-    except UnicodeDecodeError:
-        return []
 
 
 def strings(value: Any) -> list[str]:
@@ -155,10 +170,7 @@ def as_list(value: Any) -> list[Any]:
 
 def metadata_of(sample: Mapping[str, Any]) -> dict[str, Any] | None:
     """The sample's JSON member, {} if it has none; None if that is no JSON object."""
-    try:
-        value = json.loads(sample["json"]) if "json" in sample else {}
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, JSON nested beyond reason
-        return None
+    value = load_json(sample["json"]) if "json" in sample else {}
     return value if isinstance(value, dict) else None
 
 

@@ -3,20 +3,18 @@
 A source (data/sources.py) gives entries. `build_index` writes them to a file, with an array's row
 for each: a worker reads any of them by its number, and nobody holds a data set's captions in
 memory. Entries of one image (rows of a table) are one sample, which has the captions of all.
-`read_parts` and `read_captions` then read an entry; `explain` says what lies where something is
-missing.
+`read_parts` then reads an entry; `explain` says what lies where something is missing.
 """
 
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import stat
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +22,9 @@ from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
-from fsspec.utils import infer_compression
 from PIL import Image
 
-from data.captions import as_list, clean_caption
-from data.files import decode_text, errors_naming
+from data.files import errors_naming, load_json
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
 from data.tar import NOBODY, one_form, scan_tar
@@ -39,8 +35,6 @@ from data.transforms import FORMATS, HEIF_KEYS, IMAGE_KEYS, WITHOUT_SIGNATURE, d
 INDEX_ROW = np.dtype(
     [("begin", "<i8"), ("end", "<i8"), ("image", "<i8"), ("repeated", "?"), ("faulty", "?")]
 )
-# how bytes that are not UTF-8 were decoded ("surrogateescape")
-ESCAPED_BYTES = re.compile("[\udc80-\udcff]")
 # else the format's name
 FORMAT_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}
 # what only TIFFs have whose first picture is a preview: camera raws
@@ -83,37 +77,6 @@ def clean_key(name: str) -> str:
     return "/".join(parts) or "_"
 
 
-def load_json(data: str | bytes, strict: bool = False) -> Any:
-    """Parsed JSON, NaN and infinite numbers as None; None if it is none, or nested too deeply.
-
-    strict: also None if an object names a field twice, of which JSON's readers keep the last.
-    """
-    if isinstance(data, bytes):
-        data = decode_text(data, "surrogateescape")
-    pairs = _without_repeats if strict else None
-    try:
-        return json.loads(
-            data,
-            parse_constant=lambda name: None,
-            parse_float=_finite,
-            object_pairs_hook=pairs,
-        )
-    except (ValueError, RecursionError):
-        return None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field occurs twice")
-    return fields
-
-
-def _finite(text: str) -> float | None:
-    number = float(text)
-    return number if math.isfinite(number) else None
-
-
 # -------------------------------------------------------------------------------------------- index
 
 
@@ -152,8 +115,9 @@ def first_equals(digests: np.ndarray) -> np.ndarray:
     return firsts[numbers]
 
 
-def read_entry(index: BinaryIO, number: int, row: np.void) -> Entry:
+def read_entry(index: BinaryIO, rows: np.ndarray, number: int) -> Entry:
     """Entry `number` of an open index; a key that an earlier entry has ends in "+number"."""
+    row = rows[number]
     index.seek(row["begin"])
     entry = Entry(**load_json(index.read(row["end"] - row["begin"])))
     return replace(entry, key=f"{entry.key}+{number}") if row["repeated"] else entry
@@ -227,58 +191,6 @@ def no_image(path: str) -> str:
     return f"no image: {ending if is_usual else 'unusual ending' if ending else 'no ending'}"
 
 
-def read_metadata(entry: Entry, parts: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """What the source knows of a sample beside captions; None: its JSON holds no object."""
-    if entry.captions is not None:
-        return entry.metadata
-    content = load_json(parts["json"]) if "json" in parts else {}
-    return content if isinstance(content, dict) else None
-
-
-def read_captions(
-    entry: Entry,
-    parts: Mapping[str, bytes],
-    metadata: Mapping[str, Any] | None,
-    keys: Sequence[str],
-) -> tuple[list[str], list[str]]:
-    """Captions of the first of `keys` that has any, cleaned; why others are of no use.
-
-    Without any caption there is at least one reason.
-    """
-    candidates = [entry.captions]
-    if entry.captions is None:
-        candidates = [_values_at(key, parts, metadata or {}) for key in keys]
-    captions, reasons = [], []
-    for values in candidates:
-        faults = list(map(_caption_fault, values))
-        reasons += filter(None, faults)
-        pairs = zip(values, faults, strict=True)
-        captions = [clean_caption(value) for value, fault in pairs if fault is None]
-        if captions:
-            break
-    if not captions and not reasons:
-        reasons.append("caption: missing" if metadata is not None else "json: unreadable")
-    return captions, reasons
-
-
-def _values_at(key: str, parts: Mapping[str, bytes], metadata: Mapping[str, Any]) -> list[Any]:
-    extension, _, name = key.partition(":")
-    if name:
-        return as_list(metadata.get(name))
-    return [decode_text(parts[extension], "surrogateescape")] if extension in parts else []
-
-
-def _caption_fault(value: Any) -> str | None:
-    """Why a value of the source is no caption."""
-    if value is None:
-        return "caption: missing"
-    if not isinstance(value, str):
-        return "caption: no text"
-    if ESCAPED_BYTES.search(value):
-        return "caption: not UTF-8"
-    return None if clean_caption(value) else "caption: missing"
-
-
 # -------------------------------------------------------------------------------------- explanation
 
 
@@ -338,24 +250,20 @@ def list_samples(path: str) -> tuple[list[tuple[str, int, int]], list[tuple[str,
     has; reads headers only.
 
     Raises:
-        ValueError: truncated, or no tar.
+        ShardError: truncated, or no tar.
     """
     samples, strays, begin = [], [], 0
-    try:
-        with open_shard(path) as file:
-            for key, _, end in scan_tar(file, path, reader=NOBODY, strays=strays):
-                samples.append((key, begin, end))
-                begin = end
-    except ShardError as error:
-        # a ShardError cannot be passed on by a worker: it does not pickle
-        raise ValueError(str(error)) from None
+    with open_shard(path) as file:
+        for key, _, end in scan_tar(file, path, reader=NOBODY, strays=strays):
+            samples.append((key, begin, end))
+            begin = end
     return samples, strays
 
 
 def _read_span(path: str, begin: int, end: int) -> dict[str, bytes]:
-    with _opened(path) as file:
-        file.seek(begin)
-        data = file.read(end - begin)
+    file = _opened(path, os.getpid(), os.stat(path).st_mtime_ns)
+    file.seek(begin)
+    data = file.read(end - begin)
     with_end_mark = io.BytesIO(data + bytes(1024))
     try:
         _, parts, _ = next(scan_tar(with_end_mark, path))
@@ -365,17 +273,11 @@ def _read_span(path: str, begin: int, end: int) -> dict[str, bytes]:
     return parts
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
-    """A tar to seek in. One that is unpacked, always from its start, is kept open."""
-    if infer_compression(path):
-        yield _unpacking(path, os.getpid())
-    else:
-        with open(path, "rb", buffering=0) as file:
-            yield file
-
-
 @lru_cache(maxsize=1)
-def _unpacking(path: str, process: int) -> BinaryIO:
-    """process: its id; a file that a parent has opened would move under its children."""
-    return fsspec.open(path, compression="infer").open()
+def _opened(path: str, process: int, changed: int) -> BinaryIO:
+    """A tar to seek in, kept open: one that is compressed is always unpacked from its start.
+
+    process: its id; a file that a parent has opened would move under its children. changed: when
+    the tar was.
+    """
+    return fsspec.filesystem("file").open(path, compression="infer")

@@ -3,8 +3,8 @@
 A killed process leaves the old file or the new one.
 """
 
-import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 # --------------------------------------------------------------------------------------- text files
 
@@ -27,6 +27,33 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
         return data.decode(json.detect_encoding(data))
     except UnicodeDecodeError:
         return data.decode("utf-8", errors)
+
+
+def load_json(data: str | bytes, strict: bool = False) -> Any:
+    """Parsed JSON, NaN and infinite numbers as None; None if it is none, or nested too deeply.
+
+    strict: also None if an object names a field twice, of which JSON's readers keep the last.
+    """
+    if isinstance(data, bytes):
+        data = decode_text(data, "surrogateescape")
+    hook = _without_repeats if strict else None
+    try:
+        return json.loads(data, parse_constant=_finite, parse_float=_finite, object_pairs_hook=hook)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
+
+
+def _finite(text: str) -> float | None:
+    """A number, or NaN or Infinity, as JSON spells it."""
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def read_text_file(path: str | Path) -> str:
@@ -44,14 +71,6 @@ def read_text_file(path: str | Path) -> str:
     if "\0" in text:
         raise ValueError(f"{path} is no text: it holds zeros")
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def open_text(path: str | Path, newline: str, encoding: str | None = None) -> TextIO:
-    """A text file of any length; encoding None: UTF-8, -16 or -32, as its first bytes say."""
-    if encoding is None:
-        with open(path, "rb") as file:
-            encoding = json.detect_encoding(file.read(4))
-    return open(path, encoding=encoding, newline=newline)
 
 
 def not_decodable(path: str | Path, encoding: str) -> str:
@@ -87,18 +106,6 @@ def errors_naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-class NamingFile(io.FileIO):
-    """A file to write to, whose errors name another: the one that it will be."""
-
-    def __init__(self, path: Path, name: str | Path):
-        super().__init__(path, "wb")
-        self._name = name
-
-    def write(self, data: Any) -> int | None:
-        with errors_naming(self._name):
-            return super().write(data)
-
-
 @contextmanager
 def written_whole(path: str | Path, writer: str = "") -> Iterator[BinaryIO]:
     """A file to write to, which gets its name once the block ends without an error.
@@ -110,7 +117,7 @@ def written_whole(path: str | Path, writer: str = "") -> Iterator[BinaryIO]:
     """
     partial = Path(f"{path}{writer and f'.{writer}'}.tmp")
     try:
-        with errors_naming(path), io.BufferedWriter(NamingFile(partial, path)) as file:
+        with errors_naming(path), open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

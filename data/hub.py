@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,7 +25,15 @@ from data.entries import Entry, clean_key, digest_of
 from data.files import written_whole
 from data.packing import PROGRESS_FOLDER
 from data.processes import map_in_processes
-from data.sources import CAPTION_KEYS, DEFAULT_KEYS, file_path, is_tar_name, source, tar_entries
+from data.sources import (
+    CAPTION_KEYS,
+    DEFAULT_KEYS,
+    SOURCES,
+    SourceKind,
+    file_path,
+    is_tar_name,
+    tar_entries,
+)
 from data.storage import (
     CONTENT_FIELDS,
     REMOTE_BUFFER,
@@ -36,7 +45,6 @@ from data.storage import (
 from data.tables import Columns, find_columns, read_rows
 from data.tar import write_shard
 
-COPIES_FOLDER = "copies"
 STATE_FIELDS = ("size", *CONTENT_FIELDS, *TIME_FIELDS, "mtime")  # what a store says of a file
 # words in file names; without any of them, all files are of the split "train"
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
@@ -51,16 +59,6 @@ class HubFile:
     name: str  # below the data set's root
     size: int  # bytes
     state: str  # another text once it has changed
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A job for a worker: make a tar of a file. columns: of a parquet file, None: it is a tar."""
-
-    file: HubFile
-    target: Path
-    columns: Columns | None
-    part: int  # of the Slurm array; distinguishes unfinished files of parts that work side by side
 
 
 # ------------------------------------------------------------------------------------------- source
@@ -80,15 +78,36 @@ def dataset_name(text: str) -> str:
 
 def local_files(options: argparse.Namespace) -> list[str]:
     """The files of a data set in a folder. Remote ones may change once they are copied."""
-    if not os.path.isdir(options.dataset):
-        return []
-    found = list_files(options.dataset, options.revision)
-    chosen = choose_files(found, options.split, options.files, options.dataset)
-    return [file.path for file in chosen]
+    is_local = os.path.isdir(options.dataset)
+    return [file.path for file in choose_files(options)] if is_local else []
 
 
-@source(
-    "hub",
+def hub_entries(options: argparse.Namespace) -> Iterator[Entry]:
+    """Rows of parquet files or samples of tars, in the order of the files' names.
+
+    Raises:
+        ValueError: a data set, split or column that is not there or could be several, a file that
+            cannot be read, a disk without room for the copies.
+    """
+    dataset, output = options.dataset, Path(options.output)
+    found = choose_files(options)
+    columns = None
+    if is_parquet(found[0].name):
+        if tuple(options.caption_keys) != DEFAULT_KEYS:
+            raise ValueError(f"caption_keys: {dataset} has parquet files: see --caption-column")
+        columns = find_columns(found[0].path, options.image_column, options.caption_column)
+    elif options.image_column or options.caption_column:
+        raise ValueError(f"image_column, caption_column: {dataset} has tars: see --caption-keys")
+
+    # what has to be copied; each part of a Slurm array begins at another file
+    tars = [tar_of(file, columns, output) for file in found]
+    missing = [pair for pair in zip(found, tars, strict=True) if not pair[1].exists()]
+    begin = options.shard_index * len(missing) // options.num_shards
+    make_copies([*missing[begin:], *missing[:begin]], columns, options)
+    yield from tar_entries([str(tar) for tar in tars], options.workers)
+
+
+SOURCES["hub"] = SourceKind(
     "a data set by its id on the hub: parquet with images in a column, or webdataset tars",
     {
         "dataset": {
@@ -103,42 +122,9 @@ def local_files(options: argparse.Namespace) -> list[str]:
         "--caption-column": {"metavar": "NAME", "help": "of parquet: text, or a list of texts"},
     }
     | CAPTION_KEYS,
+    hub_entries,
     files=local_files,
 )
-def hub_entries(
-    dataset: str,
-    split: str,
-    revision: str | None,
-    files: str | None,
-    image_column: str | None,
-    caption_column: str | None,
-    caption_keys: Sequence[str],
-    output: str,
-    workers: int,
-    shard_index: int,
-    num_shards: int,
-) -> Iterator[Entry]:
-    """Rows of parquet files or samples of tars, in the order of the files' names.
-
-    Raises:
-        ValueError: a data set, split or column that is not there or could be several, a file that
-            cannot be read, a disk without room for the copies.
-    """
-    found = choose_files(list_files(dataset, revision), split, files, dataset)
-    columns = None
-    if is_parquet(found[0].name):
-        if tuple(caption_keys) != DEFAULT_KEYS:
-            raise ValueError(f"caption_keys: {dataset} has parquet files: see --caption-column")
-        columns = find_columns(found[0].path, image_column, caption_column)
-    elif image_column or caption_column:
-        raise ValueError(f"image_column, caption_column: {dataset} has tars: see --caption-keys")
-
-    # what has to be copied; each part of a Slurm array begins at another file
-    copies = [plan_copy(file, columns, Path(output), shard_index) for file in found]
-    missing = [copy for copy in copies if not copy.target.exists()]
-    begin = shard_index * len(missing) // num_shards
-    make_copies([*missing[begin:], *missing[:begin]], Path(output), workers)
-    yield from tar_entries([str(copy.target) for copy in copies], workers)
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -172,24 +158,26 @@ def list_files(dataset: str, revision: str | None) -> list[HubFile]:
     return files
 
 
-def choose_files(
-    files: Sequence[HubFile], split: str, pattern: str | None, dataset: str
-) -> list[HubFile]:
-    """The parquet files or the tars of a split, or those that fit a pattern.
+def choose_files(options: argparse.Namespace) -> list[HubFile]:
+    """The data set's parquet files or tars, those of a split, or those that fit a pattern.
 
     Raises:
-        ValueError: none, or files of both kinds.
+        ValueError: as by list_files; none, or files of both kinds.
     """
+    dataset, split, pattern = options.dataset, options.split, options.files
+    files = list_files(dataset, options.revision)
     usable = [file for file in files if is_parquet(file.name) or is_tar_name(file.name)]
     if not usable:
         endings = Counter(os.path.splitext(file.name)[1] or file.name for file in files)
         there = ", ".join(f"{name} ({count})" for name, count in endings.most_common(NUM_NAMES))
         raise ValueError(f"{dataset}: expected parquet files or tars, found {there or 'no file'}")
+    fault = "has no such file"
     if pattern is not None:
-        given, fault = f"files: given {pattern!r}", "has no such file"
+        given = f"files: given {pattern!r}"
         chosen = [file for file in usable if fnmatch.fnmatchcase(file.name, pattern)]
     else:
-        given, fault = f"split: given {split!r}", "has no such file"
+        # a split is a word in a name; without any such word, all files are for training
+        given = f"split: given {split!r}"
         words = [{*re.split(r"[\W_]+", file.name.lower())} for file in usable]
         chosen = [file for file, own in zip(usable, words, strict=True) if split.lower() in own]
         without = sum(not own & {split.lower(), *SPLITS} for own in words)
@@ -215,57 +203,57 @@ def is_parquet(name: str) -> bool:
 
 def copies_folder(output: Path) -> Path:
     """Where the copies of an output folder's source lie."""
-    return output / PROGRESS_FOLDER / COPIES_FOLDER
+    return output / PROGRESS_FOLDER / "copies"
 
 
-def plan_copy(file: HubFile, columns: Columns | None, output: Path, part: int) -> Copy:
-    """Where a file is copied to; a local tar stays where it is.
+def tar_of(file: HubFile, columns: Columns | None, output: Path) -> Path:
+    """Where a file is copied to; a local tar stays where it is. columns: None: it is a tar.
 
     The name is another one for another state of the file, or for other columns of it.
     """
-    name = os.path.basename(file.name)
     if columns is None and not is_remote(file.path):
-        return Copy(file, Path(file.path), columns, part)
+        return Path(file.path)
+    name = os.path.basename(file.name) + ("" if columns is None else ".tar")
     digest = digest_of(repr((file, columns)).encode("utf-8", "surrogateescape")).hex()[:12]
-    target = copies_folder(output) / f"{digest}-{name if columns is None else f'{name}.tar'}"
-    return Copy(file, target, columns, part)
+    return copies_folder(output) / f"{digest}-{name}"
 
 
-def make_copies(copies: Sequence[Copy], output: Path, workers: int) -> None:
+def make_copies(
+    missing: Sequence[tuple[HubFile, Path]], columns: Columns | None, options: argparse.Namespace
+) -> None:
     """Copy in several processes, with a progress bar.
 
     Raises:
         ValueError: there is no room for them, or a file cannot be read.
     """
-    total = sum(copy.file.size for copy in copies)
-    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    total = sum(file.size for file, _ in missing)
+    output, free = Path(options.output), shutil.disk_usage(options.output).free
     if total > free:
         raise ValueError(
             f"output: {output} has {free / 1e9:.1f} GB free, expected {total / 1e9:.1f} GB for a "
             "copy of the data set, and as much again for its shards"
         )
-    if copies:
+    if missing:
         copies_folder(output).mkdir(parents=True, exist_ok=True)
         with tqdm(desc="copying", total=total, unit="B", unit_scale=True) as progress:
-            for size in map_in_processes(make_copy, copies, min(workers, len(copies))):
+            copy = partial(make_copy, columns, options.shard_index)
+            for size in map_in_processes(copy, missing, min(options.workers, len(missing))):
                 progress.update(size)
 
 
-def make_copy(copy: Copy) -> int:
-    """Write a copy whole, unless another part has by now; returns the bytes of its file."""
-    if not copy.target.exists():
-        own = copy.target.with_name(f"{copy.part}-{copy.target.name}")
-        if copy.columns is None:
-            with open_file(copy.file.path) as tar, written_whole(own) as file:
-                shutil.copyfileobj(tar, file, REMOTE_BUFFER)
+def make_copy(columns: Columns | None, part: int, job: tuple[HubFile, Path]) -> int:
+    """Write the tar of a file whole, unless another part has by now; returns the file's bytes.
+
+    part: of the Slurm array; distinguishes unfinished tars of parts that work side by side.
+    """
+    file, target = job
+    if not target.exists():
+        own = target.with_name(f"{part}-{target.name}")
+        if columns is None:
+            with open_file(file.path) as tar, written_whole(own) as copy:
+                shutil.copyfileobj(tar, copy, REMOTE_BUFFER)
         else:
-            prefix = clean_key(os.path.splitext(copy.file.name)[0])
-            write_shard(own, read_rows(copy.file.path, copy.columns, prefix))
-        os.replace(own, copy.target)
-    return copy.file.size
-
-
-def remove_copies(output: Path) -> None:
-    """Free their disk space, once the shards are there."""
-    shutil.rmtree(copies_folder(output), ignore_errors=True)
+            prefix = clean_key(os.path.splitext(file.name)[0])
+            write_shard(own, read_rows(file.path, columns, prefix))
+        os.replace(own, target)
+    return file.size

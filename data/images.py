@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +53,7 @@ class ImageTextConfig(ReaderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        is_colour = len(self.background) == 3 and all(
-            0 <= value <= 255 for value in self.background
-        )
+        is_colour = len(self.background) == 3 and {*self.background} <= {*range(256)}
         check_fields(
             self,
             flip_probability=(0 <= self.flip_probability <= 1, "0..1"),
@@ -168,19 +166,11 @@ def collate_views(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> d
     return {"members": members, **collate_images(tokenize, samples)}
 
 
-class ShardEnd(NamedTuple):
-    """What was read of a shard: images, {reason: samples skipped} and {reason: the first one}."""
-
-    num_images: int
-    skipped: dict[str, int]
-    first: dict[str, str]
-
-
 @dataclass
 class EncodingReader(IterableDataset):
-    """Items of this worker's shards: {"shard": index} and a batch; after each {"shard", "end"}.
+    """Items of this worker's shards: {"shard": index} and a batch; after each its end.
 
-    "end": a ShardEnd.
+    The end: {"shard", "num_images", "skipped": {reason: samples}, "first": {reason: sample}}.
     """
 
     sources: Sequence[Source]
@@ -200,7 +190,8 @@ class EncodingReader(IterableDataset):
                 for batch in read_batches(shard, collate, self.batch_size, counter):
                     num_read += len(batch["key"])
                     yield {"shard": index, **batch}
-            yield {"shard": index, "end": ShardEnd(num_read, dict(counter.skipped), counter.first)}
+            skipped = {"skipped": dict(counter.skipped), "first": counter.first}
+            yield {"shard": index, "num_images": num_read, **skipped}
 
 
 def build_encoding_loader(

@@ -8,22 +8,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data.entries import (
-    Entry,
-    digest_of,
-    explain,
-    read_captions,
-    read_entry,
-    read_metadata,
-    read_parts,
-)
+from data.captions import find_captions, metadata_of, values_at
+from data.entries import Entry, digest_of, explain, read_entry, read_parts
 from data.files import written_whole
 from data.filters import FilterConfig
 from data.samples import BadSample, members_of
@@ -118,15 +110,22 @@ def read_texts(
 ) -> tuple[dict[str, bytes], dict[str, Any] | None, list[str], Unused]:
     """(parts that had to be read, metadata, captions that the filters want, what is not used).
 
-    Without a caption, the first of what is not used says why. Metadata as by read_metadata.
+    Without a caption, the first of what is not used says why. Metadata: what the source knows of a
+    sample beside captions; None: its JSON holds no object.
 
     Raises:
         BadSample: as read_parts does.
     """
     # captions that are known need no file
-    parts = {} if entry.captions is not None else read_parts(entry)
-    metadata = read_metadata(entry, parts)
-    captions, reasons = read_captions(entry, parts, metadata, config.caption_keys)
+    if entry.captions is not None:
+        parts, metadata, candidates = {}, entry.metadata, [entry.captions]
+    else:
+        parts = read_parts(entry)
+        metadata = metadata_of(parts)
+        candidates = (values_at(parts, key) for key in config.caption_keys)
+    captions, reasons = find_captions(candidates)
+    if not captions and not reasons:
+        reasons = ["json: unreadable" if metadata is None else "caption: missing"]
     unused = [(reason, entry) for reason in reasons]
     wanted = []
     for caption in captions:
@@ -176,10 +175,9 @@ class Task:
     output: Path
     part: int  # of the Slurm array; distinguishes unfinished files of parts that work side by side
     config: SampleConfig
-    numbers: np.ndarray  # of each sample's first entry, in the order of the shard
-    rows: np.ndarray  # theirs in the index
-    num_others: np.ndarray  # further entries of each sample, whose captions it gets
-    others: np.ndarray  # theirs in the index, sample by sample
+    # of each sample, in the order of the shard, its entries in the index: the first one, then those
+    # whose captions it gets
+    numbers: list[list[int]]
     states: np.ndarray  # UNCHECKED, USABLE or DUPLICATE
 
     @property
@@ -205,13 +203,10 @@ class Task:
 
     def samples(self) -> Iterator[tuple[list[Entry], int]]:
         """(entries, state) of each."""
+        rows = np.load(rows_path(self.output), mmap_mode="r")
         with open(index_path(self.output), "rb") as index:
-            others = iter(self.others)
-            samples = zip(self.numbers, self.rows, self.num_others, self.states, strict=True)
-            for number, row, count, state in samples:
-                first = read_entry(index, number, row)
-                rest = [read_entry(index, 0, other) for other in islice(others, count)]
-                yield [first, *rest], state
+            for numbers, state in zip(self.numbers, self.states, strict=True):
+                yield [read_entry(index, rows, number) for number in numbers], state
 
     def is_finished(self) -> bool:
         """Whether its record and its shard are there, the shard with all its bytes."""
@@ -238,6 +233,7 @@ def write_task(task: Task) -> int:
     """Write a shard, then its record; returns how many samples were read."""
     dropped, unused = Reasons(), Reasons()
 
+    # counted while the shard is written, so that few samples are in memory
     def samples() -> Iterator[dict[str, Any]]:
         for entries, state in task.samples():
             try:
@@ -255,6 +251,7 @@ def write_task(task: Task) -> int:
     kept = write_shard(task.tar, samples())
     if not kept:
         task.tar.unlink()
+    # the record last, as a sign that the shard is whole
     record = {
         "read": len(task.numbers),
         "kept": kept,
@@ -287,3 +284,8 @@ def digest_task(task: Task) -> int:
 
 def index_path(output: Path) -> Path:
     return output / PROGRESS_FOLDER / "index.jsonl"
+
+
+def rows_path(output: Path) -> Path:
+    """INDEX_ROW of each entry in the index."""
+    return index_path(output).with_name("index.npy")

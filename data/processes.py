@@ -9,8 +9,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import islice
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,16 @@ def map_in_processes(
                 f"processes cannot be started ({error.strerror}): use 1, or give the container a "
                 "larger /dev/shm (docker run --shm-size=8g)"
             ) from error
-        waiting: deque[Future] = deque()
+        items, submit = iter(items), partial(pool.submit, _through_a_file, folder, function)
         try:
-            for item in items:
-                waiting.append(pool.submit(partial(_through_a_file, folder, function), item))
-                # no more than can be worked on: the items may be many
-                if len(waiting) == 2 * workers:
-                    yield _answer(waiting.popleft())
+            # no more than can be worked on: the items may be many
+            waiting = deque(map(submit, islice(items, 2 * workers)))
             while waiting:
-                yield _answer(waiting.popleft())
+                answer = Path(waiting.popleft().result())
+                result = pickle.loads(answer.read_bytes())
+                answer.unlink()
+                yield result
+                waiting.extend(map(submit, islice(items, 1)))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -70,10 +72,3 @@ def _through_a_file(folder: str, function: Callable[[Any], Any], item: Any) -> s
     with errors_naming(path):
         path.write_bytes(result)
     return str(path)
-
-
-def _answer(future: Future) -> Any:
-    path = Path(future.result())
-    result = pickle.loads(path.read_bytes())
-    path.unlink()
-    return result

@@ -48,6 +48,8 @@ DATA_SETTINGS = ("seed", "num_sources", "num_shards", "shard_names_crc32")
 # BadSample
 Decode = Callable[[dict[str, Any], SampleDraws | None], dict[str, Any]]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+# a sample as its tar has it, or why all that a shard did not give is missing
+Raw = dict[str, Any] | ShardError
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,6 @@ class Position(NamedTuple):
     shard: int = 0  # index in the reader's shards of the epoch
     offset: int = 0  # byte in that shard
     ordinal: int = 0  # samples that lie before it in the epoch, other readers' included
-
-
-class Fault(NamedTuple):
-    """In place of the raw samples that a shard did not give."""
-
-    reason: str
-    message: str
 
 
 # ------------------------------------------------------------------------------------------- stream
@@ -108,20 +103,19 @@ class ShardStream(IterableDataset):
 
     def __post_init__(self):
         assert self.batch_size > 0 and 0 <= self.rank < self.num_processes
-        names = "\n".join(os.path.basename(p) for source in self.sources for p in source.shards)
-        self._names_crc32 = zlib.crc32(names.encode("utf-8", "surrogateescape"))
-        self._first_epochs = [0] * len(self.sources)
-        self._start_over()
+        self.start_over([0] * len(self.sources))
 
-    def _start_over(self) -> None:
+    def start_over(self, epochs: Sequence[int]) -> None:
+        """Begin the sources at these epochs, with every iter() that continues no saved position."""
+        self._first_epochs = epochs
         self._drawn = 0  # samples handed out by this reader
-        self._positions = [Position(epoch=epoch) for epoch in self._first_epochs]
+        self._positions = [Position(epoch=epoch) for epoch in epochs]
         self._resumed = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # not a generator itself: the state before the first batch must already be the right one
         if not self._resumed:
-            self._start_over()
+            self.start_over(self._first_epochs)
         self._resumed = False
         return self._batches(self._drawn, self._positions)
 
@@ -130,11 +124,12 @@ class ShardStream(IterableDataset):
 
         The shards' names count, not their folder: the data may be moved.
         """
+        names = [os.path.basename(path) for source in self.sources for path in source.shards]
         return {
             "seed": self.seed,
             "num_sources": len(self.sources),
-            "num_shards": sum(len(source.shards) for source in self.sources),
-            "shard_names_crc32": self._names_crc32,
+            "num_shards": len(names),
+            "shard_names_crc32": zlib.crc32("\n".join(names).encode("utf-8", "surrogateescape")),
             "rank": self.rank,
             "num_processes": self.num_processes,
             "num_workers": num_workers,
@@ -143,54 +138,22 @@ class ShardStream(IterableDataset):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out, and the settings that it is good for."""
+        """The position after the last batch handed out."""
         positions = [position._asdict() for position in self._positions]
-        return {"drawn": self._drawn, "positions": positions, **self._reader_settings()}
+        return {"drawn": self._drawn, "positions": positions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there at the next iter().
-
-        Raises:
-            ValueError: a state that was saved under other settings.
-        """
-        check_settings(state, self._reader_settings())
+        """Continue there at the next iter(). The settings have to be those of then: ShardLoader."""
         self._drawn = state["drawn"]
         self._positions = [Position(**position) for position in state["positions"]]
         self._resumed = True
 
-    def start_next_epoch(self, states: Sequence[Any]) -> list[int]:
-        """Begin each source at the epoch after the last one that these states have begun.
-
-        For another number of readers or another batch size, which would cut an epoch in other
-        parts: the rest of the epoch is left out, and no sample is seen twice in one. Returns the
-        epochs.
-
-        Raises:
-            ValueError: states of other data.
-        """
-        found = [state for each in states for state in _stream_states(each)]
-        settings = {name: self.settings(1)[name] for name in DATA_SETTINGS}
-        for state in found:
-            check_settings(state, settings)
-        epochs = [[position["epoch"] for position in state["positions"]] for state in found]
-        if epochs:
-            self._first_epochs = [max(each) + 1 for each in zip(*epochs, strict=True)]
-        self._start_over()
-        return self._first_epochs
-
-    def _place(self) -> tuple[int, int]:
-        """(number of this reader, number of readers)."""
+    def _batches(self, drawn: int, positions: list[Position]) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        return self.rank * num_workers + worker, self.num_processes * num_workers
-
-    def _reader_settings(self) -> dict[str, Any]:
-        reader, readers = self._place()
-        return {**self.settings(readers // self.num_processes), "reader": reader}
-
-    def _batches(self, drawn: int, positions: list[Position]) -> Iterator[dict[str, Any]]:
-        reader, readers = self._place()
+        reader, readers = self.rank * num_workers + worker, self.num_processes * num_workers
         counter = SampleCounter(self.max_bad_share, f"reader {reader} of {readers}")
+        # one endless reader of each source, of which the draws take the next sample
         samples = [
             SourceReader(
                 source, self.seed, index, reader, readers, self.shuffle_buffer, counter
@@ -243,17 +206,12 @@ class SourceReader:
             epoch, kinds = start.epoch, set()
             for raw, position in self._read_epoch(start):
                 kinds.add(type(raw))
-                draws = (
-                    None
-                    if isinstance(raw, Fault)
-                    else SampleDraws(self.seed, epoch, raw["__key__"])
-                )
-                sample = _decoded(raw, draws, self.source, self.counter)
+                sample = _decoded(raw, self.source, self.counter, (self.seed, epoch))
                 if sample is not None:
                     usable += 1
                     yield sample, position
             # an epoch of lost shards is forgiven: in the next one this reader has others
-            lost_epochs = lost_epochs + 1 if kinds == {Fault} else 0
+            lost_epochs = lost_epochs + 1 if kinds == {ShardError} else 0
             if not usable and lost_epochs in (0, LOST_EPOCHS):
                 raise ValueError(
                     f"reader {self.reader} of {self.readers} found no usable sample in epoch "
@@ -269,7 +227,7 @@ class SourceReader:
             return self.seed
         return int(np.random.SeedSequence((self.seed, self.index, 3)).generate_state(1)[0])
 
-    def _read_epoch(self, position: Position) -> Iterator[tuple[dict[str, Any] | Fault, Position]]:
+    def _read_epoch(self, position: Position) -> Iterator[tuple[Raw, Position]]:
         """(raw sample, position after it) to the end of the epoch, shuffled in blocks."""
         epoch, consumed, *start = position
         block_size = max(self.shuffle_buffer, 1)
@@ -293,7 +251,7 @@ class SourceReader:
 
     def _read_shards(
         self, epoch: int, first: int, offset: int, ordinal: int
-    ) -> Iterator[tuple[dict[str, Any] | Fault, tuple[int, int, int]]]:
+    ) -> Iterator[tuple[Raw, tuple[int, int, int]]]:
         """(raw sample, (shard, offset, ordinal) after it), in the order of the tars."""
         shards = self.source.shards
         order = np.random.default_rng((self._order_seed(), epoch)).permutation(len(shards))
@@ -312,7 +270,7 @@ class SourceReader:
 
 def _scan(
     path: str, offset: int = 0, ordinal: int = 0, reader: int = 0, readers: int = 1
-) -> Iterator[tuple[dict[str, Any] | Fault | None, int | None]]:
+) -> Iterator[tuple[Raw | None, int | None]]:
     """Samples and ends as by scan_tar; all that could not be read is one more, without an end."""
     keys = set()
     try:
@@ -327,16 +285,20 @@ def _scan(
                 yield sample, end
     except ShardError as error:
         is_mine = ordinal % readers == reader
-        yield (Fault(f"shard: {error.reason}", str(error)) if is_mine else None), None
+        yield (error.with_traceback(None) if is_mine else None), None
 
 
 def _decoded(
-    raw: dict[str, Any] | Fault, draws: SampleDraws | None, source: Source, counter: SampleCounter
+    raw: Raw, source: Source, counter: SampleCounter, seeds: tuple[int, int] | None = None
 ) -> dict[str, Any] | None:
-    """The decoded sample, or None for one that is skipped; counted either way."""
-    if isinstance(raw, Fault):
-        counter.skip(raw.message, raw.reason)
+    """The decoded sample, or None for one that is skipped; counted either way.
+
+    seeds: (seed, epoch) of what is drawn for it; None: nothing is.
+    """
+    if isinstance(raw, ShardError):
+        counter.skip(str(raw), f"shard: {raw.reason}")
         return None
+    draws = SampleDraws(*seeds, raw["__key__"]) if seeds else None
     try:
         sample = source.decode(raw, draws)
     except BadSample as error:
@@ -387,7 +349,7 @@ def read_batches(
     raws = ((source, raw) for source in sources for path in source.shards for raw, _ in _scan(path))
     for source, raw in raws if limit != 0 else ():
         # bad samples do not count towards the limit
-        sample = _decoded(raw, None, source, counter)
+        sample = _decoded(raw, source, counter)
         if sample is None:
             continue
         # only now, so that the last batch also counts the bad samples after it
@@ -424,18 +386,34 @@ class ShardLoader(StatefulDataLoader):
         super().load_state_dict(state)
 
     def start_next_epoch(self, states: Sequence[dict[str, Any]]) -> list[int]:
-        """Continue with the epoch after those of other loaders' states, see ShardStream."""
-        return self.dataset.start_next_epoch(states)
+        """Begin each source at the epoch after the last one that these loaders' states have begun.
+
+        For another number of readers or another batch size, which would cut an epoch in other
+        parts: the rest of the epoch is left out, and no sample is seen twice in one. Returns the
+        epochs.
+
+        Raises:
+            ValueError: states of other data.
+        """
+        own = self.dataset.settings(self.num_workers)
+        for state in states:
+            check_settings(state.get("settings", {}), {name: own[name] for name in DATA_SETTINGS})
+        positions = [found for state in states for found in _positions_in(state)]
+        epochs = [[position["epoch"] for position in found] for found in positions]
+        firsts = [max(each) + 1 for each in zip(*epochs, strict=True)]
+        firsts = firsts or [0] * own["num_sources"]
+        self.dataset.start_over(firsts)
+        return firsts
 
 
-def _stream_states(state: Any) -> Iterator[dict[str, Any]]:
-    """The states of the streams in a loader's state, which nests them by worker."""
+def _positions_in(state: Any) -> Iterator[list[dict[str, int]]]:
+    """The positions of each stream in a loader's state, which nests them by worker."""
     if isinstance(state, dict):
-        if "positions" in state and "drawn" in state:
-            yield state
+        if "positions" in state:
+            yield state["positions"]
         else:
             for value in state.values():
-                yield from _stream_states(value)
+                yield from _positions_in(value)
 
 
 def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False) -> ShardLoader:

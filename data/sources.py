@@ -1,14 +1,11 @@
 """Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in their own order.
 
-A source is a generator of data.entries.Entry, registered with its command-line arguments and the
-files that it is read from. To add one, write its function here: that also makes it a sub-command of
-scripts/make_shards.py. Its parameters have the arguments' names; it may also take `workers`, the
-number of processes, and `output`, the folder of the shards. All that can be checked at once is
-checked before its first entry.
+A source is a generator of data.entries.Entry. To add one, write its function here, which takes the
+command line's options, and put it into SOURCES with its arguments: that makes it a sub-command of
+scripts/make_shards.py. All that can be checked at once is checked before its first entry.
 """
 
 import argparse
-import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,10 +20,9 @@ from data.entries import (
     file_stamp,
     image_extension,
     list_samples,
-    load_json,
     no_image,
 )
-from data.files import read_text_file, user_path
+from data.files import load_json, read_text_file, user_path
 from data.processes import map_in_processes
 from data.storage import is_remote
 from data.tables import encoding, open_table, separator
@@ -48,39 +44,12 @@ class SourceKind:
 
     text: str
     arguments: Arguments
-    entries: Callable[..., Iterator[Entry]]
+    entries: Callable[[argparse.Namespace], Iterator[Entry]]
     # the files that it is read from, except the images that entries name
-    files: Callable[[argparse.Namespace], Iterable[str]]
+    files: Callable[[argparse.Namespace], Iterable[str]] = lambda options: [options.file]
 
 
-SOURCES: dict[str, SourceKind] = {}
-
-
-def source(
-    name: str,
-    text: str,
-    arguments: Arguments,
-    files: Callable[[argparse.Namespace], Iterable[str]] = lambda options: [options.file],
-) -> Callable[[Callable], Callable]:
-    """Register a generator of entries under the name of its sub-command."""
-
-    def register(entries: Callable[..., Iterator[Entry]]) -> Callable[..., Iterator[Entry]]:
-        SOURCES[name] = SourceKind(text, arguments, entries, files)
-        return entries
-
-    return register
-
-
-def find_entries(options: argparse.Namespace) -> Iterator[Entry]:
-    """The entries of a command line."""
-    entries = SOURCES[options.source].entries
-    names = inspect.signature(entries).parameters
-    return entries(**{name: getattr(options, name) for name in names})
-
-
-def source_files(options: argparse.Namespace) -> Iterable[str]:
-    """The files that the entries of a command line come from, except the images they name."""
-    return SOURCES[options.source].files(options)
+SOURCES: dict[str, SourceKind] = {}  # by the name of the sub-command
 
 
 def folder_path(text: str) -> str:
@@ -114,12 +83,6 @@ IMAGES = {
 # ------------------------------------------------------------------------------------------ folders
 
 
-@source(
-    "folder",
-    "images with same-named .txt or .json captions, also in sub-folders",
-    {"folder": {"type": folder_path}} | CAPTION_KEYS,
-    files=lambda options: _files(options.folder, options.output),
-)
 def folder_entries(
     folder: str, caption_keys: Sequence[str] = DEFAULT_KEYS, output: str = ""
 ) -> Iterator[Entry]:
@@ -135,9 +98,11 @@ def folder_entries(
     endings = {"txt", "json", *(key.partition(":")[0] for key in caption_keys)}
     others, has_image = Counter(), False
     for place, names in _folders(folder, output):
+        # which files are texts, and which names they could belong to
         parts = {name: _split(name) for name in names}
         texts = {part: name for name, part in parts.items() if part[1] in endings}
         owners = {stem for stem, ending in parts.values() if ending not in endings}
+        # every file is an image, the text of one, or counted by its fault
         for name, (stem, ending) in parts.items():
             if stem in owners and texts.get((stem, ending)) == name:
                 continue  # of the file of that name, whatever becomes of it
@@ -156,6 +121,14 @@ def folder_entries(
     if not has_image:
         there = ", ".join(f"{name} ({count})" for name, count in others.most_common(5)) or "none"
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there}")
+
+
+SOURCES["folder"] = SourceKind(
+    "images with same-named .txt or .json captions, also in sub-folders",
+    {"folder": {"type": folder_path}} | CAPTION_KEYS,
+    lambda options: folder_entries(options.folder, options.caption_keys, options.output),
+    files=lambda options: _files(options.folder, options.output),
+)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -205,8 +178,37 @@ def _identity(folder: str) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------- tables
 
 
-@source(
-    "table",
+def table_entries(options: argparse.Namespace) -> Iterator[Entry]:
+    """Rows of tables; the columns beside path and caption become metadata.
+
+    Relative paths start from `images`, default: the table's folder. A caption may be a list of
+    captions.
+
+    Raises:
+        ValueError: a table that is missing, broken or of another kind, a column that is not there
+            or not of text, a row with other columns, no row at all.
+    """
+    found = False
+    for table in options.tables:
+        columns, rows = open_table(table, options.separator, options.quotes, options.encoding)
+        for name in (options.path_column, options.caption_column):
+            if name not in columns:
+                there = ", ".join(map(repr, columns)) or "none"
+                raise ValueError(f"{table} has no column {name!r}; it has {there}")
+            if (kind := columns[name]) is not None:
+                raise ValueError(f"{table}: column {name!r} is of type {kind}, expected text")
+        # what is left of a row is its metadata
+        for row in rows:
+            found = True
+            path = row.pop(options.path_column, None)
+            path = path if isinstance(path, str) else ""
+            captions = as_list(row.pop(options.caption_column, None))
+            yield _entry(table, options.images, path, captions, row)
+    if not found:
+        raise ValueError(f"{', '.join(options.tables)}: no row")
+
+
+SOURCES["table"] = SourceKind(
     "csv, tsv, parquet or jsonl files with a path and a caption in each row",
     {
         "tables": {"type": file_path, "nargs": "+", "metavar": "FILE"},
@@ -227,50 +229,15 @@ def _identity(folder: str) -> tuple[int, int]:
         },
     }
     | IMAGES,
+    table_entries,
     files=lambda options: options.tables,
 )
-def table_entries(
-    tables: Sequence[str],
-    images: str | None,
-    path_column: str,
-    caption_column: str,
-    separator: str | None,
-    quotes: bool,
-    encoding: str | None,
-) -> Iterator[Entry]:
-    """Rows of tables; the columns beside path and caption become metadata.
-
-    images: folder that relative paths start from, default: that of the table. A caption may be a
-    list of captions.
-
-    Raises:
-        ValueError: a table that is missing, broken or of another kind, a column that is not there
-            or not of text, a row with other columns, no row at all.
-    """
-    found = False
-    for table in tables:
-        columns, rows = open_table(table, separator, quotes, encoding)
-        for name in (path_column, caption_column):
-            if name not in columns:
-                there = ", ".join(map(repr, columns)) or "none"
-                raise ValueError(f"{table} has no column {name!r}; it has {there}")
-            if (kind := columns[name]) is not None:
-                raise ValueError(f"{table}: column {name!r} is of type {kind}, expected text")
-        # what is left of a row is its metadata
-        for row in rows:
-            found = True
-            path = row.pop(path_column, None)
-            captions = as_list(row.pop(caption_column, None))
-            yield _entry(table, images, path if isinstance(path, str) else "", captions, row)
-    if not found:
-        raise ValueError(f"{', '.join(tables)}: no row")
 
 
 # ---------------------------------------------------------------------------------- known data sets
 
 
-@source("coco", "captions_*.json of COCO, with all captions of an image", FILE | IMAGES)
-def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
+def coco_entries(options: argparse.Namespace) -> Iterator[Entry]:
     """captions_*.json of COCO: every image in the file's order with all its captions.
 
     Captions of an image that is not in the list are an entry with a fault.
@@ -278,6 +245,7 @@ def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
     Raises:
         ValueError: another form, or two image files of one id.
     """
+    file = options.file
     content = _load_object(file, "images", "annotations")
     captions: dict[Any, list[Any]] = {}
     for annotation in content["annotations"]:
@@ -291,11 +259,16 @@ def coco_entries(file: str, images: str | None) -> Iterator[Entry]:
             raise ValueError(f"{file}: the images {both} have the same id {number!r}")
     for image in content["images"]:
         number = _hashable(image.get("id"))
-        yield _entry(file, images, paths[number], captions.get(number, []), image)
+        yield _entry(file, options.images, paths[number], captions.get(number, []), image)
     for number in captions:
         if number not in paths:
             note = f"annotations of the image {number!r}, which is not in images"
             yield Entry(clean_key(str(number)), file, fault="image: missing", note=note)
+
+
+SOURCES["coco"] = SourceKind(
+    "captions_*.json of COCO, with all captions of an image", FILE | IMAGES, coco_entries
+)
 
 
 def _hashable(number: Any) -> Any:
@@ -303,8 +276,31 @@ def _hashable(number: Any) -> Any:
     return number if isinstance(number, str | int | float) else repr(number)
 
 
-@source(
-    "karpathy",
+def karpathy_entries(options: argparse.Namespace) -> Iterator[Entry]:
+    """One of Karpathy's splits (dataset_coco.json, also of Flickr), all captions of each image.
+
+    images: folder that holds train2014 and val2014. restval: the 30,504 validation images in
+    neither val nor test count as "train".
+
+    Raises:
+        ValueError: a split that the file does not have.
+    """
+    file, split = options.file, options.split
+    content = _load_object(file, "images")
+    splits = sorted({str(image.get("split")) for image in content["images"]})
+    if split not in splits:
+        raise ValueError(f"split: given {split!r}, expected one of {', '.join(splits)} (in {file})")
+    chosen = {split, "restval"} if split == "train" and options.restval else {split}
+    for image in content["images"]:
+        if image.get("split") in chosen:
+            path = os.path.join(str(image.get("filepath", "")), str(image.get("filename", "")))
+            sentences = as_list(image.pop("sentences", None))
+            captions = [each.get("raw") if isinstance(each, dict) else each for each in sentences]
+            image.pop("sentids", None)
+            yield _entry(file, options.images, path, captions, image)
+
+
+SOURCES["karpathy"] = SourceKind(
     "dataset_coco.json, Karpathy's split of COCO 2014 (or of Flickr), with all captions",
     FILE
     | IMAGES
@@ -316,40 +312,25 @@ def _hashable(number: Any) -> Any:
             "help": "train includes restval, as in papers (113,287 images; 82,783 without)",
         },
     },
+    karpathy_entries,
 )
-def karpathy_entries(file: str, images: str | None, split: str, restval: bool) -> Iterator[Entry]:
-    """One of Karpathy's splits (dataset_coco.json, also of Flickr), all captions of each image.
-
-    images: folder that holds train2014 and val2014. restval: the 30,504 validation images in
-    neither val nor test count as "train".
-
-    Raises:
-        ValueError: a split that the file does not have.
-    """
-    content = _load_object(file, "images")
-    splits = sorted({str(image.get("split")) for image in content["images"]})
-    if split not in splits:
-        raise ValueError(f"split: given {split!r}, expected one of {', '.join(splits)} (in {file})")
-    chosen = {split, "restval"} if split == "train" and restval else {split}
-    for image in content["images"]:
-        if image.get("split") in chosen:
-            path = os.path.join(str(image.get("filepath", "")), str(image.get("filename", "")))
-            sentences = as_list(image.pop("sentences", None))
-            captions = [each.get("raw") if isinstance(each, dict) else each for each in sentences]
-            image.pop("sentids", None)
-            yield _entry(file, images, path, captions, image)
 
 
-@source("mjhq", "meta_data.json of MJHQ-30K; images are CATEGORY/ID.jpg", FILE | IMAGES)
-def mjhq_entries(file: str, images: str | None) -> Iterator[Entry]:
+def mjhq_entries(options: argparse.Namespace) -> Iterator[Entry]:
     """MJHQ-30K: {id: {"category", "prompt"}} and images/{category}/{id}.jpg."""
+    file = options.file
     for name, record in _load_object(file).items():
         if not isinstance(record, dict) or not {"category", "prompt"} <= record.keys():
             expected = '{"category": ..., "prompt": ...}'
             raise ValueError(f"{file}: {name!r} is {str(record)[:60]}, expected {expected}")
         path = os.path.join(str(record["category"]), f"{name}.jpg")
         captions = as_list(record.pop("prompt"))
-        yield _entry(file, images, path, captions, {"id": name, **record})
+        yield _entry(file, options.images, path, captions, {"id": name, **record})
+
+
+SOURCES["mjhq"] = SourceKind(
+    "meta_data.json of MJHQ-30K; images are CATEGORY/ID.jpg", FILE | IMAGES, mjhq_entries
+)
 
 
 def _entry(
@@ -388,11 +369,7 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON object with {wanted}, in it no field twice")
     for name in lists:
         values = content.get(name)
-        if (
-            not isinstance(values, list)
-            or not values
-            or not all(isinstance(v, dict) for v in values)
-        ):
+        if not (values and isinstance(values, list) and all(isinstance(v, dict) for v in values)):
             there = ", ".join(content)
             raise ValueError(f"{path}: expected a list of objects under {name!r}; it has {there}")
     return content
@@ -401,19 +378,6 @@ def _load_object(path: str, *lists: str) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- tars
 
 
-@source(
-    "shards",
-    "tars in webdataset's layout, as img2dataset writes them, to filter and shuffle",
-    {
-        "patterns": {
-            "nargs": "+",
-            "metavar": "TAR",
-            "help": "path, glob or x-{000..127}.tar; .gz is slow",
-        }
-    }
-    | CAPTION_KEYS,
-    files=lambda options: expand_shards(options.patterns),
-)
 def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     """Samples of webdataset tars, in order; after those of a tar, the members that belong to none.
 
@@ -441,6 +405,15 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     if not found:
         there = f"members {' '.join(others) or 'none'}, expected KEY.EXTENSION"
         raise ValueError(f"{len(paths)} tars from {paths[0]} on: no sample: {there}")
+
+
+TARS = {"nargs": "+", "metavar": "TAR", "help": "path, glob or x-{000..127}.tar; .gz is slow"}
+SOURCES["shards"] = SourceKind(
+    "tars in webdataset's layout, as img2dataset writes them, to filter and shuffle",
+    {"patterns": TARS} | CAPTION_KEYS,
+    lambda options: tar_entries(options.patterns, options.workers),
+    files=lambda options: expand_shards(options.patterns),
+)
 
 
 def is_tar_name(path: str) -> bool:

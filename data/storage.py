@@ -39,11 +39,12 @@ TIMEOUT_SECONDS = 30.0  # of a web server, without a byte
 
 
 class ShardError(ValueError):
-    """A shard whose rest cannot be read. `reason`: "truncated" or "unreadable"."""
+    """A shard whose rest cannot be read; of a reason ("truncated", "unreadable") and a message."""
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+    reason = property(lambda self: self.args[0])
+
+    def __str__(self) -> str:
+        return self.args[-1]
 
 
 def is_remote(path: str) -> bool:
@@ -85,15 +86,13 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
         raise ShardError("unreadable", f"{path}: {error.strerror or error}") from None
 
 
-@contextmanager
-def open_file(path: str, buffer_size: int = io.DEFAULT_BUFFER_SIZE) -> Iterator[BinaryIO]:
+def open_file(path: str, buffer_size: int = io.DEFAULT_BUFFER_SIZE) -> BinaryIO:
     """A file as it is stored, to read and seek in; its own OSErrors.
 
     buffer_size: bytes; a small one for who jumps about and asks for as much as is needed.
     """
     raw = RemoteFile(path) if is_remote(path) else io.FileIO(path)
-    with io.BufferedReader(raw, buffer_size) as file:
-        yield file
+    return io.BufferedReader(raw, buffer_size)
 
 
 def shard_states(paths: Sequence[str]) -> list[str]:
@@ -144,7 +143,14 @@ def is_other(before: str, now: str) -> bool:
 
 def open_store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL, and the name that the file has there."""
-    options = http_options() if path.startswith("http") else {}
+    options = {}
+    if path.startswith("http"):
+        import aiohttp  # only those that read from servers wait for it
+
+        timeout = aiohttp.ClientTimeout(sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS)
+        # proxies as other programs find them; URLs as they are written, for they may be signed
+        client = {"timeout": timeout, "trust_env": True}
+        options = {"client_kwargs": client, "encoded": True}
     return fsspec.url_to_fs(path, **options)
 
 
@@ -226,15 +232,6 @@ class RemoteFile(io.RawIOBase):
         data = self._fs.cat_file(self._path)
         self._file = io.BytesIO(data)
         self._size = len(data)
-
-
-def http_options() -> dict[str, Any]:
-    """What fsspec tells its web client."""
-    import aiohttp  # only those that read from servers wait for it
-
-    timeout = aiohttp.ClientTimeout(sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS)
-    # proxies as other programs find them; URLs as they are written, for they may be signed
-    return {"client_kwargs": {"timeout": timeout, "trust_env": True}, "encoded": True}
 
 
 def may_pass(error: BaseException) -> bool:

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, TextIO
 
-from data.captions import as_list, clean_caption, strings
-from data.entries import image_extension, load_json
-from data.files import not_decodable, open_text
+from data.captions import as_list, find_captions
+from data.entries import image_extension
+from data.files import load_json, not_decodable
 from data.storage import REMOTE_BUFFER, open_file
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -57,7 +57,9 @@ def open_table(
     if not os.path.isfile(path):
         raise ValueError(f"table {path} does not exist")
     if extension == ".parquet":
-        return _parquet_columns(path), _parquet_rows(path)
+        kinds = _types_of(path)
+        text = {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}
+        return text, _parquet_rows(path)
     if extension == ".jsonl":
         first = islice(_jsonl_rows(path, encoding), 100)  # a row may lack a column
         return {name: None for row in first for name in row}, _jsonl_rows(path, encoding)
@@ -78,6 +80,7 @@ def _csv_rows(path: str, separator: str, quotes: bool, encoding: str | None) -> 
                 raise ValueError(f"{path} has two columns {twice[0]!r}")
             yield columns
             line = reader.line_num + 1
+            # an empty line is no row; any other has a field for each column
             for row in reader:
                 if row and len(row) != len(columns):
                     raise ValueError(
@@ -121,7 +124,10 @@ def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _text_of(path: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
     """The open table; ValueError, also later, if it is in another encoding."""
-    with open_text(path, newline, encoding) as file:
+    if encoding is None:
+        with open(path, "rb") as binary:
+            encoding = json.detect_encoding(binary.read(4))
+    with open(path, encoding=encoding, newline=newline) as file:
         try:
             yield file
         except UnicodeDecodeError:
@@ -129,12 +135,6 @@ def _text_of(path: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
             raise ValueError(f"{not_decodable(path, file.encoding)}{cure}") from None
         except UnicodeError as error:  # --encoding utf-16 of a file without its mark
             raise ValueError(f"{path}: {error}") from None
-
-
-def _parquet_columns(path: str) -> dict[str, str | None]:
-    with open_parquet(path) as parquet:
-        kinds = {field.name: field.type for field in parquet.schema_arrow}
-    return {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -184,6 +184,12 @@ def open_parquet(path: str) -> Iterator[Any]:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
 
 
+def _types_of(path: str) -> dict[str, Any]:
+    """pyarrow's type of each column."""
+    with open_parquet(path) as parquet:
+        return {field.name: field.type for field in parquet.schema_arrow}
+
+
 def _names_without_bytes(parquet: Any) -> list[str]:
     """Columns that hold no images."""
     return [field.name for field in parquet.schema_arrow if "binary" not in str(field.type)]
@@ -229,8 +235,7 @@ def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
         image = image["bytes"]
     captions = as_list(row.pop(columns.caption))
     # no caption: nor may another column pass for one
-    has_text = any(map(clean_caption, strings(captions)))
-    content = {**row, "captions": captions} if has_text else {}
+    content = {**row, "captions": captions} if find_captions([captions])[0] else {}
     parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
     if image is not None:
         # what is no image is found out when its shard is made
@@ -244,8 +249,7 @@ def find_columns(path: str, image_column: str | None, caption_column: str | None
     Raises:
         ValueError: a column that is missing or could be several, listing what there is.
     """
-    with open_parquet(path) as parquet:
-        kinds = {field.name: field.type for field in parquet.schema_arrow}
+    kinds = _types_of(path)
     images = [name for name, kind in kinds.items() if str(_bytes_type(kind)) in BYTES]
     texts = [name for name, kind in kinds.items() if _is_text(kind)]
     shown = ", ".join(f"{name} ({str(kind)[:40]})" for name, kind in kinds.items())

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from data.samples import BadSample, SampleDraws
@@ -66,15 +66,6 @@ UNDEFINED_RANGE = "image: grey of 32 bits or with a sign"
 SIGNED = 2  # of SAMPLEFORMAT
 # their range is not defined, or Pillow has no conversion
 UNDEFINED_MODES = {"F": "float", "LAB": "CIELAB"}
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # by EXIF orientation
 
 
 class Picture(NamedTuple):
@@ -130,11 +121,11 @@ def load_picture(image: Image.Image, background: Sequence[int], for_size: int = 
         width, height = drafted[1][2:] if drafted else image.size
         # only now: Pillow has turned TIFFs, and taken the tag off them
         orientation = _orientation(image)
-        rgb = image.convert("RGB") if ignores_alpha else _to_rgb(image, background)
-        if orientation in TURNS:
-            rgb = rgb.transpose(TURNS[orientation])
         if orientation >= 5:
             width, height = height, width
+        with suppress(Exception):  # of metadata that cannot be written anew: the pixels are turned
+            ImageOps.exif_transpose(image, in_place=True)
+        rgb = image.convert("RGB") if ignores_alpha else _to_rgb(image, background)
         return Picture(rgb, width, height)
 
 
@@ -156,7 +147,7 @@ def _orientation(image: Image.Image) -> int:
     """1..8; 1 also for broken metadata, whose pixels may be fine."""
     with suppress(Exception):
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in TURNS else 1
+        return orientation if orientation in range(1, 9) else 1
     return 1
 
 
@@ -262,10 +253,8 @@ def _resize_square(picture: Picture, size: int, left: int, top: int) -> Image.Im
     """Only the square; up to 3/255 from exact, as Pillow may resize the axes in another order."""
     width, height = _resized(picture, size)
     scale_x, scale_y = picture.width / width, picture.height / height
-    right, bottom = (
-        min((left + size) * scale_x, picture.width),
-        min((top + size) * scale_y, picture.height),
-    )
+    right = min((left + size) * scale_x, picture.width)
+    bottom = min((top + size) * scale_y, picture.height)
     box = (left * scale_x, top * scale_y, right, bottom)
     return picture.image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 

@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.entries import Entry, load_json
-from data.files import write_bytes, write_json
+from data.entries import Entry
+from data.files import load_json, write_bytes, write_json
 from eval.feature_nets import Networks
 from eval.features import BatchFn, FeatureSet, extract_features
 from eval.images import ImageSet, Reading, iterate_images, to_bytes

@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.captions import strings
-from data.entries import load_json
-from data.files import read_text_file
+from data.files import load_json, read_text_file
 from data.sources import is_tar_name
 from eval.images import (
     CLEAN_SIZE,

@@ -30,8 +30,7 @@ from torch.nn import functional as F
 # Run as a file, Python looks into eval/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.entries import load_json
-from data.files import check_writable, user_path, write_json
+from data.files import check_writable, load_json, user_path, write_json
 from data.images import image_bytes
 from data.scenes import SPLITS, Kind, Statement
 from data.tar import expand_shards, read_shard

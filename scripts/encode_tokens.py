@@ -74,9 +74,8 @@ class TokensStage(StageConfig):
     tokenizer_run: str = "${experiment_dir}/tokenizer"
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
     batch_size: int = 64  # images per pass and process
-    precision: Literal["fp32", "bf16"] = (
-        "fp32"  # autocast; latents are stored as float16 either way
-    )
+    # autocast; latents are stored as float16 either way
+    precision: Literal["fp32", "bf16"] = "fp32"
     flip: bool = False  # also store every image mirrored, as a sample KEY-flip
     num_crops: int = 1  # 1: the centre; more: so many along the longer side, as KEY-crop0, ...
     # Also store the text states (L x T float16 a sample): later stages then never run the text
@@ -283,11 +282,8 @@ class Encoder:
     def latents(self, images: Tensor) -> dict:
         """View's name ("", "-flip", "-crop0", ...) -> moments B x 2 x K x C, float16."""
         images = images.to(self.accelerator.device, non_blocking=True).float().div_(255)
-        names = (
-            [""]
-            if self.config.num_crops == 1
-            else [f"-crop{i}" for i in range(self.config.num_crops)]
-        )
+        num_crops = self.config.num_crops
+        names = [f"-crop{i}" for i in range(num_crops)] if num_crops > 1 else [""]
         views = dict(zip(names, images.unbind(1), strict=True))
         if self.config.flip:
             views |= {f"{name}-flip": view.flip(-1) for name, view in views.items()}
@@ -336,21 +332,23 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
                 raise SystemExit(STOPPED_STATUS)
             watchdog.heartbeat()
             writer.check()
+            # a batch of a shard: its samples wait until the shard is through
             index = item["shard"]
             image, token_shard = shards[index]
-            if "end" not in item:
+            if "num_images" not in item:
                 arrived[index] += len(item["key"])
                 progress.num_images += len(item["key"])
                 progress.num_cut += len(item["key"]) * float(item.get("captions_cut", 0))
                 samples[index] += encoder(item)
                 continue
-            end, made = item["end"], samples.pop(index, [])
-            if arrived[index] != end.num_images:
+            # its end: a lost batch would leave a shard that nobody could tell from a whole one
+            num_images, made = item["num_images"], samples.pop(index, [])
+            if arrived[index] != num_images:
                 raise ChildProcessError(
-                    f"{token_shard} is not written: of the {end.num_images} images that a data "
-                    f"worker read of {image.shards[0]}, {arrived[index]} arrived"
+                    f"{token_shard} is not written: of the {num_images} images that a data worker "
+                    f"read of {image.shards[0]}, {arrived[index]} arrived"
                 )
-            counts = {"num_samples": len(made), "skipped": end.skipped, "first": end.first}
+            counts = {"num_samples": len(made), "skipped": item["skipped"], "first": item["first"]}
             writer.start(partial(write_tokens, config, token_shard, made, counts))
             progress.report(token_shard.parent)
 
@@ -437,12 +435,8 @@ def words_of(config: TokensStage, samples: list[dict]) -> dict | None:
 def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:
     """Deviation of the sampled latents, per-channel statistics of the means; the first samples."""
     shards = TokenTextConfig(shards=[str(path) for path in outputs])
-    batches = list(
-        islice(
-            token_reader(shards, num_tokens, token_channels, None).once(100),
-            STATISTICS_SAMPLES // 100,
-        )
-    )
+    reader = token_reader(shards, num_tokens, token_channels, None)
+    batches = list(islice(reader.once(100), STATISTICS_SAMPLES // 100))
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C
     logvar = torch.cat([b["latent_logvar"] for b in batches]).double()
     deviation = (mean.var(correction=0) + logvar.exp().mean()).sqrt()

@@ -46,10 +46,8 @@ from training.stage import StageConfig
 SAMPLES_PER_SHARD = 2000
 PHRASINGS = 4  # of a caption; some may be equal
 MANIFEST = "manifest.json"
-PLAN = (  # the settings that decide what is drawn
-    *("image_size", "seed", "captions", "images_per_caption"),
-    *("heldout_captions", "heldout_images_per_caption"),
-)
+# the settings that decide what is drawn
+PLAN = "image_size seed captions images_per_caption heldout_captions heldout_images_per_caption"
 
 
 @dataclass
@@ -79,7 +77,7 @@ class ScenesStage(StageConfig):
 
     def plan(self) -> dict[str, int]:
         """What the data set is made of, as the manifest has it."""
-        return {name: getattr(self, name) for name in PLAN}
+        return {name: getattr(self, name) for name in PLAN.split()}
 
     def size_of(self, split: str) -> tuple[int, int]:
         """(captions, images of each) of a split."""

@@ -32,8 +32,9 @@ that finishes last writes summary.json.
 
 import argparse
 import json
+import shutil
 import sys
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -51,7 +52,7 @@ from data.captions import check_caption_keys
 from data.entries import Entry, build_index, file_stamp, first_equals
 from data.files import written_whole
 from data.filters import FilterConfig
-from data.hub import remove_copies  # with the import, `hub` is one of SOURCES
+from data.hub import copies_folder  # with the import, `hub` is one of SOURCES
 from data.packing import (
     DUPLICATE,
     UNCHECKED,
@@ -60,10 +61,11 @@ from data.packing import (
     Task,
     digest_task,
     index_path,
+    rows_path,
     write_task,
 )
 from data.processes import map_in_processes
-from data.sources import SOURCES, file_path, find_entries, source_files
+from data.sources import SOURCES, file_path
 from scripts.run_experiment.processes import count_cores
 from training.errors import printable
 
@@ -86,36 +88,24 @@ class Plan:
     num_parts: int
     config: SampleConfig
     shards: dict[str, np.ndarray]  # by name: the numbers of its samples' first entries
-    rows: np.ndarray  # of the index, by number of entry
     images: np.ndarray  # by number of entry: the first entry of the sample that gets its captions
     states: np.ndarray  # by number of entry
 
     @cached_property
-    def by_image(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of all entries, those of a sample together, its first one first; their images."""
-        order = np.argsort(self.images, kind="stable")
-        return order, self.images[order]
+    def others(self) -> dict[int, list[int]]:
+        """First entry of a sample -> its further ones, if it has any."""
+        others = defaultdict(list)
+        for number in np.flatnonzero(self.images != np.arange(len(self.images))).tolist():
+            others[int(self.images[number])].append(number)
+        return others
 
     def shards_of(self, part: int) -> list[str]:
         return list(self.shards)[part :: self.num_parts]
 
     def task(self, shard: str) -> Task:
-        numbers, (order, images) = self.shards[shard], self.by_image
-        # behind its first entry stand the others of a sample; those of a duplicate are elsewhere
-        begins, ends = (np.searchsorted(images, numbers, side) for side in ("left", "right"))
-        counts = np.maximum(ends - begins - 1, 0)
-        places = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
-        return Task(
-            name=shard,
-            output=self.output,
-            part=self.part,
-            config=self.config,
-            numbers=numbers,
-            rows=self.rows[numbers],
-            num_others=counts,
-            others=self.rows[order[places]],
-            states=self.states[numbers],
-        )
+        firsts = self.shards[shard]
+        numbers = [[first, *self.others.get(first, ())] for first in firsts.tolist()]
+        return Task(shard, self.output, self.part, self.config, numbers, self.states[firsts])
 
     def run(
         self, work: Callable[[Task], int], shards: Sequence[str], workers: int, title: str
@@ -146,7 +136,7 @@ def make_shards(args: argparse.Namespace) -> None:
     todo = [shard for shard in plan.shards_of(plan.part) if not plan.task(shard).is_finished()]
     if todo and (plan.output / SUMMARY_FILE).is_file():
         # a shard is gone; so are the copies of a source's files since the earlier run was complete
-        deque(find_entries(args), maxlen=0)
+        deque(SOURCES[args.source].entries(args), maxlen=0)
     if todo and args.drop_duplicates:
         plan = find_duplicates(plan, args.workers)
     if todo:
@@ -175,7 +165,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         num_parts=args.num_shards,
         config=config,
         shards=divide(order, rows["faulty"], args.samples_per_shard, args.holdout),
-        rows=rows,
         images=rows["image"],
         states=np.full(len(rows), UNCHECKED, np.uint8),
     )
@@ -219,10 +208,6 @@ def sample_config(args: argparse.Namespace) -> SampleConfig:
     )
 
 
-def rows_path(output: Path) -> Path:
-    return index_path(output).with_name("index.npy")
-
-
 def files_path(output: Path) -> Path:
     """One line for each file of the source: [path, [bytes, time of change]], null if missing."""
     return index_path(output).with_name("files.jsonl")
@@ -262,7 +247,7 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
     Raises:
         ValueError: naming the first that have changed, are new or are gone.
     """
-    new = dict.fromkeys(source_files(args))
+    new = dict.fromkeys(SOURCES[args.source].files(args))
     changes = []
     with open(files_path(output)) as file:
         for path, before in map(json.loads, file):
@@ -291,7 +276,7 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
         with (
             written_whole(path, part) as index,
             written_whole(files_path(output), part) as files,
-            progress_bar("finding", iterable=find_entries(args)) as entries,
+            progress_bar("finding", iterable=SOURCES[args.source].entries(args)) as entries,
         ):
             rows = build_index(with_files(entries, args, files), index)
             usable = len(first_entries(rows)) - np.count_nonzero(rows["faulty"])
@@ -319,7 +304,7 @@ def with_files(
     def write(path: str) -> None:
         file.write(json.dumps([path, file_stamp(path)]).encode() + b"\n")
 
-    for path in source_files(args):
+    for path in SOURCES[args.source].files(args):
         write(path)
     for entry in entries:
         if entry.captions is not None and entry.fault is None:  # an image that a file names
@@ -338,16 +323,15 @@ def find_duplicates(plan: Plan, workers: int) -> Plan:
     missing = [shard for shard in shards if not plan.task(shard).digests.is_file()]
     if missing:
         plan.run(digest_task, missing, workers, "comparing")
-    digests = np.zeros((len(plan.rows), 2), np.uint64)
+    digests = np.zeros((len(plan.images), 2), np.uint64)
     for shard in plan.shards:
-        task = plan.task(shard)
-        digests[task.numbers] = np.load(task.digests)
+        digests[plan.shards[shard]] = np.load(plan.task(shard).digests)
     # zeros are of dropped samples
     kept = np.flatnonzero(digests.any(axis=1))
     firsts = kept[first_equals(digests[kept])]
-    states = np.full(len(plan.rows), UNCHECKED, np.uint8)
+    states = np.full(len(plan.images), UNCHECKED, np.uint8)
     states[kept] = np.where(firsts == kept, USABLE, DUPLICATE)
-    first_of = np.arange(len(plan.rows))
+    first_of = np.arange(len(plan.images))
     first_of[kept] = firsts
     return replace(plan, images=first_of[plan.images], states=states)
 
@@ -358,57 +342,44 @@ def report(plan: Plan, num_written: int) -> None:
     Raises:
         ValueError: no sample was kept at all.
     """
-    tasks = [plan.task(shard) for shard in plan.shards]
-    # what is there of all parts of the array
-    missing = [task.name for task in tasks if not task.is_finished()]
-    there = len(tasks) - len(missing)
-    print(f"{plan.output}: {num_written} shards written, {there} of {len(tasks)} there")
+    # what is there of all parts of the array: the records of all shards make the summary
+    records, missing = {}, []
+    for task in map(plan.task, plan.shards):
+        if task.is_finished():
+            records[f"{task.name}.tar"] = json.loads(task.record.read_text())
+        else:
+            missing.append(task.name)
+    there = f"{len(records)} of {len(plan.shards)} there"
+    print(f"{plan.output}: {num_written} shards written, {there}")
     if missing:
         names = ", ".join(missing[:5])
         print(f"the last part of the array writes {SUMMARY_FILE}; missing: {names} ...")
         return
-    # all of it: the records of the shards make the summary
-    records = {f"{task.name}.tar": json.loads(task.record.read_text()) for task in tasks}
-    dropped, first = join_reasons(records.values(), "dropped", "first")
-    unused, first_unused = join_reasons(records.values(), "unused", "first_unused")
-    summary = {
-        "read": sum(record["read"] for record in records.values()),
-        "kept": sum(record["kept"] for record in records.values()),
-        "dropped": dict(sorted(dropped.items())),
-        "first": dict(sorted(first.items())),
-        "unused": dict(sorted(unused.items())),
-        "first_unused": dict(sorted(first_unused.items())),
-        "shards": {name: record["kept"] for name, record in records.items() if record["kept"]},
-    }
+    read, kept = (sum(each[name] for each in records.values()) for name in ("read", "kept"))
+    summary: dict[str, Any] = {"read": read, "kept": kept}
+    for counts, firsts in (("dropped", "first"), ("unused", "first_unused")):
+        counter, first = Counter(), {}
+        for record in records.values():
+            counter.update(record[counts])
+            first = record[firsts] | first
+        summary |= {counts: dict(sorted(counter.items())), firsts: dict(sorted(first.items()))}
+    summary["shards"] = {name: each["kept"] for name, each in records.items() if each["kept"]}
     with written_whole(plan.output / SUMMARY_FILE, str(plan.part)) as file:
         file.write(json.dumps(summary, indent=2).encode())
-    remove_copies(plan.output)
-    read, kept = summary["read"], summary["kept"]
-    reasons = describe_reasons(dropped, first)
+    shutil.rmtree(copies_folder(plan.output), ignore_errors=True)
+    reasons = describe_reasons(summary["dropped"], summary["first"])
     if not kept:
         raise ValueError(f"none of the {read} samples was kept; dropped: {'; '.join(reasons)}")
     print(f"{read} samples read, {kept} kept in {len(summary['shards'])} shards; dropped:", end=" ")
     print("\n  ".join(["", *reasons]) or "none")
-    if unused:
-        print("\n  ".join(["not used of kept samples:", *describe_reasons(unused, first_unused)]))
+    if unused := describe_reasons(summary["unused"], summary["first_unused"]):
+        print("\n  ".join(["not used of kept samples:", *unused]))
 
 
-def join_reasons(
-    records: Iterable[dict[str, Any]], counts: str, firsts: str
-) -> tuple[Counter[str], dict[str, str]]:
-    """({reason: count}, {reason: first case}) of all shards, from these fields of their records."""
-    counter: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for record in records:
-        counter.update(record[counts])
-        first = record[firsts] | first
-    return counter, first
-
-
-def describe_reasons(counter: Counter[str], first: dict[str, str]) -> list[str]:
+def describe_reasons(counts: dict[str, int], first: dict[str, str]) -> list[str]:
     return [
         f"{reason}: {count}, first {printable(first[reason])}"
-        for reason, count in counter.most_common()
+        for reason, count in Counter(counts).most_common()
     ]
 
 

@@ -29,7 +29,8 @@ from sources import (
 )
 
 from data.captions import CaptionConfig
-from data.entries import clean_key, load_json
+from data.entries import clean_key
+from data.files import load_json
 from data.filters import FilterConfig
 from data.images import ImageTextConfig, image_reader
 from data.tar import read_shard, write_shard

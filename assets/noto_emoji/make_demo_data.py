@@ -18,13 +18,13 @@ import gzip
 import hashlib
 import io
 import json
-import tarfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
+from webdataset import TarWriter
 
 HERE = Path(__file__).parent
 PACKAGE = "emoji-datasource-google 16.0.0"
@@ -179,7 +179,7 @@ def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream,
-        tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        TarWriter(stream, user="", group="", mode=0o644, mtime=0) as tar,
     ):
         for item in items:
             members = {
@@ -187,10 +187,8 @@ def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
                 "txt": item.caption.encode(),
                 "json": describe_json(item),
             }
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{item.key}.{extension}")  # mtime, uid and gid are 0
-                info.size, info.mode = len(data), 0o644
-                tar.addfile(info, io.BytesIO(data))
+            for extension, data in members.items():  # one by one: else they would be sorted
+                tar.write({"__key__": item.key, extension: data})
     return buffer.getvalue()
 
 
