@@ -36,14 +36,7 @@ from torch import Tensor
 
 from data.entries import Entry
 from data.files import check_writable, errors_naming, read_text_file, user_path
-from eval.images import (
-    Captioned,
-    caption_images,
-    choose_images,
-    image_name,
-    list_pictures,
-    sheet_of,
-)
+from eval.images import caption_images, choose_images, image_name, list_pictures, sheet_of
 from eval.programs import build_parser, integer
 from modeling.layers import to_pil
 from modeling.pipeline import Generator, ImageGenerator, Sampling, SamplingConfig
@@ -341,20 +334,19 @@ def caption(args: argparse.Namespace) -> None:
     )
 
 
-def write_captions(
-    path: Path, entries: list[Entry], batches: Iterator[Captioned]
-) -> tuple[int, int]:
+def write_captions(path: Path, entries: list[Entry], batches: Iterator[dict]) -> tuple[int, int]:
     """Captions as they come: lines {"image", "caption"} of a jsonl, or printed, the first on a PNG.
 
-    What could not be read is said at once. Returns (captions, skipped images).
+    batches: of caption_images. What could not be read is said at once. Returns (captions, skipped
+    images).
     """
     is_jsonl = path.suffix.lower() == ".jsonl"
     images, captions, number, skipped = [], [], 0, 0
     for batch in batches:
-        for name, reason in batch.skipped:
+        for name, reason in batch["skipped"]:
             print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
-        names = [image_name(entries[index]) for index in batch.index]
-        rows = [*zip(names, batch.captions, strict=True)]
+        names = [image_name(entries[index]) for index in batch["index"]]
+        rows = [*zip(names, batch["caption"], strict=True)]
         if is_jsonl and rows:
             # The first ones replace what an earlier command has written
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,10 +358,10 @@ def write_captions(
             for name, text in rows:
                 print(printable(f"{name}: {text}"), flush=True)
             left = SHEET_IMAGES - len(captions)
-            images.append(batch.images[:left])  # nothing once the sheet is full
-            captions += batch.captions[:left]
+            images.append(batch["image"][:left])  # nothing once the sheet is full
+            captions += batch["caption"][:left]
         number += len(rows)
-        skipped += len(batch.skipped)
+        skipped += len(batch["skipped"])
     if not number:
         raise ValueError(f"none of {skipped} images could be read")
     if not is_jsonl:

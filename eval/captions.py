@@ -79,15 +79,12 @@ Texts = dict[int, list[str]]  # of each image, tokens with spaces between
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
-    help_text = "experiment folder, or a stage-3 run folder"
-    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
-    help_text = "folders or image shards"
-    parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
+    add, keys = parser.add_argument, ["json:captions", "txt", "json:caption"]
+    add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
+    add("data", nargs="+", metavar="DATA", help="folders or image shards")
     help_text = "where a sample's references lie, tried in order: an extension, or json:field"
-    keys = ["json:captions", "txt", "json:caption"]
-    parser.add_argument("--caption-keys", nargs="+", metavar="KEY", default=keys, help=help_text)
-    help_text = f"default: {REPORT} in the stage-3 run's folder"
-    parser.add_argument("--output", type=user_path, help=help_text)
+    add("--caption-keys", nargs="+", metavar="KEY", default=keys, help=help_text)
+    add("--output", type=user_path, help=f"default: {REPORT} in the stage-3 run's folder")
     add_sweep_options(parser)
     add_reading_options(parser, 64, "images at a time")
     return parser.parse_intermixed_args(arguments)

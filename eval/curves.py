@@ -32,8 +32,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
-    help_text = "PNG; default: curves.png in the first run"
-    parser.add_argument("--output", type=user_path, help=help_text)
+    parser.add_argument("--output", type=user_path, help="default: curves.png in the first run")
     return parser.parse_args(arguments)
 
 

@@ -15,7 +15,7 @@ is executed.
 
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -222,24 +222,19 @@ class Networks:
     weights: dict[str, Any] = field(default_factory=dict)  # plain values
 
 
-@dataclass
-class WeightsFiles:
-    """Where the weights are: paths; without one torch's cache."""
-
-    inception: str | None = None
-    dinov2: str | None = None
-    download: bool = False  # absent weights into torch's and the hub's cache
-
-
-def explain_absence(weights: PublishedWeights) -> str:
-    """Why there is no metric, and where to get the weights."""
-    return f"{weights.title}'s weights are absent: {weights.ways_out}"
-
-
 def load_networks(
-    protocol: Protocol, generator: ImageGenerator, files: WeightsFiles, state: PartialState
+    protocol: Protocol,
+    generator: ImageGenerator,
+    paths: Mapping[str, str | None],
+    download: bool,
+    state: PartialState,
 ) -> Networks:
-    """What the protocol's metrics need. generator: the run's, for its own tokenizer and CLIP.
+    """What the protocol's metrics need.
+
+    Args:
+        generator: the run's, for its own tokenizer and CLIP.
+        paths: files of weights by PUBLISHED's names; without one torch's cache.
+        download: absent weights into torch's and the hub's cache.
 
     Raises:
         ValueError: weights of another net, damaged ones, or no file at a given path.
@@ -249,10 +244,10 @@ def load_networks(
     # One process a machine downloads, the others find the files
     with state.local_main_process_first():
         if needs_features and kind in PUBLISHED:
-            file = PUBLISHED[kind].find(getattr(files, kind), files.download)
+            file = PUBLISHED[kind].find(paths[kind], download)
         if "clip_score" in protocol.metrics:
             try:
-                found.clip = ClipScorer(clip_of(protocol, generator), state.device, files.download)
+                found.clip = ClipScorer(clip_of(protocol, generator), state.device, download)
                 found.weights["clip"] = found.clip.description
             except AbsentWeights as error:
                 found.absent["clip"] = str(error)
@@ -260,7 +255,7 @@ def load_networks(
     if needs_features and kind == "tokenizer":
         found.features = TokenizerFeatures(generator.tokenizer)
     elif needs_features and file is None:
-        found.absent["features"] = explain_absence(PUBLISHED[kind])
+        found.absent["features"] = PUBLISHED[kind].absence
     elif needs_features:
         found.weights[kind] = describe_file(file)
         net = InceptionFeatures(file) if kind == "inception" else DinoFeatures(file)

@@ -29,7 +29,7 @@ from configs.load import load_dataclass
 from data.files import check_writable, user_path, write_json, write_text
 from eval.curves import check_matplotlib, save_lines
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
-from eval.feature_nets import WeightsFiles, load_networks
+from eval.feature_nets import load_networks
 from eval.features import load_reference
 from eval.images import Reading
 from eval.programs import (
@@ -59,15 +59,13 @@ NUM_WORKERS = 2  # reading processes of each process, in training
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = build_parser(__doc__)
-    help_text = "experiment folder, or a stage-3 run folder"
-    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
+    add = parser.add_argument
+    add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
+    add("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
     help_text = "a YAML file, or a name: coco30k, mjhq30k, emoji, geneval"
-    parser.add_argument("--protocol", required=True, help=help_text)
-    parser.add_argument(
-        "--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN"
-    )
-    parser.add_argument("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
+    add("--protocol", required=True, help=help_text)
+    add("--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN")
+    add("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
     add_sweep_options(parser)
     add_reading_options(parser, 64, "images that a feature network sees at once")
     add_weights_options(parser)
@@ -107,8 +105,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     # What the images are measured with
     reading = Reading(args.batch_size, args.num_workers, state)
-    files = WeightsFiles(args.inception_weights, args.dinov2_weights, args.download)
-    networks = load_networks(protocol, generator, files, state)
+    paths = {"inception": args.inception_weights, "dinov2": args.dinov2_weights}
+    networks = load_networks(protocol, generator, paths, args.download, state)
     size = protocol.feature_size(generator.tokenizer.config.image_size)
     setup = EvaluationSetup(
         captions=captions,
@@ -260,19 +258,19 @@ class FlowEvaluation:
     def _prepare(self, model: FlowModel | None, checkpoint: str) -> EvaluationSetup:
         """The networks, made anew, and what stays the same. Without a model it can't generate."""
         # Loaded for this evaluation only: in between, the GPU's memory is training's
-        device = self.reading.state.device
+        config, state = self.config, self.reading.state
         generator = ImageGenerator(
-            text_encoder=load_text_encoder(self.text_encoder).to(device),
-            tokenizer=load_tokenizer(self.tokenizer_run).to(device),
+            text_encoder=load_text_encoder(self.text_encoder).to(state.device),
+            tokenizer=load_tokenizer(self.tokenizer_run).to(state.device),
             flow=model,
         )
-        files = WeightsFiles(self.config.inception_weights, self.config.dinov2_weights)
+        paths = {"inception": config.inception_weights, "dinov2": config.dinov2_weights}
         return EvaluationSetup(
             captions=self.captions,
             generator=generator,
             default=self.sampling,
             model={"checkpoint": checkpoint},
-            networks=load_networks(self.protocol, generator, files, self.reading.state),
+            networks=load_networks(self.protocol, generator, paths, False, state),
             reference=self.reference,
             reading=self.reading,
         )

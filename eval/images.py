@@ -227,20 +227,10 @@ def to_bytes(pixels: Tensor, what: str) -> Tensor:
 # Captioning
 
 
-@dataclass(frozen=True)
-class Captioned:
-    """Images of a batch that could be read, and what could not."""
-
-    index: list[int]  # of the entries
-    images: Tensor  # B x 3 x R x R in [0, 1]
-    captions: list[str]
-    skipped: list[tuple[str, str]]  # (name, reason)
-
-
 def caption_images(
     captioner: Captioner, entries: Sequence[Entry], sampling: SamplingConfig, batch_size: int
-) -> Iterator[Captioned]:
-    """Captions batch by batch, in order; unreadable images of folders and shards are left out.
+) -> Iterator[dict[str, Any]]:
+    """Batches of iterate_images with images in [0, 1] and the captions that are read in them.
 
     Raises:
         ValueError: an image that was named itself cannot be read.
@@ -254,7 +244,7 @@ def caption_images(
                 raise ValueError(f"{name} cannot be captioned: {reason}")
         pixels = batch["image"].float() / 255
         captions = captioner.captions(pixels, sampling) if len(pixels) else []
-        yield Captioned(batch["index"], pixels, captions, batch["skipped"])
+        yield batch | {"image": pixels, "caption": captions}
 
 
 def caption_sheet(
@@ -262,7 +252,7 @@ def caption_sheet(
 ) -> Image.Image:
     """Contact sheet of a few images with their captions; unreadable ones are left out."""
     [batch] = caption_images(captioner, entries, sampling, len(entries))
-    return sheet_of([batch.images], batch.captions)
+    return sheet_of([batch["image"]], batch["caption"])
 
 
 def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -206,9 +206,17 @@ def read_all(config: ReportStage, parts: Generator, shards: list[str]) -> dict:
     size = parts.tokenizer.config.image_size
     trained_on = read_section(f"{config.experiment_dir}/tokenizer", "data", ImageTextConfig)
     data = replace(trained_on, shards=shards, sources={}, filters=FilterConfig())
-    batches = list(image_reader(data, size, None).once(BATCH_SIZE))
-    captions = [caption for batch in batches for caption in batch["caption"]]
-    return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
+    captions, images = join_batches(image_reader(data, size, None).once(BATCH_SIZE), "image")
+    return {"image": images.float() / 255, "caption": captions}
+
+
+def join_batches(batches: Iterable[dict], name: str) -> tuple[list[str], Tensor]:
+    """Captions of all batches, and one of their tensors."""
+    captions, parts = [], []
+    for batch in batches:
+        captions += batch["caption"]
+        parts.append(batch[name])
+    return captions, torch.cat(parts)
 
 
 def build_pool(config: ReportStage, parts: Generator, sets: list[dict]) -> dict:

@@ -273,13 +273,15 @@ def read(judge: Judge, images: Tensor, batch_size: int) -> Facts:
     """What images show, B x 3 x R x R uint8; on the CPU."""
     device = judge.background.weight.device
     batches = images.split(batch_size)
-    return joined([judge(batch.to(device).float() / 255).each(Tensor.cpu) for batch in batches])
+    found = joined([judge(batch.to(device).float() / 255) for batch in batches])
+    return Facts(*(values.cpu() for values in found))
 
 
 def measure(scenes: Scenes, facts: Facts, real: Facts) -> Row:
     """Shares of images with each fact right (None: no caption states it), diversity, KID."""
     num_captions = len(scenes.texts)
-    wanted = scenes.wanted.each(lambda x: x.repeat_interleave(len(facts.count) // num_captions, 0))
+    number = len(facts.background) // num_captions  # of images of a caption
+    wanted = Wanted(*(values.repeat_interleave(number, dim=0) for values in scenes.wanted))
     verdicts, said = right(facts, wanted), is_said(wanted)
     row: Row = {
         name: verdicts[name][said[name]].double().mean().item() if said[name].any() else None

@@ -32,7 +32,7 @@ from data.readers import TokenTextConfig, token_reader
 from data.tar import expand_shards
 from eval import generation, scenes
 from eval.programs import build_parser, integer, markdown_table, start_processes
-from eval.report import BATCH_SIZE, encode, encode_texts
+from eval.report import BATCH_SIZE, encode, encode_texts, join_batches
 from eval.scores import retrieval
 from modeling.pipeline import Generator
 from training.errors import exit_on_error
@@ -122,19 +122,13 @@ def read_latents(
     config, scale = generator.tokenizer.config, generator.flow.latent_scale.cpu()
     stored = TokenTextConfig(shards=[f"{folder}/tokens/*.tar"])
     reader = token_reader(stored, config.num_tokens, config.token_channels, None)
-    batches = [*reader.once(BATCH_SIZE, limit=args.num_images)]
-    latents = torch.cat([batch["latent_mean"] for batch in batches])
-    train = encode_texts(generator, all_captions(batches)), latents * scale
+    captions, latents = join_batches(reader.once(BATCH_SIZE, limit=args.num_images), "latent_mean")
+    train = encode_texts(generator, captions), latents * scale
 
     images = image_reader(read_section(tokenizer, "data", ImageTextConfig), config.image_size, None)
-    batches = [*images.once(BATCH_SIZE, heldout, args.num_images)]
-    pixels = torch.cat([batch["image"] for batch in batches]).float() / 255
-    latents = encode(generator, pixels) * scale
-    return train, (encode_texts(generator, all_captions(batches)), latents)
-
-
-def all_captions(batches: list[dict]) -> list[str]:
-    return [caption for batch in batches for caption in batch["caption"]]
+    captions, pixels = join_batches(images.once(BATCH_SIZE, heldout, args.num_images), "image")
+    latents = encode(generator, pixels.float() / 255) * scale
+    return train, (encode_texts(generator, captions), latents)
 
 
 def probe_by_ridge(train: Captioned, heldout: Captioned) -> dict[str, float]:

@@ -112,7 +112,7 @@ class Studio:
         if not path:
             raise ValueError("Choose an image first.")
         [batch] = caption_images(self.captioner, list_pictures([path]), self.caption_sampling, 1)
-        return batch.captions[0]
+        return batch["caption"][0]
 
     def settings(self, steps: float, guidance: float, seed: float) -> tuple[SamplingConfig, int]:
         """Sampling and seed of a request."""

@@ -272,8 +272,7 @@ def look_at_file(
         return Row("STOP", what, one_line(error))
     if file:
         return Row("ok", what, str(file))
-    text = f"{weights.title}'s weights are absent: {weights.ways_out}"
-    return absent(what, text) if is_downloaded else Row("STOP", what, text)
+    return absent(what, weights.absence) if is_downloaded else Row("STOP", what, weights.absence)
 
 
 def absent(what: str, text: str) -> Row:
