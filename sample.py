@@ -146,9 +146,12 @@ def draw(args: argparse.Namespace) -> None:
     load = load_pipeline if args.interpolate or args.trajectory else load_generator
     parts, default = load(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
-    remarks = [*check_request(args, sampling), *list_cuts(parts, prompts)]
+    sampling.check_images("--images-per-prompt", args.images_per_prompt)
     vocabulary = known_words(args.run)
-    remarks += list_strangers(args.run, vocabulary, prompts)
+    remarks = [*list_cuts(parts, prompts), *list_strangers(args.run, vocabulary, prompts)]
+    if args.seed and not sampling.sample_text_latent:
+        reason = f"{args.run} draws nothing (sampling.sample_text_latent=false)"
+        remarks.insert(0, f"--seed {args.seed} changes nothing: {reason}")
     for remark in remarks[:MAX_WARNINGS]:
         print(f"warning: {remark}", file=sys.stderr)
     if len(remarks) > MAX_WARNINGS:
@@ -197,14 +200,6 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             "--trajectory"
         )
     return prompts
-
-
-def check_request(args: argparse.Namespace, sampling: Sampling) -> Iterator[str]:
-    """What a run that draws nothing can't do: refuse several images of a prompt, name a seed."""
-    sampling.check_images("--images-per-prompt", args.images_per_prompt)
-    if args.seed and not sampling.sample_text_latent:
-        reason = f"{args.run} draws nothing (sampling.sample_text_latent=false)"
-        yield f"--seed {args.seed} changes nothing: {reason}"
 
 
 def list_cuts(parts: Generator, prompts: list[str]) -> Iterator[str]:

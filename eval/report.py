@@ -103,7 +103,8 @@ def main(config: ReportStage) -> None:
     pool = build_pool(config, parts, sets)
     num_train = len(train["caption"])
     chosen = spread_evenly(num_train, config.num_train_captions)
-    shown_train = take(train, chosen)
+    shown_train = {"image": train["image"][chosen]}
+    shown_train["caption"] = [train["caption"][index] for index in chosen]
 
     # The tokenizer, the ridge, and the flow on both sets
     train_states = encode_texts(parts, train["caption"])
@@ -229,11 +230,6 @@ def build_pool(config: ReportStage, parts: Generator, sets: list[dict]) -> dict:
         subjects = [re.sub(config.caption_variant, "", caption) for caption in captions]
         pool["subjects"] = number_groups(subjects)
     return pool
-
-
-def take(samples: dict, indices: list[int]) -> dict:
-    """Some of the samples."""
-    return {"image": samples["image"][indices], "caption": [samples["caption"][i] for i in indices]}
 
 
 def shrink(images: Tensor) -> Tensor:

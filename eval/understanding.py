@@ -84,7 +84,9 @@ def main(args: argparse.Namespace) -> None:
 
     # What is to be found, and what the teacher itself finds of it
     target, true = train.pop("teacher"), heldout.pop("teacher")
-    texts, own = text_features(clip, captions)
+    different, own = [*dict.fromkeys(captions)], number_groups(captions)
+    chunks = [different[i : i + 256] for i in range(0, len(different), 256)]
+    texts = torch.cat([clip.read(chunk) for chunk in chunks]).cpu()
 
     def retrieve(features: Tensor) -> dict[str, Tensor]:
         numbers = {"top1": 1, "top5": 5}
@@ -155,13 +157,6 @@ def read_features(
     if len(captions) < 2:
         raise ValueError(f"only {len(captions)} of {len(images)} images could be read")
     return {name: torch.cat(parts) for name, parts in found.items()}, captions
-
-
-def text_features(clip: ClipScorer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Features of all different captions, M x E, and the number of each image's own among them."""
-    different = [*dict.fromkeys(captions)]
-    texts = torch.cat([clip.read(different[i : i + 256]) for i in range(0, len(different), 256)])
-    return texts.cpu(), number_groups(captions)
 
 
 def among_nearest(images: Tensor, texts: Tensor, own: Tensor, most: int) -> Tensor:

@@ -126,19 +126,23 @@ def main(args: argparse.Namespace) -> None:
             save_weights(network.state_dict(), folder / f"{part}.safetensors")
         config.text_encoder = pack_tower(config.text_encoder, folder / TOWER_FOLDER)
         write_json(asdict(config), folder / CONFIG_FILE)
-        has_picture = copy_picture([*runs.values()][-1], folder / SAMPLES_FILE)
+        pictures = sorted(sample_path([*runs.values()][-1], 0).parent.glob("step_*.png"))
+        if pictures:  # the newest that the run made of itself
+            shutil.copyfile(pictures[-1], folder / SAMPLES_FILE)
         card = write_card(
             name=args.push or args.output.name,
             runs=runs,
             config=config,
-            has_picture=has_picture,
+            has_picture=bool(pictures),
             figures=describe_report(args.run, networks),
         )
         write_text(card, folder / "README.md")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: written, {size / 1e6:.1f} MB")
     if args.push:
-        print(upload(target, args.push))
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(args.push, private=True, exist_ok=True)
+        print(hub.upload_folder(repo_id=args.push, folder_path=target).commit_url)
     print(f"python sample.py --run {args.push or args.output}")
 
 
@@ -187,17 +191,6 @@ def pack_tower(config: TextEncoderConfig, folder: Path) -> TextEncoderConfig:
     return replace(config, model=folder.name, pretrained="")
 
 
-def copy_picture(run: Path, path: Path) -> bool:
-    """Copy the newest picture that a run made of itself; False: it made none."""
-    pictures = sorted(sample_path(run, 0).parent.glob("step_*.png"))
-    if pictures:
-        shutil.copyfile(pictures[-1], path)
-    return bool(pictures)
-
-
-# The hub
-
-
 def check_hub(name: str) -> None:
     """Refuse, before anything is written, an id that is none, or a hub that knows no user."""
     if not HUB_ID.fullmatch(name):
@@ -205,13 +198,6 @@ def check_hub(name: str) -> None:
     if silence := why_hub_is_silent():
         raise ValueError(f"--push {name}: {silence}")
     huggingface_hub.HfApi().whoami()
-
-
-def upload(folder: Path, name: str) -> str:
-    """Upload a folder to the hub; returns the address of the commit."""
-    hub = huggingface_hub.HfApi()
-    hub.create_repo(name, private=True, exist_ok=True)
-    return hub.upload_folder(repo_id=name, folder_path=folder).commit_url
 
 
 # The model card
@@ -262,8 +248,8 @@ def describe_run(folder: Path) -> str:
     sources = [*config.data.get("sources", {}).values()] or [config.data]
     # Without the folders of this machine.
     shards = ["/".join(Path(shard).parts[-2:]) for one in sources for shard in one.shards]
-    batch_size = config.training.batch_size
-    return f"| {folder.name} | {step} | {batch_size} | {', '.join(map(code, shards))} |"
+    listed = ", ".join(f"`{shard}`" for shard in shards)
+    return f"| {folder.name} | {step} | {config.training.batch_size} | {listed} |"
 
 
 def describe_report(run: Path, networks: dict[str, nn.Module]) -> str:
@@ -274,7 +260,7 @@ def describe_report(run: Path, networks: dict[str, nn.Module]) -> str:
     inputs = values.pop("inputs", {})
     if flow is None or inputs.get("flow_fingerprint") != fingerprint(flow):
         return "None were measured (stage report)."
-    rows = [f"| {code(name)} | {value:.4g} |" for name, value in list_numbers(values)]
+    rows = [f"| `{name}` | {value:.4g} |" for name, value in list_numbers(values)]
     return "\n".join(["| report.json | |", "|---|---|", *rows])
 
 
@@ -285,10 +271,6 @@ def list_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from list_numbers(value, f"{prefix}{key}.")
         elif isinstance(value, int | float):
             yield f"{prefix}{key}", value
-
-
-def code(text: str) -> str:
-    return f"`{text}`"
 
 
 if __name__ == "__main__":
