@@ -82,14 +82,12 @@ def check_matplotlib() -> None:
         raise ValueError(f"charts need matplotlib: {INSTALL}")
 
 
-def save_lines(
-    curves: Mapping[str, Curve], x_name: str, y_name: str, path: Path, y_scale: str = "linear"
-) -> None:
+def save_lines(curves: Mapping[str, Curve], x_name: str, y_name: str, path: Path) -> None:
     """Curves by name, each a list of (x, y)."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     figure = Figure(layout="constrained")
-    axes = figure.add_subplot(xlabel=x_name, ylabel=y_name, yscale=y_scale)
+    axes = figure.add_subplot(xlabel=x_name, ylabel=y_name)
     for name, points in curves.items():
         x, y = zip(*sorted(points))
         axes.plot(x, y, "o-", label=name)
