@@ -18,7 +18,6 @@ numbers on the same set can be compared.
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -31,9 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.captions import check_caption_keys
 from data.entries import Entry

@@ -9,13 +9,9 @@ colour. Needs pip install -r requirements-eval.txt.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, user_path
 from eval.programs import INSTALL, build_parser

@@ -12,7 +12,6 @@ PSNR and SSIM while stage 1 trains.
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,9 +23,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from tqdm import tqdm
-
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig

@@ -14,7 +14,6 @@ report_heldout.png (true image left, generated right).
 
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -23,9 +22,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.files import write_json

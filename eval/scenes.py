@@ -14,7 +14,6 @@ the last values of guidance and steps.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -26,9 +25,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.entries import load_json
 from data.files import check_writable, user_path, write_json
@@ -322,5 +318,4 @@ def print_table(rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

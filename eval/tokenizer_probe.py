@@ -23,9 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
@@ -163,5 +160,4 @@ def judge_flow(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, 
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

@@ -360,5 +360,4 @@ def relation_of(place: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))
