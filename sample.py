@@ -42,19 +42,10 @@ from modeling.layers import to_pil
 from modeling.pipeline import Generator, ImageGenerator, Sampling, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
 from modeling.samplers import SOLVERS
+from training import pipelines
 from training.errors import exit_on_error, printable
 from training.loading import read_run_config
 from training.pictures import caption_grid, png_bytes, save_png, write_gallery
-from training.pipelines import (
-    captioning_run,
-    directions_of,
-    example_captions,
-    flow_folder,
-    is_next_scale,
-    load_captioner,
-    load_generator,
-    load_pipeline,
-)
 from training.vocabulary import VOCABULARY_FILE, Vocabulary, find_vocabulary, one_form
 
 SHEET_IMAGES = 60  # of a caption's contact sheet
@@ -99,7 +90,9 @@ def main(args: argparse.Namespace) -> None:
     is_left_open = not (args.prompts or args.prompts_file or args.interpolate or args.trajectory)
     check_args(args)
     args.run = find_folder(args.run)
-    to_text = bool(args.caption) or (is_left_open and directions_of(args.run) == {"image_to_text"})
+    to_text = bool(args.caption)
+    if is_left_open and not to_text:
+        to_text = pipelines.directions_of(args.run) == {"image_to_text"}
     check_outputs(args, (".png", ".jsonl") if to_text else (".png",))
     if to_text:
         caption(args)
@@ -143,7 +136,8 @@ def sampling_of(args: argparse.Namespace, default: Sampling) -> Sampling:
 def draw(args: argparse.Namespace) -> None:
     """Make images of prompts, or between two of them, and write them."""
     prompts = read_prompts(args)
-    load = load_pipeline if args.interpolate or args.trajectory else load_generator
+    is_row = args.interpolate or args.trajectory
+    load = pipelines.load_pipeline if is_row else pipelines.load_generator
     parts, default = load(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
     sampling.check_images("--images-per-prompt", args.images_per_prompt)
@@ -193,7 +187,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         lines = read_text_file(args.prompts_file).split("\n")
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
-        prompts = example_captions(args.run)
+        prompts = pipelines.example_captions(args.run)
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError(
             "no prompt, or an empty one: give --prompts, --prompts-file, --interpolate or "
@@ -214,9 +208,9 @@ def list_cuts(parts: Generator, prompts: list[str]) -> Iterator[str]:
 
 def known_words(run: Path) -> Vocabulary | None:
     """Those of the captions of a run; they do not leave with an exported folder."""
-    if is_next_scale(run):  # nobody lists them where images are encoded while it trains
+    if pipelines.is_next_scale(run):  # nobody lists them where images are encoded while it trains
         return Vocabulary("", [], None)
-    return None if is_pretrained(run) else find_vocabulary(flow_folder(run))
+    return None if is_pretrained(run) else find_vocabulary(pipelines.flow_folder(run))
 
 
 def list_strangers(run: Path, vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
@@ -314,9 +308,9 @@ def caption(args: argparse.Namespace) -> None:
     elif is_pretrained(args.run):
         raise ValueError(f"{args.run} comes without pictures: give --caption IMAGE")
     else:
-        pictures = read_run_config(captioning_run(args.run)).pictures
+        pictures = read_run_config(pipelines.captioning_run(args.run)).pictures
         entries = choose_images(pictures.images, pictures.num_images)
-    parts, default = load_captioner(args.run, torch.device(args.device))
+    parts, default = pipelines.load_captioner(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
     start = time.perf_counter()
     batches = caption_images(parts, entries, sampling, args.batch_size)

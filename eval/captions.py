@@ -34,15 +34,8 @@ from torch import Tensor
 from data.captions import check_caption_keys
 from data.entries import Entry
 from data.files import check_writable, user_path, write_json
+from eval import programs
 from eval.images import RULES, ImageSet, entry_captions, image_name, iterate_images, list_images
-from eval.programs import (
-    INSTALL,
-    add_reading_options,
-    add_sweep_options,
-    build_parser,
-    describe_environment,
-    start_processes,
-)
 from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
 from training.errors import exit_on_error
@@ -62,7 +55,7 @@ SCORERS = {  # of pycocoevalcap: module and class; each scores the whole set
 }
 COLUMNS = ("steps", "guidance", "exact_match", *SCORERS)
 PACKAGE = "pycocoevalcap"
-NO_PACKAGE = f"{PACKAGE} is not installed: {INSTALL}"
+NO_PACKAGE = f"{PACKAGE} is not installed: {programs.INSTALL}"
 NO_JAVA = "there is no Java on this machine"
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 FETCH_MODELS = (
@@ -74,15 +67,15 @@ Texts = dict[int, list[str]]  # of each image, tokens with spaces between
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = build_parser(__doc__)
+    parser = programs.build_parser(__doc__)
     add, keys = parser.add_argument, ["json:captions", "txt", "json:caption"]
     add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
     add("data", nargs="+", metavar="DATA", help="folders or image shards")
     help_text = "where a sample's references lie, tried in order: an extension, or json:field"
     add("--caption-keys", nargs="+", metavar="KEY", default=keys, help=help_text)
     add("--output", type=user_path, help=f"default: {REPORT} in the stage-3 run's folder")
-    add_sweep_options(parser)
-    add_reading_options(parser, 64, "images at a time")
+    programs.add_sweep_options(parser)
+    programs.add_reading_options(parser, 64, "images at a time")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -96,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     run = captioning_run(args.run)
     path = args.output or run / REPORT
     check_writable(path)
-    state = start_processes(args.device)
+    state = programs.start_processes(args.device)
     (captioner, default), checkpoint = load_newest(
         run, lambda: load_captioner(args.run, state.device)
     )
@@ -133,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
             "text_decoder_fingerprint": fingerprint(captioner.decoder),
             "tokenizer_fingerprint": fingerprint(captioner.tokenizer),
         },
-        **describe_environment(state, [PACKAGE]),
+        **programs.describe_environment(state, [PACKAGE]),
         "results": results[:-1],
         "without_flow": results[-1],
     }

@@ -23,21 +23,12 @@ from accelerate.utils import gather_object
 
 from configs.load import load_dataclass
 from data.files import check_writable, user_path, write_json, write_text
+from eval import programs
 from eval.curves import check_matplotlib, save_lines
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
 from eval.feature_nets import load_networks
 from eval.features import load_reference
 from eval.images import Reading
-from eval.programs import (
-    add_reading_options,
-    add_sweep_options,
-    add_weights_options,
-    build_parser,
-    markdown_table,
-    print_metrics,
-    start_processes,
-    undisturbed,
-)
 from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow_model import FlowModel
 from modeling.layers import fingerprint
@@ -54,7 +45,7 @@ NUM_WORKERS = 2  # reading processes of each process, in training
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = build_parser(__doc__)
+    parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
     add("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
@@ -62,9 +53,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--protocol", required=True, help=help_text)
     add("--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN")
     add("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
-    add_sweep_options(parser)
-    add_reading_options(parser, 64, "images that a feature network sees at once")
-    add_weights_options(parser)
+    programs.add_sweep_options(parser)
+    programs.add_reading_options(parser, 64, "images that a feature network sees at once")
+    programs.add_weights_options(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -81,7 +72,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if len(points) > 1:
         check_matplotlib()
     output = args.output or args.run / "evaluation" / Path(args.protocol).stem
-    state = start_processes(args.device)
+    state = programs.start_processes(args.device)
     check_writable(output / REPORT)
 
     # The run: all processes must have the same checkpoint, though training may go on meanwhile
@@ -143,7 +134,7 @@ def print_report(report: dict[str, Any], path: Path) -> None:
     """How many images, how fast, and the metrics."""
     made = f"{report['num_images']} images, {report['images_made']} made now"
     rate = f", {report['images_per_second']:.1f} images/s" if report["images_made"] else ""
-    print_metrics(report, f"{path}: {made}{rate}")
+    programs.print_metrics(report, f"{path}: {made}{rate}")
 
 
 def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
@@ -162,7 +153,7 @@ def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
     # The same as json, as a Markdown table and, of the first metric, as a chart
     write_json({"rows": rows}, folder / "sweep.json")
     cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
-    table = markdown_table([[*rows[0]], *cells])
+    table = programs.markdown_table([[*rows[0]], *cells])
     write_text(table, folder / "sweep.md")
     print(table, end="")
     if names:
@@ -226,7 +217,7 @@ class FlowEvaluation:
         if not protocol.metrics:
             raise ValueError(f"protocol {config.protocol} measures nothing: its metrics are empty")
         self.captions, self.reference = read_captions(protocol), None
-        with undisturbed():
+        with programs.undisturbed():
             setup = self._prepare(None, "")
             if setup.networks.absent:
                 reasons = "; ".join(setup.networks.absent.values())
@@ -242,7 +233,7 @@ class FlowEvaluation:
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         state.wait_for_everyone()
-        with undisturbed():
+        with programs.undisturbed():
             report = evaluate_images(self._prepare(model, folder.name), self.protocol, folder)
             # Of each step the numbers and a sheet stay: 30,000 images would fill the disk
             if state.is_main_process:

@@ -26,20 +26,10 @@ from tqdm import tqdm
 
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
+from eval import programs
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.features import FeatureStatistics, frechet_distance
 from eval.images import RULES, ImageSet, Reading, iterate_images, list_images, to_bytes
-from eval.programs import (
-    add_reading_options,
-    add_weights_options,
-    build_parser,
-    describe_environment,
-    describe_file,
-    integer,
-    print_metrics,
-    start_processes,
-    undisturbed,
-)
 from eval.scores import psnr, ssim
 from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tokenizer import ImageTokenizer
@@ -59,20 +49,20 @@ BATCH_SIZE, NUM_WORKERS = 32, 2  # images at a time and process, reading process
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = build_parser(__doc__)
+    parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="stage-1 run folder, or an experiment folder")
     help_text = "folder of images, or tar shards: paths, braces, globs"
     add("data", nargs="+", metavar="DATA", help=help_text)
     help_text = "the json; default: reconstruction.json in the run folder"
     add("--output", type=user_path, help=help_text)
-    add("--limit", type=integer(1), help="only the first images, so many")
+    add("--limit", type=programs.integer(1), help="only the first images, so many")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer")
     add("--vgg-weights", metavar="FILE", help="VGG16 of LPIPS; default: torch's cache")
     help_text = "folder for a picture of the first pairs"
     add("--save-images", type=user_path, metavar="DIR", help=help_text)
-    add_reading_options(parser, BATCH_SIZE, "images at a time and process")
-    add_weights_options(parser)
+    programs.add_reading_options(parser, BATCH_SIZE, "images at a time and process")
+    programs.add_weights_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -87,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     entries = list_images(args.data)[: args.limit]
 
     # The run's networks, then those that measure
-    state = start_processes(args.device)
+    state = programs.start_processes(args.device)
     reconstruct, checkpoint = load_newest(
         run, lambda: load_reconstructor(run, state.device, args.precision == "bf16")
     )
@@ -126,8 +116,8 @@ def main(args: argparse.Namespace) -> None:
         "skipped": [{"image": name, "reason": reason} for name, reason in skipped],
         "protocol": describe_protocol(args, images),
         "model": model,
-        "weights": {name: describe_file(file) for name, file in files.items() if file},
-        **describe_environment(state),
+        "weights": {name: programs.describe_file(file) for name, file in files.items() if file},
+        **programs.describe_environment(state),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(images) / seconds, 3),
     }
@@ -140,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
 def print_report(report: dict[str, Any], output: Path) -> None:
     """Metrics, how fast, and what was left out."""
     rate = f" ({report['seconds']:.0f} s, {report['images_per_second']:.1f} images/s)"
-    print_metrics(report, f"{output}: {report['num_images']} images", rate)
+    programs.print_metrics(report, f"{output}: {report['num_images']} images", rate)
     for reason, count in Counter(entry["reason"] for entry in report["skipped"]).items():
         print(f"  skipped {count}: {reason}")
 
@@ -352,7 +342,7 @@ class ReconstructionEvaluation:
         """{"eval/psnr_db": ..., "eval/ssim": ...} on every process."""
         reconstruct = Reconstructor(model, self.text_encoder, self.bf16)
         reading = Reading(BATCH_SIZE, NUM_WORKERS, PartialState())
-        with undisturbed():
+        with programs.undisturbed():
             metrics, *_ = measure_reconstructions(self.images, reconstruct, reading)
         return {f"eval/{name}": value for name, value in metrics.items() if value is not None}
 

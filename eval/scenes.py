@@ -32,6 +32,7 @@ from data.images import image_bytes
 from data.scenes import SPLITS, Kind, Statement
 from data.tar import expand_shards, read_shard
 from data.transforms import open_image
+from eval import programs
 from eval.generation import describe_model
 from eval.images import to_bytes
 from eval.judge import (
@@ -45,15 +46,6 @@ from eval.judge import (
     right,
     spread,
     wanted_by,
-)
-from eval.programs import (
-    INSTALL,
-    add_sweep_options,
-    build_parser,
-    describe_environment,
-    integer,
-    markdown_table,
-    start_processes,
 )
 from eval.reconstruction import Reconstructor
 from eval.scores import kernel_distance
@@ -72,16 +64,16 @@ Row = dict[str, Any]  # of the table
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = build_parser(__doc__)
+    parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=user_path, help="experiment folder, or a stage-3 run folder")
     add("--data", type=user_path, metavar="DIR", help="default: scenes in RUN")
     add("--output", type=user_path, metavar="DIR", help="default: evaluation/scenes in RUN")
-    add("--captions", type=integer(1), help="of each split, the first ones; default: all")
-    add("--images-per-caption", type=integer(1), default=4)
-    add("--seed", type=integer(0), default=0)
-    add_sweep_options(parser)
-    add("--batch-size", type=integer(1), default=64, help="images at a time")
+    add("--captions", type=programs.integer(1), help="of each split, the first ones; default: all")
+    add("--images-per-caption", type=programs.integer(1), default=4)
+    add("--seed", type=programs.integer(0), default=0)
+    programs.add_sweep_options(parser)
+    add("--batch-size", type=programs.integer(1), default=64, help="images at a time")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=default)
     return parser.parse_args(arguments)
@@ -96,7 +88,7 @@ def main(args: argparse.Namespace) -> list[Row]:
     sets = [read_split(args.data or args.run / "scenes", s, args.captions) for s in EVALUATED]
 
     # The run
-    state = start_processes(args.device)
+    state = programs.start_processes(args.device)
     (generator, default), checkpoint = load_newest(
         flow_folder(args.run), lambda: load_generator(args.run, state.device)
     )
@@ -133,14 +125,14 @@ def main(args: argparse.Namespace) -> list[Row]:
         "seed": args.seed,
         "sampling": asdict(points[-1]),
         "model": model,
-        **describe_environment(state),
+        **programs.describe_environment(state),
     }
     write_json(report, output / REPORT)
     pictures, texts = zip(*strips)
     save_png(caption_grid(torch.stack(pictures), [*texts], columns=2), output / PICTURE)
     print_table(rows)
     if not has_fidelity():
-        print(f"no kid: it needs torch-fidelity: {INSTALL}")
+        print(f"no kid: it needs torch-fidelity: {programs.INSTALL}")
     print(f"{output}: {REPORT}, {PICTURE} written")
     return rows
 
@@ -314,7 +306,7 @@ def print_table(rows: list[Row]) -> None:
     names = ["split", "images", "steps", "guidance", *reversed(FACTS)]
     names += ["diversity", "kid", "images_per_second"]
     cells = [[cell(row, name) for name in names] for row in rows]
-    print(markdown_table([names, *cells]), end="")
+    print(programs.markdown_table([names, *cells]), end="")
 
 
 if __name__ == "__main__":

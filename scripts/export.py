@@ -39,19 +39,11 @@ from modeling.pipeline import DirectionConfig, PipelineConfig, SamplingConfig
 from modeling.pretrained import CONFIG_FILE, HUB_ID, TOWER_FOLDER
 from modeling.text_encoder import TextEncoderConfig
 from modeling.text_projector import TextProjectorConfig
+from training import pipelines
 from training.checkpoint import latest_checkpoint
 from training.errors import ROOT, exit_on_error
 from training.loading import read_run_config, read_section
 from training.pictures import sample_path
-from training.pipelines import (
-    captioning_run,
-    directions_of,
-    example_captions,
-    find_tokenizer,
-    flow_folder,
-    load_captioner,
-    load_pipeline,
-)
 
 SAMPLES_FILE = "samples.png"
 SECTIONS = {
@@ -154,15 +146,15 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
     """
     runs, networks, config = {}, {}, PipelineConfig(captions=[])
     cpu = torch.device("cpu")
-    for direction in sorted(directions_of(run)):
+    for direction in sorted(pipelines.directions_of(run)):
         if direction == "text_to_image":
-            flow_dir = flow_folder(run)
-            parts, _ = load_pipeline(run, cpu)
+            flow_dir = pipelines.flow_folder(run)
+            parts, _ = pipelines.load_pipeline(run, cpu)
             config.text_encoder = parts.text_encoder.tokenize.config
-            config.captions = example_captions(run)
+            config.captions = pipelines.example_captions(run)
         else:
-            flow_dir = captioning_run(run)
-            parts, _ = load_captioner(run, cpu)
+            flow_dir = pipelines.captioning_run(run)
+            parts, _ = pipelines.load_captioner(run, cpu)
             config.text_encoder = parts.tokenize.config
             config.text_decoder = parts.decoder.config
             networks["text_decoder"] = parts.decoder
@@ -173,7 +165,7 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
         setattr(config, direction, DirectionConfig(**sections))
         config.tokenizer = parts.tokenizer.config
         networks[direction] = parts.flow
-        runs["tokenizer"] = find_tokenizer(flow_dir)[0]
+        runs["tokenizer"] = pipelines.find_tokenizer(flow_dir)[0]
         runs[direction] = flow_dir
     return runs, networks, config
 
