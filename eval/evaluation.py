@@ -67,9 +67,9 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     state, started = setup.reading.state, time.perf_counter()
     sampling = protocol.sampling(setup.default)
     images = ImageFolder(folder / "images", protocol, setup.captions)
-    claim_folder(folder, images, sampling, setup.model, state)
+    claim_folder(folder, images, sampling, setup.model)
     # The images of all processes are there once their counts are
-    work = gather_object([generate_images(setup.generator, images, sampling, state)])
+    work = gather_object([generate_images(setup.generator, images, sampling)])
 
     # The numbers, on the main process
     features = measure_features(setup, images, folder / "features")
@@ -145,11 +145,7 @@ class ImageFolder:
 
 
 def claim_folder(
-    folder: Path,
-    images: ImageFolder,
-    sampling: SamplingConfig,
-    model: dict[str, Any],
-    state: PartialState,
+    folder: Path, images: ImageFolder, sampling: SamplingConfig, model: dict[str, Any]
 ) -> None:
     """Note a new folder's inputs; ValueError if it has images of others. Every process calls it."""
     inputs = {
@@ -162,7 +158,7 @@ def claim_folder(
     # Written before the first image: an image without it would be of unknown origin
     file = folder / INPUTS
     if not file.is_file():
-        if state.is_main_process:
+        if PartialState().is_main_process:
             write_json(inputs, file)
         return
     # Images of other weights or captions must not be continued
@@ -178,7 +174,7 @@ def claim_folder(
 
 
 def generate_images(
-    generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig, state: PartialState
+    generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig
 ) -> tuple[int, float]:
     """Make this process's share of the absent images: (how many, seconds from text to pixels).
 
@@ -186,7 +182,7 @@ def generate_images(
         FloatingPointError: an image is not finite.
     """
     # Groups are dealt out to the processes in turn
-    protocol, made, seconds = images.protocol, 0, 0.0
+    state, protocol, made, seconds = PartialState(), images.protocol, 0, 0.0
     starts = range(0, len(images), protocol.group_size)
     own = starts[state.process_index :: state.num_processes]
     for start in tqdm(own, "images", disable=not state.is_main_process, delay=10, mininterval=10):

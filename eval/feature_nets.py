@@ -223,11 +223,7 @@ class Networks:
 
 
 def load_networks(
-    protocol: Protocol,
-    generator: ImageGenerator,
-    paths: Mapping[str, str | None],
-    download: bool,
-    state: PartialState,
+    protocol: Protocol, generator: ImageGenerator, paths: Mapping[str, str | None], download: bool
 ) -> Networks:
     """What the protocol's metrics need.
 
@@ -239,7 +235,7 @@ def load_networks(
     Raises:
         ValueError: weights of another net, damaged ones, or no file at a given path.
     """
-    found, file, kind = Networks(), None, protocol.features
+    found, state, file, kind = Networks(), PartialState(), None, protocol.features
     needs_features = bool({*protocol.metrics} - {"clip_score"})
     # One process a machine downloads, the others find the files
     with state.local_main_process_first():

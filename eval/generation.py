@@ -31,7 +31,7 @@ from eval.features import load_reference
 from eval.images import Reading
 from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow_model import FlowModel
-from modeling.layers import fingerprint
+from modeling.layers import check_not_negative, fingerprint
 from modeling.pipeline import Generator, ImageGenerator, SamplingConfig
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     # What the images are measured with
     reading = Reading(args.batch_size, args.num_workers, state)
     paths = {"inception": args.inception_weights, "dinov2": args.dinov2_weights}
-    networks = load_networks(protocol, generator, paths, args.download, state)
+    networks = load_networks(protocol, generator, paths, args.download)
     size = protocol.feature_size(generator.tokenizer.config.image_size)
     setup = EvaluationSetup(
         captions=captions,
@@ -183,8 +183,7 @@ class EvaluationConfig:
     dinov2_weights: str = ""  # path of DINOv2 ViT-L/14, for features=dinov2
 
     def __post_init__(self):
-        if self.every_steps < 0:
-            raise ValueError(f"every_steps must be at least 0, got {self.every_steps}")
+        check_not_negative(self, "every_steps")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.every_steps and not self.protocol:
@@ -245,10 +244,10 @@ class FlowEvaluation:
     def _prepare(self, model: FlowModel | None, checkpoint: str) -> EvaluationSetup:
         """The networks, made anew, and what stays the same. Without a model it can't generate."""
         # Loaded for this evaluation only: in between, the GPU's memory is training's
-        config, state = self.config, self.reading.state
+        config, device = self.config, self.reading.state.device
         generator = ImageGenerator(
-            text_encoder=load_text_encoder(self.text_encoder).to(state.device),
-            tokenizer=load_tokenizer(self.tokenizer_run).to(state.device),
+            text_encoder=load_text_encoder(self.text_encoder).to(device),
+            tokenizer=load_tokenizer(self.tokenizer_run).to(device),
             flow=model,
         )
         paths = {"inception": config.inception_weights, "dinov2": config.dinov2_weights}
@@ -257,7 +256,7 @@ class FlowEvaluation:
             generator=generator,
             default=self.sampling,
             model={"checkpoint": checkpoint},
-            networks=load_networks(self.protocol, generator, paths, False, state),
+            networks=load_networks(self.protocol, generator, paths, download=False),
             reference=self.reference,
             reading=self.reading,
         )

@@ -21,7 +21,7 @@ from data.captions import captions_of
 from data.entries import Entry, clean_key, read_parts
 from data.images import image_bytes
 from data.samples import BadSample
-from data.sources import folder_entries, tar_entries
+from data.sources import folder_entries, is_tar_name, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 from data.workers import share_batch, start_worker
 from modeling.pipeline import Captioner, SamplingConfig
@@ -37,7 +37,6 @@ RULES = {
 }
 CLEAN_SIZE = 299  # pixels, Inception's own
 WHITE = (255, 255, 255)
-SHARD_ENDINGS = (".tar", ".tar.gz")
 SHEET_COLUMNS = 6
 SILENCE = f"no batch of images for {TIMEOUT_MINUTES:g} minutes"
 
@@ -68,7 +67,7 @@ def list_pictures(names: Sequence[str]) -> list[Entry]:
     """Image files, images of folders (with sub-folders) and of shards, in the order given."""
     entries = []
     for name in map(os.path.expanduser, names):
-        if os.path.isdir(name) or name.endswith(SHARD_ENDINGS):
+        if os.path.isdir(name) or is_tar_name(name):
             entries += list_images([name])
         elif os.path.isfile(name):
             entries.append(Entry(clean_key(name), name, captions=[]))

@@ -33,7 +33,7 @@ from eval.images import RULES, ImageSet, Reading, iterate_images, list_images, t
 from eval.scores import psnr, ssim
 from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.layers import fingerprint
+from modeling.layers import check_not_negative, fingerprint
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoder
@@ -325,9 +325,7 @@ class ReconstructionEvaluationConfig:
     num_images: int = 256  # the first ones; 0: all
 
     def __post_init__(self):
-        for name in ("every_steps", "num_images"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_not_negative(self, "every_steps", "num_images")
 
 
 @dataclass

@@ -309,7 +309,8 @@ def print_accuracy() -> None:
         scenes = [draw_scene(one, numbers) for one in said]
         images = torch.from_numpy(draw_images(scenes)) / 255
         for name, shown in ((split, images), (f"{split}, damaged", damage(images, rng))):
-            shares = compare(look(judge, shown), scenes)
+            facts = joined([judge(batch) for batch in shown.split(500)])
+            shares = compare(facts, scenes)
             values = (f"{fact} {is_right.float().mean():.2%}" for fact, is_right in shares.items())
             print(f"{name}: {', '.join(values)}", flush=True)
 
@@ -319,11 +320,6 @@ def draw_statement_of(split: str, rng: np.random.Generator) -> Statement:
     while split_of(statement := draw_statement(rng)) != split:
         pass
     return statement
-
-
-def look(judge: Judge, images: Tensor) -> Facts:
-    """What images show, N x 3 x 64 x 64 in [0, 1], a few at a time."""
-    return joined([judge(batch) for batch in images.split(500)])
 
 
 def compare(facts: Facts, scenes: list[Scene]) -> dict[str, Tensor]:
