@@ -226,10 +226,7 @@ def list_strangers(run: Path, vocabulary: Vocabulary | None, prompts: list[str])
 
 
 def generate(
-    parts: Generator,
-    args: argparse.Namespace,
-    sampling: Sampling,
-    prompts: list[str],
+    parts: Generator, args: argparse.Namespace, sampling: Sampling, prompts: list[str]
 ) -> Iterator[Picture]:
     """`images_per_prompt` images of each prompt, in batches; the i-th has randomness (seed, i)."""
     captions = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
@@ -256,10 +253,7 @@ def interpolate(
 
 
 def follow(
-    parts: ImageGenerator,
-    args: argparse.Namespace,
-    sampling: SamplingConfig,
-    prompts: list[str],
+    parts: ImageGenerator, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]
 ) -> Iterator[Picture]:
     """What the flow passes on its way to an image of each prompt, named by the time.
 
@@ -272,10 +266,7 @@ def follow(
 
 
 def write_pages(
-    pictures: Iterator[Picture],
-    columns: int,
-    args: argparse.Namespace,
-    sampling: Sampling,
+    pictures: Iterator[Picture], columns: int, args: argparse.Namespace, sampling: Sampling
 ) -> tuple[int, Path]:
     """Write grids, galleries and single images, a page at a time. Returns (images, last grid)."""
     settings = {"run": args.run.name, **asdict(sampling), "seed": args.seed}

@@ -267,8 +267,5 @@ def clip_of(protocol: Protocol, generator: ImageGenerator) -> ClipConfig:
     if tower.family != "open_clip":
         raise AbsentWeights(f"clip.model=own: {tower.model} has no image tower, name a CLIP")
     return replace(
-        protocol.clip,
-        model=tower.model,
-        pretrained=tower.pretrained,
-        exact_gelu=tower.exact_gelu,
+        protocol.clip, model=tower.model, pretrained=tower.pretrained, exact_gelu=tower.exact_gelu
     )

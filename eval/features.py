@@ -93,9 +93,6 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of C1 C2, as in torch-fidelity.
     """
-    if first.mean.shape != second.mean.shape:
-        widths = f"{len(first.mean)} and {len(second.mean)}"
-        raise ValueError(f"features of widths {widths} have no distance")
     # C1 C2 is not symmetric, but its eigenvalues are real up to rounding
     eigenvalues = scipy.linalg.eigvals((first.covariance @ second.covariance).numpy())
     root_trace = np.sqrt(eigenvalues).real.sum()
@@ -122,9 +119,7 @@ class FeatureSet:
     def save(self, path: Path) -> None:
         """Write a statistics file atomically."""
         arrays = {"mu": self.gaussian.mean.numpy(), "sigma": self.gaussian.covariance.numpy()}
-        arrays["description"] = json.dumps(self.description)
-        if self.gaussian.count is not None:
-            arrays["count"] = self.gaussian.count
+        arrays |= {"description": json.dumps(self.description), "count": self.gaussian.count}
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         buffer = io.BytesIO()

@@ -135,12 +135,7 @@ def main(config: ReportStage) -> None:
 
 
 def measure_set(
-    parts: Generator,
-    sampling: Sampling,
-    ridge: Ridge,
-    samples: dict,
-    pool: dict,
-    own: Tensor,
+    parts: Generator, sampling: Sampling, ridge: Ridge, samples: dict, pool: dict, own: Tensor
 ) -> Iterator[tuple[str, dict, Tensor]]:
     """(suffix, figures, images) of the run, of its source alone, and of the ridge.
 

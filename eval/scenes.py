@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> list[Row]:
     pictures, texts = zip(*strips)
     save_png(caption_grid(torch.stack(pictures), [*texts], columns=2), output / PICTURE)
     print_table(rows)
-    if not has_fidelity():
+    if find_spec("torch_fidelity") is None:
         print(f"no kid: it needs torch-fidelity: {programs.INSTALL}")
     print(f"{output}: {REPORT}, {PICTURE} written")
     return rows
@@ -283,15 +283,10 @@ def measure(scenes: Scenes, facts: Facts, real: Facts) -> Row:
 def distance(features: Tensor, real: Tensor) -> float | None:
     """KID; None without torch-fidelity, or of a single image."""
     smaller = min(len(features), len(real))
-    if not has_fidelity() or smaller < 2:
+    if find_spec("torch_fidelity") is None or smaller < 2:
         return None
     kid, _ = kernel_distance(features, real, subsets=1, subset_size=smaller)
     return kid
-
-
-def has_fidelity() -> bool:
-    """Whether KID can be computed."""
-    return find_spec("torch_fidelity") is not None
 
 
 def print_table(rows: list[Row]) -> None:

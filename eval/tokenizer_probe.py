@@ -61,34 +61,31 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Probe one tokenizer after the other, then print them side by side."""
+    # What is absent is named before any work
+    todo = []
     for run in args.runs:
         check_writable(run / "probe" / "probe.json")
-        expand_shards(heldout_shards(args, run))
-    reports = {str(run): probe(args, run) for run in args.runs}
+        data = args.data or run / "scenes"
+        heldout = args.heldout or [f"{data}/new-*.tar"]
+        expand_shards(heldout)
+        todo.append((run, data, heldout))
+    reports = {str(run): probe(args, run, data, heldout) for run, data, heldout in todo}
     names = list(next(iter(reports.values())))
     rows = [[run, *(f"{report[name]:.3f}" for name in names)] for run, report in reports.items()]
     print(markdown_table([["tokenizer", *names], *rows]), end="")
 
 
-def probe(args: argparse.Namespace, run: Path) -> dict[str, float]:
+def probe(args: argparse.Namespace, run: Path, data: Path, heldout: list[str]) -> dict[str, float]:
     """All figures of one tokenizer, written to its probe.json too."""
-    folder, data = (run / "probe").absolute(), data_folder(args, run)
+    folder = (run / "probe").absolute()
     tokenizer = run / "tokenizer" if (run / "tokenizer").is_dir() else run
     train_flow(args.experiment, folder, tokenizer.absolute(), data.absolute())
     generator, _ = load_generator(folder, start_processes(args.device).device)
-    latents = read_latents(args, generator, folder, tokenizer, heldout_shards(args, run))
+    latents = read_latents(args, generator, folder, tokenizer, heldout)
     figures = probe_by_ridge(*latents) | judge_flow(args, folder, data)
     write_json(figures, folder / "probe.json")
     print(f"{folder / 'probe.json'}: written", flush=True)
     return figures
-
-
-def data_folder(args: argparse.Namespace, run: Path) -> Path:
-    return args.data or run / "scenes"
-
-
-def heldout_shards(args: argparse.Namespace, run: Path) -> list[str]:
-    return args.heldout or [f"{data_folder(args, run)}/new-*.tar"]
 
 
 def train_flow(experiment: str, folder: Path, tokenizer: Path, data: Path) -> None:

@@ -86,10 +86,7 @@ RUNS = {
     "emoji/text_decoder": ("emoji_caption/text_decoder", []),
     "emoji/flowtok_caption": ("emoji_caption/flowtok_caption", []),
     "tokenizer_bl77_256/tokenizer": ("tokenizer_bl77_256/tokenizer", TOKENIZER),
-    "tokenizer_bl77_256/tokens": (
-        "tokenizer_bl77_256/tokens",
-        [*FILTERED, "data.num_workers=2"],
-    ),
+    "tokenizer_bl77_256/tokens": ("tokenizer_bl77_256/tokens", [*FILTERED, "data.num_workers=2"]),
     "projector_clip_l/text_projector": ("projector_clip_l/text_projector", PROJECTOR),
     "flowtok_b/flowtok": ("flowtok_b/flowtok", FLOW),
     "flowtok_b/projector_run": ("flowtok_b/flowtok", [*SMALL_FLOW, STAGE2]),
@@ -97,14 +94,8 @@ RUNS = {
         "flowtok_b/flowtok",
         [*FLOW, "training.precision=bf16", "training.max_steps=5"],
     ),
-    "flowtok_b/accumulation": (
-        "flowtok_b/flowtok",
-        [*FLOW, "training.gradient_accumulation=2"],
-    ),
-    "flowtok_b/selective": (
-        "flowtok_b/flowtok",
-        [*FLOW, "activation_checkpointing=selective"],
-    ),
+    "flowtok_b/accumulation": ("flowtok_b/flowtok", [*FLOW, "training.gradient_accumulation=2"]),
+    "flowtok_b/selective": ("flowtok_b/flowtok", [*FLOW, "activation_checkpointing=selective"]),
     "flowtok_b/flowtok_finetune": ("flowtok_b/flowtok_finetune", [*SMALL_FLOW, TOKENS]),
     "flowtok_b_average_pool/flowtok": (
         "flowtok_b/flowtok",
