@@ -32,21 +32,9 @@ from data.images import image_bytes
 from data.scenes import SPLITS, Kind, Statement
 from data.tar import expand_shards, read_shard
 from data.transforms import open_image
-from eval import programs
+from eval import judge, programs
 from eval.generation import describe_model
 from eval.images import to_bytes
-from eval.judge import (
-    FACTS,
-    Facts,
-    Judge,
-    Wanted,
-    is_said,
-    joined,
-    load_judge,
-    right,
-    spread,
-    wanted_by,
-)
 from eval.reconstruction import Reconstructor
 from eval.scores import kernel_distance
 from modeling.pipeline import Generator, ImageGenerator, Sampling
@@ -111,10 +99,10 @@ def main(args: argparse.Namespace) -> list[Row]:
         sampling.check_images("--images-per-caption", args.images_per_caption)
 
     # A row for each set of images
-    judge = load_judge(state.device)
+    net = judge.load_judge(state.device)
     rows, strips = [], []
     for scenes in sets:
-        found, images = measure_split(judge, generator, scenes, points, args)
+        found, images = measure_split(net, generator, scenes, points, args)
         rows += found
         if scenes.split != "seen":
             strips += choose_strips(scenes, images)
@@ -138,7 +126,7 @@ def main(args: argparse.Namespace) -> list[Row]:
 
 
 def measure_split(
-    judge: Judge,
+    net: judge.Judge,
     generator: Generator,
     scenes: "Scenes",
     points: list[Sampling],
@@ -146,17 +134,17 @@ def measure_split(
 ) -> tuple[list[Row], Tensor]:
     """(a row for each set of images, those generated at the last point)."""
     # The ceilings. Half of the real images is compared with the other half
-    real = read(judge, scenes.images, args.batch_size)
+    real = read(net, scenes.images, args.batch_size)
     row = measure(scenes, real, real)
     halves = rearrange(real.features, "(n m) d -> m n d", n=len(scenes.texts)).chunk(2)
     row |= {"kid": distance(*(half.flatten(0, 1) for half in halves)) if len(halves) == 2 else None}
     rows = [{"split": scenes.split, "images": "real"} | row]
-    rebuilt = read(judge, reconstruct(generator, scenes, args.batch_size), args.batch_size)
+    rebuilt = read(net, reconstruct(generator, scenes, args.batch_size), args.batch_size)
     rows += [{"split": scenes.split, "images": "reconstructed"} | measure(scenes, rebuilt, real)]
 
     # The run's own, without the flow and with it
     if isinstance(generator, ImageGenerator) and generator.flow.config.source == "text":
-        starts = read(judge, decode_starts(generator, scenes), args.batch_size)
+        starts = read(net, decode_starts(generator, scenes), args.batch_size)
         rows += [{"split": scenes.split, "images": "start"} | measure(scenes, starts, real)]
     for sampling in points:
         start = time.perf_counter()
@@ -164,7 +152,7 @@ def measure_split(
         rate = len(images) / (time.perf_counter() - start)
         row = {"split": scenes.split, "images": "generated", "steps": sampling.steps}
         row |= {"guidance": sampling.guidance}
-        row |= measure(scenes, read(judge, images, args.batch_size), real)
+        row |= measure(scenes, read(net, images, args.batch_size), real)
         rows.append(row | {"images_per_second": rate})
     return rows, images
 
@@ -178,7 +166,7 @@ class Scenes:
 
     split: str
     texts: list[str]
-    wanted: Wanted
+    wanted: judge.Wanted
     images: Tensor  # NM x 3 x R x R uint8; those of a caption follow each other
 
 
@@ -203,7 +191,7 @@ def read_split(folder: Path, split: str, most: int | None) -> Scenes:
     return Scenes(
         split=split,
         texts=[about[number]["captions"][0] for number in numbers],
-        wanted=wanted_by([statement_of(about[number]["statement"]) for number in numbers]),
+        wanted=judge.wanted_by([statement_of(about[number]["statement"]) for number in numbers]),
         images=rearrange(torch.from_numpy(pixels), "b h w c -> b c h w"),
     )
 
@@ -257,25 +245,25 @@ def choose_strips(scenes: Scenes, images: Tensor) -> list[tuple[Tensor, str]]:
 
 
 @torch.no_grad()
-def read(judge: Judge, images: Tensor, batch_size: int) -> Facts:
+def read(net: judge.Judge, images: Tensor, batch_size: int) -> judge.Facts:
     """What images show, B x 3 x R x R uint8; on the CPU."""
-    device = judge.background.weight.device
+    device = net.background.weight.device
     batches = images.split(batch_size)
-    found = joined([judge(batch.to(device).float() / 255) for batch in batches])
-    return Facts(*(values.cpu() for values in found))
+    found = judge.joined([net(batch.to(device).float() / 255) for batch in batches])
+    return judge.Facts(*(values.cpu() for values in found))
 
 
-def measure(scenes: Scenes, facts: Facts, real: Facts) -> Row:
+def measure(scenes: Scenes, facts: judge.Facts, real: judge.Facts) -> Row:
     """Shares of images with each fact right (None: no caption states it), diversity, KID."""
     num_captions = len(scenes.texts)
     number = len(facts.background) // num_captions  # of images of a caption
-    wanted = Wanted(*(values.repeat_interleave(number, dim=0) for values in scenes.wanted))
-    verdicts, said = right(facts, wanted), is_said(wanted)
+    wanted = judge.Wanted(*(values.repeat_interleave(number, dim=0) for values in scenes.wanted))
+    verdicts, said = judge.right(facts, wanted), judge.is_said(wanted)
     row: Row = {
         name: verdicts[name][said[name]].double().mean().item() if said[name].any() else None
-        for name in FACTS
+        for name in judge.FACTS
     }
-    own, others = spread(facts, scenes.wanted), spread(real, scenes.wanted)
+    own, others = judge.spread(facts, scenes.wanted), judge.spread(real, scenes.wanted)
     row["diversity"] = None if None in (own, others) else own / others
     return row | {"kid": distance(facts.features, real.features)}
 
@@ -296,9 +284,9 @@ def print_table(rows: list[Row]) -> None:
         value = row.get(name)
         if value is None or isinstance(value, str):
             return value or ""
-        return f"{100 * value:.1f}" if name in FACTS else f"{value:.3g}"
+        return f"{100 * value:.1f}" if name in judge.FACTS else f"{value:.3g}"
 
-    names = ["split", "images", "steps", "guidance", *reversed(FACTS)]
+    names = ["split", "images", "steps", "guidance", *reversed(judge.FACTS)]
     names += ["diversity", "kid", "images_per_second"]
     cells = [[cell(row, name) for name in names] for row in rows]
     print(programs.markdown_table([names, *cells]), end="")
