@@ -19,7 +19,7 @@ numbers on the same set can be compared.
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -93,8 +93,8 @@ def main(args: argparse.Namespace) -> None:
     (captioner, default), checkpoint = load_newest(
         run, lambda: load_captioner(args.run, state.device)
     )
-    pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
-    points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
+    pairs = product(args.steps or [None], args.guidance or [None])
+    points = [default.but(steps=steps, guidance=guidance) for steps, guidance in pairs]
     for point in points:
         point.check_flow(captioner.flow.config)
 

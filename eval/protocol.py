@@ -8,7 +8,7 @@ jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and shards.
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,9 +110,7 @@ class Protocol:
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
         """The run's sampling with what the protocol changes; ValueError of impossible values."""
-        given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return replace(default, **changes)
+        return default.but(steps=self.steps, guidance=self.guidance, sampler=self.sampler)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,10 @@ from torch import nn
 from data.files import check_new_folder, folder_written_whole, user_path, write_json, write_text
 from eval.programs import build_parser
 from modeling.clip_weights import copy_clip, why_hub_is_silent
-from modeling.flow import FlowConfig
-from modeling.flowtok import FlowTokConfig
 from modeling.layers import fingerprint, save_weights
-from modeling.pipeline import DirectionConfig, PipelineConfig, SamplingConfig
+from modeling.pipeline import DirectionConfig, PipelineConfig
 from modeling.pretrained import CONFIG_FILE, HUB_ID, TOWER_FOLDER
 from modeling.text_encoder import TextEncoderConfig
-from modeling.text_projector import TextProjectorConfig
 from training import pipelines
 from training.checkpoint import latest_checkpoint
 from training.errors import ROOT, exit_on_error
@@ -46,12 +43,6 @@ from training.loading import read_run_config, read_section
 from training.pictures import sample_path
 
 SAMPLES_FILE = "samples.png"
-SECTIONS = {
-    "projector": TextProjectorConfig,
-    "flowtok": FlowTokConfig,
-    "flow": FlowConfig,
-    "sampling": SamplingConfig,
-}
 CARD = """---
 library_name: flowtok
 pipeline_tag: {tag}
@@ -161,7 +152,8 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
         before = networks.setdefault("tokenizer", parts.tokenizer)
         if fingerprint(before) != fingerprint(parts.tokenizer):
             raise ValueError(f"{run} has another tokenizer for captions: export each run by itself")
-        sections = {name: read_section(flow_dir, name, schema) for name, schema in SECTIONS.items()}
+        schemas = {field.name: field.type for field in fields(DirectionConfig)}
+        sections = {name: read_section(flow_dir, name, schema) for name, schema in schemas.items()}
         setattr(config, direction, DirectionConfig(**sections))
         config.tokenizer = parts.tokenizer.config
         networks[direction] = parts.flow
