@@ -66,7 +66,6 @@ Texts = dict[int, list[str]]  # of each image, tokens with spaces between
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = programs.build_parser(__doc__)
     add, keys = parser.add_argument, ["json:captions", "txt", "json:caption"]
     add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")

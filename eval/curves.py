@@ -25,7 +25,6 @@ Curve = Sequence[tuple[float, float]]  # (x, y)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
     parser.add_argument("--output", type=user_path, help="default: curves.png in the first run")

@@ -88,10 +88,10 @@ class InceptionFeatures(FeatureNet):
         except ImportError as error:
             raise ValueError(f"Inception needs torch-fidelity ({error}): {INSTALL}") from error
         # Its constructor unpickles what it is given (weights_only=False): give it checked tensors
-        checked = io.BytesIO()
-        torch.save(read_tensors(weights), checked)
-        checked.seek(0)
-        with refusing_others(weights, "InceptionV3"):
+        with tensors_of(weights, "InceptionV3") as tensors:
+            checked = io.BytesIO()
+            torch.save(tensors, checked)
+            checked.seek(0)
             self.net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
         self.layers = list(self.net.children())[:-1]  # in calling order; the last gives logits
         self.identity = {"features": "inception", "weights_sha256": file_sha256(weights)}
@@ -122,8 +122,7 @@ class DinoFeatures(FeatureNet):
         super().__init__()
         import timm  # here: it takes a second
 
-        state = read_tensors(weights)
-        with refusing_others(weights, DINO_MODEL):
+        with tensors_of(weights, DINO_MODEL) as state:
             net = timm.create_model(
                 DINO_MODEL, pretrained=False, img_size=DINO_PIXELS, num_classes=0
             )
@@ -189,24 +188,19 @@ class ClipScorer:
         return (self.see(images) * self.read(captions)).sum(dim=1, keepdim=True).float()
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors by name of what torch.save wrote; nothing in it is executed.
+@contextmanager
+def tensors_of(weights: Path, net: str) -> Iterator[dict[str, Tensor]]:
+    """To build a net in: tensors by name of what torch.save wrote; nothing in it is executed.
 
     Raises:
-        ValueError: truncated, no such file, or one that holds more than tensors.
+        ValueError: no such file, truncated, more than tensors, or those of another net.
     """
-    tensors = load_plain(file)
+    tensors = load_plain(weights)
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise ValueError(f"{file} is no file of weights: it does not hold tensors by name")
-    return tensors
-
-
-@contextmanager
-def refusing_others(weights: Path, net: str) -> Iterator[None]:
-    """To build a net in: draws no random number, and names a file of another net's weights."""
+        raise ValueError(f"{weights} is no file of weights: it does not hold tensors by name")
     try:
-        with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
-            yield
+        with torch.random.fork_rng(devices=[]):  # the net first draws weights, then replaces them
+            yield tensors
     except (RuntimeError, KeyError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise ValueError(f"{weights} has other weights than {net}'s: {reason}") from error

@@ -44,7 +44,6 @@ NUM_WORKERS = 2  # reading processes of each process, in training
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")

@@ -48,7 +48,6 @@ BATCH_SIZE, NUM_WORKERS = 32, 2  # images at a time and process, reading process
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="stage-1 run folder, or an experiment folder")

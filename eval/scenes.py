@@ -51,7 +51,6 @@ Row = dict[str, Any]  # of the table
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=user_path, help="experiment folder, or a stage-3 run folder")

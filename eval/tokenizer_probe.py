@@ -41,7 +41,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=user_path, metavar="RUN", help="experiment, or tokenizer's run")

@@ -43,7 +43,6 @@ MAX_TRAIN = 1500  # images that the regressions are fitted on: they cost N^3 ope
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="run of a dual tokenizer, or an experiment")

@@ -332,7 +332,6 @@ def compare(a: dict, b: dict) -> bool:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

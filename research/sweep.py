@@ -62,7 +62,6 @@ class SweepConfig:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("file", type=Path)
     help_text = "folder; default: runs/sweeps/NAME OF THE FILE"

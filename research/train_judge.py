@@ -74,7 +74,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("folder", type=user_path, help="for the drawn images")
     parser.add_argument("--images", type=int, default=14000)
