@@ -134,6 +134,7 @@ def sampling_of(args: argparse.Namespace, default: Sampling) -> Sampling:
 
 def draw(args: argparse.Namespace) -> None:
     """Make images of prompts, or between two of them, and write them."""
+    # What is known of the prompts is said before the work, which may be long
     prompts = read_prompts(args)
     is_row = args.interpolate or args.trajectory
     load = pipelines.load_pipeline if is_row else pipelines.load_generator
@@ -150,6 +151,7 @@ def draw(args: argparse.Namespace) -> None:
     if len(remarks) > MAX_WARNINGS:
         print(f"warning: {len(remarks) - MAX_WARNINGS} more about prompts", file=sys.stderr)
 
+    # A row of the grid is a prompt's, where it has several images
     start = time.perf_counter()
     if args.interpolate:
         in_row = args.frames or COLUMNS

@@ -101,6 +101,7 @@ def save_panels(
     """
     from matplotlib.figure import Figure
 
+    # A run has its colour also where a panel lacks it
     titled = [curves for panels in rows.values() for curves in panels.values()]
     names = list(dict.fromkeys(name for curves in titled for name in curves))
     lines = sum(-(-len(panels) // PANEL_COLUMNS) for panels in rows.values())

@@ -53,8 +53,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("run", type=user_path, metavar="RUN", help="stage-1 run folder, or an experiment folder")
     help_text = "folder of images, or tar shards: paths, braces, globs"
     add("data", nargs="+", metavar="DATA", help=help_text)
-    help_text = "the json; default: reconstruction.json in the run folder"
-    add("--output", type=user_path, help=help_text)
+    add("--output", type=user_path, help="the json; default: reconstruction.json in the run folder")
     add("--limit", type=programs.integer(1), help="only the first images, so many")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer")
     add("--vgg-weights", metavar="FILE", help="VGG16 of LPIPS; default: torch's cache")

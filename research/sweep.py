@@ -64,8 +64,7 @@ class SweepConfig:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     parser.add_argument("file", type=Path)
-    help_text = "folder; default: runs/sweeps/NAME OF THE FILE"
-    parser.add_argument("--output", type=Path, help=help_text)
+    parser.add_argument("--output", type=Path, help="folder; default: runs/sweeps/NAME OF THE FILE")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run and show these")
     parser.add_argument("--jobs", type=integer(1), default=1, help="runs at the same time")
     return parser.parse_args(arguments)

@@ -117,6 +117,7 @@ def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
         yield from look_at_workers(stage, sized, job)
         row, run_gib = look_at_step(stage, sized, job, seconds)
         yield row
+        # What an earlier start has saved needs no further place
         saved = Path(stage.config.run_dir).glob("checkpoints/*/*")
         there = sum(file.stat().st_size for file in saved) / GIB
         disk[nearest_folder(stage.config.run_dir)] += max(0.0, run_gib - there)

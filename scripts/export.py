@@ -103,6 +103,7 @@ def main(args: argparse.Namespace) -> None:
     if args.push:
         check_hub(args.push)
 
+    # All is read before anything is written, and the card comes last: it says what is there
     runs, networks, config = collect(args.run)
     with folder_written_whole(target) as folder:
         for part, network in networks.items():
@@ -149,6 +150,7 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
             config.text_encoder = parts.tokenize.config
             config.text_decoder = parts.decoder.config
             networks["text_decoder"] = parts.decoder
+        # One folder has one tokenizer for both directions
         before = networks.setdefault("tokenizer", parts.tokenizer)
         if fingerprint(before) != fingerprint(parts.tokenizer):
             raise ValueError(f"{run} has another tokenizer for captions: export each run by itself")

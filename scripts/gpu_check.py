@@ -139,6 +139,7 @@ def run_part(part: Part) -> dict:
     if done.returncode:
         last = "\n".join(whole.splitlines()[-LAST_LINES:])
         raise ValueError(f"status {done.returncode}: {last}")
+    # Beside what was measured stands what scripts/plan.py expected
     figures = part.read(done.stdout)
     if part.config:
         batch = part.command[part.command.index("--batch-size") + 1]
