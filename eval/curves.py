@@ -26,8 +26,9 @@ Curve = Sequence[tuple[float, float]]  # (x, y)
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
-    parser.add_argument("--output", type=user_path, help="default: curves.png in the first run")
+    add = parser.add_argument
+    add("runs", nargs="+", type=user_path, metavar="RUN")
+    add("--output", type=user_path, help="PNG; default: curves.png in the first run")
     return parser.parse_args(arguments)
 
 

@@ -246,14 +246,6 @@ def caption_images(
         yield batch | {"image": pixels, "caption": captions}
 
 
-def caption_sheet(
-    captioner: Captioner, entries: Sequence[Entry], sampling: SamplingConfig
-) -> Image.Image:
-    """Contact sheet of a few images with their captions; unreadable ones are left out."""
-    [batch] = caption_images(captioner, entries, sampling, len(entries))
-    return sheet_of([batch["image"]], batch["caption"])
-
-
 def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
     """Contact sheet of batches of images, B x 3 x R x R in [0, 1] each, and all their captions."""
     if not captions:
