@@ -272,6 +272,7 @@ def write_pages(
     """Write grids, galleries and single images, a page at a time. Returns (images, last grid)."""
     settings = {"run": args.run.name, **asdict(sampling), "seed": args.seed}
     size = max(PAGE_IMAGES // columns, 1) * columns
+    # A page is written as soon as it is full: the next ones may take hours
     number, path = 0, args.output
     while page := list(islice(pictures, size)):
         suffix = f"_{number // size + 1:03d}" if number else ""

@@ -116,6 +116,7 @@ def _convolution(channels: int, outputs: int, stride: int = 1) -> tuple[nn.Modul
 def read_facts(parts: Sequence[Tensor], background: Tensor, features: Tensor) -> Facts:
     """The net's outputs -> facts: an object in each cell whose mark is highest around it."""
     mark, shape, colour, offset, diameter = parts
+    # A cell beside one with a higher mark sees the same object
     is_peak = mark == F.max_pool2d(mark, kernel_size=3, stride=1, padding=1)
     marks = mark.masked_fill(~is_peak, -torch.inf).flatten(1)
     marks, cells = marks.topk(MAX_OBJECTS, dim=1)  # B x K

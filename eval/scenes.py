@@ -175,6 +175,7 @@ def read_split(folder: Path, split: str, most: int | None) -> Scenes:
     Raises:
         ValueError: no such shards.
     """
+    # Gathered by the captions' numbers, in whatever order samples come
     about: dict[int, dict[str, Any]] = {}
     images: dict[int, list[np.ndarray]] = {}
     for shard in expand_shards([f"{folder}/{split}-*.tar"]):

@@ -147,6 +147,7 @@ def write_captioned(folder: Path) -> None:
 
 def record_run(runs: Path, name: str, config: str, overrides: list[str]) -> dict:
     """Run one stage as a program and record what it left in its folder."""
+    # A process of its own, as a user starts it: nothing passes from stage to stage but files
     folder = runs / name
     module, _ = program_of(Path(config).stem)
     is_encoding = module == "scripts.encode_tokens"
@@ -176,15 +177,11 @@ def training_parts(folder: Path) -> dict:
         values = {name: value for name, value in line.items() if name not in LEFT_OUT}
         parts["metrics"][f"step {line['step']}"] = values
     for path in sorted((folder / "checkpoints" / "latest").glob("*.safetensors")):
-        parts[path.stem] = tensor_hashes(path)
+        tensors = sorted(deserialize(path.read_bytes()))
+        hashes = {key: f"{x['dtype']} {x['shape']} {sha256(x['data'])}" for key, x in tensors}
+        parts[path.stem] = hashes
     made = [*sorted((folder / "samples").glob("*")), *sorted((folder / "clip").glob("*"))]
     return parts | {"outputs": {path.name: sha256(path.read_bytes()) for path in made}}
-
-
-def tensor_hashes(path: Path) -> dict[str, str]:
-    """Name -> type, shape and hash of each tensor of a safetensors file."""
-    tensors = sorted(deserialize(path.read_bytes()))
-    return {name: f"{x['dtype']} {x['shape']} {sha256(x['data'])}" for name, x in tensors}
 
 
 def token_parts(folder: Path) -> dict:

@@ -152,6 +152,7 @@ def command_of(sweep: SweepConfig, variant: str, seed: int, folder: Path) -> lis
     for stage in read_stages(words, " ".join(sweep.stages), ROOT / "configs"):
         if isinstance(stage.config, TrainedStage):
             command.append(f"{stage.name}.training.seed={seed}")
+        # Equal work: a larger network makes fewer steps
         if budget := sweep.gflop.get(stage.name):
             steps = round(budget / gflop_per_step(stage.file, stage.overrides))
             if steps < 1:

@@ -106,6 +106,7 @@ def draw_any_scene(rng: np.random.Generator) -> Scene:
 
 def draw_free_scene(rng: np.random.Generator) -> Scene:
     """Up to four objects of any kind and size, apart."""
+    # Drawn anew until all are apart: the judge reads one object a cell
     number = rng.integers(0, judge.MAX_OBJECTS + 1)
     while True:
         diameters = rng.uniform(*DIAMETERS, size=number)

@@ -212,6 +212,7 @@ def measure_readers(args: argparse.Namespace) -> dict:
             "photos": iter(image_reader(image_config, 256, tokenize=None).stream(16, seed=0)),
             "tokens": iter(token_reader(token_config, 77, 16, tokenize=None).stream(100, seed=0)),
         }
+        # The streams never end: a call is a batch
         ways = {
             name: Way(partial(next, items), len(next(items)["key"]))
             for name, items in batches.items()

@@ -291,6 +291,7 @@ def look_at_workers(stage: Stage, sized: SizedStage, job: Job) -> Iterator[Row]:
     workers, processes = sized.config.data.num_workers, job.processes_here
     if not workers:
         return
+    # A batch that waits lies in shared memory, a file for each of its tensors
     _, batch = batch_sizes(sized, job.num_processes)
     tensors = [value[0] for value in make_batch(sized, 1).values()]
     batches = processes * workers * PREFETCH_BATCHES
