@@ -142,7 +142,7 @@ def draw(args: argparse.Namespace) -> None:
     sampling = sampling_of(args, default)
     sampling.check_images("--images-per-prompt", args.images_per_prompt)
     vocabulary = known_words(args.run)
-    remarks = [*list_cuts(parts, prompts), *list_strangers(args.run, vocabulary, prompts)]
+    remarks = [*list_cuts(parts, prompts), *list_strangers(vocabulary, prompts)]
     if args.seed and not sampling.sample_text_latent:
         reason = f"{args.run} draws nothing (sampling.sample_text_latent=false)"
         remarks.insert(0, f"--seed {args.seed} changes nothing: {reason}")
@@ -208,15 +208,16 @@ def list_cuts(parts: Generator, prompts: list[str]) -> Iterator[str]:
 
 
 def known_words(run: Path) -> Vocabulary | None:
-    """Those of the captions of a run; they do not leave with an exported folder."""
-    if pipelines.is_next_scale(run):  # nobody lists them where images are encoded while it trains
+    """Those of the captions of a run; None if they are not where they should be."""
+    # They do not leave with an exported folder, and images encoded in training have no list
+    if is_pretrained(run) or pipelines.is_next_scale(run):
         return Vocabulary("", [], None)
-    return None if is_pretrained(run) else find_vocabulary(pipelines.flow_folder(run))
+    return find_vocabulary(pipelines.flow_folder(run))
 
 
-def list_strangers(run: Path, vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
+def list_strangers(vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
     """Which prompts are unlike the captions of the training, and in what; or that nobody knows."""
-    if vocabulary is None and not is_pretrained(run):
+    if vocabulary is None:
         yield (
             "the run does not know the words of its captions, with which prompts would be "
             f"compared: {VOCABULARY_FILE} is not beside its token shards"

@@ -128,7 +128,7 @@ class Studio:
             raise ValueError("Type a prompt first.")
         said = [
             *list_cuts(self.generator, [*prompts]),
-            *list_strangers(self.run, known_words(self.run), [*prompts]),
+            *list_strangers(known_words(self.run), [*prompts]),
         ]
         return "\n\n".join(said)
 
