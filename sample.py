@@ -36,32 +36,16 @@ from torch import Tensor
 
 from data.entries import Entry
 from data.files import check_writable, errors_naming, read_text_file, user_path
-from eval.images import (
-    Captioned,
-    caption_images,
-    choose_images,
-    image_name,
-    list_pictures,
-    sheet_of,
-)
+from eval.images import caption_images, choose_images, image_name, list_pictures, sheet_of
 from eval.programs import build_parser, integer
 from modeling.layers import to_pil
 from modeling.pipeline import Generator, ImageGenerator, Sampling, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
 from modeling.samplers import SOLVERS
+from training import pipelines
 from training.errors import exit_on_error, printable
 from training.loading import read_run_config
 from training.pictures import caption_grid, png_bytes, save_png, write_gallery
-from training.pipelines import (
-    captioning_run,
-    directions_of,
-    example_captions,
-    flow_folder,
-    is_next_scale,
-    load_captioner,
-    load_generator,
-    load_pipeline,
-)
 from training.vocabulary import VOCABULARY_FILE, Vocabulary, find_vocabulary, one_form
 
 SHEET_IMAGES = 60  # of a caption's contact sheet
@@ -71,7 +55,6 @@ Picture = tuple[Tensor, str]  # 3 x R x R in [0, 1], its caption
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
     help_text = "experiment folder, stage-3 run, or a folder of scripts/export.py or its hub id"
@@ -106,7 +89,9 @@ def main(args: argparse.Namespace) -> None:
     is_left_open = not (args.prompts or args.prompts_file or args.interpolate or args.trajectory)
     check_args(args)
     args.run = find_folder(args.run)
-    to_text = bool(args.caption) or (is_left_open and directions_of(args.run) == {"image_to_text"})
+    to_text = bool(args.caption)
+    if is_left_open and not to_text:
+        to_text = pipelines.directions_of(args.run) == {"image_to_text"}
     check_outputs(args, (".png", ".jsonl") if to_text else (".png",))
     if to_text:
         caption(args)
@@ -149,18 +134,24 @@ def sampling_of(args: argparse.Namespace, default: Sampling) -> Sampling:
 
 def draw(args: argparse.Namespace) -> None:
     """Make images of prompts, or between two of them, and write them."""
+    # What is known of the prompts is said before the work, which may be long
     prompts = read_prompts(args)
-    load = load_pipeline if args.interpolate or args.trajectory else load_generator
+    is_row = args.interpolate or args.trajectory
+    load = pipelines.load_pipeline if is_row else pipelines.load_generator
     parts, default = load(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
-    remarks = [*check_request(args, sampling), *list_cuts(parts, prompts)]
+    sampling.check_images("--images-per-prompt", args.images_per_prompt)
     vocabulary = known_words(args.run)
-    remarks += list_strangers(args.run, vocabulary, prompts)
+    remarks = [*list_cuts(parts, prompts), *list_strangers(vocabulary, prompts)]
+    if args.seed and not sampling.sample_text_latent:
+        reason = f"{args.run} draws nothing (sampling.sample_text_latent=false)"
+        remarks.insert(0, f"--seed {args.seed} changes nothing: {reason}")
     for remark in remarks[:MAX_WARNINGS]:
         print(f"warning: {remark}", file=sys.stderr)
     if len(remarks) > MAX_WARNINGS:
         print(f"warning: {len(remarks) - MAX_WARNINGS} more about prompts", file=sys.stderr)
 
+    # A row of the grid is a prompt's, where it has several images
     start = time.perf_counter()
     if args.interpolate:
         in_row = args.frames or COLUMNS
@@ -197,21 +188,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         lines = read_text_file(args.prompts_file).split("\n")
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
-        prompts = example_captions(args.run)
+        prompts = pipelines.example_captions(args.run)
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError(
             "no prompt, or an empty one: give --prompts, --prompts-file, --interpolate or "
             "--trajectory"
         )
     return prompts
-
-
-def check_request(args: argparse.Namespace, sampling: Sampling) -> Iterator[str]:
-    """What a run that draws nothing can't do: refuse several images of a prompt, name a seed."""
-    sampling.check_images("--images-per-prompt", args.images_per_prompt)
-    if args.seed and not sampling.sample_text_latent:
-        reason = f"{args.run} draws nothing (sampling.sample_text_latent=false)"
-        yield f"--seed {args.seed} changes nothing: {reason}"
 
 
 def list_cuts(parts: Generator, prompts: list[str]) -> Iterator[str]:
@@ -225,15 +208,16 @@ def list_cuts(parts: Generator, prompts: list[str]) -> Iterator[str]:
 
 
 def known_words(run: Path) -> Vocabulary | None:
-    """Those of the captions of a run; they do not leave with an exported folder."""
-    if is_next_scale(run):  # nobody lists them where images are encoded while it trains
+    """Those of the captions of a run; None if they are not where they should be."""
+    # They do not leave with an exported folder, and images encoded in training have no list
+    if is_pretrained(run) or pipelines.is_next_scale(run):
         return Vocabulary("", [], None)
-    return None if is_pretrained(run) else find_vocabulary(flow_folder(run))
+    return find_vocabulary(pipelines.flow_folder(run))
 
 
-def list_strangers(run: Path, vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
+def list_strangers(vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
     """Which prompts are unlike the captions of the training, and in what; or that nobody knows."""
-    if vocabulary is None and not is_pretrained(run):
+    if vocabulary is None:
         yield (
             "the run does not know the words of its captions, with which prompts would be "
             f"compared: {VOCABULARY_FILE} is not beside its token shards"
@@ -244,10 +228,7 @@ def list_strangers(run: Path, vocabulary: Vocabulary | None, prompts: list[str])
 
 
 def generate(
-    parts: Generator,
-    args: argparse.Namespace,
-    sampling: Sampling,
-    prompts: list[str],
+    parts: Generator, args: argparse.Namespace, sampling: Sampling, prompts: list[str]
 ) -> Iterator[Picture]:
     """`images_per_prompt` images of each prompt, in batches; the i-th has randomness (seed, i)."""
     captions = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
@@ -274,10 +255,7 @@ def interpolate(
 
 
 def follow(
-    parts: ImageGenerator,
-    args: argparse.Namespace,
-    sampling: SamplingConfig,
-    prompts: list[str],
+    parts: ImageGenerator, args: argparse.Namespace, sampling: SamplingConfig, prompts: list[str]
 ) -> Iterator[Picture]:
     """What the flow passes on its way to an image of each prompt, named by the time.
 
@@ -290,14 +268,12 @@ def follow(
 
 
 def write_pages(
-    pictures: Iterator[Picture],
-    columns: int,
-    args: argparse.Namespace,
-    sampling: Sampling,
+    pictures: Iterator[Picture], columns: int, args: argparse.Namespace, sampling: Sampling
 ) -> tuple[int, Path]:
     """Write grids, galleries and single images, a page at a time. Returns (images, last grid)."""
     settings = {"run": args.run.name, **asdict(sampling), "seed": args.seed}
     size = max(PAGE_IMAGES // columns, 1) * columns
+    # A page is written as soon as it is full: the next ones may take hours
     number, path = 0, args.output
     while page := list(islice(pictures, size)):
         suffix = f"_{number // size + 1:03d}" if number else ""
@@ -326,9 +302,9 @@ def caption(args: argparse.Namespace) -> None:
     elif is_pretrained(args.run):
         raise ValueError(f"{args.run} comes without pictures: give --caption IMAGE")
     else:
-        pictures = read_run_config(captioning_run(args.run)).pictures
+        pictures = read_run_config(pipelines.captioning_run(args.run)).pictures
         entries = choose_images(pictures.images, pictures.num_images)
-    parts, default = load_captioner(args.run, torch.device(args.device))
+    parts, default = pipelines.load_captioner(args.run, torch.device(args.device))
     sampling = sampling_of(args, default)
     start = time.perf_counter()
     batches = caption_images(parts, entries, sampling, args.batch_size)
@@ -341,20 +317,19 @@ def caption(args: argparse.Namespace) -> None:
     )
 
 
-def write_captions(
-    path: Path, entries: list[Entry], batches: Iterator[Captioned]
-) -> tuple[int, int]:
+def write_captions(path: Path, entries: list[Entry], batches: Iterator[dict]) -> tuple[int, int]:
     """Captions as they come: lines {"image", "caption"} of a jsonl, or printed, the first on a PNG.
 
-    What could not be read is said at once. Returns (captions, skipped images).
+    batches: of caption_images. What could not be read is said at once. Returns (captions, skipped
+    images).
     """
     is_jsonl = path.suffix.lower() == ".jsonl"
     images, captions, number, skipped = [], [], 0, 0
     for batch in batches:
-        for name, reason in batch.skipped:
+        for name, reason in batch["skipped"]:
             print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
-        names = [image_name(entries[index]) for index in batch.index]
-        rows = [*zip(names, batch.captions, strict=True)]
+        names = [image_name(entries[index]) for index in batch["index"]]
+        rows = [*zip(names, batch["caption"], strict=True)]
         if is_jsonl and rows:
             # The first ones replace what an earlier command has written
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,10 +341,10 @@ def write_captions(
             for name, text in rows:
                 print(printable(f"{name}: {text}"), flush=True)
             left = SHEET_IMAGES - len(captions)
-            images.append(batch.images[:left])  # nothing once the sheet is full
-            captions += batch.captions[:left]
+            images.append(batch["image"][:left])  # nothing once the sheet is full
+            captions += batch["caption"][:left]
         number += len(rows)
-        skipped += len(batch.skipped)
+        skipped += len(batch["skipped"])
     if not number:
         raise ValueError(f"none of {skipped} images could be read")
     if not is_jsonl:

@@ -20,7 +20,7 @@ from configs.load import load_dataclass, parse_stage_args
 from data.entries import Entry
 from data.readers import TokenTextConfig
 from eval.generation import EvaluationConfig, FlowEvaluation
-from eval.images import caption_sheet, choose_images
+from eval.images import caption_images, choose_images, sheet_of
 from eval.protocol import Protocol, protocol_file
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.flow import FlowConfig
@@ -346,7 +346,9 @@ def save_samples(
     if config.flow.direction == "image_to_text":
         decoder = load_autoencoder(config.text_decoder_run).decoder.to(run.device)
         captioner = Captioner(TextTokenizer(text_config), tokenizer, model, decoder)
-        sheet = caption_sheet(captioner, images_to_caption, config.sampling)
+        entries = images_to_caption
+        [batch] = caption_images(captioner, entries, config.sampling, len(entries))
+        sheet = sheet_of([batch["image"]], batch["caption"])
         save_png(sheet, path.with_stem(f"{path.stem}_captions"))
         return
     text_encoder = load_text_encoder(text_config).to(run.device)

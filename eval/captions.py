@@ -18,9 +18,8 @@ numbers on the same set can be compared.
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -32,21 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data.captions import check_caption_keys
 from data.entries import Entry
 from data.files import check_writable, user_path, write_json
+from eval import programs
 from eval.images import RULES, ImageSet, entry_captions, image_name, iterate_images, list_images
-from eval.programs import (
-    INSTALL,
-    add_reading_options,
-    add_sweep_options,
-    build_parser,
-    describe_environment,
-    start_processes,
-)
 from modeling.layers import fingerprint
 from modeling.pipeline import Captioner, SamplingConfig, join_punctuation
 from training.errors import exit_on_error
@@ -66,7 +55,7 @@ SCORERS = {  # of pycocoevalcap: module and class; each scores the whole set
 }
 COLUMNS = ("steps", "guidance", "exact_match", *SCORERS)
 PACKAGE = "pycocoevalcap"
-NO_PACKAGE = f"{PACKAGE} is not installed: {INSTALL}"
+NO_PACKAGE = f"{PACKAGE} is not installed: {programs.INSTALL}"
 NO_JAVA = "there is no Java on this machine"
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 FETCH_MODELS = (
@@ -77,19 +66,15 @@ Texts = dict[int, list[str]]  # of each image, tokens with spaces between
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = build_parser(__doc__)
-    help_text = "experiment folder, or a stage-3 run folder"
-    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
-    help_text = "folders or image shards"
-    parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
+    parser = programs.build_parser(__doc__)
+    add, keys = parser.add_argument, ["json:captions", "txt", "json:caption"]
+    add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
+    add("data", nargs="+", metavar="DATA", help="folders or image shards")
     help_text = "where a sample's references lie, tried in order: an extension, or json:field"
-    keys = ["json:captions", "txt", "json:caption"]
-    parser.add_argument("--caption-keys", nargs="+", metavar="KEY", default=keys, help=help_text)
-    help_text = f"default: {REPORT} in the stage-3 run's folder"
-    parser.add_argument("--output", type=user_path, help=help_text)
-    add_sweep_options(parser)
-    add_reading_options(parser, 64, "images at a time")
+    add("--caption-keys", nargs="+", metavar="KEY", default=keys, help=help_text)
+    add("--output", type=user_path, help=f"default: {REPORT} in the stage-3 run's folder")
+    programs.add_sweep_options(parser)
+    programs.add_reading_options(parser, 64, "images at a time")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -103,12 +88,12 @@ def main(args: argparse.Namespace) -> None:
     run = captioning_run(args.run)
     path = args.output or run / REPORT
     check_writable(path)
-    state = start_processes(args.device)
+    state = programs.start_processes(args.device)
     (captioner, default), checkpoint = load_newest(
         run, lambda: load_captioner(args.run, state.device)
     )
-    pairs = product(args.steps or [default.steps], args.guidance or [default.guidance])
-    points = [replace(default, steps=steps, guidance=guidance) for steps, guidance in pairs]
+    pairs = product(args.steps or [None], args.guidance or [None])
+    points = [default.but(steps=steps, guidance=guidance) for steps, guidance in pairs]
     for point in points:
         point.check_flow(captioner.flow.config)
 
@@ -140,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
             "text_decoder_fingerprint": fingerprint(captioner.decoder),
             "tokenizer_fingerprint": fingerprint(captioner.tokenizer),
         },
-        **describe_environment(state, [PACKAGE]),
+        **programs.describe_environment(state, [PACKAGE]),
         "results": results[:-1],
         "without_flow": results[-1],
     }

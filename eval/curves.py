@@ -9,13 +9,9 @@ colour. Needs pip install -r requirements-eval.txt.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, user_path
 from eval.programs import INSTALL, build_parser
@@ -29,11 +25,10 @@ Curve = Sequence[tuple[float, float]]  # (x, y)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
-    help_text = "PNG; default: curves.png in the first run"
-    parser.add_argument("--output", type=user_path, help=help_text)
+    add = parser.add_argument
+    add("runs", nargs="+", type=user_path, metavar="RUN")
+    add("--output", type=user_path, help="PNG; default: curves.png in the first run")
     return parser.parse_args(arguments)
 
 
@@ -83,14 +78,12 @@ def check_matplotlib() -> None:
         raise ValueError(f"charts need matplotlib: {INSTALL}")
 
 
-def save_lines(
-    curves: Mapping[str, Curve], x_name: str, y_name: str, path: Path, y_scale: str = "linear"
-) -> None:
+def save_lines(curves: Mapping[str, Curve], x_name: str, y_name: str, path: Path) -> None:
     """Curves by name, each a list of (x, y)."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     figure = Figure(layout="constrained")
-    axes = figure.add_subplot(xlabel=x_name, ylabel=y_name, yscale=y_scale)
+    axes = figure.add_subplot(xlabel=x_name, ylabel=y_name)
     for name, points in curves.items():
         x, y = zip(*sorted(points))
         axes.plot(x, y, "o-", label=name)
@@ -109,6 +102,7 @@ def save_panels(
     """
     from matplotlib.figure import Figure
 
+    # A run has its colour also where a panel lacks it
     titled = [curves for panels in rows.values() for curves in panels.values()]
     names = list(dict.fromkeys(name for curves in titled for name in curves))
     lines = sum(-(-len(panels) // PANEL_COLUMNS) for panels in rows.values())

@@ -67,9 +67,9 @@ def evaluate_images(setup: EvaluationSetup, protocol: Protocol, folder: Path) ->
     state, started = setup.reading.state, time.perf_counter()
     sampling = protocol.sampling(setup.default)
     images = ImageFolder(folder / "images", protocol, setup.captions)
-    claim_folder(folder, images, sampling, setup.model, state)
+    claim_folder(folder, images, sampling, setup.model)
     # The images of all processes are there once their counts are
-    work = gather_object([generate_images(setup.generator, images, sampling, state)])
+    work = gather_object([generate_images(setup.generator, images, sampling)])
 
     # The numbers, on the main process
     features = measure_features(setup, images, folder / "features")
@@ -145,11 +145,7 @@ class ImageFolder:
 
 
 def claim_folder(
-    folder: Path,
-    images: ImageFolder,
-    sampling: SamplingConfig,
-    model: dict[str, Any],
-    state: PartialState,
+    folder: Path, images: ImageFolder, sampling: SamplingConfig, model: dict[str, Any]
 ) -> None:
     """Note a new folder's inputs; ValueError if it has images of others. Every process calls it."""
     inputs = {
@@ -162,7 +158,7 @@ def claim_folder(
     # Written before the first image: an image without it would be of unknown origin
     file = folder / INPUTS
     if not file.is_file():
-        if state.is_main_process:
+        if PartialState().is_main_process:
             write_json(inputs, file)
         return
     # Images of other weights or captions must not be continued
@@ -178,38 +174,34 @@ def claim_folder(
 
 
 def generate_images(
-    generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig, state: PartialState
+    generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig
 ) -> tuple[int, float]:
-    """Make this process's share of the absent images: (how many, seconds from text to pixels)."""
+    """Make this process's share of the absent images: (how many, seconds from text to pixels).
+
+    Raises:
+        FloatingPointError: an image is not finite.
+    """
     # Groups are dealt out to the processes in turn
-    made, seconds = 0, 0.0
-    starts = range(0, len(images), images.protocol.group_size)
+    state, protocol, made, seconds = PartialState(), images.protocol, 0, 0.0
+    starts = range(0, len(images), protocol.group_size)
     own = starts[state.process_index :: state.num_processes]
     for start in tqdm(own, "images", disable=not state.is_main_process, delay=10, mininterval=10):
-        numbers = range(len(images))[start : start + images.protocol.group_size]
+        numbers = range(len(images))[start : start + protocol.group_size]
         if all(images.file(number).is_file() for number in numbers):
             continue
+        # The last group is padded, so that all have one size
+        padded = [*numbers] + [numbers[-1]] * (protocol.group_size - len(numbers))
+        captions = [images.caption(number).text for number in padded]
         # The clock stops before files are written
         began = time.perf_counter()
-        pixels = generate_group(generator, images, sampling, numbers)
+        pixels, _ = generator.generate(captions, sampling, protocol.seed, padded)
+        what = f"one of the images {numbers[0]}..{numbers[-1]}"
+        pixels = to_bytes(pixels, what)[: len(numbers)].cpu()
         seconds += time.perf_counter() - began
         made += len(numbers)
         for number, image in zip(numbers, pixels, strict=True):
             images.write(number, image)
     return made, seconds
-
-
-def generate_group(
-    generator: ImageGenerator, images: ImageFolder, sampling: SamplingConfig, numbers: range
-) -> Tensor:
-    """B x 3 x R x R uint8 on the CPU; FloatingPointError if one is not finite."""
-    # The last group is padded, so that all have one size
-    protocol = images.protocol
-    padded = [*numbers] + [numbers[-1]] * (protocol.group_size - len(numbers))
-    captions = [images.caption(number).text for number in padded]
-    pixels, _ = generator.generate(captions, sampling, protocol.seed, padded)
-    what = f"one of the images {numbers[0]}..{numbers[-1]}"
-    return to_bytes(pixels, what)[: len(numbers)].cpu()
 
 
 # What is measured of them
@@ -261,11 +253,11 @@ def measure_once(
     state = reading.state
     [is_there] = broadcast_object_list([file.is_file()])
     if not is_there:
-        found = extract_features(images, extract, width, reading)
-        refuse_damaged(found.skipped)
+        _, rows, skipped = extract_features(images, extract, width, reading)
+        refuse_damaged(skipped)
         if state.is_main_process:
             buffer = io.BytesIO()
-            np.save(buffer, found.features.numpy())
+            np.save(buffer, np.stack([features for _, _, features in rows]))
             write_bytes(buffer.getbuffer(), file)
     if not state.is_main_process:
         return None

@@ -15,7 +15,7 @@ is executed.
 
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,10 +88,10 @@ class InceptionFeatures(FeatureNet):
         except ImportError as error:
             raise ValueError(f"Inception needs torch-fidelity ({error}): {INSTALL}") from error
         # Its constructor unpickles what it is given (weights_only=False): give it checked tensors
-        checked = io.BytesIO()
-        torch.save(read_tensors(weights), checked)
-        checked.seek(0)
-        with refusing_others(weights, "InceptionV3"):
+        with tensors_of(weights, "InceptionV3") as tensors:
+            checked = io.BytesIO()
+            torch.save(tensors, checked)
+            checked.seek(0)
             self.net = FeatureExtractorInceptionV3("inception", [str(INCEPTION_WIDTH)], checked)
         self.layers = list(self.net.children())[:-1]  # in calling order; the last gives logits
         self.identity = {"features": "inception", "weights_sha256": file_sha256(weights)}
@@ -122,8 +122,7 @@ class DinoFeatures(FeatureNet):
         super().__init__()
         import timm  # here: it takes a second
 
-        state = read_tensors(weights)
-        with refusing_others(weights, DINO_MODEL):
+        with tensors_of(weights, DINO_MODEL) as state:
             net = timm.create_model(
                 DINO_MODEL, pretrained=False, img_size=DINO_PIXELS, num_classes=0
             )
@@ -189,24 +188,19 @@ class ClipScorer:
         return (self.see(images) * self.read(captions)).sum(dim=1, keepdim=True).float()
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors by name of what torch.save wrote; nothing in it is executed.
+@contextmanager
+def tensors_of(weights: Path, net: str) -> Iterator[dict[str, Tensor]]:
+    """To build a net in: tensors by name of what torch.save wrote; nothing in it is executed.
 
     Raises:
-        ValueError: truncated, no such file, or one that holds more than tensors.
+        ValueError: no such file, truncated, more than tensors, or those of another net.
     """
-    tensors = load_plain(file)
+    tensors = load_plain(weights)
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise ValueError(f"{file} is no file of weights: it does not hold tensors by name")
-    return tensors
-
-
-@contextmanager
-def refusing_others(weights: Path, net: str) -> Iterator[None]:
-    """To build a net in: draws no random number, and names a file of another net's weights."""
+        raise ValueError(f"{weights} is no file of weights: it does not hold tensors by name")
     try:
-        with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
-            yield
+        with torch.random.fork_rng(devices=[]):  # the net first draws weights, then replaces them
+            yield tensors
     except (RuntimeError, KeyError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise ValueError(f"{weights} has other weights than {net}'s: {reason}") from error
@@ -222,37 +216,28 @@ class Networks:
     weights: dict[str, Any] = field(default_factory=dict)  # plain values
 
 
-@dataclass
-class WeightsFiles:
-    """Where the weights are: paths; without one torch's cache."""
-
-    inception: str | None = None
-    dinov2: str | None = None
-    download: bool = False  # absent weights into torch's and the hub's cache
-
-
-def explain_absence(weights: PublishedWeights) -> str:
-    """Why there is no metric, and where to get the weights."""
-    return f"{weights.title}'s weights are absent: {weights.ways_out}"
-
-
 def load_networks(
-    protocol: Protocol, generator: ImageGenerator, files: WeightsFiles, state: PartialState
+    protocol: Protocol, generator: ImageGenerator, paths: Mapping[str, str | None], download: bool
 ) -> Networks:
-    """What the protocol's metrics need. generator: the run's, for its own tokenizer and CLIP.
+    """What the protocol's metrics need.
+
+    Args:
+        generator: the run's, for its own tokenizer and CLIP.
+        paths: files of weights by PUBLISHED's names; without one torch's cache.
+        download: absent weights into torch's and the hub's cache.
 
     Raises:
         ValueError: weights of another net, damaged ones, or no file at a given path.
     """
-    found, file, kind = Networks(), None, protocol.features
+    found, state, file, kind = Networks(), PartialState(), None, protocol.features
     needs_features = bool({*protocol.metrics} - {"clip_score"})
     # One process a machine downloads, the others find the files
     with state.local_main_process_first():
         if needs_features and kind in PUBLISHED:
-            file = PUBLISHED[kind].find(getattr(files, kind), files.download)
+            file = PUBLISHED[kind].find(paths[kind], download)
         if "clip_score" in protocol.metrics:
             try:
-                found.clip = ClipScorer(clip_of(protocol, generator), state.device, files.download)
+                found.clip = ClipScorer(clip_of(protocol, generator), state.device, download)
                 found.weights["clip"] = found.clip.description
             except AbsentWeights as error:
                 found.absent["clip"] = str(error)
@@ -260,7 +245,7 @@ def load_networks(
     if needs_features and kind == "tokenizer":
         found.features = TokenizerFeatures(generator.tokenizer)
     elif needs_features and file is None:
-        found.absent["features"] = explain_absence(PUBLISHED[kind])
+        found.absent["features"] = PUBLISHED[kind].absence
     elif needs_features:
         found.weights[kind] = describe_file(file)
         net = InceptionFeatures(file) if kind == "inception" else DinoFeatures(file)
@@ -276,8 +261,5 @@ def clip_of(protocol: Protocol, generator: ImageGenerator) -> ClipConfig:
     if tower.family != "open_clip":
         raise AbsentWeights(f"clip.model=own: {tower.model} has no image tower, name a CLIP")
     return replace(
-        protocol.clip,
-        model=tower.model,
-        pretrained=tower.pretrained,
-        exact_gelu=tower.exact_gelu,
+        protocol.clip, model=tower.model, pretrained=tower.pretrained, exact_gelu=tower.exact_gelu
     )

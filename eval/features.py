@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -93,9 +93,6 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of C1 C2, as in torch-fidelity.
     """
-    if first.mean.shape != second.mean.shape:
-        widths = f"{len(first.mean)} and {len(second.mean)}"
-        raise ValueError(f"features of widths {widths} have no distance")
     # C1 C2 is not symmetric, but its eigenvalues are real up to rounding
     eigenvalues = scipy.linalg.eigvals((first.covariance @ second.covariance).numpy())
     root_trace = np.sqrt(eigenvalues).real.sum()
@@ -122,9 +119,7 @@ class FeatureSet:
     def save(self, path: Path) -> None:
         """Write a statistics file atomically."""
         arrays = {"mu": self.gaussian.mean.numpy(), "sigma": self.gaussian.covariance.numpy()}
-        arrays["description"] = json.dumps(self.description)
-        if self.gaussian.count is not None:
-            arrays["count"] = self.gaussian.count
+        arrays |= {"description": json.dumps(self.description), "count": self.gaussian.count}
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         buffer = io.BytesIO()
@@ -163,20 +158,17 @@ def _parse(arrays: Mapping[str, np.ndarray]) -> FeatureSet:
 # Measuring. All processes must call these functions; they share the images of a set
 
 
-class Extracted(NamedTuple):
-    """Features of the N readable images of a set."""
-
-    statistics: FeatureStatistics
-    features: Tensor | None  # N x D float32 on the CPU, in the images' order, if they were kept
-    numbers: list[int]  # of the images in their set
-    digests: list[str]  # hash of each image's pixels
-    skipped: list[tuple[str, str]]  # (name, reason) of the unreadable images
-
-
 def extract_features(
-    images: ImageSet, extract: BatchFn, width: int, reading: Reading, keep_features: bool = True
-) -> Extracted:
-    """Features of a set of images, N x width."""
+    images: ImageSet, extract: BatchFn, width: int, reading: Reading, keep: bool = True
+) -> tuple[FeatureStatistics, list[tuple], list[tuple[str, str]]]:
+    """Features of a set of images, of all processes.
+
+    keep: the features of each image, not only their sums.
+
+    Returns:
+        The features' sums; of each readable image, in order, its number in the set, the hash of its
+        pixels, and its features (`width` float32, or None); (name, reason) of the unreadable ones.
+    """
     # This process's share
     statistics = FeatureStatistics(width, reading.state.device)
     rows, skipped = [], []
@@ -185,15 +177,12 @@ def extract_features(
         if batch["index"]:
             features = extract(batch)
             statistics.add(features)
-            kept = features.cpu().numpy() if keep_features else [None] * len(features)
+            kept = features.cpu().numpy() if keep else [None] * len(features)
             digests = [hashlib.sha256(image.numpy()).hexdigest() for image in batch["image"]]
             rows += zip(batch["index"], digests, kept)
     # All processes' shares, in the images' order
     rows = sorted(gather_object(rows), key=lambda row: row[0])
-    numbers, digests, kept = ([row[column] for row in rows] for column in range(3))
-    features = torch.from_numpy(np.stack(kept)) if keep_features and rows else None
-    skipped = sorted(gather_object(skipped))
-    return Extracted(statistics.over_processes(), features, numbers, digests, skipped)
+    return statistics.over_processes(), rows, sorted(gather_object(skipped))
 
 
 def measure_reference(
@@ -205,29 +194,29 @@ def measure_reference(
     """
     # A covariance of fewer than two images is not defined
     device = reading.state.device
-    found = extract_features(
+    statistics, rows, skipped = extract_features(
         images, lambda batch: net(batch["image"].to(device)), net.width, reading, keep
     )
-    count = len(found.numbers)
-    if count < 2:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped[:3])
-        raise ValueError(f"reference: {count} readable images, expected at least 2 ({reasons})")
+    if len(rows) < 2:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+        raise ValueError(f"reference: {len(rows)} readable images, expected at least 2 ({reasons})")
+    numbers, digests, features = zip(*rows)
     # The hash tells whether two references are of the same pixels
     description = {
         **describe_features(net, images),
         "data": [*data],
         "background": [*images.background],
-        "images_sha256": hashlib.sha256("".join(found.digests).encode()).hexdigest(),
-        "num_images": count,
-        "num_skipped": len(found.skipped),
+        "images_sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "num_images": len(rows),
+        "num_skipped": len(skipped),
     }
     return FeatureSet(
-        gaussian=found.statistics.gaussian(),
+        gaussian=statistics.gaussian(),
         description=description,
-        features=found.features,
-        rows={image_name(images.entries[n]): row for row, n in enumerate(found.numbers)},
-        groups=number_groups(found.digests),
-        skipped=found.skipped,
+        features=torch.from_numpy(np.stack(features)) if keep else None,
+        rows={image_name(images.entries[n]): row for row, n in enumerate(numbers)},
+        groups=number_groups(digests),
+        skipped=skipped,
     )
 
 

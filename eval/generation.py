@@ -14,7 +14,6 @@ the same numbers while stage 3 trains.
 
 import argparse
 import shutil
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,29 +21,17 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs.load import load_dataclass
 from data.files import check_writable, user_path, write_json, write_text
+from eval import programs
 from eval.curves import check_matplotlib, save_lines
 from eval.evaluation import REPORT, EvaluationSetup, evaluate_images
-from eval.feature_nets import WeightsFiles, load_networks
+from eval.feature_nets import load_networks
 from eval.features import load_reference
 from eval.images import Reading
-from eval.programs import (
-    add_reading_options,
-    add_sweep_options,
-    add_weights_options,
-    build_parser,
-    markdown_table,
-    print_metrics,
-    start_processes,
-    undisturbed,
-)
 from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow_model import FlowModel
-from modeling.layers import fingerprint
+from modeling.layers import check_not_negative, fingerprint
 from modeling.pipeline import Generator, ImageGenerator, SamplingConfig
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
@@ -57,20 +44,17 @@ NUM_WORKERS = 2  # reading processes of each process, in training
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = build_parser(__doc__)
-    help_text = "experiment folder, or a stage-3 run folder"
-    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
+    parser = programs.build_parser(__doc__)
+    add = parser.add_argument
+    add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
+    add("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
     help_text = "a YAML file, or a name: coco30k, mjhq30k, emoji, geneval"
-    parser.add_argument("--protocol", required=True, help=help_text)
-    parser.add_argument(
-        "--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN"
-    )
-    parser.add_argument("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
-    add_sweep_options(parser)
-    add_reading_options(parser, 64, "images that a feature network sees at once")
-    add_weights_options(parser)
+    add("--protocol", required=True, help=help_text)
+    add("--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN")
+    add("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
+    programs.add_sweep_options(parser)
+    programs.add_reading_options(parser, 64, "images that a feature network sees at once")
+    programs.add_weights_options(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -87,7 +71,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if len(points) > 1:
         check_matplotlib()
     output = args.output or args.run / "evaluation" / Path(args.protocol).stem
-    state = start_processes(args.device)
+    state = programs.start_processes(args.device)
     check_writable(output / REPORT)
 
     # The run: all processes must have the same checkpoint, though training may go on meanwhile
@@ -107,8 +91,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     # What the images are measured with
     reading = Reading(args.batch_size, args.num_workers, state)
-    files = WeightsFiles(args.inception_weights, args.dinov2_weights, args.download)
-    networks = load_networks(protocol, generator, files, state)
+    paths = {"inception": args.inception_weights, "dinov2": args.dinov2_weights}
+    networks = load_networks(protocol, generator, paths, args.download)
     size = protocol.feature_size(generator.tokenizer.config.image_size)
     setup = EvaluationSetup(
         captions=captions,
@@ -149,7 +133,7 @@ def print_report(report: dict[str, Any], path: Path) -> None:
     """How many images, how fast, and the metrics."""
     made = f"{report['num_images']} images, {report['images_made']} made now"
     rate = f", {report['images_per_second']:.1f} images/s" if report["images_made"] else ""
-    print_metrics(report, f"{path}: {made}{rate}")
+    programs.print_metrics(report, f"{path}: {made}{rate}")
 
 
 def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
@@ -168,7 +152,7 @@ def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
     # The same as json, as a Markdown table and, of the first metric, as a chart
     write_json({"rows": rows}, folder / "sweep.json")
     cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
-    table = markdown_table([[*rows[0]], *cells])
+    table = programs.markdown_table([[*rows[0]], *cells])
     write_text(table, folder / "sweep.md")
     print(table, end="")
     if names:
@@ -198,8 +182,7 @@ class EvaluationConfig:
     dinov2_weights: str = ""  # path of DINOv2 ViT-L/14, for features=dinov2
 
     def __post_init__(self):
-        if self.every_steps < 0:
-            raise ValueError(f"every_steps must be at least 0, got {self.every_steps}")
+        check_not_negative(self, "every_steps")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.every_steps and not self.protocol:
@@ -232,7 +215,7 @@ class FlowEvaluation:
         if not protocol.metrics:
             raise ValueError(f"protocol {config.protocol} measures nothing: its metrics are empty")
         self.captions, self.reference = read_captions(protocol), None
-        with undisturbed():
+        with programs.undisturbed():
             setup = self._prepare(None, "")
             if setup.networks.absent:
                 reasons = "; ".join(setup.networks.absent.values())
@@ -248,7 +231,7 @@ class FlowEvaluation:
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         state.wait_for_everyone()
-        with undisturbed():
+        with programs.undisturbed():
             report = evaluate_images(self._prepare(model, folder.name), self.protocol, folder)
             # Of each step the numbers and a sheet stay: 30,000 images would fill the disk
             if state.is_main_process:
@@ -260,19 +243,19 @@ class FlowEvaluation:
     def _prepare(self, model: FlowModel | None, checkpoint: str) -> EvaluationSetup:
         """The networks, made anew, and what stays the same. Without a model it can't generate."""
         # Loaded for this evaluation only: in between, the GPU's memory is training's
-        device = self.reading.state.device
+        config, device = self.config, self.reading.state.device
         generator = ImageGenerator(
             text_encoder=load_text_encoder(self.text_encoder).to(device),
             tokenizer=load_tokenizer(self.tokenizer_run).to(device),
             flow=model,
         )
-        files = WeightsFiles(self.config.inception_weights, self.config.dinov2_weights)
+        paths = {"inception": config.inception_weights, "dinov2": config.dinov2_weights}
         return EvaluationSetup(
             captions=self.captions,
             generator=generator,
             default=self.sampling,
             model={"checkpoint": checkpoint},
-            networks=load_networks(self.protocol, generator, files, self.reading.state),
+            networks=load_networks(self.protocol, generator, paths, download=False),
             reference=self.reference,
             reading=self.reading,
         )

@@ -21,7 +21,7 @@ from data.captions import captions_of
 from data.entries import Entry, clean_key, read_parts
 from data.images import image_bytes
 from data.samples import BadSample
-from data.sources import folder_entries, tar_entries
+from data.sources import folder_entries, is_tar_name, tar_entries
 from data.transforms import center_crop, load_picture, open_image
 from data.workers import share_batch, start_worker
 from modeling.pipeline import Captioner, SamplingConfig
@@ -37,7 +37,6 @@ RULES = {
 }
 CLEAN_SIZE = 299  # pixels, Inception's own
 WHITE = (255, 255, 255)
-SHARD_ENDINGS = (".tar", ".tar.gz")
 SHEET_COLUMNS = 6
 SILENCE = f"no batch of images for {TIMEOUT_MINUTES:g} minutes"
 
@@ -68,7 +67,7 @@ def list_pictures(names: Sequence[str]) -> list[Entry]:
     """Image files, images of folders (with sub-folders) and of shards, in the order given."""
     entries = []
     for name in map(os.path.expanduser, names):
-        if os.path.isdir(name) or name.endswith(SHARD_ENDINGS):
+        if os.path.isdir(name) or is_tar_name(name):
             entries += list_images([name])
         elif os.path.isfile(name):
             entries.append(Entry(clean_key(name), name, captions=[]))
@@ -227,20 +226,10 @@ def to_bytes(pixels: Tensor, what: str) -> Tensor:
 # Captioning
 
 
-@dataclass(frozen=True)
-class Captioned:
-    """Images of a batch that could be read, and what could not."""
-
-    index: list[int]  # of the entries
-    images: Tensor  # B x 3 x R x R in [0, 1]
-    captions: list[str]
-    skipped: list[tuple[str, str]]  # (name, reason)
-
-
 def caption_images(
     captioner: Captioner, entries: Sequence[Entry], sampling: SamplingConfig, batch_size: int
-) -> Iterator[Captioned]:
-    """Captions batch by batch, in order; unreadable images of folders and shards are left out.
+) -> Iterator[dict[str, Any]]:
+    """Batches of iterate_images with images in [0, 1] and the captions that are read in them.
 
     Raises:
         ValueError: an image that was named itself cannot be read.
@@ -254,15 +243,7 @@ def caption_images(
                 raise ValueError(f"{name} cannot be captioned: {reason}")
         pixels = batch["image"].float() / 255
         captions = captioner.captions(pixels, sampling) if len(pixels) else []
-        yield Captioned(batch["index"], pixels, captions, batch["skipped"])
-
-
-def caption_sheet(
-    captioner: Captioner, entries: Sequence[Entry], sampling: SamplingConfig
-) -> Image.Image:
-    """Contact sheet of a few images with their captions; unreadable ones are left out."""
-    [batch] = caption_images(captioner, entries, sampling, len(entries))
-    return sheet_of([batch.images], batch.captions)
+        yield batch | {"image": pixels, "caption": captions}
 
 
 def sheet_of(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:

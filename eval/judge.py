@@ -10,10 +10,9 @@ an 8 x 8 grid it says how near the centre of an object is, and of which shape, c
 size that object is (Zhou et al. 2019, "Objects as Points").
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -37,8 +36,6 @@ FACTS = ("shape", "colour", "object", "size", "relation", "count", "background",
 # Diameter between those of two sizes
 SIZE_BOUND = (SIZES["small"][1] + SIZES["large"][0]) / 2
 
-T = TypeVar("T", bound="Rows")
-
 
 def contents() -> dict[str, str]:
     """The names that the net's outputs stand for, as kept with its weights."""
@@ -49,16 +46,7 @@ def contents() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ reading
 
 
-class Rows:
-    """A dataclass of tensors with a row for each image."""
-
-    def each(self: T, function: Callable[[Tensor], Tensor]) -> T:
-        """The same with a function of each tensor."""
-        return type(self)(**{x.name: function(getattr(self, x.name)) for x in fields(self)})
-
-
-@dataclass(frozen=True)
-class Facts(Rows):
+class Facts(NamedTuple):
     """What B images show: up to K objects each, the surest first. Numbers index data/scenes.py."""
 
     present: Tensor  # B x K bool
@@ -82,8 +70,7 @@ class Facts(Rows):
 
 def joined(parts: Sequence[Facts]) -> Facts:
     """Facts of all images of several batches."""
-    names = [field.name for field in fields(Facts)]
-    return Facts(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    return Facts(*map(torch.cat, zip(*parts)))
 
 
 class Judge(nn.Module):
@@ -129,6 +116,7 @@ def _convolution(channels: int, outputs: int, stride: int = 1) -> tuple[nn.Modul
 def read_facts(parts: Sequence[Tensor], background: Tensor, features: Tensor) -> Facts:
     """The net's outputs -> facts: an object in each cell whose mark is highest around it."""
     mark, shape, colour, offset, diameter = parts
+    # A cell beside one with a higher mark sees the same object
     is_peak = mark == F.max_pool2d(mark, kernel_size=3, stride=1, padding=1)
     marks = mark.masked_fill(~is_peak, -torch.inf).flatten(1)
     marks, cells = marks.topk(MAX_OBJECTS, dim=1)  # B x K
@@ -175,8 +163,7 @@ def load_judge(device: torch.device | str = "cpu") -> Judge:
 # ----------------------------------------------------------------------------- against the captions
 
 
-@dataclass(frozen=True)
-class Wanted(Rows):
+class Wanted(NamedTuple):
     """What B captions say. Of equal objects the second kind is the first again, in number 0."""
 
     shape: Tensor  # B x 2

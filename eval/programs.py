@@ -54,27 +54,26 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     """--guidance and --steps, each with one value or several."""
+    add = parser.add_argument
     help_text = "as in 1,1.5,2: one evaluation each"
-    parser.add_argument("--guidance", type=different(float), metavar="LIST", help=help_text)
-    help_text = "solver steps, as in 10,20,50"
-    parser.add_argument("--steps", type=different(int), metavar="LIST", help=help_text)
+    add("--guidance", type=different(float), metavar="LIST", help=help_text)
+    add("--steps", type=different(int), metavar="LIST", help="solver steps, as in 10,20,50")
 
 
 def add_reading_options(parser: argparse.ArgumentParser, batch_size: int, help_text: str) -> None:
     """Images at a time, reading processes, device."""
-    parser.add_argument("--batch-size", type=integer(1), default=batch_size, help=help_text)
-    help_text = "reading processes of each process"
-    parser.add_argument("--num-workers", type=integer(0), default=2, help=help_text)
+    add = parser.add_argument
+    add("--batch-size", type=integer(1), default=batch_size, help=help_text)
+    add("--num-workers", type=integer(0), default=2, help="reading processes of each process")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    add("--device", choices=("cuda", "cpu"), default=default)
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:
     """Inception's weights, and whether absent weights may be downloaded."""
-    help_text = "InceptionV3 of FID; default: torch's cache"
-    parser.add_argument("--inception-weights", metavar="FILE", help=help_text)
-    help_text = "fetch absent weights into the packages' caches"
-    parser.add_argument("--download", action="store_true", help=help_text)
+    add = parser.add_argument
+    add("--inception-weights", metavar="FILE", help="InceptionV3 of FID; default: torch's cache")
+    add("--download", action="store_true", help="fetch absent weights into the packages' caches")
 
 
 def start_processes(device: str) -> PartialState:

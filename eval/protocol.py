@@ -8,7 +8,7 @@ jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and shards.
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +17,7 @@ import numpy as np
 from data.captions import strings
 from data.files import load_json, read_text_file
 from data.sources import is_tar_name
-from eval.images import (
-    CLEAN_SIZE,
-    ResizeRule,
-    entry_captions,
-    image_name,
-    list_images,
-    spread_evenly,
-)
+from eval import images
 from modeling.clip_weights import ClipConfig
 from modeling.pipeline import SamplingConfig
 
@@ -57,7 +50,7 @@ class Protocol:
     image_size: int = 0
     # how generated and real images are resized. crop: the centre, at image_size; clean: clean-fid's
     # rule, the whole image to 299 px without rounding (eval/images.py), for features=inception
-    resize: ResizeRule = "crop"
+    resize: images.ResizeRule = "crop"
     # geneval: the folders that GenEval's scorer reads
     layout: Literal["flat", "geneval"] = "flat"
     # one statistics file (.npz), or folders and shards of images; []: none
@@ -112,13 +105,11 @@ class Protocol:
 
     def feature_size(self, generated: int) -> int:
         """Pixels at which the features of `generated`-pixel images are taken."""
-        return CLEAN_SIZE if self.resize == "clean" else self.image_size or generated
+        return images.CLEAN_SIZE if self.resize == "clean" else self.image_size or generated
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
         """The run's sampling with what the protocol changes; ValueError of impossible values."""
-        given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return replace(default, **changes)
+        return default.but(steps=self.steps, guidance=self.guidance, sampler=self.sampler)
 
 
 @dataclass(frozen=True)
@@ -163,19 +154,15 @@ def read_captions(protocol: Protocol) -> list[Caption]:
             f"{names} has {len(captions)} captions, expected exactly {wanted}: take another file, "
             "or set choice=first, random or spread"
         )
-    chosen = [captions[index] for index in _chosen_indices(protocol, len(captions))]
+    numbers = list(range(wanted))
+    if protocol.choice == "random":
+        order = np.random.default_rng(protocol.choice_seed).permutation(len(captions))
+        numbers = sorted(order[:wanted].tolist())
+    elif protocol.choice == "spread":
+        numbers = images.spread_evenly(len(captions), wanted)
+    chosen = [captions[number] for number in numbers]
     _check_use(protocol, chosen)
     return chosen
-
-
-def _chosen_indices(protocol: Protocol, available: int) -> list[int]:
-    wanted = protocol.num_captions or available
-    if protocol.choice == "random":
-        order = np.random.default_rng(protocol.choice_seed).permutation(available)
-        return sorted(order[:wanted].tolist())
-    if protocol.choice == "spread":
-        return spread_evenly(available, wanted)
-    return list(range(wanted))
 
 
 def _check_use(protocol: Protocol, captions: Sequence[Caption]) -> None:
@@ -198,9 +185,11 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
             raise ValueError(
                 f"captions {other[0]}: expected a .txt, .jsonl or .json, or folders, or tars"
             )
-        keys, entries = protocol.caption_keys, list_images(names)
-        texts = [entry_captions(entry, keys, "protocol: caption_keys")[0] for entry in entries]
-        return [Caption(text, image_name(entry)) for text, entry in zip(texts, entries)]
+        keys, entries = protocol.caption_keys, images.list_images(names)
+        texts = [
+            images.entry_captions(entry, keys, "protocol: caption_keys")[0] for entry in entries
+        ]
+        return [Caption(text, images.image_name(entry)) for text, entry in zip(texts, entries)]
     if len(names) > 1:
         raise ValueError(f"captions is one file, or folders and shards, got {names}")
     # One file
@@ -212,10 +201,6 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
     lines = text.split("\n")
     if path.suffix == ".txt":
         return [Caption(line.strip()) for line in lines if line.strip()]
-    return _from_jsonl(path, lines)
-
-
-def _from_jsonl(path: Path, lines: Sequence[str]) -> list[Caption]:
     captions = []
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -12,7 +12,6 @@ PSNR and SSIM while stage 1 trains.
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,29 +24,16 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from tqdm import tqdm
 
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
-from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures, explain_absence
+from eval import programs
+from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
 from eval.features import FeatureStatistics, frechet_distance
 from eval.images import RULES, ImageSet, Reading, iterate_images, list_images, to_bytes
-from eval.programs import (
-    add_reading_options,
-    add_weights_options,
-    build_parser,
-    describe_environment,
-    describe_file,
-    integer,
-    print_metrics,
-    start_processes,
-    undisturbed,
-)
 from eval.scores import psnr, ssim
 from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.layers import fingerprint
+from modeling.layers import check_not_negative, fingerprint
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoder
@@ -62,23 +48,19 @@ BATCH_SIZE, NUM_WORKERS = 32, 2  # images at a time and process, reading process
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = build_parser(__doc__)
-    help_text = "stage-1 run folder, or an experiment folder"
-    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
+    parser = programs.build_parser(__doc__)
+    add = parser.add_argument
+    add("run", type=user_path, metavar="RUN", help="stage-1 run folder, or an experiment folder")
     help_text = "folder of images, or tar shards: paths, braces, globs"
-    parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
-    help_text = "the json; default: reconstruction.json in the run folder"
-    parser.add_argument("--output", type=user_path, help=help_text)
-    parser.add_argument("--limit", type=integer(1), help="only the first images, so many")
-    choices = ("fp32", "bf16")
-    parser.add_argument("--precision", choices=choices, default="fp32", help="of the tokenizer")
-    help_text = "VGG16 of LPIPS; default: torch's cache"
-    parser.add_argument("--vgg-weights", metavar="FILE", help=help_text)
+    add("data", nargs="+", metavar="DATA", help=help_text)
+    add("--output", type=user_path, help="the json; default: reconstruction.json in the run folder")
+    add("--limit", type=programs.integer(1), help="only the first images, so many")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer")
+    add("--vgg-weights", metavar="FILE", help="VGG16 of LPIPS; default: torch's cache")
     help_text = "folder for a picture of the first pairs"
-    parser.add_argument("--save-images", type=user_path, metavar="DIR", help=help_text)
-    add_reading_options(parser, BATCH_SIZE, "images at a time and process")
-    add_weights_options(parser)
+    add("--save-images", type=user_path, metavar="DIR", help=help_text)
+    programs.add_reading_options(parser, BATCH_SIZE, "images at a time and process")
+    programs.add_weights_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -93,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     entries = list_images(args.data)[: args.limit]
 
     # The run's networks, then those that measure
-    state = start_processes(args.device)
+    state = programs.start_processes(args.device)
     reconstruct, checkpoint = load_newest(
         run, lambda: load_reconstructor(run, state.device, args.precision == "bf16")
     )
@@ -110,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     data = read_section(run, "data", ImageTextConfig)
     images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
     start = time.perf_counter()
-    measured = measure_reconstructions(
+    metrics, counts, pairs, skipped = measure_reconstructions(
         images,
         reconstruct,
         Reading(args.batch_size, args.num_workers, state),
@@ -118,22 +100,22 @@ def main(args: argparse.Namespace) -> None:
         inception,
         num_pairs=PICTURE_PAIRS if args.save_images else 0,
     )
-    pairs = sorted(gather_object(measured.pairs), key=lambda pair: pair[0])
-    skipped = sorted(gather_object(measured.skipped))
+    pairs = sorted(gather_object(pairs), key=lambda pair: pair[0])
+    skipped = sorted(gather_object(skipped))
     if not state.is_main_process:
         return
 
     # The report
     seconds = time.perf_counter() - start
     report = {
-        "metrics": measured.metrics,
-        "missing": explain_missing(measured.metrics, files),
-        **measured.counts,
+        "metrics": metrics,
+        "missing": explain_missing(metrics, files),
+        **counts,
         "skipped": [{"image": name, "reason": reason} for name, reason in skipped],
         "protocol": describe_protocol(args, images),
         "model": model,
-        "weights": {name: describe_file(file) for name, file in files.items() if file},
-        **describe_environment(state),
+        "weights": {name: programs.describe_file(file) for name, file in files.items() if file},
+        **programs.describe_environment(state),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(images) / seconds, 3),
     }
@@ -146,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
 def print_report(report: dict[str, Any], output: Path) -> None:
     """Metrics, how fast, and what was left out."""
     rate = f" ({report['seconds']:.0f} s, {report['images_per_second']:.1f} images/s)"
-    print_metrics(report, f"{output}: {report['num_images']} images", rate)
+    programs.print_metrics(report, f"{output}: {report['num_images']} images", rate)
     for reason, count in Counter(entry["reason"] for entry in report["skipped"]).items():
         print(f"  skipped {count}: {reason}")
 
@@ -200,16 +182,6 @@ def load_reconstructor(run: Path, device: torch.device, bf16: bool) -> Reconstru
 # The numbers
 
 
-@dataclass
-class Measured:
-    """What was found: metrics and counts over all processes, the rest of this one's images."""
-
-    metrics: dict[str, float | None]  # None: not measured, or not defined
-    counts: dict[str, int]
-    pairs: list[tuple]  # (index, original, reconstruction, caption)
-    skipped: list[tuple[str, str]]  # (name, reason) of each image that could not be read
-
-
 def measure_reconstructions(
     images: ImageSet,
     reconstruct: Reconstructor,
@@ -217,10 +189,15 @@ def measure_reconstructions(
     lpips: LPIPS | None = None,
     inception: InceptionFeatures | None = None,
     num_pairs: int = 0,
-) -> Measured:
+) -> tuple[dict[str, float | None], dict[str, int], list[tuple], list[tuple[str, str]]]:
     """Reconstruct and measure a set of images, which the processes share; all must call it.
 
     num_pairs: of the first images so many are returned.
+
+    Returns:
+        Over all processes metrics (None: not measured, or not defined) and counts; of this one's
+        images the first pairs (index, original, reconstruction, caption), and (name, reason) of
+        each that could not be read.
 
     Raises:
         ValueError: not one image could be read.
@@ -265,7 +242,7 @@ def measure_reconstructions(
         "num_identical": int(count - different),
         "num_without_caption": int(count - captioned),
     }
-    return Measured(metrics, counts, pairs, skipped)
+    return metrics, counts, pairs, skipped
 
 
 @torch.no_grad()
@@ -305,7 +282,7 @@ def explain_missing(
         "rfid": "it needs at least 2 images",
     }
     absent = [name for name, file in files.items() if file is None]
-    reasons |= {name: explain_absence(WEIGHTS[name]) for name in absent}
+    reasons |= {name: WEIGHTS[name].absence for name in absent}
     return {name: reasons[name] for name, value in metrics.items() if value is None}
 
 
@@ -346,9 +323,7 @@ class ReconstructionEvaluationConfig:
     num_images: int = 256  # the first ones; 0: all
 
     def __post_init__(self):
-        for name in ("every_steps", "num_images"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_not_negative(self, "every_steps", "num_images")
 
 
 @dataclass
@@ -363,10 +338,9 @@ class ReconstructionEvaluation:
         """{"eval/psnr_db": ..., "eval/ssim": ...} on every process."""
         reconstruct = Reconstructor(model, self.text_encoder, self.bf16)
         reading = Reading(BATCH_SIZE, NUM_WORKERS, PartialState())
-        with undisturbed():
-            measured = measure_reconstructions(self.images, reconstruct, reading)
-        values = measured.metrics.items()
-        return {f"eval/{name}": value for name, value in values if value is not None}
+        with programs.undisturbed():
+            metrics, *_ = measure_reconstructions(self.images, reconstruct, reading)
+        return {f"eval/{name}": value for name, value in metrics.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -14,18 +14,14 @@ report_heldout.png (true image left, generated right).
 
 import json
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import parse_stage_args
 from data.files import write_json
@@ -103,7 +99,8 @@ def main(config: ReportStage) -> None:
     pool = build_pool(config, parts, sets)
     num_train = len(train["caption"])
     chosen = spread_evenly(num_train, config.num_train_captions)
-    shown_train = take(train, chosen)
+    shown_train = {"image": train["image"][chosen]}
+    shown_train["caption"] = [train["caption"][index] for index in chosen]
 
     # The tokenizer, the ridge, and the flow on both sets
     train_states = encode_texts(parts, train["caption"])
@@ -138,12 +135,7 @@ def main(config: ReportStage) -> None:
 
 
 def measure_set(
-    parts: Generator,
-    sampling: Sampling,
-    ridge: Ridge,
-    samples: dict,
-    pool: dict,
-    own: Tensor,
+    parts: Generator, sampling: Sampling, ridge: Ridge, samples: dict, pool: dict, own: Tensor
 ) -> Iterator[tuple[str, dict, Tensor]]:
     """(suffix, figures, images) of the run, of its source alone, and of the ridge.
 
@@ -206,9 +198,17 @@ def read_all(config: ReportStage, parts: Generator, shards: list[str]) -> dict:
     size = parts.tokenizer.config.image_size
     trained_on = read_section(f"{config.experiment_dir}/tokenizer", "data", ImageTextConfig)
     data = replace(trained_on, shards=shards, sources={}, filters=FilterConfig())
-    batches = list(image_reader(data, size, None).once(BATCH_SIZE))
-    captions = [caption for batch in batches for caption in batch["caption"]]
-    return {"image": torch.cat([b["image"] for b in batches]).float() / 255, "caption": captions}
+    captions, images = join_batches(image_reader(data, size, None).once(BATCH_SIZE), "image")
+    return {"image": images.float() / 255, "caption": captions}
+
+
+def join_batches(batches: Iterable[dict], name: str) -> tuple[list[str], Tensor]:
+    """Captions of all batches, and one of their tensors."""
+    captions, parts = [], []
+    for batch in batches:
+        captions += batch["caption"]
+        parts.append(batch[name])
+    return captions, torch.cat(parts)
 
 
 def build_pool(config: ReportStage, parts: Generator, sets: list[dict]) -> dict:
@@ -221,11 +221,6 @@ def build_pool(config: ReportStage, parts: Generator, sets: list[dict]) -> dict:
         subjects = [re.sub(config.caption_variant, "", caption) for caption in captions]
         pool["subjects"] = number_groups(subjects)
     return pool
-
-
-def take(samples: dict, indices: list[int]) -> dict:
-    """Some of the samples."""
-    return {"image": samples["image"][indices], "caption": [samples["caption"][i] for i in indices]}
 
 
 def shrink(images: Tensor) -> Tensor:

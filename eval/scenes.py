@@ -14,7 +14,6 @@ the last values of guidance and steps.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -27,37 +26,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data.files import check_writable, load_json, user_path, write_json
 from data.images import image_bytes
 from data.scenes import SPLITS, Kind, Statement
 from data.tar import expand_shards, read_shard
 from data.transforms import open_image
+from eval import judge, programs
 from eval.generation import describe_model
 from eval.images import to_bytes
-from eval.judge import (
-    FACTS,
-    Facts,
-    Judge,
-    Wanted,
-    is_said,
-    joined,
-    load_judge,
-    right,
-    spread,
-    wanted_by,
-)
-from eval.programs import (
-    INSTALL,
-    add_sweep_options,
-    build_parser,
-    describe_environment,
-    integer,
-    markdown_table,
-    start_processes,
-)
 from eval.reconstruction import Reconstructor
 from eval.scores import kernel_distance
 from modeling.pipeline import Generator, ImageGenerator, Sampling
@@ -74,17 +50,16 @@ Row = dict[str, Any]  # of the table
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = build_parser(__doc__)
+    parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=user_path, help="experiment folder, or a stage-3 run folder")
     add("--data", type=user_path, metavar="DIR", help="default: scenes in RUN")
     add("--output", type=user_path, metavar="DIR", help="default: evaluation/scenes in RUN")
-    add("--captions", type=integer(1), help="of each split, the first ones; default: all")
-    add("--images-per-caption", type=integer(1), default=4)
-    add("--seed", type=integer(0), default=0)
-    add_sweep_options(parser)
-    add("--batch-size", type=integer(1), default=64, help="images at a time")
+    add("--captions", type=programs.integer(1), help="of each split, the first ones; default: all")
+    add("--images-per-caption", type=programs.integer(1), default=4)
+    add("--seed", type=programs.integer(0), default=0)
+    programs.add_sweep_options(parser)
+    add("--batch-size", type=programs.integer(1), default=64, help="images at a time")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=default)
     return parser.parse_args(arguments)
@@ -99,7 +74,7 @@ def main(args: argparse.Namespace) -> list[Row]:
     sets = [read_split(args.data or args.run / "scenes", s, args.captions) for s in EVALUATED]
 
     # The run
-    state = start_processes(args.device)
+    state = programs.start_processes(args.device)
     (generator, default), checkpoint = load_newest(
         flow_folder(args.run), lambda: load_generator(args.run, state.device)
     )
@@ -122,10 +97,10 @@ def main(args: argparse.Namespace) -> list[Row]:
         sampling.check_images("--images-per-caption", args.images_per_caption)
 
     # A row for each set of images
-    judge = load_judge(state.device)
+    net = judge.load_judge(state.device)
     rows, strips = [], []
     for scenes in sets:
-        found, images = measure_split(judge, generator, scenes, points, args)
+        found, images = measure_split(net, generator, scenes, points, args)
         rows += found
         if scenes.split != "seen":
             strips += choose_strips(scenes, images)
@@ -136,20 +111,20 @@ def main(args: argparse.Namespace) -> list[Row]:
         "seed": args.seed,
         "sampling": asdict(points[-1]),
         "model": model,
-        **describe_environment(state),
+        **programs.describe_environment(state),
     }
     write_json(report, output / REPORT)
     pictures, texts = zip(*strips)
     save_png(caption_grid(torch.stack(pictures), [*texts], columns=2), output / PICTURE)
     print_table(rows)
-    if not has_fidelity():
-        print(f"no kid: it needs torch-fidelity: {INSTALL}")
+    if find_spec("torch_fidelity") is None:
+        print(f"no kid: it needs torch-fidelity: {programs.INSTALL}")
     print(f"{output}: {REPORT}, {PICTURE} written")
     return rows
 
 
 def measure_split(
-    judge: Judge,
+    net: judge.Judge,
     generator: Generator,
     scenes: "Scenes",
     points: list[Sampling],
@@ -157,17 +132,17 @@ def measure_split(
 ) -> tuple[list[Row], Tensor]:
     """(a row for each set of images, those generated at the last point)."""
     # The ceilings. Half of the real images is compared with the other half
-    real = read(judge, scenes.images, args.batch_size)
+    real = read(net, scenes.images, args.batch_size)
     row = measure(scenes, real, real)
     halves = rearrange(real.features, "(n m) d -> m n d", n=len(scenes.texts)).chunk(2)
     row |= {"kid": distance(*(half.flatten(0, 1) for half in halves)) if len(halves) == 2 else None}
     rows = [{"split": scenes.split, "images": "real"} | row]
-    rebuilt = read(judge, reconstruct(generator, scenes, args.batch_size), args.batch_size)
+    rebuilt = read(net, reconstruct(generator, scenes, args.batch_size), args.batch_size)
     rows += [{"split": scenes.split, "images": "reconstructed"} | measure(scenes, rebuilt, real)]
 
     # The run's own, without the flow and with it
     if isinstance(generator, ImageGenerator) and generator.flow.config.source == "text":
-        starts = read(judge, decode_starts(generator, scenes), args.batch_size)
+        starts = read(net, decode_starts(generator, scenes), args.batch_size)
         rows += [{"split": scenes.split, "images": "start"} | measure(scenes, starts, real)]
     for sampling in points:
         start = time.perf_counter()
@@ -175,7 +150,7 @@ def measure_split(
         rate = len(images) / (time.perf_counter() - start)
         row = {"split": scenes.split, "images": "generated", "steps": sampling.steps}
         row |= {"guidance": sampling.guidance}
-        row |= measure(scenes, read(judge, images, args.batch_size), real)
+        row |= measure(scenes, read(net, images, args.batch_size), real)
         rows.append(row | {"images_per_second": rate})
     return rows, images
 
@@ -189,7 +164,7 @@ class Scenes:
 
     split: str
     texts: list[str]
-    wanted: Wanted
+    wanted: judge.Wanted
     images: Tensor  # NM x 3 x R x R uint8; those of a caption follow each other
 
 
@@ -199,6 +174,7 @@ def read_split(folder: Path, split: str, most: int | None) -> Scenes:
     Raises:
         ValueError: no such shards.
     """
+    # Gathered by the captions' numbers, in whatever order samples come
     about: dict[int, dict[str, Any]] = {}
     images: dict[int, list[np.ndarray]] = {}
     for shard in expand_shards([f"{folder}/{split}-*.tar"]):
@@ -214,7 +190,7 @@ def read_split(folder: Path, split: str, most: int | None) -> Scenes:
     return Scenes(
         split=split,
         texts=[about[number]["captions"][0] for number in numbers],
-        wanted=wanted_by([statement_of(about[number]["statement"]) for number in numbers]),
+        wanted=judge.wanted_by([statement_of(about[number]["statement"]) for number in numbers]),
         images=rearrange(torch.from_numpy(pixels), "b h w c -> b c h w"),
     )
 
@@ -268,23 +244,25 @@ def choose_strips(scenes: Scenes, images: Tensor) -> list[tuple[Tensor, str]]:
 
 
 @torch.no_grad()
-def read(judge: Judge, images: Tensor, batch_size: int) -> Facts:
+def read(net: judge.Judge, images: Tensor, batch_size: int) -> judge.Facts:
     """What images show, B x 3 x R x R uint8; on the CPU."""
-    device = judge.background.weight.device
+    device = net.background.weight.device
     batches = images.split(batch_size)
-    return joined([judge(batch.to(device).float() / 255).each(Tensor.cpu) for batch in batches])
+    found = judge.joined([net(batch.to(device).float() / 255) for batch in batches])
+    return judge.Facts(*(values.cpu() for values in found))
 
 
-def measure(scenes: Scenes, facts: Facts, real: Facts) -> Row:
+def measure(scenes: Scenes, facts: judge.Facts, real: judge.Facts) -> Row:
     """Shares of images with each fact right (None: no caption states it), diversity, KID."""
     num_captions = len(scenes.texts)
-    wanted = scenes.wanted.each(lambda x: x.repeat_interleave(len(facts.count) // num_captions, 0))
-    verdicts, said = right(facts, wanted), is_said(wanted)
+    number = len(facts.background) // num_captions  # of images of a caption
+    wanted = judge.Wanted(*(values.repeat_interleave(number, dim=0) for values in scenes.wanted))
+    verdicts, said = judge.right(facts, wanted), judge.is_said(wanted)
     row: Row = {
         name: verdicts[name][said[name]].double().mean().item() if said[name].any() else None
-        for name in FACTS
+        for name in judge.FACTS
     }
-    own, others = spread(facts, scenes.wanted), spread(real, scenes.wanted)
+    own, others = judge.spread(facts, scenes.wanted), judge.spread(real, scenes.wanted)
     row["diversity"] = None if None in (own, others) else own / others
     return row | {"kid": distance(facts.features, real.features)}
 
@@ -292,15 +270,10 @@ def measure(scenes: Scenes, facts: Facts, real: Facts) -> Row:
 def distance(features: Tensor, real: Tensor) -> float | None:
     """KID; None without torch-fidelity, or of a single image."""
     smaller = min(len(features), len(real))
-    if not has_fidelity() or smaller < 2:
+    if find_spec("torch_fidelity") is None or smaller < 2:
         return None
     kid, _ = kernel_distance(features, real, subsets=1, subset_size=smaller)
     return kid
-
-
-def has_fidelity() -> bool:
-    """Whether KID can be computed."""
-    return find_spec("torch_fidelity") is not None
 
 
 def print_table(rows: list[Row]) -> None:
@@ -310,14 +283,13 @@ def print_table(rows: list[Row]) -> None:
         value = row.get(name)
         if value is None or isinstance(value, str):
             return value or ""
-        return f"{100 * value:.1f}" if name in FACTS else f"{value:.3g}"
+        return f"{100 * value:.1f}" if name in judge.FACTS else f"{value:.3g}"
 
-    names = ["split", "images", "steps", "guidance", *reversed(FACTS)]
+    names = ["split", "images", "steps", "guidance", *reversed(judge.FACTS)]
     names += ["diversity", "kid", "images_per_second"]
     cells = [[cell(row, name) for name in names] for row in rows]
-    print(markdown_table([names, *cells]), end="")
+    print(programs.markdown_table([names, *cells]), end="")
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.signal.windows import gaussian
 
 from eval.feature_nets import Networks
 from eval.features import FeatureSet, fit_gaussian, frechet_distance
@@ -204,13 +205,11 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     """
     # The window, normalised
     x, y = images.double(), others.double()
-    radius = SSIM_WINDOW // 2
-    offsets = torch.arange(-radius, radius + 1, device=x.device).double()
-    window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
+    window = gaussian(SSIM_WINDOW, std=SSIM_SIGMA, dtype=torch.float64, device=x.device)
     window = window / window.sum()
     # Local means of x, y and their products, by two passes of the separable window
     maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # 5B3 x 1 x R x R
-    maps = F.pad(maps, (radius,) * 4, mode="reflect")
+    maps = F.pad(maps, (SSIM_WINDOW // 2,) * 4, mode="reflect")
     maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
     mean_x, mean_y, xx, yy, xy = maps.view(5, len(x), -1).unbind()
     # Wang et al. 2004, eq. 13

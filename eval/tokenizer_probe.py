@@ -23,16 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
 from data.tar import expand_shards
 from eval import generation, scenes
 from eval.programs import build_parser, integer, markdown_table, start_processes
-from eval.report import BATCH_SIZE, encode, encode_texts
+from eval.report import BATCH_SIZE, encode, encode_texts, join_batches
 from eval.scores import retrieval
 from modeling.pipeline import Generator
 from training.errors import exit_on_error
@@ -44,7 +41,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=user_path, metavar="RUN", help="experiment, or tokenizer's run")
@@ -64,34 +60,31 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Probe one tokenizer after the other, then print them side by side."""
+    # What is absent is named before any work
+    todo = []
     for run in args.runs:
         check_writable(run / "probe" / "probe.json")
-        expand_shards(heldout_shards(args, run))
-    reports = {str(run): probe(args, run) for run in args.runs}
+        data = args.data or run / "scenes"
+        heldout = args.heldout or [f"{data}/new-*.tar"]
+        expand_shards(heldout)
+        todo.append((run, data, heldout))
+    reports = {str(run): probe(args, run, data, heldout) for run, data, heldout in todo}
     names = list(next(iter(reports.values())))
     rows = [[run, *(f"{report[name]:.3f}" for name in names)] for run, report in reports.items()]
     print(markdown_table([["tokenizer", *names], *rows]), end="")
 
 
-def probe(args: argparse.Namespace, run: Path) -> dict[str, float]:
+def probe(args: argparse.Namespace, run: Path, data: Path, heldout: list[str]) -> dict[str, float]:
     """All figures of one tokenizer, written to its probe.json too."""
-    folder, data = (run / "probe").absolute(), data_folder(args, run)
+    folder = (run / "probe").absolute()
     tokenizer = run / "tokenizer" if (run / "tokenizer").is_dir() else run
     train_flow(args.experiment, folder, tokenizer.absolute(), data.absolute())
     generator, _ = load_generator(folder, start_processes(args.device).device)
-    latents = read_latents(args, generator, folder, tokenizer, heldout_shards(args, run))
+    latents = read_latents(args, generator, folder, tokenizer, heldout)
     figures = probe_by_ridge(*latents) | judge_flow(args, folder, data)
     write_json(figures, folder / "probe.json")
     print(f"{folder / 'probe.json'}: written", flush=True)
     return figures
-
-
-def data_folder(args: argparse.Namespace, run: Path) -> Path:
-    return args.data or run / "scenes"
-
-
-def heldout_shards(args: argparse.Namespace, run: Path) -> list[str]:
-    return args.heldout or [f"{data_folder(args, run)}/new-*.tar"]
 
 
 def train_flow(experiment: str, folder: Path, tokenizer: Path, data: Path) -> None:
@@ -122,19 +115,13 @@ def read_latents(
     config, scale = generator.tokenizer.config, generator.flow.latent_scale.cpu()
     stored = TokenTextConfig(shards=[f"{folder}/tokens/*.tar"])
     reader = token_reader(stored, config.num_tokens, config.token_channels, None)
-    batches = [*reader.once(BATCH_SIZE, limit=args.num_images)]
-    latents = torch.cat([batch["latent_mean"] for batch in batches])
-    train = encode_texts(generator, all_captions(batches)), latents * scale
+    captions, latents = join_batches(reader.once(BATCH_SIZE, limit=args.num_images), "latent_mean")
+    train = encode_texts(generator, captions), latents * scale
 
     images = image_reader(read_section(tokenizer, "data", ImageTextConfig), config.image_size, None)
-    batches = [*images.once(BATCH_SIZE, heldout, args.num_images)]
-    pixels = torch.cat([batch["image"] for batch in batches]).float() / 255
-    latents = encode(generator, pixels) * scale
-    return train, (encode_texts(generator, all_captions(batches)), latents)
-
-
-def all_captions(batches: list[dict]) -> list[str]:
-    return [caption for batch in batches for caption in batch["caption"]]
+    captions, pixels = join_batches(images.once(BATCH_SIZE, heldout, args.num_images), "image")
+    latents = encode(generator, pixels.float() / 255) * scale
+    return train, (encode_texts(generator, captions), latents)
 
 
 def probe_by_ridge(train: Captioned, heldout: Captioned) -> dict[str, float]:
@@ -169,5 +156,4 @@ def judge_flow(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, 
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

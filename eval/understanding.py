@@ -20,14 +20,10 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-# Run as a file, Python looks into eval/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, user_path, write_json
 from data.images import ImageTextConfig
@@ -47,7 +43,6 @@ MAX_TRAIN = 1500  # images that the regressions are fitted on: they cost N^3 ope
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="run of a dual tokenizer, or an experiment")
@@ -84,7 +79,9 @@ def main(args: argparse.Namespace) -> None:
 
     # What is to be found, and what the teacher itself finds of it
     target, true = train.pop("teacher"), heldout.pop("teacher")
-    texts, own = text_features(clip, captions)
+    different, own = [*dict.fromkeys(captions)], number_groups(captions)
+    chunks = [different[i : i + 256] for i in range(0, len(different), 256)]
+    texts = torch.cat([clip.read(chunk) for chunk in chunks]).cpu()
 
     def retrieve(features: Tensor) -> dict[str, Tensor]:
         numbers = {"top1": 1, "top5": 5}
@@ -157,13 +154,6 @@ def read_features(
     return {name: torch.cat(parts) for name, parts in found.items()}, captions
 
 
-def text_features(clip: ClipScorer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Features of all different captions, M x E, and the number of each image's own among them."""
-    different = [*dict.fromkeys(captions)]
-    texts = torch.cat([clip.read(different[i : i + 256]) for i in range(0, len(different), 256)])
-    return texts.cpu(), number_groups(captions)
-
-
 def among_nearest(images: Tensor, texts: Tensor, own: Tensor, most: int) -> Tensor:
     """B bool: is the feature of its own text one of the `most` nearest of M x E to an image's?"""
     similar = images @ texts.T
@@ -181,5 +171,4 @@ def share_of(hits: Tensor, reached: Tensor) -> tuple[float | None, float | None]
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

@@ -26,6 +26,11 @@ class PublishedWeights:
         return Path(torch.hub.get_dir()) / "checkpoints" / Path(self.url).name
 
     @property
+    def absence(self) -> str:
+        """What is not there, and what to do without it."""
+        return f"{self.title}'s weights are absent: {self.ways_out}"
+
+    @property
     def ways_out(self) -> str:
         """What to do without the file."""
         return (

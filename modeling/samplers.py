@@ -84,8 +84,8 @@ def check_solver(name: str, steps: int) -> None:
         raise ValueError(f"steps must be at least 1, got {steps}")
 
 
-def asked_times(solver: Solver, times: list[float]) -> list[float]:
-    """The times at which a solver asks for the velocity, in its order."""
+def evaluation_times(solver: Solver, times: list[float]) -> list[float]:
+    """The distinct times at which a solver asks for the velocity, in its order."""
     # Found by letting it solve something, so that a new solver needs no table of its own.
     asked: list[float] = []
 
@@ -94,17 +94,7 @@ def asked_times(solver: Solver, times: list[float]) -> list[float]:
         return x
 
     solver(record, torch.zeros(()), times)
-    return asked
-
-
-def evaluation_times(solver: Solver, times: list[float]) -> list[float]:
-    """The distinct times at which a solver asks for the velocity."""
-    return list(dict.fromkeys(asked_times(solver, times)))
-
-
-def evaluations_a_step(solver: Solver) -> int:
-    """How often a solver asks for the velocity in a step."""
-    return len(asked_times(solver, [0.0, 1.0]))
+    return list(dict.fromkeys(asked))
 
 
 @torch.no_grad()

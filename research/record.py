@@ -11,7 +11,6 @@ bit; those of two machines need not be (part "environment").
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from typing import Any
 # number of threads is set first.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetensors import deserialize
+
 from scripts.run_experiment.stages import program_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = "assets/noto_emoji"
-TIMES = ("samples_per_second", "data_wait_share")  # of metrics.jsonl: differ between equal runs
+LEFT_OUT = {"step", "samples_per_second", "data_wait_share"}  # of metrics.jsonl: times differ
 
 
 def keys(group: str, **values) -> list[str]:
@@ -84,10 +86,7 @@ RUNS = {
     "emoji/text_decoder": ("emoji_caption/text_decoder", []),
     "emoji/flowtok_caption": ("emoji_caption/flowtok_caption", []),
     "tokenizer_bl77_256/tokenizer": ("tokenizer_bl77_256/tokenizer", TOKENIZER),
-    "tokenizer_bl77_256/tokens": (
-        "tokenizer_bl77_256/tokens",
-        [*FILTERED, "data.num_workers=2"],
-    ),
+    "tokenizer_bl77_256/tokens": ("tokenizer_bl77_256/tokens", [*FILTERED, "data.num_workers=2"]),
     "projector_clip_l/text_projector": ("projector_clip_l/text_projector", PROJECTOR),
     "flowtok_b/flowtok": ("flowtok_b/flowtok", FLOW),
     "flowtok_b/projector_run": ("flowtok_b/flowtok", [*SMALL_FLOW, STAGE2]),
@@ -95,14 +94,8 @@ RUNS = {
         "flowtok_b/flowtok",
         [*FLOW, "training.precision=bf16", "training.max_steps=5"],
     ),
-    "flowtok_b/accumulation": (
-        "flowtok_b/flowtok",
-        [*FLOW, "training.gradient_accumulation=2"],
-    ),
-    "flowtok_b/selective": (
-        "flowtok_b/flowtok",
-        [*FLOW, "activation_checkpointing=selective"],
-    ),
+    "flowtok_b/accumulation": ("flowtok_b/flowtok", [*FLOW, "training.gradient_accumulation=2"]),
+    "flowtok_b/selective": ("flowtok_b/flowtok", [*FLOW, "activation_checkpointing=selective"]),
     "flowtok_b/flowtok_finetune": ("flowtok_b/flowtok_finetune", [*SMALL_FLOW, TOKENS]),
     "flowtok_b_average_pool/flowtok": (
         "flowtok_b/flowtok",
@@ -141,28 +134,20 @@ def describe_environment() -> dict:
 
 def write_captioned(folder: Path) -> None:
     """Held-out emoji with several captions each, as caption_xl has: karpathy_train, _val."""
-    with tarfile.open(ROOT / EMOJI / "heldout-000000.tar.gz") as source:
-        members = {member.name: source.extractfile(member).read() for member in source}
-    names = sorted(name.removesuffix(".png") for name in members if name.endswith(".png"))
-    for split, part in (("karpathy_train", names[:120]), ("karpathy_val", names[120:])):
+    from data.tar import read_shard, write_shard
+
+    emoji = sorted(read_shard(ROOT / EMOJI / "heldout-000000.tar.gz"), key=itemgetter("__key__"))
+    for sample in emoji:
+        text = sample.pop("txt").decode()
+        sample["json"] = {"captions": [text, f"a picture of {text}", f"an emoji: {text}"]}
+    for split, part in (("karpathy_train", emoji[:120]), ("karpathy_val", emoji[120:])):
         (folder / split).mkdir(parents=True)
-        with tarfile.open(folder / split / "0000.tar", "w") as tar:
-            for name in part:
-                text = members[f"{name}.txt"].decode()
-                captions = [text, f"a picture of {text}", f"an emoji: {text}"]
-                add_member(tar, f"{name}.png", members[f"{name}.png"])
-                add_member(tar, f"{name}.json", json.dumps({"captions": captions}).encode())
-
-
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a file of these bytes."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+        write_shard(folder / split / "0000.tar", part)
 
 
 def record_run(runs: Path, name: str, config: str, overrides: list[str]) -> dict:
     """Run one stage as a program and record what it left in its folder."""
+    # A process of its own, as a user starts it: nothing passes from stage to stage but files
     folder = runs / name
     module, _ = program_of(Path(config).stem)
     is_encoding = module == "scripts.encode_tokens"
@@ -187,27 +172,16 @@ def record_run(runs: Path, name: str, config: str, overrides: list[str]) -> dict
 def training_parts(folder: Path) -> dict:
     """Logged values by step; tensors of each weights file; pictures, reports, the CLIP folder."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    parts = {"metrics": {f"step {line['step']}": without(line, *TIMES, "step") for line in lines}}
+    parts: dict[str, dict] = {"metrics": {}}
+    for line in lines:
+        values = {name: value for name, value in line.items() if name not in LEFT_OUT}
+        parts["metrics"][f"step {line['step']}"] = values
     for path in sorted((folder / "checkpoints" / "latest").glob("*.safetensors")):
-        parts[path.stem] = tensor_hashes(path)
+        tensors = sorted(deserialize(path.read_bytes()))
+        hashes = {key: f"{x['dtype']} {x['shape']} {sha256(x['data'])}" for key, x in tensors}
+        parts[path.stem] = hashes
     made = [*sorted((folder / "samples").glob("*")), *sorted((folder / "clip").glob("*"))]
     return parts | {"outputs": {path.name: sha256(path.read_bytes()) for path in made}}
-
-
-def without(values: dict, *names: str) -> dict:
-    """A dict without some keys."""
-    return {name: value for name, value in values.items() if name not in names}
-
-
-def tensor_hashes(path: Path) -> dict[str, str]:
-    """Name -> type, shape and hash of each tensor of a safetensors file, without torch."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    hashes = {}
-    for name, entry in without(json.loads(data[8:start]), "__metadata__").items():
-        first, end = (start + offset for offset in entry["data_offsets"])
-        hashes[name] = f"{entry['dtype']} {entry['shape']} {sha256(data[first:end])}"
-    return dict(sorted(hashes.items()))
 
 
 def token_parts(folder: Path) -> dict:
@@ -317,36 +291,27 @@ def sha256(data: bytes) -> str:
 # Comparing records
 
 
-def differences(a: Any, b: Any, place: str = "") -> tuple[list[str], list[str]]:
-    """(what differs, what only has another name) in nested values, in order.
+def flatten(values: Any, place: str = "") -> dict[str, str]:
+    """The repr of each single one of nested values, by its place; of floats it has every bit."""
+    if not isinstance(values, dict | list):
+        return {place: repr(values)}
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    return {k: v for key, value in pairs for k, v in flatten(value, f"{place}/{key}").items()}
 
-    Floats are equal by their repr. In a dict, an entry that only one side has is renamed if the
-    other has an equal one under a name of its own.
-    """
-    # What is compared with what
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        pairs = [(f"{place}[{index}]", *pair) for index, pair in enumerate(zip(a, b))]
-    elif isinstance(a, dict) and isinstance(b, dict):
-        pairs = [(f"{place}/{key}", a[key], b[key]) for key in a if key in b]
-    elif repr(a) == repr(b):
-        return [], []
-    else:
-        return [f"{place}: {str(a)[:40]} -> {str(b)[:40]}"], []
-    differing, renamed = [], []
-    for inner_place, one, other in pairs:
-        found, same = differences(one, other, inner_place)
-        differing += found
-        renamed += same
+
+def differences(a: Any, b: Any) -> tuple[list[str], list[str]]:
+    """(what differs, what only has another name) in nested values, in order."""
+    a, b = flatten(a), flatten(b)
+    pairs = [(place, a[place], b[place]) for place in a if place in b]
+    differing = [f"{place}: {x[:40]} -> {y[:40]}" for place, x, y in pairs if x != y]
     # A tensor whose name changed still has its bytes
-    if isinstance(a, dict):
-        left = {key: repr(value) for key, value in b.items() if key not in a}
-        for key in (key for key in a if key not in b):
-            twin = next((name for name, value in left.items() if value == repr(a[key])), None)
-            left.pop(twin, None)
-            found = differing if twin is None else renamed
-            found.append(f"{place}/{key} -> {twin or 'nothing equal'}")
-        differing += [f"{place}: nothing equal -> {key}" for key in left]
-    return differing, renamed
+    renamed, left = [], {place: value for place, value in b.items() if place not in a}
+    for place in (place for place in a if place not in b):
+        twin = next((name for name, value in left.items() if value == a[place]), None)
+        left.pop(twin, None)
+        found = differing if twin is None else renamed
+        found.append(f"{place} -> {twin or 'nothing equal'}")
+    return differing + [f"nothing equal -> {place}" for place in left], renamed
 
 
 def compare(a: dict, b: dict) -> bool:
@@ -364,7 +329,6 @@ def compare(a: dict, b: dict) -> bool:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

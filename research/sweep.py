@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from data.files import write_json, write_text
 from eval.programs import build_parser, integer, markdown_table
 from scripts.plan import make_plan
 from scripts.run_experiment.stages import read_stages
+from training import metrics
 from training.errors import exit_on_error
 from training.stage import TrainedStage
 
@@ -60,11 +62,9 @@ class SweepConfig:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("file", type=Path)
-    help_text = "folder; default: runs/sweeps/NAME OF THE FILE"
-    parser.add_argument("--output", type=Path, help=help_text)
+    parser.add_argument("--output", type=Path, help="folder; default: runs/sweeps/NAME OF THE FILE")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run and show these")
     parser.add_argument("--jobs", type=integer(1), default=1, help="runs at the same time")
     return parser.parse_args(arguments)
@@ -85,11 +85,23 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--only {unknown}: no such variant; valid: {valid}")
 
     # All variants with the first seed come first, so that there is an early table
-    todo = [(variant, seed) for seed in sweep.seeds for variant in chosen]
-    check_folders(sweep, output, todo)
+    todo = []
+    for seed, variant in product(sweep.seeds, chosen):
+        folder = (output / variant / str(seed)).resolve()
+        command = command_of(sweep, variant, seed, folder)
+        # What another command made is not continued
+        made_by = folder / COMMAND_FILE
+        known = json.loads(made_by.read_text()) if made_by.is_file() else None
+        if folder.exists() and known != command:
+            raise ValueError(
+                f"{folder} was made by another command: move it, or choose another --output"
+            )
+        todo.append((variant, seed, folder, command))
+
+    # The table is written after each run
     results = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run_one, sweep, *one, output) for one in todo]
+        futures = [pool.submit(run_one, sweep, *one) for one in todo]
         for future in as_completed(futures):
             result = future.result()
             results.append(result)
@@ -140,6 +152,7 @@ def command_of(sweep: SweepConfig, variant: str, seed: int, folder: Path) -> lis
     for stage in read_stages(words, " ".join(sweep.stages), ROOT / "configs"):
         if isinstance(stage.config, TrainedStage):
             command.append(f"{stage.name}.training.seed={seed}")
+        # Equal work: a larger network makes fewer steps
         if budget := sweep.gflop.get(stage.name):
             steps = round(budget / gflop_per_step(stage.file, stage.overrides))
             if steps < 1:
@@ -158,40 +171,19 @@ def gflop_per_step(file: Path, overrides: tuple[str, ...]) -> float:
     return (per_sample["total"] - per_sample["text_tower"]) * plan["run"]["batch_size"]
 
 
-def run_folder(output: Path, variant: str, seed: int) -> Path:
-    """Where a run lives."""
-    return (output / variant / str(seed)).resolve()
-
-
-def check_folders(sweep: SweepConfig, output: Path, runs: list[tuple[str, int]]) -> None:
-    """Refuse to continue what another command made.
-
-    Raises:
-        ValueError: names the folder.
-    """
-    for variant, seed in runs:
-        folder = run_folder(output, variant, seed)
-        made_by = folder / COMMAND_FILE
-        known = json.loads(made_by.read_text()) if made_by.is_file() else None
-        if folder.exists() and known != command_of(sweep, variant, seed, folder):
-            raise ValueError(
-                f"{folder} was made by another command: move it, or choose another --output"
-            )
-
-
 # Runs
 
 
-def run_one(sweep: SweepConfig, variant: str, seed: int, output: Path) -> dict[str, Any]:
+def run_one(
+    sweep: SweepConfig, variant: str, seed: int, folder: Path, command: list[str]
+) -> dict[str, Any]:
     """Run a variant with a seed, or read what it gave before.
 
     Returns variant, seed, command, seconds, and metrics or error.
     """
-    folder = run_folder(output, variant, seed)
     finished = folder / RESULT_FILE
     if finished.is_file():
         return json.loads(finished.read_text()) | {"metrics": read_metrics(sweep, folder)}
-    command = command_of(sweep, variant, seed, folder)
     write_json(command, folder / COMMAND_FILE)
     link_start(sweep, folder)
     start = time.monotonic()
@@ -246,12 +238,10 @@ def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
     values = {}
     for name, place in sweep.metrics.items():
         file, _, key = place.partition(":")
-        text = (folder / file).read_text()
         if file.endswith(".jsonl"):
-            found = [row[key] for row in map(json.loads, text.splitlines()) if key in row]
-            value = found[-1] if found else None
+            _, value = metrics.read_metrics(folder / file).get(key, [(0, None)])[-1]
         else:
-            value = json.loads(text)
+            value = json.loads((folder / file).read_text())
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, int | float):

@@ -43,21 +43,7 @@ from data.scenes import (
     draw_statement,
     split_of,
 )
-from eval.judge import (
-    GRID,
-    IMAGE_SIZE,
-    MAX_OBJECTS,
-    NO_SHAPE,
-    SIZE_BOUND,
-    SPREAD,
-    WEIGHTS,
-    Facts,
-    Judge,
-    cell_centres,
-    contents,
-    joined,
-    load_judge,
-)
+from eval import judge
 from eval.programs import build_parser
 from training.errors import exit_on_error
 
@@ -79,16 +65,15 @@ def main(args: argparse.Namespace) -> None:
     """Draw, train, measure, write."""
     torch.manual_seed(0)
     images, truth = load_images(args.folder / f"images_{args.images}.npz", args.images)
-    judge = train(images, truth, args.steps)
-    WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in judge.state_dict().items()}
-    save_file(weights, WEIGHTS, metadata=contents())
-    print(f"{WEIGHTS}: written, {sum(p.numel() for p in judge.parameters())} weights")
+    net = train(images, truth, args.steps)
+    judge.WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous() for name, value in net.state_dict().items()}
+    save_file(weights, judge.WEIGHTS, metadata=judge.contents())
+    print(f"{judge.WEIGHTS}: written, {sum(p.numel() for p in net.parameters())} weights")
     print_accuracy()
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("folder", type=user_path, help="for the drawn images")
     parser.add_argument("--images", type=int, default=14000)
@@ -121,7 +106,8 @@ def draw_any_scene(rng: np.random.Generator) -> Scene:
 
 def draw_free_scene(rng: np.random.Generator) -> Scene:
     """Up to four objects of any kind and size, apart."""
-    number = rng.integers(0, MAX_OBJECTS + 1)
+    # Drawn anew until all are apart: the judge reads one object a cell
+    number = rng.integers(0, judge.MAX_OBJECTS + 1)
     while True:
         diameters = rng.uniform(*DIAMETERS, size=number)
         centres = rng.uniform(diameters[:, None] / 2, 1 - diameters[:, None] / 2, size=(number, 2))
@@ -134,7 +120,7 @@ def draw_free_scene(rng: np.random.Generator) -> Scene:
     shapes = np.where(is_wrong, rng.choice([*wrong_outlines()], number), rng.choice(SHAPES, number))
     kinds = zip(shapes.tolist(), rng.choice([*COLOURS], number).tolist())
     objects = (
-        Object(shape, colour, "large" if diameter > SIZE_BOUND else "small", x, y, diameter)
+        Object(shape, colour, "large" if diameter > judge.SIZE_BOUND else "small", x, y, diameter)
         for (shape, colour), (x, y), diameter in zip(kinds, centres, diameters)
     )
     return Scene(rng.choice([*BACKGROUNDS]), tuple(objects))
@@ -164,16 +150,16 @@ def wrong_outlines() -> dict[str, list[tuple[float, float]]]:
 def draw_images(scenes: list[Scene]) -> np.ndarray:
     """N x 3 x 64 x 64 uint8."""
     outlines = OUTLINES | wrong_outlines()
-    images = np.stack([np.asarray(draw_image(x, IMAGE_SIZE, outlines)) for x in scenes])
+    images = np.stack([np.asarray(draw_image(x, judge.IMAGE_SIZE, outlines)) for x in scenes])
     return images.transpose(0, 3, 1, 2)
 
 
 def truth_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
     """What scenes show, as numbers."""
-    objects = np.zeros((len(scenes), MAX_OBJECTS, 5), dtype=np.float32)
+    objects = np.zeros((len(scenes), judge.MAX_OBJECTS, 5), dtype=np.float32)
     for row, scene in zip(objects, scenes):
         for place, item in zip(row, scene.objects):
-            shape = SHAPES.index(item.shape) if item.shape in SHAPES else NO_SHAPE
+            shape = SHAPES.index(item.shape) if item.shape in SHAPES else judge.NO_SHAPE
             kind = (shape, [*COLOURS].index(item.colour))
             place[:] = (*kind, item.x, item.y, item.diameter)
     backgrounds = [[*BACKGROUNDS].index(scene.background) for scene in scenes]
@@ -241,10 +227,10 @@ def damage(images: Tensor, rng: torch.Generator) -> Tensor:
 # ----------------------------------------------------------------------------------------- training
 
 
-def train(images: Tensor, truth: Truth, steps: int) -> Judge:
+def train(images: Tensor, truth: Truth, steps: int) -> judge.Judge:
     """A judge trained from random weights."""
-    judge = Judge().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=WEIGHT_DECAY)
+    net = judge.Judge().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY)
     started = time.monotonic()
     for step in range(steps):
         # Numbers are a function of the step
@@ -252,7 +238,7 @@ def train(images: Tensor, truth: Truth, steps: int) -> Judge:
         rows = torch.randint(len(images), (BATCH_SIZE,), generator=rng)
         batch, facts = blend(images[rows] / 255, {k: v[rows] for k, v in truth.items()}, rng)
         batch = damage(batch, rng)
-        parts, background, _ = judge.outputs(batch.contiguous(memory_format=torch.channels_last))
+        parts, background, _ = net.outputs(batch.contiguous(memory_format=torch.channels_last))
         losses = compute_losses(parts, background, facts)
         rate = min((step + 1) / WARMUP_STEPS, (1 + math.cos(math.pi * step / steps)) / 2)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
@@ -262,7 +248,7 @@ def train(images: Tensor, truth: Truth, steps: int) -> Judge:
         if step % 100 == 0:
             values = ", ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
             print(f"step {step} ({time.monotonic() - started:.0f} s): {values}", flush=True)
-    return judge.eval()
+    return net.eval()
 
 
 def compute_losses(
@@ -272,10 +258,10 @@ def compute_losses(
     mark, shape, colour, offset, diameter = (part.flatten(2) for part in parts)  # B x C x 64
     objects = truth["objects"]  # B x 4 x 5
     # Marks: of the nearest object, by its distance in cells
-    centres = cell_centres(objects.device)
-    away = objects[:, :, None, 2:4] * GRID - centres  # B x 4 x 64 x 2
+    centres = judge.cell_centres(objects.device)
+    away = objects[:, :, None, 2:4] * judge.GRID - centres  # B x 4 x 64 x 2
     is_absent = objects[:, :, None, 4] == 0
-    wanted = torch.exp(-away.square().sum(dim=3) / (2 * SPREAD**2)).masked_fill(is_absent, 0)
+    wanted = torch.exp(-away.square().sum(dim=3) / (2 * judge.SPREAD**2)).masked_fill(is_absent, 0)
     wanted, nearest = wanted.max(dim=1)  # B x 64
     own = objects.gather(1, nearest[:, :, None].expand(-1, -1, 5))  # B x 64 x 5
     weight = wanted * (wanted > 0.3)
@@ -284,7 +270,7 @@ def compute_losses(
     def of_objects(loss: Tensor) -> Tensor:
         return (loss * weight).sum()
 
-    target = own[..., 2:4] * GRID - centres
+    target = own[..., 2:4] * judge.GRID - centres
     return {
         "mark": 10 * F.binary_cross_entropy_with_logits(mark[:, 0], wanted)
         - 10 * F.binary_cross_entropy(wanted, wanted),  # 0 at best
@@ -301,7 +287,7 @@ def compute_losses(
 
 def print_accuracy() -> None:
     """The share of fresh images of which each fact is right, by split; and of the same, damaged."""
-    judge = load_judge()
+    net = judge.load_judge()
     rng = torch.Generator().manual_seed(1)
     for split in SPLITS[1:]:
         numbers = np.random.default_rng([1, SPLITS.index(split)])  # no seed of the training's
@@ -309,7 +295,8 @@ def print_accuracy() -> None:
         scenes = [draw_scene(one, numbers) for one in said]
         images = torch.from_numpy(draw_images(scenes)) / 255
         for name, shown in ((split, images), (f"{split}, damaged", damage(images, rng))):
-            shares = compare(look(judge, shown), scenes)
+            facts = judge.joined([net(batch) for batch in shown.split(500)])
+            shares = compare(facts, scenes)
             values = (f"{fact} {is_right.float().mean():.2%}" for fact, is_right in shares.items())
             print(f"{name}: {', '.join(values)}", flush=True)
 
@@ -321,12 +308,7 @@ def draw_statement_of(split: str, rng: np.random.Generator) -> Statement:
     return statement
 
 
-def look(judge: Judge, images: Tensor) -> Facts:
-    """What images show, N x 3 x 64 x 64 in [0, 1], a few at a time."""
-    return joined([judge(batch) for batch in images.split(500)])
-
-
-def compare(facts: Facts, scenes: list[Scene]) -> dict[str, Tensor]:
+def compare(facts: judge.Facts, scenes: list[Scene]) -> dict[str, Tensor]:
     """Fact -> N bool: right for all of an image's objects, each against the nearest one read."""
     truth = {name: torch.from_numpy(values) for name, values in truth_of(scenes).items()}
     objects = truth["objects"]
@@ -343,7 +325,7 @@ def compare(facts: Facts, scenes: list[Scene]) -> dict[str, Tensor]:
     verdicts = {
         "shape": agree(facts.shape, objects[..., 0]),
         "colour": agree(facts.colour, objects[..., 1]),
-        "size": agree(facts.size, objects[..., 4] > SIZE_BOUND),
+        "size": agree(facts.size, objects[..., 4] > judge.SIZE_BOUND),
         "place": ((distance < PLACE_ERROR) | is_absent).all(dim=1),
         "count": facts.count == (~is_absent).sum(dim=1),
         "relation": (relation_of(read) == relation_of(objects[..., 2:4])) | is_free,
@@ -360,5 +342,4 @@ def relation_of(place: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    exit_on_error(lambda: main(arguments))
+    exit_on_error(lambda: main(parse_args()))

@@ -112,7 +112,7 @@ class Studio:
         if not path:
             raise ValueError("Choose an image first.")
         [batch] = caption_images(self.captioner, list_pictures([path]), self.caption_sampling, 1)
-        return batch.captions[0]
+        return batch["caption"][0]
 
     def settings(self, steps: float, guidance: float, seed: float) -> tuple[SamplingConfig, int]:
         """Sampling and seed of a request."""
@@ -128,7 +128,7 @@ class Studio:
             raise ValueError("Type a prompt first.")
         said = [
             *list_cuts(self.generator, [*prompts]),
-            *list_strangers(self.run, known_words(self.run), [*prompts]),
+            *list_strangers(known_words(self.run), [*prompts]),
         ]
         return "\n\n".join(said)
 
@@ -196,11 +196,33 @@ def build_page(studio: Studio) -> Any:
                     gr.Number(0, label="Seed", precision=0),
                 ]
             with gr.Tab("Image"):
-                add_drawing(studio, settings)
+                prompt = gr.Textbox(studio.prompts[0], label="Prompt")
+                number = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images")
+                button = gr.Button("Draw", variant="primary")
+                outputs = [gr.Gallery(label="Images", columns=4, format="png"), gr.Markdown()]
+                gr.Examples([[text] for text in studio.prompts], prompt, label="Prompts to try")
+                triggers, inputs = [button.click, prompt.submit], [prompt, *settings, number]
+                attach(triggers, studio.draw, inputs, outputs)
+            # The slider draws the image where it is let go
             with gr.Tab("Between two prompts"):
-                add_blending(studio, settings)
+                first = gr.Textbox(studio.prompts[0], label="From")
+                second = gr.Textbox(studio.prompts[-1], label="To")
+                place = gr.Slider(0, 1, 0.5, step=0.05, label="Place between them")
+                button = gr.Button("Blend", variant="primary")
+                outputs = [gr.Image(label="Image", format="png"), gr.Markdown()]
+                triggers, inputs = [button.click, place.release], [first, second, place, *settings]
+                attach(triggers, studio.blend, inputs, outputs)
             with gr.Tab("From text to image"):
-                add_following(studio, settings)
+                prompt = gr.Textbox(studio.prompts[0], label="Prompt")
+                number = gr.Slider(2, MAX_POINTS, 6, step=1, label="Points on the way")
+                button = gr.Button("Follow", variant="primary")
+                gr.Markdown(
+                    "Points of the flow from the text (t = 0) to the image (t = 1), decoded:"
+                )
+                outputs = [gr.Gallery(show_label=False, columns=6, format="png"), gr.Markdown()]
+                triggers, inputs = [button.click, prompt.submit], [prompt, *settings, number]
+                attach(triggers, studio.follow, inputs, outputs)
+        # Of a run that has a text decoder
         if studio.captioner:
             with gr.Tab("Caption"):
                 picture = gr.Image(type="filepath", sources=["upload"], label="Picture")
@@ -208,42 +230,6 @@ def build_page(studio: Studio) -> Any:
                 button = gr.Button("Read", variant="primary")
                 attach([button.click], studio.caption, [picture], [caption])
     return page
-
-
-def add_drawing(studio: Studio, settings: list) -> None:
-    import gradio as gr
-
-    prompt = gr.Textbox(studio.prompts[0], label="Prompt")
-    number = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images")
-    button = gr.Button("Draw", variant="primary")
-    outputs = [gr.Gallery(label="Images", columns=4, format="png"), gr.Markdown()]
-    gr.Examples([[text] for text in studio.prompts], prompt, label="Prompts to try")
-    attach([button.click, prompt.submit], studio.draw, [prompt, *settings, number], outputs)
-
-
-def add_blending(studio: Studio, settings: list) -> None:
-    """The image between two prompts; the slider draws it where it is let go."""
-    import gradio as gr
-
-    first = gr.Textbox(studio.prompts[0], label="From")
-    second = gr.Textbox(studio.prompts[-1], label="To")
-    place = gr.Slider(0, 1, 0.5, step=0.05, label="Place between them")
-    button = gr.Button("Blend", variant="primary")
-    outputs = [gr.Image(label="Image", format="png"), gr.Markdown()]
-    inputs = [first, second, place, *settings]
-    attach([button.click, place.release], studio.blend, inputs, outputs)
-
-
-def add_following(studio: Studio, settings: list) -> None:
-    import gradio as gr
-
-    prompt = gr.Textbox(studio.prompts[0], label="Prompt")
-    number = gr.Slider(2, MAX_POINTS, 6, step=1, label="Points on the way")
-    button = gr.Button("Follow", variant="primary")
-    gr.Markdown("Points of the flow from the text (t = 0) to the image (t = 1), decoded:")
-    way = gr.Gallery(show_label=False, columns=6, format="png")
-    inputs = [prompt, *settings, number]
-    attach([button.click, prompt.submit], studio.follow, inputs, [way, gr.Markdown()])
 
 
 def attach(triggers: list, method: Callable, inputs: list, outputs: list) -> None:

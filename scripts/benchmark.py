@@ -114,21 +114,19 @@ def time_ways(
     # The first call also pays for allocations and the optimiser's moments.
     flops = {name: count_flops(way.call) / way.samples for name, way in ways.items()}
     memory = {name: peak_gib(way.call) for name, way in ways.items() if device.type == "cuda"}
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    peaks: dict[str, list[float]] = {name: [] for name in ways}
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}  # rate, peak
     for _ in range(args.rounds):
         for name, way in ways.items():
-            peaks[name].append(mm_rate(device, DTYPES[precision]))
+            peak = mm_rate(device, DTYPES[precision])
             seconds = seconds_per_call(way.call, device, args.seconds / args.rounds)
-            rates[name].append(way.samples / seconds)
+            rounds[name].append((way.samples / seconds, peak))
     figures = {}
-    for name in ways:
-        pairs = zip(rates[name], peaks[name], strict=True)
+    for name, pairs in rounds.items():
         figures[name] = {
-            "samples_per_second": spread(rates[name]),
+            "samples_per_second": spread([rate for rate, _ in pairs]),
             "share_of_mm": spread([flops[name] * rate / peak for rate, peak in pairs]),
             "gflop_per_sample": flops[name] / 1e9,
-            "mm_gflop_per_second": median(peaks[name]) / 1e9,
+            "mm_gflop_per_second": median(peak for _, peak in pairs) / 1e9,
         }
         if memory:
             figures[name]["peak_gib"] = memory[name]
@@ -214,6 +212,7 @@ def measure_readers(args: argparse.Namespace) -> dict:
             "photos": iter(image_reader(image_config, 256, tokenize=None).stream(16, seed=0)),
             "tokens": iter(token_reader(token_config, 77, 16, tokenize=None).stream(100, seed=0)),
         }
+        # The streams never end: a call is a batch
         ways = {
             name: Way(partial(next, items), len(next(items)["key"]))
             for name, items in batches.items()

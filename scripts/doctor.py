@@ -117,6 +117,7 @@ def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
         yield from look_at_workers(stage, sized, job)
         row, run_gib = look_at_step(stage, sized, job, seconds)
         yield row
+        # What an earlier start has saved needs no further place
         saved = Path(stage.config.run_dir).glob("checkpoints/*/*")
         there = sum(file.stat().st_size for file in saved) / GIB
         disk[nearest_folder(stage.config.run_dir)] += max(0.0, run_gib - there)
@@ -272,8 +273,7 @@ def look_at_file(
         return Row("STOP", what, one_line(error))
     if file:
         return Row("ok", what, str(file))
-    text = f"{weights.title}'s weights are absent: {weights.ways_out}"
-    return absent(what, text) if is_downloaded else Row("STOP", what, text)
+    return absent(what, weights.absence) if is_downloaded else Row("STOP", what, weights.absence)
 
 
 def absent(what: str, text: str) -> Row:
@@ -291,6 +291,7 @@ def look_at_workers(stage: Stage, sized: SizedStage, job: Job) -> Iterator[Row]:
     workers, processes = sized.config.data.num_workers, job.processes_here
     if not workers:
         return
+    # A batch that waits lies in shared memory, a file for each of its tensors
     _, batch = batch_sizes(sized, job.num_processes)
     tensors = [value[0] for value in make_batch(sized, 1).values()]
     batches = processes * workers * PREFETCH_BATCHES

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,17 @@ from torch import nn
 from data.files import check_new_folder, folder_written_whole, user_path, write_json, write_text
 from eval.programs import build_parser
 from modeling.clip_weights import copy_clip, why_hub_is_silent
-from modeling.flow import FlowConfig
-from modeling.flowtok import FlowTokConfig
 from modeling.layers import fingerprint, save_weights
-from modeling.pipeline import DirectionConfig, PipelineConfig, SamplingConfig
+from modeling.pipeline import DirectionConfig, PipelineConfig
 from modeling.pretrained import CONFIG_FILE, HUB_ID, TOWER_FOLDER
 from modeling.text_encoder import TextEncoderConfig
-from modeling.text_projector import TextProjectorConfig
+from training import pipelines
 from training.checkpoint import latest_checkpoint
 from training.errors import ROOT, exit_on_error
 from training.loading import read_run_config, read_section
 from training.pictures import sample_path
-from training.pipelines import (
-    captioning_run,
-    directions_of,
-    example_captions,
-    find_tokenizer,
-    flow_folder,
-    load_captioner,
-    load_pipeline,
-)
 
 SAMPLES_FILE = "samples.png"
-SECTIONS = {
-    "projector": TextProjectorConfig,
-    "flowtok": FlowTokConfig,
-    "flow": FlowConfig,
-    "sampling": SamplingConfig,
-}
 CARD = """---
 library_name: flowtok
 pipeline_tag: {tag}
@@ -120,25 +103,30 @@ def main(args: argparse.Namespace) -> None:
     if args.push:
         check_hub(args.push)
 
+    # All is read before anything is written, and the card comes last: it says what is there
     runs, networks, config = collect(args.run)
     with folder_written_whole(target) as folder:
         for part, network in networks.items():
             save_weights(network.state_dict(), folder / f"{part}.safetensors")
         config.text_encoder = pack_tower(config.text_encoder, folder / TOWER_FOLDER)
         write_json(asdict(config), folder / CONFIG_FILE)
-        has_picture = copy_picture([*runs.values()][-1], folder / SAMPLES_FILE)
+        pictures = sorted(sample_path([*runs.values()][-1], 0).parent.glob("step_*.png"))
+        if pictures:  # the newest that the run made of itself
+            shutil.copyfile(pictures[-1], folder / SAMPLES_FILE)
         card = write_card(
             name=args.push or args.output.name,
             runs=runs,
             config=config,
-            has_picture=has_picture,
+            has_picture=bool(pictures),
             figures=describe_report(args.run, networks),
         )
         write_text(card, folder / "README.md")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: written, {size / 1e6:.1f} MB")
     if args.push:
-        print(upload(target, args.push))
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(args.push, private=True, exist_ok=True)
+        print(hub.upload_folder(repo_id=args.push, folder_path=target).commit_url)
     print(f"python sample.py --run {args.push or args.output}")
 
 
@@ -150,26 +138,28 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
     """
     runs, networks, config = {}, {}, PipelineConfig(captions=[])
     cpu = torch.device("cpu")
-    for direction in sorted(directions_of(run)):
+    for direction in sorted(pipelines.directions_of(run)):
         if direction == "text_to_image":
-            flow_dir = flow_folder(run)
-            parts, _ = load_pipeline(run, cpu)
+            flow_dir = pipelines.flow_folder(run)
+            parts, _ = pipelines.load_pipeline(run, cpu)
             config.text_encoder = parts.text_encoder.tokenize.config
-            config.captions = example_captions(run)
+            config.captions = pipelines.example_captions(run)
         else:
-            flow_dir = captioning_run(run)
-            parts, _ = load_captioner(run, cpu)
+            flow_dir = pipelines.captioning_run(run)
+            parts, _ = pipelines.load_captioner(run, cpu)
             config.text_encoder = parts.tokenize.config
             config.text_decoder = parts.decoder.config
             networks["text_decoder"] = parts.decoder
+        # One folder has one tokenizer for both directions
         before = networks.setdefault("tokenizer", parts.tokenizer)
         if fingerprint(before) != fingerprint(parts.tokenizer):
             raise ValueError(f"{run} has another tokenizer for captions: export each run by itself")
-        sections = {name: read_section(flow_dir, name, schema) for name, schema in SECTIONS.items()}
+        schemas = {field.name: field.type for field in fields(DirectionConfig)}
+        sections = {name: read_section(flow_dir, name, schema) for name, schema in schemas.items()}
         setattr(config, direction, DirectionConfig(**sections))
         config.tokenizer = parts.tokenizer.config
         networks[direction] = parts.flow
-        runs["tokenizer"] = find_tokenizer(flow_dir)[0]
+        runs["tokenizer"] = pipelines.find_tokenizer(flow_dir)[0]
         runs[direction] = flow_dir
     return runs, networks, config
 
@@ -187,17 +177,6 @@ def pack_tower(config: TextEncoderConfig, folder: Path) -> TextEncoderConfig:
     return replace(config, model=folder.name, pretrained="")
 
 
-def copy_picture(run: Path, path: Path) -> bool:
-    """Copy the newest picture that a run made of itself; False: it made none."""
-    pictures = sorted(sample_path(run, 0).parent.glob("step_*.png"))
-    if pictures:
-        shutil.copyfile(pictures[-1], path)
-    return bool(pictures)
-
-
-# The hub
-
-
 def check_hub(name: str) -> None:
     """Refuse, before anything is written, an id that is none, or a hub that knows no user."""
     if not HUB_ID.fullmatch(name):
@@ -205,13 +184,6 @@ def check_hub(name: str) -> None:
     if silence := why_hub_is_silent():
         raise ValueError(f"--push {name}: {silence}")
     huggingface_hub.HfApi().whoami()
-
-
-def upload(folder: Path, name: str) -> str:
-    """Upload a folder to the hub; returns the address of the commit."""
-    hub = huggingface_hub.HfApi()
-    hub.create_repo(name, private=True, exist_ok=True)
-    return hub.upload_folder(repo_id=name, folder_path=folder).commit_url
 
 
 # The model card
@@ -262,8 +234,8 @@ def describe_run(folder: Path) -> str:
     sources = [*config.data.get("sources", {}).values()] or [config.data]
     # Without the folders of this machine.
     shards = ["/".join(Path(shard).parts[-2:]) for one in sources for shard in one.shards]
-    batch_size = config.training.batch_size
-    return f"| {folder.name} | {step} | {batch_size} | {', '.join(map(code, shards))} |"
+    listed = ", ".join(f"`{shard}`" for shard in shards)
+    return f"| {folder.name} | {step} | {config.training.batch_size} | {listed} |"
 
 
 def describe_report(run: Path, networks: dict[str, nn.Module]) -> str:
@@ -274,7 +246,7 @@ def describe_report(run: Path, networks: dict[str, nn.Module]) -> str:
     inputs = values.pop("inputs", {})
     if flow is None or inputs.get("flow_fingerprint") != fingerprint(flow):
         return "None were measured (stage report)."
-    rows = [f"| {code(name)} | {value:.4g} |" for name, value in list_numbers(values)]
+    rows = [f"| `{name}` | {value:.4g} |" for name, value in list_numbers(values)]
     return "\n".join(["| report.json | |", "|---|---|", *rows])
 
 
@@ -285,10 +257,6 @@ def list_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from list_numbers(value, f"{prefix}{key}.")
         elif isinstance(value, int | float):
             yield f"{prefix}{key}", value
-
-
-def code(text: str) -> str:
-    return f"`{text}`"
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ def run_part(part: Part) -> dict:
     if done.returncode:
         last = "\n".join(whole.splitlines()[-LAST_LINES:])
         raise ValueError(f"status {done.returncode}: {last}")
+    # Beside what was measured stands what scripts/plan.py expected
     figures = part.read(done.stdout)
     if part.config:
         batch = part.command[part.command.index("--batch-size") + 1]
@@ -164,17 +165,14 @@ def table(parts: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def default_output() -> Path:
-    """docs/gpu/NAME.json, after the device."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return ROOT / "docs" / "gpu" / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-
-
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     names = ",".join(all_parts())
     parser.add_argument("--parts", default=names, help="default: %(default)s")
-    parser.add_argument("--output", type=user_path, default=default_output())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    output = ROOT / "docs" / "gpu" / f"{device}.json"
+    parser.add_argument("--output", type=user_path, default=output)
     args = parser.parse_args(arguments)
     args.parts = args.parts.split(",")
     if unknown := set(args.parts) - all_parts().keys():

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import check_writable, user_path
-from eval.feature_nets import INCEPTION, InceptionFeatures, explain_absence
+from eval.feature_nets import INCEPTION, InceptionFeatures
 from eval.features import measure_reference
 from eval.images import CLEAN_SIZE, ImageSet, Reading, list_images
 from eval.programs import (
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     with state.local_main_process_first():
         weights = INCEPTION.find(args.inception_weights, args.download)
     if weights is None:
-        raise ValueError(explain_absence(INCEPTION))
+        raise ValueError(INCEPTION.absence)
 
     net = InceptionFeatures(weights).to(state.device)
     reading = Reading(args.batch_size, args.num_workers, state)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from conftest import shape_sample
 from evaluations import CPU, run_program
 from PIL import Image
@@ -14,7 +13,6 @@ from data.entries import Entry
 from data.tar import write_shard
 from eval import captions
 from eval.captions import NO_JAVA, PTB, SCORERS, SIMPLE, CaptionScorer, ptb_tokens, simple_tokens
-from eval.images import Captioned
 from modeling.pipeline import Captioner, join_punctuation
 
 HAS_JAVA = captions.which("java") is not None
@@ -94,10 +92,10 @@ def test_captions_of_a_long_list_are_written_as_they_come(tmp_path):
     entries = [Entry(name, f"{name}.png", captions=[]) for name in "abc"]
 
     def batches():
-        yield Captioned([0, 1], torch.zeros(2, 3, 8, 8), ["one", "two"], [])
+        yield {"index": [0, 1], "caption": ["one", "two"], "skipped": []}
         assert len(path.read_text().splitlines()) == 2
-        yield Captioned([], torch.zeros(0, 3, 0, 0), [], [("b.png", "image: unreadable")])
-        yield Captioned([2], torch.zeros(1, 3, 8, 8), ["drei ü"], [])
+        yield {"index": [], "caption": [], "skipped": [("b.png", "image: unreadable")]}
+        yield {"index": [2], "caption": ["drei ü"], "skipped": []}
 
     assert sample.write_captions(path, entries, batches()) == (3, 1)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

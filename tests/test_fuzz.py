@@ -263,7 +263,7 @@ def test_hostile_prompts(chain, tmp_path):
         captions = sample.read_prompts(args)
         with contextlib.redirect_stderr(io.StringIO()):
             print(*sample.list_cuts(parts, captions))
-            print(*sample.list_strangers(chain.folder, words, captions))
+            print(*sample.list_strangers(words, captions))
         sampling = sample.sampling_of(args, default)
         [(image, caption)] = sample.generate(parts, args, sampling, captions)
         save_png(caption_grid(image[None], [caption], 1), file)

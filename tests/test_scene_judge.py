@@ -10,7 +10,17 @@ from PIL import Image
 
 from data.scenes import SPLITS, Kind, Object, Scene, Statement, draw_image, draw_scene
 from eval import scenes
-from eval.judge import FACTS, NO_SHAPE, WEIGHTS, is_said, load_judge, right, spread, wanted_by
+from eval.judge import (
+    FACTS,
+    NO_SHAPE,
+    WEIGHTS,
+    Facts,
+    is_said,
+    load_judge,
+    right,
+    spread,
+    wanted_by,
+)
 from research import train_judge
 from research.train_judge import compare, draw_images, draw_statement_of
 from scripts import make_scenes
@@ -147,10 +157,9 @@ def test_the_diversity_of_equal_images_is_0_and_that_of_real_ones_1(judge):
         read(judge, [draw_scene(one, rng) for one in said for _ in range(4)]) for _ in range(2)
     )
     assert spread(first, wanted) / spread(second, wanted) == pytest.approx(1, abs=0.08)
-    equal = first.each(lambda x: x[::4].repeat_interleave(4, dim=0))
+    equal = Facts(*(x[::4].repeat_interleave(4, dim=0) for x in first))
     assert spread(equal, wanted) == 0
-    none = first.each(lambda x: x.clone())
-    none.present[:] = False
+    none = first._replace(present=torch.zeros_like(first.present))
     assert spread(none, wanted) is None
 
 

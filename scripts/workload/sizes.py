@@ -139,6 +139,7 @@ def find_tower(text_encoder: TextEncoderConfig, file: Path) -> Callable[[], Text
     """
     if text_encoder.family == "open_clip":
         return partial(build_clip_tower, find_clip(text_encoder.model, file))
+    # T5's sizes are known: no config of the hub is needed
     name = T5_NAME.fullmatch(text_encoder.model)
     if name and name[1] in T5_SIZES:
         width, depth, num_heads, mlp_width = T5_SIZES[name[1]]
