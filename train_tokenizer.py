@@ -57,7 +57,7 @@ from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_any_tokenizer
 from training.loop import Evaluation, train
-from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
+from training.optim import OptimizedNetwork, OptimizerConfig, descend
 from training.pictures import SheetConfig, caption_grid, pair_rows, sample_path, save_png
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
@@ -208,44 +208,36 @@ def train_step(
     index: of the step, from 0. Returns the mean terms of both, those of the discriminator as
     "discriminator/NAME".
     """
-    tokenizer = networks[""]
-    start = config.adversarial.start_step
+    start, max_steps = config.adversarial.start_step, config.training.max_steps
     is_adversarial = is_active(config.adversarial, index)
     discriminator = networks["discriminator_"].module if is_adversarial else None
-    max_steps = config.training.max_steps
-    means: dict[str, Tensor] = {}
     pairs = []  # of images and reconstructions, for the discriminator
 
     # Generator: the losses of the reconstructions, the adversarial one among them.
-    for number, batch in enumerate(batches, start=1):
+    def generator_losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
         images = to_unit(batch["image"], parts.run.device)
-        with tokenizer.gradients(is_last=number == len(batches)) as model:
-            if config.dual:
-                quantizer = tokenizer.module.quantizer
-                reconstructions, own, statistics = dual_pass(parts, model, quantizer, images)
-            else:
-                reconstructions, own, statistics = vae_pass(parts, model, images, batch)
-            terms = generator_terms(config, parts, discriminator, images, reconstructions, own)
-            terms |= statistics
-            tokenizer.backward(terms["loss"] / len(batches))
-        add_mean(means, terms, len(batches))
+        if config.dual:
+            quantizer = networks[""].module.quantizer
+            reconstructions, own, statistics = dual_pass(parts, model, quantizer, images)
+        else:
+            reconstructions, own, statistics = vae_pass(parts, model, images, batch)
         if is_adversarial:
             pairs.append((images, reconstructions.detach()))
-    means["gradient_norm"] = tokenizer.update(index, max_steps)
+        terms = generator_terms(config, parts, discriminator, images, reconstructions, own)
+        return terms | statistics
+
+    means = descend(networks[""], batches, generator_losses, index, max_steps)
     if not is_adversarial:
         return means
 
     # Discriminator: the same images and reconstructions; its schedule begins at start_step.
+    def discriminator_losses(model: nn.Module, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        real, fake = model(torch.cat(pair)).chunk(2)
+        return discriminator_terms(config, discriminator, real, fake)
+
     learner = networks["discriminator_"]
-    for number, (images, reconstructions) in enumerate(pairs, start=1):
-        with learner.gradients(is_last=number == len(pairs)) as model:
-            real, fake = model(torch.cat([images, reconstructions])).chunk(2)
-            terms = discriminator_terms(config, discriminator, real, fake)
-            learner.backward(terms["loss"] / len(pairs))
-        named = {f"discriminator/{name}": value for name, value in terms.items()}
-        add_mean(means, named, len(pairs))
-    norm = learner.update(index - start, max_steps - start)
-    means["discriminator/gradient_norm"] = norm
+    learned = descend(learner, pairs, discriminator_losses, index - start, max_steps - start)
+    means |= {f"discriminator/{name}": value for name, value in learned.items()}
 
     # LeCam's averages follow the logits of the whole step.
     discriminator.lecam.update(means["discriminator/real"], means["discriminator/fake"])

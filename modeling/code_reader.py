@@ -9,14 +9,14 @@ Any tokenizer's tokens can be read, FlowTok's latents too. The package is option
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .image_tokenizer import TransformerSize
-from .transformers_text import TransformersTokenizer, load_package, load_whole
+from .transformers_text import TransformersTokenizer, load_package, load_part, load_whole
 
 IGNORED = -100  # in place of an id: padding, which is not predicted
 
@@ -56,20 +56,21 @@ class CaptionTokenizer(TransformersTokenizer):
     """A language model's own tokenizer: ids cut to the length with the end token, then IGNORED."""
 
     def __init__(self, config: LanguageModelConfig):
-        super().__init__(config, config.caption_length)
-        self.start_id: int | None = self._load().bos_token_id
-        self.end_id: int | None = self._load().eos_token_id
+        package = load_package()
+        tokenizer = (
+            package.ByT5Tokenizer(extra_ids=0)
+            if config.size
+            else load_part("AutoTokenizer", config)
+        )
+        super().__init__(tokenizer, config.caption_length)
+        self.start_id: int | None = tokenizer.bos_token_id
+        self.end_id: int | None = tokenizer.eos_token_id
         if self.end_id is None:
             raise ValueError(f"language_model.model={config.model}: its tokenizer has no end token")
 
-    def _load(self) -> Any:
-        if self._tokenizer is None and self.config.size:
-            self._tokenizer = load_package().ByT5Tokenizer(extra_ids=0)
-        return super()._load()
-
     def ids(self, caption: str) -> list[int]:
         """Those of the words alone."""
-        return self._load()(caption, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
 
     def __call__(self, captions: list[str]) -> Tensor:
         """B captions -> B x L, as long as the longest."""
