@@ -37,7 +37,7 @@ from modeling.discriminator import (
 from modeling.dual_quantizer import DualQuantizer
 from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from modeling.image_tower import Teacher
+from modeling.image_tower import Teacher, describe_tower
 from modeling.layers import fingerprint
 from modeling.losses import (
     DualLossConfig,
@@ -97,7 +97,6 @@ class TokenizerStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        self.data.check()
         start, end = self.adversarial.start_step, self.training.max_steps
         if self.adversarial.weight and start >= end:
             raise ValueError(
@@ -153,7 +152,7 @@ def main(config: TokenizerStage) -> None:
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
     if config.dual:
-        config.dual = config.dual.for_teacher()
+        config.dual = replace(config.dual, tower=describe_tower(config.dual.teacher))
     else:
         sizes = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
         config.tokenizer = replace(sizes, contrasts_text=config.losses.contrast_weight > 0)

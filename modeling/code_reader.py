@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .image_tokenizer import TransformerSize
+from .layers import check_least
 from .transformers_text import TransformersTokenizer, load_package, load_part, load_whole
 
 IGNORED = -100  # in place of an id: padding, which is not predicted
@@ -33,8 +34,7 @@ class LanguageModelConfig:
     key: ClassVar[str] = "language_model"
 
     def __post_init__(self):
-        if self.caption_length < 2:
-            raise ValueError(f"caption_length must be at least 2, got {self.caption_length}")
+        check_least(self, 2, "caption_length")
         if self.size and self.size.width % (2 * self.size.num_heads):
             raise ValueError(
                 f"size.width {self.size.width} is not divisible by 2 x size.num_heads = "
@@ -56,12 +56,10 @@ class CaptionTokenizer(TransformersTokenizer):
     """A language model's own tokenizer: ids cut to the length with the end token, then IGNORED."""
 
     def __init__(self, config: LanguageModelConfig):
-        package = load_package()
-        tokenizer = (
-            package.ByT5Tokenizer(extra_ids=0)
-            if config.size
-            else load_part("AutoTokenizer", config)
-        )
+        if config.size:
+            tokenizer = load_package().ByT5Tokenizer(extra_ids=0)
+        else:
+            tokenizer = load_part("AutoTokenizer", config)
         super().__init__(tokenizer, config.caption_length)
         self.start_id: int | None = tokenizer.bos_token_id
         self.end_id: int | None = tokenizer.eos_token_id

@@ -41,7 +41,7 @@ from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import read_shard, shard_name, write_shard
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.layers import fingerprint
+from modeling.layers import check_least, fingerprint
 from modeling.text_encoder import TextEncoder
 from training.checkpoint import BackgroundWriter
 from training.errors import STOPPED_STATUS, exit_on_error, printable
@@ -87,10 +87,8 @@ class TokensStage(StageConfig):
 
     def check(self) -> None:
         """Refuse impossible numbers, and states of captions that are drawn anew each time."""
-        self.data.check()
-        for name in ("num_crops", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().check()
+        check_least(self, 1, "num_crops", "batch_size")
         if self.store_text_states and self.data.has_several_captions():
             raise ValueError(
                 "store_text_states=true stores the states of one caption; with several "
@@ -375,7 +373,6 @@ class Progress:
         self.reads_text = reads_text
         self.num_cut = 0.0  # captions that the text tower cuts
         self.start = self.reported = time.perf_counter()
-        self.waited = 0.0
 
     def report(self, folder: Path) -> None:
         """Count a shard; print a line now and then, and after the last one."""
@@ -384,7 +381,6 @@ class Progress:
         if now - self.reported <= REPORT_SECONDS and self.num_done < self.num_shards:
             return
         self.reported = now
-        self.waited += self.items.take_seconds()
         seconds = now - self.start
         share = self.num_cut / max(self.num_images, 1)
         cut = f", {share:.1%} of captions cut by the text tower" if self.reads_text else ""
@@ -392,7 +388,7 @@ class Progress:
         print(
             f"[{self.rank}] {folder}: {self.num_done}/{self.num_shards} shards, {self.num_images} "
             f"images, {self.num_images / seconds:.1f} images/s, {left:.0f} s left, "
-            f"{self.waited / seconds:.1%} of the time waiting for images{cut}",
+            f"{self.items.seconds / seconds:.1%} of the time waiting for images{cut}",
             flush=True,
         )
 

@@ -67,10 +67,6 @@ class TextEncoderStage(TrainedStage):
     stage = "text_encoder"
     networks = ("clip",)
 
-    def check(self) -> None:
-        super().check()
-        self.data.check()
-
     def image_shards(self) -> list[str]:
         return self.data.all_shards()
 

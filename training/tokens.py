@@ -6,7 +6,6 @@ latent scale from the other.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.config import ReaderConfig
 from data.files import write_json
-from data.readers import TokenTextConfig, caption_reader, token_reader
+from data.readers import Reader, TokenTextConfig, caption_reader, token_reader
 from data.storage import is_remote
 from modeling.dual_tokenizer import DualTokenizer, DualTokens
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import Posterior, fingerprint
-from modeling.text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, load_text_encoder
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjector
 from training.ridge import fit_linear_skip
 from training.run import Run
@@ -244,8 +243,7 @@ class StoredText:
 
     run: Run
     loader: StatefulDataLoader
-    data: ReaderConfig
-    tokenize: Tokenizer | None
+    reader: Reader  # of the same samples in order
     text_encoder: TextEncoder | None
 
     def text_states(self, batch: dict) -> Tensor:
@@ -255,7 +253,7 @@ class StoredText:
     def fit_whitening(self, projector: TextProjector) -> None:
         """Measure the projector's whitening of text states on the first samples, if it has one."""
         if projector.config.whiten_text:
-            batches = self.read(FITTED_SAMPLES)
+            batches = self.reader.once(100, limit=FITTED_SAMPLES)
             projector.whitening.fit(self.text_states(batch).cpu() for batch in batches)
 
 
@@ -274,20 +272,10 @@ class StoredTokens(StoredText):
     def fit_linear_skip(self, projector: TextProjector, strength: float) -> None:
         """Fill the projector's linear skip by ridge regression on the first samples."""
         states, latents = [], []
-        for batch in self.read(FITTED_SAMPLES):
+        for batch in self.reader.once(100, limit=FITTED_SAMPLES):
             states.append(self.text_states(batch).cpu().float())
             latents.append(self.image_posterior(batch).mean.cpu() * self.info.latent_scale)
         fit_linear_skip(projector.linear_skip, torch.cat(states), torch.cat(latents), strength)
-
-    def first(self, number: int) -> dict:
-        """The first `number` samples in the order of the shards, as one batch."""
-        return next(self.read(number, batch_size=number))
-
-    def read(self, limit: int, batch_size: int = 100) -> Iterator[dict]:
-        """The first samples in the order of the shards."""
-        info = self.info
-        reader = token_reader(self.data, info.num_tokens, info.token_channels, self.tokenize)
-        return reader.once(batch_size, limit=limit)
 
 
 def open_stored_tokens(
@@ -318,27 +306,17 @@ def open_stored_tokens(
         )
     tokenize = None if info.has_text_states else encoder.tokenize
     reader = token_reader(data, info.num_tokens, info.token_channels, tokenize)
-    loader = open_stream(run, training, reader)
     encoder = None if info.has_text_states else encoder.to(run.device)
-    return StoredTokens(run, loader, data, tokenize, encoder, info)
-
-
-@dataclass
-class StoredCaptions(StoredText):
-    """Batches of captions. Stored text states are used if they are the tower's own."""
-
-    has_text_states: bool
-
-    def read(self, limit: int, shards: list[str] | None = None) -> Iterator[dict]:
-        """The first captions in order; of other shards without looking for stored states."""
-        has_text_states = self.has_text_states and shards is None
-        return caption_reader(self.data, self.tokenize, has_text_states).once(100, shards, limit)
+    return StoredTokens(run, open_stream(run, training, reader), reader, encoder, info)
 
 
 def open_stored_captions(
     run: Run, data: ReaderConfig, training: TrainingConfig, text_config: TextEncoderConfig
-) -> StoredCaptions:
-    """Open any shards with captions for this process; ValueError if one of tokens is damaged."""
+) -> StoredText:
+    """Open any shards with captions for this process; ValueError if one of tokens is damaged.
+
+    Stored text states are used if they are the tower's own.
+    """
     refuse_damage(data)
     encoder = load_text_encoder(text_config)
     # states are of one whole caption: of drawn ones they are encoded
@@ -346,10 +324,7 @@ def open_stored_captions(
         holds_states_of(encoder, pattern) for pattern in data.all_shards()
     )
     reader = caption_reader(data, encoder.tokenize, has_text_states)
-    loader = open_stream(run, training, reader)
-    return StoredCaptions(
-        run, loader, data, encoder.tokenize, encoder.to(run.device), has_text_states
-    )
+    return StoredText(run, open_stream(run, training, reader), reader, encoder.to(run.device))
 
 
 def text_states(run: Run, encoder: TextEncoder | None, batch: dict) -> Tensor:
