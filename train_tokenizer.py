@@ -62,7 +62,7 @@ from training.pictures import SheetConfig, caption_grid, pair_rows, sample_path,
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
-from training.tokens import text_states
+from training.tokens import text_states, unit_images
 
 
 @dataclass
@@ -214,7 +214,7 @@ def train_step(
 
     # Generator: the losses of the reconstructions, the adversarial one among them.
     def generator_losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        images = to_unit(batch["image"], parts.run.device)
+        images = unit_images(parts.run, batch)
         if config.dual:
             quantizer = networks[""].module.quantizer
             reconstructions, own, statistics = dual_pass(parts, model, quantizer, images)
@@ -402,17 +402,12 @@ def load_what_fits(model: ImageTokenizer | DualTokenizer, run_dir: str, run: Run
         run.say(f"  left behind: {name} {tuple(source[name].shape)}")
 
 
-def to_unit(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 images of a batch -> float32 in [0, 1] on the device."""
-    return images.to(device, non_blocking=True).float().div_(255)
-
-
 @torch.no_grad()
 def save_reconstructions(
     parts: Parts, batch: dict, model: ImageTokenizer | DualTokenizer, step: int
 ) -> None:
     """Grid of a batch: originals left, EMA reconstructions of the posterior's mean right."""
-    images = to_unit(batch["image"], parts.run.device)
+    images = unit_images(parts.run, batch)
     states = text_states(parts.run, parts.text_encoder, batch)
     reconstructions = model.decode(model.encode(images).mean, states)
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)

@@ -60,7 +60,7 @@ class CaptionTokenizer(TransformersTokenizer):
             tokenizer = load_package().ByT5Tokenizer(extra_ids=0)
         else:
             tokenizer = load_part("AutoTokenizer", config)
-        super().__init__(tokenizer, config.caption_length)
+        super().__init__(config, tokenizer, config.caption_length)
         self.start_id: int | None = tokenizer.bos_token_id
         self.end_id: int | None = tokenizer.eos_token_id
         if self.end_id is None:

@@ -101,6 +101,7 @@ class TextTokenizer(ClipTokenizer):
 
     def __init__(self, config: TextEncoderConfig):
         check_local_dir(config)
+        self.config = config
         self._tokenizer = open_clip.get_tokenizer(config.model)
         if not hasattr(self._tokenizer, "sot_token_id"):
             raise ValueError(f"text_encoder.model {config.model} has no CLIP tokenizer")

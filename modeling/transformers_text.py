@@ -91,8 +91,9 @@ def load_whole(name: str, config: NamedModel) -> nn.Module:
 class TransformersTokenizer:
     """A tower's own tokenizer: ids cut to the context length with the end token kept, padded."""
 
-    def __init__(self, tokenizer: Any, context_length: int):
-        """tokenizer: the package's."""
+    def __init__(self, config: NamedModel, tokenizer: Any, context_length: int):
+        """tokenizer: the package's, of the model that `config` names."""
+        self.config = config
         self.context_length = context_length
         self._tokenizer = tokenizer
 
@@ -164,6 +165,6 @@ def load_tower(config: TextEncoderConfig) -> TransformersTextEncoder:
     name = tower_class(load_part("AutoConfig", config).model_type)
     encoder = TransformersTextEncoder(load_whole(name, config), config.context_length)
     tokenizer = load_part("AutoTokenizer", config)
-    encoder.tokenize = TransformersTokenizer(tokenizer, encoder.shape[0])
+    encoder.tokenize = TransformersTokenizer(config, tokenizer, encoder.shape[0])
     encoder.pad_id = tokenizer.pad_token_id
     return encoder

@@ -32,6 +32,7 @@ from training.loop import train_network
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
+from training.tokens import unit_images
 
 MAX_SHIFT = 4  # pixels; random shift of the images
 MAX_LOG_SCALE = 4.6  # of the contrastive logits, log(100) as in CLIP
@@ -169,7 +170,7 @@ def random_shift(images: Tensor) -> Tensor:
 
 def compute_losses(run: Run, model: nn.Module, batch: dict) -> dict[str, Tensor]:
     """Contrastive loss, and the share of captions whose own image is the batch's nearest."""
-    images = batch["image"].to(run.device, non_blocking=True).float().div_(255)
+    images = unit_images(run, batch)
     token_ids = batch["token_ids"].to(run.device, non_blocking=True)
     image_features, text_features, log_scale = model(random_shift(images), token_ids)
     with torch.no_grad():

@@ -335,14 +335,18 @@ def text_states(run: Run, encoder: TextEncoder | None, batch: dict) -> Tensor:
         return encoder(batch["token_ids"].to(run.device, non_blocking=True))
 
 
+def unit_images(run: Run, batch: dict) -> Tensor:
+    """A batch's uint8 images -> float32 in [0, 1] on the device."""
+    return batch["image"].to(run.device, non_blocking=True).float().div_(255)
+
+
 @torch.no_grad()
 def encode_images(
     run: Run, tokenizer: ImageTokenizer | DualTokenizer, batch: dict
 ) -> Posterior | DualTokens:
     """What a frozen tokenizer makes of a batch's images, in the run's precision."""
-    images = batch["image"].to(run.device, non_blocking=True).float().div_(255)
     with run.accelerator.autocast():
-        return tokenizer.encode(images)
+        return tokenizer.encode(unit_images(run, batch))
 
 
 def holds_states_of(encoder: TextEncoder, pattern: str) -> bool:
