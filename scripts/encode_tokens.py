@@ -21,7 +21,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -74,9 +73,8 @@ class TokensStage(StageConfig):
     tokenizer_run: str = "${experiment_dir}/tokenizer"
     data: ImageTextConfig = field(default_factory=ImageTextConfig)
     batch_size: int = 64  # images per pass and process
-    precision: Literal["fp32", "bf16"] = (
-        "fp32"  # autocast; latents are stored as float16 either way
-    )
+    # autocast; latents are stored as float16 either way
+    precision: Literal["fp32", "bf16"] = "fp32"
     flip: bool = False  # also store every image mirrored, as a sample KEY-flip
     num_crops: int = 1  # 1: the centre; more: so many along the longer side, as KEY-crop0, ...
     # Also store the text states (L x T float16 a sample): later stages then never run the text
@@ -281,20 +279,14 @@ class Encoder:
     def latents(self, images: Tensor) -> dict:
         """View's name ("", "-flip", "-crop0", ...) -> moments B x 2 x K x C, float16."""
         images = images.to(self.accelerator.device, non_blocking=True).float().div_(255)
-        names = (
-            [""]
-            if self.config.num_crops == 1
-            else [f"-crop{i}" for i in range(self.config.num_crops)]
-        )
+        num_crops = self.config.num_crops
+        names = [f"-crop{i}" for i in range(num_crops)] if num_crops > 1 else [""]
         views = dict(zip(names, images.unbind(1), strict=True))
         if self.config.flip:
             views |= {f"{name}-flip": view.flip(-1) for name, view in views.items()}
         with self.accelerator.autocast():
-            moments = {
-                name: torch.stack([*self.tokenizer.encode(view)], dim=1)
-                for name, view in views.items()
-            }
-        return {name: to_half(values) for name, values in moments.items()}
+            found = {name: self.tokenizer.encode(view) for name, view in views.items()}
+        return {name: to_half(torch.stack([*moments], dim=1)) for name, moments in found.items()}
 
 
 def to_half(values: Tensor):
@@ -355,7 +347,9 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
 
 def write_tokens(config: TokensStage, token_shard: Path, made: list[dict], counts: dict) -> None:
     """Write a token shard and, before and after, its counts."""
-    counts |= {"vocabulary": words_of(config, made), "crc32": content_crc32(made)}
+    counts |= {"vocabulary": None, "crc32": content_crc32(made)}
+    if not config.data.has_several_captions():  # an epoch may have others
+        counts["vocabulary"] = asdict(measure_vocabulary(sample["txt"].decode() for sample in made))
     write_json(counts, count_file(token_shard))
     write_shard(token_shard, made)
     counts["bytes"] = token_shard.stat().st_size
@@ -423,22 +417,11 @@ def content_crc32(samples: Iterable[dict]) -> int:
     return value
 
 
-def words_of(config: TokensStage, samples: list[dict]) -> dict | None:
-    """The vocabulary of a shard's captions; None where an epoch may have others."""
-    if config.data.has_several_captions():
-        return None
-    return asdict(measure_vocabulary(sample["txt"].decode() for sample in samples))
-
-
 def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:
     """Deviation of the sampled latents, per-channel statistics of the means; the first samples."""
     shards = TokenTextConfig(shards=[str(path) for path in outputs])
-    batches = list(
-        islice(
-            token_reader(shards, num_tokens, token_channels, None).once(100),
-            STATISTICS_SAMPLES // 100,
-        )
-    )
+    reader = token_reader(shards, num_tokens, token_channels, None)
+    batches = [*reader.once(100, limit=STATISTICS_SAMPLES)]
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C
     logvar = torch.cat([b["latent_logvar"] for b in batches]).double()
     deviation = (mean.var(correction=0) + logvar.exp().mean()).sqrt()

@@ -207,10 +207,8 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
                     f"{first_folder}, {getattr(info, name)} in {folder}"
                 )
     total = sum(info.num_samples for info in infos.values())
-    variance = sum(info.num_samples / info.latent_scale**2 for info in infos.values()) / max(
-        total, 1
-    )
-    measured = first.latent_scale if len(infos) == 1 else variance**-0.5
+    squares = sum(info.num_samples / info.latent_scale**2 for info in infos.values())
+    measured = first.latent_scale if len(infos) == 1 else (squares / max(total, 1)) ** -0.5
     values = asdict(first) | {
         "num_samples": total,
         "stats": LatentStats(total, [], [], latent_scale or measured),
