@@ -32,7 +32,6 @@ from modeling.discriminator import (
     Discriminator,
     discriminator_loss,
     generator_loss,
-    is_active,
 )
 from modeling.dual_quantizer import DualQuantizer
 from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig
@@ -97,6 +96,7 @@ class TokenizerStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
+        # What would never start, or has nothing to work on.
         start, end = self.adversarial.start_step, self.training.max_steps
         if self.adversarial.weight and start >= end:
             raise ValueError(
@@ -107,6 +107,8 @@ class TokenizerStage(TrainedStage):
             raise ValueError("evaluation.every_steps needs images: set evaluation.shards")
         if self.freeze_encoder and not self.init_from:
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
+
+        # One tokenizer of two kinds, and the losses that each of them has.
         if self.dual is None and (self.freeze_tower or self.dual_losses != DualLossConfig()):
             raise ValueError("freeze_tower and dual_losses are for a dual tokenizer: set dual")
         if self.dual and self.tokenizer != ImageTokenizerConfig():
@@ -208,7 +210,7 @@ def train_step(
     "discriminator/NAME".
     """
     start, max_steps = config.adversarial.start_step, config.training.max_steps
-    is_adversarial = is_active(config.adversarial, index)
+    is_adversarial = config.adversarial.weight > 0 and index >= start
     discriminator = networks["discriminator_"].module if is_adversarial else None
     pairs = []  # of images and reconstructions, for the discriminator
 

@@ -38,11 +38,6 @@ class AdversarialConfig:
         check_not_negative(self, "weight", "start_step", "lecam_weight")
 
 
-def is_active(config: AdversarialConfig, step: int) -> bool:
-    """Whether step `step`, counted from 0, trains the discriminator and has the generator loss."""
-    return config.weight > 0 and step >= config.start_step
-
-
 class BlurPool(nn.Module):
     """Halve the resolution after blurring with (1, 3, 3, 1) / 8; zeros around, odd sizes up."""
 
@@ -126,12 +121,15 @@ class Discriminator(nn.Module):
         )
 
     def init_weights(self) -> None:
-        """Convs uniform in +-fan_in^-0.5 (PyTorch's own, as in the recipe)."""
+        """Convs uniform in +-fan_in^-0.5 (PyTorch's own, as in the recipe), norms 1 and 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 bound = module.weight[0].numel() ** -0.5
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.uniform_(module.bias, -bound, bound)
+            elif isinstance(module, nn.GroupNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stages(self.stem(images))  # B x C x R/8 x R/8 with three stages

@@ -306,6 +306,7 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
     """
     if not shards:
         return
+    # The workers read images of several shards at once, each in its own order.
     config, rank = encoder.config, encoder.accelerator.process_index
     tokenize = encoder.text_encoder.tokenize if config.store_text_states else None
     sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
@@ -334,6 +335,8 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
                 progress.num_cut += len(item["key"]) * float(item.get("captions_cut", 0))
                 samples[index] += encoder(item)
                 continue
+
+            # A shard is through. What a worker lost on the way would be missing without an error.
             end, made = item["end"], samples.pop(index, [])
             if arrived[index] != end.num_images:
                 raise ChildProcessError(

@@ -24,6 +24,7 @@ from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader
 from modeling.clip_weights import build_clip, save_clip
 from modeling.losses import contrastive_loss
+from modeling.text_decoder import CLIP_VOCABULARY
 from modeling.text_encoder import ClipTokenizer
 from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
@@ -36,7 +37,6 @@ from training.tokens import unit_images
 
 MAX_SHIFT = 4  # pixels; random shift of the images
 MAX_LOG_SCALE = 4.6  # of the contrastive logits, log(100) as in CLIP
-VOCABULARY = 49408  # of CLIP's BPE tokenizer
 CLIP_EMBEDDING_STD = 0.02
 
 
@@ -127,7 +127,7 @@ def open_clip_config(size: ClipSize) -> dict:
         vision["pool_type"] = "avg"
     text = {
         "context_length": size.context_length,
-        "vocab_size": VOCABULARY,
+        "vocab_size": CLIP_VOCABULARY,
         "width": size.width,
         "heads": size.num_heads,
         "layers": size.depth,

@@ -111,6 +111,7 @@ def write_gallery(
         pictures: (PNG file's bytes, caption) of each image.
         settings: shown above them, floats by six digits.
     """
+    # Captions and settings come from anywhere: all text is escaped.
     shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in settings.items()}
     rows = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in shown.items()

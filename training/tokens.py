@@ -146,6 +146,7 @@ def load_tokens_info(
     Raises:
         ValueError: no info, other token counts, another tokenizer; names folder and ways out.
     """
+    # Where the shards lie, and whether somebody described them there.
     shape = (tokenizer.config.num_tokens, tokenizer.config.token_channels)
     parents = ("" if is_remote(p) else str(Path(p).expanduser().parent) for p in data.all_shards())
     folders = sorted(set(parents))
@@ -161,6 +162,8 @@ def load_tokens_info(
             "shards from elsewhere, set data.any_tokenizer=true and data.latent_scale (1.0143 for "
             "the release's)"
         )
+
+    # A decoder makes noise of latents that another tokenizer's encoder gave.
     infos = {folder: TokensInfo.load(Path(folder)) for folder in folders}
     actual = fingerprint(tokenizer)
     for folder, info in infos.items():

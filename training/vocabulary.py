@@ -105,6 +105,7 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
     for free text. Weights that began as another run's know the words of that one, too, so that
     nothing is strange to them.
     """
+    # Which folders of token shards the run has read, and whether a word can be new in them.
     config = read_run_config(flow_dir)
     data = config.get("data") or {}
     sources = [*data.get("sources", {}).values()] or [data]
