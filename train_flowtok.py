@@ -26,7 +26,7 @@ from modeling.activation_checkpointing import ActivationCheckpointing, set_activ
 from modeling.flow import FlowConfig
 from modeling.flow_model import FlowModel, build_flow, check_condition, fill_in_sizes
 from modeling.flowtok import FlowTokConfig
-from modeling.layers import fingerprint
+from modeling.layers import check_least, fingerprint
 from modeling.losses import (
     FlowLossConfig,
     freeze_unused_alignment,
@@ -66,8 +66,7 @@ class PictureConfig:
     num_images: int = 24  # so many of them, evenly spaced
 
     def __post_init__(self):
-        if self.num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {self.num_images}")
+        check_least(self, 1, "num_images")
         if not all(caption.strip() for caption in self.captions):
             raise ValueError("captions has an empty caption")
 
@@ -105,7 +104,6 @@ class FlowTokStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        self.data.check()
 
         # Where the projector's weights come from, and what trains them.
         if self.init_from and self.projector_run:

@@ -68,7 +68,6 @@ class NextScaleStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        self.data.check()
         check_not_negative(self, "linear_start")
         if self.sampling.guidance and not self.next_scale.null_probability:
             raise ValueError(

@@ -54,7 +54,6 @@ class ReaderStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        self.data.check()
         self.language_model.check()
 
     def image_shards(self) -> list[str]:

@@ -10,7 +10,7 @@ The same command resumes, and does nothing when the run is complete. samples/ste
 of the held-out and of the training captions comes back from z_T's mean, with EMA weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from configs.load import parse_stage_args
 from data.config import ReaderConfig
 from data.files import write_json
+from data.readers import caption_reader
 from modeling.image_tokenizer import ImageTokenizerConfig
 from modeling.layers import fingerprint
 from modeling.losses import kl_loss, latent_statistics
@@ -43,7 +44,7 @@ from training.pipelines import load_projector
 from training.provenance import check_shards, save_source
 from training.run import save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import StoredCaptions, open_stored_captions, projector_sizes
+from training.tokens import StoredText, open_stored_captions, projector_sizes
 
 MEASURED_CAPTIONS = 10_000  # at most, of either kind, whose reconstruction is measured
 VOCABULARY_CAPTIONS = 1_000_000  # at most, whose token ids are counted
@@ -68,7 +69,6 @@ class TextDecoderStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        self.data.check()
         if self.projector_run and self.projector:
             raise ValueError(f"projector is as in {self.projector_run}: leave it out")
         if self.projector and self.projector.linear_skip:
@@ -116,7 +116,7 @@ def main(config: TextDecoderStage) -> None:
 
     # Data and networks.
     captions = open_stored_captions(run, config.data, training, text_config)
-    if config.heldout_shards and next(captions.read(1, config.heldout_shards), None) is None:
+    if config.heldout_shards and next(read_heldout(config, captions, limit=1), None) is None:
         raise ValueError(f"heldout_shards={config.heldout_shards} have no caption")
     has_checkpoint = latest_checkpoint(run.folder) is not None
     model = build_model(config, source)
@@ -147,14 +147,15 @@ def build_model(config: TextDecoderStage, source: TextProjector | None) -> TextA
     return model
 
 
-def choose_vocabulary(model: TextAutoencoder, captions: StoredCaptions) -> None:
+def choose_vocabulary(model: TextAutoencoder, captions: StoredText) -> None:
     """Give a decoder with a small vocabulary the most frequent token ids of the captions."""
     size = model.decoder.config.vocabulary_size
     if size == CLIP_VOCABULARY:
         return
-    batches = (batch["token_ids"] for batch in captions.read(VOCABULARY_CAPTIONS))
+    batches = captions.reader.once(100, limit=VOCABULARY_CAPTIONS)
+    all_ids = (batch["token_ids"] for batch in batches)
     left_out = model.decoder.fit_vocabulary(
-        ids.flatten()[counted_positions(ids)] for ids in batches
+        ids.flatten()[counted_positions(ids)] for ids in all_ids
     )
     if left_out:
         captions.run.say(
@@ -164,7 +165,7 @@ def choose_vocabulary(model: TextAutoencoder, captions: StoredCaptions) -> None:
 
 
 def compute_losses(
-    config: TextDecoderStage, captions: StoredCaptions, model: nn.Module, batch: dict
+    config: TextDecoderStage, captions: StoredText, model: nn.Module, batch: dict
 ) -> dict[str, Tensor]:
     """Loss terms of one batch, and the deviations of z_T."""
     losses, device = config.losses, captions.run.device
@@ -188,13 +189,14 @@ def compute_losses(
 
 
 def save_accuracy(
-    config: TextDecoderStage, captions: StoredCaptions, model: TextAutoencoder, step: int
+    config: TextDecoderStage, captions: StoredText, model: TextAutoencoder, step: int
 ) -> None:
     """Write how much of the captions comes back from z_T's mean."""
     run = captions.run
-    parts = {"train": measure(captions, model, captions.read(MEASURED_CAPTIONS))}
+    train = captions.reader.once(100, limit=MEASURED_CAPTIONS)
+    parts = {"train": measure(captions, model, train)}
     if config.heldout_shards:
-        heldout = captions.read(MEASURED_CAPTIONS, config.heldout_shards)
+        heldout = read_heldout(config, captions, MEASURED_CAPTIONS)
         parts["heldout"] = measure(captions, model, heldout)
     write_json({"step": step, **parts}, sample_path(run.folder, step).with_suffix(".json"))
     for name, part in parts.items():
@@ -204,9 +206,16 @@ def save_accuracy(
         )
 
 
+def read_heldout(config: TextDecoderStage, captions: StoredText, limit: int) -> Iterator[dict]:
+    """Batches of the first held-out captions; no stored text states are looked for."""
+    reader = caption_reader(config.data, captions.text_encoder.tokenize, with_states=False)
+    return reader.once(100, config.heldout_shards, limit)
+
+
 @torch.no_grad()
-def measure(captions: StoredCaptions, model: TextAutoencoder, batches: Iterable[dict]) -> dict:
+def measure(captions: StoredText, model: TextAutoencoder, batches: Iterable[dict]) -> dict:
     """Accuracy of captions from their own z_T's mean, with the first examples."""
+    tokenize = captions.text_encoder.tokenize
     hits, counted, examples = [], [], []
     for batch in batches:
         latents = model.projector.posterior(captions.text_states(batch)).mean
@@ -216,7 +225,7 @@ def measure(captions: StoredCaptions, model: TextAutoencoder, batches: Iterable[
         counted.append(tokens)
         shown = batch["caption"][: NUM_EXAMPLES - len(examples)]
         for caption, ids in zip(shown, predicted):
-            examples.append({"caption": caption, "decoded": captions.tokenize.decode(ids)})
+            examples.append({"caption": caption, "decoded": tokenize.decode(ids)})
     hits, counted = torch.cat(hits), torch.cat(counted)
     return {
         "captions": len(hits),

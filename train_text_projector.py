@@ -57,7 +57,6 @@ class TextProjectorStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        self.data.check()
         if not has_projector_loss(self.losses):
             raise ValueError("losses: all weights are 0, expected one above it")
         check_not_negative(self, "linear_start")
@@ -125,7 +124,7 @@ def save_decoded(
     if not config.losses.image_regression_weight:
         return
     run = tokens.run
-    batch = tokens.first(NUM_PICTURES)
+    batch = next(tokens.reader.once(NUM_PICTURES, limit=NUM_PICTURES))
     tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     states = tokens.text_states(batch)
     true = tokenizer.decode(tokens.image_posterior(batch).mean, states)

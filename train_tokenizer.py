@@ -32,12 +32,11 @@ from modeling.discriminator import (
     Discriminator,
     discriminator_loss,
     generator_loss,
-    is_active,
 )
 from modeling.dual_quantizer import DualQuantizer
 from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from modeling.image_tower import Teacher
+from modeling.image_tower import Teacher, describe_tower
 from modeling.layers import fingerprint
 from modeling.losses import (
     DualLossConfig,
@@ -57,12 +56,12 @@ from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
 from training.loading import load_any_tokenizer
 from training.loop import Evaluation, train
-from training.optim import OptimizedNetwork, OptimizerConfig, add_mean
+from training.optim import OptimizedNetwork, OptimizerConfig, descend
 from training.pictures import SheetConfig, caption_grid, pair_rows, sample_path, save_png
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
-from training.tokens import text_states
+from training.tokens import text_states, unit_images
 
 
 @dataclass
@@ -97,7 +96,7 @@ class TokenizerStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        self.data.check()
+        # What would never start, or has nothing to work on.
         start, end = self.adversarial.start_step, self.training.max_steps
         if self.adversarial.weight and start >= end:
             raise ValueError(
@@ -108,6 +107,8 @@ class TokenizerStage(TrainedStage):
             raise ValueError("evaluation.every_steps needs images: set evaluation.shards")
         if self.freeze_encoder and not self.init_from:
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
+
+        # One tokenizer of two kinds, and the losses that each of them has.
         if self.dual is None and (self.freeze_tower or self.dual_losses != DualLossConfig()):
             raise ValueError("freeze_tower and dual_losses are for a dual tokenizer: set dual")
         if self.dual and self.tokenizer != ImageTokenizerConfig():
@@ -153,7 +154,7 @@ def main(config: TokenizerStage) -> None:
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
     if config.dual:
-        config.dual = config.dual.for_teacher()
+        config.dual = replace(config.dual, tower=describe_tower(config.dual.teacher))
     else:
         sizes = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
         config.tokenizer = replace(sizes, contrasts_text=config.losses.contrast_weight > 0)
@@ -208,44 +209,36 @@ def train_step(
     index: of the step, from 0. Returns the mean terms of both, those of the discriminator as
     "discriminator/NAME".
     """
-    tokenizer = networks[""]
-    start = config.adversarial.start_step
-    is_adversarial = is_active(config.adversarial, index)
+    start, max_steps = config.adversarial.start_step, config.training.max_steps
+    is_adversarial = config.adversarial.weight > 0 and index >= start
     discriminator = networks["discriminator_"].module if is_adversarial else None
-    max_steps = config.training.max_steps
-    means: dict[str, Tensor] = {}
     pairs = []  # of images and reconstructions, for the discriminator
 
     # Generator: the losses of the reconstructions, the adversarial one among them.
-    for number, batch in enumerate(batches, start=1):
-        images = to_unit(batch["image"], parts.run.device)
-        with tokenizer.gradients(is_last=number == len(batches)) as model:
-            if config.dual:
-                quantizer = tokenizer.module.quantizer
-                reconstructions, own, statistics = dual_pass(parts, model, quantizer, images)
-            else:
-                reconstructions, own, statistics = vae_pass(parts, model, images, batch)
-            terms = generator_terms(config, parts, discriminator, images, reconstructions, own)
-            terms |= statistics
-            tokenizer.backward(terms["loss"] / len(batches))
-        add_mean(means, terms, len(batches))
+    def generator_losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        images = unit_images(parts.run, batch)
+        if config.dual:
+            quantizer = networks[""].module.quantizer
+            reconstructions, own, statistics = dual_pass(parts, model, quantizer, images)
+        else:
+            reconstructions, own, statistics = vae_pass(parts, model, images, batch)
         if is_adversarial:
             pairs.append((images, reconstructions.detach()))
-    means["gradient_norm"] = tokenizer.update(index, max_steps)
+        terms = generator_terms(config, parts, discriminator, images, reconstructions, own)
+        return terms | statistics
+
+    means = descend(networks[""], batches, generator_losses, index, max_steps)
     if not is_adversarial:
         return means
 
     # Discriminator: the same images and reconstructions; its schedule begins at start_step.
+    def discriminator_losses(model: nn.Module, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        real, fake = model(torch.cat(pair)).chunk(2)
+        return discriminator_terms(config, discriminator, real, fake)
+
     learner = networks["discriminator_"]
-    for number, (images, reconstructions) in enumerate(pairs, start=1):
-        with learner.gradients(is_last=number == len(pairs)) as model:
-            real, fake = model(torch.cat([images, reconstructions])).chunk(2)
-            terms = discriminator_terms(config, discriminator, real, fake)
-            learner.backward(terms["loss"] / len(pairs))
-        named = {f"discriminator/{name}": value for name, value in terms.items()}
-        add_mean(means, named, len(pairs))
-    norm = learner.update(index - start, max_steps - start)
-    means["discriminator/gradient_norm"] = norm
+    learned = descend(learner, pairs, discriminator_losses, index - start, max_steps - start)
+    means |= {f"discriminator/{name}": value for name, value in learned.items()}
 
     # LeCam's averages follow the logits of the whole step.
     discriminator.lecam.update(means["discriminator/real"], means["discriminator/fake"])
@@ -411,17 +404,12 @@ def load_what_fits(model: ImageTokenizer | DualTokenizer, run_dir: str, run: Run
         run.say(f"  left behind: {name} {tuple(source[name].shape)}")
 
 
-def to_unit(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 images of a batch -> float32 in [0, 1] on the device."""
-    return images.to(device, non_blocking=True).float().div_(255)
-
-
 @torch.no_grad()
 def save_reconstructions(
     parts: Parts, batch: dict, model: ImageTokenizer | DualTokenizer, step: int
 ) -> None:
     """Grid of a batch: originals left, EMA reconstructions of the posterior's mean right."""
-    images = to_unit(batch["image"], parts.run.device)
+    images = unit_images(parts.run, batch)
     states = text_states(parts.run, parts.text_encoder, batch)
     reconstructions = model.decode(model.encode(images).mean, states)
     sheet = caption_grid(pair_rows(images, reconstructions), batch["caption"], columns=4)

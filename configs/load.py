@@ -92,6 +92,7 @@ def load_dataclass(
     path = Path(path)
     node = OmegaConf.merge(structured(schema), defaults or {})
     try:
+        # Sources by rising rank, so that an error can say which of them it is of.
         typed = [quote_text(override, schema) for override in overrides or []]
         changes = {str(path): read_yaml(path), "command line": parse_overrides(typed)}
         for origin, values in changes.items():
@@ -128,6 +129,8 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         names = sorted(p.name for p in path.parent.glob("*.yaml"))
         found = ", ".join(names) or "no YAML"
         raise ValueError(f"config file {path} does not exist; in its folder: {found}")
+
+    # Its own keys, without the interpolations resolved: what they name may come from the base.
     try:
         with path.open("rb") as file:  # YAML knows UTF-16, as PowerShell writes it, by its bytes
             node = OmegaConf.load(file)

@@ -9,14 +9,15 @@ Any tokenizer's tokens can be read, FlowTok's latents too. The package is option
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .image_tokenizer import TransformerSize
-from .transformers_text import TransformersTokenizer, load_package, load_whole
+from .layers import check_least
+from .transformers_text import TransformersTokenizer, load_package, load_part, load_whole
 
 IGNORED = -100  # in place of an id: padding, which is not predicted
 
@@ -33,8 +34,7 @@ class LanguageModelConfig:
     key: ClassVar[str] = "language_model"
 
     def __post_init__(self):
-        if self.caption_length < 2:
-            raise ValueError(f"caption_length must be at least 2, got {self.caption_length}")
+        check_least(self, 2, "caption_length")
         if self.size and self.size.width % (2 * self.size.num_heads):
             raise ValueError(
                 f"size.width {self.size.width} is not divisible by 2 x size.num_heads = "
@@ -56,20 +56,19 @@ class CaptionTokenizer(TransformersTokenizer):
     """A language model's own tokenizer: ids cut to the length with the end token, then IGNORED."""
 
     def __init__(self, config: LanguageModelConfig):
-        super().__init__(config, config.caption_length)
-        self.start_id: int | None = self._load().bos_token_id
-        self.end_id: int | None = self._load().eos_token_id
+        if config.size:
+            tokenizer = load_package().ByT5Tokenizer(extra_ids=0)
+        else:
+            tokenizer = load_part("AutoTokenizer", config)
+        super().__init__(config, tokenizer, config.caption_length)
+        self.start_id: int | None = tokenizer.bos_token_id
+        self.end_id: int | None = tokenizer.eos_token_id
         if self.end_id is None:
             raise ValueError(f"language_model.model={config.model}: its tokenizer has no end token")
 
-    def _load(self) -> Any:
-        if self._tokenizer is None and self.config.size:
-            self._tokenizer = load_package().ByT5Tokenizer(extra_ids=0)
-        return super()._load()
-
     def ids(self, caption: str) -> list[int]:
         """Those of the words alone."""
-        return self._load()(caption, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
 
     def __call__(self, captions: list[str]) -> Tensor:
         """B captions -> B x L, as long as the longest."""

@@ -38,11 +38,6 @@ class AdversarialConfig:
         check_not_negative(self, "weight", "start_step", "lecam_weight")
 
 
-def is_active(config: AdversarialConfig, step: int) -> bool:
-    """Whether step `step`, counted from 0, trains the discriminator and has the generator loss."""
-    return config.weight > 0 and step >= config.start_step
-
-
 class BlurPool(nn.Module):
     """Halve the resolution after blurring with (1, 3, 3, 1) / 8; zeros around, odd sizes up."""
 

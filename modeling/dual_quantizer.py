@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import exact_products
+from .layers import check_least, exact_products
 
 CHUNK = 4096  # codes compared at a time: bounds the memory of a lookup
 MEMORY_STEPS = 100  # after which a code that was not chosen again counts as unused
@@ -38,9 +38,7 @@ class QuantizerConfig:
     drop_scale_probability: float = 0.1
 
     def __post_init__(self):
-        for name in ("num_codes", "semantic_channels", "pixel_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, 1, "num_codes", "semantic_channels", "pixel_channels")
         grows = all(a < b for a, b in pairwise(self.scales))
         if not self.scales or self.scales[0] < 1 or not grows:
             raise ValueError(f"scales must be positive and growing, got {self.scales}")

@@ -9,7 +9,7 @@ In and out: images B x 3 x R x R in [0, 1] (the decoder's output is not clamped)
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .dual_quantizer import DualQuantizer, Quantised, QuantizerConfig, resize
 from .image_tokenizer import TransformerSize
-from .image_tower import ImageTower, Teacher, TeacherConfig, describe_tower, place_tokens
-from .layers import Attention, check_not_negative, init_linear_
+from .image_tower import ImageTower, Teacher, TeacherConfig, place_tokens
+from .layers import Attention, check_least, check_not_negative, init_linear_
 from .pixel_nets import (
     MAP_CHANNELS,
     ConvolutionalDecoder,
@@ -54,8 +54,7 @@ class DualTokenizerConfig:
 
     def __post_init__(self):
         check_not_negative(self, "semantic_depth")
-        if self.patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        check_least(self, 1, "patch_size")
         if self.pixel_nets == "transformer" and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
@@ -70,10 +69,6 @@ class DualTokenizerConfig:
     def grid_size(self) -> int:
         """Cells along one side of the image, G."""
         return self.image_size // self.patch_size
-
-    def for_teacher(self) -> "DualTokenizerConfig":
-        """The config with what builds the teacher's tower; ValueError if there is no teacher."""
-        return replace(self, tower=describe_tower(self.teacher))
 
 
 class DualTokens(NamedTuple):

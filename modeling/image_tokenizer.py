@@ -222,17 +222,14 @@ class ImageDecoder(nn.Module):
         masks = self.mask_token.expand(len(tokens), num_patches, -1).to(latents.dtype)
         text = self.embed_text(text_states.to(tokens.dtype)) + self.text_positions  # B x L x W
         sequence = torch.cat([masks, latents, text], dim=1)
-        mask = self.find_tokens(text_states, sequence.shape[1]) if self.text_is_masked else None
+        mask = None
+        if self.text_is_masked:  # all but the padding of the text, which comes last
+            mask = F.pad(find_text(text_states), (num_patches + latents.shape[1], 0), value=True)
         x = self.transformer(sequence, slice(0, num_patches), mask)  # B x grid^2 x W
         layout = "b (h w) (p q c) -> b c (h p) (w q)"
         patch = self.patch_size
         pixels = rearrange(self.to_pixels(x), layout, h=self.grid_size, p=patch, q=patch)
         return self.smooth(pixels)
-
-    def find_tokens(self, text_states: Tensor, length: int) -> Tensor:
-        """Which tokens of the sequence, the text at its end, are no padding: B x length bool."""
-        text = find_text(text_states)
-        return F.pad(text, (length - text.shape[1], 0), value=True)
 
 
 class TokenizerPass(NamedTuple):

@@ -29,6 +29,13 @@ FROM_PROJECTOR = {"derived": "the text projector"}
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
+def check_least(config: Any, least: int, *names: str) -> None:
+    """Refuse smaller fields of a config."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+
+
 def check_not_negative(config: Any, *names: str) -> None:
     """Refuse negative fields of a config."""
     for name in names:

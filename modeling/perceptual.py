@@ -95,10 +95,6 @@ class FrozenDistance(nn.Module):
                 expected = self.describe(target.float())
             return self.compare(self.describe(reconstruction.float()), expected)
 
-    def train(self, mode: bool = True) -> "FrozenDistance":
-        # ConvNeXt drops whole blocks in train mode.
-        return super().train(False)
-
 
 class LPIPS(FrozenDistance):
     """Sum over five layers of VGG16 of weighted squared differences of unit-length features.
@@ -130,19 +126,14 @@ class LPIPS(FrozenDistance):
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in LPIPS_LAYERS:
-                described.append(unit_length(x))
+                # The lpips package adds its epsilon outside the root: at all-zero features the
+                # root's gradient is infinite there, and its product with 0 is NaN.
+                described.append(x / (x.square().sum(dim=1, keepdim=True) + NORM_EPSILON).sqrt())
         return described
 
     def compare(self, found: list[Tensor], expected: list[Tensor]) -> Tensor:
         layers = zip(self.heads, found, expected)
         return sum(F.conv2d((a - b).square(), head).mean(dim=(1, 2, 3)) for head, a, b in layers)
-
-
-def unit_length(features: Tensor) -> Tensor:
-    """Each position's channels at length 1, B x C x H x W."""
-    # Differs from the lpips package, which adds its epsilon outside the root: at all-zero features
-    # the root's gradient is infinite there and its product with 0 is NaN.
-    return features / (features.square().sum(dim=1, keepdim=True) + NORM_EPSILON).sqrt()
 
 
 class ConvNeXtDistance(FrozenDistance):

@@ -102,6 +102,8 @@ def read_config(tensors: dict[str, Tensor]) -> DualTokenizerConfig:
     teacher, image_size, scales = PUBLISHED[is_clip]
     patch = "conv1.weight" if is_clip else "vision_model.embeddings.patch_embedding.weight"
     patch_size = size_of(tensors, f"encoder_vqkd.{patch}", 2)
+
+    # Of the convolutions: each level's width, as a multiple of the first one's.
     channels = size_of(tensors, "encoder.conv_in.weight", 0)
     levels = range(num_blocks(tensors, "encoder.conv_blocks."))
     widths = [size_of(tensors, f"encoder.conv_blocks.{n}.res.0.conv1.bias", 0) for n in levels]

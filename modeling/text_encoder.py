@@ -76,28 +76,16 @@ class ClipTokenizer:
 
     def __init__(self, context_length: int):
         self.context_length = context_length
-        self._tokenizer = None
-
-    def _build(self):
-        return open_clip.SimpleTokenizer(context_length=self.context_length)
-
-    def _load(self):
-        if self._tokenizer is None:
-            self._tokenizer = self._build()
-        return self._tokenizer
-
-    def __getstate__(self):
-        # Each worker process builds its own: the vocabulary is large.
-        return {**self.__dict__, "_tokenizer": None}
+        self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
 
     def __call__(self, captions: list[str]) -> Tensor:
-        return self._load()(captions)
+        return self._tokenizer(captions)
 
     def num_tokens(self, caption: str) -> int:
-        return len(self._load().encode(caption)) + 2  # start and end
+        return len(self._tokenizer.encode(caption)) + 2  # start and end
 
     def decode(self, token_ids: Tensor) -> str:
-        tokenizer = self._load()
+        tokenizer = self._tokenizer
         ids = [i for i in token_ids.tolist() if i != tokenizer.sot_token_id]
         if tokenizer.eot_token_id in ids:
             # Padding follows the end token; a 0 before it is an exclamation mark.
@@ -112,16 +100,12 @@ class TextTokenizer(ClipTokenizer):
     """That of a model of open_clip, at the model's context length."""
 
     def __init__(self, config: TextEncoderConfig):
+        check_local_dir(config)
         self.config = config
-        self._tokenizer = None
-        self.context_length: int = self._load().context_length
-
-    def _build(self):
-        check_local_dir(self.config)
-        tokenizer = open_clip.get_tokenizer(self.config.model)
-        if not hasattr(tokenizer, "sot_token_id"):
-            raise ValueError(f"text_encoder.model {self.config.model} has no CLIP tokenizer")
-        return tokenizer
+        self._tokenizer = open_clip.get_tokenizer(config.model)
+        if not hasattr(self._tokenizer, "sot_token_id"):
+            raise ValueError(f"text_encoder.model {config.model} has no CLIP tokenizer")
+        self.context_length: int = self._tokenizer.context_length
 
 
 class ClipTextEncoder(nn.Module):
@@ -147,19 +131,12 @@ class ClipTextEncoder(nn.Module):
     def shape(self) -> tuple[int, int]:
         return tuple(self.positional_embedding.shape)
 
-    @property
-    def quick_gelu(self) -> bool:
-        kind = open_clip.transformer.QuickGELU
-        return any(isinstance(module, kind) for module in self.transformer.modules())
-
     @cached_property
     def identity(self) -> str:
         # The weights do not show the activation.
-        return fingerprint(self, b"quick_gelu" if self.quick_gelu else b"")
-
-    def train(self, mode: bool = True) -> "ClipTextEncoder":
-        """Stay in eval mode: the tower is frozen."""
-        return super().train(False)
+        kind = open_clip.transformer.QuickGELU
+        is_quick = any(isinstance(module, kind) for module in self.transformer.modules())
+        return fingerprint(self, b"quick_gelu" if is_quick else b"")
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor) -> Tensor:

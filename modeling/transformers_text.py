@@ -42,6 +42,7 @@ def load_package() -> Any:
             "a model of transformers needs the package of that name: "
             "pip install -r requirements-text.txt"
         ) from error
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are enough
     transformers.logging.set_verbosity_error()  # or it lists CLIP's images' half as unused
     transformers.logging.disable_progress_bar()
     return transformers
@@ -90,32 +91,22 @@ def load_whole(name: str, config: NamedModel) -> nn.Module:
 class TransformersTokenizer:
     """A tower's own tokenizer: ids cut to the context length with the end token kept, padded."""
 
-    def __init__(self, config: TextEncoderConfig, context_length: int):
+    def __init__(self, config: NamedModel, tokenizer: Any, context_length: int):
+        """tokenizer: the package's, of the model that `config` names."""
         self.config = config
         self.context_length = context_length
-        self._tokenizer = None
-        self.pad_id: int = self._load().pad_token_id
-
-    def _load(self) -> Any:
-        if self._tokenizer is None:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are enough
-            self._tokenizer = load_part("AutoTokenizer", self.config)
-        return self._tokenizer
-
-    def __getstate__(self):
-        # Each worker process builds its own: the vocabulary is large.
-        return {**self.__dict__, "_tokenizer": None}
+        self._tokenizer = tokenizer
 
     def __call__(self, captions: list[str]) -> Tensor:
         length = self.context_length
-        batch = self._load()(captions, padding="max_length", truncation=True, max_length=length)
+        batch = self._tokenizer(captions, padding="max_length", truncation=True, max_length=length)
         return torch.tensor(batch["input_ids"])
 
     def num_tokens(self, caption: str) -> int:
-        return len(self._load()(caption, verbose=False)["input_ids"])
+        return len(self._tokenizer(caption, verbose=False)["input_ids"])
 
     def decode(self, token_ids: Tensor) -> str:
-        return self._load().decode(token_ids.tolist(), skip_special_tokens=True).strip()
+        return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True).strip()
 
 
 class TransformersTextEncoder(nn.Module):
@@ -142,10 +133,6 @@ class TransformersTextEncoder(nn.Module):
         activation = config.feed_forward_proj if self.masks_padding else config.hidden_act
         facts = f"{config.model_type} {activation} {self.shape[0]}"
         return fingerprint(self, facts.encode())
-
-    def train(self, mode: bool = True) -> "TransformersTextEncoder":
-        """Stay in eval mode: the tower is frozen."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -177,6 +164,7 @@ def load_tower(config: TextEncoderConfig) -> TransformersTextEncoder:
     """The tower that a config names, in float32; ValueError as load_part, or it lacks weights."""
     name = tower_class(load_part("AutoConfig", config).model_type)
     encoder = TransformersTextEncoder(load_whole(name, config), config.context_length)
-    encoder.tokenize = TransformersTokenizer(config, encoder.shape[0])
-    encoder.pad_id = encoder.tokenize.pad_id
+    tokenizer = load_part("AutoTokenizer", config)
+    encoder.tokenize = TransformersTokenizer(config, tokenizer, encoder.shape[0])
+    encoder.pad_id = tokenizer.pad_token_id
     return encoder

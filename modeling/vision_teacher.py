@@ -46,6 +46,8 @@ class VisionTeacher(nn.Module):
             raise ValueError(
                 f"vision.model={config.model}, weights from {where}: {error}"
             ) from error
+
+        # What its images and its features look like
         self.width = self.net.num_features  # T
         self.side = grid * self.net.patch_embed.patch_size[0]  # pixels
         normalisation = timm.data.resolve_model_data_config(self.net)

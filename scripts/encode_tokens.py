@@ -21,7 +21,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +40,7 @@ from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
 from data.tar import read_shard, shard_name, write_shard
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.layers import fingerprint
+from modeling.layers import check_least, fingerprint
 from modeling.text_encoder import TextEncoder
 from training.checkpoint import BackgroundWriter
 from training.errors import STOPPED_STATUS, exit_on_error, printable
@@ -86,10 +85,8 @@ class TokensStage(StageConfig):
 
     def check(self) -> None:
         """Refuse impossible numbers, and states of captions that are drawn anew each time."""
-        self.data.check()
-        for name in ("num_crops", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().check()
+        check_least(self, 1, "num_crops", "batch_size")
         if self.store_text_states and self.data.has_several_captions():
             raise ValueError(
                 "store_text_states=true stores the states of one caption; with several "
@@ -288,11 +285,8 @@ class Encoder:
         if self.config.flip:
             views |= {f"{name}-flip": view.flip(-1) for name, view in views.items()}
         with self.accelerator.autocast():
-            moments = {
-                name: torch.stack([*self.tokenizer.encode(view)], dim=1)
-                for name, view in views.items()
-            }
-        return {name: to_half(values) for name, values in moments.items()}
+            found = {name: self.tokenizer.encode(view) for name, view in views.items()}
+        return {name: to_half(torch.stack([*moments], dim=1)) for name, moments in found.items()}
 
 
 def to_half(values: Tensor):
@@ -312,6 +306,7 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
     """
     if not shards:
         return
+    # The workers read images of several shards at once, each in its own order.
     config, rank = encoder.config, encoder.accelerator.process_index
     tokenize = encoder.text_encoder.tokenize if config.store_text_states else None
     sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
@@ -341,7 +336,8 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
                 progress.num_cut += len(item["key"]) * float(item.get("captions_cut", 0))
                 samples[index] += encoder(item)
                 continue
-            # its end: a lost batch would leave a shard that nobody could tell from a whole one
+
+            # A shard is through. What a worker lost on the way would be missing without an error.
             num_images, made = item["num_images"], samples.pop(index, [])
             if arrived[index] != num_images:
                 raise ChildProcessError(
@@ -355,7 +351,9 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
 
 def write_tokens(config: TokensStage, token_shard: Path, made: list[dict], counts: dict) -> None:
     """Write a token shard and, before and after, its counts."""
-    counts |= {"vocabulary": words_of(config, made), "crc32": content_crc32(made)}
+    counts |= {"vocabulary": None, "crc32": content_crc32(made)}
+    if not config.data.has_several_captions():  # an epoch may have others
+        counts["vocabulary"] = asdict(measure_vocabulary(sample["txt"].decode() for sample in made))
     write_json(counts, count_file(token_shard))
     write_shard(token_shard, made)
     counts["bytes"] = token_shard.stat().st_size
@@ -373,7 +371,6 @@ class Progress:
         self.reads_text = reads_text
         self.num_cut = 0.0  # captions that the text tower cuts
         self.start = self.reported = time.perf_counter()
-        self.waited = 0.0
 
     def report(self, folder: Path) -> None:
         """Count a shard; print a line now and then, and after the last one."""
@@ -382,7 +379,6 @@ class Progress:
         if now - self.reported <= REPORT_SECONDS and self.num_done < self.num_shards:
             return
         self.reported = now
-        self.waited += self.items.take_seconds()
         seconds = now - self.start
         share = self.num_cut / max(self.num_images, 1)
         cut = f", {share:.1%} of captions cut by the text tower" if self.reads_text else ""
@@ -390,7 +386,7 @@ class Progress:
         print(
             f"[{self.rank}] {folder}: {self.num_done}/{self.num_shards} shards, {self.num_images} "
             f"images, {self.num_images / seconds:.1f} images/s, {left:.0f} s left, "
-            f"{self.waited / seconds:.1%} of the time waiting for images{cut}",
+            f"{self.items.seconds / seconds:.1%} of the time waiting for images{cut}",
             flush=True,
         )
 
@@ -425,18 +421,11 @@ def content_crc32(samples: Iterable[dict]) -> int:
     return value
 
 
-def words_of(config: TokensStage, samples: list[dict]) -> dict | None:
-    """The vocabulary of a shard's captions; None where an epoch may have others."""
-    if config.data.has_several_captions():
-        return None
-    return asdict(measure_vocabulary(sample["txt"].decode() for sample in samples))
-
-
 def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> LatentStats:
     """Deviation of the sampled latents, per-channel statistics of the means; the first samples."""
     shards = TokenTextConfig(shards=[str(path) for path in outputs])
     reader = token_reader(shards, num_tokens, token_channels, None)
-    batches = list(islice(reader.once(100), STATISTICS_SAMPLES // 100))
+    batches = [*reader.once(100, limit=STATISTICS_SAMPLES)]
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C
     logvar = torch.cat([b["latent_logvar"] for b in batches]).double()
     deviation = (mean.var(correction=0) + logvar.exp().mean()).sqrt()

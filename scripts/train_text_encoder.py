@@ -24,6 +24,7 @@ from configs.load import parse_stage_args
 from data.images import ImageTextConfig, image_reader
 from modeling.clip_weights import build_clip, save_clip
 from modeling.losses import contrastive_loss
+from modeling.text_decoder import CLIP_VOCABULARY
 from modeling.text_encoder import ClipTokenizer
 from training.checkpoint import is_complete, latest_checkpoint
 from training.errors import exit_on_error
@@ -32,10 +33,10 @@ from training.loop import train_network
 from training.provenance import check_shards, save_source
 from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
+from training.tokens import unit_images
 
 MAX_SHIFT = 4  # pixels; random shift of the images
 MAX_LOG_SCALE = 4.6  # of the contrastive logits, log(100) as in CLIP
-VOCABULARY = 49408  # of CLIP's BPE tokenizer
 CLIP_EMBEDDING_STD = 0.02
 
 
@@ -66,10 +67,6 @@ class TextEncoderStage(TrainedStage):
 
     stage = "text_encoder"
     networks = ("clip",)
-
-    def check(self) -> None:
-        super().check()
-        self.data.check()
 
     def image_shards(self) -> list[str]:
         return self.data.all_shards()
@@ -130,7 +127,7 @@ def open_clip_config(size: ClipSize) -> dict:
         vision["pool_type"] = "avg"
     text = {
         "context_length": size.context_length,
-        "vocab_size": VOCABULARY,
+        "vocab_size": CLIP_VOCABULARY,
         "width": size.width,
         "heads": size.num_heads,
         "layers": size.depth,
@@ -173,7 +170,7 @@ def random_shift(images: Tensor) -> Tensor:
 
 def compute_losses(run: Run, model: nn.Module, batch: dict) -> dict[str, Tensor]:
     """Contrastive loss, and the share of captions whose own image is the batch's nearest."""
-    images = batch["image"].to(run.device, non_blocking=True).float().div_(255)
+    images = unit_images(run, batch)
     token_ids = batch["token_ids"].to(run.device, non_blocking=True)
     image_features, text_features, log_scale = model(random_shift(images), token_ids)
     with torch.no_grad():

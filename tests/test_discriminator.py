@@ -14,7 +14,6 @@ from modeling.discriminator import (
     LeCam,
     discriminator_loss,
     generator_loss,
-    is_active,
 )
 
 NARROW = {"width": 32}
@@ -97,12 +96,7 @@ def test_logits_are_float32_under_autocast_and_near_those_in_float32():
     assert 0 < difference < 0.1 * expected.std()  # the stages did run in bfloat16
 
 
-@pytest.mark.parametrize(
-    ("weight", "start", "step", "expected"),
-    [(0.1, 5, 4, False), (0.1, 5, 5, True), (0.1, 0, 0, True), (0.0, 0, 10, False)],
-)
-def test_active_from_the_start_step_on_unless_the_weight_is_zero(weight, start, step, expected):
-    assert is_active(AdversarialConfig(weight=weight, start_step=start), step) is expected
+def test_a_negative_weight_is_refused():
     with pytest.raises(ValueError, match="^lecam_weight .*-1"):
         AdversarialConfig(lecam_weight=-1)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ TIMM = {"embed_dim": 48, "vision_cfg": {**VISION, "timm_pool": "map", "timm_proj
 
 def config_of(folder, **changes):
     values = {**DUAL, "teacher": {"model": f"local-dir:{folder}", "pretrained": ""}, **changes}
-    return OmegaConf.to_object(OmegaConf.merge(DualTokenizerConfig, values)).for_teacher()
+    config = OmegaConf.to_object(OmegaConf.merge(DualTokenizerConfig, values))
+    return replace(config, tower=describe_tower(config.teacher))
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def write_checkpoint(
         commit_checkpoint(partial, state, keep)
 
 
-def commit_checkpoint(partial: Path, state: dict, keep: int) -> Path:
+def commit_checkpoint(partial: Path, state: dict, keep: int) -> None:
     """Write state.json, rename the folder, move `latest`, delete all but the newest `keep`."""
     # The state vouches for the other files, so it is written last.
     files = sorted(path for path in partial.iterdir() if path.name != STATE_FILE)
@@ -248,10 +248,19 @@ def commit_checkpoint(partial: Path, state: dict, keep: int) -> Path:
     if final.exists():
         delete(final)  # damaged, or the run would have resumed from it
     partial.rename(final)
-    point_latest_to(final)
+
+    # The link is replaced, so that there is one at any moment.
+    link = final.parent / (LATEST_LINK + PARTIAL_SUFFIX)
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.replace(final.parent / LATEST_LINK)
     flush(final.parent)
-    rotate(final, keep)
-    return final
+
+    # Later steps were found damaged, or this would not be the newest: they stay, uncounted.
+    folders = checkpoint_folders(final.parents[1])
+    newest = int(final.name.removeprefix(PREFIX))
+    for step in [step for step in folders if step <= newest][:-keep]:
+        delete(folders[step])
 
 
 @contextmanager
@@ -269,29 +278,12 @@ def explained_write_errors(partial: Path) -> Iterator[None]:
         raise OSError(f"cannot write checkpoint {final}: {error}{free}; older ones stay") from error
 
 
-def rotate(newest: Path, keep: int) -> None:
-    """Delete all but the newest `keep`, once `newest` is whole."""
-    # Later steps were found damaged, or `newest` would not be the newest: they stay, uncounted.
-    newest_step = int(newest.name.removeprefix(PREFIX))
-    folders = checkpoint_folders(newest.parents[1])
-    for step in [step for step in folders if step <= newest_step][:-keep]:
-        delete(folders[step])
-
-
 def delete(folder: Path) -> None:
     """Remove a checkpoint."""
     # Renamed first, so that a kill halfway leaves nothing that looks like a checkpoint.
     doomed = folder.with_name(f"{folder.name}.deleted{PARTIAL_SUFFIX}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def point_latest_to(folder: Path) -> None:
-    """Move the link `latest`, so that there is one at any moment."""
-    partial = folder.parent / (LATEST_LINK + PARTIAL_SUFFIX)
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(folder.name)
-    partial.replace(folder.parent / LATEST_LINK)
 
 
 class BackgroundWriter:

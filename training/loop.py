@@ -136,7 +136,9 @@ def train(
             # Pictures before the checkpoint: a complete run has its last one.
             is_sample_step = config.sample_every_steps and step % config.sample_every_steps == 0
             if save_samples and (is_last_step or is_sample_step):
-                save_on_main(run, save_samples, ema, step)
+                average = ema.whole()  # all processes help to gather it
+                if run.is_main:
+                    save_samples(average, step)
 
             # Checkpoint, written in the background.
             is_checkpoint_step = is_last_step or step % config.checkpoint_every_steps == 0
@@ -159,13 +161,6 @@ def train(
         run.accelerator.wait_for_everyone()
     log.close()
     run.say(f"{run.folder}: {progress.summary(step)}, now complete")
-
-
-def save_on_main(run: Run, save_samples: SaveSamples, ema: EMA, step: int) -> None:
-    """Draw a picture on the main process; the others help to gather the average."""
-    average = ema.whole()
-    if run.is_main:
-        save_samples(average, step)
 
 
 @dataclass

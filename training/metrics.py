@@ -80,9 +80,18 @@ class MetricWindow:
             return
         step, names, values, keys = self._steps[bad[0]]
         terms = dict(zip(names, values.tolist(), strict=True))
+
+        # Samples are named if they are to blame. Keys come from data of unknown origin: short, and
+        # nothing that a terminal obeys.
+        losses = [value for name, value in terms.items() if not name.endswith("gradient_norm")]
+        samples = "the loss of this process is finite"
+        if not all(map(math.isfinite, losses)):
+            samples = f"samples: {', '.join(printable(key[:100]) for key in keys)}"
+        found = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         raise FloatingPointError(
-            f"{describe_bad_step(step, rank, terms, keys)}. The last checkpoint of {run_dir} is "
-            "from before it. Lower the learning rate or training.max_gradient_norm"
+            f"non-finite loss or gradient at step {step}, rank {rank}: {found}; {samples}. The "
+            f"last checkpoint of {run_dir} is from before it. Lower the learning rate or "
+            "training.max_gradient_norm"
         )
 
     def state_dict(self) -> dict:
@@ -104,17 +113,6 @@ def cut_captions(batches: Sequence[dict], device: torch.device) -> dict[str, Ten
     return {"captions_cut": torch.stack(shares).mean()}
 
 
-def describe_bad_step(step: int, rank: int, terms: dict[str, float], keys: list[str]) -> str:
-    """One line on a step with a non-finite value, with its samples if they are to blame."""
-    losses = [value for name, value in terms.items() if not name.endswith("gradient_norm")]
-    samples = "the loss of this process is finite"
-    if not all(map(math.isfinite, losses)):
-        # Keys come from data of unknown origin: short, and nothing that a terminal obeys.
-        samples = f"samples: {', '.join(printable(key[:100]) for key in keys)}"
-    values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-    return f"non-finite loss or gradient at step {step}, rank {rank}: {values}; {samples}"
-
-
 class MetricLog:
     """Writes a step's values to all that LoggingConfig names, on the main process (enabled)."""
 
@@ -124,20 +122,13 @@ class MetricLog:
         self._wandb = self._tensorboard = None
         if not enabled:
             return
-        self._drop_after(start_step)
+        if self.path.exists():  # what broke off, and the steps that the resumed run will do again
+            kept = [line for step, line in whole_lines(self.path) if step <= start_step]
+            write_text("".join(line + "\n" for line in kept), self.path)
         if config.wandb != "off":
             self._wandb = start_wandb(run_dir, config, is_new=start_step == 0)
         if config.tensorboard:
             self._tensorboard = start_tensorboard(run_dir, start_step)
-
-    def _drop_after(self, start_step: int) -> None:
-        """Remove broken lines, and those of steps that the resumed run will do again."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(errors="replace").splitlines()
-        steps = [step_of(line) for line in lines]
-        kept = [x for x, step in zip(lines, steps) if step is not None and step <= start_step]
-        write_text("".join(line + "\n" for line in kept), self.path)
 
     def log(self, step: int, max_steps: int, values: dict[str, float], seconds_left: float) -> None:
         """Report one line; values that are one of many ("name/3") are not shown on the console."""
@@ -175,11 +166,17 @@ class MetricLog:
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Names of metrics.jsonl -> (step, value) of each report that has it, without broken lines."""
     curves: dict[str, list[tuple[int, float]]] = {}
+    for step, line in whole_lines(path):
+        for name, value in json.loads(line).items():
+            curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(step, line) of each line of metrics.jsonl, without broken ones."""
     for line in path.read_text(errors="replace").splitlines():
         if (step := step_of(line)) is not None:
-            for name, value in json.loads(line).items():
-                curves.setdefault(name, []).append((step, value))
-    return curves
+            yield step, line
 
 
 def step_of(line: str) -> int | None:
@@ -236,8 +233,8 @@ class TimedIterator:
 
     def __init__(self, batches: Iterator[dict]):
         self._batches = batches
-        self._seconds = 0.0
-        self._skipped: Counter[str] = Counter()
+        self.seconds = 0.0
+        self.skipped: Counter[str] = Counter()  # of this process; a report empties it
         self._told: set[str] = set()
 
     def __iter__(self) -> "TimedIterator":
@@ -246,23 +243,13 @@ class TimedIterator:
     def __next__(self) -> dict:
         start = time.perf_counter()
         batch = next(self._batches)
-        self._seconds += time.perf_counter() - start
-        self._skipped.update(batch.pop("skipped", {}))
+        self.seconds += time.perf_counter() - start
+        self.skipped.update(batch.pop("skipped", {}))
         for reason, sample in batch.pop("first_skipped", {}).items():
             if reason not in self._told:  # once, though each data worker has a first one
                 self._told.add(reason)
                 print(printable(f"skipped, {reason}: the first is {sample}"), flush=True)
         return batch
-
-    def take_seconds(self) -> float:
-        """Seconds waited since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-    def take_skipped(self) -> dict[str, int]:
-        """Skipped samples of this process since the last call, by reason."""
-        skipped, self._skipped = self._skipped, Counter()
-        return dict(skipped)
 
 
 class Progress:
@@ -278,6 +265,7 @@ class Progress:
         self.batch_size = batch_size
         self.start = self.last_time = time.perf_counter()
         self.first_step = self.last_step = step
+        self.last_wait = 0.0
 
     def report(
         self, step: int, window: MetricWindow, optimizer: torch.optim.Optimizer
@@ -290,13 +278,16 @@ class Progress:
         # Rates: samples of all processes; a large share of waiting means too few data workers.
         num_samples = (step - self.last_step) * self.batch_size
         values["samples_per_second"] = num_samples / (now - self.last_time)
-        values["data_wait_share"] = self.batches.take_seconds() / (now - self.last_time)
+        waited = self.batches.seconds - self.last_wait
+        values["data_wait_share"] = waited / (now - self.last_time)
 
         # What readers skipped, on any process.
-        skipped = sum(map(Counter, gather_object([self.batches.take_skipped()])), Counter())
+        skipped = sum(gather_object([self.batches.skipped]), Counter())
+        self.batches.skipped = Counter()
         values |= {f"skipped/{reason}": count for reason, count in skipped.items()}
         self.last_time = now
         self.last_step = step
+        self.last_wait = self.batches.seconds
         return values
 
     @contextmanager

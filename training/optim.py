@@ -13,15 +13,16 @@ of one shape are one batch, in float32 on a CPU.
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from modeling.layers import check_not_negative
 from training.checkpoint import load_plain
 from training.run import Run
 from training.sharding import (
@@ -38,7 +39,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration
 ITERATIONS = 5
 UPDATE_RMS = 0.2  # of an update at learning rate 1, about that of AdamW
 
-LossFn = Callable[[nn.Module, dict], dict[str, Tensor]]  # (network, batch) -> terms with "loss"
+LossFn = Callable[[nn.Module, Any], dict[str, Tensor]]  # (network, batch) -> terms with "loss"
 
 
 @dataclass
@@ -61,8 +62,7 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        check_not_negative(self, "warmup_steps")
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas}")
         if not 0 <= self.hold_fraction < 1:
@@ -292,22 +292,6 @@ class OptimizedNetwork:
         self.wrapped_optimizer = accelerator.prepare_optimizer(self.optimizer)
         self.wrapped.train()
 
-    @contextmanager
-    def gradients(self, is_last: bool) -> Iterator[nn.Module]:
-        """Forward and backward of one batch; the processes exchange gradients in the last one.
-
-        Sharded ones do in each: nobody has room for gradients of all weights.
-        """
-        if is_last:
-            yield self.wrapped
-        else:
-            with self.run.accelerator.no_sync(self.wrapped):
-                yield self.wrapped
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss."""
-        self.run.accelerator.backward(loss)
-
     def update(self, step: int, max_steps: int) -> Tensor:
         """Clip, step, clear; returns the gradient norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
@@ -326,21 +310,20 @@ class OptimizedNetwork:
 
 
 def descend(
-    network: OptimizedNetwork, batches: Sequence[dict], loss_fn: LossFn, step: int, max_steps: int
+    network: OptimizedNetwork, batches: Sequence, loss_fn: LossFn, step: int, max_steps: int
 ) -> dict[str, Tensor]:
     """One update by the mean loss of the batches. Returns the mean terms and gradient_norm."""
+    accelerator, model = network.run.accelerator, network.wrapped
     means: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
-        with network.gradients(is_last=index == len(batches) - 1) as wrapped:
-            terms = loss_fn(wrapped, batch)
-            network.backward(terms["loss"] / len(batches))
-        add_mean(means, terms, len(batches))
+        # The processes exchange gradients in the last batch; sharded ones do in each: nobody has
+        # room for gradients of all weights.
+        is_last = index == len(batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            terms = loss_fn(model, batch)
+            accelerator.backward(terms["loss"] / len(batches))
+        for name, value in terms.items():
+            part = value.detach() / len(batches)
+            means[name] = part + means[name] if name in means else part
     means["gradient_norm"] = network.update(step, max_steps)
     return means
-
-
-def add_mean(means: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:
-    """Add one of `count` parts to the means of named scalars, without gradient."""
-    for name, value in terms.items():
-        part = value.detach() / count
-        means[name] = part + means[name] if name in means else part

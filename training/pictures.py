@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.files import write_bytes, write_text
 from data.readers import Reader
-from modeling.layers import to_pil
+from modeling.layers import check_least, to_pil
 
 # Pixels; smaller images are enlarged by a whole factor so that captions are readable
 CELL_WIDTH_MIN = 128
@@ -44,8 +44,7 @@ class SheetConfig:
     shards: list[str] = field(default_factory=list)  # whose images; empty: the training shards
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        check_least(self, 1, "num_samples")
 
     def read(self, reader: Reader) -> dict[str, Any]:
         """The batch of those images; read before training, whose work a bad shard would cost.
@@ -112,6 +111,7 @@ def write_gallery(
         pictures: (PNG file's bytes, caption) of each image.
         settings: shown above them, floats by six digits.
     """
+    # Captions and settings come from anywhere: all text is escaped.
     shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in settings.items()}
     rows = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in shown.items()

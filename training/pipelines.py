@@ -27,7 +27,7 @@ from modeling.pipeline import (
     SamplingConfig,
 )
 from modeling.pretrained import is_pretrained
-from modeling.text_decoder import TextAutoencoder, TextDecoder, TextDecoderConfig
+from modeling.text_decoder import TextAutoencoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoder, TextTokenizer
 from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.loading import (
@@ -143,16 +143,6 @@ def find_tokenizer(run: Path, load: Callable[[Path], T] = load_tokenizer) -> tup
     return find_run(run, "tokenizer", load, fingerprint, trained_with(run).get("tokenizer"))
 
 
-def find_text_decoder(flow_dir: Path, projector: TextProjector) -> TextDecoder:
-    """What reads a flow's z_T."""
-    # A decoder that was trained on another projector's z_T would read nonsense.
-    wanted = fingerprint(projector)
-    _, autoencoder = find_run(
-        flow_dir, "text_decoder", load_autoencoder, lambda x: fingerprint(x.projector), wanted
-    )
-    return autoencoder.decoder
-
-
 def load_pipeline(
     run_dir: str | Path, device: torch.device
 ) -> tuple[ImageGenerator, SamplingConfig]:
@@ -202,11 +192,17 @@ def load_captioner(run_dir: str | Path, device: torch.device) -> tuple[Captioner
         )
     tokenizer_run, tokenizer = find_tokenizer(flow_dir)
     flow = load_flow(flow_dir)
+
+    # A decoder that was trained on another projector's z_T would read nonsense.
+    wanted = fingerprint(flow.projector)
+    _, autoencoder = find_run(
+        flow_dir, "text_decoder", load_autoencoder, lambda x: fingerprint(x.projector), wanted
+    )
     parts = Captioner(
         tokenize=TextTokenizer(text_encoder_config(tokenizer_run)),
         tokenizer=tokenizer.to(device),
         flow=flow.to(device),
-        decoder=find_text_decoder(flow_dir, flow.projector).to(device),
+        decoder=autoencoder.decoder.to(device),
     )
     return parts, read_section(flow_dir, "sampling", SamplingConfig)
 

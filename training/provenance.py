@@ -54,6 +54,8 @@ def check_shards(run: Run, data: ReaderConfig, max_steps: int) -> dict:
         shards = expand_shards(data.all_shards())
     except ValueError:  # a complete run needs none, and a reader says what is missing
         return {}
+
+    # More or fewer shards are no mistake where the config names them and there are steps to make.
     source = {SHARDS: states_by_name(shards)}
     if steps := checkpoint_folders(run.folder):
         found = read_source(run.folder)

@@ -148,6 +148,7 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
         ValueError: a network differs from the run that is to be resumed.
     """
     if has_checkpoint:
+        # Weights do not fit another network; everything else may change on the way.
         changes = config_changes(run, config)
         names = [f"{name}." for name in config.networks]
         fatal = [line for key, line in changes if any(f"{key}.".startswith(n) for n in names)]

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from data.readers import Reader
 from data.shards import ShardLoader
+from modeling.layers import check_least
 from training.metrics import LoggingConfig
 from training.optim import OptimizerConfig
 from training.run import TIMEOUT_MINUTES, Run
@@ -37,6 +38,8 @@ class StageConfig:
         Raises:
             ValueError: naming the keys, what was given and what is expected.
         """
+        if data := getattr(self, "data", None):
+            data.check()
 
     def image_shards(self) -> list[str]:
         """Patterns of shards that must be there before the stage starts."""
@@ -82,22 +85,9 @@ class TrainingConfig:
     cpu_processes: int = 1
 
     def __post_init__(self):
-        minimum = {
-            "max_steps": 1,
-            "batch_size": 1,
-            "gradient_accumulation": 1,
-            "log_every_steps": 1,
-            "checkpoint_every_steps": 1,
-            "keep_checkpoints": 1,
-            "max_gradient_norm": 0,
-            "sample_every_steps": 0,
-            "seed": 0,
-            "max_hours": 0,
-            "cpu_processes": 1,
-        }
-        for name, least in minimum.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_least(self, 1, "max_steps", "batch_size", "gradient_accumulation", "cpu_processes")
+        check_least(self, 1, "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
+        check_least(self, 0, "max_gradient_norm", "sample_every_steps", "seed", "max_hours")
         if not 0 < self.timeout_minutes < 1e6:
             raise ValueError(f"timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}")
 
@@ -137,6 +127,7 @@ class TrainedStage(StageConfig):
                 raise ValueError("training.shard=full with training.compile=true: set one of them")
             if self.stage in ("next_scale", "reader") or getattr(self, "dual", None):
                 raise ValueError("training.shard=full: not with a dual tokenizer, set it to none")
+        super().check()
 
 
 def open_stream(run: Run, training: TrainingConfig, reader: Reader) -> ShardLoader:

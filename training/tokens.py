@@ -6,7 +6,6 @@ latent scale from the other.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.config import ReaderConfig
 from data.files import write_json
-from data.readers import TokenTextConfig, caption_reader, token_reader
+from data.readers import Reader, TokenTextConfig, caption_reader, token_reader
 from data.storage import is_remote
 from modeling.dual_tokenizer import DualTokenizer, DualTokens
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import Posterior, fingerprint
-from modeling.text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, load_text_encoder
+from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjector
 from training.ridge import fit_linear_skip
 from training.run import Run
@@ -147,6 +146,7 @@ def load_tokens_info(
     Raises:
         ValueError: no info, other token counts, another tokenizer; names folder and ways out.
     """
+    # Where the shards lie, and whether somebody described them there.
     shape = (tokenizer.config.num_tokens, tokenizer.config.token_channels)
     parents = ("" if is_remote(p) else str(Path(p).expanduser().parent) for p in data.all_shards())
     folders = sorted(set(parents))
@@ -162,6 +162,8 @@ def load_tokens_info(
             "shards from elsewhere, set data.any_tokenizer=true and data.latent_scale (1.0143 for "
             "the release's)"
         )
+
+    # A decoder makes noise of latents that another tokenizer's encoder gave.
     infos = {folder: TokensInfo.load(Path(folder)) for folder in folders}
     actual = fingerprint(tokenizer)
     for folder, info in infos.items():
@@ -208,10 +210,8 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
                     f"{first_folder}, {getattr(info, name)} in {folder}"
                 )
     total = sum(info.num_samples for info in infos.values())
-    variance = sum(info.num_samples / info.latent_scale**2 for info in infos.values()) / max(
-        total, 1
-    )
-    measured = first.latent_scale if len(infos) == 1 else variance**-0.5
+    squares = sum(info.num_samples / info.latent_scale**2 for info in infos.values())
+    measured = first.latent_scale if len(infos) == 1 else (squares / max(total, 1)) ** -0.5
     values = asdict(first) | {
         "num_samples": total,
         "stats": LatentStats(total, [], [], latent_scale or measured),
@@ -244,8 +244,7 @@ class StoredText:
 
     run: Run
     loader: StatefulDataLoader
-    data: ReaderConfig
-    tokenize: Tokenizer | None
+    reader: Reader  # of the same samples in order
     text_encoder: TextEncoder | None
 
     def text_states(self, batch: dict) -> Tensor:
@@ -255,7 +254,7 @@ class StoredText:
     def fit_whitening(self, projector: TextProjector) -> None:
         """Measure the projector's whitening of text states on the first samples, if it has one."""
         if projector.config.whiten_text:
-            batches = self.read(FITTED_SAMPLES)
+            batches = self.reader.once(100, limit=FITTED_SAMPLES)
             projector.whitening.fit(self.text_states(batch).cpu() for batch in batches)
 
 
@@ -274,20 +273,10 @@ class StoredTokens(StoredText):
     def fit_linear_skip(self, projector: TextProjector, strength: float) -> None:
         """Fill the projector's linear skip by ridge regression on the first samples."""
         states, latents = [], []
-        for batch in self.read(FITTED_SAMPLES):
+        for batch in self.reader.once(100, limit=FITTED_SAMPLES):
             states.append(self.text_states(batch).cpu().float())
             latents.append(self.image_posterior(batch).mean.cpu() * self.info.latent_scale)
         fit_linear_skip(projector.linear_skip, torch.cat(states), torch.cat(latents), strength)
-
-    def first(self, number: int) -> dict:
-        """The first `number` samples in the order of the shards, as one batch."""
-        return next(self.read(number, batch_size=number))
-
-    def read(self, limit: int, batch_size: int = 100) -> Iterator[dict]:
-        """The first samples in the order of the shards."""
-        info = self.info
-        reader = token_reader(self.data, info.num_tokens, info.token_channels, self.tokenize)
-        return reader.once(batch_size, limit=limit)
 
 
 def open_stored_tokens(
@@ -318,27 +307,17 @@ def open_stored_tokens(
         )
     tokenize = None if info.has_text_states else encoder.tokenize
     reader = token_reader(data, info.num_tokens, info.token_channels, tokenize)
-    loader = open_stream(run, training, reader)
     encoder = None if info.has_text_states else encoder.to(run.device)
-    return StoredTokens(run, loader, data, tokenize, encoder, info)
-
-
-@dataclass
-class StoredCaptions(StoredText):
-    """Batches of captions. Stored text states are used if they are the tower's own."""
-
-    has_text_states: bool
-
-    def read(self, limit: int, shards: list[str] | None = None) -> Iterator[dict]:
-        """The first captions in order; of other shards without looking for stored states."""
-        has_text_states = self.has_text_states and shards is None
-        return caption_reader(self.data, self.tokenize, has_text_states).once(100, shards, limit)
+    return StoredTokens(run, open_stream(run, training, reader), reader, encoder, info)
 
 
 def open_stored_captions(
     run: Run, data: ReaderConfig, training: TrainingConfig, text_config: TextEncoderConfig
-) -> StoredCaptions:
-    """Open any shards with captions for this process; ValueError if one of tokens is damaged."""
+) -> StoredText:
+    """Open any shards with captions for this process; ValueError if one of tokens is damaged.
+
+    Stored text states are used if they are the tower's own.
+    """
     refuse_damage(data)
     encoder = load_text_encoder(text_config)
     # states are of one whole caption: of drawn ones they are encoded
@@ -346,10 +325,7 @@ def open_stored_captions(
         holds_states_of(encoder, pattern) for pattern in data.all_shards()
     )
     reader = caption_reader(data, encoder.tokenize, has_text_states)
-    loader = open_stream(run, training, reader)
-    return StoredCaptions(
-        run, loader, data, encoder.tokenize, encoder.to(run.device), has_text_states
-    )
+    return StoredText(run, open_stream(run, training, reader), reader, encoder.to(run.device))
 
 
 def text_states(run: Run, encoder: TextEncoder | None, batch: dict) -> Tensor:
@@ -360,14 +336,18 @@ def text_states(run: Run, encoder: TextEncoder | None, batch: dict) -> Tensor:
         return encoder(batch["token_ids"].to(run.device, non_blocking=True))
 
 
+def unit_images(run: Run, batch: dict) -> Tensor:
+    """A batch's uint8 images -> float32 in [0, 1] on the device."""
+    return batch["image"].to(run.device, non_blocking=True).float().div_(255)
+
+
 @torch.no_grad()
 def encode_images(
     run: Run, tokenizer: ImageTokenizer | DualTokenizer, batch: dict
 ) -> Posterior | DualTokens:
     """What a frozen tokenizer makes of a batch's images, in the run's precision."""
-    images = batch["image"].to(run.device, non_blocking=True).float().div_(255)
     with run.accelerator.autocast():
-        return tokenizer.encode(images)
+        return tokenizer.encode(unit_images(run, batch))
 
 
 def holds_states_of(encoder: TextEncoder, pattern: str) -> bool:

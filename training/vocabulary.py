@@ -105,6 +105,7 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
     for free text. Weights that began as another run's know the words of that one, too, so that
     nothing is strange to them.
     """
+    # Which folders of token shards the run has read, and whether a word can be new in them.
     config = read_run_config(flow_dir)
     data = config.get("data") or {}
     sources = [*data.get("sources", {}).values()] or [data]
@@ -114,14 +115,12 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
         each.get("recaption_keys") or "json:captions" in each.get("keys", []) for each in captions
     ):
         return Vocabulary("", [], None)
-    files = [find_file(folder, flow_dir.parent) for folder in sorted(folders)]
-    if not all(files):
-        return None
-    joined = join_vocabularies([Vocabulary(**json.loads(file.read_text())) for file in files])
+    parts = []
+    for folder in sorted(folders):
+        places = (folder / VOCABULARY_FILE, flow_dir.parent / folder.name / VOCABULARY_FILE)
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            return None
+        parts.append(Vocabulary(**json.loads(file.read_text())))
+    joined = join_vocabularies(parts)
     return replace(joined, common=[], words=None) if config.get("init_from") else joined
-
-
-def find_file(folder: Path, experiment: Path) -> Path | None:
-    """The file of a folder of token shards, or of one of the same name in an experiment."""
-    files = [place / VOCABULARY_FILE for place in (folder, experiment / folder.name)]
-    return next((file for file in files if file.is_file()), None)

@@ -132,7 +132,11 @@ def check_runs(stage: Stage, made: Made) -> None:
 def find_images(stage: Stage, made: Made) -> list[str]:
     """Image shards that the stage will find: those that are there, or that a stage will write."""
     patterns = sorted(set(stage.config.image_shards()))
-    planned = [shard for pattern in patterns for shard in planned_images(pattern, made)]
+    planned = []
+    for pattern in patterns:
+        writer = made.get(os.path.normpath(os.path.dirname(pattern)))
+        if writer and (shards := [os.path.normpath(path) for path in writer.config.outputs()]):
+            planned += match_planned(pattern, shards, writer)
     if planned or not patterns:
         return planned
     try:
@@ -146,17 +150,6 @@ def find_images(stage: Stage, made: Made) -> list[str]:
             f"{error}. Make image shards with scripts/make_shards.py (docs/data.md) and say where "
             f"they are: {' or '.join(ways)}"
         ) from error
-
-
-def planned_images(pattern: str, made: Made) -> list[str]:
-    """Image shards that an earlier stage writes and a pattern matches; none: not its folder.
-
-    Raises:
-        ValueError: the pattern is in its folder and matches none.
-    """
-    writer = made.get(os.path.normpath(os.path.dirname(pattern)))
-    shards = [os.path.normpath(shard) for shard in writer.config.outputs()] if writer else []
-    return match_planned(pattern, shards, writer) if shards else []
 
 
 def match_planned(pattern: str, shards: Sequence[str | Path], writer: Stage) -> list[str]:

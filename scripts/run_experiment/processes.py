@@ -245,6 +245,8 @@ class Runner:
                     preexec_fn=partial(begin, launcher=os.getpid()),
                 )
                 self._processes.append(process)
+
+            # One that fails ends all: the others would wait for it. A clean stop is no failure.
             next_repeat = time.monotonic() + REPEAT_SECONDS
             while True:
                 statuses = [process.poll() for process in self._processes]

@@ -25,7 +25,7 @@ from scripts import train_text_encoder
 from scripts.workload.sizes import Stage
 from training.optim import EMA, OptimizedNetwork, descend
 from training.run import Run
-from training.tokens import StoredCaptions, StoredTokens, unknown_tokens
+from training.tokens import StoredText, StoredTokens, unknown_tokens
 
 MAX_TOKEN_ID = 32_000  # below the vocabularies of T5 and CLIP
 READ_IMAGES = ("text_encoder", "tokenizer", "tokens")  # stages
@@ -116,11 +116,11 @@ def build_loss(stage: Stage, run: Run, tower: TextEncoder | None) -> tuple[nn.Mo
         clip = train_text_encoder.open_clip_config(config.clip)
         return train_text_encoder.ClipPair(clip), partial(train_text_encoder.compute_losses, run)
     if config.stage == "text_decoder":
-        captions = StoredCaptions(run, None, config.data, None, tower, has_text_states=False)
+        captions = StoredText(run, None, None, tower)
         decoder = train_text_decoder.build_model(config, None)
         return decoder, partial(train_text_decoder.compute_losses, config, captions)
     info = unknown_tokens(sizes.num_tokens, sizes.token_channels, latent_scale=1.0)
-    tokens = StoredTokens(run, None, config.data, None, tower, info)
+    tokens = StoredTokens(run, None, None, tower, info)
     if config.stage == "flowtok":
         flow = train_flowtok.build_model(config, info, None)
         return flow, partial(train_flowtok.compute_losses, config, tokens)
