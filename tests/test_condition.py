@@ -13,7 +13,6 @@ from modeling.flow import FlowConfig
 from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.layers import CrossAttention
-from modeling.pipeline import SamplingConfig, transport
 from modeling.text_projector import TextProjectorConfig
 
 B, K, C, T, W = 4, 5, 3, 16, 16
@@ -90,16 +89,6 @@ def test_sampling_computes_what_the_networks_own_forward_does(condition):
         for null in ((False,), (True,), (False, True)):
             rows = [network(x, t, torch.full((B,), flag), features) for flag in null]
             torch.testing.assert_close(table(x, time, null), torch.cat(rows))
-
-
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_the_context_of_each_sample_is_its_own(condition):
-    flow = build(condition, source="noise")
-    config = SamplingConfig(steps=3, guidance=1.5)
-    start, states = torch.randn(B, K, C), torch.randn(B, K, T)
-    together = transport(flow, start, flow.context(states), config)
-    alone = [transport(flow, start[[i]], flow.context(states[[i]]), config) for i in range(B)]
-    torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_cross_attention_is_softmax_over_the_context():

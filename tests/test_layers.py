@@ -8,28 +8,14 @@ import resource
 
 import pytest
 import torch
-from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
 from torch import nn
 
 from modeling.layers import (
     SwiGLU,
-    axial_rope_table,
     init_linear_,
-    rotate_pairs,
-    rotation_tables,
     save_weights,
     timestep_sinusoids,
 )
-
-GRID, HEAD_DIM = 3, 16
-
-
-def test_rotation_equals_timms_rotary_embedding():
-    timm_rope = RotaryEmbeddingCat(HEAD_DIM, in_pixels=False, feat_shape=[GRID, GRID])
-    x = torch.randn(2, GRID**2, 4, HEAD_DIM)
-    expected = apply_rot_embed_cat(x.transpose(1, 2), timm_rope.get_embed()).transpose(1, 2)
-    tables = rotation_tables(axial_rope_table(torch.arange(GRID), torch.arange(GRID), HEAD_DIM))
-    torch.testing.assert_close(rotate_pairs(x, *tables), expected)
 
 
 @pytest.mark.parametrize("width", [32, 48])  # 85 hidden channels, which are padded, and 128

@@ -193,11 +193,6 @@ def test_one_pass_is_in_order_centre_cropped_exact_and_ends_short(image_shards):
     assert torch.equal(batch["image"], trained["image"][order])
 
 
-def test_one_pass_can_be_limited_and_given_other_shards(tmp_path, image_shards):
-    batches = images(image_shards).once(4, shards=[str(tmp_path / "1.tar")], limit=6)
-    assert [batch["key"] for batch in batches] == [["10", "11", "12", "13"], ["14", "15"]]
-
-
 def test_training_resizes_fast_unless_it_is_asked_otherwise(tmp_path):
     path = write(tmp_path, [{"__key__": "a", "jpg": jpeg(200, 200), "txt": "x"}])
     plain = {"random_crop": False, "flip_probability": 0.0, "size": 32}

@@ -105,18 +105,6 @@ def test_gradients_reach_decoder_and_projector_but_not_the_unused_alignment():
         assert (parameter.grad is None) == name.startswith("projector.alignment"), name
 
 
-def test_a_frozen_projector_gets_no_gradient_and_stays_in_eval_mode():
-    model = build()
-    model.projector.freeze()
-    model.train()
-    assert model.decoder.training
-    assert not any(module.training for module in model.projector.modules())
-    out = forward(model)
-    caption_losses(out.logits, out.classes)["cross_entropy"].backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == name.startswith("decoder."), name
-
-
 def test_the_logits_of_the_training_pass_are_those_of_decoding():
     model = build().eval()
     out, batch = forward(model), torch.stack([ids(100, 101), ids(102)])
