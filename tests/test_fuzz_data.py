@@ -2,13 +2,8 @@
 hang, nothing executed.
 """
 
-import csv
 import gzip
-import io
-import json
-import os
 import pickle
-import re
 import struct
 import tarfile
 import tempfile
@@ -21,7 +16,7 @@ from conftest import shape_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sources import encode, fails, npy, tar_of
+from sources import encode, npy, tar_of
 
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
@@ -215,63 +210,3 @@ def test_hostile_arrays_in_token_shards(latent, states):
     hostile = {name: data for name, data in parts.items() if data is not None}
     good = {"__key__": "0", "latent.npy": GOOD_LATENT, "txt": "a"}
     read_tokens(shard_of([{**good, "__key__": "1", **hostile}, good]))
-
-
-ROWS = st.lists(
-    st.tuples(
-        st.sampled_from(["a.jpg", "./a.jpg", "b.jpg", "text.jpg", "gone.jpg", ""]),
-        st.sampled_from(["one", "two, three", 'say "four"', "five\nsix", " ", ""]),
-    ),
-    min_size=1,
-    max_size=9,
-)
-ENDINGS = st.sampled_from(["csv", "tsv", "jsonl"])
-
-
-def table_of(rows, ending):
-    """Text of a table of (path, caption)."""
-    names, text = ("path", "caption"), io.StringIO(newline="")
-    table = csv.writer(text, delimiter="\t" if ending == "tsv" else ",")
-    table.writerows([names, *rows])
-    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows]
-    return "".join(f"{line}\n" for line in lines) if ending == "jsonl" else text.getvalue()
-
-
-def test_a_table_that_cannot_be_read_to_its_end_is_refused_with_the_line(capsys):
-    """Where the quote stands, or what is in another encoding; nothing is written."""
-
-    @FEW
-    @given(
-        before=ROWS,
-        after=ROWS,
-        ending=ENDINGS,
-        fault=st.sampled_from(
-            [
-                ("cp1252", "strict", "é"),
-                ("utf-8", "surrogatepass", "\ud800"),
-                ("utf-16", "surrogatepass", "\ud800"),
-                ("utf-8", "strict", '"'),
-            ]
-        ),
-    )
-    def check(before, after, ending, fault):
-        encoding, errors, letter = fault
-        is_quote = letter == '"' and ending != "jsonl"
-        if letter == '"' and not is_quote:
-            return
-        head, tail = table_of(before, ending), table_of([("a.jpg", "@"), *after], ending)
-        tail = tail[tail.index("\n") + 1 :] if ending != "jsonl" else tail
-        # the quote may stand in a row that has another quoted field before
-        if is_quote:
-            tail = tail.replace("a.jpg", '"a\n.jpg"', 1)
-        content = head + tail.replace("@", f"{letter}open", 1)
-        line = 1 + len(re.findall("\r\n|\n", content[: len(head) + tail.index("@")]))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, f"t.{ending}")
-            path.write_bytes(content.encode(encoding, errors))
-            message = fails(capsys, "table", path, "--output", Path(folder, "out"))
-            assert os.listdir(folder) == [path.name]
-        cure = "--no-quotes" if is_quote else "--encoding"
-        assert f"t.{ending} line {line} " in message.replace(":", " ") and cure in message
-
-    check()
