@@ -14,7 +14,6 @@ from modeling.layers import (
     SwiGLU,
     init_linear_,
     save_weights,
-    timestep_sinusoids,
 )
 
 
@@ -31,13 +30,6 @@ def test_swiglu_equals_its_formula_and_its_hidden_size_is_two_thirds_of_four_wid
     parameters = list(layer.parameters())
     found = torch.autograd.grad(layer(x).square().sum(), parameters)
     torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), parameters))
-
-
-def test_time_sinusoids_are_cosines_then_sines_of_the_unscaled_time_in_float32():
-    t = torch.tensor([0.0, 0.25, 1.0], dtype=torch.bfloat16)
-    angles = t.double()[:, None] * 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
-    expected = torch.cat([angles.cos(), angles.sin()], dim=1).float()
-    torch.testing.assert_close(timestep_sinusoids(t, 256), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
