@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sources import Evil
 
 from modeling.clip_weights import build_clip, save_clip
 from modeling.flow import FlowConfig
@@ -348,18 +349,11 @@ def test_heads_that_are_not_known_or_wrong_are_refused(file, num_heads, message)
         convert(only_shapes(file), num_heads)
 
 
-class Attack:
-    """An object whose unpickling runs a command."""
-
-    def __reduce__(self):
-        return os.system, ("touch mark",)
-
-
 DIT = {name: x for name, x in light(FLOW).items() if name.startswith("blocks")}
 DIT |= {"x_embedder.proj.weight": torch.ones(96, 4, 2, 2), "pos_embed": torch.ones(1, 64, 96)}
 META = torch.ones(77, 512, device="meta")
 BAD_CONTENTS = {  # what a file holds -> what the error says after the file's name
-    "attack": ({"model": Attack()}, "refused$"),
+    "attack": ({"model": Evil()}, "refused$"),
     "list": ([torch.ones(2)], "it holds a list"),
     "empty": ({}, ".* it holds nothing"),
     "integers": ({"latent_tokens": torch.ones(77, 512).long()}, "latent_tokens is torch.int64"),

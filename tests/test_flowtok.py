@@ -1,6 +1,6 @@
-"""modeling/flowtok.py: the adaLN-Zero start, gradients, errors.
+"""modeling/flowtok.py: the adaLN-Zero start, errors.
 
-The formulas are those of tests/test_plain_flow.py and of the release (test_convert_checkpoint.py).
+Formulas and gradients are those of tests/test_plain_flow.py and of the release (test_convert_checkpoint.py).
 """
 
 from dataclasses import replace

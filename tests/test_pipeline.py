@@ -1,4 +1,7 @@
-"""modeling/pipeline.py: an image depends on caption, seed, index, not on its batch; guidance."""
+"""modeling/pipeline.py: an image does not depend on its batch; noise, guidance, captions.
+
+The path itself is that of tests/test_plain_flow.py and of the release (test_convert_checkpoint.py).
+"""
 
 from dataclasses import replace
 

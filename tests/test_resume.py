@@ -12,6 +12,7 @@ import yaml
 from conftest import shape_sample
 from forks import start_ranks
 from safetensors.torch import load_file, save_file
+from sources import Evil
 from tiny_experiment import PROGRAMS, equal, metrics, training, weights
 
 import train_flowtok
@@ -136,11 +137,6 @@ def test_another_network_is_refused_when_resuming_and_another_batch_size_restart
     assert "data continues with epoch 1" in printed and "batch_size was 8, is 4" in printed
 
 
-class Evil:
-    def __reduce__(self):
-        return (os.mkdir, ("executed",))
-
-
 @pytest.mark.parametrize("file", [ckpt.OPTIMIZER_FILE, ckpt.rank_file(0)])
 def test_a_checkpoint_executes_nothing(chain, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
@@ -156,7 +152,7 @@ def test_a_checkpoint_executes_nothing(chain, tmp_path, monkeypatch, file):
     (folder / ckpt.STATE_FILE).write_text(json.dumps(saved))
     with refused(f"{file} is broken, or holds more .*: refused"):
         chain.run_in(tmp_path, "tokenizer", "training.max_steps=2")
-    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "pwned").exists()
 
 
 # Complete runs

@@ -1,4 +1,7 @@
-"""modeling/samplers.py: solvers against closed forms, their order, times, precision, errors."""
+"""modeling/samplers.py: solvers against closed forms, their order, times, precision.
+
+The release's own solver: test_convert_checkpoint.py.
+"""
 
 import math
 from itertools import pairwise
