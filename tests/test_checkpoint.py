@@ -26,19 +26,6 @@ def write(run_dir, step, keep=9, model=None, **inputs):
     return partial.with_suffix("")
 
 
-def test_a_committed_checkpoint_has_its_files_and_is_read_back(tmp_path):
-    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    folder = write(tmp_path, 7, model=model)
-    assert folder == tmp_path / "checkpoints" / "step_00000007"
-    names = {ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.STATE_FILE}
-    assert {path.name for path in folder.iterdir()} == names
-    assert ckpt.read_state(folder).items() >= state_of(7).items()
-    load_weights(other, folder / ckpt.MODEL_FILE)
-    assert torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
-    assert ckpt.latest_checkpoint(tmp_path) == (7, folder)
-    assert ckpt.latest_checkpoint(tmp_path / "nowhere") is None
-
-
 def test_a_half_written_folder_is_ignored_and_removed_when_its_step_comes_again(tmp_path):
     folder = write(tmp_path, 1)
     half = ckpt.begin_checkpoint(tmp_path, 2)

@@ -1,6 +1,7 @@
 """modeling/flowtok.py: the adaLN-Zero start, errors.
 
-Formulas and gradients are those of tests/test_plain_flow.py and of the release (test_convert_checkpoint.py).
+Formulas and gradients are those of test_plain_flow.py, and of the release in
+test_convert_checkpoint.py.
 """
 
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""modeling/pipeline.py: an image does not depend on its batch; noise, guidance, captions.
+"""modeling/pipeline.py: the start of an image, clamping, cost, precision; captions.
+
+That an image does not depend on its batch: tests/test_generation.py and test_sample.py.
 
 The path itself is that of tests/test_plain_flow.py and of the release (test_convert_checkpoint.py).
 """
@@ -53,19 +55,6 @@ def network_calls(parts):
     hook = first.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     yield calls
     hook.remove()
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_same_seed_gives_the_same_images_for_any_batch_size(parts, size):
-    images, latents = parts.generate(CAPTIONS, SAMPLING, seed=3)
-    torch.manual_seed(99)
-    assert torch.equal(parts.generate(CAPTIONS, SAMPLING, 3, [0, 1, 2, 3, 4])[0], images)
-    assert images.std() > 0.05
-    for numbers in torch.arange(len(CAPTIONS)).split(size):
-        captions = [CAPTIONS[i] for i in numbers]
-        some, their_latents = parts.generate(captions, SAMPLING, 3, numbers.tolist())
-        torch.testing.assert_close(some, images[numbers], rtol=0, atol=1e-5)
-        torch.testing.assert_close(their_latents, latents[numbers], rtol=1e-5, atol=1e-4)
 
 
 def test_images_are_clamped_to_the_unit_range_in_their_shape(parts):

@@ -38,8 +38,3 @@ def test_a_hash_in_the_name_is_checked(tmp_path, no_network):
         file.write_bytes(b"half of")
         with pytest.raises(ValueError, match=f"{file.name} is damaged or another file"):
             published().find(name, download=False)
-
-
-def test_a_name_without_a_hash_is_taken_as_it_is(tmp_path):
-    (tmp_path / "mine.pth").write_bytes(b"weights")
-    assert published().find(str(tmp_path / "mine.pth"), download=False) == tmp_path / "mine.pth"
