@@ -113,23 +113,6 @@ def test_noise_is_the_start_and_has_no_mean():
         source.start(states, None)
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        (NOISE, "flowtok.condition"),
-        ([*NOISE, "flowtok.condition=concatenation", "losses.kl_weight=1"], "losses"),
-        (
-            [*NOISE, "flowtok.condition=concatenation", "sampling.sample_text_latent=false"],
-            "sampling.sample_text_latent",
-        ),
-        (["flowtok.condition=cross-attention"], "cross_attention"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_any_work(chain, options, name):
-    with pytest.raises(ValueError, match=name):
-        chain.config("flowtok", *options)
-
-
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_a_flow_from_noise_trains_resumes_and_draws(chain, tmp_path, condition):
     options = [*NOISE, f"flowtok.condition={condition}"]

@@ -6,7 +6,6 @@ test_convert_checkpoint.py.
 
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import nn
 
@@ -37,9 +36,3 @@ def test_init_misses_no_parameter():
         nn.init.constant_(parameter, float("nan"))
     network.init_weights()
     assert not [name for name, p in network.named_parameters() if p.isnan().any()]
-
-
-@pytest.mark.parametrize("options", [{"num_heads": 5}, {"width": 21, "num_heads": 3}])
-def test_impossible_widths_are_refused(options):
-    with pytest.raises(ValueError, match="^width .* num_heads"):
-        replace(CONFIG, **options)

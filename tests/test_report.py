@@ -120,8 +120,3 @@ def test_a_report_of_codes_has_the_ridge_quantised_in_the_place_of_a_source(
     assert {name for name in found if name.startswith(("train", "heldout"))} == sets
     for name in sets:
         assert 0 <= found[name]["latent"]["top1"] <= found[name]["latent"]["top5"] <= 1
-
-
-def test_a_report_without_images_is_refused(chain):
-    with pytest.raises(ValueError, match="heldout_shards"):
-        chain.config("report", "heldout_shards=[]")
