@@ -160,6 +160,7 @@ def test_a_frozen_encoder_keeps_its_weights_while_the_decoder_learns(chain, tmp_
     ("options", "keys"),
     [
         ("freeze_encoder=true init_from=x", "freeze_encoder=true .*losses.kl_weight=0"),
+        ("adversarial.weight=0.1 adversarial.start_step=4", "start_step=4 .*max_steps=4"),
         ("init_from=CHAIN/flowtok", "flowtok .*'flowtok'.*'tokenizer'"),
         ("losses.perceptual_weight=1 perceptual.vgg_weights=/gone.pth", "vgg_weights: .*/gone.pth"),
     ],
