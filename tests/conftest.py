@@ -193,6 +193,15 @@ def inputs(tmp_path_factory, tiny_shards) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"), tiny_shards)
 
 
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with three images, 0.png to 2.png."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(shape_sample(number)["png"])
+    return tmp_path / "pictures"
+
+
 def shape_sample(number: int) -> dict:
     """One coloured shape on white, a function of its number; captions repeat, pictures do not."""
     colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number // len(COLOURS) % len(SHAPES)]

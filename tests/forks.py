@@ -169,14 +169,6 @@ def mount_little(place: str, size: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
 
 
-def launch_two(log: Path, *words: str) -> Program:
-    """`accelerate launch` of a program in two processes on the CPU."""
-    flags = "--num_processes 2 --num_machines 1 --multi_gpu --main_process_port 0"
-    flags += " --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
-    variables = {"ACCELERATE_USE_CPU": "true"}
-    return Program(log, "accelerate.commands.launch", *flags.split(), *words, **variables)
-
-
 def in_two_processes(function: Callable[[int], object], folder: Path) -> list:
     """What function(rank) returns in each of two processes of a gloo group; `folder` is empty."""
     processes = [

@@ -144,6 +144,22 @@ def tar_of(members):
     return file.getvalue()
 
 
+def with_size(data, field):
+    """The first header of a tar with another size, spelled like this, and a checksum that fits."""
+    header = bytearray(data[:512])
+    header[124:136] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+class Evil:
+    """Unpickled, it makes a file in the current folder."""
+
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
 def write_photos(root):
     """60 images of two sizes, captions of several lengths; every tenth copies the one before."""
     for i in range(60):

@@ -67,10 +67,3 @@ def test_full_keeps_less_than_none_and_selective_computes_no_matrix_product_agai
         flops[mode] = counter.get_total_flops()
     assert kept["full"] < 0.7 * kept["none"]
     assert flops["selective"] == flops["none"] < flops["full"]
-
-
-def test_without_gradients_nothing_is_checkpointed():
-    model, run = make_flow()
-    set_activation_checkpointing(model, "full")
-    with torch.no_grad():
-        assert not run().requires_grad

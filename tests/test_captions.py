@@ -12,7 +12,6 @@ from data.captions import (
     clean_caption,
     collate_text,
     is_cut,
-    metadata_of,
     sentences_that_fit,
 )
 from data.filters import FilterConfig
@@ -72,12 +71,6 @@ def test_keys_are_tried_in_order_and_a_list_gives_all_its_usable_captions(keys, 
 def test_a_sample_without_a_readable_caption_is_bad(sample):
     with pytest.raises(BadSample, match="^caption: missing$"):
         choice(["recap_txt"]).choose(sample, None)
-
-
-def test_metadata_is_told_apart_from_none_and_from_broken():
-    assert metadata_of({"txt": b"x"}) == {}
-    assert metadata_of(with_json(a=1)) == {"a": 1}
-    assert metadata_of({"json": b"{"}) is None and metadata_of({"json": b"[1]"}) is None
 
 
 # which is taken

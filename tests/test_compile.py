@@ -35,9 +35,3 @@ def test_compiled_blocks_train_the_same_weights(chain, tmp_path, stage):
     if stage == "flowtok":  # once is enough: it compiles anew
         chain.run_in(tmp_path / "compiled", stage, OPTION, *options, "training.max_steps=6")
         assert metrics(compiled)[-1]["step"] == 6
-
-
-def test_compiling_and_selective_checkpointing_are_refused_together(chain):
-    with pytest.raises(ValueError, match="set activation_checkpointing to none or full"):
-        chain.config("flowtok", OPTION, "activation_checkpointing=selective")
-    assert chain.config("flowtok", OPTION, "activation_checkpointing=full").training.compile

@@ -13,7 +13,6 @@ from modeling.flow import FlowConfig
 from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.layers import CrossAttention
-from modeling.pipeline import SamplingConfig, transport
 from modeling.text_projector import TextProjectorConfig
 
 B, K, C, T, W = 4, 5, 3, 16, 16
@@ -92,16 +91,6 @@ def test_sampling_computes_what_the_networks_own_forward_does(condition):
             torch.testing.assert_close(table(x, time, null), torch.cat(rows))
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_the_context_of_each_sample_is_its_own(condition):
-    flow = build(condition, source="noise")
-    config = SamplingConfig(steps=3, guidance=1.5)
-    start, states = torch.randn(B, K, C), torch.randn(B, K, T)
-    together = transport(flow, start, flow.context(states), config)
-    alone = [transport(flow, start[[i]], flow.context(states[[i]]), config) for i in range(B)]
-    torch.testing.assert_close(together, torch.cat(alone))
-
-
 def test_cross_attention_is_softmax_over_the_context():
     attention = CrossAttention(W, num_heads=1).double()
     x, context = (torch.randn(2, n, W, dtype=torch.float64) for n in (3, 7))
@@ -122,23 +111,6 @@ def test_noise_is_the_start_and_has_no_mean():
     assert source.start(states, noise) is noise
     with pytest.raises(ValueError, match="sample_text_latent=true"):
         source.start(states, None)
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        (NOISE, "flowtok.condition"),
-        ([*NOISE, "flowtok.condition=concatenation", "losses.kl_weight=1"], "losses"),
-        (
-            [*NOISE, "flowtok.condition=concatenation", "sampling.sample_text_latent=false"],
-            "sampling.sample_text_latent",
-        ),
-        (["flowtok.condition=cross-attention"], "cross_attention"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_any_work(chain, options, name):
-    with pytest.raises(ValueError, match=name):
-        chain.config("flowtok", *options)
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

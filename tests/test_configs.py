@@ -9,10 +9,23 @@ from shipped import FILES, load
 from tiny_experiment import PROGRAMS
 
 from configs.load import load_config, load_dataclass, valid_keys
+from modeling.discriminator import AdversarialConfig
+from modeling.dual_quantizer import QuantizerConfig
+from modeling.flow import FlowConfig
+from modeling.flowtok import FlowTokConfig
+from modeling.image_tokenizer import ImageTokenizerConfig
+from modeling.image_tokenizer import TransformerSize as Size
+from modeling.losses import FlowLossConfig, ProjectorLossConfig, ReconstructionLossConfig
+from modeling.next_scale import NextScaleConfig, NextScaleSampling
+from modeling.perceptual import PerceptualConfig
+from modeling.pipeline import SamplingConfig
+from modeling.text_decoder import TextDecoderConfig, TextDecoderLossConfig
+from modeling.text_projector import TextProjectorConfig
 from train_flowtok import FlowTokStage
 from train_next_scale import NextScaleStage
 from train_text_projector import TextProjectorStage
 from train_tokenizer import TokenizerStage
+from training.optim import OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
 FLOWTOK = ROOT / "configs/emoji/flowtok.yaml"
@@ -196,6 +209,88 @@ def test_a_size_that_an_earlier_stage_knows_can_not_be_set():
 def test_impossible_settings_name_key_and_value(stage, path, override, texts):
     message = error_of(stage, path, override)
     assert all(text in message for text in texts)
+
+
+NOISE = "flow.source=noise losses.alignment_weight=0 losses.kl_weight=0"
+READ = f"{NOISE} flow.sample_text_latent=true flowtok.condition=concatenation"
+SHARDED, MEAN_FLOW = "training.shard=full", "flow.objective=mean_flow"
+SELECTIVE, HEUN = "activation_checkpointing=selective", "sampling.sampler=heun"
+UNTOLD = "next_scale.null_probability=0 sampling.guidance=2"
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "message"),
+    [
+        ("emoji/flowtok", NOISE, "flowtok.condition"),
+        ("emoji/flowtok", f"{READ} losses.kl_weight=1", "losses"),
+        ("emoji/flowtok", f"{READ} sampling.sample_text_latent=false", "sampling.sample_text_"),
+        ("emoji/flowtok", "flowtok.condition=cross-attention", "cross_attention"),
+        ("emoji/flowtok", f"training.compile=true {SELECTIVE}", "activation_checkpointing to none"),
+        ("emoji/flowtok", f"{SHARDED} training.compile=true", f"{SHARDED}.*training.compile"),
+        ("emoji/flowtok", f"{SHARDED} {MEAN_FLOW}", f"{MEAN_FLOW}.*{SHARDED}"),
+        (
+            "emoji/flowtok",
+            f"{MEAN_FLOW} {HEUN}",
+            f"sampler heun.*{MEAN_FLOW}.*euler",
+        ),
+        ("emoji_dual/tokenizer", SHARDED, f"{SHARDED}.*dual tokenizer"),
+        ("emoji_dual/next_scale", SHARDED, f"{SHARDED}.*dual tokenizer"),
+        ("emoji_dual/next_scale", UNTOLD, "null_probability"),
+        ("emoji/report", "heldout_shards=[]", "heldout_shards"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(file, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(f"configs/{file}.yaml", *overrides.split())
+
+
+# Parts of configs, and the values that each refuses by itself
+IMPOSSIBLE = [
+    (AdversarialConfig, {"lecam_weight": -1}, "^lecam_weight .*-1"),
+    (FlowConfig, {"null_probability": 1.0}, "^null_probability .*1.0"),
+    (FlowConfig, {"time_power": 0.0}, "^time_power .*0.0"),
+    (FlowLossConfig, {"flow_matching_weight": 0.0}, "^flow_matching_weight .*0"),
+    (FlowTokConfig, {"num_heads": 5}, "^width .* num_heads"),
+    (FlowTokConfig, {"width": 21, "num_heads": 3}, "^width .* num_heads"),
+    (ImageTokenizerConfig, {"image_size": 18}, "^image_size 18 .*patch_size 16"),
+    (ImageTokenizerConfig, {"encoder": Size(36, 1, 2)}, "^encoder.width 36 .*num_heads = 8"),
+    (ImageTokenizerConfig, {"decoder": Size(32, 1, 5)}, "^decoder.width 32 .*num_heads = 20"),
+    (NextScaleConfig, {"width": 15}, "num_heads"),
+    (NextScaleConfig, {"quantizer": QuantizerConfig(scales=[8])}, "scales begin with 8"),
+    (NextScaleSampling, {"top_k": [1]}, "top_k"),
+    (NextScaleSampling, {"top_p": [0.0, 0.5, 2.0]}, "top_p"),
+    (NextScaleSampling, {"guidance": -1.0}, "guidance"),
+    (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate"),
+    (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps"),
+    (OptimizerConfig, {"betas": [0.9]}, "betas"),
+    (OptimizerConfig, {"hold_fraction": 1.0}, "hold_fraction"),
+    (PerceptualConfig, {"lpips_weight": -1.0}, "^lpips_weight .*-1.0"),
+    (ProjectorLossConfig, {"alignment_margin": 2.0}, "^alignment_margin .*2.0"),
+    (QuantizerConfig, {"num_codes": 0}, "num_codes"),
+    (QuantizerConfig, {"scales": [2, 1]}, "scales"),
+    (QuantizerConfig, {"scales": []}, "scales"),
+    (QuantizerConfig, {"drop_scale_probability": 2.0}, "drop_scale_probability"),
+    (ReconstructionLossConfig, {"l2_weight": 0.0}, "^l2_weight and l1_weight .*0"),
+    (SamplingConfig, {"guidance_interval": [0.6, 0.5]}, r"^guidance_interval .*\[0.6, 0.5\]"),
+    (TextDecoderConfig, {"width": 15, "num_heads": 2}, "^width 15 .*num_heads 2"),
+    (TextDecoderConfig, {"dropout": 1.0}, "^dropout .*1.0"),
+    (TextDecoderConfig, {"vocabulary_size": 50000}, "^vocabulary_size .* 50000$"),
+    (TextDecoderLossConfig, {"latent_noise": -1.0}, "^latent_noise .*-1.0"),
+    (TextProjectorConfig, {"width": 24, "num_heads": 5}, "^width 24 .*num_heads 5"),
+    (TextProjectorConfig, {"fixed_std": -1.0}, "^fixed_std .*-1.0"),
+    (TextProjectorConfig, {"dropout": 1.0}, "^dropout .*1.0"),
+    (
+        TextProjectorConfig,
+        {"text_width": 24, "alignment_target": "average_pool", "token_channels": 5},
+        "^alignment_target.*24.*5",
+    ),
+]
+
+
+@pytest.mark.parametrize(("part", "values", "message"), IMPOSSIBLE)
+def test_a_part_refuses_impossible_values_by_name(part, values, message):
+    with pytest.raises(ValueError, match=message):
+        part(**values)
 
 
 @dataclasses.dataclass

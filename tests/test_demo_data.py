@@ -6,24 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-import webdataset as wds
 from PIL import Image
 
 from assets.noto_emoji import make_demo_data as demo
+from data.tar import read_shard
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "noto_emoji"
 MANIFEST = json.loads((ASSETS / "manifest.json").read_text(encoding="utf-8"))
 SPLITS = ("train-base", "train-tone", "heldout", "heldout-tone")
 HELDOUT = set((ASSETS / "heldout.txt").read_text(encoding="utf-8").split())
-
-
-def read_shard(path):
-    """[(key, {"png", "txt", "json"} as raw bytes)] as webdataset reads them."""
-    samples = wds.WebDataset([str(path)], shardshuffle=False, empty_check=False)
-    return [
-        (sample["__key__"], {name: sample[name] for name in ("png", "txt", "json")})
-        for sample in samples
-    ]
 
 
 def test_committed_shards_match_the_manifest():
@@ -40,7 +31,7 @@ def test_contents_are_the_manifests_and_no_heldout_emoji_is_in_a_training_shard(
     pixels = {"train": set(), "heldout": set()}
     for row in MANIFEST["shards"]:
         split, content = row["file"].split("-")[0], hashlib.sha256()
-        for _, files in read_shard(ASSETS / row["file"]):
+        for files in read_shard(ASSETS / row["file"]):
             rgb = Image.open(io.BytesIO(files["png"])).convert("RGB").tobytes()
             content.update(files["json"] + b"\n" + rgb)
             bases[split].add(json.loads(files["json"])["base"])
@@ -115,12 +106,14 @@ def test_built_samples_are_captioned_on_white_and_the_same_bytes_each_time(packa
     assert files == {path.name for path in two.iterdir()}
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
 
-    samples = dict(read_shard(one / "train-base-000000.tar.gz"))
+    samples, tones = (
+        {sample["__key__"]: sample for sample in read_shard(one / f"train-{part}-000000.tar.gz")}
+        for part in ("base", "tone")
+    )
     captions = {"person in tuxedo, person role", "man in tuxedo, person role"}
     assert {parts["txt"].decode() for parts in samples.values()} == captions
     image = Image.open(io.BytesIO(samples["1f935"]["png"]))
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
-    tones = dict(read_shard(one / "train-tone-000000.tar.gz"))
     assert tones["1f935-1f3ff"]["txt"].decode() == "person in tuxedo, person role, dark skin tone"
 
 

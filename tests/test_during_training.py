@@ -176,7 +176,6 @@ def test_stage_1_logs_the_psnr_and_ssim_of_the_program_and_trains_the_same(
 
 # Refusals
 
-CAPTIONS_13 = '["num_captions=13","features=tokenizer","metrics=[frechet]"]'
 NO_CLIP = '["metrics=[clip_score]","clip.model=local-dir:/nowhere"]'
 UNGUIDED = ["flow.null_probability=0", "sampling.guidance=1"]
 
@@ -186,12 +185,10 @@ UNGUIDED = ["flow.null_probability=0", "sampling.guidance=1"]
     [
         ("flowtok", ["evaluation.protocol=coco40k"], ["coco40k", "coco30k"]),
         ("flowtok", ["evaluation.every_steps=-1"], ["evaluation.every_steps", "-1"]),
-        ("flowtok", ['evaluation.overrides=["captions=[/nowhere.txt]"]'], ["/nowhere.txt"]),
         ("flowtok", ["evaluation.overrides=[]"], ["InceptionV3", "https://"]),
         ("flowtok", [f"evaluation.overrides={NO_CLIP}"], ["/nowhere"]),
         ("flowtok", ['evaluation.overrides=["metrics=[]"]'], ["metrics"]),
         ("flowtok", [*UNGUIDED, 'evaluation.overrides=["guidance=3"]'], ["guidance", "3"]),
-        ("flowtok", [f"evaluation.overrides={CAPTIONS_13}"], ["12", "13"]),
         ("tokenizer", ["evaluation.shards=[]"], ["evaluation.every_steps", "evaluation.shards"]),
         ("tokenizer", ["evaluation.shards=[/nowhere.tar]"], ["/nowhere.tar"]),
         ("tokenizer", ["evaluation.num_images=-1"], ["evaluation.num_images", "-1"]),

@@ -289,8 +289,10 @@ def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain,
             running.kill()
         if (folder / "tokens.json").is_file():
             break
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     chain.run_in(tmp_path / "killed", "tokens", *options)
     assert kills and contents(folder) == contents(whole)
+    assert all(path.stat().st_mtime_ns == moment for path, moment in written.items())
 
 
 # disks, workers, shared memory

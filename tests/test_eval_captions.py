@@ -19,16 +19,6 @@ HAS_JAVA = captions.which("java") is not None
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder with three images."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for number in range(3):
-        (folder / f"{number}.png").write_bytes(shape_sample(number)["png"])
-    return folder
-
-
-@pytest.fixture
 def no_java(monkeypatch):
     """Only the fast half of the metrics."""
     monkeypatch.setattr(captions, "which", lambda name: None)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CLIP, shape_sample
+from conftest import TINY_CLIP
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_experiment import draw
@@ -59,14 +59,6 @@ def exported(tmp_path_factory, both_ways):
     folder = tmp_path_factory.mktemp("exported") / "shapes"
     run_script(both_ways, "--output", folder)
     return folder
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    for number in range(3):
-        (tmp_path / "pictures" / f"{number}.png").write_bytes(shape_sample(number)["png"])
-    return tmp_path / "pictures"
 
 
 def test_the_wheel_in_a_fresh_environment_gives_the_pixels_of_the_run(

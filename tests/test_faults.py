@@ -137,22 +137,6 @@ def test_rotation_keeps_the_newest_whole_checkpoint_though_a_damaged_one_is_newe
 # Data and its workers
 
 
-def test_shards_that_vanish_end_with_an_error_that_names_them_and_when_back_the_run_goes_on(
-    lab, tiny_shards, tmp_path
-):
-    shards = tmp_path / "shards"
-    shutil.copytree(tiny_shards, shards)
-    patterns = f"data.shards=[{shards}/*.tar]"
-    running = lab.train(patterns)
-    shards.rename(tmp_path / "gone")
-    check_error(running, "shard: unreadable", f"{shards}/train-0000", "No such file or directory")
-    (tmp_path / "gone").rename(shards)
-    step = ckpt.latest_checkpoint(lab.run, verify=True)[0]
-    running = lab.start(patterns, f"training.max_steps={step + 3}")
-    assert running.wait() == 0 and f"resuming at step {step}" in running.output, running.output
-    check_error(lab.start(f"data.shards=[{tmp_path}/gone/*.tar]"), "matches no file")
-
-
 IMPATIENT = """
 import runpy
 from training import supervise

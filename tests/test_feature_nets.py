@@ -10,6 +10,7 @@ import torch
 from conftest import TINY_CLIP
 from PIL import Image
 from safetensors.torch import save_file
+from sources import Evil
 
 from eval import feature_nets
 from eval.feature_nets import INCEPTION, ClipScorer, DinoFeatures, InceptionFeatures
@@ -126,24 +127,14 @@ def test_building_draws_no_random_numbers(inception_file, dino_file, tiny_clip_d
 # Files
 
 
-class Malicious:
-    """Unpickled, it runs a command."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
-
-
-def test_a_file_that_would_execute_code_is_refused_and_executes_nothing(tmp_path):
-    file, marker = tmp_path / "weights.pth", tmp_path / "executed"
-    torch.save({"fc.weight": Malicious(marker)}, file)
-    with pytest.raises(ValueError, match=str(file)):
-        InceptionFeatures(file)
-    assert not marker.exists()
-    torch.load(file, weights_only=False)["fc.weight"].close()
-    assert marker.exists()  # the file is dangerous indeed
+def test_a_file_that_would_execute_code_is_refused_and_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"fc.weight": Evil()}, "weights.pth")
+    with pytest.raises(ValueError, match="weights.pth"):
+        InceptionFeatures(tmp_path / "weights.pth")
+    assert not (tmp_path / "pwned").exists()
+    torch.load("weights.pth", weights_only=False)["fc.weight"].close()
+    assert (tmp_path / "pwned").exists()  # the file is dangerous indeed
 
 
 def test_truncated_and_another_nets_files_are_refused(

@@ -63,22 +63,6 @@ def test_pass_predicts_the_velocity_on_the_path_between_text_and_image(fixed_tim
     torch.testing.assert_close(result.velocity, flow.flowtok(on_path, t, null))
 
 
-def test_text_latent_is_sampled_or_the_mean():
-    states, image = inputs()
-    at_mean = build(sample_text_latent=False).eval()(states, image).source
-    assert torch.equal(at_mean.latents, at_mean.mean)
-    sampled = build().eval()(states, image).source
-    assert not torch.equal(sampled.latents, sampled.mean)
-
-
-def test_joint_flow_loss_teaches_the_whole_posterior_and_the_network():
-    flow = build(projector="joint", null_probability=0.5)
-    flow_loss(flow(*inputs())).backward()
-    assert taught(flow.flowtok) == {name for name, _ in flow.flowtok.named_parameters()}
-    names = {name for name, _ in flow.projector.named_parameters()}
-    assert taught(flow.projector) == {name for name in names if "alignment" not in name}
-
-
 def test_detached_projector_learns_from_its_own_losses_only():
     flow, (states, image) = build(projector="detached"), inputs()
     result = flow(states, image)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from conftest import shape_sample
 from PIL import Image
-from test_fuzz_data import Evil
+from sources import Evil
 from tiny_experiment import PROGRAMS, stage_configs
 
 import sample

@@ -1,14 +1,9 @@
-"""Hostile shards and tables: each ends in an error of ours or right batches; no other exception, no
-hang, nothing executed.
+"""Hostile shards: each ends in an error of ours or right batches; no other exception, no hang,
+nothing executed.
 """
 
-import csv
 import gzip
-import io
-import json
-import os
 import pickle
-import re
 import struct
 import tarfile
 import tempfile
@@ -21,7 +16,7 @@ from conftest import shape_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sources import encode, fails, npy, tar_of
+from sources import Evil, encode, npy, tar_of, with_size
 
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
@@ -33,28 +28,12 @@ MANY = settings(max_examples=300, deadline=None, derandomize=True, database=None
 FEW = settings(MANY, max_examples=100)
 
 
-class Evil:
-    """Unpickled, it makes a file."""
-
-    def __reduce__(self):
-        return (open, ("pwned", "w"))
-
-
 def png(size=(PIXELS, PIXELS), shown_size=None):
     """A PNG, whose header may claim another size."""
     data = bytearray(encode(Image.new("RGB", size, "red"), "PNG"))
     if shown_size:
         data[16:24] = struct.pack(">II", *shown_size)
     return bytes(data)
-
-
-def with_size(data, size):
-    """The first header says another size, with a checksum that fits."""
-    header = bytearray(data[:512])
-    header[124:136] = f"{size:011o} ".encode()[:12] if size >= 0 else b"-0000000001 "
-    header[148:156] = b" " * 8
-    header[148:156] = f"{sum(header):06o}\0 ".encode()
-    return bytes(header) + data[512:]
 
 
 @st.composite
@@ -200,7 +179,8 @@ def test_spoiled_image_shards(data, is_packed):
 @FEW
 @given(size=st.sampled_from([-1, 1 << 32, 8**11 - 1]) | st.integers(-1, 20_000))
 def test_image_shards_whose_first_member_claims_another_size(size):
-    read_images(with_size(GOOD, size))
+    field = f"{size:011o} " if size >= 0 else "-0000000001 "
+    read_images(with_size(GOOD, field.encode()) + GOOD[512:])
 
 
 def test_a_small_file_that_unpacks_to_a_large_one():
@@ -215,63 +195,3 @@ def test_hostile_arrays_in_token_shards(latent, states):
     hostile = {name: data for name, data in parts.items() if data is not None}
     good = {"__key__": "0", "latent.npy": GOOD_LATENT, "txt": "a"}
     read_tokens(shard_of([{**good, "__key__": "1", **hostile}, good]))
-
-
-ROWS = st.lists(
-    st.tuples(
-        st.sampled_from(["a.jpg", "./a.jpg", "b.jpg", "text.jpg", "gone.jpg", ""]),
-        st.sampled_from(["one", "two, three", 'say "four"', "five\nsix", " ", ""]),
-    ),
-    min_size=1,
-    max_size=9,
-)
-ENDINGS = st.sampled_from(["csv", "tsv", "jsonl"])
-
-
-def table_of(rows, ending):
-    """Text of a table of (path, caption)."""
-    names, text = ("path", "caption"), io.StringIO(newline="")
-    table = csv.writer(text, delimiter="\t" if ending == "tsv" else ",")
-    table.writerows([names, *rows])
-    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows]
-    return "".join(f"{line}\n" for line in lines) if ending == "jsonl" else text.getvalue()
-
-
-def test_a_table_that_cannot_be_read_to_its_end_is_refused_with_the_line(capsys):
-    """Where the quote stands, or what is in another encoding; nothing is written."""
-
-    @FEW
-    @given(
-        before=ROWS,
-        after=ROWS,
-        ending=ENDINGS,
-        fault=st.sampled_from(
-            [
-                ("cp1252", "strict", "é"),
-                ("utf-8", "surrogatepass", "\ud800"),
-                ("utf-16", "surrogatepass", "\ud800"),
-                ("utf-8", "strict", '"'),
-            ]
-        ),
-    )
-    def check(before, after, ending, fault):
-        encoding, errors, letter = fault
-        is_quote = letter == '"' and ending != "jsonl"
-        if letter == '"' and not is_quote:
-            return
-        head, tail = table_of(before, ending), table_of([("a.jpg", "@"), *after], ending)
-        tail = tail[tail.index("\n") + 1 :] if ending != "jsonl" else tail
-        # the quote may stand in a row that has another quoted field before
-        if is_quote:
-            tail = tail.replace("a.jpg", '"a\n.jpg"', 1)
-        content = head + tail.replace("@", f"{letter}open", 1)
-        line = 1 + len(re.findall("\r\n|\n", content[: len(head) + tail.index("@")]))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, f"t.{ending}")
-            path.write_bytes(content.encode(encoding, errors))
-            message = fails(capsys, "table", path, "--output", Path(folder, "out"))
-            assert os.listdir(folder) == [path.name]
-        cure = "--no-quotes" if is_quote else "--encoding"
-        assert f"t.{ending} line {line} " in message.replace(":", " ") and cure in message
-
-    check()

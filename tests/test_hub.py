@@ -25,7 +25,6 @@ from test_make_shards_runs import kill_at, needs_proc
 
 from data import storage, tables
 from data.hub import copies_folder
-from data.storage import RemoteFile
 from data.tables import Columns, find_columns, read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -130,23 +129,6 @@ def test_a_file_is_read_row_group_by_row_group_and_once(tmp_path, monkeypatch):
     first = next(samples)
     assert first["jpg"] == rows[0][0] and sum(num_bytes) < size / 2
     assert len(list(samples)) == 8 and sum(num_bytes) < 1.2 * size
-
-
-def test_parquet_is_read_where_requests_fail(root, tmp_path, monkeypatch):
-    """From the hub's file system, each second request of which breaks."""
-    write_rows(root / "x.parquet", "struct", nine_rows())
-    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.001)
-    fetch, calls = RemoteFile._read, []
-
-    def sometimes(self, size):
-        calls.append(size)
-        if len(calls) % 2:
-            raise ConnectionError("reset")
-        return fetch(self, size)
-
-    monkeypatch.setattr(RemoteFile, "_read", sometimes)
-    run("hub", ID, "--output", tmp_path / "out")
-    assert summary_of(tmp_path / "out")["kept"] == 6 and len(calls) > 5
 
 
 def columns_of(tmp_path, types, image=None, caption=None):

@@ -65,12 +65,6 @@ def test_sources_come_in_the_order_given_and_unreadable_images_are_listed(tiny_s
     ]
 
 
-def test_transparent_pixels_show_the_background(tmp_path):
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    images = ImageSet(list_images([str(tmp_path)]), 8, background=(255, 0, 51))
-    assert images[0]["image"][:, 4, 4].tolist() == [255, 0, 51]
-
-
 def test_an_image_named_twice_and_a_broken_shard_are_refused(tiny_shards, tmp_path):
     shard = str(tiny_shards / "train-00000.tar")
     with pytest.raises(ValueError, match=f"{shard}: 00000"):

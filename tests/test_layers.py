@@ -1,6 +1,6 @@
-"""modeling/layers.py: rotation, SwiGLU, sinusoids against closed forms; the start; errors.
+"""modeling/layers.py: SwiGLU against its closed form; the start; errors.
 
-Attention and positions are those of tests/test_plain_flow.py and of the release.
+Attention, rotation, sinusoids and positions are those of test_plain_flow.py and of the release.
 """
 
 import math
@@ -8,28 +8,13 @@ import resource
 
 import pytest
 import torch
-from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
 from torch import nn
 
 from modeling.layers import (
     SwiGLU,
-    axial_rope_table,
     init_linear_,
-    rotate_pairs,
-    rotation_tables,
     save_weights,
-    timestep_sinusoids,
 )
-
-GRID, HEAD_DIM = 3, 16
-
-
-def test_rotation_equals_timms_rotary_embedding():
-    timm_rope = RotaryEmbeddingCat(HEAD_DIM, in_pixels=False, feat_shape=[GRID, GRID])
-    x = torch.randn(2, GRID**2, 4, HEAD_DIM)
-    expected = apply_rot_embed_cat(x.transpose(1, 2), timm_rope.get_embed()).transpose(1, 2)
-    tables = rotation_tables(axial_rope_table(torch.arange(GRID), torch.arange(GRID), HEAD_DIM))
-    torch.testing.assert_close(rotate_pairs(x, *tables), expected)
 
 
 @pytest.mark.parametrize("width", [32, 48])  # 85 hidden channels, which are padded, and 128
@@ -45,13 +30,6 @@ def test_swiglu_equals_its_formula_and_its_hidden_size_is_two_thirds_of_four_wid
     parameters = list(layer.parameters())
     found = torch.autograd.grad(layer(x).square().sum(), parameters)
     torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), parameters))
-
-
-def test_time_sinusoids_are_cosines_then_sines_of_the_unscaled_time_in_float32():
-    t = torch.tensor([0.0, 0.25, 1.0], dtype=torch.bfloat16)
-    angles = t.double()[:, None] * 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
-    expected = torch.cat([angles.cos(), angles.sin()], dim=1).float()
-    torch.testing.assert_close(timestep_sinusoids(t, 256), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

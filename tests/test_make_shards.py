@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 from collections import Counter
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -31,11 +30,9 @@ from sources import (
 from data.captions import CaptionConfig
 from data.entries import clean_key
 from data.files import load_json
-from data.filters import FilterConfig
 from data.images import ImageTextConfig, image_reader
 from data.tar import read_shard, write_shard
 from data.transforms import decode_image
-from scripts.make_shards import build_parser, sample_config
 
 # ------------------------------------------------------------------------------------ every source
 
@@ -175,15 +172,6 @@ def test_every_filter_drops_some_and_only_for_its_reason(options, reason, photos
     summary = summary_of(tmp_path / "out")
     assert summary["dropped"].keys() == ({reason} if reason else set())
     assert 0 < summary["kept"] == 60 - summary["dropped"].get(reason, 0)
-
-
-def test_there_is_a_flag_for_every_field_of_the_filters():
-    command = ["folder", ".", "--output", "y"]
-    assert sample_config(build_parser().parse_args(command)).filters == FilterConfig()
-    given = FilterConfig(256, 2.0, 5.0, 0.5, "drop", 3, 300)
-    for field in fields(FilterConfig):
-        command += [f"--{field.name.replace('_', '-')}", str(getattr(given, field.name))]
-    assert sample_config(build_parser().parse_args(command)).filters == given
 
 
 def test_resize_shrinks_the_larger_images_only(photos, tmp_path):

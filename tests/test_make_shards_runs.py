@@ -266,8 +266,3 @@ def test_a_missing_score_stops_the_run_naming_the_sample_and_its_keys(
     assert "aesthetic score missing" in message and "caption, pwatermark" in message
     assert re.search(r"sample \d{3} of ", message)
     assert not list((tmp_path / "out").glob("*.t*"))
-
-
-def test_a_source_of_which_nothing_is_kept_is_an_error(photos, tmp_path, capsys):
-    options = ["--output", tmp_path / "out", "--min-longer-side", 999]
-    assert "filter: min_longer_side: 60" in fails(capsys, "folder", photos, *options)

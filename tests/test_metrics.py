@@ -66,14 +66,6 @@ def test_a_non_finite_value_names_the_first_step_its_terms_and_keys(bad):
     assert "key3" not in message and "key1" not in message
 
 
-def test_a_window_goes_on_where_its_state_was_saved():
-    first, second = window_of({"a": 1.0}), MetricWindow()
-    second.load_state_dict(first.state_dict(), torch.device("cpu"))
-    for window in (first, second):
-        window.add(2, {"a": torch.tensor(0.3)}, ["k"])
-    assert first.means(same) == second.means(same)
-
-
 def test_the_log_has_a_line_a_step_on_the_console_and_in_the_file(tmp_path, capsys):
     log, values = open_log(tmp_path, 0), {"loss": 0.123456, "posterior_std/3": 0.5}
     log.log(10, 20, values, seconds_left=90_061.4)

@@ -17,7 +17,6 @@ from training.pictures import (
     LINE_HEIGHT,
     MARGIN,
     caption_grid,
-    pair_rows,
     save_png,
     write_gallery,
 )
@@ -57,14 +56,6 @@ def test_images_stand_row_by_row_with_their_captions_below_each_in_its_cell():
     # The empty fourth cell, and the margin below
     assert (sheet[MARGIN + height :, width + MARGIN // 2 :] == 255).all()
     assert (sheet[-MARGIN // 2 :] == 255).all()
-
-
-def test_pairs_stand_side_by_side():
-    first, second = torch.rand(2, 5, 3, 8, 8)
-    pairs = pair_rows(first.double(), second)
-    assert pairs.shape == (5, 3, 8, 16) and pairs.dtype == torch.float32
-    torch.testing.assert_close(pairs[..., :8], first)
-    assert torch.equal(pairs[..., 8:], second)
 
 
 def test_png_whose_writing_stops_half_way_leaves_the_old_one(tmp_path, monkeypatch):

@@ -1,4 +1,9 @@
-"""modeling/pipeline.py: an image depends on caption, seed, index, not on its batch; guidance."""
+"""modeling/pipeline.py: the start of an image, clamping, cost, precision; captions.
+
+That an image does not depend on its batch: tests/test_generation.py and test_sample.py.
+
+The path itself is that of tests/test_plain_flow.py and of the release (test_convert_checkpoint.py).
+"""
 
 from dataclasses import replace
 
@@ -8,7 +13,7 @@ from torch import nn
 
 from modeling.flow import FlowConfig
 from modeling.flow_model import build_flow
-from modeling.flowtok import FlowTokConfig, TimeTable
+from modeling.flowtok import FlowTokConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.pipeline import (
     Captioner,
@@ -17,7 +22,6 @@ from modeling.pipeline import (
     join_punctuation,
     unit_noise,
 )
-from modeling.samplers import SOLVERS
 from modeling.text_decoder import TextDecoder, TextDecoderConfig
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
 from modeling.text_projector import TextProjectorConfig
@@ -51,28 +55,6 @@ def network_calls(parts):
     hook = first.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     yield calls
     hook.remove()
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_same_seed_gives_the_same_images_for_any_batch_size(parts, size):
-    images, latents = parts.generate(CAPTIONS, SAMPLING, seed=3)
-    torch.manual_seed(99)
-    assert torch.equal(parts.generate(CAPTIONS, SAMPLING, 3, [0, 1, 2, 3, 4])[0], images)
-    assert images.std() > 0.05
-    for numbers in torch.arange(len(CAPTIONS)).split(size):
-        captions = [CAPTIONS[i] for i in numbers]
-        some, their_latents = parts.generate(captions, SAMPLING, 3, numbers.tolist())
-        torch.testing.assert_close(some, images[numbers], rtol=0, atol=1e-5)
-        torch.testing.assert_close(their_latents, latents[numbers], rtol=1e-5, atol=1e-4)
-
-
-def test_seed_index_and_caption_each_change_the_image(parts):
-    def latent(caption, seed, index):
-        return parts.generate([caption], SAMPLING, seed, [index])[1]
-
-    base = latent(CAPTIONS[0], 0, 0)
-    for other in (latent(CAPTIONS[1], 0, 0), latent(CAPTIONS[0], 1, 0), latent(CAPTIONS[0], 0, 1)):
-        assert (other - base).abs().max() > 1e-3
 
 
 def test_images_are_clamped_to_the_unit_range_in_their_shape(parts):
@@ -119,39 +101,11 @@ def test_each_step_costs_one_pass_of_one_branch_without_guidance_and_two_with(
     assert network_calls == batches
 
 
-CHANGES = [{"steps": 5}, {"guidance": 1.0}, {"sample_text_latent": False}, {"precision": "bf16"}]
-CHANGES += [{"guidance_interval": [0.3, 1.0]}]
-CHANGES += [{"sampler": name} for name in SOLVERS if name != "euler"]
-
-
-@pytest.mark.parametrize("options", CHANGES)
-def test_every_sampling_option_changes_the_latents(parts, options):
-    base, changed = (
-        parts.generate(CAPTIONS, config)[1] for config in (SAMPLING, replace(SAMPLING, **options))
-    )
-    assert (changed - base).abs().max() > 1e-4
-
-
 def test_bf16_is_close_to_fp32_and_keeps_images_and_latents_in_float32(parts):
     images, latents = parts.generate(CAPTIONS, SAMPLING)
     rough, rough_latents = parts.generate(CAPTIONS, replace(SAMPLING, precision="bf16"))
     assert rough.dtype == rough_latents.dtype == torch.float32
     assert 0 < (rough_latents - latents).std() < 0.05 * latents.std()
-
-
-def test_a_time_table_gives_the_networks_own_velocities_for_any_branches_and_shared_batches(parts):
-    network, times = parts.flow.flowtok, [0.0, 0.3, 0.95]
-    table, x = TimeTable(network, times), torch.randn(5, K, C)
-    for time in times:
-        t = torch.full((5,), time)
-        with torch.no_grad():
-            alone = [network(x, t, torch.full((5,), null)) for null in (False, True)]
-            for null in ((False,), (True,), (False, True)):
-                expected = torch.cat([alone[branch] for branch in null])
-                torch.testing.assert_close(table(x, time, null), expected, rtol=1e-5, atol=1e-4)
-    assert (alone[0] - alone[1]).abs().max() > 0.1
-    with pytest.raises(KeyError):
-        table(x, 0.5, (False,))
 
 
 def euler_by_hand(flow, x):
@@ -165,13 +119,6 @@ def euler_by_hand(flow, x):
     return x
 
 
-def test_transport_is_euler_on_the_guided_field_divided_by_the_latent_scale(parts):
-    states = parts.encode_text(CAPTIONS)
-    start = parts.start(states, SAMPLING, 0, list(range(5)))
-    found = parts.transport(start, states, SAMPLING)
-    torch.testing.assert_close(found, euler_by_hand(parts.flow, start) / 1.5, rtol=1e-4, atol=1e-5)
-
-
 def test_a_captioner_follows_the_same_flow_from_the_scaled_image_latent_to_the_decoder(parts):
     size = TextDecoderConfig(width=16, depth=1, num_heads=2, mlp_width=16)
     decoder = TextDecoder(size, K, C).eval()
@@ -183,21 +130,3 @@ def test_a_captioner_follows_the_same_flow_from_the_scaled_image_latent_to_the_d
     torch.testing.assert_close(latents, euler_by_hand(parts.flow, start), rtol=1e-4, atol=1e-5)
     words = [parts.text_encoder.tokenize.decode(ids) for ids in decoder(latents)]
     assert captioner.captions(images, SAMPLING) == list(map(join_punctuation, words))
-
-
-@pytest.mark.parametrize("direction", ["image", "caption"])
-def test_guidance_is_refused_where_no_unconditional_flow_was_trained(parts, direction):
-    configs = parts.flow.projector.config, parts.flow.flowtok.config
-    flow = build_flow(*configs, FlowConfig(null_probability=0.0))
-    start, states = torch.randn(1, K, C), parts.encode_text(CAPTIONS[:1])
-    transport, arguments = replace(parts, flow=flow).transport, (start, states)
-    if direction == "caption":
-        transport, arguments = Captioner(None, parts.tokenizer, flow, None).transport, (start,)
-    with pytest.raises(ValueError, match="guidance 2 .*null_probability=0"):
-        transport(*arguments, SAMPLING)
-    transport(*arguments, replace(SAMPLING, guidance=1.0))
-
-
-def test_impossible_sampling_is_refused():
-    with pytest.raises(ValueError, match=r"guidance_interval .*\[0.6, 0.5\]"):
-        SamplingConfig(guidance_interval=[0.6, 0.5])

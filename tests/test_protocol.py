@@ -113,8 +113,3 @@ def test_a_reference_is_one_statistics_file_or_images():
     assert Protocol(reference=["a.npz"]).statistics_file.name == "a.npz"
     with pytest.raises(ValueError, match=r"reference .*a\.npz"):
         Protocol(reference=["a.npz", "b"]).statistics_file  # noqa: B018
-
-
-def test_an_unknown_protocol_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="coco40k.*coco30k, emoji, geneval, mjhq30k"):
-        protocol_file("coco40k")

@@ -14,13 +14,6 @@ def published(content=b"weights"):
     return PublishedWeights("Net", url, "--net-weights", "; --download fetches it")
 
 
-def test_absent_weights_are_none_and_nothing_is_downloaded_unasked(no_network):
-    assert published().find(None, download=False) is None
-    assert not no_network.exists()
-    for part in (published().url, str(no_network), "--net-weights", "--download"):
-        assert part in published().ways_out
-
-
 def test_a_download_is_asked_for_its_hash_and_kept(no_network, monkeypatch):
     calls = []
 
@@ -36,13 +29,6 @@ def test_a_download_is_asked_for_its_hash_and_kept(no_network, monkeypatch):
     assert calls == [(published().url, hashlib.sha256(b"weights").hexdigest()[:8])]
 
 
-def test_a_failed_download_and_an_absent_file_name_the_ways_out(tmp_path, no_network):
-    with pytest.raises(ValueError, match="Net was not downloaded .*no such host.*--net-weights"):
-        published().find(None, download=True)
-    with pytest.raises(ValueError, match="--net-weights: no file .*absent.pth"):
-        published().find(str(tmp_path / "absent.pth"), download=True)
-
-
 def test_a_hash_in_the_name_is_checked(tmp_path, no_network):
     no_network.mkdir(parents=True)
     cached, given = (folder / published().cached.name for folder in (no_network, tmp_path))
@@ -52,8 +38,3 @@ def test_a_hash_in_the_name_is_checked(tmp_path, no_network):
         file.write_bytes(b"half of")
         with pytest.raises(ValueError, match=f"{file.name} is damaged or another file"):
             published().find(name, download=False)
-
-
-def test_a_name_without_a_hash_is_taken_as_it_is(tmp_path):
-    (tmp_path / "mine.pth").write_bytes(b"weights")
-    assert published().find(str(tmp_path / "mine.pth"), download=False) == tmp_path / "mine.pth"

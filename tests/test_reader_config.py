@@ -80,19 +80,6 @@ def test_sources_are_opened_but_for_those_of_weight_zero_or_in_place_of_all_othe
     assert (other.name, other.shards, other.decode({}, None)) == ("", (path,), ["shared"])
 
 
-def test_captions_that_change_from_epoch_to_epoch_are_known():
-    several = [
-        CaptionConfig(keys=["json:captions"]),
-        CaptionConfig(recaption_keys=["recap_txt"]),
-        CaptionConfig(window="sentences"),
-    ]
-    for captions in (CaptionConfig(), *several):
-        config = ReaderConfig(shards=["a"], captions=captions)
-        assert config.has_several_captions() == (captions in several)
-        sources = {"b": SourceConfig(["b"], captions=captions)}
-        assert ReaderConfig(sources=sources).has_several_captions() == (captions in several)
-
-
 @pytest.mark.parametrize(
     ("config", "key", "value"),
     [

@@ -1,6 +1,5 @@
 """data/readers.py: batches of images, stored tokens and captions; hostile samples, resuming."""
 
-import pickle
 import re
 from collections import Counter
 
@@ -156,27 +155,18 @@ def test_captions_are_read_of_any_shards_and_states_where_they_are_wanted(tmp_pa
 # order and position
 
 
-def test_a_part_of_a_long_caption_is_drawn_anew_each_epoch_and_resumes(tmp_path):
+def test_a_part_of_a_long_caption_is_drawn_anew_each_epoch(tmp_path):
     path = write(tmp_path, [token_sample(i, txt="a. b. c.") for i in range(3)])
     reader = tokens(path, tokenizer=tokenize, captions=CaptionConfig(window="sentences"))
-    whole = reader.stream(3, seed=5)
-    iterator = iter(whole)
-    batches = [next(iterator) for _ in range(4)]
-    state = pickle.loads(pickle.dumps(whole.state_dict()))
-    batches += [next(iterator) for _ in range(20)]
-    drawn = {key: [] for key in batches[0]["key"]}
-    for batch in batches:
+    batches = stream(reader, 3)
+    drawn = {f"{i:03d}": [] for i in range(3)}
+    for batch in (next(batches) for _ in range(24)):
         assert torch.equal(batch["token_ids"], tokenize(batch["caption"]))
         assert batch["captions_cut"] == 0
         for key, caption in zip(batch["key"], batch["caption"], strict=True):
             drawn[key].append(caption)
     assert all({*captions} == {"a.", "b.", "c."} for captions in drawn.values())
     assert len({tuple(captions) for captions in drawn.values()}) == 3
-
-    resumed = reader.stream(3, seed=5)
-    resumed.load_state_dict(state)
-    for batch, other in zip(batches[4:], iter(resumed), strict=False):
-        same(batch, other)
     (ordered,) = reader.once(3)
     assert ordered["caption"] == ["a."] * 3
 
@@ -191,11 +181,6 @@ def test_one_pass_is_in_order_centre_cropped_exact_and_ends_short(image_shards):
     order = sorted(range(20), key=lambda i: trained["key"][i])
     (batch,) = images(image_shards).once(20)
     assert torch.equal(batch["image"], trained["image"][order])
-
-
-def test_one_pass_can_be_limited_and_given_other_shards(tmp_path, image_shards):
-    batches = images(image_shards).once(4, shards=[str(tmp_path / "1.tar")], limit=6)
-    assert [batch["key"] for batch in batches] == [["10", "11", "12", "13"], ["14", "15"]]
 
 
 def test_training_resizes_fast_unless_it_is_asked_otherwise(tmp_path):
@@ -296,6 +281,7 @@ HOSTILE = {
     "bomb": ({"jpg": None, "bmp": bytes(BOMB)}, "image: too many pixels"),
     "small": ({"jpg": jpeg(17, 11)}, "filter: min_longer_side"),
     "long": ({"jpg": jpeg(41, 20)}, "filter: max_aspect_ratio"),
+    "tall": ({"jpg": jpeg(20, 41)}, "filter: max_aspect_ratio"),
     "atlimits": ({"jpg": jpeg(18, 9)}, "x"),
 }
 

@@ -107,32 +107,6 @@ def test_every_command_would_run(page, monkeypatch):
         check_command(words, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "bash train_flowtok.sh emoji training.max_step=3",
-        "python sample.py --run runs/emoji --promts x",
-        "python train_flowtok.py --config configs/emoji/tokenizer.yaml",
-        "python scripts/plan.py configs/emoji/flowtok.yaml training.lr=1",
-        "python -m eval.generation runs/emoji --protocol emoji guidence=1",
-        "accelerate launch --num_proceses 2 sample.py --run runs/emoji",
-        "bash scripts/tests.sh",
-    ],
-)
-def test_a_command_that_cannot_run_is_found(command, monkeypatch):
-    (words,) = read_commands(f"```bash\n{command}\n```\n")
-    with pytest.raises((AssertionError, ValueError, SystemExit)):
-        check_command(words, monkeypatch)
-
-
-def test_each_data_set_of_the_hub_has_its_command():
-    """That it parses is tested with the page's others."""
-    text = (ROOT / "docs/data.md").read_text()
-    table = set(re.findall(r"^\| ([\w-]+/[\w.-]+) \|", text, flags=re.MULTILINE))
-    commands = {words[3] for words in read_commands(text) if words[2:3] == ["hub"]}
-    assert len(table) >= 9 and table == commands
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page):
     path = ROOT / page

@@ -18,7 +18,6 @@ from eval import reconstruction
 from eval.feature_nets import InceptionFeatures
 from eval.features import fit_gaussian, frechet_distance
 from eval.reconstruction import Reconstructor
-from eval.scores import psnr, ssim
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from training.checkpoint import EMA_FILE, MODEL_FILE, checkpoint_folders
@@ -150,27 +149,6 @@ def test_ema_weights_are_measured_and_the_json_names_them_while_training_goes_on
     assert found["model"]["step"] == 4
     assert found["model"]["ema_sha256"] == file_sha256(ema)
     assert report(copy, tiny_shards / "*.tar", tmp_path, "--limit", 2)["model"]["step"] == 5
-
-
-def test_ssim_is_that_of_torchmetrics():
-    images = torch.rand(4, 3, 40, 24).double()
-    images[0], images[1, :, :20] = 0.5, 0
-    assert ssim(images, 1 - images)[2:].max() < 0
-    for noise in (0, 0.01, 0.3):
-        others = (images + noise * torch.randn_like(images)).clamp(0, 1)
-        expected = structural_similarity_index_measure(
-            others, images, data_range=1.0, reduction="none"
-        )
-        torch.testing.assert_close(ssim(others, images), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_psnr_is_its_closed_form_of_each_image():
-    images, errors = torch.full((4, 3, 8, 8), 0.5), torch.tensor([0.1, 0.01, 0.5, 0])
-    found = psnr(images, images + errors.view(4, 1, 1, 1))
-    expected = torch.tensor([20.0, 40.0, 6.0206, torch.inf]).double()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
-    rounded = (torch.rand(1, 3, 64, 64) * 255).round() / 255
-    assert psnr(rounded, rounded + 1 / 510).item() == pytest.approx(54.15, abs=0.01)
 
 
 # What is absent or can't be read

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 from conftest import shape_sample
-from forks import launch_two, start_ranks
+from forks import start_ranks
 from safetensors.torch import load_file, save_file
+from sources import Evil
 from tiny_experiment import PROGRAMS, equal, metrics, training, weights
 
 import train_flowtok
@@ -19,7 +20,6 @@ import train_text_decoder
 import train_tokenizer
 from data.tar import write_shard
 from modeling.layers import fingerprint
-from scripts import encode_tokens
 from training import checkpoint as ckpt
 from training.pipelines import load_projector
 from training.tokens import TokensInfo
@@ -137,11 +137,6 @@ def test_another_network_is_refused_when_resuming_and_another_batch_size_restart
     assert "data continues with epoch 1" in printed and "batch_size was 8, is 4" in printed
 
 
-class Evil:
-    def __reduce__(self):
-        return (os.mkdir, ("executed",))
-
-
 @pytest.mark.parametrize("file", [ckpt.OPTIMIZER_FILE, ckpt.rank_file(0)])
 def test_a_checkpoint_executes_nothing(chain, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
@@ -157,7 +152,7 @@ def test_a_checkpoint_executes_nothing(chain, tmp_path, monkeypatch, file):
     (folder / ckpt.STATE_FILE).write_text(json.dumps(saved))
     with refused(f"{file} is broken, or holds more .*: refused"):
         chain.run_in(tmp_path, "tokenizer", "training.max_steps=2")
-    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "pwned").exists()
 
 
 # Complete runs
@@ -225,26 +220,6 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(chain, tmp_path
 
 
 # Interrupted encoding
-
-
-def test_interrupted_encoding_finishes_with_identical_bytes(chain, tmp_path, monkeypatch):
-    original, written = encode_tokens.write_shard, []
-
-    def stop_at_the_second(path, samples):
-        if written:
-            raise Stop
-        written.append(path)
-        return original(path, samples)
-
-    folder = tmp_path / "tokens"
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(encode_tokens, "write_shard", stop_at_the_second)
-        chain.run_in(tmp_path, "tokens")
-    (first,) = folder.glob("*.tar")
-    before = first.stat().st_mtime_ns
-    chain.run_in(tmp_path, "tokens")
-    assert first.stat().st_mtime_ns == before
-    assert contents(folder) == contents(chain.folder / "tokens")
 
 
 # Stale inputs
@@ -383,24 +358,6 @@ def start(command, **variables):
     )
 
 
-def test_two_processes_train_the_tokenizer_and_one_can_go_on(chain, tmp_path, capsys):
-    words = ["train_tokenizer.py", *program(chain, tmp_path, "tokenizer")]
-    launcher, run = launch_two(tmp_path / "log", *words), tmp_path / "tokenizer"
-    assert launcher.wait() == 0, launcher.output
-    assert launcher.output.count("now complete") == 1  # one process talks
-    newest = ckpt.latest_checkpoint(run)[1]
-    ranks = [ckpt.rank_file(0), ckpt.rank_file(1)]
-    assert sorted(path.name for path in newest.glob("rank_*")) == ranks
-    expected = {"step": 4, "ema_updates": 4, "num_processes": 2}
-    expected["inputs"] = inputs_of(chain, "tokenizer")
-    assert ckpt.read_state(newest).items() >= expected.items()
-    states = [torch.load(newest / rank, weights_only=True) for rank in ranks]
-    assert [saved["loader"]["settings"]["rank"] for saved in states] == [0, 1]
-    chain.run_in(tmp_path, "tokenizer", "training.max_steps=6")
-    assert "data continues with epoch 1" in capsys.readouterr().out
-    assert [line["step"] for line in metrics(run)] == [2, 4, 6]
-
-
 MAINS_IN_TURN = """
 import os, signal, sys
 from configs.load import load_config
@@ -430,14 +387,28 @@ def run_on_two(folder, *words, killed_at=0):
     return [rank.wait() for rank in ranks], "".join(rank.output for rank in ranks)
 
 
-def test_two_processes_run_the_other_stages(chain, tmp_path):
-    stages = ["text_encoder", "tokens", "text_projector", "text_decoder", "flowtok"]
+def test_two_processes_run_all_stages_and_one_can_go_on(chain, tmp_path, capsys):
+    stages = ["text_encoder", "tokenizer", "tokens", "text_projector", "text_decoder", "flowtok"]
     runs = [[stage, *program(chain, tmp_path, stage)] for stage in stages]
     frozen = program(chain, tmp_path / "frozen", "flowtok", "flow.projector=frozen")
     statuses, said = run_on_two(tmp_path / "log", *runs, ["flowtok", *frozen])
     assert statuses == [0, 0], said
+    assert said.count(f"{tmp_path}/tokenizer: 4 steps in ") == 1  # one process talks
     assert contents(tmp_path / "tokens") == contents(chain.folder / "tokens")
-    for stage in ("text_encoder", "text_projector", "text_decoder", "flowtok", "frozen/flowtok"):
+    for stage in [*stages[:2], *stages[3:], "frozen/flowtok"]:
         assert ckpt.read_state(ckpt.latest_checkpoint(tmp_path / stage)[1])["num_processes"] == 2
         assert [line["step"] for line in metrics(tmp_path / stage)] == [2, 4]
         assert not list((tmp_path / stage).rglob("*.tmp"))
+
+    # The tokenizer's checkpoint
+    newest = ckpt.latest_checkpoint(tmp_path / "tokenizer")[1]
+    ranks = [ckpt.rank_file(0), ckpt.rank_file(1)]
+    assert sorted(path.name for path in newest.glob("rank_*")) == ranks
+    expected = {"step": 4, "ema_updates": 4, "num_processes": 2}
+    expected["inputs"] = inputs_of(chain, "tokenizer")
+    assert ckpt.read_state(newest).items() >= expected.items()
+    states = [torch.load(newest / rank, weights_only=True) for rank in ranks]
+    assert [saved["loader"]["settings"]["rank"] for saved in states] == [0, 1]
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=6")
+    assert "data continues with epoch 1" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(tmp_path / "tokenizer")] == [2, 4, 6]

@@ -55,33 +55,6 @@ def test_starting_alone_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_without_a_checkpoint_is_replaced_by_any_other(tmp_path, capsys):
-    start(tmp_path, has_checkpoint=False)
-    config = Config(model=Model(width=16))
-    start(tmp_path, config, has_checkpoint=False)
-    assert saved(tmp_path) == values(config)
-    assert not capsys.readouterr().out
-
-
-def test_a_first_start_makes_the_folder_with_the_resolved_config(tmp_path, capsys):
-    run = start(tmp_path / "a" / "b", has_checkpoint=False)
-    assert run.folder == tmp_path / "a" / "b" and run.is_main
-    assert run.device.type in ("cpu", "cuda", "mps")
-    assert [path.name for path in run.folder.iterdir()] == [CONFIG_FILE]
-    assert saved(run.folder) == values()
-    assert not capsys.readouterr().out
-
-
-def test_another_network_is_refused_by_its_keys_and_the_folder_is_left_as_it_was(tmp_path):
-    start(tmp_path)
-    with pytest.raises(ValueError) as caught:
-        start(tmp_path, Config(model=Model(width=16, sizes=[1, 3]), max_steps=9))
-    message = str(caught.value)
-    assert "model.width: 8 -> 16" in message and "model.sizes: [1, 2] -> [1, 3]" in message
-    assert str(tmp_path) in message and "max_steps" not in message
-    assert saved(tmp_path) == values()
-
-
 def test_a_network_key_that_did_not_exist_yet_counts_as_its_default(tmp_path, capsys):
     start(tmp_path)
     older = values()

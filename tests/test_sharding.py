@@ -23,7 +23,6 @@ from modeling.flow_model import build_flow
 from modeling.flowtok import FlowTokConfig
 from modeling.layers import Posterior, load_weights
 from modeling.text_projector import TextProjectorConfig
-from scripts.run_experiment.stages import load_stage
 from training import checkpoint as ckpt
 from training.optim import EMA, OptimizedNetwork, OptimizerConfig, descend, load_optimizer
 from training.run import Run
@@ -230,17 +229,3 @@ def test_the_other_continuous_stages_train_the_same_weights_sharded(chain, tmp_p
         one, other = (state(tmp_path / shard / stage) for shard in ("none", "full"))
         for part in ("model", "ema", ckpt.OPTIMIZER_FILE):
             assert difference(one[part], other[part]) < 3e-4, (stage, part)
-
-
-@pytest.mark.parametrize(
-    ("file", "option", "named"),
-    [
-        ("configs/emoji/flowtok.yaml", "training.compile=true", "training.compile"),
-        ("configs/emoji_dual/tokenizer.yaml", "training.seed=0", "dual tokenizer"),
-        ("configs/emoji_dual/next_scale.yaml", "training.seed=0", "dual tokenizer"),
-    ],
-)
-def test_what_can_not_be_sharded_is_refused(file, option, named):
-    load_stage(Path(file), [option])
-    with pytest.raises(ValueError, match=f"training.shard=full.*{named}"):
-        load_stage(Path(file), [option, "training.shard=full"])

@@ -1,6 +1,5 @@
 """The real main() of every stage on tiny sizes: what it leaves, that losses fall, options act."""
 
-import json
 from dataclasses import asdict
 
 import pytest
@@ -20,7 +19,7 @@ from tiny_experiment import (
     weights,
 )
 
-from data.tar import read_shard, write_shard
+from data.tar import write_shard
 from modeling.layers import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.loading import load_tokenizer, text_encoder_config
@@ -53,23 +52,15 @@ def test_a_trained_stage_leaves_config_metrics_pictures_and_the_last_checkpoint(
     assert not list(run.rglob("*.tmp"))
 
 
-def test_stored_tokens_hold_every_sample_and_their_measured_scale(chain, tiny_shards):
+def test_stored_tokens_have_their_sizes_and_their_measured_scale(chain):
     info = TokensInfo.load(chain.folder / "tokens")
     assert (info.num_samples, info.num_tokens, info.token_channels) == (48, 16, 4)
     assert info.has_text_states
-    for name in ("train-00000.tar", "train-00001.tar"):
-        tokens, images = read_shard(chain.folder / "tokens" / name), read_shard(tiny_shards / name)
-        found, expected = ([(s["__key__"], s["txt"]) for s in part] for part in (tokens, images))
-        assert found == expected
     scale = weights(chain.folder / "flowtok")["latent_scale"].item()
     assert scale == pytest.approx(info.latent_scale)
 
 
-def test_the_report_has_its_figures_and_the_chain_its_pictures(chain):
-    report = json.loads((chain.folder / "report.json").read_text())
-    assert (report["num_train_captions"], report["num_pool_images"]) == (24, 48)
-    assert report["train"]["captions"] == 6 and report["heldout"]["captions"] == 24
-    assert report["tokenizer"]["heldout_psnr_db"] > 0
+def test_the_chain_has_its_pictures(chain):
     for name in ("report_train", "report_heldout", "samples"):
         Image.open(chain.folder / f"{name}.png").verify()
 
@@ -210,16 +201,6 @@ def test_without_the_image_regression_other_weights_are_trained_and_no_picture_i
     assert not (run / "samples").exists()  # z_T is no picture then
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "flowtok"])
-def test_bf16_trains_float32_weights_and_differs_from_float32(chain, tmp_path, stage):
-    run = chain.run_in(tmp_path, stage, "training.precision=bf16")
-    trained, average = weights(run), weights(run, EMA_FILE)
-    assert {x.dtype for x in (*trained.values(), *average.values())} == {torch.float32}
-    assert not equal(trained, weights(chain.folder / stage))
-    low, full = metrics(run)[-1]["loss"], metrics(chain.folder / stage)[-1]["loss"]
-    assert low == pytest.approx(full, rel=0.1)
-
-
 def test_two_passes_of_half_the_batch_are_one_pass_of_the_whole(chain, tmp_path, monkeypatch):
     # The posterior's noise differs between the two; all else in this stage is a mean over samples.
     monkeypatch.setattr(Posterior, "sample", lambda self, generator=None: self.mean)
@@ -232,13 +213,6 @@ def test_two_passes_of_half_the_batch_are_one_pass_of_the_whole(chain, tmp_path,
 
 
 # Image to text
-
-
-def test_each_direction_of_the_flow_trains_other_weights(chain, captioner, tiny_shards, tmp_path):
-    options = [o for o in to_text(chain.folder, tiny_shards) if "flow.direction" not in o]
-    image = weights(chain.run_in(tmp_path, "flowtok", *options))
-    text = weights(captioner)
-    assert image.keys() == text.keys() and not equal(image, text)
 
 
 # Stages fit together, or are refused

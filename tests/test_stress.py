@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from forks import Program, start_ranks
+from forks import Program
 from test_resume import program, state
 from tiny_experiment import equal, metrics, training
 
@@ -89,33 +89,4 @@ def test_twenty_kills_at_random_moments_change_no_bit(chain, tmp_path):
     running, run = start(chain, tmp_path / "killed")
     assert running.wait() == 0, running.output
     assert not is_writing(run)
-    compare(run, whole)
-
-
-def test_two_processes_that_are_killed_together_or_one_alone_change_no_bit(chain, tmp_path):
-    def start_two(name):
-        options = [*OPTIONS, "training.max_steps=60"]
-        arguments = program(chain, tmp_path / name, "tokenizer", *options)
-        ranks = start_ranks(tmp_path / f"{name}.log", 2, "train_tokenizer.py", *arguments)
-        return ranks, tmp_path / name / "tokenizer"
-
-    ranks, whole = start_two("whole")
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
-    draw = random.Random(1)
-    for victims in ((0, 1), (1,), (0,)):
-        ranks, run = start_two("killed")
-        target = logged_step(run) + draw.randint(4, 12)
-        came = ranks[0].wait_until(lambda run=run, target=target: logged_step(run) >= target)
-        assert came, ranks[0].output
-        time.sleep(draw.uniform(0, 0.05))
-        for victim in victims:
-            os.kill(ranks[victim].pid, signal.SIGKILL)
-        assert {ranks[victim].wait() for victim in victims} == {-signal.SIGKILL}
-        for survivor in {0, 1} - set(victims):
-            assert ranks[survivor].wait() == 2
-            assert "error: another training process ended" in ranks[survivor].output
-            assert "Traceback" not in ranks[survivor].output
-    assert logged_step(run) < 60
-    ranks, run = start_two("killed")
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     compare(run, whole)

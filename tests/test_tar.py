@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+from sources import with_size
 from test_shards import make_shards
 
 from data.storage import ShardError
@@ -117,15 +118,6 @@ def header_of(**fields):
     return info.tobuf()
 
 
-def with_size(field):
-    """A header whose size is spelled like this, with a checksum that fits."""
-    header = bytearray(header_of())
-    header[124:136] = field
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
-
-
 def broken_tars(folder):
     """(bytes, reason) of tars that break off or cannot be read; two members of two blocks each."""
     make_shards(folder, [2])
@@ -140,7 +132,7 @@ def broken_tars(folder):
         extended = header_of(type=tarfile.XHDTYPE, size=len(records))
         yield extended + records.ljust(512, b"\0") + bytes(1024), "unreadable"
     yield header_of(type=tarfile.XHDTYPE, size=512) * 3000 + bytes(1024), "unreadable"
-    yield with_size(b"-0000000777\0") + bytes(2048), "unreadable"
+    yield with_size(header_of(), b"-0000000777\0") + bytes(2048), "unreadable"
     yield gzip.compress(whole) + bytes(2000), "unreadable"
 
 

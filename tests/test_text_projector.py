@@ -88,32 +88,6 @@ def test_training_pass_is_the_posterior_and_the_alignment_head():
     assert 0.6 < noise.std() < 1.4
 
 
-def test_sampling_starts_from_the_noise_it_is_given_or_from_the_mean():
-    projector, text, noise = build().eval(), states(), torch.randn(B, L, C)
-    mean, logvar = projector.posterior(text)
-    assert torch.equal(projector.start(text, None), mean)
-    torch.testing.assert_close(projector.start(text, noise), mean + (logvar / 2).exp() * noise)
-    assert projector.tells_text and projector.shape == (L, C)
-
-
-def test_a_frozen_projector_gets_no_gradient_keeps_no_graph_and_stays_in_eval_mode():
-    projector = build()
-    assert projector.train().training
-    projector.freeze()
-    projector.train()
-    assert not any(module.training for module in projector.modules())
-    assert not any(x.requires_grad for x in projector(states(), sample=True))
-
-
-def test_tokens_see_each_other_and_samples_do_not():
-    projector, text = build().eval(), states()
-    changed = text.clone()
-    changed[0, 0] += 1
-    before, after = projector.posterior(text).mean, projector.posterior(changed).mean
-    assert torch.equal(before[1:], after[1:])
-    assert ((before[0] - after[0]).abs().amax(dim=-1) > 1e-4).all()
-
-
 def loss_of(output):
     """A loss that reads all that a training pass gives."""
     contrast = contrastive_loss(output.latents, output.alignment, output.log_temperature)
@@ -156,20 +130,11 @@ def correlated():
     return torch.randn(200, L, T, dtype=torch.float64) @ mix + mean
 
 
-def test_whitened_states_have_zero_mean_unit_variance_and_no_correlation(monkeypatch):
-    monkeypatch.setattr("modeling.text_projector.WHITENING_FLOOR", 0.0)
-    text, whitening = correlated(), TextWhitening(T)
-    whitening.fit(text.split(64))  # the last batch is smaller
-    rows = whitening(text).flatten(0, 1)
-    torch.testing.assert_close(rows.mean(0), torch.zeros(T), rtol=0, atol=2e-3)
-    torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(T), rtol=0, atol=2e-3)
-
-
 def test_the_floor_shrinks_the_smallest_directions_only():
     text = correlated()
     text[..., 0] = text[..., 1]  # a direction without variance
     whitening = TextWhitening(T)
-    whitening.fit([text])
+    whitening.fit(text.split(64))  # the last batch is smaller
     rows = whitening(text).flatten(0, 1)
     centred = text.flatten(0, 1) - text.flatten(0, 1).mean(0)
     variances = torch.linalg.eigvalsh(centred.T @ centred / len(centred))
@@ -285,20 +250,6 @@ def test_learned_queries_look_at_text_and_never_at_padding(text_depth):
     torch.testing.assert_close(short.posterior(text[:, :2]).mean, after)
     pooled = build(**options, alignment_target="average_pool")
     assert pooled(text, sample=False).alignment.shape == (B, 7, C)
-
-
-@pytest.mark.parametrize(
-    ("options", "keys"),
-    [
-        ({"num_heads": 5}, "width 24 .*num_heads 5"),
-        ({"fixed_std": -1.0}, "fixed_std .*-1.0"),
-        ({"dropout": 1.0}, "dropout .*1.0"),
-        ({"alignment_target": "average_pool", "token_channels": 5}, "alignment_target.*24.*5"),
-    ],
-)
-def test_impossible_settings_are_refused(options, keys):
-    with pytest.raises(ValueError, match=f"^{keys}"):
-        replace(CONFIG, **options)
 
 
 def test_blocks_over_the_text_need_queries():

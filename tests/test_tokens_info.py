@@ -6,7 +6,6 @@ from data.config import SourceConfig
 from data.readers import TokenTextConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.layers import fingerprint
-from training.stage import TrainingConfig
 from training.tokens import LatentStats, TokensInfo, load_tokens_info
 
 K, C = 8, 4
@@ -84,9 +83,3 @@ def test_the_scale_over_several_folders_is_that_of_all_samples(tokenizer, tmp_pa
     assert load_tokens_info(data, tokenizer, "the/run").latent_scale == 2.0
     save(tmp_path / "b", text_encoder_fingerprint="other")
     refused(data, tokenizer, "text_encoder_fingerprint", f"{tmp_path}/a", f"{tmp_path}/b")
-
-
-def test_a_batch_is_divided_among_processes_and_accumulation():
-    assert TrainingConfig(batch_size=12, gradient_accumulation=3).split_batch(2) == 2
-    with pytest.raises(ValueError, match="training.batch_size 10 .* 1 x 3"):
-        TrainingConfig(batch_size=10, gradient_accumulation=3).split_batch(1)

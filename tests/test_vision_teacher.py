@@ -39,11 +39,6 @@ def test_its_features_are_timms_on_images_prepared_by_timm(weights_file):
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_dinov2_is_normalised_as_it_was_trained():
-    config = timm.get_pretrained_cfg(VisionConfig().model)
-    assert config.mean == (0.485, 0.456, 0.406) and config.std == (0.229, 0.224, 0.225)
-
-
 @pytest.mark.parametrize("model", [MODEL, "no_such_vit"])
 def test_what_is_no_such_model_or_file_is_named(model, tmp_path):
     with pytest.raises(ValueError, match=f"vision.model={model}.*absent"):
