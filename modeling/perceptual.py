@@ -95,6 +95,10 @@ class FrozenDistance(nn.Module):
                 expected = self.describe(target.float())
             return self.compare(self.describe(reconstruction.float()), expected)
 
+    def train(self, mode: bool = True) -> "FrozenDistance":
+        # ConvNeXt drops whole blocks in train mode.
+        return super().train(False)
+
 
 class LPIPS(FrozenDistance):
     """Sum over five layers of VGG16 of weighted squared differences of unit-length features.

@@ -138,6 +138,10 @@ class ClipTextEncoder(nn.Module):
         is_quick = any(isinstance(module, kind) for module in self.transformer.modules())
         return fingerprint(self, b"quick_gelu" if is_quick else b"")
 
+    def train(self, mode: bool = True) -> "ClipTextEncoder":
+        """Stay in eval mode: the tower is frozen."""
+        return super().train(False)
+
     @torch.no_grad()
     def forward(self, token_ids: Tensor) -> Tensor:
         x = self.token_embedding(token_ids) + self.positional_embedding  # B x L x T

@@ -134,6 +134,10 @@ class TransformersTextEncoder(nn.Module):
         facts = f"{config.model_type} {activation} {self.shape[0]}"
         return fingerprint(self, facts.encode())
 
+    def train(self, mode: bool = True) -> "TransformersTextEncoder":
+        """Stay in eval mode: the tower is frozen."""
+        return super().train(False)
+
     @torch.no_grad()
     def forward(self, token_ids: Tensor) -> Tensor:
         if not self.masks_padding:

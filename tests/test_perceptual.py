@@ -84,13 +84,14 @@ def test_both_parts_are_averaged_by_weight_and_vanish_for_equal_images_only(both
     torch.testing.assert_close(terms["perceptual"], expected)
 
 
-def test_gradients_reach_the_reconstruction_only_and_the_nets_are_in_eval_mode(both):
+def test_gradients_reach_the_reconstruction_only_and_the_nets_stay_in_eval_mode(both):
     reconstruction, target = (images.requires_grad_() for images in image_pair(1).unbind())
     terms = both(reconstruction, target)
     for name in ("lpips", "convnext"):
         (gradient,) = torch.autograd.grad(terms[name], reconstruction, retain_graph=True)
         assert gradient.isfinite().all() and gradient.abs().sum() > 0, name
     terms["perceptual"].backward()
+    both.train()
     assert not any(module.training for part in both.parts.values() for module in part.modules())
     assert target.grad is None
     assert not any(p.requires_grad or p.grad is not None for p in both.parameters())

@@ -60,9 +60,10 @@ def test_tower_of_a_clip_that_keeps_it_in_text_is_found(tokenize):
         ClipTextEncoder(torch.nn.Linear(2, 2))
 
 
-def test_tower_is_frozen_and_in_eval_mode(encoder, tokenize):
+def test_tower_is_frozen_and_stays_in_eval_mode(encoder, tokenize):
     assert not any(p.requires_grad for p in encoder.parameters())
-    assert not any(module.training for module in encoder.modules())
+    parent = torch.nn.ModuleList([encoder]).train()
+    assert parent.training and not any(module.training for module in encoder.modules())
     assert not encoder(tokenize(CAPTIONS)).requires_grad
     assert encoder.shape == (L, T) and tokenize.context_length == L
 

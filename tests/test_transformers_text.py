@@ -78,7 +78,7 @@ def test_states_are_the_packages_own_and_those_of_hidden_padding_zeros(folders, 
     model = folders[kind][1]
     encoder = load_text_encoder(config_of(folders, kind, LENGTH if "t5" in kind else 0))
     ids = encoder.tokenize(CAPTIONS)
-    states = encoder(ids)
+    states = nn.ModuleList([encoder]).train()[0](ids)
     assert states.shape == (3, *encoder.shape) == (3, LENGTH, WIDTH)
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.tower.training
     if encoder.masks_padding:
