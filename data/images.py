@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -166,11 +166,19 @@ def collate_views(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> d
     return {"members": members, **collate_images(tokenize, samples)}
 
 
+class ShardEnd(NamedTuple):
+    """What was read of a shard: images, {reason: samples skipped} and {reason: the first one}."""
+
+    num_images: int
+    skipped: dict[str, int]
+    first: dict[str, str]
+
+
 @dataclass
 class EncodingReader(IterableDataset):
-    """Items of this worker's shards: {"shard": index} and a batch; after each its end.
+    """Items of this worker's shards: {"shard": index} and a batch; after each {"shard", "end"}.
 
-    The end: {"shard", "num_images", "skipped": {reason: samples}, "first": {reason: sample}}.
+    "end": a ShardEnd.
     """
 
     sources: Sequence[Source]
@@ -190,8 +198,7 @@ class EncodingReader(IterableDataset):
                 for batch in read_batches(shard, collate, self.batch_size, counter):
                     num_read += len(batch["key"])
                     yield {"shard": index, **batch}
-            skipped = {"skipped": dict(counter.skipped), "first": counter.first}
-            yield {"shard": index, "num_images": num_read, **skipped}
+            yield {"shard": index, "end": ShardEnd(num_read, dict(counter.skipped), counter.first)}
 
 
 def build_encoding_loader(

@@ -330,7 +330,7 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
             # a batch of a shard: its samples wait until the shard is through
             index = item["shard"]
             image, token_shard = shards[index]
-            if "num_images" not in item:
+            if "end" not in item:
                 arrived[index] += len(item["key"])
                 progress.num_images += len(item["key"])
                 progress.num_cut += len(item["key"]) * float(item.get("captions_cut", 0))
@@ -338,13 +338,13 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
                 continue
 
             # A shard is through. What a worker lost on the way would be missing without an error.
-            num_images, made = item["num_images"], samples.pop(index, [])
-            if arrived[index] != num_images:
+            end, made = item["end"], samples.pop(index, [])
+            if arrived[index] != end.num_images:
                 raise ChildProcessError(
-                    f"{token_shard} is not written: of the {num_images} images that a data worker "
-                    f"read of {image.shards[0]}, {arrived[index]} arrived"
+                    f"{token_shard} is not written: of the {end.num_images} images that a data "
+                    f"worker read of {image.shards[0]}, {arrived[index]} arrived"
                 )
-            counts = {"num_samples": len(made), "skipped": item["skipped"], "first": item["first"]}
+            counts = {"num_samples": len(made), "skipped": end.skipped, "first": end.first}
             writer.start(partial(write_tokens, config, token_shard, made, counts))
             progress.report(token_shard.parent)
 

@@ -52,8 +52,8 @@ def count_samples(path):
     skipped = counter.skipped
     assert not kept or told == skipped
     *batches, end = EncodingReader(encoding_sources(config, 16, 1), None, 3, 1.0)
-    assert sum(len(batch["key"]) for batch in batches) == end["num_images"] == kept
-    assert end["skipped"] == skipped and end["first"] == counter.first
+    assert sum(len(batch["key"]) for batch in batches) == end["end"].num_images == kept
+    assert end["end"].skipped == skipped and end["end"].first == counter.first
     return kept, skipped, counter.first
 
 
