@@ -3,7 +3,8 @@
 Geng et al. 2025 (arXiv 2505.13447, MeanFlow) and arXiv 2512.02012 (improved MeanFlow). Times as in
 this code, from t = 0 to 1: u(z, t, h) is the mean of the velocity v over [t, t + h] on the flow
 through z at t, so that z + h u(z, t, h) is the flow's point at t + h: one step of Euler's. With the
-interval's end held, u = v + h du/dt. Pure functions, no networks. z is B x K x C, t and h are B.
+interval's end held, u = v + h du/dt; the whole interval's u is also the mean of its shorter steps'.
+Pure functions, no networks. z is B x K x C, t and h are B.
 """
 
 from collections.abc import Callable
