@@ -41,7 +41,7 @@ class FlowConfig:
     # image_to_text: z_I at t = 0, z_T at t = 1, for captions (paper, Sec. 4.1).
     direction: Literal["text_to_image", "image_to_text"] = "text_to_image"
     # mean_flow: the network learns average velocities over intervals, for a few Euler steps; its
-    # training step has 2.2 times the work (modeling/mean_flow.py).
+    # training step has about twice the work (modeling/mean_flow.py).
     objective: Literal["velocity", "mean_flow"] = "velocity"
     # Of mean_flow: the guided flow is what is averaged, and sampling.guidance is 1. Guidance of
     # averages over long steps would add the difference of two finished images (MeanFlow, Sec. 4.2).

@@ -124,8 +124,6 @@ class FlowModel(nn.Module):
         z_t = interpolate(start, end, t, flow.sigma_min)  # B x K x C
         velocity = self.flowtok(z_t, t, null, context, interval)
         target = target_velocity(start, end, flow.sigma_min)
-        if flow.guidance != 1:
-            target = self.guide(target, z_t, t, null, context)
         if interval is not None:
             target = self.average_target(target, z_t, t, interval, null, context)
         return FlowPass(velocity, target, source, is_weighted=interval is not None)
@@ -152,12 +150,20 @@ class FlowModel(nn.Module):
         null: Tensor,
         context: Tensor | None,
     ) -> Tensor:
-        """Target of the average over the interval, given the velocity's at t: B x K x C."""
+        """Target of the average over the interval, given the path's velocity: B x K x C."""
         plain, between, whole = split_batch(len(z))
 
+        def text(samples: slice) -> Tensor | None:
+            return None if context is None else context[samples]
+
         def network(samples: slice) -> AverageFn:
-            text = None if context is None else context[samples]
-            return lambda z, t, h: self.flowtok(z, t, null[samples], text, h).to(z)
+            return lambda z, t, h: self.flowtok(z, t, null[samples], text(samples), h).to(z)
+
+        # Whole intervals learn from the network alone.
+        if self.config.guidance != 1:
+            known = slice(0, whole.start)
+            path = target[known], z[known], t[known], null[known], text(known)
+            target = self.guide(*path)
 
         # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
         average = network(between)
