@@ -54,7 +54,7 @@ class DualTokenizerConfig:
 
     def __post_init__(self):
         check_not_negative(self, "semantic_depth")
-        check_least(self, 1, "patch_size")
+        check_least(self, 1, "image_size", "patch_size", "semantic_heads")
         if self.pixel_nets == "transformer" and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"

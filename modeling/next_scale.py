@@ -23,6 +23,7 @@ from .layers import (
     FROM_TOKENIZER,
     Attention,
     SwiGLU,
+    check_least,
     check_not_negative,
     find_text,
     init_linear_,
@@ -60,6 +61,7 @@ class NextScaleConfig:
         return self.quantizer.channels * (1 + self.linear_skip)
 
     def __post_init__(self):
+        check_least(self, 1, "width", "num_heads")
         if self.width % (2 * self.num_heads):
             raise ValueError(
                 f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
