@@ -69,11 +69,7 @@ class NextScaleStage(TrainedStage):
     def check(self) -> None:
         super().check()
         check_not_negative(self, "linear_start")
-        if self.sampling.guidance and not self.next_scale.null_probability:
-            raise ValueError(
-                f"sampling.guidance={self.sampling.guidance} needs a network that has learned to "
-                "go without a caption: set next_scale.null_probability above 0"
-            )
+        self.sampling.check_network(self.next_scale)
 
     def image_shards(self) -> list[str]:
         return self.data.all_shards()

@@ -274,6 +274,14 @@ class NextScaleSampling(Sampling):
         """Passes over a scale."""
         return len(self.top_k)
 
+    def check_network(self, network: NextScaleConfig) -> None:
+        """Refuse guidance away from captions that a network was never without."""
+        if self.guidance and not network.null_probability:
+            raise ValueError(
+                f"guidance {self.guidance:g} needs a network that has learned to go without a "
+                "caption; next_scale.null_probability=0 teaches none: use guidance 0"
+            )
+
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits ... x K, -inf where they can't be drawn: top-k first, then top-p; 0 turns one off."""
@@ -307,6 +315,7 @@ class NextScaleGenerator(Generator):
     def make_latents(
         self, text_states: Tensor, config: NextScaleSampling, seed: int, indices: list[int]
     ) -> Tensor:
+        config.check_network(self.model.config)
         shape = (config.steps, self.model.config.quantizer.num_tokens)
         drawn = self.draw(text_states, config, unit_noise(shape, seed, indices).to(self.device))
         return self.tokenizer.quantizer.decode(drawn).flatten(2).transpose(1, 2)
