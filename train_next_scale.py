@@ -117,6 +117,7 @@ def main(config: NextScaleStage) -> None:
     model = NextScale(config.next_scale)
     set_activation_checkpointing(model, config.activation_checkpointing)
     has_checkpoint = latest_checkpoint(run.folder) is not None
+    # A checkpoint has the skip among its weights.
     if config.linear_start and not has_checkpoint:
         fit_skip(config, parts, model, reader)
     save_config(run, config, has_checkpoint)

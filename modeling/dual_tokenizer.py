@@ -94,7 +94,7 @@ class DualTokenizer(nn.Module):
             self.pixel_encoder = PatchEncoder(config.encoder, *shape)
             self.pixel_decoder = PatchDecoder(config.decoder, *shape)
         else:
-            # A stride of 16 has no grid of 27 else
+            # Their images are resized: 384 pixels at a stride of 16 are no grid of 27 cells.
             self.net_size = config.grid_size * config.convolutions.stride
             encoder = ConvolutionalEncoder(config.convolutions)
             decoder = ConvolutionalDecoder(config.convolutions)

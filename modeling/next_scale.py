@@ -207,9 +207,12 @@ class NextScale(nn.Module):
             dropped: B bool, whose text is not to be read.
         """
         scales = self.config.quantizer.first_scales(features.shape[1] + 1)
+        # Under autocast the embedded states have another dtype than what stands for no caption.
         text = torch.where(
             dropped[:, None, None], self.null_text.float(), self.embed_text(text_states).float()
         )
+
+        # With a skip the second half of the inputs are sums; what they lack of it is read instead.
         left = None
         if self.config.linear_skip:
             features, sums = features.chunk(2, dim=-1)
@@ -231,6 +234,8 @@ class NextScale(nn.Module):
         logits = self.to_logits(self.norm_out(x[:, text.shape[1] :]))
         if left is None:
             return logits
+
+        # Alone, the skip chooses the codes that the quantiser would choose for its tokens.
         cosines = self.config.quantizer.normalise(left) @ self.codes.T
         sharpness = torch.cat([x.expand(s**2) for x, s in zip(self.log_sharpness.exp(), scales)])
         return logits + sharpness[:, None] * cosines
