@@ -51,6 +51,7 @@ from training.stage import TrainedStage
 from training.tokens import (
     StoredTokens,
     TokensInfo,
+    complete_projector,
     load_tokens_info,
     open_stored_tokens,
     projector_sizes,
@@ -213,7 +214,7 @@ def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
     """EMA weights to start from: the projector of stage 2, all of a stage-3 run, or nothing.
 
     Raises:
-        ValueError: the velocity network of init_from is not this config's.
+        ValueError: what init_from has learned is not what this config goes on with.
     """
     if not config.init_from:
         return load_projector(config.projector_run) if config.projector_run else None
@@ -222,6 +223,8 @@ def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
         raise ValueError(
             f"{config.init_from} has average velocities: expected flow.objective=mean_flow"
         )
+    if source.config.source == "noise" and config.flow.source == "text":
+        raise ValueError(f"{config.init_from} has no z_T: expected flow.source=noise")
     # Some sizes come from tokenizer and projector; all others are typed, and may disagree.
     found = source.flowtok.config
     derived = {f.name: getattr(found, f.name) for f in fields(found) if f.metadata.get("derived")}
@@ -239,20 +242,14 @@ def fill_in_networks(
     source: TextProjector | FlowModel | None,
     sizes: dict[str, int],
 ) -> None:
-    """Complete the networks' configs: the projector's from `source`, sizes from the tokenizer.
-
-    Raises:
-        ValueError: the source's projector was made for another tokenizer's sizes.
-    """
-    if source is None:
-        config.projector = replace(config.projector or TextProjectorConfig(), **sizes)
-    else:
-        config.projector = getattr(source, "projector", source).config
-        found = {name: getattr(config.projector, name) for name in sizes}
-        if found != sizes:
-            raise ValueError(
-                f"the projector of {config.source_run} has {found}, {config.tokenizer_run} {sizes}"
-            )
+    """Complete the networks' configs: the projector's from `source`, sizes from the tokenizer."""
+    config.projector = complete_projector(
+        config.projector,
+        getattr(source, "projector", source),
+        config.source_run,
+        config.tokenizer_run,
+        sizes,
+    )
     config.flowtok = fill_in_sizes(config.flowtok, config.projector, info.num_tokens)
 
 

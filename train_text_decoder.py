@@ -11,7 +11,7 @@ of the held-out and of the training captions comes back from z_T's mean, with EM
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -44,7 +44,12 @@ from training.pipelines import load_projector
 from training.provenance import check_shards, save_source
 from training.run import save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import StoredText, open_stored_captions, projector_sizes
+from training.tokens import (
+    StoredText,
+    complete_projector,
+    open_stored_captions,
+    projector_sizes,
+)
 
 MEASURED_CAPTIONS = 10_000  # at most, of either kind, whose reconstruction is measured
 VOCABULARY_CAPTIONS = 1_000_000  # at most, whose token ids are counted
@@ -95,17 +100,16 @@ def main(config: TextDecoderStage) -> None:
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     tokenizer_config = read_section(config.tokenizer_run, "tokenizer", ImageTokenizerConfig)
     text_config = text_encoder_config(config.tokenizer_run)
-    if text_config.family != "open_clip" or projector_sizes(tokenizer_config)["num_queries"]:
+    sizes = projector_sizes(tokenizer_config)
+    if text_config.family != "open_clip" or sizes["num_queries"]:
         raise ValueError(
             f"{config.tokenizer_run}: a text decoder reads one of CLIP's token ids from each "
             "token: it needs text_encoder.family=open_clip and tokenizer.num_tokens=0"
         )
     source = load_projector(config.projector_run) if config.projector_run else None
-    if source is None:
-        sizes = projector_sizes(tokenizer_config)
-        config.projector = replace(config.projector or TextProjectorConfig(), **sizes)
-    else:
-        config.projector = source.config
+    config.projector = complete_projector(
+        config.projector, source, config.projector_run, config.tokenizer_run, sizes
+    )
     inputs = {
         "text_encoder": load_text_encoder(text_config).identity,
         "projector": fingerprint(source) if source else "none",

@@ -261,6 +261,15 @@ def test_tokens_of_another_tokenizer_are_refused(chain, tmp_path):
         chain.run("tokens", f"tokenizer_run={other}")
 
 
+def test_a_projector_of_another_tokenizers_sizes_is_refused(chain, tmp_path):
+    config = (chain.folder / "tokenizer" / "config.yaml").read_text()
+    assert "token_channels: 4" in config
+    (tmp_path / "config.yaml").write_text(config.replace("token_channels: 4", "token_channels: 6"))
+    source = [f"projector_run={chain.folder}/text_projector", "projector=null"]
+    with pytest.raises(ValueError, match=f"'token_channels': 4.*{tmp_path} .*'token_channels': 6"):
+        chain.run_in(tmp_path, "text_decoder", f"tokenizer_run={tmp_path}", *source)
+
+
 NO_TRAINING = {  # stage -> (options, keys)
     "tokenizer": [
         ("data.shards=[nowhere.tar]", "nowhere.tar, which does not exist"),

@@ -6,7 +6,7 @@ latent scale from the other.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from modeling.dual_tokenizer import DualTokenizer, DualTokens
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import Posterior, fingerprint
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
-from modeling.text_projector import TextProjector
+from modeling.text_projector import TextProjector, TextProjectorConfig
 from training.ridge import fit_linear_skip
 from training.run import Run
 from training.stage import TrainingConfig, open_stream
@@ -231,6 +231,26 @@ def projector_sizes(tokenizer: ImageTokenizerConfig) -> dict[str, int]:
         "token_channels": tokenizer.token_channels,
         "num_queries": 0 if is_paired else tokenizer.num_tokens,
     }
+
+
+def complete_projector(
+    typed: TextProjectorConfig | None,
+    source: TextProjector | None,
+    source_run: str,
+    tokenizer_run: str,
+    sizes: dict[str, int],
+) -> TextProjectorConfig:
+    """The projector's config: that of the weights it starts from, or as typed; with its sizes.
+
+    Raises:
+        ValueError: the weights are for another tokenizer's sizes.
+    """
+    if source is None:
+        return replace(typed or TextProjectorConfig(), **sizes)
+    found = {name: getattr(source.config, name) for name in sizes}
+    if found != sizes:
+        raise ValueError(f"the projector of {source_run} has {found}, {tokenizer_run} {sizes}")
+    return source.config
 
 
 # Batches
