@@ -72,7 +72,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save-dir", type=user_path, help="also write each image as its own PNG here")
     add("--gallery", type=user_path, help="also write a page with images, captions, settings here")
     add("--steps", type=int, help="solver steps")
-    add("--guidance", type=float, help="1: no guidance, half the work")
+    help_text = "1, or 0 of a run of next_scale: no guidance, half the work"
+    add("--guidance", type=float, help=help_text)
     add("--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release")
     times = ("START", "END")
     add("--guidance-interval", nargs=2, type=float, metavar=times, help="times with guidance")
@@ -87,11 +88,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Load, generate, write."""
     is_left_open = not (args.prompts or args.prompts_file or args.interpolate or args.trajectory)
-    check_args(args)
-    args.run = find_folder(args.run)
     to_text = bool(args.caption)
+    check_args(args, to_text)
+    args.run = find_folder(args.run)
     if is_left_open and not to_text:
         to_text = pipelines.directions_of(args.run) == {"image_to_text"}
+        check_args(args, to_text)
     check_outputs(args, (".png", ".jsonl") if to_text else (".png",))
     if to_text:
         caption(args)
@@ -99,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
         draw(args)
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace, to_text: bool) -> None:
     """Refuse, before anything is loaded, options that would be ignored."""
     is_row = args.interpolate or args.trajectory
     if args.frames and not is_row:
@@ -108,9 +110,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             "--images-per-prompt is for prompts, not for --interpolate and --trajectory"
         )
-    if args.caption and (args.save_dir or args.gallery or args.images_per_prompt > 1):
+    if to_text and (args.save_dir or args.gallery or args.images_per_prompt > 1):
         raise ValueError(
-            "--save-dir, --gallery and --images-per-prompt are for prompts, not for --caption"
+            "--save-dir, --gallery and --images-per-prompt are for images, not for captions "
+            "(--caption, or a run that flows from image to text)"
         )
 
 
@@ -259,7 +262,7 @@ def follow(
 ) -> Iterator[Picture]:
     """What the flow passes on its way to an image of each prompt, named by the time.
 
-    Rows are of one length, at most the solver's steps + 1.
+    Rows are of one length: --frames, or as many points as the solver has.
     """
     for prompt in prompts:
         times, images = parts.trajectory(prompt, sampling, args.seed, args.frames or COLUMNS)

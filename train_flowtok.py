@@ -113,6 +113,10 @@ class FlowTokStage(TrainedStage):
             )
         if self.source_run and self.projector:
             raise ValueError(f"projector is as in {self.source_run}: leave it out")
+        if self.projector and self.projector.linear_skip:
+            raise ValueError(
+                "projector.linear_skip is filled by stage 2: set projector_run to such a run"
+            )
         if self.flow.projector == "frozen" and not self.source_run:
             raise ValueError("flow.projector=frozen needs projector_run or init_from")
         if self.flow.projector == "detached" and not has_projector_loss(self.losses):

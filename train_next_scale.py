@@ -69,11 +69,7 @@ class NextScaleStage(TrainedStage):
     def check(self) -> None:
         super().check()
         check_not_negative(self, "linear_start")
-        if self.sampling.guidance and not self.next_scale.null_probability:
-            raise ValueError(
-                f"sampling.guidance={self.sampling.guidance} needs a network that has learned to "
-                "go without a caption: set next_scale.null_probability above 0"
-            )
+        self.sampling.check_network(self.next_scale)
 
     def image_shards(self) -> list[str]:
         return self.data.all_shards()
@@ -121,6 +117,7 @@ def main(config: NextScaleStage) -> None:
     model = NextScale(config.next_scale)
     set_activation_checkpointing(model, config.activation_checkpointing)
     has_checkpoint = latest_checkpoint(run.folder) is not None
+    # A checkpoint has the skip among its weights.
     if config.linear_start and not has_checkpoint:
         fit_skip(config, parts, model, reader)
     save_config(run, config, has_checkpoint)

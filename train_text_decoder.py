@@ -120,6 +120,7 @@ def main(config: TextDecoderStage) -> None:
         raise ValueError(f"heldout_shards={config.heldout_shards} have no caption")
     has_checkpoint = latest_checkpoint(run.folder) is not None
     model = build_model(config, source)
+    # A checkpoint has what is measured on the captions, as part of the weights.
     if not has_checkpoint:
         if source is None:
             captions.fit_whitening(model.projector)

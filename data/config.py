@@ -92,7 +92,7 @@ class ReaderConfig:
             raise ValueError("data.sources: all weights are 0, expected one above it")
 
     def full_sources(self) -> dict[str, SourceConfig]:
-        """All sources by name, with captions and filters filled in."""
+        """All sources that are read, by name, with captions and filters filled in."""
         if not self.sources:
             only = SourceConfig(self.shards, captions=self.captions, filters=self.filters)
             return {ONLY_SOURCE: only}
@@ -103,6 +103,7 @@ class ReaderConfig:
                 filters=source.filters or self.filters,
             )
             for name, source in self.sources.items()
+            if source.weight
         }
 
     def has_several_captions(self) -> bool:
@@ -115,14 +116,13 @@ class ReaderConfig:
 
     def all_shards(self) -> list[str]:
         """The patterns of all sources that are read."""
-        sources = self.full_sources().values()
-        return [pattern for source in sources if source.weight for pattern in source.shards]
+        return [pattern for source in self.full_sources().values() for pattern in source.shards]
 
 
 def open_sources(
     config: ReaderConfig, decode: Callable, shards: Sequence[str] | None = None
 ) -> list[Source]:
-    """What a config names, decode(SourceConfig, sample, draws) decoding it; without weight 0.
+    """What a config names, decode(SourceConfig, sample, draws) decoding it.
 
     shards: patterns to read instead, as one source with the section's own captions and filters.
 
@@ -135,5 +135,4 @@ def open_sources(
     return [
         Source(name, tuple(expand_shards(source.shards)), partial(decode, source), source.weight)
         for name, source in config.full_sources().items()
-        if source.weight
     ]

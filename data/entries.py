@@ -89,10 +89,11 @@ def build_index(entries: Iterable[Entry], file: BinaryIO) -> np.ndarray:
         line = json.dumps(vars(entry), default=str).encode() + b"\n"
         ends.append(ends[-1] + file.write(line))
         faulty.append(entry.fault is not None)
-        # what is no sample has neither an image nor a key that another could have
+        # what is no sample has neither an image nor a key that another could have; keys are equal
+        # where those who read the shards take them for one
         own = f"\0{number}"
         image = own if faulty[-1] else f"{os.path.abspath(entry.path)} {entry.span}"
-        keys += digest_of((own if faulty[-1] else entry.key).encode())
+        keys += digest_of((own if faulty[-1] else one_form(entry.key)).encode())
         images += digest_of(image.encode("utf-8", "surrogatepass"))
     rows = np.zeros(len(ends) - 1, INDEX_ROW)
     rows["begin"], rows["end"] = ends[:-1], ends[1:]

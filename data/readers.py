@@ -107,13 +107,18 @@ class Reader:
 
 
 def token_reader(
-    config: TokenTextConfig, num_tokens: int, token_channels: int, tokenize: Tokenize | None
+    config: TokenTextConfig,
+    num_tokens: int,
+    token_channels: int,
+    tokenize: Tokenize | None,
+    with_states: bool = True,
 ) -> Reader:
     """Batches with "latent_mean", "latent_logvar": B x K x C float32.
 
-    And "text_states": B x L x T float16, unless no sample has them; if only some do, the run stops.
+    with_states: and "text_states", B x L x T float16, unless no sample has them; if only some do,
+    the run stops. Whose they are, the caller has to know.
     """
-    decode = partial(decode_tokens, num_tokens, token_channels)
+    decode = partial(decode_tokens, num_tokens, token_channels, with_states)
     return Reader(config, decode, partial(collate_tokens, tokenize))
 
 
@@ -153,12 +158,13 @@ def take_caption(
 def decode_tokens(
     num_tokens: int,
     token_channels: int,
+    with_states: bool,
     source: SourceConfig,
     sample: dict[str, Any],
     draws: SampleDraws | None,
 ) -> dict[str, Any]:
     """Raw sample -> {"latent": 2 x K x C float16, "caption", "key", "text_states" if stored}."""
-    decoded = decode_caption("text.npy" in sample, source, sample, draws)
+    decoded = decode_caption(with_states and "text.npy" in sample, source, sample, draws)
     # our own format, or that of the release
     if "latent.npy" in sample:
         latent = read_array(sample, "latent.npy", (2, num_tokens, token_channels))

@@ -166,7 +166,8 @@ class ClipScorer:
         self.device = device
         self.description: dict[str, Any] = {
             "model": config.model,
-            "pretrained": None if ":" in config.model else config.pretrained,
+            "pretrained": None if config.names_its_weights else config.pretrained,
+            "exact_gelu": config.exact_gelu,
             "weights_fingerprint": fingerprint(self.clip),
             "scale": "100 * mean over the images of max(cosine of image and caption, 0)",
         }

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from configs.load import load_dataclass
 from data.files import check_writable, user_path, write_json, write_text
@@ -79,11 +78,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         flow_folder(args.run), lambda: load_pipeline(args.run, state.device)
     )
     model = describe_model(checkpoint, generator)
-    if len({*gather_object([model["flow_fingerprint"]])}) > 1:
-        raise ValueError(
-            f"{args.run} is being trained, and the processes loaded different checkpoints: start "
-            "again"
-        )
+    programs.check_same(args.run, model["flow_fingerprint"])
     for point in points:
         sampling = point.sampling(default)
         sampling.check_flow(generator.flow.config)

@@ -238,6 +238,7 @@ def right(facts: Facts, wanted: Wanted) -> dict[str, Tensor]:
         "background": facts.background == wanted.background,
     }
     verdicts = {name: verdict | ~said[name] for name, verdict in verdicts.items()}
+    # Kinds of one shape and colour are equal objects, so of one size
     whole = enough(shape & colour & size, same_shape & same_colour).all(dim=1)
     others = [verdicts[name] for name in ("relation", "count", "background")]
     return verdicts | {"all": torch.stack([whole, *others]).all(dim=0)}

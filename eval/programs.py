@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from modeling.layers import exact_products
 from modeling.published import file_sha256
@@ -87,6 +88,14 @@ def start_processes(device: str) -> PartialState:
         raise ValueError("--device cuda: torch sees no GPU")
     torch.backends.cudnn.allow_tf32 = False  # it rounds convolutions to 10 bits
     return PartialState(cpu=device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
+
+
+def check_same(run: Path, fingerprint: str) -> None:
+    """Refuse processes that loaded different checkpoints, by the fingerprints of their networks."""
+    if len({*gather_object([fingerprint])}) > 1:
+        raise ValueError(
+            f"{run} is being trained, and the processes loaded different checkpoints: start again"
+        )
 
 
 @contextmanager

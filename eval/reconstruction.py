@@ -74,12 +74,13 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.save_images / "reconstructions.png")
     entries = list_images(args.data)[: args.limit]
 
-    # The run's networks, then those that measure
+    # The run's networks, the same in all processes though training may go on; those that measure
     state = programs.start_processes(args.device)
     reconstruct, checkpoint = load_newest(
         run, lambda: load_reconstructor(run, state.device, args.precision == "bf16")
     )
     model = describe_model(run, checkpoint, reconstruct)
+    programs.check_same(run, model["tokenizer_fingerprint"])
     # One process a machine downloads, the others find the files
     paths = {"lpips": args.vgg_weights, "rfid": args.inception_weights}
     with state.local_main_process_first():

@@ -179,7 +179,7 @@ def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tens
         "latent": retrieval(latents, pool["latents"], pool["groups"], own),
         "latent_among_own_set": retrieval(latents, own_latents, own_groups, within),
         "pixels_16x16": retrieval(shrink(images), pool["pixels"], pool["groups"], own),
-        "psnr_db": psnr(true, images).mean().item(),
+        "psnr_db": mean_psnr(true, images),
         "frechet_latent": frechet_distance(*gaussians),  # only equal numbers of captions compare
     }
     if "subjects" in pool:
@@ -257,11 +257,18 @@ def decode(
     return in_batches(parts, lambda z, t: parts.decode(z, t, precision), latents, states)
 
 
-def reconstruction_psnr(parts: Generator, samples: dict) -> float:
+def reconstruction_psnr(parts: Generator, samples: dict) -> float | None:
     """Mean PSNR per image of posterior-mean reconstructions with the true captions, dB."""
     states = encode_texts(parts, samples["caption"])
     reconstructions = decode(parts, encode(parts, samples["image"]), states)
-    return psnr(samples["image"], reconstructions).mean().item()
+    return mean_psnr(samples["image"], reconstructions)
+
+
+def mean_psnr(images: Tensor, others: Tensor) -> float | None:
+    """Over the pairs that differ, dB; None if all are equal: a white image can be met exactly."""
+    decibels = psnr(images, others)
+    different = decibels[decibels.isfinite()]
+    return different.mean().item() if len(different) else None
 
 
 def save_pairs(samples: dict, images: Tensor, path: Path) -> None:

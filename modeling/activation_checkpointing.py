@@ -5,7 +5,7 @@ selective   keep the outputs of matrix products and attention and recompute the 
             modulation, activations): about half the memory for almost no extra work.
 full        keep only each block's input: the least memory, one more forward pass (a third more
             work).
-Gradients are the same to the bit, dropout included.
+Gradients are the same to the bit.
 """
 
 from functools import partial

@@ -241,12 +241,18 @@ def is_torchscript(path: str) -> bool:
 
 def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callable]:
     """(PIL image -> 3 x S x S, captions -> token ids B x L), as the CLIP was trained with."""
-    preprocessing = preprocessing_of(config, clip)
+    transform = open_clip.transform.image_transform_v2(
+        preprocessing_of(config, clip), is_train=False
+    )
+    return transform, clip_tokenizer(config)
+
+
+def clip_tokenizer(config: ClipWeights) -> Callable:
+    """open_clip's tokenizer of a model; ValueError if it can't be loaded."""
     try:
-        tokenize = open_clip.get_tokenizer(config.model)
-    except Exception as error:  # of packages that other tokenizers than CLIP's need
+        return open_clip.get_tokenizer(config.model)
+    except Exception as error:  # of packages that other tokenizers than CLIP's need, of the hub
         raise cannot_load(config, error) from error
-    return open_clip.transform.image_transform_v2(preprocessing, is_train=False), tokenize
 
 
 def preprocessing_of(config: ClipWeights, clip: nn.Module) -> Any:

@@ -54,7 +54,7 @@ class DualTokenizerConfig:
 
     def __post_init__(self):
         check_not_negative(self, "semantic_depth")
-        check_least(self, 1, "patch_size")
+        check_least(self, 1, "image_size", "patch_size", "semantic_heads")
         if self.pixel_nets == "transformer" and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
@@ -94,7 +94,7 @@ class DualTokenizer(nn.Module):
             self.pixel_encoder = PatchEncoder(config.encoder, *shape)
             self.pixel_decoder = PatchDecoder(config.decoder, *shape)
         else:
-            # A stride of 16 has no grid of 27 else
+            # Their images are resized: 384 pixels at a stride of 16 are no grid of 27 cells.
             self.net_size = config.grid_size * config.convolutions.stride
             encoder = ConvolutionalEncoder(config.convolutions)
             decoder = ConvolutionalDecoder(config.convolutions)

@@ -19,6 +19,7 @@ from .layers import (
     FROM_TOKENIZER,
     Attention,
     CrossAttention,
+    check_least,
     init_linear_,
     sincos_position_table,
     timestep_sinusoids,
@@ -43,6 +44,7 @@ class FlowTokConfig:
     context_width: int = field(default=0, metadata=FROM_PROJECTOR)  # and their W
 
     def __post_init__(self):
+        check_least(self, 1, "width", "num_heads")
         if self.width % self.num_heads or self.width % 2:
             raise ValueError(
                 f"width {self.width} must be even and divisible by num_heads {self.num_heads}"

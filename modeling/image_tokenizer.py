@@ -25,6 +25,7 @@ from .layers import (
     Posterior,
     SwiGLU,
     axial_rope_table,
+    check_least,
     check_not_negative,
     find_text,
     init_linear_,
@@ -43,6 +44,9 @@ class TransformerSize:
     width: int = 768
     depth: int = 12
     num_heads: int = 12
+
+    def __post_init__(self):
+        check_least(self, 1, "width", "depth", "num_heads")
 
 
 @dataclass
@@ -77,7 +81,8 @@ class ImageTokenizerConfig:
 
     def __post_init__(self):
         check_not_negative(self, "num_tokens")
-        if self.patch_size <= 0 or self.image_size % self.patch_size:
+        check_least(self, 1, "image_size", "patch_size")
+        if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )

@@ -108,7 +108,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     old = round((len(positions) - 1) ** 0.5)
     if old == grid:
         return positions
-    # The original's scale factor, of which the sampling points depend
+    # The original's scale factor, on which the sampling points depend
     maps = positions[1:].T.unflatten(1, (old, old))[None]
     scale = (grid + 0.1) / old
     maps = F.interpolate(maps, scale_factor=(scale, scale), mode="bicubic", align_corners=False)

@@ -1,8 +1,9 @@
 """Every loss term as a function of tensors, and the weights of each stage (paper, Sec. 3.2-3.3).
 
-All terms are float32 scalars in any autocast precision; a term of weight 0 is not computed. To add
-a loss on z_T: a function, its row in PROJECTOR_LOSSES, its NAME_weight in ProjectorLossConfig. On
-the velocity: the same with VELOCITY_LOSSES and FlowLossConfig.
+All terms are float32 scalars in any autocast precision. A term of weight 0 is not computed, but for
+those of reconstructions and the KL of stage 1, which are logged. To add a loss on z_T: a function,
+its row in PROJECTOR_LOSSES, its NAME_weight in ProjectorLossConfig. On the velocity: the same with
+VELOCITY_LOSSES and FlowLossConfig.
 """
 
 from dataclasses import dataclass, fields

@@ -23,6 +23,7 @@ from .layers import (
     FROM_TOKENIZER,
     Attention,
     SwiGLU,
+    check_least,
     check_not_negative,
     find_text,
     init_linear_,
@@ -60,6 +61,7 @@ class NextScaleConfig:
         return self.quantizer.channels * (1 + self.linear_skip)
 
     def __post_init__(self):
+        check_least(self, 1, "width", "num_heads")
         if self.width % (2 * self.num_heads):
             raise ValueError(
                 f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
@@ -205,9 +207,12 @@ class NextScale(nn.Module):
             dropped: B bool, whose text is not to be read.
         """
         scales = self.config.quantizer.first_scales(features.shape[1] + 1)
+        # Under autocast the embedded states have another dtype than what stands for no caption.
         text = torch.where(
             dropped[:, None, None], self.null_text.float(), self.embed_text(text_states).float()
         )
+
+        # With a skip the second half of the inputs are sums; what they lack of it is read instead.
         left = None
         if self.config.linear_skip:
             features, sums = features.chunk(2, dim=-1)
@@ -229,6 +234,8 @@ class NextScale(nn.Module):
         logits = self.to_logits(self.norm_out(x[:, text.shape[1] :]))
         if left is None:
             return logits
+
+        # Alone, the skip chooses the codes that the quantiser would choose for its tokens.
         cosines = self.config.quantizer.normalise(left) @ self.codes.T
         sharpness = torch.cat([x.expand(s**2) for x, s in zip(self.log_sharpness.exp(), scales)])
         return logits + sharpness[:, None] * cosines
@@ -272,6 +279,14 @@ class NextScaleSampling(Sampling):
         """Passes over a scale."""
         return len(self.top_k)
 
+    def check_network(self, network: NextScaleConfig) -> None:
+        """Refuse guidance away from captions that a network was never without."""
+        if self.guidance and not network.null_probability:
+            raise ValueError(
+                f"guidance {self.guidance:g} needs a network that has learned to go without a "
+                "caption; next_scale.null_probability=0 teaches none: use guidance 0"
+            )
+
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits ... x K, -inf where they can't be drawn: top-k first, then top-p; 0 turns one off."""
@@ -305,6 +320,7 @@ class NextScaleGenerator(Generator):
     def make_latents(
         self, text_states: Tensor, config: NextScaleSampling, seed: int, indices: list[int]
     ) -> Tensor:
+        config.check_network(self.model.config)
         shape = (config.steps, self.model.config.quantizer.num_tokens)
         drawn = self.draw(text_states, config, unit_noise(shape, seed, indices).to(self.device))
         return self.tokenizer.quantizer.decode(drawn).flatten(2).transpose(1, 2)

@@ -262,10 +262,11 @@ class ImageGenerator(Generator):
         """What the flow passes on its way from text to image, decoded.
 
         Args:
-            number: points, both ends included, as evenly spaced as the solver's steps allow.
+            number: points, both ends included, as evenly spaced as the solver's steps allow; all,
+                if there are fewer.
 
         Returns:
-            Their times in [0, 1], and images N x 3 x R x R in [0, 1]. At most steps + 1.
+            Their times in [0, 1], and images N x 3 x R x R in [0, 1].
         """
         text_states = self.encode_text([caption])
         points: dict[float, Tensor] = {}
@@ -366,7 +367,7 @@ class FlowTokPipeline:
         """Of a folder here or the hub's USER/NAME; device: a GPU, if there is one.
 
         Raises:
-            ValueError: the folder is not there or not whole.
+            ValueError: the folder is not there, or its config.json is not that of one.
         """
         folder = find_folder(folder_or_id)
         config = read_config(folder, PipelineConfig)

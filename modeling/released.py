@@ -197,6 +197,7 @@ def take(
     check_shapes(tensors, shapes, optional)
     check_tables(tensors, tables)
 
+    # Copies, of which a caller may scale some in place.
     taken = {}
     for name, theirs in sources.items():
         parts = [tensors[one].detach().to(torch.float32) for one in theirs]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import check_not_negative, init_linear_
+from .layers import check_least, check_not_negative, init_linear_
 from .text_projector import ProjectorBlock, TextProjector, TextProjectorConfig
 
 CLIP_VOCABULARY = 49408
@@ -39,6 +39,7 @@ class TextDecoderConfig:
     vocabulary_size: int = CLIP_VOCABULARY
 
     def __post_init__(self):
+        check_least(self, 1, "width", "num_heads")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         if not 0 <= self.dropout < 1:

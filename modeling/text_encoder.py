@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .clip_weights import ClipWeights, check_local_dir, load_clip, open_clip
+from .clip_weights import ClipWeights, check_local_dir, clip_tokenizer, load_clip, open_clip
 from .layers import check_not_negative, fingerprint
 
 
@@ -102,7 +102,7 @@ class TextTokenizer(ClipTokenizer):
     def __init__(self, config: TextEncoderConfig):
         check_local_dir(config)
         self.config = config
-        self._tokenizer = open_clip.get_tokenizer(config.model)
+        self._tokenizer = clip_tokenizer(config)
         if not hasattr(self._tokenizer, "sot_token_id"):
             raise ValueError(f"text_encoder.model {config.model} has no CLIP tokenizer")
         self.context_length: int = self._tokenizer.context_length

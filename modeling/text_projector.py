@@ -23,6 +23,7 @@ from .layers import (
     CrossAttention,
     Posterior,
     SourcePass,
+    check_least,
     check_not_negative,
     find_text,
     init_linear_,
@@ -77,6 +78,7 @@ class TextProjectorConfig:
                 f"alignment_target=average_pool: width {width} of the text is not divisible by "
                 f"token_channels {self.token_channels}"
             )
+        check_least(self, 1, "width", "num_heads")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         check_not_negative(self, "fixed_std", "text_depth")
@@ -270,8 +272,7 @@ class TextProjector(nn.Module):
         self.to_moments = nn.Linear(config.width, num_moments * config.token_channels)
         self.alignment = AlignmentHead(config)
         inputs = config.text_tokens * config.text_width
-        shape = (config.input_shape[0], config.token_channels)
-        self.linear_skip = LinearSkip(inputs, shape) if config.linear_skip else None
+        self.linear_skip = LinearSkip(inputs, self.shape) if config.linear_skip else None
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -102,13 +102,17 @@ def main(args: argparse.Namespace) -> None:
     results = []
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(run_one, sweep, *one) for one in todo]
-        for future in as_completed(futures):
-            result = future.result()
-            results.append(result)
-            shown = result.get("error") or result["metrics"]
-            place = f"[{len(results)}/{len(todo)}] {result['variant']}, seed {result['seed']}"
-            print(f"{place}: {shown}", flush=True)
-            write_summary(sweep, results, output)
+        try:
+            for future in as_completed(futures):
+                result = future.result()
+                results.append(result)
+                shown = result.get("error") or result["metrics"]
+                place = f"[{len(results)}/{len(todo)}] {result['variant']}, seed {result['seed']}"
+                print(f"{place}: {shown}", flush=True)
+                write_summary(sweep, results, output)
+        finally:
+            # Or Ctrl-C and a wrong metric would be heeded after the last run
+            pool.shutdown(cancel_futures=True)
     print(f"{summarise(sweep, results)}{output}: table.md and results.json written")
     if any("error" in result for result in results):
         raise SystemExit(1)

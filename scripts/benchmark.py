@@ -20,6 +20,7 @@ header.
 import argparse
 import io
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -278,9 +279,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def describe_machine() -> dict:
     """What figures were measured on."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
+    # ARM's list has no name, macOS no list
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
     return {
-        "cpu": next(line.split(": ")[1] for line in info if line.startswith("model name")),
+        "cpu": next(names, platform.machine()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": str(torch.__version__),

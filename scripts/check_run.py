@@ -3,8 +3,8 @@
     python scripts/check_run.py runs/emoji
 
 A line per stage, then a line per problem. Every file of every checkpoint has the bytes that were
-written; weights, EMA and moments of the newest whole one are finite; metrics.jsonl rises without
-repeats up to it. Token shards: all that tokens.json lists are there, with so many samples.
+written; weights, EMA and moments of the newest whole one are finite; the steps of metrics.jsonl
+rise without repeats. Token shards: all that tokens.json lists are there, with so many samples.
 Exit status: 0 no problem, 1 problems, 2 no run in the folder.
 """
 

@@ -78,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a folder that is there, impossible arguments, or a file that can't be converted.
     """
+    # What needs no file is checked first: a file has gigabytes
     target = (args.run or args.second).resolve()
     check_new_folder(target)
     if not (math.isfinite(args.latent_scale) and args.latent_scale > 0):

@@ -51,7 +51,7 @@ from scripts.run_experiment.processes import Job, clean, count_cores, find_job
 from scripts.run_experiment.stages import WITHOUT_NETWORK, Stage, read_stages
 from scripts.workload.fake import GIB, measure_step
 from scripts.workload.sizes import Stage as SizedStage
-from scripts.workload.sizes import read_stage
+from scripts.workload.sizes import read_stage, why_unplanned
 from scripts.workload.steps import build_workload, make_batch, repeated_step
 from training.errors import exit_on_error, printable
 from training.run import start_run
@@ -110,6 +110,9 @@ def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
         try:
             if checks.is_complete(stage):
                 continue
+            if reason := why_unplanned(stage.config):
+                yield Row("note", f"{stage} step", reason)
+                continue
             sized = read_stage(stage.file, stage.overrides)
         except ValueError as error:
             yield Row("STOP", f"{stage} sizes", one_line(error))
@@ -164,7 +167,8 @@ def measure_exchange(rank: int, processes: int, backend: str, meeting: str, resu
     dist.init_process_group(
         backend, init_method=meeting, timeout=EXCHANGE_LIMIT, rank=rank, world_size=processes
     )
-    values = torch.ones(ALL_REDUCE_MIB * 2**18, device=device)
+    # float64: float32 can't hold the total that is asserted, of 17 processes 17^6
+    values = torch.ones(ALL_REDUCE_MIB * 2**17, dtype=torch.float64, device=device)
     dist.all_reduce(values)
     start = time.perf_counter()
     for _ in range(ALL_REDUCE_CALLS):

@@ -312,6 +312,7 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
     sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
     loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
     samples: dict[int, list[dict]] = defaultdict(list)
+    captions: dict[int, list[str]] = defaultdict(list)
     arrived: Counter[int] = Counter()
     with (
         StopRequest() as stop,  # before the workers, so that its signals do not end them
@@ -335,6 +336,7 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
                 progress.num_images += len(item["key"])
                 progress.num_cut += len(item["key"]) * float(item.get("captions_cut", 0))
                 samples[index] += encoder(item)
+                captions[index] += item["caption"]
                 continue
 
             # A shard is through. What a worker lost on the way would be missing without an error.
@@ -345,15 +347,21 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
                     f"worker read of {image.shards[0]}, {arrived[index]} arrived"
                 )
             counts = {"num_samples": len(made), "skipped": end.skipped, "first": end.first}
-            writer.start(partial(write_tokens, config, token_shard, made, counts))
+            read = captions.pop(index, [])
+            writer.start(partial(write_tokens, config, token_shard, made, read, counts))
             progress.report(token_shard.parent)
 
 
-def write_tokens(config: TokensStage, token_shard: Path, made: list[dict], counts: dict) -> None:
-    """Write a token shard and, before and after, its counts."""
+def write_tokens(
+    config: TokensStage, token_shard: Path, made: list[dict], captions: list[str], counts: dict
+) -> None:
+    """Write a token shard and, before and after, its counts; captions: those that were read.
+
+    A sample's own txt may be another text, or in another encoding.
+    """
     counts |= {"vocabulary": None, "crc32": content_crc32(made)}
     if not config.data.has_several_captions():  # an epoch may have others
-        counts["vocabulary"] = asdict(measure_vocabulary(sample["txt"].decode() for sample in made))
+        counts["vocabulary"] = asdict(measure_vocabulary(captions))
     write_json(counts, count_file(token_shard))
     write_shard(token_shard, made)
     counts["bytes"] = token_shard.stat().st_size

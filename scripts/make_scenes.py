@@ -8,9 +8,9 @@ trained on); new (captions of shown objects that are never together in train); p
 a shape never has in train); relations (as two shapes never lie); counts (numbers in which a shape
 is never shown). A sample is {key}.png, {key}.txt and {key}.json with "captions" (several phrasings,
 the first is the .txt), "statement" (what they say), "scene" (all that is shown, exactly) and
-"caption_number". An image is a function of (seed, split, its number), a caption of (seed, split,
-its number), whatever the number of processes and of images. Also writes manifest.json. The same
-command continues an interrupted one.
+"caption_number". A caption is a function of (seed, split, its number), an image of its caption and
+(seed, split, its number), whatever the number of processes and of images. Also writes
+manifest.json. The same command continues an interrupted one.
 """
 
 import io

@@ -361,11 +361,12 @@ def report(plan: Plan, num_written: int) -> None:
         counter, first = Counter(), {}
         for record in records.values():
             counter.update(record[counts])
-            first = record[firsts] | first
+            first = record[firsts] | first  # the case of the earliest shard stays
         summary |= {counts: dict(sorted(counter.items())), firsts: dict(sorted(first.items()))}
     summary["shards"] = {name: each["kept"] for name, each in records.items() if each["kept"]}
     with written_whole(plan.output / SUMMARY_FILE, str(plan.part)) as file:
         file.write(json.dumps(summary, indent=2).encode())
+    # every shard is there, so nobody reads the copies again
     shutil.rmtree(copies_folder(plan.output), ignore_errors=True)
     reasons = describe_reasons(summary["dropped"], summary["first"])
     if not kept:

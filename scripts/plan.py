@@ -9,9 +9,11 @@ text states. The output is YAML.
 
 Of training.shard=full, --num-gpus are the processes, and what FSDP gathers is estimated.
 
-Not counted: reading data; pictures and evaluations; the CUDA context, workspaces inside kernels,
-NCCL's buffers and fragmentation, for which a tenth of the memory is kept free; that the perceptual
-networks run in float32, at half the peak.
+Refused: the stages of a dual tokenizer, and flow.objective=mean_flow.
+
+Not counted: reading data; pictures and evaluations; the vision model of losses.vision_weight; the
+CUDA context, workspaces inside kernels, NCCL's buffers and fragmentation, for which a tenth of the
+memory is kept free; that the perceptual networks run in float32, at half the peak.
 """
 
 import math
@@ -139,10 +141,10 @@ def fit_mode(
 
     gib_per_sample = growth(PROBE_BATCH)
     more = free / gib_per_sample
-    if more > PROBE_BATCH:
+    there = math.floor(more)
+    if there > PROBE_BATCH:
         # Far away the contrastive loss shows, which compares each sample with each other:
         # free = (slope + curve * more) * more.
-        there = int(more)
         curve = (growth(there) - gib_per_sample) / (there - PROBE_BATCH)
         slope = gib_per_sample - curve * PROBE_BATCH
         more = 2 * free / (slope + (slope**2 + 4 * curve * free) ** 0.5)

@@ -1,5 +1,6 @@
 """scripts/benchmark.py: what it measures and counts; the times themselves are not tested."""
 
+import platform
 from functools import partial
 
 import pytest
@@ -67,6 +68,15 @@ def test_a_step_counts_the_flops_of_the_plan_and_changes_weights_and_average(tmp
 
 def test_readers_read_made_up_shards(capsys):
     assert measure(capsys, "readers").keys() == {"photos", "tokens"}
+
+
+def test_a_processor_without_a_name_is_called_by_its_kind(tmp_path, monkeypatch):
+    for lines in ("processor : 0\nFeatures : fp\n", None):  # ARM's, macOS's
+        file = tmp_path / str(lines is None)
+        if lines:
+            file.write_text(lines)
+        monkeypatch.setattr(benchmark, "Path", lambda _, file=file: file)
+        assert benchmark.describe_machine()["cpu"] == platform.machine()
 
 
 def test_a_share_is_that_of_the_rate_beside_it(monkeypatch):

@@ -98,6 +98,10 @@ def test_images_that_an_earlier_stage_makes_are_known_beforehand(tmp_path):
     ):
         with pytest.raises(ValueError, match=override.split("/")[-1].split("*")[0]):
             check(CONFIGS / "scenes", where, override)
+    # Those that are to be there already are looked for all the same
+    mixed = "tokenizer.data.shards=['${experiment_dir}/scenes/train-*.tar',/gone/a.tar]"
+    with pytest.raises(ValueError, match="/gone/a.tar"):
+        check(CONFIGS / "scenes", where, mixed)
 
 
 ODD_NAMES = ["a[1]", "a{1..3}", "*? #1, b: c"]

@@ -193,6 +193,7 @@ def test_a_size_that_an_earlier_stage_knows_can_not_be_set():
         (TokenizerStage, TOKENIZER, "run_dir=' '", ["run_dir"]),
         (TokenizerStage, TOKENIZER, "training.batch_size=0", ["training.batch_size", "0"]),
         (TokenizerStage, TOKENIZER, "training.max_gradient_norm=-1", ["max_gradient_norm", "-1"]),
+        (TokenizerStage, TOKENIZER, "training.ema_decay=1", ["training.ema_decay", "1.0"]),
         (TokenizerStage, TOKENIZER, "adversarial.weight=1", ["start_step=200000", "2000"]),
         (TokenizerStage, TOKENIZER, "freeze_encoder=true", ["freeze_encoder", "init_from"]),
         (TextProjectorStage, PROJECTOR, "losses.image_regression_weight=0", ["losses"]),
@@ -214,6 +215,7 @@ def test_impossible_settings_name_key_and_value(stage, path, override, texts):
 NOISE = "flow.source=noise losses.alignment_weight=0 losses.kl_weight=0"
 READ = f"{NOISE} flow.sample_text_latent=true flowtok.condition=concatenation"
 SHARDED, MEAN_FLOW = "training.shard=full", "flow.objective=mean_flow"
+UNFILLED = "projector_run='' flow.projector=joint projector.linear_skip=true"
 SELECTIVE, HEUN = "activation_checkpointing=selective", "sampling.sampler=heun"
 UNTOLD = "next_scale.null_probability=0 sampling.guidance=2"
 
@@ -225,6 +227,7 @@ UNTOLD = "next_scale.null_probability=0 sampling.guidance=2"
         ("emoji/flowtok", f"{READ} losses.kl_weight=1", "losses"),
         ("emoji/flowtok", f"{READ} sampling.sample_text_latent=false", "sampling.sample_text_"),
         ("emoji/flowtok", "flowtok.condition=cross-attention", "cross_attention"),
+        ("emoji/flowtok", UNFILLED, "projector.linear_skip.*projector_run"),
         ("emoji/flowtok", f"training.compile=true {SELECTIVE}", "activation_checkpointing to none"),
         ("emoji/flowtok", f"{SHARDED} training.compile=true", f"{SHARDED}.*training.compile"),
         ("emoji/flowtok", f"{SHARDED} {MEAN_FLOW}", f"{MEAN_FLOW}.*{SHARDED}"),
@@ -252,16 +255,21 @@ IMPOSSIBLE = [
     (FlowLossConfig, {"flow_matching_weight": 0.0}, "^flow_matching_weight .*0"),
     (FlowTokConfig, {"num_heads": 5}, "^width .* num_heads"),
     (FlowTokConfig, {"width": 21, "num_heads": 3}, "^width .* num_heads"),
+    (FlowTokConfig, {"num_heads": 0}, "^num_heads .*0"),
+    (ImageTokenizerConfig, {"image_size": 0}, "^image_size .*0"),
     (ImageTokenizerConfig, {"image_size": 18}, "^image_size 18 .*patch_size 16"),
     (ImageTokenizerConfig, {"encoder": Size(36, 1, 2)}, "^encoder.width 36 .*num_heads = 8"),
     (ImageTokenizerConfig, {"decoder": Size(32, 1, 5)}, "^decoder.width 32 .*num_heads = 20"),
     (NextScaleConfig, {"width": 15}, "num_heads"),
+    (NextScaleConfig, {"num_heads": 0}, "^num_heads .*0"),
     (NextScaleConfig, {"quantizer": QuantizerConfig(scales=[8])}, "scales begin with 8"),
     (NextScaleSampling, {"top_k": [1]}, "top_k"),
     (NextScaleSampling, {"top_p": [0.0, 0.5, 2.0]}, "top_p"),
     (NextScaleSampling, {"guidance": -1.0}, "guidance"),
     (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate"),
     (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps"),
+    (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay"),
+    (OptimizerConfig, {"final_learning_rate": -1e-4}, "final_learning_rate"),
     (OptimizerConfig, {"betas": [0.9]}, "betas"),
     (OptimizerConfig, {"hold_fraction": 1.0}, "hold_fraction"),
     (PerceptualConfig, {"lpips_weight": -1.0}, "^lpips_weight .*-1.0"),
@@ -272,10 +280,13 @@ IMPOSSIBLE = [
     (QuantizerConfig, {"drop_scale_probability": 2.0}, "drop_scale_probability"),
     (ReconstructionLossConfig, {"l2_weight": 0.0}, "^l2_weight and l1_weight .*0"),
     (SamplingConfig, {"guidance_interval": [0.6, 0.5]}, r"^guidance_interval .*\[0.6, 0.5\]"),
+    (Size, {"depth": 0}, "^depth .*0"),
+    (TextDecoderConfig, {"num_heads": 0}, "^num_heads .*0"),
     (TextDecoderConfig, {"width": 15, "num_heads": 2}, "^width 15 .*num_heads 2"),
     (TextDecoderConfig, {"dropout": 1.0}, "^dropout .*1.0"),
     (TextDecoderConfig, {"vocabulary_size": 50000}, "^vocabulary_size .* 50000$"),
     (TextDecoderLossConfig, {"latent_noise": -1.0}, "^latent_noise .*-1.0"),
+    (TextProjectorConfig, {"num_heads": 0}, "^num_heads .*0"),
     (TextProjectorConfig, {"width": 24, "num_heads": 5}, "^width 24 .*num_heads 5"),
     (TextProjectorConfig, {"fixed_std": -1.0}, "^fixed_std .*-1.0"),
     (TextProjectorConfig, {"dropout": 1.0}, "^dropout .*1.0"),

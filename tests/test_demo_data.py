@@ -17,6 +17,15 @@ SPLITS = ("train-base", "train-tone", "heldout", "heldout-tone")
 HELDOUT = set((ASSETS / "heldout.txt").read_text(encoding="utf-8").split())
 
 
+def content_hash(samples):
+    """What the manifest says of a shard's contents: of its json and RGB pixels."""
+    content = hashlib.sha256()
+    for sample in samples:
+        rgb = Image.open(io.BytesIO(sample["png"])).convert("RGB").tobytes()
+        content.update(sample["json"] + b"\n" + rgb)
+    return content.hexdigest()
+
+
 def test_committed_shards_match_the_manifest():
     files = [row["file"] for row in MANIFEST["shards"]]
     assert sorted(path.name for path in ASSETS.glob("*.tar.gz")) == sorted(files)
@@ -30,13 +39,11 @@ def test_contents_are_the_manifests_and_no_heldout_emoji_is_in_a_training_shard(
     bases = {"train": set(), "heldout": set()}
     pixels = {"train": set(), "heldout": set()}
     for row in MANIFEST["shards"]:
-        split, content = row["file"].split("-")[0], hashlib.sha256()
-        for files in read_shard(ASSETS / row["file"]):
-            rgb = Image.open(io.BytesIO(files["png"])).convert("RGB").tobytes()
-            content.update(files["json"] + b"\n" + rgb)
+        split, samples = row["file"].split("-")[0], [*read_shard(ASSETS / row["file"])]
+        for files in samples:
             bases[split].add(json.loads(files["json"])["base"])
-            pixels[split].add(rgb)
-        assert content.hexdigest() == row["content_sha256"]
+            pixels[split].add(Image.open(io.BytesIO(files["png"])).convert("RGB").tobytes())
+        assert content_hash(samples) == row["content_sha256"]
     assert bases["heldout"] == HELDOUT and len(HELDOUT) == 150
     assert not bases["train"] & HELDOUT
     assert not pixels["train"] & pixels["heldout"]
@@ -105,6 +112,8 @@ def test_built_samples_are_captioned_on_white_and_the_same_bytes_each_time(packa
     assert files == shards | {"manifest.json", "LICENSE-emoji-datasource"}
     assert files == {path.name for path in two.iterdir()}
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
+    for row in json.loads((one / "manifest.json").read_text())["shards"]:
+        assert content_hash(read_shard(one / row["file"])) == row["content_sha256"]
 
     samples, tones = (
         {sample["__key__"]: sample for sample in read_shard(one / f"train-{part}-000000.tar.gz")}

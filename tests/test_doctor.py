@@ -62,6 +62,14 @@ def test_nothing_stops_the_demo(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_has_no_plan_is_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "look_at_step", lambda *args: (doctor.Row("ok", "step", ""), 0.0))
+    rows = examine(["emoji_dual", f"runs_dir={tmp_path}"])
+    assert not stops(rows)
+    for stage in ("tokenizer", "next_scale", "reader"):
+        assert "dual" in rows["note", f"emoji_dual/{stage} step"]
+
+
 @pytest.fixture
 def made_up(tmp_path):
     """A folder of shards as the configs of full size expect them, ten images each."""

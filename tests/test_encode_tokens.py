@@ -20,6 +20,7 @@ from test_resume import contents, program
 from tiny_experiment import reset_accelerate
 
 from data.captions import CaptionConfig
+from data.images import ImageTextConfig
 from data.readers import TokenTextConfig
 from data.tar import read_shard, write_shard
 from scripts import encode_tokens
@@ -111,6 +112,16 @@ def test_what_is_skipped_is_counted_and_named_and_an_empty_shard_is_no_error(
     filtered = [json.loads(path.read_text()) for path in files]
     assert [counts["num_samples"] for counts in filtered] == [0, 0]
     assert [sum(counts["skipped"].values()) for counts in filtered] == [4, 2]
+
+
+def test_the_vocabulary_is_of_the_captions_that_are_read_whatever_the_text_members_hold(tmp_path):
+    config = encode_tokens.TokensStage(data=ImageTextConfig(["a.tar"]))
+    counts = {"num_samples": 1, "skipped": {}, "first": {}}
+    sample = {"__key__": "a", "txt": "ein Hündchen".encode("utf-16")}
+    encode_tokens.write_tokens(config, tmp_path / "a.tar", [sample], ["ein Hündchen"], counts)
+    written = encode_tokens.read_counts(tmp_path / "a.tar", None)
+    assert written["vocabulary"]["words"] == ["ein", "hündchen"]
+    assert next(read_shard(tmp_path / "a.tar"))["txt"] == sample["txt"]
 
 
 # what the tokens are made of

@@ -95,6 +95,8 @@ def test_captions_of_a_long_list_are_written_as_they_come(tmp_path):
 def test_without_arguments_the_runs_own_pictures_are_captioned(captioner, tmp_path, capsys):
     draw(captioner, "--output", tmp_path / "sheet.png")
     assert "3 captions" in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()
+    with pytest.raises(ValueError, match="--gallery"):
+        draw(captioner, "--gallery", tmp_path / "x.html", "--output", tmp_path / "sheet.png")
 
 
 def test_an_unreadable_image_in_a_folder_is_left_out_named_and_counted(
@@ -121,7 +123,6 @@ def test_what_can_not_be_captioned_is_an_error_that_leaves_nothing(
         ([tmp_path / "nothing.png"], "nothing.png"),
         ([tmp_path / "empty"], "empty"),
         ([tmp_path / "all_broken"], "read"),
-        ([pictures, "--save-dir", tmp_path / "single"], "--caption"),
     ):
         with pytest.raises(ValueError, match=part):
             draw(captioner, "--caption", *arguments, "--output", tmp_path / "out" / output)

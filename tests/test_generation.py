@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import shape_sample
+from conftest import TINY_CLIP, shape_sample
 from evaluations import (
     CAPTIONS,
     CPU,
@@ -24,12 +24,14 @@ from evaluations import (
     train_on,
 )
 from PIL import Image
+from safetensors.torch import save_file
 
 from data.tar import read_shard, write_shard
-from eval import feature_nets, generation
+from eval import feature_nets, generation, programs
 from eval.feature_nets import ClipScorer
 from eval.features import FeatureSet, Gaussian, fit_gaussian, frechet_distance
 from eval.images import RULES, ImageSet, list_images
+from modeling import clip_weights
 from modeling.pipeline import ImageGenerator
 from modeling.published import file_sha256
 from scripts import reference_stats
@@ -206,7 +208,7 @@ def test_what_was_half_loaded_while_training_went_on_is_loaded_again(
 
 
 def test_processes_that_loaded_different_checkpoints_are_stopped(evaluated, out, monkeypatch):
-    monkeypatch.setattr(generation, "gather_object", lambda own: [*own, "of another checkpoint"])
+    monkeypatch.setattr(programs, "gather_object", lambda own: [*own, "of another checkpoint"])
     with pytest.raises(ValueError, match="different checkpoints"):
         evaluated(*LIGHT)
     assert not out.exists()
@@ -499,6 +501,21 @@ def test_the_clip_score_is_measured_once_and_kept(evaluated, light, out, monkeyp
     assert found["weights"]["clip"]["model"].endswith("/text_encoder/clip")
     monkeypatch.setattr(ClipScorer, "cosines", None)
     assert evaluated(*BOTH, "clip.model=own")["metrics"] == found["metrics"]
+
+
+def test_a_kept_clip_score_is_not_that_of_another_activation(
+    evaluated, light, out, tmp_path, no_images
+):
+    shutil.copytree(light, out)
+    for name, config in (("kept", TINY_CLIP), ("kept-quickgelu", TINY_CLIP | {"quick_gelu": True})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    clip_weights.open_clip.add_model_config(tmp_path)
+    save_file(clip_weights.build_clip(TINY_CLIP).state_dict(), tmp_path / "clip.safetensors")
+    words = [*BOTH, f"clip.pretrained={tmp_path}/clip.safetensors"]
+    quick = evaluated(*words, "clip.model=kept-quickgelu")["metrics"]
+    exact = evaluated(*words, "clip.model=kept", "clip.exact_gelu=true")["metrics"]
+    assert exact["clip_score"] != quick["clip_score"]
+    assert evaluated(*words, "clip.model=kept-quickgelu")["metrics"] == quick
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def test_the_first_host_of_a_slurm_job_is_asked_for(tmp_path, monkeypatch):
     [
         ({"NUM_MACHINES": "2"}, ["MAIN_PROCESS_IP", "NUM_MACHINES=2"]),
         ({"NUM_MACHINES": "two"}, ["NUM_MACHINES=two"]),
+        (HAND | {"MACHINE_RANK": "2"}, ["MACHINE_RANK=2", "NUM_MACHINES=2"]),
         (HAND | {"NUM_PROCESSES": "3"}, ["NUM_PROCESSES=3", "NUM_MACHINES=2"]),
         ({"NUM_PROCESSES": "9"}, ["NUM_PROCESSES=9", "8"]),
         (SLURM | {"SLURM_LOCALID": "1"}, ["--ntasks-per-node 1"]),

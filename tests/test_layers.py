@@ -10,11 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.layers import (
-    SwiGLU,
-    init_linear_,
-    save_weights,
-)
+from modeling.layers import SwiGLU, init_linear_, save_weights
 
 
 @pytest.mark.parametrize("width", [32, 48])  # 85 hidden channels, which are padded, and 128

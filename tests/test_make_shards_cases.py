@@ -129,6 +129,9 @@ KEPT = {
     "forms in a folder": ({f"{NFD}.jpg": 0, f"{NFC}.txt": "1"}, "folder .", {NFD: ["1"]}, {}),
     "forms in a tar": (
         {"x.tar": [f"{NFD}.jpg", f"{NFC}.txt"]}, "shards x.tar", {NFD: ["text"]}, {}),
+    "two images with a name each": (
+        {f"{NFC}.jpg": 0, f"{NFD}.jpg": 1, "t.csv": table(f"{NFC}.jpg,1", f"{NFD}.jpg,2")},
+        "table t.csv", {NFC: ["1"], f"{NFD}+1": ["2"]}, {}),
     "with and without ./": (
         {"x.tar": ["./a.jpg", "a.txt", "b.jpg", "./b.txt"]}, "shards x.tar",
         {"a": ["text"], "b": ["text"]}, {}),

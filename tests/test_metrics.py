@@ -78,11 +78,12 @@ def test_the_log_has_a_line_a_step_on_the_console_and_in_the_file(tmp_path, caps
 
 
 @pytest.mark.parametrize("start", [0, 10])
-def test_a_resumed_log_drops_the_steps_that_will_be_done_again_and_a_half_line(tmp_path, start):
+def test_a_resumed_log_drops_the_steps_that_will_be_done_again_and_broken_lines(tmp_path, start):
     log = open_log(tmp_path, 0)
     for step in (5, 10, 15, 20):
         log.log(step, 40, {"loss": float(step)}, 0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[5]\n{"step": "5"}\n{"loss": 1.0}\n')
         file.write('{"step": 25, "loss": 0.')  # killed while writing
     log = open_log(tmp_path, start)
     log.log(15, 40, {"loss": 15.5}, 0)

@@ -137,6 +137,14 @@ def test_a_skip_alone_draws_what_the_quantiser_chooses():
         assert torch.equal(drawn, chosen)
 
 
+def test_a_network_that_never_went_without_a_caption_is_not_guided():
+    model = NextScale(replace(CONFIG, null_probability=0.0))
+    with pytest.raises(ValueError, match="guidance 2 .*next_scale.null_probability=0"):
+        NextScaleGenerator(None, None, model).make_latents(
+            torch.randn(1, 5, 8), NextScaleSampling(guidance=2.0), seed=0, indices=[0]
+        )
+
+
 # The stage
 
 

@@ -251,8 +251,3 @@ def test_frozen_weights_and_buffers_are_not_averaged():
     assert torch.equal(ema.average[0].weight, frozen)
     assert not torch.equal(ema.average[1].weight, model[1].weight)
     assert ema.average.scale == 3.0
-
-
-def test_an_impossible_decay_is_refused():
-    with pytest.raises(ValueError, match=r"training.ema_decay must be in \[0, 1\)"):
-        EMA(nn.Linear(1, 1), 1.0)

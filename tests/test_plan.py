@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,25 @@ def test_the_largest_batch_fits_and_a_larger_does_not(num_gpus, usable_gib):
         assert (measure_step(stage, num_gpus, batch).peak_gib <= usable_gib) is fits
 
 
+def test_a_batch_that_just_passes_the_probed_one_is_found(monkeypatch):
+    def one_gib_a_sample(stage, num_gpus, batch):
+        return SimpleNamespace(peak_gib=float(batch), flops=1.0)
+
+    monkeypatch.setattr(plan, "measure_step", one_gib_a_sample)
+    stage = SimpleNamespace(config=None)
+    _, found = plan.fit_mode(stage, "none", 1, 10, usable_gib=10 + plan.PROBE_BATCH + 0.5)
+    assert found["largest_batch"] == 10 + plan.PROBE_BATCH
+
+
+def test_the_contrast_of_stage_1_counts(tiny):
+    plain, contrast = (
+        measure_step(read_stage(tiny.config_file("tokenizer"), words), 1, 8)
+        for words in ([], ["losses.contrast_weight=1"])
+    )
+    assert plain.weights["trained"] < contrast.weights["trained"]
+    assert plain.flops < contrast.flops
+
+
 def test_steps_before_the_discriminator_cost_less(tiny):
     flops, networks = [], []
     for game in ("{weight: 0}", "{weight: 1, start_step: 2}", "{weight: 1, start_step: 0}"):
@@ -230,6 +250,7 @@ def test_sizes_come_from_the_run_or_from_the_yaml_that_makes_it(tiny):
     [
         (FLOWTOK_B, ["training.batch_size=100"], "training.batch_size 100"),
         (FLOWTOK_B, ["tokenizer_run=elsewhere/x/tokenizer_9"], "elsewhere/x/tokenizer_9"),
+        (FLOWTOK_B, ["flow.objective=mean_flow", "sampling.guidance=1"], "mean_flow"),
         ("configs/emoji/report.yaml", [], "report"),
     ],
 )

@@ -57,8 +57,13 @@ def test_the_command_line_changes_adds_and_leaves_out_sources(schema):
     ]
     config = from_yaml(TWO, *changes, schema=schema)
     config.check()
-    assert [source.weight for source in config.full_sources().values()] == [0.0, 1.0, 0.5]
+    assert {name: source.weight for name, source in config.full_sources().items()} == {
+        "journeydb": 1.0,
+        "cc12m": 0.5,
+    }
     assert config.all_shards() == ["j.tar", "c-{000..002}.tar", "d.tar"]
+    # the one that is left out has several captions, which nobody reads
+    assert from_yaml(TWO).has_several_captions() and not config.has_several_captions()
 
 
 def test_sources_are_opened_but_for_those_of_weight_zero_or_in_place_of_all_others(tmp_path):

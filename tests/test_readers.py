@@ -66,8 +66,9 @@ def images(*shards, size=16, tokenizer=None, **options):
     return image_reader(ImageTextConfig(list(shards), **IN_MEMORY | options), size, tokenizer)
 
 
-def tokens(*shards, tokenizer=None, **options):
-    return token_reader(TokenTextConfig(list(shards), **IN_MEMORY | options), K, C, tokenizer)
+def tokens(*shards, tokenizer=None, with_states=True, **options):
+    config = TokenTextConfig(list(shards), **IN_MEMORY | options)
+    return token_reader(config, K, C, tokenizer, with_states)
 
 
 def captions(*shards, with_states=False, **options):
@@ -124,8 +125,9 @@ def test_stored_tokens_come_back_as_written(tmp_path):
     assert torch.equal(batch["text_states"], expected)
     assert batch["text_states"].dtype == torch.float16
     assert batch["caption"] == ["text 0", "text 1", "text 2"]
-    (plain,) = tokens(write(tmp_path, [token_sample(0)])).once(8)
-    assert set(plain) == {"latent_mean", "latent_logvar", "caption", "key", "skipped"}
+    for sample, wanted in ((token_sample(0), True), (samples[0], False)):
+        (plain,) = tokens(write(tmp_path, [sample]), with_states=wanted).once(8)
+        assert set(plain) == {"latent_mean", "latent_logvar", "caption", "key", "skipped"}
 
 
 def test_headerless_release_tokens_equal_the_same_latents_in_our_format(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from data.tar import read_shard, write_shard
-from eval import reconstruction
+from eval import programs, reconstruction
 from eval.feature_nets import InceptionFeatures
 from eval.features import fit_gaussian, frechet_distance
 from eval.reconstruction import Reconstructor
@@ -149,6 +149,14 @@ def test_ema_weights_are_measured_and_the_json_names_them_while_training_goes_on
     assert found["model"]["step"] == 4
     assert found["model"]["ema_sha256"] == file_sha256(ema)
     assert report(copy, tiny_shards / "*.tar", tmp_path, "--limit", 2)["model"]["step"] == 5
+
+
+def test_processes_that_loaded_different_checkpoints_are_stopped(
+    run, tiny_shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(programs, "gather_object", lambda own: [*own, "of another checkpoint"])
+    with pytest.raises(ValueError, match=f"{run} .*different checkpoints"):
+        report(run, tiny_shards / "*.tar", tmp_path, "--limit", 1)
 
 
 # What is absent or can't be read

@@ -17,6 +17,7 @@ from eval.report import (
     ReportStage,
     build_pool,
     compare,
+    mean_psnr,
     read_all,
 )
 from modeling.layers import Posterior
@@ -63,6 +64,13 @@ def test_a_set_of_its_own_is_an_easier_pool_and_equal_sets_have_no_frechet_dista
     assert found["latent_among_own_set"]["top5"] == 1
     found = compare(images[:2], images[:2], pool["latents"][:2], pool, own)
     assert found["frechet_latent"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_pair_that_is_equal_has_no_psnr():
+    images = torch.ones(3, 3, 4, 4)
+    others = images - torch.tensor([0, 0.1, 0.01]).view(3, 1, 1, 1)
+    assert mean_psnr(images, others) == pytest.approx(30, abs=1e-4)  # 20 and 40
+    assert mean_psnr(images, images) is None
 
 
 def test_images_and_captions_are_read_as_the_tokenizer_was_trained_on_them(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from eval.programs import start_processes
-from training.run import CONFIG_FILE, list_changes, save_config, start_run
+from training.run import CONFIG_FILE, list_changes, locked, save_config, start_run
 
 
 @dataclass
@@ -73,6 +73,16 @@ def test_other_changes_are_printed_and_saved(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "learning_rate: 0.1 -> 0.2" in printed and "max_steps: 5 -> 9" in printed
     assert saved(tmp_path) == values(config)
+
+
+def test_a_running_training_keeps_its_config(tmp_path):
+    start(tmp_path)
+    with (
+        locked(start_run(tmp_path, "fp32", seed=0)),
+        pytest.raises(ValueError, match=f"{tmp_path} is being trained by another process"),
+    ):
+        start(tmp_path, Config(learning_rate=0.2))
+    assert saved(tmp_path) == values()
 
 
 def test_changes_name_new_lost_and_nested_keys():

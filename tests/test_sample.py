@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from evaluations import run_program
 from PIL import Image
 from tiny_experiment import draw
@@ -16,8 +17,10 @@ from modeling.pipeline import ImageGenerator
 from training.vocabulary import (
     MAX_WORDS,
     VOCABULARY_FILE,
+    find_vocabulary,
     join_vocabularies,
     measure_vocabulary,
+    save_vocabulary,
 )
 
 
@@ -200,6 +203,23 @@ def test_a_vocabulary_is_that_of_all_captions_together():
     assert many.words is None and many.difference("the cat") == ""
     assert "'the'" in join_vocabularies([found, many, many][1:]).difference("cat")
     assert join_vocabularies([found, many]).difference("anything") == ""
+
+
+def test_captions_are_known_of_what_is_read_unless_they_are_others_in_each_epoch(tmp_path):
+    known = measure_vocabulary(["a cat. it is black"])
+    save_vocabulary(known, tmp_path / "a")
+
+    def found(weight_of_other, **captions):
+        a = {"shards": [f"{tmp_path}/a/*.tar"], "captions": captions}
+        other = {"shards": [f"{tmp_path}/b/*.tar"], "weight": weight_of_other}
+        text = yaml.safe_dump({"data": {"sources": {"a": a, "b": other}}})
+        (tmp_path / "config.yaml").write_text(text)
+        return find_vocabulary(tmp_path)
+
+    assert found(0) == found(0, window="start") == known
+    assert found(1) is None
+    for drawn_ones in ({"window": "sentences"}, {"recaption_keys": ["x"]}):
+        assert found(0, **drawn_ones).difference("anything") == ""
 
 
 @pytest.mark.parametrize("walk", ["--interpolate", "--trajectory"])

@@ -9,13 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from modeling.samplers import (
-    SOLVERS,
-    euler,
-    evaluation_times,
-    integrate,
-    make_times,
-)
+from modeling.samplers import SOLVERS, euler, evaluation_times, integrate, make_times
 
 SHAPE = (3, 5, 4)
 SECOND_ORDER = ("midpoint", "heun", "adams2")

@@ -1,5 +1,6 @@
 """The real main() of every stage on tiny sizes: what it leaves, that losses fall, options act."""
 
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -19,7 +20,7 @@ from tiny_experiment import (
     weights,
 )
 
-from data.tar import write_shard
+from data.tar import read_shard, write_shard
 from modeling.layers import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.loading import load_tokenizer, text_encoder_config
@@ -214,6 +215,20 @@ def test_two_passes_of_half_the_batch_are_one_pass_of_the_whole(chain, tmp_path,
 
 
 # Stages fit together, or are refused
+
+
+def test_states_in_shards_of_unknown_origin_are_not_taken_for_the_towers(chain, tmp_path):
+    shard = next((chain.folder / "tokens").glob("*.tar"))
+    assert "text.npy" in next(read_shard(shutil.copy(shard, tmp_path)))
+    unknown = ["data.any_tokenizer=true", "data.latent_scale=1", f"data.shards=[{tmp_path}/*.tar]"]
+    reset_accelerate()
+    config = chain.config("flowtok", *unknown, "data.captions.window=sentences")
+    run = start_run(tmp_path / "run", "fp32", seed=0)
+    info = load_tokens_info(config.data, load_tokenizer(config.tokenizer_run), "")
+    tower = text_encoder_config(config.tokenizer_run)
+    tokens = open_stored_tokens(run, config.data, config.training, info, tower)
+    batch = next(iter(tokens.loader))
+    assert "token_ids" in batch and "text_states" not in batch
 
 
 def test_text_states_are_the_same_stored_or_encoded(chain, tmp_path):

@@ -1,6 +1,7 @@
 """research/sweep.py: a grid of the tiny experiment becomes a table; what is refused."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,21 @@ def test_a_grid_becomes_a_table_though_a_run_fails_and_the_same_command_trains_n
     missing = sweep.SweepConfig(metrics={"deep": "command.json:deep.value"})
     with pytest.raises(ValueError, match=r"metrics\.deep: .*command\.json .* 'deep\.value'"):
         sweep.read_metrics(missing, linked)
+
+
+def test_after_an_error_of_the_sweep_no_further_run_is_started(chain, tmp_path, monkeypatch):
+    started = []
+
+    def run_one(_, variant, seed, *others):
+        started.append((variant, seed))
+        if len(started) == 1:
+            raise ValueError("metrics.loss: no number")
+        time.sleep(1)  # may have begun before the error is seen
+
+    monkeypatch.setattr(sweep, "run_one", run_one)
+    with pytest.raises(ValueError, match="no number"):
+        run(write_sweep(tmp_path, chain), tmp_path / "out")
+    assert len(started) < 4
 
 
 def test_a_command_is_that_of_the_launcher_and_equal_work_gives_a_larger_network_fewer_steps(

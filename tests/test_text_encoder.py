@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -101,6 +102,12 @@ def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
     other = SimpleNamespace(context_length=64)  # as HFTokenizer
     monkeypatch.setattr("open_clip.get_tokenizer", lambda model: other)
     with pytest.raises(ValueError, match="text_encoder.model ViT-B-16-SigLIP"):
+        TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP"))
+
+    # Theirs needs a package that may be absent
+    absent = Mock(side_effect=ModuleNotFoundError("No module named 'transformers'"))
+    monkeypatch.setattr("open_clip.get_tokenizer", absent)
+    with pytest.raises(ValueError, match="the text tower ViT-B-16-SigLIP.*'transformers'"):
         TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP"))
 
 

@@ -19,7 +19,7 @@ from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import load_weights
 from modeling.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder
 from training.checkpoint import EMA_FILE, latest_checkpoint, read_state
-from training.run import CONFIG_FILE, read_saved
+from training.run import CONFIG_FILE, parse_saved
 
 T = TypeVar("T")
 CLIP_FOLDER = Path("text_encoder") / "clip"  # of an experiment that trained its own text tower
@@ -44,7 +44,7 @@ def read_run_config(run_dir: str | Path) -> DictConfig:
 @lru_cache(maxsize=32)  # a pipeline asks a few files twenty times, 10 ms each
 def parse_config(path: Path, content: bytes) -> DictConfig:
     """The config in a file; content: what it has now, or an older one would be remembered."""
-    return OmegaConf.create(read_saved(path))
+    return OmegaConf.create(parse_saved(path, content))
 
 
 def read_section(run_dir: str | Path, key: str, schema: type[T]) -> T:

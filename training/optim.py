@@ -62,7 +62,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        check_not_negative(self, "warmup_steps")
+        # torch looks at the decay of an optimizer, not at those of its groups
+        check_not_negative(self, "weight_decay", "warmup_steps", "final_learning_rate")
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas}")
         if not 0 <= self.hold_fraction < 1:
@@ -228,8 +229,6 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float, average: nn.Module | None = None):
         """average: the copy, where the model is sharded already."""
-        if not 0 <= decay < 1:
-            raise ValueError(f"training.ema_decay must be in [0, 1), got {decay}")
         self.decay = decay
         self.num_updates = 0
         self.average = (average or copy.deepcopy(model)).float().eval().requires_grad_(False)

@@ -145,7 +145,8 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
             printed.
 
     Raises:
-        ValueError: a network differs from the run that is to be resumed.
+        ValueError: a network differs from the run that is to be resumed, or another process trains
+            in this folder.
     """
     if has_checkpoint:
         # Weights do not fit another network; everything else may change on the way.
@@ -162,7 +163,9 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
     run.accelerator.wait_for_everyone()
     if run.is_main:
         values = {"stage": config.stage, **dataclasses.asdict(config)}
-        write_text(yaml.safe_dump(values, sort_keys=False), run.folder / CONFIG_FILE)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with locked(run):  # a training that goes on here keeps its config
+            write_text(yaml.safe_dump(values, sort_keys=False), run.folder / CONFIG_FILE)
     run.accelerator.wait_for_everyone()
 
 
@@ -178,13 +181,14 @@ def config_changes(run: Run, config: Any) -> list[tuple[str, str]]:
 
 
 def read_saved(path: Path) -> dict:
-    """The config that a run was trained with.
+    """The config that a run was trained with; ValueError: the file is damaged."""
+    return parse_saved(path, path.read_bytes())
 
-    Raises:
-        ValueError: the file is damaged.
-    """
+
+def parse_saved(path: Path, content: bytes) -> dict:
+    """read_saved of a file that holds this."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         values = error
     if not isinstance(values, dict):

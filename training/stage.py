@@ -88,6 +88,8 @@ class TrainingConfig:
         check_least(self, 1, "max_steps", "batch_size", "gradient_accumulation", "cpu_processes")
         check_least(self, 1, "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
         check_least(self, 0, "max_gradient_norm", "sample_every_steps", "seed", "max_hours")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 < self.timeout_minutes < 1e6:
             raise ValueError(f"timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}")
 

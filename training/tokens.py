@@ -306,7 +306,10 @@ def open_stored_tokens(
             "tokenizer's run: delete them and encode them again"
         )
     tokenize = None if info.has_text_states else encoder.tokenize
-    reader = token_reader(data, info.num_tokens, info.token_channels, tokenize)
+    # shards of unknown origin may hold the states of another tower, or of another caption
+    reader = token_reader(
+        data, info.num_tokens, info.token_channels, tokenize, with_states=info.has_text_states
+    )
     encoder = None if info.has_text_states else encoder.to(run.device)
     return StoredTokens(run, open_stream(run, training, reader), reader, encoder, info)
 

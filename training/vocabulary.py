@@ -109,10 +109,14 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
     config = read_run_config(flow_dir)
     data = config.get("data") or {}
     sources = [*data.get("sources", {}).values()] or [data]
+    sources = [source for source in sources if source.get("weight", 1)]  # 0: it is not read
     folders = {Path(pattern).parent for source in sources for pattern in source.get("shards", [])}
     captions = [source.get("captions") or data.get("captions") or {} for source in sources]
     if not folders or any(
-        each.get("recaption_keys") or "json:captions" in each.get("keys", []) for each in captions
+        each.get("recaption_keys")
+        or "json:captions" in each.get("keys", [])
+        or each.get("window") == "sentences"
+        for each in captions
     ):
         return Vocabulary("", [], None)
     parts = []

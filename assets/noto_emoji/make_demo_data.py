@@ -10,7 +10,7 @@ Out: shards of {key}.png (the emoji on white, RGB), {key}.txt (caption) and {key
 manifest.json; the package's licence. A key is the emoji's code points in lower-case hex ("1f600",
 "1f44d-1f3fb"). Shards are gzip-compressed tar: 14 MB, where plain tar has 24.
 The same package gives the same bytes with the same Pillow and zlib; content_sha256 in the manifest
-covers captions and pixels only, so it agrees with every version of them.
+covers the .json files and pixels only, so it agrees with every version of them.
 """
 
 import argparse

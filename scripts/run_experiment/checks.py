@@ -131,20 +131,19 @@ def check_runs(stage: Stage, made: Made) -> None:
 
 def find_images(stage: Stage, made: Made) -> list[str]:
     """Image shards that the stage will find: those that are there, or that a stage will write."""
-    patterns = sorted(set(stage.config.image_shards()))
-    planned = []
-    for pattern in patterns:
+    planned, others = [], []
+    for pattern in sorted(set(stage.config.image_shards())):
         writer = made.get(os.path.normpath(os.path.dirname(pattern)))
         if writer and (shards := [os.path.normpath(path) for path in writer.config.outputs()]):
             planned += match_planned(pattern, shards, writer)
-    if planned or not patterns:
-        return planned
+        else:
+            others.append(pattern)
     try:
-        return expand_shards(patterns)
+        return planned + (expand_shards(others) if others else [])
     except ValueError as error:
         data_dir = stage.config.data_dir
         ways = [f"{stage.name}.data.shards=[FOLDER/*.tar]"]
-        if any(pattern.startswith(f"{data_dir}/") for pattern in patterns):
+        if any(pattern.startswith(f"{data_dir}/") for pattern in others):
             ways.insert(0, f"data_dir=FOLDER (now {data_dir})")
         raise ValueError(
             f"{error}. Make image shards with scripts/make_shards.py (docs/data.md) and say where "

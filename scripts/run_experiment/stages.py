@@ -91,6 +91,7 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
     Raises:
         ValueError: an unknown experiment or stage, or a config that can't work.
     """
+    # A word is an override or an experiment, whatever their order
     overrides = [split_target(word) for word in words if is_override(word)]
     names = [word for word in words if not is_override(word)] or ["scenes"]
     files = [file for name in names for file in stage_files(find_experiment(name, configs))]
@@ -110,6 +111,7 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
                 f"{valid[0]}.{target}.{rest}"
             )
 
+    # An override for all goes to every stage; where one lacks its key, the error says which has it
     stages = []
     for file in files:
         if file.stem in chosen:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_text_decoder
 from modeling import losses
 from scripts import train_text_encoder
-from scripts.workload.sizes import Stage
+from scripts.workload.sizes import Stage, why_unplanned
 from scripts.workload.steps import Workload, build_workload, make_batch
 from training.run import Run, refuse_engines
 
@@ -122,7 +122,13 @@ class Cost:
 
 
 def measure_step(stage: Stage, num_gpus: int, batch_size: int, is_last: bool = True) -> Cost:
-    """The last step of a stage, which is its heaviest, or the first, at a batch per pass."""
+    """The last step of a stage, which is its heaviest, or the first, at a batch per pass.
+
+    Raises:
+        ValueError: fake tensors can't tell.
+    """
+    if reason := why_unplanned(stage.config):
+        raise ValueError(reason)
     training = stage.training
     parts = num_gpus if training and training.shard == "full" else 1
     with fake_machine(stage.precision, num_gpus) as (run, meter):

@@ -70,8 +70,8 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     config = load_stage(file, overrides)
     if config.stage in WITHOUT_NETWORK:
         raise ValueError(f"{file}: stage {config.stage} trains no network")
-    if config.stage in ("next_scale", "reader") or getattr(config, "dual", None):
-        raise ValueError(f"{file}: nothing is known of the cost of a dual tokenizer's stages")
+    if is_of_codes(config):
+        raise ValueError(f"{file}: {why_unplanned(config)}")
     if config.stage == "text_encoder":
         return Stage(config, None, ImageTokenizerConfig())
 
@@ -89,12 +89,27 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
 
     # The stage's own networks follow.
     if config.stage == "tokenizer":
-        config.tokenizer = tokenizer
+        contrasts_text = config.losses.contrast_weight > 0
+        config.tokenizer = replace(tokenizer, contrasts_text=contrasts_text)
     elif isinstance(config, TrainedStage):
         config.projector = replace(find_projector(config, file), **projector_sizes(tokenizer))
     if config.stage == "flowtok":
         config.flowtok = fill_in_sizes(config.flowtok, config.projector, tokenizer.num_tokens)
     return Stage(config, make_tower, tokenizer)
+
+
+def is_of_codes(config: StageConfig) -> bool:
+    """Whether a stage makes or reads a dual tokenizer's codes, for which there is no workload."""
+    return config.stage in ("next_scale", "reader") or bool(getattr(config, "dual", None))
+
+
+def why_unplanned(config: StageConfig) -> str:
+    """Why nothing is known of a stage's cost; "" if fake tensors tell it."""
+    if is_of_codes(config):
+        return "nothing is known of the cost of a dual tokenizer's stages"
+    if config.stage == "flowtok" and config.flow.objective == "mean_flow":
+        return "flow.objective=mean_flow: its derivative can't be taken of fake tensors"
+    return ""
 
 
 def read_earlier(run_dir: str, section: str, schema: type, file: Path) -> Any:
