@@ -1,13 +1,16 @@
 """scripts/benchmark.py: what it measures and counts; the times themselves are not tested."""
 
 import platform
+from functools import partial
 
 import pytest
 import torch
 import yaml
 from tiny_experiment import Experiment, reset_accelerate
 
+from modeling.discriminator import Discriminator
 from scripts import benchmark
+from scripts.workload import steps
 from scripts.workload.fake import measure_step
 from scripts.workload.sizes import read_stage
 
@@ -24,6 +27,7 @@ def short(monkeypatch):
     monkeypatch.setattr(benchmark, "MM_SECONDS", 0.001)
     monkeypatch.setattr(benchmark, "PHOTOS", 32)
     monkeypatch.setattr(benchmark, "TOKENS", 300)
+    monkeypatch.setattr(steps, "Discriminator", partial(Discriminator, width=32))
     yield
     reset_accelerate()
 

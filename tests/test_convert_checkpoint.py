@@ -297,11 +297,12 @@ def test_the_temperature_is_the_files_or_its_starting_value_which_is_said(tmp_pa
 
 @pytest.mark.parametrize("file", [FLOW, TOKENIZER])
 def test_a_tensor_that_is_missing_or_of_a_wrong_shape_is_named_and_no_other(file):
+    whole, optional = only_shapes(file), {"t2t_temperature", *tables(file)}
     names = {BLOCK.sub(r"\1.N.", name): name for name in shapes(file)}.values()
     for name in list(names)[::3]:  # a tenth of a second each
-        tensors = only_shapes(file)
+        tensors = dict(whole)
         shape = tensors.pop(name).shape
-        if name not in {"t2t_temperature", *tables(file)}:  # these may be missing
+        if name not in optional:  # may be missing
             with pytest.raises(ValueError, match=f"^{re.escape(name)} is missing$"):
                 convert(tensors, num_heads=4)
         tensors[name] = torch.empty([*shape[:-1], shape[-1] + 1] if shape else [1], device="meta")

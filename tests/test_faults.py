@@ -1,7 +1,7 @@
 """Disks, data, workers, ranks, signals that fail a real training: one line, and the run goes on.
 
-Every training is a process of its own (tests/forks.py). Where the fault should leave no trace, the
-end is compared bit for bit with that of a healthy run.
+Every training is a process of its own (tests/forks.py). Where it ends by itself, on a signal, its
+end is compared bit for bit with that of an undisturbed run.
 """
 
 import os
@@ -85,17 +85,19 @@ def check_error(running, *texts):
 
 
 def check_goes_on(lab, *options):
-    """Nothing half-written is left; the same command goes on and ends like an undisturbed run."""
-    run = lab.run
-    step = ckpt.latest_checkpoint(run, verify=True)[0]
-    assert not list((run / "checkpoints").glob("step_*.tmp"))
+    """Nothing half-written is left, and the same command goes on; the option of its last step."""
+    step = ckpt.latest_checkpoint(lab.run, verify=True)[0]
+    assert not list((lab.run / "checkpoints").glob("step_*.tmp"))
     last = f"training.max_steps={step + 6}"
     running = lab.start(*options, last)
     assert running.wait() == 0 and f"resuming at step {step}" in running.output, running.output
-    whole = lab.start(*options, last, into=lab.folder / "whole")
-    assert whole.wait() == 0, whole.output
-    assert equal(state(run), state(lab.folder / "whole" / "tokenizer"))
-    assert metrics(run) == metrics(lab.folder / "whole" / "tokenizer")
+    return last
+
+
+def check_log_is_whole(lab):
+    """No step lacks, none is there twice. That a kill changes no bit: test_stress.py."""
+    steps = [line["step"] for line in metrics(lab.run)]
+    assert steps == [*range(1, ckpt.latest_checkpoint(lab.run)[0] + 1)]
 
 
 # The disk
@@ -107,6 +109,7 @@ def test_a_file_size_limit_inside_a_checkpoint_ends_with_an_error_and_a_whole_on
     resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (largest, largest))
     check_error(running, "cannot write checkpoint", "File too large", "MB are free there")
     check_goes_on(lab)
+    check_log_is_whole(lab)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
@@ -123,6 +126,7 @@ def test_what_can_no_longer_be_written_is_named_and_later_the_run_goes_on(lab, t
     for half_written in (lab.run / "checkpoints").glob("*.tmp"):
         shutil.rmtree(half_written)
     check_goes_on(lab)
+    check_log_is_whole(lab)
 
 
 def test_rotation_keeps_the_newest_whole_checkpoint_though_a_damaged_one_is_newer(tmp_path):
@@ -183,6 +187,7 @@ def test_a_data_worker_that_hangs_ends_with_an_error_after_the_time_limit_and_th
     check_error(running, FAST_LIMIT, "hangs", "waits in metrics.py", "Run the same command again")
     assert 4 < time.monotonic() - start < 60
     check_goes_on(lab)
+    check_log_is_whole(lab)
 
 
 class Killer:
@@ -242,7 +247,8 @@ def test_a_suspended_training_does_not_count_the_time_as_a_hang(lab):
     ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGUSR1, True), (signal.SIGTERM, False)]
 )
 def test_a_signal_ends_with_a_checkpoint_and_the_run_goes_on_undisturbed(lab, number, to_group):
-    running = lab.train("data.num_workers=2", "training.log_every_steps=7")
+    options = ["data.num_workers=2", "training.log_every_steps=7"]
+    running = lab.train(*options)
     workers = [Path(f"/proc/{pid}") for pid in running.children()]
     if to_group:
         running.signal_group(number)
@@ -254,7 +260,11 @@ def test_a_signal_ends_with_a_checkpoint_and_the_run_goes_on_undisturbed(lab, nu
     assert "Traceback" not in running.output and len(workers) == 2
     wait_for(lambda: not any(worker.exists() for worker in workers), seconds=20)
     assert not any(worker.exists() for worker in workers)
-    check_goes_on(lab, "data.num_workers=2", "training.log_every_steps=7")
+    options.append(check_goes_on(lab, *options))
+    whole = lab.start(*options, into=lab.folder / "whole")
+    assert whole.wait() == 0, whole.output
+    assert equal(state(lab.run), state(lab.folder / "whole" / "tokenizer"))
+    assert metrics(lab.run) == metrics(lab.folder / "whole" / "tokenizer")
 
 
 def test_two_processes_stop_together_when_one_is_told_to(lab):

@@ -193,8 +193,8 @@ def test_a_solver_that_needs_velocities_is_refused():
 
 
 def test_a_run_goes_on_from_a_velocity_flow_resumes_and_draws(chain, tmp_path):
-    velocity = chain.run_in(tmp_path / "velocity", "flowtok")
-    options = [OPTION, "projector_run=", f"init_from={velocity}", "training.precision=bf16"]
+    start = f"init_from={chain.folder}/flowtok"
+    options = [OPTION, "projector_run=", start, "training.precision=bf16"]
     run = chain.run_in(tmp_path / "mean", "flowtok", *options, "training.max_steps=2")
     chain.run_in(tmp_path / "mean", "flowtok", *options)
     assert [line["step"] for line in metrics(run)] == [2, 4]

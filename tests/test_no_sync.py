@@ -8,6 +8,7 @@ real run: what it does is not the loop's.
 
 import traceback
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train_tokenizer
 from modeling import perceptual
+from modeling.discriminator import Discriminator
 from training import loop
 from training.metrics import MetricLog, MetricWindow
 
@@ -107,7 +110,7 @@ def watching(monkeypatch):
             refuse_syncs(False)
 
 
-def train(chain, folder, stage, monkeypatch, *options, steps=12, log_every=6):
+def train(chain, folder, stage, monkeypatch, *options, steps=6, log_every=3):
     """What is found in a run of so many steps."""
     length = training(max_steps=steps, log_every_steps=log_every, sample_every_steps=0)
     length += [*training(checkpoint_every_steps=steps), "data.num_workers=1"]
@@ -125,6 +128,7 @@ def test_no_step_between_log_lines_waits_for_the_device(chain, tmp_path, monkeyp
 
 def test_nor_with_every_loss_of_stage_1(chain, tmp_path, monkeypatch, vgg_file, convnext_file):
     monkeypatch.setattr(perceptual, "CONVNEXT_SIZE", 64)  # 224 take seconds
+    monkeypatch.setattr(train_tokenizer, "Discriminator", partial(Discriminator, width=32))
     options = [option for option in GAME if not option.startswith("training.")]
     options += ["training.batch_size=2", "losses.perceptual_weight=1.1"]
     options += [f"perceptual.vgg_weights={vgg_file}", "activation_checkpointing=selective"]
@@ -145,6 +149,6 @@ def test_a_read_in_the_loop_is_found_and_its_place_is_named(chain, tmp_path, mon
 
     monkeypatch.setattr(loop.EMA, "update", update)
     found = train(chain, tmp_path, "flowtok", monkeypatch)
-    assert len(found) == 2 * 12  # each item() and the operator behind it
+    assert len(found) == 2 * 6  # each item() and the operator behind it
     # The loop called what this test put there.
     assert all(" at training/loop.py:" in place for place in found)

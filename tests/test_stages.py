@@ -128,8 +128,9 @@ def test_one_batch_is_overfitted_by_the_flow(few, tmp_path, direction):
 
 
 def test_every_projector_mode_runs_and_frozen_keeps_the_weights_bit_for_bit(chain, tmp_path):
-    modes = [f"flow.projector={mode}" for mode in ("joint", "detached", "frozen")]
+    modes = [f"flow.projector={mode}" for mode in ("detached", "frozen")]
     runs = last_weights(chain, tmp_path, "flowtok", modes)
+    runs["joint"] = weights(chain.folder / "flowtok")
 
     def projector_of(tensors):
         return {n.removeprefix("projector."): x for n, x in tensors.items() if "projector." in n}
@@ -138,8 +139,8 @@ def test_every_projector_mode_runs_and_frozen_keeps_the_weights_bit_for_bit(chai
     assert all_different(projectors)
     source = weights(chain.folder / "text_projector", EMA_FILE)
     assert equal(projectors["flow.projector=frozen"], source)
-    assert equal(projector_of(weights(tmp_path / "2" / "flowtok", EMA_FILE)), source)
-    assert "alignment" not in metrics(tmp_path / "2" / "flowtok")[0]
+    assert equal(projector_of(weights(tmp_path / "1" / "flowtok", EMA_FILE)), source)
+    assert "alignment" not in metrics(tmp_path / "1" / "flowtok")[0]
 
 
 OFF = "losses.kl_weight=0 losses.alignment_weight=0"
@@ -211,9 +212,6 @@ def test_two_passes_of_half_the_batch_are_one_pass_of_the_whole(chain, tmp_path,
     for whole, halves in zip(metrics(one), metrics(two), strict=True):
         for name in ("loss", "l2", "kl", "gradient_norm"):
             assert halves[name] == pytest.approx(whole[name], rel=1e-3), name
-
-
-# Image to text
 
 
 # Stages fit together, or are refused

@@ -1,14 +1,13 @@
 """A tokenizer is judged by what flows from it: regression and a small flow."""
 
 import json
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from evaluations import run_program
 
+import scripts.run_experiment.__main__ as run_experiment
 from eval import tokenizer_probe
 from scripts import make_scenes
 
@@ -59,11 +58,10 @@ def test_absent_images_are_named_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize("experiment", ["probe_scenes", "probe_256"])
-def test_the_experiments_take_the_probes_overrides(experiment, tmp_path):
-    command = [sys.executable, "-m", "scripts.run_experiment", experiment]
-    command += [f"{key}={tmp_path}" for key in ("experiment_dir", "tokenizer_run", "data_dir")]
-    done = subprocess.run(
-        command, cwd=tokenizer_probe.ROOT, env=os.environ | {"DRY_RUN": "1"}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(str(tmp_path).encode()) >= 6
+def test_the_experiments_take_the_probes_overrides(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tokenizer_probe.ROOT)
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setattr(run_experiment, "Runner", lambda: SimpleNamespace(requests=0))
+    overrides = [f"{key}={tmp_path}" for key in ("experiment_dir", "tokenizer_run", "data_dir")]
+    run_experiment.main([experiment, *overrides])
+    assert capsys.readouterr().out.count(str(tmp_path)) >= 6

@@ -1,5 +1,7 @@
 """train_tokenizer.py: the adversarial game, its resume, perceptual loss, weights to start from."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import shape_sample
@@ -12,6 +14,7 @@ from data import shards
 from data.images import ImageTextConfig, image_reader
 from data.tar import write_shard
 from modeling import perceptual
+from modeling.discriminator import Discriminator
 from modeling.image_tokenizer import ImageTokenizerConfig, TextContrast
 from modeling.text_encoder import load_text_encoder
 from training import checkpoint as ckpt
@@ -21,6 +24,12 @@ from training.pictures import SheetConfig
 GAME = ("adversarial.weight=0.1", "adversarial.start_step=2")
 GAME += (*training(log_every_steps=1, checkpoint_every_steps=1, keep_checkpoints=9),)
 DISCRIMINATOR_FILE = "discriminator_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """A step of the discriminator's own width, 128, takes most of a second."""
+    monkeypatch.setattr(train_tokenizer, "Discriminator", partial(Discriminator, width=32))
 
 
 def discriminator_at(run, step):
