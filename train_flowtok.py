@@ -214,7 +214,7 @@ def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
     """EMA weights to start from: the projector of stage 2, all of a stage-3 run, or nothing.
 
     Raises:
-        ValueError: what init_from has learned is not what this config goes on with.
+        ValueError: the velocity network of init_from is not this config's.
     """
     if not config.init_from:
         return load_projector(config.projector_run) if config.projector_run else None
@@ -223,8 +223,6 @@ def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
         raise ValueError(
             f"{config.init_from} has average velocities: expected flow.objective=mean_flow"
         )
-    if source.config.source == "noise" and config.flow.source == "text":
-        raise ValueError(f"{config.init_from} has no z_T: expected flow.source=noise")
     # Some sizes come from tokenizer and projector; all others are typed, and may disagree.
     found = source.flowtok.config
     derived = {f.name: getattr(found, f.name) for f in fields(found) if f.metadata.get("derived")}

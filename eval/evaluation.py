@@ -9,7 +9,6 @@ equal threads). Images that exist are not made again. On several machines the fo
 that all of them see.
 """
 
-import hashlib
 import io
 import json
 import time
@@ -236,9 +235,7 @@ def measure_cosines(setup: EvaluationSetup, images: ImageFolder, folder: Path) -
         captions = [images.caption(number).text for number in batch["index"]]
         return clip.cosines(batch["image"], captions)
 
-    # Weights alone don't say it: the same ones may be read with another activation or other colours
-    key = hashlib.sha256(json.dumps(clip.description).encode()).hexdigest()
-    file = folder / f"clip-{key[:12]}.npy"
+    file = folder / f"clip-{clip.identity}.npy"
     return measure_once(
         file, ImageSet(images.entries(), setup.image_size), cosines, 1, setup.reading
     )

@@ -13,6 +13,7 @@ Weights come from a path or torch's cache; nothing is downloaded unless asked fo
 is executed.
 """
 
+import hashlib
 import io
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,15 @@ from torch import Tensor, nn
 
 from eval.programs import INSTALL, describe_file
 from eval.protocol import Protocol
-from modeling.clip_weights import AbsentWeights, ClipConfig, ClipWeights, clip_inputs, load_clip
+from modeling.clip_weights import (
+    AbsentWeights,
+    ClipConfig,
+    ClipWeights,
+    clip_inputs,
+    has_quick_gelu,
+    load_clip,
+    preprocessing_of,
+)
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.layers import fingerprint
 from modeling.perceptual import VGG16_URL
@@ -163,6 +172,8 @@ class ClipScorer:
         with torch.random.fork_rng(devices=[]):  # it first draws weights, then replaces them
             self.clip = load_clip(config, download).to(device)
         self.preprocess, self.tokenize = clip_inputs(config, self.clip)
+        # Weights alone do not say which cosines they give
+        reading = has_quick_gelu(self.clip), preprocessing_of(config, self.clip)
         self.device = device
         self.description: dict[str, Any] = {
             "model": config.model,
@@ -171,6 +182,8 @@ class ClipScorer:
             "weights_fingerprint": fingerprint(self.clip),
             "scale": "100 * mean over the images of max(cosine of image and caption, 0)",
         }
+        read_as = hashlib.sha256(repr(reading).encode()).hexdigest()[:8]
+        self.identity = f"{self.description['weights_fingerprint']}-{read_as}"
 
     def see(self, images: Tensor) -> Tensor:
         """Features B x E, of length 1, of images B x 3 x R x R uint8 on the CPU."""

@@ -251,8 +251,18 @@ def clip_tokenizer(config: ClipWeights) -> Callable:
     """open_clip's tokenizer of a model; ValueError if it can't be loaded."""
     try:
         return open_clip.get_tokenizer(config.model)
-    except Exception as error:  # of packages that other tokenizers than CLIP's need, of the hub
+    except ImportError as error:  # other tokenizers than CLIP's need a package
+        raise ValueError(
+            f"cannot load the tokenizer of {config.title} {config.model}: {error}: "
+            "pip install -r requirements-text.txt"
+        ) from error
+    except Exception as error:  # of the hub
         raise cannot_load(config, error) from error
+
+
+def has_quick_gelu(network: nn.Module) -> bool:
+    """Whether the activation of a network of open_clip is QuickGELU, which weights don't show."""
+    return any(isinstance(part, open_clip.transformer.QuickGELU) for part in network.modules())
 
 
 def preprocessing_of(config: ClipWeights, clip: nn.Module) -> Any:

@@ -17,7 +17,14 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .clip_weights import ClipWeights, check_local_dir, clip_tokenizer, load_clip, open_clip
+from .clip_weights import (
+    ClipWeights,
+    check_local_dir,
+    clip_tokenizer,
+    has_quick_gelu,
+    load_clip,
+    open_clip,
+)
 from .layers import check_not_negative, fingerprint
 
 
@@ -134,9 +141,7 @@ class ClipTextEncoder(nn.Module):
     @cached_property
     def identity(self) -> str:
         # The weights do not show the activation.
-        kind = open_clip.transformer.QuickGELU
-        is_quick = any(isinstance(module, kind) for module in self.transformer.modules())
-        return fingerprint(self, b"quick_gelu" if is_quick else b"")
+        return fingerprint(self, b"quick_gelu" if has_quick_gelu(self.transformer) else b"")
 
     def train(self, mode: bool = True) -> "ClipTextEncoder":
         """Stay in eval mode: the tower is frozen."""

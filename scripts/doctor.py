@@ -51,7 +51,7 @@ from scripts.run_experiment.processes import Job, clean, count_cores, find_job
 from scripts.run_experiment.stages import WITHOUT_NETWORK, Stage, read_stages
 from scripts.workload.fake import GIB, measure_step
 from scripts.workload.sizes import Stage as SizedStage
-from scripts.workload.sizes import read_stage, why_unplanned
+from scripts.workload.sizes import is_of_codes, read_stage, why_unplanned
 from scripts.workload.steps import build_workload, make_batch, repeated_step
 from training.errors import exit_on_error, printable
 from training.run import start_run
@@ -110,14 +110,16 @@ def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
         try:
             if checks.is_complete(stage):
                 continue
-            if reason := why_unplanned(stage.config):
-                yield Row("note", f"{stage} step", reason)
-                continue
-            sized = read_stage(stage.file, stage.overrides)
+            unplanned = why_unplanned(stage.config)
+            sized = None if is_of_codes(stage.config) else read_stage(stage.file, stage.overrides)
         except ValueError as error:
             yield Row("STOP", f"{stage} sizes", one_line(error))
             continue
-        yield from look_at_workers(stage, sized, job)
+        if sized:
+            yield from look_at_workers(stage, sized, job)
+        if unplanned:
+            yield Row("note", f"{stage} step", unplanned)
+            continue
         row, run_gib = look_at_step(stage, sized, job, seconds)
         yield row
         # What an earlier start has saved needs no further place

@@ -1,7 +1,7 @@
 """Disks, data, workers, ranks, signals that fail a real training: one line, and the run goes on.
 
-Every training is a process of its own (tests/forks.py). Where it ends by itself, on a signal, its
-end is compared bit for bit with that of an undisturbed run.
+Every training is a process of its own (tests/forks.py). After a signal and a full disk its end is
+compared bit for bit with that of an undisturbed run.
 """
 
 import os
@@ -100,6 +100,14 @@ def check_log_is_whole(lab):
     assert steps == [*range(1, ckpt.latest_checkpoint(lab.run)[0] + 1)]
 
 
+def check_end(lab, *options):
+    """The run has ended as an undisturbed one does, bit for bit."""
+    whole = lab.start(*options, into=lab.folder / "whole")
+    assert whole.wait() == 0, whole.output
+    assert equal(state(lab.run), state(lab.folder / "whole" / "tokenizer"))
+    assert metrics(lab.run) == metrics(lab.folder / "whole" / "tokenizer")
+
+
 # The disk
 
 
@@ -108,8 +116,7 @@ def test_a_file_size_limit_inside_a_checkpoint_ends_with_an_error_and_a_whole_on
     largest = 60_000  # bytes; the weights have more, the logs of a few hundred steps less
     resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (largest, largest))
     check_error(running, "cannot write checkpoint", "File too large", "MB are free there")
-    check_goes_on(lab)
-    check_log_is_whole(lab)
+    check_end(lab, check_goes_on(lab))
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
@@ -260,11 +267,7 @@ def test_a_signal_ends_with_a_checkpoint_and_the_run_goes_on_undisturbed(lab, nu
     assert "Traceback" not in running.output and len(workers) == 2
     wait_for(lambda: not any(worker.exists() for worker in workers), seconds=20)
     assert not any(worker.exists() for worker in workers)
-    options.append(check_goes_on(lab, *options))
-    whole = lab.start(*options, into=lab.folder / "whole")
-    assert whole.wait() == 0, whole.output
-    assert equal(state(lab.run), state(lab.folder / "whole" / "tokenizer"))
-    assert metrics(lab.run) == metrics(lab.folder / "whole" / "tokenizer")
+    check_end(lab, *options, check_goes_on(lab, *options))
 
 
 def test_two_processes_stop_together_when_one_is_told_to(lab):

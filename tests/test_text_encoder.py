@@ -107,8 +107,8 @@ def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
     # Theirs needs a package that may be absent
     absent = Mock(side_effect=ModuleNotFoundError("No module named 'transformers'"))
     monkeypatch.setattr("open_clip.get_tokenizer", absent)
-    with pytest.raises(ValueError, match="the text tower ViT-B-16-SigLIP.*'transformers'"):
-        TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP"))
+    with pytest.raises(ValueError, match="'transformers': pip install -r requirements-text.txt$"):
+        TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP", pretrained="webli"))
 
 
 def test_ids_are_those_of_the_clip_vocabulary_at_the_folders_context_length(tokenize):

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from data.files import write_text
 
@@ -161,12 +161,19 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
         for _, line in changes:
             run.say(f"config changed since the last start: {line}")
     run.accelerator.wait_for_everyone()
+    refusal = ""
     if run.is_main:
         values = {"stage": config.stage, **dataclasses.asdict(config)}
         run.folder.mkdir(parents=True, exist_ok=True)
-        with locked(run):  # a training that goes on here keeps its config
-            write_text(yaml.safe_dump(values, sort_keys=False), run.folder / CONFIG_FILE)
-    run.accelerator.wait_for_everyone()
+        try:
+            with locked(run):  # a training that goes on here keeps its config
+                write_text(yaml.safe_dump(values, sort_keys=False), run.folder / CONFIG_FILE)
+        except ValueError as error:
+            refusal = str(error)
+    # All end, or the others would wait
+    [refusal] = broadcast_object_list([refusal])
+    if refusal:
+        raise ValueError(refusal)
 
 
 def config_changes(run: Run, config: Any) -> list[tuple[str, str]]:

@@ -326,7 +326,9 @@ def open_stored_tokens(
             "tokenizer's run: delete them and encode them again"
         )
     tokenize = None if info.has_text_states else encoder.tokenize
-    # shards of unknown origin may hold the states of another tower, or of another caption
+    # Shards of unknown origin may hold the states of another tower, or of another caption
+    if info.text_encoder_fingerprint == "unknown":
+        run.say("token shards of unknown origin: text states in them are not read, but made anew")
     reader = token_reader(
         data, info.num_tokens, info.token_channels, tokenize, with_states=info.has_text_states
     )
