@@ -44,12 +44,7 @@ from training.pipelines import load_projector
 from training.provenance import check_shards, save_source
 from training.run import save_config, start_run
 from training.stage import TrainedStage
-from training.tokens import (
-    StoredText,
-    complete_projector,
-    open_stored_captions,
-    projector_sizes,
-)
+from training.tokens import StoredText, complete_projector, open_stored_captions, projector_sizes
 
 MEASURED_CAPTIONS = 10_000  # at most, of either kind, whose reconstruction is measured
 VOCABULARY_CAPTIONS = 1_000_000  # at most, whose token ids are counted

@@ -162,8 +162,7 @@ class FlowModel(nn.Module):
         # Whole intervals learn from the network alone.
         if self.config.guidance != 1:
             known = slice(0, whole.start)
-            path = target[known], z[known], t[known], null[known], text(known)
-            target = self.guide(*path)
+            target = self.guide(target[known], z[known], t[known], null[known], text(known))
 
         # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
         average = network(between)

@@ -9,11 +9,14 @@ images may be recalled ones.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+from data.config import ReaderConfig
 from data.files import write_json
-from training.loading import read_run_config
+from training.loading import read_run_config, structured
 
 VOCABULARY_FILE = "vocabulary.json"
 MAX_WORDS = 10_000  # captions of more words are free text; so many captions are listed at most
@@ -107,17 +110,11 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
     """
     # Which folders of token shards the run has read, and whether a word can be new in them.
     config = read_run_config(flow_dir)
-    data = config.get("data") or {}
-    sources = [*data.get("sources", {}).values()] or [data]
-    sources = [source for source in sources if source.get("weight", 1)]  # 0: it is not read
-    folders = {Path(pattern).parent for source in sources for pattern in source.get("shards", [])}
-    captions = [source.get("captions") or data.get("captions") or {} for source in sources]
-    if not folders or any(
-        each.get("recaption_keys")
-        or "json:captions" in each.get("keys", [])
-        or each.get("window") == "sentences"
-        for each in captions
-    ):
+    shared = [field.name for field in fields(ReaderConfig)]  # by what reads tokens and images
+    section = OmegaConf.masked_copy(config.get("data") or OmegaConf.create(), shared)
+    data: ReaderConfig = OmegaConf.to_object(OmegaConf.merge(structured(ReaderConfig), section))
+    folders = {Path(pattern).parent for pattern in data.all_shards()}
+    if not folders or data.has_several_captions():
         return Vocabulary("", [], None)
     parts = []
     for folder in sorted(folders):
