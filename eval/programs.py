@@ -21,12 +21,14 @@ PACKAGES = ["torch", "torchvision", "torch-fidelity", "lpips", "open_clip_torch"
 PACKAGES += ["numpy", "pillow", "accelerate"]
 
 
-def integer(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `least`."""
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `least`, and of at most `most`."""
 
     def parse(text: str) -> int:
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if most is not None and int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return int(text)
 
     parse.__name__ = "integer"  # argparse names it where the text is no integer

@@ -24,15 +24,15 @@ class TeacherConfig(ClipWeights):
     title: ClassVar[str] = "the teacher"
 
 
-def describe_tower(config: ClipWeights, tanh_gelu: bool = False) -> str:
-    """What builds the image tower again without its weights, as JSON.
-
-    tanh_gelu: of timm's blocks, as the package transformers has it for SigLIP.
-    """
+def describe_tower(config: ClipWeights) -> str:
+    """What builds the image tower again without its weights, as JSON."""
     found = model_config(config)
     names = ("embed_dim", "vision_cfg", "quick_gelu")
     values = {name: found[name] for name in names if name in found}
-    return json.dumps(values | {"tanh_gelu": True} if tanh_gelu else values, sort_keys=True)
+    # SigLIP was trained with GELU's tanh form, which the published tokenizers keep; not so timm's.
+    if "siglip" in values["vision_cfg"].get("timm_model_name", ""):
+        values["tanh_gelu"] = True
+    return json.dumps(values, sort_keys=True)
 
 
 class ImageTower(nn.Module):

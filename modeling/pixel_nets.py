@@ -74,6 +74,10 @@ class ConvolutionSize:
     decoder_channels: int = 128  # 256 in the enhanced decoder
     decoder_blocks: int = 2  # 4 in the enhanced decoder
 
+    def __post_init__(self):
+        if not self.multipliers:
+            raise ValueError("multipliers must have a number for each level, got none")
+
     @property
     def stride(self) -> int:
         """Pixels a cell."""

@@ -128,7 +128,7 @@ def read_config(tensors: dict[str, Tensor]) -> DualTokenizerConfig:
         semantic_heads=HEADS,
         convolutions=convolutions,
         quantizer=quantizer,
-        tower=describe_tower(teacher, tanh_gelu=not is_clip),
+        tower=describe_tower(teacher),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .clip_weights import (
     ClipWeights,
+    check_clip,
     check_local_dir,
     clip_tokenizer,
     has_quick_gelu,
@@ -164,4 +165,7 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         from .transformers_text import load_tower  # it imports this file
 
         return load_tower(config)
-    return ClipTextEncoder(load_clip(config), TextTokenizer(config))
+    # The tokenizer may be refused, the weights may be a download.
+    check_clip(config)
+    tokenizer = TextTokenizer(config)
+    return ClipTextEncoder(load_clip(config), tokenizer)

@@ -40,7 +40,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "clean-fid's rule instead: the whole image to 299 px"
     size.add_argument("--clean", action="store_true", help=help_text)
     help_text = "RGB behind transparent pixels"
-    parser.add_argument("--background", type=int, nargs=3, default=[255] * 3, help=help_text)
+    byte = integer(0, 255)
+    parser.add_argument("--background", type=byte, nargs=3, default=[255] * 3, help=help_text)
     help_text = "8 kB an image: KID, precision and recall need them"
     parser.add_argument("--keep-features", action="store_true", help=help_text)
     add_reading_options(parser, 64, "images that Inception sees at once")

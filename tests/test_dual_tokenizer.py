@@ -174,6 +174,7 @@ def test_frozen_parts_keep_their_weights(train, tiny_clip_dir):
         (["dual.image_size=64"], "quantizer.scales"),
         (["dual.patch_size=32", "dual.quantizer.scales=[1]"], "dual.patch_size"),
         (["dual.semantic_heads=3"], "semantic_heads"),
+        (["dual.convolutions.multipliers=[]"], "multipliers"),
         (["dual.teacher.model=no-such-model"], "dual.teacher.model"),
     ],
 )

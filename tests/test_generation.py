@@ -378,7 +378,8 @@ def test_a_statistics_file_gives_the_numbers_of_its_images(
 
 def test_wrong_options_of_the_statistics_are_refused(tiny_shards, quick, tmp_path):
     shard, size = f"{tiny_shards}/train-00000.tar", ["--image-size", 32]
-    for wrong in ([], [shard], [shard, "--clean", *size]):
+    background = ["--background", 0, 0, 256]
+    for wrong in ([], [shard], [shard, "--clean", *size], [shard, *size, *background]):
         with pytest.raises(SystemExit):
             statistics(tmp_path / "b.npz", *wrong)
     with pytest.raises(ValueError, match="c.npz cannot be written"):
