@@ -196,7 +196,8 @@ def decode_caption(
     with_states: bool, source: SourceConfig, sample: dict[str, Any], draws: SampleDraws | None
 ) -> dict[str, Any]:
     """Raw sample -> {"caption", "key"}, and "text_states" L x T float16 with_states."""
-    decoded = take_caption(source, sample, draws)
+    # Stored states are of the first caption.
+    decoded = take_caption(source, sample, None if with_states else draws)
     if with_states:
         decoded["text_states"] = read_array(sample, "text.npy", (None, None))
     return decoded

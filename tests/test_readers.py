@@ -153,6 +153,12 @@ def test_captions_are_read_of_any_shards_and_states_where_they_are_wanted(tmp_pa
     (batch,) = captions(image_shards, with_states=True).once(8, shards=[path, image_shards])
     assert batch["key"] == ["000", "001", "002"] and batch["skipped"] == {"text: missing": 20}
 
+    # Of several captions, the stored states are of the first
+    several = CaptionConfig(keys=["json:captions"])
+    for with_states, read in ((True, {"one"}), (False, {"one", "two 0", "two 1", "two 2"})):
+        drawn = stream(captions(path, with_states=with_states, captions=several), 12)
+        assert set(next(drawn)["caption"]) == read
+
 
 # order and position
 
