@@ -2,8 +2,8 @@
 
 In: tokens on the path B x K x C, times B in [0, 1] (t = 0 text, t = 1 image), null indicator B
 (bool). Out: velocity B x K x C. It is conditioned on time and indicator only: text enters as the
-start of the flow. To compare with the usual way, it can read features of the text besides, by
-cross-attention or concatenation (`condition`).
+start of the flow. To compare with the usual way, it can read features of the text besides
+(`condition`), which are as many as the tokens.
 """
 
 from dataclasses import dataclass, field
@@ -37,9 +37,9 @@ class FlowTokConfig:
     width: int = 768
     depth: int = 12
     num_heads: int = 12
-    # How the text is read besides: not at all (paper), by cross-attention in each block, or as
-    # tokens beside those on the path.
-    condition: Literal["none", "cross_attention", "concatenation"] = "none"
+    # How the text is read besides: not at all (paper), added to the tokens, each feature at its
+    # place, by cross-attention in each block, or as tokens beside those on the path.
+    condition: Literal["none", "addition", "cross_attention", "concatenation"] = "none"
     context_tokens: int = field(default=0, metadata=FROM_PROJECTOR)  # L of the text's features
     context_width: int = field(default=0, metadata=FROM_PROJECTOR)  # and their W
 
@@ -177,6 +177,8 @@ class FlowTok(nn.Module):
 
     def join(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(tokens of the blocks, context of their cross-attention), each ... x N x W or None."""
+        if self.config.condition == "addition":
+            return x + context, None
         if self.config.condition == "concatenation":
             return torch.cat([x, context], dim=-2), None
         return x, context

@@ -19,7 +19,7 @@ B, K, C, T, W = 4, 5, 3, 16, 16
 SIZE = {"width": W, "depth": 2, "num_heads": 2, "token_channels": C}
 PROJECTOR = TextProjectorConfig(K, T, mlp_width=16, alignment_width=8, **SIZE)
 NETWORK = FlowTokConfig(num_tokens=K, context_tokens=K, context_width=W, **SIZE)
-CONDITIONS = ["cross_attention", "concatenation"]
+CONDITIONS = ["addition", "cross_attention", "concatenation"]
 NOISE = ["flow.source=noise", "losses.alignment_weight=0", "losses.kl_weight=0"]
 
 

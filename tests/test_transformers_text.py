@@ -119,7 +119,7 @@ TEXT = torch.tensor([[True] * 4 + [False] * 6, [True] * LENGTH])  # which positi
 
 
 @pytest.mark.parametrize("num_tokens", [K, 0])  # 0: as many as the text has
-@pytest.mark.parametrize("condition", ["none", "cross_attention", "concatenation"])
+@pytest.mark.parametrize("condition", ["none", "addition", "cross_attention", "concatenation"])
 def test_a_masked_position_changes_nothing_downstream(condition, num_tokens):
     size = TransformerSize(16, 2, 2)
     tokenizer = ImageTokenizer(
