@@ -22,7 +22,7 @@ SIZE = {"width": W, "depth": 2, "num_heads": 2, "token_channels": C}
 PROJECTOR = TextProjectorConfig(K, T, mlp_width=16, alignment_width=8, **SIZE)
 NETWORK = FlowTokConfig(num_tokens=K, context_tokens=K, context_width=W, **SIZE)
 OPTION = "flow.objective=mean_flow"
-FORMS = [("text", "none"), ("text", "cross_attention"), ("noise", "concatenation")]
+FORMS = [("text", "none"), ("text", "cross_attention"), ("noise", "addition")]
 
 
 def build(source="text", condition="none", **options):
