@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .clip_weights import (
     ClipWeights,
-    check_clip,
     check_local_dir,
     clip_tokenizer,
     has_quick_gelu,
@@ -165,7 +164,4 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         from .transformers_text import load_tower  # it imports this file
 
         return load_tower(config)
-    # The tokenizer may be refused, the weights may be a download.
-    check_clip(config)
-    tokenizer = TextTokenizer(config)
-    return ClipTextEncoder(load_clip(config), tokenizer)
+    return ClipTextEncoder(load_clip(config), TextTokenizer(config))
