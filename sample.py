@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from data.entries import Entry
-from data.files import check_writable, errors_naming, read_text_file, user_path
+from data.files import check_writable, errors_naming, integer, read_text_file, user_path
 from eval.images import caption_images, choose_images, image_name, list_pictures, sheet_of
-from eval.programs import build_parser, integer
+from eval.programs import build_parser
 from modeling.layers import to_pil
 from modeling.pipeline import Generator, ImageGenerator, Sampling, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained

@@ -3,12 +3,13 @@
 A killed process leaves the old file or the new one.
 """
 
+import argparse
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -90,6 +91,19 @@ def not_decodable(path: str | Path, encoding: str) -> str:
 def user_path(text: str) -> Path:
     """argparse type: a path, with the home folder for ~ also where the shell leaves it."""
     return Path(text).expanduser()
+
+
+def integer(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """argparse type: an integer from `least` to `most`."""
+    expected = f"at least {least}" if most == math.inf else f"{least}..{most}"
+
+    def parse(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
+        return int(text)
+
+    parse.__name__ = "integer"  # argparse names it where the text is no integer
+    return parse
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from data.files import integer
 from modeling.layers import exact_products
 from modeling.published import file_sha256
 from training.run import TIMEOUT_MINUTES, refuse_engines
@@ -19,20 +20,6 @@ from training.run import TIMEOUT_MINUTES, refuse_engines
 INSTALL = "pip install -r requirements-eval.txt"
 PACKAGES = ["torch", "torchvision", "torch-fidelity", "lpips", "open_clip_torch"]
 PACKAGES += ["numpy", "pillow", "accelerate"]
-
-
-def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `least`, and of at most `most`."""
-
-    def parse(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        if most is not None and int(text) > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
-        return int(text)
-
-    parse.__name__ = "integer"  # argparse names it where the text is no integer
-    return parse
 
 
 def different(kind: type) -> Callable[[str], list]:

@@ -24,7 +24,7 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import check_writable, user_path, write_json
+from data.files import check_writable, integer, user_path, write_json
 from data.images import ImageTextConfig
 from eval import programs
 from eval.feature_nets import INCEPTION, INCEPTION_WIDTH, VGG16, InceptionFeatures
@@ -54,7 +54,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "folder of images, or tar shards: paths, braces, globs"
     add("data", nargs="+", metavar="DATA", help=help_text)
     add("--output", type=user_path, help="the json; default: reconstruction.json in the run folder")
-    add("--limit", type=programs.integer(1), help="only the first images, so many")
+    add("--limit", type=integer(1), help="only the first images, so many")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer")
     add("--vgg-weights", metavar="FILE", help="VGG16 of LPIPS; default: torch's cache")
     help_text = "folder for a picture of the first pairs"

@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.files import check_writable, load_json, user_path, write_json
+from data.files import check_writable, integer, load_json, user_path, write_json
 from data.images import image_bytes
 from data.scenes import SPLITS, Kind, Statement
 from data.tar import expand_shards, read_shard
@@ -55,11 +55,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--run", required=True, type=user_path, help="experiment folder, or a stage-3 run folder")
     add("--data", type=user_path, metavar="DIR", help="default: scenes in RUN")
     add("--output", type=user_path, metavar="DIR", help="default: evaluation/scenes in RUN")
-    add("--captions", type=programs.integer(1), help="of each split, the first ones; default: all")
-    add("--images-per-caption", type=programs.integer(1), default=4)
-    add("--seed", type=programs.integer(0), default=0)
+    add("--captions", type=integer(1), help="of each split, the first ones; default: all")
+    add("--images-per-caption", type=integer(1), default=4)
+    add("--seed", type=integer(0), default=0)
     programs.add_sweep_options(parser)
-    add("--batch-size", type=programs.integer(1), default=64, help="images at a time")
+    add("--batch-size", type=integer(1), default=64, help="images at a time")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=default)
     return parser.parse_args(arguments)

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.files import check_writable, user_path, write_json
+from data.files import check_writable, integer, user_path, write_json
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
 from data.tar import expand_shards
 from eval import generation, scenes
-from eval.programs import build_parser, integer, markdown_table, start_processes
+from eval.programs import build_parser, markdown_table, start_processes
 from eval.report import BATCH_SIZE, encode, encode_texts, join_batches
 from eval.scores import retrieval
 from modeling.pipeline import Generator

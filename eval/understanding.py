@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.files import check_writable, user_path, write_json
+from data.files import check_writable, integer, user_path, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import ClipScorer
 from eval.features import number_groups
 from eval.images import ImageSet, choose_images, iterate_images, list_images
-from eval.programs import add_reading_options, build_parser, integer, start_processes
+from eval.programs import add_reading_options, build_parser, start_processes
 from eval.report import shrink
 from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tokenizer import ImageTokenizer

@@ -29,7 +29,7 @@ def describe_tower(config: ClipWeights) -> str:
     found = model_config(config)
     names = ("embed_dim", "vision_cfg", "quick_gelu")
     values = {name: found[name] for name in names if name in found}
-    # SigLIP was trained with GELU's tanh form, which the published tokenizers keep; not so timm's.
+    # The published tokenizers have SigLIP with GELU's tanh form, as transformers has it, not timm.
     if "siglip" in values["vision_cfg"].get("timm_model_name", ""):
         values["tanh_gelu"] = True
     return json.dumps(values, sort_keys=True)
@@ -38,7 +38,8 @@ def describe_tower(config: ClipWeights) -> str:
 class ImageTower(nn.Module):
     """Images B x 3 x R x R, normalised as wanted -> patch tokens B x G^2 x W, row by row."""
 
-    def __init__(self, visual: nn.Module):
+    def __init__(self, visual: nn.Module, tanh_gelu: bool = False):
+        """tanh_gelu: of timm's blocks, in place of the exact form."""
         super().__init__()
         self.visual = visual
         self.is_clip = hasattr(visual, "class_embedding")
@@ -46,6 +47,9 @@ class ImageTower(nn.Module):
             raise ValueError(f"{type(visual).__name__} is neither CLIP's ViT nor one of timm")
         if self.is_clip and visual.attn_pool is not None:
             raise ValueError("a tower with attentional pooling has no patch tokens of its own")
+        if tanh_gelu:
+            for block in visual.trunk.blocks:
+                block.mlp.act = nn.GELU(approximate="tanh")
         # Channels of a token, W, and of what this tower's teacher gives, T; patches along a side of
         # the images that it was made for; pixels along a side of a patch
         if self.is_clip:
@@ -65,11 +69,7 @@ class ImageTower(nn.Module):
         """A tower with random weights, of `describe_tower`."""
         values = json.loads(description)
         tanh_gelu = values.pop("tanh_gelu", False)
-        visual = build_image_tower(values)
-        if tanh_gelu:
-            for block in visual.trunk.blocks:
-                block.mlp.act = nn.GELU(approximate="tanh")
-        return cls(visual)
+        return cls(build_image_tower(values), tanh_gelu)
 
     def drop_unused(self) -> "ImageTower":
         """Drop CLIP's output projection, freeze what else gives no token."""
@@ -121,7 +121,8 @@ class Teacher(nn.Module):
     def __init__(self, config: ClipWeights):
         super().__init__()
         clip = load_clip(config)
-        self.tower = ImageTower(clip.visual)
+        description = json.loads(describe_tower(config))
+        self.tower = ImageTower(clip.visual, description.get("tanh_gelu", False))
         preprocessing = preprocessing_of(config, clip)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, name))

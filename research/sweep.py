@@ -32,8 +32,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.load import load_dataclass
-from data.files import write_json, write_text
-from eval.programs import build_parser, integer, markdown_table
+from data.files import integer, write_json, write_text
+from eval.programs import build_parser, markdown_table
 from scripts.plan import make_plan
 from scripts.run_experiment.stages import read_stages
 from training import metrics

@@ -41,11 +41,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.files import user_path
+from data.files import integer, user_path
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
 from data.tar import write_shard
-from eval.programs import build_parser, integer
+from eval.programs import build_parser
 from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator

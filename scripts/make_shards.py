@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, Python look
 
 from data.captions import check_caption_keys
 from data.entries import Entry, build_index, file_stamp, first_equals
-from data.files import written_whole
+from data.files import integer, written_whole
 from data.filters import FilterConfig
 from data.hub import copies_folder  # with the import, `hub` is one of SOURCES
 from data.packing import (
@@ -403,17 +403,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(130, "stopped; the same command continues from here\n")
 
 
-def whole_number(smallest: int, largest: float = float("inf")) -> Callable[[str], int]:
-    """argparse type: an integer in a range."""
-
-    def number(text: str) -> int:
-        if not smallest <= int(text) <= largest:
-            raise argparse.ArgumentTypeError(f"given {text}, expected {smallest}..{largest}")
-        return int(text)
-
-    return number
-
-
 def build_parser() -> argparse.ArgumentParser:
     """One sub-command for each source, with its own arguments and those that all have."""
     parser = argparse.ArgumentParser(
@@ -442,14 +431,14 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
     def add(flag: str, default: Any, text: str, **options: Any) -> None:
         group.add_argument(flag, default=default, help=text, **options)
 
-    at_least_0, at_least_1, byte = whole_number(0), whole_number(1), whole_number(0, 255)
+    at_least_0, at_least_1, byte = integer(0), integer(1), integer(0, 255)
     group.add_argument("--output", required=True, type=file_path, metavar="FOLDER")
     add("--samples-per-shard", 1000, "before filters", type=at_least_1)
     add("--holdout", 0, "samples that go to OUTPUT/holdout, before filters", type=at_least_0)
     add("--shuffle", True, "over the whole source", action=argparse.BooleanOptionalAction)
     add("--seed", 0, "of the shuffle", type=at_least_0)
     add("--resize", 0, "shorter side to which larger images shrink; 0: off", type=at_least_0)
-    add("--quality", 95, "of JPEG with --resize", type=whole_number(1, 100))
+    add("--quality", 95, "of JPEG with --resize", type=integer(1, 100))
     add("--background", [255, 255, 255], "RGB, with --resize", type=byte, nargs=3, metavar="0..255")
     add("--workers", count_cores(), "processes", type=at_least_1)
     add("--shard-index", 0, "which part of a Slurm array this is, from 0", type=at_least_0)

@@ -26,7 +26,8 @@ from typing import Any
 # Run as a file, Python looks for modules in scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.programs import build_parser, integer
+from data.files import integer
+from eval.programs import build_parser
 from scripts.workload import print_figures
 from scripts.workload.fake import Cost, measure_step, tower_flops
 from scripts.workload.sizes import Stage, read_stage

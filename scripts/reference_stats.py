@@ -15,7 +15,7 @@ from pathlib import Path
 # Run as a file, Python looks into scripts/ only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import check_writable, user_path
+from data.files import check_writable, integer, user_path
 from eval.feature_nets import INCEPTION, InceptionFeatures
 from eval.features import measure_reference
 from eval.images import CLEAN_SIZE, ImageSet, Reading, list_images
@@ -23,7 +23,6 @@ from eval.programs import (
     add_reading_options,
     add_weights_options,
     build_parser,
-    integer,
     start_processes,
 )
 from training.errors import exit_on_error, printable

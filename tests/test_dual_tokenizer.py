@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from tokenflow_vectors import arrays, vectors
 from torch.nn import functional as F
 
 from eval import reconstruction
-from modeling.clip_weights import build_clip
+from modeling import image_tower
+from modeling.clip_weights import build_clip, build_image_tower
 from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig, SemanticDecoder
 from modeling.image_tower import ImageTower, Teacher, TeacherConfig, describe_tower
 from modeling.layers import fingerprint
@@ -81,6 +83,20 @@ def test_a_tower_of_timm_gives_the_tokens_before_its_last_block():
     tokens = tower(images)
     torch.testing.assert_close(tokens, states[0][:, -100:])  # without a class token
     assert tokens.shape == (1, 100, tower.width)
+
+
+def test_teacher_and_encoder_of_siglip_have_the_published_form_of_gelu(monkeypatch):
+    clip = SimpleNamespace(visual=build_image_tower(TIMM))
+    monkeypatch.setattr(image_tower, "load_clip", lambda config: clip)
+    still = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
+    monkeypatch.setattr(image_tower, "preprocessing_of", lambda config, clip: still)
+    for name, form in (("test_vit", "none"), ("vit_base_patch16_siglip_224", "tanh")):
+        vision = {"timm_model_name": name}
+        monkeypatch.setattr(image_tower, "model_config", lambda config, v=vision: {"vision_cfg": v})
+        config = TeacherConfig("tiny", "")
+        assert ("tanh_gelu" in json.loads(describe_tower(config))) == (form == "tanh")
+        blocks = Teacher(config).tower.visual.trunk.blocks
+        assert {block.mlp.act.approximate for block in blocks} == {form}
 
 
 # 2 cells of 16 pixels, nets of stride 2: they see 4 x 4 pixels
