@@ -32,12 +32,10 @@ from eval.programs import build_parser, markdown_table, start_processes
 from eval.report import BATCH_SIZE, encode, encode_texts, join_batches
 from eval.scores import retrieval
 from modeling.pipeline import Generator
-from training.errors import exit_on_error
+from training.errors import ROOT, exit_on_error
 from training.loading import read_section
 from training.pipelines import load_generator
 from training.ridge import STRENGTHS, fit_ridges
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

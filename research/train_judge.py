@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-# Run as a file, Python looks into research/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from data.files import user_path, written_whole
 from data.scenes import (

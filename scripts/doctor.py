@@ -22,8 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-# Run as a file, Python looks into scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 import accelerate
 import psutil
