@@ -36,11 +36,10 @@ from data.scenes import (
     SPLITS,
     Object,
     Scene,
-    Statement,
     draw_image,
     draw_scene,
     draw_statement,
-    split_of,
+    draw_statement_of,
 )
 from eval import judge
 from eval.programs import build_parser
@@ -298,13 +297,6 @@ def print_accuracy() -> None:
             shares = compare(facts, scenes)
             values = (f"{fact} {is_right.float().mean():.2%}" for fact, is_right in shares.items())
             print(f"{name}: {', '.join(values)}", flush=True)
-
-
-def draw_statement_of(split: str, rng: np.random.Generator) -> Statement:
-    """A statement of a split."""
-    while split_of(statement := draw_statement(rng)) != split:
-        pass
-    return statement
 
 
 def compare(facts: judge.Facts, scenes: list[Scene]) -> dict[str, Tensor]:

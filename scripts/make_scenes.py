@@ -36,8 +36,7 @@ from data.scenes import (
     draw_caption,
     draw_image,
     draw_scene,
-    draw_statement,
-    split_of,
+    draw_statement_of,
 )
 from data.tar import write_shard
 from modeling.layers import check_least
@@ -149,9 +148,7 @@ def make_sample(config: ScenesStage, split: str, number: int) -> dict[str, Any]:
 def make_caption(seed: int, split: str, number: int) -> tuple[Statement, list[str]]:
     """(what it says, phrasings) of a split's caption."""
     rng = generator(seed, split, "caption", number)
-    wanted = "seen" if split == "train" else split
-    while split_of(statement := draw_statement(rng)) != wanted:
-        pass
+    statement = draw_statement_of("seen" if split == "train" else split, rng)
     return statement, [draw_caption(statement, rng) for _ in range(PHRASINGS)]
 
 

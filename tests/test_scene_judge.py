@@ -8,7 +8,16 @@ import torch
 from evaluations import run_program
 from PIL import Image
 
-from data.scenes import SPLITS, Kind, Object, Scene, Statement, draw_image, draw_scene
+from data.scenes import (
+    SPLITS,
+    Kind,
+    Object,
+    Scene,
+    Statement,
+    draw_image,
+    draw_scene,
+    draw_statement_of,
+)
 from eval import scenes
 from eval.judge import (
     FACTS,
@@ -21,7 +30,7 @@ from eval.judge import (
     wanted_by,
 )
 from research import train_judge
-from research.train_judge import compare, draw_images, draw_statement_of
+from research.train_judge import compare, draw_images
 from scripts import make_scenes
 
 
