@@ -226,6 +226,14 @@ def test_scenes_of_another_size_are_refused(chain, data, tmp_path):
         judge_run(chain, other, tmp_path)
 
 
+def test_scenes_of_which_a_shard_is_missing_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_scenes, "SAMPLES_PER_SHARD", 6)
+    folder = make(tmp_path, captions=4, image_size=32)  # 16 images of each split
+    (folder / "new-000001.tar").unlink()
+    with pytest.raises(ValueError, match="split new have 2 to 3 images"):
+        scenes.read_split(folder, "new", None)
+
+
 # Training
 
 
