@@ -362,5 +362,5 @@ if __name__ == "__main__":
     parser = build_parser(__doc__)
     parser.add_argument("words", nargs="*", metavar="EXPERIMENT or key=value")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a stage's step")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     sys.exit(exit_on_error(lambda: main(arguments)))
