@@ -177,6 +177,13 @@ def draw_statement(rng: np.random.Generator) -> Statement:
     return Statement((first, second), pick(("left of", "above")), background)
 
 
+def draw_statement_of(split: str, rng: np.random.Generator) -> Statement:
+    """A statement that split_of puts into a split."""
+    while split_of(statement := draw_statement(rng)) != split:
+        pass
+    return statement
+
+
 RELATION_WORDS = {  # (from first to second, from second to first)
     "left of": (("left of", "to the left of"), ("right of", "to the right of")),
     "above": (("above", "over"), ("below", "under")),

@@ -30,7 +30,7 @@ from eval.features import load_reference
 from eval.images import Reading
 from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow_model import FlowModel
-from modeling.layers import check_not_negative, fingerprint
+from modeling.layers import check_least, check_not_negative, fingerprint
 from modeling.pipeline import Generator, ImageGenerator, SamplingConfig
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
@@ -178,8 +178,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         check_not_negative(self, "every_steps")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        check_least(self, 1, "batch_size")
         if self.every_steps and not self.protocol:
             raise ValueError("every_steps needs protocol: a name among eval/protocols, or a YAML")
 

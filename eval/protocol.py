@@ -19,6 +19,7 @@ from data.files import load_json, read_text_file
 from data.sources import is_tar_name
 from eval import images
 from modeling.clip_weights import ClipConfig
+from modeling.layers import check_least
 from modeling.pipeline import SamplingConfig
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -70,13 +71,10 @@ class Protocol:
 
     def __post_init__(self):
         # Ranges
-        least = dict.fromkeys(("num_captions", "choice_seed", "seed", "image_size"), 0)
-        least |= dict.fromkeys(("images_per_caption", "group_size", "kid_subsets"), 1)
-        least |= {"kid_subset_size": 2, "inception_splits": 1, "neighbours": 1}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        check_least(self, 0, "num_captions", "choice_seed", "seed", "image_size")
+        check_least(self, 1, "images_per_caption", "group_size", "kid_subsets")
+        check_least(self, 1, "inception_splits", "neighbours")
+        check_least(self, 2, "kid_subset_size")
         if unknown := {*self.metrics} - {*METRICS}:
             valid = ", ".join(METRICS)
             raise ValueError(f"metrics {', '.join(sorted(unknown))}: valid are {valid}")

@@ -172,7 +172,7 @@ def read_split(folder: Path, split: str, most: int | None) -> Scenes:
     """The first captions of a split, with their images, off its shards.
 
     Raises:
-        ValueError: no such shards.
+        ValueError: no such shards, or not all of them.
     """
     # Gathered by the captions' numbers, in whatever order samples come
     about: dict[int, dict[str, Any]] = {}
@@ -186,6 +186,12 @@ def read_split(folder: Path, split: str, most: int | None) -> Scenes:
                 image = np.asarray(open_image(image_bytes(sample)))
                 images.setdefault(number, []).append(image)
     numbers = sorted(about)
+    counts = {len(found) for found in images.values()}
+    if len(counts) > 1:  # a shard is missing, and rows would be taken for another caption's
+        raise ValueError(
+            f"{folder}: captions of split {split} have {min(counts)} to {max(counts)} images, "
+            "expected equally many: run scripts/make_scenes.py to its end"
+        )
     pixels = np.stack([image for number in numbers for image in images[number]])
     return Scenes(
         split=split,

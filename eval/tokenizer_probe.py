@@ -32,12 +32,10 @@ from eval.programs import build_parser, markdown_table, start_processes
 from eval.report import BATCH_SIZE, encode, encode_texts, join_batches
 from eval.scores import retrieval
 from modeling.pipeline import Generator
-from training.errors import exit_on_error
+from training.errors import ROOT, exit_on_error
 from training.loading import read_section
 from training.pipelines import load_generator
 from training.ridge import STRENGTHS, fit_ridges
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -69,9 +67,17 @@ def main(args: argparse.Namespace) -> None:
         expand_shards(heldout)
         todo.append((run, data, heldout))
     reports = {str(run): probe(args, run, data, heldout) for run, data, heldout in todo}
-    names = list(next(iter(reports.values())))
-    rows = [[run, *(f"{report[name]:.3f}" for name in names)] for run, report in reports.items()]
-    print(markdown_table([["tokenizer", *names], *rows]), end="")
+    print(side_by_side(reports), end="")
+
+
+def side_by_side(reports: dict[str, dict[str, float]]) -> str:
+    """A row for each tokenizer; nothing where a protocol had no number for one of them."""
+    names = dict.fromkeys(name for report in reports.values() for name in report)
+    rows = []
+    for run, report in reports.items():
+        cells = [f"{report[name]:.3f}" if name in report else "" for name in names]
+        rows.append([run, *cells])
+    return markdown_table([["tokenizer", *names], *rows])
 
 
 def probe(args: argparse.Namespace, run: Path, data: Path, heldout: list[str]) -> dict[str, float]:

@@ -28,15 +28,14 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-# Run as a file, Python looks for modules in research/ only. What needs torch is imported later: its
-# number of threads is set first.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
+# What needs torch is imported later: its number of threads is set first.
 from safetensors import deserialize
 
 from scripts.run_experiment.stages import program_of
+from training.errors import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 EMOJI = "assets/noto_emoji"
 LEFT_OUT = {"step", "samples_per_second", "data_wait_share"}  # of metrics.jsonl: times differ
 

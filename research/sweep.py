@@ -28,8 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-# Run as a file, Python looks for modules in research/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from configs.load import load_dataclass
 from data.files import integer, write_json, write_text
@@ -37,10 +36,9 @@ from eval.programs import build_parser, markdown_table
 from scripts.plan import make_plan
 from scripts.run_experiment.stages import read_stages
 from training import metrics
-from training.errors import exit_on_error
+from training.errors import ROOT, exit_on_error
 from training.stage import TrainedStage
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMAND_FILE, RESULT_FILE = "command.json", "result.json"
 
 

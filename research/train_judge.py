@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-# Run as a file, Python looks into research/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from data.files import user_path, written_whole
 from data.scenes import (
@@ -37,11 +36,10 @@ from data.scenes import (
     SPLITS,
     Object,
     Scene,
-    Statement,
     draw_image,
     draw_scene,
     draw_statement,
-    split_of,
+    draw_statement_of,
 )
 from eval import judge
 from eval.programs import build_parser
@@ -299,13 +297,6 @@ def print_accuracy() -> None:
             shares = compare(facts, scenes)
             values = (f"{fact} {is_right.float().mean():.2%}" for fact, is_right in shares.items())
             print(f"{name}: {', '.join(values)}", flush=True)
-
-
-def draw_statement_of(split: str, rng: np.random.Generator) -> Statement:
-    """A statement of a split."""
-    while split_of(statement := draw_statement(rng)) != split:
-        pass
-    return statement
 
 
 def compare(facts: judge.Facts, scenes: list[Scene]) -> dict[str, Tensor]:

@@ -32,8 +32,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# Run as a file, Python looks for modules in scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 import numpy as np
 import torch
@@ -52,10 +51,9 @@ from modeling.pipeline import ImageGenerator
 from scripts.workload import print_figures
 from scripts.workload.sizes import Stage, read_stage
 from scripts.workload.steps import build_workload, make_batch, repeated_step
-from training.errors import exit_on_error
+from training.errors import ROOT, exit_on_error
 from training.run import Run, start_run
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MM_SIZES = {"cpu": (1024, 1536, 2048), "cuda": (4096, 6144, 8192)}  # of square matrices
 MM_SECONDS = 0.2  # for each of them

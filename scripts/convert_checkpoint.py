@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-# Run as a file, Python looks for modules in scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 import torch
 import yaml

@@ -22,8 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-# Run as a file, Python looks into scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 import accelerate
 import psutil
@@ -363,5 +362,5 @@ if __name__ == "__main__":
     parser = build_parser(__doc__)
     parser.add_argument("words", nargs="*", metavar="EXPERIMENT or key=value")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a stage's step")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     sys.exit(exit_on_error(lambda: main(arguments)))

@@ -29,8 +29,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-# Run as a file, Python looks into scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from configs.load import parse_stage_args
 from data.config import ONLY_SOURCE

@@ -18,8 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# Run as a file, Python looks into scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 import torch
 import yaml
@@ -29,9 +28,8 @@ from eval.programs import build_parser
 from scripts.benchmark import describe_machine
 from scripts.plan import make_plan
 from scripts.workload import rounded
-from training.errors import exit_on_error
+from training.errors import ROOT, exit_on_error
 
-ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 15  # of a part that failed
 PAPER_IMAGES_PER_SECOND = {"sample_xl": 22.7, "sample_h": 18.2}  # on an A100
 

@@ -37,6 +37,7 @@ from assets.noto_emoji.make_demo_data import Emoji, describe_emoji, load_image, 
 from configs.load import parse_stage_args
 from data.files import check_writable, write_json
 from data.tar import write_shard
+from modeling.layers import check_least
 from training.errors import exit_on_error
 from training.stage import StageConfig
 
@@ -89,9 +90,8 @@ class ArtistsStage(StageConfig):
     def check(self) -> None:
         if not 16 <= self.image_size <= LARGEST_SIZE:
             raise ValueError(f"image_size must be 16 to {LARGEST_SIZE}, got {self.image_size}")
-        for name, least in {"seed": 0, "heldout_names": 1, "heldout_pairs": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_least(self, 0, "seed")
+        check_least(self, 1, "heldout_names", "heldout_pairs")
 
     def plan(self) -> dict[str, Any]:
         """What the data set is made of, as the manifest has it."""

@@ -36,10 +36,10 @@ from data.scenes import (
     draw_caption,
     draw_image,
     draw_scene,
-    draw_statement,
-    split_of,
+    draw_statement_of,
 )
 from data.tar import write_shard
+from modeling.layers import check_least
 from training.errors import exit_on_error
 from training.stage import StageConfig
 
@@ -65,10 +65,10 @@ class ScenesStage(StageConfig):
     stage = "scenes"
 
     def check(self) -> None:
-        for name, value in self.plan().items() | {"num_processes": self.num_processes}.items():
-            least = {"image_size": 16, "seed": 0}.get(name, 1)
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_least(self, 16, "image_size")
+        check_least(self, 0, "seed")
+        check_least(self, 1, "captions", "images_per_caption", "num_processes")
+        check_least(self, 1, "heldout_captions", "heldout_images_per_caption")
         if self.heldout_captions > self.captions:
             raise ValueError(
                 f"heldout_captions {self.heldout_captions}: the split seen takes them from "
@@ -148,9 +148,7 @@ def make_sample(config: ScenesStage, split: str, number: int) -> dict[str, Any]:
 def make_caption(seed: int, split: str, number: int) -> tuple[Statement, list[str]]:
     """(what it says, phrasings) of a split's caption."""
     rng = generator(seed, split, "caption", number)
-    wanted = "seen" if split == "train" else split
-    while split_of(statement := draw_statement(rng)) != wanted:
-        pass
+    statement = draw_statement_of("seen" if split == "train" else split, rng)
     return statement, [draw_caption(statement, rng) for _ in range(PHRASINGS)]
 
 

@@ -46,7 +46,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, Python looks into scripts/ only
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from data.captions import check_caption_keys
 from data.entries import Entry, build_index, file_stamp, first_equals

@@ -12,8 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# Run as a file, Python looks into scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from data.files import check_writable, integer, user_path
 from eval.feature_nets import INCEPTION, InceptionFeatures

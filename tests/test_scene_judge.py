@@ -8,7 +8,16 @@ import torch
 from evaluations import run_program
 from PIL import Image
 
-from data.scenes import SPLITS, Kind, Object, Scene, Statement, draw_image, draw_scene
+from data.scenes import (
+    SPLITS,
+    Kind,
+    Object,
+    Scene,
+    Statement,
+    draw_image,
+    draw_scene,
+    draw_statement_of,
+)
 from eval import scenes
 from eval.judge import (
     FACTS,
@@ -21,7 +30,7 @@ from eval.judge import (
     wanted_by,
 )
 from research import train_judge
-from research.train_judge import compare, draw_images, draw_statement_of
+from research.train_judge import compare, draw_images
 from scripts import make_scenes
 
 
@@ -215,6 +224,14 @@ def test_scenes_of_another_size_are_refused(chain, data, tmp_path):
     other = make(tmp_path / "other", captions=2, image_size=64)
     with pytest.raises(ValueError, match="image_size=32"):
         judge_run(chain, other, tmp_path)
+
+
+def test_scenes_of_which_a_shard_is_missing_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_scenes, "SAMPLES_PER_SHARD", 6)
+    folder = make(tmp_path, captions=4, image_size=32)  # 16 images of each split
+    (folder / "new-000001.tar").unlink()
+    with pytest.raises(ValueError, match="split new have 2 to 3 images"):
+        scenes.read_split(folder, "new", None)
 
 
 # Training

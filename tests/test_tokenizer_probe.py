@@ -52,6 +52,11 @@ def test_the_share_that_is_explained():
     assert tokenizer_probe.explained(mean.expand_as(true), true, mean) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_number_that_one_tokenizer_lacks_leaves_its_cell_empty():
+    table = tokenizer_probe.side_by_side({"a": {"r2": 0.5, "clip": 1.0}, "b": {"r2": 0.25}})
+    assert table.splitlines()[2:] == ["| a | 0.500 | 1.000 |", "| b | 0.250 |  |"]
+
+
 def test_absent_images_are_named_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"new-\*\.tar"):
         run_program(tokenizer_probe, tmp_path, "--data", tmp_path)

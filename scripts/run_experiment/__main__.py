@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Run as a file, Python looks into this folder only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 
 from scripts.run_experiment.processes import Runner, clean, count_cores, find_job
 from scripts.run_experiment.stages import WITHOUT_NETWORK, Stage, read_stages
