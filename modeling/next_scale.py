@@ -120,7 +120,8 @@ def block_causal_mask(prefix: Tensor, scales: Sequence[int]) -> Tensor:
     # The prefix counts token by token; each scale from the second on is one step.
     sizes = torch.tensor([scale**2 for scale in scales[1:]], dtype=torch.long)
     places = torch.repeat_interleave(torch.arange(len(sizes)), sizes) + prefix.shape[1]
-    steps = torch.cat([torch.arange(prefix.shape[1]), places]).to(prefix.device)
+    steps = torch.cat([torch.arange(prefix.shape[1]), places])
+    steps = steps.to(prefix.device, non_blocking=True)
     seen = F.pad(prefix, (0, len(places)), value=True)  # B x N
     return (steps[:, None] >= steps) & seen[:, None] & seen[:, :, None]
 
@@ -194,7 +195,8 @@ class NextScale(nn.Module):
         sizes = torch.tensor([scale**2 for scale in self.config.quantizer.scales[1:]]).long()
         rows = torch.repeat_interleave(torch.arange(2, len(sizes) + 2), sizes)
         image = self.projector(features)
-        image = image + self.levels[rows[: image.shape[1]].to(image.device)]
+        rows = rows[: image.shape[1]].to(image.device, non_blocking=True)
+        image = image + self.levels[rows]
         first = (self.start + self.levels[0]).to(image.dtype).expand(len(image), 1, -1)
         return torch.cat([first, image], dim=1) + self.positions[: image.shape[1] + 1]
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import shape_sample
 from PIL import Image
 from tiny_experiment import (
@@ -24,6 +25,7 @@ from data.tar import read_shard, write_shard
 from modeling.layers import Posterior
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.loading import load_tokenizer, text_encoder_config
+from training.metrics import MetricLog
 from training.run import start_run
 from training.tokens import TokensInfo, load_tokens_info, open_stored_tokens
 
@@ -51,6 +53,14 @@ def test_a_trained_stage_leaves_config_metrics_pictures_and_the_last_checkpoint(
         for step in (2, 4):
             Image.open(run / "samples" / f"step_{step:08d}.png").verify()
     assert not list(run.rglob("*.tmp"))
+
+
+def test_no_process_leaves_while_the_log_is_being_closed(chain, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(MetricLog, "close", lambda log: order.append("closed"))
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _: order.append("all are here"))
+    chain.run_in(tmp_path, "text_projector", "training.max_steps=1")
+    assert order[-2:] == ["closed", "all are here"]
 
 
 def test_stored_tokens_have_their_sizes_and_their_measured_scale(chain):

@@ -152,14 +152,16 @@ def train(
             # Stop, once the checkpoint is on disk.
             if stop_reason and not is_last_step:
                 writer.wait()
-                run.accelerator.wait_for_everyone()
                 log.close()
+                run.accelerator.wait_for_everyone()
                 run.say(f"{run.folder}: stopped at step {step} ({stop_reason}). {CONTINUE}")
                 raise SystemExit(STOPPED_STATUS)
 
+        # To close the log may take long. Whoever left before would begin the next stage, and on
+        # another machine meet this stage's process at the port that all stages share.
         writer.wait()
+        log.close()
         run.accelerator.wait_for_everyone()
-    log.close()
     run.say(f"{run.folder}: {progress.summary(step)}, now complete")
 
 
