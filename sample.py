@@ -71,10 +71,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=user_path, default=Path("samples.png"), help=help_text)
     add("--save-dir", type=user_path, help="also write each image as its own PNG here")
     add("--gallery", type=user_path, help="also write a page with images, captions, settings here")
-    add("--steps", type=int, help="solver steps")
+    add("--steps", type=integer(1), help="solver steps")
     help_text = "1, or 0 of a run of next_scale: no guidance, half the work"
     add("--guidance", type=float, help=help_text)
-    add("--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release")
+    add("--sampler", choices=[*SOLVERS], help="euler_release: the release's own time grid")
     times = ("START", "END")
     add("--guidance-interval", nargs=2, type=float, metavar=times, help="times with guidance")
     add("--precision", choices=["fp32", "bf16"], help="of velocity network and decoder")
@@ -183,7 +183,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """Prompts of the command line, of the file, or of the run's own pictures.
 
     Raises:
-        ValueError: none found, or one is empty.
+        ValueError: none found, or one is empty, by its place.
     """
     prompts = args.prompts or args.interpolate or args.trajectory
     if args.prompts_file:
@@ -192,11 +192,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
         prompts = pipelines.example_captions(args.run)
-    if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError(
-            "no prompt, or an empty one: give --prompts, --prompts-file, --interpolate or "
-            "--trajectory"
-        )
+    if not prompts:
+        raise ValueError("no prompt: give --prompts, --prompts-file, --interpolate or --trajectory")
+    if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+        raise ValueError(f"prompt {empty[0]} of {len(prompts)} is empty: expected a text")
     return prompts
 
 

@@ -34,9 +34,11 @@ def read_run_config(run_dir: str | Path) -> DictConfig:
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else path.parent.parent
         found = sorted(p.name for p in folder.glob("*"))
+        runs = [parent for parent in path.parent.parents if (parent / CONFIG_FILE).is_file()]
         raise ValueError(
-            f"{run_dir} is no run folder (no {CONFIG_FILE}); {folder} holds: "
-            f"{', '.join(found) or 'nothing'}"
+            f"{run_dir} is no run folder (no {CONFIG_FILE}); "
+            + (f"it lies in one: name {runs[0]}; " if runs else "")
+            + f"{folder} holds: {', '.join(found) or 'nothing'}"
         )
     return parse_config(path, path.read_bytes())
 
