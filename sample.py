@@ -37,7 +37,7 @@ from torch import Tensor
 from data.entries import Entry
 from data.files import check_writable, errors_naming, integer, read_text_file, user_path
 from eval.images import caption_images, choose_images, image_name, list_pictures, sheet_of
-from eval.programs import build_parser
+from eval.programs import build_parser, usable_device
 from modeling.layers import to_pil
 from modeling.pipeline import Generator, ImageGenerator, Sampling, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
@@ -81,7 +81,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=integer(0), default=0)
     add("--images-per-prompt", type=integer(1), default=1)
     add("--batch-size", type=integer(1), default=64, help="images at a time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=default)
     return parser.parse_args(arguments)
 
 
@@ -141,7 +142,7 @@ def draw(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     is_row = args.interpolate or args.trajectory
     load = pipelines.load_pipeline if is_row else pipelines.load_generator
-    parts, default = load(args.run, torch.device(args.device))
+    parts, default = load(args.run, args.device)
     sampling = sampling_of(args, default)
     sampling.check_images("--images-per-prompt", args.images_per_prompt)
     vocabulary = known_words(args.run)
@@ -306,7 +307,7 @@ def caption(args: argparse.Namespace) -> None:
     else:
         pictures = read_run_config(pipelines.captioning_run(args.run)).pictures
         entries = choose_images(pictures.images, pictures.num_images)
-    parts, default = pipelines.load_captioner(args.run, torch.device(args.device))
+    parts, default = pipelines.load_captioner(args.run, args.device)
     sampling = sampling_of(args, default)
     start = time.perf_counter()
     batches = caption_images(parts, entries, sampling, args.batch_size)

@@ -263,6 +263,8 @@ def test_a_missing_or_other_run_is_named(chain, tmp_path):
         (["--prompts", "a", "--interpolate", "a", "b"], "not allowed with"),
         (["--interpolate", "a", "b", "--frames", "1"], "--frames: must be at least 2, got 1"),
         (["--seed", "-1"], "--seed: must be at least 0, got -1"),
+        (["--device", "gpu"], "--device: torch cannot use 'gpu' here"),
+        (["--device", "cuda:99"], "--device: torch cannot use 'cuda:99' here"),
         (["--steps", "0"], "--steps: must be at least 1, got 0"),
         (["--sampler", "rk4"], "--sampler: invalid choice: 'rk4' (choose from"),
     ],
