@@ -246,14 +246,17 @@ def test_the_stage_folder_serves_as_well(chain, tmp_path, capsys):
     assert "2 images" in capsys.readouterr().out  # the captions of the run's own pictures
 
 
-def test_a_missing_or_other_run_is_named(chain, tmp_path):
+def test_a_missing_or_other_run_is_named(chain, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nothing is no run folder .* holds:"):
         draw(tmp_path / "nothing", "--prompts", "a cat")
+    monkeypatch.chdir(tmp_path)  # a path that was meant from another working directory
+    with pytest.raises(ValueError, match=f"runs/mine/flowtok is no run .* {tmp_path} holds: noth"):
+        draw("runs/mine/flowtok", "--prompts", "a cat")
     with pytest.raises(ValueError, match=f"{chain.folder}/tokenizer .*no 'flow'"):
         draw(chain.folder / "tokenizer", "--prompts", "a cat")
     weights = next(chain.folder.glob("flowtok/checkpoints/*/ema.safetensors"))
     for inside in (weights, weights.parent):
-        with pytest.raises(ValueError, match=f"{inside} is no .* name {chain.folder}/flowtok;"):
+        with pytest.raises(ValueError, match=f"{inside} is no .* name {chain.folder}/flowtok$"):
             draw(inside, "--prompts", "a cat")
 
 
