@@ -37,7 +37,7 @@ from torch import Tensor
 from data.entries import Entry
 from data.files import check_writable, errors_naming, integer, read_text_file, user_path
 from eval.images import caption_images, choose_images, image_name, list_pictures, sheet_of
-from eval.programs import build_parser
+from eval.programs import build_parser, usable_device
 from modeling.layers import to_pil
 from modeling.pipeline import Generator, ImageGenerator, Sampling, SamplingConfig
 from modeling.pretrained import find_folder, is_pretrained
@@ -71,17 +71,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=user_path, default=Path("samples.png"), help=help_text)
     add("--save-dir", type=user_path, help="also write each image as its own PNG here")
     add("--gallery", type=user_path, help="also write a page with images, captions, settings here")
-    add("--steps", type=int, help="solver steps")
+    add("--steps", type=integer(1), help="solver steps")
     help_text = "1, or 0 of a run of next_scale: no guidance, half the work"
     add("--guidance", type=float, help=help_text)
-    add("--sampler", help=f"{', '.join(SOLVERS)}: the release's own time grid is euler_release")
+    add("--sampler", choices=[*SOLVERS], help="euler_release: the release's own time grid")
     times = ("START", "END")
     add("--guidance-interval", nargs=2, type=float, metavar=times, help="times with guidance")
     add("--precision", choices=["fp32", "bf16"], help="of velocity network and decoder")
     add("--seed", type=integer(0), default=0)
     add("--images-per-prompt", type=integer(1), default=1)
     add("--batch-size", type=integer(1), default=64, help="images at a time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=default)
     return parser.parse_args(arguments)
 
 
@@ -141,7 +142,7 @@ def draw(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     is_row = args.interpolate or args.trajectory
     load = pipelines.load_pipeline if is_row else pipelines.load_generator
-    parts, default = load(args.run, torch.device(args.device))
+    parts, default = load(args.run, args.device)
     sampling = sampling_of(args, default)
     sampling.check_images("--images-per-prompt", args.images_per_prompt)
     vocabulary = known_words(args.run)
@@ -183,7 +184,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """Prompts of the command line, of the file, or of the run's own pictures.
 
     Raises:
-        ValueError: none found, or one is empty.
+        ValueError: none found, or one is empty, by its place.
     """
     prompts = args.prompts or args.interpolate or args.trajectory
     if args.prompts_file:
@@ -192,11 +193,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts = [line.strip() for line in lines if line.strip()]
     if prompts is None:
         prompts = pipelines.example_captions(args.run)
-    if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError(
-            "no prompt, or an empty one: give --prompts, --prompts-file, --interpolate or "
-            "--trajectory"
-        )
+    if not prompts:
+        raise ValueError("no prompt: give --prompts, --prompts-file, --interpolate or --trajectory")
+    if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+        raise ValueError(f"prompt {empty[0]} of {len(prompts)} is empty: expected a text")
     return prompts
 
 
@@ -307,7 +307,7 @@ def caption(args: argparse.Namespace) -> None:
     else:
         pictures = read_run_config(pipelines.captioning_run(args.run)).pictures
         entries = choose_images(pictures.images, pictures.num_images)
-    parts, default = pipelines.load_captioner(args.run, torch.device(args.device))
+    parts, default = pipelines.load_captioner(args.run, args.device)
     sampling = sampling_of(args, default)
     start = time.perf_counter()
     batches = caption_images(parts, entries, sampling, args.batch_size)

@@ -35,6 +35,16 @@ def different(kind: type) -> Callable[[str], list]:
     return parse
 
 
+def usable_device(text: str) -> torch.device:
+    """An argparse type: a device that torch can use on this machine."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # the latter: a torch built without CUDA
+        reason = str(error).split("\n")[0]
+        raise argparse.ArgumentTypeError(f"torch cannot use {text!r} here: {reason}") from None
+    return torch.device(text)
+
+
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help begins with the program's docstring."""
     return argparse.ArgumentParser(

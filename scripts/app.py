@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data.files import user_path
 from eval.images import caption_images, list_pictures
-from eval.programs import build_parser
+from eval.programs import build_parser, usable_device
 from modeling.layers import to_pil
 from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder
@@ -47,7 +47,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--run", required=True, type=user_path, help=help_text)
     add("--host", default="127.0.0.1", help="0.0.0.0: every machine that reaches this one")
     add("--port", type=int, default=7860)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=default)
     return parser.parse_args(arguments)
 
 
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     """Load the run, then serve the page until Ctrl-C."""
     if find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install -r requirements-app.txt")
-    page = build_page(load_studio(args.run, torch.device(args.device)))
+    page = build_page(load_studio(args.run, args.device))
     serve(page, args.host, args.port, wait=True)
 
 

@@ -136,6 +136,7 @@ def test_more_images_than_a_page_holds_are_written_as_they_are_made(
         (["--prompts", "a", "--output", "x.jpg"], ["x.jpg", ".png"]),
         (["--prompts", "a", "--save-dir", "/dev/null/x"], ["/dev/null/x"]),
         (["--prompts", "a", "--gallery", "/dev/null/x.html"], ["/dev/null/x.html"]),
+        (["--prompts", "a", " ", "b"], ["prompt 2 of 3", "empty"]),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_loaded(arguments, said):
@@ -240,18 +241,23 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(chain, tmp_path,
     ]
 
 
-def test_the_stage_folder_serves_as_well_and_its_solver_can_be_chosen(chain, tmp_path, capsys):
+def test_the_stage_folder_serves_as_well(chain, tmp_path, capsys):
     draw(chain.folder / "flowtok", "--output", tmp_path / "x.png")
     assert "2 images" in capsys.readouterr().out  # the captions of the run's own pictures
-    with pytest.raises(ValueError, match="unknown sampler 'rk4'; valid: euler, euler_release"):
-        draw(chain.folder, "--sampler", "rk4", "--output", tmp_path / "x.png")
 
 
-def test_a_missing_or_other_run_is_named(chain, tmp_path):
+def test_a_missing_or_other_run_is_named(chain, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nothing is no run folder .* holds:"):
         draw(tmp_path / "nothing", "--prompts", "a cat")
+    monkeypatch.chdir(tmp_path)  # a path that was meant from another working directory
+    with pytest.raises(ValueError, match=f"runs/mine/flowtok is no run .* {tmp_path} holds: noth"):
+        draw("runs/mine/flowtok", "--prompts", "a cat")
     with pytest.raises(ValueError, match=f"{chain.folder}/tokenizer .*no 'flow'"):
         draw(chain.folder / "tokenizer", "--prompts", "a cat")
+    weights = next(chain.folder.glob("flowtok/checkpoints/*/ema.safetensors"))
+    for inside in (weights, weights.parent):
+        with pytest.raises(ValueError, match=f"{inside} is no .* name {chain.folder}/flowtok$"):
+            draw(inside, "--prompts", "a cat")
 
 
 @pytest.mark.parametrize(
@@ -260,6 +266,10 @@ def test_a_missing_or_other_run_is_named(chain, tmp_path):
         (["--prompts", "a", "--interpolate", "a", "b"], "not allowed with"),
         (["--interpolate", "a", "b", "--frames", "1"], "--frames: must be at least 2, got 1"),
         (["--seed", "-1"], "--seed: must be at least 0, got -1"),
+        (["--device", "gpu"], "--device: torch cannot use 'gpu' here"),
+        (["--device", "cuda:99"], "--device: torch cannot use 'cuda:99' here"),
+        (["--steps", "0"], "--steps: must be at least 1, got 0"),
+        (["--sampler", "rk4"], "--sampler: invalid choice: 'rk4' (choose from"),
     ],
 )
 def test_wrong_options_are_named(capsys, arguments, said):

@@ -23,6 +23,7 @@ from training.run import CONFIG_FILE, parse_saved
 
 T = TypeVar("T")
 CLIP_FOLDER = Path("text_encoder") / "clip"  # of an experiment that trained its own text tower
+NUM_NAMED = 20  # files that an error names
 structured = cache(OmegaConf.structured)  # takes longer than to copy one, as merge does
 
 # What a run folder says
@@ -32,13 +33,22 @@ def read_run_config(run_dir: str | Path) -> DictConfig:
     """The resolved config of a run, not to be changed; ValueError: no run, or a damaged file."""
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else path.parent.parent
-        found = sorted(p.name for p in folder.glob("*"))
         raise ValueError(
-            f"{run_dir} is no run folder (no {CONFIG_FILE}); {folder} holds: "
-            f"{', '.join(found) or 'nothing'}"
+            f"{run_dir} is no run folder (no {CONFIG_FILE}); {what_is_there(path.parent)}"
         )
     return parse_config(path, path.read_bytes())
+
+
+def what_is_there(folder: Path) -> str:
+    """The run that a folder lies in, or what it or the nearest folder above it holds."""
+    # Absolute: a relative path that leads nowhere is often one from another working directory
+    above = [folder.absolute(), *folder.absolute().parents]
+    if run := next((parent for parent in above if (parent / CONFIG_FILE).is_file()), None):
+        return f"it lies in one: name {run}"
+    nearest = next(parent for parent in above if parent.is_dir())
+    found = sorted(path.name for path in nearest.glob("*"))
+    names = ", ".join(found[:NUM_NAMED]) or "nothing"
+    return f"{nearest} holds: {names}" + (", ..." if len(found) > NUM_NAMED else "")
 
 
 @lru_cache(maxsize=32)  # a pipeline asks a few files twenty times, 10 ms each
