@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import torch
 import yaml
 from conftest import reset_accelerate
-from forks import start_ranks
+from forks import PACE, start_ranks
 
 from eval import generation
 from eval.feature_nets import FeatureNet
@@ -78,8 +79,17 @@ def launch(run: Path, inputs: Path, output: Path, *arguments) -> str:
 def launch_two(log: Path, script: str, *words) -> str:
     """A script, or a module, in two processes on the CPU; what they printed."""
     ranks = start_ranks(log, 2, script, *map(str, words))
-    statuses, printed = [rank.wait() for rank in ranks], "".join(rank.output for rank in ranks)
-    assert statuses == [0, 0], printed
+    # One that fails leaves the other waiting for it
+    deadline = time.monotonic() + 120
+    while None in (statuses := [rank.process.exitcode for rank in ranks]):
+        if any(statuses) or time.monotonic() > deadline:
+            break
+        time.sleep(PACE)
+    printed = "".join(rank.output for rank in ranks)
+    if statuses != [0, 0]:
+        for rank in ranks:
+            rank.kill_group()
+        raise AssertionError(f"exit statuses {statuses}:\n{printed}")
     return printed
 
 
