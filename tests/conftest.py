@@ -3,15 +3,18 @@
 import io
 import math
 import random
+import resource
 import shutil
 import socket
 import urllib.error
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -37,9 +40,35 @@ NUM_SHARDS, SAMPLES_PER_SHARD, PIXELS = 2, 24, 32
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """A test's random numbers do not depend on the tests before it."""
+def fresh() -> None:
+    """A test's random numbers and accelerate's settings do not depend on the tests before it."""
     torch.manual_seed(0)
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """Let this process start another program: accelerate keeps its settings per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def refusal(*parts: object, kind: type[Exception] = ValueError):
+    """The body ends with an error of one line that names all of these."""
+    with pytest.raises(kind) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message and all(str(part) in message for part in parts), message
+
+
+@contextmanager
+def full_disk(num_bytes: int):
+    """In place of one: no file of this process may be longer than num_bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from conftest import reset_accelerate
 from forks import PACE, start_ranks
-from tiny_experiment import reset_accelerate
 
 from eval import generation
 from eval.feature_nets import FeatureNet

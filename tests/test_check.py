@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import refusal
 
 from scripts.run_experiment import checks, stages
 
@@ -80,10 +81,8 @@ def test_an_experiment_passes_before_any_of_its_stages_has_run(tiny):
     ],
 )
 def test_what_will_fail_is_found_before_the_first_stage(tiny, override, said):
-    with pytest.raises(ValueError) as caught:
+    with refusal(*said):
         check(tiny, override, num_processes=2)
-    assert all(part in str(caught.value) for part in said), caught.value
-    assert "\n" not in str(caught.value)
 
 
 def test_images_that_an_earlier_stage_makes_are_known_beforehand(tmp_path):

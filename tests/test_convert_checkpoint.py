@@ -10,11 +10,13 @@ import math
 import os
 import re
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from evaluations import run_program
 from safetensors.torch import load_file
 from sources import Evil
 
@@ -88,9 +90,7 @@ def light(name):
     return {key: torch.zeros(()).expand(shape) for key, shape in shapes(name).items()}
 
 
-def run_script(*arguments):
-    """The script's own command line, in this process."""
-    convert_checkpoint.main(convert_checkpoint.parse_args(list(map(str, arguments))))
+run_script = partial(run_program, convert_checkpoint)
 
 
 def convert_file(file):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import shape_sample
 from forks import Program, can_mount, mount_little
-from tiny_experiment import Experiment, reset_accelerate
+from tiny_experiment import Experiment
 
 from data.tar import write_shard
 from scripts import doctor
@@ -36,8 +36,6 @@ def small(stage, *more):
 def quiet(monkeypatch):
     monkeypatch.setattr("scripts.benchmark.MM_SIZES", {"cpu": (64,)})
     monkeypatch.setattr("scripts.benchmark.MM_SECONDS", 0.001)
-    yield
-    reset_accelerate()
 
 
 def examine(words, wanted="", job=CPU):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import TINY_CLIP
 from dual_experiment import DUAL
+from evaluations import run_program
 from omegaconf import OmegaConf
-from tiny_experiment import equal, metrics, reset_accelerate, weights
+from tiny_experiment import equal, metrics, weights
 from tokenflow_vectors import arrays, vectors
 from torch.nn import functional as F
 
@@ -157,9 +158,7 @@ def test_stage_1_trains_resumes_and_reconstructs(dual_chain, train, tiny_shards)
     assert 0 < line["usage/1"] <= line["usage"] <= 1 <= line["perplexity/2"] <= 32
     assert line["eval/psnr_db"] > 0
 
-    arguments = [str(whole), f"{tiny_shards}/train-00000.tar", "--limit", "3"]
-    reset_accelerate()
-    reconstruction.main(reconstruction.parse_args(arguments))
+    run_program(reconstruction, whole, f"{tiny_shards}/train-00000.tar", "--limit", 3)
     report = json.loads((whole / "reconstruction.json").read_text())
     assert report["metrics"]["psnr_db"] > 0
     with pytest.raises(ValueError, match="dual"):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from shipped import FILES, ROOT, load
-from tiny_experiment import reset_accelerate
 
 from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
@@ -30,12 +29,6 @@ PLANNED = [
 ]
 COMMAND = re.compile(r"^# ((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:bash|accelerate launch|python) .*)$")
 NUM_GPUS = 8
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
 
 
 def read(name):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from unittest.mock import Mock
 
 import pytest
 
@@ -29,19 +30,14 @@ def test_what_is_no_text_or_no_file_is_refused_by_name(tmp_path, content):
         read_text_file(path)
 
 
-def test_a_disk_that_is_full_before_the_last_byte_leaves_the_old_file_and_names_it(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), KeyboardInterrupt()])
+def test_writing_that_ends_before_the_last_byte_leaves_the_old_file_and_names_it(
+    tmp_path, monkeypatch, error
 ):
     (tmp_path / "x").write_text("old")
-
-    def fsync(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with (
-        pytest.raises(OSError, match=r"No space left.*x") as caught,
-        written_whole(tmp_path / "x") as file,
-    ):
-        file.write(b"new")
-    assert caught.value.filename == str(tmp_path / "x")
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=error))
+    for name in ("x", "new"):
+        with pytest.raises(type(error)) as caught, written_whole(tmp_path / name) as file:
+            file.write(b"new")
+        assert getattr(caught.value, "filename", str(tmp_path / name)) == str(tmp_path / name)
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

@@ -1,11 +1,11 @@
 """configs/finetune_xl on small made-up weights: published weights go on with a folder."""
 
 import torch
-from conftest import shape_sample
+from conftest import reset_accelerate, shape_sample
 from PIL import Image
 from shipped import ROOT
 from test_convert_checkpoint import CLIP, FLOW, TOKENIZER, run_script, weights
-from tiny_experiment import PROGRAMS, draw, reset_accelerate
+from tiny_experiment import PROGRAMS, draw
 from tiny_experiment import weights as newest_weights
 from torch import nn
 

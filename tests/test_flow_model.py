@@ -1,28 +1,21 @@
-"""modeling/flow_model.py: what one training pass computes, and which losses teach the projector."""
+"""modeling/flow_model.py: what one training pass computes, which losses teach what; conditions.
+
+A condition is the usual way, to compare with: a network that reads the text, from noise or both.
+"""
 
 import pytest
 import torch
-from torch import nn
+from small_flow import CONDITIONS, PROJECTOR, SIZE, C, K, T, build
+from tiny_experiment import draw, metrics, weights
 
 import modeling.flow_model as module
 from modeling.flow import FlowConfig
-from modeling.flow_model import FlowModel, build_flow
+from modeling.flow_model import FlowModel
 from modeling.flowtok import FlowTok, FlowTokConfig
 from modeling.losses import FlowLossConfig, ProjectorLossConfig, projector_losses, velocity_losses
-from modeling.text_projector import TextProjector, TextProjectorConfig
+from modeling.text_projector import TextProjector
 
-B, K, C, T = 4, 5, 3, 16
-SIZE = {"width": 16, "depth": 1, "num_heads": 2, "token_channels": C}
-PROJECTOR = TextProjectorConfig(K, T, mlp_width=16, alignment_width=8, **SIZE)
-FLOWTOK = FlowTokConfig(num_tokens=K, **SIZE)
-
-
-def build(**options):
-    """A flow with weights away from the zero start, where no gradient gets through the network."""
-    flow = build_flow(PROJECTOR, FLOWTOK, FlowConfig(**options))
-    for parameter in flow.flowtok.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return flow
+B = 4
 
 
 def inputs():
@@ -40,31 +33,34 @@ def taught(part):
 
 
 @pytest.fixture
-def fixed_times(monkeypatch):
-    """t, and the second sample on the null flow with the first one's latent."""
-    t, null = torch.tensor([0.0, 0.25, 0.5, 1.0]), torch.tensor([False, True, False, False])
-    monkeypatch.setattr(module, "sample_times", lambda config, batch_size, device: t)
+def second_is_null(monkeypatch):
+    """The null indicators: the second sample has none, and a swapped target is the first one's."""
+    null = torch.tensor([False, True, False, False])
     monkeypatch.setattr(module, "draw_null", lambda batch_size, probability, device: null)
     monkeypatch.setattr(module, "swap_targets", lambda end, null: end[[0, 0, 2, 3]])
-    return t, null
+    return null
 
 
 @pytest.mark.parametrize("direction", ["text_to_image", "image_to_text"])
-def test_pass_predicts_the_velocity_on_the_path_between_text_and_image(fixed_times, direction):
-    s = 0.1
-    flow, (states, image) = build(sigma_min=s, direction=direction).eval(), inputs()
+def test_pass_predicts_the_velocity_on_the_path_between_text_and_image(
+    second_is_null, monkeypatch, direction
+):
+    s, t = 0.1, torch.tensor([0.0, 0.25, 0.5, 1.0])
+    monkeypatch.setattr(module, "sample_times", lambda config, batch_size, device: t)
+    flow, (states, image) = build(sigma_min=s, direction=direction), inputs()
     result = flow(states, image)
     ends = [result.source.latents, image]
     start, end = ends if direction == "text_to_image" else reversed(ends)
-    (t, null), end = fixed_times, end[[0, 0, 2, 3]]
+    end = end[[0, 0, 2, 3]]
     torch.testing.assert_close(result.target, end - (1 - s) * start)
     time = t.view(-1, 1, 1)
     on_path = (1 - (1 - s) * time) * start + time * end
-    torch.testing.assert_close(result.velocity, flow.flowtok(on_path, t, null))
+    torch.testing.assert_close(result.velocity, flow.flowtok(on_path, t, second_is_null))
 
 
-def test_detached_projector_learns_from_its_own_losses_only():
-    flow, (states, image) = build(projector="detached"), inputs()
+@pytest.mark.parametrize("condition", ["none", "concatenation"])  # of the projector's features
+def test_detached_projector_learns_from_its_own_losses_only(condition):
+    flow, (states, image) = build(condition, projector="detached"), inputs()
     result = flow(states, image)
     flow_loss(result).backward(retain_graph=True)
     assert taught(flow.flowtok) and not taught(flow.projector)
@@ -86,3 +82,59 @@ def test_source_and_network_of_different_token_shapes_are_refused():
     network = FlowTok(FlowTokConfig(num_tokens=6, **SIZE))
     with pytest.raises(ValueError, match=r"\(5, 3\).*\(6, 3\)"):
         FlowModel(TextProjector(PROJECTOR), network, FlowConfig())
+
+
+# Conditions
+
+
+@pytest.mark.parametrize("source", ["text", "noise"])
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_unconditional_samples_learn_nothing_of_their_text(second_is_null, condition, source):
+    flow = build(condition, source=source, sample_text_latent=source == "noise")
+    states, others, image = (torch.randn(B, K, width) for width in (T, T, C))
+    torch.manual_seed(0)
+    result = flow(states, image)
+
+    # A start that tells the text has another sample's target; noise tells nothing.
+    end = image if source == "noise" else image[[0, 0, 2, 3]]
+    torch.testing.assert_close(result.target, end - (1 - 1e-5) * result.source.latents)
+    if source == "text":
+        return
+    torch.manual_seed(0)
+    changed = flow(others, image).velocity - result.velocity
+    assert changed[1].abs().max() < 1e-6
+    assert all(changed[i].abs().max() > 1e-3 for i in (0, 2, 3))
+
+
+@pytest.mark.parametrize("source", ["text", "noise"])
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_the_flow_loss_teaches_all_that_learns(condition, source):
+    flow = build(condition, source=source, null_probability=0.5).train()
+    for _ in range(8):  # dropout and the null samples leave out some
+        flow_loss(flow(*inputs())).backward()
+    silent = {name for name, _ in flow.named_parameters()} - taught(flow)
+    frozen = {n for n, p in flow.named_parameters() if not p.requires_grad}
+    alignment = {n for n, _ in flow.named_parameters() if "alignment" in n}
+    assert silent == (frozen if source == "noise" else alignment)
+    assert all("to_moments" in name or "alignment" in name for name in frozen)
+
+
+def test_noise_is_the_start_and_has_no_mean():
+    source = build("concatenation", source="noise").projector
+    states, noise = torch.randn(B, K, T), torch.randn(B, K, C)
+    assert source.start(states, noise) is noise
+    with pytest.raises(ValueError, match="sample_text_latent=true"):
+        source.start(states, None)
+
+
+def test_a_flow_from_noise_trains_resumes_and_draws(chain, tmp_path):
+    options = ["flow.source=noise", "losses.alignment_weight=0", "losses.kl_weight=0"]
+    options.append("flowtok.condition=concatenation")
+    run = chain.run_in(tmp_path, "flowtok", *options, "training.max_steps=2")
+    chain.run_in(tmp_path, "flowtok", *options)
+    assert [line["step"] for line in metrics(run)] == [2, 4]
+    assert any("embed_context" in name for name in weights(run))
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}.png"
+        draw(tmp_path, "--prompts", "a red circle", "--seed", seed, "--output", out)
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()

@@ -1,29 +1,55 @@
-"""modeling/flowtok.py: the adaLN-Zero start, errors.
+"""modeling/flowtok.py: the adaLN-Zero start, conditions.
 
 Formulas and gradients are those of test_plain_flow.py, and of the release in
 test_convert_checkpoint.py.
 """
 
+from dataclasses import replace
+
+import pytest
 import torch
+from small_flow import CONDITIONS, NETWORK, C, K, W, build
 from torch import nn
 
-from modeling.flowtok import FlowTok, FlowTokConfig
+from modeling.flowtok import FlowTok
+from modeling.layers import CrossAttention
 
-B, K, C, W = 3, 5, 4, 24
-CONFIG = FlowTokConfig(num_tokens=K, token_channels=C, width=W, depth=2, num_heads=3)
+B = 4
 
 
-def test_velocity_is_zero_and_blocks_are_the_identity_at_the_start():
-    network, null = FlowTok(CONFIG), torch.zeros(B, dtype=torch.bool)
-    velocity = network(torch.randn(B, K, C), torch.rand(B), null)
+@pytest.mark.parametrize("condition", ["none", *CONDITIONS])
+def test_velocity_is_zero_and_blocks_are_the_identity_at_the_start(condition):
+    network = FlowTok(replace(NETWORK, condition=condition))
+    x, c, context = torch.randn(B, K, W), torch.randn(B, W), torch.randn(B, K, W)
+    null = torch.zeros(B, dtype=torch.bool)
+    velocity = network(torch.randn(B, K, C), torch.rand(B), null, context)
     assert torch.equal(velocity, torch.zeros(B, K, C))
-    x = torch.randn(B, K, W)
-    assert torch.equal(network.blocks[0](x, torch.randn(B, W)), x)
+    assert torch.equal(network.blocks[0](x, c, context), x)
 
 
 def test_init_misses_no_parameter():
-    network = FlowTok(CONFIG)
+    network = FlowTok(NETWORK, takes_interval=True)
     for parameter in network.parameters():
         nn.init.constant_(parameter, float("nan"))
     network.init_weights()
     assert not [name for name, p in network.named_parameters() if p.isnan().any()]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_sampling_computes_what_the_networks_own_forward_does(condition):
+    network = build(condition).flowtok
+    x, features = torch.randn(B, K, C), torch.randn(B, K, W)
+    table = network.at_times([0.25, 0.5], features)
+    for time in (0.25, 0.5):
+        t = torch.full((B,), time)
+        for null in ((False,), (True,), (False, True)):
+            rows = [network(x, t, torch.full((B,), flag), features) for flag in null]
+            torch.testing.assert_close(table(x, time, null), torch.cat(rows))
+
+
+def test_cross_attention_is_softmax_over_the_context():
+    attention = CrossAttention(W, num_heads=1).double()
+    x, context = (torch.randn(2, n, W, dtype=torch.float64) for n in (3, 7))
+    k, v = attention.key_value(context).chunk(2, dim=-1)
+    shares = (attention.query(x) @ k.mT / W**0.5).softmax(-1)
+    torch.testing.assert_close(attention(x, context), attention.out(shares @ v))

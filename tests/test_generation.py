@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import TINY_CLIP, shape_sample
+from conftest import TINY_CLIP, refusal, shape_sample
 from evaluations import (
     CAPTIONS,
     CPU,
@@ -449,9 +449,8 @@ def test_retrieval_refuses_reference_images_of_one_name(evaluated, tiny_shards, 
 def test_wrong_inputs_are_refused_before_an_image_is_made(
     evaluated, out, no_images, arguments, parts
 ):
-    with pytest.raises(ValueError) as caught:
+    with refusal(*parts):
         evaluated(*arguments)
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert not out.exists()
 
 

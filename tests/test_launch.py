@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import refusal
 from forks import wait_for_end
 
 import scripts.run_experiment.__main__ as run_experiment
@@ -71,9 +72,8 @@ def test_a_round_runs_the_program_of_its_stage_with_its_own_overrides():
     ],
 )
 def test_what_cannot_run_is_refused_with_the_valid_choices(words, wanted, said):
-    with pytest.raises(ValueError) as caught:
+    with refusal(*said):
         read(*words, wanted=wanted)
-    assert all(part in str(caught.value) for part in said), caught.value
 
 
 # Machines and processes
@@ -125,9 +125,8 @@ def test_the_first_host_of_a_slurm_job_is_asked_for(tmp_path, monkeypatch):
     ],
 )
 def test_impossible_machines_are_refused(variables, said):
-    with pytest.raises(ValueError) as caught:
+    with refusal(*said):
         find_job(variables, num_gpus=8, num_cores=8)
-    assert all(part in str(caught.value) for part in said), caught.value
 
 
 def test_processes_find_each_other_and_nothing_of_another_launcher():

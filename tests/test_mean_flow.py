@@ -1,37 +1,27 @@
 """flow.objective=mean_flow: intervals, the derivative, a field known in closed form, whole runs."""
 
-from dataclasses import replace
-
 import pytest
+import small_flow
 import torch
+from small_flow import NETWORK, C, K, T, W
 from tiny_experiment import draw, metrics, weights
 from torch import nn
 
 from modeling.flow import FlowConfig, interpolate, target_velocity
-from modeling.flow_model import build_flow
-from modeling.flowtok import FlowTok, FlowTokConfig
+from modeling.flowtok import FlowTok
 from modeling.losses import FlowLossConfig, velocity_losses
 from modeling.mean_flow import drift, sample_intervals, split_batch, whole_average
 from modeling.pipeline import SamplingConfig, transport
 from modeling.samplers import euler, make_times
-from modeling.text_projector import TextProjectorConfig
 from training.checkpoint import EMA_FILE
 
-B, K, C, T, W = 6, 5, 3, 16, 16
-SIZE = {"width": W, "depth": 2, "num_heads": 2, "token_channels": C}
-PROJECTOR = TextProjectorConfig(K, T, mlp_width=16, alignment_width=8, **SIZE)
-NETWORK = FlowTokConfig(num_tokens=K, context_tokens=K, context_width=W, **SIZE)
+B = 6
 OPTION = "flow.objective=mean_flow"
 FORMS = [("text", "none"), ("text", "cross_attention"), ("noise", "addition")]
 
 
 def build(source="text", condition="none", **options):
-    """A flow with weights away from the zero start."""
-    config = FlowConfig(source=source, objective="mean_flow", **options)
-    flow = build_flow(PROJECTOR, replace(NETWORK, condition=condition), config)
-    for parameter in flow.flowtok.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return flow.eval()
+    return small_flow.build(condition, source=source, objective="mean_flow", **options)
 
 
 def test_half_of_the_intervals_are_points_and_a_quarter_are_whole():

@@ -1,4 +1,4 @@
-"""training/pictures.py: the caption grid, files that are whole; pages that execute nothing."""
+"""training/pictures.py: the caption grid; pages that execute nothing."""
 
 import base64
 import re
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import shape_sample
-from PIL import Image
 from tiny_experiment import draw
 
 from modeling.layers import to_pil
@@ -17,7 +16,6 @@ from training.pictures import (
     LINE_HEIGHT,
     MARGIN,
     caption_grid,
-    save_png,
     write_gallery,
 )
 
@@ -56,22 +54,6 @@ def test_images_stand_row_by_row_with_their_captions_below_each_in_its_cell():
     # The empty fourth cell, and the margin below
     assert (sheet[MARGIN + height :, width + MARGIN // 2 :] == 255).all()
     assert (sheet[-MARGIN // 2 :] == 255).all()
-
-
-def test_png_whose_writing_stops_half_way_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "x.png"
-    save_png(Image.new("RGB", (4, 4), "red"), path)
-
-    def break_off(file):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.fsync", break_off)
-    for file in (path, tmp_path / "y.png"):
-        with pytest.raises(KeyboardInterrupt):
-            save_png(Image.new("RGB", (4, 4), "blue"), file)
-    monkeypatch.undo()
-    assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
 # Pages

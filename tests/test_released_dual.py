@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import TINY_CLIP
+from evaluations import run_program
 from test_dual_tokenizer import TIMM
 from tokenflow_vectors import FOLDER
 
@@ -87,8 +88,7 @@ def test_a_file_becomes_a_run_that_gives_the_same(small, tiny_clip_dir, tmp_path
     tokenizer, tensors = small
     torch.save({"ema": tensors, "optimizer": {}}, tmp_path / "file.pt")
     tower = ["--text-encoder-model", f"local-dir:{tiny_clip_dir}"]
-    arguments = [str(tmp_path / "file.pt"), str(tmp_path / "run"), *tower]
-    convert_checkpoint.main(convert_checkpoint.parse_args(arguments))
+    run_program(convert_checkpoint, tmp_path / "file.pt", tmp_path / "run", *tower)
     found = load_dual_tokenizer(tmp_path / "run")
     images = torch.rand(1, 3, tokenizer.config.image_size, tokenizer.config.image_size)
     coded, expected = (one.encode(images) for one in (found, tokenizer))

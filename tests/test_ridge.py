@@ -17,17 +17,12 @@ def make_data(number=40, noise=0.3):
 
 
 def primal(states, latents, queries, scale):
-    """(X^T X + s I)^-1 X^T Y, the form without a kernel."""
+    """(X^T X + s I)^-1 X^T Y, the form without a kernel; N x D float64."""
     x, y = states.flatten(1).double(), latents.flatten(1).double()
     centred, target = x - x.mean(0), y - y.mean(0)
-    weights = torch.linalg.solve(
-        centred.T @ centred + scale * torch.eye(x.shape[1]).double(), centred.T @ target
-    )
-    return (
-        ((queries.flatten(1).double() - x.mean(0)) @ weights + y.mean(0))
-        .view(-1, *latents.shape[1:])
-        .float()
-    )
+    matrix = centred.T @ centred + scale * torch.eye(x.shape[1]).double()
+    weights = torch.linalg.solve(matrix, centred.T @ target)
+    return (queries.flatten(1).double() - x.mean(0)) @ weights + y.mean(0)
 
 
 def kernel_scale(states, strength):
@@ -40,19 +35,17 @@ def test_predictions_are_those_of_the_primal_form():
     queries = torch.randn(7, 3, 4)
     ridge = fit_ridge(states, latents)
     expected = primal(states, latents, queries, kernel_scale(states, ridge.strength))
-    torch.testing.assert_close(ridge(queries), expected, rtol=1e-4, atol=1e-4)
+    found = ridge(queries).flatten(1).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def leave_out(states, latents, strength):
     """Each sample's prediction from all others, by their own mean, N x D; the penalty of all."""
-    x, y, predictions = states.flatten(1).double(), latents.flatten(1).double(), []
-    for i in range(len(x)):
-        kept = [j for j in range(len(x)) if j != i]
-        x_mean, y_mean = x[kept].mean(0), y[kept].mean(0)
-        inputs, targets = x[kept] - x_mean, y[kept] - y_mean
-        ridge = inputs.T @ inputs + kernel_scale(states, strength) * torch.eye(x.shape[1]).double()
-        predictions.append((x[i] - x_mean) @ torch.linalg.solve(ridge, inputs.T @ targets) + y_mean)
-    return torch.stack(predictions), y
+    scale, predictions = kernel_scale(states, strength), []
+    for i in range(len(states)):
+        kept = [j for j in range(len(states)) if j != i]
+        predictions.append(primal(states[kept], latents[kept], states[i : i + 1], scale))
+    return torch.cat(predictions), latents.flatten(1).double()
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from conftest import refusal
 from evaluations import run_program
 from PIL import Image
 from tiny_experiment import draw
@@ -140,9 +141,8 @@ def test_more_images_than_a_page_holds_are_written_as_they_are_made(
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_loaded(arguments, said):
-    with pytest.raises(ValueError) as caught:
+    with refusal(*said):
         draw("nowhere", *arguments)
-    assert all(part in str(caught.value) for part in said), caught.value
 
 
 def test_a_run_that_draws_nothing_makes_one_image_of_a_prompt(chain, tmp_path, capsys):
@@ -263,7 +263,6 @@ def test_a_missing_or_other_run_is_named(chain, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--prompts", "a", "--interpolate", "a", "b"], "not allowed with"),
         (["--interpolate", "a", "b", "--frames", "1"], "--frames: must be at least 2, got 1"),
         (["--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["--device", "gpu"], "--device: torch cannot use 'gpu' here"),

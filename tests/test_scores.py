@@ -5,6 +5,7 @@ That the numbers are torch-fidelity's: tests/test_generation.py, on the images o
 
 import pytest
 import torch
+from conftest import refusal
 
 from eval.scores import (
     clip_score,
@@ -48,9 +49,8 @@ def test_negative_cosines_count_as_zero():
     ],
 )
 def test_what_cannot_be_computed_is_refused(compute, parts):
-    with pytest.raises(ValueError) as caught:
+    with refusal(*parts):
         compute()
-    assert all(part in str(caught.value) for part in parts)
 
 
 # Retrieval

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from conftest import reset_accelerate
 from forks import in_two_processes
 from safetensors.torch import save_file
 from test_resume import program, run_on_two, state
-from tiny_experiment import draw, equal, metrics, reset_accelerate, training
+from tiny_experiment import draw, equal, metrics, training
 
 import train_flowtok
 from modeling import flow_model

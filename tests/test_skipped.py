@@ -107,14 +107,6 @@ def test_a_shard_without_a_sample_is_a_bad_one_that_says_what_is_in_it(tmp_path)
         read(write_members(tmp_path, []))
 
 
-def test_names_in_both_forms_of_unicode_are_one_key(tmp_path):
-    composed, split = (unicodedata.normalize(form, "né") for form in ("NFC", "NFD"))
-    for one, other in ((composed, split), (split, composed)):
-        members = [(f"{one}.jpg", JPEG), (f"{other}.txt", b"x"), ("o.txt", b"x")]
-        batch = read(write_members(tmp_path, members))
-        assert batch["key"] == [one] and batch["skipped"] == {"image: missing": 1}
-
-
 NAMES = st.builds(
     "{}{}".format,
     st.sampled_from(["a", "b", "d/a", "né", unicodedata.normalize("NFD", "né"), ".", "._a"]),

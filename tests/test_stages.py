@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import shape_sample
+from conftest import reset_accelerate, shape_sample
 from PIL import Image
 from tiny_experiment import (
     Experiment,
@@ -15,7 +15,6 @@ from tiny_experiment import (
     equal,
     last_weights,
     metrics,
-    reset_accelerate,
     to_text,
     training,
     weights,
@@ -231,7 +230,6 @@ def test_states_in_shards_of_unknown_origin_are_not_taken_for_the_towers(chain, 
     shard = next((chain.folder / "tokens").glob("*.tar"))
     assert "text.npy" in next(read_shard(shutil.copy(shard, tmp_path)))
     unknown = ["data.any_tokenizer=true", "data.latent_scale=1", f"data.shards=[{tmp_path}/*.tar]"]
-    reset_accelerate()
     config = chain.config("flowtok", *unknown, "data.captions.window=sentences")
     run = start_run(tmp_path / "run", "fp32", seed=0)
     info = load_tokens_info(config.data, load_tokenizer(config.tokenizer_run), "")

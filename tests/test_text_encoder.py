@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY_CLIP
+from conftest import TINY_CLIP, refusal
 from safetensors.torch import save_file
 
 from modeling import text_encoder
@@ -271,13 +271,10 @@ def test_without_network_the_error_says_what_to_download_and_how_to_name_it(
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(head=head))
-    with pytest.raises(ValueError) as error:
-        load_text_encoder(TextEncoderConfig(QUICK, "openai"))
-    message = str(error.value)
     source = f"{WEIGHTS_FILE} of https://huggingface.co/{REPOSITORY}"
-    for part in (f"{QUICK}, openai", reason, source, "text_encoder.pretrained=PATH_OF_THE_FILE"):
-        assert part in message
-    assert "\n" not in message and not hub
+    with refusal(f"{QUICK}, openai", reason, source, "text_encoder.pretrained=PATH_OF_THE_FILE"):
+        load_text_encoder(TextEncoderConfig(QUICK, "openai"))
+    assert not hub
 
 
 def test_a_repository_that_cannot_be_had_is_named_with_the_way_to_use_its_files(monkeypatch):
@@ -313,9 +310,8 @@ def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_re
 def test_a_broken_weights_file_is_named_in_one_line(named, tmp_path, name, content):
     file = tmp_path / name
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"cannot load the text tower {QUICK}, {file}: ") as error:
+    with refusal(f"cannot load the text tower {QUICK}, {file}: "):
         load_text_encoder(TextEncoderConfig(QUICK, str(file)))
-    assert "\n" not in str(error.value)
 
 
 def test_under_bf16_autocast_the_weights_and_the_final_norm_stay_float32(encoder, tokenize):

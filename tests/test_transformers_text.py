@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from evaluations import run_program
 from PIL import Image
 from tiny_experiment import Experiment, draw, metrics, training
 from torch import nn
@@ -178,7 +179,7 @@ def test_three_stages_and_sampling_run_with_a_t5(folders, tmp_path, tiny_shards)
     picture = tmp_path / "picture.png"
     draw(tmp_path, "--prompts", "a red circle", "a blue square", "--output", picture)
     Image.open(picture).verify()
-    export.main(export.parse_args([str(tmp_path), "--output", str(tmp_path / "exported")]))
+    run_program(export, tmp_path, "--output", tmp_path / "exported")
     again = tmp_path / "again.png"
     draw(tmp_path / "exported", "--prompts", "a red circle", "a blue square", "--output", again)
     assert again.read_bytes() == picture.read_bytes()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_experiment import reset_accelerate
+from evaluations import run_program
 from torch.nn import functional as F
 
 from eval import understanding
@@ -36,9 +36,8 @@ def test_the_report_says_what_each_representation_knows(dual_chain, tiny_shards,
     options = [f"run_dir={tmp_path}/run", f"dual.teacher.model={model}", "training.max_steps=1"]
     run = dual_chain.run("tokenizer", *options)
     shards = [f"{tiny_shards}/train-0000{number}.tar" for number in (0, 1)]
-    arguments = [str(run), "--train", shards[0], "--heldout", shards[1], "--num-workers", "0"]
-    reset_accelerate()
-    understanding.main(understanding.parse_args([*arguments, "--num-train", "20"]))
+    arguments = [run, "--train", shards[0], "--heldout", shards[1], "--num-workers", 0]
+    run_program(understanding, *arguments, "--num-train", 20)
     report = json.loads((run / "understanding.json").read_text())
     names = {"teacher_patches", "predicted_features", "semantic_codes", "pixel_codes", "pixels"}
     assert report["readouts"].keys() == names
@@ -50,7 +49,7 @@ def test_the_report_says_what_each_representation_knows(dual_chain, tiny_shards,
     if pool == "mean":
         assert report["readouts"]["teacher_patches"]["cosine"] == pytest.approx(1)
     with pytest.raises(ValueError, match="dual"):
-        understanding.main(understanding.parse_args([*arguments, "--flowtok", str(run)]))
+        run_program(understanding, *arguments, "--flowtok", run)
 
 
 def test_a_text_is_found_among_the_nearest_and_the_share_has_the_error_of_pairs():

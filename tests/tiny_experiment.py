@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from conftest import reset_accelerate
 from safetensors.torch import load_file
 
 import sample
@@ -144,11 +144,6 @@ class Experiment:
     def run_in(self, folder: Path, stage: str, *overrides: str) -> Path:
         """Run a stage into another folder, on this experiment's earlier stages."""
         return self.run(stage, *self.inputs(stage), f"experiment_dir={folder}", *overrides)
-
-
-def reset_accelerate() -> None:
-    """Let this process start another program: accelerate keeps its settings per process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def draw(run: Path, *arguments) -> None:
