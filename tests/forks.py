@@ -192,7 +192,7 @@ def run_rank(function: Callable[[int], object], folder: Path, rank: int) -> None
 
 def start_ranks(log: Path, number: int, script: str, *arguments: str) -> list[Program]:
     """Processes of one gloo group, by the variables that torchrun sets; logs are log.0, ..."""
-    variables = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
+    variables = {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
     variables |= {"MASTER_PORT": str(free_port())}
     variables |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(number))
     programs = []

@@ -97,8 +97,10 @@ def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) 
         DistributedDataParallelKwargs(broadcast_buffers=False),
     ]
     mixed_precision = "no" if precision == "fp32" else precision
+    # Without a GPU accelerate joins the processes only where it is told so.
+    on_cpu = not torch.accelerator.is_available()
     try:
-        return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
+        return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
     except dist.DistError as error:
         raise ConnectionError(f"the other processes can't be reached: {error}") from error
 
