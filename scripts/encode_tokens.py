@@ -46,7 +46,7 @@ from training.errors import STOPPED_STATUS, exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
 from training.provenance import SHARDS, check_source, read_source, save_source, states_by_name
-from training.run import TIMEOUT_MINUTES, start_accelerator
+from training.run import TIMEOUT_MINUTES, locked, start_run
 from training.stage import StageConfig
 from training.supervise import CONTINUE, StopRequest, Watchdog, watched
 from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo, shard_damage
@@ -98,8 +98,8 @@ class TokensStage(StageConfig):
 
 def main(config: TokensStage) -> None:
     """Encode what is not there yet, then measure and write tokens.json."""
-    accelerator = start_accelerator(config.precision)
-    folder = Path(config.run_dir)
+    run = start_run(config.run_dir, config.precision, seed=0)
+    accelerator, folder = run.accelerator, run.folder
     tokenizer = load_tokenizer(config.tokenizer_run)
     text_encoder = find_text_encoder(config.tokenizer_run)
     source = {
@@ -132,24 +132,26 @@ def main(config: TokensStage) -> None:
         if shard_damage(path, read_counts(path, info))
     ]
     accelerator.wait_for_everyone()  # all have looked before one writes
-    save_source(folder, made_of)
     if info and not left:
+        save_source(folder, made_of)
         accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
         return
     if info:
         names = ", ".join(path.name for _, path in left[:NUM_NAMED])
         accelerator.print(f"{folder}: {len(left)} shards are lost or damaged, made again: {names}")
 
-    # This process's share
-    mine = left[accelerator.process_index :: accelerator.num_processes]
-    for _, path in mine:
-        path.unlink(missing_ok=True)  # what is there is no shard
-    encoder = Encoder(config, accelerator, tokenizer, text_encoder)
-    encode_shards(encoder, mine)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish(folder, outputs, info, tokenizer, source)
-    accelerator.wait_for_everyone()
+    with locked(run):
+        save_source(folder, made_of)
+        # This process's share
+        mine = left[accelerator.process_index :: accelerator.num_processes]
+        for _, path in mine:
+            path.unlink(missing_ok=True)  # what is there is no shard
+        encoder = Encoder(config, accelerator, tokenizer, text_encoder)
+        encode_shards(encoder, mine)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish(folder, outputs, info, tokenizer, source)
+        accelerator.wait_for_everyone()
 
 
 def finish(

@@ -24,7 +24,7 @@ from data.readers import TokenTextConfig
 from data.tar import read_shard, write_shard
 from scripts import encode_tokens
 from training.loading import text_encoder_config
-from training.run import start_run
+from training.run import locked, start_run
 from training.tokens import TokensInfo, open_stored_captions, refuse_damage
 
 SMALL = ("store_text_states=false", "data.num_workers=0")
@@ -108,7 +108,7 @@ def test_what_is_skipped_is_counted_and_named_and_an_empty_shard_is_no_error(
     assert sum(info.skipped.values()) == 1 and "image: " in next(iter(info.skipped))
     assert re.search(r"image: .*: 1, the first: 00005 \(members png txt", capsys.readouterr().out)
     names = "a.tar b.tar latent_stats.json source.json tokens.json vocabulary.json"
-    assert sorted(path.name for path in folder.iterdir()) == names.split()
+    assert contents(folder).keys() == {*names.split()}
     with pytest.raises(ValueError, match="no usable sample"):  # nothing at all: no statistics
         encode(chain, tmp_path / "none", shards, lenient, "data.filters.min_longer_side=33")
     files = sorted((tmp_path / "none/tokens").glob("*.count.json"))
@@ -282,6 +282,13 @@ def test_captions_that_are_drawn_are_not_read_with_the_stored_states_of_another(
     assert not reads_states(recaption_keys=["txt"])
 
 
+def test_tokens_that_another_process_writes_are_left_alone(chain, tmp_path, captioned):
+    folder = tmp_path / "tokens"
+    with locked(start_run(folder, "fp32", seed=0)), refusal(folder, f"process {os.getpid()}"):
+        encode(chain, tmp_path, [captioned / "a.tar"])
+    assert not contents(folder)
+
+
 def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain, tmp_path):
     for shard in range(6):
         samples = [shape_sample(number) for number in range(shard * 40, shard * 40 + 40)]
@@ -312,8 +319,7 @@ def test_killed_at_random_moments_and_run_again_it_writes_identical_bytes(chain,
 def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(chain, tmp_path, captioned):
     with full_disk(4096), pytest.raises(OSError, match="too large.*run/tokens/a.tar"):
         encode(chain, tmp_path / "run", [captioned / "a.tar"])
-    names = {path.name for path in (tmp_path / "run/tokens").iterdir()}
-    assert names == {"source.json", "a.tar.count.json"}
+    assert contents(tmp_path / "run/tokens").keys() == {"source.json", "a.tar.count.json"}
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -283,7 +283,7 @@ def test_two_processes_stop_together_when_one_is_told_to(lab):
 def test_two_starts_at_once_leave_the_first_ones_log_and_checkpoints_alone(lab):
     running = lab.start("training.checkpoint_every_steps=1000000")
     assert running.wait_until(lambda: logged_step(lab.run) >= 30), running.output
-    said = f"is being trained by another process: process {running.pid}"
+    said = f"is being written by another process: process {running.pid}"
     check_error(lab.start(), said)
     ranks = lab.start_ranks()
     assert [rank.wait() for rank in ranks] == [2, 2]

@@ -79,7 +79,7 @@ def test_a_running_training_keeps_its_config(tmp_path):
     start(tmp_path)
     with (
         locked(start_run(tmp_path, "fp32", seed=0)),
-        pytest.raises(ValueError, match=f"{tmp_path} is being trained by another process"),
+        pytest.raises(ValueError, match=f"{tmp_path} is being written by another process"),
     ):
         start(tmp_path, Config(learning_rate=0.2))
     assert saved(tmp_path) == values()

@@ -14,11 +14,11 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -117,25 +117,37 @@ def start_run(
 
 @contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Hold the run folder, or ValueError: two trainings would overwrite each other's files."""
-    if not run.is_main:
+    """Hold the run folder, or ValueError: two programs would overwrite each other's files.
+
+    Every process must call it; the main one takes the lock, and where it can't, all of them end.
+    """
+    refusal = ""
+    with ExitStack() as stack:
+        if run.is_main:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run.folder / LOCK_FILE).open("a+"))
+            # A data worker would keep the lock of a killed program until it notices.
+            os.register_at_fork(after_in_child=file.close)
+            refusal = take_lock(run.folder, file)
+        [refusal] = broadcast_object_list([refusal])
+        if refusal:
+            raise ValueError(refusal)
         yield
-        return
-    with (run.folder / LOCK_FILE).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                yield  # a file system without locks
-                return
-            file.seek(0)
-            holder = file.read().strip()
-            message = f"{run.folder} is being trained by another process: {holder}"
-            raise ValueError(message) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+
+
+def take_lock(folder: Path, file: TextIO) -> str:
+    """Lock a folder's open lock file and write into it who holds it; "", or who does already."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return ""  # a file system without locks
+        file.seek(0)
+        return f"{folder} is being written by another process: {file.read().strip()}"
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return ""
 
 
 def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
@@ -163,19 +175,10 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
         for _, line in changes:
             run.say(f"config changed since the last start: {line}")
     run.accelerator.wait_for_everyone()
-    refusal = ""
-    if run.is_main:
-        values = {"stage": config.stage, **dataclasses.asdict(config)}
-        run.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(run):  # a training that goes on here keeps its config
-                write_text(yaml.safe_dump(values, sort_keys=False), run.folder / CONFIG_FILE)
-        except ValueError as error:
-            refusal = str(error)
-    # All end, or the others would wait
-    [refusal] = broadcast_object_list([refusal])
-    if refusal:
-        raise ValueError(refusal)
+    with locked(run):  # a training that goes on here keeps its config
+        if run.is_main:
+            values = {"stage": config.stage, **dataclasses.asdict(config)}
+            write_text(yaml.safe_dump(values, sort_keys=False), run.folder / CONFIG_FILE)
 
 
 def config_changes(run: Run, config: Any) -> list[tuple[str, str]]:

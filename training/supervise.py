@@ -56,7 +56,6 @@ def supervised(run: Run, loader, max_hours: float, timeout_minutes: float) -> It
     """
     loader.worker_init_fn = data_workers.start_training_worker
     with ExitStack() as stack:
-        # Workers start before the lock is taken: those of a killed trainer would keep holding it.
         batches = stack.enter_context(watched(loader))
         stack.enter_context(locked(run))
         silence = f"no step for training.timeout_minutes={timeout_minutes:g}"
