@@ -101,6 +101,18 @@ def _explain_missing(path: str) -> str:
 # ------------------------------------------------------------------------------------------ writing
 
 
+def refuse_foreign_shards(folder: Path, mark: str) -> None:
+    """Refuse a folder with shards, but without the file that their program leaves beside its own.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if any(folder.glob("*.tar")) and not (folder / mark).is_file():
+        raise ValueError(
+            f"{folder} holds tars of another program ({mark} is missing): name another folder"
+        )
+
+
 def write_shard(path: str | Path, samples: Iterable[Mapping[str, Any]]) -> int:
     """Write samples {"__key__": key, ext: value} to one tar, in order; returns how many.
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 from assets.noto_emoji.make_demo_data import Emoji, describe_emoji, load_image, png_bytes
 from configs.load import parse_stage_args
 from data.files import check_writable, write_json
-from data.tar import write_shard
+from data.tar import refuse_foreign_shards, write_shard
 from modeling.layers import check_least
 from training.errors import exit_on_error
 from training.stage import StageConfig
@@ -120,10 +120,10 @@ def main(config: ArtistsStage) -> None:
     folder, plan = Path(config.run_dir), config.plan()
     path = folder / MANIFEST
     check_writable(path)
-    is_begun = path.is_file()
-    if is_begun and json.loads(path.read_text())["plan"] != plan:
+    refuse_foreign_shards(folder, MANIFEST)
+    if path.is_file() and json.loads(path.read_text())["plan"] != plan:
         raise ValueError(f"{folder} holds another data set (see {path}): delete it")
-    if is_begun and all(Path(shard).is_file() for shard in config.outputs()):
+    if all(Path(shard).is_file() for shard in config.outputs()):
         print(f"{folder}: complete, nothing to do")
         return
 
@@ -134,7 +134,7 @@ def main(config: ArtistsStage) -> None:
     for split, drawings in splits.items():
         files = shard_files(config, split)
         for i, file in enumerate(files):
-            if not (is_begun and file.is_file()):
+            if not file.is_file():
                 own = drawings[i :: len(files)]
                 write_shard(file, (make_sample(d, split, config.image_size) for d in own))
         counts = ", ".join(f"{images[split][style]} {style}" for style in STYLES)

@@ -38,7 +38,7 @@ from data.scenes import (
     draw_scene,
     draw_statement_of,
 )
-from data.tar import write_shard
+from data.tar import refuse_foreign_shards, write_shard
 from modeling.layers import check_least
 from training.errors import exit_on_error
 from training.stage import StageConfig
@@ -95,6 +95,7 @@ def main(config: ScenesStage) -> None:
     folder, plan = Path(config.run_dir), config.plan()
     path = folder / MANIFEST
     check_writable(path)
+    refuse_foreign_shards(folder, MANIFEST)
     if path.is_file() and json.loads(path.read_text())["plan"] != plan:
         raise ValueError(f"{folder} holds another data set (see {path}): delete it")
     sizes = {split: math.prod(config.size_of(split)) for split in SPLITS}

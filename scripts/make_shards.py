@@ -66,6 +66,7 @@ from data.packing import (
 )
 from data.processes import map_in_processes
 from data.sources import SOURCES, file_path
+from data.tar import refuse_foreign_shards
 from scripts.run_experiment.processes import count_cores
 from training.errors import printable
 
@@ -234,11 +235,7 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
             )
     elif output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file, expected a folder")
-    elif any(output.glob("*.tar")):
-        raise ValueError(
-            f"output: {output} holds tars of another program ({SOURCE_FILE} is missing); name "
-            "another"
-        )
+    refuse_foreign_shards(output, SOURCE_FILE)
 
 
 def check_source(args: argparse.Namespace, output: Path) -> None:

@@ -242,6 +242,9 @@ def test_the_program_goes_on_and_refuses_another_data_set(tmp_path, capsys):
     assert "complete" in capsys.readouterr().out
     with pytest.raises(ValueError, match="another data set"):
         make(tmp_path, seed=2, **FEW)
+    (tmp_path / "manifest.json").unlink()  # whose shards are they?
+    with pytest.raises(ValueError, match="another program .manifest.json is missing"):
+        make(tmp_path, **FEW)
 
 
 @pytest.mark.parametrize("option", [{"image_size": 8}, {"captions": 10}])
