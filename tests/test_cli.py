@@ -5,9 +5,11 @@ import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from configs.load import load_config, parse_stage_args
 from scripts.run_experiment import stages
@@ -83,6 +85,23 @@ def test_crashes_and_stops_are_left_to_the_launcher_to_report(error, capsys):
     assert caught.value is error and not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_process_group_is_ended_unless_others_may_hang(tmp_path, fails):
+    def run():
+        dist.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+        if fails:
+            raise ValueError
+        return 3
+
+    try:
+        with pytest.raises(SystemExit) if fails else nullcontext():
+            assert exit_on_error(run) == 3
+        assert dist.is_initialized() == fails
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 # How programs start
 
 PROGRAMS = sorted(
@@ -115,6 +134,7 @@ def test_a_program_in_a_folder_starts_as_a_file_and_its_help_imports_nothing_slo
 
 PROGRAM = """
 import os, sys, time
+from contextlib import nullcontext
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from training.errors import exit_on_error

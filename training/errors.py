@@ -50,7 +50,7 @@ def exit_on_error(action: Callable):
     The exit status is 2; of several processes with the same error, one prints it.
     """
     try:
-        return action()
+        result = action()
     except (ValueError, FloatingPointError, OSError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = next(filter(is_ours, reversed(frames)), frames[-1])
@@ -58,6 +58,12 @@ def exit_on_error(action: Callable):
         place = f"{Path(frame.filename).name}:{frame.lineno}"
         report_error(f"error: {message} ({place})")
         raise SystemExit(ERROR_STATUS) from None
+    # NCCL warns of a group that is left to the exit. After an error it is: to end it may mean to
+    # wait for a process that hangs. run_experiment never imports torch, which takes seconds.
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_initialized():
+        dist.destroy_process_group()
+    return result
 
 
 def is_ours(frame: traceback.FrameSummary) -> bool:
