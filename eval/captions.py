@@ -33,7 +33,7 @@ from torch import Tensor
 
 from data.captions import check_caption_keys
 from data.entries import Entry
-from data.files import check_writable, user_path, write_json
+from data.files import user_path, write_json
 from eval import programs
 from eval.images import RULES, ImageSet, entry_captions, image_name, iterate_images, list_images
 from modeling.layers import fingerprint
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
     references = [entry_captions(entry, keys, "--caption-keys") for entry in entries]
     run = captioning_run(args.run)
     path = args.output or run / REPORT
-    check_writable(path)
+    programs.check_report(path, args.data)
     state = programs.start_processes(args.device)
     (captioner, default), checkpoint = load_newest(
         run, lambda: load_captioner(args.run, state.device)

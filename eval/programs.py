@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from data.files import integer
+from data.files import check_writable, integer, load_json
 from modeling.layers import exact_products
 from modeling.published import file_sha256
 from training.run import TIMEOUT_MINUTES, refuse_engines
@@ -87,6 +87,17 @@ def start_processes(device: str) -> PartialState:
         raise ValueError("--device cuda: torch sees no GPU")
     torch.backends.cudnn.allow_tf32 = False  # it rounds convolutions to 10 bits
     return PartialState(cpu=device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
+
+
+def check_report(path: Path, data: list[str]) -> None:
+    """Refuse a path that can't be written, or has a report of other data, before the work."""
+    check_writable(path)
+    found = load_json(path.read_bytes()) if path.is_file() else None
+    before = found.get("protocol") if isinstance(found, dict) else None
+    if isinstance(before, dict) and before.get("data") != data:
+        raise ValueError(
+            f"{path} has the numbers of other data: choose another --output, or delete it"
+        )
 
 
 def check_same(run: Path, fingerprint: str) -> None:

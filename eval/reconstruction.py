@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     # What needs no network is checked first
     run = args.run / "tokenizer" if (args.run / "tokenizer").is_dir() else args.run
     output = args.output or run / "reconstruction.json"
-    check_writable(output)
+    programs.check_report(output, args.data)
     if args.save_images:
         check_writable(args.save_images / "reconstructions.png")
     entries = list_images(args.data)[: args.limit]

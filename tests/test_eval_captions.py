@@ -10,6 +10,7 @@ from tiny_experiment import draw
 
 import sample
 from data.entries import Entry
+from data.files import write_json
 from data.tar import write_shard
 from eval import captions
 from eval.captions import NO_JAVA, PTB, SCORERS, SIMPLE, CaptionScorer, ptb_tokens, simple_tokens
@@ -237,3 +238,7 @@ def test_wrong_arguments_are_refused_before_any_work(captioner, tmp_path, pictur
     ):
         with pytest.raises(ValueError, match=part):
             evaluate(captioner, tmp_path, *arguments)
+    # The numbers of other data are not replaced
+    write_json({"protocol": {"data": ["other.tar"]}}, tmp_path / "report.json")
+    with pytest.raises(ValueError, match="report.json .*--output"):
+        evaluate(captioner, tmp_path, tmp_path / "whole.tar")

@@ -265,6 +265,13 @@ def test_impossible_arguments_are_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_report_of_other_data_is_not_replaced(run, photos, whole):
+    before = read(whole)
+    with refusal(f"{whole}/report.json", "--output"):
+        report(run, photos, whole, "--limit", LIMIT)
+    assert read(whole) == before
+
+
 def test_without_images_or_a_tokenizer_it_is_refused(chain, run, tiny_shards, tmp_path):
     write_shard(tmp_path / "a.tar", [{"__key__": "7", "txt": "no image"}])
     (tmp_path / "empty").mkdir()
