@@ -175,7 +175,7 @@ def main(config: FlowTokStage) -> None:
     tokenizer = load_tokenizer(config.tokenizer_run)
     text_config = text_encoder_config(config.tokenizer_run)
     info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
-    source = load_source(config)
+    source = load_source(config, run)
     fill_in_networks(config, info, source, projector_sizes(tokenizer.config))
     del tokenizer
     source_key = "init_from" if config.init_from else "projector"
@@ -210,7 +210,7 @@ def main(config: FlowTokStage) -> None:
     )
 
 
-def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
+def load_source(config: FlowTokStage, run: Run) -> TextProjector | FlowModel | None:
     """EMA weights to start from: the projector of stage 2, all of a stage-3 run, or nothing.
 
     Raises:
@@ -231,6 +231,11 @@ def load_source(config: FlowTokStage) -> TextProjector | FlowModel | None:
     if changes:
         lines = "; ".join(line for _, line in changes)
         raise ValueError(f"{config.init_from} has another network (there -> here): {lines}")
+    # The network fits another path, which it then has to learn.
+    for name in ("source", "direction"):
+        before, now = (getattr(flow, name) for flow in (source.config, config.flow))
+        if before != now:
+            run.say(f"{config.init_from} was trained with flow.{name}={before}, goes on with {now}")
     return source
 
 

@@ -22,6 +22,7 @@ from tiny_experiment import (
 
 from data.tar import read_shard, write_shard
 from modeling.layers import Posterior
+from train_flowtok import load_source
 from training.checkpoint import EMA_FILE, checkpoint_folders
 from training.loading import load_tokenizer, text_encoder_config
 from training.metrics import MetricLog
@@ -196,6 +197,17 @@ def test_fine_tuning_starts_from_ema_weights_at_step_0_and_resumes_from_itself(c
     assert [line["step"] for line in metrics(run)] == [2]
     more = chain.run_in(tmp_path, "flowtok", *options)  # resumes: not from init_from again
     assert [line["step"] for line in metrics(more)] == [2, 4]
+
+
+def test_another_path_than_that_of_the_weights_to_start_from_is_said(chain, tmp_path, capsys):
+    pretrained = chain.folder / "flowtok"
+    config = chain.config("flowtok", "projector_run=''", f"init_from={pretrained}")
+    run = start_run(tmp_path / "run", "fp32", seed=0)
+    load_source(config, run)
+    assert "flow.source" not in capsys.readouterr().out
+    config.flow.source = "noise"
+    load_source(config, run)
+    assert f"{pretrained} was trained with flow.source=text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("stage", "mode"), [("tokenizer", "selective"), ("flowtok", "full")])
