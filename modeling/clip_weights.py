@@ -249,6 +249,8 @@ def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callabl
 
 def clip_tokenizer(config: ClipWeights) -> Callable:
     """open_clip's tokenizer of a model; ValueError if it can't be loaded."""
+    # A repository that can't be reached would pass for one with a tokenizer of transformers
+    model_config(config)
     try:
         return open_clip.get_tokenizer(config.model)
     except ImportError as error:  # other tokenizers than CLIP's need a package

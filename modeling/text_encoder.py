@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .clip_weights import (
     ClipWeights,
-    check_local_dir,
     clip_tokenizer,
     has_quick_gelu,
     load_clip,
@@ -107,7 +106,6 @@ class TextTokenizer(ClipTokenizer):
     """That of a model of open_clip, at the model's context length."""
 
     def __init__(self, config: TextEncoderConfig):
-        check_local_dir(config)
         self.config = config
         self._tokenizer = clip_tokenizer(config)
         if not hasattr(self._tokenizer, "sot_token_id"):
@@ -164,4 +162,5 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         from .transformers_text import load_tower  # it imports this file
 
         return load_tower(config)
-    return ClipTextEncoder(load_clip(config), TextTokenizer(config))
+    tokenize = TextTokenizer(config)  # refused before weights are downloaded
+    return ClipTextEncoder(load_clip(config), tokenize)

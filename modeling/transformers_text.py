@@ -167,8 +167,8 @@ def tower_class(kind: str) -> str:
 def load_tower(config: TextEncoderConfig) -> TransformersTextEncoder:
     """The tower that a config names, in float32; ValueError as load_part, or it lacks weights."""
     name = tower_class(load_part("AutoConfig", config).model_type)
+    tokenizer = load_part("AutoTokenizer", config)  # refused before weights are downloaded
     encoder = TransformersTextEncoder(load_whole(name, config), config.context_length)
-    tokenizer = load_part("AutoTokenizer", config)
     encoder.tokenize = TransformersTokenizer(config, tokenizer, encoder.shape[0])
     encoder.pad_id = tokenizer.pad_token_id
     return encoder

@@ -101,8 +101,9 @@ def test_a_folder_is_written_aside_and_takes_the_place_of_an_older_one(
 def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
     other = SimpleNamespace(context_length=64)  # as HFTokenizer
     monkeypatch.setattr("open_clip.get_tokenizer", lambda model: other)
+    monkeypatch.setattr(text_encoder, "load_clip", None)  # before weights are downloaded
     with pytest.raises(ValueError, match="text_encoder.model ViT-B-16-SigLIP"):
-        TextTokenizer(TextEncoderConfig(model="ViT-B-16-SigLIP"))
+        load_text_encoder(TextEncoderConfig(model="ViT-B-16-SigLIP", pretrained="webli"))
 
     # Theirs needs a package that may be absent
     absent = Mock(side_effect=ModuleNotFoundError("No module named 'transformers'"))
