@@ -141,13 +141,14 @@ def fit_mode(
 
     gib_per_sample = growth(PROBE_BATCH)
     more = free / gib_per_sample
-    there = math.floor(more)
-    if there > PROBE_BATCH:
-        # Far away the contrastive loss shows, which compares each sample with each other:
-        # free = (slope + curve * more) * more.
+    there = max(math.floor(more), 1 - batch)
+    if there not in (0, PROBE_BATCH):
+        # The contrastive loss compares each sample with each other: of a large network it shows
+        # far away, of a tiny one before the probed batch. free = (slope + curve * more) * more,
+        # without a solution where not one sample fits.
         curve = (growth(there) - gib_per_sample) / (there - PROBE_BATCH)
         slope = gib_per_sample - curve * PROBE_BATCH
-        more = 2 * free / (slope + (slope**2 + 4 * curve * free) ** 0.5)
+        more = 2 * free / (slope + max(0, slope**2 + 4 * curve * free) ** 0.5)
     return cost, {
         "peak_gib": cost.peak_gib,
         "fits": free >= 0,

@@ -179,11 +179,15 @@ def test_a_plan_adds_up(tiny, monkeypatch, capsys):
     assert yaml.safe_load(capsys.readouterr().out) == rounded(found)
 
 
-# Within the batch that is probed, and beyond it, where the contrastive loss of 8 GPUs shows.
-@pytest.mark.parametrize(("num_gpus", "usable_gib"), [(1, 10.0), (8, 400.0)])
-def test_the_largest_batch_fits_and_a_larger_does_not(num_gpus, usable_gib):
-    stage = flowtok_b()
-    _, found = plan.fit_mode(stage, "none", num_gpus, 64, usable_gib)
+# Within the batch that is probed, and beyond it, where the contrastive loss of 8 GPUs shows. Of a
+# tiny network it shows within; once its batch fits, once not.
+@pytest.mark.parametrize(
+    ("is_tiny", "num_gpus", "batch", "usable_gib"),
+    [(False, 1, 64, 10.0), (False, 8, 64, 400.0), (True, 1, 4, 0.45), (True, 1, 512, 0.03)],
+)
+def test_the_largest_batch_fits_and_a_larger_does_not(tiny, is_tiny, num_gpus, batch, usable_gib):
+    stage = read_stage(tiny.config_file("flowtok")) if is_tiny else flowtok_b()
+    _, found = plan.fit_mode(stage, "none", num_gpus, batch, usable_gib)
     for factor, fits in ((0.98, True), (1.02, False)):
         batch = int(factor * found["largest_batch"])
         assert (measure_step(stage, num_gpus, batch).peak_gib <= usable_gib) is fits
