@@ -11,9 +11,9 @@ Of training.shard=full, --num-gpus are the processes, and what FSDP gathers is e
 
 Refused: the stages of a dual tokenizer, and flow.objective=mean_flow.
 
-Not counted: reading data; pictures and evaluations; the vision model of losses.vision_weight; the
-CUDA context, workspaces inside kernels, NCCL's buffers and fragmentation, for which a tenth of the
-memory is kept free; that the perceptual networks run in float32, at half the peak.
+Not counted: reading data; pictures and evaluations; the CUDA context, workspaces inside kernels,
+NCCL's buffers and fragmentation, for which a tenth of the memory is kept free; that the perceptual
+networks run in float32, at half the peak.
 """
 
 import math

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import yaml
 from accelerate import Accelerator
@@ -210,6 +211,18 @@ def test_the_contrast_of_stage_1_counts(tiny):
     )
     assert plain.weights["trained"] < contrast.weights["trained"]
     assert plain.flops < contrast.flops
+
+
+def test_the_vision_model_of_stage_1_counts(tiny):
+    plain, vision = (
+        measure_step(read_stage(tiny.config_file("tokenizer"), words), 1, 8)
+        for words in ([], ["losses.vision_weight=1", "vision.model=test_vit"])
+    )
+    net = timm.create_model("test_vit", num_classes=0)
+    assert vision.weights["vision_frozen"] == sum(p.numel() for p in net.parameters())
+    assert plain.weights["trained"] < vision.weights["trained"]  # what predicts its features
+    assert plain.resident_gib["frozen"] < vision.resident_gib["frozen"]
+    assert plain.flops < vision.flops
 
 
 def test_steps_before_the_discriminator_cost_less(tiny):

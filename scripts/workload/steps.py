@@ -1,12 +1,13 @@
 """The real step of every stage with random weights: no data, no weights files, no compilation."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import flop_counter
@@ -21,6 +22,7 @@ from modeling.image_tokenizer import ImageTokenizer
 from modeling.losses import freeze_unused_alignment
 from modeling.text_encoder import TextEncoder
 from modeling.text_projector import TextProjector
+from modeling.vision_teacher import VisionConfig, VisionTeacher
 from scripts import train_text_encoder
 from scripts.workload.sizes import Stage
 from training.optim import EMA, OptimizedNetwork, descend
@@ -134,6 +136,10 @@ def tokenizer_workload(stage: Stage, run: Run, tower: TextEncoder) -> Workload:
     config, frozen = stage.config, {"text_tower": tower}
     if config.losses.perceptual_weight:
         frozen["perceptual"] = made_up_distance(config.perceptual).to(run.device)
+    if config.losses.vision_weight:
+        teacher = made_up_teacher(config.vision, config.tokenizer.grid_size).to(run.device)
+        frozen["vision"] = teacher
+        config.tokenizer = replace(config.tokenizer, vision_width=teacher.width)
     model = train_tokenizer.build_model(config, run, has_checkpoint=True)
     clip = config.training.max_gradient_norm
     networks = {"": OptimizedNetwork(run, model, config.optimizer, clip)}
@@ -143,7 +149,7 @@ def tokenizer_workload(stage: Stage, run: Run, tower: TextEncoder) -> Workload:
         networks["discriminator_"] = OptimizedNetwork(run, discriminator, optimizer, clip)
     for network in networks.values():
         network.wrap()
-    parts = train_tokenizer.Parts(run, tower, frozen.get("perceptual"))
+    parts = train_tokenizer.Parts(run, tower, frozen.get("perceptual"), frozen.get("vision"))
     step = partial(train_tokenizer.train_step, config, parts, networks)
     return Workload(networks, frozen, step)
 
@@ -162,6 +168,19 @@ def made_up_distance(config: perceptual.PerceptualConfig) -> perceptual.Perceptu
             values = 0.02 * torch.rand(parameter.shape)
             setattr(module, name, nn.Parameter(values, requires_grad=False))
     return distance
+
+
+def made_up_teacher(config: VisionConfig, grid: int) -> VisionTeacher:
+    """Stage 1's vision model, with random weights in place of its file."""
+    import timm  # here: it takes a second
+
+    create = timm.create_model
+    with (
+        patch.object(timm, "create_model", lambda name, pretrained, **rest: create(name, **rest)),
+        # timm reads a number for each block from it, which a fake tensor does not have
+        patch.object(torch, "linspace", lambda *ends, **device: np.linspace(*ends)),
+    ):
+        return VisionTeacher(config, grid)
 
 
 def encoding_workload(stage: Stage, run: Run, tower: TextEncoder) -> Workload:
