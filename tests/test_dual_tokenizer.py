@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from eval import reconstruction
 from modeling import image_tower
-from modeling.clip_weights import build_clip, build_image_tower
+from modeling.clip_weights import build_clip, build_image_tower, save_clip
 from modeling.dual_tokenizer import DualTokenizer, DualTokenizerConfig, SemanticDecoder
 from modeling.image_tower import ImageTower, Teacher, TeacherConfig, describe_tower
 from modeling.layers import fingerprint
@@ -196,6 +196,20 @@ def test_frozen_parts_keep_their_weights(train, tiny_clip_dir):
 def test_what_does_not_fit_together_is_refused(train, overrides, key):
     with pytest.raises(ValueError, match=key):
         train("refused", *overrides)
+
+
+def test_a_run_does_not_go_on_with_another_teacher(train, tiny_clip_dir, tmp_path):
+    copy = shutil.copytree(tiny_clip_dir, tmp_path / "copy")
+    teacher = f"dual.teacher.model=local-dir:{copy}"
+    source = train("run", teacher, "training.max_steps=2") / "source.json"
+    noted = json.loads(source.read_text())
+    save_clip(build_clip(TINY_CLIP), TINY_CLIP, copy)
+    with pytest.raises(ValueError, match=f"teacher was {noted.pop('teacher')}, is "):
+        train("run", teacher)
+    # That of an older run is not known
+    source.write_text(json.dumps(noted))
+    assert metrics(train("run", teacher))[-1]["step"] == 4
+    assert "teacher" in json.loads(source.read_text())
 
 
 def test_a_run_needs_no_teacher_to_be_loaded(train, tiny_clip_dir, tmp_path):

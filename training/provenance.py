@@ -2,9 +2,9 @@
 
 source.json names the shards that were read, with their states, which tell a shard that was made
 anew from one that was only copied or touched (data/storage.py). It lies beside the checkpoints of
-the stages that read images or captions, and beside token shards, where it also has the options of
-the encoding. Who knows better deletes it. Stages 2 and 3 know tokens by their identity
-(training/tokens.py).
+the stages that read images or captions, where it also has a dual tokenizer's teacher, and beside
+token shards, where it has the options of the encoding. Who knows better deletes it. Stages 2 and 3
+know tokens by their identity (training/tokens.py).
 """
 
 import json
@@ -42,13 +42,15 @@ def states_by_name(shards: Sequence[str]) -> dict[str, str]:
     return broadcast_object_list([states])[0]
 
 
-def check_shards(run: Run, data: ReaderConfig, max_steps: int) -> dict:
+def check_shards(run: Run, data: ReaderConfig, max_steps: int, **parts: str) -> dict:
     """What a run reads, for save_source.
 
     A run that has steps left goes on with more or fewer shards where its config asks for that.
 
+    parts: fingerprints of what else it is made of, and which earlier commits did not note.
+
     Raises:
-        ValueError: its checkpoints were trained on other shards.
+        ValueError: its checkpoints were trained on other shards or parts.
     """
     try:
         shards = expand_shards(data.all_shards())
@@ -56,7 +58,7 @@ def check_shards(run: Run, data: ReaderConfig, max_steps: int) -> dict:
         return {}
 
     # More or fewer shards are no mistake where the config names them and there are steps to make.
-    source = {SHARDS: states_by_name(shards)}
+    source = {SHARDS: states_by_name(shards)} | parts
     if steps := checkpoint_folders(run.folder):
         found = read_source(run.folder)
         before, now = found.get(SHARDS, {}), source[SHARDS]
@@ -65,7 +67,7 @@ def check_shards(run: Run, data: ReaderConfig, max_steps: int) -> dict:
             changes += [f"{name} is gone" for name in before if name not in now]
             if changes:
                 run.say(f"{run.folder} goes on with other shards: {first_of(changes)}")
-            found = {SHARDS: {name: before.get(name, state) for name, state in now.items()}}
+            found |= {SHARDS: {name: before.get(name, state) for name, state in now.items()}}
         check_source(run.folder, found, source, CHANGE_SHARDS)
     return source
 
