@@ -13,6 +13,7 @@ import fcntl
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,9 @@ def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) 
     refuse_engines()
     # TF32 for what is left in float32 on a GPU; the CPU ignores it.
     torch.set_float32_matmul_precision("high")
-    # Buffers are the same everywhere by construction: no exchange of them in each step.
+    # Buffers are the same everywhere by construction: no exchange of them in each step. accelerate
+    # knows only the name that newer torch warns of.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     handlers = [
         InitProcessGroupKwargs(timeout=process_group_timeout(timeout_minutes)),
         DistributedDataParallelKwargs(broadcast_buffers=False),
