@@ -163,8 +163,8 @@ def main(config: TokenizerStage) -> None:
     if config.losses.vision_weight:
         config.tokenizer = replace(config.tokenizer, vision_width=teacher.width)
         inputs["vision"] = fingerprint(teacher)
-    parts = {"teacher": fingerprint(teacher)} if config.dual and teacher else {}
-    shards = check_shards(run, config.data, config.training.max_steps, **parts)
+    dual_teacher = fingerprint(teacher) if config.dual and teacher else ""
+    shards = check_shards(run, config.data, config.training.max_steps, dual_teacher)
     if is_complete(run, config, inputs):
         return
 

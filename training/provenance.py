@@ -42,15 +42,15 @@ def states_by_name(shards: Sequence[str]) -> dict[str, str]:
     return broadcast_object_list([states])[0]
 
 
-def check_shards(run: Run, data: ReaderConfig, max_steps: int, **parts: str) -> dict:
+def check_shards(run: Run, data: ReaderConfig, max_steps: int, teacher: str = "") -> dict:
     """What a run reads, for save_source.
 
     A run that has steps left goes on with more or fewer shards where its config asks for that.
 
-    parts: fingerprints of what else it is made of, and which earlier commits did not note.
+    teacher: fingerprint of a dual tokenizer's, which earlier commits did not note.
 
     Raises:
-        ValueError: its checkpoints were trained on other shards or parts.
+        ValueError: its checkpoints were trained on other shards, or by another teacher.
     """
     try:
         shards = expand_shards(data.all_shards())
@@ -58,7 +58,9 @@ def check_shards(run: Run, data: ReaderConfig, max_steps: int, **parts: str) -> 
         return {}
 
     # More or fewer shards are no mistake where the config names them and there are steps to make.
-    source = {SHARDS: states_by_name(shards)} | parts
+    source = {SHARDS: states_by_name(shards)}
+    if teacher:
+        source["teacher"] = teacher
     if steps := checkpoint_folders(run.folder):
         found = read_source(run.folder)
         before, now = found.get(SHARDS, {}), source[SHARDS]
