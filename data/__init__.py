@@ -10,7 +10,7 @@ filters     which samples are good enough              samples      draws, bad o
 sources     folders, tables, COCO, ... -> entries      entries      samples that are not yet read
 tables      csv, jsonl, parquet -> rows                packing      entries -> shards
 hub         data sets by their id                      scenes       a data set that is a program
-files       writing files whole                        workers, processes   what reads in parallel
+files       writing files whole                        workers      what works in parallel
 
 Nothing here knows a network, a run folder or a device.
 """

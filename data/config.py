@@ -39,11 +39,10 @@ class SourceConfig:
     filters: FilterConfig | None = None
 
     def __post_init__(self):
-        is_weight = 0 <= self.weight < math.inf
         check_fields(
             self,
             shards=(bool(self.shards), "at least one path or pattern"),
-            weight=(is_weight, "a finite number >= 0"),
+            weight=(0 <= self.weight < math.inf, "a finite number >= 0"),
         )
 
 
@@ -93,16 +92,14 @@ class ReaderConfig:
 
     def full_sources(self) -> dict[str, SourceConfig]:
         """All sources that are read, by name, with captions and filters filled in."""
-        if not self.sources:
-            only = SourceConfig(self.shards, captions=self.captions, filters=self.filters)
-            return {ONLY_SOURCE: only}
+        sources = self.sources or {ONLY_SOURCE: SourceConfig(self.shards)}
         return {
             name: replace(
                 source,
                 captions=source.captions or self.captions,
                 filters=source.filters or self.filters,
             )
-            for name, source in self.sources.items()
+            for name, source in sources.items()
             if source.weight
         }
 

@@ -27,7 +27,7 @@ from PIL import Image
 from data.files import errors_naming, load_json
 from data.samples import BadSample, members_of
 from data.storage import ShardError, open_shard
-from data.tar import NOBODY, one_form, scan_tar
+from data.tar import names_like, nearest_names, one_form, scan_tar
 from data.transforms import FORMATS, HEIF_KEYS, IMAGE_KEYS, WITHOUT_SIGNATURE, decode_image
 
 # bytes of an entry's line, the first entry of the same image, whether its key came before, whether
@@ -39,7 +39,6 @@ INDEX_ROW = np.dtype(
 FORMAT_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}
 # what only TIFFs have whose first picture is a preview: camera raws
 DNG_VERSION, NEW_SUBFILE_TYPE = 50706, 254
-NUM_NAMES = 5  # of files that a message lists
 
 
 @dataclass(frozen=True)
@@ -207,40 +206,18 @@ def explain(entry: Entry, reason: str) -> str:
     elif os.path.isdir(path):
         name, found = path, "a folder, expected a file"
     elif file_stamp(path) is None:
-        name, found = path, _instead_of(path)
+        there = "backslashes, expected /" if "\\" in path else nearest_names(path)
+        name, found = path, f"no such file: {there}"
     elif reason.startswith("caption") and entry.captions is not None:
         found = f"its captions are {str(entry.captions)[:60]}"
     elif reason.startswith(("caption", "json")):
-        found = f"beside it {', '.join(_names_like(path)) or 'nothing'}"
+        found = f"beside it {', '.join(names_like(path)) or 'nothing'}"
     elif reason.startswith(("image: unreadable", "no image")):
         with suppress(OSError), open(path, "rb") as file:
             found = f"begins with {file.read(12)!r}"
         if os.path.splitext(path)[1][1:].lower() in HEIF_KEYS:
             found = "HEIC needs the package pillow-heif"
     return ": ".join(filter(None, (name, found, entry.note)))
-
-
-def _instead_of(path: str) -> str:
-    """What there is where a file is missing: names like its own, else the first ones."""
-    if "\\" in path:
-        return "no such file: backslashes, expected /"
-    wanted = Path(path).absolute()
-    while not wanted.parent.is_dir():
-        wanted = wanted.parent
-    names = _names_like(str(wanted)) or sorted(os.listdir(wanted.parent))[:NUM_NAMES]
-    return f"no such file; in {wanted.parent} are {', '.join(names) or 'none'}"
-
-
-def _names_like(path: str) -> list[str]:
-    """Other files in the folder of one, with its name up to the first dot, in whatever case."""
-    folder, name = os.path.split(path)
-    stem = one_form(name).partition(".")[0].casefold()
-    others = [
-        other
-        for other in os.listdir(folder or ".")
-        if other != name and one_form(other).partition(".")[0].casefold() == stem
-    ]
-    return sorted(others)[:NUM_NAMES]
 
 
 # -------------------------------------------------------------------------------------- inside tars
@@ -255,7 +232,7 @@ def list_samples(path: str) -> tuple[list[tuple[str, int, int]], list[tuple[str,
     """
     samples, strays, begin = [], [], 0
     with open_shard(path) as file:
-        for key, _, end in scan_tar(file, path, reader=NOBODY, strays=strays):
+        for key, _, end in scan_tar(file, path, readers=0, strays=strays):
             samples.append((key, begin, end))
             begin = end
     return samples, strays

@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,26 +34,23 @@ def load_json(data: str | bytes, strict: bool = False) -> Any:
 
     strict: also None if an object names a field twice, of which JSON's readers keep the last.
     """
+
+    def finite(number: str) -> float | None:
+        return float(number) if math.isfinite(float(number)) else None
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            raise ValueError("a field occurs twice")
+        return fields
+
     if isinstance(data, bytes):
         data = decode_text(data, "surrogateescape")
-    hook = _without_repeats if strict else None
+    hook = without_repeats if strict else None
     try:
-        return json.loads(data, parse_constant=_finite, parse_float=_finite, object_pairs_hook=hook)
+        return json.loads(data, parse_constant=finite, parse_float=finite, object_pairs_hook=hook)
     except (ValueError, RecursionError):
         return None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field occurs twice")
-    return fields
-
-
-def _finite(text: str) -> float | None:
-    """A number, or NaN or Infinity, as JSON spells it."""
-    number = float(text)
-    return number if math.isfinite(number) else None
 
 
 def read_text_file(path: str | Path) -> str:
@@ -76,14 +72,11 @@ def read_text_file(path: str | Path) -> str:
 
 def not_decodable(path: str | Path, encoding: str) -> str:
     """What an error says of a text file that is in another encoding: its first such line."""
-    # what cannot be decoded is missing in one, and a mark in the other
-    with (
-        open(path, encoding=encoding, errors="ignore") as cut,
-        open(path, encoding=encoding, errors="replace") as marked,
-    ):
-        pairs = enumerate(zip_longest(cut, marked, fillvalue=""), start=1)
-        number, (_, line) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
-    place = line.find("\N{REPLACEMENT CHARACTER}")
+    mark = "\N{REPLACEMENT CHARACTER}"
+    with open(path, encoding=encoding, errors="replace") as file:
+        lines = enumerate(file, start=1)
+        number, line = next((number, line) for number, line in lines if mark in line)
+    place = line.find(mark)
     given = line[max(place - 20, 0) : place + 20].strip()
     return f"{path} line {number} is not {encoding.upper()}: {given!r}; save the file as UTF-8"
 
@@ -95,10 +88,10 @@ def user_path(text: str) -> Path:
 
 def integer(least: int, most: float = math.inf) -> Callable[[str], int]:
     """argparse type: an integer from `least` to `most`."""
-    expected = f"at least {least}" if most == math.inf else f"{least}..{most}"
 
     def parse(text: str) -> int:
         if not least <= int(text) <= most:
+            expected = f"at least {least}" if most == math.inf else f"{least}..{most}"
             raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
         return int(text)
 

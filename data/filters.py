@@ -46,21 +46,16 @@ class FilterConfig:
     def __post_init__(self):
         ratio, score = self.max_aspect_ratio, self.min_aesthetic_score
         watermark, longest = self.max_watermark_probability, self.max_caption_characters
-        shortest = max(self.min_caption_characters, 1)
+        is_ratio = ratio == 0 or 1 <= ratio < math.inf
+        is_longest = longest == 0 or longest >= max(self.min_caption_characters, 1)
         check_fields(
             self,
             min_longer_side=(self.min_longer_side >= 0, "pixels >= 0"),
-            max_aspect_ratio=(
-                ratio == 0 or 1 <= ratio < math.inf,
-                "0 (off) or a finite number >= 1",
-            ),
+            max_aspect_ratio=(is_ratio, "0 (off) or a finite number >= 1"),
             min_aesthetic_score=(score is None or math.isfinite(score), "null or a finite number"),
             max_watermark_probability=(watermark is None or 0 <= watermark <= 1, "null or 0..1"),
             min_caption_characters=(self.min_caption_characters >= 0, "characters >= 0"),
-            max_caption_characters=(
-                longest == 0 or longest >= shortest,
-                "0 (off) or at least min_caption_characters",
-            ),
+            max_caption_characters=(is_longest, "0 (off) or at least min_caption_characters"),
         )
 
     @property
@@ -88,13 +83,14 @@ class FilterConfig:
             width, height = (_number(metadata.get(key)) for key in keys)
             if width is not None and height is not None and width > 0 and height > 0:
                 self.check_size(width, height)
-        if self.min_aesthetic_score is not None:
+        least, most = self.min_aesthetic_score, self.max_watermark_probability
+        if least is not None:
             score = self._score("aesthetic score", AESTHETIC_KEYS, metadata)
-            if score is not None and score < self.min_aesthetic_score:
+            if score is not None and score < least:
                 raise BadSample("filter: min_aesthetic_score")
-        if self.max_watermark_probability is not None:
-            probability = self._score("watermark probability", WATERMARK_KEYS, metadata)
-            if probability is not None and probability > self.max_watermark_probability:
+        if most is not None:
+            score = self._score("watermark probability", WATERMARK_KEYS, metadata)
+            if score is not None and score > most:
                 raise BadSample("filter: max_watermark_probability")
 
     def check_size(self, width: float, height: float) -> None:
@@ -127,10 +123,9 @@ class FilterConfig:
 
 def _number(value: Any) -> float | None:
     """A finite number, also one written as text (tables without types); None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    # to Python, true is the number 1
+    return number if math.isfinite(number) and not isinstance(value, bool) else None

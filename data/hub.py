@@ -24,7 +24,6 @@ from tqdm import tqdm
 from data.entries import Entry, clean_key, digest_of
 from data.files import written_whole
 from data.packing import PROGRESS_FOLDER
-from data.processes import map_in_processes
 from data.sources import (
     CAPTION_KEYS,
     DEFAULT_KEYS,
@@ -44,6 +43,7 @@ from data.storage import (
 )
 from data.tables import Columns, find_columns, read_rows
 from data.tar import write_shard
+from data.workers import map_in_processes
 
 STATE_FIELDS = ("size", *CONTENT_FIELDS, *TIME_FIELDS, "mtime")  # what a store says of a file
 # words in file names; without any of them, all files are of the split "train"

@@ -52,16 +52,14 @@ class TokenTextConfig(ReaderConfig):
 
 # ------------------------------------------------------------------------------------------- reader
 
-# (source's config, raw sample, its random numbers or None) -> decoded sample
-DecodeOf = Callable[[SourceConfig, dict[str, Any], SampleDraws | None], dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Reader:
     """The data of a config, decoded in one way."""
 
     config: ReaderConfig
-    decode: DecodeOf
+    # (source's config, raw sample, its random numbers or None) -> decoded sample
+    decode: Callable[[SourceConfig, dict[str, Any], SampleDraws | None], dict[str, Any]]
     collate: Collate
 
     def stream(
@@ -145,6 +143,7 @@ def take_caption(
         BadSample: no caption, dropped, or its JSON is needed by a filter and cannot be read.
     """
     caption = source.captions.choose(sample, draws, source.filters.caption_fault)
+    # unparsed JSON saves time, and is no fault where no filter asks for it
     metadata = metadata_of(sample) if source.filters.needs_metadata else {}
     if metadata is None:
         raise BadSample("json: unreadable")
@@ -152,6 +151,17 @@ def take_caption(
     decoded = {"key": sample["__key__"], "caption": caption}
     if source.captions.window == "sentences":
         decoded["window"] = 0.0 if draws is None else draws.window
+    return decoded
+
+
+def decode_caption(
+    with_states: bool, source: SourceConfig, sample: dict[str, Any], draws: SampleDraws | None
+) -> dict[str, Any]:
+    """Raw sample -> {"caption", "key"}, and "text_states" L x T float16 with_states."""
+    # Stored states are of the first caption.
+    decoded = take_caption(source, sample, None if with_states else draws)
+    if with_states:
+        decoded["text_states"] = read_array(sample, "text.npy", (None, None))
     return decoded
 
 
@@ -165,42 +175,46 @@ def decode_tokens(
 ) -> dict[str, Any]:
     """Raw sample -> {"latent": 2 x K x C float16, "caption", "key", "text_states" if stored}."""
     decoded = decode_caption(with_states and "text.npy" in sample, source, sample, draws)
-    # our own format, or that of the release
-    if "latent.npy" in sample:
-        latent = read_array(sample, "latent.npy", (2, num_tokens, token_channels))
-    elif "token.npy" in sample:
+    if "token.npy" in sample and "latent.npy" not in sample:
+        # the FlowTok release's: values without a header, mean channels first
         shape, data = (2, token_channels, num_tokens), sample["token.npy"]
         if len(data) != 2 * math.prod(shape):
             raise ValueError(
                 f"{sample['__key__']}.token.npy: given {len(data)} bytes, expected "
-                f"{2 * math.prod(shape)}: float16 of shape (2C, K) = "
-                f"{(2 * token_channels, num_tokens)} without a header"
+                f"{2 * math.prod(shape)}: float16 {(2 * token_channels, num_tokens)}, no header"
             )
         latent = np.frombuffer(data, "<f2").reshape(shape).transpose(0, 2, 1)  # 2 x K x C
     else:
-        raise BadSample("latent: missing")
+        latent = read_array(sample, "latent.npy", (2, num_tokens, token_channels))
     if not np.isfinite(latent).all():
         raise BadSample("latent: not finite")
     return decoded | {"latent": latent}
 
 
-def collate_tokens(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    latents = torch.from_numpy(np.stack([sample["latent"] for sample in samples]))  # B x 2 x K x C
-    mean, logvar = (
-        part.to(torch.float32, memory_format=torch.contiguous_format) for part in latents.unbind(1)
+def read_array(sample: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """A float16 array of a raw sample. shape: None for an axis of any length.
+
+    Raises:
+        BadSample: missing, or no .npy file.
+        ValueError: another type, or another shape.
+    """
+    part = name.removesuffix(".npy")
+    if name not in sample:
+        raise BadSample(f"{part}: missing")
+    try:
+        array = np.lib.format.read_array(io.BytesIO(sample[name]), allow_pickle=False)
+    except Exception:  # numpy's parser raises many types on hostile bytes
+        raise BadSample(f"{part}: not an npy file") from None
+    fits = array.ndim == len(shape) and all(
+        wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True)
     )
-    return {"latent_mean": mean, "latent_logvar": logvar, **collate_captions(tokenize, samples)}
-
-
-def decode_caption(
-    with_states: bool, source: SourceConfig, sample: dict[str, Any], draws: SampleDraws | None
-) -> dict[str, Any]:
-    """Raw sample -> {"caption", "key"}, and "text_states" L x T float16 with_states."""
-    # Stored states are of the first caption.
-    decoded = take_caption(source, sample, None if with_states else draws)
-    if with_states:
-        decoded["text_states"] = read_array(sample, "text.npy", (None, None))
-    return decoded
+    # of another tokenizer's or tower's run: all samples are, so the first one stops it
+    if array.dtype != np.float16 or not array.flags.c_contiguous or not fits:
+        raise ValueError(
+            f"{sample['__key__']}.{name}: given {array.dtype} {array.shape}, expected float16 "
+            f"{shape} in C order (None: any length)"
+        )
+    return array
 
 
 def collate_captions(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -223,26 +237,7 @@ def collate_captions(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -
     return batch
 
 
-def read_array(sample: dict[str, Any], name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A float16 array of a raw sample. shape: None for an axis of any length.
-
-    Raises:
-        BadSample: missing, or no .npy file.
-        ValueError: another type, or another shape.
-    """
-    part = name.removesuffix(".npy")
-    if name not in sample:
-        raise BadSample(f"{part}: missing")
-    try:
-        array = np.lib.format.read_array(io.BytesIO(sample[name]), allow_pickle=False)
-    except Exception:  # numpy's parser raises many types on hostile bytes
-        raise BadSample(f"{part}: not an npy file") from None
-    fits = array.ndim == len(shape) and all(
-        wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True)
-    )
-    if array.dtype != np.float16 or not array.flags.c_contiguous or not fits:
-        raise ValueError(
-            f"{sample['__key__']}.{name}: given {array.dtype} {array.shape}, expected float16 "
-            f"{shape} in C order (None: any length)"
-        )
-    return array
+def collate_tokens(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    latents = torch.from_numpy(np.stack([sample["latent"] for sample in samples]))  # B x 2 x K x C
+    mean, logvar = (part.float().contiguous() for part in latents.unbind(1))
+    return {"latent_mean": mean, "latent_logvar": logvar, **collate_captions(tokenize, samples)}

@@ -56,16 +56,12 @@ class SampleCounter:
         self.max_bad_share = max_bad_share
         self.reader = reader
         self.skipped: Counter[str] = Counter()  # by reason
-        # None for a usable sample, (name, reason) for a bad one
-        self._recent: deque[tuple[str, str] | None] = deque(maxlen=WINDOW)
-        self._num_bad = 0  # in _recent
         # the first sample of each reason, with what lay there instead
         self.first: dict[str, str] = {}
         self._told: Counter[str] = Counter()  # what of `skipped` was told
-
-    def usable(self) -> None:
-        """Count a usable sample."""
-        self._add(None)
+        # None for a usable sample, (name, reason) for a bad one
+        self._recent: deque[tuple[str, str] | None] = deque(maxlen=WINDOW)
+        self._num_bad = 0  # in _recent
 
     def skip(self, name: str, reason: str, found: str = "") -> None:
         """Count a sample that is not used. found: what lay there instead, as members_of says it.
@@ -77,6 +73,28 @@ class SampleCounter:
         self.first.setdefault(reason, f"{name} ({found})" if found else name)
         if not reason.startswith(DROP):
             self._add((name, reason))
+
+    def usable(self) -> None:
+        """Count a usable sample."""
+        self._add(None)
+
+    def _add(self, bad: tuple[str, str] | None) -> None:
+        recent = self._recent
+        # kept as a running sum: this is asked for each sample
+        if len(recent) == WINDOW and recent[0] is not None:
+            self._num_bad -= 1
+        recent.append(bad)
+        self._num_bad += bad is not None
+        allowed = self.max_bad_share * len(recent)
+        if self._num_bad > allowed and len(recent) >= MIN_SAMPLES_FOR_SHARE:
+            bad_ones = [each for each in recent if each is not None]
+            reasons = self._counts(Counter(reason for _, reason in bad_ones))
+            names = list(dict.fromkeys(name for name, _ in bad_ones))[:NUM_NAMED_IN_ERROR]
+            raise ValueError(
+                f"{self.reader}: {len(bad_ones)} of the last {len(recent)} samples are bad, more "
+                f"than max_bad_share = {self.max_bad_share} allows ({reasons}); the first: "
+                f"{', '.join(names)}. Repair the data, or raise max_bad_share (1 never stops)"
+            )
 
     def tell(self) -> dict[str, dict]:
         """What a batch says of the samples that were skipped since the one before it.
@@ -95,23 +113,6 @@ class SampleCounter:
     def _counts(self, counter: Counter[str]) -> str:
         reasons = [f"{name}: {n}, first {self.first[name]}" for name, n in counter.most_common()]
         return "; ".join(reasons) or "nothing"
-
-    def _add(self, bad: tuple[str, str] | None) -> None:
-        recent = self._recent
-        if len(recent) == WINDOW and recent[0] is not None:
-            self._num_bad -= 1
-        recent.append(bad)
-        self._num_bad += bad is not None
-        allowed = self.max_bad_share * len(recent)
-        if self._num_bad > allowed and len(recent) >= MIN_SAMPLES_FOR_SHARE:
-            bad_ones = list(filter(None, recent))
-            reasons = self._counts(Counter(reason for _, reason in bad_ones))
-            names = list(dict.fromkeys(name for name, _ in bad_ones))[:NUM_NAMED_IN_ERROR]
-            raise ValueError(
-                f"{self.reader}: {len(bad_ones)} of the last {len(recent)} samples are bad, more "
-                f"than max_bad_share = {self.max_bad_share} allows ({reasons}); the first: "
-                f"{', '.join(names)}. Repair the data, or raise max_bad_share (1 never stops)"
-            )
 
 
 def members_of(sample: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 Who reads what: readers = processes x dataloader workers. With at least as many shards as readers,
 reader r takes shards r, r + readers, ... of the epoch's order; with fewer, every reader walks all
 shards and keeps sample j of the epoch when j % readers == r. Either way each sample is read once
-per epoch over all readers. With several sources, each goes through its own epochs in that way; a
-reader draws by weight which source gives its next usable sample.
+per epoch over all readers. Of several sources, each has its own epochs; a reader draws by weight
+which one gives its next usable sample.
 
 Determinism: what a reader reads in an epoch, in which order, is a pure function of (seed, epoch),
 of the shards and of rank, num_processes, num_workers and shuffle_buffer; what is drawn for a sample
@@ -13,11 +13,8 @@ sample) and of the weights. Nothing depends on time, on speed, or on a global ge
 
 Position: samples are shuffled inside blocks. A state holds, for each source, the number of samples
 consumed in the epoch and where in the tars the current block starts, so that a resume re-reads at
-most one block of each source and decodes nothing that it skips.
-
-A shard that breaks off or cannot be read takes one place in the order, as one bad sample for all
-that it did not give. So it is counted once, by the reader whose turn it is, and positions stay
-exact if it fails again as before.
+most one block of each source and decodes nothing that it skips. A shard that breaks off takes one
+place in the order for all that it did not give, so that positions stay exact if it fails again.
 """
 
 import itertools
@@ -38,7 +35,6 @@ from data.storage import ShardError, is_remote, open_shard
 from data.tar import one_form, scan_tar
 from data.workers import share_batch, start_worker, with_short_errors
 
-PREFETCH_BATCHES = 2  # batches that each worker keeps ready
 DRAWS_PER_BLOCK = 1024  # of sources, made at once
 AGAIN = "__again__"  # in a raw sample whose key came before in its shard
 LOST_EPOCHS = 10  # in a row in which a reader can read none of its shards; in each it has others
@@ -107,15 +103,14 @@ class ShardStream(IterableDataset):
 
     def start_over(self, epochs: Sequence[int]) -> None:
         """Begin the sources at these epochs, with every iter() that continues no saved position."""
-        self._first_epochs = epochs
-        self._drawn = 0  # samples handed out by this reader
-        self._positions = [Position(epoch=epoch) for epoch in epochs]
+        self._first = [Position(epoch=epoch) for epoch in epochs]
+        self._drawn, self._positions = 0, self._first  # after the last batch handed out
         self._resumed = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # not a generator itself: the state before the first batch must already be the right one
         if not self._resumed:
-            self.start_over(self._first_epochs)
+            self._drawn, self._positions = 0, self._first
         self._resumed = False
         return self._batches(self._drawn, self._positions)
 
@@ -154,12 +149,12 @@ class ShardStream(IterableDataset):
         reader, readers = self.rank * num_workers + worker, self.num_processes * num_workers
         counter = SampleCounter(self.max_bad_share, f"reader {reader} of {readers}")
         # one endless reader of each source, of which the draws take the next sample
-        samples = [
-            SourceReader(
+        samples = []
+        for index, (source, position) in enumerate(zip(self.sources, positions, strict=True)):
+            of_source = SourceReader(
                 source, self.seed, index, reader, readers, self.shuffle_buffer, counter
-            ).samples(position)
-            for index, (source, position) in enumerate(zip(self.sources, positions, strict=True))
-        ]
+            )
+            samples.append(of_source.samples(position))
         # the position moves with the batch that is handed out, not with what is read for the next
         batch, positions = [], list(positions)
         for index in self._draw_sources(drawn, reader):
@@ -234,13 +229,12 @@ class SourceReader:
         shards = self._read_shards(epoch, *start)
         while block := list(itertools.islice(shards, block_size)):
             samples, after = [sample for sample, _ in block], block[-1][1]
-            # the permutation of this block
+            del block  # it would hold the bytes of what is freed below
             order = range(len(samples))
             if block_size > 1:
                 # the 1 keeps these seeds apart from the shards' (trailing zeros do not count there)
                 seed = (self._order_seed(), epoch, consumed // block_size, self.reader, 1)
                 order = np.random.default_rng(seed).permutation(len(samples)).tolist()
-            del block
             # a resume starts inside its first block
             for i in range(consumed % block_size, len(samples)):
                 sample = samples[order[i]]
@@ -278,6 +272,7 @@ def _scan(
             for key, sample, end in scan_tar(file, path, offset, ordinal, reader, readers):
                 ordinal += 1
                 if sample is not None:
+                    # by hash: a shard may have millions of long keys
                     known = hash(one_form(key))
                     if known in keys:
                         sample[AGAIN] = b""
@@ -298,32 +293,17 @@ def _decoded(
     if isinstance(raw, ShardError):
         counter.skip(str(raw), f"shard: {raw.reason}")
         return None
-    draws = SampleDraws(*seeds, raw["__key__"]) if seeds else None
+    key = raw["__key__"]
     try:
-        sample = source.decode(raw, draws)
+        sample = source.decode(raw, SampleDraws(*seeds, key) if seeds else None)
     except BadSample as error:
-        key, found = raw["__key__"], members_of(raw)
+        found = members_of(raw)
         if AGAIN in raw:
-            found = f"{found}: the key came before, so the tar is not sorted"
+            found += ": the key came before, so the tar is not sorted"
         counter.skip(f"{source.name}: {key}" if source.name else key, error.reason, found)
         return None
     counter.usable()
     return sample
-
-
-def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to continue a position in a stream of other settings.
-
-    Raises:
-        ValueError: naming each setting that differs.
-    """
-    changed = [
-        f"{name} was {state.get(name)}, is {value}"
-        for name, value in settings.items()
-        if state.get(name) != value
-    ]
-    if changed:
-        raise ValueError(f"the saved data position does not fit this run: {'; '.join(changed)}")
 
 
 # ----------------------------------------------------------------------------------------- in order
@@ -382,7 +362,7 @@ class ShardLoader(StatefulDataLoader):
         return {**super().state_dict(), "settings": self.dataset.settings(self.num_workers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_settings(state.get("settings", {}), self.dataset.settings(self.num_workers))
+        self._check_settings(state)
         super().load_state_dict(state)
 
     def start_next_epoch(self, states: Sequence[dict[str, Any]]) -> list[int]:
@@ -395,15 +375,26 @@ class ShardLoader(StatefulDataLoader):
         Raises:
             ValueError: states of other data.
         """
-        own = self.dataset.settings(self.num_workers)
+        firsts = [0] * len(self.dataset.sources)
         for state in states:
-            check_settings(state.get("settings", {}), {name: own[name] for name in DATA_SETTINGS})
-        positions = [found for state in states for found in _positions_in(state)]
-        epochs = [[position["epoch"] for position in found] for found in positions]
-        firsts = [max(each) + 1 for each in zip(*epochs, strict=True)]
-        firsts = firsts or [0] * own["num_sources"]
+            self._check_settings(state, DATA_SETTINGS)
+            for positions in _positions_in(state):
+                begun = [position["epoch"] + 1 for position in positions]
+                firsts = list(map(max, firsts, begun))
         self.dataset.start_over(firsts)
         return firsts
+
+    def _check_settings(self, state: Mapping[str, Any], names: Sequence[str] | None = None) -> None:
+        """Refuse a position in a stream of other settings; names: of those that count, None: all.
+
+        Raises:
+            ValueError: naming each setting that differs.
+        """
+        then, now = state.get("settings", {}), self.dataset.settings(self.num_workers)
+        names = [name for name in names or now if then.get(name) != now[name]]
+        if names:
+            changes = "; ".join(f"{name} was {then.get(name)}, is {now[name]}" for name in names)
+            raise ValueError(f"the saved data position does not fit this run: {changes}")
 
 
 def _positions_in(state: Any) -> Iterator[list[dict[str, int]]]:
@@ -411,9 +402,8 @@ def _positions_in(state: Any) -> Iterator[list[dict[str, int]]]:
     if isinstance(state, dict):
         if "positions" in state:
             yield state["positions"]
-        else:
-            for value in state.values():
-                yield from _positions_in(value)
+        for value in state.values():
+            yield from _positions_in(value)
 
 
 def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False) -> ShardLoader:
@@ -442,6 +432,5 @@ def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False
             worker_init_fn=start_worker,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            prefetch_factor=PREFETCH_BATCHES if num_workers > 0 else None,
             generator=torch.Generator(),  # its own: iter() then takes no number from the global one
         )

@@ -23,11 +23,11 @@ from data.entries import (
     no_image,
 )
 from data.files import load_json, read_text_file, user_path
-from data.processes import map_in_processes
 from data.storage import is_remote
 from data.tables import encoding, open_table, separator
 from data.tar import expand_shards, one_form
 from data.transforms import IMAGE_KEYS
+from data.workers import map_in_processes
 
 TAR_ENDINGS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz")
 

@@ -7,7 +7,6 @@
 Nothing is kept on disk.
 """
 
-import gzip
 import io
 import lzma
 import os
@@ -72,18 +71,15 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
     remote = is_remote(path)
     compression = infer_compression(urlsplit(path).path if remote else path)
     unpack = compr[compression] if compression else nullcontext
+    buffer_size = REMOTE_BUFFER if remote else READ_BUFFER
     try:
-        with (
-            open_file(path, REMOTE_BUFFER if remote else READ_BUFFER) as stored,
-            unpack(stored) as file,
-        ):
+        with open_file(path, buffer_size) as stored, unpack(stored) as file:
             yield file
     except EOFError as error:
         raise ShardError("truncated", f"{path}: truncated {compression}: {error}") from None
-    except (zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ShardError("unreadable", f"{path}: broken {compression}: {error}") from None
-    except OSError as error:
-        raise ShardError("unreadable", f"{path}: {error.strerror or error}") from None
+    except (OSError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ShardError("unreadable", f"{path}: {reason}") from None
 
 
 def open_file(path: str, buffer_size: int = io.DEFAULT_BUFFER_SIZE) -> BinaryIO:
@@ -107,17 +103,19 @@ def shard_states(paths: Sequence[str]) -> list[str]:
 
 def _shard_state(path: str) -> str:
     try:
-        if is_remote(path):
-            store, name = open_store(path)
-            info = store.info(name)
-            state = f"size {info['size']}" if info.get("size") else ""
-            known = [field for field in (*CONTENT_FIELDS, *TIME_FIELDS) if info.get(field)][:1]
-            for field in known:
-                state += f"{', ' if field in CONTENT_FIELDS else '; '}{field} {info[field]}"
-            return state
-        return _file_state(path)
+        return _url_state(path) if is_remote(path) else _file_state(path)
     except Exception:  # each file system has its own; who reads the shard says what is wrong
         return ""
+
+
+def _url_state(url: str) -> str:
+    store, name = open_store(url)
+    info = store.info(name)
+    state = f"size {info['size']}" if info.get("size") else ""
+    for field in (*CONTENT_FIELDS, *TIME_FIELDS):
+        if info.get(field):
+            return f"{state}{', ' if field in CONTENT_FIELDS else '; '}{field} {info[field]}"
+    return state
 
 
 def _file_state(path: str) -> str:
@@ -129,16 +127,17 @@ def _file_state(path: str) -> str:
             file.seek(start)
             crc = zlib.crc32(file.read(PART_BYTES), crc)
     state = f"{status.st_size} bytes, CRC-32 {crc:08x}"
-    if status.st_size <= PARTS * PART_BYTES:
-        return state
-    changed = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()
-    return f"{state} of parts; {changed}"
+    if status.st_size > PARTS * PART_BYTES:
+        # a change between the parts escapes, but for its time
+        changed = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()
+        state = f"{state} of parts; {changed}"
+    return state
 
 
 def is_other(before: str, now: str) -> bool:
     """Whether two states are certainly of different shards: another time alone does not say so."""
-    sure = [state.partition(";")[0] for state in (before, now)]
-    return all(sure) and sure[0] != sure[1]
+    before, now = before.partition(";")[0], now.partition(";")[0]
+    return "" not in (before, now) and before != now
 
 
 def open_store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -157,9 +156,7 @@ def open_store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 class RemoteFile(io.RawIOBase):
     """A file of fsspec. A read that fails is tried again from the byte where the last one ended.
 
-    After a failure requests are an eighth as long, so that connections that always break early
-    still make progress. Reads raise OSError if the file is not there, is refused, or gives no byte
-    in TRIES tries.
+    Reads raise OSError if the file is not there, is refused, or gives no byte in TRIES tries.
     """
 
     def __init__(self, path: str):
@@ -199,8 +196,9 @@ class RemoteFile(io.RawIOBase):
                 return action()
             except Exception as error:  # each file system has its own
                 failure = error.__cause__ or error  # fsspec takes a busy server for a missing file
-                if not may_pass(failure):
+                if not _may_pass(failure):
                     break
+                # shorter requests make progress where connections always break early
                 self._request = max(self._request // 8, 1024)
         reason = " ".join(str(failure).split()) or type(failure).__name__
         raise OSError(f"{reason} (try {attempt + 1})")
@@ -234,7 +232,7 @@ class RemoteFile(io.RawIOBase):
         self._size = len(data)
 
 
-def may_pass(error: BaseException) -> bool:
+def _may_pass(error: Exception) -> bool:
     """Whether a later try may succeed."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:

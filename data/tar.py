@@ -22,9 +22,9 @@ from webdataset import TarWriter
 from data.files import written_whole
 from data.storage import READ_BUFFER, ShardError, is_remote, open_shard
 
-NOBODY = -1  # in place of a reader's number: no sample is its own, only headers are read
 # what tarfile raises on hostile bytes; what a storage raises is none of them
 PARSER_ERRORS = (tarfile.TarError, ArithmeticError, LookupError, RecursionError, ValueError)
+NUM_NAMES = 5  # of files that a message lists
 
 # ------------------------------------------------------------------------------------------- naming
 
@@ -38,21 +38,15 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a pattern that matches no file, or a shard that two patterns name.
     """
-    if isinstance(patterns, str):
-        raise ValueError(f"shards must be a list of patterns, given the single string {patterns!r}")
-    if not patterns:
-        raise ValueError("shards is empty: expected at least one path or pattern of .tar files")
-    paths, owners = [], {}
+    paths: dict[str, str] = {}  # by its absolute form
     for pattern in patterns:
         for path in sorted(_expand_pattern(str(pattern))):
             name = path if is_remote(path) else os.path.abspath(path)
-            if name in owners:
-                raise ValueError(
-                    f"shard {path} is listed twice: by {owners[name]!r} and by {pattern!r}"
-                )
-            owners[name] = pattern
-            paths.append(path)
-    return paths
+            # twice in an epoch would be a weight that nobody set
+            if name in paths:
+                raise ValueError(f"shard {path} is listed twice, the second time by {pattern!r}")
+            paths[name] = path
+    return list(paths.values())
 
 
 def _expand_pattern(pattern: str) -> Iterator[str]:
@@ -64,8 +58,13 @@ def _expand_pattern(pattern: str) -> Iterator[str]:
         has_magic = glob.has_magic(name) and not os.path.exists(folder + name)
         matches = glob.glob(name, root_dir=folder or None) if has_magic else []
         for path in [folder + match for match in matches or [name]]:
+            if os.path.isdir(path):
+                raise ValueError(
+                    f"shards: {pattern!r} names the folder {path}, expected {path}/*.tar"
+                )
             if not os.path.isfile(path):
-                raise ValueError(f"shards: {pattern!r} {_explain_missing(path)}")
+                fault = "matches no file" if has_magic else f"needs {path}, which does not exist"
+                raise ValueError(f"shards: {pattern!r} {fault}; {nearest_names(path)}")
             yield path
 
 
@@ -75,8 +74,8 @@ def split_pattern(
     """(folder as far as it is there, with its slash; the rest, which is a pattern)."""
     if os.path.exists(pattern):
         return pattern, ""
-    ends = [index + 1 for index, letter in enumerate(pattern) if letter == "/"]
-    end = next((end for end in reversed(ends) if is_folder(pattern[:end])), 0)
+    ends = [match.end() for match in re.finditer("/", pattern) if is_folder(pattern[: match.end()])]
+    end = max(ends, default=0)
     return pattern[:end], pattern[end:]
 
 
@@ -85,17 +84,36 @@ def shard_name(path: str) -> str:
     return os.path.basename(path.partition("?")[0] if is_remote(path) else path)
 
 
-def _explain_missing(path: str) -> str:
-    """What is there instead of `path`: the nearest names in the nearest folder that exists."""
-    if os.path.isdir(path):
-        return f"names the folder {path}: expected files, for example {os.path.join(path, '*.tar')}"
+def nearest_names(path: str) -> str:
+    """What there is where a path leads to nothing: names like its own, else the first ones."""
     wanted = Path(path).absolute()
     while not wanted.parent.is_dir():
         wanted = wanted.parent
     names = sorted(os.listdir(wanted.parent))
-    near = difflib.get_close_matches(wanted.name, names, n=3, cutoff=0.4) or names[:3]
-    verb = "matches no file" if glob.has_magic(path) else f"needs {path}, which does not exist"
-    return f"{verb}; nearest in {wanted.parent}: {', '.join(near) or 'nothing'}"
+    near = names_like(str(wanted))
+    # of some names only: comparing a million takes half a minute
+    near = near or difflib.get_close_matches(wanted.name, names[:1000], n=NUM_NAMES, cutoff=0.4)
+    return f"in {wanted.parent} are {', '.join(near or names[:NUM_NAMES]) or 'none'}"
+
+
+def names_like(path: str) -> list[str]:
+    """Other files in the folder of one, with its name up to the first dot, in whatever case."""
+    folder, name = os.path.split(path)
+
+    def stem_of(file: str) -> str:
+        return one_form(file).partition(".")[0].casefold()
+
+    stem = stem_of(name)
+    others = [file for file in os.listdir(folder or ".") if file != name and stem_of(file) == stem]
+    return sorted(others)[:NUM_NAMES]
+
+
+def one_form(name: str) -> str:
+    """The same for names of one file: macOS writes accents as characters of their own, and tar may
+    put ./ in front.
+    """
+    name = name.removeprefix("./")
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -129,30 +147,22 @@ def write_shard(path: str | Path, samples: Iterable[Mapping[str, Any]]) -> int:
         TarWriter(file, user="", group="", mode=0o644, mtime=0) as tar,
     ):
         for sample in samples:
-            parts, key = _parts(sample), sample["__key__"]
+            key = sample.get("__key__")
+            parts = {name: value for name, value in sample.items() if not name.startswith("__")}
+            # what would make it another sample, or a part of its neighbour, when it is read
+            if not isinstance(key, str) or not re.fullmatch(r"(.*/)?[^./]+", key):
+                raise ValueError(f"sample key {key!r}: expected text, no dot in its last part")
             if key in seen:
                 raise ValueError(f"{path}: sample key {key!r} occurs twice")
+            if not parts or any(re.search("^$|[A-Z/]", name) for name in parts):
+                raise ValueError(
+                    f"sample {key!r}: expected lower-case extensions without /, given {list(parts)}"
+                )
             seen.add(key)
             for extension, value in parts.items():
                 # one by one: of a whole sample, webdataset sorts the members
                 tar.write({"__key__": key, extension: value})
     return len(seen)
-
-
-def _parts(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """{extension: value} of a sample that readers can tell apart from its neighbours."""
-    key = sample.get("__key__")
-    if not isinstance(key, str) or not re.fullmatch(r"(.*/)?[^./]+", key):
-        raise ValueError(f"sample key {key!r}: expected a string without a dot in its last part")
-    parts = {name: value for name, value in sample.items() if not name.startswith("__")}
-    if not parts:
-        raise ValueError(f"sample {key!r} has no parts beside its key")
-    for extension in parts:
-        if extension != extension.lower() or "/" in extension or not extension:
-            raise ValueError(
-                f"sample {key!r}: extension {extension!r}: expected lower case, no slash"
-            )
-    return parts
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -172,7 +182,7 @@ def read_shard(path: str | Path) -> Iterator[dict[str, Any]]:
 def count_samples(path: str | Path) -> int:
     """Samples in one tar; reads headers only."""
     with open_shard(str(path)) as file:
-        return sum(1 for _ in scan_tar(file, str(path), reader=NOBODY))
+        return sum(1 for _ in scan_tar(file, str(path), readers=0))
 
 
 def scan_tar(
@@ -187,8 +197,8 @@ def scan_tar(
     """(key, sample, byte offset of the next one) of an open tar from byte `offset` on.
 
     The samples count up from `ordinal`; one with ordinal % readers != reader comes as None, its
-    bytes unread. path: for messages. strays: gets (name, why) of every member whose bytes no sample
-    has; a tar of nothing else is then no error.
+    bytes unread; readers 0: each does. path: for messages. strays: gets (name, why) of every member
+    whose bytes no sample has; a tar of nothing else is then no error.
 
     Raises:
         ShardError: the tar breaks off, cannot be read, or has members but no sample. The sample
@@ -204,7 +214,13 @@ def scan_tar(
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         is_plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
-        fault = _stray(stem, extension)
+        fault = ""
+        if stem.startswith("__"):  # webdataset's own __meta__.json
+            fault = "begins with __"
+        elif not stem:  # macOS's ._x.jpg
+            fault = "hidden"
+        elif not extension:
+            fault = "no ending"
         if strays is not None and (fault or not is_plain):
             strays.append((member.name, fault or "no plain file"))
         if fault:
@@ -216,17 +232,15 @@ def scan_tar(
             if key is not None:
                 yield key, sample, member.offset
             key = member_key
-            sample = {"__key__": key} if ordinal % readers == reader else None
+            sample = {"__key__": key} if readers and ordinal % readers == reader else None
             ordinal += 1
         end = next_header
         # its bytes, if the sample is this reader's; a link has none, but its sample counts
         if sample is not None and is_plain:
             extension = extension.lower()
             if extension in sample:
-                text = (
-                    f"{path}: two members are named {member.name} in a row, sample keys must differ"
-                )
-                raise ShardError("unreadable", text)
+                text = f"two members are named {member.name} in a row, sample keys must differ"
+                raise ShardError("unreadable", f"{path}: {text}")
             sample[extension] = file.read(member.size)
             if len(sample[extension]) != member.size:
                 raise ShardError("truncated", f"{path}: {member.name} ends before its last byte")
@@ -237,23 +251,6 @@ def scan_tar(
     elif others and offset == 0 and strays is None:
         text = f"{path}: no sample: members {' '.join(others[:3])}, expected KEY.EXTENSION"
         raise ShardError("no sample", text)
-
-
-def _stray(stem: str, extension: str) -> str | None:
-    """Why a name belongs to no sample: macOS's "._x.jpg", webdataset's own "__meta__.json", "x"."""
-    if stem.startswith("__"):
-        return "begins with __"
-    if not stem:
-        return "hidden"
-    return None if extension else "no ending"
-
-
-def one_form(name: str) -> str:
-    """The same for names of one file: macOS writes accents as characters of their own, and tar may
-    put ./ in front.
-    """
-    name = name.removeprefix("./")
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _members(file: BinaryIO, path: str, offset: int) -> Iterator[tuple[tarfile.TarInfo, int]]:

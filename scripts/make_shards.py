@@ -64,9 +64,9 @@ from data.packing import (
     rows_path,
     write_task,
 )
-from data.processes import map_in_processes
 from data.sources import SOURCES, file_path
 from data.tar import refuse_foreign_shards
+from data.workers import map_in_processes
 from scripts.run_experiment.processes import count_cores
 from training.errors import printable
 

@@ -1,4 +1,4 @@
-"""data/processes.py: results in order, and no hang whenever a worker is killed."""
+"""data/workers.py: results in order, and no hang whenever a worker is killed."""
 
 import errno
 import multiprocessing
@@ -10,8 +10,8 @@ from multiprocessing.synchronize import SemLock
 
 import pytest
 
-from data import processes
-from data.processes import map_in_processes
+from data import workers
+from data.workers import map_in_processes
 
 
 def die(*_):
@@ -41,7 +41,7 @@ def test_a_worker_that_is_killed_at_whatever_moment_holds_nobody_up(function):
 
 
 def test_a_worker_that_is_killed_before_it_begins_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(processes, "_start_worker", die)
+    monkeypatch.setattr(workers, "_start_process", die)
     with pytest.raises(BrokenProcessPool):
         list(map_in_processes(abs, range(20), workers=3))
 
@@ -71,10 +71,10 @@ def give_back_later(seconds):
 
 def test_processes_give_back_the_results_in_order_and_the_error_of_their_function():
     items = [0.02, 0.001, 0.01, 0.002, 0.003]
-    for workers in (1, 2):
-        results = map_in_processes(give_back_later, items, workers)
+    for number in (1, 2):
+        results = map_in_processes(give_back_later, items, number)
         assert list(results) == [1 / item for item in items]
         with pytest.raises(ZeroDivisionError):
-            list(map_in_processes(give_back_later, [*items, 0], workers))
+            list(map_in_processes(give_back_later, [*items, 0], number))
     assert list(map_in_processes(abs, [], workers=3)) == []
     assert not multiprocessing.active_children()

@@ -46,8 +46,6 @@ def test_urls_expand_by_braces_and_are_not_looked_up():
         (["pipe:ls"], ["pipe:ls"]),
         (["s3://bucket/a.tar"], ["s3://bucket/a.tar", "s3fs"]),  # a package that is not installed
         (["nowhere://a.tar"], ["nowhere"]),
-        ([], ["empty"]),
-        ("a.tar", ["a.tar", "list"]),
     ],
 )
 def test_patterns_that_name_no_shards_are_refused_with_what_is_there(
