@@ -216,25 +216,28 @@ class SourceReader:
                 )
             start = Position(epoch=epoch + 1)
 
-    def _order_seed(self) -> int:
-        """The order is another in each source, though some may be made alike."""
-        if self.index == 0:
-            return self.seed
-        return int(np.random.SeedSequence((self.seed, self.index, 3)).generate_state(1)[0])
-
     def _read_epoch(self, position: Position) -> Iterator[tuple[Raw, Position]]:
         """(raw sample, position after it) to the end of the epoch, shuffled in blocks."""
         epoch, consumed, *start = position
+        seed = self.seed
+        if self.index:  # the order is another in each source, though some may be made alike
+            seed = int(np.random.SeedSequence((seed, self.index, 3)).generate_state(1)[0])
+        # whole shards if there are enough, else every readers-th sample of all
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.source.shards))
+        part = (self.reader, self.readers)
+        if len(order) >= self.readers:
+            order, part = order[self.reader :: self.readers], (0, 1)
+        raws = _read_shards([self.source.shards[index] for index in order], *part, *start)
+
         block_size = max(self.shuffle_buffer, 1)
-        shards = self._read_shards(epoch, *start)
-        while block := list(itertools.islice(shards, block_size)):
+        while block := list(itertools.islice(raws, block_size)):
             samples, after = [sample for sample, _ in block], block[-1][1]
             del block  # it would hold the bytes of what is freed below
             order = range(len(samples))
             if block_size > 1:
                 # the 1 keeps these seeds apart from the shards' (trailing zeros do not count there)
-                seed = (self._order_seed(), epoch, consumed // block_size, self.reader, 1)
-                order = np.random.default_rng(seed).permutation(len(samples)).tolist()
+                key = (seed, epoch, consumed // block_size, self.reader, 1)
+                order = np.random.default_rng(key).permutation(len(samples)).tolist()
             # a resume starts inside its first block
             for i in range(consumed % block_size, len(samples)):
                 sample = samples[order[i]]
@@ -243,44 +246,38 @@ class SourceReader:
                 yield sample, Position(epoch, consumed, *(start if i + 1 < len(samples) else after))
             start = after
 
-    def _read_shards(
-        self, epoch: int, first: int, offset: int, ordinal: int
-    ) -> Iterator[tuple[Raw, tuple[int, int, int]]]:
-        """(raw sample, (shard, offset, ordinal) after it), in the order of the tars."""
-        shards = self.source.shards
-        order = np.random.default_rng((self._order_seed(), epoch)).permutation(len(shards))
-        reader, readers = self.reader, self.readers
-        if len(order) >= readers:  # whole shards, of which this reader keeps every sample
-            order = order[reader::readers]
-            reader, readers = 0, 1
-        for index in range(first, len(order)):
-            for sample, end in _scan(shards[order[index]], offset, ordinal, reader, readers):
-                ordinal += 1
-                if sample is not None:
-                    after = (index, end) if end is not None else (index + 1, 0)
-                    yield sample, (*after, ordinal)
-            offset = 0
 
+def _read_shards(
+    paths: Sequence[str],
+    reader: int = 0,
+    readers: int = 1,
+    first: int = 0,
+    offset: int = 0,
+    ordinal: int = 0,
+) -> Iterator[tuple[Raw, tuple[int, int, int]]]:
+    """(raw sample, (shard, offset, ordinal) after it) of one reader, from such a place on.
 
-def _scan(
-    path: str, offset: int = 0, ordinal: int = 0, reader: int = 0, readers: int = 1
-) -> Iterator[tuple[Raw | None, int | None]]:
-    """Samples and ends as by scan_tar; all that could not be read is one more, without an end."""
-    keys = set()
-    try:
-        with open_shard(path) as file:
-            for key, sample, end in scan_tar(file, path, offset, ordinal, reader, readers):
-                ordinal += 1
-                if sample is not None:
-                    # by hash: a shard may have millions of long keys
-                    known = hash(one_form(key))
-                    if known in keys:
-                        sample[AGAIN] = b""
-                    keys.add(known)
-                yield sample, end
-    except ShardError as error:
-        is_mine = ordinal % readers == reader
-        yield (error.with_traceback(None) if is_mine else None), None
+    What cannot be read of a shard is one sample, a ShardError.
+    """
+    for index in range(first, len(paths)):
+        path, keys = paths[index], set()
+        try:
+            with open_shard(path) as file:
+                for key, sample, end in scan_tar(file, path, offset, ordinal, reader, readers):
+                    ordinal += 1
+                    if sample is not None:
+                        # by hash: a shard may have millions of long keys
+                        known = hash(one_form(key))
+                        if known in keys:
+                            sample[AGAIN] = b""
+                        keys.add(known)
+                        yield sample, (index, end, ordinal)
+        except ShardError as error:
+            is_mine = ordinal % readers == reader
+            ordinal += 1
+            if is_mine:
+                yield error.with_traceback(None), (index + 1, 0, ordinal)
+        offset = 0
 
 
 def _decoded(
@@ -326,7 +323,7 @@ def read_batches(
     """
     # samples in the order of the sources, their shards and the tars
     batch, count = [], 0
-    raws = ((source, raw) for source in sources for path in source.shards for raw, _ in _scan(path))
+    raws = ((source, raw) for source in sources for raw, _ in _read_shards(source.shards))
     for source, raw in raws if limit != 0 else ():
         # bad samples do not count towards the limit
         sample = _decoded(raw, source, counter)

@@ -13,7 +13,6 @@ import random
 import shutil
 import signal
 import struct
-from collections import Counter
 
 import pytest
 import torch
@@ -50,71 +49,38 @@ class Hung(BaseException):
     """An input took too long."""
 
 
-class Tally:
-    """Tries inputs and counts how they end."""
-
-    def __init__(self, what):
-        self.what, self.outcomes, self.failures = what, Counter(), []
-
-    def __call__(self, action, shown, is_right=lambda result: True):
-        """Run `action` on an input, which is `shown` if it ends in neither of the two ways."""
-
-        def on_time(number, frame):
-            raise Hung
-
-        handler = signal.signal(signal.SIGVTALRM, on_time)
-        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
-        try:
-            result = action()
-        except REFUSALS as error:
-            outcome = "refused" if str(error) else "an error without a message"
-        except (Exception, Hung, SystemExit) as error:
-            outcome = f"{type(error).__name__}: {error!s:.300}"
-        else:
-            outcome = "right" if is_right(result) else "a wrong result"
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, handler)
-        if outcome not in ("refused", "right"):
-            self.failures.append(f"{outcome} for {shown!r:.300}")
-            outcome = "failed"
-        self.outcomes[outcome] += 1
-
-    def finish(self, at_least):
-        """Assert that all ended well, and that they were tried and many of them refused."""
-        text = f"{self.what}: {self.outcomes.total()} inputs, {dict(self.outcomes)}"
-        assert not self.failures, "\n".join([text, *self.failures])
-        assert self.outcomes.total() >= at_least and self.outcomes["refused"] >= at_least // 5, text
+REFUSED = object()
 
 
-def flip_bits(draw, data, number):
-    """Some bits turned over."""
-    data = bytearray(data)
-    for _ in range(number):
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    return bytes(data)
+def attempt(action, shown):
+    """What an input leads to, or REFUSED; anything else than that fails, with the input `shown`."""
+
+    def on_time(number, frame):
+        raise Hung
+
+    handler = signal.signal(signal.SIGVTALRM, on_time)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+    try:
+        return action()
+    except REFUSALS as error:
+        assert str(error), shown
+        return REFUSED
+    except (Exception, Hung, SystemExit) as error:
+        pytest.fail(f"{type(error).__name__}: {error!s:.300} for {shown!r:.300}")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 def spoil_bytes(draw, data):
     """A damaged or foreign file in place of `data`."""
-    kinds = [
-        lambda: data[: draw.randrange(len(data))],
-        lambda: data[: draw.randrange(min(200, len(data)))],
-        lambda: flip_bits(draw, data, 1),
-        lambda: flip_bits(draw, data, 30),
-        lambda: flip_bits(draw, data[: len(data) // 8], 5) + data[len(data) // 8 :],
-        lambda: draw.randbytes(draw.choice([1, 7, 8, 100, 5000])),
-        lambda: b"",
-        lambda: b"\0" * len(data),
-        lambda: data + draw.randbytes(100),
-        lambda: gzip.compress(data),
-        lambda: pickle.dumps({"a": [1, 2]}),
-        lambda: pickle.dumps(Evil()),
-        lambda: b'{"a":' * 50_000,
-        lambda: b"[" * 100_000,
-        lambda: struct.pack("<Q", 1 << 60) + data,
-    ]
-    return draw.choice(kinds)()
+    flipped, end = bytearray(data), draw.choice([len(data), min(200, len(data))])
+    for _ in range(draw.choice([1, 5, 30])):
+        flipped[draw.randrange(end)] ^= 1 << draw.randrange(8)
+    foreign = [b"", bytes(len(data)), pickle.dumps(Evil()), b'{"a":' * 50_000, b"[" * 100_000]
+    foreign += [gzip.compress(data), data + draw.randbytes(100), draw.randbytes(5000)]
+    foreign += [struct.pack("<Q", 1 << 60) + data]
+    return draw.choice([bytes(flipped), data[: draw.randrange(end)], draw.choice(foreign)])
 
 
 @pytest.fixture(autouse=True)
@@ -198,27 +164,27 @@ def spoil_config(draw, values):
 
 
 def test_hostile_configs(tmp_path, tiny_shards):
-    draw, tally, path = random.Random(0), Tally("configs"), tmp_path / "config.yaml"
+    draw, path, ends = random.Random(0), tmp_path / "config.yaml", []
     stages = stage_configs(tiny_shards)
 
-    def attempt(text, stage="flowtok"):
+    def load(text, stage="flowtok"):
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         schema = PROGRAMS[stage][0]
-        tally(lambda: load_config(schema, path), text, lambda config: isinstance(config, schema))
+        ends.append(attempt(lambda: load_config(schema, path), text))
+        assert ends[-1] is REFUSED or isinstance(ends[-1], schema)
 
     for text in [*RAW, yaml_bomb(4, 9), yaml_bomb(9, 9), yaml_bomb(30, 2)]:
-        attempt(text)
+        load(text)
     for _ in range(80):
         stage = draw.choice(list(stages))
         values = spoil_config(draw, {"experiment_dir": "runs/x", **stages[stage]})
-        attempt(yaml.safe_dump(values, allow_unicode=True), stage)
+        load(yaml.safe_dump(values, allow_unicode=True), stage)
     whole = yaml.safe_dump(stages["flowtok"]).encode()
     for _ in range(30):
-        attempt(spoil_bytes(draw, whole)[:20_000])  # libyaml takes a minute for 100,000 brackets
+        load(spoil_bytes(draw, whole)[:20_000])  # libyaml takes a minute for 100,000 brackets
     for encoding in ("utf-16", "utf-8-sig", "latin-1"):
-        attempt(whole.decode().encode(encoding))
-    assert list(tmp_path.iterdir()) == [path]
-    tally.finish(120)
+        load(whole.decode().encode(encoding))
+    assert list(tmp_path.iterdir()) == [path] and ends.count(REFUSED) > 40
 
 
 WORDS = r"""
@@ -229,7 +195,7 @@ training.seed=!!python/name:os.system
 
 
 def test_hostile_overrides(tmp_path, tiny_shards):
-    draw, tally, path = random.Random(1), Tally("overrides"), tmp_path / "config.yaml"
+    draw, path = random.Random(1), tmp_path / "config.yaml"
     values = {"experiment_dir": "runs/x", **stage_configs(tiny_shards)["flowtok"]}
     path.write_text(yaml.safe_dump(values))
     words = [*WORDS.split(), "", "training={a: 1}", "\udcff=1", "training.seed=&a 1"]
@@ -240,16 +206,16 @@ def test_hostile_overrides(tmp_path, tiny_shards):
         value = draw.choice(VALUES)
         text = value if isinstance(value, str) else yaml.safe_dump(value).strip()
         words.append(f"{draw.choice(keys)}={text}")
-    for word in words:
-        tally(lambda word=word: load_config(PROGRAMS["flowtok"][0], path, [word]), word)
-    tally.finish(80)
+    schema = PROGRAMS["flowtok"][0]
+    ends = [attempt(lambda word=word: load_config(schema, path, [word]), word) for word in words]
+    assert ends.count(REFUSED) > 30
 
 
 # Prompts
 
 
 def test_hostile_prompts(chain, tmp_path):
-    draw, tally, file = random.Random(2), Tally("prompts"), tmp_path / "out" / "x.png"
+    draw, file = random.Random(2), tmp_path / "out" / "x.png"
     parts, default = load_pipeline(chain.folder, torch.device("cpu"))
     words = sample.known_words(chain.folder)
     prompts = [*TEXTS, *("".join(draw.choices(TEXTS[1:12], k=3)) for _ in range(10))]
@@ -271,10 +237,10 @@ def test_hostile_prompts(chain, tmp_path):
 
     for prompt in prompts:
         file.unlink(missing_ok=True)
-        tally(lambda prompt=prompt: draw_one(prompt), prompt, lambda image: image.size[0] > 100)
+        image = attempt(lambda prompt=prompt: draw_one(prompt), prompt)
+        assert image is REFUSED or image.size[0] > 100
         left = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert left in ([], [file]), (prompt, left)
-    tally.finish(0)
 
 
 # Checkpoints
@@ -299,7 +265,7 @@ STATES += ['{"files": {"../../x": {"bytes": 0, "crc32": ""}}}']
 
 
 def test_hostile_checkpoints(chain, tmp_path):
-    draw, tally = random.Random(3), Tally("checkpoints")
+    draw = random.Random(3)
     run, step = tmp_path / "tokenizer", "checkpoints/step_00000004"
     shutil.copytree(chain.folder / "tokenizer", run, symlinks=True)
     pristine = chain.folder / "tokenizer" / step
@@ -316,7 +282,7 @@ def test_hostile_checkpoints(chain, tmp_path):
         is_optimizer = name == ckpt.OPTIMIZER_FILE
         return load_optimizer(optimizer, path) if is_optimizer else ckpt.load_plain(path)
 
-    files = sorted(path.name for path in pristine.iterdir())
+    files, ends = sorted(path.name for path in pristine.iterdir()), []
     for number in range(90):
         name = draw.choice(files)
         data = spoil_bytes(draw, (pristine / name).read_bytes())
@@ -329,33 +295,28 @@ def test_hostile_checkpoints(chain, tmp_path):
         if is_vouched_for:
             rehash(run / step)
         shown = (name, len(data), data[:60])
-        tally(lambda name=name: read(name), shown)
+        ends.append(attempt(lambda name=name: read(name), shown))
         if number % 4 == 0:
-            tally(
-                lambda: check_run.check_folder(run),
-                ("check_run", *shown),
-                lambda found, vouched=is_vouched_for: vouched or found[1],
-            )
+            found = attempt(lambda: check_run.check_folder(run), ("check_run", *shown))
+            assert found is REFUSED or is_vouched_for or found[1], shown
         shutil.rmtree(run / step)
         shutil.copytree(pristine, run / step)
-    file = tmp_path / "foreign.pt"
-    for state in foreign_optimizers(optimizer):
-        torch.save(state, file)
-        tally(lambda: load_optimizer(optimizer, file), state, lambda result: False)
-        file.unlink()
-    tally.finish(120)
+    assert ends.count(REFUSED) > 20
 
 
-def foreign_optimizers(optimizer):
-    """What is no state of this optimiser, though it looks like one."""
+def test_what_is_no_state_of_an_optimizer_is_refused(tmp_path):
+    """Though it looks like one."""
+    optimizer = build_optimizer(torch.nn.Linear(3, 3), OptimizerConfig())
     whole = optimizer.state_dict()
-    yield from ([], {}, {"state": {}}, {"state": [], "param_groups": []})
-    yield {"state": {}, "param_groups": [{}]}
-    yield {**whole, "param_groups": whole["param_groups"][:1]}
-    yield {**whole, "param_groups": 3}
-    yield {**whole, "state": {0: 3}}
-    moments = {"exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(1)}
-    yield {**whole, "state": {0: moments | {"step": torch.tensor(1.0)}}}
+    moments = {"exp_avg": torch.zeros(3, 4), "exp_avg_sq": torch.zeros(1)}
+    foreign = [[], {}, {"state": {}}, {"state": [], "param_groups": []}]
+    foreign += [{"state": {}, "param_groups": [{}]}, {**whole, "param_groups": 3}]
+    foreign += [{**whole, "param_groups": whole["param_groups"][:1]}, {**whole, "state": {0: 3}}]
+    foreign += [{**whole, "state": {0: moments | {"step": torch.tensor(1.0)}}}]
+    for state in foreign:
+        torch.save(state, tmp_path / "foreign.pt")
+        end = attempt(lambda: load_optimizer(optimizer, tmp_path / "foreign.pt"), state)
+        assert end is REFUSED, state
 
 
 # Keys

@@ -112,16 +112,14 @@ def same(left, right):
 
 def cut(path, damage="cut"):
     """Break a tar: inside its third sample, so that two are left, at its first byte, or wholly."""
-    data = bytearray(Path(path).read_bytes())
+    data = Path(path).read_bytes()
     with open_shard(path) as file:
         third = [end for _, _, end in scan_tar(file, path)][1]
+    Path(path).unlink()
     if damage == "cut":
         Path(path).write_bytes(data[: third + 600])
     elif damage == "overwritten":
-        data[third : third + 512] = b"\xff" * 512
-        Path(path).write_bytes(data)
-    else:
-        Path(path).unlink()
+        Path(path).write_bytes(data[:third] + b"\xff" * 512 + data[third + 512 :])
 
 
 # who reads what, in which order
@@ -147,18 +145,6 @@ def test_each_sample_once_per_epoch_over_two_ranks_and_two_workers(tmp_path, siz
                 epochs[1].update(keys[share : 2 * share])
     for (name, epochs), size in zip(found.items(), map(sum, sizes), strict=True):
         assert epochs == [Counter(f"{name}{i:03d}" for i in range(size))] * 2
-
-
-@pytest.mark.parametrize(
-    ("sizes", "shuffle_buffer"), [([1, 9, 3, 12, 2], 0), ([1, 9, 3, 12, 2], 4), ([8, 1], 100)]
-)
-def test_uneven_shards_still_give_each_sample_once_per_epoch(tmp_path, sizes, shuffle_buffer):
-    paths = make_shards(tmp_path, sizes)
-    options = {"num_processes": 3, "shuffle_buffer": shuffle_buffer}
-    readers = [epoch_of_reader(make_stream(paths, rank=r, **options), epochs=3) for r in range(3)]
-    for epoch in range(3):
-        keys = [key for reader in readers for key in reader[epoch]]
-        assert sorted(keys) == numbered(sum(sizes))
 
 
 def test_the_order_changes_with_epoch_and_seed_and_is_the_same_for_the_same_seed(tmp_path):
@@ -232,13 +218,11 @@ def streams(folder, kind):
 @pytest.mark.parametrize(
     ("kind", "num_workers", "reasons"),
     [
-        ("more", 0, {"text: missing"}),
+        ("more, broken", 2, {"text: missing", "shard: truncated"}),
         ("fewer", 2, {"text: missing"}),
         ("fewer, packed", 0, {"text: missing"}),
-        ("more, broken", 2, {"text: missing", "shard: truncated"}),
         ("fewer, broken", 0, {"shard: truncated"}),
         ("mixture, broken", 0, {"text: missing", "shard: truncated"}),
-        ("mixture, broken", 2, {"text: missing", "shard: truncated"}),
     ],
 )
 def test_resuming_after_any_batch_continues_exactly(tmp_path, kind, num_workers, reasons):
@@ -281,30 +265,28 @@ def test_resuming_decodes_nothing_that_it_skips_and_reads_no_shard_before_its_bl
     assert decoded == expected["key"]
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"seed": 1}, "seed was 0, is 1"),
-        ({"batch_size": 4}, "batch_size was 3, is 4"),
-        ({"shuffle_buffer": 8}, "shuffle_buffer was 7, is 8"),
-        ({"rank": 1, "num_processes": 2}, "num_processes was 1, is 2"),
-        ({"num_workers": 2}, "num_workers was 0, is 2"),
-        ({"paths": ["s-000.tar"]}, "num_shards was 2, is 1"),
-        ({"sources": 2}, "num_sources was 1, is 2"),
-    ],
-)
-def test_other_settings_are_refused_and_moved_shards_are_not(tmp_path, options, text):
+def test_other_settings_are_refused_and_moved_shards_are_not(tmp_path):
     paths = make_shards(tmp_path, [5, 9])
     loader = make_loader(paths, batch_size=3)
     first(loader, 1)
+    state = loader.state_dict()
     moved = ["moved/" + Path(path).name for path in paths]
-    make_loader(moved, batch_size=3).load_state_dict(loader.state_dict())
-    if options.pop("sources", 0):
-        options["paths"] = make_sources(tmp_path, [[5], [9]], [1.0, 1.0])
-    other = make_loader(**{"paths": paths, "batch_size": 3, **options})
-    for state, reason in ((loader.state_dict(), text), ({"something": "else"}, "does not fit")):
-        with pytest.raises(ValueError, match=reason):
+    make_loader(moved, batch_size=3).load_state_dict(state)
+    for text, options in {
+        "seed was 0, is 1": {"seed": 1},
+        "batch_size was 3, is 4": {"batch_size": 4},
+        "shuffle_buffer was 7, is 8": {"shuffle_buffer": 8},
+        "rank was 0, is 1; num_processes was 1, is 2": {"rank": 1, "num_processes": 2},
+        "num_workers was 0, is 2": {"num_workers": 2},
+        "num_shards was 2, is 1": {"paths": paths[:1]},
+        "shard_names_crc32": {"paths": paths[::-1]},
+        "num_sources was 1, is 2": {"paths": make_sources(tmp_path, [[5], [9]], [1.0, 1.0])},
+    }.items():
+        other = make_loader(**{"paths": paths, "batch_size": 3, **options})
+        with pytest.raises(ValueError, match=text):
             other.load_state_dict(state)
+        with pytest.raises(ValueError, match="does not fit"):
+            other.load_state_dict({"something": "else"})
 
 
 def test_a_stream_can_be_pickled_and_its_loader_leaves_the_global_generator_alone(tmp_path):
@@ -325,8 +307,9 @@ def test_with_other_readers_the_next_epoch_begins_and_is_seen_once(tmp_path, siz
     loaders = [make_loader(paths, num_workers, rank=rank, num_processes=2) for rank in range(2)]
     for loader, count in zip(loaders, (3, 7), strict=True):
         first(loader, count)
+    states = [loader.state_dict() for loader in loaders]
     alone = make_loader(paths, num_workers)
-    assert alone.start_next_epoch([loader.state_dict() for loader in loaders]) == [1]
+    assert alone.start_next_epoch(states) == [1]
     batches = iter(alone)
     keys = keys_of(take(batches, total))
     assert len(set(keys)) == total
@@ -335,13 +318,9 @@ def test_with_other_readers_the_next_epoch_begins_and_is_seen_once(tmp_path, siz
     resumed = make_loader(paths, num_workers)
     resumed.load_state_dict(alone.state_dict())
     same(first(resumed, 20), take(batches, 20))
-
-
-def test_states_of_other_data_do_not_set_the_epoch(tmp_path):
-    paths = make_shards(tmp_path, [4, 4])
-    other = make_loader(paths[:1], rank=1, num_processes=2)
-    with pytest.raises(ValueError, match="num_shards was 1, is 2"):
-        make_loader(paths).start_next_epoch([other.state_dict()])
+    # states of other data do not set the epoch
+    with pytest.raises(ValueError, match="num_shards was"):
+        make_loader([*paths, *make_shards(tmp_path, [4], name="t")]).start_next_epoch(states)
 
 
 # several sources
@@ -396,15 +375,15 @@ def test_a_mixture_resumes_with_other_weights_where_each_source_stands(tmp_path)
 # shards that break off, bad samples
 
 
-@pytest.mark.parametrize(("sizes", "readers"), [([6] * 8, 2), ([12] * 2, 3)], ids=["more", "fewer"])
+@pytest.mark.parametrize(("sizes", "readers"), [([3, 9, 4, 12, 2], 2), ([12, 8], 3)])
 @pytest.mark.parametrize("damage", ["cut", "missing", "overwritten"])
 def test_the_rest_of_a_broken_shard_is_one_bad_sample_and_all_else_is_read_once(
     tmp_path, sizes, readers, damage
 ):
-    paths = make_shards(tmp_path, sizes)
+    paths = make_shards(tmp_path, sizes, bad={0})
     cut(paths[1], damage)
     left = {"cut": 2, "overwritten": 1, "missing": 0}[damage]
-    lost = numbered(2 * sizes[0])[sizes[0] + left :]
+    lost = numbered(sum(sizes[:2]))[sizes[0] + left :]
     seen, skipped = Counter(), Counter()
     for rank in range(readers):
         stream = make_stream(paths, rank=rank, num_processes=readers, shuffle_buffer=5)
@@ -413,10 +392,10 @@ def test_the_rest_of_a_broken_shard_is_one_bad_sample_and_all_else_is_read_once(
             if epoch_of(stream.state_dict()) == 3:
                 break
             seen.update(batch["key"])
-    assert seen == {key: 3 for key in numbered(sum(sizes)) if key not in lost}
+    assert seen == {key: 3 for key in numbered(sum(sizes))[1:] if key not in lost}
     reason = "shard: truncated" if damage == "cut" else "shard: unreadable"
     # in each epoch, and perhaps at the start of the fourth
-    assert set(skipped) == {reason} and 3 <= skipped.total() <= 4
+    assert set(skipped) == {reason, "text: missing"} and {*skipped.values()} <= {3, 4}
 
 
 def test_a_reader_whose_only_shard_is_lost_goes_on_in_the_next_epoch(tmp_path):
@@ -425,16 +404,6 @@ def test_a_reader_whose_only_shard_is_lost_goes_on_in_the_next_epoch(tmp_path):
     for rank in range(2):
         keys = keys_of(first(make_stream(paths, rank=rank, num_processes=2), 6))
         assert set(keys) == {"00003", "00004", "00005"}
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_every_bad_sample_is_counted_once(tmp_path, num_workers):
-    paths = make_shards(tmp_path, [6, 6], bad={1, 2, 8, 10})
-    batches = first(make_loader(paths, num_workers, batch_size=4), 12)
-    assert set().union(*(batch["skipped"] for batch in batches)) == {"text: missing"}
-    counted = sum(batch["skipped"].get("text: missing", 0) for batch in batches)
-    # 8 usable and 4 bad an epoch; some lie after the last batch
-    assert len(keys_of(batches)) == 48 and abs(counted - 24) <= 4
 
 
 def test_one_pass_reads_in_order_with_a_short_last_batch_and_counts_all_bad_samples(tmp_path):
