@@ -33,17 +33,13 @@ def die_unless_first(item):
     return time.sleep(0.2) if item == 0 else die()
 
 
-@pytest.mark.parametrize("function", [die, die_in_an_answer, die_unless_first])
-def test_a_worker_that_is_killed_at_whatever_moment_holds_nobody_up(function):
+@pytest.mark.parametrize("function", [die, die_in_an_answer, die_unless_first, None])
+def test_a_worker_that_is_killed_at_whatever_moment_holds_nobody_up(function, monkeypatch):
+    if function is None:  # before it begins
+        monkeypatch.setattr(workers, "_start_process", die)
     with pytest.raises(BrokenProcessPool):
-        list(map_in_processes(function, range(20), workers=3))
+        list(map_in_processes(function or abs, range(20), workers=3))
     assert not multiprocessing.active_children()
-
-
-def test_a_worker_that_is_killed_before_it_begins_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(workers, "_start_process", die)
-    with pytest.raises(BrokenProcessPool):
-        list(map_in_processes(abs, range(20), workers=3))
 
 
 def leave_room_for(monkeypatch, number):

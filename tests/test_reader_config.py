@@ -11,7 +11,7 @@ from data.filters import FilterConfig
 from data.images import ImageTextConfig
 from data.readers import TokenTextConfig
 
-NAN, INFINITE = float("nan"), float("inf")
+NAN = float("nan")
 TWO = """
 captions: {keys: [txt]}
 filters: {max_watermark_probability: 0.5, min_longer_side: 256}
@@ -99,7 +99,7 @@ def test_sources_are_opened_but_for_those_of_weight_zero_or_in_place_of_all_othe
         (CaptionConfig, "keys", "txt"),
         (CaptionConfig, "recaption_probability", 1.5),
         (FilterConfig, "min_longer_side", -1),
-        (FilterConfig, "max_aspect_ratio", INFINITE),
+        (FilterConfig, "max_aspect_ratio", float("inf")),
         (FilterConfig, "min_aesthetic_score", NAN),
         (FilterConfig, "max_watermark_probability", 1.5),
         (FilterConfig, "max_caption_characters", -1),
@@ -128,11 +128,10 @@ def test_caption_keys_that_match_nothing_are_refused():
         ({"sources": {"b": SourceConfig(["b"], 0.0)}}, "data.sources: .*weights"),
     ],
 )
-def test_a_config_that_names_no_data_is_refused(options, names):
-    with pytest.raises(ValueError, match=f"^{names}"):
-        ReaderConfig(**options).check()
-    with pytest.raises(ValueError, match=f"^{names}"):
-        open_sources(ReaderConfig(**options), print)
+def test_a_config_that_names_no_data_is_refused_also_where_it_is_opened(options, names):
+    for use in (ReaderConfig.check, lambda config: open_sources(config, print)):
+        with pytest.raises(ValueError, match=f"^{names}"):
+            use(ReaderConfig(**options))
 
 
 def test_limits_that_contradict_each_other_are_refused_and_a_wrong_field_names_its_source():

@@ -1,11 +1,11 @@
 """data/readers.py: batches of images, stored tokens and captions; hostile samples, resuming."""
 
-import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from PIL import Image
 from sources import encode, noise, npy
 
@@ -174,24 +174,20 @@ def test_a_part_of_a_long_caption_is_drawn_anew_each_epoch(tmp_path):
     assert ordered["caption"] == ["a."] * 3
 
 
-def test_one_pass_is_in_order_centre_cropped_exact_and_ends_short(image_shards):
+def test_one_pass_is_in_order_and_ends_short(image_shards):
     batches = list(images(image_shards, tokenizer=tokenize).once(8))
     assert [len(batch["key"]) for batch in batches] == [8, 8, 4]
     keys = [key for batch in batches for key in batch["key"]]
     assert keys == [f"{i}{j}" for i in range(2) for j in range(10)]
-    plain = {"random_crop": False, "flip_probability": 0.0, "resize": "exact"}
-    trained = next(stream(images(image_shards, **plain), 20))
-    order = sorted(range(20), key=lambda i: trained["key"][i])
-    (batch,) = images(image_shards).once(20)
-    assert torch.equal(batch["image"], trained["image"][order])
 
 
-def test_training_resizes_fast_unless_it_is_asked_otherwise(tmp_path):
-    path = write(tmp_path, [{"__key__": "a", "jpg": jpeg(200, 200), "txt": "x"}])
-    plain = {"random_crop": False, "flip_probability": 0.0, "size": 32}
-    fast = next(stream(images(path, **plain), 1))["image"]
-    exact = next(stream(images(path, **plain, resize="exact"), 1))["image"]
-    (ordered,) = images(path, size=32).once(1)
+def test_training_resizes_fast_unless_asked_otherwise_and_one_pass_is_exact_and_centred(tmp_path):
+    samples = [{"__key__": f"{i}", "jpg": jpeg(200 + 60 * i, 200), "txt": "x"} for i in range(2)]
+    path = write(tmp_path, samples)
+    plain = {"random_crop": False, "flip_probability": 0.0, "size": 32, "shuffle_buffer": 1}
+    fast = next(stream(images(path, **plain), 2))["image"]
+    exact = next(stream(images(path, **plain, resize="exact"), 2))["image"]
+    (ordered,) = images(path, size=32).once(2)
     assert torch.equal(ordered["image"], exact) and not torch.equal(exact, fast)
     assert (exact.int() - fast).abs().float().mean() < 1.5
 
@@ -266,8 +262,6 @@ def test_each_source_has_its_own_captions_filters_and_share(tmp_path):
 
 # hostile samples
 
-BOMB = bytearray(jpeg(8, 8, format="BMP"))
-BOMB[18:26] = (60000).to_bytes(4, "little") * 2
 GOOD = {"jpg": jpeg(20, 20), "txt": "x", "json": {"aesthetic": 6.0, "caption": "from json"}}
 # what differs from a good sample (None: it is absent), and its caption, or why it is skipped
 HOSTILE = {
@@ -281,7 +275,6 @@ HOSTILE = {
     "raw": ({"jpg": None, "dng": jpeg(20, 20)}, "image: missing"),
     "wordless": ({"txt": None, "json": {"aesthetic": 6.0}}, "caption: missing"),
     "blank": ({"txt": " \n", "json": None}, "caption: missing"),
-    "bomb": ({"jpg": None, "bmp": bytes(BOMB)}, "image: too many pixels"),
     "small": ({"jpg": jpeg(17, 11)}, "filter: min_longer_side"),
     "long": ({"jpg": jpeg(41, 20)}, "filter: max_aspect_ratio"),
     "tall": ({"jpg": jpeg(20, 41)}, "filter: max_aspect_ratio"),
@@ -305,8 +298,8 @@ def test_hostile_images_are_counted_by_reason_and_the_others_read(tmp_path):
 
 
 def test_unreadable_json_is_no_fault_where_no_filter_needs_it(tmp_path):
-    path = write(tmp_path, [{"__key__": "a", "jpg": jpeg(20, 20), "txt": "long", "json": b"{"}])
-    (batch,) = images(path, filters=FilterConfig(min_caption_characters=3)).once(8)
+    path = write(tmp_path, [GOOD | {"__key__": "a", "json": b"{"}])
+    (batch,) = images(path, filters=FilterConfig(max_caption_characters=3)).once(8)
     assert batch["key"] == ["a"]
 
 
@@ -345,33 +338,30 @@ def test_broken_tokens_are_skipped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "named"),
     [
+        ([{"latent.npy": np.zeros((2, K, C + 1), np.float16)}], ["000.latent.npy", "(2, 6, 5)"]),
         (
-            [{"latent.npy": np.zeros((2, K, C + 1), np.float16)}],
-            "000.latent.npy.*(2, 6, 5).*(2, 6, 4)",
+            [{"latent.npy": np.zeros((2, K, C), np.float32)}],
+            ["000.latent.npy", "float32 (2, 6, 4)"],
         ),
-        ([{"latent.npy": np.zeros((2, C, K), np.float16)}], "000.latent.npy.*(2, 4, 6).*(2, 6, 4)"),
-        ([{"latent.npy": np.zeros((2, K, C), np.float32)}], "000.latent.npy.*float32.*float16"),
-        ([{"latent.npy": np.asfortranarray(latent(0))}], "000.latent.npy.*C order"),
-        ([{"latent.npy": np.float16(0)}], "000.latent.npy.*()"),
-        ([{"text.npy": np.zeros(4, np.float16)}], "000.text.npy.*(4,)"),
-        ([{"text.npy": states(0).astype(float)}], "000.text.npy.*float64"),
-        ([{"text.npy": states(0)}, {}], "text.npy.*000.*(5, 8).*001.*None"),
-        ([{}, {"text.npy": states(0)}], "text.npy.*000.*None.*001.*(5, 8)"),
-        ([{"text.npy": states(0)}, {"text.npy": states(1, 7)}], "text.npy.*(5, 8).*001.*(7, 8)"),
+        ([{"latent.npy": np.asfortranarray(latent(0))}], ["000.latent.npy", "C order"]),
+        ([{"latent.npy": np.float16(0)}], ["000.latent.npy", "()"]),
+        ([{"text.npy": np.zeros(4, np.float16)}], ["000.text.npy", "(4,)"]),
+        ([{"text.npy": states(0)}, {}], ["text.npy", "000", "(5, 8)", "001 has None"]),
+        ([{}, {"text.npy": states(0)}], ["text.npy", "000", "None", "001 has (5, 8)"]),
+        ([{"text.npy": states(0)}, {"text.npy": states(1, 7)}], ["(5, 8)", "001 has (7, 8)"]),
     ],
 )
 def test_arrays_that_do_not_fit_the_run_stop_it_naming_key_given_and_expected(
     tmp_path, parts, named
 ):
     path = write(tmp_path, [token_sample(i, **part) for i, part in enumerate(parts)])
-    pattern = re.sub(r"([().])(?!\*)", r"\\\1", named)
-    with pytest.raises(ValueError, match=pattern):
+    with refusal("expected", *named):
         list(tokens(path).once(8))
-    with pytest.raises(ValueError, match=r"\.npy"):
+    with refusal(".npy"):
         next(stream(tokens(path), len(parts)))
 
 
 def test_release_tokens_of_another_length_stop_the_run(tmp_path):
     path = write(tmp_path, [{"__key__": "a", "token.npy": bytes(90), "txt": "x"}])
-    with pytest.raises(ValueError, match=r"a\.token\.npy: given 90 bytes, expected 96"):
+    with refusal("a.token.npy", "given 90 bytes", "expected 96"):
         list(tokens(path).once(8))

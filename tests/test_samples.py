@@ -9,10 +9,7 @@ def count(bad, max_bad_share, reason="text: missing", total=150):
     """A counter that has seen `total` samples; those in `bad` were skipped for a reason."""
     counter = SampleCounter(max_bad_share, "reader 0 of 1")
     for i in range(total):
-        if i in bad:
-            counter.skip(f"{i:05d}", reason, "members cls")
-        else:
-            counter.usable()
+        counter.skip(f"{i:05d}", reason, "members cls") if i in bad else counter.usable()
     return counter
 
 

@@ -208,20 +208,19 @@ def test_image_keys_are_the_names_of_what_is_read():
     assert ("heic" in IMAGE_KEYS) == ("HEIF" in Image.OPEN)
 
 
-BROKEN = {
-    "empty": b"",
-    "a few bytes": encode(photo(200, 200), "JPEG")[:20],
-    "half a JPEG": encode(photo(200, 200), "JPEG")[:2000],
-    "half a PNG": encode(photo(200, 200), "PNG")[:2000],
-    "a format that runs programs": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "text": b"<html>404</html>",
-}
+BROKEN = [
+    b"",
+    b"<html>404</html>",
+    *(encode(photo(200, 200), name)[:2000] for name in ("JPEG", "PNG")),
+]
+BROKEN += [encode(photo(200, 200), "JPEG")[:20]]
+BROKEN += [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]  # for which Pillow runs a program
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_what_is_no_image_is_a_bad_sample(kind):
+@pytest.mark.parametrize("data", BROKEN)
+def test_what_is_no_image_is_a_bad_sample(data):
     with pytest.raises(BadSample, match="^image: unreadable"):
-        decode_image(BROKEN[kind])
+        decode_image(data)
 
 
 def test_a_decompression_bomb_is_refused_before_its_pixels_are_made(monkeypatch):
@@ -252,20 +251,16 @@ def torchvision_route(image, size):
     return planes(v2.functional.center_crop(image, [size]))
 
 
-@pytest.mark.parametrize("shape", [(97, 61), (61, 97), (20, 33), (300, 301)])
+@pytest.mark.parametrize("shape", [(97, 61), (61, 97), (20, 33), (300, 301), (32, 32), (40, 32)])
 def test_exact_centre_crops_are_those_of_torchvision(shape):
     got = center(photo(*shape), 32)
     assert got.dtype == np.uint8 and got.flags.c_contiguous
     assert np.array_equal(got, torchvision_route(photo(*shape), 32))
     # as is the training crop without random crop and flip
     assert np.array_equal(train(photo(*shape), 32, False, 0.0), got)
-
-
-@pytest.mark.parametrize("resize", ["exact", "fast"])
-def test_an_image_of_the_right_size_is_not_resampled(resize):
-    for shape, left in (((32, 32), 0), ((40, 32), 4)):
-        crop = center(photo(*shape), 32, resize)
-        assert np.array_equal(crop, planes(photo(*shape), left, 0, 32))
+    # what has the right size is not resampled
+    if min(shape) == 32:
+        assert np.array_equal(center(photo(*shape), 32, "fast"), got)
 
 
 def test_random_crops_reach_both_ends_and_nothing_else():
@@ -365,8 +360,6 @@ def test_a_photo_that_lies_on_its_side_is_decoded_smaller_upright():
 
 
 def test_a_truncated_photo_that_would_be_decoded_smaller_is_a_bad_sample():
-    data = encode(textured(400, 400), "JPEG")
-    image = open_image(data[: len(data) // 2])
-    assert image.size == (400, 400)
+    image = open_image(encode(textured(400, 400), "JPEG")[:20_000])
     with pytest.raises(BadSample, match=r"^image: unreadable \(OSError\)$"):
         load_picture(image, (255, 255, 255), for_size=64)
