@@ -90,11 +90,12 @@ def build_index(entries: Iterable[Entry], file: BinaryIO) -> np.ndarray:
         faulty.append(entry.fault is not None)
         # what is no sample has neither an image nor a key that another could have; keys are equal
         # where those who read the shards take them for one
-        own = f"\0{number}"
-        image = own if faulty[-1] else f"{os.path.abspath(entry.path)} {entry.span}"
-        keys += digest_of((own if faulty[-1] else one_form(entry.key)).encode())
+        key = image = f"\0{number}"
+        if entry.fault is None:
+            key, image = one_form(entry.key), f"{os.path.abspath(entry.path)} {entry.span}"
+        keys += digest_of(key.encode())
         images += digest_of(image.encode("utf-8", "surrogatepass"))
-    rows = np.zeros(len(ends) - 1, INDEX_ROW)
+    rows = np.zeros(len(faulty), INDEX_ROW)
     rows["begin"], rows["end"] = ends[:-1], ends[1:]
     rows["image"] = first_equals(np.frombuffer(images, np.uint64))
     rows["repeated"] = first_equals(np.frombuffer(keys, np.uint64)) != np.arange(len(rows))
@@ -142,13 +143,12 @@ def read_parts(entry: Entry) -> dict[str, bytes]:
         extension = image_extension(entry.path)
     if extension is None:
         raise BadSample(no_image(entry.path))
-    files = {extension: entry.path, **entry.sidecars}
     parts = {}
-    for extension, path in files.items():
-        if file_stamp(path) is None:
-            continue  # a sidecar that is a pipe, a folder or a link to nowhere
-        with errors_naming(path):
-            parts[extension] = Path(path).read_bytes()
+    for name, path in {extension: entry.path, **entry.sidecars}.items():
+        # a sidecar may be a pipe, a folder or a link to nowhere
+        if file_stamp(path) is not None:
+            with errors_naming(path):
+                parts[name] = Path(path).read_bytes()
     return parts
 
 

@@ -211,62 +211,51 @@ def train_crop(
     resize: Resize,
 ) -> np.ndarray:
     """3 x size x size uint8: shorter side to `size`, random or centre crop, horizontal flip."""
-    width, height = _resized(picture, size)
-    if random_crop:
-        left, top = int(draws.crop_x * (width - size + 1)), int(draws.crop_y * (height - size + 1))
-        pixels = _crop(picture, size, left, top, resize)
-    else:
-        pixels = center_crop(picture, size, resize)
+    place = (draws.crop_x, draws.crop_y) if random_crop else None
+    pixels = _crop(picture, size, resize, place)
     return np.ascontiguousarray(pixels[:, :, ::-1]) if draws.flip < flip_probability else pixels
 
 
 def center_crop(picture: Picture, size: int, resize: Resize) -> np.ndarray:
     """3 x size x size uint8: shorter side to `size`, the middle of the longer one."""
-    width, height = _resized(picture, size)
-    return _crop(picture, size, round((width - size) / 2), round((height - size) / 2), resize)
+    return _crop(picture, size, resize, place=None)
 
 
-def _resized(picture: Picture, size: int) -> tuple[int, int]:
-    """Width and height once the shorter side is `size`."""
-    shorter = min(picture.width, picture.height)
-    return int(size * picture.width // shorter), int(size * picture.height // shorter)
-
-
-def _crop(picture: Picture, size: int, left: int, top: int, resize: Resize) -> np.ndarray:
-    """The square at (left, top) of the resized image."""
+def _crop(
+    picture: Picture, size: int, resize: Resize, place: tuple[float, float] | None
+) -> np.ndarray:
+    """place: of the crop's corner among all that it can have, x and y in [0, 1); None: centre."""
     shorter, longer = sorted((picture.width, picture.height))
+    width, height = (int(size * side // shorter) for side in (picture.width, picture.height))
+    if place is None:
+        left, top = round((width - size) / 2), round((height - size) / 2)
+    else:
+        left, top = int(place[0] * (width - size + 1)), int(place[1] * (height - size + 1))
     square = (left, top, left + size, top + size)
+    is_strip = longer > MAX_WHOLE_RATIO * shorter
     if shorter == size:
         image = picture.image.crop(square)
-    elif longer > MAX_WHOLE_RATIO * shorter:
-        image = _resize_square(picture, size, left, top)
-    elif resize == "exact" or shorter < size:
-        image = picture.image.resize(_resized(picture, size), Image.Resampling.BICUBIC).crop(square)
-    elif TORCH_IS_FASTER:
-        return _crop_by_torch(picture, size, left, top)
+    elif not is_strip and (resize == "exact" or shorter < size):
+        image = picture.image.resize((width, height), Image.Resampling.BICUBIC).crop(square)
+    elif not is_strip and TORCH_IS_FASTER:
+        pixels = _resize_by_torch(picture, width, height)
+        return pixels[:, top : top + size, left : left + size].contiguous().numpy()
     else:
-        image = _resize_square(picture, size, left, top)
+        # only the square; up to 3/255 from exact, as Pillow may resize the axes in another order
+        scale_x, scale_y = picture.width / width, picture.height / height
+        right = min((left + size) * scale_x, picture.width)
+        bottom = min((top + size) * scale_y, picture.height)
+        box = (left * scale_x, top * scale_y, right, bottom)
+        image = picture.image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # 3 x size x size
 
 
-def _resize_square(picture: Picture, size: int, left: int, top: int) -> Image.Image:
-    """Only the square; up to 3/255 from exact, as Pillow may resize the axes in another order."""
-    width, height = _resized(picture, size)
-    scale_x, scale_y = picture.width / width, picture.height / height
-    right = min((left + size) * scale_x, picture.width)
-    bottom = min((top + size) * scale_y, picture.height)
-    box = (left * scale_x, top * scale_y, right, bottom)
-    return picture.image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-def _crop_by_torch(picture: Picture, size: int, left: int, top: int) -> np.ndarray:
-    """Vector instructions on bytes; at most 1/255 from Pillow."""
-    width, height = _resized(picture, size)
+def _resize_by_torch(picture: Picture, width: int, height: int) -> torch.Tensor:
+    """3 x height x width uint8 by vector instructions on bytes; at most 1/255 from Pillow."""
     pixels = torch.from_numpy(np.array(picture.image)).permute(2, 0, 1)[None]  # 1 x 3 x H x W
     # The scale itself, as the decoded pixels may reach beyond the image; torch rounds the size
     # down, hence the 1e-6
     scale = ((height + 1e-6) / picture.height, (width + 1e-6) / picture.width)
-    resized = torch.nn.functional.interpolate(
+    return torch.nn.functional.interpolate(
         pixels, scale_factor=scale, mode="bicubic", antialias=True
-    )
-    return resized[0, :, top : top + size, left : left + size].contiguous().numpy()
+    )[0]
