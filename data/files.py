@@ -126,6 +126,7 @@ def written_whole(path: str | Path, writer: str = "") -> Iterator[BinaryIO]:
     try:
         with errors_naming(path), open(partial, "wb") as file:
             yield file
+            # before the rename: after a power cut the new name could else hold nothing
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -166,14 +167,13 @@ def check_new_folder(path: Path) -> None:
 def check_writable(path: Path) -> None:
     """Refuse a file that could not be written, before the work whose result it is to hold.
 
-    Nothing is left there.
-
     Raises:
         ValueError: it is a folder, or no file can be made where it is to be.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder, expected a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
+    # by doing it: permission bits say nothing of a read-only mount, or to root; nothing is left
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -79,6 +79,7 @@ class FilterConfig:
             BadSample: the sample is dropped.
             ValueError: a score is missing and missing_score is "fail".
         """
+        # a size that is no number, or not positive, is not known
         for keys in SIZE_KEYS:
             width, height = (_number(metadata.get(key)) for key in keys)
             if width is not None and height is not None and width > 0 and height > 0:

@@ -1,6 +1,4 @@
-"""What the stages read: stored tokens, captions (images: data/images.py) -> batches.
-
-They come as a stream, or in one pass.
+"""Stored tokens or captions -> batches, as a stream or in one pass (images: data/images.py).
 
 A sample, for K = 77 tokens of C = 16 channels and a text tower of L x T = 77 x 768:
     000000012.jpg         images; or another extension of IMAGE_KEYS
@@ -12,11 +10,9 @@ In place of latent.npy, the FlowTok release's `token.npy` is read: no header, li
 values of shape (2C, K) = 32 x 77, mean channels first.
 
 A batch has lists of B strings, "key" and "caption"; where a tokenizer is given, "token_ids": B x L
-int64 and "captions_cut": the share that the text tower cuts; "skipped": {reason: count} since the
-last batch of the same worker, with "first_skipped" of a reason that is new: the sample and its
-members; and what its reader says.
-An array whose shape or type does not fit the run stops it; one that is missing, unreadable or not
-finite skips its sample.
+int64 and "captions_cut", the share that the text tower cuts; SampleCounter.tell; and what its
+reader says. An array whose shape or type does not fit the run stops it; one that is missing,
+unreadable or not finite skips its sample.
 """
 
 import io
@@ -123,7 +119,7 @@ def token_reader(
 def caption_reader(config: ReaderConfig, tokenize: Tokenize, with_states: bool) -> Reader:
     """Batches of captions, of any shards that have them; images and latents are not decoded.
 
-    with_states: and "text_states", B x L x T float16. Whose they are, the caller has to know.
+    with_states: as by token_reader, but of every sample.
     """
     decode = partial(decode_caption, with_states)
     return Reader(config, decode, partial(collate_captions, tokenize))
@@ -158,7 +154,7 @@ def decode_caption(
     with_states: bool, source: SourceConfig, sample: dict[str, Any], draws: SampleDraws | None
 ) -> dict[str, Any]:
     """Raw sample -> {"caption", "key"}, and "text_states" L x T float16 with_states."""
-    # Stored states are of the first caption.
+    # stored states are of the first caption
     decoded = take_caption(source, sample, None if with_states else draws)
     if with_states:
         decoded["text_states"] = read_array(sample, "text.npy", (None, None))

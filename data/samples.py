@@ -1,11 +1,9 @@
 """A sample: what is drawn for it, what makes it bad, and how many bad ones stop the run.
 
 The numbers drawn for a sample are a pure function of (seed, epoch, key), whoever reads it, when;
-each use has its own, so that one option does not change what another draws.
-Reasons that start with "filter: " are drops that the user asked for. All others (an image that does
-not decode, a missing caption, a truncated shard) are bad samples; a shard counts as one for
-everything that it did not give. The window of recent samples is not part of a saved position: after
-a resume it starts empty.
+each use has its own, so that one option does not change what another draws. Reasons that start with
+"filter: " are drops that the user asked for; all others are bad samples, whose recent share is no
+part of a saved position: after a resume it starts empty.
 """
 
 import zlib
@@ -75,7 +73,6 @@ class SampleCounter:
             self._add((name, reason))
 
     def usable(self) -> None:
-        """Count a usable sample."""
         self._add(None)
 
     def _add(self, bad: tuple[str, str] | None) -> None:

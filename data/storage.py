@@ -71,6 +71,7 @@ def open_shard(path: str) -> Iterator[BinaryIO]:
     remote = is_remote(path)
     compression = infer_compression(urlsplit(path).path if remote else path)
     unpack = compr[compression] if compression else nullcontext
+    # also what breaks later, while the caller reads: each library has its own errors
     buffer_size = REMOTE_BUFFER if remote else READ_BUFFER
     try:
         with open_file(path, buffer_size) as stored, unpack(stored) as file:
@@ -143,6 +144,7 @@ def is_other(before: str, now: str) -> bool:
 def open_store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL, and the name that the file has there."""
     options = {}
+    # aiohttp's own limit is five minutes for a whole request, however fast
     if path.startswith("http"):
         import aiohttp  # only those that read from servers wait for it
 
@@ -215,6 +217,7 @@ class RemoteFile(io.RawIOBase):
         size = min(size, self._size - self._position)
         if size <= 0:
             return b""
+        # each time from the position: after an error nobody knows where the file stands
         self._file.seek(self._position)
         try:
             data = self._file.read(size)

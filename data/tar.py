@@ -51,6 +51,7 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
 
 def _expand_pattern(pattern: str) -> Iterator[str]:
     folder, rest = split_pattern(os.path.expanduser(pattern))
+    # braces first: of what they give, each has to exist, while a glob gives what exists
     for name in braceexpand(rest, escape=False):
         if is_remote(folder + name):
             yield folder + name

@@ -61,6 +61,7 @@ def start_training_worker(worker: int) -> None:
     start_worker(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # a handler does not know who sent the signal, a thread that waits for it does
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_when_the_trainer_says_so, daemon=True).start()

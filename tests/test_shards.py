@@ -223,6 +223,7 @@ def streams(folder, kind):
         ("fewer, packed", 0, {"text: missing"}),
         ("fewer, broken", 0, {"shard: truncated"}),
         ("mixture, broken", 0, {"text: missing", "shard: truncated"}),
+        ("mixture, broken", 2, {"text: missing", "shard: truncated"}),
     ],
 )
 def test_resuming_after_any_batch_continues_exactly(tmp_path, kind, num_workers, reasons):
@@ -434,10 +435,46 @@ def test_an_epoch_without_a_usable_sample_stops_with_counts_and_the_first_case(t
 @pytest.mark.parametrize("num_workers", [None, 1])  # in order, in a worker
 def test_whoever_reads_stops_at_too_many_bad_samples_with_the_same_words(tmp_path, num_workers):
     paths = make_shards(tmp_path, [200], bad=range(0, 200, 10))
-    message = r"^\w+ \w+ \w+.*: 10 of the last 100 .*text: missing.* \(1 never stops\)$"
+    named = ", ".join(f"{i:05d}" for i in range(0, 50, 10))
+    message = rf"^\w+ \w+ \w+.*: 10 of the last 100 .*text: missing: 10, first 00000 .*: {named}\. "
     batches = read(paths, batch_size=5, max_bad_share=0.05)
     if num_workers:
         batches = iter(make_loader(paths, num_workers, shuffle_buffer=1, max_bad_share=0.05))
     with pytest.raises(ValueError, match=message):
         take(batches, 150)
     assert len(keys_of(read(paths, batch_size=5, max_bad_share=0.2))) == 180
+
+
+def count(bad, max_bad_share, reason="text: missing", total=150):
+    """A counter that has seen `total` samples; those in `bad` were skipped for a reason."""
+    counter = SampleCounter(max_bad_share, "reader 0 of 1")
+    for i in range(total):
+        counter.skip(f"{i:05d}", reason, "members cls") if i in bad else counter.usable()
+    return counter
+
+
+def test_as_many_as_allowed_and_filtered_ones_do_not_stop_it_and_a_share_of_one_never_stops():
+    most = set(range(200)) - {7}
+    for counter, number in (
+        (count({3, 5, 20, 30, 50}, 0.05), 5),
+        (count(most, 1.0), 149),
+        (count(most, 0.05, "filter: min_longer_side"), 149),
+    ):
+        told = counter.tell()
+        (reason,) = counter.first
+        assert told["skipped"] == {reason: number} and told["first_skipped"] == counter.first
+        assert counter.first[reason] in ("00003 (members cls)", "00000 (members cls)")
+        counter.skip("later", reason)
+        assert counter.tell() == {"skipped": {reason: 1}} and counter.tell() == {"skipped": {}}
+
+
+def test_only_the_recent_samples_count():
+    counter = count(range(5), 0.05, total=5)
+    for _ in range(3):
+        for _ in range(980):
+            counter.usable()
+        for _ in range(40):
+            counter.skip("x", "x")
+    with pytest.raises(ValueError, match="51 of the last 1000"):
+        for _ in range(12):
+            counter.skip("x", "x")

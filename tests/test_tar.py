@@ -104,28 +104,20 @@ def test_samples_that_no_reader_could_tell_apart_are_refused(tmp_path, samples, 
     assert not list(tmp_path.iterdir())
 
 
-def header_of(**fields):
-    info = tarfile.TarInfo("a.txt")
-    for name, value in fields.items():
-        setattr(info, name, value)
-    return info.tobuf()
-
-
 def broken_tars(folder):
     """(bytes, reason) of tars that break off or cannot be read; two members of two blocks each."""
     make_shards(folder, [2])
     whole = (folder / "s-000.tar").read_bytes()
-    for length in (0, 100, 512, 515, 1024, 1600, 2048):  # in a header, in data, between members
+    for length in (0, 100, 512, 1024, 1600, 2048):  # in a header, in data, between members
         yield whole[:length], "truncated"
-    for position in (0, 50, 130, 150, 160, 344, 511):
-        changed = bytearray(whole)
-        changed[1024 + position] ^= 1
-        yield bytes(changed), "unreadable"
+    for position in (0, 130, 150, 344, 511):
+        yield whole[: 1024 + position] + b"\x01" + whole[1025 + position :], "unreadable"
+    header = tarfile.TarInfo("a.txt")
+    yield with_size(header.tobuf(), b"-0000000777\0") + bytes(2048), "unreadable"
+    header.type, header.size = tarfile.XHDTYPE, 512
     for records in (b"0 path=x\n", b"99 path=x\n", b"path=x\n", b"\xff" * 9):
-        extended = header_of(type=tarfile.XHDTYPE, size=len(records))
-        yield extended + records.ljust(512, b"\0") + bytes(1024), "unreadable"
-    yield header_of(type=tarfile.XHDTYPE, size=512) * 3000 + bytes(1024), "unreadable"
-    yield with_size(header_of(), b"-0000000777\0") + bytes(2048), "unreadable"
+        yield header.tobuf() + records.ljust(512, b"\0") + bytes(1024), "unreadable"
+    yield header.tobuf() * 3000 + bytes(1024), "unreadable"
     yield gzip.compress(whole) + bytes(2000), "unreadable"
 
 
@@ -170,16 +162,13 @@ def test_a_compressed_shard_reads_like_the_plain_one_and_names_itself_when_broke
 
 
 def test_webdataset_reads_our_shards_and_we_read_its(tmp_path):
-    samples = [
-        {"__key__": f"{i:03d}", "txt": f"text {i}".encode(), "latent.npy": b"x" * i}
-        for i in range(4)
-    ]
+    names = [f"{i:03d}" for i in range(4)]
+    samples = [{"__key__": name, "txt": b"text", "latent.npy": name.encode()} for name in names]
     write_shard(tmp_path / "ours.tar", samples)
     theirs = webdataset.WebDataset(str(tmp_path / "ours.tar"), shardshuffle=False)
     assert [{name: sample[name] for name in samples[0]} for sample in theirs] == samples
     with webdataset.TarWriter(str(tmp_path / "theirs.tar")) as writer:
         for sample in samples:
             writer.write(sample)
-    assert (
-        list(read_shard(tmp_path / "theirs.tar")) == samples
-    )  # equal as dicts: it sorts the parts
+    # equal as dicts: it sorts the parts
+    assert list(read_shard(tmp_path / "theirs.tar")) == samples
