@@ -35,6 +35,7 @@ from data.storage import ShardError, is_remote, open_shard
 from data.tar import one_form, scan_tar
 from data.workers import share_batch, start_worker, with_short_errors
 
+PREFETCH_BATCHES = 2  # batches that each worker keeps ready
 DRAWS_PER_BLOCK = 1024  # of sources, made at once
 AGAIN = "__again__"  # in a raw sample whose key came before in its shard
 LOST_EPOCHS = 10  # in a row in which a reader can read none of its shards; in each it has others
@@ -429,5 +430,6 @@ def build_loader(stream: ShardStream, num_workers: int, pin_memory: bool = False
             worker_init_fn=start_worker,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            prefetch_factor=PREFETCH_BATCHES if num_workers > 0 else None,
             generator=torch.Generator(),  # its own: iter() then takes no number from the global one
         )
