@@ -55,7 +55,6 @@ SCORERS = {  # of pycocoevalcap: module and class; each scores the whole set
 }
 COLUMNS = ("steps", "guidance", "exact_match", *SCORERS)
 PACKAGE = "pycocoevalcap"
-NO_PACKAGE = f"{PACKAGE} is not installed: {programs.INSTALL}"
 NO_JAVA = "there is no Java on this machine"
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 FETCH_MODELS = (
@@ -175,8 +174,7 @@ def describe_protocol(
 
 
 def print_report(report: dict, path: Path) -> None:
-    """A table, why what is null is null, and where the json lies."""
-    # A row a point
+    """A row a point, why what is null is null, and where the json lies."""
     print("  ".join(name.rjust(11) for name in COLUMNS))
     without_flow = {"steps": 0, "guidance": "no flow", **report["without_flow"]}
     for row in [*report["results"], without_flow]:
@@ -212,15 +210,13 @@ class CaptionScorer:
         """{"bleu_4" ... "spice": number or None, "reasons": {name: why}} of a caption an image."""
         tokens = ptb_tokens if self.tokenizer == PTB else simple_tokens
         texts = tokens([[caption] for caption in captions])
-        scores: dict[str, float | None] = {}
-        reasons = {}
+        scores: dict[str, Any] = dict.fromkeys(SCORERS) | {"reasons": {}}
         for name in SCORERS:
             try:
                 scores[name] = 100 * score_texts(name, self.references, texts)
             except (OSError, ValueError, CalledProcessError) as error:
-                scores[name] = None
-                reasons[name] = str(error) or type(error).__name__
-        return scores | {"reasons": reasons}
+                scores["reasons"][name] = str(error) or type(error).__name__
+        return scores
 
 
 def score_texts(name: str, references: Texts, texts: Texts) -> float:
@@ -240,9 +236,10 @@ def score_texts(name: str, references: Texts, texts: Texts) -> float:
 
 def package_folder(needs_java: bool) -> Path:
     """Where pycocoevalcap is; ValueError without it, or without Java where it is needed."""
+    # Without Java the package's own error would be a FileNotFoundError of "java"
     spec = find_spec(PACKAGE)
     if spec is None:
-        raise ValueError(NO_PACKAGE)
+        raise ValueError(f"{PACKAGE} is not installed: {programs.INSTALL}")
     if needs_java and which("java") is None:
         raise ValueError(NO_JAVA)
     return Path(next(iter(spec.submodule_search_locations)))
@@ -254,7 +251,6 @@ def ptb_tokens(texts: Sequence[Sequence[str]]) -> Texts:
     Raises:
         ValueError, OSError: it can't run, and why.
     """
-    # Without Java the package's own error would be a FileNotFoundError of "java"
     package_folder(needs_java=True)
     tokenizer = import_module(f"{PACKAGE}.tokenizer.ptbtokenizer").PTBTokenizer()
     # One text a line

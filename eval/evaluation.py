@@ -38,7 +38,6 @@ from modeling.pipeline import ImageGenerator, SamplingConfig
 from training.pictures import caption_grid, save_png, write_gallery
 
 REPORT = "evaluation.json"
-INPUTS = "inputs.json"
 NUM_SHOWN = 64  # images of the contact sheet and the gallery
 # The fields of a protocol that the images depend on, beside captions and sampling
 IMAGE_FIELDS = ("images_per_caption", "seed", "group_size", "layout")
@@ -156,7 +155,7 @@ def claim_folder(
         "model": model,
     }
     # Written before the first image: an image without it would be of unknown origin
-    file = folder / INPUTS
+    file = folder / "inputs.json"
     if not file.is_file():
         if PartialState().is_main_process:
             write_json(inputs, file)
@@ -209,19 +208,16 @@ def generate_images(
 
 def measure_features(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> Tensor | None:
     """N x D of the feature network, on the main process; None without the network."""
-    net, rule = setup.networks.features, images.protocol.resize
+    net, protocol, device = setup.networks.features, images.protocol, setup.reading.state.device
     if net is None:
         return None
-    device = setup.reading.state.device
-    size = images.protocol.feature_size(setup.image_size)
     # The name says all that the numbers depend on
-    parts = [str(part)[:12] for part in (*net.identity.values(), rule, f"{size}px")]
+    size = protocol.feature_size(setup.image_size)
+    parts = [str(part)[:12] for part in (*net.identity.values(), protocol.resize, f"{size}px")]
+    shown = ImageSet(images.entries(), size, rule=protocol.resize)
+    file = folder / f"{'-'.join(parts)}.npy"
     return measure_once(
-        folder / f"{'-'.join(parts)}.npy",
-        ImageSet(images.entries(), size, rule=rule),
-        lambda batch: net(batch["image"].to(device)),
-        net.width,
-        setup.reading,
+        file, shown, lambda batch: net(batch["image"].to(device)), net.width, setup.reading
     )
 
 
@@ -235,10 +231,8 @@ def measure_cosines(setup: EvaluationSetup, images: ImageFolder, folder: Path) -
         captions = [images.caption(number).text for number in batch["index"]]
         return clip.cosines(batch["image"], captions)
 
-    file = folder / f"clip-{clip.identity}.npy"
-    return measure_once(
-        file, ImageSet(images.entries(), setup.image_size), cosines, 1, setup.reading
-    )
+    shown = ImageSet(images.entries(), setup.image_size)
+    return measure_once(folder / f"clip-{clip.identity}.npy", shown, cosines, 1, setup.reading)
 
 
 def measure_once(

@@ -50,23 +50,19 @@ from training.checkpoint import load_plain
 INCEPTION_WIDTH = 2048  # D
 DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224
 DINO_MEAN, DINO_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
-DOWNLOAD = "; --download fetches it"
-INCEPTION = PublishedWeights(
-    "InceptionV3",
+INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth",
-    "--inception-weights",
-    DOWNLOAD,
+    "weights-inception-2015-12-05-6726825d.pth"
 )
+DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+DOWNLOAD = "; --download fetches it"
+INCEPTION = PublishedWeights("InceptionV3", INCEPTION_URL, "--inception-weights", DOWNLOAD)
 VGG16 = PublishedWeights("VGG16", VGG16_URL, "--vgg-weights", DOWNLOAD)
-DINOV2 = PublishedWeights(
-    "DINOv2",
-    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-    "--dinov2-weights",
-    DOWNLOAD,
-)
 # By the protocol's `features`: where the weights come from; the tokenizer's are the run's own
-PUBLISHED = {"inception": INCEPTION, "dinov2": DINOV2}
+PUBLISHED = {
+    "inception": INCEPTION,
+    "dinov2": PublishedWeights("DINOv2", DINO_URL, "--dinov2-weights", DOWNLOAD),
+}
 
 
 @contextmanager
@@ -138,16 +134,15 @@ class DinoFeatures(FeatureNet):
             # Positions were learned at 518 px and are resized to the grid of 224 px
             net.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, net))
         self.net = net.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(DINO_MEAN).view(3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(DINO_DEVIATION).view(3, 1, 1))
         self.width = net.num_features
         self.identity = {"features": "dinov2", "weights_sha256": file_sha256(weights)}
 
     def forward(self, images: Tensor) -> Tensor:
-        mean, deviation = (
-            torch.tensor(values, device=images.device).view(3, 1, 1)
-            for values in (DINO_MEAN, DINO_DEVIATION)
-        )
         with full_precision(images.device):
-            return self.net(prepare(images.float() / 255, DINO_PIXELS, mean, deviation))
+            pixels = prepare(images.float() / 255, DINO_PIXELS, self.mean, self.deviation)
+            return self.net(pixels)
 
 
 class TokenizerFeatures(FeatureNet):

@@ -130,22 +130,21 @@ class ImageSet(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self.entries[index]
         try:
-            return {"index": index, **self._read(self.entries[index])}
+            parts = read_parts(entry)
+            picture = load_picture(open_image(image_bytes(parts)), self.background)
+            if self.rule == "clean":
+                pixels = clean_resize(np.asarray(picture.image))
+            else:
+                pixels = center_crop(picture, self.image_size, "exact")
+            captions = captions_of(parts, self.caption_keys)
+            return {"index": index, "image": pixels, "caption": next(iter(captions), "")}
         except BadSample as error:
             reason = error.reason
         except OSError as error:
             reason = f"image: unreadable ({type(error).__name__})"
-        return {"index": index, "name": image_name(self.entries[index]), "reason": reason}
-
-    def _read(self, entry: Entry) -> dict[str, Any]:
-        parts = read_parts(entry)
-        picture = load_picture(open_image(image_bytes(parts)), self.background)
-        if self.rule == "clean":
-            pixels = clean_resize(np.asarray(picture.image))
-        else:
-            pixels = center_crop(picture, self.image_size, "exact")
-        return {"image": pixels, "caption": next(iter(captions_of(parts, self.caption_keys)), "")}
+        return {"index": index, "name": image_name(entry), "reason": reason}
 
 
 def clean_resize(image: np.ndarray) -> np.ndarray:

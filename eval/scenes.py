@@ -60,8 +60,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=integer(0), default=0)
     programs.add_sweep_options(parser)
     add("--batch-size", type=integer(1), default=64, help="images at a time")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cuda", "cpu"), default=default)
+    programs.add_device_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -69,9 +68,10 @@ def main(args: argparse.Namespace) -> list[Row]:
     """Measure the ceilings, then each point of the sweep; write and return the table."""
     # What needs no network is checked first
     output = args.output or args.run / "evaluation" / "scenes"
-    check_writable(output / REPORT)
+    data = args.data or args.run / "scenes"
+    programs.check_report(output / REPORT, [str(data)])
     check_writable(output / PICTURE)
-    sets = [read_split(args.data or args.run / "scenes", s, args.captions) for s in EVALUATED]
+    sets = [read_split(data, split, args.captions) for split in EVALUATED]
 
     # The run
     state = programs.start_processes(args.device)
@@ -106,6 +106,7 @@ def main(args: argparse.Namespace) -> list[Row]:
             strips += choose_strips(scenes, images)
     report = {
         "rows": rows,
+        "protocol": {"data": [str(data)]},
         "captions": {scenes.split: len(scenes.texts) for scenes in sets},
         "images_per_caption": args.images_per_caption,
         "seed": args.seed,

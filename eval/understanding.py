@@ -25,12 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.files import check_writable, integer, user_path, write_json
+from data.files import integer, user_path, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import ClipScorer
 from eval.features import number_groups
 from eval.images import ImageSet, choose_images, iterate_images, list_images
-from eval.programs import add_reading_options, build_parser, start_processes
+from eval.programs import (
+    add_reading_options,
+    build_parser,
+    check_report,
+    stage_run,
+    start_processes,
+)
 from eval.report import shrink
 from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tokenizer import ImageTokenizer
@@ -58,9 +64,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Read, fit, measure, write."""
-    run = args.run / "tokenizer" if (args.run / "tokenizer").is_dir() else args.run
+    run = stage_run(args.run, "tokenizer")
     output = args.output or run / "understanding.json"
-    check_writable(output)
+    data_sets = {"train": args.train, "heldout": args.heldout}
+    check_report(output, data_sets)
     device = start_processes(args.device).device
     tokenizer = load_dual_tokenizer(run).to(device)
     config = tokenizer.config
@@ -103,6 +110,7 @@ def main(args: argparse.Namespace) -> None:
             readouts[name] |= {measure: hits.float().mean().item(), f"{measure}_share": share}
             readouts[name][f"{measure}_share_error"] = error
     report = {
+        "protocol": {"data": data_sets},
         "num_train": len(target),
         "num_heldout": len(captions),
         "num_captions": len(texts),

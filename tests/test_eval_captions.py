@@ -240,5 +240,5 @@ def test_wrong_arguments_are_refused_before_any_work(captioner, tmp_path, pictur
             evaluate(captioner, tmp_path, *arguments)
     # The numbers of other data are not replaced
     write_json({"protocol": {"data": ["other.tar"]}}, tmp_path / "report.json")
-    with pytest.raises(ValueError, match="report.json .*--output"):
+    with pytest.raises(ValueError, match="report.json .*other data"):
         evaluate(captioner, tmp_path, tmp_path / "whole.tar")

@@ -267,7 +267,7 @@ def test_impossible_arguments_are_refused_before_any_work(
 
 def test_a_report_of_other_data_is_not_replaced(run, photos, whole):
     before = read(whole)
-    with refusal(f"{whole}/report.json", "--output"):
+    with refusal(f"{whole}/report.json"):
         report(run, photos, whole, "--limit", LIMIT)
     assert read(whole) == before
 
