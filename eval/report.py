@@ -91,11 +91,9 @@ def main(config: ReportStage) -> None:
         return
 
     # Images and captions, and what is retrieved from
-    train = read_all(config, parts, config.train_shards)
-    heldout = read_all(config, parts, config.heldout_shards)
-    sets = [train, heldout]
-    if config.distractor_shards:
-        sets.append(read_all(config, parts, config.distractor_shards))
+    named = (config.train_shards, config.heldout_shards, config.distractor_shards)
+    sets = [read_all(config, parts, shards) for shards in named if shards]
+    train, heldout = sets[:2]
     pool = build_pool(config, parts, sets)
     num_train = len(train["caption"])
     chosen = spread_evenly(num_train, config.num_train_captions)
@@ -119,12 +117,12 @@ def main(config: ReportStage) -> None:
             "left_out_mse": ridge.error,
         },
     }
+    own_heldout = torch.arange(len(heldout["caption"])) + num_train
     for name, samples, own in (
         ("train", shown_train, torch.tensor(chosen)),
-        ("heldout", heldout, torch.arange(len(heldout["caption"])) + num_train),
+        ("heldout", heldout, own_heldout),
     ):
-        measured = measure_set(parts, sampling, ridge, samples, pool, own)
-        for suffix, values, images in measured:
+        for suffix, values, images in measure_set(parts, sampling, ridge, samples, pool, own):
             report[name + suffix] = values
             if not suffix:
                 save_pairs(samples, images, pictures[name])

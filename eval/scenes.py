@@ -132,26 +132,26 @@ def measure_split(
     args: argparse.Namespace,
 ) -> tuple[list[Row], Tensor]:
     """(a row for each set of images, those generated at the last point)."""
+
+    def row_of(kind: str, facts: judge.Facts, **settings: Any) -> Row:
+        return {"split": scenes.split, "images": kind} | settings | measure(scenes, facts, real)
+
     # The ceilings. Half of the real images is compared with the other half
     real = read(net, scenes.images, args.batch_size)
-    row = measure(scenes, real, real)
     halves = rearrange(real.features, "(n m) d -> m n d", n=len(scenes.texts)).chunk(2)
-    row |= {"kid": distance(*(half.flatten(0, 1) for half in halves)) if len(halves) == 2 else None}
-    rows = [{"split": scenes.split, "images": "real"} | row]
+    kid = distance(*(half.flatten(0, 1) for half in halves)) if len(halves) == 2 else None
     rebuilt = read(net, reconstruct(generator, scenes, args.batch_size), args.batch_size)
-    rows += [{"split": scenes.split, "images": "reconstructed"} | measure(scenes, rebuilt, real)]
+    rows = [row_of("real", real) | {"kid": kid}, row_of("reconstructed", rebuilt)]
 
     # The run's own, without the flow and with it
     if isinstance(generator, ImageGenerator) and generator.flow.config.source == "text":
-        starts = read(net, decode_starts(generator, scenes), args.batch_size)
-        rows += [{"split": scenes.split, "images": "start"} | measure(scenes, starts, real)]
+        rows.append(row_of("start", read(net, decode_starts(generator, scenes), args.batch_size)))
     for sampling in points:
         start = time.perf_counter()
         images = generate(generator, scenes, sampling, args)
         rate = len(images) / (time.perf_counter() - start)
-        row = {"split": scenes.split, "images": "generated", "steps": sampling.steps}
-        row |= {"guidance": sampling.guidance}
-        row |= measure(scenes, read(net, images, args.batch_size), real)
+        settings = {"steps": sampling.steps, "guidance": sampling.guidance}
+        row = row_of("generated", read(net, images, args.batch_size), **settings)
         rows.append(row | {"images_per_second": rate})
     return rows, images
 
