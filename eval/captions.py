@@ -248,8 +248,7 @@ def package_folder(needs_java: bool) -> Path:
 def ptb_tokens(texts: Sequence[Sequence[str]]) -> Texts:
     """Texts of each image, split as the COCO caption evaluation does, without punctuation.
 
-    Raises:
-        ValueError, OSError: it can't run, and why.
+    ValueError, OSError: it can't run, and why.
     """
     package_folder(needs_java=True)
     tokenizer = import_module(f"{PACKAGE}.tokenizer.ptbtokenizer").PTBTokenizer()

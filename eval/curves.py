@@ -35,8 +35,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Read all logs, then draw.
 
-    Raises:
-        ValueError: a run without a log, one named twice, or no matplotlib.
+    ValueError: a run without a log, one named twice, or no matplotlib.
     """
     output = args.output or args.runs[0] / "curves.png"
     if output.suffix.lower() != ".png":
@@ -91,11 +90,7 @@ def save_lines(curves: Mapping[str, Curve], x_name: str, y_name: str, path: Path
 
 
 def save_panels(rows: Mapping[str, Mapping[str, Mapping[str, Curve]]], path: Path) -> None:
-    """A panel for each value of each stage, wrapped; a run has one colour in all.
-
-    Args:
-        rows: stage -> value -> run -> curve.
-    """
+    """A panel for each value of each stage, wrapped. rows: stage -> value -> run -> curve."""
     from matplotlib.figure import Figure
 
     # A run has its colour also where a panel lacks it

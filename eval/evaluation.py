@@ -177,8 +177,7 @@ def generate_images(
 ) -> tuple[int, float]:
     """Make this process's share of the absent images: (how many, seconds from text to pixels).
 
-    Raises:
-        FloatingPointError: an image is not finite.
+    FloatingPointError: an image is not finite.
     """
     # Groups are dealt out to the processes in turn
     state, protocol, made, seconds = PartialState(), images.protocol, 0, 0.0
@@ -240,8 +239,7 @@ def measure_once(
 ) -> Tensor | None:
     """N x width of a set of images, kept in a file; every process calls it, the main one gets it.
 
-    Raises:
-        ValueError: naming damaged images, or a damaged file.
+    ValueError: naming damaged images, or a damaged file.
     """
     # One process's look counts: a file may appear between two looks
     state = reading.state

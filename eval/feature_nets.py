@@ -201,8 +201,7 @@ class ClipScorer:
 def tensors_of(weights: Path, net: str) -> Iterator[dict[str, Tensor]]:
     """To build a net in: tensors by name of what torch.save wrote; nothing in it is executed.
 
-    Raises:
-        ValueError: no such file, truncated, more than tensors, or those of another net.
+    ValueError: no such file, truncated, more than tensors, or those of another net.
     """
     tensors = load_plain(weights)
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
@@ -228,15 +227,10 @@ class Networks:
 def load_networks(
     protocol: Protocol, generator: ImageGenerator, paths: Mapping[str, str | None], download: bool
 ) -> Networks:
-    """What the protocol's metrics need.
+    """What the protocol's metrics need; ValueError: damaged weights, another net's, no such file.
 
-    Args:
-        generator: the run's, for its own tokenizer and CLIP.
-        paths: files of weights by PUBLISHED's names; without one torch's cache.
-        download: absent weights into torch's and the hub's cache.
-
-    Raises:
-        ValueError: weights of another net, damaged ones, or no file at a given path.
+    generator: the run's, for its own tokenizer and CLIP. paths: files of weights by PUBLISHED's
+    names; without one torch's cache. download: absent weights into torch's and the hub's cache.
     """
     found, state, file, kind = Networks(), PartialState(), None, protocol.features
     needs_features = bool({*protocol.metrics} - {"clip_score"})

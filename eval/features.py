@@ -130,8 +130,7 @@ class FeatureSet:
     def load(path: Path) -> "FeatureSet":
         """Read a statistics file, ours or another code's. Nothing in it is executed.
 
-        Raises:
-            ValueError: no such file, truncated, or not of this form.
+        ValueError: no such file, truncated, or not of this form.
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
@@ -158,13 +157,10 @@ class FeatureSet:
 def extract_features(
     images: ImageSet, extract: BatchFn, width: int, reading: Reading, keep: bool = True
 ) -> tuple[FeatureStatistics, list[tuple], list[tuple[str, str]]]:
-    """Features of a set of images, of all processes.
+    """Features of a set of images, of all processes; keep: of each image, not only their sums.
 
-    keep: the features of each image, not only their sums.
-
-    Returns:
-        The features' sums; of each readable image, in order, its number in the set, the hash of its
-        pixels, and its features (`width` float32, or None); (name, reason) of the unreadable ones.
+    Returns the features' sums; of each readable image, in order, its number in the set, the hash of
+    its pixels, and its features (`width` float32, or None); (name, reason) of the unreadable ones.
     """
     # This process's share
     statistics = FeatureStatistics(width, reading.state.device)
@@ -236,10 +232,7 @@ def load_reference(
 ) -> FeatureSet | None:
     """The protocol's statistics file, or its images, listed and measured; None without either.
 
-    Without a network it is only read or listed: what is not there is an error at once.
-
-    Raises:
-        ValueError: the reference can't serve.
+    Without a network it is only read or listed. ValueError: the reference can't serve.
     """
     # Listing is quick, and finds a wrong name before networks run
     path = protocol.statistics_file

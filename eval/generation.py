@@ -47,8 +47,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
     add("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
-    help_text = "a YAML file, or a name: coco30k, mjhq30k, emoji, geneval"
-    add("--protocol", required=True, help=help_text)
+    add("--protocol", required=True, help="a YAML, or a name: coco30k, mjhq30k, emoji, geneval")
     add("--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN")
     add("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
     programs.add_sweep_options(parser)
@@ -180,10 +179,8 @@ class FlowEvaluation:
     """(EMA weights, step) -> metrics of a protocol; report and pictures: RUN/evaluation/step_*.
 
     All processes take part. Captions and reference are read once; networks and sums are made anew
-    each time, so that nothing passes from one evaluation to the next.
-
-    Raises:
-        ValueError: captions, reference or weights that are absent or can't serve.
+    each time, so that nothing passes from one evaluation to the next. ValueError: captions,
+    reference or weights that are absent or can't serve.
     """
 
     config: EvaluationConfig

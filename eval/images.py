@@ -46,8 +46,7 @@ SILENCE = f"no batch of images for {TIMEOUT_MINUTES:g} minutes"
 def list_images(data: Sequence[str]) -> list[Entry]:
     """Images of folders (with sub-folders) and local tar shards (paths, braces, globs), in order.
 
-    Raises:
-        ValueError: no such folder or shard, a broken shard, no image, or an image named twice.
+    ValueError: no such folder or shard, a broken shard, no image, or an image named twice.
     """
     entries, seen = [], set()
     for name in map(os.path.expanduser, data):
@@ -230,8 +229,7 @@ def caption_images(
 ) -> Iterator[dict[str, Any]]:
     """Batches of iterate_images with images in [0, 1] and the captions that are read in them.
 
-    Raises:
-        ValueError: an image that was named itself cannot be read.
+    ValueError: an image that was named itself cannot be read.
     """
     images = ImageSet(entries, captioner.tokenizer.config.image_size)
     # An image that was named itself comes with its captions known: none

@@ -145,8 +145,7 @@ def cell_centres(device: torch.device) -> Tensor:
 def load_judge(device: torch.device | str = "cpu") -> Judge:
     """The trained judge.
 
-    Raises:
-        ValueError: data/scenes.py has other shapes, colours or backgrounds now.
+    ValueError: data/scenes.py has other shapes, colours or backgrounds now.
     """
     with safe_open(WEIGHTS, framework="pt") as file:
         known = file.metadata()
@@ -276,10 +275,7 @@ def spread(facts: Facts, wanted: Wanted) -> float | None:
 
     The mean distance of two images of a caption that have as many objects as it names: from each
     object to the nearest of the other image, by centre and diameter (shares of the image's side).
-
-    Args:
-        facts: of N x M images; those of a caption follow each other.
-        wanted: of the N captions.
+    facts: of N x M images, those of a caption one after the other; wanted: of the N captions.
     """
     # Captions x images x objects
     present = facts.present.unflatten(0, (len(wanted.relation), -1))

@@ -90,8 +90,7 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
 def start_processes(device: str) -> PartialState:
     """Join the launcher's processes.
 
-    Raises:
-        ValueError: a GPU is wanted and there is none, or another engine than DDP.
+    ValueError: a GPU is wanted and there is none, or another engine than DDP.
     """
     refuse_engines()
     if device == "cuda" and not torch.cuda.is_available():

@@ -132,9 +132,8 @@ def protocol_file(name: str) -> Path:
 def read_captions(protocol: Protocol) -> list[Caption]:
     """The captions of a protocol, in order.
 
-    Raises:
-        ValueError: none named, no such file, an empty caption, not as many as the protocol wants,
-            or such that its layout or its metrics can't use them.
+    ValueError: none named, no such file, an empty one, not as many as the protocol wants, or such
+    that its layout or its metrics can't use them.
     """
     if not protocol.captions:
         raise ValueError("no captions: add captions=[FILE] (the protocol says which)")

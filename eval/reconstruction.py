@@ -51,14 +51,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="stage-1 run folder, or an experiment folder")
-    help_text = "folder of images, or tar shards: paths, braces, globs"
-    add("data", nargs="+", metavar="DATA", help=help_text)
+    add("data", nargs="+", metavar="DATA", help="folders of images, or tar shards")
     add("--output", type=user_path, help="the json; default: reconstruction.json in the run folder")
     add("--limit", type=integer(1), help="only the first images, so many")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer")
     add("--vgg-weights", metavar="FILE", help="VGG16 of LPIPS; default: torch's cache")
-    help_text = "folder for a picture of the first pairs"
-    add("--save-images", type=user_path, metavar="DIR", help=help_text)
+    add("--save-images", type=user_path, metavar="DIR", help="for a picture of the first pairs")
     programs.add_reading_options(parser, BATCH_SIZE, "images at a time and process")
     programs.add_weights_options(parser)
     return parser.parse_args(arguments)
@@ -139,8 +137,7 @@ class Reconstructor:
     def __call__(self, images: Tensor, captions: list[str]) -> Tensor:
         """B x 3 x R x R uint8 -> the same, from the posterior's mean, clamped and rounded.
 
-        Raises:
-            FloatingPointError: a reconstruction is not finite.
+        FloatingPointError: a reconstruction is not finite.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             text_states = self.text_encoder(self.text_encoder.tokenize(captions).to(images.device))
@@ -152,8 +149,7 @@ class Reconstructor:
 def load_reconstructor(run: Path, device: torch.device, bf16: bool) -> Reconstructor:
     """The EMA tokenizer of a run and its text tower.
 
-    Raises:
-        ValueError: no checkpoint, or another text tower than the tokenizer's.
+    ValueError: no checkpoint, or another text tower than the tokenizer's.
     """
     tokenizer, text_encoder = load_any_tokenizer(run).to(device), find_text_encoder(run)
     # A converted run may name another tower than its decoder was made for; a dual one reads no text
@@ -179,12 +175,8 @@ def measure_reconstructions(
 ) -> tuple[dict[str, float | None], dict[str, int], list[tuple[str, str]]]:
     """Reconstruct and measure a set of images, which the processes share; all must call it.
 
-    Returns:
-        Over all processes metrics (None: not measured, or not defined) and counts; (name, reason)
-        of each of this one's images that could not be read.
-
-    Raises:
-        ValueError: not one image could be read.
+    Returns metrics (None: not measured, or not defined) and counts over all processes; (name,
+    reason) of each of this one's images that could not be read. ValueError: that is all of them.
     """
     # Sums stay on the device, so that nothing waits for them
     state, skipped = reading.state, []

@@ -137,9 +137,7 @@ def measure_set(
 ) -> Iterator[tuple[str, dict, Tensor]]:
     """(suffix, figures, images) of the run, of its source alone, and of the ridge.
 
-    Args:
-        samples: image N x 3 x R x R and captions.
-        own: their N places in the pool.
+    samples: image N x 3 x R x R and captions; own: their N places in the pool.
     """
     # The run, from text states on
     states = encode_texts(parts, samples["caption"])

@@ -172,8 +172,7 @@ class Scenes:
 def read_split(folder: Path, split: str, most: int | None) -> Scenes:
     """The first captions of a split, with their images, off its shards.
 
-    Raises:
-        ValueError: no such shards, or not all of them.
+    ValueError: no such shards, or not all of them.
     """
     # Gathered by the captions' numbers, in whatever order samples come
     about: dict[int, dict[str, Any]] = {}

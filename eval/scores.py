@@ -171,10 +171,8 @@ def fidelity() -> ModuleType:
 def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
     """Share of queries whose own image is the nearest of the pool, or among the five nearest.
 
-    Args:
-        queries: N x ... pool: M x ...
-        groups: M numbers, equal for images that count as the same.
-        own: N indices into the pool.
+    queries: N x ..., pool: M x ..., own: N indices into it. groups: M numbers, equal for images
+    that count as the same.
     """
     # Rows of the distance matrix a few at a time
     pool, nearest = pool.flatten(1).double(), []

@@ -44,12 +44,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=user_path, metavar="RUN", help="experiment, or tokenizer's run")
     add("--experiment", default="probe_scenes", help="of configs/; default: %(default)s")
-    help_text = "of the shards that the experiment reads; default: scenes in RUN"
-    add("--data", type=user_path, metavar="DIR", help=help_text)
-    help_text = "shards of images for the regression; default: new-*.tar in DIR"
-    add("--heldout", nargs="+", metavar="SHARDS", help=help_text)
+    add("--data", type=user_path, metavar="DIR", help="what it reads; default: scenes in RUN")
+    add("--heldout", nargs="+", metavar="SHARDS", help="images; default: new-*.tar in DIR")
     add("--protocol", help="of eval.generation; default: the data are scenes")
-    help_text = "images that the regression is fitted on, and as many held-out ones at most"
+    help_text = "that the regression is fitted on, and at most as many held-out ones"
     add("--num-images", type=integer(2), default=3000, help=help_text)
     add("--captions", type=integer(1), default=128, help="of each split of scenes")
     programs.add_device_option(parser)
@@ -96,8 +94,7 @@ def probe(args: argparse.Namespace, run: Path, data: Path, heldout: list[str]) -
 def train_flow(experiment: str, folder: Path, tokenizer: Path, data: Path) -> None:
     """Run the stages of the experiment, or what is left of them.
 
-    Raises:
-        SystemExit: with the status of a stage that did not end well.
+    SystemExit: with the status of a stage that did not end well.
     """
     command = [sys.executable, "-m", "scripts.run_experiment", experiment]
     command += [f"experiment_dir={folder}", f"tokenizer_run={tokenizer}", f"data_dir={data}"]

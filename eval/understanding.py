@@ -52,9 +52,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="run of a dual tokenizer, or an experiment")
-    help_text = "folders or tar shards: paths, braces, globs"
-    add("--train", nargs="+", required=True, metavar="DATA", help=help_text)
-    add("--heldout", nargs="+", required=True, metavar="DATA", help=help_text)
+    add("--train", nargs="+", required=True, metavar="DATA", help="folders or tar shards")
+    add("--heldout", nargs="+", required=True, metavar="DATA", help="folders or tar shards")
     add("--flowtok", type=user_path, metavar="RUN", help="a FlowTok tokenizer beside it")
     add("--num-train", type=integer(2), default=MAX_TRAIN, help="evenly spaced training images")
     add("--output", type=user_path, help="default: understanding.json in the run folder")

@@ -303,11 +303,10 @@ def compare(a: dict, b: dict) -> bool:
 
 def main() -> None:
     parser = build_parser(__doc__)
-    parser.add_argument("out", type=Path, nargs="?", help="JSON file to write")
-    help_text = "new folder for the runs; default: a temporary one"
-    parser.add_argument("--folder", type=Path, help=help_text)
-    help_text = "records to compare"
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help=help_text)
+    add = parser.add_argument
+    add("out", type=Path, nargs="?", help="JSON file to write")
+    add("--folder", type=Path, help="new folder for the runs; default: a temporary one")
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="records to compare")
     args = parser.parse_args()
     if args.compare:
         sys.exit(not compare(*(json.loads(path.read_text()) for path in args.compare)))

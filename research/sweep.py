@@ -69,11 +69,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what is left, then write.
+    """Run what is left, then write; SystemExit: a run failed.
 
-    Raises:
-        ValueError: a wrong file, an unknown variant, or folders that another command made.
-        SystemExit: a run failed.
+    ValueError: a wrong file, an unknown variant, or folders that another command made.
     """
     sweep = load_sweep(args.file)
     output = args.output or ROOT / "runs" / "sweeps" / args.file.stem
@@ -144,8 +142,7 @@ def load_sweep(path: Path) -> SweepConfig:
 def command_of(sweep: SweepConfig, variant: str, seed: int, folder: Path) -> list[str]:
     """train_flowtok.sh with everything of a run.
 
-    Raises:
-        ValueError: an override that a stage refuses, or a budget of not one step.
+    ValueError: an override that a stage refuses, or a budget of not one step.
     """
     overrides = sweep.overrides + sweep.variants[variant]
     words = [sweep.experiment, *overrides]
