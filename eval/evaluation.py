@@ -1,12 +1,7 @@
 """One evaluation of generated images: a folder of images, of their features, and evaluation.json.
 
 eval/generation.py runs it, as a program and while stage 3 trains. All processes take part; only the
-main one writes the report.
-
-Image i is a function of (seed, i): the networks always see the same `group_size` consecutive images
-together, so that neither the batch size nor the number of processes changes a bit on the CPU (with
-equal threads). Images that exist are not made again. On several machines the folder must be one
-that all of them see.
+main one writes the report. On several machines the folder must be one that all of them see.
 """
 
 import io
@@ -179,7 +174,9 @@ def generate_images(
 
     FloatingPointError: an image is not finite.
     """
-    # Groups are dealt out to the processes in turn
+    # An image is a function of (seed, its number): the networks always see the same group_size
+    # images together, so that neither the batch size nor the number of processes changes a bit on
+    # the CPU (with equal threads). Groups are dealt out to the processes in turn
     state, protocol, made, seconds = PartialState(), images.protocol, 0, 0.0
     starts = range(0, len(images), protocol.group_size)
     own = starts[state.process_index :: state.num_processes]
@@ -226,6 +223,7 @@ def measure_cosines(setup: EvaluationSetup, images: ImageFolder, folder: Path) -
     if clip is None:
         return None
 
+    # At full size: CLIP has its own preprocessing
     def cosines(batch: dict[str, Any]) -> Tensor:
         captions = [images.caption(number).text for number in batch["index"]]
         return clip.cosines(batch["image"], captions)
@@ -247,6 +245,7 @@ def measure_once(
     if not is_there:
         _, rows, skipped = extract_features(images, extract, width, reading)
         refuse_damaged(skipped)
+        # What was measured stays: another metric, or a sweep's next call, needs no network
         if state.is_main_process:
             buffer = io.BytesIO()
             np.save(buffer, np.stack([features for _, _, features in rows]))
@@ -278,6 +277,7 @@ def write_pictures(
     [batch] = iterate_images(ImageSet(entries, setup.image_size), NUM_SHOWN)
     refuse_damaged(batch["skipped"])
     save_png(caption_grid(batch["image"] / 255, captions, columns=8), folder / "samples.png")
+    # The page holds its images, so that it can be sent
     settings = {**report["sampling"], "seed": images.protocol.seed}
     settings["checkpoint"] = report["model"]["checkpoint"]
     settings |= {name: value for name, value in report["metrics"].items() if value is not None}

@@ -1,16 +1,8 @@
 """The frozen networks that images are measured with, in float32 and without gradient.
 
-Inception  InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
-           TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the
-           features after the last pooling.
-DINOv2     ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm,
-           for the Frechet distance of Stein et al. 2023.
-Tokenizer  the latent means of the run's own image tokenizer.
-CLIP       cosine of image and caption for the CLIP score of Hessel et al. 2021. Images go through
-           its own preprocessing at their full size; captions have no prefix and are cut to its
-           context.
-Weights come from a path or torch's cache; nothing is downloaded unless asked for, nothing in a file
-is executed.
+Features for distances between sets of images (Inception, DINOv2, the run's own tokenizer), and
+CLIP's cosine of an image and its caption. Weights come from a path or torch's cache; nothing is
+downloaded unless asked for, nothing in a file is executed.
 """
 
 import hashlib
@@ -80,6 +72,9 @@ class FeatureNet(nn.Module):
     identity: dict[str, Any]  # plain values; features of equal ones may be compared
 
 
+# InceptionV3 of 2015 as torch-fidelity runs it for FID: bytes are resized to 299 px as TensorFlow 1
+# does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, and the features are those
+# after the last pooling. Published numbers hold only with exactly these steps.
 class InceptionFeatures(FeatureNet):
     """Also takes float32 in [0, 255] as it is: B x 3 x 299 x 299, already resized (clean-fid)."""
 
@@ -119,6 +114,8 @@ class InceptionFeatures(FeatureNet):
         return features.to(weight) @ weight.T
 
 
+# ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm: for the
+# Frechet distance of Stein et al. 2023.
 class DinoFeatures(FeatureNet):
     """The class token, D = 1024."""
 
@@ -159,6 +156,8 @@ class TokenizerFeatures(FeatureNet):
         return self.tokenizer.encode(images.float() / 255).mean.flatten(1).float()
 
 
+# For the CLIP score of Hessel et al. 2021. Images go through its own preprocessing at their full
+# size; captions have no prefix and are cut to its context.
 class ClipScorer:
     """Images and captions -> cosines, by any CLIP of open_clip in float32."""
 
@@ -232,6 +231,7 @@ def load_networks(
     generator: the run's, for its own tokenizer and CLIP. paths: files of weights by PUBLISHED's
     names; without one torch's cache. download: absent weights into torch's and the hub's cache.
     """
+    # The CLIP score alone needs no features
     found, state, file, kind = Networks(), PartialState(), None, protocol.features
     needs_features = bool({*protocol.metrics} - {"clip_score"})
     # One process a machine downloads, the others find the files

@@ -2,9 +2,8 @@
 
     d^2 = |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))
 
-m, C: mean and covariance (n - 1) of D features. Heusel et al. 2017 on Inception features: FID.
-Everything is float64. A statistics file is an npz with `mu`, `sigma`, `count` and `description`, on
-request with `features` (N x D). Files of other codes with only `mu` and `sigma` are read as well.
+m, C: mean and covariance (n - 1) of D features, float64. Heusel et al. 2017 on Inception features:
+FID.
 """
 
 import hashlib
@@ -101,9 +100,8 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     return (shift + traces - 2 * root_trace).item()
 
 
-# Statistics files
-
-
+# A statistics file is an npz with `mu`, `sigma`, `count` and `description`, on request with
+# `features` (N x D). Files of other codes with only `mu` and `sigma` are read as well.
 @dataclass(frozen=True)
 class FeatureSet:
     """Features of N images, as a statistics file keeps them."""
@@ -140,7 +138,6 @@ class FeatureSet:
 
     @staticmethod
     def _parse(arrays: Mapping[str, np.ndarray]) -> "FeatureSet":
-        # Only mean and covariance are in every code's files
         mean = torch.from_numpy(arrays["mu"].astype(np.float64))
         covariance = torch.from_numpy(arrays["sigma"].astype(np.float64))
         count = int(arrays["count"]) if "count" in arrays else None
@@ -189,6 +186,7 @@ def measure_reference(
     statistics, rows, skipped = extract_features(
         images, lambda batch: net(batch["image"].to(device)), net.width, reading, keep
     )
+    # A covariance of fewer than two images is not defined
     if len(rows) < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
         raise ValueError(f"reference: {len(rows)} readable images, expected at least 2 ({reasons})")

@@ -1,8 +1,7 @@
 """Images to measure or to caption: files, folders, tar shards -> batches of all processes.
 
 The data is listed before anything is read: an image's number depends only on the data, and a broken
-shard stops an evaluation before it starts. Process r of P reads the images r, r + P, ...: none
-twice, and none to fill a batch.
+shard stops an evaluation before it starts.
 """
 
 import os
@@ -139,6 +138,7 @@ class ImageSet(Dataset):
                 pixels = center_crop(picture, self.image_size, "exact")
             captions = captions_of(parts, self.caption_keys)
             return {"index": index, "image": pixels, "caption": next(iter(captions), "")}
+        # Not raised: a worker's exception would end the whole evaluation
         except BadSample as error:
             reason = error.reason
         except OSError as error:
@@ -181,7 +181,8 @@ def iterate_images(
         ChildProcessError: a reading process died.
         ValueError: no room for a batch in shared memory.
     """
-    # A sampler of our own: torch's repeats images so that all processes get equally many
+    # Process r of P reads the images r, r + P, ...: torch's own sampler would repeat some, so that
+    # all processes get equally many
     rank, num_processes = (state.process_index, state.num_processes) if state else (0, 1)
     loader = DataLoader(
         images,

@@ -1,13 +1,7 @@
 """Reads the facts off images of scenes (data/scenes.py), and says which of a caption's are right.
 
-    facts = load_judge()(images)
-    verdicts = right(facts, wanted_by(statements))  # {"shape": B bool, ..., "all": B bool}
-
-The judge is a convolutional net that research/train_judge.py trains on scenes of any objects in any
-number, so that it knows no rule of what goes together, on what has another outline, and on images
-laid over each other, whose objects do not count; assets/scenes/judge.safetensors. For each cell of
-an 8 x 8 grid it says how near the centre of an object is, and of which shape, colour, place and
-size that object is (Zhou et al. 2019, "Objects as Points").
+facts = load_judge()(images)
+verdicts = right(facts, wanted_by(statements))  # {"shape": B bool, ..., "all": B bool}
 """
 
 from collections.abc import Sequence
@@ -73,6 +67,11 @@ def joined(parts: Sequence[Facts]) -> Facts:
     return Facts(*map(torch.cat, zip(*parts)))
 
 
+# A convolutional net that research/train_judge.py trains on scenes of any objects in any number, so
+# that it knows no rule of what goes together, on what has another outline, and on images laid over
+# each other, whose objects do not count. For each cell of an 8 x 8 grid it says how near the centre
+# of an object is, and of which shape, colour, place and size that object is (Zhou et al. 2019,
+# "Objects as Points").
 class Judge(nn.Module):
     """Images -> facts."""
 
@@ -154,6 +153,7 @@ def load_judge(device: torch.device | str = "cpu") -> Judge:
             f"{WEIGHTS} knows {known}, data/scenes.py has {contents()}: train it anew "
             "(research/train_judge.py)"
         )
+    # Statistics of its batch norms are those of training: eval mode
     judge = Judge()
     judge.load_state_dict(load_file(WEIGHTS))
     return judge.to(device).eval().requires_grad_(False)
@@ -179,6 +179,7 @@ def wanted_by(statements: Sequence[Statement]) -> Wanted:
     def index(names: Sequence[str], name: str | None) -> int:
         return -1 if name is None else tuple(names).index(name)
 
+    # Objects in a relation are one of each kind; others are several of one kind
     kinds = [(said.objects[0], said.objects[-1]) for said in statements]
     numbers = [(1, 1) if said.relation else (len(said.objects), 0) for said in statements]
     return Wanted(

@@ -1,8 +1,7 @@
 """An evaluation of generated images as a small YAML that other code could follow.
 
-A FID depends on captions, reference, resize, weights, guidance, steps and sampler: each is a field
-here. eval/protocols holds the protocols that papers report. Captions come from a text file, a
-jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and shards.
+eval/protocols holds the protocols that papers report. Captions come from a text file, a jsonl,
+COCO's or MJHQ-30K's json, or from the samples of folders and shards.
 """
 
 import hashlib
@@ -26,6 +25,7 @@ FOLDER = Path(__file__).parent / "protocols"
 METRICS = ["frechet", "kid", "inception_score", "precision_recall", "retrieval", "clip_score"]
 
 
+# A FID depends on captions, reference, resize, weights, guidance, steps and sampler: all are fields
 @dataclass
 class Protocol:
     """Captions, reference, sampling and metrics of one evaluation."""

@@ -204,6 +204,7 @@ def measure_reconstructions(
     if inception:
         real, rebuilt = real.over_processes(), rebuilt.over_processes()
         rfid = frechet_distance(real.gaussian(), rebuilt.gaussian()) if count > 1 else None
+    # Means over images, not over batches, whose last one is short
     metrics = {
         "rfid": rfid,
         "psnr_db": psnr_sum / different if different else None,
@@ -227,6 +228,7 @@ def sum_pairs(
     Number of images, of those with a caption, and of those unlike their reconstruction; sums of
     PSNR (over the last), SSIM and LPIPS.
     """
+    # Both are bytes: papers measure what a file would hold
     x, y = originals.double() / 255, reconstructions.double() / 255
     decibels = psnr(x, y)
     differ = decibels.isfinite()  # identical pairs have no PSNR

@@ -1,7 +1,6 @@
 """Metrics: of the features of generated and real images, and of pairs of images.
 
-A metric of a protocol that can't be computed is null, with the reason; the others are there all the
-same. Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
+Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
 features, in float64.
 """
 
@@ -40,6 +39,7 @@ class Measured:
 
 def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[str, str]]:
     """(metrics by name, why one is null)."""
+    # What can't be computed is null, and the others are there all the same: hours went into them
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     for metric in measured.protocol.metrics:
