@@ -202,13 +202,13 @@ def test_captions_beside_images_reach_the_text_encoder_and_what_is_unreadable_is
 
 
 def test_identical_pairs_are_counted_and_left_out_of_psnr(run, photos, tmp_path, monkeypatch):
-    def copy_all_but_the_first(self, images, captions):
-        return torch.cat([255 - images[:1], images[1:]])
+    def all_but(number):
+        return lambda self, images, captions: torch.cat([255 - images[:number], images[number:]])
 
-    monkeypatch.setattr(Reconstructor, "__call__", copy_all_but_the_first)
+    monkeypatch.setattr(Reconstructor, "__call__", all_but(1))
     found = report(run, photos, tmp_path)
     assert found["num_identical"] == 3 and 0 < found["metrics"]["psnr_db"] < 60
-    monkeypatch.setattr(Reconstructor, "__call__", lambda self, images, captions: images)
+    monkeypatch.setattr(Reconstructor, "__call__", all_but(0))
     found = report(run, photos, tmp_path)
     assert (found["metrics"]["psnr_db"], found["metrics"]["ssim"]) == (None, pytest.approx(1))
     assert "identical" in found["missing"]["psnr_db"]
@@ -234,19 +234,15 @@ def test_the_json_goes_into_the_stage_1_run_of_an_experiment(chain, tiny_shards,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--vgg-weights", "/nowhere/vgg.pth"], ["--vgg-weights", "/nowhere/vgg.pth"]),
-        (["--output", "/"], ["/"]),
-        (["--save-images", "/dev/null"], ["/dev/null"]),
-    ],
+    ("option", "value"),
+    [("--vgg-weights", "/nowhere/vgg.pth"), ("--output", "/"), ("--save-images", "/dev/null")],
 )
 def test_impossible_arguments_are_refused_before_any_work(
-    run, tiny_shards, tmp_path, monkeypatch, arguments, parts
+    run, tiny_shards, tmp_path, monkeypatch, option, value
 ):
     monkeypatch.setattr(reconstruction, "measure_reconstructions", None)
-    with refusal(*parts):
-        report(run, tiny_shards / "*.tar", tmp_path, *arguments)
+    with refusal(value):
+        report(run, tiny_shards / "*.tar", tmp_path, option, value)
     assert not list(tmp_path.iterdir())
 
 
@@ -259,9 +255,7 @@ def test_a_report_of_other_data_is_not_replaced(run, photos, whole):
 
 def test_without_images_or_a_tokenizer_it_is_refused(chain, run, tiny_shards, tmp_path):
     write_shard(tmp_path / "a.tar", [{"__key__": "7", "txt": "no image"}])
-    (tmp_path / "empty").mkdir()
     for folder, data, part in (
-        (run, tmp_path / "empty", "empty"),
         (run, tmp_path / "a.tar", "image"),
         (run, tmp_path / "b.tar", "b.tar"),
         (chain.folder / "flowtok", tiny_shards / "*.tar", "flowtok.*tokenizer"),
