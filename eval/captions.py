@@ -78,7 +78,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read, caption, score, write, print."""
     # What needs no network is checked first
     keys = args.caption_keys
     check_caption_keys(keys, "--caption-keys")
@@ -159,6 +158,7 @@ def describe_protocol(
     args: argparse.Namespace, scorer: "CaptionScorer", sampling: SamplingConfig
 ) -> dict[str, Any]:
     """What the numbers depend on, beside the model."""
+    # More references give higher scores
     counts = [len(texts) for texts in scorer.references.values()]
     mean = sum(counts) / len(counts)
     return {
@@ -177,6 +177,7 @@ def print_report(report: dict, path: Path) -> None:
     """A row a point, why what is null is null, and where the json lies."""
     print("  ".join(name.rjust(11) for name in COLUMNS))
     without_flow = {"steps": 0, "guidance": "no flow", **report["without_flow"]}
+    # In a console's width: captions themselves are in the json
     for row in [*report["results"], without_flow]:
         values = [row[name] for name in COLUMNS]
         cells = [f"{value:.1f}" if isinstance(value, float) else str(value) for value in values]
@@ -264,7 +265,6 @@ def ptb_tokens(texts: Sequence[Sequence[str]]) -> Texts:
 
 
 def simple_tokens(texts: Sequence[Sequence[str]]) -> Texts:
-    """Lower-case words without punctuation."""
     return {
         index: [" ".join(WORD.findall(text.lower())) for text in group]
         for index, group in enumerate(texts)

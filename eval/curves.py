@@ -72,7 +72,6 @@ def find_logs(run: Path) -> list[Path]:
 
 
 def check_matplotlib() -> None:
-    """ValueError where no chart can be drawn."""
     if find_spec("matplotlib") is None:
         raise ValueError(f"charts need matplotlib: {INSTALL}")
 

@@ -52,7 +52,6 @@ class EvaluationSetup:
 
     @property
     def image_size(self) -> int:
-        """Pixels of the generated images."""
         return self.generator.tokenizer.config.image_size
 
 
@@ -114,7 +113,6 @@ class ImageFolder:
         return len(self.captions) * self.protocol.images_per_caption
 
     def caption(self, number: int) -> Caption:
-        """The caption of an image."""
         return self.captions[number // self.protocol.images_per_caption]
 
     def file(self, number: int) -> Path:
@@ -125,7 +123,6 @@ class ImageFolder:
         return self.path / f"{caption:05d}" / "samples" / f"{sample:04d}.png"
 
     def entries(self) -> list[Entry]:
-        """The images, to be read as a set of images."""
         files = (str(self.file(number)) for number in range(len(self)))
         return [Entry(file, file, captions=[]) for file in files]
 

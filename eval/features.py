@@ -115,7 +115,6 @@ class FeatureSet:
     skipped: Sequence[tuple[str, str]] = ()  # (name, reason) of unreadable images
 
     def save(self, path: Path) -> None:
-        """Write a statistics file atomically."""
         arrays = {"mu": self.gaussian.mean.numpy(), "sigma": self.gaussian.covariance.numpy()}
         arrays |= {"description": json.dumps(self.description), "count": self.gaussian.count}
         if self.features is not None:

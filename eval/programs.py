@@ -56,7 +56,6 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """--guidance and --steps, each with one value or several."""
     add = parser.add_argument
     help_text = "as in 1,1.5,2: one evaluation each"
     add("--guidance", type=different(float), metavar="LIST", help=help_text)
@@ -64,13 +63,11 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """--device: the GPU where there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
 
 
 def add_reading_options(parser: argparse.ArgumentParser, batch_size: int, help_text: str) -> None:
-    """Images at a time, reading processes, device."""
     add = parser.add_argument
     add("--batch-size", type=integer(1), default=batch_size, help=help_text)
     add("--num-workers", type=integer(0), default=2, help="reading processes of each process")
@@ -124,6 +121,7 @@ def check_same(run: Path, fingerprint: str) -> None:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Without touching training's random numbers, and without its lossy speed settings."""
+    # A resumed run, or one without evaluations, must train the same bit for bit
     convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with torch.random.fork_rng(devices=[]), convolutions, exact_products():
         yield
@@ -150,7 +148,6 @@ def package_version(name: str) -> str | None:
 
 
 def describe_file(file: Path) -> dict[str, str]:
-    """Name and hash."""
     return {"file": file.name, "sha256": file_sha256(file)}
 
 

@@ -63,7 +63,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and write."""
     # What needs no network is checked first
     run = programs.stage_run(args.run, "tokenizer")
     output = args.output or run / "reconstruction.json"
@@ -253,7 +252,6 @@ def describe_model(run: Path, checkpoint: Path, reconstruct: Reconstructor) -> d
 
 
 def explain_missing(metrics: dict[str, float | None], files: dict[str, Path | None]) -> dict:
-    """Why a metric is null."""
     reasons = {
         "psnr_db": "all reconstructions are identical to their images",
         "rfid": "it needs at least 2 images",
@@ -281,6 +279,7 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet) -> dict[str, A
 
 def save_pairs(images: ImageSet, reconstruct: Reconstructor, path: Path) -> None:
     """Picture of the first images: originals left, reconstructions right."""
+    # Made once more, by one process: what the numbers need goes without them
     first = replace(images, entries=images.entries[:PICTURE_PAIRS])
     [batch] = iterate_images(first, PICTURE_PAIRS)
     if batch["index"]:  # none if the first images are unreadable

@@ -63,7 +63,6 @@ class ReportStage(StageConfig):
     stage = "report"
 
     def check(self) -> None:
-        """Refuse a report on nothing."""
         if not (self.train_shards and self.heldout_shards):
             raise ValueError("train_shards and heldout_shards: expected shards in both")
 

@@ -202,7 +202,6 @@ def read_split(folder: Path, split: str, most: int | None) -> Scenes:
 
 
 def statement_of(values: dict[str, Any]) -> Statement:
-    """A statement from a sample's json."""
     return Statement(**values | {"objects": tuple(Kind(**kind) for kind in values["objects"])})
 
 
@@ -221,6 +220,7 @@ def generate(
     generator: Generator, scenes: Scenes, sampling: Sampling, args: argparse.Namespace
 ) -> Tensor:
     """B x 3 x R x R uint8; those of a caption follow each other. Noise of (seed, number)."""
+    # An image's noise is a function of (seed, its number), whatever the batch
     captions = np.repeat(scenes.texts, args.images_per_caption).tolist()
     parts = []
     for i in range(0, len(captions), args.batch_size):
@@ -283,8 +283,6 @@ def distance(features: Tensor, real: Tensor) -> float | None:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Markdown: shares in percent."""
-
     def cell(row: Row, name: str) -> str:
         value = row.get(name)
         if value is None or isinstance(value, str):

@@ -53,7 +53,6 @@ def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[st
 
 
 def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
-    """What a metric's results are called."""
     # Only Inception's Frechet distance is FID; clean-fid's resize gives another number
     inception = "clean_fid" if protocol.resize == "clean" else "fid"
     return {

@@ -96,6 +96,7 @@ def train_flow(experiment: str, folder: Path, tokenizer: Path, data: Path) -> No
 
     SystemExit: with the status of a stage that did not end well.
     """
+    # What is done already says so and ends; the rest resumes
     command = [sys.executable, "-m", "scripts.run_experiment", experiment]
     command += [f"experiment_dir={folder}", f"tokenizer_run={tokenizer}", f"data_dir={data}"]
     status = subprocess.run(command, cwd=ROOT).returncode
@@ -147,6 +148,7 @@ def explained(predicted: Tensor, true: Tensor, mean: Tensor) -> float:
 
 def judge_flow(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, float]:
     """Of the flow's images: shares with all right for each split, or a protocol's metrics."""
+    # As their command lines would, so that the figures are theirs
     common = ["--device", args.device]
     if args.protocol:
         words = [str(folder), "--protocol", args.protocol, *common]

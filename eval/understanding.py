@@ -62,7 +62,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read, fit, measure, write."""
     run = stage_run(args.run, "tokenizer")
     output = args.output or run / "understanding.json"
     data_sets = {"train": args.train, "heldout": args.heldout}
@@ -126,6 +125,7 @@ def representations(
 ) -> dict[str, Tensor]:
     """By name what stands for images B x 3 x R x R in [0, 1]: B x N x C each."""
     coded, sizes = tokenizer.encode(images), tokenizer.config.quantizer
+    # The codes can keep no more than there is in the teacher's own patches; pixels are the floor
     found = {
         "teacher_patches": teacher(images),
         "predicted_features": tokenizer.read(tokenizer.quantizer.decode(coded.indices)),
@@ -151,6 +151,7 @@ def read_features(
             print(f"left out: {name}: {reason}", file=sys.stderr)
         if not batch["index"]:
             continue
+        # Floats for the codes; CLIP takes the bytes by its own preprocessing
         pixels = batch["image"].to(clip.device).float() / 255
         captions += batch["caption"]
         found["teacher"].append(clip.see(batch["image"]).cpu())

@@ -50,7 +50,6 @@ LEFT_OUT = {"step", "samples_per_second", "data_wait_share"}  # of metrics.jsonl
 
 
 def keys(group: str, **values) -> list[str]:
-    """Overrides of one group of keys."""
     return [f"{group}.{name}={value}" for name, value in values.items()]
 
 
@@ -146,7 +145,6 @@ def write_captioned(folder: Path) -> None:
 
 
 def record_run(runs: Path, name: str, config: str, overrides: list[str]) -> dict:
-    """Run one stage as a user starts it and record what it left in its folder."""
     folder = runs / name
     module, _ = program_of(Path(config).stem)
     is_encoding = module == "scripts.encode_tokens"
@@ -290,6 +288,7 @@ def compare(a: dict, b: dict) -> bool:
     is_equal = True
     for name in {**a, **b}:
         first, second = (flatten(record.get(name, "absent")) for record in (a, b))
+        # What only one of them has differs, too: a tensor that was renamed counts twice
         differing = [x for x in {**first, **second} if first.get(x) != second.get(x)]
         line = "equal"
         if differing:

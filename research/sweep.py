@@ -134,6 +134,7 @@ def load_sweep(path: Path) -> SweepConfig:
         raise ValueError(f"{path}: gflop has {sorted(idle)}, which are not among stages")
     if sweep.start_from and not Path(sweep.start_from).is_dir():
         raise ValueError(f"{path}: start_from={sweep.start_from} is no folder; train it first")
+    # Each variant's overrides are checked by the stages that would get them
     for variant in sweep.variants:
         command_of(sweep, variant, seed=0, folder=Path())
     return sweep
@@ -192,6 +193,7 @@ def run_one(
     status = run_command(sweep, command, log)
     seconds = time.monotonic() - start
     result = {"variant": variant, "seed": seed, "command": command, "seconds": seconds}
+    # Without a result the same command runs it again, which resumes it
     if status:
         return result | {"error": f"exit status {status}: {last_error(log)}; see {log}"}
     write_json(result, finished)
@@ -199,7 +201,6 @@ def run_one(
 
 
 def run_command(sweep: SweepConfig, command: list[str], log: Path) -> int:
-    """Run a command with its output in a file; returns its exit status."""
     variables = {"STAGES": " ".join(sweep.stages), "OMP_NUM_THREADS": "1"}
     variables |= {"VIRTUAL_ENV": sys.prefix}
     with log.open("a") as file:
@@ -213,7 +214,6 @@ def run_command(sweep: SweepConfig, command: list[str], log: Path) -> int:
 
 
 def last_error(log: Path) -> str:
-    """The last line that says what went wrong."""
     lines = log.read_text(errors="replace").split("\n")
     lines = [line.strip() for line in lines if line.strip()] or ["no output"]
     return ([line for line in lines if line.startswith("error")] or lines)[-1]
@@ -224,6 +224,7 @@ def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
     values = {}
     for name, place in sweep.metrics.items():
         file, _, key = place.partition(":")
+        # Of a log the last line that has the key, of a report the value at the dotted path
         if file.endswith(".jsonl"):
             _, value = metrics.read_metrics(folder / file).get(key, [(0, None)])[-1]
         else:
@@ -256,7 +257,6 @@ def summarise(sweep: SweepConfig, results: list[dict]) -> str:
 
 
 def write_summary(sweep: SweepConfig, results: list[dict], output: Path) -> None:
-    """table.md and results.json."""
     results = sorted(results, key=lambda r: (list(sweep.variants).index(r["variant"]), r["seed"]))
     write_json({"sweep": asdict(sweep), "results": results}, output / "results.json")
     failed = [f"{r['variant']}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]
