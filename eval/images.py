@@ -76,6 +76,7 @@ def list_pictures(names: Sequence[str]) -> list[Entry]:
 
 def choose_images(names: Sequence[str], number: int) -> list[Entry]:
     """`number` evenly spaced images of folders and shards, or all if there are fewer."""
+    # Evenly, because neighbours in a shard are often alike
     entries = list_images(names)
     return [entries[index] for index in spread_evenly(len(entries), number)]
 

@@ -77,6 +77,7 @@ def main(config: ReportStage) -> None:
     pictures = {name: experiment / f"report_{name}.png" for name in ("train", "heldout")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts, sampling = load_generator(experiment, device)
+    # A report of the same inputs is not made again: the launcher runs this stage each time
     inputs = {
         "config": asdict(config),
         "sampling": asdict(sampling),
@@ -89,7 +90,7 @@ def main(config: ReportStage) -> None:
         print(f"{path}: complete, nothing to do")
         return
 
-    # Images and captions, and what is retrieved from
+    # Images and captions, and what is retrieved from: training images come first in the pool
     named = (config.train_shards, config.heldout_shards, config.distractor_shards)
     sets = [read_all(config, parts, shards) for shards in named if shards]
     train, heldout = sets[:2]
@@ -166,6 +167,7 @@ def measure_set(
 
 def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tensor) -> dict:
     """Retrieval, PSNR and Frechet distance of generated images against the true ones."""
+    # Within its own set a query has fewer images to be mistaken for
     own_latents, own_groups = pool["latents"][own], pool["groups"][own]
     within = torch.arange(len(own))
     gaussians = [fit_gaussian(x.flatten(1)) for x in (latents, own_latents)]

@@ -120,6 +120,7 @@ def kernel_distance(
     """
     metric = fidelity().metric_kid
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "verbose": False}
+    # Sums of cubes lose digits in float32
     found = metric.kid_features_to_metric(generated.double(), real.double(), **options)
     return found[metric.KEY_METRIC_KID_MEAN], found[metric.KEY_METRIC_KID_STD]
 

@@ -117,6 +117,7 @@ RUNS = {
 
 def make_record(runs: Path) -> dict:
     """Run everything under a folder; name of a part -> nested values."""
+    # Stages read what earlier ones wrote, so all lie under one folder
     record = {"environment": describe_environment()}
     write_captioned(runs / "data")
     for name, (config, overrides) in RUNS.items():

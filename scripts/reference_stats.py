@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
     net = InceptionFeatures(weights).to(state.device)
     reading = Reading(args.batch_size, args.num_workers, state)
     found = measure_reference(args.data, images, net, reading, args.keep_features)
+    # Unreadable images are not in the statistics; a terminal must not obey their names
     if state.is_main_process:
         found.save(args.file)
         print(f"{args.file}: {found.gaussian.count} images of {size} px")
