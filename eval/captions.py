@@ -55,7 +55,6 @@ SCORERS = {  # of pycocoevalcap: module and class; each scores the whole set
 }
 COLUMNS = ("steps", "guidance", "exact_match", *SCORERS)
 PACKAGE = "pycocoevalcap"
-NO_PACKAGE = f"{PACKAGE} is not installed: {programs.INSTALL}"
 NO_JAVA = "there is no Java on this machine"
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 FETCH_MODELS = (
@@ -79,7 +78,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read, caption, score, write, print."""
     # What needs no network is checked first
     keys = args.caption_keys
     check_caption_keys(keys, "--caption-keys")
@@ -160,6 +158,7 @@ def describe_protocol(
     args: argparse.Namespace, scorer: "CaptionScorer", sampling: SamplingConfig
 ) -> dict[str, Any]:
     """What the numbers depend on, beside the model."""
+    # More references give higher scores
     counts = [len(texts) for texts in scorer.references.values()]
     mean = sum(counts) / len(counts)
     return {
@@ -175,10 +174,10 @@ def describe_protocol(
 
 
 def print_report(report: dict, path: Path) -> None:
-    """A table, why what is null is null, and where the json lies."""
-    # A row a point
+    """A row a point, why what is null is null, and where the json lies."""
     print("  ".join(name.rjust(11) for name in COLUMNS))
     without_flow = {"steps": 0, "guidance": "no flow", **report["without_flow"]}
+    # In a console's width: captions themselves are in the json
     for row in [*report["results"], without_flow]:
         values = [row[name] for name in COLUMNS]
         cells = [f"{value:.1f}" if isinstance(value, float) else str(value) for value in values]
@@ -212,15 +211,13 @@ class CaptionScorer:
         """{"bleu_4" ... "spice": number or None, "reasons": {name: why}} of a caption an image."""
         tokens = ptb_tokens if self.tokenizer == PTB else simple_tokens
         texts = tokens([[caption] for caption in captions])
-        scores: dict[str, float | None] = {}
-        reasons = {}
+        scores: dict[str, Any] = dict.fromkeys(SCORERS) | {"reasons": {}}
         for name in SCORERS:
             try:
                 scores[name] = 100 * score_texts(name, self.references, texts)
             except (OSError, ValueError, CalledProcessError) as error:
-                scores[name] = None
-                reasons[name] = str(error) or type(error).__name__
-        return scores | {"reasons": reasons}
+                scores["reasons"][name] = str(error) or type(error).__name__
+        return scores
 
 
 def score_texts(name: str, references: Texts, texts: Texts) -> float:
@@ -240,9 +237,10 @@ def score_texts(name: str, references: Texts, texts: Texts) -> float:
 
 def package_folder(needs_java: bool) -> Path:
     """Where pycocoevalcap is; ValueError without it, or without Java where it is needed."""
+    # Without Java the package's own error would be a FileNotFoundError of "java"
     spec = find_spec(PACKAGE)
     if spec is None:
-        raise ValueError(NO_PACKAGE)
+        raise ValueError(f"{PACKAGE} is not installed: {programs.INSTALL}")
     if needs_java and which("java") is None:
         raise ValueError(NO_JAVA)
     return Path(next(iter(spec.submodule_search_locations)))
@@ -251,10 +249,8 @@ def package_folder(needs_java: bool) -> Path:
 def ptb_tokens(texts: Sequence[Sequence[str]]) -> Texts:
     """Texts of each image, split as the COCO caption evaluation does, without punctuation.
 
-    Raises:
-        ValueError, OSError: it can't run, and why.
+    ValueError, OSError: it can't run, and why.
     """
-    # Without Java the package's own error would be a FileNotFoundError of "java"
     package_folder(needs_java=True)
     tokenizer = import_module(f"{PACKAGE}.tokenizer.ptbtokenizer").PTBTokenizer()
     # One text a line
@@ -269,7 +265,6 @@ def ptb_tokens(texts: Sequence[Sequence[str]]) -> Texts:
 
 
 def simple_tokens(texts: Sequence[Sequence[str]]) -> Texts:
-    """Lower-case words without punctuation."""
     return {
         index: [" ".join(WORD.findall(text.lower())) for text in group]
         for index, group in enumerate(texts)

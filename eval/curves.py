@@ -35,30 +35,29 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Read all logs, then draw.
 
-    Raises:
-        ValueError: a run without a log, one named twice, or no matplotlib.
+    ValueError: a run without a log, one named twice, or no matplotlib.
     """
     output = args.output or args.runs[0] / "curves.png"
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output {output}: expected a name in .png")
-    if len({*args.runs}) != len(args.runs):
-        raise ValueError(f"a run is named twice: {' '.join(map(str, args.runs))}")
-    logs = {run: find_logs(run) for run in args.runs}
+    names = [str(run) for run in args.runs]
+    if len({*names}) != len(names):
+        raise ValueError(f"a run is named twice: {' '.join(names)}")
     check_writable(output)
     check_matplotlib()
 
     # Stage -> value -> run -> curve, stages in the order in which they ran.
     rows: dict[str, dict[str, dict[str, list]]] = {}
-    for run, files in logs.items():
-        for file in files:
+    for run in args.runs:
+        for file in find_logs(run):
             for name, curve in read_metrics(file).items():
                 if name not in LEFT_OUT and not name.split("/")[-1].isdigit():
                     panels = rows.setdefault(file.parent.name, {})
                     panels.setdefault(name, {})[str(run)] = curve
     if not rows:
-        raise ValueError(f"{' '.join(map(str, args.runs))}: nothing was reported yet")
-    save_panels(rows, "step", output)
-    print(f"{output}: {', '.join(rows)} of {len(logs)} runs")
+        raise ValueError(f"{' '.join(names)}: nothing was reported yet")
+    save_panels(rows, output)
+    print(f"{output}: {', '.join(rows)} of {len(names)} runs")
 
 
 def find_logs(run: Path) -> list[Path]:
@@ -73,7 +72,6 @@ def find_logs(run: Path) -> list[Path]:
 
 
 def check_matplotlib() -> None:
-    """ValueError where no chart can be drawn."""
     if find_spec("matplotlib") is None:
         raise ValueError(f"charts need matplotlib: {INSTALL}")
 
@@ -85,26 +83,18 @@ def save_lines(curves: Mapping[str, Curve], x_name: str, y_name: str, path: Path
     figure = Figure(layout="constrained")
     axes = figure.add_subplot(xlabel=x_name, ylabel=y_name)
     for name, points in curves.items():
-        x, y = zip(*sorted(points))
-        axes.plot(x, y, "o-", label=name)
+        axes.plot(*zip(*sorted(points)), "o-", label=name)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def save_panels(
-    rows: Mapping[str, Mapping[str, Mapping[str, Curve]]], x_name: str, path: Path
-) -> None:
-    """A panel for each title of each row, wrapped; a name has one colour in all.
-
-    Args:
-        rows: row -> title -> name -> curve.
-    """
+def save_panels(rows: Mapping[str, Mapping[str, Mapping[str, Curve]]], path: Path) -> None:
+    """A panel for each value of each stage, wrapped. rows: stage -> value -> run -> curve."""
     from matplotlib.figure import Figure
 
     # A run has its colour also where a panel lacks it
-    titled = [curves for panels in rows.values() for curves in panels.values()]
-    names = list(dict.fromkeys(name for curves in titled for name in curves))
+    drawn = [curves for panels in rows.values() for curves in panels.values()]
+    names = list(dict.fromkeys(name for curves in drawn for name in curves))
     lines = sum(-(-len(panels) // PANEL_COLUMNS) for panels in rows.values())
     width, height = PANEL_INCHES
     figure = Figure(figsize=(PANEL_COLUMNS * width, lines * height + 0.6), layout="constrained")
@@ -118,11 +108,10 @@ def save_panels(
             for name, points in curves.items():
                 colour = f"C{names.index(name)}"
                 [handles[name]] = axes.plot(*zip(*points), ".-", color=colour, markersize=2)
-        place = -(-place // PANEL_COLUMNS) * PANEL_COLUMNS  # the next row starts a line
-    figure.supxlabel(x_name, fontsize="small")
-    figure.legend(
-        [*handles.values()], [*handles], loc="outside upper left", ncols=4, fontsize="small"
-    )
+        # The next stage starts a line
+        place = -(-place // PANEL_COLUMNS) * PANEL_COLUMNS
+    figure.supxlabel("step", fontsize="small")
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=4, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -1,12 +1,7 @@
 """One evaluation of generated images: a folder of images, of their features, and evaluation.json.
 
 eval/generation.py runs it, as a program and while stage 3 trains. All processes take part; only the
-main one writes the report.
-
-Image i is a function of (seed, i): the networks always see the same `group_size` consecutive images
-together, so that neither the batch size nor the number of processes changes a bit on the CPU (with
-equal threads). Images that exist are not made again. On several machines the folder must be one
-that all of them see.
+main one writes the report. On several machines the folder must be one that all of them see.
 """
 
 import io
@@ -38,7 +33,6 @@ from modeling.pipeline import ImageGenerator, SamplingConfig
 from training.pictures import caption_grid, save_png, write_gallery
 
 REPORT = "evaluation.json"
-INPUTS = "inputs.json"
 NUM_SHOWN = 64  # images of the contact sheet and the gallery
 # The fields of a protocol that the images depend on, beside captions and sampling
 IMAGE_FIELDS = ("images_per_caption", "seed", "group_size", "layout")
@@ -58,7 +52,6 @@ class EvaluationSetup:
 
     @property
     def image_size(self) -> int:
-        """Pixels of the generated images."""
         return self.generator.tokenizer.config.image_size
 
 
@@ -120,7 +113,6 @@ class ImageFolder:
         return len(self.captions) * self.protocol.images_per_caption
 
     def caption(self, number: int) -> Caption:
-        """The caption of an image."""
         return self.captions[number // self.protocol.images_per_caption]
 
     def file(self, number: int) -> Path:
@@ -131,7 +123,6 @@ class ImageFolder:
         return self.path / f"{caption:05d}" / "samples" / f"{sample:04d}.png"
 
     def entries(self) -> list[Entry]:
-        """The images, to be read as a set of images."""
         files = (str(self.file(number)) for number in range(len(self)))
         return [Entry(file, file, captions=[]) for file in files]
 
@@ -156,7 +147,7 @@ def claim_folder(
         "model": model,
     }
     # Written before the first image: an image without it would be of unknown origin
-    file = folder / INPUTS
+    file = folder / "inputs.json"
     if not file.is_file():
         if PartialState().is_main_process:
             write_json(inputs, file)
@@ -178,10 +169,11 @@ def generate_images(
 ) -> tuple[int, float]:
     """Make this process's share of the absent images: (how many, seconds from text to pixels).
 
-    Raises:
-        FloatingPointError: an image is not finite.
+    FloatingPointError: an image is not finite.
     """
-    # Groups are dealt out to the processes in turn
+    # An image is a function of (seed, its number): the networks always see the same group_size
+    # images together, so that neither the batch size nor the number of processes changes a bit on
+    # the CPU (with equal threads). Groups are dealt out to the processes in turn
     state, protocol, made, seconds = PartialState(), images.protocol, 0, 0.0
     starts = range(0, len(images), protocol.group_size)
     own = starts[state.process_index :: state.num_processes]
@@ -209,19 +201,16 @@ def generate_images(
 
 def measure_features(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> Tensor | None:
     """N x D of the feature network, on the main process; None without the network."""
-    net, rule = setup.networks.features, images.protocol.resize
+    net, protocol, device = setup.networks.features, images.protocol, setup.reading.state.device
     if net is None:
         return None
-    device = setup.reading.state.device
-    size = images.protocol.feature_size(setup.image_size)
     # The name says all that the numbers depend on
-    parts = [str(part)[:12] for part in (*net.identity.values(), rule, f"{size}px")]
+    size = protocol.feature_size(setup.image_size)
+    parts = [str(part)[:12] for part in (*net.identity.values(), protocol.resize, f"{size}px")]
+    shown = ImageSet(images.entries(), size, rule=protocol.resize)
+    file = folder / f"{'-'.join(parts)}.npy"
     return measure_once(
-        folder / f"{'-'.join(parts)}.npy",
-        ImageSet(images.entries(), size, rule=rule),
-        lambda batch: net(batch["image"].to(device)),
-        net.width,
-        setup.reading,
+        file, shown, lambda batch: net(batch["image"].to(device)), net.width, setup.reading
     )
 
 
@@ -231,14 +220,13 @@ def measure_cosines(setup: EvaluationSetup, images: ImageFolder, folder: Path) -
     if clip is None:
         return None
 
+    # At full size: CLIP has its own preprocessing
     def cosines(batch: dict[str, Any]) -> Tensor:
         captions = [images.caption(number).text for number in batch["index"]]
         return clip.cosines(batch["image"], captions)
 
-    file = folder / f"clip-{clip.identity}.npy"
-    return measure_once(
-        file, ImageSet(images.entries(), setup.image_size), cosines, 1, setup.reading
-    )
+    shown = ImageSet(images.entries(), setup.image_size)
+    return measure_once(folder / f"clip-{clip.identity}.npy", shown, cosines, 1, setup.reading)
 
 
 def measure_once(
@@ -246,8 +234,7 @@ def measure_once(
 ) -> Tensor | None:
     """N x width of a set of images, kept in a file; every process calls it, the main one gets it.
 
-    Raises:
-        ValueError: naming damaged images, or a damaged file.
+    ValueError: naming damaged images, or a damaged file.
     """
     # One process's look counts: a file may appear between two looks
     state = reading.state
@@ -255,6 +242,7 @@ def measure_once(
     if not is_there:
         _, rows, skipped = extract_features(images, extract, width, reading)
         refuse_damaged(skipped)
+        # What was measured stays: another metric, or a sweep's next call, needs no network
         if state.is_main_process:
             buffer = io.BytesIO()
             np.save(buffer, np.stack([features for _, _, features in rows]))
@@ -286,6 +274,7 @@ def write_pictures(
     [batch] = iterate_images(ImageSet(entries, setup.image_size), NUM_SHOWN)
     refuse_damaged(batch["skipped"])
     save_png(caption_grid(batch["image"] / 255, captions, columns=8), folder / "samples.png")
+    # The page holds its images, so that it can be sent
     settings = {**report["sampling"], "seed": images.protocol.seed}
     settings["checkpoint"] = report["model"]["checkpoint"]
     settings |= {name: value for name, value in report["metrics"].items() if value is not None}

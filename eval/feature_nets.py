@@ -1,16 +1,8 @@
 """The frozen networks that images are measured with, in float32 and without gradient.
 
-Inception  InceptionV3 of 2015 as torch-fidelity runs it for FID: uint8 images resized to 299 px as
-           TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, the
-           features after the last pooling.
-DINOv2     ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm,
-           for the Frechet distance of Stein et al. 2023.
-Tokenizer  the latent means of the run's own image tokenizer.
-CLIP       cosine of image and caption for the CLIP score of Hessel et al. 2021. Images go through
-           its own preprocessing at their full size; captions have no prefix and are cut to its
-           context.
-Weights come from a path or torch's cache; nothing is downloaded unless asked for, nothing in a file
-is executed.
+Features for distances between sets of images (Inception, DINOv2, the run's own tokenizer), and
+CLIP's cosine of an image and its caption. Weights come from a path or torch's cache; nothing is
+downloaded unless asked for, nothing in a file is executed.
 """
 
 import hashlib
@@ -50,23 +42,19 @@ from training.checkpoint import load_plain
 INCEPTION_WIDTH = 2048  # D
 DINO_MODEL, DINO_PIXELS = "vit_large_patch14_dinov2", 224
 DINO_MEAN, DINO_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
-DOWNLOAD = "; --download fetches it"
-INCEPTION = PublishedWeights(
-    "InceptionV3",
+INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth",
-    "--inception-weights",
-    DOWNLOAD,
+    "weights-inception-2015-12-05-6726825d.pth"
 )
+DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+DOWNLOAD = "; --download fetches it"
+INCEPTION = PublishedWeights("InceptionV3", INCEPTION_URL, "--inception-weights", DOWNLOAD)
 VGG16 = PublishedWeights("VGG16", VGG16_URL, "--vgg-weights", DOWNLOAD)
-DINOV2 = PublishedWeights(
-    "DINOv2",
-    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-    "--dinov2-weights",
-    DOWNLOAD,
-)
 # By the protocol's `features`: where the weights come from; the tokenizer's are the run's own
-PUBLISHED = {"inception": INCEPTION, "dinov2": DINOV2}
+PUBLISHED = {
+    "inception": INCEPTION,
+    "dinov2": PublishedWeights("DINOv2", DINO_URL, "--dinov2-weights", DOWNLOAD),
+}
 
 
 @contextmanager
@@ -84,6 +72,9 @@ class FeatureNet(nn.Module):
     identity: dict[str, Any]  # plain values; features of equal ones may be compared
 
 
+# InceptionV3 of 2015 as torch-fidelity runs it for FID: bytes are resized to 299 px as TensorFlow 1
+# does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, and the features are those
+# after the last pooling. Published numbers hold only with exactly these steps.
 class InceptionFeatures(FeatureNet):
     """Also takes float32 in [0, 255] as it is: B x 3 x 299 x 299, already resized (clean-fid)."""
 
@@ -123,6 +114,8 @@ class InceptionFeatures(FeatureNet):
         return features.to(weight) @ weight.T
 
 
+# ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm: for the
+# Frechet distance of Stein et al. 2023.
 class DinoFeatures(FeatureNet):
     """The class token, D = 1024."""
 
@@ -138,16 +131,15 @@ class DinoFeatures(FeatureNet):
             # Positions were learned at 518 px and are resized to the grid of 224 px
             net.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, net))
         self.net = net.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(DINO_MEAN).view(3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(DINO_DEVIATION).view(3, 1, 1))
         self.width = net.num_features
         self.identity = {"features": "dinov2", "weights_sha256": file_sha256(weights)}
 
     def forward(self, images: Tensor) -> Tensor:
-        mean, deviation = (
-            torch.tensor(values, device=images.device).view(3, 1, 1)
-            for values in (DINO_MEAN, DINO_DEVIATION)
-        )
         with full_precision(images.device):
-            return self.net(prepare(images.float() / 255, DINO_PIXELS, mean, deviation))
+            pixels = prepare(images.float() / 255, DINO_PIXELS, self.mean, self.deviation)
+            return self.net(pixels)
 
 
 class TokenizerFeatures(FeatureNet):
@@ -164,6 +156,8 @@ class TokenizerFeatures(FeatureNet):
         return self.tokenizer.encode(images.float() / 255).mean.flatten(1).float()
 
 
+# For the CLIP score of Hessel et al. 2021. Images go through its own preprocessing at their full
+# size; captions have no prefix and are cut to its context.
 class ClipScorer:
     """Images and captions -> cosines, by any CLIP of open_clip in float32."""
 
@@ -206,8 +200,7 @@ class ClipScorer:
 def tensors_of(weights: Path, net: str) -> Iterator[dict[str, Tensor]]:
     """To build a net in: tensors by name of what torch.save wrote; nothing in it is executed.
 
-    Raises:
-        ValueError: no such file, truncated, more than tensors, or those of another net.
+    ValueError: no such file, truncated, more than tensors, or those of another net.
     """
     tensors = load_plain(weights)
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
@@ -233,16 +226,12 @@ class Networks:
 def load_networks(
     protocol: Protocol, generator: ImageGenerator, paths: Mapping[str, str | None], download: bool
 ) -> Networks:
-    """What the protocol's metrics need.
+    """What the protocol's metrics need; ValueError: damaged weights, another net's, no such file.
 
-    Args:
-        generator: the run's, for its own tokenizer and CLIP.
-        paths: files of weights by PUBLISHED's names; without one torch's cache.
-        download: absent weights into torch's and the hub's cache.
-
-    Raises:
-        ValueError: weights of another net, damaged ones, or no file at a given path.
+    generator: the run's, for its own tokenizer and CLIP. paths: files of weights by PUBLISHED's
+    names; without one torch's cache. download: absent weights into torch's and the hub's cache.
     """
+    # The CLIP score alone needs no features
     found, state, file, kind = Networks(), PartialState(), None, protocol.features
     needs_features = bool({*protocol.metrics} - {"clip_score"})
     # One process a machine downloads, the others find the files

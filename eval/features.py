@@ -2,9 +2,8 @@
 
     d^2 = |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))
 
-m, C: mean and covariance (n - 1) of D features. Heusel et al. 2017 on Inception features: FID.
-Everything is float64. A statistics file is an npz with `mu`, `sigma`, `count` and `description`, on
-request with `features` (N x D). Files of other codes with only `mu` and `sigma` are read as well.
+m, C: mean and covariance (n - 1) of D features, float64. Heusel et al. 2017 on Inception features:
+FID.
 """
 
 import hashlib
@@ -101,9 +100,8 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     return (shift + traces - 2 * root_trace).item()
 
 
-# Statistics files
-
-
+# A statistics file is an npz with `mu`, `sigma`, `count` and `description`, on request with
+# `features` (N x D). Files of other codes with only `mu` and `sigma` are read as well.
 @dataclass(frozen=True)
 class FeatureSet:
     """Features of N images, as a statistics file keeps them."""
@@ -117,7 +115,6 @@ class FeatureSet:
     skipped: Sequence[tuple[str, str]] = ()  # (name, reason) of unreadable images
 
     def save(self, path: Path) -> None:
-        """Write a statistics file atomically."""
         arrays = {"mu": self.gaussian.mean.numpy(), "sigma": self.gaussian.covariance.numpy()}
         arrays |= {"description": json.dumps(self.description), "count": self.gaussian.count}
         if self.features is not None:
@@ -130,29 +127,24 @@ class FeatureSet:
     def load(path: Path) -> "FeatureSet":
         """Read a statistics file, ours or another code's. Nothing in it is executed.
 
-        Raises:
-            ValueError: no such file, truncated, or not of this form.
+        ValueError: no such file, truncated, or not of this form.
         """
-        if not path.is_file():
-            raise ValueError(f"statistics file {path} does not exist")
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return _parse(arrays)
+                return FeatureSet._parse(arrays)
         except Exception as error:  # numpy, zip and zlib raise types of their own
-            raise ValueError(f"{path} is no statistics file, or truncated: {error}") from error
+            raise ValueError(f"{path} is absent, truncated or no statistics: {error}") from error
 
-
-def _parse(arrays: Mapping[str, np.ndarray]) -> FeatureSet:
-    # Only mean and covariance are in every code's files
-    mean = torch.from_numpy(arrays["mu"].astype(np.float64))
-    covariance = torch.from_numpy(arrays["sigma"].astype(np.float64))
-    count = int(arrays["count"]) if "count" in arrays else None
-    description = json.loads(str(arrays["description"])) if "description" in arrays else {}
-    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-    if features is not None and features.shape != (count, len(mean)):
-        given = f"features {tuple(features.shape)}"
-        raise ValueError(f"{given} of {count} images with {len(mean)} features")
-    return FeatureSet(Gaussian(mean, covariance, count), description, features)
+    @staticmethod
+    def _parse(arrays: Mapping[str, np.ndarray]) -> "FeatureSet":
+        mean = torch.from_numpy(arrays["mu"].astype(np.float64))
+        covariance = torch.from_numpy(arrays["sigma"].astype(np.float64))
+        count = int(arrays["count"]) if "count" in arrays else None
+        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+        if features is not None and features.shape != (count, len(mean)):
+            raise ValueError(f"features {tuple(features.shape)}, {count} x {len(mean)} expected")
+        description = json.loads(str(arrays.get("description", "{}")))
+        return FeatureSet(Gaussian(mean, covariance, count), description, features)
 
 
 # Measuring. All processes must call these functions; they share the images of a set
@@ -161,13 +153,10 @@ def _parse(arrays: Mapping[str, np.ndarray]) -> FeatureSet:
 def extract_features(
     images: ImageSet, extract: BatchFn, width: int, reading: Reading, keep: bool = True
 ) -> tuple[FeatureStatistics, list[tuple], list[tuple[str, str]]]:
-    """Features of a set of images, of all processes.
+    """Features of a set of images, of all processes; keep: of each image, not only their sums.
 
-    keep: the features of each image, not only their sums.
-
-    Returns:
-        The features' sums; of each readable image, in order, its number in the set, the hash of its
-        pixels, and its features (`width` float32, or None); (name, reason) of the unreadable ones.
+    Returns the features' sums; of each readable image, in order, its number in the set, the hash of
+    its pixels, and its features (`width` float32, or None); (name, reason) of the unreadable ones.
     """
     # This process's share
     statistics = FeatureStatistics(width, reading.state.device)
@@ -192,20 +181,20 @@ def measure_reference(
 
     keep: the features of each image, not only their Gaussian.
     """
-    # A covariance of fewer than two images is not defined
     device = reading.state.device
     statistics, rows, skipped = extract_features(
         images, lambda batch: net(batch["image"].to(device)), net.width, reading, keep
     )
+    # A covariance of fewer than two images is not defined
     if len(rows) < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
         raise ValueError(f"reference: {len(rows)} readable images, expected at least 2 ({reasons})")
     numbers, digests, features = zip(*rows)
-    # The hash tells whether two references are of the same pixels
     description = {
         **describe_features(net, images),
         "data": [*data],
         "background": [*images.background],
+        # Tells whether two references are of the same pixels
         "images_sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "num_images": len(rows),
         "num_skipped": len(skipped),
@@ -231,9 +220,6 @@ def number_groups(items: Sequence[Hashable]) -> Tensor:
     return torch.tensor([numbers.setdefault(item, len(numbers)) for item in items])
 
 
-# The reference of a protocol
-
-
 def load_reference(
     protocol: Protocol,
     captions: Sequence[Caption],
@@ -243,16 +229,12 @@ def load_reference(
 ) -> FeatureSet | None:
     """The protocol's statistics file, or its images, listed and measured; None without either.
 
-    Without a network it is only read or listed: what is not there is an error at once.
-
-    Raises:
-        ValueError: the reference can't serve.
+    Without a network it is only read or listed. ValueError: the reference can't serve.
     """
     # Listing is quick, and finds a wrong name before networks run
     path = protocol.statistics_file
     entries = [] if path else list_images(protocol.reference)
     images = ImageSet(entries, image_size, (), tuple(protocol.background), protocol.resize)
-    # A file was measured once and for all, images are measured now
     if path:
         found = FeatureSet.load(path)
         if net:
@@ -261,9 +243,15 @@ def load_reference(
         return replace(found, description=described | found.description)
     if not (protocol.reference and net):
         return None
+
     found = measure_reference(protocol.reference, images, net, reading)
     if "retrieval" in protocol.metrics:
-        check_retrieval(captions, found)
+        absent = [caption.source for caption in captions if caption.source not in found.rows]
+        if absent:
+            raise ValueError(f"metric retrieval: not in the reference: {', '.join(absent[:3])}")
+        # Keys of a shard that differ only in . + _ become one name: which is a caption's own?
+        if len(found.rows) < len(found.groups):
+            raise ValueError("metric retrieval: two reference images of a shard have one name")
     return found
 
 
@@ -279,15 +267,3 @@ def check_features(path: Path, found: FeatureSet, net: FeatureNet, images: Image
                 f"{path} has {key} {known!r}, expected {value!r}: make another with "
                 "scripts/reference_stats.py"
             )
-
-
-def check_retrieval(captions: Sequence[Caption], reference: FeatureSet) -> None:
-    """Refuse captions whose image is not in the reference, or is not known among two."""
-    absent = [caption.source for caption in captions if caption.source not in reference.rows]
-    if absent:
-        raise ValueError(f"metric retrieval: not in the reference: {', '.join(absent[:3])}")
-    if len(reference.rows) < len(reference.groups):
-        raise ValueError(
-            "metric retrieval: two reference images of a shard have one name (a key that occurs "
-            "twice, or keys that differ only in . + _): which is a caption's own?"
-        )

@@ -47,8 +47,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
     add("overrides", nargs="*", metavar="key=value", help="changes of the protocol")
-    help_text = "a YAML file, or a name: coco30k, mjhq30k, emoji, geneval"
-    add("--protocol", required=True, help=help_text)
+    add("--protocol", required=True, help="a YAML, or a name: coco30k, mjhq30k, emoji, geneval")
     add("--output", type=user_path, help="folder; default: evaluation/PROTOCOL in RUN")
     add("--dinov2-weights", metavar="FILE", help="ViT-L/14, for features=dinov2")
     programs.add_sweep_options(parser)
@@ -99,15 +98,18 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         reading=reading,
     )
 
-    # A folder for each point
+    # A folder for each point of a sweep
     reports = []
     for point in points:
         sampling = point.sampling(default)
         name = f"guidance_{sampling.guidance:g}_steps_{sampling.steps}"
         folder = output / name if len(points) > 1 else output
-        reports.append(evaluate_images(setup, point, folder))
+        report = evaluate_images(setup, point, folder)
+        reports.append(report)
         if state.is_main_process:
-            print_report(reports[-1], folder / REPORT)
+            made = f"{report['num_images']} images, {report['images_made']} made now"
+            rate = f", {report['images_per_second']:.1f} images/s" if report["images_made"] else ""
+            programs.print_metrics(report, f"{folder / REPORT}: {made}{rate}")
     if len(points) > 1 and state.is_main_process:
         write_sweep(output, reports)
     return reports
@@ -124,40 +126,29 @@ def describe_model(checkpoint: Path, generator: Generator) -> dict[str, Any]:
     }
 
 
-def print_report(report: dict[str, Any], path: Path) -> None:
-    """How many images, how fast, and the metrics."""
-    made = f"{report['num_images']} images, {report['images_made']} made now"
-    rate = f", {report['images_per_second']:.1f} images/s" if report["images_made"] else ""
-    programs.print_metrics(report, f"{path}: {made}{rate}")
-
-
 def write_sweep(folder: Path, reports: list[dict[str, Any]]) -> None:
     """sweep.json, sweep.md and sweep.png: a row, a point for each guidance and number of steps."""
     # Metrics that at least one point has: a column without a number says nothing
-    names = [
-        name
-        for name in reports[0]["metrics"]
-        if any(report["metrics"][name] is not None for report in reports)
-    ]
+    tables = [report["metrics"] for report in reports]
+    names = [name for name in tables[0] if any(table[name] is not None for table in tables)]
     rows = []
     for report in reports:
         row = {name: report["sampling"][name] for name in ("steps", "guidance")}
         row |= {name: report["metrics"][name] for name in names}
         rows.append(row | {"images_per_second": report["images_per_second"]})
-    # The same as json, as a Markdown table and, of the first metric, as a chart
     write_json({"rows": rows}, folder / "sweep.json")
     cells = [["" if value is None else f"{value:.6g}" for value in row.values()] for row in rows]
     table = programs.markdown_table([[*rows[0]], *cells])
     write_text(table, folder / "sweep.md")
     print(table, end="")
+    # The chart is of the first metric, by guidance, a line for each number of steps
     if names:
-        metric = names[0]
         curves: dict[str, list] = {}
         for row in rows:
-            if row[metric] is not None:
+            if row[names[0]] is not None:
                 curve = curves.setdefault(f"{row['steps']} steps", [])
-                curve.append((row["guidance"], row[metric]))
-        save_lines(curves, "guidance", metric, folder / "sweep.png")
+                curve.append((row["guidance"], row[names[0]]))
+        save_lines(curves, "guidance", names[0], folder / "sweep.png")
     print(f"{folder}: sweep.json, sweep.md{', sweep.png' if names else ''} written")
 
 
@@ -188,10 +179,8 @@ class FlowEvaluation:
     """(EMA weights, step) -> metrics of a protocol; report and pictures: RUN/evaluation/step_*.
 
     All processes take part. Captions and reference are read once; networks and sums are made anew
-    each time, so that nothing passes from one evaluation to the next.
-
-    Raises:
-        ValueError: captions, reference or weights that are absent or can't serve.
+    each time, so that nothing passes from one evaluation to the next. ValueError: captions,
+    reference or weights that are absent or can't serve.
     """
 
     config: EvaluationConfig

@@ -1,8 +1,7 @@
 """Images to measure or to caption: files, folders, tar shards -> batches of all processes.
 
 The data is listed before anything is read: an image's number depends only on the data, and a broken
-shard stops an evaluation before it starts. Process r of P reads the images r, r + P, ...: none
-twice, and none to fill a batch.
+shard stops an evaluation before it starts.
 """
 
 import os
@@ -46,8 +45,7 @@ SILENCE = f"no batch of images for {TIMEOUT_MINUTES:g} minutes"
 def list_images(data: Sequence[str]) -> list[Entry]:
     """Images of folders (with sub-folders) and local tar shards (paths, braces, globs), in order.
 
-    Raises:
-        ValueError: no such folder or shard, a broken shard, no image, or an image named twice.
+    ValueError: no such folder or shard, a broken shard, no image, or an image named twice.
     """
     entries, seen = [], set()
     for name in map(os.path.expanduser, data):
@@ -78,6 +76,7 @@ def list_pictures(names: Sequence[str]) -> list[Entry]:
 
 def choose_images(names: Sequence[str], number: int) -> list[Entry]:
     """`number` evenly spaced images of folders and shards, or all if there are fewer."""
+    # Evenly, because neighbours in a shard are often alike
     entries = list_images(names)
     return [entries[index] for index in spread_evenly(len(entries), number)]
 
@@ -130,22 +129,22 @@ class ImageSet(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self.entries[index]
         try:
-            return {"index": index, **self._read(self.entries[index])}
+            parts = read_parts(entry)
+            picture = load_picture(open_image(image_bytes(parts)), self.background)
+            if self.rule == "clean":
+                pixels = clean_resize(np.asarray(picture.image))
+            else:
+                pixels = center_crop(picture, self.image_size, "exact")
+            captions = captions_of(parts, self.caption_keys)
+            return {"index": index, "image": pixels, "caption": next(iter(captions), "")}
+        # Not raised: a worker's exception would end the whole evaluation
         except BadSample as error:
             reason = error.reason
         except OSError as error:
             reason = f"image: unreadable ({type(error).__name__})"
-        return {"index": index, "name": image_name(self.entries[index]), "reason": reason}
-
-    def _read(self, entry: Entry) -> dict[str, Any]:
-        parts = read_parts(entry)
-        picture = load_picture(open_image(image_bytes(parts)), self.background)
-        if self.rule == "clean":
-            pixels = clean_resize(np.asarray(picture.image))
-        else:
-            pixels = center_crop(picture, self.image_size, "exact")
-        return {"image": pixels, "caption": next(iter(captions_of(parts, self.caption_keys)), "")}
+        return {"index": index, "name": image_name(entry), "reason": reason}
 
 
 def clean_resize(image: np.ndarray) -> np.ndarray:
@@ -183,7 +182,8 @@ def iterate_images(
         ChildProcessError: a reading process died.
         ValueError: no room for a batch in shared memory.
     """
-    # A sampler of our own: torch's repeats images so that all processes get equally many
+    # Process r of P reads the images r, r + P, ...: torch's own sampler would repeat some, so that
+    # all processes get equally many
     rank, num_processes = (state.process_index, state.num_processes) if state else (0, 1)
     loader = DataLoader(
         images,
@@ -231,8 +231,7 @@ def caption_images(
 ) -> Iterator[dict[str, Any]]:
     """Batches of iterate_images with images in [0, 1] and the captions that are read in them.
 
-    Raises:
-        ValueError: an image that was named itself cannot be read.
+    ValueError: an image that was named itself cannot be read.
     """
     images = ImageSet(entries, captioner.tokenizer.config.image_size)
     # An image that was named itself comes with its captions known: none

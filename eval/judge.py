@@ -1,13 +1,7 @@
 """Reads the facts off images of scenes (data/scenes.py), and says which of a caption's are right.
 
-    facts = load_judge()(images)
-    verdicts = right(facts, wanted_by(statements))  # {"shape": B bool, ..., "all": B bool}
-
-The judge is a convolutional net that research/train_judge.py trains on scenes of any objects in any
-number, so that it knows no rule of what goes together, on what has another outline, and on images
-laid over each other, whose objects do not count; assets/scenes/judge.safetensors. For each cell of
-an 8 x 8 grid it says how near the centre of an object is, and of which shape, colour, place and
-size that object is (Zhou et al. 2019, "Objects as Points").
+facts = load_judge()(images)
+verdicts = right(facts, wanted_by(statements))  # {"shape": B bool, ..., "all": B bool}
 """
 
 from collections.abc import Sequence
@@ -69,10 +63,14 @@ class Facts(NamedTuple):
 
 
 def joined(parts: Sequence[Facts]) -> Facts:
-    """Facts of all images of several batches."""
     return Facts(*map(torch.cat, zip(*parts)))
 
 
+# A convolutional net that research/train_judge.py trains on scenes of any objects in any number, so
+# that it knows no rule of what goes together, on what has another outline, and on images laid over
+# each other, whose objects do not count. For each cell of an 8 x 8 grid it says how near the centre
+# of an object is, and of which shape, colour, place and size that object is (Zhou et al. 2019,
+# "Objects as Points").
 class Judge(nn.Module):
     """Images -> facts."""
 
@@ -145,8 +143,7 @@ def cell_centres(device: torch.device) -> Tensor:
 def load_judge(device: torch.device | str = "cpu") -> Judge:
     """The trained judge.
 
-    Raises:
-        ValueError: data/scenes.py has other shapes, colours or backgrounds now.
+    ValueError: data/scenes.py has other shapes, colours or backgrounds now.
     """
     with safe_open(WEIGHTS, framework="pt") as file:
         known = file.metadata()
@@ -155,6 +152,7 @@ def load_judge(device: torch.device | str = "cpu") -> Judge:
             f"{WEIGHTS} knows {known}, data/scenes.py has {contents()}: train it anew "
             "(research/train_judge.py)"
         )
+    # Statistics of its batch norms are those of training: eval mode
     judge = Judge()
     judge.load_state_dict(load_file(WEIGHTS))
     return judge.to(device).eval().requires_grad_(False)
@@ -180,6 +178,7 @@ def wanted_by(statements: Sequence[Statement]) -> Wanted:
     def index(names: Sequence[str], name: str | None) -> int:
         return -1 if name is None else tuple(names).index(name)
 
+    # Objects in a relation are one of each kind; others are several of one kind
     kinds = [(said.objects[0], said.objects[-1]) for said in statements]
     numbers = [(1, 1) if said.relation else (len(said.objects), 0) for said in statements]
     return Wanted(
@@ -206,14 +205,7 @@ def is_said(wanted: Wanted) -> dict[str, Tensor]:
 def right(facts: Facts, wanted: Wanted) -> dict[str, Tensor]:
     """FACTS -> B bool: whether it is as the caption says; True of what it does not say.
 
-    As GenEval (Ghosh et al. 2023) has it, objects are looked for, wherever they are:
-
-    - shape, colour, size: as many objects of each as the caption names, whatever else they are;
-    - object: as many of each shape and colour together;
-    - count: as many objects as the caption names, no more;
-    - relation: of two objects that agree best with the caption's, in shape, colour and size;
-      their distance along the axis is larger than across;
-    - all: objects of shape, colour and size together, in relation and number, on the background.
+    As GenEval (Ghosh et al. 2023) has it, objects are looked for, wherever they are.
     """
     said = is_said(wanted)
     # Image's objects x caption's kinds (B x K x 2), caption's kinds x each other (B x 2 x 2)
@@ -229,11 +221,14 @@ def right(facts: Facts, wanted: Wanted) -> dict[str, Tensor]:
         return have >= (same * wanted.number[:, None]).sum(dim=2)
 
     verdicts = {
+        # As many objects of each as the caption names, whatever else they are
         "shape": enough(shape, same_shape).all(dim=1),
         "colour": enough(colour, same_colour).all(dim=1),
-        "object": enough(shape & colour, same_shape & same_colour).all(dim=1),
         "size": (enough(size, same_size) | is_open).all(dim=1),
+        # As many of each shape and colour together
+        "object": enough(shape & colour, same_shape & same_colour).all(dim=1),
         "relation": _holds(facts, wanted, shape.int() + colour.int() + size.int()),
+        # As many objects as the caption names, no more
         "count": facts.count == wanted.number.sum(dim=1),
         "background": facts.background == wanted.background,
     }
@@ -250,9 +245,9 @@ def _equal(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _holds(facts: Facts, wanted: Wanted, agreement: Tensor) -> Tensor:
-    """Whether the pair of objects that agrees best with the caption (B x K x 2) is in its relation.
+    """Whether the pair of objects that agrees best with the caption is in its relation: B bool.
 
-    Where a pair in the relation agrees as well as one that is not, it is not.
+    agreement: B x K x 2, of each object with each kind.
     """
     # Of each ordered pair of objects: agreement and distance
     score = agreement[:, :, None, 0] + agreement[:, None, :, 1]  # B x K x K
@@ -264,6 +259,7 @@ def _holds(facts: Facts, wanted: Wanted, agreement: Tensor) -> Tensor:
     is_pair = facts.present[:, :, None] & facts.present[:, None]
     is_pair = is_pair & ~torch.eye(MAX_OBJECTS, dtype=torch.bool, device=is_pair.device)
     is_right = along > across.abs()
+    # Where a pair in the relation agrees as well as one that is not, the caption may mean the other
     best, other = (
         score.masked_fill(~(is_pair & chosen), -1).flatten(1).amax(dim=1)
         for chosen in (is_right, ~is_right)
@@ -274,13 +270,10 @@ def _holds(facts: Facts, wanted: Wanted, agreement: Tensor) -> Tensor:
 def spread(facts: Facts, wanted: Wanted) -> float | None:
     """How far the images of one caption differ in places and sizes; None if it cannot be said.
 
-    The mean distance of two images of a caption that have as many objects as it names: from each
-    object to the nearest of the other image, by centre and diameter (shares of the image's side).
-
-    Args:
-        facts: of N x M images; those of a caption follow each other.
-        wanted: of the N captions.
+    facts: of N x M images, those of a caption one after the other; wanted: of the N captions.
     """
+    # The mean distance of two images of a caption that have as many objects as it names: from each
+    # object to the nearest of the other image, by centre and diameter (shares of the image's side)
     # Captions x images x objects
     present = facts.present.unflatten(0, (len(wanted.relation), -1))
     points = torch.cat([facts.place, facts.diameter[:, :, None]], dim=2)

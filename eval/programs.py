@@ -21,6 +21,8 @@ INSTALL = "pip install -r requirements-eval.txt"
 PACKAGES = ["torch", "torchvision", "torch-fidelity", "lpips", "open_clip_torch"]
 PACKAGES += ["numpy", "pillow", "accelerate"]
 
+# Options
+
 
 def different(kind: type) -> Callable[[str], list]:
     """An argparse type: numbers separated by commas, none twice."""
@@ -31,6 +33,7 @@ def different(kind: type) -> Callable[[str], list]:
             raise argparse.ArgumentTypeError(f"{text} names a value twice")
         return values
 
+    # What argparse calls it where a word is no number
     parse.__name__ = f"list of {kind.__name__}"
     return parse
 
@@ -53,20 +56,22 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """--guidance and --steps, each with one value or several."""
     add = parser.add_argument
     help_text = "as in 1,1.5,2: one evaluation each"
     add("--guidance", type=different(float), metavar="LIST", help=help_text)
     add("--steps", type=different(int), metavar="LIST", help="solver steps, as in 10,20,50")
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+
+
 def add_reading_options(parser: argparse.ArgumentParser, batch_size: int, help_text: str) -> None:
-    """Images at a time, reading processes, device."""
     add = parser.add_argument
     add("--batch-size", type=integer(1), default=batch_size, help=help_text)
     add("--num-workers", type=integer(0), default=2, help="reading processes of each process")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cuda", "cpu"), default=default)
+    add_device_option(parser)
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:
@@ -76,11 +81,13 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
     add("--download", action="store_true", help="fetch absent weights into the packages' caches")
 
 
+# Before the work
+
+
 def start_processes(device: str) -> PartialState:
     """Join the launcher's processes.
 
-    Raises:
-        ValueError: a GPU is wanted and there is none, or another engine than DDP.
+    ValueError: a GPU is wanted and there is none, or another engine than DDP.
     """
     refuse_engines()
     if device == "cuda" and not torch.cuda.is_available():
@@ -89,15 +96,18 @@ def start_processes(device: str) -> PartialState:
     return PartialState(cpu=device == "cpu", timeout=timedelta(minutes=TIMEOUT_MINUTES))
 
 
-def check_report(path: Path, data: list[str]) -> None:
+def stage_run(run: Path, stage: str) -> Path:
+    """The run of a stage if an experiment is named, else what is named."""
+    return run / stage if (run / stage).is_dir() else run
+
+
+def check_report(path: Path, data: list[str] | dict[str, list[str]]) -> None:
     """Refuse a path that can't be written, or has a report of other data, before the work."""
     check_writable(path)
     found = load_json(path.read_bytes()) if path.is_file() else None
     before = found.get("protocol") if isinstance(found, dict) else None
     if isinstance(before, dict) and before.get("data") != data:
-        raise ValueError(
-            f"{path} has the numbers of other data: choose another --output, or delete it"
-        )
+        raise ValueError(f"{path} has the numbers of other data: delete it, or write elsewhere")
 
 
 def check_same(run: Path, fingerprint: str) -> None:
@@ -111,23 +121,26 @@ def check_same(run: Path, fingerprint: str) -> None:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Without touching training's random numbers, and without its lossy speed settings."""
+    # A resumed run, or one without evaluations, must train the same bit for bit
     convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with torch.random.fork_rng(devices=[]), convolutions, exact_products():
         yield
 
 
+# Reports
+
+
 def describe_environment(state: PartialState, packages: Sequence[str] = ()) -> dict[str, Any]:
     """Versions (None: not installed), device and processes, on which a number can depend."""
-    device = state.device
+    is_cuda = state.device.type == "cuda"
     return {
         "versions": {name: package_version(name) for name in [*PACKAGES, *packages]},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(state.device) if is_cuda else "cpu",
         "num_processes": state.num_processes,
     }
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -135,7 +148,6 @@ def package_version(name: str) -> str | None:
 
 
 def describe_file(file: Path) -> dict[str, str]:
-    """Name and hash."""
     return {"file": file.name, "sha256": file_sha256(file)}
 
 

@@ -1,8 +1,7 @@
 """An evaluation of generated images as a small YAML that other code could follow.
 
-A FID depends on captions, reference, resize, weights, guidance, steps and sampler: each is a field
-here. eval/protocols holds the protocols that papers report. Captions come from a text file, a
-jsonl, COCO's or MJHQ-30K's json, or from the samples of folders and shards.
+eval/protocols holds the protocols that papers report. Captions come from a text file, a jsonl,
+COCO's or MJHQ-30K's json, or from the samples of folders and shards.
 """
 
 import hashlib
@@ -26,6 +25,7 @@ FOLDER = Path(__file__).parent / "protocols"
 METRICS = ["frechet", "kid", "inception_score", "precision_recall", "retrieval", "clip_score"]
 
 
+# A FID depends on captions, reference, resize, weights, guidance, steps and sampler: all are fields
 @dataclass
 class Protocol:
     """Captions, reference, sampling and metrics of one evaluation."""
@@ -132,9 +132,8 @@ def protocol_file(name: str) -> Path:
 def read_captions(protocol: Protocol) -> list[Caption]:
     """The captions of a protocol, in order.
 
-    Raises:
-        ValueError: none named, no such file, an empty caption, not as many as the protocol wants,
-            or such that its layout or its metrics can't use them.
+    ValueError: none named, no such file, an empty one, not as many as the protocol wants, or such
+    that its layout or its metrics can't use them.
     """
     if not protocol.captions:
         raise ValueError("no captions: add captions=[FILE] (the protocol says which)")
@@ -159,49 +158,41 @@ def read_captions(protocol: Protocol) -> list[Caption]:
     elif protocol.choice == "spread":
         numbers = images.spread_evenly(len(captions), wanted)
     chosen = [captions[number] for number in numbers]
-    _check_use(protocol, chosen)
-    return chosen
-
-
-def _check_use(protocol: Protocol, captions: Sequence[Caption]) -> None:
-    """Refuse captions that the layout or the metrics can't use."""
-    if protocol.layout == "geneval" and not all(caption.record for caption in captions):
+    # What the layout or the metrics can't use
+    if protocol.layout == "geneval" and not all(caption.record for caption in chosen):
         raise ValueError("layout=geneval needs captions from a .jsonl: rows are the metadata")
     if "retrieval" in protocol.metrics:
-        if not all(caption.source for caption in captions):
+        if not all(caption.source for caption in chosen):
             raise ValueError("metric retrieval needs captions of images in folders or shards")
         if not protocol.reference or protocol.statistics_file:
             raise ValueError("metric retrieval needs a reference of folders or shards")
+    return chosen
 
 
 def _all_captions(protocol: Protocol) -> list[Caption]:
     names = protocol.captions
     files = [Path(name) for name in names if name.endswith((".txt", ".jsonl", ".json"))]
-    # Folders and shards
     if not files:
         if other := [name for name in names if not os.path.isdir(name) and not is_tar_name(name)]:
             raise ValueError(
                 f"captions {other[0]}: expected a .txt, .jsonl or .json, or folders, or tars"
             )
-        keys, entries = protocol.caption_keys, images.list_images(names)
-        texts = [
-            images.entry_captions(entry, keys, "protocol: caption_keys")[0] for entry in entries
-        ]
-        return [Caption(text, images.image_name(entry)) for text, entry in zip(texts, entries)]
+        captions = []
+        for entry in images.list_images(names):
+            texts = images.entry_captions(entry, protocol.caption_keys, "protocol: caption_keys")
+            captions.append(Caption(texts[0], images.image_name(entry)))
+        return captions
     if len(names) > 1:
         raise ValueError(f"captions is one file, or folders and shards, got {names}")
-    # One file
-    path = files[0]
-    text = read_text_file(path)
+    path, text = files[0], read_text_file(files[0])
     if path.suffix == ".json":
         return _from_json(path, load_json(text))
     # splitlines would also split at what a caption may hold, such as U+2028
-    lines = text.split("\n")
-    if path.suffix == ".txt":
-        return [Caption(line.strip()) for line in lines if line.strip()]
     captions = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip() and path.suffix == ".txt":
+            captions.append(Caption(line.strip()))
+        elif line.strip():
             row = load_json(line)
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                 raise ValueError(f"{path} line {number}: expected an object with a text at prompt")

@@ -14,7 +14,7 @@ PSNR and SSIM while stage 1 trains.
 import argparse
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from training.loading import find_text_encoder, load_any_tokenizer, load_newest,
 from training.pictures import caption_grid, pair_rows, save_png
 
 WEIGHTS = {"lpips": VGG16, "rfid": INCEPTION}  # of the metrics that need a network
-PICTURE_PAIRS = 16
+PICTURE, PICTURE_PAIRS = "reconstructions.png", 16
 BATCH_SIZE, NUM_WORKERS = 32, 2  # images at a time and process, reading processes of each
 
 
@@ -51,27 +51,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="stage-1 run folder, or an experiment folder")
-    help_text = "folder of images, or tar shards: paths, braces, globs"
-    add("data", nargs="+", metavar="DATA", help=help_text)
+    add("data", nargs="+", metavar="DATA", help="folders of images, or tar shards")
     add("--output", type=user_path, help="the json; default: reconstruction.json in the run folder")
     add("--limit", type=integer(1), help="only the first images, so many")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the tokenizer")
     add("--vgg-weights", metavar="FILE", help="VGG16 of LPIPS; default: torch's cache")
-    help_text = "folder for a picture of the first pairs"
-    add("--save-images", type=user_path, metavar="DIR", help=help_text)
+    add("--save-images", type=user_path, metavar="DIR", help="for a picture of the first pairs")
     programs.add_reading_options(parser, BATCH_SIZE, "images at a time and process")
     programs.add_weights_options(parser)
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and write."""
     # What needs no network is checked first
-    run = args.run / "tokenizer" if (args.run / "tokenizer").is_dir() else args.run
+    run = programs.stage_run(args.run, "tokenizer")
     output = args.output or run / "reconstruction.json"
     programs.check_report(output, args.data)
     if args.save_images:
-        check_writable(args.save_images / "reconstructions.png")
+        check_writable(args.save_images / PICTURE)
     entries = list_images(args.data)[: args.limit]
 
     # The run's networks, the same in all processes though training may go on; those that measure
@@ -92,22 +89,17 @@ def main(args: argparse.Namespace) -> None:
     size = reconstruct.tokenizer.config.image_size
     data = read_section(run, "data", ImageTextConfig)
     images = ImageSet(entries, size, tuple(data.captions.keys), tuple(data.background))
+    reading = Reading(args.batch_size, args.num_workers, state)
     start = time.perf_counter()
-    metrics, counts, pairs, skipped = measure_reconstructions(
-        images,
-        reconstruct,
-        Reading(args.batch_size, args.num_workers, state),
-        lpips,
-        inception,
-        num_pairs=PICTURE_PAIRS if args.save_images else 0,
+    metrics, counts, skipped = measure_reconstructions(
+        images, reconstruct, reading, lpips, inception
     )
-    pairs = sorted(gather_object(pairs), key=lambda pair: pair[0])
+    seconds = time.perf_counter() - start
     skipped = sorted(gather_object(skipped))
     if not state.is_main_process:
         return
 
     # The report
-    seconds = time.perf_counter() - start
     report = {
         "metrics": metrics,
         "missing": explain_missing(metrics, files),
@@ -121,17 +113,12 @@ def main(args: argparse.Namespace) -> None:
         "images_per_second": round(len(images) / seconds, 3),
     }
     write_json(report, output)
-    print_report(report, output)
-    if pairs:  # none if the first images are unreadable
-        save_pairs(pairs, args.save_images / "reconstructions.png")
-
-
-def print_report(report: dict[str, Any], output: Path) -> None:
-    """Metrics, how fast, and what was left out."""
-    rate = f" ({report['seconds']:.0f} s, {report['images_per_second']:.1f} images/s)"
+    rate = f" ({seconds:.0f} s, {len(images) / seconds:.1f} images/s)"
     programs.print_metrics(report, f"{output}: {report['num_images']} images", rate)
-    for reason, count in Counter(entry["reason"] for entry in report["skipped"]).items():
+    for reason, count in Counter(reason for _, reason in skipped).items():
         print(f"  skipped {count}: {reason}")
+    if args.save_images:
+        save_pairs(images, reconstruct, args.save_images / PICTURE)
 
 
 # The networks
@@ -149,8 +136,7 @@ class Reconstructor:
     def __call__(self, images: Tensor, captions: list[str]) -> Tensor:
         """B x 3 x R x R uint8 -> the same, from the posterior's mean, clamped and rounded.
 
-        Raises:
-            FloatingPointError: a reconstruction is not finite.
+        FloatingPointError: a reconstruction is not finite.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             text_states = self.text_encoder(self.text_encoder.tokenize(captions).to(images.device))
@@ -162,21 +148,17 @@ class Reconstructor:
 def load_reconstructor(run: Path, device: torch.device, bf16: bool) -> Reconstructor:
     """The EMA tokenizer of a run and its text tower.
 
-    Raises:
-        ValueError: no checkpoint, or another text tower than the tokenizer's.
+    ValueError: no checkpoint, or another text tower than the tokenizer's.
     """
-    tokenizer = load_any_tokenizer(run).to(device)
-    # A converted run may name another tower than its decoder was made for
-    text_encoder = find_text_encoder(run)
-    config = tokenizer.config
-    expected = text_encoder.shape  # a dual tokenizer reads no text
+    tokenizer, text_encoder = load_any_tokenizer(run).to(device), find_text_encoder(run)
+    # A converted run may name another tower than its decoder was made for; a dual one reads no text
     if isinstance(tokenizer, ImageTokenizer):
-        expected = (config.text_tokens, config.text_width)
-    if text_encoder.shape != expected:
-        raise ValueError(
-            f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the "
-            f"tokenizer expects {expected}"
-        )
+        expected = (tokenizer.config.text_tokens, tokenizer.config.text_width)
+        if text_encoder.shape != expected:
+            raise ValueError(
+                f"the text encoder of {run} gives {text_encoder.shape} tokens x channels, the "
+                f"tokenizer expects {expected}"
+            )
     return Reconstructor(tokenizer, text_encoder.to(device), bf16)
 
 
@@ -189,27 +171,17 @@ def measure_reconstructions(
     reading: Reading,
     lpips: LPIPS | None = None,
     inception: InceptionFeatures | None = None,
-    num_pairs: int = 0,
-) -> tuple[dict[str, float | None], dict[str, int], list[tuple], list[tuple[str, str]]]:
+) -> tuple[dict[str, float | None], dict[str, int], list[tuple[str, str]]]:
     """Reconstruct and measure a set of images, which the processes share; all must call it.
 
-    num_pairs: of the first images so many are returned.
-
-    Returns:
-        Over all processes metrics (None: not measured, or not defined) and counts; of this one's
-        images the first pairs (index, original, reconstruction, caption), and (name, reason) of
-        each that could not be read.
-
-    Raises:
-        ValueError: not one image could be read.
+    Returns metrics (None: not measured, or not defined) and counts over all processes; (name,
+    reason) of each of this one's images that could not be read. ValueError: that is all of them.
     """
-    state = reading.state
-    pairs, skipped = [], []
-    # Images, with a caption, different from their reconstruction; sums of PSNR, SSIM, LPIPS.
-    # They stay on the device, so that nothing waits for them
+    # Sums stay on the device, so that nothing waits for them
+    state, skipped = reading.state, []
     sums = torch.zeros(6, dtype=torch.float64, device=state.device)
-    num_sets = 2 if inception else 0
-    features = [FeatureStatistics(INCEPTION_WIDTH, state.device) for _ in range(num_sets)]
+    width = INCEPTION_WIDTH if inception else 0
+    real, rebuilt = FeatureStatistics(width, state.device), FeatureStatistics(width, state.device)
     batches = iterate_images(images, reading.batch_size, reading.num_workers, state)
     for batch in tqdm(batches, disable=not state.is_main_process, delay=10, mininterval=10):
         skipped += batch["skipped"]
@@ -218,20 +190,20 @@ def measure_reconstructions(
         originals = batch["image"].to(state.device, non_blocking=True)
         reconstructions = reconstruct(originals, batch["caption"])
         sums += sum_pairs(originals, reconstructions, batch["caption"], lpips)
-        for statistics, pixels in zip(features, (originals, reconstructions)):
-            statistics.add(inception(pixels))
-        rows = zip(batch["index"], batch["image"], reconstructions, batch["caption"])
-        pairs += [(i, x, y.cpu(), caption) for i, x, y, caption in rows if i < num_pairs]
+        if inception:
+            real.add(inception(originals))
+            rebuilt.add(inception(reconstructions))
 
     # Over all processes
     total = reduce(sums, reduction="sum").tolist()
     count, captioned, different, psnr_sum, ssim_sum, lpips_sum = total
-    features = [statistics.over_processes() for statistics in features]
     if not count:
         raise ValueError("not one image could be read")
     rfid = None
-    if inception and count > 1:
-        rfid = frechet_distance(features[0].gaussian(), features[1].gaussian())
+    if inception:
+        real, rebuilt = real.over_processes(), rebuilt.over_processes()
+        rfid = frechet_distance(real.gaussian(), rebuilt.gaussian()) if count > 1 else None
+    # Means over images, not over batches, whose last one is short
     metrics = {
         "rfid": rfid,
         "psnr_db": psnr_sum / different if different else None,
@@ -243,14 +215,19 @@ def measure_reconstructions(
         "num_identical": int(count - different),
         "num_without_caption": int(count - captioned),
     }
-    return metrics, counts, pairs, skipped
+    return metrics, counts, skipped
 
 
 @torch.no_grad()
 def sum_pairs(
     originals: Tensor, reconstructions: Tensor, captions: list[str], lpips: LPIPS | None
 ) -> Tensor:
-    """Of B x 3 x R x R uint8 twice the 6 sums of measure_reconstructions, float64."""
+    """Of B x 3 x R x R uint8 twice, float64 on their device.
+
+    Number of images, of those with a caption, and of those unlike their reconstruction; sums of
+    PSNR (over the last), SSIM and LPIPS.
+    """
+    # Both are bytes: papers measure what a file would hold
     x, y = originals.double() / 255, reconstructions.double() / 255
     decibels = psnr(x, y)
     differ = decibels.isfinite()  # identical pairs have no PSNR
@@ -274,16 +251,12 @@ def describe_model(run: Path, checkpoint: Path, reconstruct: Reconstructor) -> d
     }
 
 
-def explain_missing(
-    metrics: dict[str, float | None], files: dict[str, Path | None]
-) -> dict[str, str]:
-    """Why a metric is null."""
+def explain_missing(metrics: dict[str, float | None], files: dict[str, Path | None]) -> dict:
     reasons = {
         "psnr_db": "all reconstructions are identical to their images",
         "rfid": "it needs at least 2 images",
     }
-    absent = [name for name, file in files.items() if file is None]
-    reasons |= {name: WEIGHTS[name].absence for name in absent}
+    reasons |= {name: WEIGHTS[name].absence for name, file in files.items() if file is None}
     return {name: reasons[name] for name, value in metrics.items() if value is None}
 
 
@@ -304,11 +277,16 @@ def describe_protocol(args: argparse.Namespace, images: ImageSet) -> dict[str, A
     }
 
 
-def save_pairs(pairs: list[tuple], path: Path) -> None:
-    """Picture: originals left, reconstructions right."""
-    _, originals, reconstructions, captions = zip(*pairs)
-    rows = pair_rows(torch.stack(originals) / 255, torch.stack(reconstructions) / 255)
-    save_png(caption_grid(rows, [*captions], columns=4), path)
+def save_pairs(images: ImageSet, reconstruct: Reconstructor, path: Path) -> None:
+    """Picture of the first images: originals left, reconstructions right."""
+    # Made once more, by one process: what the numbers need goes without them
+    first = replace(images, entries=images.entries[:PICTURE_PAIRS])
+    [batch] = iterate_images(first, PICTURE_PAIRS)
+    if batch["index"]:  # none if the first images are unreadable
+        device = next(reconstruct.tokenizer.parameters()).device
+        rebuilt = reconstruct(batch["image"].to(device), batch["caption"])
+        rows = pair_rows(batch["image"] / 255, rebuilt / 255)
+        save_png(caption_grid(rows, batch["caption"], columns=4), path)
 
 
 # While stage 1 trains
@@ -340,7 +318,7 @@ class ReconstructionEvaluation:
         reconstruct = Reconstructor(model, self.text_encoder, self.bf16)
         reading = Reading(BATCH_SIZE, NUM_WORKERS, PartialState())
         with programs.undisturbed():
-            metrics, *_ = measure_reconstructions(self.images, reconstruct, reading)
+            metrics, _, _ = measure_reconstructions(self.images, reconstruct, reading)
         return {f"eval/{name}": value for name, value in metrics.items() if value is not None}
 
 

@@ -63,7 +63,6 @@ class ReportStage(StageConfig):
     stage = "report"
 
     def check(self) -> None:
-        """Refuse a report on nothing."""
         if not (self.train_shards and self.heldout_shards):
             raise ValueError("train_shards and heldout_shards: expected shards in both")
 
@@ -78,6 +77,7 @@ def main(config: ReportStage) -> None:
     pictures = {name: experiment / f"report_{name}.png" for name in ("train", "heldout")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts, sampling = load_generator(experiment, device)
+    # A report of the same inputs is not made again: the launcher runs this stage each time
     inputs = {
         "config": asdict(config),
         "sampling": asdict(sampling),
@@ -90,12 +90,10 @@ def main(config: ReportStage) -> None:
         print(f"{path}: complete, nothing to do")
         return
 
-    # Images and captions, and what is retrieved from
-    train = read_all(config, parts, config.train_shards)
-    heldout = read_all(config, parts, config.heldout_shards)
-    sets = [train, heldout]
-    if config.distractor_shards:
-        sets.append(read_all(config, parts, config.distractor_shards))
+    # Images and captions, and what is retrieved from: training images come first in the pool
+    named = (config.train_shards, config.heldout_shards, config.distractor_shards)
+    sets = [read_all(config, parts, shards) for shards in named if shards]
+    train, heldout = sets[:2]
     pool = build_pool(config, parts, sets)
     num_train = len(train["caption"])
     chosen = spread_evenly(num_train, config.num_train_captions)
@@ -119,12 +117,12 @@ def main(config: ReportStage) -> None:
             "left_out_mse": ridge.error,
         },
     }
+    own_heldout = torch.arange(len(heldout["caption"])) + num_train
     for name, samples, own in (
         ("train", shown_train, torch.tensor(chosen)),
-        ("heldout", heldout, torch.arange(len(heldout["caption"])) + num_train),
+        ("heldout", heldout, own_heldout),
     ):
-        measured = measure_set(parts, sampling, ridge, samples, pool, own)
-        for suffix, values, images in measured:
+        for suffix, values, images in measure_set(parts, sampling, ridge, samples, pool, own):
             report[name + suffix] = values
             if not suffix:
                 save_pairs(samples, images, pictures[name])
@@ -139,9 +137,7 @@ def measure_set(
 ) -> Iterator[tuple[str, dict, Tensor]]:
     """(suffix, figures, images) of the run, of its source alone, and of the ridge.
 
-    Args:
-        samples: image N x 3 x R x R and captions.
-        own: their N places in the pool.
+    samples: image N x 3 x R x R and captions; own: their N places in the pool.
     """
     # The run, from text states on
     states = encode_texts(parts, samples["caption"])
@@ -171,6 +167,7 @@ def measure_set(
 
 def compare(true: Tensor, images: Tensor, latents: Tensor, pool: dict, own: Tensor) -> dict:
     """Retrieval, PSNR and Frechet distance of generated images against the true ones."""
+    # Within its own set a query has fewer images to be mistaken for
     own_latents, own_groups = pool["latents"][own], pool["groups"][own]
     within = torch.arange(len(own))
     gaussians = [fit_gaussian(x.flatten(1)) for x in (latents, own_latents)]

@@ -60,8 +60,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=integer(0), default=0)
     programs.add_sweep_options(parser)
     add("--batch-size", type=integer(1), default=64, help="images at a time")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cuda", "cpu"), default=default)
+    programs.add_device_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -69,9 +68,10 @@ def main(args: argparse.Namespace) -> list[Row]:
     """Measure the ceilings, then each point of the sweep; write and return the table."""
     # What needs no network is checked first
     output = args.output or args.run / "evaluation" / "scenes"
-    check_writable(output / REPORT)
+    data = args.data or args.run / "scenes"
+    programs.check_report(output / REPORT, [str(data)])
     check_writable(output / PICTURE)
-    sets = [read_split(args.data or args.run / "scenes", s, args.captions) for s in EVALUATED]
+    sets = [read_split(data, split, args.captions) for split in EVALUATED]
 
     # The run
     state = programs.start_processes(args.device)
@@ -106,6 +106,7 @@ def main(args: argparse.Namespace) -> list[Row]:
             strips += choose_strips(scenes, images)
     report = {
         "rows": rows,
+        "protocol": {"data": [str(data)]},
         "captions": {scenes.split: len(scenes.texts) for scenes in sets},
         "images_per_caption": args.images_per_caption,
         "seed": args.seed,
@@ -131,26 +132,26 @@ def measure_split(
     args: argparse.Namespace,
 ) -> tuple[list[Row], Tensor]:
     """(a row for each set of images, those generated at the last point)."""
+
+    def row_of(kind: str, facts: judge.Facts, **settings: Any) -> Row:
+        return {"split": scenes.split, "images": kind} | settings | measure(scenes, facts, real)
+
     # The ceilings. Half of the real images is compared with the other half
     real = read(net, scenes.images, args.batch_size)
-    row = measure(scenes, real, real)
     halves = rearrange(real.features, "(n m) d -> m n d", n=len(scenes.texts)).chunk(2)
-    row |= {"kid": distance(*(half.flatten(0, 1) for half in halves)) if len(halves) == 2 else None}
-    rows = [{"split": scenes.split, "images": "real"} | row]
+    kid = distance(*(half.flatten(0, 1) for half in halves)) if len(halves) == 2 else None
     rebuilt = read(net, reconstruct(generator, scenes, args.batch_size), args.batch_size)
-    rows += [{"split": scenes.split, "images": "reconstructed"} | measure(scenes, rebuilt, real)]
+    rows = [row_of("real", real) | {"kid": kid}, row_of("reconstructed", rebuilt)]
 
     # The run's own, without the flow and with it
     if isinstance(generator, ImageGenerator) and generator.flow.config.source == "text":
-        starts = read(net, decode_starts(generator, scenes), args.batch_size)
-        rows += [{"split": scenes.split, "images": "start"} | measure(scenes, starts, real)]
+        rows.append(row_of("start", read(net, decode_starts(generator, scenes), args.batch_size)))
     for sampling in points:
         start = time.perf_counter()
         images = generate(generator, scenes, sampling, args)
         rate = len(images) / (time.perf_counter() - start)
-        row = {"split": scenes.split, "images": "generated", "steps": sampling.steps}
-        row |= {"guidance": sampling.guidance}
-        row |= measure(scenes, read(net, images, args.batch_size), real)
+        settings = {"steps": sampling.steps, "guidance": sampling.guidance}
+        row = row_of("generated", read(net, images, args.batch_size), **settings)
         rows.append(row | {"images_per_second": rate})
     return rows, images
 
@@ -171,8 +172,7 @@ class Scenes:
 def read_split(folder: Path, split: str, most: int | None) -> Scenes:
     """The first captions of a split, with their images, off its shards.
 
-    Raises:
-        ValueError: no such shards, or not all of them.
+    ValueError: no such shards, or not all of them.
     """
     # Gathered by the captions' numbers, in whatever order samples come
     about: dict[int, dict[str, Any]] = {}
@@ -202,7 +202,6 @@ def read_split(folder: Path, split: str, most: int | None) -> Scenes:
 
 
 def statement_of(values: dict[str, Any]) -> Statement:
-    """A statement from a sample's json."""
     return Statement(**values | {"objects": tuple(Kind(**kind) for kind in values["objects"])})
 
 
@@ -221,6 +220,7 @@ def generate(
     generator: Generator, scenes: Scenes, sampling: Sampling, args: argparse.Namespace
 ) -> Tensor:
     """B x 3 x R x R uint8; those of a caption follow each other. Noise of (seed, number)."""
+    # An image's noise is a function of (seed, its number), whatever the batch
     captions = np.repeat(scenes.texts, args.images_per_caption).tolist()
     parts = []
     for i in range(0, len(captions), args.batch_size):
@@ -283,8 +283,6 @@ def distance(features: Tensor, real: Tensor) -> float | None:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Markdown: shares in percent."""
-
     def cell(row: Row, name: str) -> str:
         value = row.get(name)
         if value is None or isinstance(value, str):

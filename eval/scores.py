@@ -1,7 +1,6 @@
 """Metrics: of the features of generated and real images, and of pairs of images.
 
-A metric of a protocol that can't be computed is null, with the reason; the others are there all the
-same. Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
+Kernel distance, inception score, precision and recall are torch-fidelity's functions on our
 features, in float64.
 """
 
@@ -40,6 +39,7 @@ class Measured:
 
 def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[str, str]]:
     """(metrics by name, why one is null)."""
+    # What can't be computed is null, and the others are there all the same: hours went into them
     values: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     for metric in measured.protocol.metrics:
@@ -53,7 +53,6 @@ def compute_scores(measured: Measured) -> tuple[dict[str, float | None], dict[st
 
 
 def result_names(metric: str, protocol: Protocol) -> tuple[str, ...]:
-    """What a metric's results are called."""
     # Only Inception's Frechet distance is FID; clean-fid's resize gives another number
     inception = "clean_fid" if protocol.resize == "clean" else "fid"
     return {
@@ -121,6 +120,7 @@ def kernel_distance(
     """
     metric = fidelity().metric_kid
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "verbose": False}
+    # Sums of cubes lose digits in float32
     found = metric.kid_features_to_metric(generated.double(), real.double(), **options)
     return found[metric.KEY_METRIC_KID_MEAN], found[metric.KEY_METRIC_KID_STD]
 
@@ -171,10 +171,8 @@ def fidelity() -> ModuleType:
 def retrieval(queries: Tensor, pool: Tensor, groups: Tensor, own: Tensor) -> dict[str, float]:
     """Share of queries whose own image is the nearest of the pool, or among the five nearest.
 
-    Args:
-        queries: N x ... pool: M x ...
-        groups: M numbers, equal for images that count as the same.
-        own: N indices into the pool.
+    queries: N x ..., pool: M x ..., own: N indices into it. groups: M numbers, equal for images
+    that count as the same.
     """
     # Rows of the distance matrix a few at a time
     pool, nearest = pool.flatten(1).double(), []

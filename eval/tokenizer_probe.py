@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.files import check_writable, integer, user_path, write_json
+from data.files import integer, user_path, write_json
 from data.images import ImageTextConfig, image_reader
 from data.readers import TokenTextConfig, token_reader
 from data.tar import expand_shards
-from eval import generation, scenes
-from eval.programs import build_parser, markdown_table, start_processes
+from eval import generation, programs, scenes
 from eval.report import BATCH_SIZE, encode, encode_texts, join_batches
 from eval.scores import retrieval
 from modeling.pipeline import Generator
@@ -37,34 +36,33 @@ from training.loading import read_section
 from training.pipelines import load_generator
 from training.ridge import STRENGTHS, fit_ridges
 
+REPORT = "probe.json"
+
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = build_parser(__doc__)
+    parser = programs.build_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=user_path, metavar="RUN", help="experiment, or tokenizer's run")
     add("--experiment", default="probe_scenes", help="of configs/; default: %(default)s")
-    help_text = "of the shards that the experiment reads; default: scenes in RUN"
-    add("--data", type=user_path, metavar="DIR", help=help_text)
-    help_text = "shards of images for the regression; default: new-*.tar in DIR"
-    add("--heldout", nargs="+", metavar="SHARDS", help=help_text)
+    add("--data", type=user_path, metavar="DIR", help="what it reads; default: scenes in RUN")
+    add("--heldout", nargs="+", metavar="SHARDS", help="images; default: new-*.tar in DIR")
     add("--protocol", help="of eval.generation; default: the data are scenes")
-    help_text = "images that the regression is fitted on, and as many held-out ones at most"
+    help_text = "that the regression is fitted on, and at most as many held-out ones"
     add("--num-images", type=integer(2), default=3000, help=help_text)
     add("--captions", type=integer(1), default=128, help="of each split of scenes")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cuda", "cpu"), default=default)
+    programs.add_device_option(parser)
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
     """Probe one tokenizer after the other, then print them side by side."""
-    # What is absent is named before any work
+    # What is absent, or would be replaced, is named before any work
     todo = []
     for run in args.runs:
-        check_writable(run / "probe" / "probe.json")
         data = args.data or run / "scenes"
         heldout = args.heldout or [f"{data}/new-*.tar"]
         expand_shards(heldout)
+        programs.check_report(run / "probe" / REPORT, [str(data), *heldout])
         todo.append((run, data, heldout))
     reports = {str(run): probe(args, run, data, heldout) for run, data, heldout in todo}
     print(side_by_side(reports), end="")
@@ -77,28 +75,28 @@ def side_by_side(reports: dict[str, dict[str, float]]) -> str:
     for run, report in reports.items():
         cells = [f"{report[name]:.3f}" if name in report else "" for name in names]
         rows.append([run, *cells])
-    return markdown_table([["tokenizer", *names], *rows])
+    return programs.markdown_table([["tokenizer", *names], *rows])
 
 
 def probe(args: argparse.Namespace, run: Path, data: Path, heldout: list[str]) -> dict[str, float]:
     """All figures of one tokenizer, written to its probe.json too."""
     folder = (run / "probe").absolute()
-    tokenizer = run / "tokenizer" if (run / "tokenizer").is_dir() else run
+    tokenizer = programs.stage_run(run, "tokenizer")
     train_flow(args.experiment, folder, tokenizer.absolute(), data.absolute())
-    generator, _ = load_generator(folder, start_processes(args.device).device)
+    generator, _ = load_generator(folder, programs.start_processes(args.device).device)
     latents = read_latents(args, generator, folder, tokenizer, heldout)
     figures = probe_by_ridge(*latents) | judge_flow(args, folder, data)
-    write_json(figures, folder / "probe.json")
-    print(f"{folder / 'probe.json'}: written", flush=True)
+    write_json(figures | {"protocol": {"data": [str(data), *heldout]}}, folder / REPORT)
+    print(f"{folder / REPORT}: written", flush=True)
     return figures
 
 
 def train_flow(experiment: str, folder: Path, tokenizer: Path, data: Path) -> None:
     """Run the stages of the experiment, or what is left of them.
 
-    Raises:
-        SystemExit: with the status of a stage that did not end well.
+    SystemExit: with the status of a stage that did not end well.
     """
+    # What is done already says so and ends; the rest resumes
     command = [sys.executable, "-m", "scripts.run_experiment", experiment]
     command += [f"experiment_dir={folder}", f"tokenizer_run={tokenizer}", f"data_dir={data}"]
     status = subprocess.run(command, cwd=ROOT).returncode
@@ -150,6 +148,7 @@ def explained(predicted: Tensor, true: Tensor, mean: Tensor) -> float:
 
 def judge_flow(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, float]:
     """Of the flow's images: shares with all right for each split, or a protocol's metrics."""
+    # As their command lines would, so that the figures are theirs
     common = ["--device", args.device]
     if args.protocol:
         words = [str(folder), "--protocol", args.protocol, *common]

@@ -25,12 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.files import check_writable, integer, user_path, write_json
+from data.files import integer, user_path, write_json
 from data.images import ImageTextConfig
 from eval.feature_nets import ClipScorer
 from eval.features import number_groups
 from eval.images import ImageSet, choose_images, iterate_images, list_images
-from eval.programs import add_reading_options, build_parser, start_processes
+from eval.programs import (
+    add_reading_options,
+    build_parser,
+    check_report,
+    stage_run,
+    start_processes,
+)
 from eval.report import shrink
 from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tokenizer import ImageTokenizer
@@ -46,9 +52,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     add = parser.add_argument
     add("run", type=user_path, metavar="RUN", help="run of a dual tokenizer, or an experiment")
-    help_text = "folders or tar shards: paths, braces, globs"
-    add("--train", nargs="+", required=True, metavar="DATA", help=help_text)
-    add("--heldout", nargs="+", required=True, metavar="DATA", help=help_text)
+    add("--train", nargs="+", required=True, metavar="DATA", help="folders or tar shards")
+    add("--heldout", nargs="+", required=True, metavar="DATA", help="folders or tar shards")
     add("--flowtok", type=user_path, metavar="RUN", help="a FlowTok tokenizer beside it")
     add("--num-train", type=integer(2), default=MAX_TRAIN, help="evenly spaced training images")
     add("--output", type=user_path, help="default: understanding.json in the run folder")
@@ -57,10 +62,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read, fit, measure, write."""
-    run = args.run / "tokenizer" if (args.run / "tokenizer").is_dir() else args.run
+    run = stage_run(args.run, "tokenizer")
     output = args.output or run / "understanding.json"
-    check_writable(output)
+    data_sets = {"train": args.train, "heldout": args.heldout}
+    check_report(output, data_sets)
     device = start_processes(args.device).device
     tokenizer = load_dual_tokenizer(run).to(device)
     config = tokenizer.config
@@ -103,6 +108,7 @@ def main(args: argparse.Namespace) -> None:
             readouts[name] |= {measure: hits.float().mean().item(), f"{measure}_share": share}
             readouts[name][f"{measure}_share_error"] = error
     report = {
+        "protocol": {"data": data_sets},
         "num_train": len(target),
         "num_heldout": len(captions),
         "num_captions": len(texts),
@@ -119,6 +125,7 @@ def representations(
 ) -> dict[str, Tensor]:
     """By name what stands for images B x 3 x R x R in [0, 1]: B x N x C each."""
     coded, sizes = tokenizer.encode(images), tokenizer.config.quantizer
+    # The codes can keep no more than there is in the teacher's own patches; pixels are the floor
     found = {
         "teacher_patches": teacher(images),
         "predicted_features": tokenizer.read(tokenizer.quantizer.decode(coded.indices)),
@@ -144,6 +151,7 @@ def read_features(
             print(f"left out: {name}: {reason}", file=sys.stderr)
         if not batch["index"]:
             continue
+        # Floats for the codes; CLIP takes the bytes by its own preprocessing
         pixels = batch["image"].to(clip.device).float() / 255
         captions += batch["caption"]
         found["teacher"].append(clip.see(batch["image"]).cpu())

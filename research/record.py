@@ -9,7 +9,6 @@ data. Floats are recorded exactly, bytes as SHA-256. Two records of one tree are
 bit; those of two machines need not be (part "environment").
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -28,20 +27,29 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+# Before torch reads it, and for the programs that are started: sums depend on the threads
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
-# What needs torch is imported later: its number of threads is set first.
+import torch
 from safetensors import deserialize
 
+from data.captions import CaptionConfig
+from data.config import ReaderConfig
+from data.images import ImageTextConfig, image_reader
+from data.readers import TokenTextConfig, caption_reader, token_reader
+from data.tar import read_shard, write_shard
+from eval.programs import build_parser
+from modeling.text_encoder import TextEncoderConfig, TextTokenizer
 from scripts.run_experiment.stages import program_of
 from training.errors import ROOT
+from training.pipelines import load_captioner, load_pipeline
 
 EMOJI = "assets/noto_emoji"
 LEFT_OUT = {"step", "samples_per_second", "data_wait_share"}  # of metrics.jsonl: times differ
 
 
 def keys(group: str, **values) -> list[str]:
-    """Overrides of one group of keys."""
     return [f"{group}.{name}={value}" for name, value in values.items()]
 
 
@@ -70,8 +78,11 @@ TOKENIZER = [
 PROJECTOR = [*TRAINING, *keys("projector", **SMALL, mlp_width=128, alignment_width=64)]
 SMALL_FLOW = [*TRAINING, *keys("flowtok", **SMALL)]
 FLOW = [*PROJECTOR, *keys("flowtok", **SMALL)]  # its projector starts from random weights
+BF16 = keys("training", precision="bf16", max_steps=5)
 DECODER = [*PROJECTOR, *keys("text_decoder", **SMALL, mlp_width=128, vocabulary_size=512)]
 STAGE2 = "projector_run={runs}/projector_clip_l/text_projector"
+AVERAGE_POOL = "projector.alignment_target=average_pool"
+COSINE_MARGIN = "losses.alignment_form=cosine_margin"
 TOKENS = "data.shards=[{runs}/tokenizer_bl77_256/tokens/*.tar]"
 CAPTIONED = "data_dir={runs}/data"
 
@@ -89,21 +100,12 @@ RUNS = {
     "projector_clip_l/text_projector": ("projector_clip_l/text_projector", PROJECTOR),
     "flowtok_b/flowtok": ("flowtok_b/flowtok", FLOW),
     "flowtok_b/projector_run": ("flowtok_b/flowtok", [*SMALL_FLOW, STAGE2]),
-    "flowtok_b/bf16": (
-        "flowtok_b/flowtok",
-        [*FLOW, "training.precision=bf16", "training.max_steps=5"],
-    ),
+    "flowtok_b/bf16": ("flowtok_b/flowtok", [*FLOW, *BF16]),
     "flowtok_b/accumulation": ("flowtok_b/flowtok", [*FLOW, "training.gradient_accumulation=2"]),
     "flowtok_b/selective": ("flowtok_b/flowtok", [*FLOW, "activation_checkpointing=selective"]),
     "flowtok_b/flowtok_finetune": ("flowtok_b/flowtok_finetune", [*SMALL_FLOW, TOKENS]),
-    "flowtok_b_average_pool/flowtok": (
-        "flowtok_b/flowtok",
-        [*FLOW, "projector.alignment_target=average_pool"],
-    ),
-    "flowtok_b_cosine_margin/flowtok": (
-        "flowtok_b/flowtok",
-        [*FLOW, "losses.alignment_form=cosine_margin"],
-    ),
+    "flowtok_b_average_pool/flowtok": ("flowtok_b/flowtok", [*FLOW, AVERAGE_POOL]),
+    "flowtok_b_cosine_margin/flowtok": ("flowtok_b/flowtok", [*FLOW, COSINE_MARGIN]),
     "caption_xl/tokens": ("caption_xl/tokens", [CAPTIONED, "data.num_workers=1"]),
     "caption_xl/text_decoder": ("caption_xl/text_decoder", [*DECODER, CAPTIONED]),
     "caption_xl/flowtok_caption": ("caption_xl/flowtok_caption", [*SMALL_FLOW, CAPTIONED]),
@@ -115,6 +117,7 @@ RUNS = {
 
 def make_record(runs: Path) -> dict:
     """Run everything under a folder; name of a part -> nested values."""
+    # Stages read what earlier ones wrote, so all lie under one folder
     record = {"environment": describe_environment()}
     write_captioned(runs / "data")
     for name, (config, overrides) in RUNS.items():
@@ -133,8 +136,6 @@ def describe_environment() -> dict:
 
 def write_captioned(folder: Path) -> None:
     """Held-out emoji with several captions each, as caption_xl has: karpathy_train, _val."""
-    from data.tar import read_shard, write_shard
-
     emoji = sorted(read_shard(ROOT / EMOJI / "heldout-000000.tar.gz"), key=itemgetter("__key__"))
     for sample in emoji:
         text = sample.pop("txt").decode()
@@ -145,8 +146,6 @@ def write_captioned(folder: Path) -> None:
 
 
 def record_run(runs: Path, name: str, config: str, overrides: list[str]) -> dict:
-    """Run one stage as a program and record what it left in its folder."""
-    # A process of its own, as a user starts it: nothing passes from stage to stage but files
     folder = runs / name
     module, _ = program_of(Path(config).stem)
     is_encoding = module == "scripts.encode_tokens"
@@ -154,27 +153,23 @@ def record_run(runs: Path, name: str, config: str, overrides: list[str]) -> dict
     command += [f"runs_dir={runs}", f"experiment_dir={folder.parent}", f"run_dir={folder}"]
     command += [] if is_encoding else STEPS
     command += [value.format(runs=runs) for value in overrides]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    # A process of its own: nothing passes from stage to stage but files
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     if result.returncode:
-        sys.exit(f"{' '.join(command)}\n{result.stdout[-3000:]}\nstatus {result.returncode}")
+        printed = f"{result.stdout}{result.stderr}"[-3000:]
+        sys.exit(f"{' '.join(command)}\n{printed}\nstatus {result.returncode}")
     parts = token_parts(folder) if is_encoding else training_parts(folder)
     return {f"{name} {part}": value for part, value in parts.items()}
 
 
 def training_parts(folder: Path) -> dict:
     """Logged values by step; tensors of each weights file; pictures, reports, the CLIP folder."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     parts: dict[str, dict] = {"metrics": {}}
-    for line in lines:
-        values = {name: value for name, value in line.items() if name not in LEFT_OUT}
-        parts["metrics"][f"step {line['step']}"] = values
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        values = {name: value for name, value in row.items() if name not in LEFT_OUT}
+        parts["metrics"][f"step {row['step']}"] = values
     for path in sorted((folder / "checkpoints" / "latest").glob("*.safetensors")):
         tensors = sorted(deserialize(path.read_bytes()))
         hashes = {key: f"{x['dtype']} {x['shape']} {sha256(x['data'])}" for key, x in tensors}
@@ -195,11 +190,6 @@ def token_parts(folder: Path) -> dict:
 
 def record_samples(runs: Path) -> dict:
     """Latents and images of two flows for each solver, captions of three held-out images."""
-    import torch
-
-    from data.images import ImageTextConfig, image_reader
-    from training.pipelines import load_captioner, load_pipeline
-
     torch.set_num_threads(1)
     device = torch.device("cpu")
     captions = ["pineapple, food fruit", "black cat, animal mammal"]
@@ -230,12 +220,6 @@ def record_samples(runs: Path) -> dict:
 
 def record_data(runs: Path) -> dict:
     """Keys and contents of batches: images, an epoch of the demo's tokens, captions."""
-    from data.captions import CaptionConfig
-    from data.config import ReaderConfig
-    from data.images import ImageTextConfig, image_reader
-    from data.readers import TokenTextConfig, caption_reader, token_reader
-    from modeling.text_encoder import TextEncoderConfig, TextTokenizer
-
     clip = f"local-dir:{runs}/emoji/text_encoder/clip"
     tokenize = TextTokenizer(TextEncoderConfig(model=clip))
     images, tokens = [str(ROOT / EMOJI / "train-*.tar.gz")], [f"{runs}/emoji/tokens/*.tar"]
@@ -264,7 +248,7 @@ def record_data(runs: Path) -> dict:
     return record
 
 
-def describe(tensor) -> dict:
+def describe(tensor: torch.Tensor) -> dict:
     """Hash of a tensor's bytes and its first values."""
     values = tensor.detach().cpu().contiguous()
     first = [repr(value) for value in values.flatten()[:8].tolist()]
@@ -283,7 +267,6 @@ def describe_batches(batches: Iterable[dict]) -> dict[str, list]:
 
 
 def sha256(data: bytes) -> str:
-    """In hex."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -294,54 +277,41 @@ def flatten(values: Any, place: str = "") -> dict[str, str]:
     """The repr of each single one of nested values, by its place; of floats it has every bit."""
     if not isinstance(values, dict | list):
         return {place: repr(values)}
+    found = {}
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
-    return {k: v for key, value in pairs for k, v in flatten(value, f"{place}/{key}").items()}
-
-
-def differences(a: Any, b: Any) -> tuple[list[str], list[str]]:
-    """(what differs, what only has another name) in nested values, in order."""
-    a, b = flatten(a), flatten(b)
-    pairs = [(place, a[place], b[place]) for place in a if place in b]
-    differing = [f"{place}: {x[:40]} -> {y[:40]}" for place, x, y in pairs if x != y]
-    # A tensor whose name changed still has its bytes
-    renamed, left = [], {place: value for place, value in b.items() if place not in a}
-    for place in (place for place in a if place not in b):
-        twin = next((name for name, value in left.items() if value == a[place]), None)
-        left.pop(twin, None)
-        found = differing if twin is None else renamed
-        found.append(f"{place} -> {twin or 'nothing equal'}")
-    return differing + [f"nothing equal -> {place}" for place in left], renamed
+    for name, value in pairs:
+        found |= flatten(value, f"{place}/{name}")
+    return found
 
 
 def compare(a: dict, b: dict) -> bool:
     """Print a line for each part; whether all are equal."""
     is_equal = True
     for name in {**a, **b}:
-        differing, renamed = differences(a.get(name, "absent"), b.get(name, "absent"))
-        is_equal &= not differing
-        line = f"DIFFERS in {len(differing)}, first {differing[0]}" if differing else "equal"
-        if renamed:
-            line += f"; {len(renamed)} renamed: {', '.join(renamed[:3])}"
+        first, second = (flatten(record.get(name, "absent")) for record in (a, b))
+        # What only one of them has differs, too: a tensor that was renamed counts twice
+        differing = [x for x in {**first, **second} if first.get(x) != second.get(x)]
+        line = "equal"
+        if differing:
+            x = differing[0]
+            line = f"DIFFERS in {len(differing)}, first {x}: {first.get(x)} -> {second.get(x)}"
         print(f"{name:45} {line}")
+        is_equal &= not differing
     print("all equal" if is_equal else "NOT equal")
     return is_equal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, nargs="?", help="JSON file to write")
-    help_text = "new folder for the runs; default: a temporary one"
-    parser.add_argument("--folder", type=Path, help=help_text)
-    help_text = "records to compare"
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help=help_text)
+    parser = build_parser(__doc__)
+    add = parser.add_argument
+    add("out", type=Path, nargs="?", help="JSON file to write")
+    add("--folder", type=Path, help="new folder for the runs; default: a temporary one")
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="records to compare")
     args = parser.parse_args()
     if args.compare:
         sys.exit(not compare(*(json.loads(path.read_text()) for path in args.compare)))
     if args.out is None:
         parser.error("name the file to write, or two with --compare")
-    os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as temporary:
         record = make_record((args.folder or Path(temporary)).resolve())
     args.out.write_text(json.dumps(record, indent=1) + "\n")

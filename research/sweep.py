@@ -69,11 +69,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what is left, then write.
+    """Run what is left, then write; SystemExit: a run failed.
 
-    Raises:
-        ValueError: a wrong file, an unknown variant, or folders that another command made.
-        SystemExit: a run failed.
+    ValueError: a wrong file, an unknown variant, or folders that another command made.
     """
     sweep = load_sweep(args.file)
     output = args.output or ROOT / "runs" / "sweeps" / args.file.stem
@@ -87,7 +85,6 @@ def main(args: argparse.Namespace) -> None:
     for seed, variant in product(sweep.seeds, chosen):
         folder = (output / variant / str(seed)).resolve()
         command = command_of(sweep, variant, seed, folder)
-        # What another command made is not continued
         made_by = folder / COMMAND_FILE
         known = json.loads(made_by.read_text()) if made_by.is_file() else None
         if folder.exists() and known != command:
@@ -137,6 +134,7 @@ def load_sweep(path: Path) -> SweepConfig:
         raise ValueError(f"{path}: gflop has {sorted(idle)}, which are not among stages")
     if sweep.start_from and not Path(sweep.start_from).is_dir():
         raise ValueError(f"{path}: start_from={sweep.start_from} is no folder; train it first")
+    # Each variant's overrides are checked by the stages that would get them
     for variant in sweep.variants:
         command_of(sweep, variant, seed=0, folder=Path())
     return sweep
@@ -145,8 +143,7 @@ def load_sweep(path: Path) -> SweepConfig:
 def command_of(sweep: SweepConfig, variant: str, seed: int, folder: Path) -> list[str]:
     """train_flowtok.sh with everything of a run.
 
-    Raises:
-        ValueError: an override that a stage refuses, or a budget of not one step.
+    ValueError: an override that a stage refuses, or a budget of not one step.
     """
     overrides = sweep.overrides + sweep.variants[variant]
     words = [sweep.experiment, *overrides]
@@ -183,37 +180,29 @@ def run_one(
 
     Returns variant, seed, command, seconds, and metrics or error.
     """
-    finished = folder / RESULT_FILE
+    finished, log = folder / RESULT_FILE, folder / "log"
     if finished.is_file():
         return json.loads(finished.read_text()) | {"metrics": read_metrics(sweep, folder)}
     write_json(command, folder / COMMAND_FILE)
-    link_start(sweep, folder)
+    # The finished stages of `start_from` that are not run
+    for path in sorted(Path(sweep.start_from).resolve().iterdir()) if sweep.start_from else []:
+        link = folder / path.name
+        if path.is_dir() and path.name not in sweep.stages and not link.exists():
+            link.symlink_to(path)
     start = time.monotonic()
-    status = run_command(sweep, command, folder / "log")
+    status = run_command(sweep, command, log)
     seconds = time.monotonic() - start
     result = {"variant": variant, "seed": seed, "command": command, "seconds": seconds}
+    # Without a result the same command runs it again, which resumes it
     if status:
-        log = folder / "log"
         return result | {"error": f"exit status {status}: {last_error(log)}; see {log}"}
     write_json(result, finished)
     return result | {"metrics": read_metrics(sweep, folder)}
 
 
-def link_start(sweep: SweepConfig, folder: Path) -> None:
-    """Links to the finished stages of `start_from` that are not run."""
-    for path in sorted(Path(sweep.start_from).resolve().iterdir()) if sweep.start_from else []:
-        link = folder / path.name
-        if path.is_dir() and path.name not in sweep.stages and not link.exists():
-            link.symlink_to(path)
-
-
 def run_command(sweep: SweepConfig, command: list[str], log: Path) -> int:
-    """Run a command with its output in a file; returns its exit status."""
-    variables = {
-        "STAGES": " ".join(sweep.stages),
-        "OMP_NUM_THREADS": "1",
-        "VIRTUAL_ENV": sys.prefix,
-    }
+    variables = {"STAGES": " ".join(sweep.stages), "OMP_NUM_THREADS": "1"}
+    variables |= {"VIRTUAL_ENV": sys.prefix}
     with log.open("a") as file:
         return subprocess.run(
             command,
@@ -225,21 +214,17 @@ def run_command(sweep: SweepConfig, command: list[str], log: Path) -> int:
 
 
 def last_error(log: Path) -> str:
-    """The last line that says what went wrong."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error")]
-    return (errors or lines or ["no output"])[-1]
+    lines = log.read_text(errors="replace").split("\n")
+    lines = [line.strip() for line in lines if line.strip()] or ["no output"]
+    return ([line for line in lines if line.startswith("error")] or lines)[-1]
 
 
 def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
-    """What the sweep asks for.
-
-    Raises:
-        ValueError: a file without the key.
-    """
+    """What the sweep asks for; ValueError: a file without the key."""
     values = {}
     for name, place in sweep.metrics.items():
         file, _, key = place.partition(":")
+        # Of a log the last line that has the key, of a report the value at the dotted path
         if file.endswith(".jsonl"):
             _, value = metrics.read_metrics(folder / file).get(key, [(0, None)])[-1]
         else:
@@ -256,27 +241,22 @@ def read_metrics(sweep: SweepConfig, folder: Path) -> dict[str, float]:
 
 
 def summarise(sweep: SweepConfig, results: list[dict]) -> str:
-    """The table: a row for each variant, mean +- deviation over its seeds."""
-    names = list(sweep.metrics)
-    lines = [["variant", *names, "runs"]]
+    """The table: a row for each variant, mean +- the sample's deviation over its seeds."""
+    lines = [["variant", *sweep.metrics, "runs"]]
     shown = {result["variant"] for result in results}
     for variant in (name for name in sweep.variants if name in shown):
         runs = [run for run in results if run["variant"] == variant and "metrics" in run]
-        cells = [mean_and_deviation([run["metrics"][name] for run in runs]) for name in names]
+        cells = []
+        for name in sweep.metrics:
+            values = [run["metrics"][name] for run in runs]
+            mean = f"{statistics.fmean(values):.4g}" if values else ""
+            has_spread = len(values) > 1
+            cells.append(f"{mean} +- {statistics.stdev(values):.2g}" if has_spread else mean)
         lines.append([variant, *cells, str(len(runs))])
     return markdown_table(lines)
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    """A cell: mean, and the sample's standard deviation where there are two or more."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.4g}"
-    return f"{mean} +- {statistics.stdev(values):.2g}" if len(values) > 1 else mean
-
-
 def write_summary(sweep: SweepConfig, results: list[dict], output: Path) -> None:
-    """table.md and results.json."""
     results = sorted(results, key=lambda r: (list(sweep.variants).index(r["variant"]), r["seed"]))
     write_json({"sweep": asdict(sweep), "results": results}, output / "results.json")
     failed = [f"{r['variant']}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]

@@ -2,13 +2,10 @@
 
     python -m research.train_judge runs/judge
 
-Images are drawn once, into a file of the folder: half of them scenes as statements have them, of
-all splits and of none; half with up to four objects, each of any shape, colour and size, so that
-the judge knows no rule of what goes together, and some of an outline that is no shape. Training
-lays some images over others: what is mostly another image has no objects, so that the average of
-several images is not taken for one of them. It damages most images as a tokenizer does: smoothing,
-lower resolution, JPEG's loss, noise fine and coarse. At the end it measures on fresh scenes of each
-split and writes assets/scenes/judge.safetensors. 6 minutes on one core.
+Images are drawn once, into a file of the folder: half of them scenes as statements have them, half
+with up to four objects of any kind. Training lays some over others and damages most. At the end it
+measures on fresh scenes of each split and writes assets/scenes/judge.safetensors. 6 minutes on one
+core.
 """
 
 import argparse
@@ -60,7 +57,6 @@ Truth = dict[str, Tensor]  # objects: N x 4 x 5 (shape, colour, x, y, diameter),
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draw, train, measure, write."""
     torch.manual_seed(0)
     images, truth = load_images(args.folder / f"images_{args.images}.npz", args.images)
     net = train(images, truth, args.steps)
@@ -99,6 +95,7 @@ def load_images(file: Path, number: int) -> tuple[Tensor, Truth]:
 
 def draw_any_scene(rng: np.random.Generator) -> Scene:
     """As a statement has it, or with objects that have nothing to do with each other."""
+    # Of all splits and of none, so that the judge knows no rule of what goes together
     return draw_scene(draw_statement(rng), rng) if rng.random() < 0.5 else draw_free_scene(rng)
 
 
@@ -153,7 +150,6 @@ def draw_images(scenes: list[Scene]) -> np.ndarray:
 
 
 def truth_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """What scenes show, as numbers."""
     objects = np.zeros((len(scenes), judge.MAX_OBJECTS, 5), dtype=np.float32)
     for row, scene in zip(objects, scenes):
         for place, item in zip(row, scene.objects):
@@ -168,10 +164,9 @@ def truth_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
 
 
 def blend(images: Tensor, truth: Truth, rng: torch.Generator) -> tuple[Tensor, Truth]:
-    """Some images with others laid over them; what of them can still be said to show.
-
-    An image of which too little is left has no objects, and any background.
-    """
+    """Some images with others laid over them; what of them can still be said to show."""
+    # An image of which too little is left has no objects, and any background: or the average of
+    # several images would be taken for one of them
     shape = (len(images), 1, 1, 1)
     is_blend = torch.rand(shape, generator=rng) < BLEND_SHARE
     share = torch.rand(shape, generator=rng)
@@ -191,6 +186,7 @@ def blend(images: Tensor, truth: Truth, rng: torch.Generator) -> tuple[Tensor, T
 
 def damage(images: Tensor, rng: torch.Generator) -> Tensor:
     """B x 3 x R x R in [0, 1], each smoothed and damaged as much as is drawn for it; most are."""
+    # As a tokenizer damages them: its reconstructions must be read, too
     b, _, r, _ = images.shape
 
     def draw(probability: float, most: float) -> Tensor:
@@ -238,6 +234,7 @@ def train(images: Tensor, truth: Truth, steps: int) -> judge.Judge:
         batch = damage(batch, rng)
         parts, background, _ = net.outputs(batch.contiguous(memory_format=torch.channels_last))
         losses = compute_losses(parts, background, facts)
+        # Linear warm-up, then a cosine to zero
         rate = min((step + 1) / WARMUP_STEPS, (1 + math.cos(math.pi * step / steps)) / 2)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
         optimizer.zero_grad()
@@ -262,6 +259,7 @@ def compute_losses(
     wanted = torch.exp(-away.square().sum(dim=3) / (2 * judge.SPREAD**2)).masked_fill(is_absent, 0)
     wanted, nearest = wanted.max(dim=1)  # B x 64
     own = objects.gather(1, nearest[:, :, None].expand(-1, -1, 5))  # B x 64 x 5
+    # What lies in a cell is asked only near an object's centre
     weight = wanted * (wanted > 0.3)
     weight = weight / weight.sum()
 

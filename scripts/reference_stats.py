@@ -18,30 +18,23 @@ from data.files import check_writable, integer, user_path
 from eval.feature_nets import INCEPTION, InceptionFeatures
 from eval.features import measure_reference
 from eval.images import CLEAN_SIZE, ImageSet, Reading, list_images
-from eval.programs import (
-    add_reading_options,
-    add_weights_options,
-    build_parser,
-    start_processes,
-)
+from eval.programs import add_reading_options, add_weights_options, build_parser, start_processes
 from training.errors import exit_on_error, printable
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
-    parser.add_argument("file", type=user_path, metavar="FILE.npz")
-    help_text = "folder of images, or tar shards: paths, braces, globs"
-    parser.add_argument("data", nargs="+", metavar="DATA", help=help_text)
-    help_text = "pixels of the square that an image is resized and cropped to"
+    add = parser.add_argument
+    add("file", type=user_path, metavar="FILE.npz")
+    add("data", nargs="+", metavar="DATA", help="folder of images, or tar shards")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--image-size", type=integer(1), help=help_text)
+    size.add_argument("--image-size", type=integer(1), help="side of the centre square, pixels")
     help_text = "clean-fid's rule instead: the whole image to 299 px"
     size.add_argument("--clean", action="store_true", help=help_text)
     help_text = "RGB behind transparent pixels"
-    byte = integer(0, 255)
-    parser.add_argument("--background", type=byte, nargs=3, default=[255] * 3, help=help_text)
+    add("--background", type=integer(0, 255), nargs=3, default=[255] * 3, help=help_text)
     help_text = "8 kB an image: KID, precision and recall need them"
-    parser.add_argument("--keep-features", action="store_true", help=help_text)
+    add("--keep-features", action="store_true", help=help_text)
     add_reading_options(parser, 64, "images that Inception sees at once")
     add_weights_options(parser)
     args = parser.parse_args(arguments)
@@ -53,8 +46,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # The images are listed, and the weights found, before anything is measured
     check_writable(args.file)
-    rule = "clean" if args.clean else "crop"
-    size = CLEAN_SIZE if args.clean else args.image_size
+    rule, size = ("clean", CLEAN_SIZE) if args.clean else ("crop", args.image_size)
     images = ImageSet(list_images(args.data), size, (), tuple(args.background), rule)
     state = start_processes(args.device)
     with state.local_main_process_first():
@@ -65,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
     net = InceptionFeatures(weights).to(state.device)
     reading = Reading(args.batch_size, args.num_workers, state)
     found = measure_reference(args.data, images, net, reading, args.keep_features)
+    # Unreadable images are not in the statistics; a terminal must not obey their names
     if state.is_main_process:
         found.save(args.file)
         print(f"{args.file}: {found.gaussian.count} images of {size} px")

@@ -42,16 +42,14 @@ def test_runs_lie_over_each_other_in_a_panel_for_each_value(tmp_path, monkeypatc
     line = [(10, -10.0), (20, -20.0)]
     assert drawn[0]["flowtok"]["loss"] == {str(one): line, str(two): [(10, 10.0), (20, 20.0)]}
     draw(flow, "--output", tmp_path / "new" / "x.png")
-    assert (
-        drawn[1]["flowtok"]["loss"] == {str(flow): line} and (tmp_path / "new" / "x.png").exists()
-    )
+    assert drawn[1]["flowtok"]["loss"] == {str(flow): line}
+    assert (tmp_path / "new" / "x.png").is_file()
 
 
 def test_a_panel_is_logarithmic_for_positive_values_of_a_wide_range():
     curve = [(1, 1.0), (2, 1000.0)]
     assert curves.scale_of({"a": curve}) == "log"
     assert curves.scale_of({"a": curve, "b": [(1, 0.0)]}) == "linear"
-    assert curves.scale_of({"a": curve[:1], "b": [(1, 50.0)]}) == "linear"
 
 
 @pytest.mark.parametrize(
@@ -61,6 +59,7 @@ def test_a_panel_is_logarithmic_for_positive_values_of_a_wide_range():
         (["run", "run"], "named twice"),
         (["run", "--output", "x.jpg"], "x.jpg.*.png"),
         (["run", "--output", "/dev/null/x.png"], "/dev/null/x.png"),
+        (["run"], "nothing was reported"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(arguments, said, tmp_path, monkeypatch):
@@ -69,8 +68,6 @@ def test_what_cannot_be_drawn_is_refused(arguments, said, tmp_path, monkeypatch)
     (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match=said):
         draw(*arguments)
-    with pytest.raises(ValueError, match="nothing was reported"):
-        draw("run")
 
 
 def test_the_kept_logs_are_of_all_steps_of_the_demo():

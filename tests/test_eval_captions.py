@@ -35,7 +35,6 @@ def no_java(monkeypatch):
         ("t - rex , the king ' s 1 2 3 .", "t-rex, the king ' s 123."),
         ("a man 's dog", "a man's dog"),
         ("a & b", "a & b"),
-        ("", ""),
     ],
 )
 def test_spaces_around_punctuation_are_as_they_are_written(decoded, written):
@@ -56,24 +55,21 @@ def test_a_run_of_the_other_direction_is_refused_both_ways(chain, captioner, tmp
 # sample.py
 
 
-def test_captions_are_printed_with_a_contact_sheet(captioner, pictures, tmp_path, capsys):
-    image = pictures / "1.png"
+def test_captions_are_printed_with_a_contact_sheet_or_become_a_line_an_image(
+    captioner, pictures, tmp_path, capsys
+):
+    image, output = pictures / "1.png", tmp_path / "new" / "out.jsonl"
     draw(captioner, "--caption", image, pictures, "--output", tmp_path / "sheet.png")
     *lines, end = capsys.readouterr().out.splitlines()
-    names = [str(image), *(str(pictures / f"{i}.png") for i in range(3))]
-    assert [line.split(": ")[0] for line in lines] == names
+    names = [str(pictures / f"{i}.png") for i in range(3)]
+    assert [line.split(": ")[0] for line in lines] == [str(image), *names]
     assert lines[0] == lines[2]  # the same image
     assert f"{tmp_path}/sheet.png: 4 captions" in end
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 4 * 128
-
-
-def test_a_folder_becomes_a_line_an_image(captioner, pictures, tmp_path):
-    output = tmp_path / "new" / "out.jsonl"
     draw(captioner, "--caption", pictures, "--output", output, "--batch-size", "2")
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["image"] for row in rows] == [str(pictures / f"{i}.png") for i in range(3)]
-    assert all({*row} == {"image", "caption"} for row in rows)
+    assert [f"{row['image']}: {row['caption']}" for row in rows] == lines[1:]
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
 
 
@@ -115,15 +111,13 @@ def test_an_unreadable_image_in_a_folder_is_left_out_named_and_counted(
 def test_what_can_not_be_captioned_is_an_error_that_leaves_nothing(
     captioner, pictures, tmp_path, output
 ):
-    (pictures / "broken.png").write_bytes(b"no image")
-    for folder in ("empty", "all_broken"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "all_broken" / "a.png").write_bytes(b"no image")
+    broken = pictures / "broken" / "broken.png"
+    broken.parent.mkdir()
+    broken.write_bytes(b"no image")
     for arguments, part in (
-        ([pictures / "0.png", pictures / "broken.png"], "broken.png"),
+        ([pictures / "0.png", broken], "broken.png"),
         ([tmp_path / "nothing.png"], "nothing.png"),
-        ([tmp_path / "empty"], "empty"),
-        ([tmp_path / "all_broken"], "read"),
+        ([broken.parent], "read"),
     ):
         with pytest.raises(ValueError, match=part):
             draw(captioner, "--caption", *arguments, "--output", tmp_path / "out" / output)
@@ -181,12 +175,9 @@ def test_shards_are_measured_at_each_steps_and_guidance(captioner, tiny_shards, 
     assert (protocol["num_images"], protocol["tokenizer"]) == (48, SIMPLE)
     assert protocol["references_per_image"] == {"min": 1, "max": 1, "mean": 1.0}
     assert report["model"]["checkpoint"] == "flowtok_caption/step_00000004"
-    assert len(report["model"]["flow_fingerprint"]) == 16
-    assert {"pycocoevalcap", "torch"} <= report["versions"].keys()
     for row in [*report["results"], report["without_flow"]]:
         assert {*SCORERS} <= row.keys() and 0 <= row["exact_match"] <= 100
         assert len(row["examples"]) == 20
-        assert {*row["examples"][0]} == {"image", "caption", "references"}
 
 
 def rouge(common, length, reference_length):
@@ -230,15 +221,13 @@ def test_wrong_arguments_are_refused_before_any_work(captioner, tmp_path, pictur
     del bare["txt"]
     write_shard(tmp_path / "bare.tar", [bare])
     write_shard(tmp_path / "whole.tar", [whole])
+    # The numbers of other data are not replaced
+    write_json({"protocol": {"data": ["other.tar"]}}, tmp_path / "report.json")
     for arguments, part in (
         ([tmp_path / "bare.tar"], "bare.tar: 00000.*json:captions, txt"),
         ([tmp_path / "absent.tar"], "absent.tar"),
-        ([tmp_path / "whole.tar", "--output", pictures], str(pictures)),
         ([tmp_path / "whole.tar", "--output", pictures / "0.png" / "a.json"], "0.png"),
+        ([tmp_path / "whole.tar"], "report.json .*other data"),
     ):
         with pytest.raises(ValueError, match=part):
             evaluate(captioner, tmp_path, *arguments)
-    # The numbers of other data are not replaced
-    write_json({"protocol": {"data": ["other.tar"]}}, tmp_path / "report.json")
-    with pytest.raises(ValueError, match="report.json .*--output"):
-        evaluate(captioner, tmp_path, tmp_path / "whole.tar")

@@ -19,16 +19,7 @@ from data.scenes import (
     draw_statement_of,
 )
 from eval import scenes
-from eval.judge import (
-    FACTS,
-    NO_SHAPE,
-    WEIGHTS,
-    Facts,
-    load_judge,
-    right,
-    spread,
-    wanted_by,
-)
+from eval.judge import FACTS, NO_SHAPE, Facts, load_judge, right, spread, wanted_by
 from research import train_judge
 from research.train_judge import compare, draw_images
 from scripts import make_scenes
@@ -83,14 +74,12 @@ def test_other_outlines_are_no_shape(judge):
 def test_images_of_other_sizes_are_resized(judge):
     rng = np.random.default_rng(0)
     drawn = [draw_scene(draw_statement_of("new", rng), rng) for _ in range(20)]
-    for size in (48, 128):
-        images = np.stack([np.asarray(draw_image(one, size)) for one in drawn])
-        facts = judge(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
-        assert compare(facts, drawn)["all"].float().mean() >= 0.95
+    images = np.stack([np.asarray(draw_image(one, 128)) for one in drawn])
+    facts = judge(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+    assert compare(facts, drawn)["all"].float().mean() >= 0.95
 
 
-def test_the_weights_are_small_and_those_for_other_scenes_refused(monkeypatch):
-    assert WEIGHTS.stat().st_size <= 2_000_000
+def test_weights_for_other_scenes_are_refused(monkeypatch):
     monkeypatch.setattr("eval.judge.SHAPES", ("circle", "hexagon"))
     with pytest.raises(ValueError, match="hexagon"):
         load_judge()
@@ -115,9 +104,7 @@ SAME_AROUND = scene(
         (LEFT, Statement((RED, BLUE), "left of"), set()),
         (LEFT, Statement((Kind("circle", "red", "small"), BLUE), "left of", "white"), set()),
         (LEFT, Statement((RED, BLUE), "above"), {"relation"}),
-        (LEFT, Statement((BLUE, RED), "left of"), {"relation"}),
         (LEFT, Statement((Kind("cross", "red"), BLUE), "left of"), {"shape", "object"}),
-        (LEFT, Statement((Kind("circle", "pink"), BLUE), "left of"), {"colour", "object"}),
         # Shape and colour are there, but not together; a size, but of the other object
         (
             LEFT,
@@ -162,11 +149,9 @@ def test_the_diversity_of_equal_images_is_0_and_that_of_real_ones_1(judge):
 def test_the_average_of_several_images_is_not_one_of_them(judge):
     rng = np.random.default_rng(8)
     said = [draw_statement_of("seen", rng) for _ in range(50)]
-    images = torch.from_numpy(draw_images([draw_scene(s, rng) for s in said for _ in range(8)]))
-    images = (images / 255).unflatten(0, (50, 8))
-    for number in (4, 8):
-        facts = judge(images[:, :number].mean(dim=1))
-        assert right(facts, wanted_by(said))["all"].float().mean() < 0.1, number
+    images = torch.from_numpy(draw_images([draw_scene(s, rng) for s in said for _ in range(4)]))
+    facts = judge((images / 255).unflatten(0, (50, 4)).mean(dim=1))
+    assert right(facts, wanted_by(said))["all"].float().mean() < 0.1
 
 
 # The program
@@ -191,10 +176,9 @@ def judge_run(chain, data, output, *options):
     return json.loads((output / "report.json").read_text())
 
 
-def test_a_run_is_judged_beside_its_ceilings(chain, data, tmp_path, capsys):
+def test_a_run_is_judged_beside_its_ceilings(chain, data, tmp_path):
     options = ("--steps", "1,2", "--guidance", "1", "--captions", 5, "--images-per-caption", 3)
-    report = judge_run(chain, data, tmp_path, *options)
-    rows = report["rows"]
+    rows = judge_run(chain, data, tmp_path, *options)["rows"]
     kinds = [(row["split"], row["images"], row.get("steps")) for row in rows]
     ceilings = (("real", None), ("reconstructed", None), ("start", None))
     sets = (*ceilings, ("generated", 1), ("generated", 2))
@@ -207,8 +191,9 @@ def test_a_run_is_judged_beside_its_ceilings(chain, data, tmp_path, capsys):
             assert row["all"] < 0.5 and row["kid"] > 0  # networks that have learned nothing
     # 16 captions, 8 rows of 2; three images and gaps each
     assert Image.open(tmp_path / "captions.png").width > 2 * 3 * 32
-    printed = capsys.readouterr().out
-    assert printed.count("\n| ") == len(rows) + 1
+    # The table of other scenes would replace this one
+    with pytest.raises(ValueError, match="report.json"):
+        judge_run(chain, tmp_path / "other", tmp_path)
 
 
 def test_a_run_without_a_flow_is_judged_by_its_own_options(dual_chain, data, tmp_path):
@@ -220,15 +205,11 @@ def test_a_run_without_a_flow_is_judged_by_its_own_options(dual_chain, data, tmp
         judge_run(dual_chain, data, tmp_path, "--steps", "2")
 
 
-def test_scenes_of_another_size_are_refused(chain, data, tmp_path):
-    other = make(tmp_path / "other", captions=2, image_size=64)
-    with pytest.raises(ValueError, match="image_size=32"):
-        judge_run(chain, other, tmp_path)
-
-
-def test_scenes_of_which_a_shard_is_missing_are_refused(tmp_path, monkeypatch):
+def test_scenes_of_another_size_or_without_a_shard_are_refused(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(make_scenes, "SAMPLES_PER_SHARD", 6)
-    folder = make(tmp_path, captions=4, image_size=32)  # 16 images of each split
+    folder = make(tmp_path / "scenes", captions=4, image_size=64)  # 16 images of each split
+    with pytest.raises(ValueError, match="image_size=32"):
+        judge_run(chain, folder, tmp_path)
     (folder / "new-000001.tar").unlink()
     with pytest.raises(ValueError, match="split new have 2 to 3 images"):
         scenes.read_split(folder, "new", None)

@@ -50,6 +50,9 @@ def test_the_report_says_what_each_representation_knows(dual_chain, tiny_shards,
         assert report["readouts"]["teacher_patches"]["cosine"] == pytest.approx(1)
     with pytest.raises(ValueError, match="dual"):
         run_program(understanding, *arguments, "--flowtok", run)
+    arguments[2] = shards[1]
+    with pytest.raises(ValueError, match="understanding.json"):
+        run_program(understanding, *arguments)
 
 
 def test_a_text_is_found_among_the_nearest_and_the_share_has_the_error_of_pairs():
