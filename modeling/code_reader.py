@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .image_tokenizer import TransformerSize
-from .layers import check_least
+from .layers import check_heads, check_least
 from .transformers_text import TransformersTokenizer, load_package, load_part, load_whole
 
 IGNORED = -100  # in place of an id: padding, which is not predicted
@@ -35,11 +35,8 @@ class LanguageModelConfig:
 
     def __post_init__(self):
         check_least(self, 2, "caption_length")
-        if self.size and self.size.width % (2 * self.size.num_heads):
-            raise ValueError(
-                f"size.width {self.size.width} is not divisible by 2 x size.num_heads = "
-                f"{2 * self.size.num_heads}"
-            )
+        if self.size:
+            check_heads(self.size, channels=2, part="size.")
 
     def check(self) -> None:
         """Refuse no model, two, or one that can't learn; ValueError names the keys."""

@@ -1,9 +1,9 @@
 """FlowTok's velocity network: a DiT over 1D tokens (paper, Sec. 3.3).
 
-In: tokens on the path B x K x C, times B in [0, 1] (t = 0 text, t = 1 image), null indicator B
-(bool). Out: velocity B x K x C. It is conditioned on time and indicator only: text enters as the
-start of the flow. To compare with the usual way, it can read features of the text besides
-(`condition`), which are as many as the tokens.
+In: tokens on the path B x K x C, times B in [0, 1], null indicator B (bool). Out: velocity
+B x K x C. It is conditioned on time and indicator only: text enters as the start of the flow. To
+compare with the usual way, it can read features of the text besides (`condition`), as many as the
+tokens.
 """
 
 from dataclasses import dataclass, field
@@ -52,8 +52,13 @@ class FlowTokConfig:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, with shift and scale G x W over tokens G x N x W."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+    """x * (1 + scale) + shift, with shift and scale G x 1 x 1 x W over tokens G x S x N x W."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def by_group(modulation: Tensor, number: int) -> tuple[Tensor, ...]:
+    """Modulations G x (number W) -> each G x 1 x 1 x W, for the tokens of a group's samples."""
+    return modulation[:, None, None].chunk(number, dim=-1)
 
 
 class TimeEmbedding(nn.Module):
@@ -110,24 +115,22 @@ class FlowTokBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, context: Tensor | None = None) -> Tensor:
         """`condition` is SiLU(c), B x W; context: B x L x W with cross-attention, else None."""
-        return self.transform(x, self.modulation(condition), x.shape[1], context)
+        return self.transform(x[:, None], self.modulation(condition), context)[:, 0]
 
-    def transform(
-        self, x: Tensor, modulation: Tensor, num_tokens: int, context: Tensor | None
-    ) -> Tensor:
-        """The block with known modulations, G x 6 W: per sample, or shared by groups of samples.
+    def transform(self, x: Tensor, modulation: Tensor, context: Tensor | None) -> Tensor:
+        """The block with known modulations, G x 6 W, each of a group of S samples.
 
-        x is G x (B / G * K) x W, K = num_tokens tokens a sample; attention stays in a sample.
+        Tokens x G x S x N x W, context G S x L x W.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)  # G x W
-        inner = modulate(self.norm_attention(x), shift_a, scale_a)
-        attended = self.attention(inner.view(-1, num_tokens, x.shape[-1])).view(x.shape)
-        x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
+        # Matrix products get G S x N x W: with a dimension more, torch would not fuse their biases.
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = by_group(modulation, 6)
+        inner = modulate(self.norm_attention(x), shift_a, scale_a).flatten(0, 1)
+        x = torch.addcmul(x, gate_a, self.attention(inner).view(x.shape))
         if self.cross_attention is not None:
-            inner = self.norm_cross(x).view(-1, num_tokens, x.shape[-1])
+            inner = self.norm_cross(x).flatten(0, 1)
             x = x + self.cross_attention(inner, context).view(x.shape)
-        inner = modulate(self.norm_mlp(x), shift_m, scale_m)
-        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(inner))
+        inner = modulate(self.norm_mlp(x), shift_m, scale_m).flatten(0, 1)
+        return torch.addcmul(x, gate_m, self.mlp(inner).view(x.shape))
 
 
 class FlowTok(nn.Module):
@@ -162,17 +165,16 @@ class FlowTok(nn.Module):
     ) -> Tensor:
         """Tokens B x K x C, t B float in [0, 1], null B bool -> velocity B x K x C.
 
-        context: features of the text, B x L x W of the projector, where there is a condition.
+        context: features of the text, B x L x W of the projector; not read without a condition.
         interval: B, the length of what the velocity is averaged over, where the network takes it.
         """
         x = self.embed_tokens(tokens) + self.positions  # B x K x W
         condition = self.condition(t, null, interval)  # B x W
-        if self.reads_text:
-            context = self.embed_context(context, null)  # B x L x W
+        context = self.embed_context(context, null) if self.reads_text else None  # B x L x W
         x, context = self.join(x, context)
         for block in self.blocks:
             x = run_block(block, self.activation_checkpointing, x, condition, context)
-        x = x[:, : tokens.shape[1]]
+        x = x[:, None, : tokens.shape[1]]  # B groups of one sample
         return self.project_out(x, self.modulation_out(condition))  # B x K x C
 
     def join(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -197,9 +199,9 @@ class FlowTok(nn.Module):
         return F.silu(condition)
 
     def project_out(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Last norm and linear: x G x N x W, modulation G x 2 W -> G x N x C."""
-        shift, scale = modulation.chunk(2, dim=-1)
-        return self.to_velocity(modulate(self.norm_out(x), shift, scale))
+        """Last norm and linear: x G x S x K x W, modulation G x 2 W -> G S x K x C."""
+        shift, scale = by_group(modulation, 2)
+        return self.to_velocity(modulate(self.norm_out(x), shift, scale).flatten(0, 1))
 
     def init_weights(self) -> None:
         """Xavier uniform; normal 0.02 for the indicator; modulations and last layer at zero."""
@@ -253,18 +255,15 @@ class TimeTable:
         network, row = self.network, self.rows[time]
         branches = slice(int(null[0]), int(null[-1]) + 1)
 
-        # G x B x N tokens of the branches, their samples with the same tokens on the path.
-        embedded = network.embed_tokens(x) + network.positions  # B x K x W
-        embedded = embedded.expand(len(null), -1, -1, -1)
+        # G branches, each with the same S = B samples on the path.
+        hidden = network.embed_tokens(x) + network.positions  # B x K x W
+        hidden = hidden.expand(len(null), -1, -1, -1)  # G x B x K x W
         context = None if self.contexts is None else self.contexts[branches]  # G x B x L x W
-        embedded, context = network.join(embedded, context)
-        context = None if context is None else context.flatten(0, 1)  # G B x L x W
+        hidden, context = network.join(hidden, context)
+        context = None if context is None else context.flatten(0, 1)
 
-        # All samples of a branch share its modulation: one long sequence, except for attention.
-        num_samples, num_tokens = embedded.shape[1:3]
-        hidden = embedded.flatten(1, 2)  # G x B N x W
+        # All samples of a branch share its modulation.
         for block, modulation in zip(network.blocks, self.modulations):
-            hidden = block.transform(hidden, modulation[row, branches], num_tokens, context)
-        hidden = hidden.unflatten(1, (num_samples, num_tokens))[:, :, : x.shape[1]].flatten(1, 2)
-        velocity = network.project_out(hidden, self.modulations[-1][row, branches])  # G x B K x C
-        return velocity.unflatten(1, x.shape[:2]).flatten(0, 1)
+            hidden = block.transform(hidden, modulation[row, branches], context)
+        hidden = hidden[:, :, : x.shape[1]]
+        return network.project_out(hidden, self.modulations[-1][row, branches])

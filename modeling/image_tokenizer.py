@@ -25,8 +25,8 @@ from .layers import (
     Posterior,
     SwiGLU,
     axial_rope_table,
+    check_heads,
     check_least,
-    check_not_negative,
     find_text,
     init_linear_,
     rotation_tables,
@@ -80,19 +80,15 @@ class ImageTokenizerConfig:
     contrasts_text: bool = field(default=False, metadata=FROM_LOSSES)
 
     def __post_init__(self):
-        check_not_negative(self, "num_tokens")
+        check_least(self, 0, "num_tokens")
         check_least(self, 1, "image_size", "patch_size")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
         # Axial RoPE splits a head into rows and columns of channel pairs.
-        for name, size in (("encoder", self.encoder), ("decoder", self.decoder)):
-            unit = 4 * size.num_heads
-            if size.width % unit:
-                raise ValueError(
-                    f"{name}.width {size.width} must be a multiple of 4 * num_heads = {unit}"
-                )
+        check_heads(self.encoder, channels=4, part="encoder.")
+        check_heads(self.decoder, channels=4, part="decoder.")
 
     @property
     def grid_size(self) -> int:

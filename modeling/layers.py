@@ -38,9 +38,25 @@ def check_least(config: Any, least: int, *names: str) -> None:
 
 def check_not_negative(config: Any, *names: str) -> None:
     """Refuse negative fields of a config."""
-    for name in names:
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+    check_least(config, 0, *names)
+
+
+def check_share(config: Any, name: str) -> None:
+    """Refuse a field outside [0, 1)."""
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+
+
+def check_heads(size: Any, channels: int = 1, part: str = "") -> None:
+    """Refuse a width that does not split into num_heads heads of a multiple of `channels`.
+
+    part: what the size is of, with a dot.
+    """
+    check_least(size, 1, "width", "num_heads")
+    unit = channels * size.num_heads
+    if size.width % unit:
+        times = f"{channels} * num_heads = {unit}" if channels > 1 else f"num_heads {unit}"
+        raise ValueError(f"{part}width {size.width} must be a multiple of {times}")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import check_least, check_not_negative, init_linear_
+from .layers import check_heads, check_least, check_share, init_linear_
 from .text_projector import ProjectorBlock, TextProjector, TextProjectorConfig
 
 CLIP_VOCABULARY = 49408
@@ -39,11 +39,8 @@ class TextDecoderConfig:
     vocabulary_size: int = CLIP_VOCABULARY
 
     def __post_init__(self):
-        check_least(self, 1, "width", "num_heads")
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_heads(self)
+        check_share(self, "dropout")
         size = self.vocabulary_size
         if not 2 <= size <= CLIP_VOCABULARY:
             raise ValueError(f"vocabulary_size must be in 2..{CLIP_VOCABULARY}, got {size}")
@@ -59,7 +56,7 @@ class TextDecoderLossConfig:
     latent_noise: float = 0.0
 
     def __post_init__(self):
-        check_not_negative(self, "kl_weight", "latent_noise")
+        check_least(self, 0, "kl_weight", "latent_noise")
 
 
 class TextDecoder(nn.Module):

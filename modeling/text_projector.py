@@ -1,12 +1,8 @@
 """The text projector: text states -> distribution of text latents z_T, and the alignment target.
 
-In: text states B x L x T of the frozen tower. Out: posterior of B x L x C latents, where FlowTok's
-flow starts. The alignment head maps the same text states to a target A (B x L x C) for the
-contrastive loss (paper, Sec. 3.3).
-
-Where text has another length than the image's K tokens, or padding that its tower hides, K learned
-queries take its place: blocks, alignment and what a velocity network reads are B x K x C then, and
-know nothing of padding.
+In: text states B x L x T of the frozen tower. Out: posterior of B x K x C latents, where FlowTok's
+flow starts (K = L in the paper, Sec. 3.3). Where text has another length than the image's K tokens,
+or padding that its tower hides, K learned queries take its place, which know nothing of padding.
 """
 
 import math
@@ -15,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from einops.layers.torch import Reduce
 from torch import Tensor, nn
 
 from .layers import (
@@ -23,8 +20,9 @@ from .layers import (
     CrossAttention,
     Posterior,
     SourcePass,
+    check_heads,
     check_least,
-    check_not_negative,
+    check_share,
     find_text,
     init_linear_,
     split_moments,
@@ -78,12 +76,9 @@ class TextProjectorConfig:
                 f"alignment_target=average_pool: width {width} of the text is not divisible by "
                 f"token_channels {self.token_channels}"
             )
-        check_least(self, 1, "width", "num_heads")
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
-        check_not_negative(self, "fixed_std", "text_depth")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_heads(self)
+        check_least(self, 0, "fixed_std", "text_depth")
+        check_share(self, "dropout")
 
     @property
     def input_shape(self) -> tuple[int, int]:
@@ -203,17 +198,6 @@ class LearnedQueries(nn.Module):
         return queries + self.attention(queries, self.norm(text), mask)
 
 
-class ChannelPool(nn.Module):
-    """Text states B x L x T -> B x L x C: each channel the mean of T / C neighbouring ones."""
-
-    def __init__(self, token_channels: int):
-        super().__init__()
-        self.token_channels = token_channels
-
-    def forward(self, text_states: Tensor) -> Tensor:
-        return text_states.unflatten(-1, (self.token_channels, -1)).mean(-1)
-
-
 class AlignmentHead(nn.Module):
     """Target A = MLP(T), or pooled T, and the temperature tau, which starts at log(1 / 0.07)."""
 
@@ -221,7 +205,7 @@ class AlignmentHead(nn.Module):
         super().__init__()
         hidden = config.alignment_width
         if config.alignment_target == "average_pool":
-            self.mlp = ChannelPool(config.token_channels)
+            self.mlp = Reduce("b l (c part) -> b l c", "mean", c=config.token_channels)
         else:
             self.mlp = nn.Sequential(
                 nn.Linear(config.input_shape[1], hidden),
