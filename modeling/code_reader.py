@@ -1,11 +1,9 @@
 """The reader: a causal language model of the package transformers, which reads an image's tokens.
 
-TokenFlow (CVPR 2025, arXiv 2412.03069) understands images as LLaVA does: the codes that a frozen
-tokenizer gives, B x N x C, go through Linear-GELU-Linear into the model's input embeddings, and
-stand before those of the caption, which is predicted. The published one answers questions and was
-taught in two stages; here captions are learned, by the projector alone or by the model as well.
-Any tokenizer's tokens can be read, FlowTok's latents too. The package is optional
-(requirements-text.txt).
+As LLaVA and TokenFlow (CVPR 2025, arXiv 2412.03069) do: the tokens that any frozen tokenizer gives,
+B x N x C, go through Linear-GELU-Linear into the model's input embeddings, and stand before those
+of the caption, which is predicted. The published one answers questions and was taught in two
+stages; here captions are learned. The package is optional (requirements-text.txt).
 """
 
 from dataclasses import dataclass

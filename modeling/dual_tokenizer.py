@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .dual_quantizer import DualQuantizer, Quantised, QuantizerConfig, resize
 from .image_tokenizer import TransformerSize
 from .image_tower import ImageTower, Teacher, TeacherConfig, place_tokens
-from .layers import Attention, check_least, check_not_negative, init_linear_
+from .layers import Attention, check_images, check_least, init_linear_
 from .pixel_nets import (
     MAP_CHANNELS,
     ConvolutionalDecoder,
@@ -53,7 +53,7 @@ class DualTokenizerConfig:
     tower: str = field(default="", metadata={"derived": "the teacher"})
 
     def __post_init__(self):
-        check_not_negative(self, "semantic_depth")
+        check_least(self, 0, "semantic_depth")
         check_least(self, 1, "image_size", "patch_size", "semantic_heads")
         if self.pixel_nets == "transformer" and self.image_size % self.patch_size:
             raise ValueError(
@@ -111,9 +111,7 @@ class DualTokenizer(nn.Module):
 
     def maps(self, images: Tensor) -> Tensor:
         """Images B x 3 x R x R in [0, 1] -> what is to be coded, B x (S + P) x G x G."""
-        size, shape = self.config.image_size, tuple(images.shape)
-        if shape[1:] != (3, size, size):
-            raise ValueError(f"images have shape {shape}, expected B x 3 x {size} x {size}")
+        check_images(images, self.config.image_size)
         # The semantic encoder, too, gets [-1, 1], whatever its tower was trained with.
         images = images * 2 - 1
         grid = self.config.grid_size

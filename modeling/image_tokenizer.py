@@ -1,10 +1,8 @@
 """The image tokenizer: TA-TiTok with RoPE and SwiGLU as a VAE over 1D tokens (Sec. 3.2, 4.1).
 
-Encoder: patches + learned latent tokens -> transformer -> posterior of K x C tokens.
-Decoder: mask tokens + latent tokens + text states (the guidance) -> transformer -> image.
-In and out: images B x 3 x R x R in [0, 1] (the decoder's output is not clamped), tokens B x K x C.
-Sequences are ordered [patches; latents] and [masks; latents; text]. Only patches and masks carry
-RoPE, unless `latent_grid` also gives the latents a position on a coarse grid over the image.
+Encoder: [patches; learned latent tokens] -> transformer -> posterior of K x C tokens.
+Decoder: [mask tokens; latents; text states, the guidance] -> transformer -> image, not clamped.
+Only patches and masks carry RoPE, unless `latent_grid` gives the latents a position, too.
 """
 
 import math
@@ -26,11 +24,13 @@ from .layers import (
     SwiGLU,
     axial_rope_table,
     check_heads,
+    check_images,
     check_least,
     find_text,
     init_linear_,
     rotation_tables,
     split_moments,
+    to_image,
 )
 from .vision_teacher import spread_tokens
 
@@ -225,12 +225,10 @@ class ImageDecoder(nn.Module):
         sequence = torch.cat([masks, latents, text], dim=1)
         mask = None
         if self.text_is_masked:  # all but the padding of the text, which comes last
-            mask = F.pad(find_text(text_states), (num_patches + latents.shape[1], 0), value=True)
+            is_text = find_text(text_states)[:, None, None]  # for all heads and queries
+            mask = F.pad(is_text, (num_patches + latents.shape[1], 0), value=True)
         x = self.transformer(sequence, slice(0, num_patches), mask)  # B x grid^2 x W
-        layout = "b (h w) (p q c) -> b c (h p) (w q)"
-        patch = self.patch_size
-        pixels = rearrange(self.to_pixels(x), layout, h=self.grid_size, p=patch, q=patch)
-        return self.smooth(pixels)
+        return self.smooth(to_image(self.to_pixels(x), self.patch_size))
 
 
 class TokenizerPass(NamedTuple):
@@ -283,9 +281,7 @@ class ImageTokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> Posterior:
         """Images B x 3 x R x R in [0, 1], of the tokenizer's size -> posterior, B x K x C."""
-        size, shape = self.config.image_size, tuple(images.shape)
-        if shape[1:] != (3, size, size):
-            raise ValueError(f"images have shape {shape}, expected B x 3 x {size} x {size}")
+        check_images(images, self.config.image_size)
         return self.encoder(images)
 
     def decode(self, tokens: Tensor, text_states: Tensor) -> Tensor:

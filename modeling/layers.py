@@ -1,7 +1,7 @@
 """What networks share: attention with optional RoPE, SwiGLU, tables, init, weights; posteriors.
 
-Sources: RoPE as in TA-TiTok with RoPE (axial, row half first, adjacent channel pairs), SwiGLU of
-Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
+All modules are channel-last: B x N x W in, B x N x W out. Sources: RoPE as in TA-TiTok, SwiGLU of
+Shazeer 2020, adaLN-Zero tables of DiT.
 """
 
 import hashlib
@@ -129,11 +129,11 @@ class Attention(nn.Module):
         Args:
             rope: of `rotation_tables`, N x D each.
             kept: compute only these tokens, attending to all.
-            mask: B x N bool, the tokens that are attended to.
+            mask: B x 1 x 1 x N bool, the tokens that are attended to.
         """
         parts = self.split(x, rope) if kept is None else self.split_kept(x, rope, kept)
         q, k, v = (part.transpose(1, 2) for part in parts)  # B x H x N x D each
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=for_all_queries(mask))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
     def bias_queries_and_keys(self, value: float) -> None:
@@ -180,17 +180,12 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: B x L bool, the part of the context that is attended to."""
+        """mask: B x 1 x 1 x L bool, the part of the context that is attended to."""
         heads = self.num_heads
         q = rearrange(self.query(x), "b n (h d) -> b h n d", h=heads)
         k, v = rearrange(self.key_value(context), "b n (two h d) -> two b h n d", two=2, h=heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=for_all_queries(mask))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
-
-
-def for_all_queries(mask: Tensor | None) -> Tensor | None:
-    """A mask of keys, B x N, as attention takes it: for all heads and queries, B x 1 x 1 x N."""
-    return None if mask is None else mask[:, None, None]
 
 
 def find_text(text_states: Tensor) -> Tensor:
@@ -210,16 +205,16 @@ class SwiGLU(nn.Module):
         self.padding = -hidden % 16
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.padding:
-            gate, value = self.gate_value(x).chunk(2, dim=-1)
-            return self.out(F.silu(gate) * value)
+        weight, bias, out = self.gate_value.weight, self.gate_value.bias, self.out.weight
         # Rows of 2730 numbers, as at width 1024, slow matrix products down by a fifth: zeros fill
         # them up to a multiple of 64 bytes, and change nothing.
-        fill = (0, self.padding)
-        weight = F.pad(self.gate_value.weight.unflatten(0, (2, -1)), (0, 0, *fill)).flatten(0, 1)
-        bias = F.pad(self.gate_value.bias.unflatten(0, (2, -1)), fill).flatten()
+        if self.padding:
+            fill = (0, self.padding)
+            weight = F.pad(weight.unflatten(0, (2, -1)), (0, 0, *fill)).flatten(0, 1)
+            bias = F.pad(bias.unflatten(0, (2, -1)), fill).flatten()
+            out = F.pad(out, fill)
         gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * value, F.pad(self.out.weight, fill), self.out.bias)
+        return F.linear(F.silu(gate) * value, out, self.out.bias)
 
 
 def position_angles(length: int, width: int) -> Tensor:
@@ -275,7 +270,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        module.load_state_dict(load_file(path), strict=True)
+        module.load_state_dict(load_file(path))
     except Exception as error:  # safetensors raises its own types, torch a RuntimeError
         raise ValueError(f"{path} does not fit the configured model: {error}") from error
 
@@ -287,6 +282,19 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """Refuse images that are not B x 3 x size x size."""
+    if images.shape[1:] != (3, size, size):
+        found = tuple(images.shape)
+        raise ValueError(f"images have shape {found}, expected B x 3 x {size} x {size}")
+
+
+def to_image(pixels: Tensor, patch: int) -> Tensor:
+    """Pixels of square grids of patches, B x G^2 x (patch^2 3) -> images B x 3 x R x R."""
+    grid = math.isqrt(pixels.shape[1])
+    return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch, q=patch)
 
 
 def to_pil(image: Tensor) -> Image.Image:

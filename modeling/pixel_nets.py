@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .image_tokenizer import RopeTransformer, TransformerSize
-from .layers import axial_rope_table
+from .layers import axial_rope_table, to_image
 
 # The house's blocks
 
@@ -56,9 +56,7 @@ class PatchDecoder(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         x = self.embed_codes(rearrange(codes, "b p h w -> b (h w) p"))
         x = self.to_pixels(self.transformer(x, kept=slice(None)))
-        layout = "b (h w) (p q c) -> b c (h p) (w q)"
-        patch = self.patch_size
-        return self.smooth(rearrange(x, layout, h=codes.shape[-1], p=patch, q=patch))
+        return self.smooth(to_image(x, self.patch_size))
 
 
 # VQGAN's convolutions

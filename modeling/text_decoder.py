@@ -1,12 +1,9 @@
 """The text decoder of image to text: z_T -> CLIP token ids, all positions at once (Sec. 4.1, 5.1).
 
 In: z_T B x L x C. Out: a distribution over token ids for each of the L positions. It is trained
-with the projector as an autoencoder of captions, by cross-entropy, then frozen.
-
-Only the positions up to and including a caption's end token count, in the loss and in the
-accuracies. The padding after it is most of a batch (a COCO caption fills 13 of 77 positions) and
-always the same: with it, the loss would be small before a word is right, and the vocabulary head,
-the largest matrix here, would run on it.
+with the projector as an autoencoder of captions, by cross-entropy, then frozen. Only positions up
+to and including a caption's end token count: the padding after it is most of a batch (a COCO
+caption fills 13 of 77) and always the same, so the loss would be small before a word is right.
 """
 
 from collections.abc import Iterable

@@ -162,7 +162,7 @@ class ProjectorBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: B x L bool, the tokens that are attended to."""
+        """mask: as in Attention."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.norm_attention(x), mask=mask))
             return x + self.dropout(self.mlp(self.norm_mlp(x)))
@@ -190,7 +190,7 @@ class LearnedQueries(nn.Module):
         self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.text_depth))
 
     def forward(self, text_states: Tensor, mask: Tensor) -> Tensor:
-        """mask: B x L bool, the states that are no padding."""
+        """mask: B x 1 x 1 x L bool, the states that are no padding."""
         text = self.embed(text_states)
         for block in self.blocks:
             text = block(text, mask)
@@ -283,7 +283,8 @@ class TextProjector(nn.Module):
             raise ValueError(f"text states are B x {found}, the projector expects B x {expected}")
         if self.queries is None:
             return text_states
-        return self.queries(self.whitening(text_states), find_text(text_states))
+        is_text = find_text(text_states)[:, None, None]  # for all heads and queries
+        return self.queries(self.whitening(text_states), is_text)
 
     def transform(self, x: Tensor) -> Tensor:
         """What `gather` gives -> what the moments are read from, B x K x W."""

@@ -11,7 +11,7 @@ from torchvision import models
 from torchvision.transforms import functional as TF
 
 from modeling import perceptual
-from modeling.perceptual import LPIPS, PerceptualConfig, PerceptualLoss, check_weights
+from modeling.perceptual import LPIPS, PerceptualConfig, PerceptualLoss
 
 SIZE = 32
 
@@ -143,7 +143,7 @@ def test_absent_files_are_named_with_every_way_out(tmp_path, no_network):
         (PerceptualConfig(0.0), (no_network, "no such host", perceptual.CONVNEXT_URL)),
     ):
         with refusal(*parts):
-            check_weights(config)
+            PerceptualLoss(config)
 
 
 def test_torchvision_and_we_name_the_same_files():
@@ -162,4 +162,4 @@ def test_a_file_with_other_weights_or_none_is_refused(tmp_path, vgg_file):
 
 def test_two_weights_of_zero_are_refused():
     with pytest.raises(ValueError, match="lpips_weight and convnext_weight"):
-        check_weights(PerceptualConfig(0.0, 0.0))
+        PerceptualLoss(PerceptualConfig(0.0, 0.0))
