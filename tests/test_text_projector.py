@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from networks import silent
 from torch import nn
 
 from modeling.losses import contrastive_loss, kl_loss
@@ -44,11 +45,6 @@ def layer_norm(x, norm):
     return centred / deviation * norm.weight + norm.bias
 
 
-def mlp(block, x):
-    first, _, last = block.mlp
-    return (x @ first.weight.T + first.bias).clamp(min=0) @ last.weight.T + last.bias
-
-
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_block_equals_its_formula(pre_norm):
     block = ProjectorBlock(replace(CONFIG, pre_norm=pre_norm)).double().eval()
@@ -56,11 +52,12 @@ def test_block_equals_its_formula(pre_norm):
     x = states().double()
     if pre_norm:
         y = x + block.attention(layer_norm(x, block.norm_attention))
-        expected = y + mlp(block, layer_norm(y, block.norm_mlp))
+        expected = y + block.mlp(layer_norm(y, block.norm_mlp))
     else:
         y = layer_norm(x + block.attention(x), block.norm_attention)
-        expected = layer_norm(y + mlp(block, y), block.norm_mlp)
+        expected = layer_norm(y + block.mlp(y), block.norm_mlp)
     torch.testing.assert_close(block(x), expected)
+    assert [type(layer) for layer in block.mlp] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -92,12 +89,6 @@ def loss_of(output):
     """A loss that reads all that a training pass gives."""
     contrast = contrastive_loss(output.latents, output.alignment, output.log_temperature)
     return contrast + kl_loss(output.mean, output.logvar)
-
-
-def silent(module):
-    """Names of parameters without a gradient."""
-    named = module.named_parameters()
-    return {name for name, p in named if p.grad is None or not p.grad.abs().max() > 0}
 
 
 FULL = {"pre_norm": True, "width": 32, "learned_positions": True, "whiten_text": True}
@@ -148,15 +139,19 @@ def test_whitening_is_the_identity_until_fitted_and_is_not_trained():
     assert torch.equal(projector.whitening(text), text)
     projector.whitening.fit([correlated().float()])
     assert not torch.allclose(projector.whitening(text), text, atol=1e-3)
-    assert not any("whitening" in name for name, _ in projector.named_parameters())
-    check_reload(projector, whiten_text=True)
+    check_is_kept(projector, "whitening", whiten_text=True)
 
 
-def check_reload(projector, **options):
-    """What was fitted is in the state dict."""
+def check_is_kept(projector, name, **options):
+    """What was fitted is in the state dict, not trained, and float32 under autocast."""
     loaded, text = build(**options).eval(), states()
     loaded.load_state_dict(projector.state_dict())
-    assert torch.equal(loaded.posterior(text).mean, projector.posterior(text).mean)
+    fitted = getattr(projector, name)
+    assert torch.equal(getattr(loaded, name)(text), fitted(text))
+    assert not list(fitted.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fitted(text)
+    assert torch.equal(found, fitted(text)) and found.dtype == torch.float32
 
 
 def test_a_fixed_deviation_is_that_of_every_token_and_leaves_the_mean_alone():
@@ -195,18 +190,7 @@ def fitted_skip(**options):
 
 
 def test_a_linear_skip_is_kept_in_the_state_dict_and_not_trained():
-    projector = fitted_skip(**SKIP).eval()
-    assert not any("linear_skip" in name for name, _ in projector.named_parameters())
-    check_reload(projector, **SKIP)
-
-
-def test_fitted_maps_are_float32_under_autocast():
-    whitening, text = TextWhitening(T), states()
-    whitening.fit([correlated()])
-    for fitted in (whitening, fitted_skip(**SKIP).linear_skip):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = fitted(text)
-        assert torch.equal(found, fitted(text)) and found.dtype == torch.float32
+    check_is_kept(fitted_skip(**SKIP).eval(), "linear_skip", **SKIP)
 
 
 def test_gradient_reaches_every_parameter_beside_a_linear_skip_after_the_first_step():
