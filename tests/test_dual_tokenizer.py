@@ -122,8 +122,7 @@ def test_gradients_reach_every_weight_that_is_trained(tokenizer):
     images, features, quantised = tokenizer.eval()(torch.rand(8, 3, 32, 32))
     losses = quantised.codebook + quantised.commitment
     (images.sum() + features.square().sum() + losses).backward()
-    without = [n for n, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None]
-    assert without == []
+    assert not [n for n, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_weight_decay_spares_the_codebooks(tokenizer):
