@@ -1,11 +1,10 @@
 """The dual tokenizer: images <-> indices of code pairs, each a semantic and a pixel code.
 
 TokenFlow (CVPR 2025, arXiv 2412.03069): a semantic encoder (an image tower of open_clip, which
-starts from the teacher) and a pixel encoder give maps on the same grid, which one quantiser codes
-(modeling/dual_quantizer.py). From the semantic codes a small ViT predicts the teacher's features,
-from the pixel codes a decoder the image. Its `encode` and `decode` are those of the ImageTokenizer
-where both are used: tokens are the codes, B x G^2 x (S + P), the text states are not read.
-In and out: images B x 3 x R x R in [0, 1] (the decoder's output is not clamped).
+starts from the teacher) and a pixel encoder give maps on the same grid, which one quantiser codes.
+From the semantic codes a small ViT predicts the teacher's features, from the pixel codes a decoder
+the image. `encode` and `decode` serve where the ImageTokenizer's do: tokens are the codes,
+B x G^2 x (S + P). Images are B x 3 x R x R in [0, 1], not clamped when decoded.
 """
 
 from collections import OrderedDict
@@ -84,18 +83,19 @@ class DualTokenizer(nn.Module):
     def __init__(self, config: DualTokenizerConfig):
         super().__init__()
         self.config = config
+        sizes, grid = config.quantizer, config.grid_size
         self.semantic_encoder = ImageTower.build(config.tower).drop_unused()
-        width, sizes = self.semantic_encoder.width, config.quantizer
         check_grids(config, self.semantic_encoder)
+        width = self.semantic_encoder.width
         self.to_semantic_codes = tanh_head(width, sizes.semantic_channels)
         self.net_size = config.image_size  # pixels along a side of the pixel nets' images
         if config.pixel_nets == "transformer":
-            shape = (config.grid_size, config.patch_size, sizes.pixel_channels)
-            self.pixel_encoder = PatchEncoder(config.encoder, *shape)
-            self.pixel_decoder = PatchDecoder(config.decoder, *shape)
+            patch, channels = config.patch_size, sizes.pixel_channels
+            self.pixel_encoder = PatchEncoder(config.encoder, grid, patch, channels)
+            self.pixel_decoder = PatchDecoder(config.decoder, grid, patch, channels)
         else:
             # Their images are resized: 384 pixels at a stride of 16 are no grid of 27 cells.
-            self.net_size = config.grid_size * config.convolutions.stride
+            self.net_size = grid * config.convolutions.stride
             encoder = ConvolutionalEncoder(config.convolutions)
             decoder = ConvolutionalDecoder(config.convolutions)
             to_codes = nn.Conv2d(MAP_CHANNELS, sizes.pixel_channels, 1)
@@ -103,9 +103,13 @@ class DualTokenizer(nn.Module):
             self.pixel_encoder = nn.Sequential(OrderedDict(net=encoder, to_codes=to_codes))
             self.pixel_decoder = nn.Sequential(OrderedDict(from_codes=from_codes, net=decoder))
         self.quantizer = DualQuantizer(sizes)
-        depth, heads = config.semantic_depth, config.semantic_heads
-        grid = self.semantic_encoder.grid
-        self.semantic_decoder = SemanticDecoder(sizes.semantic_channels, width, depth, heads, grid)
+        self.semantic_decoder = SemanticDecoder(
+            channels=sizes.semantic_channels,
+            width=width,
+            depth=config.semantic_depth,
+            num_heads=config.semantic_heads,
+            grid=self.semantic_encoder.grid,
+        )
         self.to_features = tanh_head(width, self.semantic_encoder.feature_channels)
         self.init_weights()
 

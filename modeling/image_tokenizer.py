@@ -156,12 +156,6 @@ class RopeTransformer(nn.Module):
         return self.norm_out(run_block(self.blocks[-1], mode, x, rope, kept, mask))
 
 
-def squarest_grid(num_cells: int) -> tuple[int, int]:
-    """(rows, columns) of the most square grid with so many cells, rows <= columns: 32 -> (4, 8)."""
-    rows = max(n for n in range(1, math.isqrt(num_cells) + 1) if num_cells % n == 0)
-    return rows, num_cells // rows
-
-
 def rope_angles(config: ImageTokenizerConfig, size: TransformerSize, num_unrotated: int) -> Tensor:
     """Angles of [patches; latents; others], N x head size / 2.
 
@@ -241,25 +235,6 @@ class TokenizerPass(NamedTuple):
     contrast: tuple[Tensor, Tensor, Tensor] | None  # B x 1 x E of image and text, log temperature
 
 
-class TextContrast(nn.Module):
-    """Means of latents and of text, each B x 1 x E of one space, and the contrast's temperature."""
-
-    def __init__(self, config: ImageTokenizerConfig):
-        super().__init__()
-        self.embed_latents = nn.Linear(config.token_channels, CONTRAST_WIDTH)
-        self.norm_text = nn.LayerNorm(config.text_width)
-        self.embed_text = nn.Linear(config.text_width, CONTRAST_WIDTH)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def forward(self, latents: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents B x K x C, text states B x L x T, of which padding is left out."""
-        is_text = find_text(text_states).unsqueeze(-1)  # B x L x 1
-        length = is_text.sum(1, keepdim=True).clamp(min=1)
-        text = (text_states * is_text).sum(1, keepdim=True) / length  # B x 1 x T
-        image = self.embed_latents(latents.mean(1, keepdim=True))
-        return image, self.embed_text(self.norm_text(text)), self.log_temperature
-
-
 class ImageTokenizer(nn.Module):
     """Encoder and decoder. `forward` is the training pass: encode, sample, decode."""
 
@@ -322,3 +297,31 @@ class ImageTokenizer(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.bias_queries_and_keys(config.query_key_bias)
+
+
+# Not in the paper, for small scale
+
+
+class TextContrast(nn.Module):
+    """Means of latents and of text, each B x 1 x E of one space, and the contrast's temperature."""
+
+    def __init__(self, config: ImageTokenizerConfig):
+        super().__init__()
+        self.embed_latents = nn.Linear(config.token_channels, CONTRAST_WIDTH)
+        self.norm_text = nn.LayerNorm(config.text_width)
+        self.embed_text = nn.Linear(config.text_width, CONTRAST_WIDTH)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, latents: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents B x K x C, text states B x L x T, of which padding is left out."""
+        is_text = find_text(text_states).unsqueeze(-1)  # B x L x 1
+        length = is_text.sum(1, keepdim=True).clamp(min=1)
+        text = (text_states * is_text).sum(1, keepdim=True) / length  # B x 1 x T
+        image = self.embed_latents(latents.mean(1, keepdim=True))
+        return image, self.embed_text(self.norm_text(text)), self.log_temperature
+
+
+def squarest_grid(num_cells: int) -> tuple[int, int]:
+    """(rows, columns) of the most square grid with so many cells, rows <= columns: 32 -> (4, 8)."""
+    rows = max(n for n in range(1, math.isqrt(num_cells) + 1) if num_cells % n == 0)
+    return rows, num_cells // rows

@@ -88,60 +88,6 @@ class TextProjectorConfig:
         return self.text_tokens, self.text_width
 
 
-class TextWhitening(nn.Module):
-    """Text states -> zero mean, unit variance, no correlation, over captions and positions.
-
-    PCA whitening: the identity until `fit`; the measured map is part of the state dict.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("matrix", torch.eye(width))
-
-    @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> None:
-        """Measure on batches of text states, each B x L x T."""
-        count, total, products = 0, 0.0, 0.0
-        for states in batches:
-            rows = states.flatten(0, 1).double()
-            rows = rows[find_text(rows)]
-            count += len(rows)
-            total = total + rows.sum(0)
-            products = products + rows.T @ rows
-        mean = total / count
-
-        # Covariance = directions diag(variances) directions^T. Directions below the floor
-        # are not amplified further.
-        variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-        floored = variances.clamp(min=0) + WHITENING_FLOOR * variances.mean()
-        self.mean.copy_(mean)
-        self.matrix.copy_(directions / floored.sqrt())
-
-    def forward(self, text_states: Tensor) -> Tensor:
-        """B x L x T -> B x L x T, float32: the map has large factors."""
-        with torch.autocast(text_states.device.type, enabled=False):
-            return (text_states.float() - self.mean) @ self.matrix
-
-
-class LinearSkip(nn.Module):
-    """Text states B x L x T -> latents B x K x C: one affine map of all tokens, zero until fitted.
-
-    inputs: L T. shape: (K, C). Float32 in any autocast precision.
-    """
-
-    def __init__(self, inputs: int, shape: tuple[int, int]):
-        super().__init__()
-        # Buffers: part of the state dict, but not trained, or weight decay would undo the map.
-        self.register_buffer("offset", torch.zeros(shape))
-        self.register_buffer("matrix", torch.zeros(inputs, math.prod(shape)))
-
-    def forward(self, text_states: Tensor) -> Tensor:
-        with torch.autocast(text_states.device.type, enabled=False):
-            latents = text_states.float().flatten(1) @ self.matrix  # B x KC
-            return latents.unflatten(1, self.offset.shape) + self.offset
-
-
 class ProjectorBlock(nn.Module):
     """Post-norm: y = LN(x + drop(attn(x))), LN(y + drop(ffn(y))); or pre-norm. B x L x W.
 
@@ -170,36 +116,8 @@ class ProjectorBlock(nn.Module):
         return self.norm_mlp(x + self.dropout(self.mlp(x)))
 
 
-class LearnedQueries(nn.Module):
-    """Text states B x L x T -> B x K x W: K learned queries, and what they find, padding left out.
-
-    Not in the paper, whose text and image both have 77 tokens.
-    """
-
-    def __init__(self, config: TextProjectorConfig):
-        super().__init__()
-        self.queries = nn.Parameter(torch.empty(config.num_queries, config.width))
-        text_width = config.width if config.text_depth else config.text_width
-        self.norm = nn.LayerNorm(text_width)
-        self.attention = CrossAttention(config.width, config.num_heads, text_width)
-        nn.init.normal_(self.queries, std=0.5)
-
-        # Over the text
-        is_wider = text_width != config.text_width
-        self.embed = nn.Linear(config.text_width, text_width) if is_wider else nn.Identity()
-        self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.text_depth))
-
-    def forward(self, text_states: Tensor, mask: Tensor) -> Tensor:
-        """mask: B x 1 x 1 x L bool, the states that are no padding."""
-        text = self.embed(text_states)
-        for block in self.blocks:
-            text = block(text, mask)
-        queries = self.queries.expand(len(text), -1, -1)  # B x K x W
-        return queries + self.attention(queries, self.norm(text), mask)
-
-
 class AlignmentHead(nn.Module):
-    """Target A = MLP(T), or pooled T, and the temperature tau, which starts at log(1 / 0.07)."""
+    """Target A = MLP(T), or pooled T, and the temperature tau (Sec. 3.3)."""
 
     def __init__(self, config: TextProjectorConfig):
         super().__init__()
@@ -275,6 +193,28 @@ class TextProjector(nn.Module):
         """Training mode, unless frozen."""
         return super().train(mode and not self.is_frozen)
 
+    def forward(self, text_states: Tensor, sample: bool) -> SourcePass:
+        """Training pass, z_T drawn or its mean; one call, so that DDP sees every weight."""
+        states = self.gather(text_states)
+        features = self.transform(states)
+        posterior = self.moments(features, text_states)
+        return SourcePass(
+            latents=posterior.sample() if sample else posterior.mean,
+            features=features,
+            mean=posterior.mean,
+            logvar=posterior.logvar,
+            alignment=self.alignment(states) if self.gives_alignment else None,
+            log_temperature=self.alignment.log_temperature,
+        )
+
+    def posterior(self, text_states: Tensor) -> Posterior:
+        """Text states B x L x T -> distribution of z_T, B x K x C, float32."""
+        return self.moments(self.features(text_states), text_states)
+
+    def features(self, text_states: Tensor) -> Tensor:
+        """Text states B x L x T -> what the moments are read from, B x K x W."""
+        return self.transform(self.gather(text_states))
+
     def gather(self, text_states: Tensor) -> Tensor:
         """Text states -> what blocks and alignment read: the same, or the queries' B x K x W."""
         found = tuple(text_states.shape[1:])
@@ -287,7 +227,7 @@ class TextProjector(nn.Module):
         return self.queries(self.whitening(text_states), is_text)
 
     def transform(self, x: Tensor) -> Tensor:
-        """What `gather` gives -> what the moments are read from, B x K x W."""
+        """The blocks, on what `gather` gives: B x K x W."""
         if self.queries is None:
             x = self.embed(self.whitening(x))
         if self.positions is not None:
@@ -296,15 +236,8 @@ class TextProjector(nn.Module):
             x = block(x)
         return self.norm_out(x)
 
-    def features(self, text_states: Tensor) -> Tensor:
-        """Text states B x L x T -> what the moments are read from, B x K x W."""
-        return self.transform(self.gather(text_states))
-
-    def posterior(self, text_states: Tensor, features: Tensor | None = None) -> Posterior:
-        """Text states B x L x T, and their features if known -> B x K x C moments (float32)."""
-        if features is None:
-            features = self.features(text_states)
-
+    def moments(self, features: Tensor, text_states: Tensor) -> Posterior:
+        """Features B x K x W, and the text states for a linear skip -> posterior."""
         # fixed_std takes the place of the log-variance, the linear skip adds to the mean.
         moments = self.to_moments(features)  # B x K x 2C, or C with a fixed deviation
         if self.config.fixed_std:
@@ -315,20 +248,6 @@ class TextProjector(nn.Module):
             mean = mean + self.linear_skip(text_states)
         return Posterior(mean, logvar)
 
-    def forward(self, text_states: Tensor, sample: bool) -> SourcePass:
-        """Training pass, z_T drawn or its mean; one call, so that DDP sees every weight."""
-        states = self.gather(text_states)
-        features = self.transform(states)
-        posterior = self.posterior(text_states, features)
-        return SourcePass(
-            latents=posterior.sample() if sample else posterior.mean,
-            features=features,
-            mean=posterior.mean,
-            logvar=posterior.logvar,
-            alignment=self.alignment(states) if self.gives_alignment else None,
-            log_temperature=self.alignment.log_temperature,
-        )
-
     def start(self, text_states: Tensor, noise: Tensor | None) -> Tensor:
         """z_T for sampling, B x L x C: drawn with unit noise of that shape; None: its mean."""
         posterior = self.posterior(text_states)
@@ -336,12 +255,15 @@ class TextProjector(nn.Module):
 
 
 class NoiseSource(TextProjector):
-    """Unit noise: the text is only what the velocity network reads (ordinary flow matching)."""
+    """Unit noise: the text is only what the velocity network reads (ordinary flow matching).
+
+    Its weights are a text projector's, so that stage 2 can start them.
+    """
 
     def __init__(self, config: TextProjectorConfig):
         super().__init__(config)
         self.tells_text = False
-        # Its weights are a text projector's, so that stage 2 can start them; no loss reaches these.
+        # No loss reaches these.
         self.to_moments.requires_grad_(False)
         self.alignment.requires_grad_(False)
 
@@ -356,3 +278,88 @@ class NoiseSource(TextProjector):
         if noise is None:
             raise ValueError("a flow from noise is sampled with sampling.sample_text_latent=true")
         return noise
+
+
+# Not in the paper, for small scale and for text of other lengths
+
+
+class TextWhitening(nn.Module):
+    """Text states -> zero mean, unit variance, no correlation, over captions and positions.
+
+    PCA whitening: the identity until `fit`; the measured map is part of the state dict.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("matrix", torch.eye(width))
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Measure on batches of text states, each B x L x T."""
+        count, total, products = 0, 0.0, 0.0
+        for states in batches:
+            rows = states.flatten(0, 1).double()
+            rows = rows[find_text(rows)]
+            count += len(rows)
+            total = total + rows.sum(0)
+            products = products + rows.T @ rows
+        mean = total / count
+
+        # Covariance = directions diag(variances) directions^T. Directions below the floor
+        # are not amplified further.
+        variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+        floored = variances.clamp(min=0) + WHITENING_FLOOR * variances.mean()
+        self.mean.copy_(mean)
+        self.matrix.copy_(directions / floored.sqrt())
+
+    def forward(self, text_states: Tensor) -> Tensor:
+        """B x L x T -> B x L x T, float32: the map has large factors."""
+        with torch.autocast(text_states.device.type, enabled=False):
+            return (text_states.float() - self.mean) @ self.matrix
+
+
+class LinearSkip(nn.Module):
+    """Text states B x L x T -> latents B x K x C: one affine map of all tokens, zero until fitted.
+
+    inputs: L T. shape: (K, C). Float32 in any autocast precision.
+    """
+
+    def __init__(self, inputs: int, shape: tuple[int, int]):
+        super().__init__()
+        # Buffers: part of the state dict, but not trained, or weight decay would undo the map.
+        self.register_buffer("offset", torch.zeros(shape))
+        self.register_buffer("matrix", torch.zeros(inputs, math.prod(shape)))
+
+    def forward(self, text_states: Tensor) -> Tensor:
+        with torch.autocast(text_states.device.type, enabled=False):
+            latents = text_states.float().flatten(1) @ self.matrix  # B x KC
+            return latents.unflatten(1, self.offset.shape) + self.offset
+
+
+class LearnedQueries(nn.Module):
+    """Text states B x L x T -> B x K x W: K learned queries, and what they find, padding left out.
+
+    Not in the paper, whose text and image both have 77 tokens.
+    """
+
+    def __init__(self, config: TextProjectorConfig):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(config.num_queries, config.width))
+        text_width = config.width if config.text_depth else config.text_width
+        self.norm = nn.LayerNorm(text_width)
+        self.attention = CrossAttention(config.width, config.num_heads, text_width)
+        nn.init.normal_(self.queries, std=0.5)
+
+        # Over the text
+        is_wider = text_width != config.text_width
+        self.embed = nn.Linear(config.text_width, text_width) if is_wider else nn.Identity()
+        self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.text_depth))
+
+    def forward(self, text_states: Tensor, mask: Tensor) -> Tensor:
+        """mask: B x 1 x 1 x L bool, the states that are no padding."""
+        text = self.embed(text_states)
+        for block in self.blocks:
+            text = block(text, mask)
+        queries = self.queries.expand(len(text), -1, -1)  # B x K x W
+        return queries + self.attention(queries, self.norm(text), mask)
