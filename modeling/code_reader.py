@@ -80,8 +80,10 @@ def load_language_model(config: LanguageModelConfig) -> nn.Module:
     package, size = load_package(), config.size
     if size is None:
         model = load_whole("AutoModelForCausalLM", config).float()
-        model.generation_config = package.GenerationConfig()  # its own may draw, or penalise
+        # Its own may draw, or penalise what was said before.
+        model.generation_config = package.GenerationConfig()
         return model
+    # Bytes need no vocabulary of words, so that a tiny model can be trained from scratch.
     settings = package.Qwen2Config(
         vocab_size=len(package.ByT5Tokenizer(extra_ids=0)),
         hidden_size=size.width,
@@ -109,7 +111,8 @@ class CodeReader(nn.Module):
         self.start_id = start_id
         if freeze:
             language_model.eval().requires_grad_(False)
-        # Behind a function it is no part of this module, nor of its copies.
+        # Behind a function it is no part of this module, nor of its copies: neither EMA nor
+        # checkpoints hold billions of weights that do not change.
         self._model = (lambda: language_model) if freeze else language_model
 
     @property

@@ -126,6 +126,7 @@ class DualTokenizer(nn.Module):
 
     def draw(self, codes: Tensor) -> Tensor:
         """Codes B x (S + P) x G x G -> images B x 3 x R x R."""
+        # The nets' images are in [-1, 1].
         pixels = self.pixel_decoder(codes[:, self.config.quantizer.semantic_channels :])
         return (resize(pixels, self.config.image_size) + 1) / 2
 
@@ -153,6 +154,7 @@ class DualTokenizer(nn.Module):
 
     def start_from(self, teacher: Teacher) -> None:
         """Take the teacher's weights into the semantic encoder."""
+        # The teacher has more: the projection to the text's space, which gives its features.
         own, weights = self.semantic_encoder, teacher.tower.state_dict()
         own.load_state_dict({name: weights[name] for name in own.state_dict()})
 
@@ -204,7 +206,8 @@ class SemanticDecoder(nn.Module):
 
     def __init__(self, channels: int, width: int, depth: int, num_heads: int, grid: int):
         super().__init__()
-        from timm.models.beit import Block  # here: it takes a second
+        # Here: it takes a second.
+        from timm.models.beit import Block
 
         if width % num_heads:
             raise ValueError(f"semantic_heads {num_heads} does not divide the tower's {width}")

@@ -174,7 +174,8 @@ class FlowTok(nn.Module):
         x, context = self.join(x, context)
         for block in self.blocks:
             x = run_block(block, self.activation_checkpointing, x, condition, context)
-        x = x[:, None, : tokens.shape[1]]  # B groups of one sample
+        # Concatenated text ends here. Each sample is a group with modulations of its own.
+        x = x[:, None, : tokens.shape[1]]
         return self.project_out(x, self.modulation_out(condition))  # B x K x C
 
     def join(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -193,6 +194,7 @@ class FlowTok(nn.Module):
 
     def condition(self, t: Tensor, null: Tensor, interval: Tensor | None = None) -> Tensor:
         """SiLU(c), B x W: all that the blocks know besides the tokens."""
+        # One vector for all: the release adds the indicator where DiT adds the class.
         condition = self.embed_time(t) + self.embed_null(null.long())
         if self.embed_interval is not None:
             condition = condition + self.embed_interval(interval)
@@ -244,10 +246,11 @@ class TimeTable:
         layers = [*(block.modulation for block in network.blocks), network.modulation_out]
         # T x 2 x 6 W for each block, T x 2 x 2 W for the last norm
         self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]
+        # Both contexts, with the text and without: the same at all times.
         self.contexts = None
         if network.reads_text:
-            hidden = torch.tensor([[False], [True]], device=t.device).expand(2, len(features))
-            rows = [network.embed_context(features, null) for null in hidden]
+            null = torch.zeros(len(features), dtype=torch.bool, device=t.device)
+            rows = [network.embed_context(features, null), network.embed_context(features, ~null)]
             self.contexts = torch.stack(rows)  # 2 x B x L x W
 
     def __call__(self, x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:

@@ -213,6 +213,7 @@ class ImageDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, text_states: Tensor) -> Tensor:
         num_patches = self.grid_size**2
+        # One mask token for all patches: RoPE tells them apart.
         latents = self.embed_tokens(tokens) + self.latent_positions  # B x K x W
         masks = self.mask_token.expand(len(tokens), num_patches, -1).to(latents.dtype)
         text = self.embed_text(text_states.to(tokens.dtype)) + self.text_positions  # B x L x W
@@ -273,6 +274,7 @@ class ImageTokenizer(nn.Module):
             vision = self.to_vision(spread_tokens(tokens, self.config.grid_size**2))
         contrast = None
         if self.contrast is not None:
+            # Of the mean: noise of the draw would only blur what a caption says.
             contrast = self.contrast(posterior.mean, text_states)
         return TokenizerPass(reconstructions, *posterior, vision, contrast)
 

@@ -37,6 +37,7 @@ def sample_intervals(
     """
     one, other = (sample_times(config, batch_size, device) for _ in range(2))
     plain, _, whole = split_batch(batch_size)
+    # Of length 0 the average is the velocity, which the data teach; all others lean on it.
     other[plain] = one[plain]
     one[whole], other[whole] = 0, 1
     return torch.minimum(one, other), (one - other).abs()

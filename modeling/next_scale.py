@@ -332,10 +332,12 @@ class NextScaleGenerator(Generator):
         for number, scale in enumerate(scales):
             known = found
             for step in range(config.steps if number else 1):
+                # A pass after the first sees what the one before it has drawn.
                 features = states.new_zeros(len(states), 0, self.model.config.input_channels)
-                if number:  # a pass after the first sees what the one before it has drawn
+                if number:
                     maps = quantizer.code_maps(found)
                     features = known_inputs(self.model.config, maps, refined=step > 0)
+                # Guidance grows with the scale, as in VAR's own code.
                 share = number / (len(scales) - 1) if len(scales) > 1 else 1.0
                 with autocast(states.device, config.precision):
                     logits = self.logits(features, states, config.guidance * share)

@@ -156,7 +156,7 @@ class TextProjector(nn.Module):
         self.is_frozen = False
         self.gives_alignment = True  # False where no loss reads it (modeling/losses.py)
 
-        # In front of the blocks
+        # In front of the blocks. Queries have whitened and embedded what they read.
         self.whitening = TextWhitening(config.text_width) if config.whiten_text else nn.Identity()
         self.queries = LearnedQueries(config) if config.num_queries else None
         self.embed = nn.Identity()
@@ -167,7 +167,7 @@ class TextProjector(nn.Module):
             self.positions = nn.Parameter(torch.empty(num_tokens, config.width))
             nn.init.normal_(self.positions, std=0.5)
 
-        # Blocks and heads
+        # Blocks and heads. Post-norm blocks end normalised, pre-norm ones do not.
         self.blocks = nn.ModuleList(ProjectorBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
         num_moments = 1 if config.fixed_std else 2
@@ -186,6 +186,7 @@ class TextProjector(nn.Module):
 
     def freeze(self) -> None:
         """Stop training for good: no gradients, eval mode (no dropout)."""
+        # The loop puts the whole flow into training mode later: see train.
         self.is_frozen = True
         self.requires_grad_(False).eval()
 
@@ -299,6 +300,7 @@ class TextWhitening(nn.Module):
         """Measure on batches of text states, each B x L x T."""
         count, total, products = 0, 0.0, 0.0
         for states in batches:
+            # Padding would draw the mean to zero.
             rows = states.flatten(0, 1).double()
             rows = rows[find_text(rows)]
             count += len(rows)

@@ -29,7 +29,8 @@ class VisionTeacher(nn.Module):
             ValueError: no such ViT, or the file does not hold its weights.
         """
         super().__init__()
-        import timm  # here: it takes a second
+        # Here: it takes a second.
+        import timm
 
         overlay = {"file": config.weights} if config.weights else None
         try:
