@@ -1,7 +1,6 @@
 """modeling/flowtok.py: the adaLN-Zero start, conditions, sampling.
 
-Formulas and gradients are those of test_plain_flow.py, and of the release in
-test_convert_checkpoint.py.
+Its formulas are those of the release, whose numbers test_convert_checkpoint.py has.
 """
 
 from dataclasses import replace
@@ -30,7 +29,7 @@ def test_init_misses_no_parameter():
     check_init(FlowTok(NETWORK, takes_interval=True))
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("condition", ["none", *CONDITIONS])
 def test_sampling_computes_what_the_networks_own_forward_does(condition):
     network = build(condition).flowtok
     x, features = torch.randn(B, K, C), torch.randn(B, K, W)

@@ -1,6 +1,6 @@
 """modeling/layers.py: SwiGLU against its closed form; the start; errors.
 
-Attention, rotation, sinusoids and positions are those of test_plain_flow.py and of the release.
+Attention, rotation, sinusoids and positions are those of the release (test_convert_checkpoint.py).
 """
 
 import math
