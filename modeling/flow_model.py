@@ -20,7 +20,7 @@ from .flow import (
 )
 from .flowtok import FlowTok, FlowTokConfig
 from .layers import FlowPass
-from .mean_flow import AverageFn, drift, sample_intervals, split_batch, whole_average
+from .mean_flow import average_target, sample_intervals
 from .text_projector import NoiseSource, TextProjector, TextProjectorConfig
 
 
@@ -74,42 +74,9 @@ class FlowModel(nn.Module):
         velocity = self.flowtok(z_t, t, null, context, interval)
         target = target_velocity(start, end, flow.sigma_min)
         if interval is not None:
-            target = self.average_target(target, z_t, t, interval, null, context)
+            network, weight = self.flowtok, flow.guidance
+            target = average_target(network, target, z_t, t, interval, null, context, weight)
         return FlowPass(velocity, target, source, is_weighted=interval is not None)
-
-    @torch.no_grad()
-    def guide(
-        self, target: Tensor, z: Tensor, t: Tensor, null: Tensor, context: Tensor | None
-    ) -> Tensor:
-        """The path's velocity away from the unconditional one, where there is a text: B x K x C.
-
-        Its mean is the guided velocity (MeanFlow, Sec. 4.2).
-        """
-        unconditional = self.flowtok(z, t, torch.ones_like(null), context, torch.zeros_like(t))
-        guided = torch.lerp(unconditional.to(target), target, self.config.guidance)
-        return torch.where(null.view(-1, 1, 1), target, guided)
-
-    @torch.no_grad()
-    def average_target(
-        self, target: Tensor, z: Tensor, t: Tensor, interval: Tensor, null: Tensor, context: Tensor
-    ) -> Tensor:
-        """Target of the average over the interval, given the path's velocity: B x K x C."""
-        plain, between, whole = split_batch(len(z))
-
-        def average(samples: slice) -> AverageFn:
-            return lambda z, t, h: self.flowtok(z, t, null[samples], context[samples], h).to(z)
-
-        # Whole intervals learn from the network alone.
-        if self.config.guidance != 1:
-            known = slice(0, whole.start)
-            target = self.guide(target[known], z[known], t[known], null[known], context[known])
-
-        # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
-        z_between, t_between = z[between], t[between]
-        velocity = average(between)(z_between, t_between, torch.zeros_like(t_between))
-        change = drift(average(between), z_between, t_between, interval[between], velocity)
-        by_steps = whole_average(average(whole), z[whole])
-        return torch.cat([target[plain], target[between] + change, by_steps])
 
     def context(self, text_states: Tensor) -> Tensor | None:
         """What the velocity network reads for sampling: text states B x L x T -> B x L x W."""

@@ -5,6 +5,7 @@ import warnings
 import lpips
 import pytest
 import torch
+from conftest import refusal
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.transforms import functional as TF
@@ -115,6 +116,16 @@ def test_a_part_of_weight_zero_is_neither_looked_for_nor_built(vgg_file, no_netw
     with torch.no_grad():
         terms = loss(*image_pair())
     torch.testing.assert_close(terms["perceptual"], terms["lpips"])  # divided by 0.5 only
+
+
+def test_absent_files_are_named_with_every_way_out(tmp_path, no_network):
+    absent, cache = tmp_path / "vgg.pth", "$TORCH_HOME/hub/checkpoints"
+    for config, parts in (
+        (lpips_only(absent), (absent, no_network, cache, perceptual.VGG16_URL, "vgg_weights")),
+        (PerceptualConfig(0.0), (no_network, "no such host", perceptual.CONVNEXT_URL)),
+    ):
+        with refusal(*parts):
+            PerceptualLoss(config)
 
 
 def test_torchvision_and_we_name_the_same_files():
