@@ -6,6 +6,7 @@ compare with the usual way, it can read features of the text besides (`condition
 tokens.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +23,6 @@ from .layers import (
     check_least,
     init_linear_,
     sincos_position_table,
-    timestep_sinusoids,
 )
 
 TIME_SINUSOIDS = 256
@@ -62,7 +62,7 @@ def by_group(modulation: Tensor, number: int) -> tuple[Tensor, ...]:
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1], B -> B x W: 256 sinusoids, linear, SiLU, linear."""
+    """t in [0, 1], B -> B x W: 256 sinusoids, cosines first, linear, SiLU, linear."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -71,8 +71,12 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        # t itself, as the release has it; DiT's times go up to 1000.
-        return self.mlp(timestep_sinusoids(t, TIME_SINUSOIDS))
+        # Of t itself, as the release has it; DiT's times go up to 1000.
+        half = TIME_SINUSOIDS // 2
+        steps = torch.arange(half, device=t.device, dtype=torch.float32)
+        frequencies = torch.exp(-math.log(10000.0) * steps / half)
+        angles = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
 class TextContext(nn.Module):

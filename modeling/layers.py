@@ -229,15 +229,6 @@ def sincos_position_table(length: int, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
-def timestep_sinusoids(t: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoids of t in [0, 1], not scaled: B -> B x dim, cosines first; 10000^(-i/(dim/2))."""
-    half = dim // 2
-    steps = torch.arange(half, device=t.device, dtype=torch.float32)
-    frequencies = torch.exp(-math.log(10000.0) * steps / half)
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 def init_linear_(module: nn.Module, std: float | None = None) -> None:
     """Initialise a Linear or Conv2d, biases zero; leave any other module alone.
 

@@ -121,7 +121,8 @@ def test_a_learned_guidance_leads_away_from_the_unconditional_velocity(source, c
 
     # Training regresses on it
     targets = []
-    for flow.config.guidance in (1.5, 1.0):
+    for guidance in (1.5, 1.0):
+        flow.config.guidance = guidance
         torch.manual_seed(0)
         targets.append(flow(states, image).target)
     assert not torch.equal(*targets)
