@@ -107,6 +107,7 @@ def main(config: NextScaleStage) -> None:
         linear_skip=config.linear_start > 0,
     )
     inputs = {"tokenizer": fingerprint(tokenizer), "text_encoder": text_encoder.identity}
+    # A complete run is left alone, before anything long begins.
     shards = check_shards(run, config.data, training.max_steps)
     if is_complete(run, config, inputs):
         return

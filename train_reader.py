@@ -68,6 +68,7 @@ def main(config: ReaderStage) -> None:
     training, language = config.training, config.language_model
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     tokenizer = load_any_tokenizer(config.tokenizer_run).to(run.device)
+    # One process of a machine downloads, the others find it in the cache.
     with run.accelerator.local_main_process_first():
         language_model = load_language_model(language).to(run.device)
         tokenize = CaptionTokenizer(language)
@@ -75,6 +76,7 @@ def main(config: ReaderStage) -> None:
         "tokenizer": fingerprint(tokenizer),
         "language_model": "none" if language.size else fingerprint(language_model),
     }
+    # A complete run is left alone, before anything long begins.
     shards = check_shards(run, config.data, training.max_steps)
     if is_complete(run, config, inputs):
         return

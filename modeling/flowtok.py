@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .activation_checkpointing import ActivationCheckpointing, run_block
+from .flow import VelocityBranches
 from .layers import (
     FROM_PROJECTOR,
     FROM_TOKENIZER,
@@ -190,11 +191,49 @@ class FlowTok(nn.Module):
             return torch.cat([x, context], dim=-2), None
         return x, context
 
+    @torch.no_grad()
     def at_times(
         self, times: list[float], context: Tensor | None = None, interval: float | None = None
-    ) -> "TimeTable":
-        """The network for sampling, at times and with features of the text known beforehand."""
-        return TimeTable(self, times, context, interval)
+    ) -> VelocityBranches:
+        """The network for sampling: as its forward at a few times and one context, to rounding."""
+        # Modulations depend on time and indicator only: computed once, they are shared by all
+        # samples, and a third of the weights is read once for all steps instead of once a step.
+        rows = {time: row for row, time in enumerate(times)}
+        device = self.positions.device
+        # Each time conditional, then unconditional
+        t = torch.tensor(times, dtype=torch.float32, device=device).repeat_interleave(2)
+        null = torch.tensor([False, True], device=device).repeat(len(times))
+        h = None if interval is None else torch.full_like(t, interval)
+        condition = self.condition(t, null, h)  # 2 T x W, for T times
+        layers = [*(block.modulation for block in self.blocks), self.modulation_out]
+        # T x 2 x 6 W for each block, T x 2 x 2 W for the last norm
+        modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]
+        contexts = None
+        if self.reads_text:
+            null = torch.zeros(len(context), dtype=torch.bool, device=device)
+            contexts = [self.embed_context(context, null), self.embed_context(context, ~null)]
+            contexts = torch.stack(contexts)  # 2 x B x L x W
+
+        def velocity(x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:
+            branches = slice(int(null[0]), int(null[-1]) + 1)
+            own = [modulation[rows[time], branches] for modulation in modulations]
+            return self.follow(x, own, None if contexts is None else contexts[branches])
+
+        return velocity
+
+    def follow(self, x: Tensor, modulations: list[Tensor], context: Tensor | None) -> Tensor:
+        """Velocity of G branches at the same points x B x K x C: G B x K x C.
+
+        modulations: G x 6 W of each block, G x 2 W of the last norm. context: G x B x L x W.
+        """
+        # A group is a branch with all samples.
+        hidden = self.embed_tokens(x) + self.positions  # B x K x W
+        hidden = hidden.expand(len(modulations[0]), -1, -1, -1)  # G x B x K x W
+        hidden, context = self.join(hidden, context)
+        context = None if context is None else context.flatten(0, 1)  # G B x L x W
+        for block, modulation in zip(self.blocks, modulations):
+            hidden = block.transform(hidden, modulation, context)
+        return self.project_out(hidden[:, :, : x.shape[1]], modulations[-1])
 
     def condition(self, t: Tensor, null: Tensor, interval: Tensor | None = None) -> Tensor:
         """SiLU(c), B x W: all that the blocks know besides the tokens."""
@@ -225,52 +264,3 @@ class FlowTok(nn.Module):
         # At the start, or from the weights of a velocity flow, the interval changes nothing.
         if self.embed_interval is not None:
             nn.init.zeros_(self.embed_interval.mlp[-1].weight)
-
-
-class TimeTable:
-    """FlowTok at a few known times, for sampling: as the network's own forward, up to rounding."""
-
-    # Modulations depend on time and indicator only: computed once, they are shared by all samples,
-    # and a third of the weights is read once for all steps instead of once a step.
-    @torch.no_grad()
-    def __init__(
-        self,
-        network: FlowTok,
-        times: list[float],
-        features: Tensor | None = None,
-        interval: float | None = None,
-    ):
-        self.network = network
-        self.rows = {time: row for row, time in enumerate(times)}
-        t = torch.tensor(times, dtype=torch.float32, device=network.positions.device)
-        t = t.repeat_interleave(2)  # each time conditional, then unconditional
-        null = torch.tensor([False, True], device=t.device).repeat(len(times))
-        interval = None if interval is None else torch.full_like(t, interval)
-        condition = network.condition(t, null, interval)  # 2 T x W, for T times
-        layers = [*(block.modulation for block in network.blocks), network.modulation_out]
-        # T x 2 x 6 W for each block, T x 2 x 2 W for the last norm
-        self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]
-        # Both contexts, with the text and without: the same at all times.
-        self.contexts = None
-        if network.reads_text:
-            null = torch.zeros(len(features), dtype=torch.bool, device=t.device)
-            rows = [network.embed_context(features, null), network.embed_context(features, ~null)]
-            self.contexts = torch.stack(rows)  # 2 x B x L x W
-
-    def __call__(self, x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:
-        """Velocity of each branch at the same points (flow.VelocityBranches), G B x K x C."""
-        network, row = self.network, self.rows[time]
-        branches = slice(int(null[0]), int(null[-1]) + 1)
-
-        # G branches, each with the same S = B samples on the path.
-        hidden = network.embed_tokens(x) + network.positions  # B x K x W
-        hidden = hidden.expand(len(null), -1, -1, -1)  # G x B x K x W
-        context = None if self.contexts is None else self.contexts[branches]  # G x B x L x W
-        hidden, context = network.join(hidden, context)
-        context = None if context is None else context.flatten(0, 1)
-
-        # All samples of a branch share its modulation.
-        for block, modulation in zip(network.blocks, self.modulations):
-            hidden = block.transform(hidden, modulation[row, branches], context)
-        hidden = hidden[:, :, : x.shape[1]]
-        return network.project_out(hidden, self.modulations[-1][row, branches])

@@ -248,6 +248,7 @@ def init_linear_(module: nn.Module, std: float | None = None) -> None:
 
 def fingerprint(module: nn.Module, salt: bytes = b"") -> str:
     """Hash of names, shapes and values of a module's state. salt: what weights do not show."""
+    # Sorted: the order in which a module was built is not what it computes.
     digest = hashlib.sha256(salt)
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu().contiguous().flatten()
@@ -272,7 +273,8 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
         save_file(weights, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    # safetensors makes files that only their owner can read.
+    path.chmod(0o644)
 
 
 def check_images(images: Tensor, size: int) -> None:
