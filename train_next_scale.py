@@ -5,8 +5,8 @@
 
 In: image shards with captions, the run of a dual tokenizer, which encodes them in the loop. Out: a
 run folder, from whose EMA weights sample.py draws. Loss: cross-entropy of the indices, mean over
-all tokens, so that large scales count most (TokenFlow, CVPR 2025; modeling/next_scale.py). The same
-command resumes, and does nothing when the run is complete.
+all tokens, so that large scales count most (TokenFlow, modeling/next_scale.py). The same command
+resumes, and does nothing when the run is complete.
 """
 
 from dataclasses import dataclass, field, replace
@@ -107,6 +107,7 @@ def main(config: NextScaleStage) -> None:
         linear_skip=config.linear_start > 0,
     )
     inputs = {"tokenizer": fingerprint(tokenizer), "text_encoder": text_encoder.identity}
+    # A complete run is left alone, before anything long begins.
     shards = check_shards(run, config.data, training.max_steps)
     if is_complete(run, config, inputs):
         return

@@ -39,6 +39,8 @@ from training.run import Run, save_config, start_run
 from training.stage import TrainedStage, open_stream
 from training.tokens import encode_images
 
+Tokenizer = ImageTokenizer | DualTokenizer
+
 
 @dataclass
 class ReaderStage(TrainedStage):
@@ -60,43 +62,32 @@ class ReaderStage(TrainedStage):
         return self.data.all_shards() + self.pictures.shards
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What losses and pictures read."""
-
-    run: Run
-    tokenizer: ImageTokenizer | DualTokenizer
-    tokenize: CaptionTokenizer
-
-    def encode(self, batch: dict) -> Tensor:
-        """Codes of a batch's images, B x N x C, in the run's precision."""
-        return encode_images(self.run, self.tokenizer, batch).mean
-
-
 def main(config: ReaderStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
     # What stage 1 gave, and the language model.
     training, language = config.training, config.language_model
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     tokenizer = load_any_tokenizer(config.tokenizer_run).to(run.device)
+    # One process of a machine downloads, the others find it in the cache.
     with run.accelerator.local_main_process_first():
         language_model = load_language_model(language).to(run.device)
-        parts = Parts(run, tokenizer, CaptionTokenizer(language))
+        tokenize = CaptionTokenizer(language)
     inputs = {
         "tokenizer": fingerprint(tokenizer),
         "language_model": "none" if language.size else fingerprint(language_model),
     }
+    # A complete run is left alone, before anything long begins.
     shards = check_shards(run, config.data, training.max_steps)
     if is_complete(run, config, inputs):
         return
 
     # The network: its sizes follow from those parts.
     size = tokenizer.config.image_size
-    channels = parts.encode({"image": torch.zeros(1, 3, size, size)}).shape[-1]
-    model = CodeReader(channels, language_model, parts.tokenize.start_id, language.freeze)
+    codes = encode_images(run, tokenizer, {"image": torch.zeros(1, 3, size, size)}).mean
+    model = CodeReader(codes.shape[-1], language_model, tokenize.start_id, language.freeze)
 
     # Images and captions.
-    reader = image_reader(config.data, size, parts.tokenize)
+    reader = image_reader(config.data, size, tokenize)
     loader = open_stream(run, training, reader)
     sheet = config.pictures.read(reader)
     save_config(run, config, latest_checkpoint(run.folder) is not None)
@@ -105,32 +96,41 @@ def main(config: ReaderStage) -> None:
         run=run,
         stage=config,
         module=model,
-        loss_fn=partial(compute_losses, parts),
+        loss_fn=partial(compute_losses, run, tokenizer),
         loader=loader,
         inputs=inputs,
-        save_samples=partial(save_read, parts, sheet),
+        save_samples=partial(save_read, run, tokenizer, tokenize, sheet),
     )
 
 
-def compute_losses(parts: Parts, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+def compute_losses(
+    run: Run, tokenizer: Tokenizer, model: nn.Module, batch: dict
+) -> dict[str, Tensor]:
     """Cross-entropy of the captions' tokens; top1: how often the likeliest one is true."""
-    token_ids = batch["token_ids"].to(parts.run.device, non_blocking=True)
-    logits = model(parts.encode(batch), token_ids).float()
+    token_ids = batch["token_ids"].to(run.device, non_blocking=True)
+    logits = model(encode_images(run, tokenizer, batch).mean, token_ids).float()
     loss = F.cross_entropy(logits.flatten(0, 1), token_ids.flatten(), ignore_index=IGNORED)
     top1 = (logits.argmax(-1) == token_ids).sum() / (token_ids != IGNORED).sum()
     return {"loss": loss, "top1": top1}
 
 
-def save_read(parts: Parts, batch: dict, model: CodeReader, step: int) -> None:
+def save_read(
+    run: Run,
+    tokenizer: Tokenizer,
+    tokenize: CaptionTokenizer,
+    batch: dict,
+    model: CodeReader,
+    step: int,
+) -> None:
     """Images of a batch with what is read of them, and their own captions in brackets."""
-    tokenize = parts.tokenize
-    ids = model.read(parts.encode(batch), tokenize.end_id, tokenize.context_length)
+    codes = encode_images(run, tokenizer, batch).mean
+    ids = model.read(codes, tokenize.end_id, tokenize.context_length)
     read = [tokenize.decode(row) for row in ids]
     right = sum(text == own for text, own in zip(read, batch["caption"]))
-    parts.run.say(f"{right} of {len(read)} captions on the sheet are read word for word")
+    run.say(f"{right} of {len(read)} captions on the sheet are read word for word")
     labels = [f"{text} [{own}]" for text, own in zip(read, batch["caption"])]
     sheet = caption_grid(batch["image"].float() / 255, labels, columns=4)
-    save_png(sheet, sample_path(parts.run.folder, step))
+    save_png(sheet, sample_path(run.folder, step))
 
 
 if __name__ == "__main__":

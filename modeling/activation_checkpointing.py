@@ -21,6 +21,8 @@ from torch.utils.checkpoint import (
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
+# What costs more to compute again than to keep: matrix products, and attention by every kernel that
+# a GPU or a CPU may choose.
 ATEN = torch.ops.aten
 SAVED_OPS = {
     ATEN.mm.default,
@@ -43,6 +45,7 @@ def run_block(
     """block(*inputs), keeping its activations for the backward pass as `mode` says."""
     if mode == "none" or not torch.is_grad_enabled():
         return block(*inputs)
+    # The reentrant form has no policies, and gives no gradient where only weights need one.
     if mode == "full":
         return checkpoint(block, *inputs, use_reentrant=False)
     context_fn = partial(create_selective_checkpoint_contexts, save_expensive_ops)

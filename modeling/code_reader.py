@@ -1,11 +1,9 @@
 """The reader: a causal language model of the package transformers, which reads an image's tokens.
 
-TokenFlow (CVPR 2025, arXiv 2412.03069) understands images as LLaVA does: the codes that a frozen
-tokenizer gives, B x N x C, go through Linear-GELU-Linear into the model's input embeddings, and
-stand before those of the caption, which is predicted. The published one answers questions and was
-taught in two stages; here captions are learned, by the projector alone or by the model as well.
-Any tokenizer's tokens can be read, FlowTok's latents too. The package is optional
-(requirements-text.txt).
+As LLaVA and TokenFlow (CVPR 2025, arXiv 2412.03069) do: the tokens that any frozen tokenizer gives,
+B x N x C, go through Linear-GELU-Linear into the model's input embeddings, and stand before those
+of the caption, which is predicted. The published one answers questions and was taught in two
+stages; here captions are learned. The package is optional (requirements-text.txt).
 """
 
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .image_tokenizer import TransformerSize
-from .layers import check_least
+from .layers import check_heads, check_least
 from .transformers_text import TransformersTokenizer, load_package, load_part, load_whole
 
 IGNORED = -100  # in place of an id: padding, which is not predicted
@@ -35,11 +33,8 @@ class LanguageModelConfig:
 
     def __post_init__(self):
         check_least(self, 2, "caption_length")
-        if self.size and self.size.width % (2 * self.size.num_heads):
-            raise ValueError(
-                f"size.width {self.size.width} is not divisible by 2 x size.num_heads = "
-                f"{2 * self.size.num_heads}"
-            )
+        if self.size:
+            check_heads(self.size, channels=2, part="size.")
 
     def check(self) -> None:
         """Refuse no model, two, or one that can't learn; ValueError names the keys."""
@@ -85,8 +80,10 @@ def load_language_model(config: LanguageModelConfig) -> nn.Module:
     package, size = load_package(), config.size
     if size is None:
         model = load_whole("AutoModelForCausalLM", config).float()
-        model.generation_config = package.GenerationConfig()  # its own may draw, or penalise
+        # Its own may draw, or penalise what was said before.
+        model.generation_config = package.GenerationConfig()
         return model
+    # Bytes need no vocabulary of words, so that a tiny model can be trained from scratch.
     settings = package.Qwen2Config(
         vocab_size=len(package.ByT5Tokenizer(extra_ids=0)),
         hidden_size=size.width,
@@ -114,7 +111,8 @@ class CodeReader(nn.Module):
         self.start_id = start_id
         if freeze:
             language_model.eval().requires_grad_(False)
-        # Behind a function it is no part of this module, nor of its copies.
+        # Behind a function it is no part of this module, nor of its copies: neither EMA nor
+        # checkpoints hold billions of weights that do not change.
         self._model = (lambda: language_model) if freeze else language_model
 
     @property

@@ -2,14 +2,9 @@
 
 In: images B x 3 x R x R in [0, 1], taken as they are (the recipe does not scale them either). Out:
 one logit per patch, B x 1 x 16 x 16 whatever R is, high for real. No layer mixes samples, so
-`net(cat([real, fake])).chunk(2)` scores both in one pass.
-
-Order within a step: the tokenizer's update, with `generator_loss` through a discriminator that gets
-no gradient; then the discriminator's, on the same images and detached reconstructions, with
-discriminator_loss + lecam_weight * penalty; then `LeCam.update`. There is no adaptive weight.
-
-Stem and stages, nearly all of the cost, run in the caller's autocast precision; pooling and head
-run in float32, so that logits and losses are float32 (differs from the recipe: all of it float32).
+`net(cat([real, fake])).chunk(2)` scores both in one pass. The order of a step is the recipe's: the
+tokenizer's update through a discriminator that gets no gradient; then the discriminator's, on the
+same images and detached reconstructions; then `LeCam.update`. There is no adaptive weight.
 """
 
 from dataclasses import dataclass
@@ -19,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import check_not_negative
+from .layers import check_least
 
 NUM_GROUPS = 32  # of GroupNorm
 SLOPE = 0.1  # of LeakyReLU
@@ -35,7 +30,7 @@ class AdversarialConfig:
     lecam_weight: float = 0.001  # of the penalty in the discriminator's loss
 
     def __post_init__(self):
-        check_not_negative(self, "weight", "start_step", "lecam_weight")
+        check_least(self, 0, "weight", "start_step", "lecam_weight")
 
 
 class BlurPool(nn.Module):
@@ -60,10 +55,9 @@ class LeCam(nn.Module):
     """Penalty on logits far from the other side's running average (Tseng et al., arXiv 2104.03310).
 
     penalty = max(0, mean real - ema_fake)^2 + max(0, ema_real - mean fake)^2,
-    ema <- decay ema + (1 - decay) mean, both from 0 without bias correction: the recipe's form. The
-    LeCam paper squares each logit's distance, then averages. Differs from the recipe: means are
-    over all processes, so that these give the gradient of one process with the joined batch. Every
-    process must call both methods.
+    ema <- decay ema + (1 - decay) mean, both from 0 without bias correction: the recipe's form,
+    where the paper squares each logit's distance. Differs from the recipe: means are over all
+    processes, which must all call both methods.
     """
 
     def __init__(self, decay: float = 0.999):
@@ -98,27 +92,21 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int = 128, num_stages: int = 3):
         super().__init__()
-        channels = [width * 2**stage for stage in range(num_stages)]
-        self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 5, padding=2), nn.LeakyReLU(SLOPE))
-        inputs = [channels[0], *channels[:-1]]
-        self.stages = nn.Sequential(*map(self._stage, inputs, channels))
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(SLOPE))
+        self.stages = nn.Sequential()
+        last = width
+        for stage in range(num_stages):
+            channels = width * 2**stage
+            convolution = nn.Conv2d(last, channels, 3, padding=1)
+            norm = nn.GroupNorm(NUM_GROUPS, channels)
+            self.stages.append(nn.Sequential(convolution, BlurPool(), norm, nn.LeakyReLU(SLOPE)))
+            last = channels
         self.pool = nn.AdaptiveMaxPool2d(LOGIT_GRID)
         self.head = nn.Sequential(
-            nn.Conv2d(channels[-1], channels[-1], 1),
-            nn.LeakyReLU(SLOPE),
-            nn.Conv2d(channels[-1], 1, 5, padding=2),
+            nn.Conv2d(last, last, 1), nn.LeakyReLU(SLOPE), nn.Conv2d(last, 1, 5, padding=2)
         )
         self.lecam = LeCam()  # here, so that its averages are in the checkpoint
         self.init_weights()
-
-    @staticmethod
-    def _stage(in_channels: int, out_channels: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
-            BlurPool(),
-            nn.GroupNorm(NUM_GROUPS, out_channels),
-            nn.LeakyReLU(SLOPE),
-        )
 
     def init_weights(self) -> None:
         """Convs uniform in +-fan_in^-0.5 (PyTorch's own, as in the recipe), norms 1 and 0."""
@@ -133,7 +121,8 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stages(self.stem(images))  # B x C x R/8 x R/8 with three stages
-        # In half precision the logits would be too coarse for LeCam's averages.
+        # In half precision the logits would be too coarse for LeCam's averages; stem and stages,
+        # nearly all of the cost, run in the caller's (differs from the recipe: all in float32).
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.head[0].weight.dtype)
             return self.head(self.pool(x))  # B x 1 x 16 x 16, repeated where R/8 < 16

@@ -3,8 +3,7 @@
 Entry i of the one codebook belongs to entry i of the other; a cell takes the pair whose summed
 distance to its two vectors is smallest (TokenFlow, CVPR 2025, arXiv 2412.03069). A map is coded as
 a residual pyramid over growing grids (VAR, arXiv 2404.02905): each scale codes what is left of it.
-In: features B x (S + P) x G x G, the S semantic channels first. Out: the sum of the scales' codes,
-of the same shape, and indices. Float32 in any autocast precision.
+Features B x (S + P) x G x G have the S semantic channels first. Float32 in any precision.
 """
 
 import math
@@ -107,7 +106,8 @@ class DualQuantizer(nn.Module):
         weights = vectors.new_ones(self.config.channels)
         weights[self.config.semantic_channels :] = self.config.pixel_distance_weight
         weighted = vectors * weights
-        with exact_products():  # TF32 would choose other codes
+        # TF32 would choose other codes.
+        with exact_products():
             chosen = [(weighted @ chunk.T).max(dim=1) for chunk in codes.split(CHUNK)]
         scores, indices = (torch.stack(part) for part in zip(*chosen))  # chunks x N each
         best = scores.argmax(dim=0, keepdim=True)
@@ -119,7 +119,8 @@ class DualQuantizer(nn.Module):
         vectors = self.config.normalise(features.permute(0, 2, 3, 1).flatten(0, 2))  # N x (S + P)
         indices = self.nearest(vectors, codes)
         found = F.embedding(indices, codes)
-        passed = vectors + (found - vectors).detach()  # straight through
+        # Straight through: the codes' values, the vectors' gradient.
+        passed = vectors + (found - vectors).detach()
         return Quantised(
             codes=passed.unflatten(0, (batch, height, -1)).permute(0, 3, 1, 2),
             indices=[indices.unflatten(0, (batch, -1))],
@@ -129,18 +130,17 @@ class DualQuantizer(nn.Module):
 
     def forward(self, features: Tensor) -> Quantised:
         """The residual pyramid: features B x (S + P) x G x G, G the last scale."""
+        parts = []
         with torch.autocast(features.device.type, enabled=False):
-            features = features.float()
-            codes, grid = self.codes(), features.shape[-1]
-            total, residual = torch.zeros_like(features), features
-            parts = []
+            codes, residual = self.codes(), features.float()
+            total = torch.zeros_like(residual)
             for scale in self.draw_scales():
                 pooled = F.interpolate(residual, size=(scale, scale), mode="area")
-                part = self.lookup(pooled, codes)
-                enlarged = resize(part.codes, grid)
+                parts.append(self.lookup(pooled, codes))
+                enlarged = resize(parts[-1].codes, features.shape[-1])
                 total = total + enlarged
+                # The next scale sees what is left, but teaches nothing of this one's choice.
                 residual = residual - enlarged.detach()
-                parts.append(part)
         return Quantised(
             codes=total,
             indices=[part.indices[0] for part in parts],
@@ -176,9 +176,9 @@ class DualQuantizer(nn.Module):
             usage/s: share of the codes that scale s chose in the last MEMORY_STEPS or so;
             perplexity/s: exp of the entropy of its choices, 1..K; usage: of any scale.
         """
+        # No bincount: it waits for the device.
         scales, drawn = self.config.scales, torch.zeros_like(self.counts)
         for part in indices:
-            # No bincount: it waits for the device
             row, chosen = scales.index(math.isqrt(part.shape[1])), part.flatten()
             drawn[row].scatter_add_(0, chosen, torch.ones_like(chosen, dtype=drawn.dtype))
         if dist.is_initialized() and dist.get_world_size() > 1:

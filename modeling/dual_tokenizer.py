@@ -1,11 +1,10 @@
 """The dual tokenizer: images <-> indices of code pairs, each a semantic and a pixel code.
 
 TokenFlow (CVPR 2025, arXiv 2412.03069): a semantic encoder (an image tower of open_clip, which
-starts from the teacher) and a pixel encoder give maps on the same grid, which one quantiser codes
-(modeling/dual_quantizer.py). From the semantic codes a small ViT predicts the teacher's features,
-from the pixel codes a decoder the image. Its `encode` and `decode` are those of the ImageTokenizer
-where both are used: tokens are the codes, B x G^2 x (S + P), the text states are not read.
-In and out: images B x 3 x R x R in [0, 1] (the decoder's output is not clamped).
+starts from the teacher) and a pixel encoder give maps on the same grid, which one quantiser codes.
+From the semantic codes a small ViT predicts the teacher's features, from the pixel codes a decoder
+the image. `encode` and `decode` serve where the ImageTokenizer's do: tokens are the codes,
+B x G^2 x (S + P). Images are B x 3 x R x R in [0, 1], not clamped when decoded.
 """
 
 from collections import OrderedDict
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from .dual_quantizer import DualQuantizer, Quantised, QuantizerConfig, resize
 from .image_tokenizer import TransformerSize
 from .image_tower import ImageTower, Teacher, TeacherConfig, place_tokens
-from .layers import Attention, check_least, check_not_negative, init_linear_
+from .layers import Attention, check_images, check_least, init_linear_
 from .pixel_nets import (
     MAP_CHANNELS,
     ConvolutionalDecoder,
@@ -53,7 +52,7 @@ class DualTokenizerConfig:
     tower: str = field(default="", metadata={"derived": "the teacher"})
 
     def __post_init__(self):
-        check_not_negative(self, "semantic_depth")
+        check_least(self, 0, "semantic_depth")
         check_least(self, 1, "image_size", "patch_size", "semantic_heads")
         if self.pixel_nets == "transformer" and self.image_size % self.patch_size:
             raise ValueError(
@@ -84,18 +83,19 @@ class DualTokenizer(nn.Module):
     def __init__(self, config: DualTokenizerConfig):
         super().__init__()
         self.config = config
+        sizes, grid = config.quantizer, config.grid_size
         self.semantic_encoder = ImageTower.build(config.tower).drop_unused()
-        width, sizes = self.semantic_encoder.width, config.quantizer
         check_grids(config, self.semantic_encoder)
+        width = self.semantic_encoder.width
         self.to_semantic_codes = tanh_head(width, sizes.semantic_channels)
         self.net_size = config.image_size  # pixels along a side of the pixel nets' images
         if config.pixel_nets == "transformer":
-            shape = (config.grid_size, config.patch_size, sizes.pixel_channels)
-            self.pixel_encoder = PatchEncoder(config.encoder, *shape)
-            self.pixel_decoder = PatchDecoder(config.decoder, *shape)
+            patch, channels = config.patch_size, sizes.pixel_channels
+            self.pixel_encoder = PatchEncoder(config.encoder, grid, patch, channels)
+            self.pixel_decoder = PatchDecoder(config.decoder, grid, patch, channels)
         else:
             # Their images are resized: 384 pixels at a stride of 16 are no grid of 27 cells.
-            self.net_size = config.grid_size * config.convolutions.stride
+            self.net_size = grid * config.convolutions.stride
             encoder = ConvolutionalEncoder(config.convolutions)
             decoder = ConvolutionalDecoder(config.convolutions)
             to_codes = nn.Conv2d(MAP_CHANNELS, sizes.pixel_channels, 1)
@@ -103,17 +103,19 @@ class DualTokenizer(nn.Module):
             self.pixel_encoder = nn.Sequential(OrderedDict(net=encoder, to_codes=to_codes))
             self.pixel_decoder = nn.Sequential(OrderedDict(from_codes=from_codes, net=decoder))
         self.quantizer = DualQuantizer(sizes)
-        depth, heads = config.semantic_depth, config.semantic_heads
-        grid = self.semantic_encoder.grid
-        self.semantic_decoder = SemanticDecoder(sizes.semantic_channels, width, depth, heads, grid)
+        self.semantic_decoder = SemanticDecoder(
+            channels=sizes.semantic_channels,
+            width=width,
+            depth=config.semantic_depth,
+            num_heads=config.semantic_heads,
+            grid=self.semantic_encoder.grid,
+        )
         self.to_features = tanh_head(width, self.semantic_encoder.feature_channels)
         self.init_weights()
 
     def maps(self, images: Tensor) -> Tensor:
         """Images B x 3 x R x R in [0, 1] -> what is to be coded, B x (S + P) x G x G."""
-        size, shape = self.config.image_size, tuple(images.shape)
-        if shape[1:] != (3, size, size):
-            raise ValueError(f"images have shape {shape}, expected B x 3 x {size} x {size}")
+        check_images(images, self.config.image_size)
         # The semantic encoder, too, gets [-1, 1], whatever its tower was trained with.
         images = images * 2 - 1
         grid = self.config.grid_size
@@ -124,6 +126,7 @@ class DualTokenizer(nn.Module):
 
     def draw(self, codes: Tensor) -> Tensor:
         """Codes B x (S + P) x G x G -> images B x 3 x R x R."""
+        # The nets' images are in [-1, 1].
         pixels = self.pixel_decoder(codes[:, self.config.quantizer.semantic_channels :])
         return (resize(pixels, self.config.image_size) + 1) / 2
 
@@ -151,6 +154,7 @@ class DualTokenizer(nn.Module):
 
     def start_from(self, teacher: Teacher) -> None:
         """Take the teacher's weights into the semantic encoder."""
+        # The teacher has more: the projection to the text's space, which gives its features.
         own, weights = self.semantic_encoder, teacher.tower.state_dict()
         own.load_state_dict({name: weights[name] for name in own.state_dict()})
 
@@ -202,7 +206,8 @@ class SemanticDecoder(nn.Module):
 
     def __init__(self, channels: int, width: int, depth: int, num_heads: int, grid: int):
         super().__init__()
-        from timm.models.beit import Block  # here: it takes a second
+        # Here: it takes a second.
+        from timm.models.beit import Block
 
         if width % num_heads:
             raise ValueError(f"semantic_heads {num_heads} does not divide the tower's {width}")

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .layers import check_share
+
 VelocityFn = Callable[[Tensor, float], Tensor]  # (x B x K x C, t in [0, 1]) -> velocity B x K x C
 # (x B x K x C, t, null indicators of G branches) -> velocity of each branch at x, G B x K x C
 VelocityBranches = Callable[[Tensor, float, tuple[bool, ...]], Tensor]
@@ -48,8 +50,7 @@ class FlowConfig:
     guidance: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.null_probability < 1:
-            raise ValueError(f"null_probability must be in [0, 1), got {self.null_probability}")
+        check_share(self, "null_probability")
         if self.time_power <= 0:
             raise ValueError(f"time_power must be positive, got {self.time_power}")
         if self.source == "noise" and self.direction == "image_to_text":

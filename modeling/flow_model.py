@@ -1,21 +1,17 @@
-"""Source, velocity network and path as one module: stage 3 trains it, sampling loads it (Sec. 3.3).
+"""The flow model: where the flow starts, and the network that it follows from there (Sec. 3.3).
 
-Three seams, so that a comparison changes one part only:
-Source             where the flow starts: at the text projector's z_T (FlowTok), or at noise.
-VelocityNetwork    FlowTok, which reads nothing but its tokens, or the text besides.
-FlowConfig         path, times, direction, what is learned.
-`build_flow` says which parts a run's config means.
+Stage 3 trains it, sampling loads it; `build_flow` says which parts a run's config means. Two seams,
+so that a comparison changes one part only: the source is a TextProjector or a NoiseSource, the
+velocity network a FlowTok, which reads nothing but its tokens, or the text besides.
 """
 
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .flow import (
     FlowConfig,
-    VelocityBranches,
     draw_null,
     interpolate,
     sample_times,
@@ -23,66 +19,21 @@ from .flow import (
     target_velocity,
 )
 from .flowtok import FlowTok, FlowTokConfig
-from .layers import FlowPass, SourcePass
-from .mean_flow import AverageFn, drift, sample_intervals, split_batch, whole_average
+from .layers import FlowPass
+from .mean_flow import average_target, sample_intervals
 from .text_projector import NoiseSource, TextProjector, TextProjectorConfig
-
-
-class Source(Protocol):
-    """A module that says where the flow starts, given the text."""
-
-    shape: tuple[int, int]  # K x C of the latents
-    tells_text: bool  # whether the start says what the text is
-
-    def __call__(self, text_states: Tensor, sample: bool) -> SourcePass:
-        """Training pass: text states B x L x T -> start of the flow and what losses need."""
-
-    def start(self, text_states: Tensor, noise: Tensor | None) -> Tensor:
-        """Start of the flow for sampling, B x K x C, a function of unit noise of that shape."""
-
-    def features(self, text_states: Tensor) -> Tensor:
-        """What a velocity network with a condition reads of the text, B x L x W."""
-
-    def freeze(self) -> None:
-        """Stop training for good."""
-
-
-class VelocityNetwork(Protocol):
-    """A module that gives the velocity at a point of the path."""
-
-    shape: tuple[int, int]  # K x C of the tokens
-    reads_text: bool  # whether it takes a context
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        t: Tensor,
-        null: Tensor,
-        context: Tensor | None,
-        interval: Tensor | None = None,
-    ) -> Tensor:
-        """Tokens B x K x C, t B in [0, 1], null B bool, context -> velocity B x K x C.
-
-        interval: length B of what the velocity is averaged over, for mean_flow.
-        """
-
-    def at_times(
-        self, times: list[float], context: Tensor | None, interval: float | None = None
-    ) -> VelocityBranches:
-        """The network as sampling calls it."""
 
 
 class FlowModel(nn.Module):
     """Where the flow starts, its velocity, and the measured scale of the image latents."""
 
-    def __init__(self, projector: Source, flowtok: VelocityNetwork, config: FlowConfig):
+    def __init__(self, projector: TextProjector, flowtok: FlowTok, config: FlowConfig):
         super().__init__()
         if projector.shape != flowtok.shape:
             raise ValueError(
                 f"the flow starts from {projector.shape} tokens x channels, the velocity network "
                 f"expects {flowtok.shape}"
             )
-        # Source and network have the names that checkpoints know.
         self.config = config
         self.projector = projector
         self.flowtok = flowtok
@@ -101,11 +52,9 @@ class FlowModel(nn.Module):
         # Both ends of the path: z_T and z_I, or the other way for captions (Sec. 4.1).
         flow = self.config
         source = self.projector(text_states, sample=flow.sample_text_latent)
-        text = source.latents
-        context = source.features if self.flowtok.reads_text else None
+        text, context = source.latents, source.features
         if flow.projector != "joint":
-            text = text.detach()
-            context = None if context is None else context.detach()
+            text, context = text.detach(), context.detach()
         to_text = flow.direction == "image_to_text"
         start, end = (image_latents, text) if to_text else (text, image_latents)
 
@@ -125,52 +74,9 @@ class FlowModel(nn.Module):
         velocity = self.flowtok(z_t, t, null, context, interval)
         target = target_velocity(start, end, flow.sigma_min)
         if interval is not None:
-            target = self.average_target(target, z_t, t, interval, null, context)
+            network, weight = self.flowtok, flow.guidance
+            target = average_target(network, target, z_t, t, interval, null, context, weight)
         return FlowPass(velocity, target, source, is_weighted=interval is not None)
-
-    @torch.no_grad()
-    def guide(
-        self, target: Tensor, z: Tensor, t: Tensor, null: Tensor, context: Tensor | None
-    ) -> Tensor:
-        """The path's velocity away from the unconditional one, where there is a text: B x K x C.
-
-        Its mean is the guided velocity (MeanFlow, Sec. 4.2).
-        """
-        unconditional = self.flowtok(z, t, torch.ones_like(null), context, torch.zeros_like(t))
-        guided = torch.lerp(unconditional.to(target), target, self.config.guidance)
-        return torch.where(null.view(-1, 1, 1), target, guided)
-
-    @torch.no_grad()
-    def average_target(
-        self,
-        target: Tensor,
-        z: Tensor,
-        t: Tensor,
-        interval: Tensor,
-        null: Tensor,
-        context: Tensor | None,
-    ) -> Tensor:
-        """Target of the average over the interval, given the path's velocity: B x K x C."""
-        plain, between, whole = split_batch(len(z))
-
-        def text(samples: slice) -> Tensor | None:
-            return None if context is None else context[samples]
-
-        def network(samples: slice) -> AverageFn:
-            return lambda z, t, h: self.flowtok(z, t, null[samples], text(samples), h).to(z)
-
-        # Whole intervals learn from the network alone.
-        if self.config.guidance != 1:
-            known = slice(0, whole.start)
-            target = self.guide(target[known], z[known], t[known], null[known], text(known))
-
-        # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
-        average = network(between)
-        z_between, t_between = z[between], t[between]
-        velocity = average(z_between, t_between, torch.zeros_like(t_between))
-        change = drift(average, z_between, t_between, interval[between], velocity)
-        by_steps = whole_average(network(whole), z[whole])
-        return torch.cat([target[plain], target[between] + change, by_steps])
 
     def context(self, text_states: Tensor) -> Tensor | None:
         """What the velocity network reads for sampling: text states B x L x T -> B x L x W."""

@@ -1,11 +1,12 @@
 """FlowTok's velocity network: a DiT over 1D tokens (paper, Sec. 3.3).
 
-In: tokens on the path B x K x C, times B in [0, 1] (t = 0 text, t = 1 image), null indicator B
-(bool). Out: velocity B x K x C. It is conditioned on time and indicator only: text enters as the
-start of the flow. To compare with the usual way, it can read features of the text besides
-(`condition`), which are as many as the tokens.
+In: tokens on the path B x K x C, times B in [0, 1], null indicator B (bool). Out: velocity
+B x K x C. It is conditioned on time and indicator only: text enters as the start of the flow. To
+compare with the usual way, it can read features of the text besides (`condition`), as many as the
+tokens.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .activation_checkpointing import ActivationCheckpointing, run_block
+from .flow import VelocityBranches
 from .layers import (
     FROM_PROJECTOR,
     FROM_TOKENIZER,
@@ -22,7 +24,6 @@ from .layers import (
     check_least,
     init_linear_,
     sincos_position_table,
-    timestep_sinusoids,
 )
 
 TIME_SINUSOIDS = 256
@@ -52,12 +53,17 @@ class FlowTokConfig:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, with shift and scale G x W over tokens G x N x W."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+    """x * (1 + scale) + shift, with shift and scale G x 1 x 1 x W over tokens G x S x N x W."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def by_group(modulation: Tensor, number: int) -> tuple[Tensor, ...]:
+    """Modulations G x (number W) -> each G x 1 x 1 x W, for the tokens of a group's samples."""
+    return modulation[:, None, None].chunk(number, dim=-1)
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1], B -> B x W: 256 sinusoids, linear, SiLU, linear."""
+    """t in [0, 1], B -> B x W: 256 sinusoids, cosines first, linear, SiLU, linear."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -66,8 +72,12 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        # t itself, as the release has it; DiT's times go up to 1000.
-        return self.mlp(timestep_sinusoids(t, TIME_SINUSOIDS))
+        # Of t itself, as the release has it; DiT's times go up to 1000.
+        half = TIME_SINUSOIDS // 2
+        steps = torch.arange(half, device=t.device, dtype=torch.float32)
+        frequencies = torch.exp(-math.log(10000.0) * steps / half)
+        angles = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
 class TextContext(nn.Module):
@@ -110,24 +120,22 @@ class FlowTokBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, context: Tensor | None = None) -> Tensor:
         """`condition` is SiLU(c), B x W; context: B x L x W with cross-attention, else None."""
-        return self.transform(x, self.modulation(condition), x.shape[1], context)
+        return self.transform(x[:, None], self.modulation(condition), context)[:, 0]
 
-    def transform(
-        self, x: Tensor, modulation: Tensor, num_tokens: int, context: Tensor | None
-    ) -> Tensor:
-        """The block with known modulations, G x 6 W: per sample, or shared by groups of samples.
+    def transform(self, x: Tensor, modulation: Tensor, context: Tensor | None) -> Tensor:
+        """The block with known modulations, G x 6 W, each of a group of S samples.
 
-        x is G x (B / G * K) x W, K = num_tokens tokens a sample; attention stays in a sample.
+        Tokens x G x S x N x W, context G S x L x W.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)  # G x W
-        inner = modulate(self.norm_attention(x), shift_a, scale_a)
-        attended = self.attention(inner.view(-1, num_tokens, x.shape[-1])).view(x.shape)
-        x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
+        # Matrix products get G S x N x W: with a dimension more, torch would not fuse their biases.
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = by_group(modulation, 6)
+        inner = modulate(self.norm_attention(x), shift_a, scale_a).flatten(0, 1)
+        x = torch.addcmul(x, gate_a, self.attention(inner).view(x.shape))
         if self.cross_attention is not None:
-            inner = self.norm_cross(x).view(-1, num_tokens, x.shape[-1])
+            inner = self.norm_cross(x).flatten(0, 1)
             x = x + self.cross_attention(inner, context).view(x.shape)
-        inner = modulate(self.norm_mlp(x), shift_m, scale_m)
-        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(inner))
+        inner = modulate(self.norm_mlp(x), shift_m, scale_m).flatten(0, 1)
+        return torch.addcmul(x, gate_m, self.mlp(inner).view(x.shape))
 
 
 class FlowTok(nn.Module):
@@ -162,17 +170,17 @@ class FlowTok(nn.Module):
     ) -> Tensor:
         """Tokens B x K x C, t B float in [0, 1], null B bool -> velocity B x K x C.
 
-        context: features of the text, B x L x W of the projector, where there is a condition.
+        context: features of the text, B x L x W of the projector; not read without a condition.
         interval: B, the length of what the velocity is averaged over, where the network takes it.
         """
         x = self.embed_tokens(tokens) + self.positions  # B x K x W
         condition = self.condition(t, null, interval)  # B x W
-        if self.reads_text:
-            context = self.embed_context(context, null)  # B x L x W
+        context = self.embed_context(context, null) if self.reads_text else None  # B x L x W
         x, context = self.join(x, context)
         for block in self.blocks:
             x = run_block(block, self.activation_checkpointing, x, condition, context)
-        x = x[:, : tokens.shape[1]]
+        # Concatenated text ends here. Each sample is a group with modulations of its own.
+        x = x[:, None, : tokens.shape[1]]
         return self.project_out(x, self.modulation_out(condition))  # B x K x C
 
     def join(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -183,23 +191,62 @@ class FlowTok(nn.Module):
             return torch.cat([x, context], dim=-2), None
         return x, context
 
+    @torch.no_grad()
     def at_times(
         self, times: list[float], context: Tensor | None = None, interval: float | None = None
-    ) -> "TimeTable":
-        """The network for sampling, at times and with features of the text known beforehand."""
-        return TimeTable(self, times, context, interval)
+    ) -> VelocityBranches:
+        """The network for sampling: as its forward at a few times and one context, to rounding."""
+        # Modulations depend on time and indicator only: computed once, they are shared by all
+        # samples, and a third of the weights is read once for all steps instead of once a step.
+        rows = {time: row for row, time in enumerate(times)}
+        device = self.positions.device
+        # Each time conditional, then unconditional
+        t = torch.tensor(times, dtype=torch.float32, device=device).repeat_interleave(2)
+        null = torch.tensor([False, True], device=device).repeat(len(times))
+        h = None if interval is None else torch.full_like(t, interval)
+        condition = self.condition(t, null, h)  # 2 T x W, for T times
+        layers = [*(block.modulation for block in self.blocks), self.modulation_out]
+        # T x 2 x 6 W for each block, T x 2 x 2 W for the last norm
+        modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]
+        contexts = None
+        if self.reads_text:
+            null = torch.zeros(len(context), dtype=torch.bool, device=device)
+            contexts = [self.embed_context(context, null), self.embed_context(context, ~null)]
+            contexts = torch.stack(contexts)  # 2 x B x L x W
+
+        def velocity(x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:
+            branches = slice(int(null[0]), int(null[-1]) + 1)
+            own = [modulation[rows[time], branches] for modulation in modulations]
+            return self.follow(x, own, None if contexts is None else contexts[branches])
+
+        return velocity
+
+    def follow(self, x: Tensor, modulations: list[Tensor], context: Tensor | None) -> Tensor:
+        """Velocity of G branches at the same points x B x K x C: G B x K x C.
+
+        modulations: G x 6 W of each block, G x 2 W of the last norm. context: G x B x L x W.
+        """
+        # A group is a branch with all samples.
+        hidden = self.embed_tokens(x) + self.positions  # B x K x W
+        hidden = hidden.expand(len(modulations[0]), -1, -1, -1)  # G x B x K x W
+        hidden, context = self.join(hidden, context)
+        context = None if context is None else context.flatten(0, 1)  # G B x L x W
+        for block, modulation in zip(self.blocks, modulations):
+            hidden = block.transform(hidden, modulation, context)
+        return self.project_out(hidden[:, :, : x.shape[1]], modulations[-1])
 
     def condition(self, t: Tensor, null: Tensor, interval: Tensor | None = None) -> Tensor:
         """SiLU(c), B x W: all that the blocks know besides the tokens."""
+        # One vector for all: the release adds the indicator where DiT adds the class.
         condition = self.embed_time(t) + self.embed_null(null.long())
         if self.embed_interval is not None:
             condition = condition + self.embed_interval(interval)
         return F.silu(condition)
 
     def project_out(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Last norm and linear: x G x N x W, modulation G x 2 W -> G x N x C."""
-        shift, scale = modulation.chunk(2, dim=-1)
-        return self.to_velocity(modulate(self.norm_out(x), shift, scale))
+        """Last norm and linear: x G x S x K x W, modulation G x 2 W -> G S x K x C."""
+        shift, scale = by_group(modulation, 2)
+        return self.to_velocity(modulate(self.norm_out(x), shift, scale).flatten(0, 1))
 
     def init_weights(self) -> None:
         """Xavier uniform; normal 0.02 for the indicator; modulations and last layer at zero."""
@@ -217,54 +264,3 @@ class FlowTok(nn.Module):
         # At the start, or from the weights of a velocity flow, the interval changes nothing.
         if self.embed_interval is not None:
             nn.init.zeros_(self.embed_interval.mlp[-1].weight)
-
-
-class TimeTable:
-    """FlowTok at a few known times, for sampling: as the network's own forward, up to rounding."""
-
-    # Modulations depend on time and indicator only: computed once, they are shared by all samples,
-    # and a third of the weights is read once for all steps instead of once a step.
-    @torch.no_grad()
-    def __init__(
-        self,
-        network: FlowTok,
-        times: list[float],
-        features: Tensor | None = None,
-        interval: float | None = None,
-    ):
-        self.network = network
-        self.rows = {time: row for row, time in enumerate(times)}
-        t = torch.tensor(times, dtype=torch.float32, device=network.positions.device)
-        t = t.repeat_interleave(2)  # each time conditional, then unconditional
-        null = torch.tensor([False, True], device=t.device).repeat(len(times))
-        interval = None if interval is None else torch.full_like(t, interval)
-        condition = network.condition(t, null, interval)  # 2 T x W, for T times
-        layers = [*(block.modulation for block in network.blocks), network.modulation_out]
-        # T x 2 x 6 W for each block, T x 2 x 2 W for the last norm
-        self.modulations = [layer(condition).unflatten(0, (-1, 2)) for layer in layers]
-        self.contexts = None
-        if network.reads_text:
-            hidden = torch.tensor([[False], [True]], device=t.device).expand(2, len(features))
-            rows = [network.embed_context(features, null) for null in hidden]
-            self.contexts = torch.stack(rows)  # 2 x B x L x W
-
-    def __call__(self, x: Tensor, time: float, null: tuple[bool, ...]) -> Tensor:
-        """Velocity of each branch at the same points (flow.VelocityBranches), G B x K x C."""
-        network, row = self.network, self.rows[time]
-        branches = slice(int(null[0]), int(null[-1]) + 1)
-
-        # G x B x N tokens of the branches, their samples with the same tokens on the path.
-        embedded = network.embed_tokens(x) + network.positions  # B x K x W
-        embedded = embedded.expand(len(null), -1, -1, -1)
-        context = None if self.contexts is None else self.contexts[branches]  # G x B x L x W
-        embedded, context = network.join(embedded, context)
-        context = None if context is None else context.flatten(0, 1)  # G B x L x W
-
-        # All samples of a branch share its modulation: one long sequence, except for attention.
-        num_samples, num_tokens = embedded.shape[1:3]
-        hidden = embedded.flatten(1, 2)  # G x B N x W
-        for block, modulation in zip(network.blocks, self.modulations):
-            hidden = block.transform(hidden, modulation[row, branches], num_tokens, context)
-        hidden = hidden.unflatten(1, (num_samples, num_tokens))[:, :, : x.shape[1]].flatten(1, 2)
-        velocity = network.project_out(hidden, self.modulations[-1][row, branches])  # G x B K x C
-        return velocity.unflatten(1, x.shape[:2]).flatten(0, 1)

@@ -1,10 +1,8 @@
 """The image tokenizer: TA-TiTok with RoPE and SwiGLU as a VAE over 1D tokens (Sec. 3.2, 4.1).
 
-Encoder: patches + learned latent tokens -> transformer -> posterior of K x C tokens.
-Decoder: mask tokens + latent tokens + text states (the guidance) -> transformer -> image.
-In and out: images B x 3 x R x R in [0, 1] (the decoder's output is not clamped), tokens B x K x C.
-Sequences are ordered [patches; latents] and [masks; latents; text]. Only patches and masks carry
-RoPE, unless `latent_grid` also gives the latents a position on a coarse grid over the image.
+Encoder: [patches; learned latent tokens] -> transformer -> posterior of K x C tokens.
+Decoder: [mask tokens; latents; text states, the guidance] -> transformer -> image, not clamped.
+Only patches and masks carry RoPE, unless `latent_grid` gives the latents a position, too.
 """
 
 import math
@@ -25,12 +23,14 @@ from .layers import (
     Posterior,
     SwiGLU,
     axial_rope_table,
+    check_heads,
+    check_images,
     check_least,
-    check_not_negative,
     find_text,
     init_linear_,
     rotation_tables,
     split_moments,
+    to_image,
 )
 from .vision_teacher import spread_tokens
 
@@ -80,19 +80,15 @@ class ImageTokenizerConfig:
     contrasts_text: bool = field(default=False, metadata=FROM_LOSSES)
 
     def __post_init__(self):
-        check_not_negative(self, "num_tokens")
+        check_least(self, 0, "num_tokens")
         check_least(self, 1, "image_size", "patch_size")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
         # Axial RoPE splits a head into rows and columns of channel pairs.
-        for name, size in (("encoder", self.encoder), ("decoder", self.decoder)):
-            unit = 4 * size.num_heads
-            if size.width % unit:
-                raise ValueError(
-                    f"{name}.width {size.width} must be a multiple of 4 * num_heads = {unit}"
-                )
+        check_heads(self.encoder, channels=4, part="encoder.")
+        check_heads(self.decoder, channels=4, part="decoder.")
 
     @property
     def grid_size(self) -> int:
@@ -160,12 +156,6 @@ class RopeTransformer(nn.Module):
         return self.norm_out(run_block(self.blocks[-1], mode, x, rope, kept, mask))
 
 
-def squarest_grid(num_cells: int) -> tuple[int, int]:
-    """(rows, columns) of the most square grid with so many cells, rows <= columns: 32 -> (4, 8)."""
-    rows = max(n for n in range(1, math.isqrt(num_cells) + 1) if num_cells % n == 0)
-    return rows, num_cells // rows
-
-
 def rope_angles(config: ImageTokenizerConfig, size: TransformerSize, num_unrotated: int) -> Tensor:
     """Angles of [patches; latents; others], N x head size / 2.
 
@@ -223,18 +213,17 @@ class ImageDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, text_states: Tensor) -> Tensor:
         num_patches = self.grid_size**2
+        # One mask token for all patches: RoPE tells them apart.
         latents = self.embed_tokens(tokens) + self.latent_positions  # B x K x W
         masks = self.mask_token.expand(len(tokens), num_patches, -1).to(latents.dtype)
         text = self.embed_text(text_states.to(tokens.dtype)) + self.text_positions  # B x L x W
         sequence = torch.cat([masks, latents, text], dim=1)
         mask = None
         if self.text_is_masked:  # all but the padding of the text, which comes last
-            mask = F.pad(find_text(text_states), (num_patches + latents.shape[1], 0), value=True)
+            is_text = find_text(text_states)[:, None, None]  # for all heads and queries
+            mask = F.pad(is_text, (num_patches + latents.shape[1], 0), value=True)
         x = self.transformer(sequence, slice(0, num_patches), mask)  # B x grid^2 x W
-        layout = "b (h w) (p q c) -> b c (h p) (w q)"
-        patch = self.patch_size
-        pixels = rearrange(self.to_pixels(x), layout, h=self.grid_size, p=patch, q=patch)
-        return self.smooth(pixels)
+        return self.smooth(to_image(self.to_pixels(x), self.patch_size))
 
 
 class TokenizerPass(NamedTuple):
@@ -245,25 +234,6 @@ class TokenizerPass(NamedTuple):
     logvar: Tensor  # B x K x C
     vision: Tensor | None  # B x grid^2 x T, predicted features of the vision model
     contrast: tuple[Tensor, Tensor, Tensor] | None  # B x 1 x E of image and text, log temperature
-
-
-class TextContrast(nn.Module):
-    """Means of latents and of text, each B x 1 x E of one space, and the contrast's temperature."""
-
-    def __init__(self, config: ImageTokenizerConfig):
-        super().__init__()
-        self.embed_latents = nn.Linear(config.token_channels, CONTRAST_WIDTH)
-        self.norm_text = nn.LayerNorm(config.text_width)
-        self.embed_text = nn.Linear(config.text_width, CONTRAST_WIDTH)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def forward(self, latents: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents B x K x C, text states B x L x T, of which padding is left out."""
-        is_text = find_text(text_states).unsqueeze(-1)  # B x L x 1
-        length = is_text.sum(1, keepdim=True).clamp(min=1)
-        text = (text_states * is_text).sum(1, keepdim=True) / length  # B x 1 x T
-        image = self.embed_latents(latents.mean(1, keepdim=True))
-        return image, self.embed_text(self.norm_text(text)), self.log_temperature
 
 
 class ImageTokenizer(nn.Module):
@@ -287,9 +257,7 @@ class ImageTokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> Posterior:
         """Images B x 3 x R x R in [0, 1], of the tokenizer's size -> posterior, B x K x C."""
-        size, shape = self.config.image_size, tuple(images.shape)
-        if shape[1:] != (3, size, size):
-            raise ValueError(f"images have shape {shape}, expected B x 3 x {size} x {size}")
+        check_images(images, self.config.image_size)
         return self.encoder(images)
 
     def decode(self, tokens: Tensor, text_states: Tensor) -> Tensor:
@@ -306,6 +274,7 @@ class ImageTokenizer(nn.Module):
             vision = self.to_vision(spread_tokens(tokens, self.config.grid_size**2))
         contrast = None
         if self.contrast is not None:
+            # Of the mean: noise of the draw would only blur what a caption says.
             contrast = self.contrast(posterior.mean, text_states)
         return TokenizerPass(reconstructions, *posterior, vision, contrast)
 
@@ -330,3 +299,31 @@ class ImageTokenizer(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.bias_queries_and_keys(config.query_key_bias)
+
+
+# Not in the paper, for small scale
+
+
+class TextContrast(nn.Module):
+    """Means of latents and of text, each B x 1 x E of one space, and the contrast's temperature."""
+
+    def __init__(self, config: ImageTokenizerConfig):
+        super().__init__()
+        self.embed_latents = nn.Linear(config.token_channels, CONTRAST_WIDTH)
+        self.norm_text = nn.LayerNorm(config.text_width)
+        self.embed_text = nn.Linear(config.text_width, CONTRAST_WIDTH)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, latents: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents B x K x C, text states B x L x T, of which padding is left out."""
+        is_text = find_text(text_states).unsqueeze(-1)  # B x L x 1
+        length = is_text.sum(1, keepdim=True).clamp(min=1)
+        text = (text_states * is_text).sum(1, keepdim=True) / length  # B x 1 x T
+        image = self.embed_latents(latents.mean(1, keepdim=True))
+        return image, self.embed_text(self.norm_text(text)), self.log_temperature
+
+
+def squarest_grid(num_cells: int) -> tuple[int, int]:
+    """(rows, columns) of the most square grid with so many cells, rows <= columns: 32 -> (4, 8)."""
+    rows = max(n for n in range(1, math.isqrt(num_cells) + 1) if num_cells % n == 0)
+    return rows, num_cells // rows

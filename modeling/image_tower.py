@@ -50,13 +50,13 @@ class ImageTower(nn.Module):
         if tanh_gelu:
             for block in visual.trunk.blocks:
                 block.mlp.act = nn.GELU(approximate="tanh")
-        # Channels of a token, W, and of what this tower's teacher gives, T; patches along a side of
-        # the images that it was made for; pixels along a side of a patch
+        # Channels of a token, W, and of what this tower's teacher gives, T
         if self.is_clip:
             self.width = visual.conv1.out_channels
             self.feature_channels = visual.output_dim
         else:
             self.width = self.feature_channels = visual.trunk.embed_dim
+        # Patches along a side of the images that it was made for; pixels along a side of a patch
         patches = visual if self.is_clip else visual.trunk.patch_embed
         self.grid = patches.grid_size[0]
         self.patch_size = patches.patch_size[0]
@@ -73,6 +73,7 @@ class ImageTower(nn.Module):
 
     def drop_unused(self) -> "ImageTower":
         """Drop CLIP's output projection, freeze what else gives no token."""
+        # DDP would wait for the gradients of weights that no loss reaches.
         if self.is_clip:
             self.visual.proj = None
             return self
@@ -85,6 +86,7 @@ class ImageTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if not self.is_clip:
             trunk = self.visual.trunk
+            # SigLIP's last block serves its pooling: its teacher's features are those before it.
             layer = len(trunk.blocks) - 2
             [tokens] = trunk.forward_intermediates(
                 images, indices=[layer], stop_early=True, output_fmt="NLC", intermediates_only=True

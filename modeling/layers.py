@@ -1,7 +1,7 @@
 """What networks share: attention with optional RoPE, SwiGLU, tables, init, weights; posteriors.
 
-Sources: RoPE as in TA-TiTok with RoPE (axial, row half first, adjacent channel pairs), SwiGLU of
-Shazeer 2020, adaLN-Zero tables of DiT. All modules are channel-last: B x N x W in, B x N x W out.
+All modules are channel-last: B x N x W in, B x N x W out. Sources: RoPE as in TA-TiTok, SwiGLU of
+Shazeer 2020, adaLN-Zero tables of DiT.
 """
 
 import hashlib
@@ -38,9 +38,25 @@ def check_least(config: Any, least: int, *names: str) -> None:
 
 def check_not_negative(config: Any, *names: str) -> None:
     """Refuse negative fields of a config."""
-    for name in names:
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+    check_least(config, 0, *names)
+
+
+def check_share(config: Any, name: str) -> None:
+    """Refuse a field outside [0, 1)."""
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+
+
+def check_heads(size: Any, channels: int = 1, part: str = "") -> None:
+    """Refuse a width that does not split into num_heads heads of a multiple of `channels`.
+
+    part: what the size is of, with a dot.
+    """
+    check_least(size, 1, "width", "num_heads")
+    unit = channels * size.num_heads
+    if size.width % unit:
+        times = f"{channels} * num_heads = {unit}" if channels > 1 else f"num_heads {unit}"
+        raise ValueError(f"{part}width {size.width} must be a multiple of {times}")
 
 
 @contextmanager
@@ -113,11 +129,11 @@ class Attention(nn.Module):
         Args:
             rope: of `rotation_tables`, N x D each.
             kept: compute only these tokens, attending to all.
-            mask: B x N bool, the tokens that are attended to.
+            mask: B x 1 x 1 x N bool, the tokens that are attended to.
         """
         parts = self.split(x, rope) if kept is None else self.split_kept(x, rope, kept)
         q, k, v = (part.transpose(1, 2) for part in parts)  # B x H x N x D each
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=for_all_queries(mask))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
     def bias_queries_and_keys(self, value: float) -> None:
@@ -164,17 +180,12 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: B x L bool, the part of the context that is attended to."""
+        """mask: B x 1 x 1 x L bool, the part of the context that is attended to."""
         heads = self.num_heads
         q = rearrange(self.query(x), "b n (h d) -> b h n d", h=heads)
         k, v = rearrange(self.key_value(context), "b n (two h d) -> two b h n d", two=2, h=heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=for_all_queries(mask))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
-
-
-def for_all_queries(mask: Tensor | None) -> Tensor | None:
-    """A mask of keys, B x N, as attention takes it: for all heads and queries, B x 1 x 1 x N."""
-    return None if mask is None else mask[:, None, None]
 
 
 def find_text(text_states: Tensor) -> Tensor:
@@ -194,16 +205,16 @@ class SwiGLU(nn.Module):
         self.padding = -hidden % 16
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.padding:
-            gate, value = self.gate_value(x).chunk(2, dim=-1)
-            return self.out(F.silu(gate) * value)
+        weight, bias, out = self.gate_value.weight, self.gate_value.bias, self.out.weight
         # Rows of 2730 numbers, as at width 1024, slow matrix products down by a fifth: zeros fill
         # them up to a multiple of 64 bytes, and change nothing.
-        fill = (0, self.padding)
-        weight = F.pad(self.gate_value.weight.unflatten(0, (2, -1)), (0, 0, *fill)).flatten(0, 1)
-        bias = F.pad(self.gate_value.bias.unflatten(0, (2, -1)), fill).flatten()
+        if self.padding:
+            fill = (0, self.padding)
+            weight = F.pad(weight.unflatten(0, (2, -1)), (0, 0, *fill)).flatten(0, 1)
+            bias = F.pad(bias.unflatten(0, (2, -1)), fill).flatten()
+            out = F.pad(out, fill)
         gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * value, F.pad(self.out.weight, fill), self.out.bias)
+        return F.linear(F.silu(gate) * value, out, self.out.bias)
 
 
 def position_angles(length: int, width: int) -> Tensor:
@@ -216,15 +227,6 @@ def sincos_position_table(length: int, width: int) -> Tensor:
     """Fixed 1D positions, length x width, float32: sines, then cosines of `position_angles`."""
     angles = position_angles(length, width)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
-
-
-def timestep_sinusoids(t: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoids of t in [0, 1], not scaled: B -> B x dim, cosines first; 10000^(-i/(dim/2))."""
-    half = dim // 2
-    steps = torch.arange(half, device=t.device, dtype=torch.float32)
-    frequencies = torch.exp(-math.log(10000.0) * steps / half)
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def init_linear_(module: nn.Module, std: float | None = None) -> None:
@@ -246,6 +248,7 @@ def init_linear_(module: nn.Module, std: float | None = None) -> None:
 
 def fingerprint(module: nn.Module, salt: bytes = b"") -> str:
     """Hash of names, shapes and values of a module's state. salt: what weights do not show."""
+    # Sorted: the order in which a module was built is not what it computes.
     digest = hashlib.sha256(salt)
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu().contiguous().flatten()
@@ -259,7 +262,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        module.load_state_dict(load_file(path), strict=True)
+        module.load_state_dict(load_file(path))
     except Exception as error:  # safetensors raises its own types, torch a RuntimeError
         raise ValueError(f"{path} does not fit the configured model: {error}") from error
 
@@ -270,7 +273,21 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
         save_file(weights, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    # safetensors makes files that only their owner can read.
+    path.chmod(0o644)
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """Refuse images that are not B x 3 x size x size."""
+    if images.shape[1:] != (3, size, size):
+        found = tuple(images.shape)
+        raise ValueError(f"images have shape {found}, expected B x 3 x {size} x {size}")
+
+
+def to_image(pixels: Tensor, patch: int) -> Tensor:
+    """Pixels of square grids of patches, B x G^2 x (patch^2 3) -> images B x 3 x R x R."""
+    grid = math.isqrt(pixels.shape[1])
+    return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch, q=patch)
 
 
 def to_pil(image: Tensor) -> Image.Image:

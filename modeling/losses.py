@@ -1,9 +1,7 @@
 """Every loss term as a function of tensors, and the weights of each stage (paper, Sec. 3.2-3.3).
 
-All terms are float32 scalars in any autocast precision. A term of weight 0 is not computed, but for
-those of reconstructions and the KL of stage 1, which are logged. To add a loss on z_T: a function,
-its row in PROJECTOR_LOSSES, its NAME_weight in ProjectorLossConfig. On the velocity: the same with
-VELOCITY_LOSSES and FlowLossConfig.
+All terms are float32 scalars in any autocast precision. To add a loss: a function, its NAME_weight
+in the stage's config, and its line in `projector_losses` (on z_T) or `velocity_losses`.
 """
 
 from dataclasses import dataclass, fields
@@ -14,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layers import FlowPass, SourcePass, check_not_negative
+from .layers import FlowPass, SourcePass, check_least
 from .text_projector import TextProjector
 
 KLForm = Literal["gaussian", "wall", "variance"]
@@ -29,6 +27,12 @@ def loss_weights(config: Any) -> dict[str, float]:
     """Weight of each term by its name: the fields NAME_weight of a loss config."""
     names = [field.name for field in fields(config) if field.name.endswith("_weight")]
     return {name.removesuffix("_weight"): getattr(config, name) for name in names}
+
+
+def weighted_terms(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    """weight * term of the terms in use; the loss of a stage is their sum."""
+    in_use = [name for name, weight in weights.items() if weight and name in terms]
+    return {name: weights[name] * terms[name] for name in in_use}
 
 
 @dataclass
@@ -47,7 +51,7 @@ class ProjectorLossConfig:
     image_regression_weight: float = 0.0
 
     def __post_init__(self):
-        check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))
+        check_least(self, 0, *(f"{name}_weight" for name in loss_weights(self)))
         if not 0 <= self.alignment_margin < 2:
             raise ValueError(f"alignment_margin must be in [0, 2), got {self.alignment_margin}")
 
@@ -81,7 +85,7 @@ class ReconstructionLossConfig:
     contrast_weight: float = 0.0
 
     def __post_init__(self):
-        check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))
+        check_least(self, 0, *(f"{name}_weight" for name in loss_weights(self)))
         if not (self.l2_weight or self.l1_weight):
             raise ValueError("l2_weight and l1_weight are both 0, nothing would be reconstructed")
 
@@ -95,22 +99,10 @@ class DualLossConfig:
     commitment_weight: float = 0.25  # draws the encoders' output to the codes
 
     def __post_init__(self):
-        check_not_negative(self, *(f"{name}_weight" for name in loss_weights(self)))
-        for name in ("semantic", "codebook"):
-            if not getattr(self, f"{name}_weight"):
-                raise ValueError(f"{name}_weight is 0: a part of the tokenizer would learn nothing")
-
-
-def has_projector_loss(config: ProjectorLossConfig) -> bool:
-    """Whether any loss on z_T is on."""
-    weights = loss_weights(config)
-    return any(weights[name] for name in PROJECTOR_LOSSES)
-
-
-def weighted_terms(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
-    """weight * term of the terms in use; the loss of a stage is their sum."""
-    in_use = [name for name, weight in weights.items() if weight and name in terms]
-    return {name: weights[name] * terms[name] for name in in_use}
+        check_least(self, 0, *(f"{name}_weight" for name in loss_weights(self)))
+        for name in ("semantic_weight", "codebook_weight"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is 0: a part of the tokenizer would learn nothing")
 
 
 # Terms
@@ -212,58 +204,40 @@ def gather_rows(x: Tensor) -> Tensor:
     return _GatherRows.apply(x)
 
 
-# Stages 2 and 3: tables name -> term, whose weight is the field NAME_weight
-
-
-def alignment_loss(config: ProjectorLossConfig, source: SourcePass, image_mean: Tensor) -> Tensor:
-    """z_T to the alignment target, in the configured form."""
-    if config.alignment_form == "contrastive":
-        return contrastive_loss(source.latents, source.alignment, source.log_temperature)
-    return cosine_margin_loss(source.latents, source.alignment, config.alignment_margin)
-
-
-def projector_kl(config: ProjectorLossConfig, source: SourcePass, image_mean: Tensor) -> Tensor:
-    """KL of z_T, in the configured form."""
-    return kl_loss(source.mean, source.logvar, config.kl_form)
-
-
-def image_regression(config: ProjectorLossConfig, source: SourcePass, image_mean: Tensor) -> Tensor:
-    """z_T's mean to z_I's: the flow starts near its target (not in the paper)."""
-    return F.mse_loss(source.mean.float(), image_mean.float())
-
-
-def flow_matching(config: FlowLossConfig, output: FlowPass) -> Tensor:
-    """L_fm: predicted to target velocity (paper, Sec. 3.3)."""
-    if not output.is_weighted:
-        return F.mse_loss(output.velocity.float(), output.target.float())
-    # A mean flow's outliers would drown the rest (MeanFlow, Sec. 4.3, p = 1).
-    errors = (output.velocity.float() - output.target.float()).square().mean((1, 2))  # B
-    return (errors / (errors.detach() + WEIGHT_EPSILON)).mean()
-
-
-PROJECTOR_LOSSES = {
-    "alignment": alignment_loss,
-    "kl": projector_kl,
-    "image_regression": image_regression,
-}
-VELOCITY_LOSSES = {"flow_matching": flow_matching}
-
-
-def terms_in_use(table: dict, config: ProjectorLossConfig, *inputs) -> dict[str, Tensor]:
-    weights = loss_weights(config)
-    return {name: term(config, *inputs) for name, term in table.items() if weights[name]}
+# Stages 2 and 3: the terms of weight > 0, unweighted
 
 
 def projector_losses(
     config: ProjectorLossConfig, source: SourcePass, image_mean: Tensor
 ) -> dict[str, Tensor]:
-    """The terms on z_T of weight > 0, unweighted. image_mean: of z_I, scaled, B x K x C."""
-    return terms_in_use(PROJECTOR_LOSSES, config, source, image_mean)
+    """Terms on z_T (paper, Sec. 3.3). image_mean: the mean of z_I, scaled, B x K x C."""
+    terms = {}
+    if config.alignment_weight:
+        z, target = source.latents, source.alignment
+        if config.alignment_form == "contrastive":
+            terms["alignment"] = contrastive_loss(z, target, source.log_temperature)
+        else:
+            terms["alignment"] = cosine_margin_loss(z, target, config.alignment_margin)
+    if config.kl_weight:
+        terms["kl"] = kl_loss(source.mean, source.logvar, config.kl_form)
+    if config.image_regression_weight:
+        terms["image_regression"] = F.mse_loss(source.mean.float(), image_mean.float())
+    return terms
+
+
+def has_projector_loss(config: ProjectorLossConfig) -> bool:
+    """Whether any loss on z_T is on."""
+    return bool(config.alignment_weight or config.kl_weight or config.image_regression_weight)
 
 
 def velocity_losses(config: FlowLossConfig, output: FlowPass) -> dict[str, Tensor]:
-    """The terms on the velocity of weight > 0, unweighted."""
-    return terms_in_use(VELOCITY_LOSSES, config, output)
+    """L_fm: the squared error of the predicted velocity (paper, Sec. 3.3)."""
+    velocity, target = output.velocity.float(), output.target.float()
+    if not output.is_weighted:
+        return {"flow_matching": F.mse_loss(velocity, target)}
+    # A mean flow's outliers would drown the rest (MeanFlow, Sec. 4.3, p = 1).
+    errors = (velocity - target).square().mean((1, 2))  # B
+    return {"flow_matching": (errors / (errors.detach() + WEIGHT_EPSILON)).mean()}
 
 
 def freeze_unused_alignment(projector: TextProjector, config: ProjectorLossConfig) -> None:

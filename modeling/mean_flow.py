@@ -4,13 +4,13 @@ Geng et al. 2025 (arXiv 2505.13447, MeanFlow) and arXiv 2512.02012 (improved Mea
 this code, from t = 0 to 1: u(z, t, h) is the mean of the velocity v over [t, t + h] on the flow
 through z at t, so that z + h u(z, t, h) is the flow's point at t + h: one step of Euler's. With the
 interval's end held, u = v + h du/dt; the whole interval's u is also the mean of its shorter steps'.
-Pure functions, no networks. z is B x K x C, t and h are B.
+z is B x K x C, t and h are B.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .flow import FlowConfig, sample_times
@@ -37,9 +37,44 @@ def sample_intervals(
     """
     one, other = (sample_times(config, batch_size, device) for _ in range(2))
     plain, _, whole = split_batch(batch_size)
+    # Of length 0 the average is the velocity, which the data teach; all others lean on it.
     other[plain] = one[plain]
     one[whole], other[whole] = 0, 1
     return torch.minimum(one, other), (one - other).abs()
+
+
+@torch.no_grad()
+def average_target(
+    network: nn.Module,
+    velocity: Tensor,
+    z: Tensor,
+    t: Tensor,
+    h: Tensor,
+    null: Tensor,
+    context: Tensor,
+    guidance: float,
+) -> Tensor:
+    """What a FlowTok's average over [t, t + h] is to be, given the path's velocity: B x K x C."""
+    plain, between, whole = split_batch(len(z))
+
+    def average(samples: slice) -> AverageFn:
+        return lambda z, t, h: network(z, t, null[samples], context[samples], h).to(z)
+
+    # The mean of paths away from the unconditional velocity is the guided one (MeanFlow, Sec. 4.2);
+    # whole intervals learn from the network alone.
+    if guidance != 1:
+        z_path, t_path, off = z[: whole.start], t[: whole.start], null[: whole.start]
+        text, velocity = context[: whole.start], velocity[: whole.start]
+        hidden = network(z_path, t_path, torch.ones_like(off), text, torch.zeros_like(t_path))
+        guided = torch.lerp(hidden.to(velocity), velocity, guidance)
+        velocity = torch.where(off.view(-1, 1, 1), velocity, guided)
+
+    # Along its own velocity, a function of z as the path's is not (improved MeanFlow).
+    z_between, t_between = z[between], t[between]
+    own = average(between)(z_between, t_between, torch.zeros_like(t_between))
+    change = drift(average(between), z_between, t_between, h[between], own)
+    by_steps = whole_average(average(whole), z[whole])
+    return torch.cat([velocity[plain], velocity[between] + change, by_steps])
 
 
 @torch.no_grad()

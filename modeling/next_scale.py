@@ -10,6 +10,7 @@ from scratch; there a language model reads and predicts words, too. Nothing foll
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from einops import rearrange
@@ -23,8 +24,9 @@ from .layers import (
     FROM_TOKENIZER,
     Attention,
     SwiGLU,
+    check_heads,
     check_least,
-    check_not_negative,
+    check_share,
     find_text,
     init_linear_,
     position_angles,
@@ -61,13 +63,8 @@ class NextScaleConfig:
         return self.quantizer.channels * (1 + self.linear_skip)
 
     def __post_init__(self):
-        check_least(self, 1, "width", "num_heads")
-        if self.width % (2 * self.num_heads):
-            raise ValueError(
-                f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
-            )
-        if not 0 <= self.null_probability < 1:
-            raise ValueError(f"null_probability must be in [0, 1), got {self.null_probability}")
+        check_heads(self, channels=2)
+        check_share(self, "null_probability")
         if self.quantizer.scales[0] != 1:
             raise ValueError(f"the tokenizer's scales begin with {self.quantizer.scales[0]}, not 1")
 
@@ -75,54 +72,46 @@ class NextScaleConfig:
 # What the network gets
 
 
-def scale_inputs(
-    maps: Sequence[Tensor], scales: Sequence[int], refined: int | None = None
-) -> Tensor:
-    """The inputs of all scales but the first: B x (sum of s^2 from the second on) x C.
-
-    Args:
-        maps: codes B x C x s x s of each scale; the last one's may be absent, unless refined.
-        refined: this scale (from 0) gets the sum with its own codes in it, in the place of the
-            smaller ones' sum: for another pass over what was drawn.
-    """
-    # Scale by scale, which is not quite the tokenizer's sum, where each is enlarged to the grid.
-    total, inputs = maps[0], [maps[0].flatten(2).transpose(1, 2)[:, :0]]  # of one scale none
-    for index, scale in enumerate(scales[1:], start=1):
-        start = resize(total, scale)
-        total = start + maps[index] if index < len(maps) else start
-        inputs.append((total if index == refined else start).flatten(2).transpose(1, 2))
-    return torch.cat(inputs, dim=1)
-
-
 def known_inputs(config: NextScaleConfig, maps: Sequence[Tensor], refined: bool = False) -> Tensor:
-    """The inputs of all scales of which the maps tell: up to the next one, or refined the last.
-
-    With a linear skip the tokenizer's sums stand beside those of scale_inputs.
-    """
-    scales, grid = config.quantizer.scales[: len(maps) + (not refined)], config.quantizer.scales[-1]
-    inputs = scale_inputs(maps, scales, len(maps) - 1 if refined else None)
-    if not config.linear_skip:
-        return inputs
-    total, sums = torch.zeros_like(resize(maps[0], grid)), [inputs[:, :0]]
-    for codes, scale in zip(maps, scales[1:]):
-        total = total + resize(codes, grid)
-        pooled = F.interpolate(total, size=(scale, scale), mode="area")
-        sums.append(pooled.flatten(2).transpose(1, 2))
-    return torch.cat([inputs, torch.cat(sums, dim=1)], dim=-1)
-
-
-def block_causal_mask(prefix: Tensor, scales: Sequence[int]) -> Tensor:
-    """Who looks at whom: B x N x N bool, query by key, N = P + sum of s^2 - 1.
+    """The inputs of all scales but the first of which the maps tell: B x (sum of s^2) x C'.
 
     Args:
-        prefix: B x P bool, which of its tokens are no padding; scale 1 is predicted at the last.
+        maps: codes B x C x s x s of the first scales. They tell of one scale more.
+        refined: of no scale more; the last one's input is then the sum with its own codes in it, in
+            place of the smaller ones' sum, for another pass over what was drawn.
     """
-    # The prefix counts token by token; each scale from the second on is one step.
-    sizes = torch.tensor([scale**2 for scale in scales[1:]], dtype=torch.long)
-    places = torch.repeat_interleave(torch.arange(len(sizes)), sizes) + prefix.shape[1]
-    steps = torch.cat([torch.arange(prefix.shape[1]), places])
-    steps = steps.to(prefix.device, non_blocking=True)
-    seen = F.pad(prefix, (0, len(places)), value=True)  # B x N
+    grid = config.quantizer.scales[-1]
+    scales = config.quantizer.scales[1 : len(maps) + (not refined)]
+    # Scale by scale, which is not quite the tokenizer's sum, where each is enlarged to the grid.
+    total, inputs = maps[0], []
+    for index, scale in enumerate(scales, start=1):
+        total = resize(total, scale)
+        inputs.append(total)
+        if index < len(maps):
+            total = total + maps[index]
+    if refined:
+        inputs[-1] = total
+
+    # The skip is compared with the tokenizer's own sums: they stand beside.
+    if config.linear_skip:
+        sums = accumulate(resize(codes, grid) for codes in maps)
+        pooled = [F.interpolate(x, size=(s, s), mode="area") for x, s in zip(sums, scales)]
+        inputs = [torch.cat(pair, dim=1) for pair in zip(inputs, pooled)]
+    none = maps[0].new_zeros(len(maps[0]), 0, config.input_channels)  # of one scale
+    return torch.cat([none, *(x.flatten(2).transpose(1, 2) for x in inputs)], dim=1)
+
+
+def block_causal_mask(is_text: Tensor, scale_of: Tensor) -> Tensor:
+    """Who looks at whom: B x N x N bool, query by key, N = L + n.
+
+    Args:
+        is_text: B x L bool, which states of the text are no padding.
+        scale_of: n, ascending: which scale each token of the image is of.
+    """
+    # The text counts token by token; each scale is one step.
+    length = is_text.shape[1]
+    steps = torch.cat([torch.arange(length, device=scale_of.device), length + scale_of])
+    seen = F.pad(is_text, (0, len(scale_of)), value=True)  # B x N
     return (steps[:, None] >= steps) & seen[:, None] & seen[:, :, None]
 
 
@@ -179,6 +168,9 @@ class NextScale(nn.Module):
         cosines, sines = rotation_tables(position_angles(length, width // config.num_heads))
         self.register_buffer("rope_cos", cosines.float(), persistent=False)
         self.register_buffer("rope_sin", sines.float(), persistent=False)
+        # Which scale, from 0, each token of the image is of
+        numbers = [number for number, s in enumerate(sizes.scales) for _ in range(s**2)]
+        self.register_buffer("scale_of", torch.tensor(numbers), persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -192,13 +184,12 @@ class NextScale(nn.Module):
 
     def embed_image(self, features: Tensor) -> Tensor:
         """start, and features B x (n - 1) x C of the scales from the second on: B x n x W."""
-        sizes = torch.tensor([scale**2 for scale in self.config.quantizer.scales[1:]]).long()
-        rows = torch.repeat_interleave(torch.arange(2, len(sizes) + 2), sizes)
         image = self.projector(features)
-        rows = rows[: image.shape[1]].to(image.device, non_blocking=True)
-        image = image + self.levels[rows]
-        first = (self.start + self.levels[0]).to(image.dtype).expand(len(image), 1, -1)
-        return torch.cat([first, image], dim=1) + self.positions[: image.shape[1] + 1]
+        start = self.start.expand(len(image), 1, -1)
+        scale_of = self.scale_of[: image.shape[1] + 1]
+        # Row 1 of the levels is no scale's, as in the original.
+        levels = self.levels[scale_of + (scale_of > 0)]
+        return torch.cat([start, image], dim=1) + levels + self.positions[: len(scale_of)]
 
     def forward(self, features: Tensor, text_states: Tensor, dropped: Tensor) -> Tensor:
         """Logits B x n x K of the n tokens of the first scales.
@@ -208,7 +199,6 @@ class NextScale(nn.Module):
             text_states: B x L x T.
             dropped: B bool, whose text is not to be read.
         """
-        scales = self.config.quantizer.first_scales(features.shape[1] + 1)
         # Under autocast the embedded states have another dtype than what stands for no caption.
         text = torch.where(
             dropped[:, None, None], self.null_text.float(), self.embed_text(text_states).float()
@@ -218,17 +208,16 @@ class NextScale(nn.Module):
         left = None
         if self.config.linear_skip:
             features, sums = features.chunk(2, dim=-1)
-            left = self.what_is_left(sums, text_states, dropped, scales)
+            left = self.what_is_left(sums, text_states, dropped)
             features = torch.cat([features, left[:, 1:].to(features.dtype)], dim=-1)
         image = self.embed_image(features)
         x = torch.cat([text.to(image.dtype), image], dim=1)
 
         # Padding looks at itself, or its rows of the softmax would be empty.
-        prefix = torch.ones(1, text.shape[1] + 1, dtype=torch.bool, device=x.device)
+        is_text = torch.ones(1, text.shape[1], dtype=torch.bool, device=x.device)
         if self.config.text_is_masked:
-            seen = find_text(text_states) | dropped[:, None]
-            prefix = F.pad(seen, (0, 1), value=True)
-        mask = block_causal_mask(prefix, scales)
+            is_text = find_text(text_states) | dropped[:, None]
+        mask = block_causal_mask(is_text, self.scale_of[: image.shape[1]])
         mask = mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=x.device)
         rope = (self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]])
         for block in self.blocks:
@@ -239,13 +228,13 @@ class NextScale(nn.Module):
 
         # Alone, the skip chooses the codes that the quantiser would choose for its tokens.
         cosines = self.config.quantizer.normalise(left) @ self.codes.T
+        scales = self.config.quantizer.first_scales(image.shape[1])
         sharpness = torch.cat([x.expand(s**2) for x, s in zip(self.log_sharpness.exp(), scales)])
         return logits + sharpness[:, None] * cosines
 
-    def what_is_left(
-        self, sums: Tensor, text_states: Tensor, dropped: Tensor, scales: Sequence[int]
-    ) -> Tensor:
+    def what_is_left(self, sums: Tensor, text_states: Tensor, dropped: Tensor) -> Tensor:
         """The skip's tokens less the smaller scales' sums at each place, B x n x C; dropped: 0."""
+        scales = self.config.quantizer.first_scales(sums.shape[1] + 1)
         grid = self.config.quantizer.scales[-1]
         whole = self.skip(text_states).transpose(1, 2).unflatten(2, (grid, grid))
         pooled = [F.interpolate(whole, size=(s, s), mode="area").flatten(2) for s in scales]
@@ -274,7 +263,7 @@ class NextScaleSampling(Sampling):
             raise ValueError(
                 f"top_k must be at least 0 and top_p in [0, 1]: {self.top_k}, {self.top_p}"
             )
-        check_not_negative(self, "guidance")
+        check_least(self, 0, "guidance")
 
     @property
     def steps(self) -> int:
@@ -343,10 +332,12 @@ class NextScaleGenerator(Generator):
         for number, scale in enumerate(scales):
             known = found
             for step in range(config.steps if number else 1):
+                # A pass after the first sees what the one before it has drawn.
                 features = states.new_zeros(len(states), 0, self.model.config.input_channels)
-                if number:  # a pass after the first sees what the one before it has drawn
+                if number:
                     maps = quantizer.code_maps(found)
                     features = known_inputs(self.model.config, maps, refined=step > 0)
+                # Guidance grows with the scale, as in VAR's own code.
                 share = number / (len(scales) - 1) if len(scales) > 1 else 1.0
                 with autocast(states.device, config.precision):
                     logits = self.logits(features, states, config.guidance * share)

@@ -1,13 +1,9 @@
 """Perceptual distance of stage 1: LPIPS with VGG16, and ConvNeXt-Small's logits' squared error.
 
-In: reconstruction and target, B x 3 x R x R in [0, 1], R >= 16; values outside are not cut. Out:
-scalars. The nets are frozen and always in eval mode, run in float32 in any autocast precision, and
-give a gradient to the reconstruction only. Weights are torchvision's files, from a path or torch's
-cache, where they are downloaded to; LPIPS' five linear heads come with the lpips package.
-`check_weights` looks at the files before any net is built.
-
-Recipe: TA-TiTok. LPIPS: Zhang et al. 2018, version 0.1; `LPIPS` by itself is the metric, one
-distance per image.
+In: reconstruction and target, B x 3 x R x R in [0, 1], R >= 16; values outside are not cut. The
+nets are frozen, always in eval mode, run in float32 in any autocast precision, and give a gradient
+to the reconstruction only. Their weights are torchvision's files; LPIPS' five linear heads come
+with the lpips package. Recipe: TA-TiTok. LPIPS: Zhang et al. 2018, version 0.1.
 """
 
 import pickle
@@ -19,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import check_not_negative
+from .layers import check_least
 from .published import PublishedWeights
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -47,28 +43,7 @@ class PerceptualConfig:
     convnext_weights: str = ""
 
     def __post_init__(self):
-        check_not_negative(self, "lpips_weight", "convnext_weight")
-
-
-def check_weights(config: PerceptualConfig) -> dict[str, Path]:
-    """Weights file of each part in use, "lpips" and "convnext"; builds nothing.
-
-    A file whose name carries its hash, as torchvision's do, is checked against it (a second each).
-
-    Raises:
-        ValueError: a file is absent and can't be downloaded, is not what its name says, or both
-            weights are 0.
-    """
-    files = {}
-    if config.lpips_weight:
-        files["lpips"] = VGG16_FILE.find(config.vgg_weights, download=True)
-    if config.convnext_weight:
-        files["convnext"] = CONVNEXT_FILE.find(config.convnext_weights, download=True)
-    if not files:
-        raise ValueError(
-            "perceptual: lpips_weight and convnext_weight are both 0, expected one above it"
-        )
-    return files
+        check_least(self, 0, "lpips_weight", "convnext_weight")
 
 
 def _load_into(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
@@ -84,10 +59,7 @@ def _load_into(net: nn.Module, file: Path, prefix: str = "") -> nn.Module:
 
 
 class FrozenDistance(nn.Module):
-    """Base of both parts: `describe` images with a frozen net, then `compare` the descriptions.
-
-    Reconstruction and target B x 3 x R x R -> distances B.
-    """
+    """`compare` of what `describe` makes of reconstruction and target, B x 3 x R x R -> B."""
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(reconstruction.device.type, enabled=False):
@@ -169,14 +141,26 @@ class PerceptualLoss(nn.Module):
     perceptual = (lpips_weight LPIPS + convnext_weight MSE) / (lpips_weight + convnext_weight), as
     TA-TiTok's "lpips-convnext_s-1.0-0.1": its perceptual weight of 1.1 on this mean is
     LPIPS + 0.1 MSE. No trainable parameter: it is neither wrapped in DDP nor part of a checkpoint.
+
+    Raises:
+        ValueError: a file is absent and can't be downloaded, is not what its name says, or both
+            weights are 0.
     """
 
     def __init__(self, config: PerceptualConfig):
         super().__init__()
-        build = {"lpips": LPIPS, "convnext": ConvNeXtDistance}
-        self.parts = nn.ModuleDict(
-            {name: build[name](file) for name, file in check_weights(config).items()}
-        )
+        if not (config.lpips_weight or config.convnext_weight):
+            raise ValueError(
+                "perceptual: lpips_weight and convnext_weight are both 0, expected one above it"
+            )
+        # Both files are looked at before a net is built, which takes seconds.
+        nets = {}
+        if config.lpips_weight:
+            nets["lpips"] = LPIPS, VGG16_FILE.find(config.vgg_weights, download=True)
+        if config.convnext_weight:
+            file = CONVNEXT_FILE.find(config.convnext_weights, download=True)
+            nets["convnext"] = ConvNeXtDistance, file
+        self.parts = nn.ModuleDict({name: build(file) for name, (build, file) in nets.items()})
         self.weights = {"lpips": config.lpips_weight, "convnext": config.convnext_weight}
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,6 @@
 """Pixel encoders and decoders of the dual tokenizer: images <-> maps of P channels on a grid.
 
-Two pairs: the house's transformer blocks for small runs, and the convolutional nets of VQGAN
-(Esser et al. 2021) in the form that the published TokenFlow weights have, whose names their modules
-keep. Images are B x 3 x R x R in [-1, 1], not clamped when decoded; maps B x P x G x G.
+Images are B x 3 x R x R in [-1, 1], not clamped when decoded; maps B x P x G x G.
 """
 
 from collections import OrderedDict
@@ -16,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .image_tokenizer import RopeTransformer, TransformerSize
-from .layers import axial_rope_table
+from .layers import axial_rope_table, to_image
 
-# The house's blocks
+# The house's blocks, for small runs
 
 
 def grid_transformer(size: TransformerSize, grid: int) -> RopeTransformer:
@@ -56,12 +54,11 @@ class PatchDecoder(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         x = self.embed_codes(rearrange(codes, "b p h w -> b (h w) p"))
         x = self.to_pixels(self.transformer(x, kept=slice(None)))
-        layout = "b (h w) (p q c) -> b c (h p) (w q)"
-        patch = self.patch_size
-        return self.smooth(rearrange(x, layout, h=codes.shape[-1], p=patch, q=patch))
+        return self.smooth(to_image(x, self.patch_size))
 
 
-# VQGAN's convolutions
+# VQGAN's convolutions (Esser et al. 2021). Names of modules are those of the published TokenFlow
+# weights, and so are their order and the places of attention.
 
 
 @dataclass
@@ -88,7 +85,6 @@ MAP_CHANNELS = 256  # between convolutions and codes
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Of 32 groups, as everywhere in these nets."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
@@ -136,19 +132,22 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(map(ResidualBlock, widths[:-1], widths[1:]))
         self.attn = nn.ModuleList(map(MapAttention if with_attention else nn.Identity, widths[1:]))
+        # Its name in the published weights tells which one it is.
+        self.change = list(change)
         for name, module in change.items():
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attention in zip(self.res, self.attn):
             x = attention(block(x))
-        for name in ("downsample", "upsample"):
-            x = getattr(self, name)(x) if hasattr(self, name) else x
+        for name in self.change:
+            x = getattr(self, name)(x)
         return x
 
 
 def downsample(channels: int) -> nn.Sequential:
-    """Half the size; zeros are added right and below."""
+    """Half the size."""
+    # Zeros are added right and below only, as in the original: a symmetric padding shifts maps.
     conv = nn.Conv2d(channels, channels, 3, stride=2)
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 

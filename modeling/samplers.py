@@ -62,6 +62,7 @@ def adams2(velocity: VelocityFn, x: Tensor, times: list[float]) -> Tensor:
     return x
 
 
+# A name here is a name that sampling.sampler and --sampler take.
 SOLVERS: dict[str, Solver] = {
     "euler": euler,
     "euler_release": euler_release,

@@ -1,12 +1,9 @@
 """The text decoder of image to text: z_T -> CLIP token ids, all positions at once (Sec. 4.1, 5.1).
 
 In: z_T B x L x C. Out: a distribution over token ids for each of the L positions. It is trained
-with the projector as an autoencoder of captions, by cross-entropy, then frozen.
-
-Only the positions up to and including a caption's end token count, in the loss and in the
-accuracies. The padding after it is most of a batch (a COCO caption fills 13 of 77 positions) and
-always the same: with it, the loss would be small before a word is right, and the vocabulary head,
-the largest matrix here, would run on it.
+with the projector as an autoencoder of captions, by cross-entropy, then frozen. Only positions up
+to and including a caption's end token count: the padding after it is most of a batch (a COCO
+caption fills 13 of 77) and always the same, so the loss would be small before a word is right.
 """
 
 from collections.abc import Iterable
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import check_least, check_not_negative, init_linear_
+from .layers import check_heads, check_least, check_share, init_linear_
 from .text_projector import ProjectorBlock, TextProjector, TextProjectorConfig
 
 CLIP_VOCABULARY = 49408
@@ -39,11 +36,8 @@ class TextDecoderConfig:
     vocabulary_size: int = CLIP_VOCABULARY
 
     def __post_init__(self):
-        check_least(self, 1, "width", "num_heads")
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_heads(self)
+        check_share(self, "dropout")
         size = self.vocabulary_size
         if not 2 <= size <= CLIP_VOCABULARY:
             raise ValueError(f"vocabulary_size must be in 2..{CLIP_VOCABULARY}, got {size}")
@@ -59,7 +53,7 @@ class TextDecoderLossConfig:
     latent_noise: float = 0.0
 
     def __post_init__(self):
-        check_not_negative(self, "kl_weight", "latent_noise")
+        check_least(self, 0, "kl_weight", "latent_noise")
 
 
 class TextDecoder(nn.Module):

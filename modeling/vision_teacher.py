@@ -1,8 +1,7 @@
 """A frozen vision model, to whose patch features an image tokenizer's latents are drawn.
 
 SoftVQ-VAE (Chen et al. 2025, arXiv 2412.10958) repeats the 1D tokens to the model's grid of patches
-and adds 1 - cosine, weight 0.1. The model is any ViT of timm, DINOv2 for one, on images that are
-normalised as it was trained.
+and adds 1 - cosine, weight 0.1. The model is any ViT of timm, DINOv2 for one.
 """
 
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ class VisionTeacher(nn.Module):
             ValueError: no such ViT, or the file does not hold its weights.
         """
         super().__init__()
-        import timm  # here: it takes a second
+        # Here: it takes a second.
+        import timm
 
         overlay = {"file": config.weights} if config.weights else None
         try:

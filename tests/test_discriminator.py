@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forks import in_two_processes
+from networks import check_init
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,12 +22,7 @@ B = 3
 
 def test_the_default_size_has_the_weights_of_the_recipe():
     with torch.device("meta"):
-        net = Discriminator()
-    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    channels = [(m.in_channels, m.out_channels) for m in convs]
-    assert channels == [(3, 128), (128, 128), (128, 256), (256, 512), (512, 512), (512, 1)]
-    assert [m.kernel_size[0] for m in convs] == [5, 3, 3, 3, 1, 5]
-    assert sum(p.numel() for p in net.parameters()) == 1_909_889
+        assert sum(p.numel() for p in Discriminator().parameters()) == 1_909_889
 
 
 def logits_by_hand(net, x):
@@ -63,15 +59,12 @@ def test_a_finite_gradient_reaches_every_parameter_and_the_images():
     net, images = Discriminator(**NARROW), torch.rand(2, 3, 32, 32, requires_grad=True)
     generator_loss(net(images)).backward()
     for gradient in (images.grad, *(p.grad for p in net.parameters())):
-        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+        assert gradient.isfinite().all() and gradient.any()
 
 
 def test_init_misses_no_parameter_and_keeps_its_bounds():
     net = Discriminator(**NARROW)
-    for parameter in net.parameters():
-        nn.init.constant_(parameter, float("nan"))
-    net.init_weights()
-    assert not [name for name, p in net.named_parameters() if p.isnan().any()]
+    check_init(net)
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
         bound = (conv.in_channels * conv.kernel_size[0] ** 2) ** -0.5
         assert 0.9 * bound < conv.weight.abs().max() <= bound
@@ -89,19 +82,14 @@ def test_logits_are_float32_under_autocast_and_near_those_in_float32():
     assert 0 < difference < 0.1 * expected.std()  # the stages did run in bfloat16
 
 
-def test_hinge_losses_equal_their_closed_forms():
-    real, fake = 2 * torch.randn(2, B, 1, 16, 16, dtype=torch.float64)
+def test_hinge_losses_equal_their_closed_forms_in_float32():
+    real, fake = torch.randn(2, B, 1, 16, 16).bfloat16()
     expected = sum(max(0.0, 1 - x) for x in real.flatten().tolist()) / real.numel()
     expected += sum(max(0.0, 1 + x) for x in fake.flatten().tolist()) / fake.numel()
-    assert discriminator_loss(real, fake).item() == pytest.approx(expected / 2, rel=1e-6)
-    assert generator_loss(fake).item() == pytest.approx(-fake.mean().item(), rel=1e-6)
-
-
-def test_losses_of_half_precision_logits_are_float32():
-    real, fake = torch.randn(2, B, 1, 16, 16).bfloat16()
-    losses = (discriminator_loss(real, fake), generator_loss(fake), LeCam().penalty(real, fake))
+    losses = discriminator_loss(real, fake), generator_loss(fake), LeCam().penalty(real, fake)
+    assert losses[0].item() == pytest.approx(expected / 2, rel=1e-5)
+    assert losses[1].item() == pytest.approx(-fake.double().mean().item(), rel=1e-5)
     assert {loss.dtype for loss in losses} == {torch.float32}
-    torch.testing.assert_close(losses[0], discriminator_loss(real.double(), fake.double()))
 
 
 def lecam(ema_real, ema_fake, decay=0.9):

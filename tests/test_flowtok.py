@@ -1,15 +1,13 @@
-"""modeling/flowtok.py: the adaLN-Zero start, conditions.
+"""modeling/flowtok.py: the adaLN-Zero start, conditions, sampling.
 
-Formulas and gradients are those of test_plain_flow.py, and of the release in
-test_convert_checkpoint.py.
+Its formulas are those of the release, whose numbers test_convert_checkpoint.py has.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from small_flow import CONDITIONS, NETWORK, C, K, W, build
-from torch import nn
+from networks import CONDITIONS, NETWORK, C, K, W, build, check_init
 
 from modeling.flowtok import FlowTok
 from modeling.layers import CrossAttention
@@ -19,23 +17,19 @@ B = 4
 
 @pytest.mark.parametrize("condition", ["none", *CONDITIONS])
 def test_velocity_is_zero_and_blocks_are_the_identity_at_the_start(condition):
-    network = FlowTok(replace(NETWORK, condition=condition))
+    network = FlowTok(replace(NETWORK, condition=condition), takes_interval=True)
     x, c, context = torch.randn(B, K, W), torch.randn(B, W), torch.randn(B, K, W)
-    null = torch.zeros(B, dtype=torch.bool)
-    velocity = network(torch.randn(B, K, C), torch.rand(B), null, context)
+    null, t = torch.zeros(B, dtype=torch.bool), torch.rand(B)
+    velocity = network(torch.randn(B, K, C), t, null, context, t)
     assert torch.equal(velocity, torch.zeros(B, K, C))
     assert torch.equal(network.blocks[0](x, c, context), x)
 
 
 def test_init_misses_no_parameter():
-    network = FlowTok(NETWORK, takes_interval=True)
-    for parameter in network.parameters():
-        nn.init.constant_(parameter, float("nan"))
-    network.init_weights()
-    assert not [name for name, p in network.named_parameters() if p.isnan().any()]
+    check_init(FlowTok(NETWORK, takes_interval=True))
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("condition", ["none", *CONDITIONS])
 def test_sampling_computes_what_the_networks_own_forward_does(condition):
     network = build(condition).flowtok
     x, features = torch.randn(B, K, C), torch.randn(B, K, W)

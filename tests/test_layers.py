@@ -1,6 +1,6 @@
 """modeling/layers.py: SwiGLU against its closed form; the start; errors.
 
-Attention, rotation, sinusoids and positions are those of test_plain_flow.py and of the release.
+Attention, rotation, sinusoids and positions are those of the release (test_convert_checkpoint.py).
 """
 
 import math
@@ -15,13 +15,11 @@ from modeling.layers import SwiGLU, init_linear_, save_weights
 
 @pytest.mark.parametrize("width", [32, 48])  # 85 hidden channels, which are padded, and 128
 def test_swiglu_equals_its_formula_and_its_hidden_size_is_two_thirds_of_four_widths(width):
-    layer = SwiGLU(width).double()
-    hidden = 8 * width // 3
+    layer, hidden = SwiGLU(width).double(), 8 * width // 3
     assert layer.out.in_features == hidden
     x = torch.randn(2, 3, width, dtype=torch.float64)
-    packed = x @ layer.gate_value.weight.T + layer.gate_value.bias
-    gate, value = packed[..., :hidden], packed[..., hidden:]
-    expected = (gate / (1 + torch.exp(-gate)) * value) @ layer.out.weight.T + layer.out.bias
+    gate, value = layer.gate_value(x).split(hidden, dim=-1)
+    expected = layer.out(gate / (1 + torch.exp(-gate)) * value)
     torch.testing.assert_close(layer(x), expected)
     parameters = list(layer.parameters())
     found = torch.autograd.grad(layer(x).square().sum(), parameters)

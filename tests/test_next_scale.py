@@ -22,7 +22,7 @@ from modeling.next_scale import (
     block_causal_mask,
     draw_indices,
     keep_likely,
-    scale_inputs,
+    known_inputs,
 )
 from training import checkpoint as ckpt
 from training.pipelines import load_generator
@@ -36,16 +36,18 @@ CONFIG = NextScaleConfig(
 # What the network gets
 
 
-@pytest.mark.parametrize("refined", [None, 1, 2, 3, 4])
-def test_inputs_are_the_originals(refined):
+@pytest.mark.parametrize(
+    ("name", "number", "places"),
+    [("", 5, None), ("", 2, 4 + 9), *((f"_refining_scale_{i}", i + 1, None) for i in (1, 2, 3, 4))],
+)
+def test_inputs_are_the_originals(name, number, places):
     quantizer = quantizer_of("pyramid")
-    scales, maps = quantizer.config.scales, quantizer.code_maps(vectors("pyramid/indices"))
-    expected = vectors("generator/inputs" + (f"_refining_scale_{refined}" if refined else ""))
-    torch.testing.assert_close(scale_inputs(maps, scales, refined), expected, atol=1e-5, rtol=0)
-    if refined is None:  # the first scales are enough for their own part
-        part = scale_inputs(maps[:2], scales[:3])
-        torch.testing.assert_close(part, expected[:, : part.shape[1]], atol=1e-5, rtol=0)
-        assert part.shape[1] == 4 + 9
+    config = NextScaleConfig(quantizer=quantizer.config)
+    maps = quantizer.code_maps(vectors("pyramid/indices"))[:number]
+    found = known_inputs(config, maps, refined=bool(name))
+    expected = vectors(f"generator/inputs{name}")[:, : found.shape[1]]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert places is None or found.shape[1] == places
 
 
 def test_embeddings_and_mask_are_the_originals():
@@ -64,8 +66,7 @@ def test_embeddings_and_mask_are_the_originals():
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
     # Theirs goes on after the image
-    prefix = ids[:, :first] != 39
-    mask = block_causal_mask(prefix, scales)
+    mask = block_causal_mask(ids[:, : first - 1] != 39, model.scale_of)
     length = first + 13
     assert torch.equal(mask, vectors("sequence/mask")[:, :length, :length])
 

@@ -11,7 +11,7 @@ from torchvision import models
 from torchvision.transforms import functional as TF
 
 from modeling import perceptual
-from modeling.perceptual import LPIPS, PerceptualConfig, PerceptualLoss, check_weights
+from modeling.perceptual import LPIPS, PerceptualConfig, PerceptualLoss
 
 SIZE = 32
 
@@ -31,21 +31,13 @@ def image_pair(count=2, size=SIZE):
 
 
 def reference_lpips(vgg_file):
-    """The lpips package's net with the same VGG16 weights."""
-    with warnings.catch_warnings(), torch.device("meta"):
+    """The lpips package's net with the same VGG16 weights, and its own heads."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision in an old way
-        package = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
-    package.to_empty(device="cpu").eval()
-    package.scaling_layer = lpips.ScalingLayer()
-    state = torch.load(vgg_file, weights_only=True)
-    for layers in package.net.children():
-        for index, layer in layers.named_children():
-            for part, parameter in layer.named_parameters():
-                parameter.data = state[f"features.{index}.{part}"]
-    heads_file = f"{lpips.__path__[0]}/weights/v0.1/vgg.pth"
-    heads = torch.load(heads_file, map_location="cpu", weights_only=True)
-    for index in range(5):
-        package.lins[index].model[1].weight.data = heads[f"lin{index}.model.1.weight"]
+        package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    weights = torch.load(vgg_file, weights_only=True)
+    for name, parameter in package.net.named_parameters():  # slice1.0.weight, ...
+        parameter.data = weights[f"features.{name.split('.', 1)[1]}"]
     return package
 
 
@@ -85,27 +77,18 @@ def test_both_parts_are_averaged_by_weight_and_vanish_for_equal_images_only(both
     torch.testing.assert_close(terms["perceptual"], expected)
 
 
-def test_gradients_reach_the_reconstruction_only_and_the_nets_stay_in_eval_mode(both):
+def test_gradients_reach_the_reconstruction_only_and_the_nets_stay_in_eval_mode_and_float32(both):
     reconstruction, target = (images.requires_grad_() for images in image_pair(1).unbind())
-    terms = both(reconstruction, target)
+    terms = both.train()(reconstruction, target)
     for name in ("lpips", "convnext"):
         (gradient,) = torch.autograd.grad(terms[name], reconstruction, retain_graph=True)
         assert gradient.isfinite().all() and gradient.abs().sum() > 0, name
     terms["perceptual"].backward()
-    both.train()
     assert not any(module.training for part in both.parts.values() for module in part.modules())
     assert target.grad is None
     assert not any(p.requires_grad or p.grad is not None for p in both.parameters())
-
-
-def test_autocast_changes_nothing(vgg_file):
-    loss, (reconstruction, target) = PerceptualLoss(lpips_only(vgg_file)), image_pair().bfloat16()
-    with torch.no_grad():
-        expected = loss(reconstruction.float(), target.float())["lpips"]
-        with torch.autocast("cpu", torch.bfloat16):
-            found = loss(reconstruction, target)["lpips"]
-    assert found.dtype == torch.float32
-    assert torch.equal(found, expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(both(reconstruction, target)["lpips"], terms["lpips"])
 
 
 def test_gradients_are_finite_where_images_are_black_and_where_features_are_all_zero(vgg_file):
@@ -115,13 +98,12 @@ def test_gradients_are_finite_where_images_are_black_and_where_features_are_all_
         if isinstance(layer, torch.nn.Conv2d):
             layer.bias.fill_(0)
     dead.features[0].bias.fill_(-1e3)  # no feature of the first layer is ever above zero
+    assert not any(features.any() for features in dead.describe(target))
     for distance in (net, dead):
         for other in (target, black):
             images = black.clone().requires_grad_()
             distance(images, other).sum().backward()
             assert images.grad.isfinite().all()
-    with torch.no_grad():
-        assert not any(features.any() for features in dead.describe(target))
 
 
 def test_a_part_of_weight_zero_is_neither_looked_for_nor_built(vgg_file, no_network, monkeypatch):
@@ -143,7 +125,7 @@ def test_absent_files_are_named_with_every_way_out(tmp_path, no_network):
         (PerceptualConfig(0.0), (no_network, "no such host", perceptual.CONVNEXT_URL)),
     ):
         with refusal(*parts):
-            check_weights(config)
+            PerceptualLoss(config)
 
 
 def test_torchvision_and_we_name_the_same_files():
@@ -162,4 +144,4 @@ def test_a_file_with_other_weights_or_none_is_refused(tmp_path, vgg_file):
 
 def test_two_weights_of_zero_are_refused():
     with pytest.raises(ValueError, match="lpips_weight and convnext_weight"):
-        check_weights(PerceptualConfig(0.0, 0.0))
+        PerceptualLoss(PerceptualConfig(0.0, 0.0))

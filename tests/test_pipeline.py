@@ -2,7 +2,7 @@
 
 That an image does not depend on its batch: tests/test_generation.py and test_sample.py.
 
-The path itself is that of tests/test_plain_flow.py and of the release (test_convert_checkpoint.py).
+The path itself is that of the release (test_convert_checkpoint.py).
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
-"""A small flow: what it computes and what its losses teach is tested on it."""
+"""A small flow, and what the tests ask of every network."""
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from modeling.flow import FlowConfig
@@ -22,3 +23,23 @@ def build(condition: str = "none", **options) -> FlowModel:
     for parameter in flow.flowtok.parameters():
         nn.init.normal_(parameter, std=0.2)
     return flow.eval()
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text states and image latents."""
+    return torch.randn(batch, K, T), torch.randn(batch, K, C)
+
+
+def silent(module: nn.Module) -> set[str]:
+    """Names of the parameters that no loss has reached."""
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    return {name for name, x in gradients.items() if x is None or not x.abs().max() > 0}
+
+
+def check_init(network: nn.Module) -> None:
+    """init_weights sets every parameter, but those of LayerNorm."""
+    layers = [m for m in network.modules() if not isinstance(m, nn.LayerNorm)]
+    for parameter in (p for layer in layers for p in layer.parameters(recurse=False)):
+        nn.init.constant_(parameter, float("nan"))
+    network.init_weights()
+    assert not [name for name, p in network.named_parameters() if p.isnan().any()]
