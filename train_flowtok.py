@@ -105,6 +105,7 @@ class FlowTokStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
+        flow = self.flow
 
         # Where the projector's weights come from, and what trains them.
         if self.init_from and self.projector_run:
@@ -118,34 +119,32 @@ class FlowTokStage(TrainedStage):
             raise ValueError(
                 "projector.linear_skip is filled by stage 2: set projector_run to such a run"
             )
-        if self.flow.projector == "frozen" and not self.source_run:
+        if flow.projector == "frozen" and not self.source_run:
             raise ValueError("flow.projector=frozen needs projector_run or init_from")
-        if self.flow.projector == "detached" and not has_projector_loss(self.losses):
+        if flow.projector == "detached" and not has_projector_loss(self.losses):
             raise ValueError("flow.projector=detached and all losses on z_T are 0: set one above 0")
 
         # What tells the network the text.
-        check_condition(self.flowtok, self.flow)
-        if self.flow.source == "noise":
-            self._check_flow_from_noise()
-
-        if self.flow.objective == "mean_flow" and self.training.shard == "full":
+        check_condition(self.flowtok, flow)
+        if flow.source == "noise":
+            if has_projector_loss(self.losses):
+                raise ValueError("flow.source=noise has no z_T: set the losses on it to 0")
+            if not (flow.sample_text_latent and self.sampling.sample_text_latent):
+                raise ValueError(
+                    "flow.source=noise needs flow.sample_text_latent=true and "
+                    "sampling.sample_text_latent=true"
+                )
+        if flow.objective == "mean_flow" and self.training.shard == "full":
             raise ValueError("flow.objective=mean_flow with training.shard=full: set it to none")
 
         # What is sampled on the way.
-        self.sampling.check_flow(self.flow)
+        self.sampling.check_flow(flow)
         if self.evaluation.every_steps:
             protocol_file(self.evaluation.protocol)
-        if self.flow.direction == "image_to_text":
+        if flow.direction == "image_to_text":
             self._check_flow_to_text()
         elif not self.pictures.captions:
             raise ValueError("pictures.captions is empty: name the captions of the pictures")
-
-    def _check_flow_from_noise(self) -> None:
-        if has_projector_loss(self.losses):
-            raise ValueError("flow.source=noise has no z_T: set the losses on it to 0")
-        for section in ("flow", "sampling"):
-            if not getattr(self, section).sample_text_latent:
-                raise ValueError(f"flow.source=noise needs {section}.sample_text_latent=true")
 
     def _check_flow_to_text(self) -> None:
         direction = "flow.direction=image_to_text"
@@ -176,7 +175,14 @@ def main(config: FlowTokStage) -> None:
     text_config = text_encoder_config(config.tokenizer_run)
     info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
     source = load_source(config, run)
-    fill_in_networks(config, info, source, projector_sizes(tokenizer.config))
+    config.projector = complete_projector(
+        config.projector,
+        getattr(source, "projector", source),  # of a flow, or one itself
+        config.source_run,
+        config.tokenizer_run,
+        projector_sizes(tokenizer.config),
+    )
+    config.flowtok = fill_in_sizes(config.flowtok, config.projector, info.num_tokens)
     del tokenizer
     source_key = "init_from" if config.init_from else "projector"
     inputs = info.inputs() | {source_key: fingerprint(source) if source else "none"}
@@ -237,23 +243,6 @@ def load_source(config: FlowTokStage, run: Run) -> TextProjector | FlowModel | N
         if before != now:
             run.say(f"{config.init_from} was trained with flow.{name}={before}, goes on with {now}")
     return source
-
-
-def fill_in_networks(
-    config: FlowTokStage,
-    info: TokensInfo,
-    source: TextProjector | FlowModel | None,
-    sizes: dict[str, int],
-) -> None:
-    """Complete the networks' configs: the projector's from `source`, sizes from the tokenizer."""
-    config.projector = complete_projector(
-        config.projector,
-        getattr(source, "projector", source),
-        config.source_run,
-        config.tokenizer_run,
-        sizes,
-    )
-    config.flowtok = fill_in_sizes(config.flowtok, config.projector, info.num_tokens)
 
 
 def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel) -> None:

@@ -96,30 +96,31 @@ class TokenizerStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        # What would never start, or has nothing to work on.
         start, end = self.adversarial.start_step, self.training.max_steps
         if self.adversarial.weight and start >= end:
             raise ValueError(
                 f"adversarial.start_step={start} is not before training.max_steps={end}: lower it, "
                 "or turn the adversarial loss off by adversarial.weight=0"
             )
-        if self.evaluation.every_steps and not self.evaluation_shards():
+        if self.evaluation.every_steps and not (self.evaluation.shards or self.pictures.shards):
             raise ValueError("evaluation.every_steps needs images: set evaluation.shards")
         if self.freeze_encoder and not self.init_from:
             raise ValueError("freeze_encoder=true needs a trained encoder: set init_from")
 
         # One tokenizer of two kinds, and the losses that each of them has.
-        if self.dual is None and (self.freeze_tower or self.dual_losses != DualLossConfig()):
+        if self.dual:
+            if self.tokenizer != ImageTokenizerConfig():
+                raise ValueError("tokenizer and dual are both set: a run has one tokenizer")
+            if self.losses.vision_weight or self.losses.contrast_weight:
+                raise ValueError(
+                    "losses.vision_weight and contrast_weight are not for a dual tokenizer"
+                )
+            return
+        if self.freeze_tower or self.dual_losses != DualLossConfig():
             raise ValueError("freeze_tower and dual_losses are for a dual tokenizer: set dual")
-        if self.dual and self.tokenizer != ImageTokenizerConfig():
-            raise ValueError("tokenizer and dual are both set: a run has one tokenizer")
-        if self.dual and (self.losses.vision_weight or self.losses.contrast_weight):
-            raise ValueError(
-                "losses.vision_weight and contrast_weight are not for a dual tokenizer"
-            )
         for name in ("kl_weight", "vision_weight", "contrast_weight"):
             weight = getattr(self.losses, name)
-            if self.dual is None and self.freeze_encoder and weight:
+            if self.freeze_encoder and weight:
                 raise ValueError(
                     f"losses.{name}={weight} with freeze_encoder=true teaches nothing: set "
                     f"losses.{name}=0"
@@ -129,10 +130,6 @@ class TokenizerStage(TrainedStage):
     def image_size(self) -> int:
         """Of the tokenizer's images, in pixels."""
         return (self.dual or self.tokenizer).image_size
-
-    def evaluation_shards(self) -> list[str]:
-        """Whose images are measured on the way."""
-        return self.evaluation.shards or self.pictures.shards
 
     def image_shards(self) -> list[str]:
         return self.data.all_shards() + self.pictures.shards
@@ -171,7 +168,12 @@ def main(config: TokenizerStage) -> None:
     # Data, and all that a picture or an evaluation will read.
     evaluation = build_evaluation(config, text_encoder)
     has_checkpoint = latest_checkpoint(run.folder) is not None
-    parts = Parts(run, text_encoder, build_perceptual(config, run), teacher)
+    perceptual = None
+    if config.losses.perceptual_weight:
+        # One process a machine downloads what is absent, and the others find it.
+        with run.accelerator.local_main_process_first():
+            perceptual = PerceptualLoss(config.perceptual).to(run.device)
+    parts = Parts(run, text_encoder, perceptual, teacher)
     expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
     reader = image_reader(config.data, config.image_size, text_encoder.tokenize)
     loader = open_stream(run, training, reader)
@@ -214,19 +216,28 @@ def train_step(
     is_adversarial = config.adversarial.weight > 0 and index >= start
     discriminator = networks["discriminator_"].module if is_adversarial else None
     pairs = []  # of images and reconstructions, for the discriminator
+    weights = loss_weights(config.losses) | loss_weights(config.dual_losses)
+    weights["adversarial"] = config.adversarial.weight
 
-    # Generator: the losses of the reconstructions, the adversarial one among them.
+    # Generator: TA-TiTok's losses, as in its public recipe (paper, Sec. 4.1).
     def generator_losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
         images = unit_images(parts.run, batch)
         if config.dual:
             quantizer = networks[""].module.quantizer
-            reconstructions, own, statistics = dual_pass(parts, model, quantizer, images)
+            reconstructions, terms = dual_pass(parts, model, quantizer, images)
         else:
-            reconstructions, own, statistics = vae_pass(parts, model, images, batch)
-        if is_adversarial:
+            reconstructions, terms = vae_pass(parts, model, images, batch)
+        terms |= reconstruction_losses(images, reconstructions)
+        if parts.perceptual is not None:
+            terms |= parts.perceptual(reconstructions, images)
+        if discriminator is not None:
+            terms["adversarial"] = adversarial_term(parts.run, discriminator, reconstructions)
             pairs.append((images, reconstructions.detach()))
-        terms = generator_terms(config, parts, discriminator, images, reconstructions, own)
-        return terms | statistics
+
+        # Raw and weighted terms are both logged: the weighted ones show which loss dominates.
+        weighted = weighted_terms(terms, weights)
+        terms |= {f"weighted/{name}": term for name, term in weighted.items()}
+        return terms | {"loss": sum(weighted.values())}
 
     means = descend(networks[""], batches, generator_losses, index, max_steps)
     if not is_adversarial:
@@ -235,114 +246,68 @@ def train_step(
     # Discriminator: the same images and reconstructions; its schedule begins at start_step.
     def discriminator_losses(model: nn.Module, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         real, fake = model(torch.cat(pair)).chunk(2)
-        return discriminator_terms(config, discriminator, real, fake)
+        hinge, lecam = discriminator_loss(real, fake), discriminator.lecam.penalty(real, fake)
+        loss = hinge + config.adversarial.lecam_weight * lecam
+        logits = {"real": real.detach().mean(), "fake": fake.detach().mean()}
+        return {"hinge": hinge, "lecam": lecam, "loss": loss} | logits
 
     learner = networks["discriminator_"]
     learned = descend(learner, pairs, discriminator_losses, index - start, max_steps - start)
-    means |= {f"discriminator/{name}": value for name, value in learned.items()}
 
     # LeCam's averages follow the logits of the whole step.
-    discriminator.lecam.update(means["discriminator/real"], means["discriminator/fake"])
-    return means
+    discriminator.lecam.update(learned["real"], learned["fake"])
+    return means | {f"discriminator/{name}": value for name, value in learned.items()}
 
 
-# Reconstructions B x 3 x R x R, losses that only this kind of tokenizer has, what to log besides
-Pass = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
-
-
-def vae_pass(parts: Parts, model: nn.Module, images: Tensor, batch: dict) -> Pass:
-    """Of the ImageTokenizer: the KL, and how the latents are used."""
-    states = text_states(parts.run, parts.text_encoder, batch)
-    output = model(images, states)
+def vae_pass(
+    parts: Parts, model: nn.Module, images: Tensor, batch: dict
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(reconstructions B x 3 x R x R, KL and how the latents are used) of an ImageTokenizer."""
+    output = model(images, text_states(parts.run, parts.text_encoder, batch))
     terms = {"kl": kl_loss(output.mean, output.logvar)}
     if output.vision is not None:
         with parts.run.accelerator.autocast():
             terms["vision"] = semantic_loss(output.vision, parts.teacher(images))
     if output.contrast is not None:
         terms["contrast"] = contrastive_loss(*output.contrast)
-    return output.reconstructions, terms, posterior_statistics(output.mean, output.logvar)
+    return output.reconstructions, terms | posterior_statistics(output.mean, output.logvar)
 
 
-def dual_pass(parts: Parts, model: nn.Module, quantizer: DualQuantizer, images: Tensor) -> Pass:
-    """Of the DualTokenizer: its losses; cosine to the teacher, usage of the codes."""
+def dual_pass(
+    parts: Parts, model: nn.Module, quantizer: DualQuantizer, images: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(reconstructions B x 3 x R x R, losses and usage of the codes) of a DualTokenizer."""
     reconstructions, features, quantised = model(images)
-    statistics = quantizer.count(quantised.indices)
+    terms = quantizer.count(quantised.indices)
     if parts.teacher is None:
-        return reconstructions, {}, statistics  # only the pixel decoder learns
+        return reconstructions, terms  # only the pixel decoder learns
     with parts.run.accelerator.autocast():
         targets = parts.teacher(images)
-    terms = {"semantic": semantic_loss(features, targets)}
+    semantic = semantic_loss(features, targets)
+    terms |= {"semantic": semantic, "cosine_to_teacher": 1 - semantic}
     terms |= {"codebook": quantised.codebook, "commitment": quantised.commitment}
-    statistics["cosine_to_teacher"] = 1 - terms["semantic"]
-    return reconstructions, terms, statistics
+    return reconstructions, terms
 
 
-def generator_terms(
-    config: TokenizerStage,
-    parts: Parts,
-    discriminator: Discriminator | None,
-    images: Tensor,
-    reconstructions: Tensor,
-    own: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Terms of one batch, raw and weighted.
-
-    Args:
-        images, reconstructions: B x 3 x R x R, images in [0, 1].
-        own: the terms that only this kind of tokenizer has.
-    """
-    # TA-TiTok's losses, as in its public recipe (paper, Sec. 4.1).
-    terms = reconstruction_losses(images, reconstructions) | own
-    weights = loss_weights(config.losses) | loss_weights(config.dual_losses)
-    if parts.perceptual is not None:
-        terms |= parts.perceptual(reconstructions, images)
-
-    # The discriminator only passes the gradient on; its own update comes after this one.
-    if discriminator is not None:
-        discriminator.requires_grad_(False)
-        with parts.run.accelerator.autocast():
-            terms["adversarial"] = generator_loss(discriminator(reconstructions))
-        discriminator.requires_grad_(True)
-        weights["adversarial"] = config.adversarial.weight
-
-    # Raw and weighted terms are both logged: the weighted ones show which loss dominates.
-    weighted = weighted_terms(terms, weights)
-    terms |= {f"weighted/{name}": term for name, term in weighted.items()}
-    terms["loss"] = sum(weighted.values())
-    return terms
-
-
-def discriminator_terms(
-    config: TokenizerStage, discriminator: Discriminator, real: Tensor, fake: Tensor
-) -> dict[str, Tensor]:
-    """Terms of the discriminator's loss, and its mean logits."""
-    terms = {
-        "hinge": discriminator_loss(real, fake),
-        "lecam": discriminator.lecam.penalty(real, fake),
-    }
-    terms["loss"] = terms["hinge"] + config.adversarial.lecam_weight * terms["lecam"]
-    return terms | {"real": real.detach().mean(), "fake": fake.detach().mean()}
+def adversarial_term(run: Run, discriminator: Discriminator, reconstructions: Tensor) -> Tensor:
+    """The generator's loss, whose gradient leaves nothing in the discriminator."""
+    discriminator.requires_grad_(False)
+    with run.accelerator.autocast():
+        loss = generator_loss(discriminator(reconstructions))
+    discriminator.requires_grad_(True)
+    return loss
 
 
 def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evaluation | None:
     """What is measured on the way, None if nothing is; ValueError if its images are absent."""
     if not config.evaluation.every_steps:
         return None
-    entries = list_images(config.evaluation_shards())[: config.evaluation.num_images or None]
+    entries = list_images(config.evaluation.shards or config.pictures.shards)
+    entries = entries[: config.evaluation.num_images or None]
     keys, background = tuple(config.data.captions.keys), tuple(config.data.background)
     images = ImageSet(entries, config.image_size, keys, background)
-    bf16 = config.training.precision == "bf16"
-    measure = ReconstructionEvaluation(images, text_encoder, bf16)
+    measure = ReconstructionEvaluation(images, text_encoder, config.training.precision == "bf16")
     return Evaluation(config.evaluation.every_steps, measure)
-
-
-def build_perceptual(config: TokenizerStage, run: Run) -> PerceptualLoss | None:
-    """The perceptual loss, if it has a weight."""
-    if not config.losses.perceptual_weight:
-        return None
-    # One process a machine downloads what is absent, and the others find it.
-    with run.accelerator.local_main_process_first():
-        return PerceptualLoss(config.perceptual).to(run.device)
 
 
 def build_teacher(config: TokenizerStage, run: Run) -> Teacher | VisionTeacher | None:
@@ -383,13 +348,10 @@ def load_what_fits(model: ImageTokenizer | DualTokenizer, run_dir: str, run: Run
     """
     # RoPE has no weights, and the learned positions belong to latent and text tokens: both fit any
     # resolution.
-    source = load_any_tokenizer(run_dir).state_dict()
-    own = model.state_dict()
-    fitting = {
-        name: tensor
-        for name, tensor in source.items()
-        if name in own and own[name].shape == tensor.shape
-    }
+    source, own = load_any_tokenizer(run_dir).state_dict(), model.state_dict()
+    there = {name: tuple(tensor.shape) for name, tensor in source.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    fitting = {name: source[name] for name, shape in there.items() if here.get(name) == shape}
     if not fitting:
         raise ValueError(
             f"init_from={run_dir}: none of its {len(source)} tensors fits the configured tokenizer"
@@ -398,11 +360,8 @@ def load_what_fits(model: ImageTokenizer | DualTokenizer, run_dir: str, run: Run
 
     # What was not taken is listed, or a typing error in a size would train from random weights.
     run.say(f"{len(fitting)} of {len(own)} tensors come from {run_dir}")
-    for name in sorted(own.keys() - fitting.keys()):
-        other = f"there {tuple(source[name].shape)}" if name in source else "not there"
-        run.say(f"  starts afresh: {name} {tuple(own[name].shape)}, {other}")
-    for name in sorted(source.keys() - own.keys()):
-        run.say(f"  left behind: {name} {tuple(source[name].shape)}")
+    for name in sorted((here.keys() | there.keys()) - fitting.keys()):
+        run.say(f"  not taken: {name}: here {here.get(name)}, there {there.get(name)}")
 
 
 @torch.no_grad()

@@ -115,8 +115,8 @@ def convert(
         return convert_flow(tensors, num_heads, latent_scale)
     if any(name.startswith(("encoder.transformer.", "decoder.transformer.")) for name in tensors):
         return convert_tokenizer(tensors)
-    found = ", ".join(printable(name) for name in list(tensors)[:3])
-    raise ValueError(f"it is no released flow or tokenizer file: it holds {found or 'nothing'}")
+    found = ", ".join(list(tensors)[:3]) or "nothing"
+    raise ValueError(f"it is no released flow or tokenizer file: it holds {found}")
 
 
 def convert_flow(
@@ -136,7 +136,16 @@ def convert_flow(
     tensors = {TEMPERATURE: torch.tensor(math.log(1 / 0.07))} | tensors
     tables = {"pos_embed": sincos_position_table(flowtok.num_tokens, width)[None]}
     converted = take(ours, partial(released_names, FLOW_NAMES), tensors, tables, tables)
-    flowtok = replace(flowtok, num_heads=find_heads(width, depth, num_heads))
+
+    size = f"a flow of width {width} and depth {depth}"
+    heads = FLOW_HEADS.get((width, depth), num_heads)
+    if heads is None:
+        raise ValueError(f"it is {size}, none of B, XL, H: give --num-heads")
+    if num_heads not in (None, heads):
+        raise ValueError(f"{size} has {heads} heads, --num-heads says {num_heads}")
+    if heads < 1 or width % heads:
+        raise ValueError(f"--num-heads {heads} does not divide the flow's width {width}")
+    flowtok = replace(flowtok, num_heads=heads)
 
     # Their LayerNorm divides by the unbiased deviation.
     for name in converted:
@@ -184,9 +193,9 @@ def take(
         tables: what a file has besides, by its names there, of which `optional` may be missing.
 
     Raises:
-        ValueError: naming the first tensors that are missing, unknown, or of another shape.
+        ValueError: tensors that are missing, unknown, or of another shape; tables of other values.
     """
-    # What holds each of ours, and its shape there.
+    # The shape there of what holds each of ours.
     sources = {name: find(name) for name in ours}
     shapes = {name: tuple(table.shape) for name, table in tables.items()}
     for name, theirs in sources.items():
@@ -194,14 +203,25 @@ def take(
         if len(theirs) > 1:
             shape = (shape[0] // len(theirs), *shape[1:])
         shapes |= dict.fromkeys(theirs, shape)
-    check_shapes(tensors, shapes, optional)
+
+    # Strict: the first three that do not fit are named.
+    problems = [
+        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems += [f"{name} is missing" for name in shapes if name not in {*tensors, *optional}]
+    problems += [f"{name} is unknown" for name in tensors if name not in shapes]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError("; ".join(problems[:3]) + more)
     check_tables(tensors, tables)
 
     # Copies, of which a caller may scale some in place.
     taken = {}
     for name, theirs in sources.items():
         parts = [tensors[one].detach().to(torch.float32) for one in theirs]
-        whole = torch.cat(parts) if parts[0].ndim else parts[0].clone()
+        whole = torch.cat(parts) if parts[0].ndim else parts[0]
         taken[name] = whole.reshape(ours[name].shape)
     return taken
 
@@ -217,23 +237,6 @@ def released_names(names: dict[str, str], name: str) -> list[str]:
     if "{Q,K,V}" in theirs:
         return [theirs.replace("{Q,K,V}", part) for part in "QKV"]
     return [theirs]
-
-
-def check_shapes(
-    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], optional: Iterable[str]
-) -> None:
-    """Refuse tensors that are not what the network needs; names the first."""
-    problems = []
-    for name, shape in shapes.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            found = dimensions(tensors[name].shape)
-            problems.append(f"{name} is {found}, expected {dimensions(shape)}")
-    absent = shapes.keys() - tensors.keys() - {*optional}
-    problems += [f"{name} is missing" for name in shapes if name in absent]
-    problems += [f"{printable(name)} is unknown" for name in tensors if name not in shapes]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError("; ".join(problems[:3]) + more)
 
 
 def check_tables(tensors: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
@@ -283,30 +286,3 @@ def transformer_size(tensors: dict[str, Tensor], prefix: str) -> TransformerSize
     if width % HEAD_DIM:
         raise ValueError(f"{prefix}* has width {width}, expected a multiple of {HEAD_DIM}")
     return TransformerSize(width, num_blocks(tensors, prefix), width // HEAD_DIM)
-
-
-def find_heads(width: int, depth: int, num_heads: int | None) -> int:
-    """The heads of a flow: known for B, XL and H, else given.
-
-    Raises:
-        ValueError: neither, or another number than the known.
-    """
-    size = f"width {width} and depth {depth}"
-    known = FLOW_HEADS.get((width, depth), num_heads)
-    if known is None:
-        raise ValueError(f"it is a flow of {size}, none of B, XL, H: give --num-heads")
-    if num_heads not in (None, known):
-        raise ValueError(f"a flow of {size} has {known} heads, --num-heads says {num_heads}")
-    if known < 1 or width % known:
-        raise ValueError(f"--num-heads {known} does not divide the flow's width {width}")
-    return known
-
-
-def dimensions(shape: Iterable[int]) -> str:
-    """A shape as text: 77 x 768."""
-    return " x ".join(map(str, shape)) or "a single number"
-
-
-def printable(name: str) -> str:
-    """A name from a file of unknown origin, short and on one line."""
-    return name if name.isprintable() and len(name) <= 100 else repr(name[:100])

@@ -35,7 +35,7 @@ from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
 from modeling.layers import save_weights
 from modeling.pipeline import SamplingConfig
-from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert, printable
+from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert
 from modeling.released_dual import convert_dual, is_dual
 from modeling.text_encoder import TextEncoderConfig
 from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, load_plain
@@ -82,7 +82,13 @@ def main(args: argparse.Namespace) -> None:
     check_new_folder(target)
     if not (math.isfinite(args.latent_scale) and args.latent_scale > 0):
         raise ValueError(f"--latent-scale must be positive, got {args.latent_scale}")
-    text_encoder = text_encoder_of(args)
+    model, pretrained = args.text_encoder_model, args.text_encoder_pretrained
+    if model.startswith("local-dir:"):
+        model = f"local-dir:{Path(model.removeprefix('local-dir:')).resolve()}"
+    if Path(pretrained).is_file():
+        pretrained = str(Path(pretrained).resolve())
+    text_encoder = TextEncoderConfig(model, pretrained)
+    check_clip(text_encoder)
 
     # What the files are shows once they are converted.
     files = [args.released, args.second] if args.run else [args.released]
@@ -106,25 +112,6 @@ def main(args: argparse.Namespace) -> None:
         print(f'python sample.py --run {args.run} --prompts "{CAPTIONS[0]}"')
 
 
-def text_encoder_of(args: argparse.Namespace) -> TextEncoderConfig:
-    """The text tower as the configs name it: local paths absolute.
-
-    Raises:
-        ValueError: it could never be loaded.
-    """
-    model, pretrained = args.text_encoder_model, args.text_encoder_pretrained
-    if model.startswith("local-dir:"):
-        model = f"local-dir:{Path(model.removeprefix('local-dir:')).resolve()}"
-    if Path(pretrained).is_file():
-        pretrained = str(Path(pretrained).resolve())
-    config = TextEncoderConfig(model, pretrained)
-    check_clip(config)
-    return config
-
-
-# Reading
-
-
 def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     """Read and convert one released file; says what it is and what was done to it.
 
@@ -136,7 +123,7 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     # Mapped, so that a file of gigabytes is not copied; the older form can't be
     content = load_plain(path, mmap=is_zipfile(path))
     try:
-        tensors = check_content(unwrap(content))
+        tensors = unwrap(content)
         if is_dual(tensors):
             converted = convert_dual(tensors)
         else:
@@ -147,8 +134,8 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     print(f"{path}: {converted.stage}, {len(tensors)} tensors, {millions:.2f}M weights")
 
     # What is not as it was in the file.
-    notes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}
-    notes = [f"{name} converted to float32" for name in sorted(notes)]
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}
+    notes = [f"{kind} converted to float32" for kind in sorted(kinds)]
     if converted.stage == "flowtok" and TEMPERATURE not in tensors:
         notes.append(f"{TEMPERATURE} is not there, log(1 / 0.07) is taken; only training reads it")
     empty = [name for name, tensor in tensors.items() if TABLES.search(name) and not tensor.any()]
@@ -158,40 +145,30 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
     return converted
 
 
-def unwrap(content: Any) -> Any:
-    """What lies under the wrapping keys, with the prefix taken off all names."""
+def unwrap(content: Any) -> dict[str, Tensor]:
+    """What lies under the wrapping keys, with the prefix taken off all names.
+
+    Raises:
+        ValueError: something else than finite floating-point tensors by name.
+    """
     for _ in WRAPPERS:
         if isinstance(content, dict):
             inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
             content = inner[0] if inner else content
-    while isinstance(content, dict) and content:
-        if not all(str(name).startswith(PREFIX) for name in content):
-            break
-        content = {str(name).removeprefix(PREFIX): value for name, value in content.items()}
-    return content
-
-
-def check_content(content: Any) -> dict[str, Tensor]:
-    """Refuse everything but finite floating-point tensors by name.
-
-    Raises:
-        ValueError: naming what else is there.
-    """
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected tensors by name")
+    while content and all(str(name).startswith(PREFIX) for name in content):
+        content = {str(name).removeprefix(PREFIX): value for name, value in content.items()}
+
     for name, value in content.items():
-        shown = printable(str(name))
         if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise ValueError(f"{shown} is a {type(value).__name__}, expected a tensor")
+            raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor")
         if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
             kind = f"{value.dtype}, {value.layout}, on {value.device}"
-            raise ValueError(f"{shown} is {kind}; expected floats")
+            raise ValueError(f"{name} is {kind}; expected floats")
         if not torch.isfinite(value.float()).all():
-            raise ValueError(f"{shown} has values that are not finite")
+            raise ValueError(f"{name} has values that are not finite")
     return content
-
-
-# Writing
 
 
 def write_run(

@@ -28,7 +28,7 @@ from modeling.layers import sincos_position_table
 from modeling.pipeline import SamplingConfig
 from modeling.released import convert, rope_tables
 from scripts import convert_checkpoint
-from training.checkpoint import EMA_FILE, latest_checkpoint, load_plain
+from training.checkpoint import EMA_FILE, latest_checkpoint
 from training.loading import read_run_config, read_section, text_encoder_config
 from training.pipelines import load_flow, load_pipeline
 
@@ -206,21 +206,18 @@ def test_the_published_files_convert_to_networks_of_the_published_size(file):
 # What is written
 
 
-def test_the_written_configs_say_what_loading_reads(run):
+def test_what_loading_reads_is_written_once_and_nothing_else(run):
+    found = {path.relative_to(run).as_posix() for path in run.rglob("*.*")}
+    checkpoint = "checkpoints/step_00000000"
+    names = ("config.yaml", f"{checkpoint}/ema.safetensors", f"{checkpoint}/state.json")
+    assert found == {f"{stage}/{name}" for stage in ("flowtok", "tokenizer") for name in names}
+    assert sorted(path.name for path in run.parent.iterdir()) == ["released", "tower"]
     assert text_encoder_config(run / "tokenizer").model == f"local-dir:{run.parent / 'tower'}"
     flow = read_run_config(run / "flowtok")
     assert (flow.stage, flow.tokenizer_run) == ("flowtok", str(run / "tokenizer"))
     assert read_section(run / "flowtok", "sampling", SamplingConfig) == SamplingConfig()
     assert load_flow(run / "flowtok").config == FlowConfig()
     assert all(flow.pictures.captions)
-
-
-def test_weights_are_written_once_and_nothing_else_is(run):
-    found = {path.relative_to(run).as_posix() for path in run.rglob("*.*")}
-    checkpoint = "checkpoints/step_00000000"
-    names = ("config.yaml", f"{checkpoint}/ema.safetensors", f"{checkpoint}/state.json")
-    assert found == {f"{stage}/{name}" for stage in ("flowtok", "tokenizer") for name in names}
-    assert sorted(path.name for path in run.parent.iterdir()) == ["released", "tower"]
 
 
 def test_one_file_becomes_one_run_folder_with_the_given_latent_scale(files, run, tmp_path):
@@ -241,30 +238,16 @@ def test_a_local_text_tower_is_named_by_its_absolute_path(tmp_path, monkeypatch)
     assert read_run_config("out").text_encoder.pretrained == str(tmp_path / "clip.safetensors")
 
 
-def test_converted_weights_share_no_memory_with_the_file():
-    tensors = {name: torch.zeros(shape) for name, shape in shapes(FLOW).items()}
-    converted = convert(tensors, num_heads=4).tensors
-    for tensor in tensors.values():
-        tensor.fill_(1.0)
-    del converted["latent_scale"]
-    assert not any(tensor.any() for tensor in converted.values())
-
-
 # Forms of a file
 
 
-@pytest.mark.parametrize("keys", [[], ["state_dict"], ["model"], ["state_dict", "nnet_ema"]])
-@pytest.mark.parametrize("prefix", ["", "module.module."])
-def test_wrappers_and_prefixes_are_taken_off_and_averaged_weights_come_first(
-    keys, prefix, tmp_path
-):
-    content = {f"{prefix}a": torch.zeros(1), f"{prefix}b.c": torch.arange(96.0)}
+@pytest.mark.parametrize("keys", [[], ["model"], ["state_dict", "nnet_ema"]])
+def test_wrappers_and_prefixes_are_taken_off_and_averaged_weights_come_first(keys):
+    content = {"module.module.a": torch.zeros(1), "module.module.b.c": torch.arange(96.0)}
     for key in reversed(keys):
         content = {key: content, "step": 7} | ({"model": {}} if key == "nnet_ema" else {})
-    torch.save(content, tmp_path / "x.pth")
-    found = convert_checkpoint.unwrap(load_plain(tmp_path / "x.pth"))
-    assert found.keys() == {"a", "b.c"}
-    assert torch.equal(found["b.c"], torch.arange(96.0))
+    found = convert_checkpoint.unwrap(content)
+    assert found.keys() == {"a", "b.c"} and torch.equal(found["b.c"], torch.arange(96.0))
 
 
 def test_a_file_of_the_older_form_gives_the_same_weights(files, tmp_path):
@@ -329,7 +312,6 @@ def test_fixed_tables_may_be_missing_or_empty_but_not_others():
     [
         ("blocks.1.attn.q_norm.weight", r"^blocks\.1\.attn\.q_norm\.weight is unknown$"),
         ("blocks.99999999.attn.qkv.bias", r"^blocks\.2\.\S+ is missing; .*; and \d+ more$"),
-        ("a\nb" + "c" * 200, r"^'a\\nbc{96,98}' is unknown$"),
     ],
 )
 def test_unknown_tensors_are_named(name, message):
@@ -352,13 +334,10 @@ def test_heads_that_are_not_known_or_wrong_are_refused(file, num_heads, message)
 
 DIT = {name: x for name, x in light(FLOW).items() if name.startswith("blocks")}
 DIT |= {"x_embedder.proj.weight": torch.ones(96, 4, 2, 2), "pos_embed": torch.ones(1, 64, 96)}
-META = torch.ones(77, 512, device="meta")
 BAD_CONTENTS = {  # what a file holds -> what the error says after the file's name
     "attack": ({"model": Evil()}, "refused$"),
     "list": ([torch.ones(2)], "it holds a list"),
-    "empty": ({}, ".* it holds nothing"),
     "integers": ({"latent_tokens": torch.ones(77, 512).long()}, "latent_tokens is torch.int64"),
-    "no values": ({"latent_tokens": META}, "latent_tokens is .* on meta"),
     "infinite": (
         light(TOKENIZER) | {"decoder.mask_token": torch.full((1, 1, 512), math.inf)},
         "decoder.mask_token has values that are not finite",
@@ -382,7 +361,7 @@ def test_a_file_that_is_cut_short_is_refused(is_new, tmp_path, monkeypatch):
     file = Path("bad.pth")
     torch.save({"a": torch.ones(99)}, file, _use_new_zipfile_serialization=is_new)
     whole = file.read_bytes()
-    for share in (0, 0.1, 0.5, 0.99):
+    for share in (0, 0.5, 0.99):
         file.write_bytes(whole[: int(len(whole) * share)])
         check_refused(file, "^bad.pth is broken")
 
