@@ -216,28 +216,17 @@ def train_step(
     is_adversarial = config.adversarial.weight > 0 and index >= start
     discriminator = networks["discriminator_"].module if is_adversarial else None
     pairs = []  # of images and reconstructions, for the discriminator
-    weights = loss_weights(config.losses) | loss_weights(config.dual_losses)
-    weights["adversarial"] = config.adversarial.weight
 
-    # Generator: TA-TiTok's losses, as in its public recipe (paper, Sec. 4.1).
     def generator_losses(model: nn.Module, batch: dict) -> dict[str, Tensor]:
         images = unit_images(parts.run, batch)
         if config.dual:
             quantizer = networks[""].module.quantizer
-            reconstructions, terms = dual_pass(parts, model, quantizer, images)
+            reconstructions, own = dual_pass(parts, model, quantizer, images)
         else:
-            reconstructions, terms = vae_pass(parts, model, images, batch)
-        terms |= reconstruction_losses(images, reconstructions)
-        if parts.perceptual is not None:
-            terms |= parts.perceptual(reconstructions, images)
-        if discriminator is not None:
-            terms["adversarial"] = adversarial_term(parts.run, discriminator, reconstructions)
+            reconstructions, own = vae_pass(parts, model, images, batch)
+        if is_adversarial:
             pairs.append((images, reconstructions.detach()))
-
-        # Raw and weighted terms are both logged: the weighted ones show which loss dominates.
-        weighted = weighted_terms(terms, weights)
-        terms |= {f"weighted/{name}": term for name, term in weighted.items()}
-        return terms | {"loss": sum(weighted.values())}
+        return generator_terms(config, parts, discriminator, images, reconstructions, own)
 
     means = descend(networks[""], batches, generator_losses, index, max_steps)
     if not is_adversarial:
@@ -289,13 +278,38 @@ def dual_pass(
     return reconstructions, terms
 
 
-def adversarial_term(run: Run, discriminator: Discriminator, reconstructions: Tensor) -> Tensor:
-    """The generator's loss, whose gradient leaves nothing in the discriminator."""
-    discriminator.requires_grad_(False)
-    with run.accelerator.autocast():
-        loss = generator_loss(discriminator(reconstructions))
-    discriminator.requires_grad_(True)
-    return loss
+def generator_terms(
+    config: TokenizerStage,
+    parts: Parts,
+    discriminator: Discriminator | None,
+    images: Tensor,
+    reconstructions: Tensor,
+    own: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Terms of one batch, raw and weighted, and their sum "loss".
+
+    Args:
+        images, reconstructions: B x 3 x R x R, images in [0, 1].
+        own: what only this kind of tokenizer has.
+    """
+    # TA-TiTok's losses, as in its public recipe (paper, Sec. 4.1).
+    terms = own | reconstruction_losses(images, reconstructions)
+    if parts.perceptual is not None:
+        terms |= parts.perceptual(reconstructions, images)
+
+    # The discriminator only passes the gradient on; its own update comes after this one.
+    if discriminator is not None:
+        discriminator.requires_grad_(False)
+        with parts.run.accelerator.autocast():
+            terms["adversarial"] = generator_loss(discriminator(reconstructions))
+        discriminator.requires_grad_(True)
+
+    # Raw and weighted terms are both logged: the weighted ones show which loss dominates.
+    weights = loss_weights(config.losses) | loss_weights(config.dual_losses)
+    weights["adversarial"] = config.adversarial.weight
+    weighted = weighted_terms(terms, weights)
+    terms |= {f"weighted/{name}": term for name, term in weighted.items()}
+    return terms | {"loss": sum(weighted.values())}
 
 
 def build_evaluation(config: TokenizerStage, text_encoder: TextEncoder) -> Evaluation | None:
