@@ -26,7 +26,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -88,14 +88,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Load, generate, write."""
-    is_left_open = not (args.prompts or args.prompts_file or args.interpolate or args.trajectory)
-    to_text = bool(args.caption)
-    check_args(args, to_text)
     args.run = find_folder(args.run)
-    if is_left_open and not to_text:
+    to_text = bool(args.caption)
+    if not (to_text or args.prompts or args.prompts_file or args.interpolate or args.trajectory):
         to_text = pipelines.directions_of(args.run) == {"image_to_text"}
-        check_args(args, to_text)
-    check_outputs(args, (".png", ".jsonl") if to_text else (".png",))
+    check_args(args, to_text)
     if to_text:
         caption(args)
     else:
@@ -103,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_args(args: argparse.Namespace, to_text: bool) -> None:
-    """Refuse, before anything is loaded, options that would be ignored."""
+    """Refuse, before anything is loaded, what would be ignored or could not be written."""
     is_row = args.interpolate or args.trajectory
     if args.frames and not is_row:
         raise ValueError(f"--frames {args.frames} is for --interpolate and --trajectory")
@@ -116,10 +113,7 @@ def check_args(args: argparse.Namespace, to_text: bool) -> None:
             "--save-dir, --gallery and --images-per-prompt are for images, not for captions "
             "(--caption, or a run that flows from image to text)"
         )
-
-
-def check_outputs(args: argparse.Namespace, endings: tuple[str, ...]) -> None:
-    """Refuse, before anything is loaded, files that can't be written or would have a wrong name."""
+    endings = (".png", ".jsonl") if to_text else (".png",)
     if args.output.suffix.lower() not in endings:
         raise ValueError(f"--output {args.output}: expected a name in {' or '.join(endings)}")
     single = args.save_dir and args.save_dir / "00000.png"
@@ -146,14 +140,14 @@ def draw(args: argparse.Namespace) -> None:
     sampling = sampling_of(args, default)
     sampling.check_images("--images-per-prompt", args.images_per_prompt)
     vocabulary = known_words(args.run)
-    remarks = [*list_cuts(parts, prompts), *list_strangers(vocabulary, prompts)]
+    remarks = list_remarks(parts, vocabulary, prompts)
     if args.seed and not sampling.sample_text_latent:
         reason = f"{args.run} draws nothing (sampling.sample_text_latent=false)"
         remarks.insert(0, f"--seed {args.seed} changes nothing: {reason}")
-    for remark in remarks[:MAX_WARNINGS]:
-        print(f"warning: {remark}", file=sys.stderr)
     if len(remarks) > MAX_WARNINGS:
-        print(f"warning: {len(remarks) - MAX_WARNINGS} more about prompts", file=sys.stderr)
+        remarks[MAX_WARNINGS:] = [f"{len(remarks) - MAX_WARNINGS} more about prompts"]
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
 
     # A row of the grid is a prompt's, where it has several images
     start = time.perf_counter()
@@ -200,16 +194,6 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def list_cuts(parts: Generator, prompts: list[str]) -> Iterator[str]:
-    """Which prompts the text tower can't read to their end."""
-    tokenize = parts.text_encoder.tokenize
-    limit = tokenize.context_length
-    for prompt in prompts:
-        length = tokenize.num_tokens(prompt)
-        if length > limit:
-            yield f"prompt cut from {length} to {limit} tokens: {prompt!r}"
-
-
 def known_words(run: Path) -> Vocabulary | None:
     """Those of the captions of a run; None if they are not where they should be."""
     # They do not leave with an exported folder, and images encoded in training have no list
@@ -218,16 +202,27 @@ def known_words(run: Path) -> Vocabulary | None:
     return find_vocabulary(pipelines.flow_folder(run))
 
 
-def list_strangers(vocabulary: Vocabulary | None, prompts: list[str]) -> Iterator[str]:
-    """Which prompts are unlike the captions of the training, and in what; or that nobody knows."""
+def list_remarks(
+    parts: Generator, vocabulary: Vocabulary | None, prompts: Sequence[str]
+) -> list[str]:
+    """Which prompts the tower can't read to their end, and which are unlike the run's captions."""
+    remarks = []
+    tokenize = parts.text_encoder.tokenize
+    limit = tokenize.context_length
+    for prompt in prompts:
+        length = tokenize.num_tokens(prompt)
+        if length > limit:
+            remarks.append(f"prompt cut from {length} to {limit} tokens: {prompt!r}")
     if vocabulary is None:
-        yield (
+        remarks.append(
             "the run does not know the words of its captions, with which prompts would be "
             f"compared: {VOCABULARY_FILE} is not beside its token shards"
         )
-    for prompt in prompts if vocabulary else []:
+        return remarks
+    for prompt in prompts:
         if difference := vocabulary.difference(prompt):
-            yield f"prompt {prompt!r}: {difference}"
+            remarks.append(f"prompt {prompt!r}: {difference}")
+    return remarks
 
 
 def generate(

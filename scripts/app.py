@@ -31,11 +31,11 @@ from eval.programs import build_parser, usable_device
 from modeling.layers import to_pil
 from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder
-from sample import known_words, list_cuts, list_strangers
+from sample import known_words, list_remarks
 from training.errors import exit_on_error
 from training.pipelines import directions_of, example_captions, load_captioner, load_pipeline
 
-MAX_STEPS, MAX_IMAGES, MAX_POINTS, MAX_WAITING = 1000, 16, 12, 100
+MAX_WAITING = 100  # requests
 MIN_PIXELS = 256  # of an image on the page: smaller ones are enlarged by a whole factor
 Gallery = list[tuple[Image.Image, str]]  # images and what is written under them
 
@@ -76,34 +76,31 @@ class Studio:
     prompts: list[str]  # to try
 
     def draw(
-        self, prompt: str, steps: float, guidance: float, seed: float, number: float
+        self, prompt: str, steps: int, guidance: float, seed: int, number: int
     ) -> tuple[Gallery, str]:
         """Images of a prompt, and what is to be said of it."""
-        sampling, seed = self.settings(steps, guidance, seed)
-        number = whole("the number of images", number, 1, MAX_IMAGES)
-        if number > 1 and not sampling.sample_text_latent:
-            raise ValueError("This run draws nothing at random: a prompt has one image.")
         remarks = self.remarks(prompt)
+        self.sampling.check_images("Images:", number)
+        sampling = self.sampling.but(steps=steps, guidance=guidance)
         images, _ = self.generator.generate([prompt] * number, sampling, seed)
         return [(shown(image), prompt) for image in images], remarks
 
     def blend(
-        self, first: str, second: str, place: float, steps: float, guidance: float, seed: float
+        self, first: str, second: str, place: float, steps: int, guidance: float, seed: int
     ) -> tuple[Image.Image, str]:
         """The image at a place between two prompts: 0 is the first, 1 the second."""
-        sampling, seed = self.settings(steps, guidance, seed)
         remarks = self.remarks(first, second)
-        weights = torch.tensor([float(number_of("the place", place, 0, 1))])
+        sampling = self.sampling.but(steps=steps, guidance=guidance)
+        weights = torch.tensor([float(place)])
         [image] = self.generator.between([first, second], weights, sampling, seed)
         return shown(image), remarks
 
     def follow(
-        self, prompt: str, steps: float, guidance: float, seed: float, number: float
+        self, prompt: str, steps: int, guidance: float, seed: int, number: int
     ) -> tuple[Gallery, str]:
         """What the flow passes on its way from text to image."""
-        sampling, seed = self.settings(steps, guidance, seed)
-        number = whole("the number of points", number, 2, MAX_POINTS)
         remarks = self.remarks(prompt)
+        sampling = self.sampling.but(steps=steps, guidance=guidance)
         times, images = self.generator.trajectory(prompt, sampling, seed, number)
         pairs = zip(times, images, strict=True)
         return [(shown(image), f"t = {time:.2f}") for time, image in pairs], remarks
@@ -114,23 +111,11 @@ class Studio:
         [batch] = caption_images(self.captioner, list_pictures([path]), self.caption_sampling, 1)
         return batch["caption"][0]
 
-    def settings(self, steps: float, guidance: float, seed: float) -> tuple[SamplingConfig, int]:
-        """Sampling and seed of a request."""
-        sampling = self.sampling.but(
-            steps=whole("steps", steps, 1, MAX_STEPS),
-            guidance=number_of("guidance", guidance, 0, 100),
-        )
-        return sampling, whole("the seed", seed, 0, 2**32)
-
     def remarks(self, *prompts: str) -> str:
         """What is to be said of prompts, a line each; ValueError for an empty one."""
         if not all(prompt and prompt.strip() for prompt in prompts):
             raise ValueError("Type a prompt first.")
-        said = [
-            *list_cuts(self.generator, [*prompts]),
-            *list_strangers(known_words(self.run), [*prompts]),
-        ]
-        return "\n\n".join(said)
+        return "\n\n".join(list_remarks(self.generator, known_words(self.run), prompts))
 
 
 def load_studio(name: Path, device: torch.device) -> Studio:
@@ -153,22 +138,6 @@ def load_studio(name: Path, device: torch.device) -> Studio:
     )
 
 
-def number_of(name: str, value: Any, least: float, most: float) -> float:
-    """A number that was typed; ValueError: none, or out of its range."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:  # NaN is not
-        given = "nothing" if value is None else repr(value)
-        raise ValueError(f"Give {name} as a number from {least:g} to {most:g}, not {given}.")
-    return value
-
-
-def whole(name: str, value: Any, least: int, most: int) -> int:
-    """A whole number that was typed."""
-    if number_of(name, value, least, most) != int(value):
-        raise ValueError(f"Give {name} as a whole number, not {value!r}.")
-    return int(value)
-
-
 def shown(image: Tensor) -> Image.Image:
     """3 x R x R in [0, 1] -> a picture whose pixels can be seen."""
     factor = max(1, -(-MIN_PIXELS // image.shape[-1]))
@@ -189,15 +158,17 @@ def build_page(studio: Studio) -> Any:
     with gr.Blocks(title="FlowTok", analytics_enabled=False) as page:
         gr.Markdown(f"# FlowTok: {studio.name}")
         if studio.generator:
+            # Sliders and numbers refuse what is typed beyond their bounds, and round
             with gr.Accordion("Settings", open=False):
+                steps, guidance = studio.sampling.steps, studio.sampling.guidance
                 settings = [
-                    gr.Slider(1, 100, studio.sampling.steps, step=1, label="Steps"),
-                    gr.Slider(0, 10, studio.sampling.guidance, label="Guidance (1: none)"),
-                    gr.Number(0, label="Seed", precision=0),
+                    gr.Slider(1, max(100, steps), steps, step=1, precision=0, label="Steps"),
+                    gr.Slider(0, max(10, guidance), guidance, label="Guidance (1: none)"),
+                    gr.Number(0, minimum=0, maximum=2**32, precision=0, label="Seed"),
                 ]
             with gr.Tab("Image"):
                 prompt = gr.Textbox(studio.prompts[0], label="Prompt")
-                number = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images")
+                number = gr.Slider(1, 16, 1, step=1, precision=0, label="Images")
                 button = gr.Button("Draw", variant="primary")
                 outputs = [gr.Gallery(label="Images", columns=4, format="png"), gr.Markdown()]
                 gr.Examples([[text] for text in studio.prompts], prompt, label="Prompts to try")
@@ -214,7 +185,7 @@ def build_page(studio: Studio) -> Any:
                 attach(triggers, studio.blend, inputs, outputs)
             with gr.Tab("From text to image"):
                 prompt = gr.Textbox(studio.prompts[0], label="Prompt")
-                number = gr.Slider(2, MAX_POINTS, 6, step=1, label="Points on the way")
+                number = gr.Slider(2, 12, 6, step=1, precision=0, label="Points on the way")
                 button = gr.Button("Follow", variant="primary")
                 gr.Markdown(
                     "Points of the flow from the text (t = 0) to the image (t = 1), decoded:"

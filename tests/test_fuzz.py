@@ -228,8 +228,7 @@ def test_hostile_prompts(chain, tmp_path):
         args = sample.parse_args([*arguments, "--prompts", prompt])
         captions = sample.read_prompts(args)
         with contextlib.redirect_stderr(io.StringIO()):
-            print(*sample.list_cuts(parts, captions))
-            print(*sample.list_strangers(words, captions))
+            print(*sample.list_remarks(parts, words, captions))
         sampling = sample.sampling_of(args, default)
         [(image, caption)] = sample.generate(parts, args, sampling, captions)
         save_png(caption_grid(image[None], [caption], 1), file)
