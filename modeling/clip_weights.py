@@ -47,6 +47,7 @@ OLDER_WEIGHTS_FILE = "open_clip_pytorch_model.bin"  # of hub repositories withou
 QUICK = "-quickgelu"
 HUB = huggingface_hub.constants.ENDPOINT
 HUB_TIMEOUT = 10  # seconds
+NO_DOWNLOAD = "it is not on this machine, and nothing may be downloaded"
 TORCHSCRIPT_ADVICE = (
     "it is a TorchScript archive (the form of OpenAI's own files): a program, which is not run "
     "here. If it comes from OpenAI, take out its weights once: "
@@ -109,13 +110,22 @@ def check_local_dir(config: ClipWeights) -> None:
 def check_clip(config: ClipWeights) -> None:
     """Refuse a CLIP that can't be loaded, or whose activation is wrong or not known."""
     check_local_dir(config)
-    if not config.names_its_weights:
-        check_names(config)
+    key, model, pretrained = config.key, config.model, config.pretrained
+    models = open_clip.list_models()
+    if not config.names_its_weights and model not in models:
+        raise ValueError(
+            f"{key}.model: unknown open_clip model {model!r} (open_clip.list_models())"
+        )
+    tag = config.tag
+    if not (config.names_its_weights or tag or Path(pretrained).is_file()):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise AbsentWeights(
+            f"{key}.pretrained={pretrained} is neither a file nor a tag of {model} (tags: {tags})"
+        )
 
     # The activation: a tag knows it; a file does not, and its model's name says it, or has a twin.
-    key, model, pretrained, tag = config.key, config.model, config.pretrained, config.tag
     twin = model + QUICK
-    has_twin = twin in open_clip.list_models()
+    has_twin = twin in models
     if config.exact_gelu and (tag or not has_twin):
         raise ValueError(f"{key}.exact_gelu: {model}, {pretrained} says it already: leave it out")
     if has_twin and tag.get("quick_gelu"):
@@ -125,22 +135,6 @@ def check_clip(config: ClipWeights) -> None:
             f"{key}: {pretrained} does not say its activation, and {model} exists with two. "
             f"Weights of OpenAI, DFN or MetaCLIP: set {key}.model={twin}. Weights trained with the "
             f"exact GELU (LAION, DataComp): set {key}.exact_gelu=true"
-        )
-
-
-def check_names(config: ClipWeights) -> None:
-    """Refuse a model that open_clip does not know, or weights that are neither tag nor file."""
-    key, model, pretrained = config.key, config.model, config.pretrained
-    if model not in open_clip.list_models():
-        raise ValueError(
-            f"{key}.model: unknown open_clip model {model!r} (open_clip.list_models())"
-        )
-    if not pretrained:
-        raise ValueError(f"{key}.pretrained is empty: name an open_clip tag or a file")
-    if not config.tag and not Path(pretrained).is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise AbsentWeights(
-            f"{key}.pretrained={pretrained} is neither a file nor a tag of {model} (tags: {tags})"
         )
 
 
@@ -156,18 +150,17 @@ def load_clip(config: ClipWeights, download: bool = True) -> nn.Module:
     """
     check_clip(config)
     if config.model.startswith("hf-hub:") and not download:
-        raise cannot_load(config, "nothing may be downloaded", AbsentWeights)
+        raise cannot_load(config, NO_DOWNLOAD, AbsentWeights)
     weights = None if config.names_its_weights else find_weights(config, download)
     try:
         clip = open_clip.create_model(config.model, weights, require_pretrained=True)
     except Exception as error:  # open_clip, the hub, torch, pickle, safetensors have own types
-        raise cannot_load(config, error) from error
+        raise cannot_load(config, one_line(error)) from error
     return clip.eval().requires_grad_(False)
 
 
 def find_weights(config: ClipWeights, download: bool) -> str:
     """What open_clip.create_model is to load: a file, or the tag to download."""
-    # A file
     tag = config.tag
     if not tag:
         if is_torchscript(config.pretrained):
@@ -175,28 +168,22 @@ def find_weights(config: ClipWeights, download: bool) -> str:
             raise cannot_load(config, advice.replace("FILE", config.pretrained))
         return config.pretrained
 
-    # A tag whose weights lie elsewhere than on the hub
+    # Of a tag on the hub: its cache, without asking the hub
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
-    if not repository:
-        if not download:
-            raise cannot_load(config, "nothing may be downloaded", AbsentWeights)
-        return config.pretrained
-
-    # The hub's cache, without asking the hub
     names = [WEIGHTS_FILE, OLDER_WEIGHTS_FILE]
     if file:
         names = [str(Path(file).with_suffix(".safetensors")), file]
-    for name in names:
+    for name in names if repository else []:
         path = huggingface_hub.try_to_load_from_cache(repository, name)
         if isinstance(path, str):
             return path
 
     # To be downloaded
-    absent = "it is not in the hub's cache on this machine"
     if not download:
-        raise cannot_load(config, absent, AbsentWeights)
-    if silence := why_hub_is_silent():
-        raise cannot_load(config, f"{absent}, and {silence}", AbsentWeights)
+        raise cannot_load(config, NO_DOWNLOAD, AbsentWeights)
+    if repository and (silence := why_hub_is_silent()):
+        reason = f"it is not in the hub's cache on this machine, and {silence}"
+        raise cannot_load(config, reason, AbsentWeights)
     return config.pretrained
 
 
@@ -210,14 +197,17 @@ def why_hub_is_silent() -> str:
     return ""
 
 
+def one_line(error: Exception) -> str:
+    """What a package says, whose messages are often a page."""
+    return " ".join(str(error).split())[:300]
+
+
 def cannot_load(
-    config: ClipWeights, reason: Exception | str, kind: type[ValueError] = ValueError
+    config: ClipWeights, reason: str, kind: type[ValueError] = ValueError
 ) -> ValueError:
     """The error that says why, and which file of the hub to fetch elsewhere and how to name it."""
     key, model, tag = config.key, config.model, config.tag
     weights = "" if config.names_its_weights else f", {config.pretrained}"
-    if isinstance(reason, Exception):
-        reason = " ".join(str(reason).split())[:300]
     message = f"cannot load {config.title} {model}{weights}: {reason}"
     if model.startswith("hf-hub:"):
         origin = f"{CONFIG_FILE} and {WEIGHTS_FILE} of {HUB}/{model.removeprefix('hf-hub:')}"
@@ -241,9 +231,8 @@ def is_torchscript(path: str) -> bool:
 
 def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callable]:
     """(PIL image -> 3 x S x S, captions -> token ids B x L), as the CLIP was trained with."""
-    transform = open_clip.transform.image_transform_v2(
-        preprocessing_of(config, clip), is_train=False
-    )
+    preprocessing = preprocessing_of(config, clip)
+    transform = open_clip.transform.image_transform_v2(preprocessing, is_train=False)
     return transform, clip_tokenizer(config)
 
 
@@ -259,7 +248,7 @@ def clip_tokenizer(config: ClipWeights) -> Callable:
             "pip install -r requirements-text.txt"
         ) from error
     except Exception as error:  # of the hub
-        raise cannot_load(config, error) from error
+        raise cannot_load(config, one_line(error)) from error
 
 
 def has_quick_gelu(network: nn.Module) -> bool:
@@ -284,7 +273,7 @@ def model_config(config: ClipWeights) -> dict:
     try:
         found = open_clip.get_model_config(config.model)
     except Exception as error:  # of the hub
-        raise cannot_load(config, error, AbsentWeights) from error
+        raise cannot_load(config, one_line(error), AbsentWeights) from error
     if found is None:
         raise ValueError(
             f"{config.key}.model: open_clip knows no {config.model!r} (open_clip.list_models())"
@@ -303,11 +292,6 @@ def build_image_tower(description: dict) -> nn.Module:
 def build_clip(model_config: dict) -> nn.Module:
     """A fresh open_clip.CLIP from {"embed_dim", "vision_cfg", "text_cfg"}, with random weights."""
     return open_clip.model.CLIP(**model_config)
-
-
-def copy_clip(config: ClipWeights, folder: Path) -> None:
-    """Write the weights of a named model into a folder for local-dir:."""
-    save_clip(load_clip(config), open_clip.get_model_config(config.model), folder)
 
 
 def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:

@@ -15,7 +15,7 @@ import huggingface_hub
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .clip_weights import why_hub_is_silent
+from .clip_weights import one_line, why_hub_is_silent
 
 T = TypeVar("T")
 CONFIG_FILE, TOWER_FOLDER = "config.json", "text_encoder"
@@ -45,7 +45,7 @@ def find_folder(name: str | Path) -> Path:
             str(name), allow_patterns=HUB_FILES, local_files_only=bool(silence)
         )
     except Exception as error:  # of the hub, of requests or httpx, by the version
-        reason = silence or " ".join(str(error).split())[:300]
+        reason = silence or one_line(error)
         raise ValueError(f"{name} is no folder here, and not from the hub: {reason}") from error
     return Path(found)
 
@@ -66,4 +66,4 @@ def read_config(folder: Path, schema: type[T]) -> T:
         values = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(json.loads(text)))
         return OmegaConf.to_object(values)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error

@@ -32,7 +32,6 @@ class PublishedWeights:
 
     @property
     def ways_out(self) -> str:
-        """What to do without the file."""
         return (
             f"fetch {self.url} and put it into {self.cached.parent} ($TORCH_HOME/hub/checkpoints) "
             f"or name it with {self.option}{self.more}"
@@ -49,12 +48,18 @@ class PublishedWeights:
         file = Path(path).expanduser() if path else self.cached
         if path and not file.is_file():
             raise ValueError(f"{self.option}: no file {file}; {self.ways_out}")
-        if not file.is_file() and download:
-            self._download()
-        if not file.is_file():
-            return None
         # Hashing takes a second: only names that promise a hash are checked
         expected = hash_prefix(file)
+        if not file.is_file() and download:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(self.url, str(file), hash_prefix=expected or None)
+            except (OSError, RuntimeError) as error:  # no network, no disk, broken transfer
+                raise ValueError(
+                    f"{self.title} was not downloaded ({error}); {self.ways_out}"
+                ) from error
+        if not file.is_file():
+            return None
         found = file_sha256(file) if expected else ""
         if not found.startswith(expected):
             named_by = f"{self.option}: " if path else ""
@@ -63,16 +68,6 @@ class PublishedWeights:
                 f"with {expected}, but it is {found}; {self.ways_out}"
             )
         return file
-
-    def _download(self) -> None:
-        digits = hash_prefix(self.cached) or None
-        try:
-            self.cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(self.cached), hash_prefix=digits)
-        except (OSError, RuntimeError) as error:  # no network, no disk, broken transfer
-            raise ValueError(
-                f"{self.title} was not downloaded ({error}); {self.ways_out}"
-            ) from error
 
 
 def hash_prefix(file: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .clip_weights import HUB, AbsentWeights, why_hub_is_silent
+from .clip_weights import HUB, AbsentWeights, one_line, why_hub_is_silent
 from .layers import fingerprint
 from .text_encoder import TextEncoderConfig
 
@@ -56,25 +56,23 @@ def load_part(name: str, config: NamedModel, **options: Any) -> Any:
         AbsentWeights: it is not on this machine and can't be downloaded.
     """
     load = getattr(load_package(), name).from_pretrained
-    folder = Path(config.model)
+    what, folder = f"{config.key}.model={config.model}", Path(config.model)
     if folder.is_absolute() and not folder.is_dir():
-        raise AbsentWeights(f"{config.key}.model={folder} is no folder")
+        raise AbsentWeights(f"{what} is no folder")
     try:
         # The hub's cache, without asking the hub
         return load(config.model, local_files_only=True, **options)
     except Exception as error:  # OSError, ValueError, those of the hub, safetensors, tokenizers
-        reason = " ".join(str(error).split())[:300]
         if folder.is_dir():
-            raise ValueError(f"cannot load {config.key}.model={folder}: {reason}") from error
+            raise ValueError(f"cannot load {what}: {one_line(error)}") from error
     try:
         if silence := why_hub_is_silent():
             raise OSError(f"it is neither a folder nor in the hub's cache, and {silence}")
         return load(config.model, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise AbsentWeights(
-            f"cannot load {config.key}.model={config.model}: {reason}. Without network: download "
-            f"the files of {HUB}/{config.model} elsewhere, put them into one folder here and set "
+            f"cannot load {what}: {one_line(error)}. Without network: download the files of "
+            f"{HUB}/{config.model} elsewhere, put them into one folder here and set "
             f"{config.key}.model=FOLDER"
         ) from error
 
@@ -114,13 +112,10 @@ class TransformersTextEncoder(nn.Module):
 
     tokenize: TransformersTokenizer | None = None
 
-    def __init__(self, tower: nn.Module, length: int = 0):
-        """length: of its states; 0: see TextEncoderConfig.context_length."""
+    def __init__(self, tower: nn.Module, length: int):
+        """length: L of its states, of `states_length`."""
         super().__init__()
-        limit = getattr(tower.config, "max_position_embeddings", None)
-        if limit and length > limit:
-            raise ValueError(f"text_encoder.context_length={length}: the tower has {limit} places")
-        self.shape = (length or limit or T5_LENGTH, tower.config.hidden_size)
+        self.shape = (length, tower.config.hidden_size)
         self.masks_padding = tower.config.model_type in T5
         self.pad_id = tower.config.pad_token_id
         self.tower = tower.float()
@@ -154,7 +149,7 @@ class TransformersTextEncoder(nn.Module):
 def build_tower(settings: Any, length: int = 0) -> TransformersTextEncoder:
     """A tower with random weights, from a T5Config, CLIPTextConfig or the like."""
     tower = getattr(load_package(), tower_class(settings.model_type))
-    return TransformersTextEncoder(tower(settings), length)
+    return TransformersTextEncoder(tower(settings), states_length(settings, length))
 
 
 def tower_class(kind: str) -> str:
@@ -164,11 +159,23 @@ def tower_class(kind: str) -> str:
     return TOWERS[kind]
 
 
+def states_length(settings: Any, length: int) -> int:
+    """L: TextEncoderConfig.context_length, or what 0 means; ValueError: the tower has less."""
+    # Of a model with an image half, too, the text's settings are apart
+    text = getattr(settings, "text_config", settings)
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise ValueError(f"text_encoder.context_length={length}: the tower has {limit} places")
+    return length or limit or T5_LENGTH
+
+
 def load_tower(config: TextEncoderConfig) -> TransformersTextEncoder:
     """The tower that a config names, in float32; ValueError as load_part, or it lacks weights."""
-    name = tower_class(load_part("AutoConfig", config).model_type)
-    tokenizer = load_part("AutoTokenizer", config)  # refused before weights are downloaded
-    encoder = TransformersTextEncoder(load_whole(name, config), config.context_length)
-    encoder.tokenize = TransformersTokenizer(config, tokenizer, encoder.shape[0])
+    # What can be refused is, before weights are downloaded
+    settings = load_part("AutoConfig", config)
+    name, length = tower_class(settings.model_type), states_length(settings, config.context_length)
+    tokenizer = load_part("AutoTokenizer", config)
+    encoder = TransformersTextEncoder(load_whole(name, config), length)
+    encoder.tokenize = TransformersTokenizer(config, tokenizer, length)
     encoder.pad_id = tokenizer.pad_token_id
     return encoder

@@ -30,7 +30,7 @@ from torch import nn
 
 from data.files import check_new_folder, folder_written_whole, user_path, write_json, write_text
 from eval.programs import build_parser
-from modeling.clip_weights import copy_clip, why_hub_is_silent
+from modeling.clip_weights import load_clip, model_config, save_clip, why_hub_is_silent
 from modeling.layers import fingerprint, save_weights
 from modeling.pipeline import DirectionConfig, PipelineConfig
 from modeling.pretrained import CONFIG_FILE, HUB_ID, TOWER_FOLDER
@@ -99,11 +99,17 @@ def main(args: argparse.Namespace) -> None:
     """
     target = args.output.resolve()
     check_new_folder(target)
+    hub = huggingface_hub.HfApi()
     if args.push:
-        check_hub(args.push)
+        if not HUB_ID.fullmatch(args.push):
+            raise ValueError(f"--push {args.push}: expected USER/NAME")
+        if silence := why_hub_is_silent():
+            raise ValueError(f"--push {args.push}: {silence}")
+        hub.whoami()
 
     # All is read before anything is written, and the card comes last: it says what is there
     runs, networks, config = collect(args.run)
+    figures = describe_report(args.run, networks)
     with folder_written_whole(target) as folder:
         for part, network in networks.items():
             save_weights(network.state_dict(), folder / f"{part}.safetensors")
@@ -112,18 +118,11 @@ def main(args: argparse.Namespace) -> None:
         pictures = sorted(sample_path([*runs.values()][-1], 0).parent.glob("step_*.png"))
         if pictures:  # the newest that the run made of itself
             shutil.copyfile(pictures[-1], folder / SAMPLES_FILE)
-        card = write_card(
-            name=args.push or args.output.name,
-            runs=runs,
-            config=config,
-            has_picture=bool(pictures),
-            figures=describe_report(args.run, networks),
-        )
+        card = write_card(args.push or args.output.name, runs, config, bool(pictures), figures)
         write_text(card, folder / "README.md")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: written, {size / 1e6:.1f} MB")
     if args.push:
-        hub = huggingface_hub.HfApi()
         hub.create_repo(args.push, private=True, exist_ok=True)
         print(hub.upload_folder(repo_id=args.push, folder_path=target).commit_url)
     print(f"python sample.py --run {args.push or args.output}")
@@ -170,19 +169,10 @@ def pack_tower(config: TextEncoderConfig, folder: Path) -> TextEncoderConfig:
     if is_path and Path(named).is_dir():
         shutil.copytree(named, folder)
     elif not config.names_its_weights and Path(config.pretrained).is_file():
-        copy_clip(config, folder)
+        save_clip(load_clip(config), model_config(config), folder)
     else:
         return config
     return replace(config, model=folder.name, pretrained="")
-
-
-def check_hub(name: str) -> None:
-    """Refuse, before anything is written, an id that is none, or a hub that knows no user."""
-    if not HUB_ID.fullmatch(name):
-        raise ValueError(f"--push {name}: expected USER/NAME")
-    if silence := why_hub_is_silent():
-        raise ValueError(f"--push {name}: {silence}")
-    huggingface_hub.HfApi().whoami()
 
 
 # The model card
@@ -192,12 +182,11 @@ def write_card(
     name: str, runs: dict[str, Path], config: PipelineConfig, has_picture: bool, figures: str
 ) -> str:
     """What it is, how to use it, what it was trained on, what was measured."""
-    calls, tokenizer = [], config.tokenizer
-    if draws := config.text_to_image:
+    calls, tokenizer, draws = [], config.tokenizer, config.text_to_image
+    if draws:
         prompt = next(iter(config.captions), "a prompt")
-        sampling = draws.sampling
-        call = DRAW.format(prompt=prompt, steps=sampling.steps, guidance=sampling.guidance)
-        calls.append(call)
+        steps, guidance = draws.sampling.steps, draws.sampling.guidance
+        calls.append(DRAW.format(prompt=prompt, steps=steps, guidance=guidance))
     if config.image_to_text:
         calls.append(CAPTION.format(size=tokenizer.image_size))
     commit = find_commit()

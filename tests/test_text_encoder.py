@@ -25,7 +25,6 @@ from modeling.text_encoder import (
 L, T = 16, 32
 CAPTIONS = ["a red circle", "a black cat on a green sofa", ""]
 LONG = " ".join(["circle"] * 40)
-CUT = " ".join(["circle"] * (L - 2))
 
 
 @pytest.fixture(scope="module")
@@ -115,34 +114,25 @@ def test_a_model_with_another_tokenizer_than_clips_is_refused(monkeypatch):
 def test_ids_are_those_of_the_clip_vocabulary_at_the_folders_context_length(tokenize):
     assert torch.equal(tokenize([*CAPTIONS, LONG]), ClipTokenizer(L)([*CAPTIONS, LONG]))
     assert tokenize(["a cat"])[0, :5].tolist() == [49406, 320, 2368, 49407, 0]  # OpenAI's ids
+    # What is counted is the uncut caption
+    assert [tokenize.num_tokens(caption) for caption in ("", "a cat", LONG)] == [2, 4, 42]
+    copied = pickle.loads(pickle.dumps(tokenize))  # as data workers get it
+    assert torch.equal(copied(CAPTIONS), tokenize(CAPTIONS)) and copied.context_length == L
 
 
-def test_num_tokens_counts_the_uncut_caption(tokenize):
-    assert tokenize.num_tokens("") == 2
-    assert tokenize.num_tokens("a cat") == 4 == (tokenize(["a cat"]) != 0).sum()
-    assert tokenize.num_tokens(LONG) == 42
-
-
-@pytest.mark.parametrize("caption", ["a red circle", "wow ! a cat", "!~", "", LONG])
-def test_decoding_gives_the_caption_back(tokenize, caption):
-    assert tokenize.decode(tokenize([caption])[0]) == (CUT if caption == LONG else caption)
+def test_decoding_gives_the_caption_back(tokenize):
+    for caption in ("a red circle", "wow ! a cat", "!~", ""):
+        assert tokenize.decode(tokenize([caption])[0]) == caption
+    assert tokenize.decode(tokenize([LONG])[0]) == " ".join(["circle"] * (L - 2))
     without_end = torch.tensor([49406, 320, 2368, 0, 0])
     assert tokenize.decode(without_end) == "a cat"
 
 
-def test_tokenizer_survives_pickling(tokenize):
-    copied = pickle.loads(pickle.dumps(tokenize))
-    assert torch.equal(copied(CAPTIONS), tokenize(CAPTIONS)) and copied.context_length == L
-
-
-@pytest.mark.parametrize("load", [load_text_encoder, TextTokenizer])
-@pytest.mark.parametrize("has_weights", [False, True])
-def test_a_folder_that_is_missing_or_was_cut_short_is_refused(tmp_path, load, has_weights):
-    if has_weights:
-        save_clip(build_clip(TINY_CLIP), TINY_CLIP, tmp_path)
-        (tmp_path / CONFIG_FILE).unlink()
+def test_a_folder_that_was_cut_short_is_refused(tmp_path):
+    save_clip(build_clip(TINY_CLIP), TINY_CLIP, tmp_path)
+    (tmp_path / CONFIG_FILE).unlink()
     with pytest.raises(ValueError, match=f"text_encoder.model: {tmp_path} .*{CONFIG_FILE}"):
-        load(TextEncoderConfig(model=f"local-dir:{tmp_path}"))
+        load_text_encoder(TextEncoderConfig(model=f"local-dir:{tmp_path}"))
 
 
 def test_folder_without_weights_is_refused_instead_of_giving_a_random_tower(
@@ -192,7 +182,7 @@ def states_of(tokenize, *arguments, **options):
     return load_text_encoder(TextEncoderConfig(*arguments, **options))(tokenize(CAPTIONS))
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pickle", "float16"])
+@pytest.mark.parametrize("form", ["pickle", "float16"])
 def test_a_local_file_gives_the_same_states_as_the_hubs_name(named, hub, tokenize, tmp_path, form):
     file = named / WEIGHTS_FILE
     clip = build_clip(TINY_CLIP)
@@ -216,30 +206,23 @@ def test_the_name_or_the_option_says_the_activation_of_a_file(named, tokenize):
     assert difference.abs().max() > 1e-4
 
 
-OPENAI = "ViT-L-14-336"  # one that open_clip ships
-
-
 @pytest.mark.parametrize(
     ("model", "pretrained", "exact_gelu", "keys"),
     [
         # what does not exist
         ("ViT-L-14-337", "openai", False, "text_encoder.model: .*'ViT-L-14-337'"),
-        ("ViT-B-32", "", False, "text_encoder.pretrained is empty"),
         ("ViT-B-32", "opena1", False, "text_encoder.pretrained=opena1 .*ViT-B-32 .*openai, "),
         # weights that want the other activation, or may want it
         (PLAIN, "openai", False, f"set text_encoder.model={QUICK}"),
-        (OPENAI, "openai", False, f"set text_encoder.model={OPENAI}-quickgelu"),
         (PLAIN, "FILE", False, f"model={QUICK}.*text_encoder.exact_gelu=true"),
         # an activation that is said already
         (QUICK, "FILE", True, "text_encoder.exact_gelu"),
-        (QUICK, "openai", True, "text_encoder.exact_gelu"),
-        ("local-dir:TINY", "", True, "text_encoder.exact_gelu"),
+        (PLAIN, "openai", True, "text_encoder.exact_gelu"),
     ],
 )
 def test_weights_that_are_not_there_or_of_an_unclear_activation_are_refused(
-    named, hub, tiny_clip_dir, model, pretrained, exact_gelu, keys
+    named, hub, model, pretrained, exact_gelu, keys
 ):
-    model = model.replace("TINY", str(tiny_clip_dir))
     pretrained = pretrained.replace("FILE", str(named / WEIGHTS_FILE))
     with pytest.raises(ValueError, match=keys):
         load_text_encoder(TextEncoderConfig(model, pretrained, exact_gelu))
@@ -306,11 +289,10 @@ def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_re
     assert torch.equal(states, ClipTextEncoder(rounded)(tokenize(CAPTIONS)))
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04"])
 @pytest.mark.parametrize("name", ["clip.pt", "clip.safetensors"])
-def test_a_broken_weights_file_is_named_in_one_line(named, tmp_path, name, content):
+def test_a_broken_weights_file_is_named_in_one_line(named, tmp_path, name):
     file = tmp_path / name
-    file.write_bytes(content)
+    file.write_bytes(b"PK\x03\x04")
     with refusal(f"cannot load the text tower {QUICK}, {file}: "):
         load_text_encoder(TextEncoderConfig(QUICK, str(file)))
 

@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_experiment import Experiment, draw, metrics, training
 from torch import nn
 
+from modeling import transformers_text
 from modeling.clip_weights import AbsentWeights
 from modeling.flow import FlowConfig
 from modeling.flow_model import build_flow, fill_in_sizes
@@ -231,8 +232,9 @@ def test_a_model_that_can_not_be_had_is_named(model, kind, key, tmp_path, monkey
         load_text_encoder(TextEncoderConfig(family="transformers", model=model))
 
 
-def test_a_context_length_that_nobody_reads_or_that_is_too_long_is_refused(folders):
+def test_a_context_length_that_nobody_reads_or_that_is_too_long_is_refused(folders, monkeypatch):
     with pytest.raises(ValueError, match="context_length"):
         TextEncoderConfig(context_length=64)
+    monkeypatch.setattr(transformers_text, "load_whole", None)  # before weights are downloaded
     with pytest.raises(ValueError, match=f"context_length=64: the tower has {LENGTH} places"):
         load_text_encoder(config_of(folders, "clip", 64))
