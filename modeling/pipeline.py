@@ -53,11 +53,7 @@ class Sampling:
     sample_text_latent: bool
 
     def check_images(self, option: str, number: int) -> None:
-        """Refuse several images of a caption where nothing is drawn: they would be the same one.
-
-        Raises:
-            ValueError: it begins with `option`.
-        """
+        """Refuse several images of a caption, all the same; `option` begins the error."""
         if number > 1 and not self.sample_text_latent:
             raise ValueError(
                 f"{option} {number}: the run draws nothing (sampling.sample_text_latent=false), a "
@@ -96,11 +92,7 @@ class SamplingConfig(Sampling):
             )
 
     def check_flow(self, flow: FlowConfig) -> None:
-        """Refuse what a flow was not trained for: guidance, or a solver that needs velocities.
-
-        Raises:
-            ValueError: naming both.
-        """
+        """Refuse what a flow was not trained for: guidance, or a solver that needs velocities."""
         check_guidance(self.guidance, flow.null_probability)
         if flow.guidance != 1 and self.guidance != 1:
             raise ValueError(
@@ -168,7 +160,6 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the parts live."""
         return next(self.tokenizer.parameters()).device
 
     @torch.no_grad()
@@ -269,13 +260,13 @@ class ImageGenerator(Generator):
             Their times in [0, 1], and images N x 3 x R x R in [0, 1].
         """
         text_states = self.encode_text([caption])
-        points: dict[float, Tensor] = {}
         start = self.start(text_states, config, seed, indices=[0])
-        context = self.flow.context(text_states)
-        end = transport(self.flow, start, context, config, points)
-        points = {time: x for time, x in points.items() if time < 1} | {1.0: end}
-        places = np.linspace(0, len(points) - 1, min(number, len(points))).round().astype(int)
-        times = [sorted(points)[place] for place in places]
+        points: dict[float, Tensor] = {}
+        end = transport(self.flow, start, self.flow.context(text_states), config, points)
+        points[1.0] = end  # some solvers ask for the velocity at t = 1, too
+        times = sorted(points)
+        places = np.linspace(0, len(times) - 1, min(number, len(times))).round().astype(int)
+        times = [times[place] for place in places]
         latents = torch.cat([points[time] for time in times]) / self.flow.latent_scale
         states = text_states.expand(len(times), -1, -1)
         return times, self.decode(latents, states, config.precision)
@@ -297,7 +288,6 @@ class Captioner:
 
     @property
     def device(self) -> torch.device:
-        """Where the flow lives."""
         return self.flow.latent_scale.device
 
     @torch.no_grad()
@@ -364,10 +354,9 @@ class FlowTokPipeline:
     def from_pretrained(
         cls, folder_or_id: str | Path, device: str | torch.device | None = None
     ) -> "FlowTokPipeline":
-        """Of a folder here or the hub's USER/NAME; device: a GPU, if there is one.
+        """Of a folder here or the hub's USER/NAME; ValueError if there is none, or a damaged one.
 
-        Raises:
-            ValueError: the folder is not there, or its config.json is not that of one.
+        device: a GPU, if there is one.
         """
         folder = find_folder(folder_or_id)
         config = read_config(folder, PipelineConfig)
@@ -401,14 +390,12 @@ class FlowTokPipeline:
 
     @cached_property
     def generator(self) -> ImageGenerator:
-        """The networks that make images."""
         flow = self._load_flow("text_to_image")
         text_encoder = load_text_encoder(self.config.text_encoder).to(self.device)
         return ImageGenerator(text_encoder, self._tokenizer, flow)
 
     @cached_property
     def captioner(self) -> Captioner:
-        """The networks that make captions."""
         flow = self._load_flow("image_to_text")
         decoder = TextDecoder(self.config.text_decoder, *flow.projector.shape)
         return Captioner(

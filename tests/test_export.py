@@ -10,6 +10,7 @@ import venv
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -175,29 +176,22 @@ def test_a_text_tower_of_a_file_goes_along_and_one_of_a_hub_is_named(tmp_path):
 
 
 def test_what_is_pushed_comes_back_from_the_hubs_cache(chain, tmp_path, monkeypatch):
-    class Hub:
+    hub = Mock()
+    place = tmp_path / "hub" / "models--user--shapes"
+
+    def upload(repo_id, folder_path):
         """Files at once where a download would put them."""
+        shutil.copytree(folder_path, place / "snapshots" / "abc")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("abc")
+        return Mock()
 
-        def whoami(self):
-            calls.append("whoami")
-
-        def create_repo(self, repo_id, private, exist_ok):
-            assert exist_ok and private
-            calls.append(repo_id)
-
-        def upload_folder(self, repo_id, folder_path):
-            place = tmp_path / "hub" / "models--user--shapes"
-            shutil.copytree(folder_path, place / "snapshots" / "abc")
-            (place / "refs").mkdir()
-            (place / "refs" / "main").write_text("abc")
-            return type("Commit", (), {"commit_url": "https://hub/commit"})
-
-    calls = []
+    hub.upload_folder = upload
     with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.HfApi", Hub)
+        patch.setattr("huggingface_hub.HfApi", lambda: hub)
         patch.setattr(export, "why_hub_is_silent", lambda: "")
         run_script(chain.folder, "--output", tmp_path / "out", "--push", "user/shapes")
-    assert calls == ["whoami", "user/shapes"]
+    hub.create_repo.assert_called_once_with("user/shapes", private=True, exist_ok=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.get_session", None)  # no network
     monkeypatch.chdir(tmp_path)
@@ -231,7 +225,6 @@ def test_an_export_that_cannot_be_is_refused_before_anything_is_loaded(
     ("section", "key", "value", "said"),
     [
         ("tokenizer", "patches", 3, "config.json.*patches"),
-        ("tokenizer", "patch_size", "big", "config.json.*big.*patch_size"),
         ("text_encoder", "model", "hf-hub:user/${oc.env:HOME}", "config.json.*refused"),
         ("tokenizer", "token_channels", 5, "tokenizer.safetensors does not fit"),
     ],
@@ -246,7 +239,4 @@ def test_a_damaged_folder_is_refused_by_name(exported, tmp_path, section, key, v
         FlowTokPipeline.from_pretrained(folder, "cpu")("a cat")
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match="config.json"):
-        FlowTokPipeline.from_pretrained(folder)
-    path.unlink()
-    with pytest.raises(ValueError, match="copy .*no config.json"):
         FlowTokPipeline.from_pretrained(folder)
