@@ -109,7 +109,7 @@ def main(config: TextDecoderStage) -> None:
         "text_encoder": load_text_encoder(text_config).identity,
         "projector": fingerprint(source) if source else "none",
     }
-    shards = check_shards(run, config.data, config.training.max_steps)
+    shards = check_shards(run, config.data, training.max_steps)
     if is_complete(run, config, inputs):
         return
 
@@ -152,12 +152,9 @@ def choose_vocabulary(model: TextAutoencoder, captions: StoredText) -> None:
     size = model.decoder.config.vocabulary_size
     if size == CLIP_VOCABULARY:
         return
-    batches = captions.reader.once(100, limit=VOCABULARY_CAPTIONS)
-    all_ids = (batch["token_ids"] for batch in batches)
-    left_out = model.decoder.fit_vocabulary(
-        ids.flatten()[counted_positions(ids)] for ids in all_ids
-    )
-    if left_out:
+    all_ids = (batch["token_ids"] for batch in captions.reader.once(100, limit=VOCABULARY_CAPTIONS))
+    counted = (ids.flatten()[counted_positions(ids)] for ids in all_ids)
+    if left_out := model.decoder.fit_vocabulary(counted):
         captions.run.say(
             f"text_decoder.vocabulary_size={size}: the {left_out} rarest ids of the captions are "
             "left out and can't be learned"

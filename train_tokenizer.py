@@ -161,7 +161,7 @@ def main(config: TokenizerStage) -> None:
         config.tokenizer = replace(config.tokenizer, vision_width=teacher.width)
         inputs["vision"] = fingerprint(teacher)
     dual_teacher = fingerprint(teacher) if config.dual and teacher else ""
-    shards = check_shards(run, config.data, config.training.max_steps, dual_teacher)
+    shards = check_shards(run, config.data, training.max_steps, dual_teacher)
     if is_complete(run, config, inputs):
         return
 

@@ -75,43 +75,34 @@ def main(config: TextEncoderStage) -> None:
     """Run the stage from start or checkpoint to its last step, then write the CLIP folder."""
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
-    shards = check_shards(run, config.data, config.training.max_steps)
+    shards = check_shards(run, config.data, training.max_steps)
+
+    # The contrastive training, image to caption and caption to image.
     if not is_complete(run, config, inputs={}):
-        train_clip(config, run, shards)
-    if run.is_main:
-        write_clip(config, run)
-    run.accelerator.wait_for_everyone()
+        tokenize = ClipTokenizer(config.clip.context_length)
+        reader = image_reader(config.data, config.clip.image_size, tokenize)
+        loader = open_stream(run, training, reader)
+        save_config(run, config, latest_checkpoint(run.folder) is not None)
+        save_source(run.folder, shards)
+        train_network(
+            run=run,
+            stage=config,
+            module=new_pair(config.clip),
+            loss_fn=partial(compute_losses, run),
+            loader=loader,
+            inputs={},
+        )
 
-
-def train_clip(config: TextEncoderStage, run: Run, shards: dict) -> None:
-    """The contrastive training, image to caption and caption to image; shards: of check_shards."""
-    training = config.training
-    tokenize = ClipTokenizer(config.clip.context_length)
-    reader = image_reader(config.data, config.clip.image_size, tokenize)
-    loader = open_stream(run, training, reader)
-    save_config(run, config, latest_checkpoint(run.folder) is not None)
-    save_source(run.folder, shards)
-    train_network(
-        run=run,
-        stage=config,
-        module=new_pair(config.clip),
-        loss_fn=partial(compute_losses, run),
-        loader=loader,
-        inputs={},
-    )
-
-
-def write_clip(config: TextEncoderStage, run: Run) -> None:
-    """Write the EMA weights as an open_clip folder, unless it is newer than they are."""
-    # A complete run writes nothing: another stage may be reading the folder.
+    # The EMA weights as an open_clip folder, unless it is newer than they are: another stage may be
+    # reading that of a complete run.
     folder = run.folder / "clip"
     _, newest = latest_checkpoint(run.folder)
-    if folder.is_dir() and folder.stat().st_mtime >= newest.stat().st_mtime:
-        return
-    clip_config = open_clip_config(config.clip)
-    pair = load_ema(ClipPair(clip_config), run.folder)
-    save_clip(pair.clip, clip_config, folder)
-    run.say(f"text encoder written to {folder}")
+    is_old = not folder.is_dir() or folder.stat().st_mtime < newest.stat().st_mtime
+    if run.is_main and is_old:
+        clip_config = open_clip_config(config.clip)
+        save_clip(load_ema(ClipPair(clip_config), run.folder).clip, clip_config, folder)
+        run.say(f"text encoder written to {folder}")
+    run.accelerator.wait_for_everyone()
 
 
 def open_clip_config(size: ClipSize) -> dict:
@@ -143,11 +134,8 @@ class ClipPair(nn.Module):
 
     def forward(self, images: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images B x 3 x R x R in [0, 1], ids B x L -> features B x E each, log temperature."""
-        return (
-            self.clip.encode_image(images * 2 - 1),
-            self.clip.encode_text(token_ids),
-            self.clip.logit_scale,
-        )
+        image_features = self.clip.encode_image(images * 2 - 1)
+        return image_features, self.clip.encode_text(token_ids), self.clip.logit_scale
 
 
 @torch.no_grad()
