@@ -11,7 +11,6 @@ and the wrong one gives states that are slightly off, without any error. The mod
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import LazyLoader, find_spec, module_from_spec
@@ -48,13 +47,6 @@ QUICK = "-quickgelu"
 HUB = huggingface_hub.constants.ENDPOINT
 HUB_TIMEOUT = 10  # seconds
 NO_DOWNLOAD = "it is not on this machine, and nothing may be downloaded"
-TORCHSCRIPT_ADVICE = (
-    "it is a TorchScript archive (the form of OpenAI's own files): a program, which is not run "
-    "here. If it comes from OpenAI, take out its weights once: "
-    """python -c "import torch, safetensors.torch as s; s.save_file({k: v for k, v in """
-    """torch.jit.load('FILE', map_location='cpu').state_dict().items() if """
-    """v.is_floating_point()}, 'FILE.safetensors')" and set KEY.pretrained=FILE.safetensors"""
-)
 
 
 @dataclass
@@ -163,9 +155,6 @@ def find_weights(config: ClipWeights, download: bool) -> str:
     """What open_clip.create_model is to load: a file, or the tag to download."""
     tag = config.tag
     if not tag:
-        if is_torchscript(config.pretrained):
-            advice = TORCHSCRIPT_ADVICE.replace("KEY", config.key)
-            raise cannot_load(config, advice.replace("FILE", config.pretrained))
         return config.pretrained
 
     # Of a tag on the hub: its cache, without asking the hub
@@ -219,14 +208,6 @@ def cannot_load(
     else:
         return kind(message)
     return kind(f"{message}. Without network: download {origin} elsewhere, {setting}")
-
-
-def is_torchscript(path: str) -> bool:
-    """Whether a file is a TorchScript archive instead of saved tensors."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
 
 
 def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callable]:

@@ -96,32 +96,27 @@ class Converted:
     tensors: dict[str, Tensor]  # float32, by our names
 
 
-def convert(
-    tensors: dict[str, Tensor], num_heads: int | None = None, latent_scale: float = LATENT_SCALE
-) -> Converted:
+def convert(tensors: dict[str, Tensor], num_heads: int | None = None) -> Converted:
     """Convert the tensors of a released file, of either kind.
 
     Args:
         tensors: by their names in the file, without wrappers and prefixes. Meta tensors give meta
             tensors.
         num_heads: of a flow that is none of B, XL, H; those of a tokenizer are 64 wide.
-        latent_scale: of a flow: z_I = latent_scale * tokenizer latent.
 
     Raises:
         ValueError: neither kind of file; tensors missing, unknown or of another shape; fixed tables
             of other values.
     """
     if any(name.startswith(("context_encoder.", "x_embedder.")) for name in tensors):
-        return convert_flow(tensors, num_heads, latent_scale)
+        return convert_flow(tensors, num_heads)
     if any(name.startswith(("encoder.transformer.", "decoder.transformer.")) for name in tensors):
         return convert_tokenizer(tensors)
     found = ", ".join(list(tensors)[:3]) or "nothing"
     raise ValueError(f"it is no released flow or tokenizer file: it holds {found}")
 
 
-def convert_flow(
-    tensors: dict[str, Tensor], num_heads: int | None, latent_scale: float
-) -> Converted:
+def convert_flow(tensors: dict[str, Tensor], num_heads: int | None) -> Converted:
     """Projector and velocity network of a flow file."""
     # No shape shows the heads, and none depends on them.
     width = size_of(tensors, "x_embedder.weight", 0)
@@ -151,7 +146,7 @@ def convert_flow(
     for name in converted:
         if re.fullmatch(GAINS, name):
             converted[name] *= math.sqrt((projector.width - 1) / projector.width)
-    converted["latent_scale"] = torch.tensor(latent_scale)
+    converted["latent_scale"] = torch.tensor(LATENT_SCALE)
     return Converted("flowtok", {"projector": projector, "flowtok": flowtok}, converted)
 
 

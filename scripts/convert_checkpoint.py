@@ -15,7 +15,6 @@ The text tower is not in the files: the config names it, and it is loaded when i
 """
 
 import argparse
-import math
 import re
 import sys
 from dataclasses import asdict
@@ -35,7 +34,7 @@ from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
 from modeling.layers import save_weights
 from modeling.pipeline import SamplingConfig
-from modeling.released import LATENT_SCALE, TEMPERATURE, Converted, convert
+from modeling.released import TEMPERATURE, Converted, convert
 from modeling.released_dual import convert_dual, is_dual
 from modeling.text_encoder import TextEncoderConfig
 from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, load_plain
@@ -62,8 +61,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     help_text = "experiment folder to write, from a flow and a tokenizer"
     add("--run", type=user_path, metavar="OUT", help=help_text)
     add("--num-heads", type=int, help="of a flow that is none of B, XL, H")
-    help_text = "of the flow; default: the release's"
-    add("--latent-scale", type=float, default=LATENT_SCALE, help=help_text)
     help_text = "open_clip name, hf-hub:... or local-dir:..."
     add("--text-encoder-model", default=tower.model, help=help_text)
     help_text = "open_clip tag or a weights file"
@@ -80,8 +77,6 @@ def main(args: argparse.Namespace) -> None:
     # What needs no file is checked first: a file has gigabytes
     target = (args.run or args.second).resolve()
     check_new_folder(target)
-    if not (math.isfinite(args.latent_scale) and args.latent_scale > 0):
-        raise ValueError(f"--latent-scale must be positive, got {args.latent_scale}")
     model, pretrained = args.text_encoder_model, args.text_encoder_pretrained
     if model.startswith("local-dir:"):
         model = f"local-dir:{Path(model.removeprefix('local-dir:')).resolve()}"
@@ -127,7 +122,7 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
         if is_dual(tensors):
             converted = convert_dual(tensors)
         else:
-            converted = convert(tensors, args.num_heads, args.latent_scale)
+            converted = convert(tensors, args.num_heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     millions = sum(tensor.numel() for tensor in converted.tensors.values()) / 1e6

@@ -95,7 +95,7 @@ run_script = partial(run_program, convert_checkpoint)
 
 def convert_file(file):
     """What the script makes of the tensors in a file."""
-    arguments = argparse.Namespace(num_heads=4, latent_scale=1.0)
+    arguments = argparse.Namespace(num_heads=4)
     return convert_checkpoint.convert_file(file, arguments).tensors
 
 
@@ -220,13 +220,13 @@ def test_what_loading_reads_is_written_once_and_nothing_else(run):
     assert all(flow.pictures.captions)
 
 
-def test_one_file_becomes_one_run_folder_with_the_given_latent_scale(files, run, tmp_path):
+def test_one_file_becomes_one_run_folder(files, run, tmp_path):
     (tmp_path / "mine").mkdir()  # an empty folder is filled
-    run_script(files / "flow.pth", tmp_path / "mine", "--num-heads", 4, "--latent-scale", 0.5)
+    run_script(files / "flow.pth", tmp_path / "mine", "--num-heads", 4)
     folders = (tmp_path / "mine", run / "flowtok")
     mine, both = (load_file(latest_checkpoint(folder)[1] / EMA_FILE) for folder in folders)
-    assert mine.pop("latent_scale") == 0.5 and both.pop("latent_scale") == pytest.approx(1.0143)
     torch.testing.assert_close(mine, both, rtol=0, atol=0)
+    assert mine["latent_scale"] == pytest.approx(1.0143)
     assert load_flow(tmp_path / "mine").config == FlowConfig()
 
 
@@ -395,7 +395,6 @@ def test_a_bad_second_file_and_a_full_disk_leave_nothing(files, tmp_path, monkey
         ("a.bin b.bin --run out", "a.bin is a tokenizer file and b.bin is a tokenizer file"),
         ("a.bin out --num-heads 4", "--num-heads .* a.bin is a tokenizer file"),
         ("a.bin .", "exists already"),
-        ("a.bin out --latent-scale 0", "--latent-scale .* 0.0"),
         ("a.bin out --text-encoder-model ViT-L-14-337", "unknown open_clip model 'ViT-L-14-337'"),
         ("a.bin out --text-encoder-pretrained clip.pt", "clip.pt is neither a file nor a tag of"),
     ],

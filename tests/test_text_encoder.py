@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import re
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -265,28 +264,6 @@ def test_a_repository_that_cannot_be_had_is_named_with_the_way_to_use_its_files(
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", None)
     with pytest.raises(ValueError, match="huggingface.co/a/b elsewhere.*model=local-dir:FOLDER"):
         load_text_encoder(TextEncoderConfig("hf-hub:a/b"))
-
-
-# torch gives TorchScript up
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_readable(
-    tokenize, named, tmp_path
-):
-    clip = build_clip(TINY_CLIP).eval().half()
-    rounded = copy.deepcopy(clip).float()
-    # The state dict of OpenAI's files has no mask, but three numbers.
-    clip.register_buffer("attn_mask", None)
-    for name in ("input_resolution", "context_length", "vocab_size"):
-        vars(clip).pop(name, None)
-        clip.register_buffer(name, torch.tensor(7))
-    file = tmp_path / "ViT-L-14-336px.pt"
-    example = (torch.randn(1, 3, 32, 32).half(), tokenize(CAPTIONS[:1]))
-    torch.jit.trace(clip, example, check_trace=False, strict=False).save(str(file))
-    with pytest.raises(ValueError, match="TorchScript") as error:
-        load_text_encoder(TextEncoderConfig(QUICK, str(file)))
-    exec(re.search(r'python -c "(.+?)" and', str(error.value))[1], {})
-    states = states_of(tokenize, PLAIN, f"{file}.safetensors", exact_gelu=True)
-    assert torch.equal(states, ClipTextEncoder(rounded)(tokenize(CAPTIONS)))
 
 
 @pytest.mark.parametrize("name", ["clip.pt", "clip.safetensors"])
