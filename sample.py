@@ -88,6 +88,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Load, generate, write."""
+    # A hub's id becomes the folder of its files here.
     args.run = find_folder(args.run)
     to_text = bool(args.caption)
     if not (to_text or args.prompts or args.prompts_file or args.interpolate or args.trajectory):
@@ -155,6 +156,7 @@ def draw(args: argparse.Namespace) -> None:
         in_row = args.frames or COLUMNS
         pictures = interpolate(parts, args, sampling, prompts, in_row)
     elif args.trajectory:
+        # The solver says how many points a row has, so the first row must be there for the width.
         followed = [*follow(parts, args, sampling, prompts)]
         in_row, pictures = len(followed) // len(prompts), iter(followed)
     else:
@@ -229,6 +231,7 @@ def generate(
     parts: Generator, args: argparse.Namespace, sampling: Sampling, prompts: list[str]
 ) -> Iterator[Picture]:
     """`images_per_prompt` images of each prompt, in batches; the i-th has randomness (seed, i)."""
+    # Numbered over all images, so that the batch size changes none of them.
     captions = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
     for start in range(0, len(captions), args.batch_size):
         chunk = captions[start : start + args.batch_size]
@@ -245,6 +248,7 @@ def interpolate(
     frames: int,
 ) -> Iterator[Picture]:
     """Images between two prompts, named by their place."""
+    # The ends have their prompts for captions, what lies between its share of the second.
     names = {0.0: prompts[0], 1.0: prompts[1]}
     for weights in torch.linspace(0, 1, frames).split(args.batch_size):
         images = parts.between(prompts, weights, sampling, args.seed)
@@ -323,6 +327,7 @@ def write_captions(path: Path, entries: list[Entry], batches: Iterator[dict]) ->
     """
     is_jsonl = path.suffix.lower() == ".jsonl"
     images, captions, number, skipped = [], [], 0, 0
+    # What is captioned is written at once: the next batches may take hours, or fail.
     for batch in batches:
         for name, reason in batch["skipped"]:
             print(printable(f"left out: {name}: {reason}"), file=sys.stderr)

@@ -186,6 +186,7 @@ def main(config: FlowTokStage) -> None:
     del tokenizer
     source_key = "init_from" if config.init_from else "projector"
     inputs = info.inputs() | {source_key: fingerprint(source) if source else "none"}
+    # A complete run ends here: it needs no tokens.
     if is_complete(run, config, inputs):
         return
 
@@ -200,6 +201,7 @@ def main(config: FlowTokStage) -> None:
     tokens = open_stored_tokens(run, config.data, training, info, text_config)
     has_checkpoint = latest_checkpoint(run.folder) is not None
     model = build_model(config, info, source)
+    # Measured once on the captions; whoever gave weights has measured it, and a checkpoint has it.
     if not (source or has_checkpoint):
         tokens.fit_whitening(model.projector)
     del source  # a second copy of all weights, on every process
@@ -247,6 +249,7 @@ def load_source(config: FlowTokStage, run: Run) -> TextProjector | FlowModel | N
 
 def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel) -> None:
     """Refuse a text decoder that reads another projector's z_T than the flow ends in."""
+    # Both read z_T, and its coordinates are a matter of the projector's weights alone.
     autoencoder = load_autoencoder(config.text_decoder_run)
     projector = getattr(source, "projector", source)
     if fingerprint(autoencoder.projector) != fingerprint(projector):
@@ -270,6 +273,7 @@ def build_evaluation(
     path = protocol_file(config.evaluation.protocol)
     protocol = load_dataclass(Protocol, path, config.evaluation.overrides)
     sampling = protocol.sampling(config.sampling)
+    # The protocol's own settings count, not those of the config's pictures.
     sampling.check_flow(config.flow)
     sampling.check_images("images_per_caption", protocol.images_per_caption)
     measure = FlowEvaluation(
@@ -288,6 +292,7 @@ def build_model(
         model.load_state_dict(model.state_dict() | source.state_dict())
     elif source is not None:
         model.projector.load_state_dict(source.state_dict())
+    # A buffer of the network: sampling divides by the scale that training multiplied with.
     model.latent_scale.fill_(info.latent_scale)
     set_activation_checkpointing(model, config.activation_checkpointing)
     if config.flow.projector == "frozen":
@@ -309,6 +314,7 @@ def compute_losses(
     # L = L_fm, and the losses on z_T where they can change it (paper, Sec. 3.3).
     output = model(tokens.text_states(batch), image)
     terms = velocity_losses(config.losses, output)
+    # A frozen projector has nothing to learn from them.
     if config.flow.projector != "frozen":
         image_mean = posterior.mean * tokens.info.latent_scale
         terms |= projector_losses(config.losses, output.source, image_mean)
@@ -316,6 +322,7 @@ def compute_losses(
     terms |= {"loss": loss}
     if output.is_weighted:  # L_fm stays near 1
         terms |= {"squared_error": F.mse_loss(output.velocity, output.target).detach()}
+    # Noise has no captions to collapse between.
     if config.flow.source == "noise":
         return terms
     return terms | latent_statistics(output.source.mean)

@@ -96,6 +96,7 @@ def main(config: TextDecoderStage) -> None:
     tokenizer_config = read_section(config.tokenizer_run, "tokenizer", ImageTokenizerConfig)
     text_config = text_encoder_config(config.tokenizer_run)
     sizes = projector_sizes(tokenizer_config)
+    # The vocabulary and the end token are CLIP's, and token i of z_T stands for word i.
     if text_config.family != "open_clip" or sizes["num_queries"]:
         raise ValueError(
             f"{config.tokenizer_run}: a text decoder reads one of CLIP's token ids from each "
@@ -110,6 +111,7 @@ def main(config: TextDecoderStage) -> None:
         "projector": fingerprint(source) if source else "none",
     }
     shards = check_shards(run, config.data, training.max_steps)
+    # A complete run ends here: it needs no captions.
     if is_complete(run, config, inputs):
         return
 
@@ -191,6 +193,7 @@ def save_accuracy(
     """Write how much of the captions comes back from z_T's mean."""
     run = captions.run
     train = captions.reader.once(100, limit=MEASURED_CAPTIONS)
+    # Training captions beside held-out ones: their difference is what was learned by heart.
     parts = {"train": measure(captions, model, train)}
     if config.heldout_shards:
         heldout = read_heldout(config, captions, MEASURED_CAPTIONS)
@@ -220,6 +223,7 @@ def measure(captions: StoredText, model: TextAutoencoder, batches: Iterable[dict
         right, tokens = correct_tokens(predicted, batch["token_ids"])
         hits.append(right)
         counted.append(tokens)
+        # The same examples at every step, as people read them.
         shown = batch["caption"][: NUM_EXAMPLES - len(examples)]
         for caption, ids in zip(shown, predicted):
             examples.append({"caption": caption, "decoded": tokenize.decode(ids)})

@@ -79,6 +79,7 @@ def main(config: TextProjectorStage) -> None:
     text_config = text_encoder_config(config.tokenizer_run)
     info = load_tokens_info(config.data, tokenizer, config.tokenizer_run)
     config.projector = replace(config.projector, **projector_sizes(tokenizer.config))
+    # A complete run ends here: it needs no tokens.
     if is_complete(run, config, info.inputs()):
         return
     tokens = open_stored_tokens(run, config.data, training, info, text_config)
@@ -90,6 +91,7 @@ def main(config: TextProjectorStage) -> None:
         tokens.fit_whitening(projector)
         if config.linear_start:
             tokens.fit_linear_skip(projector, config.linear_start)
+    # A weight without a gradient would make DDP wait for it.
     freeze_unused_alignment(projector, config.losses)
     save_config(run, config, has_checkpoint)
     train_network(
@@ -111,6 +113,7 @@ def compute_losses(
     output = projector(tokens.text_states(batch), sample=config.losses.kl_weight > 0)
     image_mean = tokens.image_posterior(batch).mean * tokens.info.latent_scale  # B x K x C
     terms = projector_losses(config.losses, output, image_mean)
+    # The raw terms are logged: a weight that is changed does not hide how they go on.
     loss = sum(weighted_terms(terms, loss_weights(config.losses)).values())
     return terms | {"loss": loss} | latent_statistics(output.mean)
 
@@ -124,6 +127,7 @@ def save_decoded(
     if not config.losses.image_regression_weight:
         return
     run = tokens.run
+    # The same samples at every step, so that pictures can be compared.
     batch = next(tokens.reader.once(NUM_PICTURES, limit=NUM_PICTURES))
     tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     states = tokens.text_states(batch)

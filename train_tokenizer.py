@@ -146,15 +146,17 @@ class Parts(NamedTuple):
 
 def main(config: TokenizerStage) -> None:
     """Run the stage from start or checkpoint to its last step."""
-    # The text tower: its length is the number of latent tokens, if none is set.
     training = config.training
     run = start_run(config.run_dir, training.precision, training.seed, training.timeout_minutes)
     text_encoder = load_text_encoder(config.text_encoder).to(run.device)
+    # Sizes that tower and teacher know are read from them, never typed; the saved config then
+    # rebuilds the network without either.
     if config.dual:
         config.dual = replace(config.dual, tower=describe_tower(config.dual.teacher))
     else:
         sizes = config.tokenizer.for_text(text_encoder.shape, text_encoder.masks_padding)
         config.tokenizer = replace(sizes, contrasts_text=config.losses.contrast_weight > 0)
+    # Fingerprints in each checkpoint: with another tower the latents would mean something else.
     inputs = {"text_encoder": text_encoder.identity}
     teacher = build_teacher(config, run)
     if config.losses.vision_weight:
@@ -162,6 +164,7 @@ def main(config: TokenizerStage) -> None:
         inputs["vision"] = fingerprint(teacher)
     dual_teacher = fingerprint(teacher) if config.dual and teacher else ""
     shards = check_shards(run, config.data, training.max_steps, dual_teacher)
+    # A complete run ends here: it needs neither images nor weights files.
     if is_complete(run, config, inputs):
         return
 
@@ -174,7 +177,8 @@ def main(config: TokenizerStage) -> None:
         with run.accelerator.local_main_process_first():
             perceptual = PerceptualLoss(config.perceptual).to(run.device)
     parts = Parts(run, text_encoder, perceptual, teacher)
-    expand_shards(config.image_shards())  # absent files stop the run now, not at a picture
+    # Absent files stop the run now, not at a picture.
+    expand_shards(config.image_shards())
     reader = image_reader(config.data, config.image_size, text_encoder.tokenize)
     loader = open_stream(run, training, reader)
     sheet = config.pictures.read(reader)
@@ -224,6 +228,8 @@ def train_step(
             reconstructions, own = dual_pass(parts, model, quantizer, images)
         else:
             reconstructions, own = vae_pass(parts, model, images, batch)
+        # The discriminator's turn comes later, on these very pictures, without the generator's
+        # graph.
         if is_adversarial:
             pairs.append((images, reconstructions.detach()))
         return generator_terms(config, parts, discriminator, images, reconstructions, own)
@@ -268,8 +274,9 @@ def dual_pass(
     """(reconstructions B x 3 x R x R, losses and usage of the codes) of a DualTokenizer."""
     reconstructions, features, quantised = model(images)
     terms = quantizer.count(quantised.indices)
+    # Without a teacher only the pixel decoder learns: the codes stay what they are.
     if parts.teacher is None:
-        return reconstructions, terms  # only the pixel decoder learns
+        return reconstructions, terms
     with parts.run.accelerator.autocast():
         targets = parts.teacher(images)
     semantic = semantic_loss(features, targets)
@@ -328,6 +335,7 @@ def build_teacher(config: TokenizerStage, run: Run) -> Teacher | VisionTeacher |
     """What the encoders learn from besides the images; a decoder alone needs none."""
     if config.freeze_encoder or not (config.dual or config.losses.vision_weight):
         return None
+    # One process a machine downloads, and the others find the file.
     with run.accelerator.local_main_process_first():
         if config.dual:
             return Teacher(config.dual.teacher).to(run.device)
@@ -347,6 +355,7 @@ def build_model(
     if config.init_from and not has_checkpoint:
         load_what_fits(model, config.init_from, run)
     set_activation_checkpointing(model, config.activation_checkpointing)
+    # Frozen last: what was loaded above is what stays.
     if config.freeze_tower:
         model.semantic_encoder.requires_grad_(False)
     if config.freeze_encoder:

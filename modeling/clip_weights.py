@@ -145,6 +145,7 @@ def load_clip(config: ClipWeights, download: bool = True) -> nn.Module:
         raise cannot_load(config, NO_DOWNLOAD, AbsentWeights)
     weights = None if config.names_its_weights else find_weights(config, download)
     try:
+        # Without require_pretrained a name whose weights are not found gives random ones.
         clip = open_clip.create_model(config.model, weights, require_pretrained=True)
     except Exception as error:  # open_clip, the hub, torch, pickle, safetensors have own types
         raise cannot_load(config, one_line(error)) from error
@@ -282,6 +283,7 @@ def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:
     partial.mkdir(parents=True)
     weights = {name: x.detach().cpu().contiguous() for name, x in clip.state_dict().items()}
     save_weights(weights, partial / WEIGHTS_FILE)
+    # As scripts/train_text_encoder.py shows images to its CLIP: in [-1, 1].
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2))

@@ -139,6 +139,7 @@ def transport(
     solver = SOLVERS[config.sampler]
     times = make_times(config.steps)
     with autocast(start.device, config.precision):
+        # A mean flow is asked for the average over the whole step that follows.
         interval = 1 / config.steps if flow.config.objective == "mean_flow" else None
         branches = flow.flowtok.at_times(evaluation_times(solver, times), context, interval)
         velocity = guided_velocity(branches, config.guidance, tuple(config.guidance_interval))
@@ -240,6 +241,7 @@ class ImageGenerator(Generator):
             N x 3 x R x R in [0, 1].
         """
         ends = self.encode_text(captions)  # 2 x L x T
+        # One noise for both ends: what changes on the way is the text alone.
         starts = self.start(ends, config, seed, indices=[0, 0])
         weight = weights.view(-1, 1, 1).to(self.device)
         states = torch.lerp(ends[:1], ends[1:], weight)  # N x L x T

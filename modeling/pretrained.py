@@ -60,6 +60,7 @@ def read_config(folder: Path, schema: type[T]) -> T:
     if not path.is_file():
         raise ValueError(f"{folder} is no folder that scripts/export.py wrote: no {CONFIG_FILE}")
     text = path.read_text(encoding="utf-8")
+    # OmegaConf would fill in environment variables, and a tower's name sends them to the hub.
     if "${" in text:
         raise ValueError(f"{path} refers to variables of the machine that reads it: refused")
     try:

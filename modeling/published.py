@@ -72,6 +72,7 @@ class PublishedWeights:
 
 def hash_prefix(file: Path) -> str:
     """The digits of a SHA-256 that a file's name carries, or ""."""
+    # As torchvision and torch-fidelity name their files: vgg16-397923af.pth.
     digits = re.search(r"-([0-9a-f]{8,})\.", file.name)
     return digits[1] if digits else ""
 

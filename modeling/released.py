@@ -123,6 +123,7 @@ def convert_flow(tensors: dict[str, Tensor], num_heads: int | None) -> Converted
     depth = num_blocks(tensors, "blocks.")
     flowtok = FlowTokConfig(width=width, depth=depth, num_heads=1)
     projector = TextProjectorConfig()
+    # On the meta device: names and shapes are all that is wanted of the network.
     with torch.device("meta"):
         ours = build_flow(projector, flowtok, FlowConfig()).state_dict()
     del ours["latent_scale"]
@@ -271,6 +272,7 @@ def size_of(tensors: dict[str, Tensor], name: str, dimension: int) -> int:
 
 def num_blocks(tensors: dict[str, Tensor], prefix: str) -> int:
     """Different numbers of blocks under a prefix."""
+    # Counted, not the largest number: a file that names block 10^9 builds no network of that size.
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return len({found[1] for name in tensors if (found := pattern.match(name))})
 

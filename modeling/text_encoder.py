@@ -108,6 +108,7 @@ class TextTokenizer(ClipTokenizer):
     def __init__(self, config: TextEncoderConfig):
         self.config = config
         self._tokenizer = clip_tokenizer(config)
+        # What follows counts and cuts by CLIP's start and end tokens.
         if not hasattr(self._tokenizer, "sot_token_id"):
             raise ValueError(f"text_encoder.model {config.model} has no CLIP tokenizer")
         self.context_length: int = self._tokenizer.context_length

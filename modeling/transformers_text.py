@@ -80,6 +80,7 @@ def load_part(name: str, config: NamedModel, **options: Any) -> Any:
 def load_whole(name: str, config: NamedModel) -> nn.Module:
     """load_part of a class of models; ValueError also if weights are missing."""
     model, report = load_part(name, config, output_loading_info=True)
+    # The package fills them with random numbers and a warning.
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ValueError(f"{config.key}.model={config.model} lacks weights: {missing}")
@@ -118,6 +119,7 @@ class TransformersTextEncoder(nn.Module):
         self.shape = (length, tower.config.hidden_size)
         self.masks_padding = tower.config.model_type in T5
         self.pad_id = tower.config.pad_token_id
+        # Hubs have halves: in float32 the run's precision decides, as with CLIP's tower.
         self.tower = tower.float()
         self.requires_grad_(False).eval()
 
@@ -177,5 +179,6 @@ def load_tower(config: TextEncoderConfig) -> TransformersTextEncoder:
     tokenizer = load_part("AutoTokenizer", config)
     encoder = TransformersTextEncoder(load_whole(name, config), length)
     encoder.tokenize = TransformersTokenizer(config, tokenizer, length)
+    # The tokenizer's, since a model's config may name none.
     encoder.pad_id = tokenizer.pad_token_id
     return encoder

@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +28,7 @@ from data.files import user_path
 from eval.images import caption_images, list_pictures
 from eval.programs import build_parser, usable_device
 from modeling.layers import to_pil
-from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
+from modeling.pipeline import Captioner, ImageGenerator
 from modeling.pretrained import find_folder
 from sample import known_words, list_remarks
 from training.errors import exit_on_error
@@ -56,24 +55,27 @@ def main(args: argparse.Namespace) -> None:
     """Load the run, then serve the page until Ctrl-C."""
     if find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install -r requirements-app.txt")
-    page = build_page(load_studio(args.run, args.device))
+    page = build_page(Studio(args.run, args.device))
     serve(page, args.host, args.port, wait=True)
 
 
 # What the buttons do
 
 
-@dataclass
 class Studio:
     """A run's networks at work. Methods raise ValueError: a sentence for who sits at the page."""
 
-    name: str
-    run: Path
-    generator: ImageGenerator | None
-    sampling: SamplingConfig
-    captioner: Captioner | None
-    caption_sampling: SamplingConfig
-    prompts: list[str]  # to try
+    def __init__(self, name: Path, device: torch.device):
+        """name: of a run, of an exported folder or of one of the hub."""
+        self.name, self.run = name.name, find_folder(name)
+        directions = directions_of(self.run)
+        self.generator: ImageGenerator | None = None
+        self.captioner: Captioner | None = None
+        if "text_to_image" in directions:
+            self.generator, self.sampling = load_pipeline(self.run, device)
+            self.prompts = example_captions(self.run) or [""]  # to try
+        if "image_to_text" in directions:
+            self.captioner, self.caption_sampling = load_captioner(self.run, device)
 
     def draw(
         self, prompt: str, steps: int, guidance: float, seed: int, number: int
@@ -108,6 +110,7 @@ class Studio:
     def caption(self, path: str | None) -> str:
         if not path:
             raise ValueError("Choose an image first.")
+        # The path that measures captions, too: the same crop and size.
         [batch] = caption_images(self.captioner, list_pictures([path]), self.caption_sampling, 1)
         return batch["caption"][0]
 
@@ -118,28 +121,9 @@ class Studio:
         return "\n\n".join(list_remarks(self.generator, known_words(self.run), prompts))
 
 
-def load_studio(name: Path, device: torch.device) -> Studio:
-    """All that a run, an exported folder or one of the hub can do."""
-    run = find_folder(name)
-    directions = directions_of(run)
-    generator, captioner, sampling, caption_sampling = None, None, SamplingConfig(), None
-    if "text_to_image" in directions:
-        generator, sampling = load_pipeline(run, device)
-    if "image_to_text" in directions:
-        captioner, caption_sampling = load_captioner(run, device)
-    return Studio(
-        name=name.name,
-        run=run,
-        generator=generator,
-        sampling=sampling,
-        captioner=captioner,
-        caption_sampling=caption_sampling,
-        prompts=(example_captions(run) if generator else []) or [""],
-    )
-
-
 def shown(image: Tensor) -> Image.Image:
     """3 x R x R in [0, 1] -> a picture whose pixels can be seen."""
+    # By a whole factor and without smoothing: what is seen are the run's own pixels.
     factor = max(1, -(-MIN_PIXELS // image.shape[-1]))
     picture = to_pil(image)
     size = (picture.width * factor, picture.height * factor)
@@ -219,6 +203,7 @@ def attach(triggers: list, method: Callable, inputs: list, outputs: list) -> Non
 
 def serve(page: Any, host: str, port: int, wait: bool) -> str:
     """Serve the page and print its address; returns that, at once or after Ctrl-C."""
+    # A queue that is full says so, where requests without end would only wait.
     page.queue(max_size=MAX_WAITING)
     _, address, _ = page.launch(
         server_name=host,

@@ -78,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
     target = (args.run or args.second).resolve()
     check_new_folder(target)
     model, pretrained = args.text_encoder_model, args.text_encoder_pretrained
+    # Absolute, since the run is read from other folders than this one.
     if model.startswith("local-dir:"):
         model = f"local-dir:{Path(model.removeprefix('local-dir:')).resolve()}"
     if Path(pretrained).is_file():
@@ -87,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
 
     # What the files are shows once they are converted.
     files = [args.released, args.second] if args.run else [args.released]
-    converted = [convert_file(file, args) for file in files]
+    converted = [convert_file(file, args.num_heads) for file in files]
     stages = [one.stage for one in converted]
     if args.run and sorted(stages) != ["flowtok", "tokenizer"]:
         pairs = zip(files, stages, strict=True)
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
         print(f'python sample.py --run {args.run} --prompts "{CAPTIONS[0]}"')
 
 
-def convert_file(path: Path, args: argparse.Namespace) -> Converted:
+def convert_file(path: Path, num_heads: int | None) -> Converted:
     """Read and convert one released file; says what it is and what was done to it.
 
     Raises:
@@ -122,7 +123,7 @@ def convert_file(path: Path, args: argparse.Namespace) -> Converted:
         if is_dual(tensors):
             converted = convert_dual(tensors)
         else:
-            converted = convert(tensors, args.num_heads)
+            converted = convert(tensors, num_heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     millions = sum(tensor.numel() for tensor in converted.tensors.values()) / 1e6
@@ -146,12 +147,14 @@ def unwrap(content: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: something else than finite floating-point tensors by name.
     """
+    # Wrappers lie inside wrappers, as in {"state_dict": {"nnet_ema": ...}}.
     for _ in WRAPPERS:
         if isinstance(content, dict):
             inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
             content = inner[0] if inner else content
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected tensors by name")
+    # Twice where data parallel was wrapped twice.
     while content and all(str(name).startswith(PREFIX) for name in content):
         content = {str(name).removeprefix(PREFIX): value for name, value in content.items()}
 

@@ -164,6 +164,7 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
 
 def pack_tower(config: TextEncoderConfig, folder: Path) -> TextEncoderConfig:
     """Copy a text tower of this machine into a folder; one of a hub stays a name."""
+    # A path means nothing on another machine; a name on the hub does, and is a gigabyte less.
     named = config.model.removeprefix("local-dir:")
     is_path = named != config.model or config.family == "transformers"
     if is_path and Path(named).is_dir():
@@ -217,6 +218,7 @@ def describe_run(folder: Path) -> str:
     """A row: name, steps, batch size and the names of the shards that a run was trained on."""
     config = read_run_config(folder)
     step, _ = latest_checkpoint(folder)
+    # scripts/convert_checkpoint.py writes runs that were never trained here.
     if "training" not in config:
         return f"| {folder.name} | converted weights | | |"
     sources = [*config.data.get("sources", {}).values()] or [config.data]
@@ -228,6 +230,7 @@ def describe_run(folder: Path) -> str:
 
 def describe_report(run: Path, networks: dict[str, nn.Module]) -> str:
     """The numbers of the report.json of an experiment as a table, if they are of this flow."""
+    # Beside the experiment's runs, of which one alone may be exported.
     files = [folder / "report.json" for folder in (run, run.parent)]
     values = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
     flow = networks.get("text_to_image")

@@ -142,6 +142,7 @@ class ClipPair(nn.Module):
 def new_pair(size: ClipSize) -> ClipPair:
     """A CLIP with new weights."""
     pair = ClipPair(open_clip_config(size))
+    # Relative to open_clip's own initialisation, which draws the same numbers at any scale.
     scale = size.embedding_std / CLIP_EMBEDDING_STD
     for embedding in (pair.clip.token_embedding.weight, pair.clip.positional_embedding):
         embedding.mul_(scale)
@@ -157,6 +158,7 @@ def random_shift(images: Tensor) -> Tensor:
 
 def compute_losses(run: Run, model: nn.Module, batch: dict) -> dict[str, Tensor]:
     """Contrastive loss, and the share of captions whose own image is the batch's nearest."""
+    # Beside the reader's own crops and flips: a small set is learned by heart otherwise.
     images = unit_images(run, batch)
     token_ids = batch["token_ids"].to(run.device, non_blocking=True)
     image_features, text_features, log_scale = model(random_shift(images), token_ids)

@@ -4,7 +4,6 @@ tests/released holds names and shapes of the released files, and what the releas
 little models.
 """
 
-import argparse
 import json
 import math
 import os
@@ -95,8 +94,7 @@ run_script = partial(run_program, convert_checkpoint)
 
 def convert_file(file):
     """What the script makes of the tensors in a file."""
-    arguments = argparse.Namespace(num_heads=4)
-    return convert_checkpoint.convert_file(file, arguments).tensors
+    return convert_checkpoint.convert_file(file, num_heads=4).tensors
 
 
 def convert_saved(tensors, file):
