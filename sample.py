@@ -162,6 +162,7 @@ def draw(args: argparse.Namespace) -> None:
     else:
         in_row = args.images_per_prompt
         pictures = generate(parts, args, sampling, prompts)
+    # A single image of each prompt fills rows of eight.
     columns = in_row if 1 < in_row <= MAX_COLUMNS else min(COLUMNS, len(prompts) * in_row)
     number, last = write_pages(pictures, columns, args, sampling)
     rate = number / (time.perf_counter() - start)

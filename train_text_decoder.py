@@ -116,6 +116,7 @@ def main(config: TextDecoderStage) -> None:
         return
 
     # Data and networks.
+    # Any shards with captions do: stored text states are used where they are the tower's own.
     captions = open_stored_captions(run, config.data, training, text_config)
     if config.heldout_shards and next(read_heldout(config, captions, limit=1), None) is None:
         raise ValueError(f"heldout_shards={config.heldout_shards} have no caption")

@@ -141,6 +141,7 @@ def load_clip(config: ClipWeights, download: bool = True) -> nn.Module:
         ValueError: see check_clip; or weights that can't be read.
     """
     check_clip(config)
+    # Such a repository's config lies on the hub, too, so the cache alone is not looked at.
     if config.model.startswith("hf-hub:") and not download:
         raise cannot_load(config, NO_DOWNLOAD, AbsentWeights)
     weights = None if config.names_its_weights else find_weights(config, download)
@@ -161,6 +162,7 @@ def find_weights(config: ClipWeights, download: bool) -> str:
     # Of a tag on the hub: its cache, without asking the hub
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     names = [WEIGHTS_FILE, OLDER_WEIGHTS_FILE]
+    # The tag may name its file; a safetensors twin is tried first, since it is read without pickle.
     if file:
         names = [str(Path(file).with_suffix(".safetensors")), file]
     for name in names if repository else []:
@@ -278,6 +280,7 @@ def build_clip(model_config: dict) -> nn.Module:
 
 def save_clip(clip: nn.Module, model_config: dict, folder: Path) -> None:
     """Write the folder that `model: local-dir:FOLDER` reads: aside, then renamed over an older."""
+    # Aside, and renamed: another stage never reads half a tower.
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

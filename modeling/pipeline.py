@@ -94,6 +94,7 @@ class SamplingConfig(Sampling):
     def check_flow(self, flow: FlowConfig) -> None:
         """Refuse what a flow was not trained for: guidance, or a solver that needs velocities."""
         check_guidance(self.guidance, flow.null_probability)
+        # It would count twice.
         if flow.guidance != 1 and self.guidance != 1:
             raise ValueError(
                 f"guidance {self.guidance:g} of a flow that has flow.guidance={flow.guidance:g} "
@@ -219,6 +220,7 @@ class ImageGenerator(Generator):
     @torch.no_grad()
     def transport(self, start: Tensor, text_states: Tensor, config: SamplingConfig) -> Tensor:
         """Start of the flow -> image latents in the tokenizer's own scale, B x K x C."""
+        # Back to the tokenizer's own scale, in which it decodes.
         context = self.flow.context(text_states)
         return transport(self.flow, start, context, config) / self.flow.latent_scale
 
@@ -363,6 +365,7 @@ class FlowTokPipeline:
         folder = find_folder(folder_or_id)
         config = read_config(folder, PipelineConfig)
         tower, packed = config.text_encoder, folder / TOWER_FOLDER
+        # What lies in the folder has its path only now; all else has a name on a hub.
         if packed.is_dir():
             tower.model = f"local-dir:{packed}" if tower.family == "open_clip" else str(packed)
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -416,5 +419,6 @@ class FlowTokPipeline:
         return self._load(build_flow(parts.projector, parts.flowtok, parts.flow), name)
 
     def _load(self, module: Module, part: str) -> Module:
+        # Strict: a folder whose config and tensors disagree is refused by the file's name.
         load_weights(module, self.folder / f"{part}.safetensors")
         return module.eval().requires_grad_(False).to(self.device)

@@ -37,6 +37,7 @@ def find_folder(name: str | Path) -> Path:
         ValueError: the hub does not give it.
     """
     folder = Path(name).expanduser()
+    # What lies here comes first: a run is never taken from the network by a typing error.
     if folder.exists() or folder.parent.is_dir() or not HUB_ID.fullmatch(str(name)):
         return folder
     silence = why_hub_is_silent()

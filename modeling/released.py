@@ -195,6 +195,7 @@ def take(
     sources = {name: find(name) for name in ours}
     shapes = {name: tuple(table.shape) for name, table in tables.items()}
     for name, theirs in sources.items():
+        # Of a 1x1 convolution, which is a linear layer here; of q, k and v, a third of ours each.
         shape = (*ours[name].shape, 1, 1) if name in CONVOLUTIONS else tuple(ours[name].shape)
         if len(theirs) > 1:
             shape = (shape[0] // len(theirs), *shape[1:])

@@ -163,5 +163,6 @@ def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         from .transformers_text import load_tower  # it imports this file
 
         return load_tower(config)
-    tokenize = TextTokenizer(config)  # refused before weights are downloaded
+    # Another tokenizer than CLIP's is refused before weights are downloaded.
+    tokenize = TextTokenizer(config)
     return ClipTextEncoder(load_clip(config), tokenize)

@@ -42,8 +42,10 @@ def load_package() -> Any:
             "a model of transformers needs the package of that name: "
             "pip install -r requirements-text.txt"
         ) from error
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are enough
-    transformers.logging.set_verbosity_error()  # or it lists CLIP's images' half as unused
+    # Data workers are processes enough.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Or it lists the image half of a CLIP as unused.
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
 

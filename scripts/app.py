@@ -198,6 +198,7 @@ def attach(triggers: list, method: Callable, inputs: list, outputs: list) -> Non
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    # One at a time: the networks have one device, and two people's images would share its memory.
     gr.on(triggers, call, inputs, outputs, concurrency_limit=1, concurrency_id="networks")
 
 

@@ -43,7 +43,8 @@ from training.run import CONFIG_FILE
 
 WRAPPERS = ("ema", "nnet_ema", "state_dict", "model")  # keys of tensors, averaged ones first
 PREFIX = "module."
-TABLES = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")  # computed here
+# Computed here, and only compared with a file's.
+TABLES = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")
 CAPTIONS = [  # of sample.py without prompts
     "a corgi running through fresh snow",
     "a red bicycle leaning against a white wall",

@@ -97,6 +97,7 @@ def main(args: argparse.Namespace) -> None:
         ValueError: no such run, a folder that is there, or no id of the hub.
         OSError: the hub refuses.
     """
+    # Folder and hub are asked first: to read a run takes minutes, to upload it longer.
     target = args.output.resolve()
     check_new_folder(target)
     hub = huggingface_hub.HfApi()
@@ -183,6 +184,7 @@ def write_card(
     name: str, runs: dict[str, Path], config: PipelineConfig, has_picture: bool, figures: str
 ) -> str:
     """What it is, how to use it, what it was trained on, what was measured."""
+    # A folder may have one direction or both: the card shows how to call what is there.
     calls, tokenizer, draws = [], config.tokenizer, config.text_to_image
     if draws:
         prompt = next(iter(config.captions), "a prompt")
@@ -207,6 +209,7 @@ def write_card(
 
 def find_commit() -> str:
     """The commit of this code, with -dirty if files differ from it; "" outside a clone."""
+    # Without tags: a release's name says less than the commit that was used.
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
