@@ -58,7 +58,8 @@ def load_part(name: str, config: NamedModel, **options: Any) -> Any:
         AbsentWeights: it is not on this machine and can't be downloaded.
     """
     load = getattr(load_package(), name).from_pretrained
-    what, folder = f"{config.key}.model={config.model}", Path(config.model)
+    what = f"{config.key}.model={config.model}"
+    folder = Path(config.model)
     if folder.is_absolute() and not folder.is_dir():
         raise AbsentWeights(f"{what} is no folder")
     try:
@@ -177,7 +178,8 @@ def load_tower(config: TextEncoderConfig) -> TransformersTextEncoder:
     """The tower that a config names, in float32; ValueError as load_part, or it lacks weights."""
     # What can be refused is, before weights are downloaded
     settings = load_part("AutoConfig", config)
-    name, length = tower_class(settings.model_type), states_length(settings, config.context_length)
+    name = tower_class(settings.model_type)
+    length = states_length(settings, config.context_length)
     tokenizer = load_part("AutoTokenizer", config)
     encoder = TransformersTextEncoder(load_whole(name, config), length)
     encoder.tokenize = TransformersTokenizer(config, tokenizer, length)

@@ -56,7 +56,9 @@ def main(args: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install -r requirements-app.txt")
     page = build_page(Studio(args.run, args.device))
-    serve(page, args.host, args.port, wait=True)
+    address = serve(page, args.host, args.port)
+    print(f"{address}: open it in a browser; Ctrl-C ends it", flush=True)
+    page.block_thread()
 
 
 # What the buttons do
@@ -67,7 +69,8 @@ class Studio:
 
     def __init__(self, name: Path, device: torch.device):
         """name: of a run, of an exported folder or of one of the hub."""
-        self.name, self.run = name.name, find_folder(name)
+        self.name = name.name
+        self.run = find_folder(name)
         directions = directions_of(self.run)
         self.generator: ImageGenerator | None = None
         self.captioner: Captioner | None = None
@@ -144,7 +147,8 @@ def build_page(studio: Studio) -> Any:
         if studio.generator:
             # Sliders and numbers refuse what is typed beyond their bounds, and round
             with gr.Accordion("Settings", open=False):
-                steps, guidance = studio.sampling.steps, studio.sampling.guidance
+                steps = studio.sampling.steps
+                guidance = studio.sampling.guidance
                 settings = [
                     gr.Slider(1, max(100, steps), steps, step=1, precision=0, label="Steps"),
                     gr.Slider(0, max(10, guidance), guidance, label="Guidance (1: none)"),
@@ -202,8 +206,8 @@ def attach(triggers: list, method: Callable, inputs: list, outputs: list) -> Non
     gr.on(triggers, call, inputs, outputs, concurrency_limit=1, concurrency_id="networks")
 
 
-def serve(page: Any, host: str, port: int, wait: bool) -> str:
-    """Serve the page and print its address; returns that, at once or after Ctrl-C."""
+def serve(page: Any, host: str, port: int) -> str:
+    """Serve the page in the background; returns its address."""
     # A queue that is full says so, where requests without end would only wait.
     page.queue(max_size=MAX_WAITING)
     _, address, _ = page.launch(
@@ -216,9 +220,6 @@ def serve(page: Any, host: str, port: int, wait: bool) -> str:
         quiet=True,
         prevent_thread_lock=True,
     )
-    print(f"{address}: open it in a browser; Ctrl-C ends it", flush=True)
-    if wait:
-        page.block_thread()
     return address
 
 

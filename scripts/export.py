@@ -139,13 +139,11 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
     cpu = torch.device("cpu")
     for direction in sorted(pipelines.directions_of(run)):
         if direction == "text_to_image":
-            flow_dir = pipelines.flow_folder(run)
-            parts, _ = pipelines.load_pipeline(run, cpu)
+            flow_dir, (parts, _) = pipelines.flow_folder(run), pipelines.load_pipeline(run, cpu)
             config.text_encoder = parts.text_encoder.tokenize.config
             config.captions = pipelines.example_captions(run)
         else:
-            flow_dir = pipelines.captioning_run(run)
-            parts, _ = pipelines.load_captioner(run, cpu)
+            flow_dir, (parts, _) = pipelines.captioning_run(run), pipelines.load_captioner(run, cpu)
             config.text_encoder = parts.tokenize.config
             config.text_decoder = parts.decoder.config
             networks["text_decoder"] = parts.decoder
@@ -153,8 +151,7 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
         before = networks.setdefault("tokenizer", parts.tokenizer)
         if fingerprint(before) != fingerprint(parts.tokenizer):
             raise ValueError(f"{run} has another tokenizer for captions: export each run by itself")
-        schemas = {field.name: field.type for field in fields(DirectionConfig)}
-        sections = {name: read_section(flow_dir, name, schema) for name, schema in schemas.items()}
+        sections = {f.name: read_section(flow_dir, f.name, f.type) for f in fields(DirectionConfig)}
         setattr(config, direction, DirectionConfig(**sections))
         config.tokenizer = parts.tokenizer.config
         networks[direction] = parts.flow

@@ -37,23 +37,18 @@ def test_a_prompt_is_drawn_as_the_run_draws_it(studio, both_ways):
     assert "'cat'" in studio.draw("a cat", 1, 1, 0, 1)[1]
 
 
-def test_the_ends_between_two_prompts_are_theirs(studio):
-    def drawn(prompt):
-        return studio.draw(prompt, 4, 2, 0, 1)[0][0][0]
-
+def test_walks_end_at_the_images_of_their_prompts(studio):
+    first, last = (studio.draw(prompt, 4, 2, 0, 1)[0][0][0] for prompt in (PROMPT, OTHER))
     ends = [studio.blend(PROMPT, OTHER, place, 4, 2, 0)[0] for place in (0, 0.5, 1)]
-    assert same(ends[0], drawn(PROMPT)) and same(ends[2], drawn(OTHER))
-    assert not same(ends[1], ends[0]) and not same(ends[1], ends[2])
+    assert same(ends[0], first) and same(ends[2], last)
+    assert not same(ends[1], first) and not same(ends[1], last)
 
-
-def test_the_way_of_the_flow_goes_from_its_start_to_the_image(studio):
     way, _ = studio.follow(PROMPT, 4, 2, 0, 3)
     assert [text for _, text in way] == ["t = 0.00", "t = 0.50", "t = 1.00"]
-    assert same(way[-1][0], studio.draw(PROMPT, 4, 2, 0, 1)[0][0][0])
-    start = studio.generator.start(studio.generator.encode_text([PROMPT]), studio.sampling, 0, [0])
-    latents = start / studio.generator.flow.latent_scale
-    [image] = studio.generator.decode(latents, studio.generator.encode_text([PROMPT]))
-    assert same(way[0][0], app.shown(image))
+    states = studio.generator.encode_text([PROMPT])
+    start = studio.generator.start(states, studio.sampling, 0, [0])
+    [image] = studio.generator.decode(start / studio.generator.flow.latent_scale, states)
+    assert same(way[0][0], app.shown(image)) and same(way[-1][0], first)
     assert len(studio.follow(PROMPT, 2, 2, 0, 9)[0]) == 3  # no more points than the solver has
 
 
@@ -119,7 +114,7 @@ def test_the_page_draws_for_two_at_once_says_what_is_wrong_and_asks_nobody_else(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     page = app.build_page(studio)
-    address = app.serve(page, "127.0.0.1", port, wait=False)
+    address = app.serve(page, "127.0.0.1", port)
     try:
         # Each of two people types a prompt and gets its own picture.
         size = {"width": 1100, "height": 900}
