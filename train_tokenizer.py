@@ -241,7 +241,8 @@ def train_step(
     # Discriminator: the same images and reconstructions; its schedule begins at start_step.
     def discriminator_losses(model: nn.Module, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         real, fake = model(torch.cat(pair)).chunk(2)
-        hinge, lecam = discriminator_loss(real, fake), discriminator.lecam.penalty(real, fake)
+        hinge = discriminator_loss(real, fake)
+        lecam = discriminator.lecam.penalty(real, fake)
         loss = hinge + config.adversarial.lecam_weight * lecam
         logits = {"real": real.detach().mean(), "fake": fake.detach().mean()}
         return {"hinge": hinge, "lecam": lecam, "loss": loss} | logits
@@ -371,7 +372,8 @@ def load_what_fits(model: ImageTokenizer | DualTokenizer, run_dir: str, run: Run
     """
     # RoPE has no weights, and the learned positions belong to latent and text tokens: both fit any
     # resolution.
-    source, own = load_any_tokenizer(run_dir).state_dict(), model.state_dict()
+    source = load_any_tokenizer(run_dir).state_dict()
+    own = model.state_dict()
     there = {name: tuple(tensor.shape) for name, tensor in source.items()}
     here = {name: tuple(tensor.shape) for name, tensor in own.items()}
     fitting = {name: source[name] for name, shape in there.items() if here.get(name) == shape}

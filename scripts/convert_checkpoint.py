@@ -78,10 +78,11 @@ def main(args: argparse.Namespace) -> None:
     # What needs no file is checked first: a file has gigabytes
     target = (args.run or args.second).resolve()
     check_new_folder(target)
-    model, pretrained = args.text_encoder_model, args.text_encoder_pretrained
+    model = args.text_encoder_model
     # Absolute, since the run is read from other folders than this one.
     if model.startswith("local-dir:"):
         model = f"local-dir:{Path(model.removeprefix('local-dir:')).resolve()}"
+    pretrained = args.text_encoder_pretrained
     if Path(pretrained).is_file():
         pretrained = str(Path(pretrained).resolve())
     text_encoder = TextEncoderConfig(model, pretrained)

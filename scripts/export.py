@@ -139,11 +139,13 @@ def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineC
     cpu = torch.device("cpu")
     for direction in sorted(pipelines.directions_of(run)):
         if direction == "text_to_image":
-            flow_dir, (parts, _) = pipelines.flow_folder(run), pipelines.load_pipeline(run, cpu)
+            flow_dir = pipelines.flow_folder(run)
+            parts, _ = pipelines.load_pipeline(run, cpu)
             config.text_encoder = parts.text_encoder.tokenize.config
             config.captions = pipelines.example_captions(run)
         else:
-            flow_dir, (parts, _) = pipelines.captioning_run(run), pipelines.load_captioner(run, cpu)
+            flow_dir = pipelines.captioning_run(run)
+            parts, _ = pipelines.load_captioner(run, cpu)
             config.text_encoder = parts.tokenize.config
             config.text_decoder = parts.decoder.config
             networks["text_decoder"] = parts.decoder
@@ -182,11 +184,13 @@ def write_card(
 ) -> str:
     """What it is, how to use it, what it was trained on, what was measured."""
     # A folder may have one direction or both: the card shows how to call what is there.
-    calls, tokenizer, draws = [], config.tokenizer, config.text_to_image
-    if draws:
+    calls = []
+    tokenizer = config.tokenizer
+    if draws := config.text_to_image:
         prompt = next(iter(config.captions), "a prompt")
-        steps, guidance = draws.sampling.steps, draws.sampling.guidance
-        calls.append(DRAW.format(prompt=prompt, steps=steps, guidance=guidance))
+        sampling = draws.sampling
+        call = DRAW.format(prompt=prompt, steps=sampling.steps, guidance=sampling.guidance)
+        calls.append(call)
     if config.image_to_text:
         calls.append(CAPTION.format(size=tokenizer.image_size))
     commit = find_commit()

@@ -96,7 +96,8 @@ def test_more_images_than_a_page_holds_are_written_as_they_are_made(
     assert f"{pages} ... {pages.with_stem('x_003')}: 9 images" in capsys.readouterr().out
 
     # what is made before a failure stays
-    made, generate = [], ImageGenerator.generate
+    made = []
+    generate = ImageGenerator.generate
 
     def generate_twice(self, *rest):
         made.append(1)

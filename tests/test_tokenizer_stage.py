@@ -57,7 +57,8 @@ def test_the_adversarial_part_switches_on_at_its_step_and_changes_both_networks(
 
 
 def test_the_generator_leaves_no_gradient_in_the_discriminator(chain, tmp_path, monkeypatch):
-    original, seen = train_tokenizer.descend, []
+    seen = []
+    original = train_tokenizer.descend
 
     def checked(network, *rest):
         if isinstance(network.module, Discriminator):
