@@ -295,6 +295,7 @@ def build_model(
     # A buffer of the network: sampling divides by the scale that training multiplied with.
     model.latent_scale.fill_(info.latent_scale)
     set_activation_checkpointing(model, config.activation_checkpointing)
+    # What gets no gradient is not computed, and DDP does not wait for it.
     if config.flow.projector == "frozen":
         model.projector.gives_alignment = False
     else:

@@ -145,6 +145,7 @@ def build_model(config: TextDecoderStage, source: TextProjector | None) -> TextA
     model = TextAutoencoder(config.projector, config.text_decoder)
     if source is not None:
         model.projector.load_state_dict(source.state_dict())
+    # The flow ends in the z_T that this projector gives, so a trained one may have to stay.
     if config.freeze_projector:
         model.projector.freeze()
     return model

@@ -129,6 +129,7 @@ def save_decoded(
     run = tokens.run
     # The same samples at every step, so that pictures can be compared.
     batch = next(tokens.reader.once(NUM_PICTURES, limit=NUM_PICTURES))
+    # Loaded for the picture only: training needs no image tokenizer.
     tokenizer = load_tokenizer(config.tokenizer_run).to(run.device)
     states = tokens.text_states(batch)
     true = tokenizer.decode(tokens.image_posterior(batch).mean, states)

@@ -128,7 +128,7 @@ def convert_flow(tensors: dict[str, Tensor], num_heads: int | None) -> Converted
         ours = build_flow(projector, flowtok, FlowConfig()).state_dict()
     del ours["latent_scale"]
 
-    # A file that lacks the temperature has it where it starts.
+    # A file that lacks the temperature, which only training reads, has it where it starts.
     tensors = {TEMPERATURE: torch.tensor(math.log(1 / 0.07))} | tensors
     tables = {"pos_embed": sincos_position_table(flowtok.num_tokens, width)[None]}
     converted = take(ours, partial(released_names, FLOW_NAMES), tensors, tables, tables)

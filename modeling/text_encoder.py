@@ -131,6 +131,7 @@ class ClipTextEncoder(nn.Module):
         self.transformer = tower.transformer
         self.ln_final = tower.ln_final
         self.register_buffer("attn_mask", tower.attn_mask, persistent=False)
+        # Frozen for good: the stages store states and compare fingerprints of them.
         self.requires_grad_(False).eval()
 
     @property

@@ -15,7 +15,6 @@ The text tower is not in the files: the config names it, and it is loaded when i
 """
 
 import argparse
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +33,7 @@ from modeling.clip_weights import check_clip
 from modeling.flow import FlowConfig
 from modeling.layers import save_weights
 from modeling.pipeline import SamplingConfig
-from modeling.released import TEMPERATURE, Converted, convert
+from modeling.released import Converted, convert
 from modeling.released_dual import convert_dual, is_dual
 from modeling.text_encoder import TextEncoderConfig
 from training.checkpoint import EMA_FILE, begin_checkpoint, commit_checkpoint, load_plain
@@ -43,8 +42,6 @@ from training.run import CONFIG_FILE
 
 WRAPPERS = ("ema", "nnet_ema", "state_dict", "model")  # keys of tensors, averaged ones first
 PREFIX = "module."
-# Computed here, and only compared with a file's.
-TABLES = re.compile(r"(^pos_embed|\.freqs_(cos|sin))$")
 CAPTIONS = [  # of sample.py without prompts
     "a corgi running through fresh snow",
     "a red bicycle leaning against a white wall",
@@ -111,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def convert_file(path: Path, num_heads: int | None) -> Converted:
-    """Read and convert one released file; says what it is and what was done to it.
+    """Read and convert one released file; says what it is.
 
     Raises:
         ValueError: with the file's name; it can't be read, or holds something else.
@@ -131,15 +128,6 @@ def convert_file(path: Path, num_heads: int | None) -> Converted:
     millions = sum(tensor.numel() for tensor in converted.tensors.values()) / 1e6
     print(f"{path}: {converted.stage}, {len(tensors)} tensors, {millions:.2f}M weights")
 
-    # What is not as it was in the file.
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}
-    notes = [f"{kind} converted to float32" for kind in sorted(kinds)]
-    if converted.stage == "flowtok" and TEMPERATURE not in tensors:
-        notes.append(f"{TEMPERATURE} is not there, log(1 / 0.07) is taken; only training reads it")
-    empty = [name for name, tensor in tensors.items() if TABLES.search(name) and not tensor.any()]
-    notes += [f"{name} is all zero; computed here anyway" for name in empty]
-    for note in notes:
-        print(f"  note: {note}")
     return converted
 
 

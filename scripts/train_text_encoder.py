@@ -114,6 +114,7 @@ def open_clip_config(size: ClipSize) -> dict:
         "layers": size.depth,
     }
     if size.image_pool == "mean":
+        # open_clip's default is the class token, which it calls tok.
         vision["pool_type"] = "avg"
     text = {
         "context_length": size.context_length,
