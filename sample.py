@@ -156,9 +156,10 @@ def draw(args: argparse.Namespace) -> None:
         in_row = args.frames or COLUMNS
         pictures = interpolate(parts, args, sampling, prompts, in_row)
     elif args.trajectory:
-        # The solver says how many points a row has, so the first row must be there for the width.
+        # All at once: the width of the grid is known when the solver has made its points.
         followed = [*follow(parts, args, sampling, prompts)]
-        in_row, pictures = len(followed) // len(prompts), iter(followed)
+        in_row = len(followed) // len(prompts)
+        pictures = iter(followed)
     else:
         in_row = args.images_per_prompt
         pictures = generate(parts, args, sampling, prompts)
@@ -178,11 +179,7 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of the command line, of the file, or of the run's own pictures.
-
-    Raises:
-        ValueError: none found, or one is empty, by its place.
-    """
+    """Prompts of the command line, of the file, or of the run's own pictures."""
     prompts = args.prompts or args.interpolate or args.trajectory
     if args.prompts_file:
         # splitlines would also split at U+2028

@@ -221,8 +221,7 @@ def main(config: FlowTokStage) -> None:
 def load_source(config: FlowTokStage, run: Run) -> TextProjector | FlowModel | None:
     """EMA weights to start from: the projector of stage 2, all of a stage-3 run, or nothing.
 
-    Raises:
-        ValueError: the velocity network of init_from is not this config's.
+    ValueError: the velocity network of init_from is not this config's.
     """
     if not config.init_from:
         return load_projector(config.projector_run) if config.projector_run else None
@@ -263,11 +262,7 @@ def check_text_decoder(config: FlowTokStage, source: TextProjector | FlowModel) 
 def build_evaluation(
     config: FlowTokStage, run: Run, text_config: TextEncoderConfig
 ) -> Evaluation | None:
-    """What is measured on the way, with its inputs read; None if nothing is.
-
-    Raises:
-        ValueError: a protocol, captions, reference or weights that are absent or can't serve.
-    """
+    """What is measured on the way, None if nothing is; ValueError if an input is absent."""
     if not config.evaluation.every_steps:
         return None
     path = protocol_file(config.evaluation.protocol)

@@ -365,11 +365,7 @@ def build_model(
 
 
 def load_what_fits(model: ImageTokenizer | DualTokenizer, run_dir: str, run: Run) -> None:
-    """Take the tensors of another tokenizer that have the same name and shape; list the others.
-
-    Raises:
-        ValueError: nothing fits.
-    """
+    """Take the tensors of another tokenizer that have the same name and shape; list the others."""
     # RoPE has no weights, and the learned positions belong to latent and text tokens: both fit any
     # resolution.
     source = load_any_tokenizer(run_dir).state_dict()

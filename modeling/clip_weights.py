@@ -25,11 +25,7 @@ from .layers import save_weights
 
 
 def lazily(name: str) -> ModuleType:
-    """A package that takes seconds to import, for when something of it is first used.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+    """A package that takes seconds to import, for when something of it is first used."""
     if name not in sys.modules:
         spec = find_spec(name)
         if spec is None:
@@ -248,11 +244,7 @@ def preprocessing_of(config: ClipWeights, clip: nn.Module) -> Any:
 
 
 def model_config(config: ClipWeights) -> dict:
-    """open_clip's description of a model: embed_dim, vision_cfg, text_cfg.
-
-    Raises:
-        ValueError: an unknown model.
-    """
+    """open_clip's description of a model: embed_dim, vision_cfg, text_cfg."""
     check_local_dir(config)
     try:
         found = open_clip.get_model_config(config.model)

@@ -52,11 +52,7 @@ def find_folder(name: str | Path) -> Path:
 
 
 def read_config(folder: Path, schema: type[T]) -> T:
-    """config.json as a dataclass.
-
-    Raises:
-        ValueError: there is none, or it holds anything else than the dataclass does.
-    """
+    """config.json as a dataclass; ValueError if it holds anything else than that does."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is no folder that scripts/export.py wrote: no {CONFIG_FILE}")

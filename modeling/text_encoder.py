@@ -155,11 +155,7 @@ class ClipTextEncoder(nn.Module):
 
 
 def load_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Load the frozen text encoder, in float32.
-
-    Raises:
-        ValueError: as clip_weights.load_clip, or transformers_text.load_tower.
-    """
+    """Load the frozen text encoder, in float32; ValueError as load_clip or load_tower."""
     if config.family == "transformers":
         from .transformers_text import load_tower  # it imports this file
 

@@ -67,11 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check, convert everything, then write.
-
-    Raises:
-        ValueError: a folder that is there, impossible arguments, or a file that can't be converted.
-    """
+    """Check, convert everything, then write."""
     # What needs no file is checked first: a file has gigabytes
     target = (args.run or args.second).resolve()
     check_new_folder(target)
@@ -108,11 +104,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def convert_file(path: Path, num_heads: int | None) -> Converted:
-    """Read and convert one released file; says what it is.
-
-    Raises:
-        ValueError: with the file's name; it can't be read, or holds something else.
-    """
+    """Read and convert one released file; says what it is. ValueError names the file."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     # Mapped, so that a file of gigabytes is not copied; the older form can't be
@@ -132,11 +124,7 @@ def convert_file(path: Path, num_heads: int | None) -> Converted:
 
 
 def unwrap(content: Any) -> dict[str, Tensor]:
-    """What lies under the wrapping keys, with the prefix taken off all names.
-
-    Raises:
-        ValueError: something else than finite floating-point tensors by name.
-    """
+    """The finite floats, by name, that lie under wrapping keys and prefixes; else ValueError."""
     # Wrappers lie inside wrappers, as in {"state_dict": {"nnet_ema": ...}}.
     for _ in WRAPPERS:
         if isinstance(content, dict):

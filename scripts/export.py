@@ -91,12 +91,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check, collect, write, upload.
-
-    Raises:
-        ValueError: no such run, a folder that is there, or no id of the hub.
-        OSError: the hub refuses.
-    """
+    """Check, collect, write, upload."""
     # Folder and hub are asked first: to read a run takes minutes, to upload it longer.
     target = args.output.resolve()
     check_new_folder(target)
@@ -130,11 +125,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def collect(run: Path) -> tuple[dict[str, Path], dict[str, nn.Module], PipelineConfig]:
-    """(runs by what they made, networks by the file that they go to, config) of a run.
-
-    Raises:
-        ValueError: the two directions have different tokenizers.
-    """
+    """(runs by what they made, networks by the file that they go to, config) of a run."""
     runs, networks, config = {}, {}, PipelineConfig(captions=[])
     cpu = torch.device("cpu")
     for direction in sorted(pipelines.directions_of(run)):
