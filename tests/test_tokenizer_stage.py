@@ -183,8 +183,8 @@ def test_the_sheets_images_are_read_before_the_first_step(chain, tmp_path):
 
 def test_of_shards_behind_the_last_image_of_a_sheet_none_is_opened(tiny_shards, monkeypatch):
     opened = []
-    scan = shards._scan
-    monkeypatch.setattr(shards, "_scan", lambda path, **at: opened.append(path) or scan(path, **at))
+    open_shard = shards.open_shard
+    monkeypatch.setattr(shards, "open_shard", lambda path: opened.append(path) or open_shard(path))
     files = [f"{tiny_shards}/train-0000{number}.tar" for number in (0, 1)]
     reader = image_reader(ImageTextConfig(shards=files), 32, None)
     assert len(SheetConfig(num_samples=4).read(reader)["image"]) == 4
