@@ -10,12 +10,10 @@ and the wrong one gives states that are slightly off, without any error. The mod
 
 import json
 import shutil
-import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import LazyLoader, find_spec, module_from_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import huggingface_hub.constants
@@ -24,24 +22,30 @@ from torch import nn
 from .layers import save_weights
 
 
-def lazily(name: str) -> ModuleType:
-    """A package that takes seconds to import, for when something of it is first used."""
-    if name not in sys.modules:
-        spec = find_spec(name)
-        if spec is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        spec.loader = LazyLoader(spec.loader)
-        sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+class OpenClip:
+    """The package, imported when something of it is first used: it takes seconds."""
+
+    # Not by importlib's LazyLoader: code that looks at all modules, as torch's compiler does, would
+    # begin the import in its midst, and leave an empty module behind.
+    def __getattr__(self, name: str) -> Any:
+        import open_clip
+
+        return getattr(open_clip, name)
 
 
-open_clip = lazily("open_clip")  # it imports torchvision, timm, torch's compiler
+open_clip = OpenClip()
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 OLDER_WEIGHTS_FILE = "open_clip_pytorch_model.bin"  # of hub repositories without safetensors
 QUICK = "-quickgelu"
 HUB = huggingface_hub.constants.ENDPOINT
 HUB_TIMEOUT = 10  # seconds
+TORCHSCRIPT_ADVICE = (
+    "it is a TorchScript archive (the form of OpenAI's own files): a program, which is not run "
+    "here. If it comes from OpenAI, take out its weights once: "
+    """python -c "import torch, safetensors.torch as s; s.save_file({k: v for k, v in """
+    """torch.jit.load('FILE', map_location='cpu').state_dict().items() if """
+    """v.is_floating_point()}, 'FILE.safetensors')" and set KEY.pretrained=FILE.safetensors"""
+)
 NO_DOWNLOAD = "it is not on this machine, and nothing may be downloaded"
 
 
@@ -153,6 +157,10 @@ def find_weights(config: ClipWeights, download: bool) -> str:
     """What open_clip.create_model is to load: a file, or the tag to download."""
     tag = config.tag
     if not tag:
+        # torch's own advice would be to run it.
+        if is_torchscript(config.pretrained):
+            advice = TORCHSCRIPT_ADVICE.replace("KEY", config.key)
+            raise cannot_load(config, advice.replace("FILE", config.pretrained))
         return config.pretrained
 
     # Of a tag on the hub: its cache, without asking the hub
@@ -207,6 +215,14 @@ def cannot_load(
     else:
         return kind(message)
     return kind(f"{message}. Without network: download {origin} elsewhere, {setting}")
+
+
+def is_torchscript(path: str) -> bool:
+    """Whether a file is a TorchScript archive instead of saved tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
 
 
 def clip_inputs(config: ClipWeights, clip: nn.Module) -> tuple[Callable, Callable]:

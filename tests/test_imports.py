@@ -40,8 +40,6 @@ def imported_modules(nodes):
             yield from ((alias.name, True) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield "." * node.level + (node.module or ""), False
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "lazily":
-            yield node.args[0].value, True
 
 
 def full_name(node):

@@ -3,6 +3,9 @@
 import copy
 import json
 import pickle
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -260,6 +263,28 @@ def test_a_repository_that_cannot_be_had_is_named_with_the_way_to_use_its_files(
         load_text_encoder(TextEncoderConfig("hf-hub:a/b"))
 
 
+# torch gives TorchScript up
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_openais_own_torchscript_file_is_refused_with_a_command_that_makes_it_readable(
+    tokenize, named, tmp_path
+):
+    clip = build_clip(TINY_CLIP).eval().half()
+    rounded = copy.deepcopy(clip).float()
+    # The state dict of OpenAI's files has no mask, but three numbers.
+    clip.register_buffer("attn_mask", None)
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        vars(clip).pop(name, None)
+        clip.register_buffer(name, torch.tensor(7))
+    file = tmp_path / "ViT-L-14-336px.pt"
+    example = (torch.randn(1, 3, 32, 32).half(), tokenize(CAPTIONS[:1]))
+    torch.jit.trace(clip, example, check_trace=False, strict=False).save(str(file))
+    with pytest.raises(ValueError, match="TorchScript") as error:
+        load_text_encoder(TextEncoderConfig(QUICK, str(file)))
+    exec(re.search(r'python -c "(.+?)" and', str(error.value))[1], {})
+    states = states_of(tokenize, PLAIN, f"{file}.safetensors", exact_gelu=True)
+    assert torch.equal(states, ClipTextEncoder(rounded)(tokenize(CAPTIONS)))
+
+
 @pytest.mark.parametrize("name", ["clip.pt", "clip.safetensors"])
 def test_a_broken_weights_file_is_named_in_one_line(named, tmp_path, name):
     file = tmp_path / name
@@ -273,3 +298,14 @@ def test_under_bf16_autocast_the_weights_and_the_final_norm_stay_float32(encoder
         states = encoder(tokenize(CAPTIONS))
     assert {p.dtype for p in encoder.parameters()} == {states.dtype} == {torch.float32}
     assert 0 < (states - encoder(tokenize(CAPTIONS))).abs().max() < 0.1
+
+
+def test_the_package_is_whole_after_code_that_looks_at_all_modules():
+    code = """
+import torch
+from modeling.clip_weights import open_clip
+with torch.compiler.set_stance("force_eager"):
+    torch.func.jvp(torch.sin, (torch.ones(3),), (torch.ones(3),))
+assert open_clip.model.CLIP
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
