@@ -76,6 +76,7 @@ class Way(NamedTuple):
 
 def seconds_per_call(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
     """Mean over calls for about so long, one at least."""
+    # A kernel is only queued when its call returns.
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     wait()
     start = time.perf_counter()
@@ -90,6 +91,7 @@ def seconds_per_call(call: Callable[[], Any], device: torch.device, seconds: flo
 
 def mm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of torch.mm now: the best of a few large sizes."""
+    # No single size is the fastest on every machine.
     rates = []
     for size in MM_SIZES[device.type]:
         square = torch.randn(size, size, device=device, dtype=dtype)
@@ -117,6 +119,7 @@ def time_ways(
     """Figures of each way, all timed in each round for seconds / rounds."""
     figures = {name: first_calls(way, device) for name, way in ways.items()}
     rates, peaks = {name: [] for name in ways}, {name: [] for name in ways}
+    # In turn, each beside torch.mm: a machine's speed changes while one measures.
     for _ in range(args.rounds):
         for name, way in ways.items():
             peaks[name].append(mm_rate(device, DTYPES[precision]) / 1e9)
@@ -139,7 +142,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def fill_zeros(module: nn.Module) -> None:
-    """Random values for the weights that start at zero, as gates and last layers do."""
+    # Gates and last layers start at zero: a sampler's step would find nothing to do.
     for parameter in module.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)

@@ -66,6 +66,7 @@ def check_folder(folder: Path) -> tuple[str, list[str]]:
 
 def check_tokens(folder: Path) -> tuple[str, list[str]]:
     """The same of a folder of token shards."""
+    # Names and sizes first: counting samples reads every shard.
     info = TokensInfo.load(folder)
     damage = info.damage(folder)
     shown = f"{len(info.shards) - len(damage)} shards, {info.num_samples} samples"

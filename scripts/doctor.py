@@ -75,8 +75,9 @@ def main(args: argparse.Namespace) -> int:
     job = find_job(
         os.environ, torch.cuda.device_count(), count_cores(), checks.cpu_processes(stages)
     )
+    # A launcher's variables would have this one process wait for others.
     for name in os.environ.keys() - clean(os.environ).keys():
-        del os.environ[name]  # of a launcher: this is one process
+        del os.environ[name]
     rows = []
     for row in examine(stages, job, args.seconds):
         print(f"{row.verdict:4}  {row.what}: {printable(row.found)}", flush=True)
@@ -174,7 +175,8 @@ def measure_exchange(rank: int, processes: int, backend: str, meeting: str, resu
     start = time.perf_counter()
     for _ in range(ALL_REDUCE_CALLS):
         dist.all_reduce(values)
-    total = values[0].item()  # waits
+    # Reading a value waits for the device.
+    total = values[0].item()
     if rank == 0:
         seconds = (time.perf_counter() - start) / ALL_REDUCE_CALLS
         result.write_text(str(values.nbytes / seconds / 1e9))
@@ -219,6 +221,7 @@ def look_at_disk(needs: dict[Path, float]) -> Iterator[Row]:
 
 def process_memory_gib(job: Job) -> float:
     """Memory for each process of this machine, but for a reserve."""
+    # The smallest GPU decides: every process has the same share of the work.
     if job.on_gpus:
         totals = range(torch.cuda.device_count())
         total = min(torch.cuda.get_device_properties(index).total_memory for index in totals)
@@ -250,8 +253,9 @@ def look_at_weights(stage: Stage) -> Iterator[Row]:
 
 def look_at_tower(what: str, config: TextEncoderConfig) -> Row:
     """The text tower's weights, which a trainer downloads if the hub answers."""
+    # It is there or will be made: the row of the inputs says so.
     if config.model.startswith(checks.LOCAL_TOWER):
-        return Row("ok", what, config.model)  # there or made, as the inputs say
+        return Row("ok", what, config.model)
     try:
         if config.family == "transformers":
             load_part("AutoConfig", config)
@@ -341,7 +345,8 @@ def look_at_step(stage: Stage, sized: SizedStage, job: Job, seconds: float) -> t
 
 def time_step(stage: Stage, sized: SizedStage, job: Job, samples: int, memory: str) -> Row:
     """A real step with so many samples; memory: what is known of it."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # the planner's, of a fake machine
+    # The planner has left accelerate the settings of its fake machine.
+    AcceleratorState._reset_state(reset_partial_state=True)
     run, training = start_run("", sized.precision, seed=0), sized.training
     try:
         work = build_workload(sized, run)

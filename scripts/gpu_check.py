@@ -78,6 +78,7 @@ def run_part(command: str, limit: float) -> str:
         done = subprocess.run(
             [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit
         )
+    # Whoever watches sees errors as well; figures are read of stdout alone.
     whole = done.stdout + done.stderr
     print(whole, flush=True)
     if done.returncode:
@@ -95,11 +96,12 @@ def find_figures(name: str, command: str, output: str) -> dict:
         return {"seconds": {stage: int(seconds) for stage, seconds in took}}
     figures = yaml.safe_load(output)["measures"]
     if name in PAPER_IMAGES_PER_SECOND:
-        # A whole image, from token ids to pixels
+        # A whole image, from token ids to pixels, which is what the paper counts
         steps = [figures[step] for step in ("text", "projector", "flow", "decode")]
         seconds = sum(1 / step["samples_per_second"]["median"] for step in steps)
         figures["images_per_second"] = 1 / seconds
         figures["paper_images_per_second"] = PAPER_IMAGES_PER_SECOND[name]
+    # The planner has never seen a GPU: here is what it foretold.
     if name.startswith("train_"):
         config, batch = re.search(r"--config (\S+) --batch-size (\d+)", command).groups()
         overrides = [f"training.batch_size={batch}", "training.gradient_accumulation=1"]

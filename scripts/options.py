@@ -63,6 +63,7 @@ def rows_of(schema: type, prefix: str = "", part: Any = None) -> list[tuple[str,
 
     part: the dataclass's values in another one, where they are not its defaults.
     """
+    # A derived field follows from another stage: it can't be set.
     rows, meanings = [], dict(read_comments(schema))
     for field in dataclasses.fields(schema):
         if field.metadata.get("derived"):

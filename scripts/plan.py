@@ -77,6 +77,7 @@ def make_plan(
         costs[mode], modes[mode] = fit_mode(stage, mode, num_gpus, batch, usable_gib)
     cost = costs[chosen]
 
+    # How long, at a share of the peak that the user believes in
     rate = share * num_gpus * peak_tflops * 1e12 / mean_flops(stage, cost, num_gpus, batch)
     plan = {
         "config": str(file),

@@ -36,7 +36,6 @@ def main(words: Sequence[str]) -> None:
     import torch
 
     from scripts.run_experiment import checks
-    from training.checkpoint import latest_checkpoint
 
     # What runs where
     stages = read_stages(words, os.environ.get("STAGES", ""), Path("configs"))
@@ -76,8 +75,7 @@ def main(words: Sequence[str]) -> None:
     for stage in stages:
         if stage.config.stage == "flowtok":
             picture, run_dir = picture_of(stage), stage.config.run_dir
-            latest = latest_checkpoint(Path(run_dir)) if picture.is_file() else None
-            if latest and latest[1].stat().st_mtime < picture.stat().st_mtime:
+            if checks.is_newer(picture, run_dir):
                 print(f"{picture}: complete, nothing to do")
             else:
                 run("sample.py", ["sample.py", "--run", run_dir, "--output", str(picture)], alone)

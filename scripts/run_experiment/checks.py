@@ -103,10 +103,17 @@ def is_complete(stage: Stage) -> bool:
     if isinstance(stage.config, TokensStage):
         is_there = (folder / TOKENS_INFO_FILE).is_file()
         return is_there and not TokensInfo.load(folder).damage(folder)
+    # Stages without training look themselves at what is there.
     if not isinstance(stage.config, TrainedStage):
         return False
     latest = latest_checkpoint(folder)
     return latest is not None and latest[0] >= stage.config.training.max_steps
+
+
+def is_newer(picture: Path, run_dir: str) -> bool:
+    """Whether a picture was drawn after a run's newest checkpoint was written."""
+    latest = latest_checkpoint(Path(run_dir)) if picture.is_file() else None
+    return latest is not None and latest[1].stat().st_mtime < picture.stat().st_mtime
 
 
 def check_runs(stage: Stage, made: Made) -> None:

@@ -24,7 +24,8 @@ from training.errors import ERROR_SIGNAL, ERROR_STATUS, STOPPED_STATUS
 
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of Linux's <sys/prctl.h>
 POLL_SECONDS = 0.1
-REPEAT_SECONDS = 2.0  # a program that starts up does not hear a request to stop
+# A program that starts up does not hear a request to stop, so it is repeated.
+REPEAT_SECONDS = 2.0
 # What other launchers, MPI and accelerate's settings leave: our processes would wait for a group
 # that nobody forms, or train in another way than their config says.
 FOREIGN = re.compile(
@@ -70,6 +71,7 @@ class Job:
         common = clean(variables) | {"OMP_NUM_THREADS": str(self.num_threads)}
         if not self.on_gpus:
             common = KEEP_FREED_MEMORY | common | {"ACCELERATE_USE_CPU": "true"}
+        # One process forms no group: nothing has to listen on a port.
         if self.num_processes == 1:
             return [common]
         common |= {
@@ -102,6 +104,7 @@ def find_job(
     Raises:
         ValueError: a variable that can't be, by name and value.
     """
+    # VARIABLE= on the command line takes one away that the shell exports.
     variables = {name: value for name, value in variables.items() if value}
     if variables.get("SLURM_LOCALID", variables.get("LOCAL_RANK", "0")) != "0":
         raise ValueError("started more than once on a machine: start it once (--ntasks-per-node 1)")
@@ -213,6 +216,7 @@ class Runner:
 
     def _on_signal(self, number: int, frame) -> None:
         self.requests += 1
+        # Between two stages the first request waits for the next one's start, the second does not.
         if not self._processes and self.requests > 1:
             raise SystemExit(128 + number)
         self._pass_on()
@@ -270,7 +274,9 @@ class Runner:
 def begin(launcher: int) -> None:
     """In a new process: end with the launcher, and not by SIGUSR1 before there is a handler."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if sys.platform == "linux":  # others have no such call: there, what a kill -9 leaves goes on
+    # Other systems have no such call: there, what a kill -9 leaves goes on.
+    if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it was killed meanwhile
+        # The launcher was killed meanwhile.
+        if os.getppid() != launcher:
             os._exit(1)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from configs.load import load_config, valid_keys
 
-if TYPE_CHECKING:  # it imports torch, which takes seconds
+# It imports torch, which takes seconds: a command line that can't work is refused before.
+if TYPE_CHECKING:
     from training.stage import StageConfig
 
-PROGRAMS = {  # stage -> module and dataclass of its program
+# stage -> module and dataclass of its program
+PROGRAMS = {
     "scenes": ("scripts.make_scenes", "ScenesStage"),
     "artists": ("scripts.make_artists", "ArtistsStage"),
     "text_encoder": ("scripts.train_text_encoder", "TextEncoderStage"),
@@ -25,7 +27,8 @@ PROGRAMS = {  # stage -> module and dataclass of its program
     "report": ("eval.report", "ReportStage"),
 }
 WITHOUT_NETWORK = ("scenes", "artists", "report")  # stages of one process
-ORDER = (  # of the YAML files of an experiment: stages, and further rounds of them
+# Of the YAML files of an experiment: stages, and further rounds of them
+ORDER = (
     *("scenes", "artists"),
     *("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
     *("tokens_finetune", "flowtok_finetune", "tokenizer_512", "tokens_512", "flowtok_512"),
@@ -43,7 +46,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The YAML's: the stage's, or that of a further round of it."""
+        # The YAML's: the stage's, or that of a further round of it
         return self.file.stem
 
     def __str__(self) -> str:
@@ -147,6 +150,7 @@ def find_experiment(name: str, configs: Path) -> Path:
     folder = Path(name).expanduser() if "/" in name else configs / name
     if stage_files(folder):
         return folder
+    # Who thinks of stages names one where an experiment is expected.
     if name in ORDER:
         raise ValueError(f"no experiment {name!r}; to run the stage: STAGES={name}")
     valid = [path.name for path in sorted(configs.iterdir()) if stage_files(path)]
@@ -154,5 +158,5 @@ def find_experiment(name: str, configs: Path) -> Path:
 
 
 def stage_files(folder: Path) -> list[Path]:
-    """The YAML files of an experiment, in order."""
+    # In the order in which they run, whatever else lies in the folder
     return [path for name in ORDER if (path := folder / f"{name}.yaml").is_file()]

@@ -72,6 +72,7 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
         raise ValueError(f"{file}: stage {config.stage} trains no network")
     if is_of_codes(config):
         raise ValueError(f"{file}: {why_unplanned(config)}")
+    # It is trained before there are any tokens.
     if config.stage == "text_encoder":
         return Stage(config, None, ImageTokenizerConfig())
 
@@ -183,6 +184,7 @@ def find_clip(model: str, file: Path) -> dict:
         if saved.is_file():
             return json.loads(saved.read_text())["model_cfg"]
         return open_clip_config(read_earlier(str(folder.parent), "clip", ClipSize, file))
+    # A file of open_clip's, which only modeling/ imports
     known = files("open_clip") / "model_configs" / f"{model}.json"
     if not known.is_file():
         raise ValueError(f"text_encoder.model={model}: of unknown size, name an open_clip model")
@@ -190,7 +192,7 @@ def find_clip(model: str, file: Path) -> dict:
 
 
 def build_clip_tower(clip: dict) -> ClipTextEncoder:
-    """A frozen text tower; the image tower, which is not used, is next to nothing."""
+    # The image tower, which is not used, is next to nothing.
     vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
     text = {key: clip[key] for key in ("embed_dim", "text_cfg", "quick_gelu") if key in clip}
     return ClipTextEncoder(build_clip({**text, "vision_cfg": vision}))

@@ -30,7 +30,8 @@ from training.run import Run
 from training.tokens import StoredText, StoredTokens, unknown_tokens
 
 MAX_TOKEN_ID = 32_000  # below the vocabularies of T5 and CLIP
-READ_IMAGES = ("text_encoder", "tokenizer", "tokens")  # stages
+# What a stage's loader gives: images, or stored tokens
+READ_IMAGES = ("text_encoder", "tokenizer", "tokens")
 READ_TOKENS = ("text_projector", "flowtok")
 
 # torch counts the FLOPs of attention by CUDA's kernels only.
@@ -58,6 +59,7 @@ def make_batch(stage: Stage, count: int, stored_states: bool = False) -> dict:
     if config.stage in READ_TOKENS:
         shape = (count, sizes.num_tokens, sizes.token_channels)
         batch["latent_mean"] = torch.randn(shape)
+        # A small variance, as a trained tokenizer's
         batch["latent_logvar"] = torch.randn(shape) - 4
     if stored_states and config.stage in READ_TOKENS:
         batch["text_states"] = torch.randn(count, length, sizes.text_width).half()
@@ -90,6 +92,7 @@ def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workl
     training = config.training
     model, loss_fn = build_loss(stage, run, tower)
     network = OptimizedNetwork(run, model, config.optimizer, training.max_gradient_norm)
+    # Not compiled, whatever the config says: it takes a minute, and changes no FLOPs.
     network.wrap()
 
     def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
@@ -172,7 +175,8 @@ def made_up_distance(config: perceptual.PerceptualConfig) -> perceptual.Perceptu
 
 def made_up_teacher(config: VisionConfig, grid: int) -> VisionTeacher:
     """Stage 1's vision model, with random weights in place of its file."""
-    import timm  # here: it takes a second
+    # Imported here: it takes a second.
+    import timm
 
     create = timm.create_model
     with (
