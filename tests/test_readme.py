@@ -72,7 +72,9 @@ def check_python(words, monkeypatch):
     overrides = getattr(parsed, "overrides", [])
     if getattr(parsed, "protocol", None):
         load_dataclass(Protocol, protocol_file(parsed.protocol), overrides)
-    elif file := getattr(parsed, "config", None) or ("overrides" in parsed and parsed.file):
+    elif file := getattr(parsed, "config", None) or (
+        "overrides" in parsed and getattr(parsed, "file", None)
+    ):
         assert (ROOT / file).is_file(), f"{file} does not exist"
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         programs = {name for name, _ in PROGRAMS.values()}
