@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.files import integer, user_path
@@ -49,7 +48,7 @@ from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator
 from scripts.workload import print_figures
 from scripts.workload.sizes import Stage, read_stage
-from scripts.workload.steps import build_workload, make_batch, repeated_step
+from scripts.workload.steps import fill_zeros, make_batch, repeated_step
 from training.errors import ROOT, exit_on_error
 from training.run import Run, start_run
 
@@ -140,14 +139,6 @@ def spread(values: list[float]) -> dict[str, float]:
 # What is timed
 
 
-@torch.no_grad()
-def fill_zeros(module: nn.Module) -> None:
-    # Gates and last layers start at zero: a sampler's step would find nothing to do.
-    for parameter in module.parameters():
-        if not parameter.any():
-            parameter.normal_(std=0.02)
-
-
 def start(args: argparse.Namespace) -> tuple[Stage, Run]:
     """The stage of --config in its own precision or, on a CPU, in float32."""
     _, _, key = DEFAULTS[args.part]
@@ -159,11 +150,7 @@ def start(args: argparse.Namespace) -> tuple[Stage, Run]:
 def measure_step(args: argparse.Namespace) -> dict:
     """The step of a stage, its EMA included."""
     stage, run = start(args)
-    stored_states = not args.text_tower
-    work = build_workload(stage, run, stored_states)
-    for network in work.networks.values():
-        fill_zeros(network.module)
-    step = repeated_step(stage, work, make_batch(stage, args.batch_size, stored_states))
+    step = repeated_step(stage, run, args.batch_size, stored_states=not args.text_tower)
     return time_ways({args.part: Way(step, args.batch_size)}, run.device, stage.precision, args)
 
 

@@ -44,14 +44,14 @@ from modeling.published import PublishedWeights
 from modeling.text_encoder import TextEncoderConfig
 from modeling.transformers_text import load_part
 from scripts.benchmark import DTYPES, mm_rate, seconds_per_call
-from scripts.plan import DAY, RESERVE, batch_sizes, disk_gib, fit_mode
+from scripts.plan import DAY, RESERVE, disk_gib, fit_mode
 from scripts.run_experiment import checks
 from scripts.run_experiment.processes import Job, clean, count_cores, find_job
 from scripts.run_experiment.stages import WITHOUT_NETWORK, Stage, read_stages
 from scripts.workload.fake import GIB, measure_step
 from scripts.workload.sizes import Stage as SizedStage
 from scripts.workload.sizes import is_of_codes, read_stage, why_unplanned
-from scripts.workload.steps import build_workload, make_batch, repeated_step
+from scripts.workload.steps import make_batch, repeated_step
 from training.errors import exit_on_error, printable
 from training.run import start_run
 
@@ -301,7 +301,7 @@ def look_at_workers(stage: Stage, sized: SizedStage, job: Job) -> Iterator[Row]:
     if not workers:
         return
     # A batch that waits lies in shared memory, a file for each of its tensors
-    _, batch = batch_sizes(sized, job.num_processes)
+    batch = sized.batch(job.num_processes)
     tensors = [value[0] for value in make_batch(sized, 1).values()]
     batches = processes * workers * PREFETCH_BATCHES
     needed = batches * batch * sum(tensor.nbytes for tensor in tensors)
@@ -321,7 +321,7 @@ def look_at_workers(stage: Stage, sized: SizedStage, job: Job) -> Iterator[Row]:
 def look_at_step(stage: Stage, sized: SizedStage, job: Job, seconds: float) -> tuple[Row, float]:
     """(memory and time of a step, GiB of the run's checkpoints)."""
     memory, device = process_memory_gib(job), torch.device("cuda" if job.on_gpus else "cpu")
-    _, batch = batch_sizes(sized, job.num_processes)
+    batch = sized.batch(job.num_processes)
     cost = measure_step(sized, job.num_processes, batch)
     run_gib = disk_gib(cost, sized.training)["run"] if sized.training else 0.0
 
@@ -349,8 +349,7 @@ def time_step(stage: Stage, sized: SizedStage, job: Job, samples: int, memory: s
     AcceleratorState._reset_state(reset_partial_state=True)
     run, training = start_run("", sized.precision, seed=0), sized.training
     try:
-        work = build_workload(sized, run)
-        step = repeated_step(sized, work, make_batch(sized, samples))
+        step = repeated_step(sized, run, samples)
         step()  # the first one also makes the optimiser's moments
         seconds = seconds_per_call(step, run.device, 0) / samples / job.num_processes
     except torch.OutOfMemoryError as error:

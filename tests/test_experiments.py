@@ -10,7 +10,7 @@ from test_readme import check_command
 
 from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
-from scripts.plan import GPUS, RESERVE, batch_sizes
+from scripts.plan import GPUS, RESERVE
 from scripts.workload.fake import measure_step
 from scripts.workload.sizes import read_stage
 
@@ -48,8 +48,7 @@ def test_a_step_runs_on_shapes_alone_and_fits_8_a100_of_80_gb(name):
     if "_t5/" in name:
         pytest.importorskip("transformers", reason="requirements-text.txt is not installed")
     stage = read(name)
-    _, batch = batch_sizes(stage, NUM_GPUS)
-    cost = measure_step(stage, NUM_GPUS, batch)
+    cost = measure_step(stage, NUM_GPUS, stage.batch(NUM_GPUS))
     usable = GPUS["a100-80g"][0] * (1 - RESERVE)
     resident = cost.resident_gib["weights"] + cost.resident_gib["frozen"]
     assert resident < cost.peak_gib < usable

@@ -59,6 +59,10 @@ class Stage:
         """fp32 or bf16."""
         return (self.training or self.config).precision
 
+    def batch(self, num_gpus: int) -> int:
+        """Samples of one GPU in one pass; ValueError if so many can't share the batch."""
+        return self.training.split_batch(num_gpus) if self.training else self.config.batch_size
+
 
 def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
     """The stage that a YAML configures.

@@ -1,9 +1,9 @@
 """The real step of every stage with random weights: no data, no weights files, no compilation."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import Any
 from unittest.mock import patch
 
@@ -101,17 +101,31 @@ def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workl
     return Workload({"": network}, {"text_tower": tower} if tower else {}, step)
 
 
-def repeated_step(stage: Stage, work: Workload, batch: dict) -> Callable[[], None]:
-    """The next step on one batch each time it is called, with the EMA's update."""
-    steps = count()
+def repeated_step(
+    stage: Stage, run: Run, count: int, stored_states: bool = False
+) -> Callable[[], None]:
+    """The next step on one made-up batch each time it is called, with the EMA's update."""
+    work = build_workload(stage, run, stored_states)
+    for network in work.networks.values():
+        fill_zeros(network.module)
+    batch = make_batch(stage, count, stored_states)
     ema = EMA(work.networks[""].module, stage.training.ema_decay) if work.networks else None
+    indices = itertools.count()
 
     def step() -> None:
-        work.step([batch], next(steps))
+        work.step([batch], next(indices))
         if ema:
             ema.update()
 
     return step
+
+
+@torch.no_grad()
+def fill_zeros(module: nn.Module) -> None:
+    """Random values for the weights that start at zero, as gates and last layers do."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
 
 
 def build_loss(stage: Stage, run: Run, tower: TextEncoder | None) -> tuple[nn.Module, Callable]:
