@@ -27,7 +27,13 @@ from scripts import train_text_encoder
 from scripts.workload.sizes import Stage
 from training.optim import EMA, OptimizedNetwork, descend
 from training.run import Run
-from training.tokens import StoredText, StoredTokens, unknown_tokens
+from training.tokens import (
+    StoredText,
+    StoredTokens,
+    encode_images,
+    text_states,
+    unknown_tokens,
+)
 
 MAX_TOKEN_ID = 32_000  # below the vocabularies of T5 and CLIP
 # What a stage's loader gives: images, or stored tokens
@@ -206,10 +212,9 @@ def encoding_workload(stage: Stage, run: Run, tower: TextEncoder) -> Workload:
     tokenizer = ImageTokenizer(stage.tokenizer).requires_grad_(False).eval().to(run.device)
 
     def encode(batches: Sequence[dict], index: int) -> None:
-        with torch.no_grad(), run.accelerator.autocast():
-            for batch in batches:
-                tokenizer.encode(batch["image"].to(run.device).float().div_(255))
-                if stage.config.store_text_states:
-                    tower(batch["token_ids"].to(run.device))
+        for batch in batches:
+            encode_images(run, tokenizer, batch)
+            if stage.config.store_text_states:
+                text_states(run, tower, batch)
 
     return Workload({}, {"tokenizer": tokenizer, "text_tower": tower}, encode)
