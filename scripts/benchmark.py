@@ -226,7 +226,6 @@ def made_up_photo(rng: np.random.Generator) -> bytes:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The part, and what it runs on."""
     parser = build_parser(__doc__)
     add = parser.add_argument
     add("part", choices=DEFAULTS)
@@ -244,7 +243,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def describe_machine() -> dict:
-    """What figures were measured on."""
     # ARM's list has no name, macOS no list
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

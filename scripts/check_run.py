@@ -33,7 +33,6 @@ from training.tokens import TOKENS_INFO_FILE, TokensInfo
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check all runs, print, and return the number of problems."""
     problems = []
     for run in find_runs(args.run):
         name = run.resolve().name

@@ -61,15 +61,12 @@ EXCHANGE_LIMIT = timedelta(seconds=60)
 
 
 class Row(NamedTuple):
-    """A line of the table."""
-
     verdict: str  # ok, note, STOP
     what: str
     found: str
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the table and return the exit status."""
     stages = read_stages(args.words, os.environ.get("STAGES", ""), Path("configs"))
     stages, _ = checks.skip_stages(stages)
     job = find_job(
@@ -88,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
-    """All rows, the quick ones first."""
+    # The quick ones first: a step of each stage takes minutes.
     yield from look_at_machine(job)
     yield look_at_exchange(job)
     try:
@@ -185,7 +182,6 @@ def measure_exchange(rank: int, processes: int, backend: str, meeting: str, resu
 
 
 def nearest_folder(path: str) -> Path:
-    """The folder itself or the first above it that is there."""
     whole = Path(path).absolute()
     return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
 

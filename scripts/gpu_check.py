@@ -111,7 +111,6 @@ def find_figures(name: str, command: str, output: str) -> dict:
 
 
 def table(parts: dict[str, dict]) -> str:
-    """Rates, shares and memory by part, as Markdown."""
     lines = [["part", "samples/s", "share of mm", "GiB"]]
     for name, found in parts.items():
         for key, value in found.items():

@@ -41,7 +41,6 @@ an earlier run can't be set and are left out. NAME stands for a name of your cho
 
 
 def build_page() -> str:
-    """The whole page."""
     tables = {
         "All stages": rows_of(StageConfig),
         "Stages with training": rows_of(TrainedStage),

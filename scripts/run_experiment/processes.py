@@ -67,7 +67,6 @@ class Job:
         return self.num_processes // self.num_machines
 
     def environments(self, variables: Mapping[str, str]) -> list[dict[str, str]]:
-        """The environment of each process on this machine."""
         common = clean(variables) | {"OMP_NUM_THREADS": str(self.num_threads)}
         if not self.on_gpus:
             common = KEEP_FREED_MEMORY | common | {"ACCELERATE_USE_CPU": "true"}
@@ -145,7 +144,6 @@ def find_job(
 
 
 def count_cores() -> int:
-    """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -191,7 +189,7 @@ def first_host(variables: Mapping[str, str], num_machines: int) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that systems hand out to whoever asks."""
+    # Below those that systems hand out to whoever asks: they are gone a moment later.
     while True:
         port = random.SystemRandom().randint(10_000, 32_000)
         with socket.socket() as probe, suppress(OSError):

@@ -146,7 +146,6 @@ def to_one_stage(stage: str, shared: Sequence[str], chosen: Sequence[str]) -> st
 
 
 def find_experiment(name: str, configs: Path) -> Path:
-    """The folder of an experiment that has stages."""
     folder = Path(name).expanduser() if "/" in name else configs / name
     if stage_files(folder):
         return folder

@@ -221,6 +221,5 @@ def resident_gib(work: Workload, num_gpus: int, parts: int) -> dict[str, float]:
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Of weights and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -51,12 +51,11 @@ class Stage:
 
     @property
     def training(self) -> TrainingConfig | None:
-        """None: the stage does not train."""
+        # None: the stage does not train
         return self.config.training if isinstance(self.config, TrainedStage) else None
 
     @property
     def precision(self) -> str:
-        """fp32 or bf16."""
         return (self.training or self.config).precision
 
     def batch(self, num_gpus: int) -> int:

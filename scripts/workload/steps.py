@@ -128,7 +128,7 @@ def repeated_step(
 
 @torch.no_grad()
 def fill_zeros(module: nn.Module) -> None:
-    """Random values for the weights that start at zero, as gates and last layers do."""
+    # Gates and last layers start at zero: products with zeros are not what is to be timed.
     for parameter in module.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
