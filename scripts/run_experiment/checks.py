@@ -134,9 +134,10 @@ def check_runs(stage: Stage, made: Made) -> None:
 def find_images(stage: Stage, made: Made) -> list[str]:
     """Image shards that the stage will find."""
     images, config = [], stage.config
+    # Pictures may be drawn of the shards that are trained on: each pattern counts once.
+    patterns = dict.fromkeys(config.image_shards())
     try:
-        # Pictures may be drawn of the shards that are trained on.
-        for pattern in dict.fromkeys(config.image_shards()):
+        for pattern in patterns:
             images += find_shards(pattern, made)
     except ValueError as error:
         ways = [f"{stage.name}.data.shards=[FOLDER/*.tar]"]

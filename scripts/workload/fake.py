@@ -201,21 +201,22 @@ def gathered_bytes(module: nn.Module) -> int:
 
 def resident_gib(work: Workload, num_gpus: int, parts: int) -> dict[str, float]:
     """Memory by what it is for; parts: of the network that has an EMA, 1 if it is not sharded."""
-    sizes = dict.fromkeys(("weights", "ema", "optimizer_moments", "gradients"), 0.0)
-    sizes["gradient_buckets"] = sizes["gathered"] = 0.0
+    names = ("weights", "ema", "optimizer_moments", "gradients", "gradient_buckets", "gathered")
+    sizes = dict.fromkeys(names, 0.0)
     for name, network in work.networks.items():
         share = 1 if name else parts
-        trained = 4 * sum(p.numel() for p in network.trainable)
-        sizes["weights"] += num_bytes(network.module) / share
-        sizes["optimizer_moments"] += 2 * trained / share
-        sizes["gradients"] += trained / share
-        # DDP copies the gradients
-        if share == 1 and num_gpus > 1:
-            sizes["gradient_buckets"] += trained
+        size = num_bytes(network.module) / share
+        trained = 4 * sum(p.numel() for p in network.trainable) / share
+        sizes["weights"] += size
+        sizes["optimizer_moments"] += 2 * trained
+        sizes["gradients"] += trained
         if not name:
-            sizes["ema"] = num_bytes(network.module) / share
+            sizes["ema"] = size
+        # FSDP gathers weights and gradients, DDP copies the gradients.
         if share > 1:
             sizes["gathered"] = gathered_bytes(network.module)
+        elif num_gpus > 1:
+            sizes["gradient_buckets"] += trained
     sizes["frozen"] = sum(map(num_bytes, work.frozen.values()))
     return {name: size / GIB for name, size in sizes.items()}
 

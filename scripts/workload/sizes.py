@@ -135,9 +135,10 @@ def read_earlier(run_dir: str, section: str, schema: type, file: Path) -> Any:
     usual = beside.parents[1] / run.parent.name / beside.name
     for made_by in (usual, beside):
         if made_by.is_file():
-            config = load_stage(made_by, [])
-            is_projector = section == "projector"
-            return find_projector(config, made_by) if is_projector else getattr(config, section)
+            config = load_stage(made_by)
+            if section == "projector":
+                return find_projector(config, made_by)
+            return getattr(config, section)
     raise ValueError(f"{run_dir} is no run, and neither {usual} nor {beside} is there to make it")
 
 
