@@ -24,20 +24,18 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.files import integer, user_path
@@ -50,10 +48,17 @@ from modeling.image_tokenizer import ImageTokenizer
 from modeling.pipeline import ImageGenerator
 from scripts.workload import print_figures
 from scripts.workload.sizes import Stage, read_stage
-from scripts.workload.steps import build_workload, make_batch, repeated_step
+from scripts.workload.steps import fill_zeros, make_batch, repeated_step
 from training.errors import ROOT, exit_on_error
 from training.run import Run, start_run
 
+# Of --config, of --batch-size, and the key of the precision that is timed
+DEFAULTS = {
+    "train": ("configs/flowtok_b/flowtok.yaml", 16, "training.precision"),
+    "sample": ("configs/flowtok_b/flowtok.yaml", 8, "sampling.precision"),
+    "encode": ("configs/tokenizer_bl77_256/tokens.yaml", 8, "precision"),
+    "readers": ("", 0, ""),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MM_SIZES = {"cpu": (1024, 1536, 2048), "cuda": (4096, 6144, 8192)}  # of square matrices
 MM_SECONDS = 0.2  # for each of them
@@ -63,14 +68,14 @@ PHOTOS, TOKENS = 48, 4000  # samples of the made-up shards
 # Timing
 
 
-@dataclass
-class Way:
+class Way(NamedTuple):
     call: Callable[[], Any]
     samples: int  # of a call
 
 
 def seconds_per_call(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
     """Mean over calls for about so long, one at least."""
+    # A kernel is only queued when its call returns.
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     wait()
     start = time.perf_counter()
@@ -85,6 +90,7 @@ def seconds_per_call(call: Callable[[], Any], device: torch.device, seconds: flo
 
 def mm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of torch.mm now: the best of a few large sizes."""
+    # No single size is the fastest on every machine.
     rates = []
     for size in MM_SIZES[device.type]:
         square = torch.randn(size, size, device=device, dtype=dtype)
@@ -93,42 +99,36 @@ def mm_rate(device: torch.device, dtype: torch.dtype) -> float:
     return max(rates)
 
 
-def count_flops(call: Callable[[], Any]) -> int:
+def first_calls(way: Way, device: torch.device) -> dict[str, float]:
+    """FLOPs and, on a GPU, the most memory; also pays for allocations and the moments."""
     with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def peak_gib(call: Callable[[], Any]) -> float:
-    """Most GPU memory during a call."""
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated() / 2**30
+        way.call()
+    figures = {"gflop_per_sample": counter.get_total_flops() / way.samples / 1e9}
+    # Apart: the counter keeps tensors alive that activation checkpointing frees.
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        way.call()
+        figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return figures
 
 
 def time_ways(
     ways: dict[str, Way], device: torch.device, precision: str, args: argparse.Namespace
 ) -> dict[str, dict]:
     """Figures of each way, all timed in each round for seconds / rounds."""
-    # The first call also pays for allocations and the optimiser's moments.
-    flops = {name: count_flops(way.call) / way.samples for name, way in ways.items()}
-    memory = {name: peak_gib(way.call) for name, way in ways.items() if device.type == "cuda"}
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}  # rate, peak
+    figures = {name: first_calls(way, device) for name, way in ways.items()}
+    rates, peaks = {name: [] for name in ways}, {name: [] for name in ways}
+    # In turn, each beside torch.mm: a machine's speed changes while one measures.
     for _ in range(args.rounds):
         for name, way in ways.items():
-            peak = mm_rate(device, DTYPES[precision])
+            peaks[name].append(mm_rate(device, DTYPES[precision]) / 1e9)
             seconds = seconds_per_call(way.call, device, args.seconds / args.rounds)
-            rounds[name].append((way.samples / seconds, peak))
-    figures = {}
-    for name, pairs in rounds.items():
-        figures[name] = {
-            "samples_per_second": spread([rate for rate, _ in pairs]),
-            "share_of_mm": spread([flops[name] * rate / peak for rate, peak in pairs]),
-            "gflop_per_sample": flops[name] / 1e9,
-            "mm_gflop_per_second": median(peak for _, peak in pairs) / 1e9,
-        }
-        if memory:
-            figures[name]["peak_gib"] = memory[name]
+            rates[name].append(way.samples / seconds)
+    for name, row in figures.items():
+        pairs = zip(rates[name], peaks[name], strict=True)
+        row["samples_per_second"] = spread(rates[name])
+        row["share_of_mm"] = spread([row["gflop_per_sample"] * rate / peak for rate, peak in pairs])
+        row["mm_gflop_per_second"] = median(peaks[name])
     return figures
 
 
@@ -139,17 +139,9 @@ def spread(values: list[float]) -> dict[str, float]:
 # What is timed
 
 
-@torch.no_grad()
-def fill_zeros(module: nn.Module) -> None:
-    """Random values for the weights that start at zero, as gates and last layers do."""
-    for parameter in module.parameters():
-        if not parameter.any():
-            parameter.normal_(std=0.02)
-
-
 def start(args: argparse.Namespace) -> tuple[Stage, Run]:
     """The stage of --config in its own precision or, on a CPU, in float32."""
-    key = PARTS[args.part].precision_key
+    _, _, key = DEFAULTS[args.part]
     own = [] if torch.cuda.is_available() else [f"{key}=fp32"]
     stage = read_stage(args.config, [*own, *args.overrides])
     return stage, start_run("", attrgetter(key)(stage.config), seed=0)
@@ -158,11 +150,7 @@ def start(args: argparse.Namespace) -> tuple[Stage, Run]:
 def measure_step(args: argparse.Namespace) -> dict:
     """The step of a stage, its EMA included."""
     stage, run = start(args)
-    stored_states = not args.text_tower
-    work = build_workload(stage, run, stored_states)
-    for network in work.networks.values():
-        fill_zeros(network.module)
-    step = repeated_step(stage, work, make_batch(stage, args.batch_size, stored_states))
+    step = repeated_step(stage, run, args.batch_size, stored_states=not args.text_tower)
     return time_ways({args.part: Way(step, args.batch_size)}, run.device, stage.precision, args)
 
 
@@ -170,7 +158,7 @@ def measure_sampling(args: argparse.Namespace) -> dict:
     """The parts of an image, from token ids to pixels."""
     stage, run = start(args)
     config, device, number = stage.config, run.device, args.batch_size
-    sampling, indices = config.sampling, list(range(number))
+    sampling, indices = config.sampling, list(range(args.batch_size))
 
     # Random weights, none of them zero.
     tokenizer = ImageTokenizer(stage.tokenizer)
@@ -237,46 +225,24 @@ def made_up_photo(rng: np.random.Generator) -> bytes:
 # Command line
 
 
-@dataclass
-class Part:
-    measure: Callable[[argparse.Namespace], dict]
-    config: str = ""  # default of --config
-    batch_size: int = 0  # default of --batch-size
-    precision_key: str = ""
-
-
-PARTS = {
-    "train": Part(measure_step, "flowtok_b/flowtok.yaml", 16, "training.precision"),
-    "sample": Part(measure_sampling, "flowtok_b/flowtok.yaml", 8, "sampling.precision"),
-    "encode": Part(measure_step, "tokenizer_bl77_256/tokens.yaml", 8, "precision"),
-    "readers": Part(measure_readers),
-}
-
-
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The part, and what it runs on."""
     parser = build_parser(__doc__)
-    parts = parser.add_subparsers(dest="part", required=True)
-    for name, part in PARTS.items():
-        options = parts.add_parser(name)
-        options.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
-        options.add_argument("--rounds", type=integer(1), default=5, help="in which it is cut")
-        options.set_defaults(text_tower=False)
-        if part.config:
-            config = ROOT / "configs" / part.config
-            options.add_argument(
-                "--config", type=user_path, default=config, help="default: %(default)s"
-            )
-            options.add_argument("--batch-size", type=integer(1), default=part.batch_size)
-            options.add_argument("overrides", nargs="*", metavar="key=value")
-    parts.choices["train"].add_argument(
-        "--text-tower", action="store_true", help="run the text tower in each step"
-    )
-    return parser.parse_args(arguments)
+    add = parser.add_argument
+    add("part", choices=DEFAULTS)
+    add("--config", type=user_path, help="a stage; default: FlowTok-B, its tokens to encode")
+    add("--batch-size", type=integer(1), help="default: 16 to train, else 8")
+    add("--text-tower", action="store_true", help="train: run the text tower in each step")
+    add("--seconds", type=float, default=20.0, help="of each measurement")
+    add("--rounds", type=integer(1), default=5, help="in which it is cut")
+    add("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(arguments)
+    config, batch_size, _ = DEFAULTS[args.part]
+    args.config = args.config or ROOT / config
+    args.batch_size = args.batch_size or batch_size
+    return args
 
 
 def describe_machine() -> dict:
-    """What figures were measured on."""
     # ARM's list has no name, macOS no list
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
@@ -291,7 +257,8 @@ def describe_machine() -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
-    measures = PARTS[args.part].measure(args)
+    special = {"sample": measure_sampling, "readers": measure_readers}
+    measures = special.get(args.part, measure_step)(args)
     print_figures({"part": args.part, "machine": describe_machine(), "measures": measures})
 
 

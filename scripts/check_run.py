@@ -10,12 +10,14 @@ Exit status: 0 no problem, 1 problems, 2 no run in the folder.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
@@ -30,15 +32,7 @@ from training.run import CONFIG_FILE, read_saved
 from training.tokens import TOKENS_INFO_FILE, TokensInfo
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = build_parser(__doc__)
-    help_text = "run folder, or a folder with run folders in it"
-    parser.add_argument("run", type=user_path, help=help_text)
-    return parser.parse_args(arguments)
-
-
 def main(args: argparse.Namespace) -> int:
-    """Check all runs, print, and return the number of problems."""
     problems = []
     for run in find_runs(args.run):
         name = run.resolve().name
@@ -51,19 +45,13 @@ def main(args: argparse.Namespace) -> int:
 
 def find_runs(folder: Path) -> list[Path]:
     """The folder itself, or the runs in it, the oldest first; ValueError if there is none."""
-    if is_run(folder):
-        return [folder]
-    runs = [path for path in folder.glob("*") if is_run(path)]
-    if not runs:
-        found = ", ".join(sorted(path.name for path in folder.glob("*"))[:10])
-        raise ValueError(f"{folder} is no run and holds none; in it: {found or 'nothing'}")
-    return sorted(runs, key=lambda run: (run.stat().st_mtime, run.name))
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is meant to be a run or tokens, whole or not."""
-    names = (CONFIG_FILE, "checkpoints", METRICS_FILE, TOKENS_INFO_FILE)
-    return any((folder / name).exists() for name in names)
+    names = (CONFIG_FILE, "checkpoints", METRICS_FILE, TOKENS_INFO_FILE)  # of one, whole or not
+    inside = list(folder.glob("*"))
+    for candidates in ([folder], inside):
+        if runs := [path for path in candidates if any((path / name).exists() for name in names)]:
+            return sorted(runs, key=lambda run: (run.stat().st_mtime, run.name))
+    found = ", ".join(sorted(path.name for path in inside)[:10])
+    raise ValueError(f"{folder} is no run and holds none; in it: {found or 'nothing'}")
 
 
 def check_folder(folder: Path) -> tuple[str, list[str]]:
@@ -77,6 +65,7 @@ def check_folder(folder: Path) -> tuple[str, list[str]]:
 
 def check_tokens(folder: Path) -> tuple[str, list[str]]:
     """The same of a folder of token shards."""
+    # Names and sizes first: counting samples reads every shard.
     info = TokensInfo.load(folder)
     damage = info.damage(folder)
     shown = f"{len(info.shards) - len(damage)} shards, {info.num_samples} samples"
@@ -95,14 +84,15 @@ def check_run(run: Path) -> tuple[str, list[str]]:
     config = read_saved(run / CONFIG_FILE)
     folders = ckpt.checkpoint_folders(run)
     damage = {step: ckpt.find_damage(folder, verify=True) for step, folder in folders.items()}
-    problems = [
-        f"checkpoint {step} is damaged: {reason}" for step, reason in damage.items() if reason
-    ]
+    problems = [f"checkpoint {step} is damaged: {text}" for step, text in damage.items() if text]
+
     # Resuming takes the newest whole one
-    whole = [step for step, reason in damage.items() if not reason]
+    whole = [step for step, text in damage.items() if not text]
     newest = max(whole, default=0)
     if whole:
-        problems += check_finite(folders[newest])
+        folder = folders[newest]
+        names = [name for name, tensor in tensors_of(folder) if not torch.isfinite(tensor).all()]
+        problems += [f"{folder.name}/{name} is not finite" for name in names]
     if not damage:
         problems.append("it has no checkpoint yet")
     problems += check_metrics(run / METRICS_FILE)
@@ -111,22 +101,16 @@ def check_run(run: Path) -> tuple[str, list[str]]:
     return f"step {newest} of {max_steps}, checkpoints {checkpoints}", problems
 
 
-def check_finite(folder: Path) -> list[str]:
-    """Weights and moments of a whole checkpoint that are no numbers."""
-    # Weights and their EMA
-    problems = []
+def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Weights, EMA and the optimisers' moments of a whole checkpoint."""
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
-            if not torch.isfinite(tensor).all():
-                problems.append(f"{folder.name}/{path.name}: {name} is not finite")
-    # The optimisers' moments; mapped, since they are twice as large as the weights
+            yield f"{path.name}: {name}", tensor
+    # Mapped: moments are twice as large as the weights.
     for path in sorted(folder.glob(f"*{ckpt.OPTIMIZER_FILE}")):
         for index, moments in ckpt.load_plain(path, mmap=True)["state"].items():
             for name, moment in moments.items():
-                if not torch.isfinite(moment).all():
-                    what = f"{name} of weight {index}"
-                    problems.append(f"{folder.name}/{path.name}: {what} is not finite")
-    return problems
+                yield f"{path.name}: {name} of weight {index}", moment
 
 
 def check_metrics(path: Path) -> list[str]:
@@ -143,4 +127,8 @@ def check_metrics(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(1 if exit_on_error(lambda: main(parse_args())) else 0)
+    parser = build_parser(__doc__)
+    help_text = "run folder, or a folder with run folders in it"
+    parser.add_argument("run", type=user_path, help=help_text)
+    arguments = parser.parse_args()
+    sys.exit(1 if exit_on_error(lambda: main(arguments)) else 0)

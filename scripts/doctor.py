@@ -44,14 +44,14 @@ from modeling.published import PublishedWeights
 from modeling.text_encoder import TextEncoderConfig
 from modeling.transformers_text import load_part
 from scripts.benchmark import DTYPES, mm_rate, seconds_per_call
-from scripts.plan import DAY, RESERVE, batch_sizes, disk_gib, fit_mode
+from scripts.plan import DAY, RESERVE, disk_gib, fit_mode
 from scripts.run_experiment import checks
 from scripts.run_experiment.processes import Job, clean, count_cores, find_job
 from scripts.run_experiment.stages import WITHOUT_NETWORK, Stage, read_stages
 from scripts.workload.fake import GIB, measure_step
 from scripts.workload.sizes import Stage as SizedStage
 from scripts.workload.sizes import is_of_codes, read_stage, why_unplanned
-from scripts.workload.steps import build_workload, make_batch, repeated_step
+from scripts.workload.steps import make_batch, repeated_step
 from training.errors import exit_on_error, printable
 from training.run import start_run
 
@@ -61,22 +61,20 @@ EXCHANGE_LIMIT = timedelta(seconds=60)
 
 
 class Row(NamedTuple):
-    """A line of the table."""
-
     verdict: str  # ok, note, STOP
     what: str
     found: str
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the table and return the exit status."""
     stages = read_stages(args.words, os.environ.get("STAGES", ""), Path("configs"))
     stages, _ = checks.skip_stages(stages)
     job = find_job(
         os.environ, torch.cuda.device_count(), count_cores(), checks.cpu_processes(stages)
     )
+    # A launcher's variables would have this one process wait for others.
     for name in os.environ.keys() - clean(os.environ).keys():
-        del os.environ[name]  # of a launcher: this is one process
+        del os.environ[name]
     rows = []
     for row in examine(stages, job, args.seconds):
         print(f"{row.verdict:4}  {row.what}: {printable(row.found)}", flush=True)
@@ -87,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine(stages: Sequence[Stage], job: Job, seconds: float) -> Iterator[Row]:
-    """All rows, the quick ones first."""
+    # The quick ones first: a step of each stage takes minutes.
     yield from look_at_machine(job)
     yield look_at_exchange(job)
     try:
@@ -174,7 +172,8 @@ def measure_exchange(rank: int, processes: int, backend: str, meeting: str, resu
     start = time.perf_counter()
     for _ in range(ALL_REDUCE_CALLS):
         dist.all_reduce(values)
-    total = values[0].item()  # waits
+    # Reading a value waits for the device.
+    total = values[0].item()
     if rank == 0:
         seconds = (time.perf_counter() - start) / ALL_REDUCE_CALLS
         result.write_text(str(values.nbytes / seconds / 1e9))
@@ -183,7 +182,6 @@ def measure_exchange(rank: int, processes: int, backend: str, meeting: str, resu
 
 
 def nearest_folder(path: str) -> Path:
-    """The folder itself or the first above it that is there."""
     whole = Path(path).absolute()
     return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
 
@@ -219,6 +217,7 @@ def look_at_disk(needs: dict[Path, float]) -> Iterator[Row]:
 
 def process_memory_gib(job: Job) -> float:
     """Memory for each process of this machine, but for a reserve."""
+    # The smallest GPU decides: every process has the same share of the work.
     if job.on_gpus:
         totals = range(torch.cuda.device_count())
         total = min(torch.cuda.get_device_properties(index).total_memory for index in totals)
@@ -250,8 +249,9 @@ def look_at_weights(stage: Stage) -> Iterator[Row]:
 
 def look_at_tower(what: str, config: TextEncoderConfig) -> Row:
     """The text tower's weights, which a trainer downloads if the hub answers."""
+    # It is there or will be made: the row of the inputs says so.
     if config.model.startswith(checks.LOCAL_TOWER):
-        return Row("ok", what, config.model)  # there or made, as the inputs say
+        return Row("ok", what, config.model)
     try:
         if config.family == "transformers":
             load_part("AutoConfig", config)
@@ -297,7 +297,7 @@ def look_at_workers(stage: Stage, sized: SizedStage, job: Job) -> Iterator[Row]:
     if not workers:
         return
     # A batch that waits lies in shared memory, a file for each of its tensors
-    _, batch = batch_sizes(sized, job.num_processes)
+    batch = sized.batch(job.num_processes)
     tensors = [value[0] for value in make_batch(sized, 1).values()]
     batches = processes * workers * PREFETCH_BATCHES
     needed = batches * batch * sum(tensor.nbytes for tensor in tensors)
@@ -317,7 +317,7 @@ def look_at_workers(stage: Stage, sized: SizedStage, job: Job) -> Iterator[Row]:
 def look_at_step(stage: Stage, sized: SizedStage, job: Job, seconds: float) -> tuple[Row, float]:
     """(memory and time of a step, GiB of the run's checkpoints)."""
     memory, device = process_memory_gib(job), torch.device("cuda" if job.on_gpus else "cpu")
-    _, batch = batch_sizes(sized, job.num_processes)
+    batch = sized.batch(job.num_processes)
     cost = measure_step(sized, job.num_processes, batch)
     run_gib = disk_gib(cost, sized.training)["run"] if sized.training else 0.0
 
@@ -341,11 +341,11 @@ def look_at_step(stage: Stage, sized: SizedStage, job: Job, seconds: float) -> t
 
 def time_step(stage: Stage, sized: SizedStage, job: Job, samples: int, memory: str) -> Row:
     """A real step with so many samples; memory: what is known of it."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # the planner's, of a fake machine
+    # The planner has left accelerate the settings of its fake machine.
+    AcceleratorState._reset_state(reset_partial_state=True)
     run, training = start_run("", sized.precision, seed=0), sized.training
     try:
-        work = build_workload(sized, run)
-        step = repeated_step(sized, work, make_batch(sized, samples))
+        step = repeated_step(sized, run, samples)
         step()  # the first one also makes the optimiser's moments
         seconds = seconds_per_call(step, run.device, 0) / samples / job.num_processes
     except torch.OutOfMemoryError as error:

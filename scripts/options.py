@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from configs.load import is_mapping_of_parts, part_of
 from data.files import write_text
-from eval.programs import build_parser
+from eval.programs import build_parser, markdown_table
 from scripts.run_experiment.stages import PROGRAMS, stage_class
 from training.stage import StageConfig, TrainedStage
 
@@ -40,33 +40,21 @@ an earlier run can't be set and are left out. NAME stands for a name of your cho
 """
 
 
-def main() -> None:
-    parser = build_parser(__doc__)
-    parser.parse_args()
-    write_text(build_page(), PAGE)
-    print(PAGE)
-
-
 def build_page() -> str:
     tables = {
         "All stages": rows_of(StageConfig),
         "Stages with training": rows_of(TrainedStage),
     }
     tables |= {f"Stage {stage}": rows_of(stage_class(stage)) for stage in PROGRAMS}
-
-    # What stages share is said once.
-    sections, seen = [INTRODUCTION], set()
+    page, seen = INTRODUCTION, set()
     for title, rows in tables.items():
-        sections.append(section(title, [row for row in rows if row not in seen]))
+        table = [("key", "type", "default", "meaning"), *(row for row in rows if row not in seen)]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in table]
+        page += f"\n## {title}\n\n{markdown_table(cells)}"
+        # What stages share is said once.
         if not title.startswith("Stage "):
             seen |= {*rows}
-    return "\n".join(sections)
-
-
-def section(title: str, rows: list[tuple[str, ...]]) -> str:
-    cells = [("key", "type", "default", "meaning"), ("---",) * 4, *rows]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in cells]
-    return f"## {title}\n\n" + "".join(f"| {line} |\n" for line in lines)
+    return page
 
 
 def rows_of(schema: type, prefix: str = "", part: Any = None) -> list[tuple[str, str, str, str]]:
@@ -74,12 +62,17 @@ def rows_of(schema: type, prefix: str = "", part: Any = None) -> list[tuple[str,
 
     part: the dataclass's values in another one, where they are not its defaults.
     """
+    # A derived field follows from another stage: it can't be set.
     rows, meanings = [], dict(read_comments(schema))
     for field in dataclasses.fields(schema):
         if field.metadata.get("derived"):
             continue
         key, inner = f"{prefix}{field.name}", part_of(field)
-        default = getattr(part, field.name) if part else default_of(field)
+        default = field.default  # MISSING: it must be given
+        if part:
+            default = getattr(part, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         is_part = dataclasses.is_dataclass(default)
         if not is_part:
             shown = "" if default is dataclasses.MISSING else f"`{json.dumps(default)}`"
@@ -89,13 +82,6 @@ def rows_of(schema: type, prefix: str = "", part: Any = None) -> list[tuple[str,
         elif inner:
             rows += rows_of(inner, f"{key}.", default if is_part else None)
     return rows
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    """MISSING: it must be given."""
-    if field.default_factory is dataclasses.MISSING:
-        return field.default
-    return field.default_factory()
 
 
 def type_name(field: dataclasses.Field) -> str:
@@ -124,4 +110,6 @@ def read_comments(schema: type) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    build_parser(__doc__).parse_args()
+    write_text(build_page(), PAGE)
+    print(PAGE)

@@ -68,7 +68,8 @@ def make_plan(
     memory, bf16_tflops, tf32_tflops = GPUS[gpu]
     usable_gib = memory * (1 - RESERVE)
     peak_tflops = bf16_tflops if stage.precision == "bf16" else tf32_tflops
-    batch_size, batch = batch_sizes(stage, num_gpus)
+    batch = stage.batch(num_gpus)
+    batch_size = training.batch_size if training else num_gpus * batch
 
     # Each activation checkpointing that the stage offers.
     chosen = getattr(stage.config, "activation_checkpointing", "none")
@@ -77,6 +78,7 @@ def make_plan(
         costs[mode], modes[mode] = fit_mode(stage, mode, num_gpus, batch, usable_gib)
     cost = costs[chosen]
 
+    # How long, at a share of the peak that the user believes in
     rate = share * num_gpus * peak_tflops * 1e12 / mean_flops(stage, cost, num_gpus, batch)
     plan = {
         "config": str(file),
@@ -108,23 +110,6 @@ def disk_gib(cost: Cost, training: TrainingConfig) -> dict[str, float]:
     # One checkpoint more than are kept is there while it is written.
     run = cost.checkpoint_gib * (training.keep_checkpoints + 1)
     return {"checkpoint": cost.checkpoint_gib, "run": run}
-
-
-def batch_sizes(stage: Stage, num_gpus: int) -> tuple[int, int]:
-    """(samples of a step, samples of one GPU in one pass).
-
-    Raises:
-        ValueError: a batch that the GPUs can't share.
-    """
-    training = stage.training
-    batch_size = training.batch_size if training else num_gpus * stage.config.batch_size
-    passes = training.gradient_accumulation if training else 1
-    if batch_size % (num_gpus * passes):
-        raise ValueError(
-            f"training.batch_size {batch_size} is not divisible by --num-gpus x "
-            f"training.gradient_accumulation = {num_gpus} x {passes}"
-        )
-    return batch_size, batch_size // (num_gpus * passes)
 
 
 def fit_mode(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def problems(folder):
 
 
 def test_a_sound_experiment_has_no_problem_and_a_line_per_run(chain, capsys):
-    assert check_run.main(check_run.parse_args([str(chain.folder)])) == 0
+    assert check_run.main(SimpleNamespace(run=chain.folder)) == 0
     *rows, end = capsys.readouterr().out.splitlines()
     assert end == "no problem"
     names = dict(row.split(": ") for row in rows)

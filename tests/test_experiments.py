@@ -2,16 +2,15 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
-from shipped import FILES, ROOT, load
+from shipped import FILES, ROOT
+from test_readme import check_command
 
 from modeling.flow_model import build_flow
 from modeling.image_tokenizer import ImageTokenizer
-from scripts.plan import GPUS, RESERVE, batch_sizes
-from scripts.run_experiment.stages import program_of, read_stages
+from scripts.plan import GPUS, RESERVE
 from scripts.workload.fake import measure_step
 from scripts.workload.sizes import read_stage
 
@@ -27,7 +26,9 @@ PLANNED = [
     "tokenizer_bl77_512/tokenizer",
     "tokenizer_bl77_512/tokens",
 ]
-COMMAND = re.compile(r"^# ((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:bash|accelerate launch|python) .*)$")
+COMMAND = re.compile(
+    r"(?m)^# ((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:bash|accelerate launch|python) .*)$"
+)
 NUM_GPUS = 8
 
 
@@ -47,49 +48,22 @@ def test_a_step_runs_on_shapes_alone_and_fits_8_a100_of_80_gb(name):
     if "_t5/" in name:
         pytest.importorskip("transformers", reason="requirements-text.txt is not installed")
     stage = read(name)
-    _, batch = batch_sizes(stage, NUM_GPUS)
-    cost = measure_step(stage, NUM_GPUS, batch)
+    cost = measure_step(stage, NUM_GPUS, stage.batch(NUM_GPUS))
     usable = GPUS["a100-80g"][0] * (1 - RESERVE)
     resident = cost.resident_gib["weights"] + cost.resident_gib["frozen"]
     assert resident < cost.peak_gib < usable
     assert cost.flops > 0
 
 
-# Commands in the headers
-
-
-def header_commands(file):
-    return [
-        match[1] for match in map(COMMAND.match, (ROOT / file).read_text().splitlines()) if match
-    ]
-
-
-def check_command(command, file):
-    """AssertionError or ValueError: the command does not run this file."""
-    words = shlex.split(command)
-    variables = [word for word in words if re.fullmatch(r"[A-Z_]+=.*", word)]
-    words = words[len(variables) :]
-    if "train_flowtok.sh" in words:
-        wanted = [word.removeprefix("STAGES=") for word in variables]
-        stages = read_stages(words[2:], *(wanted or [""]), ROOT / "configs")
-        assert ROOT / file in [stage.file for stage in stages]
-        return
-    assert not variables
-    config = words.index("--config") + 1
-    program = words[config - 2].removesuffix(".py")
-    assert (words[config], program) == (file, program_of(Path(file).stem)[0])
-    load(file, *words[config + 1 :])
-
-
 @pytest.mark.parametrize("file", FILES)
-def test_the_commands_of_its_header_run_it_and_name_what_exists(file):
+def test_the_commands_of_its_header_run_it_and_name_what_exists(file, monkeypatch):
     text = (ROOT / file).read_text()
     for mentioned in re.findall(r"\b(?:scripts|configs)/[\w/.]+\.(?:py|yaml|sh)\b", text):
         assert (ROOT / mentioned).is_file(), mentioned
-    commands = [command for command in header_commands(file) if "make_shards" not in command]
+    commands = [command for command in COMMAND.findall(text) if "make_shards" not in command]
     assert commands
     for command in commands:
-        check_command(command, file)
+        assert ROOT / file in check_command(shlex.split(command), monkeypatch), command
 
 
 # Weight counts of the paper, in millions

@@ -62,7 +62,10 @@ def parse_arguments(path, arguments, monkeypatch):
 
 
 def check_python(words, monkeypatch):
-    """`[-m] PROGRAM ARGUMENTS`: the program exists, its argparse takes them, its config loads."""
+    """`[-m] PROGRAM ARGUMENTS`: the program exists, its argparse takes them, its config loads.
+
+    Returns the config's file, if there is one, in a list.
+    """
     if words[0] in ("-m", "--module"):
         path, arguments = ROOT / (words[1].replace(".", "/") + ".py"), words[2:]
     else:
@@ -72,29 +75,34 @@ def check_python(words, monkeypatch):
     overrides = getattr(parsed, "overrides", [])
     if getattr(parsed, "protocol", None):
         load_dataclass(Protocol, protocol_file(parsed.protocol), overrides)
-    elif file := getattr(parsed, "config", None) or ("overrides" in parsed and parsed.file):
+    elif file := getattr(parsed, "config", None) or (
+        "overrides" in parsed and getattr(parsed, "file", None)
+    ):
         assert (ROOT / file).is_file(), f"{file} does not exist"
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         programs = {name for name, _ in PROGRAMS.values()}
         assert module not in programs or module == program_of(Path(file).stem)[0]
         load_stage(ROOT / file, overrides)
+        return [ROOT / file]
+    return []
 
 
 def check_command(words, monkeypatch):
-    """AssertionError, ValueError or SystemExit: the command cannot run."""
+    """The configs that a command runs; AssertionError, ValueError, SystemExit: it cannot run."""
     variables, words = split_variables(words)
     if words[:2] == ["bash", "train_flowtok.sh"]:
         manual = (ROOT / "train_flowtok.sh").read_text()
         assert all(name in manual for name in variables)
-        assert read_stages(words[2:], variables.get("STAGES", ""), ROOT / "configs")
+        stages = read_stages(words[2:], variables.get("STAGES", ""), ROOT / "configs")
+        return [stage.file for stage in stages]
     elif words[0] in ("bash", "sbatch"):
         assert (ROOT / words[1]).is_file(), f"{words[1]} does not exist"
     elif words[0] == "python":
-        check_python(words[1:], monkeypatch)
+        return check_python(words[1:], monkeypatch)
     elif words[:2] == ["accelerate", "launch"]:
         launch = launch_command_parser().parse_args(words[2:])
         program = ["-m"] * bool(launch.module) + [launch.training_script]
-        check_python([*program, *launch.training_script_args], monkeypatch)
+        return check_python([*program, *launch.training_script_args], monkeypatch)
     else:
         assert words[0] in SHELL, f"{words[0]}: unknown program"
 

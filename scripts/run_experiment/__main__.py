@@ -11,8 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
@@ -32,7 +31,8 @@ def main(words: Sequence[str]) -> None:
     if "-h" in words or "--help" in words:
         print(__doc__)
         return
-    runner = Runner()  # before torch is imported: it takes seconds, and a request to stop may come
+    # A request to stop may come while torch is imported, which takes seconds.
+    runner = Runner()
     import torch
 
     from scripts.run_experiment import checks
@@ -49,64 +49,49 @@ def main(words: Sequence[str]) -> None:
         checks.check_inputs(stages)
     print(job, *skipped, sep="\n", flush=True)
 
+    def run(name: str, arguments: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
+        command = [sys.executable, *arguments]
+        print(f"+ {shlex.join(command)}", flush=True)
+        end_unless_done(name, 0 if is_dry else runner.run(command, environments), words)
+
     # What takes one process is for the first machine.
-    again = f"To go on, run the same command again: bash train_flowtok.sh {shlex.join(words)}"
-    session = Session(runner, again, is_dry)
     is_first = job.machine_rank == 0
     alone = [clean(os.environ)]
     for stage in stages:
-        if stage.config.stage not in WITHOUT_NETWORK:
-            session.run_stage(stage, job.environments(os.environ))
-        elif is_first:
-            session.run_stage(stage, alone)
+        takes_one = stage.config.stage in WITHOUT_NETWORK
+        if takes_one and not is_first:
+            continue
+        if runner.requests:
+            end_unless_done("train_flowtok.sh", STOPPED_STATUS, words)
+        print(f"== {stage}", flush=True)
+        start = time.monotonic()
+        run(f"stage {stage}", stage.command, alone if takes_one else job.environments(os.environ))
+        if not is_dry:
+            print(f"== {stage} took {time.monotonic() - start:.0f} s", flush=True)
+    if not is_first:
+        return
+
+    # The pictures of a flow that has been trained further since are drawn again.
     for stage in stages:
-        if is_first and stage.config.stage == "flowtok":
-            picture = picture_of(stage)
-            if checks.is_newer(picture, stage.config.run_dir):
+        if stage.config.stage == "flowtok":
+            picture, run_dir = picture_of(stage), stage.config.run_dir
+            if checks.is_newer(picture, run_dir):
                 print(f"{picture}: complete, nothing to do")
             else:
-                command = ["sample.py", "--run", stage.config.run_dir, "--output", str(picture)]
-                session.run("sample.py", command, alone)
-    if is_first and not is_dry:
+                run("sample.py", ["sample.py", "--run", run_dir, "--output", str(picture)], alone)
+    if not is_dry:
         list_results(stages)
 
 
-@dataclass
-class Session:
-    """One command of a user's, and how its programs are run."""
-
-    runner: Runner
-    again: str  # how to go on
-    is_dry: bool  # print the commands, run nothing
-
-    def run_stage(self, stage: Stage, environments: Sequence[Mapping[str, str]]) -> None:
-        """Run one stage, a process in each environment."""
-        if self.runner.requests:
-            print(f"asked to stop before stage {stage}. {self.again}")
-            raise SystemExit(STOPPED_STATUS)
-        print(f"== {stage}", flush=True)
-        start = time.monotonic()
-        self.run(f"stage {stage}", stage.command, environments)
-        if not self.is_dry:
-            print(f"== {stage} took {time.monotonic() - start:.0f} s", flush=True)
-
-    def run(
-        self, name: str, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]
-    ) -> None:
-        """Run a Python program.
-
-        Raises:
-            SystemExit: with its status, after words on how to go on.
-        """
-        command = [sys.executable, *arguments]
-        print(f"+ {shlex.join(command)}", flush=True)
-        status = 0 if self.is_dry else self.runner.run(command, environments)
-        if status == STOPPED_STATUS:
-            print(f"{name} stopped. {self.again}", flush=True)
-        elif status not in (0, 2):  # 2: its last line says what is wrong
-            print(f"{name} failed with status {status}. {self.again}", file=sys.stderr, flush=True)
-        if status:
-            raise SystemExit(status)
+def end_unless_done(name: str, status: int, words: Sequence[str]) -> None:
+    """End this program with the status of one that has not done its work, and say how to go on."""
+    again = f"To go on, run the same command again: bash train_flowtok.sh {shlex.join(words)}"
+    if status == STOPPED_STATUS:
+        print(f"{name} stopped. {again}", flush=True)
+    elif status not in (0, 2):  # 2: its last line says what is wrong
+        print(f"{name} failed with status {status}. {again}", file=sys.stderr, flush=True)
+    if status:
+        raise SystemExit(status)
 
 
 def picture_of(stage: Stage) -> Path:

@@ -3,14 +3,12 @@
 import fnmatch
 import os.path
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 from data.files import check_writable
-from data.storage import is_remote
 from data.tar import expand_shards, split_pattern
 from scripts.encode_tokens import TokensStage, output_paths
 from scripts.run_experiment.stages import Stage
@@ -24,16 +22,8 @@ from training.tokens import TOKENS_INFO_FILE, TokensInfo
 
 LOCAL_TOWER = "local-dir:"
 TOWER = "clip"  # in the run of stage text_encoder
-Made = dict[str, Stage]  # folder -> the earlier stage of this command that makes it
-
-
-@contextmanager
-def errors_of(stage: Stage) -> Iterator[None]:
-    """Errors say which stage they are of."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"stage {stage}: {error}") from error
+# Folders that earlier stages of the command make, with the shards that they will write there
+Made = dict[str, list[str]]
 
 
 def cpu_processes(stages: Sequence[Stage]) -> int:
@@ -48,14 +38,17 @@ def check_configs(stages: Sequence[Stage], num_processes: int) -> None:
     Raises:
         ValueError: naming stage, key and value.
     """
-    owners: Made = {}
+    owners: dict[str, Stage] = {}
     for stage in stages:
-        with errors_of(stage):
-            if isinstance(stage.config, TrainedStage):
+        folder = os.path.normpath(stage.config.run_dir)
+        if other := owners.get(folder):
+            raise ValueError(f"stage {stage}: run_dir {folder} is that of stage {other} already")
+        owners[folder] = stage
+        if isinstance(stage.config, TrainedStage):
+            try:
                 stage.config.training.split_batch(num_processes)
-            folder = os.path.normpath(stage.config.run_dir)
-            if owners.setdefault(folder, stage) is not stage:
-                raise ValueError(f"run_dir {folder} is that of stage {owners[folder]} already")
+            except ValueError as error:
+                raise ValueError(f"stage {stage}: {error}") from error
 
 
 def check_inputs(stages: Sequence[Stage]) -> None:
@@ -73,27 +66,35 @@ def input_errors(stages: Sequence[Stage]) -> Iterator[tuple[Stage, ValueError | 
     """Each stage, and what check_inputs would raise for it."""
     made: Made = {}
     for stage in stages:
-        error = None
+        folder, error = os.path.normpath(stage.config.run_dir), None
         try:
-            with errors_of(stage):
-                check_stage_inputs(stage, made)
+            made[folder] = check_stage(stage, made)
         except ValueError as found:
-            error = found
+            error = ValueError(f"stage {stage}: {found}")
+            made[folder] = []
         yield stage, error
-        folder = os.path.normpath(stage.config.run_dir)
-        made[folder] = stage
         if isinstance(stage.config, TextEncoderStage):
-            made[os.path.join(folder, TOWER)] = stage
+            made[os.path.join(folder, TOWER)] = []
 
 
-def check_stage_inputs(stage: Stage, made: Made) -> None:
-    """check_inputs for one stage."""
+def check_stage(stage: Stage, made: Made) -> list[str]:
+    """check_inputs for one stage; returns the shards that it will write."""
+    config = stage.config
     check_runs(stage, made)
-    if not is_complete(stage):
-        check_writable(Path(stage.config.run_dir) / CONFIG_FILE)
-        find_images(stage, made)
-        for pattern in stage.config.token_shards():
-            check_tokens(stage, pattern, made)
+    # Of complete tokens the files that are there count, not those that the config asks for.
+    if is_complete(stage):
+        return config.outputs()
+    check_writable(Path(config.run_dir) / CONFIG_FILE)
+    images = find_images(stage, made)
+    try:
+        for pattern in config.token_shards():
+            find_shards(pattern, made)
+    except ValueError as error:
+        way_out = f"Run the stage that writes them first, or set {stage.name}.data.shards"
+        raise ValueError(f"data.{error}. {way_out}") from error
+    if isinstance(config, TokensStage):
+        return [str(path) for path in output_paths(images, Path(config.run_dir))]
+    return config.outputs()
 
 
 def is_complete(stage: Stage) -> bool:
@@ -102,6 +103,7 @@ def is_complete(stage: Stage) -> bool:
     if isinstance(stage.config, TokensStage):
         is_there = (folder / TOKENS_INFO_FILE).is_file()
         return is_there and not TokensInfo.load(folder).damage(folder)
+    # Stages without training look themselves at what is there.
     if not isinstance(stage.config, TrainedStage):
         return False
     latest = latest_checkpoint(folder)
@@ -130,64 +132,52 @@ def check_runs(stage: Stage, made: Made) -> None:
 
 
 def find_images(stage: Stage, made: Made) -> list[str]:
-    """Image shards that the stage will find: those that are there, or that a stage will write."""
-    planned, others = [], []
-    for pattern in sorted(set(stage.config.image_shards())):
-        writer = made.get(os.path.normpath(os.path.dirname(pattern)))
-        if writer and (shards := [os.path.normpath(path) for path in writer.config.outputs()]):
-            planned += match_planned(pattern, shards, writer)
-        else:
-            others.append(pattern)
+    """Image shards that the stage will find."""
+    images, config = [], stage.config
+    # Pictures may be drawn of the shards that are trained on: each pattern counts once.
+    patterns = dict.fromkeys(config.image_shards())
     try:
-        return planned + (expand_shards(others) if others else [])
+        for pattern in patterns:
+            images += find_shards(pattern, made)
     except ValueError as error:
-        data_dir = stage.config.data_dir
         ways = [f"{stage.name}.data.shards=[FOLDER/*.tar]"]
-        if any(pattern.startswith(f"{data_dir}/") for pattern in others):
-            ways.insert(0, f"data_dir=FOLDER (now {data_dir})")
+        if pattern.startswith(f"{config.data_dir}/"):
+            ways.insert(0, f"data_dir=FOLDER (now {config.data_dir})")
         raise ValueError(
             f"{error}. Make image shards with scripts/make_shards.py (docs/data.md) and say where "
             f"they are: {' or '.join(ways)}"
         ) from error
+    return images
 
 
-def match_planned(pattern: str, shards: Sequence[str | Path], writer: Stage) -> list[str]:
-    """The shards that a stage will write, of its folder, that a pattern matches.
+def find_shards(pattern: str, made: Made) -> list[str]:
+    """The shards of a pattern: those that are there, or that an earlier stage will write.
 
     Raises:
-        ValueError: there is none.
+        ValueError: a part of the pattern matches none.
     """
-    wanted = os.path.basename(pattern)
-    matched = [str(s) for s in shards if fnmatch.fnmatch(os.path.basename(s), wanted)]
-    if not matched:
-        raise ValueError(
-            f"shards: {pattern!r} matches none of the {len(shards)} shards that stage {writer} "
-            f"will write: {shards[0]} ... {shards[-1]}"
-        )
-    return matched
-
-
-def check_tokens(stage: Stage, pattern: str, made: Made) -> None:
-    """Token shards are there, or an earlier stage will write them."""
 
     def will_be_there(path: str) -> bool:
         folder = os.path.normpath(path)
         return os.path.isdir(path) or any(f"{name}/".startswith(f"{folder}/") for name in made)
 
+    # A folder's name is no pattern, also if it has the letters of one and is yet to be made.
     folder, rest = split_pattern(pattern, will_be_there)
-    for part in (folder + name for name in braceexpand(rest, escape=False)):
-        writer = made.get(os.path.normpath(os.path.dirname(part)))
-        try:
-            if writer and isinstance(writer.config, TokensStage) and not is_complete(writer):
-                images = find_images(writer, made)
-                match_planned(part, output_paths(images, Path(writer.config.run_dir)), writer)
-            elif not is_remote(part):
-                expand_shards([part])
-        except ValueError as error:
-            way_out = f"set {stage.name}.data.shards"
+    shards = []
+    for path in (folder + name for name in braceexpand(rest, escape=False)):
+        planned = made.get(os.path.normpath(os.path.dirname(path)))
+        if not planned:
+            shards += expand_shards([path])
+            continue
+        wanted = os.path.basename(path)
+        matched = [shard for shard in planned if fnmatch.fnmatch(os.path.basename(shard), wanted)]
+        if not matched:
             raise ValueError(
-                f"data.{error}. Run the stage that writes them first, or {way_out}"
-            ) from error
+                f"shards: {path!r} matches none of the {len(planned)} shards that an earlier stage "
+                f"will write: {planned[0]} ... {planned[-1]}"
+            )
+        shards += matched
+    return shards
 
 
 def skip_stages(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:

@@ -8,6 +8,7 @@ the stage's, no traceback but their own is printed, and no config file of accele
 import ctypes
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -23,14 +24,14 @@ from training.errors import ERROR_SIGNAL, ERROR_STATUS, STOPPED_STATUS
 
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of Linux's <sys/prctl.h>
 POLL_SECONDS = 0.1
-REPEAT_SECONDS = 2.0  # a program that starts up does not hear a request to stop
+# A program that starts up does not hear a request to stop, so it is repeated.
+REPEAT_SECONDS = 2.0
 # What other launchers, MPI and accelerate's settings leave: our processes would wait for a group
 # that nobody forms, or train in another way than their config says.
-FOREIGN = {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-FOREIGN |= {"GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FORK_LAUNCHED"}
-FOREIGN |= {"MPI_LOCALRANKID", "MPI_LOCALNRANKS"}
-FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
-FOREIGN_PREFIXES += ("TORCHELASTIC_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
+FOREIGN = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|FORK_LAUNCHED|MPI_LOCAL\w+|"
+    r"(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|TORCHELASTIC|PMI|OMPI_COMM|MV2_COMM)_\w+"
+)
 # glibc gives back what a step frees and faults it in again in the next one: up to a third of the
 # time of a large network on a CPU.
 KEEP_FREED_MEMORY = {
@@ -66,45 +67,43 @@ class Job:
         return self.num_processes // self.num_machines
 
     def environments(self, variables: Mapping[str, str]) -> list[dict[str, str]]:
-        """The environment of each process on this machine."""
         common = clean(variables) | {"OMP_NUM_THREADS": str(self.num_threads)}
         if not self.on_gpus:
             common = KEEP_FREED_MEMORY | common | {"ACCELERATE_USE_CPU": "true"}
+        # One process forms no group: nothing has to listen on a port.
         if self.num_processes == 1:
             return [common]
-        per_machine = self.processes_here
         common |= {
             "WORLD_SIZE": str(self.num_processes),
-            "LOCAL_WORLD_SIZE": str(per_machine),
+            "LOCAL_WORLD_SIZE": str(self.processes_here),
             "MASTER_ADDR": self.host,
             "MASTER_PORT": str(self.port),
         }
-        first = self.machine_rank * per_machine
+        first = self.machine_rank * self.processes_here
         return [
             common | {"LOCAL_RANK": str(local_rank), "RANK": str(first + local_rank)}
-            for local_rank in range(per_machine)
+            for local_rank in range(self.processes_here)
         ]
 
 
 def clean(variables: Mapping[str, str]) -> dict[str, str]:
     """An environment without what decides, beside our command and its config, how a stage runs."""
-    return {
-        name: value
-        for name, value in variables.items()
-        if name not in FOREIGN and not name.startswith(FOREIGN_PREFIXES)
-    }
+    return {name: value for name, value in variables.items() if not FOREIGN.fullmatch(name)}
 
 
 def find_job(
     variables: Mapping[str, str], num_gpus: int, num_cores: int, cpu_processes: int = 1
 ) -> Job:
-    """The job by the variables of train_flowtok.sh's header; unset ones: Slurm's, torchrun's.
+    """The job that our variables describe or, where one is not set, Slurm's or torchrun's.
 
-    cpu_processes: on each machine without GPUs, where no variable says how many.
+    Args:
+        num_gpus: of this machine, as num_cores.
+        cpu_processes: on each machine without GPUs, where no variable says how many.
 
     Raises:
         ValueError: a variable that can't be, by name and value.
     """
+    # VARIABLE= on the command line takes one away that the shell exports.
     variables = {name: value for name, value in variables.items() if value}
     if variables.get("SLURM_LOCALID", variables.get("LOCAL_RANK", "0")) != "0":
         raise ValueError("started more than once on a machine: start it once (--ntasks-per-node 1)")
@@ -119,10 +118,8 @@ def find_job(
     port = read_number(variables, "MAIN_PROCESS_PORT", 29500 if num_machines > 1 else 0, least=0)
 
     # Processes: one a GPU
-    per_machine = num_gpus or min(cpu_processes, num_cores)
-    num_processes = read_number(
-        variables, "NUM_PROCESSES", default=num_machines * per_machine, least=1
-    )
+    wanted = num_machines * (num_gpus or min(cpu_processes, num_cores))
+    num_processes = read_number(variables, "NUM_PROCESSES", default=wanted, least=1)
     per_machine, rest = divmod(num_processes, num_machines)
     if rest:
         raise ValueError(
@@ -147,7 +144,6 @@ def find_job(
 
 
 def count_cores() -> int:
-    """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -160,6 +156,7 @@ def launcher_defaults(variables: Mapping[str, str]) -> dict[str, str]:
         return {"NUM_MACHINES": variables["SLURM_NNODES"], "MACHINE_RANK": rank}
     names = {"MASTER_ADDR": "MAIN_PROCESS_IP", "MASTER_PORT": "MAIN_PROCESS_PORT"}
     found = {ours: variables[name] for name, ours in names.items() if name in variables}
+    # WORLD_SIZE alone counts machines on some clusters.
     if {"WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= variables.keys():
         num_processes = read_number(variables, "WORLD_SIZE", default=1, least=1)
         per_machine = read_number(variables, "LOCAL_WORLD_SIZE", default=1, least=1)
@@ -192,7 +189,7 @@ def first_host(variables: Mapping[str, str], num_machines: int) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that systems hand out to whoever asks."""
+    # Below those that systems hand out to whoever asks: they are gone a moment later.
     while True:
         port = random.SystemRandom().randint(10_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
@@ -217,34 +214,37 @@ class Runner:
 
     def _on_signal(self, number: int, frame) -> None:
         self.requests += 1
+        # Between two stages the first request waits for the next one's start, the second does not.
         if not self._processes and self.requests > 1:
             raise SystemExit(128 + number)
         self._pass_on()
 
     def _on_error(self, number: int, frame) -> None:
-        """One of several processes has printed its error and waits to be ended with the others."""
+        # One of several processes has printed its error and waits to be ended with the others.
         self._has_error = True
-        kill(self._processes)
+        self._kill()
 
     def _pass_on(self) -> None:
         numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL)
         for process in self._processes:
             process.send_signal(numbers[min(self.requests, 3) - 1])
 
+    def _kill(self) -> None:
+        # With their data workers: what a process writes gets its name when it is whole.
+        for process in self._processes:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
     def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
         """Exit status of a command that runs once in each environment: that of the first failure.
 
         The processes have sessions of their own: Ctrl-C in a terminal comes to this program only.
         """
+        own = {"start_new_session": True, "preexec_fn": partial(begin, launcher=os.getpid())}
         try:
             for environment in environments:
-                process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    start_new_session=True,
-                    preexec_fn=partial(begin, launcher=os.getpid()),
-                )
-                self._processes.append(process)
+                self._processes.append(subprocess.Popen(command, env=environment, **own))
 
             # One that fails ends all: the others would wait for it. A clean stop is no failure.
             next_repeat = time.monotonic() + REPEAT_SECONDS
@@ -263,7 +263,7 @@ class Runner:
                     next_repeat += REPEAT_SECONDS
                 time.sleep(POLL_SECONDS)
         finally:
-            kill(self._processes)
+            self._kill()
             for process in self._processes:
                 process.wait()
             self._processes = []
@@ -272,15 +272,9 @@ class Runner:
 def begin(launcher: int) -> None:
     """In a new process: end with the launcher, and not by SIGUSR1 before there is a handler."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if sys.platform == "linux":  # others have no such call: there, what a kill -9 leaves goes on
+    # Other systems have no such call: there, what a kill -9 leaves goes on.
+    if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it was killed meanwhile
+        # The launcher was killed meanwhile.
+        if os.getppid() != launcher:
             os._exit(1)
-
-
-def kill(processes: Sequence[subprocess.Popen]) -> None:
-    """End what still runs, with its data workers: what it writes gets its name when it is whole."""
-    for process in processes:
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)

@@ -1,17 +1,19 @@
 """Which stages a command line names, with their configs: experiments, STAGES, overrides."""
 
 import importlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.load import load_config, valid_keys
 
-if TYPE_CHECKING:  # it imports torch, which takes seconds
+# It imports torch, which takes seconds: a command line that can't work is refused before.
+if TYPE_CHECKING:
     from training.stage import StageConfig
 
-PROGRAMS = {  # stage -> module and dataclass of its program
+# stage -> module and dataclass of its program
+PROGRAMS = {
     "scenes": ("scripts.make_scenes", "ScenesStage"),
     "artists": ("scripts.make_artists", "ArtistsStage"),
     "text_encoder": ("scripts.train_text_encoder", "TextEncoderStage"),
@@ -25,7 +27,8 @@ PROGRAMS = {  # stage -> module and dataclass of its program
     "report": ("eval.report", "ReportStage"),
 }
 WITHOUT_NETWORK = ("scenes", "artists", "report")  # stages of one process
-ORDER = (  # of the YAML files of an experiment: stages, and further rounds of them
+# Of the YAML files of an experiment: stages, and further rounds of them
+ORDER = (
     *("scenes", "artists"),
     *("text_encoder", "tokenizer", "tokens", "text_projector", "flowtok"),
     *("tokens_finetune", "flowtok_finetune", "tokenizer_512", "tokens_512", "flowtok_512"),
@@ -43,7 +46,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The YAML's: the stage's, or that of a further round of it."""
+        # The YAML's: the stage's, or that of a further round of it
         return self.file.stem
 
     def __str__(self) -> str:
@@ -91,24 +94,30 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
     Raises:
         ValueError: an unknown experiment or stage, or a config that can't work.
     """
-    # A word is an override or an experiment, whatever their order
-    overrides = [split_target(word) for word in words if is_override(word)]
-    names = [word for word in words if not is_override(word)] or ["scenes"]
-    files = [file for name in names for file in stage_files(find_experiment(name, configs))]
+    # A word is an override or an experiment, whatever their order; a folder may have a = in it.
+    names, overrides = [], []  # overrides: (stage, "" for all; key=value)
+    for word in words:
+        first, _, rest = word.partition(".")
+        if "=" not in word or "/" in word.partition("=")[0]:
+            names.append(word)
+        else:
+            overrides.append((first, rest) if first in ORDER else ("", word))
+    experiments = [find_experiment(name, configs) for name in names or ["scenes"]]
+    files = [file for folder in experiments for file in stage_files(folder)]
 
     # Only those of STAGES, and no override for another one
-    present = {file.stem for file in files}
-    chosen = set(wanted.split()) or present
-    if unknown := chosen - present:
-        valid = ", ".join(name for name in ORDER if name in present)
+    present = [name for name in ORDER if name in {file.stem for file in files}]
+    asked = wanted.split() or present
+    if unknown := {*asked} - {*present}:
+        valid = ", ".join(present)
         raise ValueError(f"STAGES={' '.join(sorted(unknown))}: the stages are {valid}")
+    chosen = [name for name in present if name in asked]
     for target, rest in overrides:
         if target and target not in chosen:
-            valid = [name for name in ORDER if name in chosen]
             raise ValueError(
                 f"{target}.{rest} is for stage {target}, which is not among those to run: "
-                f"{', '.join(valid)}. A key {target!r} of another stage takes its name in front: "
-                f"{valid[0]}.{target}.{rest}"
+                f"{', '.join(chosen)}. A key {target!r} of another stage takes its name in front: "
+                f"{chosen[0]}.{target}.{rest}"
             )
 
     # An override for all goes to every stage; where one lacks its key, the error says which has it
@@ -121,38 +130,26 @@ def read_stages(words: Sequence[str], wanted: str, configs: Path) -> list[Stage]
             except ValueError as error:
                 shared = [rest for target, rest in overrides if not target]
                 way_out = to_one_stage(file.stem, shared, chosen)
-                raise ValueError(
-                    f"stage {file.parent.name}/{file.stem}: {error}{way_out}"
-                ) from error
+                stage = f"stage {file.parent.name}/{file.stem}"
+                raise ValueError(f"{stage}: {error}{way_out}") from error
     return stages
 
 
-def to_one_stage(stage: str, shared: Sequence[str], chosen: Collection[str]) -> str:
+def to_one_stage(stage: str, shared: Sequence[str], chosen: Sequence[str]) -> str:
     """How to give an override to the stages that have its key, if this one has not."""
     for override in shared:
         key = override.partition("=")[0]
-        owners = [n for n in ORDER if n in chosen and key in valid_keys(stage_class(n))]
+        owners = [name for name in chosen if key in valid_keys(stage_class(name))]
         if owners and stage not in owners:
             return f". {key} is of {', '.join(owners)}: for one of them, STAGE.{override}"
     return ""
 
 
-def is_override(word: str) -> bool:
-    """Whether a word is key=value; a folder may have a = in its name."""
-    return "=" in word and "/" not in word.partition("=")[0]
-
-
-def split_target(override: str) -> tuple[str, str]:
-    """(stage, key=value) of STAGE.key=value; the stage is "" if the override is for all."""
-    first, _, rest = override.partition(".")
-    return (first, rest) if first in ORDER else ("", override)
-
-
 def find_experiment(name: str, configs: Path) -> Path:
-    """The folder of an experiment that has stages."""
     folder = Path(name).expanduser() if "/" in name else configs / name
     if stage_files(folder):
         return folder
+    # Who thinks of stages names one where an experiment is expected.
     if name in ORDER:
         raise ValueError(f"no experiment {name!r}; to run the stage: STAGES={name}")
     valid = [path.name for path in sorted(configs.iterdir()) if stage_files(path)]
@@ -160,5 +157,5 @@ def find_experiment(name: str, configs: Path) -> Path:
 
 
 def stage_files(folder: Path) -> list[Path]:
-    """The YAML files of an experiment, in order."""
+    # In the order in which they run, whatever else lies in the folder
     return [path for name in ORDER if (path := folder / f"{name}.yaml").is_file()]

@@ -31,15 +31,14 @@ BLOCK_COPIES, REST_COPIES = 5, 3
 
 
 class CudaLike(TorchFunctionMode):
-    """Keep for the backward pass what CUDA keeps; fake tensors are tensors of the CPU.
-
-    Under autocast CUDA normalises in float32, and its dropout keeps a mask of bytes.
-    """
+    """Keep for the backward pass what CUDA keeps; fake tensors are tensors of the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        # Under autocast CUDA normalises in float32
         if func in (F.layer_norm, F.group_norm) and torch.is_autocast_enabled("cpu"):
             args = (args[0].float(), *args[1:])
+        # Its dropout keeps a mask of bytes
         if func is F.dropout and kwargs["training"] and kwargs["p"]:
             return torch.native_dropout(args[0], kwargs["p"], True)[0]
         return func(*args, **kwargs)
@@ -67,7 +66,7 @@ class Meter(TorchDispatchMode):
         return output
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it is freed."""
+        # Views share a storage; it counts until the last of them is gone.
         key, size = storage._cdata, storage.nbytes()
         if key not in self.storages:
             self.storages[key] = size
@@ -89,7 +88,8 @@ class Meter(TorchDispatchMode):
 @contextmanager
 def fake_machine(precision: str, num_gpus: int = 1) -> Iterator[tuple[Run, Meter]]:
     """(the run of one GPU of a job, the meter); all tensors made inside are fake."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier plan in this process
+    # accelerate keeps its settings per process: an earlier plan's are forgotten.
+    AcceleratorState._reset_state(reset_partial_state=True)
     refuse_engines()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     replaced = [
@@ -201,25 +201,26 @@ def gathered_bytes(module: nn.Module) -> int:
 
 def resident_gib(work: Workload, num_gpus: int, parts: int) -> dict[str, float]:
     """Memory by what it is for; parts: of the network that has an EMA, 1 if it is not sharded."""
-    sizes = dict.fromkeys(("weights", "ema", "optimizer_moments", "gradients"), 0.0)
-    sizes["gradient_buckets"] = sizes["gathered"] = 0.0
+    names = ("weights", "ema", "optimizer_moments", "gradients", "gradient_buckets", "gathered")
+    sizes = dict.fromkeys(names, 0.0)
     for name, network in work.networks.items():
         share = 1 if name else parts
-        trained = 4 * sum(p.numel() for p in network.trainable)
-        sizes["weights"] += num_bytes(network.module) / share
-        sizes["optimizer_moments"] += 2 * trained / share
-        sizes["gradients"] += trained / share
-        if share == 1 and num_gpus > 1:
-            sizes["gradient_buckets"] += trained  # DDP's copy of the gradients
+        size = num_bytes(network.module) / share
+        trained = 4 * sum(p.numel() for p in network.trainable) / share
+        sizes["weights"] += size
+        sizes["optimizer_moments"] += 2 * trained
+        sizes["gradients"] += trained
         if not name:
-            sizes["ema"] = num_bytes(network.module) / share
+            sizes["ema"] = size
+        # FSDP gathers weights and gradients, DDP copies the gradients.
         if share > 1:
             sizes["gathered"] = gathered_bytes(network.module)
+        elif num_gpus > 1:
+            sizes["gradient_buckets"] += trained
     sizes["frozen"] = sum(map(num_bytes, work.frozen.values()))
     return {name: size / GIB for name, size in sizes.items()}
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Of weights and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

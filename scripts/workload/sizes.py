@@ -51,13 +51,16 @@ class Stage:
 
     @property
     def training(self) -> TrainingConfig | None:
-        """None: the stage does not train."""
+        # None: the stage does not train
         return self.config.training if isinstance(self.config, TrainedStage) else None
 
     @property
     def precision(self) -> str:
-        """fp32 or bf16."""
         return (self.training or self.config).precision
+
+    def batch(self, num_gpus: int) -> int:
+        """Samples of one GPU in one pass; ValueError if so many can't share the batch."""
+        return self.training.split_batch(num_gpus) if self.training else self.config.batch_size
 
 
 def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
@@ -72,6 +75,7 @@ def read_stage(file: str | Path, overrides: Sequence[str] = ()) -> Stage:
         raise ValueError(f"{file}: stage {config.stage} trains no network")
     if is_of_codes(config):
         raise ValueError(f"{file}: {why_unplanned(config)}")
+    # It is trained before there are any tokens.
     if config.stage == "text_encoder":
         return Stage(config, None, ImageTokenizerConfig())
 
@@ -131,9 +135,10 @@ def read_earlier(run_dir: str, section: str, schema: type, file: Path) -> Any:
     usual = beside.parents[1] / run.parent.name / beside.name
     for made_by in (usual, beside):
         if made_by.is_file():
-            config = load_stage(made_by, [])
-            is_projector = section == "projector"
-            return find_projector(config, made_by) if is_projector else getattr(config, section)
+            config = load_stage(made_by)
+            if section == "projector":
+                return find_projector(config, made_by)
+            return getattr(config, section)
     raise ValueError(f"{run_dir} is no run, and neither {usual} nor {beside} is there to make it")
 
 
@@ -183,6 +188,7 @@ def find_clip(model: str, file: Path) -> dict:
         if saved.is_file():
             return json.loads(saved.read_text())["model_cfg"]
         return open_clip_config(read_earlier(str(folder.parent), "clip", ClipSize, file))
+    # A file of open_clip's, which only modeling/ imports
     known = files("open_clip") / "model_configs" / f"{model}.json"
     if not known.is_file():
         raise ValueError(f"text_encoder.model={model}: of unknown size, name an open_clip model")
@@ -190,7 +196,7 @@ def find_clip(model: str, file: Path) -> dict:
 
 
 def build_clip_tower(clip: dict) -> ClipTextEncoder:
-    """A frozen text tower; the image tower, which is not used, is next to nothing."""
+    # The image tower, which is not used, is next to nothing.
     vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
     text = {key: clip[key] for key in ("embed_dim", "text_cfg", "quick_gelu") if key in clip}
     return ClipTextEncoder(build_clip({**text, "vision_cfg": vision}))

@@ -1,9 +1,9 @@
 """The real step of every stage with random weights: no data, no weights files, no compilation."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import Any
 from unittest.mock import patch
 
@@ -27,10 +27,17 @@ from scripts import train_text_encoder
 from scripts.workload.sizes import Stage
 from training.optim import EMA, OptimizedNetwork, descend
 from training.run import Run
-from training.tokens import StoredText, StoredTokens, unknown_tokens
+from training.tokens import (
+    StoredText,
+    StoredTokens,
+    encode_images,
+    text_states,
+    unknown_tokens,
+)
 
 MAX_TOKEN_ID = 32_000  # below the vocabularies of T5 and CLIP
-READ_IMAGES = ("text_encoder", "tokenizer", "tokens")  # stages
+# What a stage's loader gives: images, or stored tokens
+READ_IMAGES = ("text_encoder", "tokenizer", "tokens")
 READ_TOKENS = ("text_projector", "flowtok")
 
 # torch counts the FLOPs of attention by CUDA's kernels only.
@@ -58,6 +65,7 @@ def make_batch(stage: Stage, count: int, stored_states: bool = False) -> dict:
     if config.stage in READ_TOKENS:
         shape = (count, sizes.num_tokens, sizes.token_channels)
         batch["latent_mean"] = torch.randn(shape)
+        # A small variance, as a trained tokenizer's
         batch["latent_logvar"] = torch.randn(shape) - 4
     if stored_states and config.stage in READ_TOKENS:
         batch["text_states"] = torch.randn(count, length, sizes.text_width).half()
@@ -90,6 +98,7 @@ def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workl
     training = config.training
     model, loss_fn = build_loss(stage, run, tower)
     network = OptimizedNetwork(run, model, config.optimizer, training.max_gradient_norm)
+    # Not compiled, whatever the config says: it takes a minute, and changes no FLOPs.
     network.wrap()
 
     def step(batches: Sequence[dict], index: int) -> dict[str, Tensor]:
@@ -98,17 +107,31 @@ def build_workload(stage: Stage, run: Run, stored_states: bool = False) -> Workl
     return Workload({"": network}, {"text_tower": tower} if tower else {}, step)
 
 
-def repeated_step(stage: Stage, work: Workload, batch: dict) -> Callable[[], None]:
-    """The next step on one batch each time it is called, with the EMA's update."""
-    steps = count()
+def repeated_step(
+    stage: Stage, run: Run, count: int, stored_states: bool = False
+) -> Callable[[], None]:
+    """The next step on one made-up batch each time it is called, with the EMA's update."""
+    work = build_workload(stage, run, stored_states)
+    for network in work.networks.values():
+        fill_zeros(network.module)
+    batch = make_batch(stage, count, stored_states)
     ema = EMA(work.networks[""].module, stage.training.ema_decay) if work.networks else None
+    indices = itertools.count()
 
     def step() -> None:
-        work.step([batch], next(steps))
+        work.step([batch], next(indices))
         if ema:
             ema.update()
 
     return step
+
+
+@torch.no_grad()
+def fill_zeros(module: nn.Module) -> None:
+    # Gates and last layers start at zero: products with zeros are not what is to be timed.
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
 
 
 def build_loss(stage: Stage, run: Run, tower: TextEncoder | None) -> tuple[nn.Module, Callable]:
@@ -172,7 +195,8 @@ def made_up_distance(config: perceptual.PerceptualConfig) -> perceptual.Perceptu
 
 def made_up_teacher(config: VisionConfig, grid: int) -> VisionTeacher:
     """Stage 1's vision model, with random weights in place of its file."""
-    import timm  # here: it takes a second
+    # Imported here: it takes a second.
+    import timm
 
     create = timm.create_model
     with (
@@ -188,10 +212,9 @@ def encoding_workload(stage: Stage, run: Run, tower: TextEncoder) -> Workload:
     tokenizer = ImageTokenizer(stage.tokenizer).requires_grad_(False).eval().to(run.device)
 
     def encode(batches: Sequence[dict], index: int) -> None:
-        with torch.no_grad(), run.accelerator.autocast():
-            for batch in batches:
-                tokenizer.encode(batch["image"].to(run.device).float().div_(255))
-                if stage.config.store_text_states:
-                    tower(batch["token_ids"].to(run.device))
+        for batch in batches:
+            encode_images(run, tokenizer, batch)
+            if stage.config.store_text_states:
+                text_states(run, tower, batch)
 
     return Workload({}, {"tokenizer": tokenizer, "text_tower": tower}, encode)
