@@ -35,15 +35,12 @@ TAR_ENDINGS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz")
 # ----------------------------------------------------------------------------------------- registry
 
 
-Arguments = dict[str, dict[str, Any]]  # flag -> options of argparse's add_argument
-
-
 @dataclass(frozen=True)
 class SourceKind:
     """A sub-command: its help, its arguments, its generator."""
 
     text: str
-    arguments: Arguments
+    arguments: dict[str, dict[str, Any]]  # flag -> options of argparse's add_argument
     entries: Callable[[argparse.Namespace], Iterator[Entry]]
     # the files that it is read from, except the images that entries name
     files: Callable[[argparse.Namespace], Iterable[str]] = lambda options: [options.file]
@@ -108,27 +105,21 @@ def folder_entries(
                 continue  # of the file of that name, whatever becomes of it
             path = os.path.join(place, name)
             key = clean_key(os.path.splitext(os.path.relpath(path, folder))[0])
-            is_hidden, is_text = name.startswith("."), ending in endings
-            if not is_hidden | is_text and (ending in IMAGE_KEYS or image_extension(path)):
+            if name.startswith("."):
+                fault = "no image: hidden"
+            elif ending in endings or not (ending in IMAGE_KEYS or image_extension(path)):
+                fault = no_image(name)
+            else:
                 has_image = True
                 beside = {e: texts[stem, e] for e in sorted(endings) if (stem, e) in texts}
-                sidecars = {e: os.path.join(place, name) for e, name in beside.items()}
+                sidecars = {e: os.path.join(place, text) for e, text in beside.items()}
                 yield Entry(key, path, sidecars=sidecars)
-            else:
-                fault = "no image: hidden" if is_hidden else no_image(name)
-                others[fault.removeprefix("no image: ")] += 1
-                yield Entry(key, path, fault=fault)
+                continue
+            others[fault.removeprefix("no image: ")] += 1
+            yield Entry(key, path, fault=fault)
     if not has_image:
         there = ", ".join(f"{name} ({count})" for name, count in others.most_common(5)) or "none"
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there}")
-
-
-SOURCES["folder"] = SourceKind(
-    "images with same-named .txt or .json captions, also in sub-folders",
-    {"folder": {"type": folder_path}} | CAPTION_KEYS,
-    lambda options: folder_entries(options.folder, options.caption_keys, options.output),
-    files=lambda options: _files(options.folder, options.output),
-)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -137,42 +128,43 @@ def _split(name: str) -> tuple[str, str]:
     return stem, ending[1:].lower()
 
 
-def _files(root: str, output: str) -> Iterator[str]:
-    """Paths of all files that are not hidden."""
-    for place, names in _folders(root, output):
-        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
-
-
 def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
     """(folder, file names), sorted, from root on; links are followed once, `output` is left out.
 
     Hidden folders come last, as file names, unless a link with another name has led to them.
     """
-    visited, hidden = set(), []
-    if output and os.path.isdir(output):
-        visited.add(_identity(output))
-    if _identity(root) in visited:
+    visited, hidden = {os.path.realpath(output)} if output else set(), []
+    if os.path.realpath(root) in visited:
         raise ValueError(f"output: {output} is the source's own folder, name another")
 
     def fail(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}")
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        if _identity(folder) in visited:
+        if os.path.realpath(folder) in visited:
             folders.clear()
             continue
-        visited.add(_identity(folder))
+        visited.add(os.path.realpath(folder))
         hidden += [os.path.join(folder, name) for name in sorted(folders) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield folder, sorted(names)
     for folder in hidden:
-        if _identity(folder) not in visited:
+        if os.path.realpath(folder) not in visited:
             yield os.path.dirname(folder), [os.path.basename(folder)]
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+def _files(options: argparse.Namespace) -> Iterator[str]:
+    """Paths of all files that are not hidden."""
+    for place, names in _folders(options.folder, options.output):
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+
+
+SOURCES["folder"] = SourceKind(
+    "images with same-named .txt or .json captions, also in sub-folders",
+    {"folder": {"type": folder_path}} | CAPTION_KEYS,
+    lambda options: folder_entries(options.folder, options.caption_keys, options.output),
+    files=_files,
+)
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -257,9 +249,7 @@ def coco_entries(options: argparse.Namespace) -> Iterator[Entry]:
         if path != paths.setdefault(number, path):
             both = f"{paths[number]!r} and {path!r}"
             raise ValueError(f"{file}: the images {both} have the same id {number!r}")
-    for image in content["images"]:
-        number = _hashable(image.get("id"))
-        yield _entry(file, options.images, paths[number], captions.get(number, []), image)
+        yield _entry(file, options.images, path, captions.get(number, []), image)
     for number in captions:
         if number not in paths:
             note = f"annotations of the image {number!r}, which is not in images"
@@ -384,12 +374,12 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     Raises:
         ValueError: a tar that is missing, cut off or no tar, no sample at all.
     """
-    for pattern in patterns:
-        if is_remote(pattern):
-            raise ValueError(f"shards: {pattern!r} is not a local file; download the tars first")
+    for pattern in filter(is_remote, patterns):
+        raise ValueError(f"shards: {pattern!r} is not a local file; download the tars first")
     paths = expand_shards(patterns)
-    if other := [path for path in paths if not is_tar_name(path)]:
-        raise ValueError(f"{other[0]}: expected a tar (.tar, .tar.gz, .tgz, ...)")
+    for path in paths:
+        if not is_tar_name(path):
+            raise ValueError(f"{path}: expected a tar (.tar, .tar.gz, .tgz, ...)")
     found, others = False, []
     lists = map_in_processes(list_samples, paths, workers)
     for path, (samples, strays) in zip(paths, lists, strict=True):
@@ -400,7 +390,7 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
             note = "its key occurs again, the tar is not sorted" if again else ""
             yield Entry(clean_key(key), path, span=(begin, end), note=note)
         for name, reason in strays:
-            others += [name] if len(others) < 3 else []
+            others = [*others, name][:3]
             yield Entry(clean_key(name), path, fault=f"no sample: {reason}", note=f"member {name}")
     if not found:
         there = f"members {' '.join(others) or 'none'}, expected KEY.EXTENSION"

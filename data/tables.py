@@ -12,8 +12,7 @@ import csv
 import io
 import json
 import os
-import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -93,21 +92,10 @@ def _csv_rows(path: str, separator: str, quotes: bool, encoding: str | None) -> 
                     yield dict(zip(columns, row, strict=True))
         except csv.Error as error:
             cure = "; if quotes are plain text, see --no-quotes" if quotes else ""
-            if quotes:
-                line = _line_of_quote(path, file.encoding, line, separator)
             raise ValueError(
-                f"{path} line {line}: the field that begins here does not end: {error}{cure}"
+                f"{path} line {line}: the row that begins here has a field that does not end: "
+                f"{error}{cure}"
             ) from None
-
-
-def _line_of_quote(path: str, encoding: str, line: int, separator: str) -> int:
-    """Where the field begins at which a row breaks off that begins in `line`."""
-    field = rf'("[^"]*(""[^"]*)*"|[^"{re.escape(separator)}\r\n][^{re.escape(separator)}\r\n]*)?'
-    with open(path, encoding=encoding, newline="") as file:
-        deque(islice(file, line - 1), maxlen=0)
-        text = file.read(MAX_FIELD_CHARACTERS)
-    whole = re.match(f"({field}{re.escape(separator)})*", text)[0]
-    return line + len(re.findall("\r\n?|\n", whole))
 
 
 def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
@@ -209,40 +197,6 @@ class Columns(NamedTuple):
     caption: str
 
 
-def read_rows(path: str, columns: Columns, prefix: str) -> Iterator[dict[str, Any]]:
-    """Each row as a sample for write_shard, with the key PREFIX/number.
-
-    Raises:
-        ValueError: the file cannot be read, or has not these columns.
-    """
-    find_columns(path, *columns)
-    number = 0
-    with open_parquet(path) as parquet:
-        # all columns, but for further images
-        names = [*dict.fromkeys([*columns, *_names_without_bytes(parquet)])]
-        for group in range(parquet.num_row_groups):
-            # one by one: a batch over several would hold them all
-            for batch in parquet.iter_batches(IMAGES_AT_ONCE, row_groups=[group], columns=names):
-                for row in batch.to_pylist():
-                    yield {"__key__": f"{prefix}/{number:08d}", **row_parts(row, columns)}
-                    number += 1
-
-
-def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
-    """{extension: bytes}: the image unless it is null, and the captions with the other columns."""
-    image = row.pop(columns.image)
-    if isinstance(image, dict):
-        image = image["bytes"]
-    captions = as_list(row.pop(columns.caption))
-    # no caption: nor may another column pass for one
-    content = {**row, "captions": captions} if find_captions([captions])[0] else {}
-    parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
-    if image is not None:
-        # what is no image is found out when its shard is made
-        parts[image_extension(io.BytesIO(image)) or "jpg"] = image
-    return parts
-
-
 def find_columns(path: str, image_column: str | None, caption_column: str | None) -> Columns:
     """Image and caption of a file: by these names, else by type, then by usual names.
 
@@ -277,3 +231,37 @@ def _choose_column(
         expected = f"expected one of {', '.join(candidates) or 'none'}"
         raise ValueError(f"{option}: {given}, {expected}; {there}")
     return names[0]
+
+
+def read_rows(path: str, columns: Columns, prefix: str) -> Iterator[dict[str, Any]]:
+    """Each row as a sample for write_shard, with the key PREFIX/number.
+
+    Raises:
+        ValueError: the file cannot be read, or has not these columns.
+    """
+    find_columns(path, *columns)
+    number = 0
+    with open_parquet(path) as parquet:
+        # all columns, but for further images
+        names = [*dict.fromkeys([*columns, *_names_without_bytes(parquet)])]
+        for group in range(parquet.num_row_groups):
+            # one by one: a batch over several would hold them all
+            for batch in parquet.iter_batches(IMAGES_AT_ONCE, row_groups=[group], columns=names):
+                for row in batch.to_pylist():
+                    yield {"__key__": f"{prefix}/{number:08d}", **row_parts(row, columns)}
+                    number += 1
+
+
+def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
+    """{extension: bytes}: the image unless it is null, and the captions with the other columns."""
+    image = row.pop(columns.image)
+    if isinstance(image, dict):
+        image = image["bytes"]
+    captions = as_list(row.pop(columns.caption))
+    # no caption: nor may another column pass for one
+    content = {**row, "captions": captions} if find_captions([captions])[0] else {}
+    parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
+    if image is not None:
+        # what is no image is found out when its shard is made
+        parts[image_extension(io.BytesIO(image)) or "jpg"] = image
+    return parts

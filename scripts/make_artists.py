@@ -35,13 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from assets.noto_emoji.make_demo_data import Emoji, describe_emoji, load_image, png_bytes
 from configs.load import parse_stage_args
-from data.files import check_writable, write_json
-from data.tar import refuse_foreign_shards, write_shard
+from data.files import write_json
+from data.packing import MANIFEST, check_data_set
+from data.tar import write_shard
 from modeling.layers import check_least
 from training.errors import exit_on_error
 from training.stage import StageConfig
 
-MANIFEST = "manifest.json"
 SHARDS = {"train": 8, "captions": 1, "styles": 1}  # of each split
 NAMES_FILE = "emoji.json"  # in the package of noto
 JOINERS = ("fe0f", "200d")  # code points that some packages leave out of a file's name
@@ -116,13 +116,8 @@ class Drawing:
 
 def main(config: ArtistsStage) -> None:
     """Write the shards that are not there."""
-    # Whose shards these are is written first: an interrupted run goes on
     folder, plan = Path(config.run_dir), config.plan()
-    path = folder / MANIFEST
-    check_writable(path)
-    refuse_foreign_shards(folder, MANIFEST)
-    if path.is_file() and json.loads(path.read_text())["plan"] != plan:
-        raise ValueError(f"{folder} holds another data set (see {path}): delete it")
+    check_data_set(folder, plan)
     if all(Path(shard).is_file() for shard in config.outputs()):
         print(f"{folder}: complete, nothing to do")
         return
@@ -130,7 +125,8 @@ def main(config: ArtistsStage) -> None:
     fetch_packages(Path(config.packages))
     splits = split_drawings(config, read_drawings(Path(config.packages)))
     images = {split: Counter(d.style for d in drawings) for split, drawings in splits.items()}
-    write_json({"plan": plan, "images": images}, path)
+    # whose shards these are is written first: an interrupted run goes on
+    write_json({"plan": plan, "images": images}, folder / MANIFEST)
     for split, drawings in splits.items():
         files = shard_files(config, split)
         for i, file in enumerate(files):

@@ -28,7 +28,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from configs.load import parse_stage_args
-from data.files import check_writable, write_json
+from data.files import write_json
+from data.packing import MANIFEST, check_data_set
+from data.processes import map_in_processes
 from data.scenes import (
     SPLITS,
     Statement,
@@ -37,15 +39,13 @@ from data.scenes import (
     draw_scene,
     draw_statement_of,
 )
-from data.tar import refuse_foreign_shards, write_shard
-from data.workers import map_in_processes
+from data.tar import write_shard
 from modeling.layers import check_least
 from training.errors import exit_on_error
 from training.stage import StageConfig
 
 SAMPLES_PER_SHARD = 2000
 PHRASINGS = 4  # of a caption; some may be equal
-MANIFEST = "manifest.json"
 # the settings that decide what is drawn
 PLAN = "image_size seed captions images_per_caption heldout_captions heldout_images_per_caption"
 
@@ -91,15 +91,11 @@ class ScenesStage(StageConfig):
 
 def main(config: ScenesStage) -> None:
     """Write the shards that are not there."""
-    # Whose shards these are is written first: an interrupted run goes on
+    # whose shards these are is written first: an interrupted run goes on
     folder, plan = Path(config.run_dir), config.plan()
-    path = folder / MANIFEST
-    check_writable(path)
-    refuse_foreign_shards(folder, MANIFEST)
-    if path.is_file() and json.loads(path.read_text())["plan"] != plan:
-        raise ValueError(f"{folder} holds another data set (see {path}): delete it")
+    check_data_set(folder, plan)
     sizes = {split: math.prod(config.size_of(split)) for split in SPLITS}
-    write_json({"plan": plan, "images": sizes}, path)
+    write_json({"plan": plan, "images": sizes}, folder / MANIFEST)
     tasks = [task for task in shard_tasks(config) if not shard_file(config, *task).is_file()]
     if not tasks:
         print(f"{folder}: complete, nothing to do")

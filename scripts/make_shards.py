@@ -34,7 +34,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -53,22 +53,13 @@ from data.entries import Entry, build_index, file_stamp, first_equals
 from data.files import integer, written_whole
 from data.filters import FilterConfig
 from data.hub import copies_folder  # with the import, `hub` is one of SOURCES
-from data.packing import (
-    DUPLICATE,
-    UNCHECKED,
-    USABLE,
-    SampleConfig,
-    Task,
-    digest_task,
-    index_path,
-    rows_path,
-    write_task,
-)
+from data.packing import SampleConfig, Task, digest_task, index_path, rows_path, write_task
+from data.processes import map_in_processes
 from data.sources import SOURCES, file_path
 from data.tar import refuse_foreign_shards
 from data.workers import map_in_processes
 from scripts.run_experiment.processes import count_cores
-from training.errors import printable
+from training.errors import exit_on_error, printable
 
 SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
 HOLDOUT_FOLDER = "holdout"  # in the output folder
@@ -90,32 +81,32 @@ class Plan:
     config: SampleConfig
     shards: dict[str, np.ndarray]  # by name: the numbers of its samples' first entries
     images: np.ndarray  # by number of entry: the first entry of the sample that gets its captions
-    states: np.ndarray  # by number of entry
 
     @cached_property
-    def others(self) -> dict[int, list[int]]:
-        """First entry of a sample -> its further ones, if it has any."""
-        others = defaultdict(list)
-        for number in np.flatnonzero(self.images != np.arange(len(self.images))).tolist():
-            others[int(self.images[number])].append(number)
-        return others
+    def by_image(self) -> np.ndarray:
+        """All entries, those of a sample side by side."""
+        return np.argsort(self.images, kind="stable")
 
     def shards_of(self, part: int) -> list[str]:
         return list(self.shards)[part :: self.num_parts]
 
     def task(self, shard: str) -> Task:
         firsts = self.shards[shard]
-        numbers = [[first, *self.others.get(first, ())] for first in firsts.tolist()]
-        return Task(shard, self.output, self.part, self.config, numbers, self.states[firsts])
+        begins = np.searchsorted(self.images, firsts, sorter=self.by_image)
+        ends = np.searchsorted(self.images, firsts, side="right", sorter=self.by_image)
+        numbers = [
+            self.by_image[begin:end].tolist() or [first]  # all of a copy's entries are another's
+            for first, begin, end in zip(firsts.tolist(), begins, ends, strict=True)
+        ]
+        return Task(shard, self.output, self.part, self.config, numbers, begins == ends)
 
     def run(
         self, work: Callable[[Task], int], shards: Sequence[str], workers: int, title: str
     ) -> None:
         """work(task) of some shards, in several processes, with a progress bar."""
         num_samples = sum(len(self.shards[shard]) for shard in shards)
-        workers = max(1, min(workers, len(shards)))
         with progress_bar(title, total=num_samples) as progress:
-            for count in map_in_processes(work, map(self.task, shards), workers):
+            for count in map_in_processes(work, map(self.task, shards), min(workers, len(shards))):
                 progress.update(count)
 
 
@@ -135,12 +126,13 @@ def make_shards(args: argparse.Namespace) -> None:
         )
     plan = make_plan(args)
     todo = [shard for shard in plan.shards_of(plan.part) if not plan.task(shard).is_finished()]
-    if todo and (plan.output / SUMMARY_FILE).is_file():
-        # a shard is gone; so are the copies of a source's files since the earlier run was complete
-        deque(SOURCES[args.source].entries(args), maxlen=0)
-    if todo and args.drop_duplicates:
-        plan = find_duplicates(plan, args.workers)
     if todo:
+        if (plan.output / SUMMARY_FILE).is_file():
+            # a shard is gone; so are the copies of a source's files since the earlier run was
+            # complete
+            deque(SOURCES[args.source].entries(args), maxlen=0)
+        if args.drop_duplicates:
+            plan = find_duplicates(plan, args.workers)
         plan.run(write_task, todo, args.workers, "writing")
     report(plan, num_written=len(todo))
 
@@ -160,15 +152,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     order = first_entries(rows)
     if args.shuffle:
         order = order[np.random.default_rng(args.seed).permutation(len(order))]
-    return Plan(
-        output=output,
-        part=args.shard_index,
-        num_parts=args.num_shards,
-        config=config,
-        shards=divide(order, rows["faulty"], args.samples_per_shard, args.holdout),
-        images=rows["image"],
-        states=np.full(len(rows), UNCHECKED, np.uint8),
-    )
+    shards = divide(order, rows["faulty"], args.samples_per_shard, args.holdout)
+    images = np.ascontiguousarray(rows["image"])
+    return Plan(output, args.shard_index, args.num_shards, config, shards, images)
 
 
 def first_entries(rows: np.ndarray) -> np.ndarray:
@@ -264,18 +250,15 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
 
 def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any]) -> None:
     """Find the samples and write the index; nothing stays behind if that fails."""
-    path, part = index_path(output), str(args.shard_index)
+    path, part, source = index_path(output), str(args.shard_index), SOURCES[args.source]
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # the index last, as a sign that the others are there; of parts side by side all write the
         # same
-        with (
-            written_whole(path, part) as index,
-            written_whole(files_path(output), part) as files,
-            progress_bar("finding", iterable=SOURCES[args.source].entries(args)) as entries,
-        ):
-            rows = build_index(with_files(entries, args, files), index)
+        with written_whole(path, part) as index, written_whole(files_path(output), part) as files:
+            with progress_bar("finding", iterable=source.entries(args)) as entries:
+                rows = build_index(with_files(source.files(args), entries, files), index)
             usable = len(first_entries(rows)) - np.count_nonzero(rows["faulty"])
             if args.holdout >= max(usable, 1):
                 raise ValueError(
@@ -293,15 +276,13 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
         raise
 
 
-def with_files(
-    entries: Iterable[Entry], args: argparse.Namespace, file: BinaryIO
-) -> Iterator[Entry]:
+def with_files(paths: Iterable[str], entries: Iterable[Entry], file: BinaryIO) -> Iterator[Entry]:
     """The entries; what they come from is written down before any of it is read."""
 
     def write(path: str) -> None:
         file.write(json.dumps([path, file_stamp(path)]).encode() + b"\n")
 
-    for path in SOURCES[args.source].files(args):
+    for path in paths:
         write(path)
     for entry in entries:
         if entry.captions is not None and entry.fault is None:  # an image that a file names
@@ -321,16 +302,13 @@ def find_duplicates(plan: Plan, workers: int) -> Plan:
     if missing:
         plan.run(digest_task, missing, workers, "comparing")
     digests = np.zeros((len(plan.images), 2), np.uint64)
-    for shard in plan.shards:
-        digests[plan.shards[shard]] = np.load(plan.task(shard).digests)
+    for shard, firsts in plan.shards.items():
+        digests[firsts] = np.load(plan.task(shard).digests)
     # zeros are of dropped samples
     kept = np.flatnonzero(digests.any(axis=1))
-    firsts = kept[first_equals(digests[kept])]
-    states = np.full(len(plan.images), UNCHECKED, np.uint8)
-    states[kept] = np.where(firsts == kept, USABLE, DUPLICATE)
     first_of = np.arange(len(plan.images))
-    first_of[kept] = firsts
-    return replace(plan, images=first_of[plan.images], states=states)
+    first_of[kept] = kept[first_equals(digests[kept])]
+    return replace(plan, images=first_of[plan.images])
 
 
 def report(plan: Plan, num_written: int) -> None:
@@ -390,9 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Ctrl-C ends the workers, too: it may come up while their end is handled.
     try:
         try:
-            make_shards(args)
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"error: {error}\n")
+            exit_on_error(lambda: make_shards(args))
         except BrokenProcessPool:
             reason = "a worker was killed (out of memory?)"
             parser.exit(1, f"error: {reason}; the same command, with fewer --workers, continues\n")

@@ -1,6 +1,7 @@
 """Sources for scripts/make_shards.py as tests make them up, the program, what it wrote."""
 
 import csv
+import gzip
 import io
 import json
 import tarfile
@@ -267,7 +268,7 @@ def in_mjhq(root, samples):
 
 
 def in_tars(root, samples):
-    """Two tars as img2dataset writes them, with one member more per sample."""
+    """Two tars as img2dataset writes them, one compressed, with one member more per sample."""
     for number, part in enumerate((samples[:9], samples[9:])):
         members = []
         for sample in part:
@@ -278,8 +279,10 @@ def in_tars(root, samples):
                 (f"{sample.name}.txt", sample.caption),
             ]
         there = [(name, content) for name, content in members if content is not None]
-        write_files(root, {f"{number:05d}.tar": there})
-    return ["shards", root / "{00000..00001}.tar"]
+        tar = tar_of(there)
+        files = {"00001.tar.gz": gzip.compress(tar)} if number else {"00000.tar": tar}
+        write_files(root, files)
+    return ["shards", root / "0000{0.tar,1.tar.gz}"]
 
 
 TABLES = {ending: partial(in_table, ending) for ending in ("csv", "tsv", "jsonl", "parquet")}

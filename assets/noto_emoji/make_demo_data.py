@@ -142,18 +142,17 @@ def load_heldout(path: Path, emoji: list[Emoji]) -> set[str]:
     return keys
 
 
-def shuffle_rank(item: Emoji) -> str:
-    """Sorting by this is a fixed shuffle, the same in every Python version."""
-    return hashlib.sha256(f"{SHUFFLE_SEED}:{item.key}".encode()).hexdigest()
-
-
 def plan_shards(emoji: list[Emoji], heldout: set[str]) -> dict[str, list[Emoji]]:
     """File name -> its samples in order; one held-out shard each for base emoji and variants."""
+    # sorting by a hash is a fixed shuffle, the same in every Python version
+    emoji = sorted(
+        emoji, key=lambda item: hashlib.sha256(f"{SHUFFLE_SEED}:{item.key}".encode()).hexdigest()
+    )
     split = {"train-base": [], "train-tone": [], "heldout": [], "heldout-tone": []}
-    for item in sorted(emoji, key=shuffle_rank):
-        prefix = "heldout" if item.base in heldout else "train"
-        suffix = "-tone" if item.tone else "-base" if prefix == "train" else ""
-        split[prefix + suffix].append(item)
+    for item in emoji:
+        is_heldout = item.base in heldout
+        base, tone = ("heldout", "heldout-tone") if is_heldout else ("train-base", "train-tone")
+        split[tone if item.tone else base].append(item)
     shards = {}
     for name, items in split.items():
         size = SAMPLES_PER_SHARD if name.startswith("train") else max(len(items), 1)
@@ -192,37 +191,27 @@ def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-def make_manifest(
-    plan: dict[str, list[Emoji]], files: dict[str, bytes], images: dict[str, Image.Image]
-) -> dict:
-    """manifest.json: a row for each shard, and totals."""
-    # The hash of a file depends on Pillow and zlib, that of its .json and RGB pixels does not
-    rows = []
-    for file, items in plan.items():
-        content = hashlib.sha256()
-        for item in items:
-            content.update(describe_json(item) + b"\n" + images[item.key].tobytes())
-        row = {"file": file, "samples": len(items), "bytes": len(files[file])}
-        row["sha256"] = hashlib.sha256(files[file]).hexdigest()
-        row["content_sha256"] = content.hexdigest()
-        rows.append(row)
-    totals = {
-        "samples": sum(row["samples"] for row in rows),
-        "bytes": sum(row["bytes"] for row in rows),
-        "distinct_captions": len({item.caption for items in plan.values() for item in items}),
-        "distinct_images": len({image.tobytes() for image in images.values()}),
-    }
-    return {"package": PACKAGE, "shards": rows, "totals": totals}
-
-
 def build(package: Path, output: Path, heldout_list: Path) -> dict:
     """Check the input, then write shards, manifest.json and the licence; returns the manifest."""
     emoji = load_package(package)
     heldout = load_heldout(heldout_list, emoji)
     images = {item.key: load_image(image_folder(package) / f"{item.key}.png") for item in emoji}
-    plan = plan_shards(emoji, heldout)
-    files = {file: shard_bytes(items, images) for file, items in plan.items()}
-    manifest = make_manifest(plan, files, images)
+    files, rows = {}, []
+    for file, items in plan_shards(emoji, heldout).items():
+        data = files[file] = shard_bytes(items, images)
+        # the hash of a file depends on Pillow and zlib, that of its .json and RGB pixels does not
+        content = [describe_json(item) + b"\n" + images[item.key].tobytes() for item in items]
+        row = {"file": file, "samples": len(items), "bytes": len(data)}
+        row["sha256"] = hashlib.sha256(data).hexdigest()
+        row["content_sha256"] = hashlib.sha256(b"".join(content)).hexdigest()
+        rows.append(row)
+    totals = {
+        "samples": sum(row["samples"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "distinct_captions": len({item.caption for item in emoji}),
+        "distinct_images": len({image.tobytes() for image in images.values()}),
+    }
+    manifest = {"package": PACKAGE, "shards": rows, "totals": totals}
     files["LICENSE-emoji-datasource"] = (package / "LICENSE").read_bytes()
     files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
     output.mkdir(parents=True, exist_ok=True)
