@@ -144,16 +144,14 @@ STRING, LIST = pyarrow.string(), pyarrow.list_(pyarrow.string())
 @pytest.mark.parametrize(
     ("types", "wanted", "found"),
     [
-        ({"a": IMAGE, "b": STRING}, {}, ("a", "b")),
         ({"image": IMAGE, "thumb": IMAGE, "url": STRING, "caption": LIST}, {}, "image caption"),
+        ({"a": IMAGE, "b": LIST}, {}, "a b"),
         ({"JPG": pyarrow.large_binary(), "x": STRING, "Text": STRING}, {}, "JPG Text"),
         ({"image": IMAGE, "text": STRING, "prompt": LIST}, {"caption": "prompt"}, "image prompt"),
-        ({"a": IMAGE, "b": IMAGE, "text": STRING}, {"image": "b"}, "b text"),
     ],
 )
 def test_columns_are_found_by_type_and_name(types, wanted, found, tmp_path):
-    found = tuple(found.split()) if isinstance(found, str) else found
-    assert columns_of(tmp_path, types, **wanted) == found
+    assert columns_of(tmp_path, types, **wanted) == tuple(found.split())
 
 
 @pytest.mark.parametrize(
@@ -162,9 +160,7 @@ def test_columns_are_found_by_type_and_name(types, wanted, found, tmp_path):
         ({"image": IMAGE, "text": STRING, "prompt": LIST}, {}, "caption_column: .*text or prompt"),
         ({"a": IMAGE, "b": IMAGE, "text": STRING}, {}, "image_column: .*a or b"),
         ({"image": STRING, "text": STRING}, {}, r"image_column: .*none.*image \(string\)"),
-        ({"image": IMAGE, "text": pyarrow.int64()}, {}, "caption_column: .*none"),
         ({"image": IMAGE, "text": STRING}, {"image": "text"}, "image_column: .*'text'.*image"),
-        ({"image": IMAGE, "text": STRING}, {"caption": "x"}, "caption_column: .*'x'.*text"),
     ],
 )
 def test_columns_that_are_missing_or_could_be_several_are_listed(types, wanted, named, tmp_path):
@@ -203,8 +199,11 @@ def test_tars_are_read_as_they_are(is_local, root, tmp_path):
 @pytest.mark.parametrize(
     ("files", "options", "named"),
     [
-        ({}, "", "owner/set: expected parquet files or tars"),
-        ({"a.zip": "", "b.zip": ""}, "", ".zip (2)"),
+        (
+            {"a.zip": "", "b.zip": ""},
+            "",
+            "owner/set: expected parquet files or tars, found .zip",
+        ),
         ({"test-0.parquet": "", "train.tar": ""}, "--split val", "split: given 'val'"),
         ({"a.parquet": "", "b.tar": ""}, "", "both parquet files and tars"),
         ({"a_train.tar": "", "b.tar": "", "test.tar": ""}, "", "has 1 files of no split"),
