@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from data.entries import Entry, clean_key, digest_of
 from data.files import written_whole
-from data.packing import PROGRESS_FOLDER
+from data.packing import COPIES
+from data.processes import map_in_processes
 from data.sources import (
     CAPTION_KEYS,
     DEFAULT_KEYS,
-    SOURCES,
     SourceKind,
     file_path,
     is_tar_name,
@@ -76,12 +76,6 @@ def dataset_name(text: str) -> str:
     return text
 
 
-def local_files(options: argparse.Namespace) -> list[str]:
-    """The files of a data set in a folder. Remote ones may change once they are copied."""
-    is_local = os.path.isdir(options.dataset)
-    return [file.path for file in choose_files(options)] if is_local else []
-
-
 def hub_entries(options: argparse.Namespace) -> Iterator[Entry]:
     """Rows of parquet files or samples of tars, in the order of the files' names.
 
@@ -107,7 +101,7 @@ def hub_entries(options: argparse.Namespace) -> Iterator[Entry]:
     yield from tar_entries([str(tar) for tar in tars], options.workers)
 
 
-SOURCES["hub"] = SourceKind(
+HUB = SourceKind(
     "a data set by its id on the hub: parquet with images in a column, or webdataset tars",
     {
         "dataset": {
@@ -123,7 +117,10 @@ SOURCES["hub"] = SourceKind(
     }
     | CAPTION_KEYS,
     hub_entries,
-    files=local_files,
+    # remote files may change once they are copied
+    lambda options: (
+        [file.path for file in choose_files(options)] if os.path.isdir(options.dataset) else []
+    ),
 )
 
 
@@ -171,16 +168,15 @@ def choose_files(options: argparse.Namespace) -> list[HubFile]:
         endings = Counter(os.path.splitext(file.name)[1] or file.name for file in files)
         there = ", ".join(f"{name} ({count})" for name, count in endings.most_common(NUM_NAMES))
         raise ValueError(f"{dataset}: expected parquet files or tars, found {there or 'no file'}")
-    fault = "has no such file"
+    given, fault = f"split: given {split!r}", "has no such file"
     if pattern is not None:
         given = f"files: given {pattern!r}"
         chosen = [file for file in usable if fnmatch.fnmatchcase(file.name, pattern)]
     else:
         # a split is a word in a name; without any such word, all files are for training
-        given = f"split: given {split!r}"
         words = [{*re.split(r"[\W_]+", file.name.lower())} for file in usable]
         chosen = [file for file, own in zip(usable, words, strict=True) if split.lower() in own]
-        without = sum(not own & {split.lower(), *SPLITS} for own in words)
+        without = sum(own.isdisjoint({split.lower(), *SPLITS}) for own in words)
         if split == "train" and without == len(usable):
             chosen = usable
         elif chosen and without:
@@ -201,11 +197,6 @@ def is_parquet(name: str) -> bool:
 # ------------------------------------------------------------------------------------------- copies
 
 
-def copies_folder(output: Path) -> Path:
-    """Where the copies of an output folder's source lie."""
-    return output / PROGRESS_FOLDER / "copies"
-
-
 def tar_of(file: HubFile, columns: Columns | None, output: Path) -> Path:
     """Where a file is copied to; a local tar stays where it is. columns: None: it is a tar.
 
@@ -215,7 +206,7 @@ def tar_of(file: HubFile, columns: Columns | None, output: Path) -> Path:
         return Path(file.path)
     name = os.path.basename(file.name) + ("" if columns is None else ".tar")
     digest = digest_of(repr((file, columns)).encode("utf-8", "surrogateescape")).hex()[:12]
-    return copies_folder(output) / f"{digest}-{name}"
+    return output / COPIES / f"{digest}-{name}"
 
 
 def make_copies(
@@ -226,15 +217,15 @@ def make_copies(
     Raises:
         ValueError: there is no room for them, or a file cannot be read.
     """
-    total = sum(file.size for file, _ in missing)
-    output, free = Path(options.output), shutil.disk_usage(options.output).free
+    output, total = Path(options.output), sum(file.size for file, _ in missing)
+    free = shutil.disk_usage(output).free
     if total > free:
         raise ValueError(
             f"output: {output} has {free / 1e9:.1f} GB free, expected {total / 1e9:.1f} GB for a "
             "copy of the data set, and as much again for its shards"
         )
     if missing:
-        copies_folder(output).mkdir(parents=True, exist_ok=True)
+        (output / COPIES).mkdir(parents=True, exist_ok=True)
         with tqdm(desc="copying", total=total, unit="B", unit_scale=True) as progress:
             copy = partial(make_copy, columns, options.shard_index)
             for size in map_in_processes(copy, missing, min(options.workers, len(missing))):
@@ -242,12 +233,10 @@ def make_copies(
 
 
 def make_copy(columns: Columns | None, part: int, job: tuple[HubFile, Path]) -> int:
-    """Write the tar of a file whole, unless another part has by now; returns the file's bytes.
-
-    part: of the Slurm array; distinguishes unfinished tars of parts that work side by side.
-    """
+    """Write the tar of a file whole, unless another part has by now; returns the file's bytes."""
     file, target = job
     if not target.exists():
+        # parts of a Slurm array that work side by side each have an unfinished tar
         own = target.with_name(f"{part}-{target.name}")
         if columns is None:
             with open_file(file.path) as tar, written_whole(own) as copy:

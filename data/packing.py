@@ -22,7 +22,11 @@ from data.samples import BadSample, members_of
 from data.tar import refuse_foreign_shards, write_shard
 from data.transforms import IMAGE_KEYS, decode_image
 
-PROGRESS_FOLDER = "progress"  # in the output folder
+# in the output folder
+PROGRESS_FOLDER = "progress"
+INDEX = f"{PROGRESS_FOLDER}/index.jsonl"  # of the source's entries
+ROWS = f"{PROGRESS_FOLDER}/index.npy"  # INDEX_ROW of each entry in the index
+COPIES = f"{PROGRESS_FOLDER}/copies"  # of remote or parquet files, until all shards are there
 MAX_SHOWN = 60  # characters of a caption in a message
 
 
@@ -163,15 +167,6 @@ def to_json(content: dict[str, Any]) -> bytes:
 # ---------------------------------------------------------------------------------------- one shard
 
 
-def index_path(output: Path) -> Path:
-    return output / PROGRESS_FOLDER / "index.jsonl"
-
-
-def rows_path(output: Path) -> Path:
-    """INDEX_ROW of each entry in the index."""
-    return output / PROGRESS_FOLDER / "index.npy"
-
-
 @dataclass(frozen=True)
 class Task:
     """The samples of one shard: a job for a worker."""
@@ -208,8 +203,8 @@ class Task:
 
     def samples(self) -> Iterator[list[Entry]]:
         """The entries of each."""
-        rows = np.load(rows_path(self.output), mmap_mode="r")
-        with open(index_path(self.output), "rb") as index:
+        rows = np.load(self.output / ROWS, mmap_mode="r")
+        with open(self.output / INDEX, "rb") as index:
             for numbers in self.numbers:
                 yield [read_entry(index, rows, number) for number in numbers]
 

@@ -1,8 +1,9 @@
 """Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in their own order.
 
 A source is a generator of data.entries.Entry. To add one, write its function here, which takes the
-command line's options, and put it into SOURCES with its arguments: that makes it a sub-command of
-scripts/make_shards.py. All that can be checked at once is checked before its first entry.
+command line's options, and put it into LOCAL_SOURCES with its arguments: that makes it a
+sub-command of scripts/make_shards.py. All that can be checked at once is checked before its first
+entry.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class SourceKind:
     files: Callable[[argparse.Namespace], Iterable[str]] = lambda options: [options.file]
 
 
-SOURCES: dict[str, SourceKind] = {}  # by the name of the sub-command
+LOCAL_SOURCES: dict[str, SourceKind] = {}  # by the name of the sub-command
 
 
 def folder_path(text: str) -> str:
@@ -159,7 +160,7 @@ def _files(options: argparse.Namespace) -> Iterator[str]:
         yield from (os.path.join(place, name) for name in names if not name.startswith("."))
 
 
-SOURCES["folder"] = SourceKind(
+LOCAL_SOURCES["folder"] = SourceKind(
     "images with same-named .txt or .json captions, also in sub-folders",
     {"folder": {"type": folder_path}} | CAPTION_KEYS,
     lambda options: folder_entries(options.folder, options.caption_keys, options.output),
@@ -200,7 +201,7 @@ def table_entries(options: argparse.Namespace) -> Iterator[Entry]:
         raise ValueError(f"{', '.join(options.tables)}: no row")
 
 
-SOURCES["table"] = SourceKind(
+LOCAL_SOURCES["table"] = SourceKind(
     "csv, tsv, parquet or jsonl files with a path and a caption in each row",
     {
         "tables": {"type": file_path, "nargs": "+", "metavar": "FILE"},
@@ -256,7 +257,7 @@ def coco_entries(options: argparse.Namespace) -> Iterator[Entry]:
             yield Entry(clean_key(str(number)), file, fault="image: missing", note=note)
 
 
-SOURCES["coco"] = SourceKind(
+LOCAL_SOURCES["coco"] = SourceKind(
     "captions_*.json of COCO, with all captions of an image", FILE | IMAGES, coco_entries
 )
 
@@ -290,7 +291,7 @@ def karpathy_entries(options: argparse.Namespace) -> Iterator[Entry]:
             yield _entry(file, options.images, path, captions, image)
 
 
-SOURCES["karpathy"] = SourceKind(
+LOCAL_SOURCES["karpathy"] = SourceKind(
     "dataset_coco.json, Karpathy's split of COCO 2014 (or of Flickr), with all captions",
     FILE
     | IMAGES
@@ -318,7 +319,7 @@ def mjhq_entries(options: argparse.Namespace) -> Iterator[Entry]:
         yield _entry(file, options.images, path, captions, {"id": name, **record})
 
 
-SOURCES["mjhq"] = SourceKind(
+LOCAL_SOURCES["mjhq"] = SourceKind(
     "meta_data.json of MJHQ-30K; images are CATEGORY/ID.jpg", FILE | IMAGES, mjhq_entries
 )
 
@@ -398,7 +399,7 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
 
 
 TARS = {"nargs": "+", "metavar": "TAR", "help": "path, glob or x-{000..127}.tar; .gz is slow"}
-SOURCES["shards"] = SourceKind(
+LOCAL_SOURCES["shards"] = SourceKind(
     "tars in webdataset's layout, as img2dataset writes them, to filter and shuffle",
     {"patterns": TARS} | CAPTION_KEYS,
     lambda options: tar_entries(options.patterns, options.workers),

@@ -52,16 +52,28 @@ from data.captions import check_caption_keys
 from data.entries import Entry, build_index, file_stamp, first_equals
 from data.files import integer, written_whole
 from data.filters import FilterConfig
-from data.hub import copies_folder  # with the import, `hub` is one of SOURCES
-from data.packing import SampleConfig, Task, digest_task, index_path, rows_path, write_task
+from data.hub import HUB
+from data.packing import (
+    COPIES,
+    INDEX,
+    PROGRESS_FOLDER,
+    ROWS,
+    SampleConfig,
+    Task,
+    digest_task,
+    write_task,
+)
 from data.processes import map_in_processes
-from data.sources import SOURCES, file_path
+from data.sources import LOCAL_SOURCES, file_path
 from data.tar import refuse_foreign_shards
 from data.workers import map_in_processes
 from scripts.run_experiment.processes import count_cores
 from training.errors import exit_on_error, printable
 
+SOURCES = {**LOCAL_SOURCES, "hub": HUB}  # by the name of the sub-command
 SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
+# one line for each file of the source: [path, [bytes, time of change]], null if missing
+FILES = f"{PROGRESS_FOLDER}/files.jsonl"
 HOLDOUT_FOLDER = "holdout"  # in the output folder
 NUM_CHANGES = 5  # changed source files that an error names
 # what may differ between runs into one folder
@@ -144,11 +156,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     output = Path(args.output)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     check_output(output, settings)
-    if index_path(output).is_file():
+    if (output / INDEX).is_file():
         check_source(args, output)
     else:
         make_index(args, output, settings)
-    rows = np.load(rows_path(output), mmap_mode="r")
+    rows = np.load(output / ROWS, mmap_mode="r")
     order = first_entries(rows)
     if args.shuffle:
         order = order[np.random.default_rng(args.seed).permutation(len(order))]
@@ -195,11 +207,6 @@ def sample_config(args: argparse.Namespace) -> SampleConfig:
     )
 
 
-def files_path(output: Path) -> Path:
-    """One line for each file of the source: [path, [bytes, time of change]], null if missing."""
-    return index_path(output).with_name("files.jsonl")
-
-
 def check_output(output: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds something else.
 
@@ -219,8 +226,6 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
                 f"output: {output} holds shards of another run: {'; '.join(changed)}. Delete it or "
                 "name another"
             )
-    elif output.exists() and not output.is_dir():
-        raise ValueError(f"output: {output} is a file, expected a folder")
     refuse_foreign_shards(output, SOURCE_FILE)
 
 
@@ -232,7 +237,7 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
     """
     new = dict.fromkeys(SOURCES[args.source].files(args))
     changes = []
-    with open(files_path(output)) as file:
+    with open(output / FILES) as file:
         for path, before in map(json.loads, file):
             new.pop(path, None)
             now = file_stamp(path)
@@ -250,13 +255,13 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
 
 def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any]) -> None:
     """Find the samples and write the index; nothing stays behind if that fails."""
-    path, part, source = index_path(output), str(args.shard_index), SOURCES[args.source]
+    path, part, source = output / INDEX, str(args.shard_index), SOURCES[args.source]
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # the index last, as a sign that the others are there; of parts side by side all write the
         # same
-        with written_whole(path, part) as index, written_whole(files_path(output), part) as files:
+        with written_whole(path, part) as index, written_whole(output / FILES, part) as files:
             with progress_bar("finding", iterable=source.entries(args)) as entries:
                 rows = build_index(with_files(source.files(args), entries, files), index)
             usable = len(first_entries(rows)) - np.count_nonzero(rows["faulty"])
@@ -267,7 +272,7 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
                 )
             with written_whole(output / SOURCE_FILE, part) as file:
                 file.write(json.dumps(settings, indent=2).encode())
-            with written_whole(rows_path(output), part) as file:
+            with written_whole(output / ROWS, part) as file:
                 np.save(file, rows)
     except BaseException:
         with suppress(OSError):  # another part has put something there
@@ -342,7 +347,7 @@ def report(plan: Plan, num_written: int) -> None:
     with written_whole(plan.output / SUMMARY_FILE, str(plan.part)) as file:
         file.write(json.dumps(summary, indent=2).encode())
     # every shard is there, so nobody reads the copies again
-    shutil.rmtree(copies_folder(plan.output), ignore_errors=True)
+    shutil.rmtree(plan.output / COPIES, ignore_errors=True)
     reasons = describe_reasons(summary["dropped"], summary["first"])
     if not kept:
         raise ValueError(f"none of the {read} samples was kept; dropped: {'; '.join(reasons)}")

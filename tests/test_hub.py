@@ -24,7 +24,7 @@ from sources import (
 from test_make_shards_runs import kill_at, needs_proc
 
 from data import storage, tables
-from data.hub import copies_folder
+from data.packing import COPIES
 from data.tables import Columns, find_columns, read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -189,7 +189,7 @@ def test_tars_are_read_as_they_are(is_local, root, tmp_path):
         prefix = "prompt " if key == "json:prompt" else ""
         expected = sorted(f"{prefix}{i}" for i in range(6))
         assert sorted(captions_of(sample)[0] for sample in samples_of(output)) == expected
-        assert not copies_folder(output).exists()
+        assert not (output / COPIES).exists()
     assert len(list(root.iterdir())) == 4  # a local tar is no copy
 
 
@@ -258,7 +258,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(busy, tmp_path):
     assert kills >= 5
     run(*command, workers=2)
     assert outcome(tmp_path / "out") == expected
-    assert not copies_folder(tmp_path / "out").exists()
+    assert not (tmp_path / "out" / COPIES).exists()
 
 
 def test_parts_share_the_copies_and_a_lost_shard_is_made_again(busy, tmp_path):
@@ -269,4 +269,4 @@ def test_parts_share_the_copies_and_a_lost_shard_is_made_again(busy, tmp_path):
     (tmp_path / "out" / "000001.tar").unlink()
     run(*command)
     assert outcome(tmp_path / "out") == expected
-    assert not copies_folder(tmp_path / "out").exists()
+    assert not (tmp_path / "out" / COPIES).exists()

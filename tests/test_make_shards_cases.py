@@ -23,7 +23,6 @@ from data.tar import read_shard, write_shard
 
 NFC, NFD = (unicodedata.normalize(form, "ünï") for form in ("NFC", "NFD"))
 FIELDS = json.dumps({"caption": "from the field", "alt": ["", "first", "second"]})
-TEXTS = {"a.jpg": 0, "a.txt": "from the text", "a.json": FIELDS}
 PNG, JPEG, TIFF = (encode(noise(20), format=name) for name in ("PNG", "JPEG", "TIFF"))
 PREVIEW = encode(noise(0), format="TIFF", tiffinfo={254: 1})  # as camera raws begin
 HEIC = b"\0\0\0\x18ftypheic"
@@ -63,22 +62,29 @@ NAMED = {"a.v0": JPEG, "b.v1": PNG, "c": TIFF, "e.dng": PREVIEW, "f.md": "# text
 KEPT = {
     # rows and files of one image are one sample
     "rows of an image": (
-        {"a.jpg": 0, "b.jpg": 1, "t.csv": table("a.jpg,1", "b.jpg,x", "./a.jpg,2", "a.jpg,1"),
+        {"a.jpg": 0, "b.jpg": 1, "x/c.jpg": 2,
+         "t.csv": table("a.jpg,1", "b.jpg,", "./a.jpg,2", "a.jpg,1", "b.jpg,4", ",5",
+                        "HERE/x/c.jpg"),
          "u.jsonl": '{"path": "x/../a.jpg", "caption": ["3"]}'},
-        "table t.csv u.jsonl", {"a": ["1", "2", "3"], "b": ["x"]}, {}),
-    "its first row lacks a caption": (
-        {"a.jpg": 0, "t.csv": table("a.jpg,", "a.jpg,2")}, "table t.csv", {"a": ["2"]}, {}),
-    "rows without a path are of no image": (
-        {"a.jpg": 0, "t.csv": table("a.jpg", ",1", ",2")},
-        "table t.csv", {"a": ["a dog"]}, {"image: missing": 2}),
-    "five captions": (
-        {"a.jpg": 0, "c.json": coco(("a.jpg", *"12345"))}, "coco c.json", {"a": [*"12345"]}, {}),
+        "table t.csv u.jsonl", {"a": ["1", "2", "3"], "b": ["4"], "x/c": ["a dog"]},
+        {"image: missing": 1}),
+    "images of COCO": (
+        {"a.jpg": 0, "c.json": coco(("a.jpg", "1", "2", "3")).replace('"id": 0', '"id": 7').replace(
+            '"annotations": [', '"annotations": [{"image_id": 7, "caption": "x"}, ')},
+        "coco c.json", {"a": ["x"]}, {"image: missing": 1}),
+    "five captions, of two of COCO's images": (
+        {"a.jpg": 0, "c.json": coco(("a.jpg", *"1234"), ("a.jpg", "5"))},
+        "coco c.json", {"a": [*"12345"]}, {}),
     "equal files": (
         {"a.jpg": 0, "a.txt": "1", "b.jpg": 0, "b.txt": "2", "c.jpg": 0, "c.json": FIELDS},
         "folder . --drop-duplicates", {"a": ["1", "2", "from the field"]}, {"duplicate": 2}),
     "equal files with rows each": (
         {"a.jpg": 0, "b.jpg": 0, "t.csv": table("b.jpg,1", "a.jpg,2", "b.jpg,3", "a.jpg,4")},
         "table t.csv --drop-duplicates", {"b": ["1", "2", "3", "4"]}, {"duplicate": 1}),
+    "equal files that are no image": (
+        {"a.jpg": "x", "a.txt": "1", "b.jpg": "x", "b.txt": "2", "c.jpg": 0, "c.txt": "3"},
+        "folder . --drop-duplicates", {"c": ["3"]},
+        {"image: unreadable (UnidentifiedImageError)": 1, "duplicate": 1}),
     "restval is train": (
         SPLITS, "karpathy k.json --split train", {key: ["x"] for key in "0123"}, {}),
     "no restval": (
@@ -87,24 +93,23 @@ KEPT = {
     "another separator": (
         {"a.jpg": 0, "t.csv": "path\tcaption\na.jpg\ta dog, running\n"},
         "table t.csv --separator tab", {"a": ["a dog, running"]}, {}),
-    "quotes around a separator and a line end": (
-        {"a.jpg": 0, "t.csv": table('a.jpg,"a ""dog"", \nrunning"')},
+    "quotes, and columns that differ in a space": (
+        {"a.jpg": 0, "t.csv": 'path,caption,caption \na.jpg,"a ""dog"", \nrunning",two\n'},
         "table t.csv", {"a": ['a "dog", running']}, {}),
     "quotes are text": (
         {"a.jpg": 0, "b.jpg": 1, "t.tsv": 'path\tcaption\na.jpg\t"a dog\nb.jpg\tsay "hi"\n'},
         "table t.tsv --no-quotes", {"a": ['"a dog'], "b": ['say "hi"']}, {}),
-    "columns that differ in a space": (
-        {"a.jpg": 0, "t.csv": "path,caption,caption \na.jpg,one,two\n"},
-        "table t.csv", {"a": ["one"]}, {}),
     **{f"{name} in {encoding}": (
         {f"{NFC}.jpg": 0, name: text.encode(encoding)},
         f"table {name}", {NFC: ["ein Hündchen 犬"]}, {})
        for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-32")
        for name, text in {"t.csv": UMLAUTS, "t.jsonl": UMLAUTS_JSON}.items()},
+    "another encoding": (
+        {"a.jpg": 0, "t.csv": table("a.jpg,Hündchen").encode("cp1252")},
+        "table t.csv --encoding cp1252", {"a": ["Hündchen"]}, {}),
     "paths out of the folder": (
-        {"secret.jpg": 0, "x/t.csv": table("../secret.jpg", "/dev/zero", "\0", "HERE/x/b.jpg"),
-         "x/b.jpg": 1},
-        "table x/t.csv --images x", {"secret": ["a dog"], "b": ["a dog"]}, {"image: missing": 2}),
+        {"secret.jpg": 0, "x/t.csv": table("../secret.jpg", "/dev/zero", "\0")},
+        "table x/t.csv --images x", {"secret": ["a dog"]}, {"image: missing": 2}),
     "keys that are taken": (
         {"t.jsonl": "\n".join(f'{{"path": "do{c}ts.jpg", "caption": "x"}}' for c in "_.+"),
          "do_ts.jpg": 0, "do.ts.jpg": 1, "do+ts.jpg": 2},
@@ -113,30 +118,25 @@ KEPT = {
     "forms in a table": (
         {f"{NFD}.jpg": 0, "t.csv": table(f"{NFC}.jpg,1", f"{NFD}.jpg,2")},
         "table t.csv", {NFC: ["1", "2"]}, {}),
-    "forms in a folder": ({f"{NFD}.jpg": 0, f"{NFC}.txt": "1"}, "folder .", {NFD: ["1"]}, {}),
-    "forms in a tar": (
-        {"x.tar": [f"{NFD}.jpg", f"{NFC}.txt"]}, "shards x.tar", {NFD: ["text"]}, {}),
     "two images with a name each": (
         {f"{NFC}.jpg": 0, f"{NFD}.jpg": 1, "t.csv": table(f"{NFC}.jpg,1", f"{NFD}.jpg,2")},
         "table t.csv", {NFC: ["1"], f"{NFD}+1": ["2"]}, {}),
-    "with and without ./": (
-        {"x.tar": ["./a.jpg", "a.txt", "b.jpg", "./b.txt"]}, "shards x.tar",
-        {"a": ["text"], "b": ["text"]}, {}),
-    # text beside images
-    "encodings": (
+    # text beside images, in other forms of their names and in other encodings
+    "texts": (
         {"a.jpg": 0, "a.txt": "犬".encode("utf-16"),
          "b.jpg": 1, "b.json": FIELDS.encode("utf-16-le"),
-         "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252")},
-        "folder .", {"a": ["犬"], "b": ["from the field"]}, {"caption: not UTF-8": 1}),
-    "capitals, and both": (
-        {"A.JPG": 0, "A.TXT": "1", "b.jpg": 1, "b.txt": "2", "b.TXT": "3"},
-        "folder .", {"A": ["1"], "b": ["2"]}, {"no image: .txt": 1}),
+         "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252"), "D.JPG": 3, "D.TXT": "4",
+         "e.jpg": 4, "e.txt": "5", "e.TXT": "6", f"{NFD}.jpg": 5, f"{NFC}.txt": "7",
+         "f.jpg": 6, "f.txt": Path("nowhere"), "g.jpg": 7, "g.txt": "8", "g.json": FIELDS},
+        "folder .",
+        {"a": ["犬"], "b": ["from the field"], "D": ["4"], "e": ["5"], NFD: ["7"], "g": ["8"]},
+        {"caption: not UTF-8": 1, "caption: missing": 1, "no image: .txt": 1}),
     "another caption key": (
         {"a.jpg": 0, "a.caption": "1", "a.txt": "2"},
         "folder . --caption-keys caption", {"a": ["1"]}, {}),
-    "default keys": (TEXTS, "folder .", {"a": ["from the text"]}, {}),
     "a list": (
-        TEXTS, "folder . --caption-keys json:no json:alt", {"a": ["first", "second"]}, {}),
+        {"a.jpg": 0, "a.txt": "x", "a.json": FIELDS},
+        "folder . --caption-keys json:no json:alt", {"a": ["first", "second"]}, {}),
     "json that is none": (
         {f"{i}{end}": content
          for i, bad in enumerate(["{", "[" * 5000, "[1]", '{"caption": "\\ud83d", "x": 1e999}'])
@@ -155,25 +155,14 @@ KEPT = {
         {"a.jpg": 0, "a.txt": "1", ".b/c.jpg": 1, ".b/c.txt": "2",
          "b": Path(".b"), ".b/d": Path("..")},
         "folder .", {"a": ["1"], "b/c": ["2"]}, {}),
-    "a sidecar that leads nowhere": (
-        {"a.jpg": 0, "a.txt": Path("nowhere"), "b.jpg": 1, "b.txt": "2"},
-        "folder .", {"b": ["2"]}, {"caption: missing": 1}),
-    "odd members": (
-        {"x.tar": ["a.jpg", "a.txt", "a.", "__meta__.json", "none", "b.jpg", "b.txt", "b.JPG",
-                   "c.JPG", "c.TXT"]},
-        "shards x.tar", {"a": ["text"], "c": ["text"]},
-        {"sample: a member occurs twice": 1, "no sample: no ending": 2,
-         "no sample: begins with __": 1}),
-    "a tar without a sample beside others": (
-        {"x.tar": ["._a.jpg", "a"], "y.tar": ["a.jpg", "a.txt"]}, "shards x.tar y.tar",
-        {"a": ["text"]}, {"no sample: hidden": 1, "no sample: no ending": 1}),
-    "captions of no image": (
-        {"a.jpg": 0, "c.json": coco(("a.jpg", "1")).replace('"id": 0', '"id": 7').replace(
-            '"annotations": [', '"annotations": [{"image_id": 7, "caption": "2"}, ')},
-        "coco c.json", {"a": ["2"]}, {"image: missing": 1}),
-    "another encoding": (
-        {"a.jpg": 0, "t.csv": table("a.jpg,Hündchen").encode("cp1252")},
-        "table t.csv --encoding cp1252", {"a": ["Hündchen"]}, {}),
+    "members of tars": (
+        {"x.tar": ["./a.jpg", "a.txt", "a.", "__meta__.json", "none", "b.jpg", "b.txt", "b.JPG",
+                   "c.JPG", "c.TXT", f"{NFD}.jpg", f"{NFC}.txt",
+                   "d.jpg", ("d.txt", "犬".encode("utf-16"))],
+         "y.tar": ["._a.jpg", "a"]},
+        "shards x.tar y.tar", {"a": ["text"], "c": ["text"], NFD: ["text"], "d": ["犬"]},
+        {"sample: a member occurs twice": 1, "no sample: no ending": 3,
+         "no sample: begins with __": 1, "no sample: hidden": 1}),
 }
 
 # (files, command, reason, what its first example says)
