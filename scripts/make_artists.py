@@ -153,16 +153,15 @@ def fetch_packages(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     command = ["npm", "pack", *missing]
     print(f"+ {shlex.join(command)}", flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as partial:  # what is not whole stays there
+    # aside, so that what is not whole never lies among the packages
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
         try:
-            status = subprocess.run([*command, "--loglevel=error"], cwd=partial).returncode
-        except OSError as error:  # there is no npm
-            status = error
-        if status:
+            subprocess.run([*command, "--loglevel=error"], cwd=partial, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:  # there is no npm, or it failed
             raise ValueError(
-                f"{folder} lacks npm packages that npm did not fetch ({status}). Elsewhere, type "
+                f"{folder} lacks npm packages that npm did not fetch ({error}). Elsewhere, type "
                 f"'{shlex.join(command)}', and copy the .tgz files that it writes into {folder}"
-            )
+            ) from None
         for path in Path(partial).iterdir():
             os.replace(path, folder / path.name)
 
