@@ -140,15 +140,17 @@ def list_files(dataset: str, revision: str | None) -> list[HubFile]:
             root += f"@{quote(revision, safe='/' if revision.startswith('refs/') else '')}"
     elif revision:
         raise ValueError(f"revision: given {revision!r}, but {dataset} is no id of the hub")
+    # each file system has errors of its own
     try:
         store, folder = open_store(root)
         found = store.find(folder, detail=True)
-    except Exception as error:  # each file system has its own
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{root} cannot be listed: {reason}") from None
     files = []
     for path, info in sorted(found.items()):
         name = path.removeprefix(folder).lstrip("/")
+        # .cache and .git hold copies of the files
         if not any(part.startswith(".") for part in name.split("/")):
             state = " ".join(str(info.get(field)) for field in STATE_FIELDS)
             files.append(HubFile(f"{root}/{name}", name, info["size"] or 0, state))
@@ -181,6 +183,7 @@ def choose_files(options: argparse.Namespace) -> list[HubFile]:
             chosen = usable
         elif chosen and without:
             chosen, fault = [], f"has {without} files of no split"
+    # one kind of options would be ignored: columns, or caption keys
     if len({is_parquet(file.name) for file in chosen}) > 1:
         chosen, fault = [], "has both parquet files and tars"
     if not chosen:
@@ -198,12 +201,10 @@ def is_parquet(name: str) -> bool:
 
 
 def tar_of(file: HubFile, columns: Columns | None, output: Path) -> Path:
-    """Where a file is copied to; a local tar stays where it is. columns: None: it is a tar.
-
-    The name is another one for another state of the file, or for other columns of it.
-    """
+    """Where a file is copied to; a local tar stays where it is. columns: None: it is a tar."""
     if columns is None and not is_remote(file.path):
         return Path(file.path)
+    # another name for another state of the file, or for other columns: old copies are not taken
     name = os.path.basename(file.name) + ("" if columns is None else ".tar")
     digest = digest_of(repr((file, columns)).encode("utf-8", "surrogateescape")).hex()[:12]
     return output / COPIES / f"{digest}-{name}"
@@ -242,6 +243,7 @@ def make_copy(columns: Columns | None, part: int, job: tuple[HubFile, Path]) -> 
             with open_file(file.path) as tar, written_whole(own) as copy:
                 shutil.copyfileobj(tar, copy, REMOTE_BUFFER)
         else:
+            # rows have no names of their own
             prefix = clean_key(os.path.splitext(file.name)[0])
             write_shard(own, read_rows(file.path, columns, prefix))
         os.replace(own, target)

@@ -39,9 +39,12 @@ class SampleConfig:
 
     caption_keys: tuple[str, ...]
     filters: FilterConfig
-    resize: int  # pixels; shorter side of larger images afterwards. 0: keep the file as it is
-    quality: int  # of JPEG, 1..100
-    background: tuple[int, int, int]  # RGB, 0..255, behind transparent pixels when resizing
+    # pixels; shorter side of larger images afterwards. 0: keep the file as it is
+    resize: int
+    # of JPEG, 1..100
+    quality: int
+    # RGB, 0..255, behind transparent pixels when resizing
+    background: tuple[int, int, int]
 
 
 # of what a sample has but does not use: why, and its entry, with a note of what it is
@@ -69,12 +72,14 @@ def make_sample(
         _, _, more, more_unused = read_texts(other, config)
         captions += more
         unused += more_unused
+    # rows that repeat a caption would make it more likely to be drawn
     captions = list(dict.fromkeys(captions))
     if not captions:
         raise BadSample(unused[0][0])
     if metadata is None and config.filters.needs_metadata:
         raise BadSample("json: unreadable")
     metadata = metadata or {}
+    # a required score that is missing is no fault of one sample: the run ends
     try:
         config.filters.check_metadata(metadata)
     except ValueError as error:
@@ -158,6 +163,7 @@ def to_jpeg(image: Image.Image, quality: int) -> bytes:
 
 def to_json(content: dict[str, Any]) -> bytes:
     """UTF-8; what is no character (half of a pair, bytes of another encoding) becomes "?"."""
+    # captions stay readable where people look into a tar
     try:
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
     except RecursionError:
@@ -240,6 +246,7 @@ def write_task(task: Task) -> int:
                 count("unused", reason, entry)
             yield sample
 
+    # a shard without a sample is none: readers would count it as broken
     task.tar.parent.mkdir(exist_ok=True)
     kept = write_shard(task.tar, samples())
     num_bytes = task.tar.stat().st_size
@@ -255,10 +262,8 @@ def write_task(task: Task) -> int:
 
 
 def digest_task(task: Task) -> int:
-    """Store a digest of each image file that the texts keep, unless another part has by now.
-
-    Equal files are equally readable: which image of them is decoded later makes no difference.
-    """
+    """Store a digest of each image file that the texts keep, unless another part has by now."""
+    # not decoded: equal files are equally readable, so one of them is tried, when it is written
     if not task.digests.is_file():
         digests = np.zeros((len(task.numbers), 2), np.uint64)
         for row, entries in zip(digests, task.samples(), strict=True):

@@ -243,6 +243,7 @@ def draw_scene(statement: Statement, rng: np.random.Generator) -> Scene:
 
 def _arrange(number: int, relation: str | None, rng: np.random.Generator) -> np.ndarray:
     """Centres N x 2 of objects in cells of their own, and in the relation."""
+    # many at a time, so that nearly always one draw is enough
     while True:
         cells = rng.integers(CELLS, size=(CANDIDATES, number, 2))
         fits = np.ones(CANDIDATES, dtype=bool)

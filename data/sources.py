@@ -25,11 +25,12 @@ from data.entries import (
 )
 from data.files import load_json, read_text_file, user_path
 from data.storage import is_remote
-from data.tables import encoding, open_table, separator
+from data.tables import open_table, separator
 from data.tar import expand_shards, one_form
 from data.transforms import IMAGE_KEYS
 from data.workers import map_in_processes
 
+# and whatever has ".tar." in its name
 TAR_ENDINGS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz")
 
 
@@ -134,10 +135,12 @@ def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
 
     Hidden folders come last, as file names, unless a link with another name has led to them.
     """
+    # by where links lead: they may form circles
     visited, hidden = {os.path.realpath(output)} if output else set(), []
     if os.path.realpath(root) in visited:
         raise ValueError(f"output: {output} is the source's own folder, name another")
 
+    # os.walk would go on without a word
     def fail(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}")
 
@@ -190,7 +193,7 @@ def table_entries(options: argparse.Namespace) -> Iterator[Entry]:
                 raise ValueError(f"{table} has no column {name!r}; it has {there}")
             if (kind := columns[name]) is not None:
                 raise ValueError(f"{table}: column {name!r} is of type {kind}, expected text")
-        # what is left of a row is its metadata
+        # what is left of a row once path and captions are taken is its metadata
         for row in rows:
             found = True
             path = row.pop(options.path_column, None)
@@ -217,7 +220,6 @@ LOCAL_SOURCES["table"] = SourceKind(
             "help": "fields may be in double quotes; --no-quotes: quotes are text (CC3M)",
         },
         "--encoding": {
-            "type": encoding,
             "help": "of the text, as cp1252; default: UTF-8, -16 or -32, by its first bytes",
         },
     }
@@ -243,6 +245,7 @@ def coco_entries(options: argparse.Namespace) -> Iterator[Entry]:
     captions: dict[Any, list[Any]] = {}
     for annotation in content["annotations"]:
         of_image = captions.setdefault(_hashable(annotation.get("image_id")), [])
+        # None is counted as a caption that is missing
         of_image += as_list(annotation.get("caption")) or [None]
     paths: dict[Any, str] = {}
     for image in content["images"]:
@@ -251,6 +254,7 @@ def coco_entries(options: argparse.Namespace) -> Iterator[Entry]:
             both = f"{paths[number]!r} and {path!r}"
             raise ValueError(f"{file}: the images {both} have the same id {number!r}")
         yield _entry(file, options.images, path, captions.get(number, []), image)
+    # nothing that the file says is lost without being counted
     for number in captions:
         if number not in paths:
             note = f"annotations of the image {number!r}, which is not in images"
@@ -270,8 +274,7 @@ def _hashable(number: Any) -> Any:
 def karpathy_entries(options: argparse.Namespace) -> Iterator[Entry]:
     """One of Karpathy's splits (dataset_coco.json, also of Flickr), all captions of each image.
 
-    images: folder that holds train2014 and val2014. restval: the 30,504 validation images in
-    neither val nor test count as "train".
+    images: folder that holds train2014 and val2014.
 
     Raises:
         ValueError: a split that the file does not have.
@@ -281,6 +284,7 @@ def karpathy_entries(options: argparse.Namespace) -> Iterator[Entry]:
     splits = sorted({str(image.get("split")) for image in content["images"]})
     if split not in splits:
         raise ValueError(f"split: given {split!r}, expected one of {', '.join(splits)} (in {file})")
+    # restval: the validation images of 2014 that the papers train on, 30,504
     chosen = {split, "restval"} if split == "train" and options.restval else {split}
     for image in content["images"]:
         if image.get("split") in chosen:
@@ -378,12 +382,14 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     for pattern in filter(is_remote, patterns):
         raise ValueError(f"shards: {pattern!r} is not a local file; download the tars first")
     paths = expand_shards(patterns)
+    # a table or a picture would be "truncated" to a reader of tars
     for path in paths:
         if not is_tar_name(path):
             raise ValueError(f"{path}: expected a tar (.tar, .tar.gz, .tgz, ...)")
     found, others = False, []
     lists = map_in_processes(list_samples, paths, workers)
     for path, (samples, strays) in zip(paths, lists, strict=True):
+        # members of one key that do not follow each other are several samples, each incomplete
         counts = Counter(one_form(key) for key, _, _ in samples)
         for key, begin, end in samples:
             found = True

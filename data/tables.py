@@ -60,7 +60,8 @@ def open_table(
         text = {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}
         return text, _parquet_rows(path)
     if extension == ".jsonl":
-        first = islice(_jsonl_rows(path, encoding), 100)  # a row may lack a column
+        # several, since a row may lack a column
+        first = islice(_jsonl_rows(path, encoding), 100)
         return {name: None for row in first for name in row}, _jsonl_rows(path, encoding)
     rows = _csv_rows(path, separator or SEPARATORS[extension], quotes, encoding)
     return dict.fromkeys(next(rows)), rows
@@ -68,6 +69,7 @@ def open_table(
 
 def _csv_rows(path: str, separator: str, quotes: bool, encoding: str | None) -> Iterator[Any]:
     """First the list of columns, then a dict per row."""
+    # csv's own limit of 131,072 is below what a quoted field may hold
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     with _text_of(path, encoding, newline="") as file:
@@ -111,18 +113,19 @@ def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _text_of(path: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
-    """The open table; ValueError, also later, if it is in another encoding."""
+    """The open table; ValueError, also later, if it is in another encoding, or that is none."""
     if encoding is None:
         with open(path, "rb") as binary:
             encoding = json.detect_encoding(binary.read(4))
-    with open(path, encoding=encoding, newline=newline) as file:
-        try:
+    try:
+        with open(path, encoding=encoding, newline=newline) as file:
             yield file
-        except UnicodeDecodeError:
-            cure = ", or name its encoding, for example --encoding cp1252"
-            raise ValueError(f"{not_decodable(path, file.encoding)}{cure}") from None
-        except UnicodeError as error:  # --encoding utf-16 of a file without its mark
-            raise ValueError(f"{path}: {error}") from None
+    except UnicodeDecodeError:
+        cure = ", or name its encoding, for example --encoding cp1252"
+        raise ValueError(f"{not_decodable(path, encoding)}{cure}") from None
+    # no such encoding, or utf-16 of a file without its mark
+    except (LookupError, UnicodeError) as error:
+        raise ValueError(f"{path}: --encoding {encoding}: {error}") from None
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -139,15 +142,6 @@ def separator(text: str) -> str:
     return character
 
 
-def encoding(name: str) -> str:
-    """argparse type: an encoding of text."""
-    try:
-        io.TextIOWrapper(io.BytesIO(), encoding=name)
-    except LookupError:
-        raise argparse.ArgumentTypeError(f"given {name!r}, expected one as cp1252") from None
-    return name
-
-
 # ------------------------------------------------------------------------------------------ parquet
 
 
@@ -158,8 +152,9 @@ def open_parquet(path: str) -> Iterator[Any]:
     Raises:
         ValueError: it cannot be read, also later while reading, or pyarrow is not installed.
     """
+    # only those who have such files install it
     try:
-        import pyarrow.parquet  # only those who have such files install it
+        import pyarrow.parquet
     except ImportError:
         raise ValueError(
             f"{path}: parquet needs the package pyarrow: pip install pyarrow"
@@ -239,6 +234,7 @@ def read_rows(path: str, columns: Columns, prefix: str) -> Iterator[dict[str, An
     Raises:
         ValueError: the file cannot be read, or has not these columns.
     """
+    # each file: one of another export may have other columns
     find_columns(path, *columns)
     number = 0
     with open_parquet(path) as parquet:
@@ -260,7 +256,8 @@ def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
     captions = as_list(row.pop(columns.caption))
     # no caption: nor may another column pass for one
     content = {**row, "captions": captions} if find_captions([captions])[0] else {}
-    parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
+    # str: dates and decimals
+    parts = {"json": json.dumps(content, default=str).encode()}
     if image is not None:
         # what is no image is found out when its shard is made
         parts[image_extension(io.BytesIO(image)) or "jpg"] = image

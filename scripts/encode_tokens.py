@@ -58,9 +58,12 @@ from training.vocabulary import (
 )
 
 NUM_NAMED = 3  # token shards that are made again
-KEPT_COUNTS = ("num_samples", "skipped", "crc32", "bytes")  # of each token shard, in tokens.json
-COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
-STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples at most
+# of each token shard, in tokens.json
+KEPT_COUNTS = ("num_samples", "skipped", "crc32", "bytes")
+# beside a token shard, while the others are being written
+COUNT_SUFFIX = ".count.json"
+# the latent scale is measured over so many samples at most
+STATISTICS_SAMPLES = 10_000
 REPORT_SECONDS = 10.0
 SILENCE = f"no images encoded for {TIMEOUT_MINUTES:g} minutes"
 
@@ -139,16 +142,17 @@ def main(config: TokensStage) -> None:
             for image, path in zip(images, outputs, strict=True)
             if "bytes" not in (counts := read_counts(path, info)) or shard_damage(path, counts)
         ]
-        run.accelerator.wait_for_everyone()  # all have looked before one writes
+        # all have looked before one writes
+        run.accelerator.wait_for_everyone()
         if info:
             names = ", ".join(path.name for _, path in left[:NUM_NAMED])
             run.say(f"{run.folder}: {len(left)} shards are lost or damaged, made again: {names}")
         save_source(run.folder, made_of)
 
-        # each process has its share of them
+        # each process has its share of them; what is there under their names is no shard
         mine = left[run.accelerator.process_index :: run.accelerator.num_processes]
         for _, path in mine:
-            path.unlink(missing_ok=True)  # what is there is no shard
+            path.unlink(missing_ok=True)
         if mine:
             encode_shards(config, run.accelerator, tokenizer, text_encoder, mine)
         run.accelerator.wait_for_everyone()
@@ -179,6 +183,7 @@ def finish(
             vocabulary = join_vocabularies([vocabulary, Vocabulary(**words)])
         else:
             vocabulary = None
+    # of what later stages learn from: tars of other bytes may hold the same
     contents = [counts["crc32"] for counts in kept.values()]
     now = TokensInfo(
         num_samples=sum(counts["num_samples"] for counts in kept.values()),
@@ -231,12 +236,13 @@ def describe_data(data: ImageTextConfig) -> dict:
 
 
 def find_info(folder: Path, made_of: dict) -> TokensInfo | None:
-    """What a folder holds that was complete once, checked against what its tokens are made of.
+    """The tokens.json of a folder, checked against what its tokens are made of; None: not there.
 
     Raises:
         ValueError: its tokens, complete or not, are of another tokenizer, text tower, option or
             image shard.
     """
+    # tokens.json is there once all shards are, source.json since the first one
     check_source(folder, read_source(folder), made_of)
     if not (folder / TOKENS_INFO_FILE).is_file():
         return None
@@ -283,7 +289,8 @@ def encode_shards(
     samples: dict[int, list[dict]] = defaultdict(list)
     captions: dict[int, list[str]] = defaultdict(list)
     num_images, num_cut, start = 0, 0.0, time.perf_counter()
-    tqdm.monitor_interval = 0  # no thread of its own: workers are forked
+    # no thread of its own: workers are forked
+    tqdm.monitor_interval = 0
     with (
         StopRequest() as stop,  # before the workers, so that its signals do not end them
         watched(loader) as batches,
@@ -331,6 +338,7 @@ def encode_batch(
     batch: dict,
 ) -> Iterator[dict]:
     """{"image": B x V x 3 x R x R uint8, ...} -> B x V samples, twice as many with flip."""
+    # bytes travel to the device, four times fewer than floats
     images = batch["image"].to(accelerator.device, non_blocking=True).float().div_(255)
     has_crops = config.num_crops > 1
     views = {f"-crop{i}" if has_crops else "": view for i, view in enumerate(images.unbind(1))}
@@ -377,8 +385,9 @@ def write_tokens(
             f"{token_shard} is not written: of the {end.num_images} images that a data worker read "
             f"of {image.shards[0]}, {len(captions)} arrived"
         )
+    # of captions that are drawn anew, an epoch may have others than these
     vocabulary = None
-    if not config.data.has_several_captions():  # an epoch may have others
+    if not config.data.has_several_captions():
         vocabulary = asdict(measure_vocabulary(captions))
     write_shard(token_shard, made)
     counts = {
@@ -411,6 +420,7 @@ def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> Latent
     batches = [*reader.once(100, limit=STATISTICS_SAMPLES)]
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C
     logvar = torch.cat([b["latent_logvar"] for b in batches]).double()
+    # a sampled latent is mean + sqrt(exp(logvar)) * noise: its variances add up
     deviation = (mean.var(correction=0) + logvar.exp().mean()).sqrt()
     return LatentStats(
         num_samples=len(mean),

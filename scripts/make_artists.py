@@ -44,7 +44,8 @@ from training.stage import StageConfig
 
 SHARDS = {"train": 8, "captions": 1, "styles": 1}  # of each split
 NAMES_FILE = "emoji.json"  # in the package of noto
-JOINERS = ("fe0f", "200d")  # code points that some packages leave out of a file's name
+# code points that some packages leave out of a file's name
+JOINERS = ("fe0f", "200d")
 LEFT_OUT = {"flags", "component", "family"}  # categories and subcategories
 LARGEST_SIZE = 64  # pixels: that of most packages
 
@@ -180,6 +181,7 @@ def read_drawings(folder: Path) -> list[Drawing]:
         key = code_points(one.key)
         own = {style: files[style][key] for style in STYLES if key in files[style]}
         drawings += [Drawing(key, number, one, style, own[style]) for style in own]
+    # a drawing of several names shows none of them; a name with one artist has no style to compare
     uses = Counter(drawing.image for drawing in drawings)
     drawings = [drawing for drawing in drawings if uses[drawing.image] == 1]
     artists = Counter(drawing.key for drawing in drawings)
@@ -227,6 +229,7 @@ def split_drawings(config: ArtistsStage, drawings: Sequence[Drawing]) -> dict[st
             f"heldout_names {config.heldout_names} + heldout_pairs {config.heldout_pairs} must be "
             f"below the number of names that all artists have drawn, {len(candidates)}"
         )
+    # names first, then pairs: neither takes what the other holds out
     chosen = rng.sample(candidates, num_heldout)
     names = {*chosen[: config.heldout_names]}
     pairs = {*zip(chosen[config.heldout_names :], cycle(STYLES))}

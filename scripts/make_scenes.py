@@ -126,8 +126,10 @@ def make_shard(config: ScenesStage, task: tuple[str, int]) -> None:
 
 
 def make_sample(config: ScenesStage, split: str, number: int) -> dict[str, Any]:
-    """Raw sample of an image: captions take turns, so that those of one lie far apart."""
+    """Raw sample of an image."""
+    # captions take turns: images of one lie far apart, also in a shuffle of neighbours
     caption = number % config.size_of(split)[0]
+    # seen: other images of what was trained on
     statement, texts = make_caption(config.seed, "train" if split == "seen" else split, caption)
     scene = draw_scene(statement, generator(config.seed, split, "image", number))
     buffer = io.BytesIO()

@@ -104,10 +104,12 @@ class Plan:
 
     def task(self, shard: str) -> Task:
         firsts = self.shards[shard]
+        # where the entries of each sample lie in by_image
         begins = np.searchsorted(self.images, firsts, sorter=self.by_image)
         ends = np.searchsorted(self.images, firsts, side="right", sorter=self.by_image)
+        # a copy of another image has none: all are of that one's sample
         numbers = [
-            self.by_image[begin:end].tolist() or [first]  # all of a copy's entries are another's
+            self.by_image[begin:end].tolist() or [first]
             for first, begin, end in zip(firsts.tolist(), begins, ends, strict=True)
         ]
         return Task(shard, self.output, self.part, self.config, numbers, begins == ends)
@@ -123,8 +125,10 @@ class Plan:
 
 
 def progress_bar(title: str, **options: Any) -> tqdm:
-    """Rate and time left, on stderr; seldom where that is a file, in which every line stays."""
-    tqdm.monitor_interval = 0  # no thread of its own: processes are forked
+    """Rate and time left, on stderr."""
+    # no thread of its own: processes are forked
+    tqdm.monitor_interval = 0
+    # seldom where that is a file, in which every line stays
     interval = 0.1 if sys.stderr.isatty() else 30
     return tqdm(desc=title, unit=" samples", mininterval=interval, **options)
 
@@ -178,6 +182,7 @@ def divide(
     order: np.ndarray, faulty: np.ndarray, samples_per_shard: int, holdout: int
 ) -> dict[str, np.ndarray]:
     """Name of each shard -> its samples; the first `holdout` that may be usable have their own."""
+    # not what is known to be no sample: fewer than were asked for would be held out
     held_out = np.zeros(len(faulty), bool)
     held_out[order[~faulty[order]][:holdout]] = True
     shards = {}
@@ -230,11 +235,12 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
 
 
 def check_source(args: argparse.Namespace, output: Path) -> None:
-    """Refuse to go on from an index of files that have changed: a look at each, none is read.
+    """Refuse to go on from an index of files that have changed.
 
     Raises:
         ValueError: naming the first that have changed, are new or are gone.
     """
+    # by size and time: to read them would take as long as the shards do
     new = dict.fromkeys(SOURCES[args.source].files(args))
     changes = []
     with open(output / FILES) as file:
@@ -282,15 +288,17 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
 
 
 def with_files(paths: Iterable[str], entries: Iterable[Entry], file: BinaryIO) -> Iterator[Entry]:
-    """The entries; what they come from is written down before any of it is read."""
+    """The entries; what they come from is written down on the way."""
 
+    # before any of it is read: what changes meanwhile is found by the next run
     def write(path: str) -> None:
         file.write(json.dumps([path, file_stamp(path)]).encode() + b"\n")
 
     for path in paths:
         write(path)
     for entry in entries:
-        if entry.captions is not None and entry.fault is None:  # an image that a file names
+        # an image that a file names; those of a folder are among the paths
+        if entry.captions is not None and entry.fault is None:
             write(entry.path)
         yield entry
 
@@ -298,9 +306,9 @@ def with_files(paths: Iterable[str], entries: Iterable[Entry], file: BinaryIO) -
 def find_duplicates(plan: Plan, workers: int) -> Plan:
     """Of kept samples with equal image files, the first in the source stays, with all captions.
 
-    The parts of an array share the work, each with its own shards first: what is there already is
-    not done again, and no part waits for one that has not started.
+    The parts of an array share the digests, each with those of its own shards first.
     """
+    # the work of another part that has not begun is done as well, rather than waited for
     parts = [(plan.part + shift) % plan.num_parts for shift in range(plan.num_parts)]
     shards = [shard for part in parts for shard in plan.shards_of(part)]
     missing = [shard for shard in shards if not plan.task(shard).digests.is_file()]
@@ -309,7 +317,7 @@ def find_duplicates(plan: Plan, workers: int) -> Plan:
     digests = np.zeros((len(plan.images), 2), np.uint64)
     for shard, firsts in plan.shards.items():
         digests[firsts] = np.load(plan.task(shard).digests)
-    # zeros are of dropped samples
+    # zeros are of dropped samples: one without a caption must not take the place of its copy
     kept = np.flatnonzero(digests.any(axis=1))
     first_of = np.arange(len(plan.images))
     first_of[kept] = kept[first_equals(digests[kept])]

@@ -225,7 +225,7 @@ REFUSED = [
     ("table half.csv", ["half.csv line 3", "--encoding"]),
     ("table latin.csv", ["latin.csv line 4", "UTF-8", "ein H", "--encoding"]),
     ("table latin.csv --encoding utf-16", ["latin.csv", "UTF-16"]),
-    ("table latin.csv --encoding hex", ["--encoding", "'hex'", "cp1252"]),
+    ("table latin.csv --encoding hex", ["latin.csv", "--encoding hex"]),
     ("coco latin.json", ["latin.json line 1", "UTF-8"]),
     ("table wide.csv", ["wide.csv line 3", "4 fields", "2 (path, caption)", "--separator"]),
     ("table twice.csv", ["twice.csv", "'path'"]),

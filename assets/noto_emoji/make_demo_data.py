@@ -133,15 +133,6 @@ def load_image(file: Path | BinaryIO) -> Image.Image:
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def load_heldout(path: Path, emoji: list[Emoji]) -> set[str]:
-    """The list of held-out base keys, one a line; ValueError naming what is no base emoji."""
-    keys = {*path.read_text(encoding="utf-8").split()}
-    unknown = sorted(keys - {item.base for item in emoji})
-    if unknown:
-        raise ValueError(f"{path}: {unknown[:3]} are no base emoji of the package")
-    return keys
-
-
 def plan_shards(emoji: list[Emoji], heldout: set[str]) -> dict[str, list[Emoji]]:
     """File name -> its samples in order; one held-out shard each for base emoji and variants."""
     # sorting by a hash is a fixed shuffle, the same in every Python version
@@ -192,9 +183,14 @@ def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
 
 
 def build(package: Path, output: Path, heldout_list: Path) -> dict:
-    """Check the input, then write shards, manifest.json and the licence; returns the manifest."""
+    """Check the input, then write shards, manifest.json and the licence; returns the manifest.
+
+    heldout_list: a file with keys of base emoji, one a line.
+    """
     emoji = load_package(package)
-    heldout = load_heldout(heldout_list, emoji)
+    heldout = {*heldout_list.read_text(encoding="utf-8").split()}
+    if unknown := sorted(heldout - {item.base for item in emoji}):
+        raise ValueError(f"{heldout_list}: {unknown[:3]} are no base emoji of the package")
     images = {item.key: load_image(image_folder(package) / f"{item.key}.png") for item in emoji}
     files, rows = {}, []
     for file, items in plan_shards(emoji, heldout).items():
