@@ -24,7 +24,6 @@ from tqdm import tqdm
 from data.entries import Entry, clean_key, digest_of
 from data.files import written_whole
 from data.packing import COPIES
-from data.processes import map_in_processes
 from data.sources import (
     CAPTION_KEYS,
     DEFAULT_KEYS,

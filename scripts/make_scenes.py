@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 from configs.load import parse_stage_args
 from data.files import write_json
 from data.packing import MANIFEST, check_data_set
-from data.processes import map_in_processes
 from data.scenes import (
     SPLITS,
     Statement,
@@ -40,6 +39,7 @@ from data.scenes import (
     draw_statement_of,
 )
 from data.tar import write_shard
+from data.workers import map_in_processes
 from modeling.layers import check_least
 from training.errors import exit_on_error
 from training.stage import StageConfig

@@ -63,7 +63,6 @@ from data.packing import (
     digest_task,
     write_task,
 )
-from data.processes import map_in_processes
 from data.sources import LOCAL_SOURCES, file_path
 from data.tar import refuse_foreign_shards
 from data.workers import map_in_processes
