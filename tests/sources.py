@@ -197,13 +197,11 @@ def drop_latin(samples):
 def in_table(ending, root, samples):
     drop_latin(samples)
     write_files(root / "images", {sample.file: sample.data for sample in samples})
-    path, rows = (
-        root / f"pairs.{ending}",
-        [
-            {"file": sample.file, "words": sample.caption, "aesthetic": float(sample.score)}
-            for sample in samples
-        ],
-    )
+    path = root / f"pairs.{ending}"
+    rows = [
+        {"file": sample.file, "words": sample.caption, "aesthetic": float(sample.score)}
+        for sample in samples
+    ]
     if ending == "parquet":
         write_parquet(path, rows, row_group_size=5)
     elif ending == "jsonl":
@@ -212,8 +210,7 @@ def in_table(ending, root, samples):
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, rows[0], delimiter="," if ending == "csv" else "\t")
         table.writeheader()
-        for row in rows:
-            table.writerow(row)
+        table.writerows(rows)
         path.write_bytes(text.getvalue().encode())
     columns = ["--path-column", "file", "--caption-column", "words"]
     return ["table", path, *columns, "--images", root / "images"]
