@@ -100,11 +100,7 @@ class CaptionConfig:
 
 
 def check_caption_keys(keys: Sequence[str], name: str) -> None:
-    """Refuse an empty list and a key that can match nothing.
-
-    Raises:
-        ValueError: it begins with `name`.
-    """
+    """Refuse an empty list and a key that can match nothing; ValueError begins with `name`."""
     if not keys or isinstance(keys, str):
         raise ValueError(f"{name}: given {keys!r}, expected a list such as ['txt', 'json:caption']")
     for key in keys:

@@ -127,11 +127,7 @@ HUB = SourceKind(
 
 
 def list_files(dataset: str, revision: str | None) -> list[HubFile]:
-    """All files of a data set that are not hidden, by name.
-
-    Raises:
-        ValueError: there is no such data set, or no way to it.
-    """
+    """All files of a data set that are not hidden, by name; ValueError: there is no way to it."""
     root = dataset
     if not os.path.isdir(dataset) and "://" not in dataset:
         root = f"hf://datasets/{dataset}"
@@ -212,11 +208,7 @@ def tar_of(file: HubFile, columns: Columns | None, output: Path) -> Path:
 def make_copies(
     missing: Sequence[tuple[HubFile, Path]], columns: Columns | None, options: argparse.Namespace
 ) -> None:
-    """Copy in several processes, with a progress bar.
-
-    Raises:
-        ValueError: there is no room for them, or a file cannot be read.
-    """
+    """Copy in several processes, with a progress bar; ValueError: there is no room for them."""
     output, total = Path(options.output), sum(file.size for file, _ in missing)
     free = shutil.disk_usage(output).free
     if total > free:

@@ -97,11 +97,7 @@ def decode_image(
 def open_sample(
     source: SourceConfig, sample: dict[str, Any], draws: SampleDraws | None
 ) -> tuple[dict[str, Any], Image]:
-    """(take_caption's, the image with its pixels not decoded yet) of a raw sample.
-
-    Raises:
-        BadSample: whatever can drop the sample before its pixels are decoded.
-    """
+    """(take_caption's, the image, not decoded yet) of a raw sample; BadSample: it is dropped."""
     decoded = take_caption(source, sample, draws)
     image = open_image(image_bytes(sample))
     source.filters.check_size(*image.size)
@@ -109,11 +105,7 @@ def open_sample(
 
 
 def image_bytes(sample: dict[str, Any]) -> bytes:
-    """The image file of a raw sample.
-
-    Raises:
-        BadSample: it has none.
-    """
+    """The image file of a raw sample; BadSample: it has none."""
     data = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
     if data is None and any(key in sample for key in HEIF_KEYS):
         raise BadSample("image: HEIC needs the package pillow-heif")

@@ -283,11 +283,7 @@ MANIFEST = "manifest.json"  # beside the shards: {"plan": what the data set is m
 
 
 def check_data_set(folder: Path, plan: dict[str, Any]) -> None:
-    """Refuse a folder that cannot be written, or holds something else than the plan's data set.
-
-    Raises:
-        ValueError: naming the folder, or its manifest.
-    """
+    """Refuse a folder that holds another data set than the plan's, or cannot be written."""
     path = folder / MANIFEST
     check_writable(path)
     refuse_foreign_shards(folder, MANIFEST)

@@ -353,11 +353,7 @@ def path_key(path: str) -> str:
 
 
 def _load_object(path: str, *lists: str) -> dict[str, Any]:
-    """A JSON file that holds an object with these lists of objects.
-
-    Raises:
-        ValueError: anything else, also in another encoding.
-    """
+    """A JSON file that holds an object with these lists of objects; ValueError: anything else."""
     content = load_json(read_text_file(path), strict=True)
     if not isinstance(content, dict) or not content:
         wanted = ", ".join(lists) or "entries"

@@ -147,11 +147,7 @@ def separator(text: str) -> str:
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[Any]:
-    """A pyarrow ParquetFile, local or remote, that reads no more than it is asked for.
-
-    Raises:
-        ValueError: it cannot be read, also later while reading, or pyarrow is not installed.
-    """
+    """A pyarrow ParquetFile, local or remote, read as far as needed; ValueError names the file."""
     # only those who have such files install it
     try:
         import pyarrow.parquet
@@ -229,11 +225,7 @@ def _choose_column(
 
 
 def read_rows(path: str, columns: Columns, prefix: str) -> Iterator[dict[str, Any]]:
-    """Each row as a sample for write_shard, with the key PREFIX/number.
-
-    Raises:
-        ValueError: the file cannot be read, or has not these columns.
-    """
+    """Each row as a sample for write_shard, its key PREFIX/number; ValueError names the file."""
     # each file: one of another export may have other columns
     find_columns(path, *columns)
     number = 0

@@ -211,11 +211,7 @@ def finish(
 
 
 def output_paths(image_shards: list[str], folder: Path) -> list[Path]:
-    """Token shard of each image shard, by file name.
-
-    Raises:
-        ValueError: two image shards have the same name.
-    """
+    """Token shard of each image shard, by file name; ValueError: two have the same name."""
     names = map(shard_name, image_shards)
     outputs = [folder / (name.removesuffix(".gz").removesuffix(".tar") + ".tar") for name in names]
     if len(set(outputs)) != len(outputs):

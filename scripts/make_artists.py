@@ -143,11 +143,7 @@ def shard_files(config: ArtistsStage, split: str) -> list[Path]:
 
 
 def fetch_packages(folder: Path) -> None:
-    """Have npm fetch the packages that are not there.
-
-    Raises:
-        ValueError: it can't; says how to fetch them elsewhere.
-    """
+    """Have npm fetch the packages that are not there; ValueError says how to do it elsewhere."""
     missing = [a.package for a in ARTISTS.values() if not (folder / a.file).is_file()]
     if not missing:
         return
@@ -168,11 +164,7 @@ def fetch_packages(folder: Path) -> None:
 
 
 def read_drawings(folder: Path) -> list[Drawing]:
-    """All drawings that are wanted, those of one name side by side.
-
-    Raises:
-        ValueError: a package that can't be read; names it.
-    """
+    """All drawings that are wanted, those of one name side by side; ValueError as read_package."""
     files = {style: read_package(folder / a.file, a.folder) for style, a in ARTISTS.items()}
     emoji = describe_emoji(json.loads(files["noto"][NAMES_FILE]))
     wanted = [e for e in emoji if not (e.tone or {e.category, e.subcategory} & LEFT_OUT)]
@@ -189,11 +181,7 @@ def read_drawings(folder: Path) -> list[Drawing]:
 
 
 def read_package(path: Path, folder: str) -> dict[str, bytes]:
-    """{code points: image} of the drawings in a package's folder; and emoji.json, by its name.
-
-    Raises:
-        ValueError: it can't be read; names it.
-    """
+    """{code points: image} of a package's folder, and emoji.json; ValueError names the package."""
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(path) as tar:
@@ -215,11 +203,7 @@ def code_points(key: str) -> str:
 
 
 def split_drawings(config: ArtistsStage, drawings: Sequence[Drawing]) -> dict[str, list[Drawing]]:
-    """The drawings of each split, shuffled.
-
-    Raises:
-        ValueError: too few names have a drawing of every artist to hold so many out.
-    """
+    """The drawings of each split, shuffled; ValueError: too few names to hold so many out."""
     rng = random.Random(config.seed)
     counts = Counter(drawing.key for drawing in drawings)
     candidates = sorted(key for key, count in counts.items() if count == len(STYLES))

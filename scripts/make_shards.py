@@ -193,11 +193,7 @@ def divide(
 
 
 def sample_config(args: argparse.Namespace) -> SampleConfig:
-    """What the command line says of each sample.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """What the command line says of each sample; ValueError names the option."""
     caption_keys = getattr(args, "caption_keys", ())
     if "caption_keys" in args:
         check_caption_keys(caption_keys, "caption_keys")
@@ -212,11 +208,7 @@ def sample_config(args: argparse.Namespace) -> SampleConfig:
 
 
 def check_output(output: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else.
-
-    Raises:
-        ValueError: naming what differs.
-    """
+    """Refuse a folder that holds something else; ValueError names what differs."""
     source_file = output / SOURCE_FILE
     if source_file.is_file():
         found = json.loads(source_file.read_text())
@@ -234,11 +226,7 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
 
 
 def check_source(args: argparse.Namespace, output: Path) -> None:
-    """Refuse to go on from an index of files that have changed.
-
-    Raises:
-        ValueError: naming the first that have changed, are new or are gone.
-    """
+    """Refuse to go on from an index of files that have changed, are new or are gone."""
     # by size and time: to read them would take as long as the shards do
     new = dict.fromkeys(SOURCES[args.source].files(args))
     changes = []
@@ -324,11 +312,7 @@ def find_duplicates(plan: Plan, workers: int) -> Plan:
 
 
 def report(plan: Plan, num_written: int) -> None:
-    """Print what there is; with all records there, write the summary.
-
-    Raises:
-        ValueError: no sample was kept at all.
-    """
+    """Print what there is; of all shards, write the summary. ValueError: no sample was kept."""
     # what is there of all parts of the array: the records of all shards make the summary
     records, missing = {}, []
     for task in map(plan.task, plan.shards):

@@ -101,11 +101,7 @@ def describe_emoji(entries: list[dict]) -> list[Emoji]:
 
 
 def load_package(package: Path) -> list[Emoji]:
-    """Read the unpacked package.
-
-    Raises:
-        ValueError: another version, or other images than emoji.json lists.
-    """
+    """The unpacked package; ValueError: another version, other images than emoji.json lists."""
     # Another version has other pictures, and would silently become another data set
     about = json.loads((package / "package.json").read_text(encoding="utf-8"))
     found = f"{about['name']} {about['version']}"
