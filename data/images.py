@@ -141,6 +141,7 @@ def decode_views(
     num_crops: V; 1: the centre, more: evenly along the longer side, ends included.
     """
     decoded, image = open_sample(source, sample, draws)
+    # one decoding for all views: it is most of the work
     picture = load_picture(image, background)
     places: list[tuple[float, float] | None] = [None]
     if num_crops > 1:
@@ -190,7 +191,8 @@ class EncodingReader(IterableDataset):
             collate = partial(collate_views, self.tokenize)
             shard = self.sources[index : index + 1]
             num_read = 0
-            with suppress(NoUsableSample):  # all filtered: an empty token shard
+            # all filtered: an empty token shard
+            with suppress(NoUsableSample):
                 for batch in read_batches(shard, collate, self.batch_size, counter):
                     num_read += len(batch["key"])
                     yield {"shard": index, **batch}
@@ -205,6 +207,7 @@ def build_encoding_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """One pass over sources of one shard each, by at most as many workers; see EncodingReader."""
+    # a worker reads whole shards: more than there are would have nothing to do
     workers = min(config.num_workers, len(sources))
     return DataLoader(
         EncodingReader(sources, tokenize, batch_size, config.max_bad_share),

@@ -53,8 +53,6 @@ def open_table(
     if separator is None and extension not in (*SEPARATORS, ".parquet", ".jsonl"):
         endings = ", ".join(SEPARATORS)
         raise ValueError(f"table {path}: expected {endings}, .parquet or .jsonl, or a --separator")
-    if not os.path.isfile(path):
-        raise ValueError(f"table {path} does not exist")
     if extension == ".parquet":
         kinds = _types_of(path)
         text = {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}

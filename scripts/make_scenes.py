@@ -154,7 +154,8 @@ def make_caption(seed: int, split: str, number: int) -> tuple[Statement, list[st
 def generator(seed: int, split: str, use: str, number: int) -> np.random.Generator:
     """Numbers of one image or caption: the same whatever else is made."""
     stream = 2 * SPLITS.index(split) + (use == "image")
-    # Philox is keyed directly: no seed has to be hashed
+    # an own stream each: more images, or another split, change no other. Philox is keyed directly:
+    # no seed has to be hashed
     return np.random.Generator(np.random.Philox(key=(seed, stream << 40 | number)))
 
 
