@@ -46,7 +46,7 @@ from training.errors import STOPPED_STATUS, exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
 from training.provenance import SHARDS, check_source, read_source, save_source, states_by_name
-from training.run import TIMEOUT_MINUTES, locked, start_run
+from training.run import TIMEOUT_MINUTES, Run, locked, start_run
 from training.stage import StageConfig
 from training.supervise import CONTINUE, StopRequest, Watchdog, watched
 from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo, shard_damage
@@ -126,17 +126,15 @@ def main(config: TokensStage) -> None:
             raise
         not_compared = error
 
-    # locked before the first look: another encoding may be ending just now
+    if is_complete(run, made_of, not_compared):
+        return
+    if not_compared:
+        raise not_compared
     with locked(run):
-        info = find_info(run.folder, made_of)
-        if info and not info.damage(run.folder):
-            note = f"; not compared with images: {not_compared}" if not_compared else ""
-            run.say(f"{run.folder}: complete, {len(info.shards)} shards, nothing to do{note}")
-            if not not_compared:
-                save_source(run.folder, made_of)
+        # once more: another encoding may have ended before the lock was free
+        if is_complete(run, made_of):
             return
-        if not_compared:
-            raise not_compared
+        info = find_info(run.folder, made_of)
         left = [
             (image, path)
             for image, path in zip(images, outputs, strict=True)
@@ -231,6 +229,21 @@ def describe_data(data: ImageTextConfig) -> dict:
     return {"background": list(data.background), **parts}
 
 
+def is_complete(run: Run, made_of: dict, not_compared: ValueError | None = None) -> bool:
+    """Whether there is nothing to do, and say so; not_compared: why the images were not looked at.
+
+    A folder that is complete may be one that nobody can write to.
+    """
+    info = find_info(run.folder, made_of)
+    if info is None or info.damage(run.folder):
+        return False
+    note = f"; not compared with images: {not_compared}" if not_compared else ""
+    run.say(f"{run.folder}: complete, {len(info.shards)} shards, nothing to do{note}")
+    if not not_compared:
+        save_source(run.folder, made_of)
+    return True
+
+
 def find_info(folder: Path, made_of: dict) -> TokensInfo | None:
     """The tokens.json of a folder, checked against what its tokens are made of; None: not there.
 
@@ -279,25 +292,22 @@ def encode_shards(
     tokenizer.to(accelerator.device)
     text_encoder.to(accelerator.device)
     tokenize = text_encoder.tokenize if config.store_text_states else None
-    sources, pin_memory = [image for image, _ in shards], accelerator.device.type == "cuda"
-    loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
+    sources = [image for image, _ in shards]
+    on_cuda = accelerator.device.type == "cuda"
+    loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, on_cuda)
     # the workers read images of several shards at once, each in its own order
     samples: dict[int, list[dict]] = defaultdict(list)
     captions: dict[int, list[str]] = defaultdict(list)
     num_images, num_cut, start = 0, 0.0, time.perf_counter()
     # no thread of its own: workers are forked
     tqdm.monitor_interval = 0
+    name = f"[{accelerator.process_index}] {config.run_dir}"
     with (
         StopRequest() as stop,  # before the workers, so that its signals do not end them
         watched(loader) as batches,
         Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog,
         BackgroundWriter() as writer,
-        tqdm(
-            desc=f"[{accelerator.process_index}] {config.run_dir}",
-            total=len(shards),
-            unit=" shards",
-            mininterval=REPORT_SECONDS,
-        ) as progress,
+        tqdm(desc=name, total=len(shards), unit=" shards", mininterval=REPORT_SECONDS) as progress,
     ):
         items = TimedIterator(batches)
         for item in items:
