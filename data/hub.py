@@ -82,7 +82,8 @@ def hub_entries(options: argparse.Namespace) -> Iterator[Entry]:
         ValueError: a data set, split or column that is not there or could be several, a file that
             cannot be read, a disk without room for the copies.
     """
-    dataset, output = options.dataset, Path(options.output)
+    dataset = options.dataset
+    output = Path(options.output)
     found = choose_files(options)
     columns = None
     if is_parquet(found[0].name):
@@ -158,29 +159,33 @@ def choose_files(options: argparse.Namespace) -> list[HubFile]:
     Raises:
         ValueError: as by list_files; none, or files of both kinds.
     """
-    dataset, split, pattern = options.dataset, options.split, options.files
+    dataset = options.dataset
     files = list_files(dataset, options.revision)
     usable = [file for file in files if is_parquet(file.name) or is_tar_name(file.name)]
     if not usable:
         endings = Counter(os.path.splitext(file.name)[1] or file.name for file in files)
         there = ", ".join(f"{name} ({count})" for name, count in endings.most_common(NUM_NAMES))
         raise ValueError(f"{dataset}: expected parquet files or tars, found {there or 'no file'}")
-    given, fault = f"split: given {split!r}", "has no such file"
-    if pattern is not None:
-        given = f"files: given {pattern!r}"
-        chosen = [file for file in usable if fnmatch.fnmatchcase(file.name, pattern)]
+    fault = "has no such file"
+    if options.files is not None:
+        given = f"files: given {options.files!r}"
+        chosen = [file for file in usable if fnmatch.fnmatchcase(file.name, options.files)]
     else:
+        given = f"split: given {options.split!r}"
+        split = options.split.lower()
         # a split is a word in a name; without any such word, all files are for training
         words = [{*re.split(r"[\W_]+", file.name.lower())} for file in usable]
-        chosen = [file for file, own in zip(usable, words, strict=True) if split.lower() in own]
-        without = sum(own.isdisjoint({split.lower(), *SPLITS}) for own in words)
+        chosen = [file for file, own in zip(usable, words, strict=True) if split in own]
+        without = sum(own.isdisjoint({split, *SPLITS}) for own in words)
         if split == "train" and without == len(usable):
             chosen = usable
         elif chosen and without:
-            chosen, fault = [], f"has {without} files of no split"
+            chosen = []
+            fault = f"has {without} files of no split"
     # one kind of options would be ignored: columns, or caption keys
     if len({is_parquet(file.name) for file in chosen}) > 1:
-        chosen, fault = [], "has both parquet files and tars"
+        chosen = []
+        fault = "has both parquet files and tars"
     if not chosen:
         names = ", ".join(file.name for file in usable[:NUM_NAMES])
         raise ValueError(f"{given}: {dataset} {fault}; choose by --files among {names} ...")
@@ -209,7 +214,8 @@ def make_copies(
     missing: Sequence[tuple[HubFile, Path]], columns: Columns | None, options: argparse.Namespace
 ) -> None:
     """Copy in several processes, with a progress bar; ValueError: there is no room for them."""
-    output, total = Path(options.output), sum(file.size for file, _ in missing)
+    output = Path(options.output)
+    total = sum(file.size for file, _ in missing)
     free = shutil.disk_usage(output).free
     if total > free:
         raise ValueError(

@@ -90,7 +90,8 @@ def make_sample(
         raise BadSample("image: missing")
 
     # then the image itself
-    extension, data = source, parts[source]
+    extension = source
+    data = parts[source]
     if decode:
         image = decode_image(data, config.background)
         config.filters.check_size(*image.size)
@@ -98,7 +99,8 @@ def make_sample(
             sizes = {"original_width": image.width, "original_height": image.height}
             image = shrink(image, config.resize)
             metadata = {**sizes, **metadata, "width": image.width, "height": image.height}
-            extension, data = "jpg", to_jpeg(image, config.quality)
+            extension = "jpg"
+            data = to_jpeg(image, config.quality)
 
     # what else a source tar has under the key is kept, further images too: readers take the first
     taken = {source, *IMAGE_KEYS[: IMAGE_KEYS.index(extension) + 1], "txt", "json"}
@@ -123,7 +125,9 @@ def read_texts(
     """
     # captions that are known need no file
     if entry.captions is not None:
-        parts, metadata, candidates = {}, entry.metadata, [entry.captions]
+        parts = {}
+        metadata = entry.metadata
+        candidates = [entry.captions]
     else:
         parts = read_parts(entry)
         metadata = metadata_of(parts)

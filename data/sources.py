@@ -95,7 +95,8 @@ def folder_entries(
         ValueError: no image in it.
     """
     endings = {"txt", "json", *(key.partition(":")[0] for key in caption_keys)}
-    others, has_image = Counter(), False
+    others = Counter()
+    has_image = False
     for place, names in _folders(folder, output):
         # which files are texts, and which names they could belong to
         parts = {name: _split(name) for name in names}
@@ -136,7 +137,8 @@ def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
     Hidden folders come last, as file names, unless a link with another name has led to them.
     """
     # by where links lead: they may form circles
-    visited, hidden = {os.path.realpath(output)} if output else set(), []
+    visited = {os.path.realpath(output)} if output else set()
+    hidden = []
     if os.path.realpath(root) in visited:
         raise ValueError(f"output: {output} is the source's own folder, name another")
 
@@ -249,7 +251,8 @@ def coco_entries(options: argparse.Namespace) -> Iterator[Entry]:
         of_image += as_list(annotation.get("caption")) or [None]
     paths: dict[Any, str] = {}
     for image in content["images"]:
-        number, path = _hashable(image.get("id")), str(image.get("file_name", ""))
+        number = _hashable(image.get("id"))
+        path = str(image.get("file_name", ""))
         if path != paths.setdefault(number, path):
             both = f"{paths[number]!r} and {path!r}"
             raise ValueError(f"{file}: the images {both} have the same id {number!r}")
@@ -279,7 +282,8 @@ def karpathy_entries(options: argparse.Namespace) -> Iterator[Entry]:
     Raises:
         ValueError: a split that the file does not have.
     """
-    file, split = options.file, options.split
+    file = options.file
+    split = options.split
     content = _load_object(file, "images")
     splits = sorted({str(image.get("split")) for image in content["images"]})
     if split not in splits:
@@ -382,7 +386,8 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     for path in paths:
         if not is_tar_name(path):
             raise ValueError(f"{path}: expected a tar (.tar, .tar.gz, .tgz, ...)")
-    found, others = False, []
+    found = False
+    others = []
     lists = map_in_processes(list_samples, paths, workers)
     for path, (samples, strays) in zip(paths, lists, strict=True):
         # members of one key that do not follow each other are several samples, each incomplete

@@ -113,7 +113,8 @@ def main(config: TokensStage) -> None:
         "num_crops": config.num_crops,
     }
     made_of = source | {"precision": config.precision, "data": describe_data(config.data)}
-    images, not_compared = [], None
+    images = []
+    not_compared = None
     try:
         images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
         image_shards = [image.shards[0] for image in images]
@@ -167,7 +168,9 @@ def finish(
     source: dict,
 ) -> None:
     """Write what marks the folder as complete, and say what was skipped; info: the one before."""
-    skipped, first, kept = Counter(), {}, {}
+    skipped = Counter()
+    first = {}
+    kept = {}
     vocabulary: Vocabulary | None = join_vocabularies([])
     for path in outputs:
         counts = read_counts(path, info)
@@ -298,7 +301,9 @@ def encode_shards(
     # the workers read images of several shards at once, each in its own order
     samples: dict[int, list[dict]] = defaultdict(list)
     captions: dict[int, list[str]] = defaultdict(list)
-    num_images, num_cut, start = 0, 0.0, time.perf_counter()
+    num_images = 0
+    num_cut = 0.0
+    start = time.perf_counter()
     # no thread of its own: workers are forked
     tqdm.monitor_interval = 0
     name = f"[{accelerator.process_index}] {config.run_dir}"
@@ -326,7 +331,8 @@ def encode_shards(
                 continue
 
             image, token_shard = shards[index]
-            made, read = samples.pop(index, []), captions.pop(index, [])
+            made = samples.pop(index, [])
+            read = captions.pop(index, [])
             writer.start(partial(write_tokens, config, image, token_shard, made, read, item["end"]))
             waiting = items.seconds / (time.perf_counter() - start)
             cut = f", {num_cut / max(num_images, 1):.1%} of captions cut" if tokenize else ""

@@ -117,7 +117,8 @@ class Drawing:
 
 def main(config: ArtistsStage) -> None:
     """Write the shards that are not there."""
-    folder, plan = Path(config.run_dir), config.plan()
+    folder = Path(config.run_dir)
+    plan = config.plan()
     check_data_set(folder, plan)
     if all(Path(shard).is_file() for shard in config.outputs()):
         print(f"{folder}: complete, nothing to do")
@@ -230,7 +231,8 @@ def split_drawings(config: ArtistsStage, drawings: Sequence[Drawing]) -> dict[st
 
 def make_sample(drawing: Drawing, split: str, image_size: int) -> dict[str, Any]:
     """Raw sample of a drawing: half of those of a name say the style, in split styles all."""
-    emoji, style = drawing.emoji, drawing.style
+    emoji = drawing.emoji
+    style = drawing.style
     captions = [emoji.name, f"{emoji.name}, {style}"]
     if split == "styles" or (drawing.number + STYLES.index(style)) % 2:
         captions.reverse()

@@ -92,7 +92,8 @@ class ScenesStage(StageConfig):
 def main(config: ScenesStage) -> None:
     """Write the shards that are not there."""
     # whose shards these are is written first: an interrupted run goes on
-    folder, plan = Path(config.run_dir), config.plan()
+    folder = Path(config.run_dir)
+    plan = config.plan()
     check_data_set(folder, plan)
     sizes = {split: math.prod(config.size_of(split)) for split in SPLITS}
     write_json({"plan": plan, "images": sizes}, folder / MANIFEST)

@@ -70,7 +70,8 @@ from scripts.run_experiment.processes import count_cores
 from training.errors import exit_on_error, printable
 
 SOURCES = {**LOCAL_SOURCES, "hub": HUB}  # by the name of the sub-command
-SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
+SOURCE_FILE = "source.json"
+SUMMARY_FILE = "summary.json"
 # one line for each file of the source: [path, [bytes, time of change]], null if missing
 FILES = f"{PROGRESS_FOLDER}/files.jsonl"
 HOLDOUT_FOLDER = "holdout"  # in the output folder
@@ -248,7 +249,9 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
 
 def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any]) -> None:
     """Find the samples and write the index; nothing stays behind if that fails."""
-    path, part, source = output / INDEX, str(args.shard_index), SOURCES[args.source]
+    path = output / INDEX
+    part = str(args.shard_index)
+    source = SOURCES[args.source]
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -314,7 +317,8 @@ def find_duplicates(plan: Plan, workers: int) -> Plan:
 def report(plan: Plan, num_written: int) -> None:
     """Print what there is; of all shards, write the summary. ValueError: no sample was kept."""
     # what is there of all parts of the array: the records of all shards make the summary
-    records, missing = {}, []
+    records = {}
+    missing = []
     for task in map(plan.task, plan.shards):
         if task.is_finished():
             records[f"{task.name}.tar"] = json.loads(task.record.read_text())
@@ -329,7 +333,8 @@ def report(plan: Plan, num_written: int) -> None:
     read, kept = (sum(each[name] for each in records.values()) for name in ("read", "kept"))
     summary: dict[str, Any] = {"read": read, "kept": kept}
     for counts, firsts in (("dropped", "first"), ("unused", "first_unused")):
-        counter, first = Counter(), {}
+        counter = Counter()
+        first = {}
         for record in records.values():
             counter.update(record[counts])
             first = record[firsts] | first  # the case of the earliest shard stays
@@ -400,7 +405,9 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
     def add(flag: str, default: Any, text: str, **options: Any) -> None:
         group.add_argument(flag, default=default, help=text, **options)
 
-    at_least_0, at_least_1, byte = integer(0), integer(1), integer(0, 255)
+    at_least_0 = integer(0)
+    at_least_1 = integer(1)
+    byte = integer(0, 255)
     group.add_argument("--output", required=True, type=file_path, metavar="FOLDER")
     add("--samples-per-shard", 1000, "before filters", type=at_least_1)
     add("--holdout", 0, "samples that go to OUTPUT/holdout, before filters", type=at_least_0)
@@ -418,7 +425,8 @@ def add_filter_options(group: argparse._ArgumentGroup) -> None:
     """One flag per field of FilterConfig, with its default."""
 
     def add(name: str, text: str, **options: Any) -> None:
-        flag, default = f"--{name.replace('_', '-')}", getattr(FilterConfig(), name)
+        flag = f"--{name.replace('_', '-')}"
+        default = getattr(FilterConfig(), name)
         group.add_argument(flag, default=default, help=text, **options)
 
     duplicates = "of equal image files keep the first; reads all of them twice"

@@ -95,7 +95,8 @@ def describe_emoji(entries: list[dict]) -> list[Emoji]:
         caption = f"{name}, {subcategory}"
         emoji.append(Emoji(base, name, subcategory, category, base, None, caption))
         for variation, variant in entry.get("skin_variations", {}).items():
-            key, tone = variant["unified"].lower(), tone_name(variation)
+            key = variant["unified"].lower()
+            tone = tone_name(variation)
             toned = f"{caption}, {tone} skin tone"
             emoji.append(Emoji(key, name, subcategory, category, base, tone, toned))
     return emoji
@@ -183,7 +184,8 @@ def build(package: Path, output: Path, heldout_list: Path) -> dict:
     if unknown := sorted(heldout - {item.base for item in emoji}):
         raise ValueError(f"{heldout_list}: {unknown[:3]} are no base emoji of the package")
     images = {item.key: load_image(image_folder(package) / f"{item.key}.png") for item in emoji}
-    files, rows = {}, []
+    files = {}
+    rows = []
     for file, items in plan_shards(emoji, heldout).items():
         data = files[file] = shard_bytes(items, images)
         # the hash of a file depends on Pillow and zlib, that of its .json and RGB pixels does not
