@@ -6,7 +6,7 @@ A task is one shard. Whatever is written appears whole or not at all, and depend
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,8 @@ class Task:
     config: SampleConfig
     # of each sample, in the order of the shard, its entries in the index: the first one, then those
     # whose captions it gets
-    numbers: list[list[int]]
-    is_duplicate: np.ndarray  # whether an earlier sample has the same image file
+    numbers: list[list[int]] = field(default_factory=list)
+    is_duplicate: Sequence[bool] = ()  # whether an earlier sample has the same image file
 
     @property
     def tar(self) -> Path:

@@ -103,6 +103,10 @@ class Plan:
         return list(self.shards)[part :: self.num_parts]
 
     def task(self, shard: str) -> Task:
+        """A shard's job without its samples: where its files are."""
+        return Task(shard, self.output, self.part, self.config)
+
+    def whole_task(self, shard: str) -> Task:
         firsts = self.shards[shard]
         # where the entries of each sample lie in by_image
         begins = np.searchsorted(self.images, firsts, sorter=self.by_image)
@@ -112,15 +116,16 @@ class Plan:
             self.by_image[begin:end].tolist() or [first]
             for first, begin, end in zip(firsts.tolist(), begins, ends, strict=True)
         ]
-        return Task(shard, self.output, self.part, self.config, numbers, begins == ends)
+        return replace(self.task(shard), numbers=numbers, is_duplicate=begins == ends)
 
     def run(
         self, work: Callable[[Task], int], shards: Sequence[str], workers: int, title: str
     ) -> None:
         """work(task) of some shards, in several processes, with a progress bar."""
         num_samples = sum(len(self.shards[shard]) for shard in shards)
+        counts = map_in_processes(work, map(self.whole_task, shards), min(workers, len(shards)))
         with progress_bar(title, total=num_samples) as progress:
-            for count in map_in_processes(work, map(self.task, shards), min(workers, len(shards))):
+            for count in counts:
                 progress.update(count)
 
 
