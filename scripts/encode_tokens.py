@@ -304,15 +304,15 @@ def encode_shards(
     num_images = 0
     num_cut = 0.0
     start = time.perf_counter()
-    # no thread of its own: workers are forked
+    # one process for all, which have as much to do; no thread of its own: workers are forked
     tqdm.monitor_interval = 0
-    name = f"[{accelerator.process_index}] {config.run_dir}"
+    bar = {"disable": not accelerator.is_main_process, "mininterval": REPORT_SECONDS}
     with (
         StopRequest() as stop,  # before the workers, so that its signals do not end them
         watched(loader) as batches,
         Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog,
         BackgroundWriter() as writer,
-        tqdm(desc=name, total=len(shards), unit=" shards", mininterval=REPORT_SECONDS) as progress,
+        tqdm(desc=config.run_dir, total=len(shards), unit=" shards", **bar) as progress,
     ):
         items = TimedIterator(batches)
         for item in items:
