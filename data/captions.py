@@ -83,7 +83,7 @@ class CaptionConfig:
             unwanted.extend(reason for _, reason in faults if reason)
             return [text for text, reason in faults if not reason]
 
-        # re-captioned text, if its turn is drawn
+        # re-captioned text, if its turn is drawn; in order only if its turn always comes
         if self.recaption_keys:
             draw = draws.recaption if draws is not None else 1 - 1e-9
             if draw < self.recaption_probability:
@@ -100,11 +100,7 @@ class CaptionConfig:
 
 
 def check_caption_keys(keys: Sequence[str], name: str) -> None:
-    """Refuse an empty list and a key that can match nothing.
-
-    Raises:
-        ValueError: it begins with `name`.
-    """
+    """Refuse an empty list and a key that can match nothing; ValueError begins with `name`."""
     if not keys or isinstance(keys, str):
         raise ValueError(f"{name}: given {keys!r}, expected a list such as ['txt', 'json:caption']")
     for key in keys:
@@ -148,7 +144,8 @@ def find_captions(candidates: Iterable[Sequence[Any]]) -> tuple[list[str], list[
 
 def clean_caption(text: str) -> str:
     """Control characters become spaces, each run of whitespace one space, none at the ends."""
-    if not text.isprintable():  # the fast path: nearly every caption is
+    # nearly every caption is printable: no letter of it has to be looked at
+    if not text.isprintable():
         # half of a surrogate pair, which JSON escapes can spell, is no character: tokenizers fail
         # on it
         text = text.encode("utf-8", "ignore").decode("utf-8").removeprefix("\ufeff")
@@ -198,6 +195,7 @@ def sentences_that_fit(caption: str, draw: float, tokenize: Tokenize) -> str:
     num_around = tokenize.num_tokens("")
     sizes = [tokenize.num_tokens(caption[a:b]) - num_around for a, b in pairwise(bounds)]
     room = tokenize.context_length - num_around
+    # a run that ends where the one before it does would be a part of that one
     runs: list[tuple[int, int]] = []
     for first in range(len(sizes)):
         end = first + 1

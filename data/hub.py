@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 from data.entries import Entry, clean_key, digest_of
 from data.files import written_whole
-from data.packing import PROGRESS_FOLDER
+from data.packing import COPIES
 from data.sources import (
     CAPTION_KEYS,
     DEFAULT_KEYS,
-    SOURCES,
     SourceKind,
     file_path,
     is_tar_name,
@@ -76,12 +75,6 @@ def dataset_name(text: str) -> str:
     return text
 
 
-def local_files(options: argparse.Namespace) -> list[str]:
-    """The files of a data set in a folder. Remote ones may change once they are copied."""
-    is_local = os.path.isdir(options.dataset)
-    return [file.path for file in choose_files(options)] if is_local else []
-
-
 def hub_entries(options: argparse.Namespace) -> Iterator[Entry]:
     """Rows of parquet files or samples of tars, in the order of the files' names.
 
@@ -89,7 +82,8 @@ def hub_entries(options: argparse.Namespace) -> Iterator[Entry]:
         ValueError: a data set, split or column that is not there or could be several, a file that
             cannot be read, a disk without room for the copies.
     """
-    dataset, output = options.dataset, Path(options.output)
+    dataset = options.dataset
+    output = Path(options.output)
     found = choose_files(options)
     columns = None
     if is_parquet(found[0].name):
@@ -107,7 +101,7 @@ def hub_entries(options: argparse.Namespace) -> Iterator[Entry]:
     yield from tar_entries([str(tar) for tar in tars], options.workers)
 
 
-SOURCES["hub"] = SourceKind(
+HUB = SourceKind(
     "a data set by its id on the hub: parquet with images in a column, or webdataset tars",
     {
         "dataset": {
@@ -123,7 +117,10 @@ SOURCES["hub"] = SourceKind(
     }
     | CAPTION_KEYS,
     hub_entries,
-    files=local_files,
+    # remote files may change once they are copied
+    lambda options: (
+        [file.path for file in choose_files(options)] if os.path.isdir(options.dataset) else []
+    ),
 )
 
 
@@ -131,11 +128,7 @@ SOURCES["hub"] = SourceKind(
 
 
 def list_files(dataset: str, revision: str | None) -> list[HubFile]:
-    """All files of a data set that are not hidden, by name.
-
-    Raises:
-        ValueError: there is no such data set, or no way to it.
-    """
+    """All files of a data set that are not hidden, by name; ValueError: there is no way to it."""
     root = dataset
     if not os.path.isdir(dataset) and "://" not in dataset:
         root = f"hf://datasets/{dataset}"
@@ -143,15 +136,17 @@ def list_files(dataset: str, revision: str | None) -> list[HubFile]:
             root += f"@{quote(revision, safe='/' if revision.startswith('refs/') else '')}"
     elif revision:
         raise ValueError(f"revision: given {revision!r}, but {dataset} is no id of the hub")
+    # each file system has errors of its own
     try:
         store, folder = open_store(root)
         found = store.find(folder, detail=True)
-    except Exception as error:  # each file system has its own
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{root} cannot be listed: {reason}") from None
     files = []
     for path, info in sorted(found.items()):
         name = path.removeprefix(folder).lstrip("/")
+        # .cache and .git hold copies of the files
         if not any(part.startswith(".") for part in name.split("/")):
             state = " ".join(str(info.get(field)) for field in STATE_FIELDS)
             files.append(HubFile(f"{root}/{name}", name, info["size"] or 0, state))
@@ -164,7 +159,7 @@ def choose_files(options: argparse.Namespace) -> list[HubFile]:
     Raises:
         ValueError: as by list_files; none, or files of both kinds.
     """
-    dataset, split, pattern = options.dataset, options.split, options.files
+    dataset = options.dataset
     files = list_files(dataset, options.revision)
     usable = [file for file in files if is_parquet(file.name) or is_tar_name(file.name)]
     if not usable:
@@ -172,21 +167,25 @@ def choose_files(options: argparse.Namespace) -> list[HubFile]:
         there = ", ".join(f"{name} ({count})" for name, count in endings.most_common(NUM_NAMES))
         raise ValueError(f"{dataset}: expected parquet files or tars, found {there or 'no file'}")
     fault = "has no such file"
-    if pattern is not None:
-        given = f"files: given {pattern!r}"
-        chosen = [file for file in usable if fnmatch.fnmatchcase(file.name, pattern)]
+    if options.files is not None:
+        given = f"files: given {options.files!r}"
+        chosen = [file for file in usable if fnmatch.fnmatchcase(file.name, options.files)]
     else:
+        given = f"split: given {options.split!r}"
+        split = options.split.lower()
         # a split is a word in a name; without any such word, all files are for training
-        given = f"split: given {split!r}"
         words = [{*re.split(r"[\W_]+", file.name.lower())} for file in usable]
-        chosen = [file for file, own in zip(usable, words, strict=True) if split.lower() in own]
-        without = sum(not own & {split.lower(), *SPLITS} for own in words)
+        chosen = [file for file, own in zip(usable, words, strict=True) if split in own]
+        without = sum(own.isdisjoint({split, *SPLITS}) for own in words)
         if split == "train" and without == len(usable):
             chosen = usable
         elif chosen and without:
-            chosen, fault = [], f"has {without} files of no split"
+            chosen = []
+            fault = f"has {without} files of no split"
+    # one kind of options would be ignored: columns, or caption keys
     if len({is_parquet(file.name) for file in chosen}) > 1:
-        chosen, fault = [], "has both parquet files and tars"
+        chosen = []
+        fault = "has both parquet files and tars"
     if not chosen:
         names = ", ".join(file.name for file in usable[:NUM_NAMES])
         raise ValueError(f"{given}: {dataset} {fault}; choose by --files among {names} ...")
@@ -201,40 +200,30 @@ def is_parquet(name: str) -> bool:
 # ------------------------------------------------------------------------------------------- copies
 
 
-def copies_folder(output: Path) -> Path:
-    """Where the copies of an output folder's source lie."""
-    return output / PROGRESS_FOLDER / "copies"
-
-
 def tar_of(file: HubFile, columns: Columns | None, output: Path) -> Path:
-    """Where a file is copied to; a local tar stays where it is. columns: None: it is a tar.
-
-    The name is another one for another state of the file, or for other columns of it.
-    """
+    """Where a file is copied to; a local tar stays where it is. columns: None: it is a tar."""
     if columns is None and not is_remote(file.path):
         return Path(file.path)
+    # another name for another state of the file, or for other columns: old copies are not taken
     name = os.path.basename(file.name) + ("" if columns is None else ".tar")
     digest = digest_of(repr((file, columns)).encode("utf-8", "surrogateescape")).hex()[:12]
-    return copies_folder(output) / f"{digest}-{name}"
+    return output / COPIES / f"{digest}-{name}"
 
 
 def make_copies(
     missing: Sequence[tuple[HubFile, Path]], columns: Columns | None, options: argparse.Namespace
 ) -> None:
-    """Copy in several processes, with a progress bar.
-
-    Raises:
-        ValueError: there is no room for them, or a file cannot be read.
-    """
+    """Copy in several processes, with a progress bar; ValueError: there is no room for them."""
+    output = Path(options.output)
     total = sum(file.size for file, _ in missing)
-    output, free = Path(options.output), shutil.disk_usage(options.output).free
+    free = shutil.disk_usage(output).free
     if total > free:
         raise ValueError(
             f"output: {output} has {free / 1e9:.1f} GB free, expected {total / 1e9:.1f} GB for a "
             "copy of the data set, and as much again for its shards"
         )
     if missing:
-        copies_folder(output).mkdir(parents=True, exist_ok=True)
+        (output / COPIES).mkdir(parents=True, exist_ok=True)
         with tqdm(desc="copying", total=total, unit="B", unit_scale=True) as progress:
             copy = partial(make_copy, columns, options.shard_index)
             for size in map_in_processes(copy, missing, min(options.workers, len(missing))):
@@ -242,17 +231,16 @@ def make_copies(
 
 
 def make_copy(columns: Columns | None, part: int, job: tuple[HubFile, Path]) -> int:
-    """Write the tar of a file whole, unless another part has by now; returns the file's bytes.
-
-    part: of the Slurm array; distinguishes unfinished tars of parts that work side by side.
-    """
+    """Write the tar of a file whole, unless another part has by now; returns the file's bytes."""
     file, target = job
     if not target.exists():
+        # parts of a Slurm array that work side by side each have an unfinished tar
         own = target.with_name(f"{part}-{target.name}")
         if columns is None:
             with open_file(file.path) as tar, written_whole(own) as copy:
                 shutil.copyfileobj(tar, copy, REMOTE_BUFFER)
         else:
+            # rows have no names of their own
             prefix = clean_key(os.path.splitext(file.name)[0])
             write_shard(own, read_rows(file.path, columns, prefix))
         os.replace(own, target)

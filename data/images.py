@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.captions import Tokenize, collate_text
@@ -27,7 +27,7 @@ from data.transforms import (
     HEIF_KEYS,
     IMAGE_KEYS,
     Resize,
-    center_crop,
+    crop,
     load_picture,
     open_image,
     train_crop,
@@ -36,6 +36,7 @@ from data.workers import share_batch, start_worker
 
 ENCODING_PREFETCH = 4  # batches that each worker of the encoding keeps ready
 LARGEST_MEMBER = 1 << 20  # bytes; longer ones are no text
+ALMOST_ONE = 1 - 1e-9  # a place is below 1
 
 
 @dataclass
@@ -75,14 +76,11 @@ def decode_image(
     draws: SampleDraws | None,
 ) -> dict[str, Any]:
     """Raw sample -> {"image": 3 x R x R uint8, "caption", "key"}."""
-    # what can drop the sample before its pixels are decoded
-    decoded = take_caption(source, sample, draws)
-    image = open_image(image_bytes(sample))
-    source.filters.check_size(*image.size)
+    decoded, image = open_sample(source, sample, draws)
     # in order: exact, the centre
     if draws is None:
-        picture = load_picture(image, config.background)
-        return decoded | {"image": center_crop(picture, image_size, "exact")}
+        pixels = crop(load_picture(image, config.background), image_size, "exact")
+        return decoded | {"image": pixels}
     # in training: large JPEGs at a fraction of their size, a random crop
     picture = load_picture(image, config.background, image_size if config.resize == "fast" else 0)
     pixels = train_crop(
@@ -96,12 +94,18 @@ def decode_image(
     return decoded | {"image": pixels}
 
 
-def image_bytes(sample: dict[str, Any]) -> bytes:
-    """The image file of a raw sample.
+def open_sample(
+    source: SourceConfig, sample: dict[str, Any], draws: SampleDraws | None
+) -> tuple[dict[str, Any], Image]:
+    """(take_caption's, the image, not decoded yet) of a raw sample; BadSample: it is dropped."""
+    decoded = take_caption(source, sample, draws)
+    image = open_image(image_bytes(sample))
+    source.filters.check_size(*image.size)
+    return decoded, image
 
-    Raises:
-        BadSample: it has none.
-    """
+
+def image_bytes(sample: dict[str, Any]) -> bytes:
+    """The image file of a raw sample; BadSample: it has none."""
     data = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
     if data is None and any(key in sample for key in HEIF_KEYS):
         raise BadSample("image: HEIC needs the package pillow-heif")
@@ -120,44 +124,37 @@ def collate_images(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> 
 
 def encoding_sources(config: ImageTextConfig, image_size: int, num_crops: int) -> list[Source]:
     """One source per image shard of a config, in order, as its data set is decoded."""
-    exact = replace(config, random_crop=True, flip_probability=0.0, resize="exact")
-    sources = open_sources(config, partial(decode_views, exact, image_size, num_crops))
+    sources = open_sources(config, partial(decode_views, config.background, image_size, num_crops))
     return [replace(source, shards=(path,)) for source in sources for path in source.shards]
 
 
 def decode_views(
-    config: ImageTextConfig,
+    background: Sequence[int],
     image_size: int,
     num_crops: int,
     source: SourceConfig,
     sample: dict[str, Any],
-    draws: SampleDraws | None,
+    draws: None,
 ) -> dict[str, Any]:
     """Raw sample -> {"image": V x 3 x R x R uint8, "caption", "key", "members": bytes of its text}.
 
     num_crops: V; 1: the centre, more: evenly along the longer side, ends included.
     """
-    places = [None]
+    decoded, image = open_sample(source, sample, draws)
+    # one decoding for all views: it is most of the work
+    picture = load_picture(image, background)
+    places: list[tuple[float, float] | None] = [None]
     if num_crops > 1:
-        places = [_crop_at(i / (num_crops - 1)) for i in range(num_crops)]
-    views = [decode_image(config, image_size, source, sample, place) for place in places]
+        shares = [min(i / (num_crops - 1), ALMOST_ONE) for i in range(num_crops)]
+        places = [(share, share) for share in shares]
+    views = [crop(picture, image_size, "exact", place) for place in places]
     members = {
         name: data
         for name, data in sample.items()
         if not name.startswith("__") and not name.endswith("npy") and name not in IMAGE_KEYS
         if len(data) <= LARGEST_MEMBER
     }
-    return views[0] | {"image": np.stack([view["image"] for view in views]), "members": members}
-
-
-def _crop_at(share: float) -> SimpleNamespace:
-    """In place of draws: a crop at a share 0..1 of the free pixels, no flip, first caption."""
-    almost_one = 1 - 1e-9  # draws are below 1
-    place = min(share, almost_one)
-    # re-captioned text only where all captions are
-    return SimpleNamespace(
-        crop_x=place, crop_y=place, flip=1.0, recaption=almost_one, caption=0.0, window=0.0
-    )
+    return decoded | {"image": np.stack(views), "members": members}
 
 
 def collate_views(tokenize: Tokenize | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -194,7 +191,8 @@ class EncodingReader(IterableDataset):
             collate = partial(collate_views, self.tokenize)
             shard = self.sources[index : index + 1]
             num_read = 0
-            with suppress(NoUsableSample):  # all filtered: an empty token shard
+            # all filtered: an empty token shard
+            with suppress(NoUsableSample):
                 for batch in read_batches(shard, collate, self.batch_size, counter):
                     num_read += len(batch["key"])
                     yield {"shard": index, **batch}
@@ -209,6 +207,7 @@ def build_encoding_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """One pass over sources of one shard each, by at most as many workers; see EncodingReader."""
+    # a worker reads whole shards: more than there are would have nothing to do
     workers = min(config.num_workers, len(sources))
     return DataLoader(
         EncodingReader(sources, tokenize, batch_size, config.max_bad_share),

@@ -16,14 +16,17 @@ from PIL import Image
 
 from data.captions import find_captions, metadata_of, values_at
 from data.entries import Entry, digest_of, explain, read_entry, read_parts
-from data.files import written_whole
+from data.files import check_writable, load_json, written_whole
 from data.filters import FilterConfig
 from data.samples import BadSample, members_of
-from data.tar import write_shard
+from data.tar import refuse_foreign_shards, write_shard
 from data.transforms import IMAGE_KEYS, decode_image
 
-PROGRESS_FOLDER = "progress"  # in the output folder
-UNCHECKED, USABLE, DUPLICATE = 0, 1, 2  # what digest_task has found out about a sample
+# in the output folder
+PROGRESS_FOLDER = "progress"
+INDEX = f"{PROGRESS_FOLDER}/index.jsonl"  # of the source's entries
+ROWS = f"{PROGRESS_FOLDER}/index.npy"  # INDEX_ROW of each entry in the index
+COPIES = f"{PROGRESS_FOLDER}/copies"  # of remote or parquet files, until all shards are there
 MAX_SHOWN = 60  # characters of a caption in a message
 
 
@@ -49,12 +52,12 @@ Unused = list[tuple[str, Entry]]
 
 
 def make_sample(
-    entries: Sequence[Entry], config: SampleConfig, is_usable: bool = False
-) -> tuple[dict[str, Any], bytes, Unused]:
-    """(sample for write_shard, the source's image file, what is not used) of one image's entries.
+    entries: Sequence[Entry], config: SampleConfig, decode: bool = True
+) -> tuple[dict[str, Any], Unused]:
+    """(sample for write_shard, its image first; what is not used) of one image's entries.
 
     Has the captions of all that the filters want, in order, and the image and metadata of the
-    first. is_usable: no need to decode the image.
+    first. decode False: the image is the source's file, and whether it can be read is not tried.
 
     Raises:
         BadSample: no image, no caption, or filtered.
@@ -69,12 +72,14 @@ def make_sample(
         _, _, more, more_unused = read_texts(other, config)
         captions += more
         unused += more_unused
+    # rows that repeat a caption would make it more likely to be drawn
     captions = list(dict.fromkeys(captions))
     if not captions:
         raise BadSample(unused[0][0])
     if metadata is None and config.filters.needs_metadata:
         raise BadSample("json: unreadable")
     metadata = metadata or {}
+    # a required score that is missing is no fault of one sample: the run ends
     try:
         config.filters.check_metadata(metadata)
     except ValueError as error:
@@ -83,17 +88,19 @@ def make_sample(
     source = next((key for key in IMAGE_KEYS if key in parts), None)
     if source is None:
         raise BadSample("image: missing")
-    extension, data = source, parts[source]
 
     # then the image itself
-    if config.resize or not is_usable:
+    extension = source
+    data = parts[source]
+    if decode:
         image = decode_image(data, config.background)
         config.filters.check_size(*image.size)
         if config.resize and min(image.size) > config.resize:
-            small = shrink(image, config.resize)
-            sizes = {"original_width": image.width, "original_height": image.height} | metadata
-            metadata = sizes | {"width": small.width, "height": small.height}
-            extension, data = "jpg", to_jpeg(small, config.quality)
+            sizes = {"original_width": image.width, "original_height": image.height}
+            image = shrink(image, config.resize)
+            metadata = {**sizes, **metadata, "width": image.width, "height": image.height}
+            extension = "jpg"
+            data = to_jpeg(image, config.quality)
 
     # what else a source tar has under the key is kept, further images too: readers take the first
     taken = {source, *IMAGE_KEYS[: IMAGE_KEYS.index(extension) + 1], "txt", "json"}
@@ -102,7 +109,7 @@ def make_sample(
         if name.rpartition(".")[2] in IMAGE_KEYS:
             unused.append(("image: further one", replace(entry, note=members_of(parts))))
     texts = {"txt": captions[0], "json": to_json({**metadata, "captions": captions})}
-    return {"__key__": entry.key, extension: data, **texts, **others}, parts[source], unused
+    return {"__key__": entry.key, extension: data, **texts, **others}, unused
 
 
 def read_texts(
@@ -118,14 +125,16 @@ def read_texts(
     """
     # captions that are known need no file
     if entry.captions is not None:
-        parts, metadata, candidates = {}, entry.metadata, [entry.captions]
+        parts = {}
+        metadata = entry.metadata
+        candidates = [entry.captions]
     else:
         parts = read_parts(entry)
         metadata = metadata_of(parts)
         candidates = (values_at(parts, key) for key in config.caption_keys)
     captions, reasons = find_captions(candidates)
-    if not captions and not reasons:
-        reasons = ["json: unreadable" if metadata is None else "caption: missing"]
+    if not captions and not reasons and metadata is not None:
+        reasons = ["caption: missing"]
     unused = [(reason, entry) for reason in reasons]
     wanted = []
     for caption in captions:
@@ -135,7 +144,7 @@ def read_texts(
         else:
             unused.append((fault, replace(entry, note=repr(caption[:MAX_SHOWN]))))
     # other text than captions
-    if metadata is None and "json: unreadable" not in reasons:
+    if metadata is None:
         unused.append(("json: unreadable", entry))
     for ending, path in entry.sidecars.items():
         if ending not in parts:
@@ -158,6 +167,7 @@ def to_jpeg(image: Image.Image, quality: int) -> bytes:
 
 def to_json(content: dict[str, Any]) -> bytes:
     """UTF-8; what is no character (half of a pair, bytes of another encoding) becomes "?"."""
+    # captions stay readable where people look into a tar
     try:
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
     except RecursionError:
@@ -177,8 +187,8 @@ class Task:
     config: SampleConfig
     # of each sample, in the order of the shard, its entries in the index: the first one, then those
     # whose captions it gets
-    numbers: list[list[int]]
-    states: np.ndarray  # UNCHECKED, USABLE or DUPLICATE
+    numbers: list[list[int]] = field(default_factory=list)
+    is_duplicate: Sequence[bool] = ()  # whether an earlier sample has the same image file
 
     @property
     def tar(self) -> Path:
@@ -201,12 +211,12 @@ class Task:
     def _progress(self, ending: str) -> Path:
         return self.output / PROGRESS_FOLDER / (self.name.replace("/", "_") + ending)
 
-    def samples(self) -> Iterator[tuple[list[Entry], int]]:
-        """(entries, state) of each."""
-        rows = np.load(rows_path(self.output), mmap_mode="r")
-        with open(index_path(self.output), "rb") as index:
-            for numbers, state in zip(self.numbers, self.states, strict=True):
-                yield [read_entry(index, rows, number) for number in numbers], state
+    def samples(self) -> Iterator[list[Entry]]:
+        """The entries of each."""
+        rows = np.load(self.output / ROWS, mmap_mode="r")
+        with open(self.output / INDEX, "rb") as index:
+            for numbers in self.numbers:
+                yield [read_entry(index, rows, number) for number in numbers]
 
     def is_finished(self) -> bool:
         """Whether its record and its shard are there, the shard with all its bytes."""
@@ -216,65 +226,54 @@ class Task:
         return size == json.loads(self.record.read_text())["bytes"]
 
 
-@dataclass
-class Reasons:
-    """How often each reason came, and its first case."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, reason: str, entry: Entry) -> None:
-        self.counts[reason] += 1
-        if reason not in self.first:
-            self.first[reason] = explain(entry, reason)
-
-
 def write_task(task: Task) -> int:
     """Write a shard, then its record; returns how many samples were read."""
-    dropped, unused = Reasons(), Reasons()
+    counts = {"dropped": Counter(), "unused": Counter()}
+    firsts = {"dropped": {}, "unused": {}}
+
+    def count(kind: str, reason: str, entry: Entry) -> None:
+        counts[kind][reason] += 1
+        if reason not in firsts[kind]:
+            firsts[kind][reason] = explain(entry, reason)
 
     # counted while the shard is written, so that few samples are in memory
     def samples() -> Iterator[dict[str, Any]]:
-        for entries, state in task.samples():
+        for entries, is_duplicate in zip(task.samples(), task.is_duplicate, strict=True):
             try:
-                if state == DUPLICATE:
+                if is_duplicate:
                     raise BadSample("duplicate")
-                sample, _, rest = make_sample(entries, task.config, is_usable=state == USABLE)
+                sample, unused = make_sample(entries, task.config)
             except BadSample as error:
-                dropped.add(error.reason, entries[0])
+                count("dropped", error.reason, entries[0])
                 continue
-            for reason, entry in rest:
-                unused.add(reason, entry)
+            for reason, entry in unused:
+                count("unused", reason, entry)
             yield sample
 
+    # a shard without a sample is none: readers would count it as broken
     task.tar.parent.mkdir(exist_ok=True)
     kept = write_shard(task.tar, samples())
+    num_bytes = task.tar.stat().st_size
     if not kept:
         task.tar.unlink()
+        num_bytes = 0
     # the record last, as a sign that the shard is whole
-    record = {
-        "read": len(task.numbers),
-        "kept": kept,
-        "bytes": task.tar.stat().st_size if kept else 0,
-        "dropped": dict(sorted(dropped.counts.items())),
-        "first": dropped.first,
-        "unused": dict(sorted(unused.counts.items())),
-        "first_unused": unused.first,
-    }
+    record = {"read": len(task.numbers), "kept": kept, "bytes": num_bytes, **counts}
+    record |= {"first": firsts["dropped"], "first_unused": firsts["unused"]}
     with written_whole(task.record, str(task.part)) as file:
         file.write(json.dumps(record).encode())
     return len(task.numbers)
 
 
 def digest_task(task: Task) -> int:
-    """Store a digest of each image file that would be kept, unless another part has by now."""
+    """Store a digest of each image file that the texts keep, unless another part has by now."""
+    # not decoded: equal files are equally readable, so one of them is tried, when it is written
     if not task.digests.is_file():
         digests = np.zeros((len(task.numbers), 2), np.uint64)
-        config = replace(task.config, resize=0)
-        for row, (entries, _) in zip(digests, task.samples(), strict=True):
+        for row, entries in zip(digests, task.samples(), strict=True):
             try:
-                _, data, _ = make_sample(entries, config)
-                row[:] = np.frombuffer(digest_of(data), np.uint64)
+                key, image, *_ = make_sample(entries, task.config, decode=False)[0].values()
+                row[:] = np.frombuffer(digest_of(image), np.uint64)
             except BadSample:
                 pass  # counted when the shard is written
         with written_whole(task.digests, str(task.part)) as file:
@@ -282,10 +281,17 @@ def digest_task(task: Task) -> int:
     return len(task.numbers)
 
 
-def index_path(output: Path) -> Path:
-    return output / PROGRESS_FOLDER / "index.jsonl"
+# --------------------------------------------------------------------------- data sets of a program
+
+MANIFEST = "manifest.json"  # beside the shards: {"plan": what the data set is made of, ...}
 
 
-def rows_path(output: Path) -> Path:
-    """INDEX_ROW of each entry in the index."""
-    return index_path(output).with_name("index.npy")
+def check_data_set(folder: Path, plan: dict[str, Any]) -> None:
+    """Refuse a folder that holds another data set than the plan's, or cannot be written."""
+    path = folder / MANIFEST
+    check_writable(path)
+    refuse_foreign_shards(folder, MANIFEST)
+    found = load_json(path.read_bytes()) if path.is_file() else {"plan": plan}
+    # a manifest.json of another program may hold anything
+    if not isinstance(found, dict) or found.get("plan") != plan:
+        raise ValueError(f"{folder} holds another data set (see {path}): delete it")

@@ -148,7 +148,8 @@ def split_of(statement: Statement) -> str | None:
         return "pairs" if is_pure and len(pairs) <= 2 else None
     if is_relation or is_count:
         return "relations" if is_relation else "counts"
-    said = repr((pairs, statement.relation))  # whatever size and background
+    # by what is said, whatever size and background: no list of statements has to be kept
+    said = repr((pairs, statement.relation))
     return "new" if zlib.crc32(said.encode()) % NEW_SHARE == 0 else "seen"
 
 
@@ -243,6 +244,7 @@ def draw_scene(statement: Statement, rng: np.random.Generator) -> Scene:
 
 def _arrange(number: int, relation: str | None, rng: np.random.Generator) -> np.ndarray:
     """Centres N x 2 of objects in cells of their own, and in the relation."""
+    # many at a time, so that nearly always one draw is enough
     while True:
         cells = rng.integers(CELLS, size=(CANDIDATES, number, 2))
         fits = np.ones(CANDIDATES, dtype=bool)
@@ -262,6 +264,7 @@ def draw_image(
     scene: Scene, image_size: int, outlines: dict[str, list[tuple[float, float]]] = OUTLINES
 ) -> Image.Image:
     """Antialiased RGB image of a scene; outlines: of its objects' shapes."""
+    # Pillow draws without antialiasing: larger, then reduced
     side = image_size * SUPERSAMPLING
     ground = BACKGROUNDS[scene.background]
     image = Image.new("RGB", (side, side), ground)

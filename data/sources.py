@@ -1,8 +1,9 @@
 """Where samples come from: folders, tables, COCO, MJHQ-30K, tars -> entries, in their own order.
 
 A source is a generator of data.entries.Entry. To add one, write its function here, which takes the
-command line's options, and put it into SOURCES with its arguments: that makes it a sub-command of
-scripts/make_shards.py. All that can be checked at once is checked before its first entry.
+command line's options, and put it into LOCAL_SOURCES with its arguments: that makes it a
+sub-command of scripts/make_shards.py. All that can be checked at once is checked before its first
+entry.
 """
 
 import argparse
@@ -24,18 +25,16 @@ from data.entries import (
 )
 from data.files import load_json, read_text_file, user_path
 from data.storage import is_remote
-from data.tables import encoding, open_table, separator
+from data.tables import open_table, separator
 from data.tar import expand_shards, one_form
 from data.transforms import IMAGE_KEYS
 from data.workers import map_in_processes
 
+# and whatever has ".tar." in its name
 TAR_ENDINGS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz")
 
 
 # ----------------------------------------------------------------------------------------- registry
-
-
-Arguments = dict[str, dict[str, Any]]  # flag -> options of argparse's add_argument
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,13 @@ class SourceKind:
     """A sub-command: its help, its arguments, its generator."""
 
     text: str
-    arguments: Arguments
+    arguments: dict[str, dict[str, Any]]  # flag -> options of argparse's add_argument
     entries: Callable[[argparse.Namespace], Iterator[Entry]]
     # the files that it is read from, except the images that entries name
     files: Callable[[argparse.Namespace], Iterable[str]] = lambda options: [options.file]
 
 
-SOURCES: dict[str, SourceKind] = {}  # by the name of the sub-command
+LOCAL_SOURCES: dict[str, SourceKind] = {}  # by the name of the sub-command
 
 
 def folder_path(text: str) -> str:
@@ -96,7 +95,8 @@ def folder_entries(
         ValueError: no image in it.
     """
     endings = {"txt", "json", *(key.partition(":")[0] for key in caption_keys)}
-    others, has_image = Counter(), False
+    others = Counter()
+    has_image = False
     for place, names in _folders(folder, output):
         # which files are texts, and which names they could belong to
         parts = {name: _split(name) for name in names}
@@ -108,27 +108,21 @@ def folder_entries(
                 continue  # of the file of that name, whatever becomes of it
             path = os.path.join(place, name)
             key = clean_key(os.path.splitext(os.path.relpath(path, folder))[0])
-            is_hidden, is_text = name.startswith("."), ending in endings
-            if not is_hidden | is_text and (ending in IMAGE_KEYS or image_extension(path)):
+            if name.startswith("."):
+                fault = "no image: hidden"
+            elif ending in endings or not (ending in IMAGE_KEYS or image_extension(path)):
+                fault = no_image(name)
+            else:
                 has_image = True
                 beside = {e: texts[stem, e] for e in sorted(endings) if (stem, e) in texts}
-                sidecars = {e: os.path.join(place, name) for e, name in beside.items()}
+                sidecars = {e: os.path.join(place, text) for e, text in beside.items()}
                 yield Entry(key, path, sidecars=sidecars)
-            else:
-                fault = "no image: hidden" if is_hidden else no_image(name)
-                others[fault.removeprefix("no image: ")] += 1
-                yield Entry(key, path, fault=fault)
+                continue
+            others[fault.removeprefix("no image: ")] += 1
+            yield Entry(key, path, fault=fault)
     if not has_image:
         there = ", ".join(f"{name} ({count})" for name, count in others.most_common(5)) or "none"
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_KEYS)}); files there: {there}")
-
-
-SOURCES["folder"] = SourceKind(
-    "images with same-named .txt or .json captions, also in sub-folders",
-    {"folder": {"type": folder_path}} | CAPTION_KEYS,
-    lambda options: folder_entries(options.folder, options.caption_keys, options.output),
-    files=lambda options: _files(options.folder, options.output),
-)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -137,42 +131,46 @@ def _split(name: str) -> tuple[str, str]:
     return stem, ending[1:].lower()
 
 
-def _files(root: str, output: str) -> Iterator[str]:
-    """Paths of all files that are not hidden."""
-    for place, names in _folders(root, output):
-        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
-
-
 def _folders(root: str, output: str) -> Iterator[tuple[str, list[str]]]:
     """(folder, file names), sorted, from root on; links are followed once, `output` is left out.
 
     Hidden folders come last, as file names, unless a link with another name has led to them.
     """
-    visited, hidden = set(), []
-    if output and os.path.isdir(output):
-        visited.add(_identity(output))
-    if _identity(root) in visited:
+    # by where links lead: they may form circles
+    visited = {os.path.realpath(output)} if output else set()
+    hidden = []
+    if os.path.realpath(root) in visited:
         raise ValueError(f"output: {output} is the source's own folder, name another")
 
+    # os.walk would go on without a word
     def fail(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}")
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        if _identity(folder) in visited:
+        if os.path.realpath(folder) in visited:
             folders.clear()
             continue
-        visited.add(_identity(folder))
+        visited.add(os.path.realpath(folder))
         hidden += [os.path.join(folder, name) for name in sorted(folders) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield folder, sorted(names)
     for folder in hidden:
-        if _identity(folder) not in visited:
+        if os.path.realpath(folder) not in visited:
             yield os.path.dirname(folder), [os.path.basename(folder)]
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+def _files(options: argparse.Namespace) -> Iterator[str]:
+    """Paths of all files that are not hidden."""
+    for place, names in _folders(options.folder, options.output):
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+
+
+LOCAL_SOURCES["folder"] = SourceKind(
+    "images with same-named .txt or .json captions, also in sub-folders",
+    {"folder": {"type": folder_path}} | CAPTION_KEYS,
+    lambda options: folder_entries(options.folder, options.caption_keys, options.output),
+    files=_files,
+)
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -197,7 +195,7 @@ def table_entries(options: argparse.Namespace) -> Iterator[Entry]:
                 raise ValueError(f"{table} has no column {name!r}; it has {there}")
             if (kind := columns[name]) is not None:
                 raise ValueError(f"{table}: column {name!r} is of type {kind}, expected text")
-        # what is left of a row is its metadata
+        # what is left of a row once path and captions are taken is its metadata
         for row in rows:
             found = True
             path = row.pop(options.path_column, None)
@@ -208,7 +206,7 @@ def table_entries(options: argparse.Namespace) -> Iterator[Entry]:
         raise ValueError(f"{', '.join(options.tables)}: no row")
 
 
-SOURCES["table"] = SourceKind(
+LOCAL_SOURCES["table"] = SourceKind(
     "csv, tsv, parquet or jsonl files with a path and a caption in each row",
     {
         "tables": {"type": file_path, "nargs": "+", "metavar": "FILE"},
@@ -224,7 +222,6 @@ SOURCES["table"] = SourceKind(
             "help": "fields may be in double quotes; --no-quotes: quotes are text (CC3M)",
         },
         "--encoding": {
-            "type": encoding,
             "help": "of the text, as cp1252; default: UTF-8, -16 or -32, by its first bytes",
         },
     }
@@ -250,23 +247,24 @@ def coco_entries(options: argparse.Namespace) -> Iterator[Entry]:
     captions: dict[Any, list[Any]] = {}
     for annotation in content["annotations"]:
         of_image = captions.setdefault(_hashable(annotation.get("image_id")), [])
+        # None is counted as a caption that is missing
         of_image += as_list(annotation.get("caption")) or [None]
     paths: dict[Any, str] = {}
     for image in content["images"]:
-        number, path = _hashable(image.get("id")), str(image.get("file_name", ""))
+        number = _hashable(image.get("id"))
+        path = str(image.get("file_name", ""))
         if path != paths.setdefault(number, path):
             both = f"{paths[number]!r} and {path!r}"
             raise ValueError(f"{file}: the images {both} have the same id {number!r}")
-    for image in content["images"]:
-        number = _hashable(image.get("id"))
-        yield _entry(file, options.images, paths[number], captions.get(number, []), image)
+        yield _entry(file, options.images, path, captions.get(number, []), image)
+    # nothing that the file says is lost without being counted
     for number in captions:
         if number not in paths:
             note = f"annotations of the image {number!r}, which is not in images"
             yield Entry(clean_key(str(number)), file, fault="image: missing", note=note)
 
 
-SOURCES["coco"] = SourceKind(
+LOCAL_SOURCES["coco"] = SourceKind(
     "captions_*.json of COCO, with all captions of an image", FILE | IMAGES, coco_entries
 )
 
@@ -279,17 +277,18 @@ def _hashable(number: Any) -> Any:
 def karpathy_entries(options: argparse.Namespace) -> Iterator[Entry]:
     """One of Karpathy's splits (dataset_coco.json, also of Flickr), all captions of each image.
 
-    images: folder that holds train2014 and val2014. restval: the 30,504 validation images in
-    neither val nor test count as "train".
+    images: folder that holds train2014 and val2014.
 
     Raises:
         ValueError: a split that the file does not have.
     """
-    file, split = options.file, options.split
+    file = options.file
+    split = options.split
     content = _load_object(file, "images")
     splits = sorted({str(image.get("split")) for image in content["images"]})
     if split not in splits:
         raise ValueError(f"split: given {split!r}, expected one of {', '.join(splits)} (in {file})")
+    # restval: the validation images of 2014 that the papers train on, 30,504
     chosen = {split, "restval"} if split == "train" and options.restval else {split}
     for image in content["images"]:
         if image.get("split") in chosen:
@@ -300,7 +299,7 @@ def karpathy_entries(options: argparse.Namespace) -> Iterator[Entry]:
             yield _entry(file, options.images, path, captions, image)
 
 
-SOURCES["karpathy"] = SourceKind(
+LOCAL_SOURCES["karpathy"] = SourceKind(
     "dataset_coco.json, Karpathy's split of COCO 2014 (or of Flickr), with all captions",
     FILE
     | IMAGES
@@ -328,7 +327,7 @@ def mjhq_entries(options: argparse.Namespace) -> Iterator[Entry]:
         yield _entry(file, options.images, path, captions, {"id": name, **record})
 
 
-SOURCES["mjhq"] = SourceKind(
+LOCAL_SOURCES["mjhq"] = SourceKind(
     "meta_data.json of MJHQ-30K; images are CATEGORY/ID.jpg", FILE | IMAGES, mjhq_entries
 )
 
@@ -358,11 +357,7 @@ def path_key(path: str) -> str:
 
 
 def _load_object(path: str, *lists: str) -> dict[str, Any]:
-    """A JSON file that holds an object with these lists of objects.
-
-    Raises:
-        ValueError: anything else, also in another encoding.
-    """
+    """A JSON file that holds an object with these lists of objects; ValueError: anything else."""
     content = load_json(read_text_file(path), strict=True)
     if not isinstance(content, dict) or not content:
         wanted = ", ".join(lists) or "entries"
@@ -384,15 +379,18 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
     Raises:
         ValueError: a tar that is missing, cut off or no tar, no sample at all.
     """
-    for pattern in patterns:
-        if is_remote(pattern):
-            raise ValueError(f"shards: {pattern!r} is not a local file; download the tars first")
+    for pattern in filter(is_remote, patterns):
+        raise ValueError(f"shards: {pattern!r} is not a local file; download the tars first")
     paths = expand_shards(patterns)
-    if other := [path for path in paths if not is_tar_name(path)]:
-        raise ValueError(f"{other[0]}: expected a tar (.tar, .tar.gz, .tgz, ...)")
-    found, others = False, []
+    # a table or a picture would be "truncated" to a reader of tars
+    for path in paths:
+        if not is_tar_name(path):
+            raise ValueError(f"{path}: expected a tar (.tar, .tar.gz, .tgz, ...)")
+    found = False
+    others = []
     lists = map_in_processes(list_samples, paths, workers)
     for path, (samples, strays) in zip(paths, lists, strict=True):
+        # members of one key that do not follow each other are several samples, each incomplete
         counts = Counter(one_form(key) for key, _, _ in samples)
         for key, begin, end in samples:
             found = True
@@ -400,7 +398,7 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
             note = "its key occurs again, the tar is not sorted" if again else ""
             yield Entry(clean_key(key), path, span=(begin, end), note=note)
         for name, reason in strays:
-            others += [name] if len(others) < 3 else []
+            others = [*others, name][:3]
             yield Entry(clean_key(name), path, fault=f"no sample: {reason}", note=f"member {name}")
     if not found:
         there = f"members {' '.join(others) or 'none'}, expected KEY.EXTENSION"
@@ -408,7 +406,7 @@ def tar_entries(patterns: Sequence[str], workers: int = 1) -> Iterator[Entry]:
 
 
 TARS = {"nargs": "+", "metavar": "TAR", "help": "path, glob or x-{000..127}.tar; .gz is slow"}
-SOURCES["shards"] = SourceKind(
+LOCAL_SOURCES["shards"] = SourceKind(
     "tars in webdataset's layout, as img2dataset writes them, to filter and shuffle",
     {"patterns": TARS} | CAPTION_KEYS,
     lambda options: tar_entries(options.patterns, options.workers),

@@ -12,8 +12,7 @@ import csv
 import io
 import json
 import os
-import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -54,14 +53,13 @@ def open_table(
     if separator is None and extension not in (*SEPARATORS, ".parquet", ".jsonl"):
         endings = ", ".join(SEPARATORS)
         raise ValueError(f"table {path}: expected {endings}, .parquet or .jsonl, or a --separator")
-    if not os.path.isfile(path):
-        raise ValueError(f"table {path} does not exist")
     if extension == ".parquet":
         kinds = _types_of(path)
         text = {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}
         return text, _parquet_rows(path)
     if extension == ".jsonl":
-        first = islice(_jsonl_rows(path, encoding), 100)  # a row may lack a column
+        # several, since a row may lack a column
+        first = islice(_jsonl_rows(path, encoding), 100)
         return {name: None for row in first for name in row}, _jsonl_rows(path, encoding)
     rows = _csv_rows(path, separator or SEPARATORS[extension], quotes, encoding)
     return dict.fromkeys(next(rows)), rows
@@ -69,6 +67,7 @@ def open_table(
 
 def _csv_rows(path: str, separator: str, quotes: bool, encoding: str | None) -> Iterator[Any]:
     """First the list of columns, then a dict per row."""
+    # csv's own limit of 131,072 is below what a quoted field may hold
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     with _text_of(path, encoding, newline="") as file:
@@ -93,21 +92,10 @@ def _csv_rows(path: str, separator: str, quotes: bool, encoding: str | None) -> 
                     yield dict(zip(columns, row, strict=True))
         except csv.Error as error:
             cure = "; if quotes are plain text, see --no-quotes" if quotes else ""
-            if quotes:
-                line = _line_of_quote(path, file.encoding, line, separator)
             raise ValueError(
-                f"{path} line {line}: the field that begins here does not end: {error}{cure}"
+                f"{path} line {line}: the row that begins here has a field that does not end: "
+                f"{error}{cure}"
             ) from None
-
-
-def _line_of_quote(path: str, encoding: str, line: int, separator: str) -> int:
-    """Where the field begins at which a row breaks off that begins in `line`."""
-    field = rf'("[^"]*(""[^"]*)*"|[^"{re.escape(separator)}\r\n][^{re.escape(separator)}\r\n]*)?'
-    with open(path, encoding=encoding, newline="") as file:
-        deque(islice(file, line - 1), maxlen=0)
-        text = file.read(MAX_FIELD_CHARACTERS)
-    whole = re.match(f"({field}{re.escape(separator)})*", text)[0]
-    return line + len(re.findall("\r\n?|\n", whole))
 
 
 def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
@@ -123,18 +111,19 @@ def _jsonl_rows(path: str, encoding: str | None) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _text_of(path: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
-    """The open table; ValueError, also later, if it is in another encoding."""
+    """The open table; ValueError, also later, if it is in another encoding, or that is none."""
     if encoding is None:
         with open(path, "rb") as binary:
             encoding = json.detect_encoding(binary.read(4))
-    with open(path, encoding=encoding, newline=newline) as file:
-        try:
+    try:
+        with open(path, encoding=encoding, newline=newline) as file:
             yield file
-        except UnicodeDecodeError:
-            cure = ", or name its encoding, for example --encoding cp1252"
-            raise ValueError(f"{not_decodable(path, file.encoding)}{cure}") from None
-        except UnicodeError as error:  # --encoding utf-16 of a file without its mark
-            raise ValueError(f"{path}: {error}") from None
+    except UnicodeDecodeError:
+        cure = ", or name its encoding, for example --encoding cp1252"
+        raise ValueError(f"{not_decodable(path, encoding)}{cure}") from None
+    # no such encoding, or utf-16 of a file without its mark
+    except (LookupError, UnicodeError) as error:
+        raise ValueError(f"{path}: --encoding {encoding}: {error}") from None
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -151,27 +140,15 @@ def separator(text: str) -> str:
     return character
 
 
-def encoding(name: str) -> str:
-    """argparse type: an encoding of text."""
-    try:
-        io.TextIOWrapper(io.BytesIO(), encoding=name)
-    except LookupError:
-        raise argparse.ArgumentTypeError(f"given {name!r}, expected one as cp1252") from None
-    return name
-
-
 # ------------------------------------------------------------------------------------------ parquet
 
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[Any]:
-    """A pyarrow ParquetFile, local or remote, that reads no more than it is asked for.
-
-    Raises:
-        ValueError: it cannot be read, also later while reading, or pyarrow is not installed.
-    """
+    """A pyarrow ParquetFile, local or remote, read as far as needed; ValueError names the file."""
+    # only those who have such files install it
     try:
-        import pyarrow.parquet  # only those who have such files install it
+        import pyarrow.parquet
     except ImportError:
         raise ValueError(
             f"{path}: parquet needs the package pyarrow: pip install pyarrow"
@@ -209,40 +186,6 @@ class Columns(NamedTuple):
     caption: str
 
 
-def read_rows(path: str, columns: Columns, prefix: str) -> Iterator[dict[str, Any]]:
-    """Each row as a sample for write_shard, with the key PREFIX/number.
-
-    Raises:
-        ValueError: the file cannot be read, or has not these columns.
-    """
-    find_columns(path, *columns)
-    number = 0
-    with open_parquet(path) as parquet:
-        # all columns, but for further images
-        names = [*dict.fromkeys([*columns, *_names_without_bytes(parquet)])]
-        for group in range(parquet.num_row_groups):
-            # one by one: a batch over several would hold them all
-            for batch in parquet.iter_batches(IMAGES_AT_ONCE, row_groups=[group], columns=names):
-                for row in batch.to_pylist():
-                    yield {"__key__": f"{prefix}/{number:08d}", **row_parts(row, columns)}
-                    number += 1
-
-
-def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
-    """{extension: bytes}: the image unless it is null, and the captions with the other columns."""
-    image = row.pop(columns.image)
-    if isinstance(image, dict):
-        image = image["bytes"]
-    captions = as_list(row.pop(columns.caption))
-    # no caption: nor may another column pass for one
-    content = {**row, "captions": captions} if find_captions([captions])[0] else {}
-    parts = {"json": json.dumps(content, default=str).encode()}  # str: dates and decimals
-    if image is not None:
-        # what is no image is found out when its shard is made
-        parts[image_extension(io.BytesIO(image)) or "jpg"] = image
-    return parts
-
-
 def find_columns(path: str, image_column: str | None, caption_column: str | None) -> Columns:
     """Image and caption of a file: by these names, else by type, then by usual names.
 
@@ -277,3 +220,35 @@ def _choose_column(
         expected = f"expected one of {', '.join(candidates) or 'none'}"
         raise ValueError(f"{option}: {given}, {expected}; {there}")
     return names[0]
+
+
+def read_rows(path: str, columns: Columns, prefix: str) -> Iterator[dict[str, Any]]:
+    """Each row as a sample for write_shard, its key PREFIX/number; ValueError names the file."""
+    # each file: one of another export may have other columns
+    find_columns(path, *columns)
+    number = 0
+    with open_parquet(path) as parquet:
+        # all columns, but for further images
+        names = [*dict.fromkeys([*columns, *_names_without_bytes(parquet)])]
+        for group in range(parquet.num_row_groups):
+            # one by one: a batch over several would hold them all
+            for batch in parquet.iter_batches(IMAGES_AT_ONCE, row_groups=[group], columns=names):
+                for row in batch.to_pylist():
+                    yield {"__key__": f"{prefix}/{number:08d}", **row_parts(row, columns)}
+                    number += 1
+
+
+def row_parts(row: dict[str, Any], columns: Columns) -> dict[str, bytes]:
+    """{extension: bytes}: the image unless it is null, and the captions with the other columns."""
+    image = row.pop(columns.image)
+    if isinstance(image, dict):
+        image = image["bytes"]
+    captions = as_list(row.pop(columns.caption))
+    # no caption: nor may another column pass for one
+    content = {**row, "captions": captions} if find_captions([captions])[0] else {}
+    # str: dates and decimals
+    parts = {"json": json.dumps(content, default=str).encode()}
+    if image is not None:
+        # what is no image is found out when its shard is made
+        parts[image_extension(io.BytesIO(image)) or "jpg"] = image
+    return parts

@@ -212,19 +212,17 @@ def train_crop(
 ) -> np.ndarray:
     """3 x size x size uint8: shorter side to `size`, random or centre crop, horizontal flip."""
     place = (draws.crop_x, draws.crop_y) if random_crop else None
-    pixels = _crop(picture, size, resize, place)
+    pixels = crop(picture, size, resize, place)
     return np.ascontiguousarray(pixels[:, :, ::-1]) if draws.flip < flip_probability else pixels
 
 
-def center_crop(picture: Picture, size: int, resize: Resize) -> np.ndarray:
-    """3 x size x size uint8: shorter side to `size`, the middle of the longer one."""
-    return _crop(picture, size, resize, place=None)
-
-
-def _crop(
-    picture: Picture, size: int, resize: Resize, place: tuple[float, float] | None
+def crop(
+    picture: Picture, size: int, resize: Resize, place: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """place: of the crop's corner among all that it can have, x and y in [0, 1); None: centre."""
+    """3 x size x size uint8: shorter side to `size`, a part of the longer one.
+
+    place: of the corner among all that it can have, x and y in [0, 1); None: the centre.
+    """
     shorter, longer = sorted((picture.width, picture.height))
     width, height = (int(size * side // shorter) for side in (picture.width, picture.height))
     if place is None:

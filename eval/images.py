@@ -21,7 +21,7 @@ from data.entries import Entry, clean_key, read_parts
 from data.images import image_bytes
 from data.samples import BadSample
 from data.sources import folder_entries, is_tar_name, tar_entries
-from data.transforms import center_crop, load_picture, open_image
+from data.transforms import crop, load_picture, open_image
 from data.workers import share_batch, start_worker
 from modeling.pipeline import Captioner, SamplingConfig
 from training.pictures import caption_grid
@@ -136,7 +136,7 @@ class ImageSet(Dataset):
             if self.rule == "clean":
                 pixels = clean_resize(np.asarray(picture.image))
             else:
-                pixels = center_crop(picture, self.image_size, "exact")
+                pixels = crop(picture, self.image_size, "exact")
             captions = captions_of(parts, self.caption_keys)
             return {"index": index, "image": pixels, "caption": next(iter(captions), "")}
         # Not raised: a worker's exception would end the whole evaluation

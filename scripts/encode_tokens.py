@@ -12,7 +12,6 @@ with the tokenizer's fingerprint.
 """
 
 import hashlib
-import io
 import json
 import sys
 import time
@@ -28,17 +27,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from configs.load import parse_stage_args
 from data.config import ONLY_SOURCE
 from data.files import write_json
-from data.images import ImageTextConfig, build_encoding_loader, encoding_sources
+from data.images import ImageTextConfig, ShardEnd, build_encoding_loader, encoding_sources
 from data.readers import TokenTextConfig, token_reader
 from data.shards import Source
-from data.tar import read_shard, shard_name, write_shard
-from modeling.image_tokenizer import ImageTokenizer
+from data.tar import shard_name, write_shard
+from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from modeling.layers import check_least, fingerprint
 from modeling.text_encoder import TextEncoder
 from training.checkpoint import BackgroundWriter
@@ -46,7 +46,7 @@ from training.errors import STOPPED_STATUS, exit_on_error, printable
 from training.loading import find_text_encoder, load_tokenizer
 from training.metrics import TimedIterator
 from training.provenance import SHARDS, check_source, read_source, save_source, states_by_name
-from training.run import TIMEOUT_MINUTES, locked, start_run
+from training.run import TIMEOUT_MINUTES, Run, locked, start_run
 from training.stage import StageConfig
 from training.supervise import CONTINUE, StopRequest, Watchdog, watched
 from training.tokens import TOKENS_INFO_FILE, LatentStats, TokensInfo, shard_damage
@@ -58,9 +58,12 @@ from training.vocabulary import (
 )
 
 NUM_NAMED = 3  # token shards that are made again
-KEPT_COUNTS = ("num_samples", "skipped", "crc32", "bytes")  # of each token shard, in tokens.json
-COUNT_SUFFIX = ".count.json"  # beside a token shard, while the others are being written
-STATISTICS_SAMPLES = 10_000  # the latent scale is measured over so many samples at most
+# of each token shard, in tokens.json
+KEPT_COUNTS = ("num_samples", "skipped", "crc32", "bytes")
+# beside a token shard, while the others are being written
+COUNT_SUFFIX = ".count.json"
+# the latent scale is measured over so many samples at most
+STATISTICS_SAMPLES = 10_000
 REPORT_SECONDS = 10.0
 SILENCE = f"no images encoded for {TIMEOUT_MINUTES:g} minutes"
 
@@ -99,9 +102,9 @@ class TokensStage(StageConfig):
 def main(config: TokensStage) -> None:
     """Encode what is not there yet, then measure and write tokens.json."""
     run = start_run(config.run_dir, config.precision, seed=0)
-    accelerator, folder = run.accelerator, run.folder
     tokenizer = load_tokenizer(config.tokenizer_run)
     text_encoder = find_text_encoder(config.tokenizer_run)
+    # what the tokens are made of; tokens.json repeats the first part
     source = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "text_encoder_fingerprint": text_encoder.identity,
@@ -110,82 +113,85 @@ def main(config: TokensStage) -> None:
         "num_crops": config.num_crops,
     }
     made_of = source | {"precision": config.precision, "data": describe_data(config.data)}
+    images = []
+    not_compared = None
     try:
         images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
+        image_shards = [image.shards[0] for image in images]
+        outputs = output_paths(image_shards, run.folder)
+        source["shards"] = [path.name for path in outputs]
+        made_of |= source | {SHARDS: states_by_name(image_shards)}
     except ValueError as error:
-        # Whole tokens need their images no more
-        info = find_info(folder, made_of)
-        if info is None or info.damage(folder):
+        # whole tokens need their images no more
+        if not (run.folder / TOKENS_INFO_FILE).is_file():
             raise
-        accelerator.print(f"{folder}: complete, nothing to do; not compared with images: {error}")
-        return
-    image_shards = [image.shards[0] for image in images]
-    outputs = output_paths(image_shards, folder)
+        not_compared = error
 
-    # What the tokens are made of; tokens.json repeats the first part.
-    source["shards"] = [path.name for path in outputs]
-    made_of |= source | {SHARDS: states_by_name(image_shards)}
-    info = find_info(folder, made_of)
-    left = [
-        (image, path)
-        for image, path in zip(images, outputs, strict=True)
-        if shard_damage(path, read_counts(path, info))
-    ]
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    if info and not left:
-        save_source(folder, made_of)
-        accelerator.print(f"{folder}: complete, {len(outputs)} shards, nothing to do")
+    if is_complete(run, made_of, not_compared):
         return
-    if info:
-        names = ", ".join(path.name for _, path in left[:NUM_NAMED])
-        accelerator.print(f"{folder}: {len(left)} shards are lost or damaged, made again: {names}")
-
+    if not_compared:
+        raise not_compared
     with locked(run):
-        save_source(folder, made_of)
-        # This process's share
-        mine = left[accelerator.process_index :: accelerator.num_processes]
+        # once more: another encoding may have ended before the lock was free
+        if is_complete(run, made_of):
+            return
+        info = find_info(run.folder, made_of)
+        left = [
+            (image, path)
+            for image, path in zip(images, outputs, strict=True)
+            if "bytes" not in (counts := read_counts(path, info)) or shard_damage(path, counts)
+        ]
+        # all have looked before one writes
+        run.accelerator.wait_for_everyone()
+        if info:
+            names = ", ".join(path.name for _, path in left[:NUM_NAMED])
+            run.say(f"{run.folder}: {len(left)} shards are lost or damaged, made again: {names}")
+        save_source(run.folder, made_of)
+
+        # each process has its share of them; what is there under their names is no shard
+        mine = left[run.accelerator.process_index :: run.accelerator.num_processes]
         for _, path in mine:
-            path.unlink(missing_ok=True)  # what is there is no shard
-        encoder = Encoder(config, accelerator, tokenizer, text_encoder)
-        encode_shards(encoder, mine)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            finish(folder, outputs, info, tokenizer, source)
-        accelerator.wait_for_everyone()
+            path.unlink(missing_ok=True)
+        if mine:
+            encode_shards(config, run.accelerator, tokenizer, text_encoder, mine)
+        run.accelerator.wait_for_everyone()
+        if run.is_main:
+            finish(run.folder, outputs, info, tokenizer.config, source)
+        run.accelerator.wait_for_everyone()
 
 
 def finish(
     folder: Path,
     outputs: list[Path],
     info: TokensInfo | None,
-    tokenizer: ImageTokenizer,
+    sizes: ImageTokenizerConfig,
     source: dict,
 ) -> None:
     """Write what marks the folder as complete, and say what was skipped; info: the one before."""
-    skipped, first, num_samples, kept = Counter(), {}, 0, {}
+    skipped = Counter()
+    first = {}
+    kept = {}
     vocabulary: Vocabulary | None = join_vocabularies([])
     for path in outputs:
-        counts = complete_counts(path, read_counts(path, info))
-        num_samples += counts["num_samples"]
+        counts = read_counts(path, info)
         skipped.update(counts["skipped"])
-        first = counts["first"] | first
+        first = counts.get("first", {}) | first
         kept[path.name] = {name: counts[name] for name in KEPT_COUNTS}
         # Shard by shard: the words of all at once may not fit into memory. Where those of one shard
         # are unknown, nothing can be said of a prompt.
-        words = counts["vocabulary"]
+        words = counts.get("vocabulary")
         if vocabulary and words:
             vocabulary = join_vocabularies([vocabulary, Vocabulary(**words)])
         else:
             vocabulary = None
+    # of what later stages learn from: tars of other bytes may hold the same
     contents = [counts["crc32"] for counts in kept.values()]
-    sizes = tokenizer.config
-    stats = measure(outputs, sizes.num_tokens, sizes.token_channels)
     now = TokensInfo(
-        num_samples=num_samples,
+        num_samples=sum(counts["num_samples"] for counts in kept.values()),
         num_tokens=sizes.num_tokens,
         token_channels=sizes.token_channels,
         skipped=dict(skipped),
-        stats=stats,
+        stats=measure(outputs, sizes.num_tokens, sizes.token_channels),
         identity=hashlib.sha256(repr(contents).encode()).hexdigest()[:16],
         counts=kept,
         **source,
@@ -193,12 +199,12 @@ def finish(
     if vocabulary:
         save_vocabulary(vocabulary, folder)
     now.save(folder)
-    # Counts, and files that killed processes have not finished
+    # counts, and files that killed processes have not finished
     for path in [*map(count_file, outputs), *folder.glob("*.tmp")]:
         path.unlink(missing_ok=True)
     print(
-        f"{folder}: {num_samples} samples, skipped {skipped.total() or 'none'}, latent scale "
-        f"{now.latent_scale:.4f} (over {stats.num_samples} samples)"
+        f"{folder}: {now.num_samples} samples, skipped {skipped.total() or 'none'}, latent scale "
+        f"{now.latent_scale:.4f} (over {now.stats.num_samples} samples)"
     )
     for reason, sample in first.items():
         print(printable(f"  {reason}: {skipped[reason]}, the first: {sample}"))
@@ -206,11 +212,7 @@ def finish(
 
 
 def output_paths(image_shards: list[str], folder: Path) -> list[Path]:
-    """Token shard of each image shard, by file name.
-
-    Raises:
-        ValueError: two image shards have the same name.
-    """
+    """Token shard of each image shard, by file name; ValueError: two have the same name."""
     names = map(shard_name, image_shards)
     outputs = [folder / (name.removesuffix(".gz").removesuffix(".tar") + ".tar") for name in names]
     if len(set(outputs)) != len(outputs):
@@ -230,13 +232,29 @@ def describe_data(data: ImageTextConfig) -> dict:
     return {"background": list(data.background), **parts}
 
 
+def is_complete(run: Run, made_of: dict, not_compared: ValueError | None = None) -> bool:
+    """Whether there is nothing to do, and say so; not_compared: why the images were not looked at.
+
+    A folder that is complete may be one that nobody can write to.
+    """
+    info = find_info(run.folder, made_of)
+    if info is None or info.damage(run.folder):
+        return False
+    note = f"; not compared with images: {not_compared}" if not_compared else ""
+    run.say(f"{run.folder}: complete, {len(info.shards)} shards, nothing to do{note}")
+    if not not_compared:
+        save_source(run.folder, made_of)
+    return True
+
+
 def find_info(folder: Path, made_of: dict) -> TokensInfo | None:
-    """What a folder holds that was complete once, checked against what its tokens are made of.
+    """The tokens.json of a folder, checked against what its tokens are made of; None: not there.
 
     Raises:
         ValueError: its tokens, complete or not, are of another tokenizer, text tower, option or
             image shard.
     """
+    # tokens.json is there once all shards are, source.json since the first one
     check_source(folder, read_source(folder), made_of)
     if not (folder / TOKENS_INFO_FILE).is_file():
         return None
@@ -250,52 +268,21 @@ def count_file(token_shard: Path) -> Path:
     return token_shard.with_name(token_shard.name + COUNT_SUFFIX)
 
 
-@dataclass
-class Encoder:
-    """The frozen networks on this process's device: images in, samples of a token shard out."""
-
-    config: TokensStage
-    accelerator: Accelerator
-    tokenizer: ImageTokenizer
-    text_encoder: TextEncoder
-
-    def __post_init__(self):
-        self.tokenizer.to(self.accelerator.device)
-        self.text_encoder.to(self.accelerator.device)
-
-    @torch.no_grad()
-    def __call__(self, batch: dict) -> Iterator[dict]:
-        """{"image": B x V x 3 x R x R uint8, ...} -> B x V samples, twice as many with flip."""
-        latents, states = self.latents(batch["image"]), None
-        if self.config.store_text_states:
-            with self.accelerator.autocast():
-                states = to_half(self.text_encoder(batch["token_ids"].to(self.accelerator.device)))
-        for index, key in enumerate(batch["key"]):
-            text = {"txt": batch["caption"][index].encode()} | batch["members"][index]
-            if states is not None:
-                text["text.npy"] = states[index]
-            for name, latent in latents.items():
-                yield {"__key__": key + name, "latent.npy": latent[index], **text}
-
-    def latents(self, images: Tensor) -> dict:
-        """View's name ("", "-flip", "-crop0", ...) -> moments B x 2 x K x C, float16."""
-        images = images.to(self.accelerator.device, non_blocking=True).float().div_(255)
-        num_crops = self.config.num_crops
-        names = [f"-crop{i}" for i in range(num_crops)] if num_crops > 1 else [""]
-        views = dict(zip(names, images.unbind(1), strict=True))
-        if self.config.flip:
-            views |= {f"{name}-flip": view.flip(-1) for name, view in views.items()}
-        with self.accelerator.autocast():
-            found = {name: self.tokenizer.encode(view) for name, view in views.items()}
-        return {name: to_half(torch.stack([*moments], dim=1)) for name, moments in found.items()}
+def read_counts(token_shard: Path, info: TokensInfo | None) -> dict:
+    """What is known of a token shard, as write_tokens or tokens.json has it; {} if nothing."""
+    path = count_file(token_shard)
+    if path.is_file():
+        return json.loads(path.read_text())
+    return info.counts.get(token_shard.name, {}) if info else {}
 
 
-def to_half(values: Tensor):
-    """float16 array on the CPU."""
-    return values.to(torch.float16).cpu().numpy()
-
-
-def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
+def encode_shards(
+    config: TokensStage,
+    accelerator: Accelerator,
+    tokenizer: ImageTokenizer,
+    text_encoder: TextEncoder,
+    shards: list[tuple[Source, Path]],
+) -> None:
     """Encode pairs of image and token shard, several at a time in the reading workers.
 
     Finished ones are written in the background: the device goes on.
@@ -305,24 +292,29 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
         ChildProcessError: a worker died, or not all of its images arrived.
         OSError: a token shard cannot be written; it is left out as a whole.
     """
-    if not shards:
-        return
-    # The workers read images of several shards at once, each in its own order.
-    config, rank = encoder.config, encoder.accelerator.process_index
-    tokenize = encoder.text_encoder.tokenize if config.store_text_states else None
-    sources, pin_memory = [image for image, _ in shards], encoder.accelerator.device.type == "cuda"
-    loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, pin_memory)
+    tokenizer.to(accelerator.device)
+    text_encoder.to(accelerator.device)
+    tokenize = text_encoder.tokenize if config.store_text_states else None
+    sources = [image for image, _ in shards]
+    on_cuda = accelerator.device.type == "cuda"
+    loader = build_encoding_loader(config.data, sources, tokenize, config.batch_size, on_cuda)
+    # the workers read images of several shards at once, each in its own order
     samples: dict[int, list[dict]] = defaultdict(list)
     captions: dict[int, list[str]] = defaultdict(list)
-    arrived: Counter[int] = Counter()
+    num_images = 0
+    num_cut = 0.0
+    start = time.perf_counter()
+    # one process for all, which have as much to do; no thread of its own: workers are forked
+    tqdm.monitor_interval = 0
+    bar = {"disable": not accelerator.is_main_process, "mininterval": REPORT_SECONDS}
     with (
         StopRequest() as stop,  # before the workers, so that its signals do not end them
         watched(loader) as batches,
         Watchdog(TIMEOUT_MINUTES, SILENCE) as watchdog,
         BackgroundWriter() as writer,
+        tqdm(desc=config.run_dir, total=len(shards), unit=" shards", **bar) as progress,
     ):
         items = TimedIterator(batches)
-        progress = Progress(rank, len(shards), items, reads_text=tokenize is not None)
         for item in items:
             if reason := stop.reason():
                 print(f"{config.run_dir}: stopped ({reason}). {CONTINUE}", flush=True)
@@ -331,90 +323,94 @@ def encode_shards(encoder: Encoder, shards: list[tuple[Source, Path]]) -> None:
             writer.check()
             # a batch of a shard: its samples wait until the shard is through
             index = item["shard"]
-            image, token_shard = shards[index]
             if "end" not in item:
-                arrived[index] += len(item["key"])
-                progress.num_images += len(item["key"])
-                progress.num_cut += len(item["key"]) * float(item.get("captions_cut", 0))
-                samples[index] += encoder(item)
+                num_images += len(item["key"])
+                num_cut += len(item["key"]) * float(item.get("captions_cut", 0))
+                samples[index] += encode_batch(config, accelerator, tokenizer, text_encoder, item)
                 captions[index] += item["caption"]
                 continue
 
-            # A shard is through. What a worker lost on the way would be missing without an error.
-            end, made = item["end"], samples.pop(index, [])
-            if arrived[index] != end.num_images:
-                raise ChildProcessError(
-                    f"{token_shard} is not written: of the {end.num_images} images that a data "
-                    f"worker read of {image.shards[0]}, {arrived[index]} arrived"
-                )
-            counts = {"num_samples": len(made), "skipped": end.skipped, "first": end.first}
+            image, token_shard = shards[index]
+            made = samples.pop(index, [])
             read = captions.pop(index, [])
-            writer.start(partial(write_tokens, config, token_shard, made, read, counts))
-            progress.report(token_shard.parent)
+            writer.start(partial(write_tokens, config, image, token_shard, made, read, item["end"]))
+            waiting = items.seconds / (time.perf_counter() - start)
+            cut = f", {num_cut / max(num_images, 1):.1%} of captions cut" if tokenize else ""
+            state = f"{num_images} images, {waiting:.1%} of the time waiting for images{cut}"
+            progress.set_postfix_str(state, refresh=False)
+            progress.update()
+
+
+@torch.no_grad()
+def encode_batch(
+    config: TokensStage,
+    accelerator: Accelerator,
+    tokenizer: ImageTokenizer,
+    text_encoder: TextEncoder,
+    batch: dict,
+) -> Iterator[dict]:
+    """{"image": B x V x 3 x R x R uint8, ...} -> B x V samples, twice as many with flip."""
+    # bytes travel to the device, four times fewer than floats
+    images = batch["image"].to(accelerator.device, non_blocking=True).float().div_(255)
+    has_crops = config.num_crops > 1
+    views = {f"-crop{i}" if has_crops else "": view for i, view in enumerate(images.unbind(1))}
+    if config.flip:
+        views |= {f"{name}-flip": view.flip(-1) for name, view in views.items()}
+    states = None
+    with accelerator.autocast():
+        moments = {name: tokenizer.encode(view) for name, view in views.items()}
+        if config.store_text_states:
+            states = to_half(text_encoder(batch["token_ids"].to(accelerator.device)))
+    # name of the view -> mean and logvar, B x 2 x K x C
+    latents = {name: to_half(torch.stack([*found], dim=1)) for name, found in moments.items()}
+    for index, key in enumerate(batch["key"]):
+        text = {"txt": batch["caption"][index].encode()} | batch["members"][index]
+        if states is not None:
+            text["text.npy"] = states[index]
+        for name, latent in latents.items():
+            yield {"__key__": key + name, "latent.npy": latent[index], **text}
+
+
+def to_half(values: Tensor) -> np.ndarray:
+    """float16 array on the CPU."""
+    return values.to(torch.float16).cpu().numpy()
 
 
 def write_tokens(
-    config: TokensStage, token_shard: Path, made: list[dict], captions: list[str], counts: dict
+    config: TokensStage,
+    image: Source,
+    token_shard: Path,
+    made: list[dict],
+    captions: list[str],
+    end: ShardEnd,
 ) -> None:
-    """Write a token shard and, before and after, its counts; captions: those that were read.
+    """Write a token shard, then its counts, a sign that it is whole.
 
-    A sample's own txt may be another text, or in another encoding.
+    captions: those that were read; a sample's own txt may be another text, or in another encoding.
+
+    Raises:
+        ChildProcessError: not all images arrived.
     """
-    counts |= {"vocabulary": None, "crc32": content_crc32(made)}
-    if not config.data.has_several_captions():  # an epoch may have others
-        counts["vocabulary"] = asdict(measure_vocabulary(captions))
-    write_json(counts, count_file(token_shard))
-    write_shard(token_shard, made)
-    counts["bytes"] = token_shard.stat().st_size
-    write_json(counts, count_file(token_shard))
-
-
-class Progress:
-    """Says how far the shards of a process are, and whether the network waits for images."""
-
-    def __init__(self, rank: int, num_shards: int, items: TimedIterator, reads_text: bool):
-        self.rank = rank
-        self.num_shards = num_shards
-        self.items = items
-        self.num_done = self.num_images = 0
-        self.reads_text = reads_text
-        self.num_cut = 0.0  # captions that the text tower cuts
-        self.start = self.reported = time.perf_counter()
-
-    def report(self, folder: Path) -> None:
-        """Count a shard; print a line now and then, and after the last one."""
-        self.num_done += 1
-        now = time.perf_counter()
-        if now - self.reported <= REPORT_SECONDS and self.num_done < self.num_shards:
-            return
-        self.reported = now
-        seconds = now - self.start
-        share = self.num_cut / max(self.num_images, 1)
-        cut = f", {share:.1%} of captions cut by the text tower" if self.reads_text else ""
-        left = seconds / self.num_done * (self.num_shards - self.num_done)
-        print(
-            f"[{self.rank}] {folder}: {self.num_done}/{self.num_shards} shards, {self.num_images} "
-            f"images, {self.num_images / seconds:.1f} images/s, {left:.0f} s left, "
-            f"{self.items.seconds / seconds:.1%} of the time waiting for images{cut}",
-            flush=True,
+    # what a worker lost on the way would be missing without an error
+    if len(captions) != end.num_images:
+        raise ChildProcessError(
+            f"{token_shard} is not written: of the {end.num_images} images that a data worker read "
+            f"of {image.shards[0]}, {len(captions)} arrived"
         )
-
-
-def read_counts(token_shard: Path, info: TokensInfo | None) -> dict:
-    """What is known of a token shard: KEPT_COUNTS, "first" and "vocabulary", as far as they are."""
-    path = count_file(token_shard)
-    if path.is_file():
-        return json.loads(path.read_text())
-    return info.counts.get(token_shard.name, {}) if info else {}
-
-
-def complete_counts(token_shard: Path, counts: dict) -> dict:
-    """The counts of a token shard; what is not known of an older one is read from it."""
-    if "crc32" not in counts:
-        samples = list(read_shard(token_shard))
-        counts = counts | {"num_samples": len(samples), "crc32": content_crc32(samples)}
-    unknown = {"skipped": {}, "first": {}, "vocabulary": None}
-    return unknown | {"bytes": token_shard.stat().st_size} | counts
+    # of captions that are drawn anew, an epoch may have others than these
+    vocabulary = None
+    if not config.data.has_several_captions():
+        vocabulary = asdict(measure_vocabulary(captions))
+    write_shard(token_shard, made)
+    counts = {
+        "num_samples": len(made),
+        "skipped": end.skipped,
+        "first": end.first,
+        "vocabulary": vocabulary,
+        "crc32": content_crc32(made),
+        "bytes": token_shard.stat().st_size,
+    }
+    write_json(counts, count_file(token_shard))
 
 
 def content_crc32(samples: Iterable[dict]) -> int:
@@ -422,9 +418,8 @@ def content_crc32(samples: Iterable[dict]) -> int:
     value = 0
     for sample in samples:
         for name, part in sample.items():
-            if name.endswith(".npy"):
-                array = np.load(io.BytesIO(part)) if isinstance(part, bytes) else part
-                part = np.ascontiguousarray(array).tobytes()
+            if isinstance(part, np.ndarray):
+                part = part.tobytes()
             data = part.encode() if isinstance(part, str) else part
             value = zlib.crc32(data, zlib.crc32(name.encode(), value))
     return value
@@ -437,6 +432,7 @@ def measure(outputs: list[Path], num_tokens: int, token_channels: int) -> Latent
     batches = [*reader.once(100, limit=STATISTICS_SAMPLES)]
     mean = torch.cat([b["latent_mean"] for b in batches]).double()  # N x K x C
     logvar = torch.cat([b["latent_logvar"] for b in batches]).double()
+    # a sampled latent is mean + sqrt(exp(logvar)) * noise: its variances add up
     deviation = (mean.var(correction=0) + logvar.exp().mean()).sqrt()
     return LatentStats(
         num_samples=len(mean),

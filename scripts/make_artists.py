@@ -35,16 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from assets.noto_emoji.make_demo_data import Emoji, describe_emoji, load_image, png_bytes
 from configs.load import parse_stage_args
-from data.files import check_writable, write_json
-from data.tar import refuse_foreign_shards, write_shard
+from data.files import write_json
+from data.packing import MANIFEST, check_data_set
+from data.tar import write_shard
 from modeling.layers import check_least
 from training.errors import exit_on_error
 from training.stage import StageConfig
 
-MANIFEST = "manifest.json"
 SHARDS = {"train": 8, "captions": 1, "styles": 1}  # of each split
 NAMES_FILE = "emoji.json"  # in the package of noto
-JOINERS = ("fe0f", "200d")  # code points that some packages leave out of a file's name
+# code points that some packages leave out of a file's name
+JOINERS = ("fe0f", "200d")
 LEFT_OUT = {"flags", "component", "family"}  # categories and subcategories
 LARGEST_SIZE = 64  # pixels: that of most packages
 
@@ -116,13 +117,9 @@ class Drawing:
 
 def main(config: ArtistsStage) -> None:
     """Write the shards that are not there."""
-    # Whose shards these are is written first: an interrupted run goes on
-    folder, plan = Path(config.run_dir), config.plan()
-    path = folder / MANIFEST
-    check_writable(path)
-    refuse_foreign_shards(folder, MANIFEST)
-    if path.is_file() and json.loads(path.read_text())["plan"] != plan:
-        raise ValueError(f"{folder} holds another data set (see {path}): delete it")
+    folder = Path(config.run_dir)
+    plan = config.plan()
+    check_data_set(folder, plan)
     if all(Path(shard).is_file() for shard in config.outputs()):
         print(f"{folder}: complete, nothing to do")
         return
@@ -130,7 +127,8 @@ def main(config: ArtistsStage) -> None:
     fetch_packages(Path(config.packages))
     splits = split_drawings(config, read_drawings(Path(config.packages)))
     images = {split: Counter(d.style for d in drawings) for split, drawings in splits.items()}
-    write_json({"plan": plan, "images": images}, path)
+    # whose shards these are is written first: an interrupted run goes on
+    write_json({"plan": plan, "images": images}, folder / MANIFEST)
     for split, drawings in splits.items():
         files = shard_files(config, split)
         for i, file in enumerate(files):
@@ -146,37 +144,28 @@ def shard_files(config: ArtistsStage, split: str) -> list[Path]:
 
 
 def fetch_packages(folder: Path) -> None:
-    """Have npm fetch the packages that are not there.
-
-    Raises:
-        ValueError: it can't; says how to fetch them elsewhere.
-    """
+    """Have npm fetch the packages that are not there; ValueError says how to do it elsewhere."""
     missing = [a.package for a in ARTISTS.values() if not (folder / a.file).is_file()]
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
     command = ["npm", "pack", *missing]
     print(f"+ {shlex.join(command)}", flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as partial:  # what is not whole stays there
+    # aside, so that what is not whole never lies among the packages
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
         try:
-            status = subprocess.run([*command, "--loglevel=error"], cwd=partial).returncode
-        except OSError as error:  # there is no npm
-            status = error
-        if status:
+            subprocess.run([*command, "--loglevel=error"], cwd=partial, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:  # there is no npm, or it failed
             raise ValueError(
-                f"{folder} lacks npm packages that npm did not fetch ({status}). Elsewhere, type "
+                f"{folder} lacks npm packages that npm did not fetch ({error}). Elsewhere, type "
                 f"'{shlex.join(command)}', and copy the .tgz files that it writes into {folder}"
-            )
+            ) from None
         for path in Path(partial).iterdir():
             os.replace(path, folder / path.name)
 
 
 def read_drawings(folder: Path) -> list[Drawing]:
-    """All drawings that are wanted, those of one name side by side.
-
-    Raises:
-        ValueError: a package that can't be read; names it.
-    """
+    """All drawings that are wanted, those of one name side by side; ValueError as read_package."""
     files = {style: read_package(folder / a.file, a.folder) for style, a in ARTISTS.items()}
     emoji = describe_emoji(json.loads(files["noto"][NAMES_FILE]))
     wanted = [e for e in emoji if not (e.tone or {e.category, e.subcategory} & LEFT_OUT)]
@@ -185,6 +174,7 @@ def read_drawings(folder: Path) -> list[Drawing]:
         key = code_points(one.key)
         own = {style: files[style][key] for style in STYLES if key in files[style]}
         drawings += [Drawing(key, number, one, style, own[style]) for style in own]
+    # a drawing of several names shows none of them; a name with one artist has no style to compare
     uses = Counter(drawing.image for drawing in drawings)
     drawings = [drawing for drawing in drawings if uses[drawing.image] == 1]
     artists = Counter(drawing.key for drawing in drawings)
@@ -192,11 +182,7 @@ def read_drawings(folder: Path) -> list[Drawing]:
 
 
 def read_package(path: Path, folder: str) -> dict[str, bytes]:
-    """{code points: image} of the drawings in a package's folder; and emoji.json, by its name.
-
-    Raises:
-        ValueError: it can't be read; names it.
-    """
+    """{code points: image} of a package's folder, and emoji.json; ValueError names the package."""
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(path) as tar:
@@ -218,11 +204,7 @@ def code_points(key: str) -> str:
 
 
 def split_drawings(config: ArtistsStage, drawings: Sequence[Drawing]) -> dict[str, list[Drawing]]:
-    """The drawings of each split, shuffled.
-
-    Raises:
-        ValueError: too few names have a drawing of every artist to hold so many out.
-    """
+    """The drawings of each split, shuffled; ValueError: too few names to hold so many out."""
     rng = random.Random(config.seed)
     counts = Counter(drawing.key for drawing in drawings)
     candidates = sorted(key for key, count in counts.items() if count == len(STYLES))
@@ -232,6 +214,7 @@ def split_drawings(config: ArtistsStage, drawings: Sequence[Drawing]) -> dict[st
             f"heldout_names {config.heldout_names} + heldout_pairs {config.heldout_pairs} must be "
             f"below the number of names that all artists have drawn, {len(candidates)}"
         )
+    # names first, then pairs: neither takes what the other holds out
     chosen = rng.sample(candidates, num_heldout)
     names = {*chosen[: config.heldout_names]}
     pairs = {*zip(chosen[config.heldout_names :], cycle(STYLES))}
@@ -248,7 +231,8 @@ def split_drawings(config: ArtistsStage, drawings: Sequence[Drawing]) -> dict[st
 
 def make_sample(drawing: Drawing, split: str, image_size: int) -> dict[str, Any]:
     """Raw sample of a drawing: half of those of a name say the style, in split styles all."""
-    emoji, style = drawing.emoji, drawing.style
+    emoji = drawing.emoji
+    style = drawing.style
     captions = [emoji.name, f"{emoji.name}, {style}"]
     if split == "styles" or (drawing.number + STYLES.index(style)) % 2:
         captions.reverse()

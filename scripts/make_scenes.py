@@ -28,7 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
 from configs.load import parse_stage_args
-from data.files import check_writable, write_json
+from data.files import write_json
+from data.packing import MANIFEST, check_data_set
 from data.scenes import (
     SPLITS,
     Statement,
@@ -37,7 +38,7 @@ from data.scenes import (
     draw_scene,
     draw_statement_of,
 )
-from data.tar import refuse_foreign_shards, write_shard
+from data.tar import write_shard
 from data.workers import map_in_processes
 from modeling.layers import check_least
 from training.errors import exit_on_error
@@ -45,7 +46,6 @@ from training.stage import StageConfig
 
 SAMPLES_PER_SHARD = 2000
 PHRASINGS = 4  # of a caption; some may be equal
-MANIFEST = "manifest.json"
 # the settings that decide what is drawn
 PLAN = "image_size seed captions images_per_caption heldout_captions heldout_images_per_caption"
 
@@ -91,15 +91,12 @@ class ScenesStage(StageConfig):
 
 def main(config: ScenesStage) -> None:
     """Write the shards that are not there."""
-    # Whose shards these are is written first: an interrupted run goes on
-    folder, plan = Path(config.run_dir), config.plan()
-    path = folder / MANIFEST
-    check_writable(path)
-    refuse_foreign_shards(folder, MANIFEST)
-    if path.is_file() and json.loads(path.read_text())["plan"] != plan:
-        raise ValueError(f"{folder} holds another data set (see {path}): delete it")
+    # whose shards these are is written first: an interrupted run goes on
+    folder = Path(config.run_dir)
+    plan = config.plan()
+    check_data_set(folder, plan)
     sizes = {split: math.prod(config.size_of(split)) for split in SPLITS}
-    write_json({"plan": plan, "images": sizes}, path)
+    write_json({"plan": plan, "images": sizes}, folder / MANIFEST)
     tasks = [task for task in shard_tasks(config) if not shard_file(config, *task).is_file()]
     if not tasks:
         print(f"{folder}: complete, nothing to do")
@@ -130,8 +127,10 @@ def make_shard(config: ScenesStage, task: tuple[str, int]) -> None:
 
 
 def make_sample(config: ScenesStage, split: str, number: int) -> dict[str, Any]:
-    """Raw sample of an image: captions take turns, so that those of one lie far apart."""
+    """Raw sample of an image."""
+    # captions take turns: images of one lie far apart, also in a shuffle of neighbours
     caption = number % config.size_of(split)[0]
+    # seen: other images of what was trained on
     statement, texts = make_caption(config.seed, "train" if split == "seen" else split, caption)
     scene = draw_scene(statement, generator(config.seed, split, "image", number))
     buffer = io.BytesIO()
@@ -156,7 +155,8 @@ def make_caption(seed: int, split: str, number: int) -> tuple[Statement, list[st
 def generator(seed: int, split: str, use: str, number: int) -> np.random.Generator:
     """Numbers of one image or caption: the same whatever else is made."""
     stream = 2 * SPLITS.index(split) + (use == "image")
-    # Philox is keyed directly: no seed has to be hashed
+    # an own stream each: more images, or another split, change no other. Philox is keyed directly:
+    # no seed has to be hashed
     return np.random.Generator(np.random.Philox(key=(seed, stream << 40 | number)))
 
 

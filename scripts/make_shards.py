@@ -34,7 +34,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -52,25 +52,28 @@ from data.captions import check_caption_keys
 from data.entries import Entry, build_index, file_stamp, first_equals
 from data.files import integer, written_whole
 from data.filters import FilterConfig
-from data.hub import copies_folder  # with the import, `hub` is one of SOURCES
+from data.hub import HUB
 from data.packing import (
-    DUPLICATE,
-    UNCHECKED,
-    USABLE,
+    COPIES,
+    INDEX,
+    PROGRESS_FOLDER,
+    ROWS,
     SampleConfig,
     Task,
     digest_task,
-    index_path,
-    rows_path,
     write_task,
 )
-from data.sources import SOURCES, file_path
+from data.sources import LOCAL_SOURCES, file_path
 from data.tar import refuse_foreign_shards
 from data.workers import map_in_processes
 from scripts.run_experiment.processes import count_cores
-from training.errors import printable
+from training.errors import exit_on_error, printable
 
-SOURCE_FILE, SUMMARY_FILE = "source.json", "summary.json"
+SOURCES = {**LOCAL_SOURCES, "hub": HUB}  # by the name of the sub-command
+SOURCE_FILE = "source.json"
+SUMMARY_FILE = "summary.json"
+# one line for each file of the source: [path, [bytes, time of change]], null if missing
+FILES = f"{PROGRESS_FOLDER}/files.jsonl"
 HOLDOUT_FOLDER = "holdout"  # in the output folder
 NUM_CHANGES = 5  # changed source files that an error names
 # what may differ between runs into one folder
@@ -90,38 +93,47 @@ class Plan:
     config: SampleConfig
     shards: dict[str, np.ndarray]  # by name: the numbers of its samples' first entries
     images: np.ndarray  # by number of entry: the first entry of the sample that gets its captions
-    states: np.ndarray  # by number of entry
 
     @cached_property
-    def others(self) -> dict[int, list[int]]:
-        """First entry of a sample -> its further ones, if it has any."""
-        others = defaultdict(list)
-        for number in np.flatnonzero(self.images != np.arange(len(self.images))).tolist():
-            others[int(self.images[number])].append(number)
-        return others
+    def by_image(self) -> np.ndarray:
+        """All entries, those of a sample side by side."""
+        return np.argsort(self.images, kind="stable")
 
     def shards_of(self, part: int) -> list[str]:
         return list(self.shards)[part :: self.num_parts]
 
     def task(self, shard: str) -> Task:
+        """A shard's job without its samples: where its files are."""
+        return Task(shard, self.output, self.part, self.config)
+
+    def whole_task(self, shard: str) -> Task:
         firsts = self.shards[shard]
-        numbers = [[first, *self.others.get(first, ())] for first in firsts.tolist()]
-        return Task(shard, self.output, self.part, self.config, numbers, self.states[firsts])
+        # where the entries of each sample lie in by_image
+        begins = np.searchsorted(self.images, firsts, sorter=self.by_image)
+        ends = np.searchsorted(self.images, firsts, side="right", sorter=self.by_image)
+        # a copy of another image has none: all are of that one's sample
+        numbers = [
+            self.by_image[begin:end].tolist() or [first]
+            for first, begin, end in zip(firsts.tolist(), begins, ends, strict=True)
+        ]
+        return replace(self.task(shard), numbers=numbers, is_duplicate=begins == ends)
 
     def run(
         self, work: Callable[[Task], int], shards: Sequence[str], workers: int, title: str
     ) -> None:
         """work(task) of some shards, in several processes, with a progress bar."""
         num_samples = sum(len(self.shards[shard]) for shard in shards)
-        workers = max(1, min(workers, len(shards)))
+        counts = map_in_processes(work, map(self.whole_task, shards), min(workers, len(shards)))
         with progress_bar(title, total=num_samples) as progress:
-            for count in map_in_processes(work, map(self.task, shards), workers):
+            for count in counts:
                 progress.update(count)
 
 
 def progress_bar(title: str, **options: Any) -> tqdm:
-    """Rate and time left, on stderr; seldom where that is a file, in which every line stays."""
-    tqdm.monitor_interval = 0  # no thread of its own: processes are forked
+    """Rate and time left, on stderr."""
+    # no thread of its own: processes are forked
+    tqdm.monitor_interval = 0
+    # seldom where that is a file, in which every line stays
     interval = 0.1 if sys.stderr.isatty() else 30
     return tqdm(desc=title, unit=" samples", mininterval=interval, **options)
 
@@ -135,12 +147,13 @@ def make_shards(args: argparse.Namespace) -> None:
         )
     plan = make_plan(args)
     todo = [shard for shard in plan.shards_of(plan.part) if not plan.task(shard).is_finished()]
-    if todo and (plan.output / SUMMARY_FILE).is_file():
-        # a shard is gone; so are the copies of a source's files since the earlier run was complete
-        deque(SOURCES[args.source].entries(args), maxlen=0)
-    if todo and args.drop_duplicates:
-        plan = find_duplicates(plan, args.workers)
     if todo:
+        if (plan.output / SUMMARY_FILE).is_file():
+            # a shard is gone; so are the copies of a source's files since the earlier run was
+            # complete
+            deque(SOURCES[args.source].entries(args), maxlen=0)
+        if args.drop_duplicates:
+            plan = find_duplicates(plan, args.workers)
         plan.run(write_task, todo, args.workers, "writing")
     report(plan, num_written=len(todo))
 
@@ -152,23 +165,17 @@ def make_plan(args: argparse.Namespace) -> Plan:
     output = Path(args.output)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     check_output(output, settings)
-    if index_path(output).is_file():
+    if (output / INDEX).is_file():
         check_source(args, output)
     else:
         make_index(args, output, settings)
-    rows = np.load(rows_path(output), mmap_mode="r")
+    rows = np.load(output / ROWS, mmap_mode="r")
     order = first_entries(rows)
     if args.shuffle:
         order = order[np.random.default_rng(args.seed).permutation(len(order))]
-    return Plan(
-        output=output,
-        part=args.shard_index,
-        num_parts=args.num_shards,
-        config=config,
-        shards=divide(order, rows["faulty"], args.samples_per_shard, args.holdout),
-        images=rows["image"],
-        states=np.full(len(rows), UNCHECKED, np.uint8),
-    )
+    shards = divide(order, rows["faulty"], args.samples_per_shard, args.holdout)
+    images = np.ascontiguousarray(rows["image"])
+    return Plan(output, args.shard_index, args.num_shards, config, shards, images)
 
 
 def first_entries(rows: np.ndarray) -> np.ndarray:
@@ -180,6 +187,7 @@ def divide(
     order: np.ndarray, faulty: np.ndarray, samples_per_shard: int, holdout: int
 ) -> dict[str, np.ndarray]:
     """Name of each shard -> its samples; the first `holdout` that may be usable have their own."""
+    # not what is known to be no sample: fewer than were asked for would be held out
     held_out = np.zeros(len(faulty), bool)
     held_out[order[~faulty[order]][:holdout]] = True
     shards = {}
@@ -191,11 +199,7 @@ def divide(
 
 
 def sample_config(args: argparse.Namespace) -> SampleConfig:
-    """What the command line says of each sample.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """What the command line says of each sample; ValueError names the option."""
     caption_keys = getattr(args, "caption_keys", ())
     if "caption_keys" in args:
         check_caption_keys(caption_keys, "caption_keys")
@@ -209,17 +213,8 @@ def sample_config(args: argparse.Namespace) -> SampleConfig:
     )
 
 
-def files_path(output: Path) -> Path:
-    """One line for each file of the source: [path, [bytes, time of change]], null if missing."""
-    return index_path(output).with_name("files.jsonl")
-
-
 def check_output(output: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else.
-
-    Raises:
-        ValueError: naming what differs.
-    """
+    """Refuse a folder that holds something else; ValueError names what differs."""
     source_file = output / SOURCE_FILE
     if source_file.is_file():
         found = json.loads(source_file.read_text())
@@ -233,20 +228,15 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
                 f"output: {output} holds shards of another run: {'; '.join(changed)}. Delete it or "
                 "name another"
             )
-    elif output.exists() and not output.is_dir():
-        raise ValueError(f"output: {output} is a file, expected a folder")
     refuse_foreign_shards(output, SOURCE_FILE)
 
 
 def check_source(args: argparse.Namespace, output: Path) -> None:
-    """Refuse to go on from an index of files that have changed: a look at each, none is read.
-
-    Raises:
-        ValueError: naming the first that have changed, are new or are gone.
-    """
+    """Refuse to go on from an index of files that have changed, are new or are gone."""
+    # by size and time: to read them would take as long as the shards do
     new = dict.fromkeys(SOURCES[args.source].files(args))
     changes = []
-    with open(files_path(output)) as file:
+    with open(output / FILES) as file:
         for path, before in map(json.loads, file):
             new.pop(path, None)
             now = file_stamp(path)
@@ -264,18 +254,17 @@ def check_source(args: argparse.Namespace, output: Path) -> None:
 
 def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any]) -> None:
     """Find the samples and write the index; nothing stays behind if that fails."""
-    path, part = index_path(output), str(args.shard_index)
+    path = output / INDEX
+    part = str(args.shard_index)
+    source = SOURCES[args.source]
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # the index last, as a sign that the others are there; of parts side by side all write the
         # same
-        with (
-            written_whole(path, part) as index,
-            written_whole(files_path(output), part) as files,
-            progress_bar("finding", iterable=SOURCES[args.source].entries(args)) as entries,
-        ):
-            rows = build_index(with_files(entries, args, files), index)
+        with written_whole(path, part) as index, written_whole(output / FILES, part) as files:
+            with progress_bar("finding", iterable=source.entries(args)) as entries:
+                rows = build_index(with_files(source.files(args), entries, files), index)
             usable = len(first_entries(rows)) - np.count_nonzero(rows["faulty"])
             if args.holdout >= max(usable, 1):
                 raise ValueError(
@@ -284,7 +273,7 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
                 )
             with written_whole(output / SOURCE_FILE, part) as file:
                 file.write(json.dumps(settings, indent=2).encode())
-            with written_whole(rows_path(output), part) as file:
+            with written_whole(output / ROWS, part) as file:
                 np.save(file, rows)
     except BaseException:
         with suppress(OSError):  # another part has put something there
@@ -293,18 +282,18 @@ def make_index(args: argparse.Namespace, output: Path, settings: dict[str, Any])
         raise
 
 
-def with_files(
-    entries: Iterable[Entry], args: argparse.Namespace, file: BinaryIO
-) -> Iterator[Entry]:
-    """The entries; what they come from is written down before any of it is read."""
+def with_files(paths: Iterable[str], entries: Iterable[Entry], file: BinaryIO) -> Iterator[Entry]:
+    """The entries; what they come from is written down on the way."""
 
+    # before any of it is read: what changes meanwhile is found by the next run
     def write(path: str) -> None:
         file.write(json.dumps([path, file_stamp(path)]).encode() + b"\n")
 
-    for path in SOURCES[args.source].files(args):
+    for path in paths:
         write(path)
     for entry in entries:
-        if entry.captions is not None and entry.fault is None:  # an image that a file names
+        # an image that a file names; those of a folder are among the paths
+        if entry.captions is not None and entry.fault is None:
             write(entry.path)
         yield entry
 
@@ -312,35 +301,29 @@ def with_files(
 def find_duplicates(plan: Plan, workers: int) -> Plan:
     """Of kept samples with equal image files, the first in the source stays, with all captions.
 
-    The parts of an array share the work, each with its own shards first: what is there already is
-    not done again, and no part waits for one that has not started.
+    The parts of an array share the digests, each with those of its own shards first.
     """
+    # the work of another part that has not begun is done as well, rather than waited for
     parts = [(plan.part + shift) % plan.num_parts for shift in range(plan.num_parts)]
     shards = [shard for part in parts for shard in plan.shards_of(part)]
     missing = [shard for shard in shards if not plan.task(shard).digests.is_file()]
     if missing:
         plan.run(digest_task, missing, workers, "comparing")
     digests = np.zeros((len(plan.images), 2), np.uint64)
-    for shard in plan.shards:
-        digests[plan.shards[shard]] = np.load(plan.task(shard).digests)
-    # zeros are of dropped samples
+    for shard, firsts in plan.shards.items():
+        digests[firsts] = np.load(plan.task(shard).digests)
+    # zeros are of dropped samples: one without a caption must not take the place of its copy
     kept = np.flatnonzero(digests.any(axis=1))
-    firsts = kept[first_equals(digests[kept])]
-    states = np.full(len(plan.images), UNCHECKED, np.uint8)
-    states[kept] = np.where(firsts == kept, USABLE, DUPLICATE)
     first_of = np.arange(len(plan.images))
-    first_of[kept] = firsts
-    return replace(plan, images=first_of[plan.images], states=states)
+    first_of[kept] = kept[first_equals(digests[kept])]
+    return replace(plan, images=first_of[plan.images])
 
 
 def report(plan: Plan, num_written: int) -> None:
-    """Print what there is; with all records there, write the summary.
-
-    Raises:
-        ValueError: no sample was kept at all.
-    """
+    """Print what there is; of all shards, write the summary. ValueError: no sample was kept."""
     # what is there of all parts of the array: the records of all shards make the summary
-    records, missing = {}, []
+    records = {}
+    missing = []
     for task in map(plan.task, plan.shards):
         if task.is_finished():
             records[f"{task.name}.tar"] = json.loads(task.record.read_text())
@@ -355,7 +338,8 @@ def report(plan: Plan, num_written: int) -> None:
     read, kept = (sum(each[name] for each in records.values()) for name in ("read", "kept"))
     summary: dict[str, Any] = {"read": read, "kept": kept}
     for counts, firsts in (("dropped", "first"), ("unused", "first_unused")):
-        counter, first = Counter(), {}
+        counter = Counter()
+        first = {}
         for record in records.values():
             counter.update(record[counts])
             first = record[firsts] | first  # the case of the earliest shard stays
@@ -364,7 +348,7 @@ def report(plan: Plan, num_written: int) -> None:
     with written_whole(plan.output / SUMMARY_FILE, str(plan.part)) as file:
         file.write(json.dumps(summary, indent=2).encode())
     # every shard is there, so nobody reads the copies again
-    shutil.rmtree(copies_folder(plan.output), ignore_errors=True)
+    shutil.rmtree(plan.output / COPIES, ignore_errors=True)
     reasons = describe_reasons(summary["dropped"], summary["first"])
     if not kept:
         raise ValueError(f"none of the {read} samples was kept; dropped: {'; '.join(reasons)}")
@@ -390,9 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Ctrl-C ends the workers, too: it may come up while their end is handled.
     try:
         try:
-            make_shards(args)
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"error: {error}\n")
+            exit_on_error(lambda: make_shards(args))
         except BrokenProcessPool:
             reason = "a worker was killed (out of memory?)"
             parser.exit(1, f"error: {reason}; the same command, with fewer --workers, continues\n")
@@ -428,7 +410,9 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
     def add(flag: str, default: Any, text: str, **options: Any) -> None:
         group.add_argument(flag, default=default, help=text, **options)
 
-    at_least_0, at_least_1, byte = integer(0), integer(1), integer(0, 255)
+    at_least_0 = integer(0)
+    at_least_1 = integer(1)
+    byte = integer(0, 255)
     group.add_argument("--output", required=True, type=file_path, metavar="FOLDER")
     add("--samples-per-shard", 1000, "before filters", type=at_least_1)
     add("--holdout", 0, "samples that go to OUTPUT/holdout, before filters", type=at_least_0)
@@ -446,7 +430,8 @@ def add_filter_options(group: argparse._ArgumentGroup) -> None:
     """One flag per field of FilterConfig, with its default."""
 
     def add(name: str, text: str, **options: Any) -> None:
-        flag, default = f"--{name.replace('_', '-')}", getattr(FilterConfig(), name)
+        flag = f"--{name.replace('_', '-')}"
+        default = getattr(FilterConfig(), name)
         group.add_argument(flag, default=default, help=text, **options)
 
     duplicates = "of equal image files keep the first; reads all of them twice"

@@ -1,6 +1,7 @@
 """Sources for scripts/make_shards.py as tests make them up, the program, what it wrote."""
 
 import csv
+import gzip
 import io
 import json
 import tarfile
@@ -196,13 +197,11 @@ def drop_latin(samples):
 def in_table(ending, root, samples):
     drop_latin(samples)
     write_files(root / "images", {sample.file: sample.data for sample in samples})
-    path, rows = (
-        root / f"pairs.{ending}",
-        [
-            {"file": sample.file, "words": sample.caption, "aesthetic": float(sample.score)}
-            for sample in samples
-        ],
-    )
+    path = root / f"pairs.{ending}"
+    rows = [
+        {"file": sample.file, "words": sample.caption, "aesthetic": float(sample.score)}
+        for sample in samples
+    ]
     if ending == "parquet":
         write_parquet(path, rows, row_group_size=5)
     elif ending == "jsonl":
@@ -211,8 +210,7 @@ def in_table(ending, root, samples):
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, rows[0], delimiter="," if ending == "csv" else "\t")
         table.writeheader()
-        for row in rows:
-            table.writerow(row)
+        table.writerows(rows)
         path.write_bytes(text.getvalue().encode())
     columns = ["--path-column", "file", "--caption-column", "words"]
     return ["table", path, *columns, "--images", root / "images"]
@@ -267,7 +265,7 @@ def in_mjhq(root, samples):
 
 
 def in_tars(root, samples):
-    """Two tars as img2dataset writes them, with one member more per sample."""
+    """Two tars as img2dataset writes them, one compressed, with one member more per sample."""
     for number, part in enumerate((samples[:9], samples[9:])):
         members = []
         for sample in part:
@@ -278,8 +276,10 @@ def in_tars(root, samples):
                 (f"{sample.name}.txt", sample.caption),
             ]
         there = [(name, content) for name, content in members if content is not None]
-        write_files(root, {f"{number:05d}.tar": there})
-    return ["shards", root / "{00000..00001}.tar"]
+        tar = tar_of(there)
+        files = {"00001.tar.gz": gzip.compress(tar)} if number else {"00000.tar": tar}
+        write_files(root, files)
+    return ["shards", root / "0000{0.tar,1.tar.gz}"]
 
 
 TABLES = {ending: partial(in_table, ending) for ending in ("csv", "tsv", "jsonl", "parquet")}

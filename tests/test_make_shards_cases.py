@@ -23,7 +23,6 @@ from data.tar import read_shard, write_shard
 
 NFC, NFD = (unicodedata.normalize(form, "ünï") for form in ("NFC", "NFD"))
 FIELDS = json.dumps({"caption": "from the field", "alt": ["", "first", "second"]})
-TEXTS = {"a.jpg": 0, "a.txt": "from the text", "a.json": FIELDS}
 PNG, JPEG, TIFF = (encode(noise(20), format=name) for name in ("PNG", "JPEG", "TIFF"))
 PREVIEW = encode(noise(0), format="TIFF", tiffinfo={254: 1})  # as camera raws begin
 HEIC = b"\0\0\0\x18ftypheic"
@@ -63,58 +62,54 @@ NAMED = {"a.v0": JPEG, "b.v1": PNG, "c": TIFF, "e.dng": PREVIEW, "f.md": "# text
 KEPT = {
     # rows and files of one image are one sample
     "rows of an image": (
-        {"a.jpg": 0, "b.jpg": 1, "t.csv": table("a.jpg,1", "b.jpg,x", "./a.jpg,2", "a.jpg,1")},
-        "table t.csv", {"a": ["1", "2"], "b": ["x"]}, {}),
-    "rows of two tables": (
-        {"a.jpg": 0, "t.csv": table("a.jpg"),
-         "u.jsonl": '{"path": "x/../a.jpg", "caption": ["b"]}'},
-        "table t.csv u.jsonl", {"a": ["a dog", "b"]}, {}),
-    "its first row lacks a caption": (
-        {"a.jpg": 0, "t.csv": table("a.jpg,", "a.jpg,2")}, "table t.csv", {"a": ["2"]}, {}),
-    "rows without a path are of no image": (
-        {"a.jpg": 0, "t.csv": table("a.jpg", ",1", ",2")},
-        "table t.csv", {"a": ["a dog"]}, {"image: missing": 2}),
-    "five captions": (
-        {"a.jpg": 0, "c.json": coco(("a.jpg", *"12345"))}, "coco c.json", {"a": [*"12345"]}, {}),
-    "two of COCO's images are a file": (
-        {"a.jpg": 0, "c.json": coco(("a.jpg", "1"), ("a.jpg", "2"))},
-        "coco c.json", {"a": ["1", "2"]}, {}),
+        {"a.jpg": 0, "b.jpg": 1, "x/c.jpg": 2,
+         "t.csv": table("a.jpg,1", "b.jpg,", "./a.jpg,2", "a.jpg,1", "b.jpg,4", ",5",
+                        "HERE/x/c.jpg"),
+         "u.jsonl": '{"path": "x/../a.jpg", "caption": ["3"]}'},
+        "table t.csv u.jsonl", {"a": ["1", "2", "3"], "b": ["4"], "x/c": ["a dog"]},
+        {"image: missing": 1}),
+    "images of COCO": (
+        {"a.jpg": 0, "c.json": coco(("a.jpg", "1", "2", "3")).replace('"id": 0', '"id": 7').replace(
+            '"annotations": [', '"annotations": [{"image_id": 7, "caption": "x"}, ')},
+        "coco c.json", {"a": ["x"]}, {"image: missing": 1}),
+    "five captions, of two of COCO's images": (
+        {"a.jpg": 0, "c.json": coco(("a.jpg", *"1234"), ("a.jpg", "5"))},
+        "coco c.json", {"a": [*"12345"]}, {}),
     "equal files": (
         {"a.jpg": 0, "a.txt": "1", "b.jpg": 0, "b.txt": "2", "c.jpg": 0, "c.json": FIELDS},
         "folder . --drop-duplicates", {"a": ["1", "2", "from the field"]}, {"duplicate": 2}),
     "equal files with rows each": (
         {"a.jpg": 0, "b.jpg": 0, "t.csv": table("b.jpg,1", "a.jpg,2", "b.jpg,3", "a.jpg,4")},
         "table t.csv --drop-duplicates", {"b": ["1", "2", "3", "4"]}, {"duplicate": 1}),
+    "equal files that are no image": (
+        {"a.jpg": "x", "a.txt": "1", "b.jpg": "x", "b.txt": "2", "c.jpg": 0, "c.txt": "3"},
+        "folder . --drop-duplicates", {"c": ["3"]},
+        {"image: unreadable (UnidentifiedImageError)": 1, "duplicate": 1}),
     "restval is train": (
         SPLITS, "karpathy k.json --split train", {key: ["x"] for key in "0123"}, {}),
     "no restval": (
         SPLITS, "karpathy k.json --split train --no-restval", {"0": ["x"], "2": ["x"]}, {}),
-    "val": (SPLITS, "karpathy k.json --split val", {"4": ["x"]}, {}),
     # tables
     "another separator": (
         {"a.jpg": 0, "t.csv": "path\tcaption\na.jpg\ta dog, running\n"},
         "table t.csv --separator tab", {"a": ["a dog, running"]}, {}),
-    "another ending": (
-        {"a.jpg": 0, "captions.txt": "path|caption\na.jpg|a dog\n"},
-        "table captions.txt --separator |", {"a": ["a dog"]}, {}),
-    "quotes around a separator and a line end": (
-        {"a.jpg": 0, "t.csv": table('a.jpg,"a ""dog"", \nrunning"')},
+    "quotes, and columns that differ in a space": (
+        {"a.jpg": 0, "t.csv": 'path,caption,caption \na.jpg,"a ""dog"", \nrunning",two\n'},
         "table t.csv", {"a": ['a "dog", running']}, {}),
     "quotes are text": (
         {"a.jpg": 0, "b.jpg": 1, "t.tsv": 'path\tcaption\na.jpg\t"a dog\nb.jpg\tsay "hi"\n'},
         "table t.tsv --no-quotes", {"a": ['"a dog'], "b": ['say "hi"']}, {}),
-    "columns that differ in a space": (
-        {"a.jpg": 0, "t.csv": "path,caption,caption \na.jpg,one,two\n"},
-        "table t.csv", {"a": ["one"]}, {}),
     **{f"{name} in {encoding}": (
         {f"{NFC}.jpg": 0, name: text.encode(encoding)},
         f"table {name}", {NFC: ["ein Hündchen 犬"]}, {})
        for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-32")
        for name, text in {"t.csv": UMLAUTS, "t.jsonl": UMLAUTS_JSON}.items()},
+    "another encoding": (
+        {"a.jpg": 0, "t.csv": table("a.jpg,Hündchen").encode("cp1252")},
+        "table t.csv --encoding cp1252", {"a": ["Hündchen"]}, {}),
     "paths out of the folder": (
-        {"secret.jpg": 0, "x/t.csv": table("../secret.jpg", "/dev/zero", "\0", "HERE/x/b.jpg"),
-         "x/b.jpg": 1},
-        "table x/t.csv --images x", {"secret": ["a dog"], "b": ["a dog"]}, {"image: missing": 2}),
+        {"secret.jpg": 0, "x/t.csv": table("../secret.jpg", "/dev/zero", "\0")},
+        "table x/t.csv --images x", {"secret": ["a dog"]}, {"image: missing": 2}),
     "keys that are taken": (
         {"t.jsonl": "\n".join(f'{{"path": "do{c}ts.jpg", "caption": "x"}}' for c in "_.+"),
          "do_ts.jpg": 0, "do.ts.jpg": 1, "do+ts.jpg": 2},
@@ -123,37 +118,25 @@ KEPT = {
     "forms in a table": (
         {f"{NFD}.jpg": 0, "t.csv": table(f"{NFC}.jpg,1", f"{NFD}.jpg,2")},
         "table t.csv", {NFC: ["1", "2"]}, {}),
-    "forms in COCO": (
-        {f"x/{NFC}.jpg": 0, "c.json": coco((f"x/{NFD}.jpg", "1"))},
-        "coco c.json", {f"x/{NFD}": ["1"]}, {}),
-    "forms in a folder": ({f"{NFD}.jpg": 0, f"{NFC}.txt": "1"}, "folder .", {NFD: ["1"]}, {}),
-    "forms in a tar": (
-        {"x.tar": [f"{NFD}.jpg", f"{NFC}.txt"]}, "shards x.tar", {NFD: ["text"]}, {}),
     "two images with a name each": (
         {f"{NFC}.jpg": 0, f"{NFD}.jpg": 1, "t.csv": table(f"{NFC}.jpg,1", f"{NFD}.jpg,2")},
         "table t.csv", {NFC: ["1"], f"{NFD}+1": ["2"]}, {}),
-    "with and without ./": (
-        {"x.tar": ["./a.jpg", "a.txt", "b.jpg", "./b.txt"]}, "shards x.tar",
-        {"a": ["text"], "b": ["text"]}, {}),
-    # text beside images
-    "encodings": (
+    # text beside images, in other forms of their names and in other encodings
+    "texts": (
         {"a.jpg": 0, "a.txt": "犬".encode("utf-16"),
          "b.jpg": 1, "b.json": FIELDS.encode("utf-16-le"),
-         "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252")},
-        "folder .", {"a": ["犬"], "b": ["from the field"]}, {"caption: not UTF-8": 1}),
-    "encodings in a tar": (
-        {"x.tar": ["a.jpg", ("a.txt", "犬".encode("utf-16"))]}, "shards x.tar", {"a": ["犬"]}, {}),
-    "capitals, and both": (
-        {"A.JPG": 0, "A.TXT": "1", "b.jpg": 1, "b.txt": "2", "b.TXT": "3"},
-        "folder .", {"A": ["1"], "b": ["2"]}, {"no image: .txt": 1}),
+         "c.jpg": 2, "c.txt": "Hündchen".encode("cp1252"), "D.JPG": 3, "D.TXT": "4",
+         "e.jpg": 4, "e.txt": "5", "e.TXT": "6", f"{NFD}.jpg": 5, f"{NFC}.txt": "7",
+         "f.jpg": 6, "f.txt": Path("nowhere"), "g.jpg": 7, "g.txt": "8", "g.json": FIELDS},
+        "folder .",
+        {"a": ["犬"], "b": ["from the field"], "D": ["4"], "e": ["5"], NFD: ["7"], "g": ["8"]},
+        {"caption: not UTF-8": 1, "caption: missing": 1, "no image: .txt": 1}),
     "another caption key": (
         {"a.jpg": 0, "a.caption": "1", "a.txt": "2"},
         "folder . --caption-keys caption", {"a": ["1"]}, {}),
-    "default keys": (TEXTS, "folder .", {"a": ["from the text"]}, {}),
-    "keys in order": (
-        TEXTS, "folder . --caption-keys json:caption txt", {"a": ["from the field"]}, {}),
     "a list": (
-        TEXTS, "folder . --caption-keys json:no json:alt", {"a": ["first", "second"]}, {}),
+        {"a.jpg": 0, "a.txt": "x", "a.json": FIELDS},
+        "folder . --caption-keys json:no json:alt", {"a": ["first", "second"]}, {}),
     "json that is none": (
         {f"{i}{end}": content
          for i, bad in enumerate(["{", "[" * 5000, "[1]", '{"caption": "\\ud83d", "x": 1e999}'])
@@ -172,25 +155,14 @@ KEPT = {
         {"a.jpg": 0, "a.txt": "1", ".b/c.jpg": 1, ".b/c.txt": "2",
          "b": Path(".b"), ".b/d": Path("..")},
         "folder .", {"a": ["1"], "b/c": ["2"]}, {}),
-    "a sidecar that leads nowhere": (
-        {"a.jpg": 0, "a.txt": Path("nowhere"), "b.jpg": 1, "b.txt": "2"},
-        "folder .", {"b": ["2"]}, {"caption: missing": 1}),
-    "odd members": (
-        {"x.tar": ["a.jpg", "a.txt", "a.", "__meta__.json", "none", "b.jpg", "b.txt", "b.JPG",
-                   "c.JPG", "c.TXT"]},
-        "shards x.tar", {"a": ["text"], "c": ["text"]},
-        {"sample: a member occurs twice": 1, "no sample: no ending": 2,
-         "no sample: begins with __": 1}),
-    "a tar without a sample beside others": (
-        {"x.tar": ["._a.jpg", "a"], "y.tar": ["a.jpg", "a.txt"]}, "shards x.tar y.tar",
-        {"a": ["text"]}, {"no sample: hidden": 1, "no sample: no ending": 1}),
-    "captions of no image": (
-        {"a.jpg": 0, "c.json": coco(("a.jpg", "1")).replace('"id": 0', '"id": 7').replace(
-            '"annotations": [', '"annotations": [{"image_id": 7, "caption": "2"}, ')},
-        "coco c.json", {"a": ["2"]}, {"image: missing": 1}),
-    "another encoding": (
-        {"a.jpg": 0, "t.csv": table("a.jpg,Hündchen").encode("cp1252")},
-        "table t.csv --encoding cp1252", {"a": ["Hündchen"]}, {}),
+    "members of tars": (
+        {"x.tar": ["./a.jpg", "a.txt", "a.", "__meta__.json", "none", "b.jpg", "b.txt", "b.JPG",
+                   "c.JPG", "c.TXT", f"{NFD}.jpg", f"{NFC}.txt",
+                   "d.jpg", ("d.txt", "犬".encode("utf-16"))],
+         "y.tar": ["._a.jpg", "a"]},
+        "shards x.tar y.tar", {"a": ["text"], "c": ["text"], NFD: ["text"], "d": ["犬"]},
+        {"sample: a member occurs twice": 1, "no sample: no ending": 3,
+         "no sample: begins with __": 1, "no sample: hidden": 1}),
 }
 
 # (files, command, reason, what its first example says)
@@ -203,22 +175,15 @@ EXPLAINED = [
      "image: missing", ["http://host/a.jpg", "URL"]),
     ({"IMG_1.JPG": 0, "t.csv": table("IMG_1.jpg")}, "table t.csv",
      "image: missing", ["IMG_1.jpg", "IMG_1.JPG"]),
-    ({"a.jpg": 0, "t.csv": table("images/a.jpg")}, "table t.csv",
-     "image: missing", ["images/a.jpg", "are a.jpg", "t.csv"]),
-    ({"a.jpg": 0, "t.csv": table(",words")}, "table t.csv", "image: missing", ["no path", "t.csv"]),
     ({"a.jpg": 0, "t.csv": table(".")}, "table t.csv", "image: missing", ["folder"]),
     ({"a.jpg": 0, "a.caption": "x"}, "folder .", "caption: missing", ["a.jpg", "a.caption"]),
-    ({"a.jpg": 0, "a.jpg.txt": "x"}, "folder .", "caption: missing", ["a.jpg.txt"]),
     ({"IMG_1.JPG": 0, "img_1.txt": "x"}, "folder .", "caption: missing", ["img_1.txt"]),
     ({"a.jpg": "<html><body>", "a.txt": "x"}, "folder .",
      "image: unreadable (UnidentifiedImageError)", ["a.jpg", "<html>"]),
     ({"b.jpg": "", "a.heic": HEIC}, "folder .", "no image: .heic", ["a.heic", "pillow-heif"]),
     ({"b.jpg": "", ".x/a.jpg": 0}, "folder .", "no image: hidden", [".x"]),
     ({"a.jpg": 0, "a.json": "{"}, "folder .", "json: unreadable", ["a.jpg", "a.json"]),
-    ({"x.tar": ["a.jpg", ("a.json", "{")]}, "shards x.tar", "json: unreadable", ["a", "jpg json"]),
     ({"x.tar": ["a.jpg", "b/c"]}, "shards x.tar", "no sample: no ending", ["x.tar", "b/c"]),
-    ({"c.json": coco(("a.jpg", "1")).replace('"image_id": 0', '"image_id": 7')}, "coco c.json",
-     "image: missing", ["c.json", "7"]),
     ({"c.json": coco(("a.jpg", "1")).replace('"image_id": 0', '"image_id": "0"')}, "coco c.json",
      "image: missing", ["c.json", "'0'"]),
     ({"a.jpg": 0, "t.jsonl": '{"path": "a.jpg", "caption": 5}'}, "table t.jsonl",
@@ -228,76 +193,53 @@ EXPLAINED = [
 BAD_INPUTS = {
     "empty/.hidden.jpg": "", "texts/a.txt": "", "texts/b.heic": "", "texts/c.heic": "",
     "photos/a.jpg": 0, "photos/a.txt": "a caption",
-    "pairs.xlsx": "", "pairs.csv": "file,words,score\na.jpg,a,1\n", "empty.csv": "",
+    "pairs.xlsx": "", "pairs.csv": "file,words\na.jpg,a\n",
     "header.csv": "path,caption\n", "open.csv": 'path,caption\na.jpg,"a caption\nb.jpg,b\n',
-    "open.tsv": 'path\tcaption\n"a\n.jpg"\t"a caption\nb.jpg\tb\n',
-    "latin.jsonl": UMLAUTS_JSON.replace("犬", "").encode("cp1252"),
     "half.csv": table("a.jpg", "b.jpg,\ud800").encode("utf-16", "surrogatepass"),
-    "half.jsonl": b'\n{"path": "a.jpg", "caption": "\xed\xa0\x80"}',
     "wide.csv": "path,caption\na.jpg,a dog\n0.jpg,a dog, running on the beach, at sunset\n",
-    "short.csv": "path,caption\na.jpg,a dog\non the beach\n", "twice.csv": "path,caption,path\n",
-    "spaced.csv": "path, caption\na.jpg, a dog\n", "odd.csv": UMLAUTS.encode("utf-16")[:-1],
+    "twice.csv": "path,caption,path\n", "odd.csv": UMLAUTS.encode("utf-16")[:-1],
     "latin.csv": table("a.jpg", '"b\nc.jpg",ein Hündchen').encode("cp1252"),
     "latin.json": coco(("a.jpg", "1")).replace("1", "Hündchen").encode("cp1252"),
-    "list.jsonl": '{"path": "a.jpg", "caption": "a"}\n[1]\n', "broken.parquet": "PAR1",
-    "split.json": '{"images": [{"split": "test"}, {"split": "train"}]}', "broken.json": "{",
+    "list.jsonl": '{"path": "a.jpg", "caption": "a"}\n[1]\n',
+    "split.json": '{"images": [{"split": "test"}, {"split": "train"}]}',
     "again.jsonl": '{"path": "a.jpg", "caption": "1", "caption": "2"}\n',
     "again.json": '{"1": {"category": "x", "prompt": "1"}, "1": {"category": "x", "prompt": "2"}}',
     "same.json": coco(("a.jpg", "1"), ("b.jpg", "2")).replace('"id": 1', '"id": 0'),
-    "text.tar": "this is no tar " * 100, "nothing.tar": [],
+    "nothing.tar": [],
 }
 REFUSED = [
     ("folder none", ["folder", "none"]),
-    ("folder empty", ["empty"]),
     ("folder texts", ["texts", ".heic (2), .txt (1)"]),
     ("table none.csv", ["none.csv"]),
     ("table pairs.xlsx", ["pairs.xlsx", ".csv, .tsv, .parquet or .jsonl", "--separator"]),
-    ("table pairs.csv", ["'path'", "'file', 'words', 'score'"]),
-    ("table pairs.csv --path-column file --caption-column text", ["'text'", "'words'"]),
+    ("table pairs.csv", ["'path'", "'file', 'words'"]),
     ("table pairs.csv --separator ab", ["--separator", "'ab'"]),
-    ("table empty.csv", ["empty.csv", "none"]),
     ("table header.csv", ["header.csv"]),
     ("table open.csv", ["open.csv line 2", "--no-quotes"]),
-    ("table open.tsv", ["open.tsv line 3", "--no-quotes"]),
-    ("table latin.jsonl", ["latin.jsonl line 1", "--encoding"]),
     ("table half.csv", ["half.csv line 3", "--encoding"]),
-    ("table half.jsonl", ["half.jsonl line 2", "--encoding"]),
     ("table latin.csv", ["latin.csv line 4", "UTF-8", "ein H", "--encoding"]),
-    ("table latin.csv --encoding ascii", ["latin.csv line 4", "ASCII"]),
     ("table latin.csv --encoding utf-16", ["latin.csv", "UTF-16"]),
-    ("table latin.csv --encoding hex", ["--encoding", "'hex'", "cp1252"]),
+    ("table latin.csv --encoding hex", ["latin.csv", "--encoding hex"]),
     ("coco latin.json", ["latin.json line 1", "UTF-8"]),
     ("table wide.csv", ["wide.csv line 3", "4 fields", "2 (path, caption)", "--separator"]),
-    ("table short.csv", ["short.csv line 3", "1 fields", "2 (path, caption)"]),
     ("table twice.csv", ["twice.csv", "'path'"]),
-    ("table spaced.csv", ["spaced.csv", "'caption'", "' caption'"]),
     ("table odd.csv", ["odd.csv", "UTF-16"]),
     ("table list.jsonl", ["list.jsonl line 2", "'[1]'"]),
-    ("table broken.parquet", ["broken.parquet"]),
-    ("table header.csv --images none", ["--images", "none"]),
     ("table again.jsonl", ["again.jsonl line 1", "twice"]),
     ("coco none.json", ["none.json", "No such file"]),
     ("coco same.json", ["same.json", "'a.jpg' and 'b.jpg'", "id 0"]),
     ("coco split.json", ["split.json", "'annotations'", "images"]),
-    ("coco list.jsonl", ["list.jsonl", "images, annotations"]),
     ("karpathy split.json --split dev", ["split", "'dev'", "test, train"]),
     ("mjhq split.json", ["split.json", "'images'"]),
-    ("mjhq broken.json", ["broken.json"]),
     ("mjhq again.json", ["again.json", "twice"]),
-    ("shards none/*.tar", ["none/*.tar"]),
     ("shards cut.tar", ["cut.tar"]),
-    ("shards text.tar", ["text.tar"]),
     ("shards nothing.tar", ["nothing.tar"]),
     ("shards pairs.csv", ["pairs.csv", ".tar"]),
     ("shards http://host/x.tar", ["http://host/x.tar"]),
     ("folder photos --shard-index 2 --num-shards 2", ["shard_index", "2", "0..1"]),
-    ("folder photos --samples-per-shard 0", ["--samples-per-shard", "0"]),
     ("folder photos --holdout 1", ["holdout", "1"]),
     ("folder photos --output photos", ["output", "photos"]),
-    ("folder photos --resize -1", ["--resize", "-1"]),
-    ("folder photos --quality 0", ["--quality", "0", "1..100"]),
     ("folder photos --background 0 0 256", ["--background", "256", "0..255"]),
-    ("folder photos --seed -1", ["--seed", "-1"]),
     ("folder photos --max-aspect-ratio 0.5", ["max_aspect_ratio", "0.5"]),
     ("folder photos --caption-keys json:", ["caption_keys", "json:"]),
 ]
@@ -349,18 +291,12 @@ def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(command, named, h
     assert sorted(here.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("row", "named"),
-    [
-        ({"path": b"\xff", "caption": "a"}, "'path' is of type binary"),
-        ({"path": "a.jpg", "caption": {"text": "a"}}, "'caption' is of type struct"),
-        ({"path": "a.jpg", "caption": [1]}, "'caption' is of type list"),
-        ({"image": {"bytes": b"\xff", "path": "a.jpg"}, "caption": "a"}, "'path'; it has 'image'"),
-    ],
-)
-def test_a_column_of_parquet_that_is_no_text_is_named_with_its_type(row, named, here, capsys):
-    write_parquet(here / "t.parquet", [row])
-    assert named in fails(capsys, "table", "t.parquet", "--output", "out")
+def test_a_column_of_parquet_that_is_no_text_is_named_with_its_type(here, capsys):
+    write_parquet(here / "t.parquet", [{"path": b"\xff", "caption": [1]}])
+    command = ["table", "t.parquet", "--output", "out"]
+    assert "'path' is of type binary" in fails(capsys, *command)
+    message = fails(capsys, *command, "--path-column", "caption")
+    assert "'caption' is of type list" in message
 
 
 def test_text_of_parquet_that_is_not_utf_8_is_refused_by_name(here, capsys):

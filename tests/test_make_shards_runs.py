@@ -185,21 +185,14 @@ COCO = {
 }
 CHANGES = [
     ("folder .", ONE, {"d.jpg": 3, "d.txt": "new"}, ["2 files", "d.jpg is new", "d.txt is new"]),
-    ("folder .", ONE, {"sub/d.png": 3}, ["sub/d.png is new"]),
-    ("folder .", ONE, {"a.txt": "two"}, ["a.txt has changed"]),
     ("folder .", ONE, {"a.txt": "1, corrected"}, ["a.txt has changed"]),
-    ("folder .", ONE, {"a.json": '{"caption": "one"}'}, ["a.json is new"]),
-    ("folder .", ONE, {"c.txt": "three"}, ["c.txt is new"]),
     ("folder .", ONE, {"b.jpg": 4}, ["b.jpg has changed"]),
     ("folder .", ONE, {"b.txt": None}, ["b.txt is gone"]),
     ("table t.csv", ONE | CSV, {"t.csv": CSV["t.csv"].replace("two", "2")}, ["t.csv has changed"]),
     ("table t.csv", ONE | CSV, {"a.jpg": 5}, ["a.jpg has changed"]),
     ("table t.csv", ONE | CSV, {"d.jpg": 3}, ["d.jpg is new"]),
-    ("table t.csv", ONE | CSV, {"a.jpg": None}, ["a.jpg is gone"]),
     ("coco c.json", ONE | COCO, {"c.json": COCO["c.json"].replace("two", "2")}, ["c.json has"]),
     ("shards *.tar", TARS, {"b.tar": ["b.jpg", ("b.txt", "new")]}, ["b.tar has changed"]),
-    ("shards *.tar", TARS, {"d.tar": ["d.jpg", "d.txt"]}, ["d.tar is new"]),
-    ("shards *.tar", TARS, {"c.tar": None}, ["c.tar is gone"]),
 ]
 
 
@@ -227,13 +220,12 @@ def test_a_source_that_has_changed_is_not_taken_for_the_old_one(
 # ---------------------------------------------------------------- other settings, other outcomes
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("min_longer_side", 50)])
-def test_other_settings_need_another_folder(key, value, photos, tmp_path, capsys):
-    run("folder", photos, "--output", tmp_path / "out")
+def test_other_settings_need_another_folder(photos, tmp_path, capsys):
+    command = ["folder", photos, "--output", tmp_path / "out"]
+    run(*command)
     before = outcome(tmp_path / "out")
-    option = f"--{key.replace('_', '-')}"
-    message = fails(capsys, "folder", photos, "--output", tmp_path / "out", option, value)
-    assert f"{key} was 0, is {value}" in message
+    message = fails(capsys, *command, "--seed", 1, "--min-longer-side", 50)
+    assert "seed was 0, is 1" in message and "min_longer_side was 0, is 50" in message
     assert outcome(tmp_path / "out") == before
 
 

@@ -1,5 +1,7 @@
 """training/tokens.py: which token shards a stage accepts, and their latent scale."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import refusal
 
@@ -7,7 +9,7 @@ from data.config import SourceConfig
 from data.readers import TokenTextConfig
 from modeling.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, TransformerSize
 from modeling.layers import fingerprint
-from training.tokens import LatentStats, TokensInfo, load_tokens_info
+from training.tokens import LatentStats, load_tokens_info, unknown_tokens
 
 K, C = 8, 4
 
@@ -23,20 +25,8 @@ def tokenizer():
 
 def save(folder, **changed):
     folder.mkdir(exist_ok=True)
-    values = {
-        "num_samples": 10,
-        "num_tokens": K,
-        "token_channels": C,
-        "tokenizer_fingerprint": "t",
-        "text_encoder_fingerprint": "e",
-        "has_text_states": False,
-        "flip": False,
-        "num_crops": 1,
-        "shards": ["a.tar"],
-        "skipped": {},
-        "stats": LatentStats(10, [0.0], [1.0], 1.0),
-    }
-    TokensInfo(**values | changed).save(folder)
+    names = {"tokenizer_fingerprint": "t", "text_encoder_fingerprint": "e", "num_samples": 10}
+    replace(unknown_tokens(K, C, latent_scale=1.0), **names | changed).save(folder)
 
 
 def refused(data, tokenizer, *texts):

@@ -14,7 +14,7 @@ from data.samples import BadSample, SampleDraws
 from data.transforms import (
     IMAGE_KEYS,
     Picture,
-    center_crop,
+    crop,
     decode_image,
     load_picture,
     open_image,
@@ -31,7 +31,7 @@ def photo(width, height, seed=0):
 
 def center(image, size, resize="exact"):
     """The centre crop of an image that was decoded whole."""
-    return center_crop(Picture(image, *image.size), size, resize)
+    return crop(Picture(image, *image.size), size, resize)
 
 
 def train(image, size, random_crop, flip_probability, epoch=0, resize="exact"):
@@ -314,7 +314,7 @@ def test_fast_crops_of_photos_are_near_those_of_torchvision(monkeypatch, mode, s
     halves, quarters = ([side / scale for side in shape] for scale in (2, 4))
     assert [picture.width, picture.height] in (halves, quarters)
     expected = torchvision_route(decode_image(data), 64).astype(np.float32)
-    assert 0 < np.abs(center_crop(picture, 64, "fast") - expected).mean() < 1.5
+    assert 0 < np.abs(crop(picture, 64, "fast") - expected).mean() < 1.5
 
 
 def test_torch_resizes_like_pillow(monkeypatch):
@@ -344,7 +344,7 @@ def test_a_photo_that_lies_on_its_side_is_decoded_smaller_upright():
     small = load_picture(open_image(data), (255, 255, 255), 64)
     assert (small.width, small.height) == (108, 152)
     expected = torchvision_route(decode_image(data), 64).astype(np.float32)
-    assert np.abs(center_crop(small, 64, "fast") - expected).mean() < 1.5
+    assert np.abs(crop(small, 64, "fast") - expected).mean() < 1.5
     # 150.5 px: turned, the half would be at the top
     data = encode(textured(301, 216), "JPEG", quality=95, exif=exif_of(6))
     assert load_picture(open_image(data), (255, 255, 255), 64).image.size == (216, 301)

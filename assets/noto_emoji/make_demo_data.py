@@ -84,9 +84,10 @@ def describe_emoji(entries: list[dict]) -> list[Emoji]:
     emoji = []
     for entry in entries:
         base = entry["unified"].lower()
-        # Two emoji of one name ("MAN IN TUXEDO") still have different short names.
+        # two emoji of one name ("MAN IN TUXEDO") still have different short names.
         is_shared = name_counts[entry["name"]] > 1
         name = entry["short_name"].replace("_", " ") if is_shared else natural_name(entry["name"])
+        # the patches of skin colour have no name of their own
         if base in TONES:
             name = f"{TONES[base]} skin tone"
         subcategory = entry["subcategory"].replace("-", " ").lower()
@@ -94,32 +95,21 @@ def describe_emoji(entries: list[dict]) -> list[Emoji]:
         caption = f"{name}, {subcategory}"
         emoji.append(Emoji(base, name, subcategory, category, base, None, caption))
         for variation, variant in entry.get("skin_variations", {}).items():
-            key, tone = variant["unified"].lower(), tone_name(variation)
+            key = variant["unified"].lower()
+            tone = tone_name(variation)
             toned = f"{caption}, {tone} skin tone"
             emoji.append(Emoji(key, name, subcategory, category, base, tone, toned))
     return emoji
 
 
 def load_package(package: Path) -> list[Emoji]:
-    """Read the unpacked package.
-
-    Raises:
-        ValueError: another version, or other images than emoji.json lists.
-    """
-    # Another version has other pictures, and would silently become another data set
+    """Emoji of the unpacked package; ValueError: another version."""
+    # another version has other pictures, and would silently become another data set
     about = json.loads((package / "package.json").read_text(encoding="utf-8"))
     found = f"{about['name']} {about['version']}"
     if found != PACKAGE:
         raise ValueError(f"{package} holds {found}, expected {PACKAGE}")
-    emoji = describe_emoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
-    keys = {item.key for item in emoji}
-    images = {path.stem for path in image_folder(package).glob("*.png")}
-    if keys != images:
-        raise ValueError(
-            f"{image_folder(package)} holds {len(images)} images: missing "
-            f"{sorted(keys - images)[:3]}, not in emoji.json {sorted(images - keys)[:3]}"
-        )
-    return emoji
+    return describe_emoji(json.loads((package / "emoji.json").read_text(encoding="utf-8")))
 
 
 def image_folder(package: Path) -> Path:
@@ -133,27 +123,18 @@ def load_image(file: Path | BinaryIO) -> Image.Image:
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def load_heldout(path: Path, emoji: list[Emoji]) -> set[str]:
-    """The list of held-out base keys, one a line; ValueError naming what is no base emoji."""
-    keys = {*path.read_text(encoding="utf-8").split()}
-    unknown = sorted(keys - {item.base for item in emoji})
-    if unknown:
-        raise ValueError(f"{path}: {unknown[:3]} are no base emoji of the package")
-    return keys
-
-
-def shuffle_rank(item: Emoji) -> str:
-    """Sorting by this is a fixed shuffle, the same in every Python version."""
-    return hashlib.sha256(f"{SHUFFLE_SEED}:{item.key}".encode()).hexdigest()
-
-
 def plan_shards(emoji: list[Emoji], heldout: set[str]) -> dict[str, list[Emoji]]:
     """File name -> its samples in order; one held-out shard each for base emoji and variants."""
+    # sorting by a hash is a fixed shuffle, the same in every Python version
+    emoji = sorted(
+        emoji, key=lambda item: hashlib.sha256(f"{SHUFFLE_SEED}:{item.key}".encode()).hexdigest()
+    )
+    # one held-out emoji keeps its variants out of the training, too
     split = {"train-base": [], "train-tone": [], "heldout": [], "heldout-tone": []}
-    for item in sorted(emoji, key=shuffle_rank):
-        prefix = "heldout" if item.base in heldout else "train"
-        suffix = "-tone" if item.tone else "-base" if prefix == "train" else ""
-        split[prefix + suffix].append(item)
+    for item in emoji:
+        is_heldout = item.base in heldout
+        base, tone = ("heldout", "heldout-tone") if is_heldout else ("train-base", "train-tone")
+        split[tone if item.tone else base].append(item)
     shards = {}
     for name, items in split.items():
         size = SAMPLES_PER_SHARD if name.startswith("train") else max(len(items), 1)
@@ -187,42 +168,39 @@ def shard_bytes(items: list[Emoji], images: dict[str, Image.Image]) -> bytes:
                 "txt": item.caption.encode(),
                 "json": describe_json(item),
             }
-            for extension, data in members.items():  # one by one: else they would be sorted
+            # one by one: else they would be sorted
+            for extension, data in members.items():
                 tar.write({"__key__": item.key, extension: data})
     return buffer.getvalue()
 
 
-def make_manifest(
-    plan: dict[str, list[Emoji]], files: dict[str, bytes], images: dict[str, Image.Image]
-) -> dict:
-    """manifest.json: a row for each shard, and totals."""
-    # The hash of a file depends on Pillow and zlib, that of its .json and RGB pixels does not
+def build(package: Path, output: Path, heldout_list: Path) -> dict:
+    """Check the input, then write shards, manifest.json and the licence; returns the manifest.
+
+    heldout_list: a file with keys of base emoji, one a line.
+    """
+    emoji = load_package(package)
+    heldout = {*heldout_list.read_text(encoding="utf-8").split()}
+    if unknown := sorted(heldout - {item.base for item in emoji}):
+        raise ValueError(f"{heldout_list}: {unknown[:3]} are no base emoji of the package")
+    images = {item.key: load_image(image_folder(package) / f"{item.key}.png") for item in emoji}
+    files = {}
     rows = []
-    for file, items in plan.items():
-        content = hashlib.sha256()
-        for item in items:
-            content.update(describe_json(item) + b"\n" + images[item.key].tobytes())
-        row = {"file": file, "samples": len(items), "bytes": len(files[file])}
-        row["sha256"] = hashlib.sha256(files[file]).hexdigest()
-        row["content_sha256"] = content.hexdigest()
+    for file, items in plan_shards(emoji, heldout).items():
+        data = files[file] = shard_bytes(items, images)
+        # the hash of a file depends on Pillow and zlib, that of its .json and RGB pixels does not
+        content = [describe_json(item) + b"\n" + images[item.key].tobytes() for item in items]
+        row = {"file": file, "samples": len(items), "bytes": len(data)}
+        row["sha256"] = hashlib.sha256(data).hexdigest()
+        row["content_sha256"] = hashlib.sha256(b"".join(content)).hexdigest()
         rows.append(row)
     totals = {
         "samples": sum(row["samples"] for row in rows),
         "bytes": sum(row["bytes"] for row in rows),
-        "distinct_captions": len({item.caption for items in plan.values() for item in items}),
+        "distinct_captions": len({item.caption for item in emoji}),
         "distinct_images": len({image.tobytes() for image in images.values()}),
     }
-    return {"package": PACKAGE, "shards": rows, "totals": totals}
-
-
-def build(package: Path, output: Path, heldout_list: Path) -> dict:
-    """Check the input, then write shards, manifest.json and the licence; returns the manifest."""
-    emoji = load_package(package)
-    heldout = load_heldout(heldout_list, emoji)
-    images = {item.key: load_image(image_folder(package) / f"{item.key}.png") for item in emoji}
-    plan = plan_shards(emoji, heldout)
-    files = {file: shard_bytes(items, images) for file, items in plan.items()}
-    manifest = make_manifest(plan, files, images)
+    manifest = {"package": PACKAGE, "shards": rows, "totals": totals}
     files["LICENSE-emoji-datasource"] = (package / "LICENSE").read_bytes()
     files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
     output.mkdir(parents=True, exist_ok=True)
