@@ -19,10 +19,10 @@ def write(run_dir, step, keep=9, model=None, **inputs):
     """A checkpoint of a model's weights and moments."""
     model = model or nn.Linear(2, 2)
     partial = ckpt.begin_checkpoint(run_dir, step)
-    weights = {ckpt.MODEL_FILE: model.state_dict()}
-    weights[ckpt.EMA_FILE] = EMA(model, 0.9).average.state_dict()
-    moments = {ckpt.OPTIMIZER_FILE: build_optimizer(model, OptimizerConfig()).state_dict()}
-    ckpt.write_checkpoint(partial, weights, moments, state_of(step, **inputs), keep)
+    parts = {ckpt.MODEL_FILE: model.state_dict()}
+    parts[ckpt.EMA_FILE] = EMA(model, 0.9).average.state_dict()
+    parts[ckpt.OPTIMIZER_FILE] = build_optimizer(model, OptimizerConfig()).state_dict()
+    ckpt.write_checkpoint(partial, parts, state_of(step, **inputs), keep)
     return partial.with_suffix("")
 
 

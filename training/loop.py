@@ -241,11 +241,10 @@ class TrainingState:
 
         # Copies on the CPU: training goes on while they are written. All gather what is sharded.
         snapshot = partial(ckpt.snapshot, is_kept=self.run.is_main)
-        weights = {ckpt.EMA_FILE: snapshot(self.ema.average.state_dict())}
-        optimizers = {}
+        parts = {ckpt.EMA_FILE: snapshot(self.ema.average.state_dict())}
         for prefix, network in self.networks.items():
-            weights[prefix + ckpt.MODEL_FILE] = snapshot(network.module.state_dict())
-            optimizers[prefix + ckpt.OPTIMIZER_FILE] = snapshot(network.optimizer.state_dict())
+            parts[prefix + ckpt.MODEL_FILE] = snapshot(network.module.state_dict())
+            parts[prefix + ckpt.OPTIMIZER_FILE] = snapshot(network.optimizer.state_dict())
         if not self.run.is_main:
             return
         values = {
@@ -254,5 +253,4 @@ class TrainingState:
             "num_processes": accelerator.num_processes,
             "inputs": self.inputs,
         }
-        write = partial(ckpt.write_checkpoint, folder, weights, optimizers, values, self.keep)
-        writer.start(write)
+        writer.start(partial(ckpt.write_checkpoint, folder, parts, values, self.keep))
