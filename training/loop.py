@@ -100,7 +100,7 @@ def train(
     ):
         log = MetricLog(run.folder, stage.logging, run.is_main, step)
         batches = TimedIterator(supervisor.batches)
-        progress = Progress(run, max_steps, config.batch_size, batches, step)
+        progress = Progress(run, config, batches, step)
         while step < max_steps:
             # Randomness: whoever runs this step draws the same numbers.
             seed_step(config.seed, rank, step)
@@ -149,19 +149,17 @@ def train(
             writer.check()
             supervisor.heartbeat()
 
-            # Stop, once the checkpoint is on disk.
-            if stop_reason and not is_last_step:
-                writer.wait()
-                log.close()
-                run.accelerator.wait_for_everyone()
-                run.say(f"{run.folder}: stopped at step {step} ({stop_reason}). {CONTINUE}")
-                raise SystemExit(STOPPED_STATUS)
+            if stop_reason:
+                break
 
         # To close the log may take long. Whoever left before would begin the next stage, and on
         # another machine meet this stage's process at the port that all stages share.
         writer.wait()
         log.close()
         run.accelerator.wait_for_everyone()
+    if step < max_steps:
+        run.say(f"{run.folder}: stopped at step {step} ({stop_reason}). {CONTINUE}")
+        raise SystemExit(STOPPED_STATUS)
     run.say(f"{run.folder}: {progress.summary(step)}, now complete")
 
 
@@ -180,10 +178,9 @@ class TrainingState:
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one. Returns the steps that are done."""
         # The main process looks: the others need not read and check every byte again.
-        found = [None]
-        if self.run.is_main:
-            found = [ckpt.latest_checkpoint(self.run.folder, verify=True)]
-        latest = broadcast_object_list(found)[0]
+        is_main = self.run.is_main
+        found = ckpt.latest_checkpoint(self.run.folder, verify=True) if is_main else None
+        [latest] = broadcast_object_list([found])
         if latest is None:
             return 0
         step, folder = latest
