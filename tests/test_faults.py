@@ -20,11 +20,9 @@ from test_checkpoint import write
 from test_resume import contents, program, start, state
 from test_stress import logged_step
 from tiny_experiment import equal, metrics, training
-from torch.utils.data import DataLoader
 
 from training import checkpoint as ckpt
 from training.errors import STOPPED_STATUS
-from training.supervise import explained_deaths
 
 ENDLESS = training(max_steps=1000000, checkpoint_every_steps=4, log_every_steps=1)
 ENDLESS += training(sample_every_steps=0)
@@ -195,24 +193,6 @@ def test_a_data_worker_that_hangs_ends_with_an_error_after_the_time_limit_and_th
     assert 4 < time.monotonic() - start < 60
     check_goes_on(lab)
     check_log_is_whole(lab)
-
-
-class Killer:
-    """A dataset that ends the process which reads its last item."""
-
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, index):
-        return index if index < 19 else os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_of_another_loader_that_is_killed_ends_with_an_error_that_says_so():
-    # In the middle of a batch, or between two.
-    reason = "a data worker ended while a batch|DataLoader worker .* exited unexpectedly"
-    with pytest.raises(ChildProcessError, match=reason), explained_deaths():
-        list(DataLoader(Killer(), num_workers=2))
-    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no error comes up elsewhere
 
 
 # Other ranks

@@ -100,26 +100,28 @@ def load_newest(run_dir: str | Path, load: Callable[[], T]) -> tuple[T, Path]:
 
 def load_any_tokenizer(run_dir: str | Path) -> ImageTokenizer | DualTokenizer:
     """The image tokenizer of a stage-1 run, of either kind."""
-    is_dual = read_run_config(run_dir).get("dual") is not None
-    return load_dual_tokenizer(run_dir) if is_dual else load_tokenizer(run_dir)
+    if read_run_config(run_dir).get("dual") is not None:
+        return load_ema(DualTokenizer(read_section(run_dir, "dual", DualTokenizerConfig)), run_dir)
+    config = read_section(run_dir, "tokenizer", ImageTokenizerConfig)
+    return load_ema(ImageTokenizer(config), run_dir)
 
 
 def load_dual_tokenizer(run_dir: str | Path) -> DualTokenizer:
     """The dual tokenizer of a stage-1 run; ValueError if it has one of latents."""
-    if read_run_config(run_dir).get("dual") is None:
+    tokenizer = load_any_tokenizer(run_dir)
+    if isinstance(tokenizer, ImageTokenizer):
         raise ValueError(f"{run_dir} has no dual tokenizer: its {CONFIG_FILE} has no 'dual'")
-    config = read_section(run_dir, "dual", DualTokenizerConfig)
-    return load_ema(DualTokenizer(config), run_dir)
+    return tokenizer
 
 
 def load_tokenizer(run_dir: str | Path) -> ImageTokenizer:
     """The image tokenizer of a stage-1 run; ValueError if it has one of discrete codes."""
-    if read_run_config(run_dir).get("dual") is not None:
+    tokenizer = load_any_tokenizer(run_dir)
+    if isinstance(tokenizer, DualTokenizer):
         raise ValueError(
             f"{run_dir} has a dual tokenizer, whose codes are for train_next_scale.py: no latents"
         )
-    config = read_section(run_dir, "tokenizer", ImageTokenizerConfig)
-    return load_ema(ImageTokenizer(config), run_dir)
+    return tokenizer
 
 
 # The parts that a run was trained with, by their fingerprints
@@ -146,8 +148,7 @@ def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
 def find_text_encoder(tokenizer_run: str | Path, wanted: str | None = None) -> TextEncoder:
     """The text encoder that a tokenizer was trained with; ValueError if it is not there any more.
 
-    Args:
-        wanted: the fingerprint that a later run knows; None: the tokenizer's own.
+    wanted: the fingerprint that a later run knows; None: the tokenizer's own.
     """
     wanted = wanted or trained_with(tokenizer_run).get("text_encoder")
     configs = text_encoder_configs(tokenizer_run)

@@ -95,11 +95,12 @@ def train(
         each.wrap(config.compile)
 
     with (
-        supervised(run, loader, config.max_hours, config.timeout_minutes) as supervisor,
+        supervised(run, loader, config.max_hours, config.timeout_minutes) as supervision,
         ckpt.BackgroundWriter() as writer,
     ):
+        watched_batches, heartbeat, ask_to_stop = supervision
         log = MetricLog(run.folder, stage.logging, run.is_main, step)
-        batches = TimedIterator(supervisor.batches)
+        batches = TimedIterator(watched_batches)
         progress = Progress(run, config, batches, step)
         while step < max_steps:
             # Randomness: whoever runs this step draws the same numbers.
@@ -113,7 +114,7 @@ def train(
             window.add(step, terms, keys=[key for part in parts for key in part["key"]])
 
             # Do all processes stop here? They agree by asking after every step.
-            stop_reason = supervisor.stop_reason()
+            stop_reason = ask_to_stop()
             is_last_step = step == max_steps
 
             # Report: the only place where values are read from the device.
@@ -147,7 +148,7 @@ def train(
                 log.flush()
                 state.save(step, writer)
             writer.check()
-            supervisor.heartbeat()
+            heartbeat()
 
             if stop_reason:
                 break
