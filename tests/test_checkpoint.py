@@ -95,8 +95,15 @@ def test_only_the_newest_are_kept_and_latest_points_to_the_last(tmp_path):
         write(tmp_path, step, keep=2)
         assert ckpt.read_state(tmp_path / "checkpoints" / ckpt.LATEST_LINK)["step"] == step
     assert list(ckpt.checkpoint_folders(tmp_path)) == [500, 5000]
-    write(tmp_path, 6000, keep=1)
-    assert list(ckpt.checkpoint_folders(tmp_path)) == [6000]
+
+
+def test_rotation_keeps_the_newest_whole_checkpoint_though_a_damaged_one_is_newer(tmp_path):
+    damaged = write(tmp_path, 8)
+    (damaged / ckpt.MODEL_FILE).unlink()
+    write(tmp_path, 4, keep=1)
+    write(tmp_path, 6, keep=1)
+    assert ckpt.latest_checkpoint(tmp_path)[0] == 6
+    assert list(ckpt.checkpoint_folders(tmp_path)) == [6, 8]
 
 
 def test_a_rotation_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(

@@ -6,7 +6,6 @@ compared bit for bit with that of an undisturbed run.
 
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -16,7 +15,6 @@ import pytest
 from conftest import shape_sample
 from forks import Program, start_ranks
 from sources import tar_of
-from test_checkpoint import write
 from test_resume import contents, program, start, state
 from test_stress import logged_step
 from tiny_experiment import equal, metrics, training
@@ -117,30 +115,17 @@ def test_a_file_size_limit_inside_a_checkpoint_ends_with_an_error_and_a_whole_on
     check_end(lab, check_goes_on(lab))
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
-def test_what_can_no_longer_be_written_is_named_and_later_the_run_goes_on(lab, tmp_path, name):
+def test_a_log_that_can_no_longer_be_written_is_named_and_later_the_run_goes_on(lab, tmp_path):
     running = lab.train()
     os.kill(running.pid, signal.SIGSTOP)  # or it makes the file again in between
-    path, aside = lab.run / name, tmp_path / "aside"
-    path.rename(aside)
-    path.touch() if aside.is_dir() else path.mkdir()
+    path = (lab.run / "metrics.jsonl").rename(tmp_path / "aside")
+    (lab.run / "metrics.jsonl").mkdir()
     os.kill(running.pid, signal.SIGCONT)
-    check_error(running, str(path))
-    path.rmdir() if path.is_dir() else path.unlink()
-    aside.rename(path)
-    for half_written in (lab.run / "checkpoints").glob("*.tmp"):
-        shutil.rmtree(half_written)
+    check_error(running, str(lab.run / "metrics.jsonl"))
+    (lab.run / "metrics.jsonl").rmdir()
+    path.rename(lab.run / "metrics.jsonl")
     check_goes_on(lab)
     check_log_is_whole(lab)
-
-
-def test_rotation_keeps_the_newest_whole_checkpoint_though_a_damaged_one_is_newer(tmp_path):
-    damaged = write(tmp_path, 8)
-    (damaged / ckpt.MODEL_FILE).unlink()
-    write(tmp_path, 4, keep=1)
-    write(tmp_path, 6, keep=1)
-    assert ckpt.latest_checkpoint(tmp_path)[0] == 6
-    assert list(ckpt.checkpoint_folders(tmp_path)) == [6, 8]
 
 
 # Data and its workers

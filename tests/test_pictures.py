@@ -34,7 +34,7 @@ def test_image_becomes_its_rounded_and_clamped_bytes_with_its_channels_and_direc
     assert array[1, 5].tolist() == [255, 0, 0] and array[3, 0].tolist() == [0, 0, 255]
 
 
-@pytest.mark.parametrize(("side", "shown"), [(16, 128), (100, 200), (256, 256)])
+@pytest.mark.parametrize(("side", "shown"), [(100, 200), (256, 256)])
 def test_small_images_are_enlarged_by_a_whole_factor(side, shown):
     sheet = caption_grid(torch.zeros(1, 3, side, side), [""], 1)
     black = (pixels(sheet) == 0).all(axis=-1)

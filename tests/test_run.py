@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from eval.programs import start_processes
-from training.run import CONFIG_FILE, list_changes, locked, save_config, start_run
+from training.run import CONFIG_FILE, locked, save_config, start_run
 
 
 @dataclass
@@ -50,11 +50,6 @@ def test_engines_that_the_environment_asks_for_are_refused(monkeypatch):
     start_processes("cpu")
 
 
-def test_starting_alone_writes_nothing(tmp_path):
-    start_run(tmp_path / "a", "fp32", seed=0)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_network_key_that_did_not_exist_yet_counts_as_its_default(tmp_path, capsys):
     start(tmp_path)
     older = values()
@@ -83,11 +78,3 @@ def test_a_running_training_keeps_its_config(tmp_path):
     ):
         start(tmp_path, Config(learning_rate=0.2))
     assert saved(tmp_path) == values()
-
-
-def test_changes_name_new_lost_and_nested_keys():
-    assert list_changes({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "e": 4}, "d": 3}) == [
-        ("a.c", "a.c: 2 -> None"),
-        ("a.e", "a.e: None -> 4"),
-    ]
-    assert list_changes({"a": 1}, {"a": {"b": 1}}) == [("a", "a: 1 -> {'b': 1}")]
