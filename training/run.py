@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,26 +124,22 @@ def locked(run: Run) -> Iterator[None]:
             file = stack.enter_context((run.folder / LOCK_FILE).open("a+"))
             # A data worker would keep the lock of a killed program until it notices.
             os.register_at_fork(after_in_child=file.close)
-            refusal = take_lock(run.folder, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Another error is of a file system without locks.
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    file.seek(0)
+                    owner = file.read().strip()
+                    refusal = f"{run.folder} is being written by another process: {owner}"
+            else:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
         [refusal] = broadcast_object_list([refusal])
         if refusal:
             raise ValueError(refusal)
         yield
-
-
-def take_lock(folder: Path, file: TextIO) -> str:
-    """Lock a folder's open lock file and write into it who holds it; "", or who does already."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return ""  # a file system without locks
-        file.seek(0)
-        return f"{folder} is being written by another process: {file.read().strip()}"
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return ""
 
 
 def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
