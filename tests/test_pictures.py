@@ -11,13 +11,7 @@ from conftest import shape_sample
 from tiny_experiment import draw
 
 from modeling.layers import to_pil
-from training.pictures import (
-    CAPTION_LINES,
-    LINE_HEIGHT,
-    MARGIN,
-    caption_grid,
-    write_gallery,
-)
+from training.pictures import CAPTION_LINES, LINE_HEIGHT, MARGIN, caption_grid, write_gallery
 
 
 def pixels(image):

@@ -25,13 +25,7 @@ from torch import Tensor, nn
 from modeling.layers import check_not_negative
 from training.checkpoint import load_plain
 from training.run import Run
-from training.sharding import (
-    clip_gradients,
-    gather,
-    gather_network,
-    shard_network,
-    split_like,
-)
+from training.sharding import clip_gradients, gather, gather_network, shard_network, split_like
 
 # Of Muon
 MOMENTUM = 0.95
@@ -286,9 +280,8 @@ class OptimizedNetwork:
                 for block in blocks:
                     block.compile()
         # FSDP is in its modules already: of accelerate's preparation only autocast is left.
-        accelerator = self.run.accelerator
-        self.wrapped = accelerator.prepare_model(self.module, evaluation_mode=self.is_sharded)
-        self.wrapped_optimizer = accelerator.prepare_optimizer(self.optimizer)
+        prepare = self.run.accelerator.prepare_model
+        self.wrapped = prepare(self.module, evaluation_mode=self.is_sharded)
         self.wrapped.train()
 
     def update(self, step: int, max_steps: int) -> Tensor:
@@ -303,8 +296,8 @@ class OptimizedNetwork:
         # The fused update reads found_inf: a non-finite gradient changes nothing, and the loop
         # finds it in the log and stops. Nobody waits for the device here.
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.wrapped_optimizer.step()
-        self.wrapped_optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
 
