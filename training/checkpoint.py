@@ -71,6 +71,7 @@ def find_damage(folder: Path, verify: bool = False) -> str:
     """What is wrong with a checkpoint, "" if nothing: by the sizes of its files, or their bytes."""
     try:
         state = read_state(folder)
+        # A folder that somebody renamed is not the step that it claims to be.
         if folder.name != f"{PREFIX}{state['step']:08d}":
             return f"{STATE_FILE} is of step {state['step']}"
         for name, expected in state["files"].items():
@@ -110,6 +111,7 @@ def is_complete(run: Run, config: Any, inputs: dict) -> bool:
         return False
     with suppress(ValueError):  # of a damaged config.yaml: whoever needs it will say so
         changes = config_changes(run, config)
+        # Folders that moved change nothing.
         keys = [key for key, _ in changes if not key.endswith("_dir")]
         if keys:
             run.say(f"warning: {run.folder} is complete, it ignores changes of {', '.join(keys)}")
@@ -144,6 +146,7 @@ def load_plain(path: Path, mmap: bool = False) -> Any:
 
 def check_inputs(folder: Path, inputs: dict) -> None:
     """Refuse a checkpoint that was trained on other than what earlier stages give now."""
+    # By fingerprints, not by paths: a stage that was trained anew lies where the old one did.
     run_dir = folder.parents[1]
     trained = read_state(folder)["inputs"]
     if inputs and not trained:
@@ -182,6 +185,7 @@ def snapshot(state: Any, is_kept: bool = True) -> Any:
     is_kept: False on the processes that only help to gather sharded tensors, which get none.
     """
     if isinstance(state, Tensor):
+        # All processes gather, though one keeps the result. safetensors takes no strided views.
         whole = gather(state.detach())
         return whole.to("cpu", copy=True).contiguous() if is_kept else None
     if isinstance(state, dict):

@@ -31,6 +31,7 @@ structured = cache(OmegaConf.structured)  # takes longer than to copy one, as me
 
 def read_run_config(run_dir: str | Path) -> DictConfig:
     """The resolved config of a run, not to be changed; ValueError: no run, or a damaged file."""
+    # A run, its experiment and its checkpoints are easily confused: the error names what is there.
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(
@@ -134,6 +135,7 @@ def text_encoder_config(tokenizer_run: str | Path) -> TextEncoderConfig:
 
 def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
     """The text encoder of a stage-1 run: as its config says, and beside it, the likelier first."""
+    # A name of the hub is the same everywhere; a folder may have moved with its experiment.
     config = read_section(tokenizer_run, "text_encoder", TextEncoderConfig)
     folder = config.model.removeprefix("local-dir:")
     beside = Path(tokenizer_run).parent / CLIP_FOLDER
@@ -151,6 +153,7 @@ def find_text_encoder(tokenizer_run: str | Path, wanted: str | None = None) -> T
     wanted: the fingerprint that a later run knows; None: the tokenizer's own.
     """
     wanted = wanted or trained_with(tokenizer_run).get("text_encoder")
+    # The fingerprint is of the weights, so a tower has to be read before it is known.
     configs = text_encoder_configs(tokenizer_run)
     for config in configs:
         text_encoder = load_text_encoder(config)

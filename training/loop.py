@@ -186,6 +186,7 @@ class TrainingState:
             return 0
         step, folder = latest
         state = ckpt.read_state(folder)
+        # All of it strictly: a part that is absent would be random, and nothing would show it.
         for prefix, network in self.networks.items():
             load_weights(network.module, folder / (prefix + ckpt.MODEL_FILE))
             load_optimizer(network.optimizer, folder / (prefix + ckpt.OPTIMIZER_FILE))

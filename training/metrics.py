@@ -50,6 +50,7 @@ class MetricWindow:
 
     def add(self, step: int, values: dict[str, Tensor], keys: list[str]) -> None:
         """Add one step's scalars; `keys` are those of its samples on this process."""
+        # One tensor a step: a report reads them all at once. Sums in bfloat16 would stop growing.
         stacked = torch.stack([value.detach().float() for value in values.values()])
         self._steps.append((step, tuple(values), stacked, keys))
 
@@ -105,6 +106,7 @@ def cut_captions(batches: Sequence[dict], device: torch.device) -> dict[str, Ten
     """Share 0..1 of captions that the text tower cuts, where its tokenizer reads any."""
     if "captions_cut" not in batches[0]:
         return {}
+    # One of the step's values: it is averaged over batches, steps and processes as losses are.
     shares = [batch["captions_cut"].to(device, non_blocking=True) for batch in batches]
     return {"captions_cut": torch.stack(shares).mean()}
 
@@ -118,7 +120,8 @@ class MetricLog:
         self._wandb = self._tensorboard = None
         if not enabled:
             return
-        if self.path.exists():  # what broke off, and the steps that the resumed run will do again
+        # Without what broke off, and without the steps that the resumed run will do again.
+        if self.path.exists():
             kept = [line for step, line in whole_lines(self.path) if step <= start_step]
             write_text("".join(line + "\n" for line in kept), self.path)
         if config.wandb != "off":
@@ -130,6 +133,7 @@ class MetricLog:
         """Report one line; values that are one of many ("name/3") are not shown on the console."""
         if not self.enabled:
             return
+        # Terms of one channel or time bin are for curves: dozens of them.
         left = timedelta(seconds=max(0, round(seconds_left)))
         names = [name for name in values if not name.split("/")[-1].isdigit()]
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in names)
@@ -138,10 +142,11 @@ class MetricLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items() if self._tensorboard else ():
             self._tensorboard.add_scalar(name, value, step)
+        # Its service may die or refuse: no reason to stop a training.
         if self._wandb is not None:
             try:
                 self._wandb.log(values, step=step)
-            except Exception as error:  # its service has died, say: no reason to stop training
+            except Exception as error:
                 warning = f"warning: wandb fails and is left out from here on: {error!r}"
                 print(warning, file=sys.stderr, flush=True)
                 self._wandb = None
@@ -281,7 +286,8 @@ class Progress:
         self.last_time += time.perf_counter() - start
 
     def seconds_left(self, step: int) -> float:
-        """Until the last step, at the speed so far, pictures and evaluations included."""
+        """Until the last step, at the speed so far."""
+        # Since the start, not since the last report: pictures and evaluations come rarely.
         seconds_per_step = (time.perf_counter() - self.start) / (step - self.first_step)
         return seconds_per_step * (self.config.max_steps - step)
 

@@ -104,6 +104,7 @@ def read_source(folder: Path) -> dict:
 
 def save_source(folder: Path, source: dict) -> None:
     """Write what the results in a folder are made of, unless that is known; the main process."""
+    # An earlier commit may have known less: what is known now is added.
     if not PartialState().is_main_process:
         return
     found = read_source(folder)
@@ -119,6 +120,7 @@ def check_source(folder: Path, found: dict, source: dict, further_way: str = "")
 
     further_way: out of the error, beside deleting files.
     """
+    # Continuing on other data would give a model of both, of which nobody could say what it saw.
     changed = list(differences(found, source))
     if changed:
         way_out = "Delete it and run this again"

@@ -67,6 +67,7 @@ def process_group_timeout(timeout_minutes: float) -> timedelta:
 
 def refuse_engines() -> None:
     """Refuse what the environment asks for and no program here is written for."""
+    # accelerate would obey in silence, also a config file that its user has forgotten.
     for name in (f"ACCELERATE_USE_{engine}" for engine in ENGINES):
         value = os.environ.get(name, "")
         if value.lower() not in ("", "0", "false"):
@@ -151,6 +152,7 @@ def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
         ValueError: one of `config.networks` differs from the run that is to be resumed, or another
             process trains in this folder.
     """
+    # Where there is no checkpoint, an earlier start has left nothing to be faithful to.
     if has_checkpoint:
         # Weights do not fit another network; everything else may change on the way.
         changes = config_changes(run, config)

@@ -91,6 +91,7 @@ class TrainingConfig:
 
     def split_batch(self, num_processes: int) -> int:
         """Samples in a batch of one process; ValueError: batch_size is not divisible."""
+        # DDP averages over processes: with batches of two sizes, samples would not count alike.
         batches = num_processes * self.gradient_accumulation
         if self.batch_size % batches:
             raise ValueError(
@@ -116,6 +117,7 @@ class TrainedStage(StageConfig):
                 "training.compile=true with activation_checkpointing=selective: the compiler "
                 "chooses what is kept, set activation_checkpointing to none or full"
             )
+        # Both wrap the blocks; together they have not been tried.
         if self.training.shard == "full":
             if self.training.compile:
                 raise ValueError("training.shard=full with training.compile=true: set one of them")

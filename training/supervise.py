@@ -117,6 +117,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame) -> None:
+        # It only takes a note: a checkpoint that is begun here could be in the middle of a step.
         now = time.monotonic()
         if self._signalled_at is None:
             self._signalled_at = now
@@ -133,6 +134,7 @@ class StopRequest:
             self._reason = f"training.max_hours={self._max_hours:g} are over"
         if self._group is None:
             return self._reason
+        # Who stopped alone would leave the others waiting for its gradients.
         agreed = False
         if self._pending is not None:
             flag, work = self._pending
@@ -170,6 +172,7 @@ class Watchdog:
         self._alive = True
 
     def _watch(self) -> None:
+        # Counted by polls, not by the clock, which goes on while the program is suspended.
         silent_polls = 0
         while not self._done.wait(60 * self.minutes / POLLS_PER_TIMEOUT):
             silent_polls = 0 if self._alive else silent_polls + 1
@@ -217,6 +220,7 @@ def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
     """Abort if the main thread waits forever for a worker that died in the middle of a message."""
     done = threading.Event()
 
+    # The loader looks by itself, but not while it waits for the rest of a message.
     def watch() -> None:
         while not any(worker.exitcode for worker in workers):
             if all(worker.exitcode == 0 for worker in workers):
@@ -235,6 +239,7 @@ def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
 
 def abort(reason: str) -> None:
     """End the program from a thread, whose exceptions do not reach the main one."""
+    # Not sys.exit: it waits for workers, threads and devices, one of which is what hangs.
     for worker in multiprocessing.active_children():
         worker.kill()
     report_error(f"error: {reason}. {CONTINUE}")

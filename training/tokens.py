@@ -168,6 +168,7 @@ def load_tokens_info(
 
 def unknown_tokens(num_tokens: int, token_channels: int, latent_scale: float) -> TokensInfo:
     """What is taken for granted of tokens that nobody described."""
+    # The release's folders hold token.npy files only: nothing says who made them, and from what.
     return TokensInfo(
         num_samples=0,
         num_tokens=num_tokens,
@@ -228,6 +229,7 @@ def complete_projector(
     sizes: dict[str, int],
 ) -> TextProjectorConfig:
     """The projector's config: that of the weights it starts from, or as typed; with its sizes."""
+    # Sizes follow from the tokenizer, so weights for another one do not fit.
     if source is None:
         return replace(typed or TextProjectorConfig(), **sizes)
     found = {name: getattr(source.config, name) for name in sizes}
@@ -275,6 +277,7 @@ class StoredTokens(StoredText):
 
     def fit_linear_skip(self, projector: TextProjector, strength: float) -> None:
         """Fill the projector's linear skip by ridge regression on the first samples."""
+        # Means, not samples: the noise of the posterior is nothing that text could predict.
         states, latents = [], []
         for batch in self.reader.once(100, limit=FITTED_SAMPLES):
             states.append(self.text_states(batch).cpu().float())
@@ -295,7 +298,7 @@ def open_stored_tokens(
         ValueError: the text tower is not the one that the tokens were made with, their text states
             are of one caption where it is to be drawn, or a shard is lost or damaged.
     """
-    # Text states are stored of one caption: another would be read with the first one's.
+    # States are stored of one caption, and would be read with whichever is drawn.
     if info.has_text_states and data.has_several_captions():
         raise ValueError(
             "data.captions draws captions (json:captions, recaption_keys, window=sentences), but "
@@ -309,6 +312,8 @@ def open_stored_tokens(
             f"the token shards were made with another text tower than {text_config.model} of the "
             "tokenizer's run: delete them and encode them again"
         )
+
+    # Where all samples have states, the tower leaves the device's memory to the training.
     tokenize = None if info.has_text_states else encoder.tokenize
     # Shards of unknown origin may hold the states of another tower, or of another caption
     if info.text_encoder_fingerprint == "unknown":

@@ -71,6 +71,7 @@ def measure_vocabulary(captions: Iterable[str]) -> Vocabulary:
 
 def join_vocabularies(parts: Sequence[Vocabulary]) -> Vocabulary:
     """The vocabulary of all captions together."""
+    # A part without captions would leave no word in common.
     parts = [part for part in parts if part.example]
     if not parts:
         return Vocabulary("", [], [], [])
