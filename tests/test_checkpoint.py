@@ -52,22 +52,18 @@ def test_the_newest_is_the_highest_step_whatever_its_name_size_or_age(tmp_path):
     assert ckpt.latest_checkpoint(tmp_path) == (100_000_000, large)
 
 
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (lambda: nn.Linear(2, 2, bias=False), "Unexpected key.*bias"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), "Missing key.*0.weight"),
-        (lambda: nn.Linear(3, 2), "size mismatch for weight"),
-    ],
-)
-def test_loading_is_strict_and_names_file_and_tensors(tmp_path, build, reason):
+def test_loading_is_strict_and_names_file_and_tensors(tmp_path):
     path = write(tmp_path, 1) / ckpt.MODEL_FILE
-    with pytest.raises(ValueError, match=rf"(?s){re.escape(str(path))} .*{reason}"):
-        load_weights(build(), path)
+    for other, reason in (
+        (nn.Sequential(nn.Linear(2, 2)), "Missing key.*0.weight.*Unexpected key.*bias"),
+        (nn.Linear(3, 2), "size mismatch for weight"),
+    ):
+        with pytest.raises(ValueError, match=rf"(?s){re.escape(str(path))} .*{reason}"):
+            load_weights(other, path)
     for spoiling in (lambda: path.write_bytes(b"half"), path.unlink):
         spoiling()
         with pytest.raises(ValueError, match=re.escape(str(path))):
-            load_weights(build(), path)
+            load_weights(nn.Linear(2, 2), path)
 
 
 def test_inputs_are_compared_with_those_of_the_checkpoint(tmp_path):

@@ -249,7 +249,9 @@ def test_two_starts_at_once_leave_the_first_ones_log_and_checkpoints_alone(lab):
     running = lab.start("training.checkpoint_every_steps=1000000")
     assert running.wait_until(lambda: logged_step(lab.run) >= 30), running.output
     said = f"is being written by another process: process {running.pid}"
-    check_error(lab.start(), said)
+    config = (lab.run / "config.yaml").read_bytes()
+    check_error(lab.start("training.seed=7"), said)
+    assert (lab.run / "config.yaml").read_bytes() == config
     ranks = lab.start_ranks()
     assert [rank.wait() for rank in ranks] == [2, 2]
     output = "".join(rank.output for rank in ranks)

@@ -83,13 +83,6 @@ def test_a_resumed_log_drops_the_steps_that_will_be_done_again_and_broken_lines(
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [*kept, (15, 15.5)]
 
 
-def test_only_the_main_process_writes(tmp_path, capsys):
-    log = MetricLog(tmp_path, LoggingConfig(wandb="online"), False, 0)
-    log.log(1, 2, {"loss": 1.0}, 0)
-    log.close()
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
-
-
 def test_wandb_gets_the_same_values_and_one_run_id_over_resumes(tmp_path, monkeypatch):
     calls = []
 
