@@ -134,7 +134,7 @@ def text_encoder_config(tokenizer_run: str | Path) -> TextEncoderConfig:
 
 
 def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
-    """The text encoder of a stage-1 run: as its config says, and beside it, the likelier first."""
+    """The text encoder of a stage-1 run: where its config says, and beside it, what there is."""
     # A name of the hub is the same everywhere; a folder may have moved with its experiment.
     config = read_section(tokenizer_run, "text_encoder", TextEncoderConfig)
     folder = config.model.removeprefix("local-dir:")
@@ -144,7 +144,7 @@ def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
 
     # What lies where the config says may be another experiment's by now: both count.
     moved = replace(config, model=f"local-dir:{beside}")
-    return [config, moved] if Path(folder).is_dir() else [moved, config]
+    return [config, moved] if Path(folder).is_dir() else [moved]
 
 
 def find_text_encoder(tokenizer_run: str | Path, wanted: str | None = None) -> TextEncoder:
