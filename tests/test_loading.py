@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_CLIP
-from safetensors.torch import load_file, save_file
+from test_resume import alter
 
 from modeling.clip_weights import build_clip, save_clip
 from modeling.layers import fingerprint
-from training.checkpoint import EMA_FILE, STATE_FILE, latest_checkpoint
+from training.checkpoint import STATE_FILE, latest_checkpoint
 from training.loading import find_text_encoder, load_tokenizer, text_encoder_config, trained_with
 from training.pipelines import (
     check_parts,
@@ -53,9 +53,7 @@ def set_inputs(run, **inputs):
 def other_weights(run, folder):
     """A copy of a run with other EMA weights."""
     shutil.copytree(run, folder, symlinks=True)
-    path = latest_checkpoint(folder)[1] / EMA_FILE
-    tensors = load_file(path)
-    save_file({name: x + 1e-3 if x.is_floating_point() else x for name, x in tensors.items()}, path)
+    alter(folder)
     return folder
 
 
