@@ -4,8 +4,8 @@ configs/emoji/flowtok.yaml configures the run runs/emoji/flowtok: `experiment_di
 the file's folder, `run_dir` adds the file's name, unless YAML or command line set them.
 `base: FILE` (relative to the YAML) is read first and overridden. The command line has
 `key.subkey=value`, the value as YAML, or as it is where the field is text. Paths may begin with ~.
-Unknown keys, wrong types and impossible combinations raise ValueError, naming the key, the value
-and the nearest valid name.
+Unknown keys, wrong types and impossible combinations raise ValueError in one line, naming the key,
+the value and the nearest valid name.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import functools
 import json
 import os.path
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -26,6 +27,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 T = TypeVar("T")
 structured = functools.cache(OmegaConf.structured)  # takes longer than to copy one, as merge does
 HOME_PATH = re.compile(r"([\w-]+:|)(~[\w.-]*/.*)", re.DOTALL)  # ~/x, ~user/x, local-dir:~/x
+ABSENT = object()
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,9 +41,6 @@ def parse_stage_args(stage: type[T], description: str | None) -> T:
     """The config that a stage program's command line names: --config FILE key=value ...
 
     --print shows the resolved config and ends.
-
-    Raises:
-        ValueError: a bad command line or config, in one line.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="a YAML of this stage")
@@ -56,16 +55,9 @@ def parse_stage_args(stage: type[T], description: str | None) -> T:
 
 
 def load_config(stage: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
-    """Read, merge, type and check the config of one stage.
+    """The checked config of one stage.
 
-    Args:
-        stage: a dataclass with the fields `runs_dir`, `experiment_dir` and `run_dir` and a
-            method `check()`.
-        path: the YAML file.
-        overrides: `key=value` strings of the command line.
-
-    Raises:
-        ValueError: anything wrong, in one line.
+    stage: a dataclass with the fields `runs_dir`, `experiment_dir` and `run_dir` and a `check()`.
     """
     path = Path(path)
     folder = Path(os.path.abspath(path)).parent.name
@@ -87,19 +79,17 @@ def load_dataclass(
     """A dataclass from its own defaults, then `defaults`, the YAML and the command line.
 
     Raises:
-        ValueError: an unknown key, a wrong type, what a `__post_init__` refuses; in one line.
+        ValueError: an unknown key, a wrong type, what a `__post_init__` refuses.
     """
     path = Path(path)
     node = OmegaConf.merge(structured(schema), defaults or {})
     try:
         # Sources by rising rank, so that an error can say which of them it is of.
-        typed = [quote_text(override, schema) for override in overrides or []]
-        changes = {str(path): read_yaml(path), "command line": parse_overrides(typed)}
+        changes = {str(path): read_yaml(path), "command line": parse_overrides(overrides, schema)}
         for origin, values in changes.items():
             refuse_derived(values, schema, origin)
             node = merge(node, values, origin)
-        values = expand_home(OmegaConf.to_container(node, resolve=True))
-        return build(schema, values)
+        return build(schema, expand_home(OmegaConf.to_container(node, resolve=True)))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ValueError(f"{path}: {explain(error, schema)}") from error
     except RecursionError as error:
@@ -107,16 +97,15 @@ def load_dataclass(
 
 
 def merge(node: Any, values: Any, origin: str) -> Any:
-    """A typed node with new values; the old one and they are used up.
-
-    Raises:
-        ValueError: an unknown key or a wrong type; says where it was given.
-    """
+    """A typed node with new values; the old one and they are used up."""
     try:
         return OmegaConf.unsafe_merge(node, values)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         schema = OmegaConf.get_type(node)
         raise ValueError(f"{origin}: {explain(error, schema)}") from error
+
+
+# Sources
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
@@ -126,8 +115,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         circle = " -> ".join(str(p) for p in (*seen, path))
         raise ValueError(f"base: files refer to each other in a circle: {circle}")
     if not path.is_file():
-        names = sorted(p.name for p in path.parent.glob("*.yaml"))
-        found = ", ".join(names) or "no YAML"
+        found = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no YAML"
         raise ValueError(f"config file {path} does not exist; in its folder: {found}")
 
     # Its own keys, without the interpolations resolved: what they name may come from the base.
@@ -146,33 +134,27 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     return OmegaConf.merge(read_yaml(path.parent / base, (*seen, path)), node)
 
 
-def parse_overrides(overrides: list[str]) -> Any:
+def parse_overrides(overrides: list[str] | None, schema: type) -> Any:
     """`key=value` strings -> an OmegaConf node."""
-    for item in overrides:
-        if "=" not in item.lstrip("=") or item.startswith("="):
+    texts = {key for key, field in all_fields(schema) if field.type is str}
+    typed = []
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not key or not equals:
             raise ValueError(f"command line: {item!r} is not of the form key=value")
+        # Text in quotes, or YAML would cut a folder at " #" and read 20_1 as 201.
+        if key in texts and not value.startswith(("'", '"')):
+            value = json.dumps(value, ensure_ascii=False)
+        typed.append(f"{key}={value}")
     try:
-        return OmegaConf.from_dotlist(overrides)
+        return OmegaConf.from_dotlist(typed)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        given = " ".join(overrides)
+        given = " ".join(typed)
         raise ValueError(f"command line: cannot read {given}: {one_line(error)}") from error
 
 
-def quote_text(override: str, schema: type) -> str:
-    """`key=value` with quotes around text: YAML would cut a folder at " #" and read 20_1 as 201."""
-    key, equals, value = override.partition("=")
-    is_text = any(name == key and field.type is str for name, field in all_fields(schema))
-    if not equals or value.startswith(("'", '"')) or not is_text:
-        return override
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
 def expand_home(value: Any) -> Any:
-    """Nested values with the home folder for ~ in front of a path; local-dir:~/x is one, too.
-
-    Raises:
-        ValueError: the home folder of an unknown user.
-    """
+    """Nested values with the home folder for ~ in front of a path; local-dir:~/x is one, too."""
     if isinstance(value, dict):
         return {name: expand_home(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -186,22 +168,20 @@ def expand_home(value: Any) -> Any:
     return prefix + expanded
 
 
-def build(schema: type[T], values: dict, prefix: str = "") -> T:
-    """A dataclass and its parts from nested values; errors of its checks get the section's name.
+# Dataclasses and their fields
 
-    Raises:
-        ValueError: what a `__post_init__` refuses.
-    """
-    arguments = {}
+
+def build(schema: type[T], values: dict, prefix: str = "") -> T:
+    """A dataclass and its parts from nested values."""
+    # OmegaConf.to_object does the same, but an error of a check would not say of which section.
+    arguments = dict(values)
     for field in dataclasses.fields(schema):
-        value = values[field.name]
-        part = part_of(field)
+        part, value = part_of(field), values[field.name]
+        name = f"{prefix}{field.name}."
         if part and is_mapping_of_parts(field):
-            names = {name: f"{prefix}{field.name}.{name}." for name in value}
-            value = {name: build(part, value[name], names[name]) for name in value}
+            arguments[field.name] = {k: build(part, v, f"{name}{k}.") for k, v in value.items()}
         elif part and value is not None:
-            value = build(part, value, f"{prefix}{field.name}.")
-        arguments[field.name] = value
+            arguments[field.name] = build(part, value, name)
     try:
         return schema(**arguments)
     except ValueError as error:
@@ -232,59 +212,13 @@ def refuse_derived(given: Any, schema: type, origin: str) -> None:
     """Refuse values for fields that a program fills in from the text tower or an earlier run."""
     for key, field in all_fields(schema):
         source = field.metadata.get("derived")
-        if source and is_given(given, key):
+        if source and OmegaConf.select(given, key, default=ABSENT) is not ABSENT:
             raise ValueError(f"{origin}: {key} can't be set, it follows from {source}")
-
-
-def is_given(node: Any, key: str) -> bool:
-    """Whether an OmegaConf node has a dotted key, whatever its value."""
-    for name in key.split("."):
-        if not OmegaConf.is_dict(node) or name not in node:
-            return False
-        node = node._get_node(name)
-    return True
-
-
-def explain(error: Exception, schema: type) -> str:
-    """OmegaConf's message in one line, with the key in front and the nearest key of all groups."""
-    key = getattr(error, "full_key", "") or ""
-    reason = str(error).splitlines()[0]
-    if isinstance(error, ConfigKeyError) and "Did you mean" not in reason and key:
-        nearest = nearest_key(key, valid_keys(schema))
-        reason += f". Did you mean: {nearest!r}?" if nearest else ""
-    return f"{key}: {reason}" if key else reason
 
 
 def valid_keys(schema: type) -> list[str]:
     """All dotted keys of a dataclass that may be set."""
     return [key for key, field in all_fields(schema) if not field.metadata.get("derived")]
-
-
-def nearest_key(name: str, valid: list[str]) -> str | None:
-    """The key of any group that an unknown one was probably meant to be.
-
-    By its last part: the same one elsewhere, its initials (lr: learning_rate), a similar spelling.
-    """
-
-    def leaf(key: str) -> str:
-        return key.rsplit(".", 1)[-1]
-
-    def initials(key: str) -> str:
-        return "".join(word[:1] for word in leaf(key).split("_"))
-
-    similar = difflib.get_close_matches(leaf(name), {leaf(key) for key in valid}, n=1)
-    candidates = (
-        [key for key in valid if leaf(key) == leaf(name)]
-        or [key for key in valid if "_" in leaf(key) and initials(key) == leaf(name)]
-        or [key for key in valid if leaf(key) in similar]
-    )
-    likeness = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in candidates}
-    return max(candidates, key=likeness.get, default=None)
-
-
-def one_line(error: Exception) -> str:
-    """A message without its line breaks."""
-    return " ".join(str(error).split())
 
 
 def settable(config: Any) -> Any:
@@ -295,3 +229,43 @@ def settable(config: Any) -> Any:
         return config
     fields = [f for f in dataclasses.fields(config) if not f.metadata.get("derived")]
     return {f.name: settable(getattr(config, f.name)) for f in fields}
+
+
+# Messages
+
+
+def explain(error: Exception, schema: type) -> str:
+    """OmegaConf's message in one line, with the key in front and the nearest key of all groups."""
+    key = getattr(error, "full_key", "") or ""
+    reason = str(error).splitlines()[0]
+    # OmegaConf knows the neighbours of a key only.
+    if isinstance(error, ConfigKeyError) and "Did you mean" not in reason and key:
+        nearest = nearest_key(key, valid_keys(schema))
+        reason += f". Did you mean: {nearest!r}?" if nearest else ""
+    return f"{key}: {reason}" if key else reason
+
+
+def nearest_key(name: str, valid: list[str]) -> str | None:
+    """The key of any group that an unknown one was probably meant to be.
+
+    By its last part: the same one elsewhere, its initials (lr: learning_rate), a similar spelling.
+    """
+    keys = defaultdict(list)  # by their last parts
+    initials = defaultdict(list)
+    for key in valid:
+        last = key.rsplit(".", 1)[-1]
+        keys[last].append(key)
+        if "_" in last:
+            initials["".join(word[:1] for word in last.split("_"))].append(key)
+    wanted = name.rsplit(".", 1)[-1]
+    candidates = keys.get(wanted) or initials.get(wanted)
+    if not candidates:
+        similar = difflib.get_close_matches(wanted, keys, n=1)
+        candidates = keys[similar[0]] if similar else []
+    likeness = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in candidates}
+    return max(candidates, key=likeness.get, default=None)
+
+
+def one_line(error: Exception) -> str:
+    """A message without its line breaks."""
+    return " ".join(str(error).split())

@@ -22,16 +22,12 @@ from modeling.pipeline import SamplingConfig
 from modeling.text_decoder import TextDecoderConfig, TextDecoderLossConfig
 from modeling.text_projector import TextProjectorConfig
 from train_flowtok import FlowTokStage
-from train_next_scale import NextScaleStage
-from train_text_projector import TextProjectorStage
 from train_tokenizer import TokenizerStage
 from training.optim import OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
 FLOWTOK = ROOT / "configs/emoji/flowtok.yaml"
 TOKENIZER = ROOT / "configs/emoji/tokenizer.yaml"
-PROJECTOR = ROOT / "configs/emoji/text_projector.yaml"
-NEXT_SCALE = ROOT / "configs/emoji_dual/next_scale.yaml"
 
 
 def write(path, **values):
@@ -87,9 +83,7 @@ def test_files_that_can_not_be_read_are_named(tmp_path):
     [
         ("~/runs", "/home/me/runs"),
         ("2024_11_29", "2024_11_29"),
-        ("on", "on"),
-        ("/data/my #1 run", "/data/my #1 run"),
-        ("[a]{b,c}: d", "[a]{b,c}: d"),
+        ("[a]{b,c}: d #1", "[a]{b,c}: d #1"),
         ("'quoted'", "quoted"),
         ("~", "~"),
     ],
@@ -101,7 +95,7 @@ def test_a_folder_is_what_was_typed(given, folder, monkeypatch):
     assert config.data.shards == [f"{folder}/tokens/train-*.tar".replace("~", "/home/me")]
 
 
-@pytest.mark.parametrize("name", ["{b,c}", "a'b", "2024_11_29", "a #b", "$a"])
+@pytest.mark.parametrize("name", ["{b,c} #'", "2024_11_29", "$a"])
 def test_the_folder_of_a_yaml_may_have_any_name(tmp_path, name):
     (tmp_path / name).mkdir()
     path = write(tmp_path / name / "tokens.yaml", data={"shards": ["a.tar"]})
@@ -119,11 +113,6 @@ def test_home_is_filled_in_wherever_a_path_is(tmp_path, monkeypatch):
     assert "~no-one" in error_of(TokenizerStage, TOKENIZER, "runs_dir=~no-one/x")
 
 
-@pytest.mark.parametrize("key", ["runs_dir", "experiment_dir", "run_dir"])
-def test_an_empty_folder_is_refused_as_it_would_be_the_root(key):
-    assert error_of(FlowTokStage, FLOWTOK, f"{key}=").startswith(f"{key} is empty")
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
 def test_a_yaml_is_read_in_the_encodings_that_editors_write(tmp_path, encoding):
     path = tmp_path / "tokens.yaml"
@@ -138,10 +127,8 @@ def test_a_yaml_is_read_in_the_encodings_that_editors_write(tmp_path, encoding):
     ("key", "nearest"),
     [
         ("lr", "optimizer.learning_rate"),
-        ("wd", "optimizer.weight_decay"),
         ("training.lr", "optimizer.learning_rate"),
         ("optimizer.learning_rat", "learning_rate"),
-        ("max_steps", "training.max_steps"),
         ("traning.max_steps", "training"),
         ("flowtok.num_head", "num_heads"),
     ],
@@ -162,10 +149,8 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
     ("override", "texts"),
     [
         ("training.max_steps=x", ["training.max_steps", "'x'"]),
-        ("training.max_steps=1.5", ["training.max_steps", "1.5"]),
         ("training.precision=fp16", ["training.precision", "fp16", "fp32", "bf16"]),
         ("data.shards=a.tar", ["data.shards"]),
-        ("optimizer.betas=[a,b]", ["optimizer.betas"]),
         ("training=3", ["3", "TrainingConfig"]),
         ("tokenizer_run=${nope}", ["tokenizer_run", "nope"]),
         ("training.seed=${", ["training.seed=${"]),
@@ -185,66 +170,62 @@ def test_a_size_that_an_earlier_stage_knows_can_not_be_set():
         assert key not in valid_keys(FlowTokStage)
 
 
-@pytest.mark.parametrize(
-    ("stage", "path", "override", "texts"),
-    [
-        (TokenizerStage, TOKENIZER, "tokenizer.encoder.num_heads=5", ["encoder", "128"]),
-        (TokenizerStage, TOKENIZER, "data.shards=[]", ["data.", "shards"]),
-        (TokenizerStage, TOKENIZER, "run_dir=' '", ["run_dir"]),
-        (TokenizerStage, TOKENIZER, "training.batch_size=0", ["training.batch_size", "0"]),
-        (TokenizerStage, TOKENIZER, "training.max_gradient_norm=-1", ["max_gradient_norm", "-1"]),
-        (TokenizerStage, TOKENIZER, "training.ema_decay=1", ["training.ema_decay", "1.0"]),
-        (TokenizerStage, TOKENIZER, "adversarial.weight=1", ["start_step=200000", "2000"]),
-        (TokenizerStage, TOKENIZER, "freeze_encoder=true", ["freeze_encoder", "init_from"]),
-        (TextProjectorStage, PROJECTOR, "losses.image_regression_weight=0", ["losses"]),
-        (TextProjectorStage, PROJECTOR, "linear_start=0", ["linear_skip", "linear_start"]),
-        (NextScaleStage, NEXT_SCALE, "linear_start=-1", ["linear_start", "-1"]),
-        (FlowTokStage, FLOWTOK, "pictures.captions=[a, ' ']", ["pictures.captions"]),
-        (FlowTokStage, FLOWTOK, "projector_run=''", ["flow.projector=frozen", "projector_run"]),
-        (FlowTokStage, FLOWTOK, "flow.projector=detached", ["flow.projector=detached"]),
-        (FlowTokStage, FLOWTOK, "sampling.sampler=rk4", ["sampling.", "rk4", "euler_release"]),
-        (FlowTokStage, FLOWTOK, "flow.null_probability=0", ["1.5", "null_probability"]),
-        (FlowTokStage, FLOWTOK, "flow.direction=image_to_text", ["text decoder"]),
-    ],
-)
-def test_impossible_settings_name_key_and_value(stage, path, override, texts):
-    message = error_of(stage, path, override)
-    assert all(text in message for text in texts)
-
-
 NOISE = "flow.source=noise losses.alignment_weight=0 losses.kl_weight=0"
 READ = f"{NOISE} flow.sample_text_latent=true flowtok.condition=concatenation"
 SHARDED, MEAN_FLOW = "training.shard=full", "flow.objective=mean_flow"
 UNFILLED = "projector_run='' flow.projector=joint projector.linear_skip=true"
 SELECTIVE, HEUN = "activation_checkpointing=selective", "sampling.sampler=heun"
 UNTOLD = "next_scale.null_probability=0 sampling.guidance=2"
+REFUSED = {
+    "emoji/tokenizer": [
+        ("tokenizer.encoder.num_heads=5", "encoder.*128"),
+        ("data.shards=[]", "data.*shards"),
+        ("runs_dir=", "^runs_dir is empty"),  # it would be the root
+        ("training.batch_size=0", "training.batch_size .*0"),
+        ("training.max_gradient_norm=-1", "max_gradient_norm .*-1"),
+        ("training.ema_decay=1", "training.ema_decay .*1.0"),
+        ("adversarial.weight=1", "start_step=200000.*2000"),
+        ("freeze_encoder=true", "freeze_encoder.*init_from"),
+    ],
+    "emoji/text_projector": [
+        ("losses.image_regression_weight=0", "losses"),
+        ("linear_start=0", "linear_skip.*linear_start"),
+    ],
+    "emoji/flowtok": [
+        ("pictures.captions=[a,'']", "pictures.captions"),
+        ("projector_run=''", "flow.projector=frozen.*projector_run"),
+        ("flow.projector=detached", "flow.projector=detached"),
+        ("sampling.sampler=rk4", "sampling.*rk4.*euler_release"),
+        ("flow.null_probability=0", "1.5.*null_probability"),
+        ("flow.direction=image_to_text", "text decoder"),
+        (NOISE, "flowtok.condition"),
+        (f"{READ} losses.kl_weight=1", "losses"),
+        (f"{READ} sampling.sample_text_latent=false", "sampling.sample_text_"),
+        ("flowtok.condition=cross-attention", "cross_attention"),
+        (UNFILLED, "projector.linear_skip.*projector_run"),
+        (f"training.compile=true {SELECTIVE}", "activation_checkpointing to none"),
+        (f"{SHARDED} training.compile=true", f"{SHARDED}.*training.compile"),
+        (f"{SHARDED} {MEAN_FLOW}", f"{MEAN_FLOW}.*{SHARDED}"),
+        (f"{MEAN_FLOW} {HEUN}", f"sampler heun.*{MEAN_FLOW}.*euler"),
+    ],
+    "emoji_dual/tokenizer": [(SHARDED, f"{SHARDED}.*dual tokenizer")],
+    "emoji_dual/next_scale": [
+        ("linear_start=-1", "linear_start.*-1"),
+        (SHARDED, f"{SHARDED}.*dual tokenizer"),
+        (UNTOLD, "null_probability"),
+    ],
+    "emoji/report": [("heldout_shards=[]", "heldout_shards")],
+}
 
 
 @pytest.mark.parametrize(
     ("file", "overrides", "message"),
-    [
-        ("emoji/flowtok", NOISE, "flowtok.condition"),
-        ("emoji/flowtok", f"{READ} losses.kl_weight=1", "losses"),
-        ("emoji/flowtok", f"{READ} sampling.sample_text_latent=false", "sampling.sample_text_"),
-        ("emoji/flowtok", "flowtok.condition=cross-attention", "cross_attention"),
-        ("emoji/flowtok", UNFILLED, "projector.linear_skip.*projector_run"),
-        ("emoji/flowtok", f"training.compile=true {SELECTIVE}", "activation_checkpointing to none"),
-        ("emoji/flowtok", f"{SHARDED} training.compile=true", f"{SHARDED}.*training.compile"),
-        ("emoji/flowtok", f"{SHARDED} {MEAN_FLOW}", f"{MEAN_FLOW}.*{SHARDED}"),
-        (
-            "emoji/flowtok",
-            f"{MEAN_FLOW} {HEUN}",
-            f"sampler heun.*{MEAN_FLOW}.*euler",
-        ),
-        ("emoji_dual/tokenizer", SHARDED, f"{SHARDED}.*dual tokenizer"),
-        ("emoji_dual/next_scale", SHARDED, f"{SHARDED}.*dual tokenizer"),
-        ("emoji_dual/next_scale", UNTOLD, "null_probability"),
-        ("emoji/report", "heldout_shards=[]", "heldout_shards"),
-    ],
+    [(file, *case) for file, cases in REFUSED.items() for case in cases],
 )
-def test_settings_that_do_not_go_together_are_refused(file, overrides, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_cannot_work_are_refused_naming_them(file, overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
         load(f"configs/{file}.yaml", *overrides.split())
+    assert "\n" not in str(caught.value)
 
 
 # Parts of configs, and the values that each refuses by itself
@@ -253,42 +234,29 @@ IMPOSSIBLE = [
     (FlowConfig, {"null_probability": 1.0}, "^null_probability .*1.0"),
     (FlowConfig, {"time_power": 0.0}, "^time_power .*0.0"),
     (FlowLossConfig, {"flow_matching_weight": 0.0}, "^flow_matching_weight .*0"),
-    (FlowTokConfig, {"num_heads": 5}, "^width .* num_heads"),
     (FlowTokConfig, {"width": 21, "num_heads": 3}, "^width .* num_heads"),
     (FlowTokConfig, {"num_heads": 0}, "^num_heads .*0"),
-    (ImageTokenizerConfig, {"image_size": 0}, "^image_size .*0"),
     (ImageTokenizerConfig, {"image_size": 18}, "^image_size 18 .*patch_size 16"),
     (ImageTokenizerConfig, {"encoder": Size(36, 1, 2)}, "^encoder.width 36 .*num_heads = 8"),
-    (ImageTokenizerConfig, {"decoder": Size(32, 1, 5)}, "^decoder.width 32 .*num_heads = 20"),
     (NextScaleConfig, {"width": 15}, "num_heads"),
-    (NextScaleConfig, {"num_heads": 0}, "^num_heads .*0"),
     (NextScaleConfig, {"quantizer": QuantizerConfig(scales=[8])}, "scales begin with 8"),
     (NextScaleSampling, {"top_k": [1]}, "top_k"),
     (NextScaleSampling, {"top_p": [0.0, 0.5, 2.0]}, "top_p"),
-    (NextScaleSampling, {"guidance": -1.0}, "guidance"),
     (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate"),
-    (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps"),
     (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay"),
-    (OptimizerConfig, {"final_learning_rate": -1e-4}, "final_learning_rate"),
     (OptimizerConfig, {"betas": [0.9]}, "betas"),
     (OptimizerConfig, {"hold_fraction": 1.0}, "hold_fraction"),
     (PerceptualConfig, {"lpips_weight": -1.0}, "^lpips_weight .*-1.0"),
     (ProjectorLossConfig, {"alignment_margin": 2.0}, "^alignment_margin .*2.0"),
-    (QuantizerConfig, {"num_codes": 0}, "num_codes"),
     (QuantizerConfig, {"scales": [2, 1]}, "scales"),
-    (QuantizerConfig, {"scales": []}, "scales"),
     (QuantizerConfig, {"drop_scale_probability": 2.0}, "drop_scale_probability"),
     (ReconstructionLossConfig, {"l2_weight": 0.0}, "^l2_weight and l1_weight .*0"),
     (SamplingConfig, {"guidance_interval": [0.6, 0.5]}, r"^guidance_interval .*\[0.6, 0.5\]"),
-    (Size, {"depth": 0}, "^depth .*0"),
-    (TextDecoderConfig, {"num_heads": 0}, "^num_heads .*0"),
     (TextDecoderConfig, {"width": 15, "num_heads": 2}, "^width 15 .*num_heads 2"),
     (TextDecoderConfig, {"dropout": 1.0}, "^dropout .*1.0"),
     (TextDecoderConfig, {"vocabulary_size": 50000}, "^vocabulary_size .* 50000$"),
     (TextDecoderLossConfig, {"latent_noise": -1.0}, "^latent_noise .*-1.0"),
-    (TextProjectorConfig, {"num_heads": 0}, "^num_heads .*0"),
     (TextProjectorConfig, {"width": 24, "num_heads": 5}, "^width 24 .*num_heads 5"),
-    (TextProjectorConfig, {"fixed_std": -1.0}, "^fixed_std .*-1.0"),
     (TextProjectorConfig, {"dropout": 1.0}, "^dropout .*1.0"),
     (
         TextProjectorConfig,

@@ -12,10 +12,6 @@ from conftest import refusal
 from training.metrics import LoggingConfig, MetricLog, MetricWindow
 
 
-def same(x):
-    return x
-
-
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -34,24 +30,21 @@ def window_of(*steps):
 
 def test_means_are_over_the_steps_since_the_last_reset_that_had_the_value():
     window = window_of({"a": 1.0}, {"a": 2.0, "late": 5.0}, {"a": 6.0, "late": 7.0})
-    assert window.means(same) == {"a": 3.0, "late": 6.0}
+    assert window.means(lambda x: x) == {"a": 3.0, "late": 6.0}
     window.reset()
     window.add(3, {"a": torch.tensor(7.0)}, [])
-    assert window.means(same) == {"a": 7.0}
+    assert window.means(lambda x: x) == {"a": 7.0}
 
 
 def test_one_reduction_in_float32_serves_all_values():
-    calls = []
+    window, calls = MetricWindow(), []
+    for step in range(300):  # a sum in bfloat16 would stop at 256
+        window.add(step, {"a": torch.ones(()).bfloat16(), "b": torch.tensor(2.0)}, [])
 
     def with_another_process(x):  # whose values are 3 and 4
         calls.append(x.dtype)
         return (x + torch.tensor([3.0, 4.0])) / 2
 
-    window = MetricWindow()
-    weight = torch.ones((), requires_grad=True)
-    for step in range(300):  # a sum in bfloat16 would stop at 256
-        values = {"a": (weight * 1).bfloat16(), "b": (weight * 2).bfloat16()}
-        window.add(step, values, [])
     assert window.means(with_another_process) == {"a": 2.0, "b": 3.0}
     assert calls == [torch.float32]
 
@@ -90,13 +83,6 @@ def test_a_resumed_log_drops_the_steps_that_will_be_done_again_and_broken_lines(
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [*kept, (15, 15.5)]
 
 
-def test_only_the_main_process_writes(tmp_path, capsys):
-    log = MetricLog(tmp_path, LoggingConfig(wandb="online"), False, 0)
-    log.log(1, 2, {"loss": 1.0}, 0)
-    log.close()
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
-
-
 def test_wandb_gets_the_same_values_and_one_run_id_over_resumes(tmp_path, monkeypatch):
     calls = []
 
@@ -121,11 +107,17 @@ def test_wandb_gets_the_same_values_and_one_run_id_over_resumes(tmp_path, monkey
         assert (calls[-2]["id"] == options["id"]) == is_same
 
 
-def test_wandb_is_imported_only_when_it_is_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
-    open_log(tmp_path, 0, wandb="off").close()
-    with pytest.raises(ValueError, match="logging.wandb=online"):
-        open_log(tmp_path, 0, wandb="online")
+@pytest.mark.parametrize(
+    ("package", "option", "value"),
+    [("wandb", "wandb", "online"), ("torch.utils.tensorboard", "tensorboard", True)],
+)
+def test_a_service_is_imported_only_when_it_is_on_and_named_where_it_is_absent(
+    tmp_path, monkeypatch, package, option, value
+):
+    monkeypatch.setitem(sys.modules, package, None)  # an import fails
+    open_log(tmp_path, 0).close()
+    with pytest.raises(ValueError, match=f"logging.{option}"):
+        open_log(tmp_path, 0, **{option: value})
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
@@ -139,9 +131,3 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
         log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(x.step, x.value) for x in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
-
-
-def test_tensorboard_that_is_absent_is_named_before_the_training(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="logging.tensorboard"):
-        open_log(tmp_path, 0, tensorboard=True)

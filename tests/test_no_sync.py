@@ -46,33 +46,27 @@ class Watch:
         self.steps = 0
         self.found: list[str] = []
 
-    def note(self, what) -> None:
-        if self.is_on:
+    def note(self, what, waits) -> None:
+        if self.is_on and waits:
             place = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)][-1]
             name = Path(place.filename).relative_to(ROOT)
             self.found.append(f"{what} at {name}:{place.lineno}")
 
+    def modes(self) -> tuple:
+        """What sees each operator and each method of a tensor."""
+        watch = self
 
-class Operators(TorchDispatchMode):
-    def __init__(self, watch):
-        super().__init__()
-        self.watch = watch
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                watch.note(func, func._overloadpacket in WAITING_OPS)
+                return func(*args, **(kwargs or {}))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._overloadpacket in WAITING_OPS:
-            self.watch.note(func)
-        return func(*args, **(kwargs or {}))
+        class Methods(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                watch.note(func, func in WAITING_METHODS)
+                return func(*args, **(kwargs or {}))
 
-
-class Methods(TorchFunctionMode):
-    def __init__(self, watch):
-        super().__init__()
-        self.watch = watch
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in WAITING_METHODS:
-            self.watch.note(func)
-        return func(*args, **(kwargs or {}))
+        return Operators(), Methods()
 
 
 @contextmanager
@@ -104,7 +98,8 @@ def watching(monkeypatch):
         patch.setattr(MetricWindow, "check_finite", stop_watching(check))
         patch.setattr(MetricLog, "log", stop_watching(log))
         try:
-            with Operators(watch), Methods(watch):
+            operators, methods = watch.modes()
+            with operators, methods:
                 yield watch
         finally:
             refuse_syncs(False)

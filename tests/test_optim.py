@@ -18,7 +18,6 @@ from training.optim import (
     decay_groups,
     learning_rate,
     load_optimizer,
-    orthogonalize,
 )
 
 SIZE = {"width": 16, "depth": 1, "num_heads": 2}
@@ -117,19 +116,6 @@ def fill_gradients(model: nn.Module, seed: int) -> None:
         weight.grad = torch.randn(weight.shape, generator=generator)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (1, 16, 64)])
-def test_all_singular_values_come_near_one_and_the_directions_stay(shape):
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = orthogonalize(matrices)
-    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    values = torch.diagonal(u.mT @ result @ vh.mT, dim1=-2, dim2=-1)
-    # The iteration's fixed band; the smallest values of a square matrix may still be below it.
-    assert values.max() < 1.25
-    assert values.median() > 0.65
-    off_diagonal = u.mT @ result @ vh.mT - torch.diag_embed(values)
-    assert off_diagonal.abs().max() < 1e-3
-
-
 def test_matrices_of_the_blocks_are_taken_and_nothing_else():
     model = network()
     taken = {id(weight) for weight in block_matrices(model)}
@@ -140,41 +126,35 @@ def test_matrices_of_the_blocks_are_taken_and_nothing_else():
     assert len(block_matrices(model)) == 4
 
 
-def test_three_steps_are_those_of_torch_up_to_its_bfloat16():
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
-    weights = [nn.Parameter(torch.randn(8, 24)), nn.Parameter(torch.randn(8, 24))]
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_three_steps_are_those_of_torch_up_to_its_bfloat16(shape):
+    weights = [nn.Parameter(torch.randn(shape)) for _ in range(2)]
     copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
     ours = Muon([{"params": weights, "weight_decay": 0.1, "muon": True}], lr=0.02)
     theirs = torch.optim.Muon(
         copies, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     before = weights[0].detach().clone()
-    for step in range(3):
-        for number, (weight, copy) in enumerate(zip(weights, copies, strict=True)):
-            generator = torch.Generator().manual_seed(10 * step + number)
-            weight.grad = torch.randn(weight.shape, generator=generator)
+    for _ in range(3):
+        for weight, copy in zip(weights, copies):
+            weight.grad = torch.randn(shape)
             copy.grad = weight.grad.clone()
         ours.step()
         theirs.step()
     moved = (weights[0] - before).norm()
-    for weight, copy in zip(weights, copies, strict=True):
+    for weight, copy in zip(weights, copies):
         assert (weight - copy).norm() < 0.03 * moved
 
 
 def test_other_weights_move_as_under_adamw():
     model, twin = network(), network()
-    config = {"learning_rate": 0.01, "weight_decay": 0.1}
-    optimizers = [
-        build_optimizer(model, OptimizerConfig(name="muon", **config)),
-        build_optimizer(twin, OptimizerConfig(**config)),
-    ]
-    fill_gradients(model, seed=1)
-    fill_gradients(twin, seed=1)
-    for optimizer in optimizers:
-        optimizer.step()
+    for each, name in ((model, "muon"), (twin, "adamw")):
+        config = OptimizerConfig(name, learning_rate=0.01, weight_decay=0.1)
+        fill_gradients(each, seed=1)
+        build_optimizer(each, config).step()
     taken = {id(weight) for weight in block_matrices(model)}
-    for weight, other in zip(model.parameters(), twin.parameters(), strict=True):
+    for weight, other in zip(model.parameters(), twin.parameters()):
         assert torch.equal(weight, other) == (id(weight) not in taken)
 
 
@@ -213,41 +193,26 @@ def test_momentum_is_saved_and_loaded(tmp_path):
 # The moving average
 
 
-def drift(model, step):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.sin(torch.arange(p.numel(), dtype=p.dtype).view_as(p) + step))
-
-
 @pytest.mark.parametrize(("num_updates", "moved"), [(0, 0.9), (10_000, 0.001)])
 def test_the_number_of_updates_decides_the_decay_so_that_a_resume_continues_it(num_updates, moved):
     model = nn.Linear(1, 1)
     ema = EMA(model, 0.999)
     start, ema.num_updates = ema.average.weight.item(), num_updates
-    with torch.no_grad():
-        model.weight.add_(1.0)
+    model.weight.data.add_(1.0)
     ema.update()
     assert ema.average.weight.item() - start == pytest.approx(moved, abs=1e-5)
 
 
-def test_the_average_is_a_frozen_float32_copy_in_eval_mode():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.BatchNorm1d(2)).bfloat16().train()
-    ema = EMA(model, 0.9)
-    assert not any(module.training for module in ema.average.modules())
-    assert all(p.dtype == torch.float32 and not p.requires_grad for p in ema.average.parameters())
-    assert model.training and all(p.requires_grad for p in model.parameters())
-    drift(ema.average, 1)
-    assert not torch.equal(ema.average[0].weight, model[0].weight.float())
-
-
-def test_frozen_weights_and_buffers_are_not_averaged():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+def test_the_average_is_a_frozen_copy_in_eval_mode_that_follows_what_is_trained():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Dropout()).train()
     model.register_buffer("scale", torch.tensor(3.0))
     model[0].requires_grad_(False)
     ema = EMA(model, 0.5)
-    frozen = model[0].weight.clone()
-    drift(model, 1)
+    assert not any(module.training for module in ema.average.modules()) and model.training
+    assert not any(p.requires_grad for p in ema.average.parameters())
+    start = [p.clone() for p in ema.average.parameters()]
+    for weight in model.parameters():
+        weight.data.add_(1.0)
     ema.update()
-    assert torch.equal(ema.average[0].weight, frozen)
-    assert not torch.equal(ema.average[1].weight, model[1].weight)
-    assert ema.average.scale == 3.0
+    is_same = [torch.equal(p, old) for p, old in zip(ema.average.parameters(), start)]
+    assert is_same == [True, True, False, False] and ema.average.scale == 3.0

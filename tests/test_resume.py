@@ -19,10 +19,11 @@ import train_flowtok
 import train_text_decoder
 import train_tokenizer
 from data.tar import write_shard
+from eval.programs import start_processes
 from modeling.layers import fingerprint
 from training import checkpoint as ckpt
 from training.pipelines import load_projector
-from training.run import LOCK_FILE
+from training.run import LOCK_FILE, start_run
 from training.tokens import TokensInfo
 
 ROOT = Path(__file__).parents[1]
@@ -329,7 +330,32 @@ def test_a_run_goes_on_with_the_shards_that_its_config_adds_or_leaves_out(chain,
         run(4, b=1, a=1)
 
 
-# What a first start takes from the config
+# What a start takes from the config
+
+
+def test_a_network_key_that_did_not_exist_yet_counts_as_its_default(chain, tmp_path, capsys):
+    run = chain.run_in(tmp_path, "tokenizer", "training.max_steps=1")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["tokenizer"].pop("latent_grid") is False
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with refused("another network: tokenizer.latent_grid: False -> True"):
+        chain.run_in(tmp_path, "tokenizer", "tokenizer.latent_grid=true")
+    capsys.readouterr()
+    chain.run_in(tmp_path, "tokenizer", "training.max_steps=2")
+    printed = [line for line in capsys.readouterr().out.splitlines() if "config changed" in line]
+    assert printed == ["config changed since the last start: training.max_steps: 1 -> 2"]
+
+
+@pytest.mark.parametrize(
+    "begin", [lambda: start_run("a", "fp32", 0), lambda: start_processes("cpu")]
+)
+def test_engines_that_the_environment_asks_for_are_refused(monkeypatch, begin):
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        with monkeypatch.context() as patch, refused(f"{name}=true: "):
+            patch.setenv(name, "true")
+            begin()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    begin()
 
 
 def test_a_first_start_that_fails_does_not_hold_its_config(chain, tmp_path, monkeypatch):

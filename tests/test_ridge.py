@@ -35,8 +35,7 @@ def test_predictions_are_those_of_the_primal_form():
     queries = torch.randn(7, 3, 4)
     ridge = fit_ridge(states, latents)
     expected = primal(states, latents, queries, kernel_scale(states, ridge.strength))
-    found = ridge(queries).flatten(1).double()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ridge(queries).flatten(1).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def leave_out(states, latents, strength):
@@ -48,7 +47,7 @@ def leave_out(states, latents, strength):
     return torch.cat(predictions), latents.flatten(1).double()
 
 
-@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("strength", [STRENGTHS[0], STRENGTHS[-1]])
 @pytest.mark.parametrize("number", [40, 9])  # more and fewer samples than dimensions
 def test_error_and_retrieval_are_those_of_samples_left_out(number, strength):
     states, latents = make_data(number, noise=3.0)

@@ -66,12 +66,8 @@ def test_no_process_leaves_while_the_log_is_being_closed(chain, tmp_path, monkey
 def test_stored_tokens_have_their_sizes_and_their_measured_scale(chain):
     info = TokensInfo.load(chain.folder / "tokens")
     assert (info.num_samples, info.num_tokens, info.token_channels) == (48, 16, 4)
-    assert info.has_text_states
     scale = weights(chain.folder / "flowtok")["latent_scale"].item()
     assert scale == pytest.approx(info.latent_scale)
-
-
-def test_the_chain_has_its_pictures(chain):
     for name in ("report_train", "report_heldout", "samples"):
         Image.open(chain.folder / f"{name}.png").verify()
 

@@ -83,6 +83,24 @@ def test_a_worker_that_dies_or_cannot_send_a_batch_ends_the_program_with_one_lin
     assert "a data worker (process " in str(error.value) and named in str(error.value)
 
 
+class Killer:
+    """A dataset that ends the process which reads its last item."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return index if index < 19 else os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_of_another_loader_that_is_killed_ends_with_an_error_that_says_so():
+    # In the middle of a batch, or between two.
+    reason = "a data worker ended while a batch|DataLoader worker .* exited unexpectedly"
+    with pytest.raises(ChildProcessError, match=reason), watched(DataLoader([])):
+        list(DataLoader(Killer(), num_workers=2))
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # no error comes up elsewhere
+
+
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
 @pytest.mark.parametrize("number", [0, 3, 9])  # fails at a queue, at an event, at the next queue
 def test_no_room_for_the_first_semaphores_is_one_error_and_nothing_else(monkeypatch, kind, number):

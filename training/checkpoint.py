@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import flush
+from data.files import flush, load_json
 from training.run import Run, config_changes
 from training.sharding import gather
 
@@ -48,11 +48,7 @@ def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
 def latest_checkpoint(run_dir: Path, verify: bool = False) -> tuple[int, Path] | None:
     """(step, folder) of the newest whole checkpoint, None without any.
 
-    Args:
-        verify: read every byte, too, which shows whether it is what was written.
-
-    Raises:
-        ValueError: there are checkpoints, but all are damaged.
+    verify: read every byte, too. ValueError: there are checkpoints, but all are damaged.
     """
     # A damaged checkpoint costs the steps since the one before, never the run: with none left the
     # user decides, nothing starts over unasked.
@@ -61,8 +57,8 @@ def latest_checkpoint(run_dir: Path, verify: bool = False) -> tuple[int, Path] |
         damage = find_damage(folder, verify)
         if not damage:
             return step, folder
-        warning = f"warning: {folder} is damaged ({damage}), looking for the one before"
-        print(warning, file=sys.stderr, flush=True)
+        message = f"warning: {folder} is damaged ({damage}), looking for the one before"
+        print(message, file=sys.stderr, flush=True)
     if folders:
         raise ValueError(
             f"no checkpoint of {run_dir} is whole (see above); to start over, delete "
@@ -75,18 +71,19 @@ def find_damage(folder: Path, verify: bool = False) -> str:
     """What is wrong with a checkpoint, "" if nothing: by the sizes of its files, or their bytes."""
     try:
         state = read_state(folder)
+        # A folder that somebody renamed is not the step that it claims to be.
         if folder.name != f"{PREFIX}{state['step']:08d}":
             return f"{STATE_FILE} is of step {state['step']}"
         for name, expected in state["files"].items():
-            path = folder / name
-            if not path.is_file():
+            if not (folder / name).is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if verify and file_crc32(path) != expected["crc32"]:
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if verify and file_crc32(folder / name) != expected["crc32"]:
                 return f"{name} has other contents than were written"
     except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"{STATE_FILE}: {type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
@@ -100,12 +97,10 @@ def file_crc32(path: Path) -> int:
 
 
 def is_complete(run: Run, config: Any, inputs: dict) -> bool:
-    """True if the run has a checkpoint of its last step; says so, and what it leaves unread.
+    """True if the run has a checkpoint of its last step; says so, and which changes it ignores.
 
-    config: a TrainedStage (training/stage.py), as save_config takes it.
-
-    Raises:
-        ValueError: its checkpoints were trained on other `inputs` (what earlier stages gave).
+    config: a TrainedStage (training/stage.py). ValueError: its checkpoints were trained on other
+    `inputs` (what earlier stages gave).
     """
     latest = latest_checkpoint(run.folder)
     if latest is None:
@@ -116,6 +111,7 @@ def is_complete(run: Run, config: Any, inputs: dict) -> bool:
         return False
     with suppress(ValueError):  # of a damaged config.yaml: whoever needs it will say so
         changes = config_changes(run, config)
+        # Folders that moved change nothing.
         keys = [key for key, _ in changes if not key.endswith("_dir")]
         if keys:
             run.say(f"warning: {run.folder} is complete, it ignores changes of {', '.join(keys)}")
@@ -127,18 +123,11 @@ def is_complete(run: Run, config: Any, inputs: dict) -> bool:
 
 
 def read_state(folder: Path) -> dict:
-    """The plain values of a checkpoint, see STATE_TYPES.
-
-    Raises:
-        ValueError: the file is missing or broken, lacks a value or has one of another type.
-    """
+    """The plain values of a checkpoint, see STATE_TYPES; ValueError: it is broken."""
     path = folder / STATE_FILE
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    state = load_json(path.read_bytes()) if path.is_file() else None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected an object")
+        raise ValueError(f"{path} is missing or damaged")
     for name, kind in STATE_TYPES.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: {name} is {state.get(name)!r}, expected {kind.__name__}")
@@ -146,11 +135,7 @@ def read_state(folder: Path) -> dict:
 
 
 def load_plain(path: Path, mmap: bool = False) -> Any:
-    """Tensors and plain values of a file that torch.save wrote, on the CPU.
-
-    Raises:
-        ValueError: the file is missing or broken, or holds anything that would run code.
-    """
+    """Tensors and plain values of a file that torch.save wrote, on the CPU; ValueError: others."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # pickle, zip and torch have a dozen types for what is no such file
@@ -161,6 +146,7 @@ def load_plain(path: Path, mmap: bool = False) -> Any:
 
 def check_inputs(folder: Path, inputs: dict) -> None:
     """Refuse a checkpoint that was trained on other than what earlier stages give now."""
+    # By fingerprints, not by paths: a stage that was trained anew lies where the old one did.
     run_dir = folder.parents[1]
     trained = read_state(folder)["inputs"]
     if inputs and not trained:
@@ -184,7 +170,7 @@ def check_inputs(folder: Path, inputs: dict) -> None:
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file with what one process has for itself: data position, unreported metrics."""
+    """The file of what one process has for itself: data position, unreported metrics."""
     return f"rank_{rank:05d}.pt"
 
 
@@ -199,6 +185,7 @@ def snapshot(state: Any, is_kept: bool = True) -> Any:
     is_kept: False on the processes that only help to gather sharded tensors, which get none.
     """
     if isinstance(state, Tensor):
+        # All processes gather, though one keeps the result. safetensors takes no strided views.
         whole = gather(state.detach())
         return whole.to("cpu", copy=True).contiguous() if is_kept else None
     if isinstance(state, dict):
@@ -217,15 +204,12 @@ def begin_checkpoint(run_dir: Path, step: int) -> Path:
     return folder
 
 
-def write_checkpoint(
-    partial: Path, weights: dict[str, dict], optimizers: dict[str, dict], state: dict, keep: int
-) -> None:
+def write_checkpoint(partial: Path, parts: dict[str, dict], state: dict, keep: int) -> None:
     """Write state dicts by file name into a folder that was begun, and commit it."""
     with explained_write_errors(partial):
-        for name, tensors in weights.items():
-            save_file(tensors, partial / name)
-        for name, values in optimizers.items():
-            torch.save(values, partial / name)
+        for name, values in parts.items():
+            save = save_file if name.endswith(".safetensors") else torch.save
+            save(values, partial / name)
         commit_checkpoint(partial, state, keep)
 
 

@@ -52,6 +52,7 @@ def exit_on_error(action: Callable):
     try:
         result = action()
     except (ValueError, FloatingPointError, OSError) as error:
+        # The nearest line of ours: a library's tells neither the user nor us what was tried.
         frames = traceback.extract_tb(error.__traceback__)
         frame = next(filter(is_ours, reversed(frames)), frames[-1])
         message = printable(" ".join(str(error).split())[:MAX_MESSAGE]) or type(error).__name__
@@ -99,6 +100,7 @@ def is_first_of_launch() -> bool:
         lock = os.open(f"/proc/{os.getppid()}/cmdline", os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        # Whoever exited before the first one is done would have the launcher say so.
         fcntl.flock(lock, fcntl.LOCK_EX)
         return False
     except OSError:
@@ -117,13 +119,15 @@ def end_launcher(parent: int) -> None:
         if len(others) + 1 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             return  # one has crashed: how, the launcher will say
         if launcher in OUR_LAUNCHERS:
+            # Alive until the others are ended: they would report the connection that breaks.
             if others:
                 os.kill(parent, ERROR_SIGNAL)
                 time.sleep(SECONDS_TO_LIVE)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
+            # The agent gave each process a group of its own: data workers end with it.
             os.kill(parent, signal.SIGKILL)
             for pid in others:
-                os.killpg(pid, signal.SIGKILL)  # its data workers, too: the agent gave it a group
+                os.killpg(pid, signal.SIGKILL)
         else:
             os.kill(parent, signal.SIGTERM)
     except OSError:
@@ -143,6 +147,7 @@ def find_siblings(parent: int) -> list[int]:
     """The other living processes of this launch on this machine."""
     if "MASTER_PORT" not in os.environ:
         return []
+    # A launcher may start other programs as well; only those of one launch share a port.
     mark = f"MASTER_PORT={os.environ['MASTER_PORT']}".encode()
     children = [
         path.read_text().split() for path in Path(f"/proc/{parent}/task").glob("*/children")

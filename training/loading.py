@@ -31,6 +31,7 @@ structured = cache(OmegaConf.structured)  # takes longer than to copy one, as me
 
 def read_run_config(run_dir: str | Path) -> DictConfig:
     """The resolved config of a run, not to be changed; ValueError: no run, or a damaged file."""
+    # A run, its experiment and its checkpoints are easily confused: the error names what is there.
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(
@@ -100,26 +101,28 @@ def load_newest(run_dir: str | Path, load: Callable[[], T]) -> tuple[T, Path]:
 
 def load_any_tokenizer(run_dir: str | Path) -> ImageTokenizer | DualTokenizer:
     """The image tokenizer of a stage-1 run, of either kind."""
-    is_dual = read_run_config(run_dir).get("dual") is not None
-    return load_dual_tokenizer(run_dir) if is_dual else load_tokenizer(run_dir)
+    if read_run_config(run_dir).get("dual") is not None:
+        return load_ema(DualTokenizer(read_section(run_dir, "dual", DualTokenizerConfig)), run_dir)
+    config = read_section(run_dir, "tokenizer", ImageTokenizerConfig)
+    return load_ema(ImageTokenizer(config), run_dir)
 
 
 def load_dual_tokenizer(run_dir: str | Path) -> DualTokenizer:
     """The dual tokenizer of a stage-1 run; ValueError if it has one of latents."""
-    if read_run_config(run_dir).get("dual") is None:
+    tokenizer = load_any_tokenizer(run_dir)
+    if isinstance(tokenizer, ImageTokenizer):
         raise ValueError(f"{run_dir} has no dual tokenizer: its {CONFIG_FILE} has no 'dual'")
-    config = read_section(run_dir, "dual", DualTokenizerConfig)
-    return load_ema(DualTokenizer(config), run_dir)
+    return tokenizer
 
 
 def load_tokenizer(run_dir: str | Path) -> ImageTokenizer:
     """The image tokenizer of a stage-1 run; ValueError if it has one of discrete codes."""
-    if read_run_config(run_dir).get("dual") is not None:
+    tokenizer = load_any_tokenizer(run_dir)
+    if isinstance(tokenizer, DualTokenizer):
         raise ValueError(
             f"{run_dir} has a dual tokenizer, whose codes are for train_next_scale.py: no latents"
         )
-    config = read_section(run_dir, "tokenizer", ImageTokenizerConfig)
-    return load_ema(ImageTokenizer(config), run_dir)
+    return tokenizer
 
 
 # The parts that a run was trained with, by their fingerprints
@@ -131,7 +134,8 @@ def text_encoder_config(tokenizer_run: str | Path) -> TextEncoderConfig:
 
 
 def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
-    """The text encoder of a stage-1 run: as its config says, and beside it, the likelier first."""
+    """The text encoder of a stage-1 run: where its config says, and beside it, what there is."""
+    # A name of the hub is the same everywhere; a folder may have moved with its experiment.
     config = read_section(tokenizer_run, "text_encoder", TextEncoderConfig)
     folder = config.model.removeprefix("local-dir:")
     beside = Path(tokenizer_run).parent / CLIP_FOLDER
@@ -140,16 +144,16 @@ def text_encoder_configs(tokenizer_run: str | Path) -> list[TextEncoderConfig]:
 
     # What lies where the config says may be another experiment's by now: both count.
     moved = replace(config, model=f"local-dir:{beside}")
-    return [config, moved] if Path(folder).is_dir() else [moved, config]
+    return [config, moved] if Path(folder).is_dir() else [moved]
 
 
 def find_text_encoder(tokenizer_run: str | Path, wanted: str | None = None) -> TextEncoder:
     """The text encoder that a tokenizer was trained with; ValueError if it is not there any more.
 
-    Args:
-        wanted: the fingerprint that a later run knows; None: the tokenizer's own.
+    wanted: the fingerprint that a later run knows; None: the tokenizer's own.
     """
     wanted = wanted or trained_with(tokenizer_run).get("text_encoder")
+    # The fingerprint is of the weights, so a tower has to be read before it is known.
     configs = text_encoder_configs(tokenizer_run)
     for config in configs:
         text_encoder = load_text_encoder(config)

@@ -95,12 +95,13 @@ def train(
         each.wrap(config.compile)
 
     with (
-        supervised(run, loader, config.max_hours, config.timeout_minutes) as supervisor,
+        supervised(run, loader, config.max_hours, config.timeout_minutes) as supervision,
         ckpt.BackgroundWriter() as writer,
     ):
+        watched_batches, heartbeat, ask_to_stop = supervision
         log = MetricLog(run.folder, stage.logging, run.is_main, step)
-        batches = TimedIterator(supervisor.batches)
-        progress = Progress(run, max_steps, config.batch_size, batches, step)
+        batches = TimedIterator(watched_batches)
+        progress = Progress(run, config, batches, step)
         while step < max_steps:
             # Randomness: whoever runs this step draws the same numbers.
             seed_step(config.seed, rank, step)
@@ -113,7 +114,7 @@ def train(
             window.add(step, terms, keys=[key for part in parts for key in part["key"]])
 
             # Do all processes stop here? They agree by asking after every step.
-            stop_reason = supervisor.stop_reason()
+            stop_reason = ask_to_stop()
             is_last_step = step == max_steps
 
             # Report: the only place where values are read from the device.
@@ -147,21 +148,19 @@ def train(
                 log.flush()
                 state.save(step, writer)
             writer.check()
-            supervisor.heartbeat()
+            heartbeat()
 
-            # Stop, once the checkpoint is on disk.
-            if stop_reason and not is_last_step:
-                writer.wait()
-                log.close()
-                run.accelerator.wait_for_everyone()
-                run.say(f"{run.folder}: stopped at step {step} ({stop_reason}). {CONTINUE}")
-                raise SystemExit(STOPPED_STATUS)
+            if stop_reason:
+                break
 
         # To close the log may take long. Whoever left before would begin the next stage, and on
         # another machine meet this stage's process at the port that all stages share.
         writer.wait()
         log.close()
         run.accelerator.wait_for_everyone()
+    if step < max_steps:
+        run.say(f"{run.folder}: stopped at step {step} ({stop_reason}). {CONTINUE}")
+        raise SystemExit(STOPPED_STATUS)
     run.say(f"{run.folder}: {progress.summary(step)}, now complete")
 
 
@@ -180,14 +179,14 @@ class TrainingState:
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one. Returns the steps that are done."""
         # The main process looks: the others need not read and check every byte again.
-        found = [None]
-        if self.run.is_main:
-            found = [ckpt.latest_checkpoint(self.run.folder, verify=True)]
-        latest = broadcast_object_list(found)[0]
+        is_main = self.run.is_main
+        found = ckpt.latest_checkpoint(self.run.folder, verify=True) if is_main else None
+        [latest] = broadcast_object_list([found])
         if latest is None:
             return 0
         step, folder = latest
         state = ckpt.read_state(folder)
+        # All of it strictly: a part that is absent would be random, and nothing would show it.
         for prefix, network in self.networks.items():
             load_weights(network.module, folder / (prefix + ckpt.MODEL_FILE))
             load_optimizer(network.optimizer, folder / (prefix + ckpt.OPTIMIZER_FILE))
@@ -241,11 +240,10 @@ class TrainingState:
 
         # Copies on the CPU: training goes on while they are written. All gather what is sharded.
         snapshot = partial(ckpt.snapshot, is_kept=self.run.is_main)
-        weights = {ckpt.EMA_FILE: snapshot(self.ema.average.state_dict())}
-        optimizers = {}
+        parts = {ckpt.EMA_FILE: snapshot(self.ema.average.state_dict())}
         for prefix, network in self.networks.items():
-            weights[prefix + ckpt.MODEL_FILE] = snapshot(network.module.state_dict())
-            optimizers[prefix + ckpt.OPTIMIZER_FILE] = snapshot(network.optimizer.state_dict())
+            parts[prefix + ckpt.MODEL_FILE] = snapshot(network.module.state_dict())
+            parts[prefix + ckpt.OPTIMIZER_FILE] = snapshot(network.optimizer.state_dict())
         if not self.run.is_main:
             return
         values = {
@@ -254,5 +252,4 @@ class TrainingState:
             "num_processes": accelerator.num_processes,
             "inputs": self.inputs,
         }
-        write = partial(ckpt.write_checkpoint, folder, weights, optimizers, values, self.keep)
-        writer.start(write)
+        writer.start(partial(ckpt.write_checkpoint, folder, parts, values, self.keep))

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from data.files import write_text
+from data.files import load_json, write_text
 from training.errors import printable
 from training.run import Run
 
@@ -50,6 +50,7 @@ class MetricWindow:
 
     def add(self, step: int, values: dict[str, Tensor], keys: list[str]) -> None:
         """Add one step's scalars; `keys` are those of its samples on this process."""
+        # One tensor a step: a report reads them all at once. Sums in bfloat16 would stop growing.
         stacked = torch.stack([value.detach().float() for value in values.values()])
         self._steps.append((step, tuple(values), stacked, keys))
 
@@ -66,19 +67,15 @@ class MetricWindow:
         return dict(zip(rows, means.tolist(), strict=True))
 
     def check_finite(self, run_dir: Path, rank: int) -> None:
-        """Stop at a step with a non-finite value; it changed no weights (training/optim.py).
-
-        Raises:
-            FloatingPointError: names step, rank, terms and the keys of the samples.
-        """
+        """FloatingPointError at a step with a non-finite value, which changed no weights."""
         if not self._steps:
             return
-        # Later steps may be bad because of the first one.
-        finite = torch.stack([torch.isfinite(values).all() for _, _, values, _ in self._steps])
-        bad = [index for index, is_finite in enumerate(finite.tolist()) if not is_finite]
-        if not bad:
+        # One read for all steps. Later ones may be bad because of the first.
+        checks = torch.stack([torch.isfinite(values).all() for _, _, values, _ in self._steps])
+        is_finite = checks.tolist()
+        if all(is_finite):
             return
-        step, names, values, keys = self._steps[bad[0]]
+        step, names, values, keys = self._steps[is_finite.index(False)]
         terms = dict(zip(names, values.tolist(), strict=True))
 
         # Samples are named if they are to blame. Keys come from data of unknown origin: short, and
@@ -109,6 +106,7 @@ def cut_captions(batches: Sequence[dict], device: torch.device) -> dict[str, Ten
     """Share 0..1 of captions that the text tower cuts, where its tokenizer reads any."""
     if "captions_cut" not in batches[0]:
         return {}
+    # One of the step's values: it is averaged over batches, steps and processes as losses are.
     shares = [batch["captions_cut"].to(device, non_blocking=True) for batch in batches]
     return {"captions_cut": torch.stack(shares).mean()}
 
@@ -122,7 +120,8 @@ class MetricLog:
         self._wandb = self._tensorboard = None
         if not enabled:
             return
-        if self.path.exists():  # what broke off, and the steps that the resumed run will do again
+        # Without what broke off, and without the steps that the resumed run will do again.
+        if self.path.exists():
             kept = [line for step, line in whole_lines(self.path) if step <= start_step]
             write_text("".join(line + "\n" for line in kept), self.path)
         if config.wandb != "off":
@@ -134,6 +133,7 @@ class MetricLog:
         """Report one line; values that are one of many ("name/3") are not shown on the console."""
         if not self.enabled:
             return
+        # Terms of one channel or time bin are for curves: dozens of them.
         left = timedelta(seconds=max(0, round(seconds_left)))
         names = [name for name in values if not name.split("/")[-1].isdigit()]
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in names)
@@ -142,10 +142,11 @@ class MetricLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items() if self._tensorboard else ():
             self._tensorboard.add_scalar(name, value, step)
+        # Its service may die or refuse: no reason to stop a training.
         if self._wandb is not None:
             try:
                 self._wandb.log(values, step=step)
-            except Exception as error:  # its service has died, say: no reason to stop training
+            except Exception as error:
                 warning = f"warning: wandb fails and is left out from here on: {error!r}"
                 print(warning, file=sys.stderr, flush=True)
                 self._wandb = None
@@ -181,36 +182,27 @@ def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def step_of(line: str) -> int | None:
     """Step of a line of metrics.jsonl; None for one that a dying machine left broken."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    values = load_json(line)
     step = values.get("step") if isinstance(values, dict) else None
     return step if isinstance(step, int) else None
 
 
 def start_wandb(run_dir: Path, config: LoggingConfig, is_new: bool):
-    """Start a wandb run, or continue the one whose id is in the run folder.
-
-    Raises:
-        ValueError: wandb is not installed or refuses.
-    """
+    """Start a wandb run, or continue the one whose id is in the run folder."""
     try:
         import wandb  # costs seconds: only where it is wanted
     except ImportError as error:
-        message = f"logging.wandb={config.wandb} needs the package: pip install wandb"
-        raise ValueError(message) from error
+        raise ValueError(f"logging.wandb={config.wandb}: pip install wandb") from error
 
     # A resumed run continues its curve; a run made anew in the same folder has one of its own.
     path = run_dir / WANDB_FILE
     if is_new or not path.is_file():
         path.write_text(uuid.uuid4().hex[:8] + "\n")
-    run_id = path.read_text().strip()
     try:
         return wandb.init(
             project=config.wandb_project,
             name=str(run_dir),
-            id=run_id,
+            id=path.read_text().strip(),
             resume="allow",
             dir=run_dir,
             mode=config.wandb,
@@ -255,14 +247,11 @@ class TimedIterator:
 class Progress:
     """Means, rates and the time left, for a report."""
 
-    def __init__(
-        self, run: Run, max_steps: int, batch_size: int, batches: TimedIterator, step: int
-    ):
-        """step: the one from which this start goes on."""
+    def __init__(self, run: Run, config: Any, batches: TimedIterator, step: int):
+        """config: a TrainingConfig (training/stage.py); step: from which this start goes on."""
         self.run = run
+        self.config = config
         self.batches = batches
-        self.max_steps = max_steps
-        self.batch_size = batch_size
         self.start = self.last_time = time.perf_counter()
         self.first_step = self.last_step = step
         self.last_wait = 0.0
@@ -276,19 +265,18 @@ class Progress:
         values["learning_rate"] = optimizer.param_groups[0]["lr"]
 
         # Rates: samples of all processes; a large share of waiting means too few data workers.
-        num_samples = (step - self.last_step) * self.batch_size
-        values["samples_per_second"] = num_samples / (now - self.last_time)
-        waited = self.batches.seconds - self.last_wait
-        values["data_wait_share"] = waited / (now - self.last_time)
+        seconds = now - self.last_time
+        num_samples = (step - self.last_step) * self.config.batch_size
+        values["samples_per_second"] = num_samples / seconds
+        values["data_wait_share"] = (self.batches.seconds - self.last_wait) / seconds
+        self.last_time = now
+        self.last_step = step
+        self.last_wait = self.batches.seconds
 
         # What readers skipped, on any process.
         skipped = sum(gather_object([self.batches.skipped]), Counter())
         self.batches.skipped = Counter()
-        values |= {f"skipped/{reason}": count for reason, count in skipped.items()}
-        self.last_time = now
-        self.last_step = step
-        self.last_wait = self.batches.seconds
-        return values
+        return values | {f"skipped/{reason}": count for reason, count in skipped.items()}
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -298,9 +286,10 @@ class Progress:
         self.last_time += time.perf_counter() - start
 
     def seconds_left(self, step: int) -> float:
-        """Until the last step, at the speed so far, pictures and evaluations included."""
+        """Until the last step, at the speed so far."""
+        # Since the start, not since the last report: pictures and evaluations come rarely.
         seconds_per_step = (time.perf_counter() - self.start) / (step - self.first_step)
-        return seconds_per_step * (self.max_steps - step)
+        return seconds_per_step * (self.config.max_steps - step)
 
     def summary(self, step: int) -> str:
         return f"{step - self.first_step} steps in {time.perf_counter() - self.start:.0f} s"

@@ -25,13 +25,7 @@ from torch import Tensor, nn
 from modeling.layers import check_not_negative
 from training.checkpoint import load_plain
 from training.run import Run
-from training.sharding import (
-    clip_gradients,
-    gather,
-    gather_network,
-    shard_network,
-    split_like,
-)
+from training.sharding import clip_gradients, gather, gather_network, shard_network, split_like
 
 # Of Muon
 MOMENTUM = 0.95
@@ -85,6 +79,7 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable weights in two groups: the decayed ones, of Linear, Conv, Embedding; the others."""
+    # By the kind of layer, not by the number of dimensions: learned tokens are matrices as well.
     decayed_types = (nn.Linear, nn.Conv2d, nn.Embedding)
     decayed_ids = {id(m.weight) for m in model.modules() if isinstance(m, decayed_types)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -96,6 +91,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable weights of `model`, or Muon with it."""
+    # Fused: one kernel for all weights, and it looks at found_inf on the device.
     groups = decay_groups(model, config.weight_decay)
     settings = {"lr": config.learning_rate, "betas": tuple(config.betas), "fused": True}
     if config.name == "adamw":
@@ -115,6 +111,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     Raises:
         ValueError: the file belongs to another set of trainable weights.
     """
+    # A resumed run may have another decay, but torch loads the old one with the moments.
     names = ("betas", "weight_decay")
     kept = [{name: group[name] for name in names} for group in optimizer.param_groups]
     state = load_plain(path, mmap=True)
@@ -232,6 +229,7 @@ class EMA:
         self.decay = decay
         self.num_updates = 0
         self.average = (average or copy.deepcopy(model)).float().eval().requires_grad_(False)
+        # Frozen weights do not move: they need no average.
         self._source = [p for p in model.parameters() if p.requires_grad]
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         self._target = [p for name, p in self.average.named_parameters() if name in names]
@@ -271,6 +269,7 @@ class OptimizedNetwork:
         """
         if self.run.accelerator.num_processes == 1:
             return None
+        # FSDP replaces the weights, so the optimizer of the whole ones is dropped.
         average = shard_network(self.module, self.run.device)
         self.optimizer = build_optimizer(self.module, self.config)
         self.trainable = [p for p in self.module.parameters() if p.requires_grad]
@@ -286,9 +285,8 @@ class OptimizedNetwork:
                 for block in blocks:
                     block.compile()
         # FSDP is in its modules already: of accelerate's preparation only autocast is left.
-        accelerator = self.run.accelerator
-        self.wrapped = accelerator.prepare_model(self.module, evaluation_mode=self.is_sharded)
-        self.wrapped_optimizer = accelerator.prepare_optimizer(self.optimizer)
+        prepare = self.run.accelerator.prepare_model
+        self.wrapped = prepare(self.module, evaluation_mode=self.is_sharded)
         self.wrapped.train()
 
     def update(self, step: int, max_steps: int) -> Tensor:
@@ -303,8 +301,8 @@ class OptimizedNetwork:
         # The fused update reads found_inf: a non-finite gradient changes nothing, and the loop
         # finds it in the log and stops. Nobody waits for the device here.
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.wrapped_optimizer.step()
-        self.wrapped_optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
 
@@ -321,6 +319,7 @@ def descend(
         with nullcontext() if is_last else accelerator.no_sync(model):
             terms = loss_fn(model, batch)
             accelerator.backward(terms["loss"] / len(batches))
+        # Summed where they are: to read one would wait for the device.
         for name, value in terms.items():
             part = value.detach() / len(batches)
             means[name] = part + means[name] if name in means else part

@@ -62,6 +62,7 @@ def caption_grid(images: Tensor, captions: list[str], columns: int) -> Image.Ima
         images: B x 3 x R x W in [0, 1].
         captions: B strings; wrapped to three lines and cut.
     """
+    # Enlarged by whole factors, without interpolation: what the network made, pixel by pixel.
     factor = max(1, -(-CELL_WIDTH_MIN // images.shape[-1]))
     width, height = images.shape[-1] * factor, images.shape[-2] * factor
     cell_width, cell_height = width + MARGIN, height + CAPTION_LINES * LINE_HEIGHT + MARGIN

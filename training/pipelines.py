@@ -60,6 +60,7 @@ def is_next_scale(run_dir: str | Path) -> bool:
 
 def captioning_run(run_dir: str | Path) -> Path:
     """The stage-3 run that makes an experiment's captions, or the run folder itself."""
+    # An experiment has one run for each direction, named as the launcher names its stages.
     run = Path(run_dir) / "flowtok_caption"
     return run if run.is_dir() else flow_folder(run_dir)
 
@@ -105,6 +106,7 @@ def load_autoencoder(run_dir: str | Path) -> TextAutoencoder:
 
 def load_projector(run_dir: str | Path) -> TextProjector:
     """The text projector of a stage-2 run, of a text decoder's or of a flow's."""
+    # A flow has trained its projector on: its own counts, not that of stage 2.
     config = read_run_config(run_dir)
     if "flowtok" in config:
         return load_flow(run_dir).projector
@@ -126,6 +128,7 @@ def find_run(
     Args:
         wanted: the fingerprint; None, of a converted flow, takes the first that is there.
     """
+    # What the config names may be gone, or another experiment's by now: the fingerprint decides.
     named, beside = Path(read_run_config(flow_dir)[f"{stage}_run"]), flow_dir.parent / stage
     for run in (named, beside):
         if (run / CONFIG_FILE).is_file():
@@ -168,6 +171,7 @@ def load_generator(run_dir: str | Path, device: torch.device) -> tuple[Generator
     if not is_next_scale(run_dir):
         return load_pipeline(run_dir, device)
     run = flow_folder(run_dir)
+    # No sizes to compare: these runs all know the fingerprints of their parts.
     tokenizer_run, tokenizer = find_tokenizer(run, load_dual_tokenizer)
     text_encoder = find_text_encoder(tokenizer_run, trained_with(run).get("text_encoder"))
     model = load_ema(NextScale(read_section(run, "next_scale", NextScaleConfig)), run)

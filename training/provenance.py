@@ -1,10 +1,9 @@
 """What the results in a folder were made of: kept beside them, compared when they are gone on with.
 
 source.json names the shards that were read, with their states, which tell a shard that was made
-anew from one that was only copied or touched (data/storage.py). It lies beside the checkpoints of
-the stages that read images or captions, where it also has a dual tokenizer's teacher, and beside
-token shards, where it has the options of the encoding. Who knows better deletes it. Stages 2 and 3
-know tokens by their identity (training/tokens.py).
+anew from one that was only copied or touched (data/storage.py). Beside checkpoints it also has a
+dual tokenizer's teacher, beside token shards the options of the encoding. Who knows better deletes
+it. Stages 2 and 3 know tokens by their identity (training/tokens.py).
 """
 
 import json
@@ -45,52 +44,47 @@ def states_by_name(shards: Sequence[str]) -> dict[str, str]:
 def check_shards(run: Run, data: ReaderConfig, max_steps: int, teacher: str = "") -> dict:
     """What a run reads, for save_source.
 
-    A run that has steps left goes on with more or fewer shards where its config asks for that.
-
     teacher: fingerprint of a dual tokenizer's, which earlier commits did not note.
 
     Raises:
         ValueError: its checkpoints were trained on other shards, or by another teacher.
     """
     try:
-        shards = expand_shards(data.all_shards())
+        now = states_by_name(expand_shards(data.all_shards()))
     except ValueError:  # a complete run needs none, and a reader says what is missing
         return {}
+    source = {SHARDS: now} | ({"teacher": teacher} if teacher else {})
+    steps = checkpoint_folders(run.folder)
+    if not steps:
+        return source
 
     # More or fewer shards are no mistake where the config names them and there are steps to make.
-    source = {SHARDS: states_by_name(shards)}
-    if teacher:
-        source["teacher"] = teacher
-    if steps := checkpoint_folders(run.folder):
-        found = read_source(run.folder)
-        before, now = found.get(SHARDS, {}), source[SHARDS]
-        if before and max(steps) < max_steps and names_other_shards(run.folder, data):
-            changes = [f"{name} is new" for name in now if name not in before]
-            changes += [f"{name} is gone" for name in before if name not in now]
-            if changes:
-                run.say(f"{run.folder} goes on with other shards: {first_of(changes)}")
-            found |= {SHARDS: {name: before.get(name, state) for name, state in now.items()}}
-        check_source(run.folder, found, source, CHANGE_SHARDS)
+    found = read_source(run.folder)
+    before = found.get(SHARDS, {})
+    if before and max(steps) < max_steps and names_other_shards(run.folder, data):
+        if changes := [*new_or_gone(before, now)]:
+            run.say(f"{run.folder} goes on with other shards: {first_of(changes)}")
+        found |= {SHARDS: {name: before.get(name, state) for name, state in now.items()}}
+    check_source(run.folder, found, source, CHANGE_SHARDS)
     return source
 
 
 def names_other_shards(folder: Path, data: ReaderConfig) -> bool:
-    """Whether a run's last config names its shards otherwise: by other folders alone, it does not.
-
-    Raises:
-        ValueError: the config is damaged.
-    """
-
-    def names(patterns: Sequence[str]) -> list[str]:
-        return sorted(map(shard_name, patterns))
-
+    """Whether a run's last config names its shards otherwise; other folders alone don't count."""
     if not (folder / CONFIG_FILE).is_file():
         return False
     saved = read_saved(folder / CONFIG_FILE).get("data", {})
     sources = [*saved.get("sources", {}).values()] or [saved]
     # a weight of 0 leaves a source out
     used = [each.get("shards", []) for each in sources if each.get("weight", 1)]
-    return names([*chain.from_iterable(used)]) != names(data.all_shards())
+    before = map(shard_name, chain.from_iterable(used))
+    return sorted(before) != sorted(map(shard_name, data.all_shards()))
+
+
+def new_or_gone(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+    """A line for each shard that only one of both has."""
+    yield from (f"{name} is new" for name in now if name not in before)
+    yield from (f"{name} is gone" for name in before if name not in now)
 
 
 def first_of(changes: Sequence[str]) -> str:
@@ -100,11 +94,7 @@ def first_of(changes: Sequence[str]) -> str:
 
 
 def read_source(folder: Path) -> dict:
-    """What the results in a folder are made of, {} if that is not known.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """What the results in a folder are made of, {} if that is not known."""
     path = folder / SOURCE_FILE
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
@@ -114,6 +104,7 @@ def read_source(folder: Path) -> dict:
 
 def save_source(folder: Path, source: dict) -> None:
     """Write what the results in a folder are made of, unless that is known; the main process."""
+    # An earlier commit may have known less: what is known now is added.
     if not PartialState().is_main_process:
         return
     found = read_source(folder)
@@ -128,12 +119,9 @@ def check_source(folder: Path, found: dict, source: dict, further_way: str = "")
     """Refuse results of another source; what `found` does not name is unknown, and passes.
 
     further_way: out of the error, beside deleting files.
-
-    Raises:
-        ValueError: naming what differs.
     """
+    # Continuing on other data would give a model of both, of which nobody could say what it saw.
     changed = list(differences(found, source))
-    before, now = (each.get(SHARDS, {}) for each in (found, source))
     if changed:
         way_out = "Delete it and run this again"
         if all(change.startswith(SHARDS) for change in changed):
@@ -141,7 +129,9 @@ def check_source(folder: Path, found: dict, source: dict, further_way: str = "")
             way_out += further_way
         named = first_of(changed)
         raise ValueError(f"{folder} was made of another source: {named}. {way_out}")
+
     # Shards that are too large to be compared as a whole
+    before, now = (each.get(SHARDS, {}) for each in (found, source))
     unsure = [name for name in now if before.get(name) and now[name] not in ("", before[name])]
     if unsure and PartialState().is_main_process:
         print(
@@ -158,19 +148,12 @@ def differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
         if key not in found or found[key] == value:
             continue
         if key == SHARDS:
-            yield from shard_differences(found[key], value)
+            before, now = found[key], value
+            for name in before:
+                if name in now and is_other(before[name], now[name]):
+                    yield f"{SHARDS}.{name} was {before[name]}, is {now[name]}"
+            yield from (f"{SHARDS}.{change}" for change in new_or_gone(before, now))
         elif isinstance(value, dict):
             yield from differences(found[key], value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key} was {found[key]}, is {value}"
-
-
-def shard_differences(found: dict[str, str], now: dict[str, str]) -> Iterator[str]:
-    """A line for each shard that is new, gone or certainly another."""
-    for name in found | now:
-        if name not in found:
-            yield f"{SHARDS}.{name} is new"
-        elif name not in now:
-            yield f"{SHARDS}.{name} is gone"
-        elif is_other(found[name], now[name]):
-            yield f"{SHARDS}.{name} was {found[name]}, is {now[name]}"

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, set_seed
+from omegaconf import OmegaConf
 
 from data.files import write_text
 
@@ -65,11 +66,8 @@ def process_group_timeout(timeout_minutes: float) -> timedelta:
 
 
 def refuse_engines() -> None:
-    """Refuse what the environment asks for and no program here is written for.
-
-    Raises:
-        ValueError: naming the variable.
-    """
+    """Refuse what the environment asks for and no program here is written for."""
+    # accelerate would obey in silence, also a config file that its user has forgotten.
     for name in (f"ACCELERATE_USE_{engine}" for engine in ENGINES):
         value = os.environ.get(name, "")
         if value.lower() not in ("", "0", "false"):
@@ -79,16 +77,18 @@ def refuse_engines() -> None:
             )
 
 
-def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) -> Accelerator:
-    """Join the other processes, if any.
+def start_run(
+    folder: str | Path, precision: str, seed: int, timeout_minutes: float = TIMEOUT_MINUTES
+) -> Run:
+    """Join the other processes, if any, and seed what is random before the first step.
 
-    Args:
-        precision: "fp32", or "bf16" by autocast.
+    Writes nothing. precision: "fp32", or "bf16" by autocast.
 
     Raises:
         ConnectionError: the other processes can't be reached.
         ValueError: the environment asks for another engine than DDP.
     """
+    started = time.monotonic()
     refuse_engines()
     # TF32 for what is left in float32 on a GPU; the CPU ignores it.
     torch.set_float32_matmul_precision("high")
@@ -101,19 +101,13 @@ def start_accelerator(precision: str, timeout_minutes: float = TIMEOUT_MINUTES) 
     ]
     mixed_precision = "no" if precision == "fp32" else precision
     # Without a GPU accelerate joins the processes only where it is told so.
-    on_cpu = not torch.accelerator.is_available()
+    cpu = not torch.accelerator.is_available()
     try:
-        return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers
+        )
     except dist.DistError as error:
         raise ConnectionError(f"the other processes can't be reached: {error}") from error
-
-
-def start_run(
-    folder: str | Path, precision: str, seed: int, timeout_minutes: float = TIMEOUT_MINUTES
-) -> Run:
-    """Start accelerate and seed all that is random before the first step. Writes nothing."""
-    started = time.monotonic()
-    accelerator = start_accelerator(precision, timeout_minutes)
     set_seed(seed, device_specific=False)
     return Run(folder=Path(folder), accelerator=accelerator, started=started)
 
@@ -131,45 +125,39 @@ def locked(run: Run) -> Iterator[None]:
             file = stack.enter_context((run.folder / LOCK_FILE).open("a+"))
             # A data worker would keep the lock of a killed program until it notices.
             os.register_at_fork(after_in_child=file.close)
-            refusal = take_lock(run.folder, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Another error is of a file system without locks.
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    file.seek(0)
+                    owner = file.read().strip()
+                    refusal = f"{run.folder} is being written by another process: {owner}"
+            else:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
         [refusal] = broadcast_object_list([refusal])
         if refusal:
             raise ValueError(refusal)
         yield
 
 
-def take_lock(folder: Path, file: TextIO) -> str:
-    """Lock a folder's open lock file and write into it who holds it; "", or who does already."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return ""  # a file system without locks
-        file.seek(0)
-        return f"{folder} is being written by another process: {file.read().strip()}"
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return ""
-
-
 def save_config(run: Run, config: Any, has_checkpoint: bool) -> None:
     """Write a stage's config into the run folder, checked against that of its checkpoints.
 
-    Args:
-        config: a StageConfig (training/stage.py). Its `networks` name the sections and keys that
-            can't change once there is a checkpoint; other changes since an earlier start are
-            printed.
+    config: a StageConfig (training/stage.py); changes since an earlier start are printed.
 
     Raises:
-        ValueError: a network differs from the run that is to be resumed, or another process trains
-            in this folder.
+        ValueError: one of `config.networks` differs from the run that is to be resumed, or another
+            process trains in this folder.
     """
+    # Where there is no checkpoint, an earlier start has left nothing to be faithful to.
     if has_checkpoint:
         # Weights do not fit another network; everything else may change on the way.
         changes = config_changes(run, config)
-        names = [f"{name}." for name in config.networks]
-        fatal = [line for key, line in changes if any(f"{key}.".startswith(n) for n in names)]
+        networks = tuple(f"{name}." for name in config.networks)
+        fatal = [line for key, line in changes if f"{key}.".startswith(networks)]
         if fatal:
             raise ValueError(
                 f"{run.folder} was trained with another network: {'; '.join(fatal)}. Choose "
@@ -191,7 +179,7 @@ def config_changes(run: Run, config: Any) -> list[tuple[str, str]]:
         return []
     # A key that the earlier config lacks did not exist yet: it had its default's effect.
     defaults = dataclasses.asdict(type(config)())
-    saved = fill_in(read_saved(path), defaults)
+    saved = OmegaConf.to_container(OmegaConf.merge(defaults, read_saved(path)))
     return list_changes(saved, {"stage": config.stage, **dataclasses.asdict(config)})
 
 
@@ -212,15 +200,6 @@ def parse_saved(path: Path, content: bytes) -> dict:
             f"{path} is damaged ({reason}); if your config is still that of the run, delete it"
         )
     return values
-
-
-def fill_in(values: dict, defaults: dict) -> dict:
-    """Nested values with the keys that they lack taken from `defaults`."""
-    filled = defaults | values
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
-            filled[key] = fill_in(value, defaults[key])
-    return filled
 
 
 def list_changes(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:

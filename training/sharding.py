@@ -61,6 +61,7 @@ def replace_parameters(module: nn.Module, replace: Callable[[Tensor], Tensor]) -
 
 def gather_network(module: nn.Module) -> nn.Module:
     """A copy with whole weights, or the module itself if it has no parts; all processes call it."""
+    # For pictures and evaluations, whose samplers know nothing of parts.
     if not any(map(is_part, module.parameters())):
         return module
     return replace_parameters(module, gather)
@@ -106,6 +107,7 @@ def clip_gradients(weights: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     for scalar, mean in zip(scalars, sums[1:], strict=True):
         scalar.copy_(mean)
 
+    # As clip_grad_norm_ does, without asking the device whether it is needed.
     norm = (sums[0] + sums[1:].square().sum()).sqrt()
     torch._foreach_mul_([*parts, *scalars], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -33,11 +33,7 @@ class StageConfig:
                 raise ValueError(f"{name} is empty, expected a folder")
 
     def check(self) -> None:
-        """Refuse combinations that can't work.
-
-        Raises:
-            ValueError: naming the keys, what was given and what is expected.
-        """
+        """Refuse combinations that can't work: ValueError names the keys and what is given."""
         if data := getattr(self, "data", None):
             data.check()
 
@@ -94,11 +90,8 @@ class TrainingConfig:
             raise ValueError(f"timeout_minutes must be in (0, 1e6), got {self.timeout_minutes}")
 
     def split_batch(self, num_processes: int) -> int:
-        """Samples in a batch of one process.
-
-        Raises:
-            ValueError: batch_size is not divisible by processes x accumulation.
-        """
+        """Samples in a batch of one process; ValueError: batch_size is not divisible."""
+        # DDP averages over processes: with batches of two sizes, samples would not count alike.
         batches = num_processes * self.gradient_accumulation
         if self.batch_size % batches:
             raise ValueError(
@@ -118,12 +111,13 @@ class TrainedStage(StageConfig):
 
     def check(self) -> None:
         """Refuse what the training loop can't do."""
-        checkpointing = getattr(self, "activation_checkpointing", "none")
-        if self.training.compile and checkpointing == "selective":
+        is_selective = getattr(self, "activation_checkpointing", "none") == "selective"
+        if self.training.compile and is_selective:
             raise ValueError(
                 "training.compile=true with activation_checkpointing=selective: the compiler "
                 "chooses what is kept, set activation_checkpointing to none or full"
             )
+        # Both wrap the blocks; together they have not been tried.
         if self.training.shard == "full":
             if self.training.compile:
                 raise ValueError("training.shard=full with training.compile=true: set one of them")
@@ -133,11 +127,7 @@ class TrainedStage(StageConfig):
 
 
 def open_stream(run: Run, training: TrainingConfig, reader: Reader) -> ShardLoader:
-    """This process's endless batches of what a reader reads.
-
-    Raises:
-        ValueError: batch_size as of split_batch, shards as of Reader.stream.
-    """
+    """This process's endless batches of what a reader reads."""
     num_processes = run.accelerator.num_processes
     return reader.stream(
         training.split_batch(num_processes),

@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,18 +35,13 @@ PROGRAM_FOLDERS = ("training", "eval", "scripts")
 WORKER_GRACE_SECONDS = 30  # after a data worker's death; a waiting loader looks every 5
 
 
-class Supervisor(NamedTuple):
-    """What the loop gets."""
-
-    batches: Iterator[dict]  # of the loader, whose workers are watched
-    heartbeat: Callable[[], None]  # to be called after every step
-    stop_reason: Callable[[], str]  # to be called after every step; "" to go on
-
-
 @contextmanager
-def supervised(run: Run, loader, max_hours: float, timeout_minutes: float) -> Iterator[Supervisor]:
+def supervised(
+    run: Run, loader, max_hours: float, timeout_minutes: float
+) -> Iterator[tuple[Iterator[dict], Callable[[], None], Callable[[], str]]]:
     """Watch over a training; abort if no heartbeat comes for `timeout_minutes`.
 
+    Yields the loader's batches, heartbeat() and stop_reason(), both to be called after every step.
     max_hours: wall clock since the program's start, 0: no limit.
 
     Raises:
@@ -56,12 +50,13 @@ def supervised(run: Run, loader, max_hours: float, timeout_minutes: float) -> It
     """
     loader.worker_init_fn = data_workers.start_training_worker
     with ExitStack() as stack:
+        # Workers are forked first, before there are threads, a lock and handlers to inherit.
         batches = stack.enter_context(watched(loader))
         stack.enter_context(locked(run))
         silence = f"no step for training.timeout_minutes={timeout_minutes:g}"
         watchdog = stack.enter_context(Watchdog(timeout_minutes, silence))
         stop = stack.enter_context(StopRequest(run.started, max_hours, timeout_minutes))
-        yield Supervisor(batches, watchdog.heartbeat, stop.reason)
+        yield batches, watchdog.heartbeat, stop.reason
 
 
 @contextmanager
@@ -73,12 +68,22 @@ def watched(loader) -> Iterator[Iterator[dict]]:
         ConnectionError: another process of the program did.
         OSError: they cannot be started.
     """
-    with explained_deaths() as workers:
+    data_workers.restore_sigchld_default()
+    workers: list[BaseProcess] = []
+    try:
         others = multiprocessing.active_children()
         batches = data_workers.start_batches(loader)
         workers += [each for each in multiprocessing.active_children() if each not in others]
         with abort_if_worker_dies(workers):
             yield batches
+    except (RuntimeError, OSError, EOFError) as error:
+        # What torch says of a death is an error of the queue or socket that it broke.
+        if reason := describe_dead_worker(workers) or data_workers.describe_lost_batch(error):
+            raise ChildProcessError(f"{reason}. {CONTINUE}") from error
+        if "gloo/" in str(error) or isinstance(error, dist.DistError):
+            reason = "another training process ended; its own output says why"
+            raise ConnectionError(f"{reason}. {CONTINUE}") from error
+        raise
 
 
 class StopRequest:
@@ -112,6 +117,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame) -> None:
+        # It only takes a note: a checkpoint that is begun here could be in the middle of a step.
         now = time.monotonic()
         if self._signalled_at is None:
             self._signalled_at = now
@@ -128,6 +134,7 @@ class StopRequest:
             self._reason = f"training.max_hours={self._max_hours:g} are over"
         if self._group is None:
             return self._reason
+        # Who stopped alone would leave the others waiting for its gradients.
         agreed = False
         if self._pending is not None:
             flag, work = self._pending
@@ -165,6 +172,7 @@ class Watchdog:
         self._alive = True
 
     def _watch(self) -> None:
+        # Counted by polls, not by the clock, which goes on while the program is suspended.
         silent_polls = 0
         while not self._done.wait(60 * self.minutes / POLLS_PER_TIMEOUT):
             silent_polls = 0 if self._alive else silent_polls + 1
@@ -181,22 +189,6 @@ class Watchdog:
         while frame.f_back and Path(frame.f_code.co_filename).parent.name not in PROGRAM_FOLDERS:
             frame = frame.f_back
         return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {frame.f_code.co_name}"
-
-
-@contextmanager
-def explained_deaths() -> Iterator[list[BaseProcess]]:
-    """Name the cause of an error that another process's death caused; lists the data workers."""
-    data_workers.restore_sigchld_default()
-    workers: list[BaseProcess] = []
-    try:
-        yield workers
-    except (RuntimeError, OSError, EOFError) as error:
-        if reason := describe_dead_worker(workers) or data_workers.describe_lost_batch(error):
-            raise ChildProcessError(f"{reason}. {CONTINUE}") from error
-        if "gloo/" in str(error) or isinstance(error, dist.DistError):
-            reason = "another training process ended; its own output says why"
-            raise ConnectionError(f"{reason}. {CONTINUE}") from error
-        raise
 
 
 def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
@@ -228,6 +220,7 @@ def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
     """Abort if the main thread waits forever for a worker that died in the middle of a message."""
     done = threading.Event()
 
+    # The loader looks by itself, but not while it waits for the rest of a message.
     def watch() -> None:
         while not any(worker.exitcode for worker in workers):
             if all(worker.exitcode == 0 for worker in workers):
@@ -246,6 +239,7 @@ def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
 
 def abort(reason: str) -> None:
     """End the program from a thread, whose exceptions do not reach the main one."""
+    # Not sys.exit: it waits for workers, threads and devices, one of which is what hangs.
     for worker in multiprocessing.active_children():
         worker.kill()
     report_error(f"error: {reason}. {CONTINUE}")

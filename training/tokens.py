@@ -5,7 +5,6 @@ the folder as complete. Stages 2 and 3 check the one against their tokenizer's r
 latent scale from the other.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.config import ReaderConfig
-from data.files import write_json
+from data.files import load_json, write_json
 from data.readers import Reader, TokenTextConfig, caption_reader, token_reader
 from data.storage import is_remote
 from modeling.dual_tokenizer import DualTokenizer, DualTokens
@@ -84,27 +83,19 @@ class TokensInfo:
 
     @staticmethod
     def load(folder: Path) -> "TokensInfo":
-        """Read the files of a folder of token shards.
-
-        Raises:
-            ValueError: one is missing or of another form.
-        """
+        """Read the files of a folder of token shards; ValueError: one is missing or damaged."""
         values = []
-        for name in (TOKENS_INFO_FILE, LATENT_STATS_FILE):
-            if not (folder / name).is_file():
+        for path in (folder / TOKENS_INFO_FILE, folder / LATENT_STATS_FILE):
+            if not path.is_file():
                 raise ValueError(
-                    f"{folder / name} does not exist: run scripts/encode_tokens.py (stage tokens)"
+                    f"{path} does not exist: run scripts/encode_tokens.py (stage tokens)"
                 )
-            try:
-                values.append(json.loads((folder / name).read_text()))
-            except ValueError as error:
-                raise ValueError(f"{folder / name} is no JSON: {error}") from error
+            values.append(load_json(path.read_bytes()))
         try:
             return TokensInfo(**values[0], stats=LatentStats(**values[1]))
         except TypeError as error:
-            raise ValueError(
-                f"{folder}: not what scripts/encode_tokens.py writes: {error}"
-            ) from error
+            reason = f"not what scripts/encode_tokens.py writes: {error}"
+            raise ValueError(f"{folder}: {reason}") from error
 
 
 def shard_damage(path: Path, counts: dict) -> str:
@@ -118,11 +109,7 @@ def shard_damage(path: Path, counts: dict) -> str:
 
 
 def refuse_damage(data: ReaderConfig) -> None:
-    """Refuse shards that are no longer as scripts/encode_tokens.py wrote them.
-
-    Raises:
-        ValueError: naming the first one, and the way out.
-    """
+    """Refuse shards that are no longer as scripts/encode_tokens.py wrote them."""
     patterns = [pattern for pattern in data.all_shards() if not is_remote(pattern)]
     for folder in sorted({Path(pattern).expanduser().parent for pattern in patterns}):
         is_known = (folder / TOKENS_INFO_FILE).is_file()
@@ -140,8 +127,7 @@ def load_tokens_info(
     """What the token shards of a config hold, checked against the tokenizer of a run.
 
     `data.any_tokenizer` accepts tokens of another tokenizer, and those of unknown origin (without
-    tokens.json, such as the release's token.npy), which need `data.latent_scale`. Over several
-    folders, the measured scale is that of all samples together, their means taken as equal.
+    tokens.json, such as the release's token.npy), which need `data.latent_scale`.
 
     Raises:
         ValueError: no info, other token counts, another tokenizer; names folder and ways out.
@@ -154,9 +140,7 @@ def load_tokens_info(
     if unknown and data.any_tokenizer and data.latent_scale:
         return unknown_tokens(*shape, data.latent_scale)
     if unknown:
-        where = f"{TOKENS_INFO_FILE} of remote shards"
-        if unknown[0]:
-            where = f"{unknown[0]}/{TOKENS_INFO_FILE}"
+        where = f"{unknown[0] or 'of remote shards:'}/{TOKENS_INFO_FILE}"
         raise ValueError(
             f"{where} does not exist: write the token shards with scripts/encode_tokens.py. For "
             "shards from elsewhere, set data.any_tokenizer=true and data.latent_scale (1.0143 for "
@@ -184,6 +168,7 @@ def load_tokens_info(
 
 def unknown_tokens(num_tokens: int, token_channels: int, latent_scale: float) -> TokensInfo:
     """What is taken for granted of tokens that nobody described."""
+    # The release's folders hold token.npy files only: nothing says who made them, and from what.
     return TokensInfo(
         num_samples=0,
         num_tokens=num_tokens,
@@ -201,6 +186,7 @@ def unknown_tokens(num_tokens: int, token_channels: int, latent_scale: float) ->
 
 def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
     """One info for the shards of several folders."""
+    # Weights that are trained on two text towers or tokenizers at once belong to neither.
     first_folder, first = next(iter(infos.items()))
     for folder, info in infos.items():
         for name in ("tokenizer_fingerprint", "text_encoder_fingerprint", "has_text_states"):
@@ -209,16 +195,18 @@ def join_infos(infos: dict[str, TokensInfo], latent_scale: float) -> TokensInfo:
                     f"token shards that do not go together: {name} is {getattr(first, name)} in "
                     f"{first_folder}, {getattr(info, name)} in {folder}"
                 )
+
+    # The measured scale is that of all samples together, their means taken as equal.
     total = sum(info.num_samples for info in infos.values())
     squares = sum(info.num_samples / info.latent_scale**2 for info in infos.values())
     measured = first.latent_scale if len(infos) == 1 else (squares / max(total, 1)) ** -0.5
-    values = asdict(first) | {
-        "num_samples": total,
-        "stats": LatentStats(total, [], [], latent_scale or measured),
-        "identity": "+".join(filter(None, (info.identity for info in infos.values()))),
-        "counts": {},
-    }
-    return TokensInfo(**values)
+    return replace(
+        first,
+        num_samples=total,
+        stats=LatentStats(total, [], [], latent_scale or measured),
+        identity="+".join(filter(None, (info.identity for info in infos.values()))),
+        counts={},
+    )
 
 
 def projector_sizes(tokenizer: ImageTokenizerConfig) -> dict[str, int]:
@@ -240,11 +228,8 @@ def complete_projector(
     tokenizer_run: str,
     sizes: dict[str, int],
 ) -> TextProjectorConfig:
-    """The projector's config: that of the weights it starts from, or as typed; with its sizes.
-
-    Raises:
-        ValueError: the weights are for another tokenizer's sizes.
-    """
+    """The projector's config: that of the weights it starts from, or as typed; with its sizes."""
+    # Sizes follow from the tokenizer, so weights for another one do not fit.
     if source is None:
         return replace(typed or TextProjectorConfig(), **sizes)
     found = {name: getattr(source.config, name) for name in sizes}
@@ -292,6 +277,7 @@ class StoredTokens(StoredText):
 
     def fit_linear_skip(self, projector: TextProjector, strength: float) -> None:
         """Fill the projector's linear skip by ridge regression on the first samples."""
+        # Means, not samples: the noise of the posterior is nothing that text could predict.
         states, latents = [], []
         for batch in self.reader.once(100, limit=FITTED_SAMPLES):
             states.append(self.text_states(batch).cpu().float())
@@ -312,6 +298,7 @@ def open_stored_tokens(
         ValueError: the text tower is not the one that the tokens were made with, their text states
             are of one caption where it is to be drawn, or a shard is lost or damaged.
     """
+    # States are stored of one caption, and would be read with whichever is drawn.
     if info.has_text_states and data.has_several_captions():
         raise ValueError(
             "data.captions draws captions (json:captions, recaption_keys, window=sentences), but "
@@ -325,6 +312,8 @@ def open_stored_tokens(
             f"the token shards were made with another text tower than {text_config.model} of the "
             "tokenizer's run: delete them and encode them again"
         )
+
+    # Where all samples have states, the tower leaves the device's memory to the training.
     tokenize = None if info.has_text_states else encoder.tokenize
     # Shards of unknown origin may hold the states of another tower, or of another caption
     if info.text_encoder_fingerprint == "unknown":

@@ -34,13 +34,10 @@ class Vocabulary:
 
     def difference(self, prompt: str) -> str:
         """How a prompt differs from all captions, "" if it does not."""
-        words = split_words(prompt)
-        unknown = words - {*self.words} if self.words is not None else set()
-        lacking = {*self.common} - words
-        remarks = []
-        if unknown:
+        words, remarks = split_words(prompt), []
+        if self.words is not None and (unknown := words - {*self.words}):
             remarks.append(f"no caption of the training has {quote(unknown)}")
-        if lacking:
+        if lacking := {*self.common} - words:
             remarks.append(
                 f"every caption of the training has {quote(lacking)}, like {self.example!r}"
             )
@@ -53,12 +50,10 @@ def one_form(caption: str) -> str:
 
 
 def split_words(text: str) -> set[str]:
-    """Words and punctuation marks of a text."""
     return {*WORD.findall(text.lower())}
 
 
 def quote(words: Iterable[str]) -> str:
-    """Words in a message."""
     return ", ".join(repr(word) for word in sorted(words))
 
 
@@ -76,6 +71,7 @@ def measure_vocabulary(captions: Iterable[str]) -> Vocabulary:
 
 def join_vocabularies(parts: Sequence[Vocabulary]) -> Vocabulary:
     """The vocabulary of all captions together."""
+    # A part without captions would leave no word in common.
     parts = [part for part in parts if part.example]
     if not parts:
         return Vocabulary("", [], [], [])
@@ -101,14 +97,9 @@ def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
-    """The vocabulary of a stage-3 run's captions; None if it is not where it should be.
-
-    It lies beside the token shards, where the run's config has them or, if the experiment was
-    moved, beside the run. Converted weights, and captions that are others in each epoch, are taken
-    for free text. Weights that began as another run's know the words of that one, too, so that
-    nothing is strange to them.
-    """
-    # Which folders of token shards the run has read, and whether a word can be new in them.
+    """The vocabulary of a stage-3 run's captions; None if it is not where it should be."""
+    # Which folders of token shards the run has read. Converted weights have read unknown ones, and
+    # captions that are others in each epoch are taken for free text.
     config = read_run_config(flow_dir)
     shared = [field.name for field in fields(ReaderConfig)]  # by what reads tokens and images
     section = OmegaConf.masked_copy(config.get("data") or OmegaConf.create(), shared)
@@ -116,6 +107,7 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
     folders = {Path(pattern).parent for pattern in data.all_shards()}
     if not folders or data.has_several_captions():
         return Vocabulary("", [], None)
+    # They lie where the config has them or, if the experiment was moved, beside the run.
     parts = []
     for folder in sorted(folders):
         places = (folder / VOCABULARY_FILE, flow_dir.parent / folder.name / VOCABULARY_FILE)
@@ -123,5 +115,6 @@ def find_vocabulary(flow_dir: Path) -> Vocabulary | None:
         if file is None:
             return None
         parts.append(Vocabulary(**json.loads(file.read_text())))
+    # Weights that began as another run's know the words of that one, too.
     joined = join_vocabularies(parts)
     return replace(joined, common=[], words=None) if config.get("init_from") else joined
