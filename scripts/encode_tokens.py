@@ -139,7 +139,7 @@ def main(config: TokensStage) -> None:
         left = [
             (image, path)
             for image, path in zip(images, outputs, strict=True)
-            if "bytes" not in (counts := read_counts(path, info)) or shard_damage(path, counts)
+            if not is_whole(path, read_counts(path, info))
         ]
         # all have looked before one writes
         run.accelerator.wait_for_everyone()
@@ -274,6 +274,11 @@ def read_counts(token_shard: Path, info: TokensInfo | None) -> dict:
     if path.is_file():
         return json.loads(path.read_text())
     return info.counts.get(token_shard.name, {}) if info else {}
+
+
+def is_whole(token_shard: Path, counts: dict) -> bool:
+    """Whether a token shard is what its counts say; those of an earlier version lack some."""
+    return counts.keys() >= {*KEPT_COUNTS} and not shard_damage(token_shard, counts)
 
 
 def encode_shards(
