@@ -112,6 +112,7 @@ def main(config: TokensStage) -> None:
         "flip": config.flip,
         "num_crops": config.num_crops,
     }
+    # the number of workers, the batch and the folders of the images decide nothing in them
     made_of = source | {"precision": config.precision, "data": describe_data(config.data)}
     images = []
     not_compared = None
@@ -326,7 +327,7 @@ def encode_shards(
                 raise SystemExit(STOPPED_STATUS)
             watchdog.heartbeat()
             writer.check()
-            # a batch of a shard: its samples wait until the shard is through
+            # a batch of a shard: its samples wait until the shard is through, as it appears whole
             index = item["shard"]
             if "end" not in item:
                 num_images += len(item["key"])

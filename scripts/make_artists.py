@@ -172,6 +172,7 @@ def read_drawings(folder: Path) -> list[Drawing]:
     drawings = []
     for number, one in enumerate(wanted):
         key = code_points(one.key)
+        # no artist has drawn all names
         own = {style: files[style][key] for style in STYLES if key in files[style]}
         drawings += [Drawing(key, number, one, style, own[style]) for style in own]
     # a drawing of several names shows none of them; a name with one artist has no style to compare
