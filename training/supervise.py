@@ -193,7 +193,10 @@ class Watchdog:
 
 def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
     """One line on a worker that failed, "" if none did: those with no more data end, too."""
-    wait_for_one(workers, timeout=1)
+    # What it has broken is noticed a moment before its exit code is there.
+    if living := {worker.sentinel: worker for worker in workers if worker.exitcode is None}:
+        for sentinel in wait([*living], timeout=1):
+            living[sentinel].join()
     dead = next((worker for worker in workers if worker.exitcode), None)
     if dead is None:
         return ""
@@ -206,15 +209,6 @@ def describe_dead_worker(workers: Sequence[BaseProcess]) -> str:
     return f"a data worker (process {dead.pid}) {how}"
 
 
-def wait_for_one(workers: Sequence[BaseProcess], timeout: float | None = None) -> None:
-    """Wait until one of the living workers has ended, or for so many seconds."""
-    living = [worker for worker in workers if worker.exitcode is None]
-    ended = wait([worker.sentinel for worker in living], timeout) if living else []
-    for worker in living:
-        if worker.sentinel in ended:
-            worker.join()  # the sentinel comes a moment before the exit code
-
-
 @contextmanager
 def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
     """Abort if the main thread waits forever for a worker that died in the middle of a message."""
@@ -223,9 +217,8 @@ def abort_if_worker_dies(workers: Sequence[BaseProcess]) -> Iterator[None]:
     # The loader looks by itself, but not while it waits for the rest of a message.
     def watch() -> None:
         while not any(worker.exitcode for worker in workers):
-            if all(worker.exitcode == 0 for worker in workers):
+            if done.wait(1.0):
                 return
-            wait_for_one(workers)
         if not done.wait(WORKER_GRACE_SECONDS):
             abort(describe_dead_worker(workers))
 
