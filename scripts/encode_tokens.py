@@ -118,15 +118,17 @@ def main(config: TokensStage) -> None:
     not_compared = None
     try:
         images = encoding_sources(config.data, tokenizer.config.image_size, config.num_crops)
-        image_shards = [image.shards[0] for image in images]
-        outputs = output_paths(image_shards, run.folder)
-        source["shards"] = [path.name for path in outputs]
-        made_of |= source | {SHARDS: states_by_name(image_shards)}
     except ValueError as error:
         # whole tokens need their images no more
         if not (run.folder / TOKENS_INFO_FILE).is_file():
             raise
         not_compared = error
+    # two shards of one name are a mistake of the config: whole tokens are no excuse for it
+    if not not_compared:
+        image_shards = [image.shards[0] for image in images]
+        outputs = output_paths(image_shards, run.folder)
+        source["shards"] = [path.name for path in outputs]
+        made_of |= source | {SHARDS: states_by_name(image_shards)}
 
     if is_complete(run, made_of, not_compared):
         return
@@ -153,6 +155,8 @@ def main(config: TokensStage) -> None:
         mine = left[run.accelerator.process_index :: run.accelerator.num_processes]
         for _, path in mine:
             path.unlink(missing_ok=True)
+            # else a shard whose program is killed before it is counted would pass by old counts
+            count_file(path).unlink(missing_ok=True)
         if mine:
             encode_shards(config, run.accelerator, tokenizer, text_encoder, mine)
         run.accelerator.wait_for_everyone()
