@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,11 +73,17 @@ def read_text_file(path: str | Path) -> str:
 
 def not_decodable(path: str | Path, encoding: str) -> str:
     """What an error says of a text file that is in another encoding: its first such line."""
-    mark = "\N{REPLACEMENT CHARACTER}"
-    with open(path, encoding=encoding, errors="replace") as file:
-        lines = enumerate(file, start=1)
-        number, line = next((number, line) for number, line in lines if mark in line)
-    place = line.find(mark)
+    # what cannot be decoded is missing in one, and a mark in the other; a mark that the text itself
+    # has is in both
+    with (
+        open(path, encoding=encoding, errors="ignore") as cut,
+        open(path, encoding=encoding, errors="replace") as marked,
+    ):
+        pairs = zip_longest(cut, marked, fillvalue="")
+        number, line = next(
+            (number, line) for number, (rest, line) in enumerate(pairs, start=1) if rest != line
+        )
+    place = line.find("\N{REPLACEMENT CHARACTER}")
     given = line[max(place - 20, 0) : place + 20].strip()
     return f"{path} line {number} is not {encoding.upper()}: {given!r}; save the file as UTF-8"
 
