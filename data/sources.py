@@ -256,7 +256,10 @@ def coco_entries(options: argparse.Namespace) -> Iterator[Entry]:
         if path != paths.setdefault(number, path):
             both = f"{paths[number]!r} and {path!r}"
             raise ValueError(f"{file}: the images {both} have the same id {number!r}")
-        yield _entry(file, options.images, path, captions.get(number, []), image)
+    # only now: to look for the files of all images may take minutes
+    for image in content["images"]:
+        number = _hashable(image.get("id"))
+        yield _entry(file, options.images, paths[number], captions.get(number, []), image)
     # nothing that the file says is lost without being counted
     for number in captions:
         if number not in paths:
