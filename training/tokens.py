@@ -90,7 +90,12 @@ class TokensInfo:
                 raise ValueError(
                     f"{path} does not exist: run scripts/encode_tokens.py (stage tokens)"
                 )
-            values.append(load_json(path.read_bytes()))
+            value = load_json(path.read_bytes())
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{path} is not what scripts/encode_tokens.py writes: no JSON object"
+                )
+            values.append(value)
         try:
             return TokensInfo(**values[0], stats=LatentStats(**values[1]))
         except TypeError as error:
@@ -140,7 +145,9 @@ def load_tokens_info(
     if unknown and data.any_tokenizer and data.latent_scale:
         return unknown_tokens(*shape, data.latent_scale)
     if unknown:
-        where = f"{unknown[0] or 'of remote shards:'}/{TOKENS_INFO_FILE}"
+        where = f"{TOKENS_INFO_FILE} of remote shards"
+        if unknown[0]:
+            where = f"{unknown[0]}/{TOKENS_INFO_FILE}"
         raise ValueError(
             f"{where} does not exist: write the token shards with scripts/encode_tokens.py. For "
             "shards from elsewhere, set data.any_tokenizer=true and data.latent_scale (1.0143 for "
