@@ -272,7 +272,8 @@ def digest_task(task: Task) -> int:
         digests = np.zeros((len(task.numbers), 2), np.uint64)
         for row, entries in zip(digests, task.samples(), strict=True):
             try:
-                key, image, *_ = make_sample(entries, task.config, decode=False)[0].values()
+                sample, _ = make_sample(entries, task.config, decode=False)
+                image = next(data for name, data in sample.items() if name != "__key__")
                 row[:] = np.frombuffer(digest_of(image), np.uint64)
             except BadSample:
                 pass  # counted when the shard is written

@@ -261,7 +261,8 @@ def _read_shards(
     What cannot be read of a shard is one sample, a ShardError.
     """
     for index in range(first, len(paths)):
-        path, keys = paths[index], set()
+        path = paths[index]
+        keys = set()
         try:
             with open_shard(path) as file:
                 for key, sample, end in scan_tar(file, path, offset, ordinal, reader, readers):

@@ -34,7 +34,8 @@ class Vocabulary:
 
     def difference(self, prompt: str) -> str:
         """How a prompt differs from all captions, "" if it does not."""
-        words, remarks = split_words(prompt), []
+        words = split_words(prompt)
+        remarks = []
         if self.words is not None and (unknown := words - {*self.words}):
             remarks.append(f"no caption of the training has {quote(unknown)}")
         if lacking := {*self.common} - words:

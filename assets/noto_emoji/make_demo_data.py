@@ -187,7 +187,8 @@ def build(package: Path, output: Path, heldout_list: Path) -> dict:
     files = {}
     rows = []
     for file, items in plan_shards(emoji, heldout).items():
-        data = files[file] = shard_bytes(items, images)
+        data = shard_bytes(items, images)
+        files[file] = data
         # the hash of a file depends on Pillow and zlib, that of its .json and RGB pixels does not
         content = [describe_json(item) + b"\n" + images[item.key].tobytes() for item in items]
         row = {"file": file, "samples": len(items), "bytes": len(data)}
