@@ -88,20 +88,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Load, generate, write."""
-    # A hub's id becomes the folder of its files here.
-    args.run = find_folder(args.run)
+    # Before a hub's id becomes the folder of its files here, which are gigabytes
     to_text = bool(args.caption)
-    if not (to_text or args.prompts or args.prompts_file or args.interpolate or args.trajectory):
+    check_options(args, to_text)
+    has_input = args.prompts or args.prompts_file or args.interpolate or args.trajectory
+    args.run = find_folder(args.run)
+    if not (to_text or has_input):
         to_text = pipelines.directions_of(args.run) == {"image_to_text"}
-    check_args(args, to_text)
+        check_options(args, to_text)
+    check_outputs(args, (".png", ".jsonl") if to_text else (".png",))
     if to_text:
         caption(args)
     else:
         draw(args)
 
 
-def check_args(args: argparse.Namespace, to_text: bool) -> None:
-    """Refuse, before anything is loaded, what would be ignored or could not be written."""
+def check_options(args: argparse.Namespace, to_text: bool) -> None:
+    """Refuse, before anything is loaded, options that would be ignored."""
     is_row = args.interpolate or args.trajectory
     if args.frames and not is_row:
         raise ValueError(f"--frames {args.frames} is for --interpolate and --trajectory")
@@ -114,7 +117,10 @@ def check_args(args: argparse.Namespace, to_text: bool) -> None:
             "--save-dir, --gallery and --images-per-prompt are for images, not for captions "
             "(--caption, or a run that flows from image to text)"
         )
-    endings = (".png", ".jsonl") if to_text else (".png",)
+
+
+def check_outputs(args: argparse.Namespace, endings: tuple[str, ...]) -> None:
+    """Refuse, before anything is loaded, files that can't be written or would have a wrong name."""
     if args.output.suffix.lower() not in endings:
         raise ValueError(f"--output {args.output}: expected a name in {' or '.join(endings)}")
     single = args.save_dir and args.save_dir / "00000.png"

@@ -214,7 +214,7 @@ def take(
         raise ValueError("; ".join(problems[:3]) + more)
     check_tables(tensors, tables)
 
-    # Copies, of which a caller may scale some in place.
+    # Copies, of which a caller may scale some in place; a lone number is the file's own.
     taken = {}
     for name, theirs in sources.items():
         parts = [tensors[one].detach().to(torch.float32) for one in theirs]

@@ -28,7 +28,7 @@ from data.files import user_path
 from eval.images import caption_images, list_pictures
 from eval.programs import build_parser, usable_device
 from modeling.layers import to_pil
-from modeling.pipeline import Captioner, ImageGenerator
+from modeling.pipeline import Captioner, ImageGenerator, SamplingConfig
 from modeling.pretrained import find_folder
 from sample import known_words, list_remarks
 from training.errors import exit_on_error
@@ -86,7 +86,7 @@ class Studio:
         """Images of a prompt, and what is to be said of it."""
         remarks = self.remarks(prompt)
         self.sampling.check_images("Images:", number)
-        sampling = self.sampling.but(steps=steps, guidance=guidance)
+        sampling = self.sampling_of(steps, guidance, seed)
         images, _ = self.generator.generate([prompt] * number, sampling, seed)
         return [(shown(image), prompt) for image in images], remarks
 
@@ -95,7 +95,7 @@ class Studio:
     ) -> tuple[Image.Image, str]:
         """The image at a place between two prompts: 0 is the first, 1 the second."""
         remarks = self.remarks(first, second)
-        sampling = self.sampling.but(steps=steps, guidance=guidance)
+        sampling = self.sampling_of(steps, guidance, seed)
         weights = torch.tensor([float(place)])
         [image] = self.generator.between([first, second], weights, sampling, seed)
         return shown(image), remarks
@@ -105,7 +105,7 @@ class Studio:
     ) -> tuple[Gallery, str]:
         """What the flow passes on its way from text to image."""
         remarks = self.remarks(prompt)
-        sampling = self.sampling.but(steps=steps, guidance=guidance)
+        sampling = self.sampling_of(steps, guidance, seed)
         times, images = self.generator.trajectory(prompt, sampling, seed, number)
         pairs = zip(times, images, strict=True)
         return [(shown(image), f"t = {time:.2f}") for time, image in pairs], remarks
@@ -116,6 +116,13 @@ class Studio:
         # The path that measures captions, too: the same crop and size.
         [batch] = caption_images(self.captioner, list_pictures([path]), self.caption_sampling, 1)
         return batch["caption"][0]
+
+    def sampling_of(self, steps: int, guidance: float, seed: int | None) -> SamplingConfig:
+        """The run's sampling with a request's settings; ValueError for an empty seed."""
+        # NumPy would draw a seed then, which nobody sees.
+        if seed is None:
+            raise ValueError("Give a seed.")
+        return self.sampling.but(steps=steps, guidance=guidance)
 
     def remarks(self, *prompts: str) -> str:
         """What is to be said of prompts, a line each; ValueError for an empty one."""

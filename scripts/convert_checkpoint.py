@@ -119,7 +119,6 @@ def convert_file(path: Path, num_heads: int | None) -> Converted:
         raise ValueError(f"{path}: {error}") from error
     millions = sum(tensor.numel() for tensor in converted.tensors.values()) / 1e6
     print(f"{path}: {converted.stage}, {len(tensors)} tensors, {millions:.2f}M weights")
-
     return converted
 
 

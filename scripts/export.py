@@ -164,7 +164,8 @@ def pack_tower(config: TextEncoderConfig, folder: Path) -> TextEncoderConfig:
         save_clip(load_clip(config), model_config(config), folder)
     else:
         return config
-    return replace(config, model=folder.name, pretrained="")
+    # The folder's own config says which activation it has.
+    return replace(config, model=folder.name, pretrained="", exact_gelu=False)
 
 
 # The model card

@@ -93,16 +93,23 @@ def main(config: TextEncoderStage) -> None:
             inputs={},
         )
 
-    # The EMA weights as an open_clip folder, unless it is newer than they are: another stage may be
-    # reading that of a complete run.
+    # The main process alone looks at the folder, too: it is moved while the others would.
+    if run.is_main:
+        write_clip(config, run)
+    run.accelerator.wait_for_everyone()
+
+
+def write_clip(config: TextEncoderStage, run: Run) -> None:
+    """Write the EMA weights as an open_clip folder, unless it is newer than they are."""
+    # Another stage may be reading the folder of a complete run.
     folder = run.folder / "clip"
     _, newest = latest_checkpoint(run.folder)
-    is_old = not folder.is_dir() or folder.stat().st_mtime < newest.stat().st_mtime
-    if run.is_main and is_old:
-        clip_config = open_clip_config(config.clip)
-        save_clip(load_ema(ClipPair(clip_config), run.folder).clip, clip_config, folder)
-        run.say(f"text encoder written to {folder}")
-    run.accelerator.wait_for_everyone()
+    if folder.is_dir() and folder.stat().st_mtime >= newest.stat().st_mtime:
+        return
+    clip_config = open_clip_config(config.clip)
+    pair = load_ema(ClipPair(clip_config), run.folder)
+    save_clip(pair.clip, clip_config, folder)
+    run.say(f"text encoder written to {folder}")
 
 
 def open_clip_config(size: ClipSize) -> dict:
