@@ -21,7 +21,7 @@ from data.images import ImageTextConfig, image_reader
 from data.readers import Reader
 from modeling.activation_checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from modeling.dual_tokenizer import DualTokenizer, DualTokens
-from modeling.layers import check_not_negative, fingerprint
+from modeling.layers import check_least, fingerprint
 from modeling.next_scale import (
     NextScale,
     NextScaleConfig,
@@ -68,7 +68,7 @@ class NextScaleStage(TrainedStage):
 
     def check(self) -> None:
         super().check()
-        check_not_negative(self, "linear_start")
+        check_least(self, 0, "linear_start")
         self.sampling.check_network(self.next_scale)
 
     def image_shards(self) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from configs.load import parse_stage_args
 from data.readers import TokenTextConfig
-from modeling.layers import check_not_negative
+from modeling.layers import check_least
 from modeling.losses import (
     ProjectorLossConfig,
     freeze_unused_alignment,
@@ -59,7 +59,7 @@ class TextProjectorStage(TrainedStage):
         super().check()
         if not has_projector_loss(self.losses):
             raise ValueError("losses: all weights are 0, expected one above it")
-        check_not_negative(self, "linear_start")
+        check_least(self, 0, "linear_start")
         if self.projector.linear_skip != (self.linear_start > 0):
             raise ValueError(
                 f"projector.linear_skip={self.projector.linear_skip} with linear_start="

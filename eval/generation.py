@@ -30,7 +30,7 @@ from eval.features import load_reference
 from eval.images import Reading
 from eval.protocol import Protocol, protocol_file, read_captions
 from modeling.flow_model import FlowModel
-from modeling.layers import check_least, check_not_negative, fingerprint
+from modeling.layers import check_least, fingerprint
 from modeling.pipeline import Generator, ImageGenerator, SamplingConfig
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoderConfig, load_text_encoder
@@ -168,7 +168,7 @@ class EvaluationConfig:
     dinov2_weights: str = ""  # path of DINOv2 ViT-L/14, for features=dinov2
 
     def __post_init__(self):
-        check_not_negative(self, "every_steps")
+        check_least(self, 0, "every_steps")
         check_least(self, 1, "batch_size")
         if self.every_steps and not self.protocol:
             raise ValueError("every_steps needs protocol: a name among eval/protocols, or a YAML")

@@ -33,7 +33,7 @@ from eval.images import RULES, ImageSet, Reading, iterate_images, list_images, t
 from eval.scores import psnr, ssim
 from modeling.dual_tokenizer import DualTokenizer
 from modeling.image_tokenizer import ImageTokenizer
-from modeling.layers import check_not_negative, fingerprint
+from modeling.layers import check_least, fingerprint
 from modeling.perceptual import LPIPS
 from modeling.published import file_sha256
 from modeling.text_encoder import TextEncoder
@@ -302,7 +302,7 @@ class ReconstructionEvaluationConfig:
     num_images: int = 256  # the first ones; 0: all
 
     def __post_init__(self):
-        check_not_negative(self, "every_steps", "num_images")
+        check_least(self, 0, "every_steps", "num_images")
 
 
 @dataclass

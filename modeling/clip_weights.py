@@ -108,6 +108,8 @@ def check_clip(config: ClipWeights) -> None:
         raise ValueError(
             f"{key}.model: unknown open_clip model {model!r} (open_clip.list_models())"
         )
+    if not (config.names_its_weights or pretrained):
+        raise ValueError(f"{key}.pretrained is empty: name a tag of open_clip or a file")
     tag = config.tag
     if not (config.names_its_weights or tag or Path(pretrained).is_file()):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"

@@ -36,11 +36,6 @@ def check_least(config: Any, least: int, *names: str) -> None:
             raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
 
 
-def check_not_negative(config: Any, *names: str) -> None:
-    """Refuse negative fields of a config."""
-    check_least(config, 0, *names)
-
-
 def check_share(config: Any, name: str) -> None:
     """Refuse a field outside [0, 1)."""
     if not 0 <= getattr(config, name) < 1:

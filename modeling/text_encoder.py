@@ -24,7 +24,7 @@ from .clip_weights import (
     load_clip,
     open_clip,
 )
-from .layers import check_not_negative, fingerprint
+from .layers import check_least, fingerprint
 
 
 @dataclass
@@ -41,7 +41,7 @@ class TextEncoderConfig(ClipWeights):
     title: ClassVar[str] = "the text tower"
 
     def __post_init__(self):
-        check_not_negative(self, "context_length")
+        check_least(self, 0, "context_length")
         if self.family == "open_clip" and self.context_length:
             raise ValueError("context_length is set, but only family=transformers reads it")
 

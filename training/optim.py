@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modeling.layers import check_not_negative
+from modeling.layers import check_least
 from training.checkpoint import load_plain
 from training.run import Run
 from training.sharding import clip_gradients, gather, gather_network, shard_network, split_like
@@ -57,7 +57,7 @@ class OptimizerConfig:
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         # torch looks at the decay of an optimizer, not at those of its groups
-        check_not_negative(self, "weight_decay", "warmup_steps", "final_learning_rate")
+        check_least(self, 0, "weight_decay", "warmup_steps", "final_learning_rate")
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas}")
         if not 0 <= self.hold_fraction < 1:
