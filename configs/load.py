@@ -27,7 +27,6 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 T = TypeVar("T")
 structured = functools.cache(OmegaConf.structured)  # takes longer than to copy one, as merge does
 HOME_PATH = re.compile(r"([\w-]+:|)(~[\w.-]*/.*)", re.DOTALL)  # ~/x, ~user/x, local-dir:~/x
-ABSENT = object()
 
 
 class Parser(argparse.ArgumentParser):
@@ -212,8 +211,18 @@ def refuse_derived(given: Any, schema: type, origin: str) -> None:
     """Refuse values for fields that a program fills in from the text tower or an earlier run."""
     for key, field in all_fields(schema):
         source = field.metadata.get("derived")
-        if source and OmegaConf.select(given, key, default=ABSENT) is not ABSENT:
+        if source and is_given(given, key):
             raise ValueError(f"{origin}: {key} can't be set, it follows from {source}")
+
+
+def is_given(node: Any, key: str) -> bool:
+    """Whether an OmegaConf node has a dotted key, whatever its value."""
+    # OmegaConf.select would resolve interpolations, and what they name may come from elsewhere.
+    for name in key.split("."):
+        if not OmegaConf.is_dict(node) or name not in node:
+            return False
+        node = node._get_node(name)
+    return True
 
 
 def valid_keys(schema: type) -> list[str]:

@@ -236,6 +236,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=integer(1), default=5, help="in which it is cut")
     add("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(arguments)
+    if args.text_tower and args.part != "train":
+        parser.error("--text-tower is an option of train")
+    if args.part == "readers" and (args.config or args.batch_size or args.overrides):
+        parser.error("readers take no --config, --batch-size or key=value")
     config, batch_size, _ = DEFAULTS[args.part]
     args.config = args.config or ROOT / config
     args.batch_size = args.batch_size or batch_size

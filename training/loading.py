@@ -109,20 +109,19 @@ def load_any_tokenizer(run_dir: str | Path) -> ImageTokenizer | DualTokenizer:
 
 def load_dual_tokenizer(run_dir: str | Path) -> DualTokenizer:
     """The dual tokenizer of a stage-1 run; ValueError if it has one of latents."""
-    tokenizer = load_any_tokenizer(run_dir)
-    if isinstance(tokenizer, ImageTokenizer):
+    # Asked of the config: a run of the wrong kind is not to be trained first.
+    if read_run_config(run_dir).get("dual") is None:
         raise ValueError(f"{run_dir} has no dual tokenizer: its {CONFIG_FILE} has no 'dual'")
-    return tokenizer
+    return load_any_tokenizer(run_dir)
 
 
 def load_tokenizer(run_dir: str | Path) -> ImageTokenizer:
     """The image tokenizer of a stage-1 run; ValueError if it has one of discrete codes."""
-    tokenizer = load_any_tokenizer(run_dir)
-    if isinstance(tokenizer, DualTokenizer):
+    if read_run_config(run_dir).get("dual") is not None:
         raise ValueError(
             f"{run_dir} has a dual tokenizer, whose codes are for train_next_scale.py: no latents"
         )
-    return tokenizer
+    return load_any_tokenizer(run_dir)
 
 
 # The parts that a run was trained with, by their fingerprints

@@ -9,6 +9,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from data.files import check_writable
+from data.storage import is_remote
 from data.tar import expand_shards, split_pattern
 from scripts.encode_tokens import TokensStage, output_paths
 from scripts.run_experiment.stages import Stage
@@ -133,12 +134,20 @@ def check_runs(stage: Stage, made: Made) -> None:
 
 def find_images(stage: Stage, made: Made) -> list[str]:
     """Image shards that the stage will find."""
-    images, config = [], stage.config
+    config = stage.config
+    images: dict[str, str] = {}  # by their absolute form
     # Pictures may be drawn of the shards that are trained on: each pattern counts once.
     patterns = dict.fromkeys(config.image_shards())
     try:
         for pattern in patterns:
-            images += find_shards(pattern, made)
+            for path in find_shards(pattern, made):
+                name = path if is_remote(path) else os.path.abspath(path)
+                # The stage would refuse it as well, but after those before it.
+                if name in images:
+                    raise ValueError(
+                        f"shard {path} is listed twice, the second time by {pattern!r}"
+                    )
+                images[name] = path
     except ValueError as error:
         ways = [f"{stage.name}.data.shards=[FOLDER/*.tar]"]
         if pattern.startswith(f"{config.data_dir}/"):
@@ -147,7 +156,7 @@ def find_images(stage: Stage, made: Made) -> list[str]:
             f"{error}. Make image shards with scripts/make_shards.py (docs/data.md) and say where "
             f"they are: {' or '.join(ways)}"
         ) from error
-    return images
+    return list(images.values())
 
 
 def find_shards(pattern: str, made: Made) -> list[str]:
