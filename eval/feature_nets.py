@@ -72,11 +72,14 @@ class FeatureNet(nn.Module):
     identity: dict[str, Any]  # plain values; features of equal ones may be compared
 
 
-# InceptionV3 of 2015 as torch-fidelity runs it for FID: bytes are resized to 299 px as TensorFlow 1
-# does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, and the features are those
-# after the last pooling. Published numbers hold only with exactly these steps.
 class InceptionFeatures(FeatureNet):
-    """Also takes float32 in [0, 255] as it is: B x 3 x 299 x 299, already resized (clean-fid)."""
+    """Also takes float32 in [0, 255] as it is: B x 3 x 299 x 299, already resized (clean-fid).
+
+    InceptionV3 of 2015 as torch-fidelity runs it for FID: bytes are resized to 299 px as
+    TensorFlow 1 does (bilinear, no antialiasing, aligned corners), (x - 128) / 128, and the
+    features are those after the last pooling. Published numbers hold only with exactly these
+    steps.
+    """
 
     width = INCEPTION_WIDTH
 
@@ -114,10 +117,12 @@ class InceptionFeatures(FeatureNet):
         return features.to(weight) @ weight.T
 
 
-# ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm: for the
-# Frechet distance of Stein et al. 2023.
 class DinoFeatures(FeatureNet):
-    """The class token, D = 1024."""
+    """The class token, D = 1024.
+
+    ViT-L/14 at 224 px (torch, bicubic, antialiased), the class token after the last norm: for the
+    Frechet distance of Stein et al. 2023.
+    """
 
     def __init__(self, weights: Path):
         """Raises ValueError: the file does not hold weights of this net."""
@@ -156,10 +161,12 @@ class TokenizerFeatures(FeatureNet):
         return self.tokenizer.encode(images.float() / 255).mean.flatten(1).float()
 
 
-# For the CLIP score of Hessel et al. 2021. Images go through its own preprocessing at their full
-# size; captions have no prefix and are cut to its context.
 class ClipScorer:
-    """Images and captions -> cosines, by any CLIP of open_clip in float32."""
+    """Images and captions -> cosines, by any CLIP of open_clip in float32.
+
+    For the CLIP score of Hessel et al. 2021. Images go through its own preprocessing at their full
+    size; captions have no prefix and are cut to its context.
+    """
 
     def __init__(self, config: ClipWeights, device: torch.device, download: bool):
         """Raises AbsentWeights: the file to fetch; ValueError: unknown model, bad weights."""

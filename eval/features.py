@@ -100,11 +100,13 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     return (shift + traces - 2 * root_trace).item()
 
 
-# A statistics file is an npz with `mu`, `sigma`, `count` and `description`, on request with
-# `features` (N x D). Files of other codes with only `mu` and `sigma` are read as well.
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of N images, as a statistics file keeps them."""
+    """Features of N images, as a statistics file keeps them.
+
+    A statistics file is an npz with `mu`, `sigma`, `count` and `description`, on request with
+    `features` (N x D). Files of other codes with only `mu` and `sigma` are read as well.
+    """
 
     gaussian: Gaussian
     description: dict[str, Any] = field(default_factory=dict)  # plain values: what it is of

@@ -66,13 +66,15 @@ def joined(parts: Sequence[Facts]) -> Facts:
     return Facts(*map(torch.cat, zip(*parts)))
 
 
-# A convolutional net that research/train_judge.py trains on scenes of any objects in any number, so
-# that it knows no rule of what goes together, on what has another outline, and on images laid over
-# each other, whose objects do not count. For each cell of an 8 x 8 grid it says how near the centre
-# of an object is, and of which shape, colour, place and size that object is (Zhou et al. 2019,
-# "Objects as Points").
 class Judge(nn.Module):
-    """Images -> facts."""
+    """Images -> facts.
+
+    A convolutional net that research/train_judge.py trains on scenes of any objects in any number,
+    so that it knows no rule of what goes together, on what has another outline, and on images laid
+    over each other, whose objects do not count. For each cell of an 8 x 8 grid it says how near
+    the centre of an object is, and of which shape, colour, place and size that object is (Zhou et
+    al. 2019, "Objects as Points").
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,7 @@
 """What evaluations share: options, start, a place beside training, environment, what is printed."""
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from data.files import check_writable, integer, load_json
+from data.storage import is_remote
 from modeling.layers import exact_products
 from modeling.published import file_sha256
 from training.run import TIMEOUT_MINUTES, refuse_engines
@@ -106,8 +108,18 @@ def check_report(path: Path, data: list[str] | dict[str, list[str]]) -> None:
     check_writable(path)
     found = load_json(path.read_bytes()) if path.is_file() else None
     before = found.get("protocol") if isinstance(found, dict) else None
-    if isinstance(before, dict) and before.get("data") != data:
+    if isinstance(before, dict) and located(before.get("data")) != located(data):
         raise ValueError(f"{path} has the numbers of other data: delete it, or write elsewhere")
+
+
+def located(data: Any) -> Any:
+    """Nested patterns, each from the root on: one folder has many relative names."""
+    if isinstance(data, dict):
+        return {name: located(patterns) for name, patterns in data.items()}
+    if isinstance(data, list):
+        return [located(pattern) for pattern in data]
+    is_local = isinstance(data, str) and not is_remote(data)
+    return os.path.abspath(data) if is_local else data
 
 
 def check_same(run: Path, fingerprint: str) -> None:

@@ -25,10 +25,13 @@ FOLDER = Path(__file__).parent / "protocols"
 METRICS = ["frechet", "kid", "inception_score", "precision_recall", "retrieval", "clip_score"]
 
 
-# A FID depends on captions, reference, resize, weights, guidance, steps and sampler: all are fields
 @dataclass
 class Protocol:
-    """Captions, reference, sampling and metrics of one evaluation."""
+    """Captions, reference, sampling and metrics of one evaluation.
+
+    A FID depends on captions, reference, resize, weights, guidance, steps and sampler: all are
+    fields.
+    """
 
     # a .txt (one a line), a .jsonl of {"prompt": ...}, COCO's captions_*.json, MJHQ-30K's
     # meta_data.json; or folders, or tar shards

@@ -27,7 +27,6 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, set_seed
-from omegaconf import OmegaConf
 
 from data.files import write_text
 
@@ -179,7 +178,7 @@ def config_changes(run: Run, config: Any) -> list[tuple[str, str]]:
         return []
     # A key that the earlier config lacks did not exist yet: it had its default's effect.
     defaults = dataclasses.asdict(type(config)())
-    saved = OmegaConf.to_container(OmegaConf.merge(defaults, read_saved(path)))
+    saved = fill_in(read_saved(path), defaults)
     return list_changes(saved, {"stage": config.stage, **dataclasses.asdict(config)})
 
 
@@ -200,6 +199,16 @@ def parse_saved(path: Path, content: bytes) -> dict:
             f"{path} is damaged ({reason}); if your config is still that of the run, delete it"
         )
     return values
+
+
+def fill_in(values: dict, defaults: dict) -> dict:
+    """Nested values with the keys that they lack taken from `defaults`."""
+    # Not by OmegaConf, which would read ${...} and ??? in a text.
+    filled = defaults | values
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            filled[key] = fill_in(value, defaults[key])
+    return filled
 
 
 def list_changes(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
