@@ -56,7 +56,8 @@ Picture = tuple[Tensor, str]  # 3 x R x R in [0, 1], its caption
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
-    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
     help_text = "experiment folder, stage-3 run, or a folder of scripts/export.py or its hub id"
     add("--run", required=True, type=user_path, help=help_text)
     source.add_argument("--prompts", nargs="+", metavar="TEXT")

@@ -66,7 +66,8 @@ Texts = dict[int, list[str]]  # of each image, tokens with spaces between
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = programs.build_parser(__doc__)
-    add, keys = parser.add_argument, ["json:captions", "txt", "json:caption"]
+    add = parser.add_argument
+    keys = ["json:captions", "txt", "json:caption"]
     add("run", type=user_path, metavar="RUN", help="experiment folder, or a stage-3 run folder")
     add("data", nargs="+", metavar="DATA", help="folders or image shards")
     help_text = "where a sample's references lie, tried in order: an extension, or json:field"

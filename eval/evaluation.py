@@ -201,9 +201,11 @@ def generate_images(
 
 def measure_features(setup: EvaluationSetup, images: ImageFolder, folder: Path) -> Tensor | None:
     """N x D of the feature network, on the main process; None without the network."""
-    net, protocol, device = setup.networks.features, images.protocol, setup.reading.state.device
+    net = setup.networks.features
     if net is None:
         return None
+    protocol = images.protocol
+    device = setup.reading.state.device
     # The name says all that the numbers depend on
     size = protocol.feature_size(setup.image_size)
     parts = [str(part)[:12] for part in (*net.identity.values(), protocol.resize, f"{size}px")]

@@ -187,7 +187,8 @@ def _all_captions(protocol: Protocol) -> list[Caption]:
         return captions
     if len(names) > 1:
         raise ValueError(f"captions is one file, or folders and shards, got {names}")
-    path, text = files[0], read_text_file(files[0])
+    path = files[0]
+    text = read_text_file(path)
     if path.suffix == ".json":
         return _from_json(path, load_json(text))
     # splitlines would also split at what a caption may hold, such as U+2028

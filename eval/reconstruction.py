@@ -150,7 +150,8 @@ def load_reconstructor(run: Path, device: torch.device, bf16: bool) -> Reconstru
 
     ValueError: no checkpoint, or another text tower than the tokenizer's.
     """
-    tokenizer, text_encoder = load_any_tokenizer(run).to(device), find_text_encoder(run)
+    tokenizer = load_any_tokenizer(run).to(device)
+    text_encoder = find_text_encoder(run)
     # A converted run may name another tower than its decoder was made for; a dual one reads no text
     if isinstance(tokenizer, ImageTokenizer):
         expected = (tokenizer.config.text_tokens, tokenizer.config.text_width)
@@ -178,10 +179,12 @@ def measure_reconstructions(
     reason) of each of this one's images that could not be read. ValueError: that is all of them.
     """
     # Sums stay on the device, so that nothing waits for them
-    state, skipped = reading.state, []
+    state = reading.state
+    skipped = []
     sums = torch.zeros(6, dtype=torch.float64, device=state.device)
     width = INCEPTION_WIDTH if inception else 0
-    real, rebuilt = FeatureStatistics(width, state.device), FeatureStatistics(width, state.device)
+    real = FeatureStatistics(width, state.device)
+    rebuilt = FeatureStatistics(width, state.device)
     batches = iterate_images(images, reading.batch_size, reading.num_workers, state)
     for batch in tqdm(batches, disable=not state.is_main_process, delay=10, mininterval=10):
         skipped += batch["skipped"]

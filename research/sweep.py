@@ -180,7 +180,8 @@ def run_one(
 
     Returns variant, seed, command, seconds, and metrics or error.
     """
-    finished, log = folder / RESULT_FILE, folder / "log"
+    finished = folder / RESULT_FILE
+    log = folder / "log"
     if finished.is_file():
         return json.loads(finished.read_text()) | {"metrics": read_metrics(sweep, folder)}
     write_json(command, folder / COMMAND_FILE)

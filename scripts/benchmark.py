@@ -158,7 +158,8 @@ def measure_sampling(args: argparse.Namespace) -> dict:
     """The parts of an image, from token ids to pixels."""
     stage, run = start(args)
     config, device, number = stage.config, run.device, args.batch_size
-    sampling, indices = config.sampling, list(range(args.batch_size))
+    sampling = config.sampling
+    indices = list(range(number))
 
     # Random weights, none of them zero.
     tokenizer = ImageTokenizer(stage.tokenizer)

@@ -52,7 +52,8 @@ CAPTIONS = [  # of sample.py without prompts
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
-    add, tower = parser.add_argument, TextEncoderConfig()
+    add = parser.add_argument
+    tower = TextEncoderConfig()
     add("released", type=user_path, metavar="RELEASED_FILE", help="a flow or a tokenizer file")
     help_text = "run folder to write; with --run: the other file"
     add("second", type=user_path, metavar="OUT_DIR", help=help_text)

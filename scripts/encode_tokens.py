@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -130,15 +131,15 @@ def main(config: TokensStage) -> None:
         source["shards"] = [path.name for path in outputs]
         made_of |= source | {SHARDS: states_by_name(image_shards)}
 
-    if is_complete(run, made_of, not_compared):
+    if is_complete(run, find_info(run.folder, made_of), made_of, not_compared):
         return
     if not_compared:
         raise not_compared
     with locked(run):
         # once more: another encoding may have ended before the lock was free
-        if is_complete(run, made_of):
-            return
         info = find_info(run.folder, made_of)
+        if is_complete(run, info, made_of):
+            return
         left = [
             (image, path)
             for image, path in zip(images, outputs, strict=True)
@@ -237,13 +238,17 @@ def describe_data(data: ImageTextConfig) -> dict:
     return {"background": list(data.background), **parts}
 
 
-def is_complete(run: Run, made_of: dict, not_compared: ValueError | None = None) -> bool:
+def is_complete(
+    run: Run, info: TokensInfo | None, made_of: dict, not_compared: ValueError | None = None
+) -> bool:
     """Whether there is nothing to do, and say so; not_compared: why the images were not looked at.
 
     A folder that is complete may be one that nobody can write to.
     """
-    info = find_info(run.folder, made_of)
-    if info is None or info.damage(run.folder):
+    # the main process's look counts: another encoding may end between those of two
+    whole = info is not None and not info.damage(run.folder)
+    [info] = broadcast_object_list([info if whole else None])
+    if info is None:
         return False
     note = f"; not compared with images: {not_compared}" if not_compared else ""
     run.say(f"{run.folder}: complete, {len(info.shards)} shards, nothing to do{note}")

@@ -46,7 +46,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # The images are listed, and the weights found, before anything is measured
     check_writable(args.file)
-    rule, size = ("clean", CLEAN_SIZE) if args.clean else ("crop", args.image_size)
+    rule = "clean" if args.clean else "crop"
+    size = CLEAN_SIZE if args.clean else args.image_size
     images = ImageSet(list_images(args.data), size, (), tuple(args.background), rule)
     state = start_processes(args.device)
     with state.local_main_process_first():

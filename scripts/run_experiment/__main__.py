@@ -74,7 +74,8 @@ def main(words: Sequence[str]) -> None:
     # The pictures of a flow that has been trained further since are drawn again.
     for stage in stages:
         if stage.config.stage == "flowtok":
-            picture, run_dir = picture_of(stage), stage.config.run_dir
+            picture = picture_of(stage)
+            run_dir = stage.config.run_dir
             if checks.is_newer(picture, run_dir):
                 print(f"{picture}: complete, nothing to do")
             else:

@@ -67,7 +67,8 @@ def input_errors(stages: Sequence[Stage]) -> Iterator[tuple[Stage, ValueError | 
     """Each stage, and what check_inputs would raise for it."""
     made: Made = {}
     for stage in stages:
-        folder, error = os.path.normpath(stage.config.run_dir), None
+        folder = os.path.normpath(stage.config.run_dir)
+        error = None
         try:
             made[folder] = check_stage(stage, made)
         except ValueError as found:
