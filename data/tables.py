@@ -47,12 +47,19 @@ def open_table(
     encoding: None: UTF-8, -16 or -32.
 
     Raises:
-        ValueError: it is missing, broken or of another kind; later a row that is.
+        ValueError: it is missing, broken or of another kind, or an option that it does not read is
+            given; later a row that is broken.
     """
     extension = os.path.splitext(path)[1].lower()
     if separator is None and extension not in (*SEPARATORS, ".parquet", ".jsonl"):
         endings = ", ".join(SEPARATORS)
         raise ValueError(f"table {path}: expected {endings}, .parquet or .jsonl, or a --separator")
+    # a parquet file knows its columns and their text, a jsonl its columns
+    given = {"--separator": separator, "--no-quotes": not quotes, "--encoding": encoding}
+    unread = {".parquet": list(given), ".jsonl": ["--separator", "--no-quotes"]}
+    for option in unread.get(extension, []):
+        if given[option]:
+            raise ValueError(f"table {path}: {option} does not apply to {extension}")
     if extension == ".parquet":
         kinds = _types_of(path)
         text = {name: None if _is_text(kind) else str(kind) for name, kind in kinds.items()}

@@ -226,6 +226,8 @@ REFUSED = [
     ("table odd.csv", ["odd.csv", "UTF-16"]),
     ("table list.jsonl", ["list.jsonl line 2", "'[1]'"]),
     ("table again.jsonl", ["again.jsonl line 1", "twice"]),
+    ("table again.jsonl --no-quotes", ["again.jsonl", "--no-quotes"]),
+    ("table none.parquet --encoding cp1252", ["none.parquet", "--encoding"]),
     ("coco none.json", ["none.json", "No such file"]),
     ("coco same.json", ["same.json", "'a.jpg' and 'b.jpg'", "id 0"]),
     ("coco split.json", ["split.json", "'annotations'", "images"]),
